@@ -1,0 +1,1 @@
+"""Reinforcement-learning post-training of LLMs with lossless adaptive speculation."""

@@ -1,0 +1,1 @@
+"""Decoder language models as plain functions over pytrees of arrays."""

@@ -1,0 +1,116 @@
+"""The decoder architectures this package computes, as one frozen description."""
+
+import dataclasses
+from typing import Literal
+
+Family = Literal["llama", "qwen2", "qwen3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the pre-training context.
+
+    Attributes:
+      kind: `linear` (all frequencies divided), `llama3` (low frequencies divided, high
+        kept, smooth between), `yarn` (ramp between wavelength bounds, plus a factor on
+        cos and sin).
+      factor: the stretch.
+      original_max_positions: context length before stretching (llama3, yarn).
+      low_freq_factor, high_freq_factor: llama3 bounds.
+      beta_fast, beta_slow: yarn bounds, in rotations over the original context.
+      truncate: yarn: round the ramp's bounds to whole dimensions.
+      attention_factor: yarn's factor on cos and sin; None: 0.1 ln(factor) + 1.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: what is computed, not how or where.
+
+    Attributes:
+      family: decides the Hugging Face names on import and export.
+      d_model, d_ff, num_layers, vocab_size: D, F, L, V.
+      num_heads, num_kv_heads, head_dim: N, K, H; N is a multiple of K and N x H need
+        not be D.
+      tie_embeddings: the LM head is the embedding.
+      qkv_bias, out_bias, mlp_bias: biases of the projections.
+      qk_norm: RMS norm over H of every query and key head, before rotation.
+      rms_norm_eps: added to the mean square.
+      rope_theta, rope_scaling: rotary embedding.
+      sliding_window: a windowed layer sees keys at distance < sliding_window.
+      windowed_layers: length L; which layers are windowed. Empty: none.
+      max_positions: longest context that the weights are said to support.
+      bos_id, eos_ids, pad_id: special tokens; `eos_ids` ends a completion.
+    """
+
+    family: Family
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    d_ff: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    windowed_layers: tuple[bool, ...] = ()
+    max_positions: int = 2048
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
+                f"{self.num_kv_heads}: every kv head serves the same number of query "
+                "heads."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of "
+                "dimensions."
+            )
+        if self.windowed_layers and len(self.windowed_layers) != self.num_layers:
+            raise ValueError(
+                f"windowed_layers has {len(self.windowed_layers)} entries for "
+                f"num_layers={self.num_layers}: give one per layer or none."
+            )
+        if any(self.windowed_layers) and self.sliding_window is None:
+            raise ValueError(
+                "windowed_layers is set but sliding_window is None: give the window's "
+                "width in tokens."
+            )
+        bad = [i for i in self.eos_ids if not 0 <= i < self.vocab_size]
+        if bad:
+            raise ValueError(
+                f"eos_ids contains {bad}, outside the vocabulary of {self.vocab_size}."
+            )
+
+    @property
+    def heads_per_kv(self) -> int:
+        """G, query heads served by one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    def window(self, layer: int) -> int | None:
+        """Width in tokens of `layer`'s window, or None where it sees everything."""
+        if self.windowed_layers and self.windowed_layers[layer]:
+            return self.sliding_window
+        return None

@@ -1,0 +1,176 @@
+"""The weights of a decoder: one abstract description per leaf, and what follows from it.
+
+From `describe(cfg)` follow initialisation, shardings, restore targets and the mapping
+to Hugging Face names; nothing else knows a shape. Weights are stored `[out, in]`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tlt_jax.models import config as model_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Abstract description of one leaf.
+
+    Attributes:
+      shape: of the leaf; stacked leaves have the layer axis first.
+      axes: a logical name per axis, mapped to mesh axes by `sharding.ShardingRules`.
+      init: `normal` (standard deviation `fan_in ** -0.5`), `ones` or `zeros`.
+      fan_in: inputs of the product, for `normal`.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str
+    fan_in: int = 1
+
+
+@struct.dataclass
+class LayerParams:
+    """One decoder layer, or all of them with a leading `L` on every leaf.
+
+    Attributes:
+      attn_norm: `[D]`.
+      qkv: `[K, G + 2, H, D]`: for each key/value head its G query heads, then its key
+        head, then its value head, so that splitting over K keeps a head's family
+        together.
+      qkv_bias: `[K, G + 2, H]` or None.
+      q_norm, k_norm: `[H]` or None.
+      out: `[D, K, G, H]`.
+      out_bias: `[D]` or None.
+      mlp_norm: `[D]`.
+      gate_up: `[2, F, D]`, gate first.
+      gate_up_bias: `[2, F]` or None.
+      down: `[D, F]`.
+      down_bias: `[D]` or None.
+    """
+
+    attn_norm: jax.Array
+    qkv: jax.Array
+    out: jax.Array
+    mlp_norm: jax.Array
+    gate_up: jax.Array
+    down: jax.Array
+    qkv_bias: jax.Array | None = None
+    q_norm: jax.Array | None = None
+    k_norm: jax.Array | None = None
+    out_bias: jax.Array | None = None
+    gate_up_bias: jax.Array | None = None
+    down_bias: jax.Array | None = None
+
+
+@struct.dataclass
+class Params:
+    """A decoder's weights.
+
+    Attributes:
+      embed: `[V, D]`.
+      layers: `LayerParams` with a leading `L` on every leaf, or a tuple of L of them
+        (`unstack`): the first is scanned over, the second unrolled.
+      final_norm: `[D]`.
+      lm_head: `[V, D]`, or None where the embedding is the head.
+    """
+
+    embed: jax.Array
+    layers: LayerParams | tuple[LayerParams, ...]
+    final_norm: jax.Array
+    lm_head: jax.Array | None = None
+
+    @property
+    def head(self) -> jax.Array:
+        """`[V, D]`, the weights that turn features into logits."""
+        return self.embed if self.lm_head is None else self.lm_head
+
+
+def describe(cfg: model_config.ModelConfig) -> Params:
+    """Describe every leaf of `cfg`'s weights.
+
+    Returns:
+      `Params` whose leaves are `Weight`s, layers stacked.
+    """
+    d, f, h, v = cfg.d_model, cfg.d_ff, cfg.head_dim, cfg.vocab_size
+    k, g = cfg.num_kv_heads, cfg.heads_per_kv
+
+    def layer(shape, axes, init, fan_in=1):
+        return Weight((cfg.num_layers, *shape), ("layer", *axes), init, fan_in)
+
+    heads = (k, g + 2, h)
+    head_axes = ("kv_heads", None, None)
+    layers = LayerParams(
+        attn_norm=layer((d,), (None,), "ones"),
+        qkv=layer((*heads, d), (*head_axes, "embed"), "normal", d),
+        out=layer((d, k, g, h), ("embed", *head_axes), "normal", k * g * h),
+        mlp_norm=layer((d,), (None,), "ones"),
+        gate_up=layer((2, f, d), (None, "mlp", "embed"), "normal", d),
+        down=layer((d, f), ("embed", "mlp"), "normal", f),
+        qkv_bias=layer(heads, head_axes, "zeros") if cfg.qkv_bias else None,
+        q_norm=layer((h,), (None,), "ones") if cfg.qk_norm else None,
+        k_norm=layer((h,), (None,), "ones") if cfg.qk_norm else None,
+        out_bias=layer((d,), (None,), "zeros") if cfg.out_bias else None,
+        gate_up_bias=(
+            layer((2, f), (None, "mlp"), "zeros") if cfg.mlp_bias else None
+        ),
+        down_bias=layer((d,), (None,), "zeros") if cfg.mlp_bias else None,
+    )
+    table = Weight((v, d), ("vocab", "embed"), "normal", d)
+    return Params(
+        embed=table,
+        layers=layers,
+        final_norm=Weight((d,), (None,), "ones"),
+        lm_head=None if cfg.tie_embeddings else table,
+    )
+
+
+def init(cfg: model_config.ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
+    """Draw random weights; a leaf's draw depends on its place, not on the others."""
+    leaves, treedef = jax.tree.flatten(describe(cfg))
+
+    def draw(i: int, weight: Weight) -> jax.Array:
+        if weight.init == "ones":
+            return jnp.ones(weight.shape, dtype)
+        if weight.init == "zeros":
+            return jnp.zeros(weight.shape, dtype)
+        scale = 1.0 / math.sqrt(weight.fan_in)
+        noise = jax.random.normal(jax.random.fold_in(key, i), weight.shape)
+        return (noise * scale).astype(dtype)
+
+    return jax.tree.unflatten(treedef, [draw(i, w) for i, w in enumerate(leaves)])
+
+
+def abstract(cfg: model_config.ModelConfig, dtype=jnp.float32) -> Params:
+    """Shapes and dtypes without arrays, for compiling and restoring."""
+    return jax.tree.map(
+        lambda weight: jax.ShapeDtypeStruct(weight.shape, dtype), describe(cfg)
+    )
+
+
+def logical_axes(cfg: model_config.ModelConfig) -> Params:
+    """Logical axis names of every leaf, as tuples."""
+    return jax.tree.map(lambda weight: weight.axes, describe(cfg))
+
+
+def count(cfg: model_config.ModelConfig) -> int:
+    """Number of parameters, a tied head counted once."""
+    return sum(math.prod(w.shape) for w in jax.tree.leaves(describe(cfg)))
+
+
+def unstack(params: Params) -> Params:
+    """Split stacked layers into a tuple.
+
+    Slices of a stacked weight are copied at every use on CPUs, which doubles what a
+    decode step reads; a tuple of arrays is read in place.
+    """
+    if isinstance(params.layers, tuple):
+        return params
+    num_layers = params.layers.attn_norm.shape[0]
+    layers = tuple(
+        jax.tree.map(lambda leaf, i=i: leaf[i], params.layers)
+        for i in range(num_layers)
+    )
+    return params.replace(layers=layers)

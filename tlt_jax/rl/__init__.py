@@ -1,0 +1,1 @@
+"""Reinforcement learning: tasks, rewards, rollouts, losses, learner."""

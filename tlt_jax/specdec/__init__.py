@@ -1,0 +1,1 @@
+"""Decoding: position-keyed sampling, decode programs, speculation."""
