@@ -1,0 +1,513 @@
+"""Translation between `ModelConfig` and the `config.json` of Hugging Face models.
+
+A key is read, or known not to change what is computed, or refused by name: a setting
+that is ignored gives a model that is almost right.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tlt_jax.models import config as model_config
+
+ARCHITECTURES: Mapping[str, model_config.Family] = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+_READ = frozenset(
+    "architectures model_type vocab_size hidden_size intermediate_size "
+    "num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps "
+    "max_position_embeddings tie_word_embeddings rope_theta rope_scaling "
+    "rope_parameters attention_bias bos_token_id eos_token_id pad_token_id".split()
+)
+_WINDOW_KEYS = frozenset(
+    "use_sliding_window sliding_window max_window_layers layer_types".split()
+)
+_READ_BY_FAMILY = {
+    "llama": frozenset({"mlp_bias"}),
+    "qwen2": _WINDOW_KEYS,
+    "qwen3": _WINDOW_KEYS,
+}
+
+# Metadata, hints to other programs, and defaults of sampling: no effect on the logits.
+_METADATA = frozenset(
+    "transformers_version dtype torch_dtype initializer_range use_cache "
+    "_name_or_path name_or_path _commit_hash _attn_implementation_autoset "
+    "attn_implementation return_dict use_return_dict output_attentions "
+    "output_hidden_states torchscript use_bfloat16 finetuning_task task_specific_params"
+    " id2label label2id num_labels problem_type prefix tokenizer_class sep_token_id "
+    "decoder_start_token_id is_llama_config transformers.js_config unsloth_fixed "
+    "unsloth_version model_max_length max_length min_length do_sample early_stopping "
+    "num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
+    "repetition_penalty length_penalty no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores "
+    "return_dict_in_generate forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens "
+    "begin_suppress_tokens".split()
+)
+
+# Keys that other values than these would make compute something else.
+_ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), "only SwiGLU blocks are computed"),
+    "attention_dropout": ((0, None), "training here has no dropout; set it to 0.0"),
+    "pretraining_tp": ((1, None), "products are not split; set it to 1"),
+    "partial_rotary_factor": ((1, None), "every dimension of a head is rotated"),
+    "rope_interleaved": ((False, None), "halves are rotated, not neighbours"),
+    "use_mrope": ((False, None), "positions have one axis"),
+    "quantization_config": ((None,), "give unquantised weights or a GGUF file"),
+    "compression_config": ((None,), "give unquantised weights or a GGUF file"),
+    "auto_map": ((None,), "code that comes with weights is never run"),
+    "is_encoder_decoder": ((False, None), "decoders only"),
+    "is_decoder": ((False, True, None), ""),
+    "add_cross_attention": ((False, None), "decoders only"),
+    "cross_attention_hidden_size": ((None,), "decoders only"),
+    "tie_encoder_decoder": ((False, None), "decoders only"),
+    "chunk_size_feed_forward": ((0, None), "set it to 0"),
+    "pruned_heads": (({}, None), "heads are all computed"),
+}
+
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": tuple(
+        "factor low_freq_factor high_freq_factor "
+        "original_max_position_embeddings".split()
+    ),
+    "yarn": tuple(
+        "factor original_max_position_embeddings attention_factor beta_fast beta_slow "
+        "truncate mscale mscale_all_dim".split()
+    ),
+}
+
+
+def from_hf(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+) -> model_config.ModelConfig:
+    """Read a `config.json`.
+
+    Both forms of the rotary settings are read: nested `rope_parameters` (transformers
+    5) and `rope_theta` with `rope_scaling` (transformers 4).
+
+    Args:
+      config: the parsed `config.json`.
+      generation_config: the parsed `generation_config.json`, if there is one; its
+        special tokens take precedence, as they do in `transformers`' generation.
+
+    Raises:
+      ValueError: naming an architecture, key or value that is not computed here.
+    """
+    family = _family(config)
+    _refuse_unknown(config, family)
+    num_layers = _integer(config, "num_hidden_layers")
+    num_heads = _integer(config, "num_attention_heads")
+    d_model = _integer(config, "hidden_size")
+    if config.get("head_dim") is not None:
+        head_dim = _integer(config, "head_dim")
+    elif family == "qwen3":
+        head_dim = 128  # the family's default does not follow from d_model
+    elif d_model % num_heads:
+        raise ValueError(
+            f"hidden_size={d_model} is not a multiple of num_attention_heads="
+            f"{num_heads} and head_dim is not given: give head_dim."
+        )
+    else:
+        head_dim = d_model // num_heads
+    max_positions = _integer(
+        config, "max_position_embeddings", 2048 if family == "llama" else 32768
+    )
+    rope_theta, rope_scaling = _rope(config, max_positions)
+    sliding_window, windowed_layers = _windows(config, family, num_layers)
+    attention_bias = _boolean(config, "attention_bias")
+    if family == "qwen2" and config.get("attention_bias") is False:
+        raise ValueError(
+            "attention_bias=false is not a setting of Qwen2ForCausalLM, which always "
+            "has biases on q, k and v: remove the key."
+        )
+    special = {**_special_tokens(config), **_special_tokens(generation_config or {})}
+    return model_config.ModelConfig(
+        family=family,
+        vocab_size=_integer(config, "vocab_size"),
+        num_layers=num_layers,
+        d_model=d_model,
+        d_ff=_integer(config, "intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=_integer(config, "num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        tie_embeddings=_boolean(config, "tie_word_embeddings"),
+        qkv_bias=family == "qwen2" or attention_bias,
+        out_bias=family != "qwen2" and attention_bias,
+        mlp_bias=_boolean(config, "mlp_bias"),
+        qk_norm=family == "qwen3",
+        rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        sliding_window=sliding_window,
+        windowed_layers=windowed_layers,
+        max_positions=max_positions,
+        **special,
+    )
+
+
+def read(directory: str | os.PathLike) -> model_config.ModelConfig:
+    """Read `config.json` and, where present, `generation_config.json` of a directory.
+
+    Raises:
+      ValueError: if there is no `config.json`, if it is no JSON, or as in `from_hf`.
+    """
+    config = read_json(os.path.join(directory, "config.json"))
+    generation = os.path.join(directory, "generation_config.json")
+    return from_hf(config, read_json(generation) if os.path.exists(generation) else {})
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+      ValueError: naming the file, if it is missing or does not hold an object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: a model directory holds config.json, "
+            "model.safetensors (or its index and shards) and tokenizer.json."
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): download it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
+    return value
+
+
+def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Write a `config.json` that `transformers` 4 and 5 load as the same model.
+
+    Args:
+      dtype: of the weights beside it, `float32`, `bfloat16` or `float16`.
+
+    Raises:
+      ValueError: if no class of `transformers` computes this combination.
+    """
+    _check_exportable(cfg)
+    architecture = next(name for name, f in ARCHITECTURES.items() if f == cfg.family)
+    rope = _rope_to_hf(cfg.rope_scaling)
+    config = {
+        "architectures": [architecture],
+        "model_type": cfg.family,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": cfg.d_ff,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": cfg.max_positions,
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": rope if rope["rope_type"] != "default" else None,
+        "rope_parameters": {"rope_theta": cfg.rope_theta, **rope},
+        "attention_dropout": 0.0,
+        "bos_token_id": cfg.bos_id,
+        "eos_token_id": _one_or_list(cfg.eos_ids),
+        "pad_token_id": cfg.pad_id,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if cfg.family != "qwen2":
+        config["attention_bias"] = cfg.qkv_bias
+    if cfg.family == "llama":
+        config["mlp_bias"] = cfg.mlp_bias
+        return config
+    windowed = cfg.windowed_layers or (False,) * cfg.num_layers
+    first = windowed.index(True) if any(windowed) else cfg.num_layers
+    return config | {
+        "use_sliding_window": any(windowed),
+        "sliding_window": cfg.sliding_window if any(windowed) else None,
+        "max_window_layers": first,
+        "layer_types": [
+            "sliding_attention" if w else "full_attention" for w in windowed
+        ],
+    }
+
+
+def to_hf_generation(cfg: model_config.ModelConfig) -> dict[str, Any]:
+    """Write a `generation_config.json`: special tokens, no sampling settings."""
+    return {
+        "bos_token_id": cfg.bos_id,
+        "eos_token_id": _one_or_list(cfg.eos_ids),
+        "pad_token_id": cfg.pad_id,
+    }
+
+
+def _family(config: Mapping[str, Any]) -> model_config.Family:
+    architectures = config.get("architectures")
+    model_type = config.get("model_type")
+    if not architectures and model_type in ARCHITECTURES.values():
+        return model_type
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ValueError(
+            f"architectures={architectures!r} with model_type={model_type!r} names no "
+            f"architecture; supported: {', '.join(ARCHITECTURES)}."
+        )
+    if architectures[0] not in ARCHITECTURES:
+        raise ValueError(
+            f"architectures={architectures[0]!r} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    family = ARCHITECTURES[architectures[0]]
+    if model_type not in (None, family):
+        raise ValueError(
+            f"architectures={architectures[0]!r} contradicts model_type="
+            f"{model_type!r}: repair config.json."
+        )
+    return family
+
+
+def _refuse_unknown(config: Mapping[str, Any], family: model_config.Family) -> None:
+    for key, value in config.items():
+        if key in _READ or key in _READ_BY_FAMILY[family] or key in _METADATA:
+            continue
+        if key in _ONLY:
+            accepted, reason = _ONLY[key]
+            if value not in accepted:
+                raise ValueError(
+                    f"config.json has {key}={value!r}; accepted: "
+                    f"{' or '.join(repr(a) for a in accepted)} ({reason})."
+                )
+        elif value is not None:
+            raise ValueError(
+                f"config.json has {key}={value!r}, which is not supported for "
+                f"{family} models: if it does not change what the model computes, "
+                "remove it from config.json."
+            )
+
+
+def _rope(
+    config: Mapping[str, Any], max_positions: int
+) -> tuple[float, model_config.RopeScaling | None]:
+    """Read theta and scaling from either form; both may stand side by side."""
+    scaling = config.get("rope_scaling") or {}
+    nested = config.get("rope_parameters") or {}
+    for name, value in (("rope_scaling", scaling), ("rope_parameters", nested)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r} is not a JSON object.")
+        if any(isinstance(entry, Mapping) for entry in value.values()):
+            raise ValueError(
+                f"{name} has an entry per kind of layer ({', '.join(value)}): all "
+                "layers must share one rotary embedding."
+            )
+    merged = dict(nested)
+    for source in (scaling, {"rope_theta": config.get("rope_theta")}):
+        for key, value in source.items():
+            if value is None:
+                continue
+            if merged.get(key) not in (None, value):
+                raise ValueError(
+                    f"{key}={value!r} contradicts rope_parameters' {key}="
+                    f"{merged[key]!r}: repair config.json."
+                )
+            merged[key] = value
+    theta = _positive(merged, "rope_theta", 10_000.0)
+    kind = merged.get("rope_type") or merged.get("type") or "default"
+    if merged.get("type") not in (None, kind):
+        raise ValueError(
+            f"rope type={merged['type']!r} contradicts rope_type={kind!r}: repair "
+            "config.json."
+        )
+    if kind not in _ROPE_KEYS:
+        raise ValueError(
+            f"rope_type={kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}."
+        )
+    partial = merged.pop("partial_rotary_factor", None)
+    if partial not in (None, 1):
+        raise ValueError(
+            f"partial_rotary_factor={partial!r}; accepted: 1 (every dimension of a "
+            "head is rotated)."
+        )
+    named = ("rope_type", "type", "rope_theta", *_ROPE_KEYS[kind])
+    unknown = [k for k, v in merged.items() if v is not None and k not in named]
+    if unknown:
+        raise ValueError(
+            f"rotary settings of rope_type={kind!r} have unsupported keys: "
+            f"{', '.join(unknown)}."
+        )
+    return theta, _rope_scaling(kind, merged, max_positions)
+
+
+def _rope_scaling(
+    kind: str, settings: Mapping[str, Any], max_positions: int
+) -> model_config.RopeScaling | None:
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return model_config.RopeScaling("linear", _positive(settings, "factor"))
+    original = _integer(settings, "original_max_position_embeddings", max_positions)
+    if kind == "llama3":
+        return model_config.RopeScaling(
+            "llama3",
+            factor=_positive(settings, "factor"),
+            original_max_positions=original,
+            low_freq_factor=_positive(settings, "low_freq_factor"),
+            high_freq_factor=_positive(settings, "high_freq_factor"),
+        )
+    factor = _positive(settings, "factor", max_positions / original)
+    return model_config.RopeScaling(
+        "yarn",
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=_positive(settings, "beta_fast", 32.0),
+        beta_slow=_positive(settings, "beta_slow", 1.0),
+        truncate=_boolean(settings, "truncate", True),
+        attention_factor=_yarn_attention_factor(settings, factor),
+    )
+
+
+def _yarn_attention_factor(settings: Mapping[str, Any], factor: float) -> float | None:
+    if settings.get("attention_factor") is not None:
+        return _positive(settings, "attention_factor")
+    mscale, all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
+    if not mscale and not all_dim:
+        return None
+    if not mscale or not all_dim:
+        raise ValueError(
+            f"yarn has mscale={mscale!r} and mscale_all_dim={all_dim!r}: give both, "
+            "or attention_factor instead."
+        )
+    if factor <= 1:
+        return 1.0
+    log = 0.1 * math.log(factor)
+    return (mscale * log + 1) / (all_dim * log + 1)
+
+
+def _rope_to_hf(scaling: model_config.RopeScaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"rope_type": "default"}
+    settings = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return settings
+    settings["original_max_position_embeddings"] = scaling.original_max_positions
+    if scaling.kind == "llama3":
+        settings["low_freq_factor"] = scaling.low_freq_factor
+        settings["high_freq_factor"] = scaling.high_freq_factor
+        return settings
+    settings["beta_fast"] = scaling.beta_fast
+    settings["beta_slow"] = scaling.beta_slow
+    settings["truncate"] = scaling.truncate
+    if scaling.attention_factor is not None:
+        settings["attention_factor"] = scaling.attention_factor
+    return settings
+
+
+def _windows(
+    config: Mapping[str, Any], family: model_config.Family, num_layers: int
+) -> tuple[int | None, tuple[bool, ...]]:
+    if family == "llama":
+        return None, ()
+    width = None
+    if _boolean(config, "use_sliding_window"):
+        if config.get("sliding_window") is not None:
+            width = _integer(config, "sliding_window")
+        elif "sliding_window" not in config:
+            width = 4096  # the families' default
+    layer_types = config.get("layer_types")
+    if layer_types is None:
+        first = _integer(config, "max_window_layers", 28, at_least=0)
+        windowed = tuple(width is not None and i >= first for i in range(num_layers))
+    else:
+        unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+        if unknown or len(layer_types) != num_layers:
+            raise ValueError(
+                f"layer_types={layer_types!r}; accepted: {num_layers} entries "
+                "(num_hidden_layers), full_attention or sliding_attention."
+            )
+        windowed = tuple(kind == "sliding_attention" for kind in layer_types)
+        if any(windowed) and width is None:
+            raise ValueError(
+                "layer_types has sliding_attention but use_sliding_window="
+                f"{config.get('use_sliding_window')!r} and sliding_window="
+                f"{config.get('sliding_window')!r} give no width: set both."
+            )
+    return (width, windowed) if any(windowed) else (None, ())
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Only those that are set; a negative id, as old files have, counts as unset."""
+    ids = {}
+    for field, key in (("bos_id", "bos_token_id"), ("pad_id", "pad_token_id")):
+        if isinstance(config.get(key), int) and config[key] >= 0:
+            ids[field] = config[key]
+    eos = config.get("eos_token_id")
+    if eos is not None:
+        ids["eos_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+    return ids
+
+
+def _check_exportable(cfg: model_config.ModelConfig) -> None:
+    qwen2_biases = cfg.qkv_bias and not cfg.out_bias
+    problems = []
+    if cfg.qk_norm != (cfg.family == "qwen3"):
+        problems.append(f"qk_norm={cfg.qk_norm}")
+    if cfg.family == "qwen2" and not qwen2_biases:
+        problems.append(f"qkv_bias={cfg.qkv_bias}, out_bias={cfg.out_bias}")
+    if cfg.family != "qwen2" and cfg.qkv_bias != cfg.out_bias:
+        problems.append(f"qkv_bias={cfg.qkv_bias} apart from out_bias={cfg.out_bias}")
+    if cfg.family != "llama" and cfg.mlp_bias:
+        problems.append("mlp_bias=True")
+    if cfg.family == "llama" and any(cfg.windowed_layers):
+        problems.append("windowed_layers")
+    if cfg.family == "llama" and cfg.d_model % cfg.num_heads:
+        problems.append(f"d_model={cfg.d_model} over num_heads={cfg.num_heads}")
+    if problems:
+        raise ValueError(
+            f"no Hugging Face {cfg.family} model has {'; '.join(problems)}: change the "
+            "family or the setting."
+        )
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    if len(ids) > 1:
+        return list(ids)
+    return ids[0] if ids else None
+
+
+def _integer(
+    settings: Mapping[str, Any], key: str, default: int | None = None, at_least: int = 1
+) -> int:
+    value = settings.get(key)
+    value = default if value is None else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(
+            f"{key}={value!r}; accepted: an integer of {at_least} or more."
+        )
+    return value
+
+
+def _positive(
+    settings: Mapping[str, Any], key: str, default: float | None = None
+) -> float:
+    value = settings.get(key)
+    value = default if value is None else value
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    if not ok or not 0 < value < math.inf:
+        raise ValueError(f"{key}={value!r}; accepted: a number above zero.")
+    return float(value)
+
+
+def _boolean(settings: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    value = settings.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r}; accepted: true or false.")
+    return value
