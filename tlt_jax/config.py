@@ -1,0 +1,442 @@
+"""Every setting of a training run: meaning, unit, range, default.
+
+A recipe (`configs/*.py`) takes `default()`, a locked ConfigDict with every key, and
+overrides some. At the border `load` turns it into a `RunConfig`: frozen, hashable and
+checked, the only form that the rest of the package sees. The dataclasses below are the
+one description from which the ConfigDict, the checks and the JSON form follow.
+
+A field typed `... | None` is unset by default; what that means stands beside it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_collections
+
+from tlt_jax import schema
+
+_BUILT_SPECDEC_MODES = ("off",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The policy.
+
+    Attributes:
+      spec: where the weights come from: a Hugging Face directory, a hub name,
+        `gguf:FILE`, or a source that `tlt_jax.models` names. Required.
+      remat: what the backward pass recomputes: `none`, `dots` (all but the products),
+        `full` (each layer from its input).
+    """
+
+    spec: str = ""
+    remat: Literal["none", "dots", "full"] = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Where prompts come from.
+
+    Attributes:
+      name: the task: a reasoning-gym name, or a JSONL/Parquet source; see
+        `tlt_jax.rl.tasks`. Required.
+      options: the task's own settings (difficulty, field names, ...).
+      size: number of distinct examples, at least 1.
+      seed: of the generated examples; held-out examples use another one.
+      system_prompt: put before every prompt; empty: none.
+      max_prompt_tokens: longest prompt in tokens, template included, at least 1.
+      long_prompts: a longer one stops the run (`refuse`) or is left out and counted
+        (`skip`).
+    """
+
+    name: str = ""
+    options: schema.Options = ()
+    size: int = schema.number(1000, 1)
+    seed: int = schema.number(0, 0)
+    system_prompt: str = ""
+    max_prompt_tokens: int = schema.number(512, 1)
+    long_prompts: Literal["refuse", "skip"] = "refuse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The law that tokens are drawn from; the same one gives every log-probability.
+
+    Attributes:
+      temperature: divides the logits, above 0.
+      top_p: keep the smallest set of tokens with this mass, in (0, 1]; 1: off.
+      top_k: keep the k most likely tokens; 0: off.
+      min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1];
+        0: off.
+    """
+
+    temperature: float = schema.number(1.0, above=0.0)
+    top_p: float = schema.number(1.0, above=0.0, high=1.0)
+    top_k: int = schema.number(0, 0)
+    min_p: float = schema.number(0.0, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """How completions are generated.
+
+    Attributes:
+      prompts_per_step: P, prompts per RL step, at least 1.
+      group_size: R, completions per prompt, at least 1.
+      max_new_tokens: longest completion in tokens, EOS included, at least 1.
+      stop: strings that end a completion.
+      max_batch: rows decoded at once, at least 1; batches are powers of two up to it.
+      steps_per_call: decode steps per jitted call, at least 1.
+      prefill_chunk: prompt tokens per prefill call, at least 1.
+    """
+
+    prompts_per_step: int = schema.number(8, 1)
+    group_size: int = schema.number(8, 1)
+    max_new_tokens: int = schema.number(512, 1)
+    stop: tuple[str, ...] = ()
+    max_batch: int = schema.number(64, 1)
+    steps_per_call: int = schema.number(32, 1)
+    prefill_chunk: int = schema.number(128, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The paged key/value cache.
+
+    Attributes:
+      page_size: tokens per page, at least 1.
+      num_pages: pages in the pool; 0: enough for `rollout.max_batch` rows of full
+        length.
+    """
+
+    page_size: int = schema.number(64, 1)
+    num_pages: int = schema.number(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Specdec:
+    """Speculative decoding.
+
+    Attributes:
+      mode: `off`, `ngram` (proposals from text seen before) or `tlt` (learned drafter,
+        adapted during the run). Only `off` is built yet.
+    """
+
+    mode: Literal["off", "ngram", "tlt"] = "off"
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Rollout workers.
+
+    Attributes:
+      num: how many share the rollout, at least 1. Only 1 is built yet.
+    """
+
+    num: int = schema.number(1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """The policy-gradient rule. An unset field is what `name` prescribes.
+
+    Attributes:
+      name: `grpo`, `dr_grpo`, `dapo`, `rloo`, `reinforce_pp` (REINFORCE++ with
+        baseline) or `gspo`.
+      clip_low: the probability ratio is clipped below at 1 - clip_low, in [0, 1].
+      clip_high: the ratio is clipped above at 1 + clip_high, at least 0.
+      aggregation: how token losses are averaged: `token_mean` over the batch's tokens,
+        `sequence_mean` over tokens then sequences, `fixed_length` sum over tokens by
+        max_new_tokens.
+      kl_coef: weight of the divergence from the initial policy, at least 0.
+      kl_estimator: `k1`, `k2` or `k3`.
+      kl_placement: `loss` (a term of the loss) or `reward` (subtracted from rewards).
+      entropy_coef: weight of the entropy bonus, at least 0.
+      dynamic_sampling: replace groups whose rewards are all equal by new prompts.
+      overlong_buffer_tokens: the reward falls linearly over the last so many tokens
+        before max_new_tokens; 0: off.
+      overlong_penalty: how far it falls, at least 0.
+      importance_cap: truncates the ratio trainer/sampler probability that weights each
+        token (truncated importance sampling), above 0.
+    """
+
+    name: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo"] = "grpo"
+    clip_low: float | None = schema.number(None, 0.0, 1.0)
+    clip_high: float | None = schema.number(None, 0.0)
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] | None = None
+    kl_coef: float | None = schema.number(None, 0.0)
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_placement: Literal["loss", "reward"] | None = None
+    entropy_coef: float | None = schema.number(None, 0.0)
+    dynamic_sampling: bool | None = None
+    overlong_buffer_tokens: int | None = schema.number(None, 0)
+    overlong_penalty: float | None = schema.number(None, 0.0)
+    importance_cap: float | None = schema.number(None, above=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW.
+
+    Attributes:
+      learning_rate: at its highest, at least 0.
+      schedule: after warm-up: `constant`, `linear` or `cosine` down to 0 at num_steps.
+      warmup_steps: RL steps of linear increase from 0.
+      beta1, beta2: decay of the moments, in [0, 1).
+      eps: added to the root of the second moment, above 0.
+      weight_decay: decoupled, at least 0.
+      clip_norm: largest global gradient norm; 0: no clipping.
+    """
+
+    learning_rate: float = schema.number(1e-6, 0.0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = schema.number(0, 0)
+    beta1: float = schema.number(0.9, 0.0, 1.0 - 1e-9)
+    beta2: float = schema.number(0.999, 0.0, 1.0 - 1e-9)
+    eps: float = schema.number(1e-8, above=0.0)
+    weight_decay: float = schema.number(0.0, 0.0)
+    clip_norm: float = schema.number(1.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How a batch of completions becomes optimizer steps.
+
+    Attributes:
+      epochs: passes over the batch, at least 1.
+      minibatches: optimizer steps per pass; divides rollout.prompts_per_step.
+      row_tokens: length of a packed row in tokens; holds the longest prompt with its
+        longest completion.
+      rows_per_micro_batch: rows whose activations are held at once, at least 1.
+      old_logprobs: the behaviour policy's log-probabilities are those recorded by the
+        `rollout`, or `recompute`d by the trainer.
+    """
+
+    epochs: int = schema.number(1, 1)
+    minibatches: int = schema.number(1, 1)
+    row_tokens: int = schema.number(2048, 2)
+    rows_per_micro_batch: int = schema.number(1, 1)
+    old_logprobs: Literal["rollout", "recompute"] = "rollout"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each mesh axis; one axis may be -1: all that remain.
+
+    Attributes:
+      data: copies of the weights, each with its part of the batch.
+      fsdp: weights and batch both split.
+      tensor: heads, feed-forward and vocabulary split.
+    """
+
+    data: int = schema.number(1, -1)
+    fsdp: int = schema.number(-1, -1)
+    tensor: int = schema.number(1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """How a completion is judged.
+
+    Attributes:
+      function: `module:function` of one's own; empty: the task's verifier.
+      workers: processes that judge, at least 1.
+      timeout_s: time one completion may take in seconds, above 0.
+    """
+
+    function: str = ""
+    workers: int = schema.number(2, 1)
+    timeout_s: float = schema.number(10.0, above=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Evaluation on held-out prompts: avg@k and pass@k.
+
+    Attributes:
+      every: RL steps between evaluations; 0: never.
+      num_prompts: held-out prompts, at least 1.
+      samples: completions per prompt, at least 1.
+      k: the k of pass@k, each in [1, samples].
+      temperature: as sampling.temperature but 0 (greedy) is allowed; unset: the
+        training's.
+    """
+
+    every: int = schema.number(0, 0)
+    num_prompts: int = schema.number(64, 1)
+    samples: int = schema.number(1, 1)
+    k: tuple[int, ...] = (1,)
+    temperature: float | None = schema.number(None, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What survives a crash.
+
+    Attributes:
+      every: RL steps between checkpoints; 0: only the last step.
+      keep: newest checkpoints kept on disk, at least 1.
+    """
+
+    every: int = schema.number(10, 0)
+    keep: int = schema.number(2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What is shown and written besides metrics.jsonl.
+
+    Attributes:
+      tensorboard: write event files.
+      plots_every: RL steps between redrawings of plots/; 0: only at the end.
+      rollouts_every: RL steps between steps whose completions are written to
+        rollouts/; 0: never.
+      progress: `auto` (live on a terminal, else lines), `plain` or `off`.
+    """
+
+    tensorboard: bool = True
+    plots_every: int = schema.number(10, 0)
+    rollouts_every: int = schema.number(1, 0)
+    progress: Literal["auto", "plain", "off"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run; see the sections' own classes.
+
+    Attributes:
+      seed: of all randomness, at least 0.
+      num_steps: RL steps in all, at least 1.
+      precision: of activations and products; weights and optimizer are float32.
+    """
+
+    seed: int = schema.number(0, 0)
+    num_steps: int = schema.number(100, 1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    model: Model = Model()
+    task: Task = Task()
+    sampling: Sampling = Sampling()
+    rollout: Rollout = Rollout()
+    cache: Cache = Cache()
+    specdec: Specdec = Specdec()
+    workers: Workers = Workers()
+    algorithm: Algorithm = Algorithm()
+    optimizer: Optimizer = Optimizer()
+    update: Update = Update()
+    mesh: Mesh = Mesh()
+    reward: Reward = Reward()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    def __post_init__(self):
+        schema.check_fields(self)
+        _check_together(self)
+
+
+def default() -> ml_collections.ConfigDict:
+    """Return a new locked ConfigDict with every key at its default.
+
+    `model.spec` and `task.name` are empty: a recipe must set them.
+    """
+    config = schema.to_config_dict(RunConfig)
+    config.lock()
+    config.task.options.unlock()
+    return config
+
+
+def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
+    """Check a whole configuration and freeze it.
+
+    Args:
+      config: nested keys and values; absent keys keep their defaults.
+
+    Returns:
+      The frozen, hashable form.
+
+    Raises:
+      schema.ConfigError: a key is unknown (the nearest one is named), or a value has
+        the wrong type or is out of range.
+    """
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    return schema.build(RunConfig, config)
+
+
+def to_dict(run: RunConfig) -> dict[str, Any]:
+    """Return nested plain dicts, fit for JSON and for `load`."""
+    out = dataclasses.asdict(run)
+    out["task"]["options"] = dict(run.task.options)
+    return out
+
+
+def to_json(run: RunConfig) -> str:
+    """Write `run` as JSON; `load(json.loads(text))` gives it back."""
+    return json.dumps(to_dict(run), indent=2, sort_keys=True) + "\n"
+
+
+def digest(run: RunConfig) -> str:
+    """Return 16 hex digits that identify the configuration."""
+    text = json.dumps(to_dict(run), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return `{key: (old value, new value)}` of the keys in which two runs differ."""
+    new_leaves = dict(schema.leaves(new))
+    return {
+        key: (value, new_leaves[key])
+        for key, value in schema.leaves(old)
+        if value != new_leaves[key]
+    }
+
+
+def _check_together(run: RunConfig) -> None:
+    """Check what no single field can say."""
+    for name, value in (("model.spec", run.model.spec), ("task.name", run.task.name)):
+        if not value:
+            raise schema.ConfigError(f"{name} is empty: set it in the recipe.")
+    if run.specdec.mode not in _BUILT_SPECDEC_MODES:
+        raise schema.ConfigError(
+            f"specdec.mode={run.specdec.mode!r} is not built yet: use "
+            f"{' or '.join(map(repr, _BUILT_SPECDEC_MODES))}."
+        )
+    if run.workers.num != 1:
+        raise schema.ConfigError(
+            f"workers.num={run.workers.num} is not built yet: use 1 (its mesh may have "
+            "several devices)."
+        )
+    longest = run.task.max_prompt_tokens + run.rollout.max_new_tokens
+    if run.update.row_tokens < longest:
+        raise schema.ConfigError(
+            f"update.row_tokens={run.update.row_tokens} cannot hold a prompt of "
+            f"task.max_prompt_tokens={run.task.max_prompt_tokens} with a completion of "
+            f"rollout.max_new_tokens={run.rollout.max_new_tokens}: give at least "
+            f"{longest}."
+        )
+    if run.rollout.prompts_per_step % run.update.minibatches:
+        raise schema.ConfigError(
+            f"update.minibatches={run.update.minibatches} does not divide "
+            f"rollout.prompts_per_step={run.rollout.prompts_per_step}: every minibatch "
+            "has the same number of prompts."
+        )
+    sizes = dataclasses.astuple(run.mesh)
+    if 0 in sizes or sizes.count(-1) > 1:
+        raise schema.ConfigError(
+            f"mesh=(data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}): each axis "
+            "has at least 1 device, and at most one is -1 (all that remain)."
+        )
+    if not all(1 <= k <= run.eval.samples for k in run.eval.k):
+        raise schema.ConfigError(
+            f"eval.k={run.eval.k} needs 1 <= k <= eval.samples={run.eval.samples}: "
+            "draw more samples or lower k."
+        )
+    if run.cache.num_pages * run.cache.page_size < longest and run.cache.num_pages:
+        raise schema.ConfigError(
+            f"cache.num_pages={run.cache.num_pages} of cache.page_size="
+            f"{run.cache.page_size} tokens cannot hold one row of {longest} tokens: "
+            f"give at least {-(-longest // run.cache.page_size)} pages, or 0."
+        )

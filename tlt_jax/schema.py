@@ -1,0 +1,201 @@
+"""Nested frozen dataclasses as settings: defaults, types, ranges, nearest names.
+
+A field of a section is a number with a range (`number`), a choice (`Literal`), text, a
+flag, a tuple of these, one of them or None (unset), another section, or `Options`.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict
+
+# A mapping of free keys, as sorted pairs so that it can be hashed.
+Options = tuple[tuple[str, Any], ...]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it and says what can."""
+
+
+def number(
+    default: Any, low=-math.inf, high=math.inf, above: float | None = None
+) -> Any:
+    """Declare a field: a number in [low, high], or in (above, high]."""
+    return dataclasses.field(
+        default=default, metadata={"low": low, "high": high, "above": above}
+    )
+
+
+def keys(section: type) -> tuple[str, ...]:
+    """Return the dotted names of all keys, sections included."""
+    names = []
+    for name, _ in leaves(section):
+        parts = name.split(".")
+        names += [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    return tuple(dict.fromkeys(names))
+
+
+def unknown_key_message(section: type, key: str) -> str:
+    """Say that `key` (dotted) does not exist and name the nearest one that does."""
+    known = set(keys(section))
+    parts = key.split(".")
+    depth = next(i for i in range(len(parts)) if ".".join(parts[: i + 1]) not in known)
+    parent, wrong = ".".join(parts[:depth]), parts[depth]
+    siblings = sorted(
+        k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent
+    )
+    near = difflib.get_close_matches(wrong, siblings, 1)
+    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == parts[-1])
+    if near:
+        nearest = ".".join([*parts[:depth], near[0], *parts[depth + 1 :]])
+        hint = f"did you mean '{nearest if nearest in known else near[0]}'?"
+    elif elsewhere:
+        hint = f"did you mean '{elsewhere[0]}'?"
+    elif siblings:
+        where = f"keys in '{parent}'" if parent else "keys at the top"
+        hint = f"{where} are {', '.join(siblings)}."
+    else:
+        hint = f"'{parent}' is not a section."
+    return f"unknown config key '{key}': {hint}"
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names and values (defaults, for a class) of all settings."""
+    for field in dataclasses.fields(section):
+        value = (
+            field.default if isinstance(section, type) else getattr(section, field.name)
+        )
+        name = prefix + field.name
+        if dataclasses.is_dataclass(field.type):
+            yield from leaves(value, name + ".")
+        else:
+            yield name, value
+
+
+def to_config_dict(section: type) -> ml_collections.ConfigDict:
+    """Return an unlocked ConfigDict of the section's defaults."""
+    out = ml_collections.ConfigDict()
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.type):
+            out[field.name] = to_config_dict(field.type)
+        elif field.type is Options:
+            out[field.name] = ml_collections.ConfigDict()
+        elif field.default is None:
+            kind, _, _ = _value_type(field.type)
+            out[field.name] = config_dict.placeholder(kind)
+        else:
+            out[field.name] = field.default
+    return out
+
+
+def _value_type(hint: Any) -> tuple[type, tuple[str, ...], bool]:
+    """Return a field's Python type, its choices, and whether it may be unset."""
+    optional = False
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
+        optional = True
+    if typing.get_origin(hint) is Literal:
+        return str, typing.get_args(hint), optional
+    return typing.get_origin(hint) or hint, (), optional
+
+
+def build(section: type, values: Mapping[str, Any]) -> Any:
+    """Build a section from nested plain values; absent keys keep their defaults.
+
+    Raises:
+      ConfigError: a key is unknown, or a value has the wrong type.
+    """
+    return _build(section, section, values, "")
+
+
+def _build(root: type, section: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = {field.name: field.type for field in dataclasses.fields(section)}
+    out = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise ConfigError(unknown_key_message(root, name))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) or hint is Options:
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{name}={value!r} is a value, but {name} is a section of keys."
+                )
+            if hint is Options:
+                out[key] = _options(name, value)
+            else:
+                out[key] = _build(root, hint, value, name + ".")
+        else:
+            out[key] = _convert(name, value, hint)
+    return section(**out)
+
+
+def _options(name: str, values: Mapping[str, Any]) -> Options:
+    def freeze(key: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(freeze(key, item) for item in value)
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise ConfigError(
+            f"{name}.{key}={value!r} is of type {type(value).__name__}: give a number, "
+            "a string, a bool, or a tuple of these."
+        )
+
+    return tuple(sorted((key, freeze(key, value)) for key, value in values.items()))
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """Return `value` in the field's type; only lossless conversions are made."""
+    kind, _, optional = _value_type(hint)
+    if value is None and optional:
+        return None
+    if kind is tuple and isinstance(value, list | tuple):
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(f"{name}[{i}]", v, item) for i, v in enumerate(value))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(
+            f"{name}={value!r} is of type {type(value).__name__}: give "
+            f"{kind.__name__}{' or leave it unset' if optional else ''}."
+        )
+    return value
+
+
+def check_fields(section: Any, prefix: str = "") -> None:
+    """Check every choice and range."""
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            check_fields(value, name + ".")
+            continue
+        if value is None:
+            continue
+        kind, choices, _ = _value_type(field.type)
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(
+                f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
+            )
+        if field.metadata:
+            _check_range(name, value, **field.metadata)
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float, above: float | None
+) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}={value} is not finite.")
+    if above is not None and value <= above:
+        raise ConfigError(f"{name}={value} is out of range: above {above:g}.")
+    if not low <= value <= high:
+        parts = [f"at least {low:g}"] if low > -math.inf else []
+        parts += [f"at most {high:g}"] if high < math.inf else []
+        raise ConfigError(f"{name}={value} is out of range: {', '.join(parts)}.")
