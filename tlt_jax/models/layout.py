@@ -1,0 +1,248 @@
+"""The correspondence between named tensors of a file and the leaves of `Params`.
+
+A file holds one tensor per projection and layer; `Params` fuses projections and stacks
+layers. `layout` says for every leaf which tensors fill which block of it; readers and
+writers of all formats follow this one table.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One tensor of a file and the block of a leaf that it fills.
+
+    Attributes:
+      name: of the tensor.
+      groups: for each axis of the tensor, the axes of the leaf that it flattens, in
+        order; all together they are the block's shape.
+      start: of the block in the leaf.
+    """
+
+    name: str
+    groups: tuple[tuple[int, ...], ...]
+    start: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the file."""
+        return tuple(math.prod(group) for group in self.groups)
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Shape of the block in the leaf."""
+        return sum(self.groups, ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf of `Params`: its shape and the tensors that tile it."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+class Source(Protocol):
+    """Named tensors that can be read in part."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor by name."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Read a slice with explicit bounds."""
+
+
+def layout(
+    cfg: model_config.ModelConfig, names: Mapping[str, str]
+) -> model_params.Params:
+    """Describe which named tensors fill every leaf.
+
+    Args:
+      cfg: the model.
+      names: a tensor's name for every role, `{}` standing for the layer.
+
+    Returns:
+      `Params` of `Leaf`, layers stacked.
+    """
+    weights = model_params.describe(cfg)
+    d, f, h = cfg.d_model, cfg.d_ff, cfg.head_dim
+    k, g = cfg.num_kv_heads, cfg.heads_per_kv
+
+    def leaf(weight, *parts):
+        if weight is None:
+            return None
+        pieces = [
+            Piece(names[role].format(i), ((1, *groups[0]), *groups[1:]), (i, *start))
+            for i in range(cfg.num_layers)
+            for role, groups, start in parts
+        ]
+        return Leaf(weight.shape, tuple(pieces))
+
+    def vector(weight, role, size):
+        return leaf(weight, (role, ((size,),), (0,)))
+
+    def table(weight, role):
+        if weight is None:
+            return None
+        groups = tuple((n,) for n in weight.shape)
+        return Leaf(
+            weight.shape, (Piece(names[role], groups, (0,) * len(weight.shape)),)
+        )
+
+    def heads(weight, suffix, last, start):
+        def part(role, count, offset):
+            return role + suffix, ((k, count, h), *last), (0, offset, 0, *start)
+
+        return leaf(weight, part("q", g, 0), part("k", 1, g), part("v", 1, g + 1))
+
+    layers = weights.layers
+    return model_params.Params(
+        embed=table(weights.embed, "embed"),
+        layers=model_params.LayerParams(
+            attn_norm=vector(layers.attn_norm, "attn_norm", d),
+            qkv=heads(layers.qkv, "", ((d,),), (0,)),
+            qkv_bias=heads(layers.qkv_bias, "_bias", (), ()),
+            q_norm=vector(layers.q_norm, "q_norm", h),
+            k_norm=vector(layers.k_norm, "k_norm", h),
+            out=leaf(layers.out, ("out", ((d,), (k, g, h)), (0, 0, 0, 0))),
+            out_bias=vector(layers.out_bias, "out_bias", d),
+            mlp_norm=vector(layers.mlp_norm, "mlp_norm", d),
+            gate_up=leaf(
+                layers.gate_up,
+                ("gate", ((1, f), (d,)), (0, 0, 0)),
+                ("up", ((1, f), (d,)), (1, 0, 0)),
+            ),
+            gate_up_bias=leaf(
+                layers.gate_up_bias,
+                ("gate_bias", ((1, f),), (0, 0)),
+                ("up_bias", ((1, f),), (1, 0)),
+            ),
+            down=leaf(layers.down, ("down", ((d,), (f,)), (0, 0))),
+            down_bias=vector(layers.down_bias, "down_bias", d),
+        ),
+        final_norm=table(weights.final_norm, "final_norm"),
+        lm_head=table(weights.lm_head, "lm_head"),
+    )
+
+
+def assemble(
+    leaves: model_params.Params,
+    source: Source,
+    dtype=jnp.float32,
+    shardings: model_params.Params | None = None,
+) -> model_params.Params:
+    """Fill every leaf of `leaves` from `source`.
+
+    Raises:
+      ValueError: naming tensors that are missing, surplus or misshapen.
+    """
+    _check_names(leaves, source)
+    if shardings is None:
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(
+                _read(leaf, source, tuple(slice(0, n) for n in leaf.shape), dtype)
+            ),
+            leaves,
+        )
+
+    def place(leaf: Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
+        # Replicas ask for the same slice once per device.
+        read = functools.cache(
+            lambda bounds: _read(
+                leaf, source, tuple(slice(*bound) for bound in bounds), dtype
+            )
+        )
+
+        def callback(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = zip(index, leaf.shape, strict=True)
+            return read(tuple(s.indices(n)[:2] for s, n in bounds))
+
+        return jax.make_array_from_callback(leaf.shape, sharding, callback)
+
+    return jax.tree.map(place, leaves, shardings)
+
+
+def some(names: list[str], limit: int = 6) -> str:
+    """List some of `names` for a message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _read(leaf: Leaf, source: Source, index: tuple[slice, ...], dtype) -> np.ndarray:
+    """Read `leaf[index]`; the bounds of `index` are explicit."""
+    result = np.empty([s.stop - s.start for s in index], jnp.dtype(dtype))
+    for piece in leaf.pieces:
+        bounds = [
+            (max(s.start, start), min(s.stop, start + n))
+            for s, start, n in zip(index, piece.start, piece.block, strict=True)
+        ]
+        if any(low >= high for low, high in bounds):
+            continue
+        inside = tuple(
+            slice(low - s.start, high - s.start)
+            for (low, high), s in zip(bounds, index, strict=True)
+        )
+        block = [
+            (low - start, high - start)
+            for (low, high), start in zip(bounds, piece.start, strict=True)
+        ]
+        result[inside] = _read_block(piece, source, block)
+    return result
+
+
+def _read_block(
+    piece: Piece, source: Source, bounds: list[tuple[int, int]]
+) -> np.ndarray:
+    """Read a sub-block: files are sliced along the first long axis of each group."""
+    file_index, shape, rest, axis = [], [], [], 0
+    for group in piece.groups:
+        own = bounds[axis : axis + len(group)]
+        axis += len(group)
+        lead = next((i for i, n in enumerate(group) if n > 1), len(group) - 1)
+        inner = math.prod(group[lead + 1 :])
+        low, high = own[lead]
+        file_index.append(slice(low * inner, high * inner))
+        shape += [*group[:lead], high - low, *group[lead + 1 :]]
+        rest += [slice(None)] * (lead + 1) + [slice(*b) for b in own[lead + 1 :]]
+    return source.read(piece.name, tuple(file_index)).reshape(shape)[tuple(rest)]
+
+
+def _check_names(leaves: model_params.Params, source: Source) -> None:
+    expected = {
+        piece.name: piece.shape
+        for leaf in jax.tree.leaves(leaves)
+        for piece in leaf.pieces
+    }
+    found = source.shapes()
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected]
+    if missing or surplus:
+        listed = "; ".join(
+            f"{kind} {some(names)}"
+            for kind, names in (("missing", missing), ("surplus", surplus))
+            if names
+        )
+        raise ValueError(
+            f"the weights are not those of the configuration: {listed}. Check that "
+            "config.json belongs to these files."
+        )
+    wrong = [
+        f"{name} is {found[name]}, not {shape}"
+        for name, shape in expected.items()
+        if tuple(found[name]) != shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"tensors with shapes that the configuration does not have: {some(wrong)}."
+        )
