@@ -1,0 +1,154 @@
+"""The parts of a decoder layer that are not attention: norm, rotary angles, MLP."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+from tlt_jax.types import Array
+
+
+def precision(dtype) -> lax.Precision:
+    """Products of float32 are computed as such; GPUs and TPUs would round them."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def rms_norm(x: Array, scale: Array, eps: float, axis: int = 0) -> Array:
+    """Divide by the root mean square over `axis` and scale.
+
+    The mean is taken in float32 whatever the activations are.
+
+    Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, eq. 4.
+
+    Args:
+      x: features along `axis`.
+      scale: `[x.shape[axis]]`.
+      eps: added to the mean square.
+      axis: the feature axis.
+
+    Returns:
+      As `x`.
+    """
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=axis, keepdims=True)
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    normed = x32 * lax.rsqrt(mean_square + eps)
+    return (normed * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)
+
+
+def rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
+    """Compute the rotary frequencies of `cfg`, stretched as `rope_scaling` says.
+
+    Reference: Su et al., RoFormer, 2021; Peng et al., YaRN, 2023, section 3; the
+    llama3 form is described in the Llama 3.1 model release.
+
+    Returns:
+      Angular frequencies `[H / 2] float32` in radians per position, and the factor on
+      cos and sin (1 but for YaRN).
+    """
+    dim, theta = cfg.head_dim, cfg.rope_theta
+    freqs = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    scaling = cfg.rope_scaling
+    factor = 1.0
+    if scaling is None:
+        pass
+    elif scaling.kind == "linear":
+        freqs = freqs / scaling.factor
+    elif scaling.kind == "llama3":
+        freqs = _llama3(freqs, scaling)
+    elif scaling.kind == "yarn":
+        freqs, factor = _yarn(freqs, scaling, dim, theta)
+    else:
+        raise ValueError(
+            f"rope_scaling.kind={scaling.kind!r} is not computed here: use linear, "
+            "llama3 or yarn."
+        )
+    return freqs.astype(np.float32), factor
+
+
+def _llama3(freqs: np.ndarray, scaling: model_config.RopeScaling) -> np.ndarray:
+    turns = scaling.original_max_positions * freqs / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * freqs + (1 - keep) * freqs / scaling.factor
+
+
+def _yarn(
+    freqs: np.ndarray, scaling: model_config.RopeScaling, dim: int, theta: float
+) -> tuple[np.ndarray, float]:
+    def dimension_of(rotations: float) -> float:
+        wavelength_ratio = scaling.original_max_positions / (rotations * 2 * math.pi)
+        return dim * math.log(wavelength_ratio) / (2 * math.log(theta))
+
+    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return freqs * (1 - ramp) + freqs / scaling.factor * ramp, factor
+
+
+def rope_tables(cfg: model_config.ModelConfig, positions: Array) -> tuple[Array, Array]:
+    """Tabulate cos and sin of every rotary angle.
+
+    Args:
+      cfg: the model.
+      positions: `[B, T] int32`.
+
+    Returns:
+      cos and sin, `[H / 2, B, T] float32`.
+    """
+    freqs, factor = rope_frequencies(cfg)
+    angles = jnp.asarray(freqs)[:, None, None] * positions.astype(jnp.float32)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn the pairs (i, i + H/2) of every head by their angles.
+
+    Args:
+      x: `[..., H, B, T]`.
+      cos, sin: `[H / 2, B, T] float32`.
+
+    Returns:
+      As `x`.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-3)
+    turned = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-3
+    )
+    return turned.astype(x.dtype)
+
+
+def mlp(layer: model_params.LayerParams, x: Array) -> Array:
+    """Apply the gated feed-forward block, down(silu(gate x) * up x).
+
+    Reference: Shazeer, GLU Variants Improve Transformer, 2020, section 2.
+
+    Args:
+      layer: one layer's weights.
+      x: `[D, B, T]`, normed.
+
+    Returns:
+      `[D, B, T]`.
+    """
+    dtype = x.dtype
+    prec = precision(dtype)
+    hidden = jnp.einsum("gfd,dbt->gfbt", layer.gate_up.astype(dtype), x, precision=prec)
+    if layer.gate_up_bias is not None:
+        hidden = hidden + layer.gate_up_bias.astype(dtype)[..., None, None]
+    gated = jax.nn.silu(hidden[0]) * hidden[1]
+    y = jnp.einsum("df,fbt->dbt", layer.down.astype(dtype), gated, precision=prec)
+    if layer.down_bias is not None:
+        y = y + layer.down_bias.astype(dtype)[:, None, None]
+    return y

@@ -1,0 +1,230 @@
+"""The one forward of a decoder: prefill, decode, verification, log-probs, training.
+
+It reads the cache and returns the new keys and values; the caller appends what is
+accepted, so nothing is ever rolled back and the layer loop carries no cache.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from tlt_jax.models import attention, kv_cache, layers
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+from tlt_jax.types import Array
+
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+@struct.dataclass
+class CacheView:
+    """What a forward reads of the cache.
+
+    Attributes:
+      cache: the pages.
+      page_table: `[B, max_pages] int32`.
+      lengths: `[B] int32`, positions cached for each row.
+    """
+
+    cache: kv_cache.PagedCache
+    page_table: Array
+    lengths: Array
+
+
+@struct.dataclass
+class Output:
+    """What a forward returns.
+
+    Attributes:
+      hidden: `[D, B, T]`, features after the final norm.
+      keys, values: `[L, K, H, B, T]`, keys rotated; or None if not asked for.
+      features: tuple of `[D, B, T]`, outputs of the layers asked for, before any norm.
+    """
+
+    hidden: Array
+    keys: Array | None
+    values: Array | None
+    features: tuple[Array, ...]
+
+
+def forward(
+    params: model_params.Params,
+    cfg: model_config.ModelConfig,
+    tokens: Array,
+    positions: Array,
+    visibility: attention.Visibility | None = None,
+    view: CacheView | None = None,
+    *,
+    dtype=jnp.float32,
+    features: tuple[int, ...] = (),
+    with_cache_columns: bool = True,
+    remat: str = "none",
+    attention_block: int = 256,
+    constrain: Callable[[Array], Array] = lambda x: x,
+) -> Output:
+    """Compute features of `tokens`, given the cached past of their rows.
+
+    Args:
+      params: the weights; stacked layers are scanned over, a tuple is unrolled.
+      cfg: the model.
+      tokens: `[B, T] int32`; padding holds any id of the vocabulary.
+      positions: `[B, T] int32`, rotary positions.
+      visibility: which fresh tokens see which; None: causal within the row.
+      view: the cached past, seen by every fresh token; None: there is none.
+      dtype: of activations and products; norms, softmax and scores are float32.
+      features: indices of layers whose outputs are returned.
+      with_cache_columns: return the new keys and values.
+      remat: `none`, `full` (a layer's activations are computed again in the backward
+        pass) or `dots` (products are kept, the rest computed again).
+      attention_block: queries per block over the fresh part.
+      constrain: applied to `[D, B, T]` activations between layers (their sharding).
+
+    Returns:
+      `Output`.
+
+    Raises:
+      ValueError: `remat` is not one of the three.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat={remat!r}: use one of {', '.join(REMAT_POLICIES)}.")
+    if visibility is None:
+        visibility = attention.Visibility()
+    rope = layers.rope_tables(cfg, positions)
+    x_DBT = jnp.moveaxis(params.embed[tokens].astype(dtype), -1, 0)
+    x_DBT = constrain(x_DBT)
+
+    def one_layer(layer, x_DBT, index, window):
+        attended, keys, values = _attend(
+            layer,
+            layers.rms_norm(x_DBT, layer.attn_norm, cfg.rms_norm_eps),
+            cfg,
+            rope,
+            positions,
+            visibility,
+            view,
+            index,
+            window,
+            attention_block,
+        )
+        x_DBT = x_DBT + attended
+        normed = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)
+        x_DBT = constrain(x_DBT + layers.mlp(layer, normed))
+        return x_DBT, (keys, values) if with_cache_columns else (None, None)
+
+    if remat == "full":
+        one_layer = jax.checkpoint(one_layer)
+    elif remat == "dots":
+        one_layer = jax.checkpoint(
+            one_layer, policy=jax.checkpoint_policies.dots_saveable
+        )
+
+    run = _unrolled if isinstance(params.layers, tuple) else _scanned
+    x_DBT, (keys, values), kept = run(params, cfg, one_layer, x_DBT, features)
+    hidden = layers.rms_norm(x_DBT, params.final_norm, cfg.rms_norm_eps)
+    return Output(hidden=hidden, keys=keys, values=values, features=kept)
+
+
+def logits(params: model_params.Params, hidden: Array) -> Array:
+    """Multiply features by the LM head.
+
+    Args:
+      params: the weights.
+      hidden: `[D, ...]`, after the final norm.
+
+    Returns:
+      `[V, ...] float32`.
+    """
+    head = params.head.astype(hidden.dtype)
+    return jnp.tensordot(
+        head,
+        hidden,
+        axes=1,
+        precision=layers.precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _unrolled(params, cfg, one_layer, x_DBT, features):
+    columns, outputs = [], {}
+    for index, layer in enumerate(params.layers):
+        x_DBT, fresh = one_layer(layer, x_DBT, index, cfg.window(index))
+        columns.append(fresh)
+        outputs[index] = x_DBT
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *columns)
+    return x_DBT, stacked, tuple(outputs[i] for i in features)
+
+
+def _scanned(params, cfg, one_layer, x_DBT, features):
+    windows = None
+    if any(cfg.windowed_layers):
+        widths = [cfg.window(i) for i in range(cfg.num_layers)]
+        windows = jnp.array(
+            [jnp.iinfo(jnp.int32).max if w is None else w for w in widths], jnp.int32
+        )
+    kept = jnp.zeros((len(features), *x_DBT.shape), x_DBT.dtype)
+
+    def body(carry, scanned):
+        x_DBT, kept = carry
+        index, layer, window = scanned
+        x_DBT, fresh = one_layer(layer, x_DBT, index, window)
+        for slot, wanted in enumerate(features):
+            kept = kept.at[slot].set(jnp.where(index == wanted, x_DBT, kept[slot]))
+        return (x_DBT, kept), fresh
+
+    xs = (jnp.arange(cfg.num_layers), params.layers, windows)
+    (x_DBT, kept), columns = lax.scan(body, (x_DBT, kept), xs)
+    return x_DBT, columns, tuple(kept[i] for i in range(len(features)))
+
+
+def _attend(layer, x_DBT, cfg, rope, positions, visibility, view, index, window, block):
+    """Project, rotate, attend over cache and fresh part, project back."""
+    dtype = x_DBT.dtype
+    prec = layers.precision(dtype)
+    group, head_dim = cfg.heads_per_kv, cfg.head_dim
+    _, batch, num_tokens = x_DBT.shape
+    qkv = jnp.einsum("kghd,dbt->kghbt", layer.qkv.astype(dtype), x_DBT, precision=prec)
+    if layer.qkv_bias is not None:
+        qkv = qkv + layer.qkv_bias.astype(dtype)[..., None, None]
+    query, key, value = qkv[:, :group], qkv[:, group], qkv[:, group + 1]
+    if layer.q_norm is not None:
+        query = layers.rms_norm(query, layer.q_norm, cfg.rms_norm_eps, axis=2)
+        key = layers.rms_norm(key, layer.k_norm, cfg.rms_norm_eps, axis=1)
+    query, key = layers.rotate(query, *rope), layers.rotate(key, *rope)
+
+    query_BKGTH = query.transpose(3, 0, 1, 4, 2)
+    key_BKHT, value_BKHT = key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3)
+    options = dict(scale=head_dim**-0.5, window=window)
+    partial = attention.attend_fresh(
+        query_BKGTH,
+        key_BKHT,
+        value_BKHT,
+        visibility,
+        positions=positions,
+        block=block,
+        **options,
+    )
+    if view is not None:
+        merged = (batch, cfg.num_kv_heads, group * num_tokens, head_dim)
+        cached = attention.attend_cached(
+            query_BKGTH.reshape(merged),
+            view.cache,
+            index,
+            view.page_table,
+            view.lengths,
+            positions=jnp.tile(positions, (1, group)),
+            **options,
+        )
+        partial = attention.join(cached, partial)
+    heads = attention.finish(partial).astype(dtype)
+    heads_KGHBT = heads.reshape(
+        batch, cfg.num_kv_heads, group, num_tokens, head_dim
+    ).transpose(1, 2, 4, 0, 3)
+    attended = jnp.einsum(
+        "dkgh,kghbt->dbt", layer.out.astype(dtype), heads_KGHBT, precision=prec
+    )
+    if layer.out_bias is not None:
+        attended = attended + layer.out_bias.astype(dtype)[:, None, None]
+    return attended, key, value
