@@ -1,0 +1,189 @@
+"""Where arrays live: logical axis names mapped to the axes of a device mesh.
+
+Weights, states and batches name what their axes mean; one `ShardingRules` says which
+mesh axes each name is split over. Partition specs are made here and nowhere else.
+
+The mesh has three axes. `data`: copies of the weights, each with its part of the
+batch. `fsdp`: weights and batch both split. `tensor`: heads, feed-forward and
+vocabulary split.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical names of one array's axes; None: never split.
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Mesh axes over which each logical axis is split; empty: not split.
+
+    Attributes:
+      embed: D, of weights.
+      mlp: F.
+      kv_heads: K, of weights and of the cache.
+      vocab: V.
+      layer: L.
+      batch: rows of any batch.
+      page: pages of the cache.
+    """
+
+    embed: tuple[str, ...] = ("fsdp",)
+    mlp: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    layer: tuple[str, ...] = ()
+    batch: tuple[str, ...] = ("data", "fsdp")
+    page: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            for axis in getattr(self, field.name):
+                if axis not in MESH_AXES:
+                    raise ValueError(
+                        f"{field.name}={getattr(self, field.name)!r} names no mesh axis"
+                        f" {axis!r}: use {', '.join(MESH_AXES)}."
+                    )
+
+    def mesh_axes(self, name: str | None) -> tuple[str, ...]:
+        """Return the mesh axes that the logical axis `name` is split over."""
+        if name is None:
+            return ()
+        known = [field.name for field in dataclasses.fields(self)]
+        if name not in known:
+            raise ValueError(
+                f"logical axis {name!r} has no rule: use {', '.join(known)} or None."
+            )
+        return getattr(self, name)
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Arrange devices as a (data, fsdp, tensor) mesh.
+
+    Args:
+      data, fsdp, tensor: devices along each axis, at least 1; at most one is -1 and
+        takes all that remain.
+      devices: the devices to use, default all. Sizes without a -1 may ask for fewer:
+        the first ones are taken.
+
+    Raises:
+      ValueError: the sizes do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    asked = f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"{asked}: give sizes of at least 1, at most one of them -1.")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        if len(devices) % fixed:
+            raise ValueError(
+                f"{asked}: {len(devices)} devices do not divide into groups of {fixed}."
+            )
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    total = math.prod(sizes)
+    if total > len(devices):
+        raise ValueError(
+            f"{asked} needs {total} devices, but there are {len(devices)}: lower a "
+            "size or set one to -1."
+        )
+    if total == len(jax.devices()) and devices == jax.devices():
+        # Lets the backend order the devices by their links.
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    grid = np.array(devices[:total]).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def named(
+    mesh: Mesh,
+    rules: ShardingRules,
+    axes: Axes,
+    shape: tuple[int, ...] | None = None,
+    replicate: bool = False,
+) -> NamedSharding:
+    """Return the sharding of an array whose axes are called `axes`.
+
+    Args:
+      mesh: with the axes of `MESH_AXES`.
+      rules: logical to mesh axes. A mesh axis serves one array axis: of two that ask
+        for it the first gets it.
+      axes: a logical name or None per array axis; trailing ones may be left out.
+      shape: of the array; checked when given.
+      replicate: what becomes of an array axis that its mesh axes do not divide: an
+        error (False), or the axis is not split (True).
+
+    Raises:
+      ValueError: a name has no rule, or an axis does not divide.
+    """
+    used: set[str] = set()
+    spec = []
+    for i, name in enumerate(axes):
+        wanted = tuple(a for a in rules.mesh_axes(name) if a not in used)
+        parts = math.prod(mesh.shape[a] for a in wanted)
+        if shape is not None and shape[i] % parts:
+            if not replicate:
+                raise ValueError(
+                    f"axis {i} ({name}) of shape {tuple(shape)} does not divide over "
+                    f"mesh axes {wanted} of {parts} devices: use a mesh whose size "
+                    f"divides {shape[i]}, or replicate it."
+                )
+            wanted = ()
+        used.update(wanted)
+        spec.append(wanted if len(wanted) != 1 else wanted[0])
+    return NamedSharding(mesh, PartitionSpec(*(part or None for part in spec)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def is_axes(node: Any) -> bool:
+    """Say whether `node` of a tree is one array's logical axes."""
+    return type(node) is tuple and all(
+        name is None or isinstance(name, str) for name in node
+    )
+
+
+def tree_shardings(
+    mesh: Mesh,
+    rules: ShardingRules,
+    axes: Any,
+    shapes: Any = None,
+    replicate: bool = False,
+) -> Any:
+    """Return the shardings of a tree of arrays.
+
+    Args:
+      mesh, rules, replicate: see `named`.
+      axes: tree with a tuple of logical names at the place of every array.
+      shapes: tree of the same structure whose leaves have a `.shape` (arrays or
+        abstract ones); divisibility is checked when given.
+
+    Returns:
+      A tree of `NamedSharding`s in the structure of `axes`.
+    """
+
+    def one(path, names: Axes, leaf: Any = None) -> NamedSharding:
+        try:
+            shape = None if leaf is None else leaf.shape
+            return named(mesh, rules, names, shape, replicate)
+        except ValueError as error:
+            raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from error
+
+    trees = (axes,) if shapes is None else (axes, shapes)
+    return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=is_axes)
