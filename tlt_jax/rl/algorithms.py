@@ -1,0 +1,225 @@
+"""Named presets of the policy-gradient algorithms."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from tlt_jax.rl import advantages, losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """One algorithm: what the host computes before the loss, and the loss.
+
+    Attributes:
+      advantage: estimator in `advantages`.
+      aggregation: how `losses.token_weights` turns tokens into one number.
+      dynamic_sampling: sample on until every group of the batch carries signal.
+      overlong_shaping: subtract `advantages.overlong_shaping` from rewards.
+      overlong_buffer_frac: width of its ramp as a fraction of the length limit.
+      overlong_penalty: its full penalty, in units of reward.
+      loss: the surrogate's own settings.
+    """
+
+    advantage: advantages.Estimator
+    aggregation: losses.Aggregation
+    dynamic_sampling: bool
+    overlong_shaping: bool
+    overlong_buffer_frac: float
+    overlong_penalty: float
+    loss: losses.LossConfig
+
+    def __post_init__(self):
+        _one_of("advantage", self.advantage, advantages.Estimator.__args__)
+        _one_of("aggregation", self.aggregation, losses.Aggregation.__args__)
+        if not 0 <= self.overlong_buffer_frac <= 1:
+            raise ValueError(
+                f"overlong_buffer_frac={self.overlong_buffer_frac} is outside [0, 1]: "
+                "it is a fraction of the length limit."
+            )
+        if not self.overlong_penalty >= 0:
+            raise ValueError(
+                f"overlong_penalty={self.overlong_penalty} is negative: give the "
+                "amount to subtract, as a positive number."
+            )
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Gives the settings of a published algorithm, to be overridden one by one.
+
+    Args:
+      name: `grpo`, `dr_grpo`, `dapo`, `rloo`, `reinforce_pp_baseline` or `gspo`.
+
+    Returns:
+      A new flat dict: every field of `losses.LossConfig` and every field of `Algorithm`
+      but `loss`. `build` turns it into an `Algorithm`.
+
+    Raises:
+      ValueError: unknown name; the message gives the nearest.
+    """
+    presets = {
+        "grpo": _grpo,
+        "dr_grpo": _dr_grpo,
+        "dapo": _dapo,
+        "rloo": _rloo,
+        "reinforce_pp_baseline": _reinforce_pp_baseline,
+        "gspo": _gspo,
+    }
+    if name not in presets:
+        raise ValueError(_unknown("algorithm", name, presets))
+    return presets[name]()
+
+
+def build(settings: Mapping[str, Any]) -> Algorithm:
+    """Makes the frozen algorithm from a preset's settings, changed or not.
+
+    Args:
+      settings: what `preset` returns, with values overridden.
+
+    Returns:
+      The algorithm.
+
+    Raises:
+      ValueError: a setting is missing, unknown (the message gives the nearest) or out
+        of range.
+    """
+    known = _grpo()
+    for key in settings:
+        if key not in known:
+            raise ValueError(_unknown("setting", key, known))
+    missing = sorted(known.keys() - set(settings))
+    if missing:
+        raise ValueError(
+            f"settings lacks {', '.join(missing)}: start from preset(name) and "
+            "override."
+        )
+    loss_fields = {field.name for field in dataclasses.fields(losses.LossConfig)}
+    loss = losses.LossConfig(**{k: settings[k] for k in known if k in loss_fields})
+    host = {k: settings[k] for k in known if k not in loss_fields}
+    return Algorithm(loss=loss, **host)
+
+
+def _grpo() -> dict[str, Any]:
+    """Group relative policy optimization.
+
+    Standardized group rewards, symmetric clipping at 0.2, the mean over sequences of
+    token means, low-variance KL to the reference in the loss.
+
+    Reference: Shao et al., "DeepSeekMath: Pushing the Limits of Mathematical Reasoning
+    in Open Language Models", section 4.1 (its section 4.2 uses a KL coefficient of
+    0.04). The coefficient 0.001 here is the one of later reasoning runs: DeepSeek-AI,
+    "DeepSeek-R1", and TLT, "Taming the Long-Tail", evaluation setup.
+    """
+    return {
+        "advantage": "grpo",
+        "aggregation": "sequence_mean",
+        "dynamic_sampling": False,
+        "overlong_shaping": False,
+        "overlong_buffer_frac": 0.2,
+        "overlong_penalty": 1.0,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "dual_clip": None,
+        "ratio_level": "token",
+        "kl_coef": 0.001,
+        "kl_estimator": "k3",
+        "kl_placement": "loss",
+        "importance_cap": None,
+        "entropy_coef": 0.0,
+    }
+
+
+def _dr_grpo() -> dict[str, Any]:
+    """GRPO done right: no division by the deviation nor by the response's length.
+
+    Reference: Liu et al., "Understanding R1-Zero-Like Training: A Critical
+    Perspective", section 3.2; no KL term, as in its experiments.
+    """
+    return _grpo() | {
+        "advantage": "dr_grpo",
+        "aggregation": "constant",
+        "kl_coef": 0.0,
+    }
+
+
+def _dapo() -> dict[str, Any]:
+    """Decoupled clip and dynamic sampling policy optimization.
+
+    Clip-higher 0.2/0.28 (section 3.1), dynamic sampling (3.2), token mean (3.3),
+    overlong shaping over the last fifth of the limit (3.4: 4096 of 20480 tokens), no KL
+    (2.3).
+
+    Reference: Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at
+    Scale", sections 2.3, 3.1 to 3.4 and 4.1.
+    """
+    return _grpo() | {
+        "aggregation": "token_mean",
+        "dynamic_sampling": True,
+        "overlong_shaping": True,
+        "clip_high": 0.28,
+        "kl_coef": 0.0,
+    }
+
+
+def _rloo() -> dict[str, Any]:
+    """REINFORCE leave-one-out: a response is one action, KL is part of its reward.
+
+    Token terms are summed, not averaged, within a sequence (`constant`). The paper has
+    no clipping; with one update per rollout the ratio is 1 and the clip never acts.
+    The KL coefficient is GRPO's; the paper tunes it per task.
+
+    Reference: Ahmadian et al., "Back to Basics: Revisiting REINFORCE-Style Optimization
+    for Learning from Human Feedback in LLMs", section 3.
+    """
+    return _grpo() | {
+        "advantage": "rloo",
+        "aggregation": "constant",
+        "kl_estimator": "k1",
+        "kl_placement": "reward",
+    }
+
+
+def _reinforce_pp_baseline() -> dict[str, Any]:
+    """REINFORCE++ with baseline: group mean subtracted, whitened over the batch.
+
+    The KL coefficient is GRPO's.
+
+    Reference: Hu et al., "REINFORCE++: Stabilizing Critic-Free Policy Optimization with
+    Global Advantage Normalization", the variant with baseline, whose KL is a separate
+    loss with the k2 estimator.
+    """
+    return _grpo() | {
+        "advantage": "reinforce_pp_baseline",
+        "aggregation": "token_mean",
+        "kl_estimator": "k2",
+    }
+
+
+def _gspo() -> dict[str, Any]:
+    """Group sequence policy optimization: one length-normalized ratio per sequence.
+
+    Reference: Zheng et al., "Group Sequence Policy Optimization", sections 4.1 and 4.3;
+    clipping ranges 3e-4 and 4e-4 from section 5.1.
+    """
+    return _grpo() | {
+        "ratio_level": "sequence",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "kl_coef": 0.0,
+    }
+
+
+def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+    return (
+        f"{what} {name!r} is unknown: did you mean {near!r}? Choose from "
+        f"{', '.join(known)}."
+    )
+
+
+def _one_of(field: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(
+            f"{field}={value!r} is unknown: choose from {', '.join(accepted)}."
+        )

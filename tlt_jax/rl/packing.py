@@ -1,0 +1,464 @@
+"""Packing of prompt groups into rows that hold each prompt once.
+
+A group (a prompt and its R responses) is a tree of two levels, and a row of length T
+holds the trees of one or more groups:
+
+    tokens      p p p a a a b b q q c c c c . .     p, q prompts; a, b answer p, c q
+    positions   0 1 2 3 4 5 3 4 0 1 2 3 4 5 . .     responses continue their prompt
+    segment     0 0 0 1 1 1 2 2 3 3 4 4 4 4 - -
+    prefix      0 0 0 0 0 0 0 0 3 3 3 3 3 3 - -     the prompt's segment
+
+A query sees the earlier keys of its own segment and of its prompt (`visible`). Response
+token j is predicted at response token j - 1, and token 0 at the prompt's last token,
+which thus predicts one token of every response: so predictions are listed apart from
+the columns that make them (`source`, `target`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+Rounding = int | Literal["power_of_two"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A prompt and its responses.
+
+    Attributes:
+      prompt: `[n >= 1] int32`.
+      responses: R arrays `[length] int32`, EOS included; an empty one is a dropped
+        response, which is counted in `Packed.lengths` and takes no room.
+    """
+
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows of packed groups: B rows of T columns and at most M predictions each.
+
+    Completions are numbered over all groups in the order given, and their tokens lie
+    end to end in one flat list, which `index` points into.
+
+    Attributes:
+      tokens: `[B, T] int32`, padding 0.
+      positions: `[B, T] int32`, padding 0.
+      segment: `[B, T] int32`, number of the prompt or response in its row, padding -1.
+      prefix: `[B, T] int32`, segment of the column's prompt, padding -1.
+      source: `[B, M] int32`, column of the row whose logits predict, padding 0.
+      target: `[B, M] int32`, token predicted, padding 0.
+      sequence: `[B, M] int32`, the response, in [0, num_sequences), padding 0.
+      valid: `[B, M]` bool, the prediction exists.
+      index: `[B, M] int32`, place of `target` in the flat list, padding -1.
+      lengths: `[n] int32`, length of every completion of the whole batch, also in the
+        parts that `split` makes.
+      row_sequences: bound on the responses in one row.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segment: np.ndarray
+    prefix: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    sequence: np.ndarray
+    valid: np.ndarray
+    index: np.ndarray
+    lengths: np.ndarray
+    row_sequences: int
+
+    @property
+    def num_sequences(self) -> int:
+        """Static bound on `sequence`; the same for all parts of equal row count."""
+        return self.tokens.shape[0] * self.row_sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """A prompt with those of its responses that share a row, as (number, tokens)."""
+
+    prompt: np.ndarray
+    responses: tuple[tuple[int, np.ndarray], ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt) + self.num_predictions
+
+    @property
+    def num_predictions(self) -> int:
+        return sum(len(tokens) for _, tokens in self.responses)
+
+
+def pack(
+    groups: Sequence[Group],
+    *,
+    row_tokens: int,
+    rows_multiple: Rounding = 1,
+    rounding: Rounding = "power_of_two",
+) -> Packed:
+    """Packs groups into few rows, each prompt computed once per row it appears in.
+
+    First fit decreasing: the largest tree goes first, each into the first row with
+    room. A group that fits no row is split, responses kept whole, by the same rule; its
+    parts have a copy of the prompt each. Deterministic in its input.
+
+    Args:
+      groups: at least one with a response that is not empty.
+      row_tokens: most columns in a row.
+      rows_multiple: B is rounded up to it, so that `split` divides evenly.
+      rounding: T and M are rounded up to it (but T not beyond `row_tokens`), so that
+        few shapes are compiled: a multiple or `power_of_two`.
+
+    Returns:
+      The rows.
+
+    Raises:
+      ValueError: a prompt with one response exceeds `row_tokens`, a prompt is empty,
+        tokens are not 1-D integers, nothing is there to pack, or a rounding is below 1.
+    """
+    trees: list[_Tree] = []
+    for group_index, tree in _trees(groups):
+        _check_fits(group_index, tree, row_tokens)
+        trees += _split_tree(tree, row_tokens)
+    rows = [
+        [trees[i] for i in row]
+        for row in _first_fit_decreasing([tree.size for tree in trees], row_tokens)
+    ]
+    return _lay_out(rows, groups, row_tokens, rows_multiple, rounding)
+
+
+def pad(
+    groups: Sequence[Group],
+    *,
+    row_tokens: int,
+    rows_multiple: Rounding = 1,
+    rounding: Rounding = "power_of_two",
+) -> Packed:
+    """Lays out one row per response, each with its own copy of the prompt.
+
+    The plain form that `pack` must agree with, at the cost R x (prompt + response).
+
+    Args:
+      groups, row_tokens, rows_multiple, rounding: as for `pack`.
+
+    Returns:
+      The rows, in the order of completions, empty ones left out.
+
+    Raises:
+      ValueError: as for `pack`.
+    """
+    rows = []
+    for group_index, tree in _trees(groups):
+        _check_fits(group_index, tree, row_tokens)
+        rows += [[_Tree(tree.prompt, (response,))] for response in tree.responses]
+    return _lay_out(rows, groups, row_tokens, rows_multiple, rounding)
+
+
+def split(packed: Packed, rows_per_micro_batch: int) -> list[Packed]:
+    """Cuts rows into micro-batches of equal shape, `sequence` counted anew in each.
+
+    Args:
+      packed: B rows.
+      rows_per_micro_batch: a divisor of B.
+
+    Returns:
+      `B / rows_per_micro_batch` parts; none of them shares a response with another.
+
+    Raises:
+      ValueError: the rows do not divide evenly.
+    """
+    num_rows = packed.tokens.shape[0]
+    if rows_per_micro_batch < 1 or num_rows % rows_per_micro_batch:
+        raise ValueError(
+            f"rows_per_micro_batch={rows_per_micro_batch} does not divide the "
+            f"{num_rows} rows: pack with rows_multiple=rows_per_micro_batch."
+        )
+    parts = []
+    for start in range(0, num_rows, rows_per_micro_batch):
+        rows = slice(start, start + rows_per_micro_batch)
+        arrays = {
+            field.name: getattr(packed, field.name)[rows]
+            for field in dataclasses.fields(Packed)
+            if field.name not in ("lengths", "row_sequences")
+        }
+        first = start * packed.row_sequences
+        arrays["sequence"] = np.where(
+            arrays["valid"], arrays["sequence"] - first, 0
+        ).astype(np.int32)
+        parts.append(dataclasses.replace(packed, **arrays))
+    return parts
+
+
+def gather(
+    packed: Packed, values: Sequence[np.ndarray] | np.ndarray, *, padding: float = 0
+) -> np.ndarray:
+    """Lays values of completions out over predictions.
+
+    Args:
+      packed: the layout, whole or a part of it.
+      values: either n arrays, `[length_i]` for completion i (log-probabilities), or one
+        array `[n]`, a number for each completion (advantages, weights).
+      padding: what stands where no prediction is.
+
+    Returns:
+      `[B, M]` of the values' dtype.
+
+    Raises:
+      ValueError: the number of completions or a length differs from the layout's.
+    """
+    if getattr(values, "ndim", None) == 1:
+        if len(values) != len(packed.lengths):
+            raise ValueError(
+                f"values has {len(values)} entries for {len(packed.lengths)} "
+                "completions: give one each."
+            )
+        flat = np.repeat(np.asarray(values), packed.lengths)
+    else:
+        lengths = np.array([len(array) for array in values], np.int32)
+        _check_lengths("values", lengths, packed.lengths)
+        flat = np.concatenate([np.asarray(array) for array in values])
+    filled = flat[np.maximum(packed.index, 0)]
+    return np.where(packed.valid, filled, np.asarray(padding, flat.dtype))
+
+
+def scatter(
+    parts: Sequence[Packed], values: Sequence[np.ndarray], *, padding: float = 0
+) -> list[np.ndarray]:
+    """Brings values of predictions back to completions; the inverse of `gather`.
+
+    Args:
+      parts: layouts of one batch, `[packed]` or what `split` gave, not necessarily all.
+      values: `[B, M]` for each part.
+      padding: what a token gets that lies in none of the parts.
+
+    Returns:
+      n arrays, `[length_i]` for completion i, of the values' dtype.
+
+    Raises:
+      ValueError: no part, counts that differ, or values not of their part's shape.
+    """
+    if not parts or len(parts) != len(values):
+        raise ValueError(
+            f"{len(parts)} parts with {len(values)} values: give at least one part and "
+            "one array for each."
+        )
+    lengths = parts[0].lengths
+    arrays = [np.asarray(array) for array in values]
+    flat = np.full(int(lengths.sum()), padding, arrays[0].dtype)
+    for part, array in zip(parts, arrays, strict=True):
+        if array.shape != part.valid.shape:
+            raise ValueError(
+                f"values of shape {array.shape} for predictions of shape "
+                f"{part.valid.shape}: give [rows, M] as gathered."
+            )
+        _check_lengths("parts", part.lengths, lengths)
+        flat[part.index[part.valid]] = array[part.valid]
+    return np.split(flat, np.cumsum(lengths)[:-1])
+
+
+def visible(packed: Packed) -> np.ndarray:
+    """Says which keys each query sees: the slow form of the attention mask.
+
+    Key k is visible to query q of its row iff `k <= q`, `segment[k] >= 0`, and
+    `segment[k]` is `segment[q]` or `prefix[q]`. A padding query sees nothing.
+
+    Args:
+      packed: the rows.
+
+    Returns:
+      `[B, T, T]` bool, query before key.
+    """
+    segment_q, prefix_q = packed.segment[:, :, None], packed.prefix[:, :, None]
+    segment_k = packed.segment[:, None, :]
+    column = np.arange(packed.tokens.shape[1])
+    return (
+        (column[None, :] <= column[:, None])
+        & (segment_k >= 0)
+        & ((segment_k == segment_q) | (segment_k == prefix_q))
+    )
+
+
+def _trees(groups: Sequence[Group]) -> list[tuple[int, _Tree]]:
+    """Numbers the completions and drops the empty ones; (group's index, tree)."""
+    trees = []
+    number = 0
+    for index, group in enumerate(groups):
+        _check_tokens(f"groups[{index}].prompt", group.prompt)
+        if not len(group.prompt):
+            raise ValueError(
+                f"groups[{index}].prompt is empty: its responses' first tokens need a "
+                "token that predicts them; begin with BOS."
+            )
+        responses = []
+        for sample, tokens in enumerate(group.responses):
+            _check_tokens(f"groups[{index}].responses[{sample}]", tokens)
+            if len(tokens):
+                responses.append((number, np.asarray(tokens)))
+            number += 1
+        if responses:
+            trees.append((index, _Tree(np.asarray(group.prompt), tuple(responses))))
+    if not trees:
+        raise ValueError(
+            f"the {len(groups)} groups hold no response token: there is nothing to "
+            "pack; skip this update."
+        )
+    return trees
+
+
+def _check_fits(index: int, tree: _Tree, row_tokens: int) -> None:
+    longest = max(len(tokens) for _, tokens in tree.responses)
+    if len(tree.prompt) + longest > row_tokens:
+        raise ValueError(
+            f"row_tokens={row_tokens} is less than the {len(tree.prompt)} prompt and "
+            f"{longest} response tokens in groups[{index}]: raise row_tokens or limit "
+            "the lengths."
+        )
+
+
+def _split_tree(tree: _Tree, row_tokens: int) -> list[_Tree]:
+    """Parts of the tree that fit a row each; the tree itself where it fits."""
+    sizes = [len(tokens) for _, tokens in tree.responses]
+    bins = _first_fit_decreasing(sizes, row_tokens - len(tree.prompt))
+    return [
+        _Tree(tree.prompt, tuple(tree.responses[i] for i in sorted(members)))
+        for members in bins
+    ]
+
+
+def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of the items in each bin; ties go in the order given."""
+    bins: list[list[int]] = []
+    room = np.zeros(len(sizes), np.int64)
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = np.flatnonzero(room[: len(bins)] >= sizes[item])
+        if len(fits):
+            chosen = int(fits[0])
+        else:
+            chosen = len(bins)
+            bins.append([])
+            room[chosen] = capacity
+        bins[chosen].append(item)
+        room[chosen] -= sizes[item]
+    return bins
+
+
+def _lay_out(
+    rows: Sequence[Sequence[_Tree]],
+    groups: Sequence[Group],
+    row_tokens: int,
+    rows_multiple: Rounding,
+    rounding: Rounding,
+) -> Packed:
+    """Writes the trees of each row into arrays of rounded shape."""
+    lengths = np.array([len(r) for g in groups for r in g.responses], np.int32)
+    starts = np.cumsum(lengths) - lengths
+    longest = max(sum(tree.size for tree in row) for row in rows)
+    most = max(sum(tree.num_predictions for tree in row) for row in rows)
+    num_columns = min(_round_up("rounding", longest, rounding), row_tokens)
+    num_predictions = min(_round_up("rounding", most, rounding), num_columns)
+    num_rows = _round_up("rows_multiple", len(rows), rows_multiple)
+    row_sequences = _round_up(
+        "rounding",
+        max(sum(len(tree.responses) for tree in row) for row in rows),
+        "power_of_two",
+    )
+
+    arrays = {
+        name: np.full((num_rows, width), fill, np.int32)
+        for name, width, fill in (
+            ("tokens", num_columns, 0),
+            ("positions", num_columns, 0),
+            ("segment", num_columns, -1),
+            ("prefix", num_columns, -1),
+            ("source", num_predictions, 0),
+            ("target", num_predictions, 0),
+            ("sequence", num_predictions, 0),
+            ("index", num_predictions, -1),
+        )
+    }
+    for row_index, row in enumerate(rows):
+        for name, values in _row(row, row_index * row_sequences, starts).items():
+            arrays[name][row_index, : len(values)] = values
+    return Packed(
+        **arrays,
+        valid=arrays["index"] >= 0,
+        lengths=lengths,
+        row_sequences=row_sequences,
+    )
+
+
+def _row(
+    row: Sequence[_Tree], first_sequence: int, starts: np.ndarray
+) -> dict[str, np.ndarray]:
+    """One row's arrays, without padding."""
+    names = "tokens positions segment prefix source target sequence index".split()
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    column = segment = sequence = 0
+
+    def append(tokens, **arrays):
+        for name, values in ({"tokens": tokens} | arrays).items():
+            pieces[name].append(np.broadcast_to(values, tokens.shape))
+
+    for tree in row:
+        prompt_segment = segment
+        append(
+            tree.prompt,
+            positions=np.arange(len(tree.prompt)),
+            segment=segment,
+            prefix=prompt_segment,
+        )
+        column += len(tree.prompt)
+        segment += 1
+        last_of_prompt = column - 1
+        for number, tokens in tree.responses:
+            offsets = np.arange(len(tokens))
+            append(
+                tokens,
+                positions=len(tree.prompt) + offsets,
+                segment=segment,
+                prefix=prompt_segment,
+                source=np.where(offsets == 0, last_of_prompt, column + offsets - 1),
+                target=tokens,
+                sequence=first_sequence + sequence,
+                index=starts[number] + offsets,
+            )
+            column += len(tokens)
+            segment += 1
+            sequence += 1
+    return {name: np.concatenate(values) for name, values in pieces.items()}
+
+
+def _round_up(name: str, value: int, rounding: Rounding) -> int:
+    if rounding == "power_of_two":
+        return 1 << (value - 1).bit_length()
+    if isinstance(rounding, str) or rounding < 1:
+        raise ValueError(
+            f"{name}={rounding!r}: give a multiple of at least 1 or 'power_of_two'."
+        )
+    return -(-value // rounding) * rounding
+
+
+def _check_tokens(name: str, tokens: np.ndarray) -> None:
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name} has shape {tokens.shape} and dtype {tokens.dtype}: give a flat "
+            "array of token ids."
+        )
+
+
+def _check_lengths(name: str, lengths: np.ndarray, expected: np.ndarray) -> None:
+    if not np.array_equal(lengths, expected):
+        raise ValueError(
+            f"{name} are for completions of lengths {_short(lengths)}, but the "
+            f"layout's are {_short(expected)}: give them in the order they were packed."
+        )
+
+
+def _short(lengths: np.ndarray) -> str:
+    shown = ", ".join(map(str, lengths[:8]))
+    return f"[{shown}{', ...' if len(lengths) > 8 else ''}] ({len(lengths)})"
