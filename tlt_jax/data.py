@@ -1,0 +1,293 @@
+"""Examples from files, and the order in which training visits them."""
+
+import functools
+import json
+import logging
+import operator
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from tlt_jax import types
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+class _BadRow(ValueError):
+    """A row that is no example; the message says what came and what is accepted."""
+
+
+def read_examples(
+    path: str | pathlib.Path,
+    *,
+    prompt_key: str = "prompt",
+    answer_key: str = "answer",
+    id_key: str = "id",
+    on_bad: Literal["error", "skip"] = "error",
+) -> list[types.Example]:
+    """Reads a JSONL or Parquet file of prompts.
+
+    A row holds a prompt (text, or a list of messages `{"role", "content"}` that ends
+    with the user's), perhaps an answer (text or a number) and perhaps an id (text or
+    an integer). Rows without an id are named after the file and their number. All
+    other columns become metadata. A key `a.b` reads field `b` of column `a` unless
+    there is a column `a.b`.
+
+    Args:
+      path: a file with suffix `.jsonl` (one JSON object a line, UTF-8; blank lines are
+        passed over) or `.parquet`.
+      prompt_key: column of the prompt.
+      answer_key: column of the reference answer; may be missing or null.
+      id_key: column of the id; may be missing or null.
+      on_bad: `error` stops at the first row that is no example; `skip` leaves such
+        rows out, and logs how many they were and what was wrong with the first.
+
+    Returns:
+      The examples in the file's order; their ids are distinct.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the suffix is unknown, a row is no example (the message names file
+        and line), two ids are equal, or nothing is left.
+    """
+    path = pathlib.Path(path)
+    if on_bad not in ("error", "skip"):
+        raise ValueError(f"on_bad={on_bad!r} is not one of error, skip.")
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise ValueError(
+            f"{path} has the suffix {path.suffix!r}: give a .jsonl file (one JSON "
+            "object a line) or a .parquet file."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a file (current directory: {pathlib.Path.cwd()})."
+        )
+    unit = "line" if path.suffix == ".jsonl" else "row"
+    keys = (prompt_key, answer_key, id_key)
+    examples: list[types.Example] = []
+    first_seen: dict[str, int] = {}
+    bad: list[str] = []
+    for number, row in readers[path.suffix](path):
+        try:
+            example = _to_example(row, f"{path.stem}:{number}", *keys)
+            if example.example_id in first_seen:
+                raise _BadRow(
+                    f"the id {example.example_id!r} is that of {unit} "
+                    f"{first_seen[example.example_id]}, too: ids must be distinct "
+                    f"(change them, or name another column than {id_key!r})"
+                )
+        except _BadRow as error:
+            bad.append(f"{path}, {unit} {number}: {error}.")
+            if on_bad == "error":
+                raise ValueError(
+                    f"{bad[0]} Correct it, or leave such rows out with on_bad='skip'."
+                ) from error
+            continue
+        first_seen[example.example_id] = number
+        examples.append(example)
+    if bad:
+        logging.warning(
+            "%s: skipped %d of %d %ss; the first: %s",
+            path,
+            len(bad),
+            len(bad) + len(examples),
+            unit,
+            bad[0],
+        )
+    if not examples:
+        raise ValueError(
+            f"{path} holds no examples: "
+            + (f"all {len(bad)} {unit}s were skipped." if bad else "it is empty.")
+        )
+    return examples
+
+
+def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, line
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+    # Here, because reward workers and JSONL users do without it.
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}.") from error
+    number = 0
+    with file:
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _to_example(
+    row: Any, default_id: str, prompt_key: str, answer_key: str, id_key: str
+) -> types.Example:
+    if isinstance(row, bytes):
+        row = _parse_line(row)
+    if not isinstance(row, dict):
+        raise _BadRow(f"came {_show(row)}, accepted is a JSON object with {prompt_key}")
+    prompt = _look_up(row, prompt_key)
+    if prompt is None:
+        columns = ", ".join(sorted(row)) or "(none)"
+        raise _BadRow(
+            f"no {prompt_key!r} among the columns {columns}: "
+            "add it, or name the prompt's column with prompt_key"
+        )
+    answer = _look_up(row, answer_key)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+        raise _BadRow(
+            f"{answer_key}={_show(answer)}: accepted are text, a number or nothing"
+        )
+    example_id = _look_up(row, id_key)
+    if isinstance(example_id, bool) or not isinstance(example_id, str | int | None):
+        raise _BadRow(f"{id_key}={_show(example_id)}: accepted are text or an integer")
+    used = (prompt_key, answer_key, id_key)
+    return types.Example(
+        example_id=default_id if example_id is None else str(example_id),
+        prompt=_check_prompt(prompt, prompt_key),
+        answer=None if answer is None else str(answer),
+        metadata={key: value for key, value in row.items() if key not in used},
+    )
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise _BadRow(f"it is not UTF-8 ({error})") from error
+    except json.JSONDecodeError as error:
+        text = line.decode(errors="replace").strip()
+        raise _BadRow(
+            f"came {_show(text)}, which is not JSON ({error.msg} at column "
+            f"{error.colno}); accepted is one JSON object a line"
+        ) from error
+
+
+def _look_up(row: dict[str, Any], key: str) -> Any:
+    """Returns the value under `key`, or along its dots; None where there is none."""
+    if key in row:
+        return row[key]
+    value: Any = row
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _check_prompt(prompt: Any, key: str) -> str | tuple[dict[str, str], ...]:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise _BadRow(f"{key} is empty text")
+        return prompt
+    accepted = "accepted are text or a list of {'role': ..., 'content': ...}"
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise _BadRow(f"{key}={_show(prompt)}: {accepted}")
+    messages = []
+    for i, message in enumerate(prompt):
+        if not isinstance(message, dict):
+            raise _BadRow(f"{key}[{i}]={_show(message)}: {accepted}")
+        # Columns of a Parquet struct are there for every message, unused ones as null.
+        message = {k: v for k, v in message.items() if v is not None}
+        if set(message) != {"role", "content"} or not all(
+            isinstance(value, str) for value in message.values()
+        ):
+            raise _BadRow(f"{key}[{i}]={_show(message)}: {accepted}, both text")
+        if message["role"] not in _ROLES:
+            raise _BadRow(
+                f"{key}[{i}] has the role {message['role']!r}: accepted are "
+                f"{', '.join(_ROLES)}"
+            )
+        messages.append(message)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise _BadRow(
+            f"{key} ends with the message of {messages[-1]['role']!r}: the last one "
+            "must be the user's, which the policy answers"
+        )
+    return tuple(messages)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Draws the order in which one epoch visits the examples.
+
+    A pure function of its arguments, the same on every platform and NumPy release: the
+    examples are sorted by the raw output of a counter-based generator.
+
+    Args:
+      num_examples: at least 1.
+      seed: at least 0.
+      epoch: at least 0.
+
+    Returns:
+      `[num_examples] int64`, a permutation; read-only.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    for name, value, low in (
+        ("num_examples", num_examples, 1),
+        ("seed", seed, 0),
+        ("epoch", epoch, 0),
+    ):
+        _at_least(name, value, low)
+    generator = np.random.Philox(key=np.array([seed, epoch], np.uint64))
+    order = np.argsort(generator.random_raw(num_examples), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def batch_indices(
+    num_examples: int, batch_size: int, seed: int, step: int
+) -> np.ndarray:
+    """Gives the examples of one step's batch.
+
+    The epochs' orders stand one after another and the batches are cut from that line,
+    so a batch may reach over an epoch's end, every example comes once per epoch, and
+    nothing but `step` is needed to resume. Where a batch reaches over an epoch's end
+    (always, if it is larger than the data), an example may come twice in it.
+
+    Args:
+      num_examples: at least 1.
+      batch_size: at least 1.
+      seed: at least 0.
+      step: at least 0.
+
+    Returns:
+      `[batch_size] int64`, indices below `num_examples`.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    _at_least("num_examples", num_examples, 1)
+    _at_least("batch_size", batch_size, 1)
+    _at_least("step", step, 0)
+    start = operator.index(step) * operator.index(batch_size)
+    parts: list[np.ndarray] = []
+    missing = batch_size
+    while missing:
+        epoch, offset = divmod(start + batch_size - missing, num_examples)
+        part = epoch_order(num_examples, seed, epoch)[offset : offset + missing]
+        parts.append(part)
+        missing -= len(part)
+    return np.concatenate(parts)
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ValueError(f"{name}={value} is out of range: at least {low}.")

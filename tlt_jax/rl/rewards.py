@@ -1,0 +1,282 @@
+"""Scores of one completion: pure functions of a reference answer and a text.
+
+A score is 1.0 for right and 0.0 for wrong. What is paid for must be the final answer:
+each function first finds it and then compares it as a whole, so that naming several
+candidates earns nothing.
+"""
+
+import difflib
+import fractions
+import functools
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from tlt_jax import types
+
+RewardFunction = Callable[[types.Example, str], float]
+
+# "Answer: 7", "**Final answer:** 7", "ANSWER : 7".
+_MARKER = re.compile(r"\banswer[*_ \t]*:[*_]*", re.IGNORECASE)
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+# A minus belongs to the number unless it subtracts ("7-5"), a digit does unless it is
+# part of a word ("H2O"). Thousands may be parted by commas. Exponents are short: exact
+# arithmetic with 1e999999999 would never end.
+_NUMBER = re.compile(
+    r"(?<![\w.])(?:(?<![\w)\]])[-+\u2212])?"
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    r"(?:\.\d+(?:[eE][-+]?\d{1,3})?|/\d+|[eE][-+]?\d{1,3})?"
+    r"|(?<![\w.])(?:(?<![\w)\]])[-+\u2212])?\.\d+"
+)
+
+
+def extract_answer(
+    text: str, *, numeric: bool = False, multiline: bool = False
+) -> str | None:
+    """Finds the final answer in a completion.
+
+    It is what follows the last `Answer:` (letter case and emphasis do not matter); if
+    there is none, what the last `<answer>` tag encloses; if there is none, the last
+    number of a numeric answer, else the whole text. An `Answer:` that nothing follows
+    is no answer, whatever came before it.
+
+    Args:
+      text: the completion.
+      numeric: the answer is a number.
+      multiline: the answer has several lines: all that follows `Answer:` is taken
+        instead of the first line that is not blank.
+
+    Returns:
+      The answer without surrounding blanks, or None.
+    """
+    markers = list(_MARKER.finditer(text))
+    if markers:
+        answer = text[markers[-1].end() :].strip()
+        if not multiline:
+            answer = answer.partition("\n")[0].strip()
+        return answer or None
+    tags = _TAG.findall(text)
+    if tags:
+        return tags[-1].strip() or None
+    return last_number(text) if numeric else text.strip() or None
+
+
+def undecorated(answer: str) -> str:
+    r"""Removes what surrounds an answer without changing it.
+
+    That is emphasis, quotes, `$`, `\( \)`, `\boxed{}` and the sentence's full stop.
+    """
+    previous = None
+    while previous != answer:
+        previous = answer
+        answer = answer.strip(" \t\n*`$\"'").removesuffix(".")
+        answer = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", answer, flags=re.DOTALL)
+        answer = re.sub(r"^\\boxed\{([^{}]*)\}$", r"\1", answer)
+    return answer
+
+
+def last_number(text: str) -> str | None:
+    """Returns the last number in `text` in plain form (`-1234`, `3/4`), or None."""
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "").replace("\u2212", "-") if found else None
+
+
+def is_number(text: str) -> bool:
+    """Tells whether the whole of `text` is one number."""
+    return bool(_NUMBER.fullmatch(text.strip()))
+
+
+def exact_match(gold: str, text: str) -> float:
+    """Scores 1.0 if the final answer is `gold`, letter for letter.
+
+    Surrounding blanks and decoration (`undecorated`) do not count.
+    """
+    gold = gold.strip()
+    answer = extract_answer(text, numeric=is_number(gold), multiline="\n" in gold)
+    return float(answer is not None and gold in (answer, undecorated(answer)))
+
+
+def number_match(gold: str, text: str) -> float:
+    """Scores 1.0 if the final answer is a number equal to `gold`.
+
+    Compared are exact rationals: 0.5, 1/2 and .50 are equal, 0.333 and 1/3 are not.
+
+    Raises:
+      ValueError: `gold` is not a number.
+    """
+    if not is_number(gold):
+        raise ValueError(
+            f"the reference answer {gold!r} is not a number: use the reward "
+            "'math_verify' or 'exact'."
+        )
+    answer = extract_answer(text, numeric=True)
+    if answer is None or not is_number(undecorated(answer)):
+        return 0.0
+    value = _value(undecorated(answer))
+    return float(value is not None and value == _value(gold))
+
+
+def _value(number: str) -> fractions.Fraction | None:
+    try:
+        return fractions.Fraction(last_number(number))
+    except (ValueError, ZeroDivisionError):  # Thousands of digits, or x/0.
+        return None
+
+
+@functools.cache
+def _math_verify() -> Any:
+    """Imports math-verify (1.5 s: it brings sympy) when it is first asked for."""
+    import math_verify
+
+    # It warns once per process that its time limit is off; the pool's takes its place.
+    logging.getLogger("math_verify.utils").setLevel(logging.ERROR)
+    logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
+    logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
+    return math_verify
+
+
+def math_verify_score(gold: str, text: str) -> float:
+    r"""Scores 1.0 if the last mathematical answer in `text` equals `gold`.
+
+    Knows LaTeX, `\boxed{}`, fractions and decimals, thousands and algebraic equality.
+    Its own time limit is off, because that works in main threads only (`signal.alarm`);
+    a hostile expression can take minutes, so that it belongs in a `RewardPool` with
+    workers.
+
+    Args:
+      gold: an expression, with or without `$`.
+      text: the completion.
+
+    Raises:
+      ValueError: `gold` cannot be read.
+    """
+    library = _math_verify()
+    marked = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
+    wanted = library.parse(marked, parsing_timeout=None)
+    if not wanted:
+        raise ValueError(
+            f"the reference answer {gold!r} is not mathematics that math-verify reads: "
+            "use the reward 'exact'."
+        )
+    got = library.parse(text, parsing_timeout=None)
+    return float(library.verify(wanted, got, timeout_seconds=None))
+
+
+_BUILT_IN: dict[str, Callable[[str, str], float]] = {
+    "exact": exact_match,
+    "math_verify": math_verify_score,
+    "number": number_match,
+}
+
+
+def needs_answer(name: str) -> bool:
+    """Tells whether the reward `name` compares with a reference answer."""
+    return name in _BUILT_IN
+
+
+class NamedReward:
+    """A reward function that is pickled as its name, and found again by it."""
+
+    def __init__(self, name: str, function: RewardFunction):
+        self._name, self._function = name, function
+
+    def __call__(self, example: types.Example, text: str) -> float:
+        return self._function(example, text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return named, (self._name,)
+
+
+def named(name: str) -> NamedReward:
+    """Returns a reward function by name.
+
+    Args:
+      name: `exact`, `math_verify`, `number`, or `package.module:function` of one's own
+        that takes (example, text) and returns a number.
+
+    Raises:
+      ValueError: there is no such function, or it cannot take these arguments.
+    """
+    if ":" in name:
+        return NamedReward(name, load_function(name))
+    if name not in _BUILT_IN:
+        near = difflib.get_close_matches(name, _BUILT_IN, 1)
+        raise ValueError(
+            f"unknown reward {name!r}: "
+            + (f"did you mean {near[0]!r}? " if near else "")
+            + f"There are {', '.join(_BUILT_IN)}, or package.module:function of yours."
+        )
+    if name == "math_verify":
+        _math_verify()  # Now, so that no scoring waits for the import.
+    return NamedReward(name, functools.partial(_score_answer, _BUILT_IN[name]))
+
+
+def _score_answer(
+    compare: Callable[[str, str], float], example: types.Example, text: str
+) -> float:
+    if example.answer is None:
+        raise ValueError(f"example {example.example_id!r} has no answer to compare.")
+    return compare(example.answer, text)
+
+
+def load_function(path: str) -> RewardFunction:
+    """Imports a user's reward function.
+
+    Args:
+      path: `package.module:function`; the function is called as
+        `function(example, text)` and returns a finite number.
+
+    Raises:
+      ValueError: the form is another one, module or function is missing, importing
+        fails, it is not callable, or cannot be called with two arguments.
+    """
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise ValueError(
+            f"reward function {path!r}: accepted is 'package.module:function'."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"reward function {path!r}: there is no module {error.name!r}. Install "
+                "it, or put its directory on PYTHONPATH."
+            ) from error
+        raise ValueError(
+            f"reward function {path!r}: importing {module_name!r} fails, it needs the "
+            f"module {error.name!r}."
+        ) from error
+    except Exception as error:  # A user's module may raise anything.
+        raise ValueError(
+            f"reward function {path!r}: importing {module_name!r} fails with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, name):
+        public = [n for n in dir(module) if callable(getattr(module, n))]
+        near = difflib.get_close_matches(name, public, 1)
+        raise ValueError(
+            f"reward function {path!r}: module {module_name!r} has no {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else ".")
+        )
+    function = getattr(module, name)
+    if not callable(function):
+        raise ValueError(
+            f"reward function {path!r} is of type {type(function).__name__}, which "
+            "cannot be called: name a function (example, text) -> float."
+        )
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # Some built-in functions have none to check.
+        return function
+    try:
+        signature.bind(None, "")
+    except TypeError as error:
+        raise ValueError(
+            f"reward function {path!r} has the signature {signature}: it is called "
+            f"with two arguments, (example, text) ({error})."
+        ) from error
+    return function
