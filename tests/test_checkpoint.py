@@ -1,0 +1,229 @@
+"""Checkpoints survive kills, change meshes, and say what is wrong with them."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tlt_jax import checkpoint, sharding
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as params_lib
+
+CFG = model_config.ModelConfig(
+    family="llama",
+    vocab_size=64,
+    num_layers=2,
+    d_model=16,
+    d_ff=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    tie_embeddings=False,
+    qk_norm=True,
+    rope_scaling=model_config.RopeScaling("llama3", 8.0, 256),
+    sliding_window=8,
+    windowed_layers=(True, False),
+    eos_ids=(2, 5),
+)
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+_KILLED = """
+import os, signal, sys
+from tlt_jax import checkpoint
+from tests import test_checkpoint
+params, opt_state = test_checkpoint.make_state()
+checkpointer = checkpoint.Checkpointer(sys.argv[1])
+checkpointer.save(1, params, opt_state, test_checkpoint.CFG, {"position": 1})
+checkpointer.wait()
+checkpointer.save(2, params, opt_state, test_checkpoint.CFG, {"position": 2})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def make_state(seed: int = 0):
+    """Return a policy and an optimizer state of random numbers."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(100, size=leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype)
+
+    abstract = params_lib.abstract(CFG)
+    state = abstract, jax.eval_shape(OPTIMIZER.init, abstract)
+    return jax.tree.map(draw, state)
+
+
+def assert_bitwise_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def shard(tree, mesh):
+    """Shard the weights of a state by the rules and replicate the rest."""
+    rules = sharding.ShardingRules()
+    weights = sharding.tree_shardings(mesh, rules, params_lib.logical_axes(CFG))
+    return optax.tree_map_params(
+        OPTIMIZER,
+        jax.device_put,
+        tree,
+        weights,
+        transform_non_params=lambda x: jax.device_put(x, sharding.replicated(mesh)),
+    )
+
+
+def shard_params(params, mesh):
+    rules = sharding.ShardingRules()
+    return jax.device_put(
+        params, sharding.tree_shardings(mesh, rules, params_lib.logical_axes(CFG))
+    )
+
+
+def test_latest_comes_back_bitwise_and_old_ones_go(tmp_path):
+    with checkpoint.Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.latest_step() is None
+        states = {step: make_state(step) for step in (1, 2, 3)}
+        assert checkpointer.restore_latest(*states[1]) is None
+        for step, state in states.items():
+            checkpointer.save(step, *state, CFG, {"position": step * 10})
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "3"]
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore_latest(*make_state(0))
+    assert (restored.step, restored.meta) == (3, {"position": 30})
+    assert_bitwise_equal((restored.params, restored.opt_state), states[3])
+
+
+def test_eight_devices_to_one_and_to_another_mesh(tmp_path):
+    params, opt_state = make_state()
+    eight = sharding.make_mesh(2, 2, 2)
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        sharded = shard_params(params, eight), shard(opt_state, eight)
+        checkpointer.save(7, *sharded, CFG, {})
+    for mesh in (
+        sharding.make_mesh(1, 1, 1, jax.devices()[:1]),
+        sharding.make_mesh(1, 4, 2),
+    ):
+        target = shard_params(params, mesh), shard(opt_state, mesh)
+        with checkpoint.Checkpointer(tmp_path) as checkpointer:
+            restored = checkpointer.restore_latest(*target)
+        assert_bitwise_equal((restored.params, restored.opt_state), (params, opt_state))
+        assert restored.params.embed.sharding == target[0].embed.sharding
+        nu = restored.opt_state[1][0].nu
+        assert nu.layers.qkv.sharding == target[0].layers.qkv.sharding
+
+
+def test_donating_after_save_does_not_change_what_is_saved(tmp_path):
+    params, opt_state = make_state()
+    before = jax.tree.map(np.array, params)
+    overwrite = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0
+    )
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, params, opt_state, CFG, {})
+        jax.block_until_ready(overwrite(params))
+    assert_bitwise_equal(checkpoint.restore_policy(tmp_path)[0], before)
+
+
+def test_policy_alone(tmp_path):
+    states = {step: make_state(step) for step in (4, 6)}
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        for step, (params, opt_state) in states.items():
+            bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+            checkpointer.save(step, bf16 if step == 6 else params, opt_state, CFG, {})
+    params, cfg, step = checkpoint.restore_policy(tmp_path)
+    assert (cfg, step, params.embed.dtype) == (CFG, 6, jnp.bfloat16)
+    assert hash(cfg) == hash(CFG)
+    params, _, step = checkpoint.restore_policy(tmp_path, step=4)
+    assert step == 4
+    assert_bitwise_equal(params, states[4][0])
+    mesh = sharding.make_mesh(1, 8, 1)
+    params, _, _ = checkpoint.restore_policy(tmp_path, 4, sharding.replicated(mesh))
+    assert len(params.embed.sharding.device_set) == 8
+    with pytest.raises(checkpoint.CheckpointError, match="there are 4, 6"):
+        checkpoint.restore_policy(tmp_path, step=5)
+    with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoints"):
+        checkpoint.restore_policy(tmp_path / "other")
+
+
+def test_killed_while_writing_leaves_the_checkpoint_before(tmp_path):
+    root = pathlib.Path(__file__).resolve().parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    child = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path)], env=env, cwd=root, timeout=120
+    )
+    assert child.returncode == -signal.SIGKILL
+    left = set(os.listdir(tmp_path / "checkpoints"))
+    assert "2" not in left and len(left) == 2, "the kill came too early or too late"
+    # A reader beside it sees the complete one, and so does the next run.
+    assert checkpoint.restore_policy(tmp_path)[2] == 1
+    state = make_state()
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore_latest(*state)
+        assert (restored.step, restored.meta) == (1, {"position": 1})
+        assert_bitwise_equal((restored.params, restored.opt_state), state)
+        checkpointer.save(2, *state, CFG, {"position": 2})
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+    assert checkpoint.restore_policy(tmp_path)[2] == 2
+
+
+@pytest.mark.parametrize("item", ["policy", "meta"])
+def test_damage_names_the_step_and_the_remedy(tmp_path, item):
+    state = make_state()
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, *state, CFG, {})
+    damaged = tmp_path / "checkpoints" / "3" / item
+    for file in damaged.rglob("*"):
+        if file.is_file() and file.name != "commit_success.txt":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(checkpoint.CheckpointError, match="step 3.*delete .*/3 "):
+            checkpointer.restore_latest(*state)
+    with pytest.raises(checkpoint.CheckpointError, match="step 3.*delete .*/3 "):
+        checkpoint.restore_policy(tmp_path)
+
+
+def test_another_shape_is_refused(tmp_path):
+    state = make_state()
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, *state, CFG, {})
+        wider = params_lib.abstract(dataclasses.replace(CFG, d_ff=32))
+        with pytest.raises(checkpoint.CheckpointError, match="another model"):
+            checkpointer.restore_latest(wider, OPTIMIZER.init(state[0]))
+
+
+def test_record_is_plain_json(tmp_path):
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, *make_state(), CFG, {"config": "abc"})
+    file = tmp_path / "checkpoints" / "3" / "meta" / "metadata"
+    record = json.loads(file.read_text())
+    assert record["driver"] == {"config": "abc"}
+    assert record["versions"]["jax"] == jax.__version__
+
+
+def test_unstacked_layers_and_bad_keep_are_refused(tmp_path):
+    params, opt_state = make_state()
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(ValueError, match="stacked"):
+            checkpointer.save(1, params_lib.unstack(params), opt_state, CFG, {})
+    with pytest.raises(ValueError, match="keep=0"):
+        checkpoint.Checkpointer(tmp_path, keep=0)
+
+
+def test_write_failure_names_the_remedy(tmp_path):
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        (tmp_path / "checkpoints").rmdir()
+        (tmp_path / "checkpoints").touch()
+        with pytest.raises(checkpoint.CheckpointError, match="check free space"):
+            checkpointer.save(1, *make_state(), CFG, {})
+            checkpointer.wait()

@@ -1,0 +1,293 @@
+"""Checkpoints of a run: policy, optimizer state and what the driver must remember.
+
+One directory per step below `<workdir>/checkpoints`. A checkpoint appears under its
+final name only when it is complete, so a killed process leaves none that is half
+written. The policy, the optimizer state and the JSON record are separate items: an
+export reads the policy alone.
+"""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as params_lib
+
+DIRECTORY = "checkpoints"
+_POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
+_VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint's content.
+
+    Attributes:
+      step: the number of RL steps done when it was taken.
+      params: the policy, layers stacked.
+      opt_state: the optimizer state.
+      meta: what the driver gave to `save`.
+    """
+
+    step: int
+    params: params_lib.Params
+    opt_state: Any
+    meta: dict[str, Any]
+
+
+class Checkpointer:
+    """Writes a run's checkpoints in the background and reads the newest one.
+
+    Use as a context manager, or call `close`: a checkpoint still being written is
+    finished then.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
+        """Open `<workdir>/checkpoints`, creating it if needed.
+
+        What a killed process left half written there is removed.
+
+        Args:
+          workdir: the run's directory.
+          keep: newest checkpoints kept on disk, at least 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep={keep} would delete every checkpoint: at least 1.")
+        self._directory = _directory(workdir)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                # Directories made in the background would leave the writers waiting
+                # for minutes where they cannot be made.
+                async_options=ocp.options.AsyncOptions(
+                    create_directories_asynchronously=False
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def latest_step(self) -> int | None:
+        """Return the step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        params: params_lib.Params,
+        opt_state: Any,
+        cfg: model_config.ModelConfig,
+        meta: dict[str, Any],
+    ) -> None:
+        """Start writing a checkpoint and return once the arrays are copied.
+
+        The arrays may be donated afterwards. Only one checkpoint is written at a time:
+        a call waits for the one before.
+
+        Args:
+          step: RL steps done.
+          params: the policy, layers stacked.
+          opt_state: the optimizer state.
+          cfg: the policy's architecture, so that it can be restored without the run.
+          meta: anything that JSON can hold: config digest, task position, ...
+
+        Raises:
+          CheckpointError: this checkpoint or the one before could not be written.
+        """
+        if isinstance(params.layers, tuple):
+            raise ValueError(
+                "params.layers is a tuple of layers: checkpoints hold them stacked."
+            )
+        record = {
+            "step": step,
+            "model": dataclasses.asdict(cfg),
+            "param_dtype": str(params.embed.dtype),
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+            "driver": meta,
+        }
+        items = {
+            _POLICY: ocp.args.StandardSave(params),
+            _OPTIMIZER: ocp.args.StandardSave(opt_state),
+            _META: ocp.args.JsonSave(record),
+        }
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise self._write_error(error, step) from error
+
+    def wait(self) -> None:
+        """Wait until every checkpoint is complete on disk.
+
+        Raises:
+          CheckpointError: one could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise self._write_error(error) from error
+
+    def close(self) -> None:
+        """Wait, then release the directory."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def restore_latest(self, params: Any, opt_state: Any) -> Restored | None:
+        """Read the newest complete checkpoint.
+
+        Args:
+          params, opt_state: trees of arrays, or of `jax.ShapeDtypeStruct`s with a
+            sharding, of the wanted shapes, dtypes and shardings. The mesh need not be
+            the one that the checkpoint was written from.
+
+        Returns:
+          What was saved, bit for bit, or None if there is no checkpoint.
+
+        Raises:
+          CheckpointError: it is damaged, or its arrays have other shapes.
+        """
+        step = self.latest_step()
+        if step is None:
+            return None
+        content = _restore(
+            self._manager,
+            self._directory,
+            step,
+            {
+                _POLICY: ocp.args.StandardRestore(_abstract(params)),
+                _OPTIMIZER: ocp.args.StandardRestore(_abstract(opt_state)),
+                _META: ocp.args.JsonRestore(),
+            },
+        )
+        return Restored(
+            step, content[_POLICY], content[_OPTIMIZER], content[_META]["driver"]
+        )
+
+    def _write_error(self, error: Exception, step: int | None = None):
+        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        return CheckpointError(
+            f"writing {which} below {self._directory} failed ({_summary(error)}): "
+            "check free space and permissions, then run the same command again; it "
+            "resumes from the newest complete checkpoint."
+        )
+
+
+def restore_policy(
+    workdir: str | pathlib.Path, step: int | None = None, sharding: Any = None
+) -> tuple[params_lib.Params, model_config.ModelConfig, int]:
+    """Read the policy of a run and nothing else.
+
+    Args:
+      workdir: the run's directory.
+      step: which checkpoint; None: the newest.
+      sharding: one `jax.sharding.Sharding` for all leaves or a tree of them; None: the
+        first device holds everything.
+
+    Returns:
+      The policy with its layers stacked, its architecture, and its step.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    directory = _directory(workdir)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{workdir} holds no checkpoints: give the --workdir of a run."
+        )
+    # Neither creates nor deletes, so it may look at a run that is still going on.
+    options = ocp.CheckpointManagerOptions(create=False, max_to_keep=None)
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise CheckpointError(
+                f"{directory} holds no complete checkpoint: let the run reach one "
+                "(checkpoint.every RL steps)."
+            )
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise CheckpointError(
+                f"step={step} has no checkpoint in {directory}: there are "
+                f"{', '.join(map(str, steps))}."
+            )
+        meta = _restore(manager, directory, step, {_META: ocp.args.JsonRestore()})[
+            _META
+        ]
+        cfg = _model_config(meta["model"])
+        abstract = params_lib.abstract(cfg, meta["param_dtype"])
+        if sharding is None:
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if isinstance(sharding, jax.sharding.Sharding):
+            sharding = jax.tree.map(lambda _: sharding, abstract)
+        target = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            abstract,
+            sharding,
+        )
+        content = _restore(
+            manager, directory, step, {_POLICY: ocp.args.StandardRestore(target)}
+        )
+    return content[_POLICY], cfg, step
+
+
+def _directory(workdir: str | pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(workdir).absolute() / DIRECTORY
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+        ),
+        tree,
+    )
+
+
+def _restore(
+    manager: ocp.CheckpointManager,
+    directory: pathlib.Path,
+    step: int,
+    items: dict[str, Any],
+) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be read "
+            f"({_summary(error)}): it is damaged, or was written with another model "
+            f"or optimizer. Use the settings it was written with, or delete "
+            f"{directory / str(step)} to go on from the checkpoint before it."
+        ) from error
+
+
+def _summary(error: Exception) -> str:
+    """Return the first line of an error; of a long one the end, where the cause is."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {line if len(line) < 300 else '...' + line[-240:]}"
+
+
+def _model_config(fields: dict[str, Any]) -> model_config.ModelConfig:
+    """Rebuild the architecture from its JSON form."""
+    fields = dict(fields)
+    if fields["rope_scaling"] is not None:
+        fields["rope_scaling"] = model_config.RopeScaling(**fields["rope_scaling"])
+    for name in ("windowed_layers", "eos_ids"):
+        fields[name] = tuple(fields[name])
+    return model_config.ModelConfig(**fields)
