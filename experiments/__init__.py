@@ -1,0 +1,1 @@
+"""Measurements: one module per figure or table, with the harness they share."""

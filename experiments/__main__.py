@@ -1,0 +1,39 @@
+"""Lists the experiments: `python -m experiments`."""
+
+import ast
+import pathlib
+
+from experiments import harness
+
+# What holds today; the figures behind each line are in results/ and LOG.md.
+STATUS = {
+    "decode_speed": "runs on CPU",
+    "grpo_step_speed": "runs on CPU",
+}
+
+
+def first_line(path: pathlib.Path) -> str:
+    """Returns the first docstring line of a module, without importing it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
+def main() -> list[harness.Row]:
+    """Prints and returns one row per experiment."""
+    folder = pathlib.Path(__file__).parent
+    rows = [
+        {
+            "experiment": slug,
+            "status": status,
+            "what": first_line(folder / f"{slug}.py"),
+        }
+        for slug, status in STATUS.items()
+    ]
+    for row in rows:
+        print(f"{row['experiment']}  [{row['status']}]\n    {row['what']}")
+    print("Start one with: python -m experiments.<experiment> --scale=cpu")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Runner scripts, one per system compared; each is started by its own interpreter."""

@@ -1,0 +1,60 @@
+"""The conversation between the harness and a runner: one JSON object a line.
+
+The harness writes `{"command": ..., ...}` to the runner's standard input and reads one
+reply. Every runner answers `load` (once), then any number of `run`, and `quit`. A
+failure is answered with `{"error": traceback}`. The scripts beside this file import it
+by its bare name: they run under a peer's own interpreter, without this repository's
+package on the path.
+"""
+
+import collections.abc
+import json
+import os
+import sys
+import traceback
+
+
+class Conversation:
+    """Standard output kept for replies alone.
+
+    Libraries print; whatever they write to standard output goes to standard error.
+    """
+
+    def __init__(self):
+        self._replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+    def requests(self) -> collections.abc.Iterator[dict]:
+        """Yields requests until `quit` or the end of the input."""
+        for line in sys.stdin:
+            request = json.loads(line)
+            if request["command"] == "quit":
+                return
+            yield request
+
+    def reply(self, answer: dict) -> None:
+        """Sends one answer."""
+        self._replies.write(json.dumps(answer) + "\n")
+        self._replies.flush()
+
+
+def serve(
+    handlers: dict[str, collections.abc.Callable[[dict], dict]],
+) -> None:
+    """Answers each request by the handler of its command until told to quit."""
+    conversation = Conversation()
+    for request in conversation.requests():
+        try:
+            answer = handlers[request["command"]](request)
+        except Exception:  # whatever a peer raises is its answer, not our crash
+            answer = {"error": traceback.format_exc()}
+        conversation.reply(answer)
+
+
+def digit_fraction(text: str) -> float:
+    """Returns the share of digits in a text: the reward of the step benchmark.
+
+    It needs no library, costs nothing and nearly always differs within a group, so
+    that no system can skip an update for want of an advantage.
+    """
+    return sum(c.isdigit() for c in text) / max(1, len(text))

@@ -1,0 +1,242 @@
+"""Runners, pairing, tables and their provenance; no peer is needed."""
+
+import ast
+import csv
+import json
+import os
+import pathlib
+import sys
+import time
+
+import pytest
+
+from experiments import __main__ as listing
+from experiments import harness
+
+FAKE = f"""
+import sys, threading, time
+sys.path.insert(0, {str(harness.PEERS_DIR)!r})
+import protocol
+ticks = [0]
+def count():
+    while True:
+        ticks[0] += 1
+        time.sleep(0.005)
+threading.Thread(target=count, daemon=True).start()
+def load(request):
+    print("a library's chatter")
+    sys.stdout.flush()
+    return {{"versions": {{"fake": "1"}}, "model": request["model"]}}
+def run(request):
+    if request.get("fail"):
+        raise ValueError("the peer's own words")
+    if request.get("die"):
+        print("last words", file=sys.stderr, flush=True)
+        raise SystemExit(3)
+    time.sleep(request.get("sleep_s", 0))
+    return {{"ticks": ticks[0]}}
+protocol.serve({{"load": load, "run": run}})
+"""
+
+
+@pytest.fixture
+def system(tmp_path):
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE, encoding="utf-8")
+    return harness.System("fake", sys.executable, str(script))
+
+
+@pytest.fixture
+def runner(system, tmp_path):
+    runner = harness.Runner(system, tmp_path)
+    yield runner
+    runner.close()
+
+
+def test_answers_stand_apart_from_what_libraries_print(runner, tmp_path):
+    answer = runner.ask("load", timeout_s=30, model="m")
+    assert answer == {"versions": {"fake": "1"}, "model": "m"}
+    assert "a library's chatter" in (tmp_path / "fake.log").read_text()
+
+
+def test_a_runner_stands_still_between_requests(runner):
+    first = runner.ask("run", timeout_s=30)["ticks"]
+    time.sleep(0.5)
+    second = runner.ask("run", timeout_s=30)["ticks"]
+    assert second - first < 20  # a hundred if it had gone on
+
+
+def test_an_error_carries_the_peers_own_traceback_and_the_runner_goes_on(runner):
+    with pytest.raises(harness.RunnerError, match="the peer's own words"):
+        runner.ask("run", timeout_s=30, fail=True)
+    assert runner.ask("run", timeout_s=30)["ticks"] > 0
+
+
+def test_a_runner_that_ends_is_named_with_the_end_of_its_log(runner):
+    with pytest.raises(harness.RunnerError, match="(?s)README.*last words"):
+        runner.ask("run", timeout_s=30, die=True)
+
+
+def test_a_runner_that_takes_too_long_is_ended(runner):
+    runner.ask("run", timeout_s=30)
+    with pytest.raises(harness.RunnerError, match="without an answer to run"):
+        runner.ask("run", timeout_s=0.2, sleep_s=60)
+
+
+def test_loaded_ends_every_runner_even_after_an_error(system, tmp_path):
+    with pytest.raises(KeyError):
+        with harness.loaded([system], tmp_path, {"model": "m"}, 30) as (got, versions):
+            process = got["fake"]._process
+            assert versions == {"fake": {"versions": {"fake": "1"}, "model": "m"}}
+            raise KeyError("from the experiment")
+    assert process.returncode is not None
+
+
+def test_systems_take_turns_and_warm_up_is_not_kept():
+    asked = []
+
+    def measure(name, case, number):
+        asked.append((name, number))
+        return None if name == "c" and case["batch"] == 2 else {"x": number}
+
+    rows = harness.run_paired(
+        ["a", "b", "c"],
+        [{"batch": 1}, {"batch": 2}],
+        measure,
+        rounds=2,
+        warmups=1,
+        report=lambda line: None,
+    )
+    names = "".join(name for name, _ in asked)
+    assert names == "cababcbca" + "cababcbca"
+    kept = [(r["batch"], r["round"], r["order"], r["system"]) for r in rows]
+    assert kept[:6] == [
+        (1, 0, 0, "a"),
+        (1, 0, 1, "b"),
+        (1, 0, 2, "c"),
+        (1, 1, 0, "b"),
+        (1, 1, 1, "c"),
+        (1, 1, 2, "a"),
+    ]
+    assert len(kept) == 10  # c does not take batch 2
+
+
+def table():
+    speeds = {"us": [10.0, 20.0, 60.0], "peer": [5.0, 20.0, 20.0]}
+    return [
+        {"batch": 8, "system": name, "round": n, "speed": v, "seconds": 120 / v}
+        for name, values in speeds.items()
+        for n, v in enumerate(values)
+    ]
+
+
+def test_ratios_are_medians_of_the_ratios_within_a_round():
+    # Rounds give 2, 1 and 3 times; the ratio of medians would be 1.
+    us, peer = harness.summarise(
+        table(),
+        case_keys=["batch"],
+        metrics={"speed": "higher", "seconds": "lower"},
+        reference="us",
+    )
+    assert us == {
+        "batch": 8,
+        "system": "us",
+        "rounds": 3,
+        "speed/median": 20.0,
+        "speed/min": 10.0,
+        "speed/max": 60.0,
+        "seconds/median": 6.0,
+        "seconds/min": 2.0,
+        "seconds/max": 12.0,
+    }
+    assert peer["speed/times"] == peer["seconds/times"] == 2.0
+    assert peer["speed/times_min"] == peer["seconds/times_min"] == 1.0
+
+
+def test_only_rounds_that_both_have_are_compared():
+    rows = [r for r in table() if (r["system"], r["round"]) != ("us", 1)]
+    rows[0]["speed"] = None
+    peer = harness.summarise(
+        rows, case_keys=["batch"], metrics={"speed": "higher"}, reference="us"
+    )[1]
+    assert peer["speed/times"] == 3.0
+
+
+def test_tables_hold_every_column_that_some_row_has(tmp_path):
+    rows = [{"a": 1, "b": None}, {"a": 2, "c": 0.123456789}]
+    path = tmp_path / "new" / "t.csv"
+    harness.write_csv(path, rows)
+    with path.open(newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"a": "1", "b": "", "c": ""},
+            {"a": "2", "b": "", "c": "0.123456789"},
+        ]
+    assert harness.format_table(rows).splitlines() == [
+        "a  b       c",
+        "1  -       -",
+        "2  -  0.1235",
+    ]
+
+
+def test_provenance_tells_what_is_needed_and_no_path(tmp_path, monkeypatch):
+    home = str(tmp_path)
+    arguments = [f"--model-dir={home}/m", f"--peer-python=a={home}/p,b=~/q", "--n=3"]
+    monkeypatch.setattr(sys, "argv", ["x", *arguments])
+    record = harness.Provenance("decode_speed", {"rounds": 5}, {"a": {"torch": "2"}})
+    record.write(tmp_path / "p.json")
+    text = (tmp_path / "p.json").read_text()
+    told = json.loads(text)
+    assert told["command"] == (
+        "python -m experiments.decode_speed --model-dir=PATH "
+        "--peer-python=a=PATH,b=PATH --n=3"
+    )
+    assert home not in text
+    for name in ("commit", "cpu_model", "device", "settings", "wall_s"):
+        assert told[name] is not None
+    assert told["versions"]["a"] == {"torch": "2"}
+    assert told["config_hash"] == harness.config_hash({"rounds": 5})
+    assert told["config_hash"] != harness.config_hash({"rounds": 6})
+
+
+def test_peers_are_chosen_by_name_and_the_others_are_told(capsys):
+    known = {"a": "run_a.py", "b": "run_b.py"}
+    chosen = harness.choose_peers(known, "b", "b=/py")
+    assert chosen == [harness.System("b", "/py", "run_b.py")]
+    assert "Not compared (see --peers): a." in capsys.readouterr().out
+    assert harness.choose_peers(known, "a,b", "")[0].python == sys.executable
+    with pytest.raises(ValueError, match="--peers names c; known here are a, b"):
+        harness.choose_peers(known, "c", "")
+    with pytest.raises(ValueError, match="--peer-python names c"):
+        harness.choose_peers(known, "a", "c=/py")
+    with pytest.raises(ValueError, match="'b' has no value"):
+        harness.choose_peers(known, "a", "a=/py,b")
+
+
+def test_peers_without_a_model_directory_are_refused():
+    parser = harness.argument_parser("doc", {"a": "run_a.py"})
+    with pytest.raises(ValueError, match="needs --model-dir"):
+        harness.model_request(parser.parse_args(["--peers=a"]))
+    assert harness.model_request(parser.parse_args([])) == {
+        "model": harness.DEFAULT_MODEL,
+        "gguf": "",
+    }
+
+
+def test_the_listing_names_every_experiment(capsys):
+    folder = pathlib.Path(harness.__file__).parent
+    runnable = {
+        path.stem
+        for path in folder.glob("*.py")
+        if path.stem != "__main__" and "--scale=" in (_docstring(path) or "")
+    }
+    assert {row["experiment"] for row in listing.main()} == runnable
+    assert "decode_speed" in capsys.readouterr().out
+
+
+def _docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux")
+def test_the_processor_has_a_name():
+    assert harness.cpu_model() not in ("", "unknown")
