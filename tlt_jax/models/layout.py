@@ -151,22 +151,22 @@ def assemble(
     if shardings is None:
         return jax.tree.map(
             lambda leaf: jnp.asarray(
-                _read(leaf, source, tuple(slice(0, n) for n in leaf.shape), dtype)
+                read(leaf, source, tuple(slice(0, n) for n in leaf.shape), dtype)
             ),
             leaves,
         )
 
     def place(leaf: Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
         # Replicas ask for the same slice once per device.
-        read = functools.cache(
-            lambda bounds: _read(
+        read_once = functools.cache(
+            lambda bounds: read(
                 leaf, source, tuple(slice(*bound) for bound in bounds), dtype
             )
         )
 
         def callback(index: tuple[slice, ...]) -> np.ndarray:
             bounds = zip(index, leaf.shape, strict=True)
-            return read(tuple(s.indices(n)[:2] for s, n in bounds))
+            return read_once(tuple(s.indices(n)[:2] for s, n in bounds))
 
         return jax.make_array_from_callback(leaf.shape, sharding, callback)
 
@@ -179,8 +179,8 @@ def some(names: list[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _read(leaf: Leaf, source: Source, index: tuple[slice, ...], dtype) -> np.ndarray:
-    """Read `leaf[index]`; the bounds of `index` are explicit."""
+def read(leaf: Leaf, source: Source, index: tuple[slice, ...], dtype) -> np.ndarray:
+    """Read `leaf[index]` and nothing else of the tensors; `index` has bounds."""
     result = np.empty([s.stop - s.start for s in index], jnp.dtype(dtype))
     for piece in leaf.pieces:
         bounds = [

@@ -1,0 +1,151 @@
+"""The forward computes what `transformers` computes, from the weights that it saves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.models import tiny_hf
+from tlt_jax.models import attention, convert, hf_config, transformer
+
+TOLERANCE = dict(rtol=0, atol=1e-4)
+NUM_TOKENS = 40  # beyond the original context of the stretched models
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def reference(model, tokens, mask=None, positions=None):
+    """Logits `[B, T, V]` and outputs of every layer `[B, T, D]` before any norm."""
+    outputs = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: outputs.append(out))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        logits = model(
+            torch.tensor(tokens),
+            attention_mask=None if mask is None else torch.tensor(mask),
+            position_ids=None if positions is None else torch.tensor(positions),
+        ).logits
+    for hook in hooks:
+        hook.remove()
+    outputs = [out[0] if isinstance(out, tuple) else out for out in outputs]
+    return logits.numpy(), [out.numpy() for out in outputs]
+
+
+def ours(params, cfg, tokens, positions, visibility=None):
+    """As `reference`."""
+
+    @jax.jit
+    def run(params, tokens, positions):
+        out = transformer.forward(
+            params,
+            cfg,
+            tokens,
+            positions,
+            visibility,
+            features=tuple(range(cfg.num_layers)),
+        )
+        return transformer.logits(params, out.hidden), out.features
+
+    logits_BTV, features_DBT = run(params, jnp.asarray(tokens), jnp.asarray(positions))
+    return (
+        np.asarray(logits_BTV),
+        [np.moveaxis(np.asarray(x_DBT), 0, -1) for x_DBT in features_DBT],
+    )
+
+
+def some_tokens(batch, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(3, tiny_hf.BASE["vocab_size"], (batch, NUM_TOKENS))
+
+
+@pytest.mark.parametrize("name", tiny_hf.CASES)
+def test_logits_and_every_layer_equal_those_of_transformers(name, tmp_path):
+    model = tiny_hf.case(name)
+    model.save_pretrained(tmp_path / "theirs")
+    cfg = hf_config.read(tmp_path / "theirs")
+    params = convert.load(tmp_path / "theirs", cfg)
+    tokens = some_tokens(2)
+    positions = np.broadcast_to(np.arange(NUM_TOKENS), tokens.shape)
+
+    logits, outputs = reference(model, tokens)
+    our_logits, our_outputs = ours(params, cfg, tokens, positions)
+
+    for i, (out, our_out) in enumerate(zip(outputs, our_outputs, strict=True)):
+        np.testing.assert_allclose(our_out, out, **TOLERANCE, err_msg=f"layer {i}")
+    np.testing.assert_allclose(our_logits, logits, **TOLERANCE)
+
+    convert.save(params, cfg, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    )
+    assert type(again) is type(model)
+    np.testing.assert_array_equal(reference(again, tokens)[0], logits)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-llama3", "qwen3-bias-windows-yarn"])
+def test_padding_on_the_left_changes_nothing(name, tmp_path):
+    model = tiny_hf.case(name)
+    model.save_pretrained(tmp_path)
+    cfg = hf_config.read(tmp_path)
+    params = convert.load(tmp_path, cfg)
+    tokens = some_tokens(2, seed=1)
+    mask = np.ones_like(tokens)
+    mask[1, :9] = 0
+    tokens[mask == 0] = 0
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
+
+    logits, outputs = reference(model, tokens, mask, positions)
+    segment = jnp.where(mask == 1, 0, -1)
+    visibility = attention.Visibility(segment=segment, prefix=segment)
+    our_logits, our_outputs = ours(params, cfg, tokens, positions, visibility)
+
+    seen = mask == 1
+    np.testing.assert_allclose(our_logits[seen], logits[seen], **TOLERANCE)
+    for out, our_out in zip(outputs, our_outputs, strict=True):
+        np.testing.assert_allclose(our_out[seen], out[seen], **TOLERANCE)
+
+
+def test_positions_far_beyond_the_context_equal_those_of_transformers(tmp_path):
+    model = tiny_hf.case("llama-tied-llama3")
+    model.save_pretrained(tmp_path)
+    cfg = hf_config.read(tmp_path)
+    params = convert.load(tmp_path, cfg)
+    tokens = some_tokens(1)
+    positions = 5_000 + np.arange(NUM_TOKENS)[None]
+
+    logits, _ = reference(model, tokens, positions=positions)
+    our_logits, _ = ours(params, cfg, tokens, positions)
+
+    # Angles of thousands of radians: float32 holds them to about 3e-4.
+    np.testing.assert_allclose(our_logits, logits, rtol=0, atol=2e-3)
+
+
+def test_bfloat16_logprobs_are_as_close_as_those_of_transformers(tmp_path):
+    model = tiny_hf.case("qwen2-yarn")
+    model.save_pretrained(tmp_path)
+    cfg = hf_config.read(tmp_path)
+    params = convert.load(tmp_path, cfg, dtype=jnp.bfloat16)
+    tokens = some_tokens(2)
+    positions = jnp.broadcast_to(jnp.arange(NUM_TOKENS), tokens.shape)
+
+    exact, _ = reference(model, tokens)
+    rounded, _ = reference(model.to(torch.bfloat16).float(), tokens)
+    hidden = transformer.forward(
+        params, cfg, jnp.asarray(tokens), positions, dtype=jnp.bfloat16
+    ).hidden
+    logits = np.asarray(transformer.logits(params, hidden))
+
+    def logprobs(logits):
+        return np.asarray(jax.nn.log_softmax(logits.astype(np.float32)))
+
+    error = np.abs(logprobs(logits) - logprobs(exact))
+    weights_only = np.abs(logprobs(rounded) - logprobs(exact))
+    assert np.mean(error) < 4 * np.mean(weights_only)
