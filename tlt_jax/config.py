@@ -27,7 +27,7 @@ class Model:
 
     Attributes:
       spec: where the weights come from: a Hugging Face directory, a hub name,
-        `gguf:FILE`, or a source that `tlt_jax.models` names. Required.
+        `gguf:FILE`, or another source of `tlt_jax.models.source`. Required.
       remat: what the backward pass recomputes: `none`, `dots` (all but the products),
         `full` (each layer from its input).
     """
@@ -41,8 +41,8 @@ class Task:
     """Where prompts come from.
 
     Attributes:
-      name: the task: a reasoning-gym name, or a JSONL/Parquet source; see
-        `tlt_jax.rl.tasks`. Required.
+      name: a task that `tlt_jax.rl.tasks` makes: one of its own, a reasoning-gym
+        generator, or a .jsonl or .parquet file. Required.
       options: the task's own settings (difficulty, field names, ...).
       size: number of distinct examples, at least 1.
       seed: of the generated examples; held-out examples use another one.
@@ -144,37 +144,52 @@ class Algorithm:
     """The policy-gradient rule. An unset field is what `name` prescribes.
 
     Attributes:
-      name: `grpo`, `dr_grpo`, `dapo`, `rloo`, `reinforce_pp` (REINFORCE++ with
-        baseline) or `gspo`.
+      name: a preset of `tlt_jax.rl.algorithms`.
+      advantage: how a group's rewards become advantages.
+      aggregation: how token losses become one number: `token_mean` over the batch's
+        tokens, `sequence_mean` over tokens then sequences, `constant` sum over tokens
+        by the length limit.
+      dynamic_sampling: replace groups whose rewards are all equal by new prompts.
+      overlong_shaping: let the reward fall for completions close to the length limit.
+      overlong_buffer_frac: part of the limit over which it falls, in [0, 1].
+      overlong_penalty: how far it falls, at least 0.
       clip_low: the probability ratio is clipped below at 1 - clip_low, in [0, 1].
       clip_high: the ratio is clipped above at 1 + clip_high, at least 0.
-      aggregation: how token losses are averaged: `token_mean` over the batch's tokens,
-        `sequence_mean` over tokens then sequences, `fixed_length` sum over tokens by
-        max_new_tokens.
+      dual_clip: where the advantage is negative the ratio counts at most this much,
+        above 1 + clip_high; unset: no bound.
+      ratio_level: the ratio is that of a `token` or of the `sequence`.
       kl_coef: weight of the divergence from the initial policy, at least 0.
       kl_estimator: `k1`, `k2` or `k3`.
       kl_placement: `loss` (a term of the loss) or `reward` (subtracted from rewards).
+      importance_cap: truncated importance sampling: the ratio trainer to sampler that
+        weights a token counts at most this much, above 0; unset: no weights.
       entropy_coef: weight of the entropy bonus, at least 0.
-      dynamic_sampling: replace groups whose rewards are all equal by new prompts.
-      overlong_buffer_tokens: the reward falls linearly over the last so many tokens
-        before max_new_tokens; 0: off.
-      overlong_penalty: how far it falls, at least 0.
-      importance_cap: truncates the ratio trainer/sampler probability that weights each
-        token (truncated importance sampling), above 0.
     """
 
-    name: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo"] = "grpo"
+    name: Literal[
+        "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp_baseline", "gspo"
+    ] = "grpo"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"] | None = None
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = None
+    dynamic_sampling: bool | None = None
+    overlong_shaping: bool | None = None
+    overlong_buffer_frac: float | None = schema.number(None, 0.0, 1.0)
+    overlong_penalty: float | None = schema.number(None, 0.0)
     clip_low: float | None = schema.number(None, 0.0, 1.0)
     clip_high: float | None = schema.number(None, 0.0)
-    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] | None = None
+    dual_clip: float | None = schema.number(None, above=1.0)
+    ratio_level: Literal["token", "sequence"] | None = None
     kl_coef: float | None = schema.number(None, 0.0)
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     kl_placement: Literal["loss", "reward"] | None = None
-    entropy_coef: float | None = schema.number(None, 0.0)
-    dynamic_sampling: bool | None = None
-    overlong_buffer_tokens: int | None = schema.number(None, 0)
-    overlong_penalty: float | None = schema.number(None, 0.0)
     importance_cap: float | None = schema.number(None, above=0.0)
+    entropy_coef: float | None = schema.number(None, 0.0)
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the fields that are set, without `name`."""
+        fields = dataclasses.asdict(self)
+        del fields["name"]
+        return {key: value for key, value in fields.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,14 +257,18 @@ class Reward:
     """How a completion is judged.
 
     Attributes:
-      function: `module:function` of one's own; empty: the task's verifier.
-      workers: processes that judge, at least 1.
-      timeout_s: time one completion may take in seconds, above 0.
+      function: a reward by name, or `module:function` of one's own; empty: the task's
+        own verifier.
+      workers: processes that judge; 0: none, in the run's own process and without a
+        time limit.
+      timeout_s: time that judging one completion may take in seconds, above 0.
+      failure_reward: the reward where the function fails, hangs or is not finite.
     """
 
     function: str = ""
-    workers: int = schema.number(2, 1)
+    workers: int = schema.number(2, 0)
     timeout_s: float = schema.number(10.0, above=0.0)
+    failure_reward: float = schema.number(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
