@@ -6,7 +6,8 @@ fresh Python process, driven by one thread of ours that waits for its answer, an
 and replaces it when it must. The workers are started with `subprocess`, not forked and
 not through `multiprocessing`: a process that has started JAX must not be forked, and
 `multiprocessing` imports the caller's main module again in every worker, which for a
-training run means JAX and everything else. They see no accelerator.
+training run means JAX and everything else. JAX in a reward function runs on the CPU, so
+that it does not take the accelerator from the training.
 """
 
 import dataclasses
@@ -260,7 +261,7 @@ class _Worker:
                     sys.executable,
                     "-c",
                     _WORKER,
-                    json.dumps(sys.path),
+                    json.dumps(list(map(str, sys.path))),
                     f"{theirs.fileno()}",
                 ],
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -346,8 +347,8 @@ def _pickled(score_fn: Callable[[types.Example, str], float]) -> bytes:
         ) from error
     if b"__main__" in payload:
         raise ValueError(
-            f"score_fn={score_fn!r} is defined in the main program or a notebook, which "
-            f"workers do not import: {remedy}."
+            f"score_fn={score_fn!r} is defined in the main program or a notebook, "
+            f"which workers do not import: {remedy}."
         )
     return payload
 

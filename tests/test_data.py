@@ -1,0 +1,157 @@
+import json
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from tlt_jax import data
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_jsonl_gives_prompts_answers_ids_and_metadata(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    rows = [
+        {"prompt": "1+1?", "answer": "2", "id": "first", "level": 3},
+        {"prompt": CHAT, "answer": 4},
+        {"prompt": "?", "id": 7, "answer": None},
+    ]
+    path.write_bytes(
+        b"\xef\xbb\xbf" + "\n\n".join(map(json.dumps, rows)).encode() + b"\n\n"
+    )
+    first, second, third = data.read_examples(path)
+    assert (first.example_id, first.prompt, first.answer) == ("first", "1+1?", "2")
+    assert first.metadata == {"level": 3}
+    assert (second.example_id, second.prompt, second.answer) == (
+        "sums:3",
+        tuple(CHAT),
+        "4",
+    )
+    assert (third.example_id, third.answer) == ("7", None)
+
+
+def test_parquet_gives_the_same_as_jsonl(tmp_path):
+    rows = [
+        {"id": "a", "prompt": CHAT, "reward_model": {"ground_truth": "4"}, "n": 1},
+        {"id": "b", "prompt": CHAT[1:], "reward_model": {"ground_truth": "5"}, "n": 2},
+    ]
+    # A Parquet struct holds every field for every message, unused ones as null.
+    padded = [
+        row | {"prompt": [m | {"name": None} for m in row["prompt"]]} for row in rows
+    ]
+    parquet.write_table(pa.Table.from_pylist(padded), tmp_path / "x.parquet")
+    keys = {"answer_key": "reward_model.ground_truth"}
+    from_parquet = data.read_examples(tmp_path / "x.parquet", **keys)
+    assert [e.answer for e in from_parquet] == ["4", "5"]
+    assert from_parquet == data.read_examples(write(tmp_path / "x.jsonl", rows), **keys)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "x"', r"came '\{\"prompt\": \"x\"', which is not JSON"),
+        ("[1]", r"came \[1\], accepted is a JSON object"),
+        ('{"question": "x", "a": 1}', r"no 'prompt' among the columns a, question"),
+        ('{"prompt": ""}', "prompt is empty text"),
+        ('{"prompt": 3}', r"prompt=3: accepted are text or a list of \{'role'"),
+        ('{"prompt": []}', r"prompt=\[\]: accepted are text or a list"),
+        ('{"prompt": ["x"]}', r"prompt\[0\]='x': accepted are"),
+        ('{"prompt": [{"role": "user"}]}', r"prompt\[0\]=\{'role': 'user'\}: acc"),
+        (
+            '{"prompt": [{"role": "boss", "content": "x"}]}',
+            r"prompt\[0\] has the role 'boss': accepted are system, user",
+        ),
+        (
+            '{"prompt": [{"role": "assistant", "content": "x"}]}',
+            "ends with the message of 'assistant': the last one must be the user's",
+        ),
+        ('{"prompt": "x", "answer": [1]}', r"answer=\[1\]: accepted are text, a num"),
+        ('{"prompt": "x", "answer": true}', "answer=True: accepted are text, a num"),
+        ('{"prompt": "x", "id": 1.5}', "id=1.5: accepted are text or an integer"),
+        ('{"prompt": "x", "id": "good"}', "the id 'good' is that of line 1, too"),
+        (b'{"prompt": "\xff"}', "it is not UTF-8"),
+    ],
+)
+def test_bad_line_is_named_or_skipped_and_counted(tmp_path, caplog, line, message):
+    path = tmp_path / "x.jsonl"
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"prompt": "x", "id": "good"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"x\.jsonl, line 2: .*{message}") as error:
+        data.read_examples(path)
+    assert "on_bad='skip'" in str(error.value)
+    with caplog.at_level(logging.WARNING):
+        assert [e.example_id for e in data.read_examples(path, on_bad="skip")] == [
+            "good"
+        ]
+    assert "skipped 1 of 2 lines" in caplog.text and "line 2" in caplog.text
+
+
+def test_files_that_hold_no_examples(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl is not a file"):
+        data.read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"suffix '\.csv': give a \.jsonl file"):
+        data.read_examples(tmp_path / "x.csv")
+    empty = write(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match="holds no examples: it is empty"):
+        data.read_examples(empty)
+    bad = write(tmp_path / "bad.jsonl", [1, 2])
+    with pytest.raises(ValueError, match="all 2 lines were skipped"):
+        data.read_examples(bad, on_bad="skip")
+    with pytest.raises(ValueError, match="on_bad='ignore' is not one of error, skip"):
+        data.read_examples(bad, on_bad="ignore")
+    (tmp_path / "text.parquet").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.parquet is not a Parquet file"):
+        data.read_examples(tmp_path / "text.parquet")
+
+
+def test_epoch_order_is_fixed_for_all_time():
+    # Golden: a change of these numbers changes what resumed runs train on.
+    assert data.epoch_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert data.epoch_order(8, 3, 5).tolist() == [0, 6, 2, 1, 3, 4, 7, 5]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 50), st.integers(0, 2**63), st.integers(0, 1000))
+def test_epoch_order_is_a_permutation(num_examples, seed, epoch):
+    order = data.epoch_order(num_examples, seed, epoch)
+    np.testing.assert_array_equal(np.sort(order), np.arange(num_examples))
+
+
+def test_epoch_orders_differ_between_epochs_and_seeds():
+    orders = {
+        tuple(data.epoch_order(20, seed, epoch).tolist())
+        for seed in range(10)
+        for epoch in range(10)
+    }
+    assert len(orders) == 100
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 99))
+def test_batches_cut_the_line_of_epochs(num_examples, batch_size, seed):
+    num_steps = 10
+    num_epochs = -(-num_steps * batch_size // num_examples)
+    line = np.concatenate(
+        [data.epoch_order(num_examples, seed, epoch) for epoch in range(num_epochs)]
+    )
+    for step in reversed(range(num_steps)):
+        np.testing.assert_array_equal(
+            data.batch_indices(num_examples, batch_size, seed, step),
+            line[step * batch_size : (step + 1) * batch_size],
+        )
+
+
+@pytest.mark.parametrize("name", ["num_examples", "batch_size", "seed", "step"])
+def test_batch_arguments_out_of_range_are_named(name):
+    arguments = {"num_examples": 4, "batch_size": 2, "seed": 0, "step": 0, name: -1}
+    with pytest.raises(ValueError, match=f"{name}=-1 is out of range: at least"):
+        data.batch_indices(**arguments)
