@@ -1,0 +1,99 @@
+"""The display says what matters, on a terminal and in a log file."""
+
+import io
+
+import rich.console
+
+from tlt_jax import progress
+
+ROW = {
+    "step": 3,
+    "reward/mean": 0.40625,
+    "reward/std": 0.25,
+    "length/mean": 61.4,
+    "length/p95": 120.0,
+    "length/max": 128,
+    "rollout/tokens_per_s": 1234.5,
+    "time/step_s": 10.0,
+    "time/rollout_s": 6.0,
+    "time/update_s": 3.9,
+    "time/reward_s": 0.01,
+    "time/compile_s": None,
+}
+
+
+def console(terminal: bool) -> rich.console.Console:
+    return rich.console.Console(
+        file=io.StringIO(), force_terminal=terminal, width=110, highlight=False
+    )
+
+
+def test_one_line_per_step():
+    text = progress.line(ROW, 4, 10, remaining_s=60.0)
+    assert text == (
+        "step  4/10 | reward 0.406 ± 0.25 | length 61/120/128 | tok/s 1,234 | "
+        "time 10 s | of it rollout 60%, update 39% | 60 s left"
+    )
+    assert progress.line({"step": 9}, 10, 10, 0.0) == "step 10/10"
+
+
+def test_durations():
+    times = [0, 7.26, 42.4, 99.9, 125, 3599, 11520]
+    assert [progress.duration(t) for t in times] == [
+        "0.0 s",
+        "7.3 s",
+        "42 s",
+        "100 s",
+        "2 m 05 s",
+        "59 m 59 s",
+        "3 h 12 m",
+    ]
+
+
+def test_remaining_time_leaves_compilation_out():
+    with progress.Progress(10, mode="off") as shown:
+        assert shown.remaining_s() is None
+        shown.step({"step": 0, "time/step_s": 32.0, "time/compile_s": 30.0})
+        shown.step({"step": 1, "time/step_s": 2.0})
+        assert shown.remaining_s() == 16.0
+
+
+def test_plain_output_is_lines_and_slow_stages_are_heard_of():
+    now = [0.0]
+    out = console(terminal=False)
+    with progress.Progress(2, console=out, clock=lambda: now[0]) as shown:
+        shown.stage("rollout")
+        for done in range(4):
+            now[0] += 20.0
+            shown.within(done, 64, "900 tok/s")
+        shown.step(ROW)
+    lines = out.file.getvalue().splitlines()
+    assert lines[:2] == [
+        "  step 1: rollout 1/64  900 tok/s after 40 s",
+        "  step 1: rollout 3/64  900 tok/s after 80 s",
+    ]
+    assert lines[2].startswith("step 1/2 | reward 0.406")
+    assert len(lines) == 3
+
+
+def test_live_display_shows_steps_and_stage():
+    out = console(terminal=True)
+    with progress.Progress(10, first_step=3, console=out) as shown:
+        shown.step(ROW)
+        shown.stage("rollout")
+        shown.within(16, 64, "900 tok/s")
+        with out.capture() as capture:
+            out.print(shown._render())
+    text = capture.get()
+    for part in ("step 4/10", "60 s left", "rollout", "16/64", "0.406 ± 0.25"):
+        assert part in text
+
+
+def test_off_prints_nothing():
+    out = console(terminal=True)
+    with progress.Progress(10, mode="off", console=out) as shown:
+        shown.stage("rollout")
+        shown.within(1, 2)
+        shown.step(ROW)
+        shown.note("x")
+    assert out.file.getvalue() == ""

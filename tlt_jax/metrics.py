@@ -1,0 +1,271 @@
+"""The record of a run: `metrics.jsonl`, one JSON object per RL step, and TensorBoard.
+
+Lines are complete or absent: each is one append, forced to disk before `write` returns.
+JSON has no words for non-finite numbers; they are written as the strings "NaN",
+"Infinity" and "-Infinity", and `read` turns these back into numbers.
+"""
+
+import fcntl
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer import event_file_writer
+
+FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+# Names that stay. Other names are welcome: `group/name` in lower case.
+NAMES = frozenset(
+    """
+    step
+    reward/mean reward/std reward/zero_std_frac
+    length/mean length/p50 length/p95 length/max length/clipped_frac
+    policy/loss policy/entropy policy/kl policy/clip_frac policy/grad_norm
+    mismatch/logprob_max_abs
+    specdec/accept_length specdec/accept_rate_by_depth specdec/strategy
+    drafter/version drafter/loss drafter/top1_acc
+    time/step_s time/rollout_s time/reward_s time/inference_s time/update_s time/sync_s
+    time/compile_s
+    workers/idle_s workers/trained_s workers/idle_frac
+    rollout/tokens rollout/tokens_per_s rollout/tokens_digest
+    """.split()
+)
+_NAME = re.compile(r"[a-z][a-z0-9_]*/[a-z0-9][a-z0-9_@.]*")
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+Value = float | int | str | bool | None | list
+
+
+class MetricsError(RuntimeError):
+    """The record cannot be written or read; the message names the remedy."""
+
+
+class MetricsWriter:
+    """Appends rows to a run's record. Use as a context manager, or call `close`."""
+
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        first_step: int = 0,
+        tensorboard: bool = True,
+    ):
+        """Open `<workdir>/metrics.jsonl` to go on at `first_step`.
+
+        Rows of that step and later ones, which a killed process wrote after its last
+        checkpoint, are dropped: they will be written again. A half-written last line is
+        dropped too. Both are logged.
+
+        Args:
+          workdir: the run's directory.
+          first_step: `step` of the first row to be written.
+          tensorboard: write event files to `<workdir>/tensorboard` as well.
+
+        Raises:
+          MetricsError: another process writes here, or the file is damaged.
+        """
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._path = workdir / FILE
+        self._file = _open_locked(self._path)
+        try:
+            self._last_step = _drop_rows(self._file, self._path, first_step)
+        except MetricsError:
+            os.close(self._file)
+            raise
+        self._events = None
+        if tensorboard:
+            self._events = event_file_writer.EventFileWriter(str(workdir / TENSORBOARD))
+            # Makes TensorBoard forget what it read of this step and later ones.
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add_event(event_pb2.Event(step=first_step, session_log=start))
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row and force it to disk.
+
+        Args:
+          row: `step`, larger than the last row's, and values by name: numbers, strings,
+            flags, None, or sequences of numbers; NumPy and JAX scalars and vectors too.
+
+        Raises:
+          ValueError: a name or a value is not allowed, or `step` does not advance.
+          MetricsError: the row could not be written (disk full, ...); none of it was.
+        """
+        values = {name: _plain(name, value) for name, value in row.items()}
+        step = values.get("step")
+        if type(step) is not int or step <= self._last_step:
+            raise ValueError(
+                f"step={step!r} does not follow {self._last_step}: every row has an "
+                "integer step larger than the one before."
+            )
+        line = json.dumps({k: _encode(v) for k, v in values.items()}, allow_nan=False)
+        self._append(line.encode() + b"\n")
+        self._last_step = step
+        if self._events:
+            self._add_event(event_pb2.Event(step=step, summary=_summary(values)))
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        if self._events:
+            self._events.close()
+            self._events = None
+
+    def _append(self, data: bytes) -> None:
+        size = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, data)
+            if written < len(data):
+                # The rest does not fit; asking for it gives the reason.
+                os.write(self._file, data[written:])
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, size)
+            raise MetricsError(
+                f"{self._path} could not be written ({error.strerror}): make room, "
+                "then run the same command again; it resumes from the newest "
+                "checkpoint."
+            ) from error
+
+    def _add_event(self, event: event_pb2.Event) -> None:
+        event.wall_time = time.time()
+        self._events.add_event(event)
+        self._events.flush()
+
+
+def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
+    """Read all complete rows of a run, which may still be going on.
+
+    Args:
+      workdir: the run's directory.
+
+    Returns:
+      The rows in order; a half-written last line is left out.
+
+    Raises:
+      MetricsError: there is no record, or a line is damaged.
+    """
+    path = pathlib.Path(workdir) / FILE
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise MetricsError(
+            f"{path} does not exist: give the --workdir of a run."
+        ) from error
+    return [row for row, _ in _rows(data, path)]
+
+
+def _rows(data: bytes, path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]:
+    """Return the complete rows of a file's content, with their lines."""
+    *lines, _ = data.split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"] += 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise MetricsError(
+                f"{path}, line {number} is damaged: delete that line, or restore the "
+                "file."
+            ) from error
+        rows.append(({k: _decode(v) for k, v in row.items()}, line + b"\n"))
+    return rows
+
+
+def _open_locked(path: pathlib.Path) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise MetricsError(
+            f"another process writes {path}: wait for it, end it, or use another "
+            "--workdir."
+        ) from error
+    return file
+
+
+def _drop_rows(file: int, path: pathlib.Path, first_step: int) -> int:
+    """Cut the file before `first_step`; return the last step kept, or -1."""
+    data = os.pread(file, os.fstat(file).st_size, 0)
+    kept, last_step = 0, -1
+    rows = _rows(data, path)
+    half = len(data) - sum(len(line) for _, line in rows)
+    num_kept = 0
+    for row, line in rows:
+        if row["step"] >= first_step:
+            break
+        kept, last_step, num_kept = kept + len(line), row["step"], num_kept + 1
+    if half:
+        logging.warning("%s ended in half a line (%d bytes): dropped.", path, half)
+    if num_kept < len(rows):
+        logging.warning(
+            "%s: dropped %d rows from step %d on; they will be written again.",
+            path,
+            len(rows) - num_kept,
+            first_step,
+        )
+    os.ftruncate(file, kept)
+    os.fsync(file)
+    return last_step
+
+
+def _plain(name: str, value: Any) -> Value:
+    """Check a name and turn its value into plain Python."""
+    if name not in NAMES and not _NAME.fullmatch(name):
+        raise ValueError(
+            f"metric name {name!r}: use group/name in lower case, such as reward/mean."
+        )
+    if value is None or isinstance(value, str | bool):
+        return value
+    array = np.asarray(value)
+    if array.ndim > 1 or array.dtype.kind not in "biuf":
+        if array.dtype.name != "bfloat16":
+            raise ValueError(
+                f"metric {name}={value!r}: give a number, a string, or a sequence of "
+                "numbers."
+            )
+        array = array.astype(np.float32)
+    return array.tolist()
+
+
+def _encode(value: Value) -> Any:
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(k for k, v in _NON_FINITE.items() if str(v) == str(value))
+    return value
+
+
+def _decode(value: Any) -> Value:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _summary(values: Mapping[str, Value]) -> summary_pb2.Summary:
+    """Return the numbers of a row; of sequences each item has its own tag."""
+    out = summary_pb2.Summary()
+    for name, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        for i, item in enumerate(items):
+            if isinstance(item, bool | int | float) and name != "step":
+                tag = f"{name}/{i}" if isinstance(value, list) else name
+                out.value.add(tag=tag, simple_value=float(item))
+    return out

@@ -1,0 +1,197 @@
+"""What a person sees while a run goes on: a live display, or one line per RL step."""
+
+import collections
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import rich.box
+import rich.console
+import rich.live
+import rich.table
+import rich.text
+
+_SHOWN_STEPS = 10
+_PLAIN_EVERY_S = 30.0
+_BAR = 24
+_SPLIT = ("rollout", "reward", "inference", "update", "sync", "compile")
+
+
+class Progress:
+    """Shows a run. Use as a context manager, or call `close`.
+
+    On a terminal a display is redrawn in place: the run's bar and remaining time, the
+    current step's stage, the latest steps. Elsewhere each step prints one line, and a
+    long stage a line every 30 s.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        first_step: int = 0,
+        mode: Literal["auto", "plain", "off"] = "auto",
+        console: rich.console.Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Start the display.
+
+        Args:
+          num_steps: RL steps of the whole run.
+          first_step: steps done before (a resumed run).
+          mode: `auto` looks whether there is a terminal.
+          console, clock: for tests.
+        """
+        self._console = console or rich.console.Console(highlight=False)
+        self._num_steps, self._done = num_steps, first_step
+        self._clock = clock
+        self._rows: collections.deque = collections.deque(maxlen=_SHOWN_STEPS)
+        self._stage, self._detail, self._fraction = "starting", "", None
+        self._stage_since = self._printed_at = clock()
+        self._plain = mode == "plain" or not self._console.is_terminal
+        self._off = mode == "off"
+        self._live = None
+        if not self._plain and not self._off:
+            self._live = rich.live.Live(
+                get_renderable=self._render,
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._live.start()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the last display standing and release the terminal."""
+        if self._live:
+            self._stage, self._detail, self._fraction = "", "", None
+            self._live.stop()
+            self._live = None
+
+    def stage(self, name: str) -> None:
+        """Say what the run does now: rollout, reward, update, ..."""
+        self._stage, self._detail, self._fraction = name, "", None
+        self._stage_since = self._printed_at = self._clock()
+
+    def within(self, done: int, total: int, detail: str = "") -> None:
+        """Say how far the current stage is: `done` of `total` completions, say."""
+        self._fraction = done / total if total else 1.0
+        self._detail = f"{done}/{total}  {detail}".rstrip()
+        now = self._clock()
+        if self._plain and not self._off and now - self._printed_at > _PLAIN_EVERY_S:
+            self._printed_at = now
+            self._print(
+                f"  step {self._done + 1}: {self._stage} {self._detail} after "
+                f"{duration(now - self._stage_since)}"
+            )
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Show a finished step.
+
+        Args:
+          row: its record, with the names of `metrics.NAMES`; absent ones are left out.
+        """
+        self._done += 1
+        self._rows.append(dict(row))
+        self.stage("next step" if self._done < self._num_steps else "finishing")
+        if self._plain and not self._off:
+            self._print(line(row, self._done, self._num_steps, self.remaining_s()))
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        if not self._off:
+            self._print(text)
+
+    def remaining_s(self) -> float | None:
+        """Return the estimated time to the end of the run in seconds, if known."""
+        times = [
+            row["time/step_s"] - (row.get("time/compile_s") or 0.0)
+            for row in list(self._rows)
+            if row.get("time/step_s") is not None
+        ]
+        if not times:
+            return None
+        return max(0.0, statistics.median(times)) * (self._num_steps - self._done)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def _render(self) -> rich.console.Group:
+        remaining = self.remaining_s()
+        head = rich.text.Text()
+        head.append(f"step {self._done}/{self._num_steps} ", "bold")
+        head.append(_bar(self._done / max(1, self._num_steps)), "cyan")
+        if remaining is not None and self._done < self._num_steps:
+            head.append(f"  {duration(remaining)} left")
+        if self._stage:
+            spent = duration(self._clock() - self._stage_since)
+            head.append(f"\n{self._stage} {spent} ", "dim")
+            if self._fraction is not None:
+                head.append(_bar(self._fraction), "green")
+            head.append(f" {self._detail}", "dim")
+        return rich.console.Group(_table(list(self._rows)), head)
+
+
+def line(
+    row: Mapping[str, Any], done: int, num_steps: int, remaining_s: float | None = None
+) -> str:
+    """Return one step's record as one line of text."""
+    cells = [f"step {done:>{len(str(num_steps))}}/{num_steps}"]
+    for name, value in _cells(row).items():
+        if value:
+            cells.append(f"{name} {value}")
+    if remaining_s is not None and done < num_steps:
+        cells.append(f"{duration(remaining_s)} left")
+    return " | ".join(cells)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the two largest units that matter: 7.3 s, 2 m 05 s, 3 h 12 m."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} m {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} m"
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    def number(name: str, spec: str) -> str:
+        value = row.get(name)
+        return "" if value is None else format(value, spec)
+
+    reward, std = number("reward/mean", ".3f"), number("reward/std", ".2f")
+    lengths = [number(f"length/{k}", ".0f") for k in ("mean", "p95", "max")]
+    total = row.get("time/step_s")
+    split = []
+    for part in _SPLIT:
+        seconds = row.get(f"time/{part}_s")
+        if total and seconds and seconds / total >= 0.01:
+            split.append(f"{part} {seconds / total:.0%}")
+    return {
+        "reward": f"{reward} ± {std}" if std else reward,
+        "length": "/".join(lengths) if all(lengths) else lengths[0],
+        "tok/s": number("rollout/tokens_per_s", ",.0f"),
+        "time": "" if total is None else duration(total),
+        "of it": ", ".join(split),
+    }
+
+
+def _table(rows) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    names = ("step", "reward", "length mean/p95/max", "tok/s", "time", "of it")
+    for name in names:
+        table.add_column(name, justify="left" if name == "of it" else "right")
+    for row in rows:
+        table.add_row(str(row.get("step", "")), *_cells(row).values())
+    return table
+
+
+def _bar(fraction: float) -> str:
+    full = round(min(1.0, max(0.0, fraction)) * _BAR)
+    return "━" * full + "╌" * (_BAR - full)
