@@ -72,6 +72,27 @@ def test_undecorated(decorated, plain):
 
 
 @pytest.mark.parametrize(
+    ("answer", "gold", "hedging"),
+    [
+        ("cat or dog", "cat", True),
+        ("cats", "cat", True),
+        ("a cat", "cat", True),
+        ("cat", "cat", False),
+        ("(cat).", "cat", False),
+        ("dog", "cat", False),
+        ("5 or 6", "5", True),
+        ("15", "5", False),
+        ("5.0", "5", False),
+        (r"\frac{1}{2}$ or 7", r"$\frac{1}{2}$", True),
+        (r"\frac{1}{2}", r"$\frac{1}{2}$", False),
+        (r"\boxed{3}", r"\boxed{3}", False),
+    ],
+)
+def test_hedges(answer, gold, hedging):
+    assert rewards.hedges(answer, gold) == hedging
+
+
+@pytest.mark.parametrize(
     ("gold", "text", "score"),
     [
         ("cat", "Answer: cat", 1.0),

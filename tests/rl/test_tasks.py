@@ -74,6 +74,41 @@ def test_merely_containing_the_answer_earns_nothing():
     assert task.score(example, f"It is {gold}.\nAnswer:") == 0.0
 
 
+@pytest.mark.parametrize(
+    ("name", "addition"),
+    [
+        ("spell_backward", " or dog"),
+        ("spell_backward", "dog"),
+        ("spell_backward", "\n\nSpell another word: dog"),
+        ("fraction_simplification", " or 7"),
+        ("letter_jumble", " or dog"),
+        ("quantum_lock", "xq"),
+        ("knights_knaves", " or not"),
+        ("polynomial_multiplication", " or 7"),
+    ],
+)
+def test_hedges_that_verifiers_pay_in_full_earn_nothing(name, addition):
+    raw, task = (
+        tasks.ReasoningGymTask(name, size=4, raw_score=raw) for raw in (True, False)
+    )
+    paid = 0
+    for example in task.examples("train"):
+        hedge = f"{example.answer}{addition}"
+        paid += raw.score(example, hedge) >= 0.99
+        assert task.score(example, hedge) == 0.0
+        assert task.score(example, f"{example.answer}") == 1.0
+    assert paid, "this generator no longer needs the rule"
+
+
+def test_another_form_of_the_right_answer_is_no_hedge():
+    task = tasks.ReasoningGymTask("countdown", size=1)
+    example = task.examples("train")[0]
+    assert task.score(example, f"Answer: ({example.answer})") == 1.0
+    task = tasks.ReasoningGymTask("chain_sum", size=1)
+    example = task.examples("train")[0]
+    assert task.score(example, f"Answer: **{example.answer}**.") == 1.0
+
+
 def test_text_prompts_are_answered_by_the_first_line():
     # The prompt ends with `Answer:`; a base model goes on with questions of its own.
     for style, expected in (("plain", 1.0), ("two_shot", 1.0), ("cot", 0.0)):

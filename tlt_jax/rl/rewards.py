@@ -78,6 +78,17 @@ def undecorated(answer: str) -> str:
     return answer
 
 
+def hedges(answer: str, gold: str) -> bool:
+    """Tells whether an answer contains the right one among other words or numbers.
+
+    Punctuation around it is none, and a single number (5.0 for 5) is no hedge either.
+    """
+    bare = undecorated(gold) or gold
+    if answer == gold or bare not in answer or is_number(answer):
+        return False
+    return any(c.isalnum() for c in answer.replace(bare, "", 1))
+
+
 def last_number(text: str) -> str | None:
     """Returns the last number in `text` in plain form (`-1234`, `3/4`), or None."""
     found = _NUMBER.findall(text)

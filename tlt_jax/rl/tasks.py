@@ -55,9 +55,10 @@ class ReasoningGymTask(tiny_tasks.GeneratedTask):
         questions are in neither split.
       chat: prompts are messages; else text that ends with `Answer:` (with the request
         for steps in style `cot`), for models without a chat template.
-      raw_score: give the verifier's own score in [0, 1]. It is not binary: generators
-        pay for answers that merely contain the right one. By default a score of at
-        least 0.99 counts as 1.0, any other as 0.0.
+      raw_score: give the verifier's own score in [0, 1]. It is not binary, and most
+        verifiers pay for answers that merely contain the right one, some of them in
+        full ("tac or dog" for cat spelt backward). By default such an answer scores
+        0.0 (`rewards.hedges`), one of at least 0.99 else 1.0, and any other 0.0.
       holdout_frac: fraction of all questions kept for evaluation, in [0, 1); see
         `tiny_tasks`. An evaluation example costs 1 / holdout_frac draws: give 0 to
         generators that take seconds an item.
@@ -183,7 +184,11 @@ class ReasoningGymTask(tiny_tasks.GeneratedTask):
         entry = {**example.metadata, "answer": gold}
         candidates = dict.fromkeys((answer, rewards.undecorated(answer)))
         score = max(float(self._verifier.score_answer(c, entry)) for c in candidates)
-        return score if self._raw_score else float(score >= 0.99)
+        if self._raw_score:
+            return score
+        if gold is not None and all(rewards.hedges(c, gold) for c in candidates):
+            return 0.0
+        return float(score >= 0.99)
 
 
 def _digest(text: str) -> str:
