@@ -1,0 +1,105 @@
+"""Plots are drawn from any record, complete or not, and by the printed command."""
+
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tlt_jax import metrics, plots
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def make_row(step: int, **more):
+    return {
+        "step": step,
+        "reward/mean": step / 10,
+        "reward/std": 0.3,
+        "length/p50": 40 + step,
+        "length/p95": 90 + step,
+        "length/max": 128,
+        "policy/entropy": 1.0,
+        "policy/grad_norm": math.nan if step == 1 else 1.0,
+        "time/step_s": 10.0 if step else 90.0,
+        "time/rollout_s": 6.0,
+        "time/update_s": 3.0,
+        "time/compile_s": 0.0 if step else 80.0,
+    } | more
+
+
+def write(workdir, rows):
+    with metrics.MetricsWriter(workdir, tensorboard=False) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 40])
+def test_all_plots_of_a_run(tmp_path, num_steps):
+    write(
+        tmp_path,
+        [make_row(s, **{"specdec/accept_length": 2.0}) for s in range(num_steps)],
+    )
+    written = plots.draw_all(tmp_path)
+    assert [path.name for path in written] == [
+        "reward.png",
+        "lengths.png",
+        "time_split.png",
+        "accept_length.png",
+        "policy.png",
+    ]
+    for path in written:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path / "plots")) == sorted(p.name for p in written)
+
+
+def test_what_is_not_recorded_is_not_drawn(tmp_path):
+    write(tmp_path, [{"step": 0, "reward/mean": 1.0}])
+    assert [path.name for path in plots.draw_all(tmp_path)] == ["reward.png"]
+
+
+def test_reward_shows_what_was_recorded():
+    rows = [make_row(s, **{"eval/pass@4": 0.5} if s == 2 else {}) for s in range(20)]
+    (axes,) = plots.reward(rows).axes
+    curves = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_allclose(curves["mean"].get_ydata(), np.arange(20) / 10)
+    last = curves["mean of the last 4 steps"].get_ydata()[-1]
+    assert last == pytest.approx((1.6 + 1.7 + 1.8 + 1.9) / 4)
+    assert list(curves["held out, pass@4"].get_xdata()) == [2]
+
+
+def test_time_split_stacks_to_the_step_and_names_the_rest():
+    (axes,) = plots.time_split([make_row(s) for s in range(3)]).axes
+    tops = [patch.get_y() + patch.get_height() for patch in axes.patches]
+    assert max(tops) == pytest.approx(90.0)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["rollout", "update", "compilation", "other"]
+
+
+def test_one_step_of_compilation_does_not_squeeze_the_others():
+    (axes,) = plots.time_split([make_row(s) for s in range(40)]).axes
+    assert axes.get_ylim()[1] < 15
+    (note,) = axes.texts
+    assert note.get_text() == "1 step beyond the scale (highest 90 s)"
+
+
+def test_smooth_is_the_mean_of_the_last_values():
+    values = np.array([1.0, 3.0, 5.0, 7.0])
+    np.testing.assert_allclose(plots.smooth(values, 2), [1, 2, 4, 6])
+    np.testing.assert_allclose(plots.smooth(values, 9), [1, 2, 3, 4])
+
+
+def test_command(tmp_path):
+    write(tmp_path, [make_row(0)])
+    result = subprocess.run(
+        [sys.executable, "-m", "tlt_jax.plots", f"--workdir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "reward.png" in result.stdout
