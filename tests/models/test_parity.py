@@ -39,7 +39,7 @@ def reference(model, tokens, mask=None, positions=None):
     return logits.numpy(), [out.numpy() for out in outputs]
 
 
-def ours(params, cfg, tokens, positions, visibility=None):
+def ours(params, cfg, tokens, positions, visibility=None, dtype=jnp.float32):
     """As `reference`."""
 
     @jax.jit
@@ -50,6 +50,7 @@ def ours(params, cfg, tokens, positions, visibility=None):
             tokens,
             positions,
             visibility,
+            dtype=dtype,
             features=tuple(range(cfg.num_layers)),
         )
         return transformer.logits(params, out.hidden), out.features
@@ -124,28 +125,24 @@ def test_positions_far_beyond_the_context_equal_those_of_transformers(tmp_path):
     logits, _ = reference(model, tokens, positions=positions)
     our_logits, _ = ours(params, cfg, tokens, positions)
 
-    # Angles of thousands of radians: float32 holds them to about 3e-4.
-    np.testing.assert_allclose(our_logits, logits, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(our_logits, logits, **TOLERANCE)
 
 
-def test_bfloat16_logprobs_are_as_close_as_those_of_transformers(tmp_path):
+def test_bfloat16_logprobs_err_by_little_more_than_rounded_weights_do(tmp_path):
     model = tiny_hf.case("qwen2-yarn")
     model.save_pretrained(tmp_path)
     cfg = hf_config.read(tmp_path)
     params = convert.load(tmp_path, cfg, dtype=jnp.bfloat16)
     tokens = some_tokens(2)
-    positions = jnp.broadcast_to(jnp.arange(NUM_TOKENS), tokens.shape)
+    positions = np.broadcast_to(np.arange(NUM_TOKENS), tokens.shape)
 
     exact, _ = reference(model, tokens)
     rounded, _ = reference(model.to(torch.bfloat16).float(), tokens)
-    hidden = transformer.forward(
-        params, cfg, jnp.asarray(tokens), positions, dtype=jnp.bfloat16
-    ).hidden
-    logits = np.asarray(transformer.logits(params, hidden))
+    logits, _ = ours(params, cfg, tokens, positions, dtype=jnp.bfloat16)
 
     def logprobs(logits):
         return np.asarray(jax.nn.log_softmax(logits.astype(np.float32)))
 
     error = np.abs(logprobs(logits) - logprobs(exact))
     weights_only = np.abs(logprobs(rounded) - logprobs(exact))
-    assert np.mean(error) < 4 * np.mean(weights_only)
+    assert np.mean(error) < 3 * np.mean(weights_only)

@@ -20,7 +20,7 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}
 <|{{ m['role'] }}|>
 {{ m['content'] | trim }}{{ m | tojson }}{{ eos_token }}
 {% generation %}{{ tools is none }}{% endgeneration %}
-{% if loop.index > 9 %}{% break %}{% endif %}
+  {% if loop.index > 9 %}{% break %}{% endif %}
 {% endfor %}
 {% if add_generation_prompt %}
 <|assistant|>{{ 'think' if thinking is defined and thinking }}
