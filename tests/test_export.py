@@ -1,6 +1,7 @@
 """From a run's workdir to a directory that `transformers` loads."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -29,54 +30,54 @@ CFG = model_config.ModelConfig(
 )
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A workdir; what checkpoints hold is put there by the tests."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
+def random_params(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
         model_params.abstract(CFG),
     )
 
-    def restore_policy(workdir, step=None):
-        assert workdir == str(tmp_path / "run")
-        if step not in (None, 3, 7):
-            raise checkpoint.CheckpointError(f"step={step} has no checkpoint: 3, 7.")
-        return params, CFG, step or 7
 
-    monkeypatch.setattr(checkpoint, "restore_policy", restore_policy)
-    tokenizer.from_alphabet("0123456789+=").save(tmp_path / "run" / "tokenizer")
-    return str(tmp_path / "run"), params
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run with checkpoints of steps 3 and 7, whose policies differ."""
+    directory = tmp_path_factory.mktemp("run")
+    with checkpoint.Checkpointer(directory) as checkpointer:
+        for step in (3, 7):
+            checkpointer.save(step, random_params(step), {"count": step}, CFG, {})
+    tokenizer.from_alphabet("0123456789+=").save(directory / "tokenizer")
+    return directory
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_transformers_loads_the_policy_and_its_tokenizer(run, tmp_path, dtype):
-    workdir, params = run
+@pytest.mark.parametrize("dtype,step", [("bfloat16", 3), ("float32", None)])
+def test_transformers_loads_the_policy_and_its_tokenizer(
+    workdir, tmp_path, dtype, step
+):
     out = str(tmp_path / "out")
-    assert export.export(workdir, out, step=3, dtype=dtype) == 3
+    written = export.export(str(workdir), out, step=step, dtype=dtype)
+    assert written == (step or 7)
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert str(model.dtype) == f"torch.{dtype}"
     np.testing.assert_array_equal(
         model.model.embed_tokens.weight.detach().float().numpy(),
-        params.embed.astype(dtype).astype(jnp.float32),
+        random_params(written).embed.astype(dtype).astype(jnp.float32),
     )
     loaded = transformers.AutoTokenizer.from_pretrained(out)
     assert loaded("1+2=")["input_ids"] == [4, 13, 5, 14]
     assert model.generation_config.eos_token_id == 2
 
 
-def test_what_is_wrong_is_said_and_nothing_is_written(run, tmp_path):
-    workdir, _ = run
+def test_what_is_wrong_is_said_and_nothing_is_written(workdir, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="step=5"):
-        export.export(workdir, str(tmp_path / "out"), step=5)
+        export.export(str(workdir), str(tmp_path / "out"), step=5)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
-        export.export(workdir, str(tmp_path / "full"))
-    os.remove(tmp_path / "run" / "tokenizer" / "tokenizer.json")
+        export.export(str(workdir), str(tmp_path / "full"))
+    shutil.copytree(workdir / "checkpoints", tmp_path / "bare" / "checkpoints")
     with pytest.raises(ValueError, match="holds no tokenizer.json"):
-        export.export(workdir, str(tmp_path / "out"))
-    assert sorted(os.listdir(tmp_path)) == ["full", "run"]
+        export.export(str(tmp_path / "bare"), str(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == ["bare", "full"]
 
 
 def test_the_command_explains_itself_and_its_failures(tmp_path):
