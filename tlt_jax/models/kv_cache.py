@@ -17,6 +17,9 @@ from tlt_jax.types import Array
 
 SCRATCH_PAGE = 0
 
+# Fresh columns of all layers, `[L, K, H, B, T]` or a tuple of L `[K, H, B, T]`.
+Fresh = Array | tuple[Array, ...]
+
 
 @struct.dataclass
 class PagedCache:
@@ -56,8 +59,8 @@ def page_bytes(cfg: model_config.ModelConfig, page_size: int, dtype) -> int:
 
 def append(
     cache: PagedCache,
-    keys: Array,
-    values: Array,
+    keys: Fresh,
+    values: Fresh,
     page_table: Array,
     lengths: Array,
     counts: Array,
@@ -66,7 +69,7 @@ def append(
 
     Args:
       cache: the cache; donate it, the write is in place.
-      keys, values: `[L, K, H, B, T]` fresh columns.
+      keys, values: `[L, K, H, B, T]` fresh columns, as the forward returns them.
       page_table: `[B, max_pages] int32`.
       lengths: `[B] int32`, columns that the row holds already.
       counts: `[B] int32`, 0 <= counts <= T; later columns are dropped.
@@ -74,6 +77,7 @@ def append(
     Returns:
       The cache with the columns written.
     """
+    keys, values = _stacked(keys), _stacked(values)
     page_size = cache.page_size
     num_rows, width = keys.shape[3], keys.shape[4]
 
@@ -90,8 +94,8 @@ def append(
 
 def append_pages(
     cache: PagedCache,
-    keys: Array,
-    values: Array,
+    keys: Fresh,
+    values: Fresh,
     page_table: Array,
     lengths: Array,
     counts: Array,
@@ -111,6 +115,7 @@ def append_pages(
     Returns:
       The cache with the pages written.
     """
+    keys, values = _stacked(keys), _stacked(values)
     page_size = cache.page_size
     num_rows, width = keys.shape[3], keys.shape[4]
     if width % page_size:
@@ -152,6 +157,10 @@ def copy_pages(cache: PagedCache, sources: Array, targets: Array) -> PagedCache:
         return jax.tree.map(move, cache)
 
     return lax.fori_loop(0, sources.shape[0], copy, cache)
+
+
+def _stacked(columns: Fresh) -> Array:
+    return jnp.stack(columns) if isinstance(columns, tuple) else columns
 
 
 def _write_columns(cache, keys, values, row, t, page, slot, width=1) -> PagedCache:

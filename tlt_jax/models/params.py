@@ -113,9 +113,7 @@ def describe(cfg: model_config.ModelConfig) -> Params:
         q_norm=layer((h,), (None,), "ones") if cfg.qk_norm else None,
         k_norm=layer((h,), (None,), "ones") if cfg.qk_norm else None,
         out_bias=layer((d,), (None,), "zeros") if cfg.out_bias else None,
-        gate_up_bias=(
-            layer((2, f), (None, "mlp"), "zeros") if cfg.mlp_bias else None
-        ),
+        gate_up_bias=(layer((2, f), (None, "mlp"), "zeros") if cfg.mlp_bias else None),
         down_bias=layer((d,), (None,), "zeros") if cfg.mlp_bias else None,
     )
     table = Weight((v, d), ("vocab", "embed"), "normal", d)

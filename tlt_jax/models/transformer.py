@@ -40,13 +40,14 @@ class Output:
 
     Attributes:
       hidden: `[D, B, T]`, features after the final norm.
-      keys, values: `[L, K, H, B, T]`, keys rotated; or None if not asked for.
+      keys, values: `[L, K, H, B, T]`, keys rotated; a tuple of L where the layers are
+        unrolled; None if not asked for.
       features: tuple of `[D, B, T]`, outputs of the layers asked for, before any norm.
     """
 
     hidden: Array
-    keys: Array | None
-    values: Array | None
+    keys: kv_cache.Fresh | None
+    values: kv_cache.Fresh | None
     features: tuple[Array, ...]
 
 
@@ -135,16 +136,19 @@ def logits(params: model_params.Params, hidden: Array) -> Array:
       hidden: `[D, ...]`, after the final norm.
 
     Returns:
-      `[V, ...] float32`.
+      `[..., V] float32`: the vocabulary is last, as sampling laws have it.
     """
     head = params.head.astype(hidden.dtype)
-    return jnp.tensordot(
+    logits_first = jnp.tensordot(
         head,
         hidden,
         axes=1,
         precision=layers.precision(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
+    # Without the barrier the compiler for CPUs folds the transposition into the
+    # product, which then takes up to ten times as long.
+    return jnp.moveaxis(lax.optimization_barrier(logits_first), 0, -1)
 
 
 def _unrolled(params, cfg, one_layer, x_DBT, features):
@@ -153,8 +157,8 @@ def _unrolled(params, cfg, one_layer, x_DBT, features):
         x_DBT, fresh = one_layer(layer, x_DBT, index, cfg.window(index))
         columns.append(fresh)
         outputs[index] = x_DBT
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *columns)
-    return x_DBT, stacked, tuple(outputs[i] for i in features)
+    keys, values = zip(*columns, strict=True)
+    return x_DBT, (keys, values), tuple(outputs[i] for i in features)
 
 
 def _scanned(params, cfg, one_layer, x_DBT, features):
@@ -208,22 +212,22 @@ def _attend(layer, x_DBT, cfg, rope, positions, visibility, view, index, window,
     )
     if view is not None:
         merged = (batch, cfg.num_kv_heads, group * num_tokens, head_dim)
+        query_BKMH = query_BKGTH.reshape(merged)
+        options["positions"] = jnp.tile(positions, (1, group))
         cached = attention.attend_cached(
-            query_BKGTH.reshape(merged),
-            view.cache,
-            index,
-            view.page_table,
-            view.lengths,
-            positions=jnp.tile(positions, (1, group)),
-            **options,
+            query_BKMH, view.cache, index, view.page_table, view.lengths, **options
         )
         partial = attention.join(cached, partial)
     heads = attention.finish(partial).astype(dtype)
     heads_KGHBT = heads.reshape(
         batch, cfg.num_kv_heads, group, num_tokens, head_dim
     ).transpose(1, 2, 4, 0, 3)
+    # As a plain product: with the heads' axes kept the compiler reorders the weight.
     attended = jnp.einsum(
-        "dkgh,kghbt->dbt", layer.out.astype(dtype), heads_KGHBT, precision=prec
+        "di,ibt->dbt",
+        layer.out.astype(dtype).reshape(layer.out.shape[0], -1),
+        heads_KGHBT.reshape(-1, batch, num_tokens),
+        precision=prec,
     )
     if layer.out_bias is not None:
         attended = attended + layer.out_bias.astype(dtype)[:, None, None]

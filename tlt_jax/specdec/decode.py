@@ -1,0 +1,211 @@
+"""Plain decoding as one device program of many steps.
+
+A row's last token is pending: drawn, but not yet in the cache. A step feeds it, draws
+the next with the noise of its position, and appends the pending token's keys and
+values. Rows that are full or have ended ride along and write nowhere.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import kv_cache, transformer
+from tlt_jax.models import params as model_params
+from tlt_jax.specdec import noise, sampling
+from tlt_jax.types import Array
+
+
+@struct.dataclass
+class Rows:
+    """The rows of a decode call, padded to the batch bucket; made on the host.
+
+    Attributes:
+      page_table: `[B, max_pages] int32`; covers every position that the call may write.
+      lengths: `[B] int32`, cached positions; the pending token's position.
+      pending: `[B] int32`, the last token of the row's text.
+      keys: `[B, 2] uint32`, noise keys of the requests.
+      remaining: `[B] int32`, tokens that may still be drawn; 0: the row rides along.
+    """
+
+    page_table: Array
+    lengths: Array
+    pending: Array
+    keys: Array
+    remaining: Array
+
+
+@struct.dataclass
+class Emitted:
+    """What a decode call drew.
+
+    Attributes:
+      tokens: `[B, max_steps] int32`; columns from `counts` on are zeros.
+      logprobs: `[B, max_steps] float32`, of those tokens under the sampling law.
+      counts: `[B] int32`.
+      ended: `[B] bool`: the last token drawn ends the text.
+      num_steps: int32, target forwards that the call took.
+    """
+
+    tokens: Array
+    logprobs: Array
+    counts: Array
+    ended: Array
+    num_steps: Array
+
+
+def decode(
+    params: model_params.Params,
+    cache: kv_cache.PagedCache,
+    rows: Rows,
+    step_limit: Array,
+    finish_quota: Array,
+    *,
+    cfg: model_config.ModelConfig,
+    sampling_cfg: sampling.SamplingConfig,
+    eos_ids: tuple[int, ...],
+    max_steps: int,
+    dtype=jnp.float32,
+) -> tuple[kv_cache.PagedCache, Emitted]:
+    """Decode until `step_limit` steps, `finish_quota` finished rows, or none alive.
+
+    Args:
+      params: the target.
+      cache: its pages; donate them.
+      rows: the batch.
+      step_limit: int32 scalar, at most `max_steps`.
+      finish_quota: int32 scalar; return once this many rows finished in the call.
+      cfg: the model.
+      sampling_cfg: the law.
+      eos_ids: tokens that end a text; they are kept.
+      max_steps: width of the result.
+      dtype: of activations.
+
+    Returns:
+      The cache, and what was drawn.
+    """
+    batch = rows.lengths.shape[0]
+    start = (
+        cache,
+        rows.lengths,
+        rows.pending,
+        rows.remaining > 0,
+        Emitted(
+            tokens=jnp.zeros((batch, max_steps), jnp.int32),
+            logprobs=jnp.zeros((batch, max_steps), jnp.float32),
+            counts=jnp.zeros((batch,), jnp.int32),
+            ended=jnp.zeros((batch,), bool),
+            num_steps=jnp.int32(0),
+        ),
+    )
+    num_alive = jnp.sum(rows.remaining > 0)
+
+    def keep_on(state):
+        *_, alive, emitted = state
+        still = jnp.sum(alive)
+        return (
+            (emitted.num_steps < step_limit)
+            & (still > 0)
+            & (num_alive - still < finish_quota)
+        )
+
+    def step(state):
+        cache, lengths, pending, alive, emitted = state
+        view = transformer.CacheView(cache, rows.page_table, lengths)
+        out = transformer.forward(
+            params, cfg, pending[:, None], lengths[:, None], None, view, dtype=dtype
+        )
+        law = sampling.law(
+            transformer.logits(params, out.hidden[:, :, 0]), sampling_cfg
+        )
+        drawn = law.draw(noise.gumbel(rows.keys, lengths + 1, cfg.vocab_size))
+        cache = kv_cache.append(
+            cache,
+            out.keys,
+            out.values,
+            rows.page_table,
+            _after(drawn, lengths),
+            alive.astype(jnp.int32),
+        )
+        column = emitted.num_steps
+        lengths = lengths + alive
+        counts = lengths - rows.lengths
+        ended = alive & is_any(drawn, eos_ids)
+        logprob = jnp.where(alive, law.logprob_of(drawn), 0.0)
+        emitted = Emitted(
+            tokens=_put(emitted.tokens, column, jnp.where(alive, drawn, 0)),
+            logprobs=_put(emitted.logprobs, column, logprob),
+            counts=counts,
+            ended=emitted.ended | ended,
+            num_steps=column + 1,
+        )
+        pending = jnp.where(alive, drawn, pending)
+        alive = alive & ~ended & (counts < rows.remaining)
+        return cache, lengths, pending, alive, emitted
+
+    cache, _, _, _, emitted = lax.while_loop(keep_on, step, start)
+    return cache, emitted
+
+
+def _after(drawn: Array, lengths: Array) -> Array:
+    """Make `lengths` depend on the tokens drawn, and so on every read of the cache.
+
+    The compiler updates the pages in place only where it can order the update behind
+    their last reader; that of the last layer has no other path to it, and without one
+    the whole cache is copied at every step. Tokens are never negative.
+    """
+    return lengths + jnp.minimum(jnp.min(drawn), 0)
+
+
+def is_any(tokens: Array, ids: tuple[int, ...]) -> Array:
+    """Tell which of `tokens [...]` are among `ids`, `[...] bool`."""
+    found = jnp.zeros(tokens.shape, bool)
+    for token_id in ids:
+        found = found | (tokens == token_id)
+    return found
+
+
+def prefill(
+    params: model_params.Params,
+    cache: kv_cache.PagedCache,
+    tokens: Array,
+    counts: Array,
+    page_table: Array,
+    lengths: Array,
+    *,
+    cfg: model_config.ModelConfig,
+    dtype=jnp.float32,
+) -> kv_cache.PagedCache:
+    """Append a chunk of each row's prompt to the cache.
+
+    Args:
+      params: the target.
+      cache: its pages; donate them.
+      tokens: `[B, T] int32`, T a multiple of the page size; padding holds zeros.
+      counts: `[B] int32`, valid tokens of each row's chunk.
+      page_table: `[B, max_pages] int32`.
+      lengths: `[B] int32`, cached positions, multiples of the page size.
+      cfg: the model.
+      dtype: of activations.
+
+    Returns:
+      The cache.
+    """
+    positions = lengths[:, None] + jnp.arange(tokens.shape[1])
+    view = transformer.CacheView(cache, page_table, lengths)
+    out = transformer.forward(params, cfg, tokens, positions, None, view, dtype=dtype)
+    return kv_cache.append_pages(
+        cache, out.keys, out.values, page_table, lengths, counts
+    )
+
+
+def _put(buffer: Array, column: Array, values: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(
+        buffer, values.astype(buffer.dtype)[:, None], column, axis=1
+    )
+
+
+def donated(fn):
+    """Jit `decode` or `prefill` (bound to its settings), donating the cache."""
+    return jax.jit(fn, donate_argnums=(1,))

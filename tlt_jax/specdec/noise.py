@@ -1,0 +1,101 @@
+"""Position-keyed Gumbel noise: the randomness of a token is a pure function of its key.
+
+The noise of request r at position t over the vocabulary depends on (seed, r, t) alone:
+not on the batch, the slot, the step or the program. It is made by a counter-based
+generator written here, so that it stays the same across versions of jax.
+
+Reference: Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1, 2, 3,
+2011 (Threefry-2x32; 13 rounds are the fewest that pass its statistical batteries).
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from tlt_jax.types import Array
+
+_ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+_PARITY = 0x1BD11BDA
+ROUNDS = 13
+
+
+def threefry2x32(
+    key: tuple[Array, Array], counter: tuple[Array, Array], rounds: int = ROUNDS
+) -> tuple[Array, Array]:
+    """Encrypt a counter under a key; all are uint32 and broadcast.
+
+    Args:
+      key: two words.
+      counter: two words.
+      rounds: of mixing.
+
+    Returns:
+      Two independent uniform words, of the broadcast shape.
+    """
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(_PARITY))
+    x0, x1 = counter[0] + schedule[0], counter[1] + schedule[1]
+    for i in range(rounds):
+        turn = np.uint32(_ROTATIONS[i % 8])
+        x0 = x0 + x1
+        x1 = (x1 << turn) | (x1 >> (np.uint32(32) - turn))
+        x1 = x1 ^ x0
+        if i % 4 == 3:
+            step = i // 4 + 1
+            x0 = x0 + schedule[step % 3]
+            x1 = x1 + schedule[(step + 1) % 3] + np.uint32(step)
+    return x0, x1
+
+
+def split_words(value: int) -> tuple[np.uint32, np.uint32]:
+    """Split a non-negative 64-bit integer into (high, low) words."""
+    if not 0 <= value < 2**64:
+        raise ValueError(
+            f"key word {value} is outside [0, 2**64): seeds and request ids are "
+            "non-negative 64-bit integers."
+        )
+    return np.uint32(value >> 32), np.uint32(value & 0xFFFFFFFF)
+
+
+def request_keys(seed: int, request_ids) -> np.ndarray:
+    """Derive the key of each request from the run's seed, on the host.
+
+    Args:
+      seed: of the run, 0 <= seed < 2**64.
+      request_ids: sequence of B ids, 0 <= id < 2**64.
+
+    Returns:
+      `[B, 2] uint32`.
+    """
+    ids = np.asarray(request_ids, np.uint64)
+    counter = ((ids >> np.uint64(32)).astype(np.uint32), ids.astype(np.uint32))
+    with np.errstate(over="ignore"):
+        words = threefry2x32(split_words(seed), counter, rounds=20)
+    return np.stack(words, axis=-1)
+
+
+def gumbel(keys: Array, positions: Array, vocab_size: int) -> Array:
+    """Draw the standard Gumbel noise of every vocabulary entry.
+
+    With u uniform on a grid of 2**-31, -log1p(-u) is exponential with a fine lower
+    tail, and minus its log is Gumbel with the upper tail that decides rare tokens
+    (largest value 22).
+
+    Args:
+      keys: `[N, 2] uint32` of requests.
+      positions: `[N] int32`, index in the row's text (prompt included) of the token
+        that is drawn.
+      vocab_size: V.
+
+    Returns:
+      `[N, V] float32`.
+    """
+    half = (vocab_size + 1) // 2
+    counter = (
+        positions.astype(jnp.uint32)[:, None],
+        jnp.arange(half, dtype=jnp.uint32)[None, :],
+    )
+    words = threefry2x32((keys[:, :1], keys[:, 1:]), counter)
+    bits = jnp.concatenate(words, axis=1)[:, :vocab_size]
+    # 31 bits fit a signed integer, whose conversion every vector unit has.
+    u = ((bits >> np.uint32(1)).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-31
+    u = jnp.minimum(u, 1.0 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-u))

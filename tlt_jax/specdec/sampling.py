@@ -1,0 +1,155 @@
+"""From logits to the sampling law, and from the law to tokens.
+
+`law` is the one function between logits and log-probabilities: sampler, verifier,
+log-prob reporter and trainer all call it, so none of them can truncate or temper
+differently. Order: temperature, top-k, top-p, min-p, renormalisation.
+
+A token is `argmax_v(logprobs[v] + gumbel(seed, r, t)[v])`, an exact sample of the law
+that depends on the request and the position alone.
+
+Reference: Gumbel, Statistical Theory of Extreme Values, 1954 (the maximum property);
+Holtzman et al., The Curious Case of Neural Text Degeneration, 2020 (top-p); Nguyen et
+al., Turning Up the Heat: Min-p Sampling, 2024.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from tlt_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """The sampling law's settings.
+
+    Attributes:
+      temperature: divides the logits; 0 is the point mass on the largest.
+      top_k: keep the k likeliest tokens and those equal to the last of them; 0: all.
+      top_p: keep a token if the likelier ones together have less than this; 1: all.
+      min_p: keep tokens with at least this fraction of the largest probability; 0: all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(
+                f"temperature={self.temperature} is negative: use 0 for greedy or a "
+                "positive number."
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} is negative: use 0 to keep all.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p={self.top_p} is outside (0, 1]: use 1 to keep all tokens."
+            )
+        if not 0 <= self.min_p < 1:
+            raise ValueError(
+                f"min_p={self.min_p} is outside [0, 1): use 0 to keep all tokens."
+            )
+
+
+@struct.dataclass
+class Law:
+    """A distribution over the vocabulary.
+
+    Attributes:
+      scores: `[..., V] float32`, log-probabilities up to `log_normaliser`; -inf outside
+        the support.
+      log_normaliser: `[...] float32`.
+    """
+
+    scores: Array
+    log_normaliser: Array
+
+    def logprobs(self) -> Array:
+        """Natural log-probabilities, `[..., V]`."""
+        return self.scores - self.log_normaliser[..., None]
+
+    def logprob_of(self, tokens: Array) -> Array:
+        """Log-probabilities `[...]` of `tokens [...] int32`."""
+        chosen = jnp.take_along_axis(self.scores, tokens[..., None], axis=-1)[..., 0]
+        return chosen - self.log_normaliser
+
+    def entropy(self) -> Array:
+        """Entropy in nats, `[...]`."""
+        logprobs = self.logprobs()
+        inside = jnp.isfinite(logprobs)
+        safe = jnp.where(inside, logprobs, 0.0)
+        return -jnp.sum(jnp.where(inside, jnp.exp(safe) * safe, 0.0), axis=-1)
+
+    def draw(self, noise: Array) -> Array:
+        """Draw tokens `[...] int32` with Gumbel noise `[..., V]`."""
+        return argmax(self.scores + noise)
+
+
+def law(logits: Array, cfg: SamplingConfig) -> Law:
+    """Turn logits into the sampling law.
+
+    Args:
+      logits: `[..., V] float32`.
+      cfg: the settings.
+
+    Returns:
+      The law. At temperature 0 it is the point mass on the first largest logit.
+    """
+    if cfg.temperature == 0:
+        best = argmax(logits)
+        here = jnp.arange(logits.shape[-1]) == best[..., None]
+        return Law(jnp.where(here, 0.0, -jnp.inf), jnp.zeros(best.shape, logits.dtype))
+    scores = logits if cfg.temperature == 1.0 else logits / cfg.temperature
+    if cfg.top_k and cfg.top_k < logits.shape[-1]:
+        scores = _keep_top_k(scores, cfg.top_k)
+    if cfg.top_p < 1:
+        scores = _keep_top_p(scores, cfg.top_p)
+    if cfg.min_p > 0:
+        floor = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(cfg.min_p)
+        scores = jnp.where(scores >= floor, scores, -jnp.inf)
+    return Law(scores, log_sum_exp(scores))
+
+
+def log_sum_exp(scores: Array) -> Array:
+    """Log of the sum of exponentials over the vocabulary, `[..., V]` to `[...]`."""
+    largest = lax.stop_gradient(_fold(scores, jnp.max))
+    return largest + jnp.log(_fold(jnp.exp(scores - largest[..., None]), jnp.sum))
+
+
+def argmax(scores: Array) -> Array:
+    """Index of the first largest entry over the vocabulary, `[..., V]` to `[...]`.
+
+    Two plain reductions: compilers vectorise them, and not the paired one.
+    """
+    num = scores.shape[-1]
+    # Materialised, so that the second reduction does not make the scores again.
+    scores = lax.optimization_barrier(scores)
+    largest = _fold(scores, jnp.max)
+    ids = jnp.arange(num, dtype=jnp.int32)
+    return _fold(jnp.where(scores == largest[..., None], ids, num), jnp.min)
+
+
+def _fold(x: Array, reduce) -> Array:
+    """Reduce over the last axis, in lanes first: a reduction that vectorises."""
+    lanes = 64
+    if x.shape[-1] % lanes:
+        return reduce(x, axis=-1)
+    return reduce(reduce(x.reshape(*x.shape[:-1], -1, lanes), axis=-2), axis=-1)
+
+
+def _keep_top_k(scores: Array, k: int) -> Array:
+    best = lax.top_k(scores, k)[0]
+    return jnp.where(scores >= best[..., -1:], scores, -jnp.inf)
+
+
+def _keep_top_p(scores: Array, top_p: float) -> Array:
+    descending = -jnp.sort(-scores, axis=-1)
+    probs = jnp.exp(descending - log_sum_exp(descending)[..., None])
+    likelier = jnp.cumsum(probs, axis=-1) - probs
+    num_kept = jnp.sum(likelier < top_p, axis=-1, keepdims=True)
+    cutoff = jnp.take_along_axis(descending, jnp.maximum(num_kept - 1, 0), axis=-1)
+    return jnp.where(scores >= cutoff, scores, -jnp.inf)
