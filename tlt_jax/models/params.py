@@ -1,4 +1,4 @@
-"""The weights of a decoder: one abstract description per leaf, and what follows from it.
+"""The weights of a decoder: one abstract description per leaf, and what it implies.
 
 From `describe(cfg)` follow initialisation, shardings, restore targets and the mapping
 to Hugging Face names; nothing else knows a shape. Weights are stored `[out, in]`.

@@ -1,0 +1,118 @@
+"""The pool of compiled programs: compiled once per key, ahead of need, never retraced.
+
+A key says everything that decides a program's shapes (kind, batch bucket, strategy).
+Programs may be prepared in the background while others run; asking for one that is not
+ready waits for it. After warm-up a run compiles nothing, which `num_compiled` shows.
+"""
+
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Hashable
+
+import jax
+
+
+@dataclasses.dataclass
+class PoolStats:
+    """What the pool did so far.
+
+    Attributes:
+      num_compiled: programs compiled.
+      compile_s: seconds spent compiling, wherever that happened.
+      waited_s: seconds for which a caller had to wait for a program.
+      temp_bytes: largest scratch memory of any program, as its compiler says.
+      code_bytes: generated code of all programs, as their compilers say.
+    """
+
+    num_compiled: int = 0
+    compile_s: float = 0.0
+    waited_s: float = 0.0
+    temp_bytes: int = 0
+    code_bytes: int = 0
+
+
+class ProgramPool:
+    """Compiled programs by key. Safe to use from several threads."""
+
+    def __init__(self):
+        self.stats = PoolStats()
+        self._programs: dict[Hashable, concurrent.futures.Future] = {}
+        self._lock = threading.Lock()
+        self._background = concurrent.futures.ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="compile"
+        )
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def get(
+        self, key: Hashable, lower: Callable[[], jax.stages.Lowered]
+    ) -> jax.stages.Compiled:
+        """Return the program of `key`, compiling or waiting for it if need be.
+
+        Args:
+          key: names the program.
+          lower: traces and lowers it; called at most once for a key.
+
+        Returns:
+          The program. An error of its compilation is raised, and the key forgotten.
+        """
+        future, mine = self._claim(key)
+        if not mine and future.done():
+            return future.result()
+        started = time.perf_counter()
+        if mine:
+            self._compile(key, lower, future)
+        program = future.result()
+        with self._lock:
+            self.stats.waited_s += time.perf_counter() - started
+        return program
+
+    def prepare(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> None:
+        """Compile the program of `key` in the background, unless it is there."""
+        future, mine = self._claim(key)
+        if mine:
+            self._background.submit(self._compile, key, lower, future)
+
+    def wait(self) -> None:
+        """Wait for everything that is being prepared."""
+        with self._lock:
+            pending = list(self._programs.values())
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        """Drop what is not yet begun and wait for the rest."""
+        self._background.shutdown(wait=True, cancel_futures=True)
+
+    def _claim(self, key: Hashable) -> tuple[concurrent.futures.Future, bool]:
+        with self._lock:
+            future = self._programs.get(key)
+            if future is not None:
+                return future, False
+            self._programs[key] = future = concurrent.futures.Future()
+            return future, True
+
+    def _compile(self, key, lower, future) -> None:
+        started = time.perf_counter()
+        try:
+            program = lower().compile()
+        # Whatever it is, whoever waits for the program must be told.
+        except BaseException as error:
+            with self._lock:
+                del self._programs[key]
+            future.set_exception(error)
+            return
+        elapsed = time.perf_counter() - started
+        memory = program.memory_analysis()
+        with self._lock:
+            self.stats.num_compiled += 1
+            self.stats.compile_s += elapsed
+            if memory is not None:
+                self.stats.temp_bytes = max(
+                    self.stats.temp_bytes, memory.temp_size_in_bytes
+                )
+                self.stats.code_bytes += memory.generated_code_size_in_bytes
+        future.set_result(program)
