@@ -1,0 +1,91 @@
+"""Decodes with this package's rollout engine, fp32, on the first device."""
+
+import importlib.metadata
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+import jax
+import numpy as np
+import protocol
+
+from tlt_jax import types
+from tlt_jax.models import params as model_params
+from tlt_jax.models import source
+from tlt_jax.rl import rollout
+from tlt_jax.specdec import sampling
+
+
+class Peer:
+    """One model, and an engine for each temperature asked for."""
+
+    def load(self, request: dict) -> dict:
+        """Loads `model`, any spec that `tlt_jax.models.source` knows, in float32."""
+        self.settings = request
+        self.source = source.resolve(request["model"])
+        # On CPUs a loop over layers that is written out is the faster one.
+        self.params = model_params.unstack(self.source.load())
+        self.tokenizer = self.source.tokenizer()
+        self.engines = {}
+        names = ("jax", "jaxlib")
+        return {
+            "versions": {n: importlib.metadata.version(n) for n in names},
+            "device": jax.devices()[0].device_kind,
+            "model": self.source.identity,
+        }
+
+    def encode(self, request: dict) -> dict:
+        """Returns the token ids of chats, as every peer is given them."""
+        chats = request["messages"]
+        return {"ids": [self.tokenizer.encode_prompt(c).tolist() for c in chats]}
+
+    def run(self, request: dict) -> dict:
+        """Generates exactly `new_tokens` after each of `prompts` (token ids).
+
+        Rows of equal `prompt_ids` have equal prompts: a group.
+        """
+        engine = self._engine(request["temperature"])
+        requests = [
+            types.Request(
+                request_id=row,
+                prompt_id=prompt_id,
+                sample=0,
+                prompt=np.asarray(ids, np.int32),
+                max_new_tokens=request["new_tokens"],
+            )
+            for row, (ids, prompt_id) in enumerate(
+                zip(request["prompts"], request["prompt_ids"], strict=True)
+            )
+        ]
+        start = time.perf_counter()
+        completions, stats = engine.run(requests, seed=request["seed"])
+        total_s = time.perf_counter() - start
+        return {
+            "total_s": total_s,
+            "tokens": [completion.tokens.tolist() for completion in completions],
+            "engine_prefill_s": stats.prefill_s,
+            "engine_decode_s": stats.decode_s,
+            "compile_s": stats.compile_s,
+        }
+
+    def _engine(self, temperature: float) -> rollout.Engine:
+        if temperature not in self.engines:
+            engine = rollout.Engine(
+                self.source.config,
+                rollout.EngineConfig(
+                    max_rows=self.settings["max_batch"],
+                    max_length=self.settings["max_length"],
+                    sampling_cfg=sampling.SamplingConfig(temperature=temperature),
+                    eos_ids=(),  # every row does the same work
+                ),
+            )
+            engine.set_params(self.params, version=0)
+            self.engines[temperature] = engine
+        return self.engines[temperature]
+
+
+if __name__ == "__main__":
+    peer = Peer()
+    protocol.serve({"load": peer.load, "encode": peer.encode, "run": peer.run})
