@@ -7,6 +7,7 @@ export reads the policy alone.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import pathlib
 from typing import Any
@@ -118,6 +119,7 @@ class Checkpointer:
             "step": step,
             "model": dataclasses.asdict(cfg),
             "param_dtype": str(params.embed.dtype),
+            "shapes": _shapes(params, opt_state),
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "driver": meta,
         }
@@ -162,24 +164,22 @@ class Checkpointer:
           What was saved, bit for bit, or None if there is no checkpoint.
 
         Raises:
-          CheckpointError: it is damaged, or its arrays have other shapes.
+          CheckpointError: it is damaged, or of another model or optimizer.
         """
         step = self.latest_step()
         if step is None:
             return None
-        content = _restore(
-            self._manager,
-            self._directory,
-            step,
+        read = functools.partial(_restore, self._manager, self._directory, step)
+        record = read({_META: ocp.args.JsonRestore()})[_META]
+        # Compared here because Orbax notices in the midst of reading.
+        _check_shapes(step, record["shapes"], _shapes(params, opt_state))
+        content = read(
             {
                 _POLICY: ocp.args.StandardRestore(_abstract(params)),
                 _OPTIMIZER: ocp.args.StandardRestore(_abstract(opt_state)),
-                _META: ocp.args.JsonRestore(),
-            },
+            }
         )
-        return Restored(
-            step, content[_POLICY], content[_OPTIMIZER], content[_META]["driver"]
-        )
+        return Restored(step, content[_POLICY], content[_OPTIMIZER], record["driver"])
 
     def _write_error(self, error: Exception, step: int | None = None):
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
@@ -227,9 +227,8 @@ def restore_policy(
                 f"step={step} has no checkpoint in {directory}: there are "
                 f"{', '.join(map(str, steps))}."
             )
-        meta = _restore(manager, directory, step, {_META: ocp.args.JsonRestore()})[
-            _META
-        ]
+        read = functools.partial(_restore, manager, directory, step)
+        meta = read({_META: ocp.args.JsonRestore()})[_META]
         cfg = _model_config(meta["model"])
         abstract = params_lib.abstract(cfg, meta["param_dtype"])
         if sharding is None:
@@ -241,9 +240,7 @@ def restore_policy(
             abstract,
             sharding,
         )
-        content = _restore(
-            manager, directory, step, {_POLICY: ocp.args.StandardRestore(target)}
-        )
+        content = read({_POLICY: ocp.args.StandardRestore(target)})
     return content[_POLICY], cfg, step
 
 
@@ -271,10 +268,32 @@ def _restore(
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"the checkpoint of step {step} could not be read "
-            f"({_summary(error)}): it is damaged, or was written with another model "
-            f"or optimizer. Use the settings it was written with, or delete "
-            f"{directory / str(step)} to go on from the checkpoint before it."
+            f"({_summary(error)}): it is damaged. Delete {directory / str(step)} to "
+            "go on from the checkpoint before it."
         ) from error
+
+
+def _shapes(params: Any, opt_state: Any) -> dict[str, list[int]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        {_POLICY: params, _OPTIMIZER: opt_state}
+    )
+    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
+
+
+def _check_shapes(
+    step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]
+) -> None:
+    differing = sorted(
+        path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path)
+    )
+    if differing:
+        path = differing[0]
+        raise CheckpointError(
+            f"the checkpoint of step {step} is of another model or optimizer: "
+            f"{path} is {saved.get(path, 'absent')} there and "
+            f"{wanted.get(path, 'absent')} here ({len(differing)} arrays differ). Use "
+            "the settings that it was written with, or another --workdir."
+        )
 
 
 def _summary(error: Exception) -> str:
