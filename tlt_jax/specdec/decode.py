@@ -5,6 +5,8 @@ the next with the noise of its position, and appends the pending token's keys an
 values. Rows that are full or have ended ride along and write nowhere.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -206,6 +208,20 @@ def _put(buffer: Array, column: Array, values: Array) -> Array:
     )
 
 
-def donated(fn):
-    """Jit `decode` or `prefill` (bound to its settings), donating the cache."""
-    return jax.jit(fn, donate_argnums=(1,))
+def donated(
+    fn: Callable, cache_sharding=None, result_sharding=None
+) -> jax.stages.Wrapped:
+    """Jit `decode` or `prefill` (bound to its settings), donating the cache.
+
+    Args:
+      fn: returns the cache, or the cache and a result.
+      cache_sharding: of the cache returned.
+      result_sharding: of the result; None where `fn` returns the cache alone.
+
+    Returns:
+      The jitted function.
+    """
+    out = cache_sharding
+    if result_sharding is not None:
+        out = (cache_sharding, result_sharding)
+    return jax.jit(fn, donate_argnums=(1,), out_shardings=out)

@@ -47,11 +47,12 @@ def threefry2x32(
 
 def split_words(value: int) -> tuple[np.uint32, np.uint32]:
     """Split a non-negative 64-bit integer into (high, low) words."""
-    if not 0 <= value < 2**64:
+    if not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
         raise ValueError(
-            f"key word {value} is outside [0, 2**64): seeds and request ids are "
-            "non-negative 64-bit integers."
+            f"key word {value!r} is not an integer in [0, 2**64): seeds and request "
+            "ids are non-negative 64-bit integers."
         )
+    value = int(value)
     return np.uint32(value >> 32), np.uint32(value & 0xFFFFFFFF)
 
 
@@ -64,11 +65,15 @@ def request_keys(seed: int, request_ids) -> np.ndarray:
 
     Returns:
       `[B, 2] uint32`.
+
+    Raises:
+      ValueError: the seed or an id is no integer, or out of range.
     """
-    ids = np.asarray(request_ids, np.uint64)
-    counter = ((ids >> np.uint64(32)).astype(np.uint32), ids.astype(np.uint32))
+    # One by one: converting an array would wrap negative ids and cut fractions off.
+    counters = [split_words(request_id) for request_id in request_ids]
+    high, low = np.array(counters, np.uint32).reshape(-1, 2).T
     with np.errstate(over="ignore"):
-        words = threefry2x32(split_words(seed), counter, rounds=20)
+        words = threefry2x32(split_words(seed), (high, low), rounds=20)
     return np.stack(words, axis=-1)
 
 

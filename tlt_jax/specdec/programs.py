@@ -39,6 +39,7 @@ class ProgramPool:
     def __init__(self):
         self.stats = PoolStats()
         self._programs: dict[Hashable, concurrent.futures.Future] = {}
+        self._tasks: dict[Hashable, concurrent.futures.Future] = {}
         self._lock = threading.Lock()
         self._background = concurrent.futures.ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="compile"
@@ -52,9 +53,11 @@ class ProgramPool:
     ) -> jax.stages.Compiled:
         """Return the program of `key`, compiling or waiting for it if need be.
 
+        One that is only queued in the background is compiled here at once.
+
         Args:
           key: names the program.
-          lower: traces and lowers it; called at most once for a key.
+          lower: traces and lowers it; called only if nobody has begun to.
 
         Returns:
           The program. An error of its compilation is raised, and the key forgotten.
@@ -63,7 +66,7 @@ class ProgramPool:
         if not mine and future.done():
             return future.result()
         started = time.perf_counter()
-        if mine:
+        if mine or self._take_back(key):
             self._compile(key, lower, future)
         program = future.result()
         with self._lock:
@@ -71,21 +74,37 @@ class ProgramPool:
         return program
 
     def prepare(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> None:
-        """Compile the program of `key` in the background, unless it is there."""
+        """Compile the program of `key` in the background, unless it is there.
+
+        An error of its compilation is raised to whoever waits; later the key is
+        forgotten, and `get` tries again.
+        """
         future, mine = self._claim(key)
-        if mine:
-            self._background.submit(self._compile, key, lower, future)
+        if not mine:
+            return
+        try:
+            task = self._background.submit(self._compile, key, lower, future)
+        except RuntimeError as error:  # the pool is closed
+            self._fail(key, future, error)
+            raise
+        with self._lock:
+            self._tasks[key] = task
 
     def wait(self) -> None:
-        """Wait for everything that is being prepared."""
+        """Wait for everything that is being prepared; raise the first error of it."""
         with self._lock:
             pending = list(self._programs.values())
         for future in pending:
             future.result()
 
     def close(self) -> None:
-        """Drop what is not yet begun and wait for the rest."""
+        """Drop what is not yet begun, telling who waits for it; wait for the rest."""
         self._background.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            dropped = [key for key, task in self._tasks.items() if task.cancelled()]
+            self._tasks.clear()
+        for key in dropped:
+            self._fail(key, self._programs[key], concurrent.futures.CancelledError())
 
     def _claim(self, key: Hashable) -> tuple[concurrent.futures.Future, bool]:
         with self._lock:
@@ -95,18 +114,27 @@ class ProgramPool:
             self._programs[key] = future = concurrent.futures.Future()
             return future, True
 
+    def _take_back(self, key: Hashable) -> bool:
+        """Take a program out of the background's queue, if it is not yet begun."""
+        with self._lock:
+            task = self._tasks.pop(key, None)
+        return task is not None and task.cancel()
+
+    def _fail(self, key, future, error: BaseException) -> None:
+        with self._lock:
+            del self._programs[key]
+        future.set_exception(error)
+
     def _compile(self, key, lower, future) -> None:
         started = time.perf_counter()
         try:
             program = lower().compile()
+            memory = program.memory_analysis()
         # Whatever it is, whoever waits for the program must be told.
         except BaseException as error:
-            with self._lock:
-                del self._programs[key]
-            future.set_exception(error)
+            self._fail(key, future, error)
             return
         elapsed = time.perf_counter() - started
-        memory = program.memory_analysis()
         with self._lock:
             self.stats.num_compiled += 1
             self.stats.compile_s += elapsed

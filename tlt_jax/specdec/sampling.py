@@ -13,6 +13,7 @@ al., Turning Up the Heat: Min-p Sampling, 2024.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from flax import struct
@@ -38,10 +39,10 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature={self.temperature} is negative: use 0 for greedy or a "
-                "positive number."
+                f"temperature={self.temperature} is outside [0, inf): use 0 for greedy "
+                "or a positive number."
             )
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} is negative: use 0 to keep all.")
@@ -123,14 +124,15 @@ def log_sum_exp(scores: Array) -> Array:
 def argmax(scores: Array) -> Array:
     """Index of the first largest entry over the vocabulary, `[..., V]` to `[...]`.
 
-    Two plain reductions: compilers vectorise them, and not the paired one.
+    Two plain reductions: compilers vectorise them, and not the paired one. Where an
+    entry is NaN the index is the last one: nothing beyond the vocabulary comes out.
     """
     num = scores.shape[-1]
     # Materialised, so that the second reduction does not make the scores again.
     scores = lax.optimization_barrier(scores)
     largest = _fold(scores, jnp.max)
     ids = jnp.arange(num, dtype=jnp.int32)
-    return _fold(jnp.where(scores == largest[..., None], ids, num), jnp.min)
+    return _fold(jnp.where(scores == largest[..., None], ids, num - 1), jnp.min)
 
 
 def _fold(x: Array, reduce) -> Array:

@@ -1,0 +1,332 @@
+"""Host-side bookkeeping of a rollout: the queue, the rows, their pages.
+
+Plain records and decisions, no arrays of a device. Rows of one prompt share the full
+pages of that prompt; its last, partial page is copied for each row. A row is moved
+between slots, dropped or preempted by changing lists here: keys and values stay.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from tlt_jax import types
+from tlt_jax.models import kv_cache
+
+
+class PagePool:
+    """Free pages and reference counts. Page 0 is the scratch page and never given."""
+
+    def __init__(self, num_pages: int):
+        """Start with pages 1 to `num_pages - 1` free."""
+        self._free = list(range(num_pages - 1, kv_cache.SCRATCH_PAGE, -1))
+        self._references = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int] | None:
+        """Take `count` pages, or None if there are not as many."""
+        if count > len(self._free):
+            return None
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Count one more holder of each page."""
+        for page in pages:
+            self._references[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Count one holder less; pages without one are free again."""
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+
+
+@dataclasses.dataclass
+class Row:
+    """A request that is waiting, or being decoded if it has pages.
+
+    Attributes:
+      request: what is asked for.
+      tokens, logprobs: drawn so far.
+      pages: held, in order of position; empty while waiting.
+      length: cached positions.
+    """
+
+    request: types.Request
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+    length: int = 0
+
+    @property
+    def pending(self) -> int:
+        """The last token of the text, drawn but not cached."""
+        return self.tokens[-1] if self.tokens else int(self.request.prompt[-1])
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.request.max_new_tokens - len(self.tokens)
+
+    def text(self) -> np.ndarray:
+        """All token ids so far, prompt included, `[n] int32`."""
+        return np.concatenate(
+            [self.request.prompt, np.asarray(self.tokens, np.int32)]
+        ).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """Tokens to be cached: `text[start:]` into `pages`, from position `start` on.
+
+    Attributes:
+      text: `[n] int32`, from position 0.
+      start: a multiple of the page size; earlier positions are cached already.
+      pages: of all n positions.
+    """
+
+    text: np.ndarray
+    start: int
+    pages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Admission:
+    """What the device must do before newly admitted rows can be decoded.
+
+    Attributes:
+      prompts: done first; independent of each other.
+      returns: of rows that come back after preemption; they may read pages that
+        `prompts` write.
+      copies: (source page, target page), last.
+    """
+
+    prompts: tuple[Prefill, ...]
+    returns: tuple[Prefill, ...]
+    copies: tuple[tuple[int, int], ...]
+
+    def any(self) -> bool:
+        """Tell whether there is anything to do."""
+        return bool(self.prompts or self.returns or self.copies)
+
+
+@dataclasses.dataclass
+class _Prompt:
+    """Cached pages of a prompt without its last token, held while rows may join."""
+
+    pages: list[int]
+    length: int
+
+
+class Scheduler:
+    """Decides which rows are decoded and which pages they use."""
+
+    def __init__(
+        self,
+        requests: Sequence[types.Request],
+        *,
+        num_pages: int,
+        page_size: int,
+        max_rows: int,
+        expected_lengths: Mapping[int, float] | None = None,
+    ):
+        """Queue `requests`, those expected to run longest first.
+
+        Args:
+          requests: ids distinct; equal `prompt_id` means equal prompts.
+          num_pages: of the cache, scratch page included.
+          page_size: positions in a page.
+          max_rows: rows decoded at once.
+          expected_lengths: by `prompt_id`; prompts without an entry keep their order
+            and come after those that are expected to be longer than the mean.
+        """
+        self._pool = PagePool(num_pages)
+        self._page_size = page_size
+        self._max_rows = max_rows
+        self._prompts: dict[int, _Prompt] = {}
+        self._unfinished = collections.Counter(r.prompt_id for r in requests)
+        self.rows: list[Row] = []
+        self.num_preempted = 0
+        capacity = (num_pages - 1) * page_size
+        for request in requests:
+            longest = len(request.prompt) + request.max_new_tokens
+            if len(request.prompt) == 0:
+                raise ValueError(
+                    f"request {request.request_id} has an empty prompt: give at least "
+                    "one token, for example the tokenizer's bos."
+                )
+            if longest + page_size > capacity:
+                raise ValueError(
+                    f"request {request.request_id} may grow to {longest} positions, "
+                    f"but the cache holds {capacity} in {num_pages - 1} pages of "
+                    f"{page_size} (one page is kept for the prompt's copy): raise "
+                    "cache.num_pages or lower rollout.max_new_tokens."
+                )
+        self.waiting = collections.deque(
+            Row(request) for request in in_order(requests, expected_lengths or {})
+        )
+
+    def admit(self) -> Admission:
+        """Move waiting rows into free slots while there are pages for them."""
+        prompts: list[Prefill] = []
+        returns: list[Prefill] = []
+        copies: list[tuple[int, int]] = []
+        while self.waiting and len(self.rows) < self._max_rows:
+            row = self.waiting[0]
+            if not self._admit(row, prompts, returns, copies):
+                if not self.rows:
+                    raise RuntimeError(
+                        f"request {row.request.request_id} does not fit an empty cache "
+                        f"of {self._pool.num_free} free pages."
+                    )
+                break
+            self.waiting.popleft()
+            self.rows.append(row)
+        return Admission(tuple(prompts), tuple(returns), tuple(copies))
+
+    def reserve(self, num_steps: int) -> None:
+        """Give every row the pages that its next `num_steps` positions need.
+
+        Where pages run out, prompts that nobody waits for are dropped, then the rows
+        admitted last are put back into the queue with what they have drawn: their
+        continuation is the same, since noise is keyed by position.
+        """
+        self._drop_idle_prompts()
+        i = 0
+        while i < len(self.rows):
+            row = self.rows[i]
+            steps = min(num_steps, row.remaining)
+            needed = self._pages_for(row.length + steps) - len(row.pages)
+            pages = self._pool.take(max(needed, 0))
+            if pages is None:
+                self._preempt(self.rows[-1])
+                continue
+            row.pages.extend(pages)
+            i += 1
+
+    def finish(self, row: Row) -> None:
+        """Take a finished row out and free its pages."""
+        self.rows.remove(row)
+        self._pool.release(row.pages)
+        row.pages = []
+        self._unfinished[row.request.prompt_id] -= 1
+        self._drop_idle_prompts()
+
+    def page_table(self, rows: Sequence[Row], batch: int, max_pages: int) -> np.ndarray:
+        """Tabulate pages, `[batch, max_pages] int32`, scratch where there is none."""
+        table = np.full((batch, max_pages), kv_cache.SCRATCH_PAGE, np.int32)
+        for i, row in enumerate(rows):
+            table[i, : len(row.pages)] = row.pages
+        return table
+
+    def _admit(self, row: Row, prompts: list, returns: list, copies: list) -> bool:
+        """Give a row its pages; False, with nothing changed, where there are none."""
+        page_size = self._page_size
+        prompt_length = len(row.request.prompt) - 1
+        length = prompt_length + len(row.tokens)
+        prompt = self._prompts.get(row.request.prompt_id)
+        num_prompt_pages = 0 if prompt else self._pages_for(prompt_length)
+        num_shared = prompt_length // page_size
+        num_own = self._pages_for(length) - num_shared
+        # One page more, so that the row can also take its first step.
+        if num_prompt_pages + num_own + 1 > self._pool.num_free:
+            return False
+        if prompt is None:
+            prompt = _Prompt(self._pool.take(num_prompt_pages), prompt_length)
+            self._prompts[row.request.prompt_id] = prompt
+            if prompt_length:
+                text = row.request.prompt[:-1]
+                prompts.append(Prefill(text, 0, tuple(prompt.pages)))
+        shared = prompt.pages[:num_shared]
+        self._pool.share(shared)
+        row.pages = shared + self._pool.take(num_own)
+        row.length = length
+        if row.tokens:
+            # Comes back after preemption: what it had drawn is cached anew.
+            start = num_shared * page_size
+            returns.append(Prefill(row.text()[:-1], start, tuple(row.pages)))
+        elif num_own:
+            copies.append((prompt.pages[num_shared], row.pages[num_shared]))
+        return True
+
+    def _preempt(self, row: Row) -> None:
+        self.rows.remove(row)
+        self._pool.release(row.pages)
+        row.pages, row.length = [], 0
+        self.waiting.appendleft(row)
+        self.num_preempted += 1
+
+    def _drop_idle_prompts(self) -> None:
+        """Release prompts whose rows are all admitted or finished."""
+        wanted = {row.request.prompt_id for row in self.waiting}
+        for prompt_id in [p for p in self._prompts if p not in wanted]:
+            self._pool.release(self._prompts.pop(prompt_id).pages)
+
+    def _pages_for(self, length: int) -> int:
+        return -(-length // self._page_size)
+
+
+def in_order(
+    requests: Sequence[types.Request], expected_lengths: Mapping[int, float]
+) -> list[types.Request]:
+    """Order requests: longest expected first, otherwise as given.
+
+    A long answer that starts late decides when the rollout ends. Requests of a prompt
+    without history count as of mean expected length, so that nothing is known to be
+    shorter than they are stands before them.
+
+    Args:
+      requests: in the caller's order.
+      expected_lengths: tokens, by `prompt_id`.
+
+    Returns:
+      The requests, a stable sort.
+    """
+    known = [
+        expected_lengths[r.prompt_id]
+        for r in requests
+        if r.prompt_id in expected_lengths
+    ]
+    typical = sum(known) / len(known) if known else 0.0
+    return sorted(requests, key=lambda r: -expected_lengths.get(r.prompt_id, typical))
+
+
+def bucket_of(count: int, max_rows: int) -> int:
+    """Return the smallest batch bucket that holds `count` rows.
+
+    Buckets are the powers of two below `max_rows`, and `max_rows`.
+    """
+    bucket = 1
+    while bucket < count:
+        bucket *= 2
+    return min(bucket, max_rows)
+
+
+def buckets(max_rows: int) -> list[int]:
+    """List all buckets, smallest first."""
+    found = [1]
+    while found[-1] < max_rows:
+        found.append(min(2 * found[-1], max_rows))
+    return found
+
+
+def finish_quota(num_rows: int, num_waiting: int, max_rows: int) -> int:
+    """Decide after how many finished rows a decode call should come back.
+
+    With rows waiting: when an eighth of the batch is free, so that prefills come in
+    batches. With none: when the rest fits the next smaller bucket.
+    """
+    if num_waiting:
+        return max(1, num_rows // 8)
+    bucket = bucket_of(num_rows, max_rows)
+    smaller = [b for b in buckets(max_rows) if b < bucket]
+    return num_rows - smaller[-1] if smaller else num_rows
