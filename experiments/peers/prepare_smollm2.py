@@ -70,7 +70,8 @@ def write_hf_directory(source: pathlib.Path, target: pathlib.Path) -> None:
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
     fields = quantized.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+    paths = ("_name_or_path", "_model_name_or_path")
+    for key in ("quantization_config", "unk_token_id", *paths):
         fields.pop(key, None)
     fields.update(rms_norm_eps=1e-5, architectures=["LlamaForCausalLM"])
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
