@@ -5,12 +5,12 @@ that is ignored gives a model that is almost right.
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax.models import config as model_config
+from tlt_jax.models import hf_rope, hf_settings
 
 ARCHITECTURES: Mapping[str, model_config.Family] = {
     "LlamaForCausalLM": "llama",
@@ -70,19 +70,6 @@ _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "pruned_heads": (({}, None), "heads are all computed"),
 }
 
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": tuple(
-        "factor low_freq_factor high_freq_factor "
-        "original_max_position_embeddings".split()
-    ),
-    "yarn": tuple(
-        "factor original_max_position_embeddings attention_factor beta_fast beta_slow "
-        "truncate mscale mscale_all_dim".split()
-    ),
-}
-
 
 def from_hf(
     config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
@@ -102,11 +89,11 @@ def from_hf(
     """
     family = _family(config)
     _refuse_unknown(config, family)
-    num_layers = _integer(config, "num_hidden_layers")
-    num_heads = _integer(config, "num_attention_heads")
-    d_model = _integer(config, "hidden_size")
+    num_layers = hf_settings.integer(config, "num_hidden_layers")
+    num_heads = hf_settings.integer(config, "num_attention_heads")
+    d_model = hf_settings.integer(config, "hidden_size")
     if config.get("head_dim") is not None:
-        head_dim = _integer(config, "head_dim")
+        head_dim = hf_settings.integer(config, "head_dim")
     elif family == "qwen3":
         head_dim = 128  # the family's default does not follow from d_model
     elif d_model % num_heads:
@@ -116,12 +103,12 @@ def from_hf(
         )
     else:
         head_dim = d_model // num_heads
-    max_positions = _integer(
+    max_positions = hf_settings.integer(
         config, "max_position_embeddings", 2048 if family == "llama" else 32768
     )
-    rope_theta, rope_scaling = _rope(config, max_positions)
+    rope_theta, rope_scaling = hf_rope.from_hf(config, max_positions)
     sliding_window, windowed_layers = _windows(config, family, num_layers)
-    attention_bias = _boolean(config, "attention_bias")
+    attention_bias = hf_settings.boolean(config, "attention_bias")
     if family == "qwen2" and config.get("attention_bias") is False:
         raise ValueError(
             "attention_bias=false is not a setting of Qwen2ForCausalLM, which always "
@@ -130,19 +117,19 @@ def from_hf(
     special = {**_special_tokens(config), **_special_tokens(generation_config or {})}
     return model_config.ModelConfig(
         family=family,
-        vocab_size=_integer(config, "vocab_size"),
+        vocab_size=hf_settings.integer(config, "vocab_size"),
         num_layers=num_layers,
         d_model=d_model,
-        d_ff=_integer(config, "intermediate_size"),
+        d_ff=hf_settings.integer(config, "intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=_integer(config, "num_key_value_heads", num_heads),
+        num_kv_heads=hf_settings.integer(config, "num_key_value_heads", num_heads),
         head_dim=head_dim,
-        tie_embeddings=_boolean(config, "tie_word_embeddings"),
+        tie_embeddings=hf_settings.boolean(config, "tie_word_embeddings"),
         qkv_bias=family == "qwen2" or attention_bias,
         out_bias=family != "qwen2" and attention_bias,
-        mlp_bias=_boolean(config, "mlp_bias"),
+        mlp_bias=hf_settings.boolean(config, "mlp_bias"),
         qk_norm=family == "qwen3",
-        rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6),
+        rms_norm_eps=hf_settings.positive(config, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         sliding_window=sliding_window,
@@ -197,7 +184,7 @@ def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, An
     """
     _check_exportable(cfg)
     architecture = next(name for name, f in ARCHITECTURES.items() if f == cfg.family)
-    rope = _rope_to_hf(cfg.rope_scaling)
+    rope = hf_rope.to_hf(cfg.rope_scaling)
     config = {
         "architectures": [architecture],
         "model_type": cfg.family,
@@ -292,136 +279,20 @@ def _refuse_unknown(config: Mapping[str, Any], family: model_config.Family) -> N
             )
 
 
-def _rope(
-    config: Mapping[str, Any], max_positions: int
-) -> tuple[float, model_config.RopeScaling | None]:
-    """Read theta and scaling from either form; both may stand side by side."""
-    scaling = config.get("rope_scaling") or {}
-    nested = config.get("rope_parameters") or {}
-    for name, value in (("rope_scaling", scaling), ("rope_parameters", nested)):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{name}={value!r} is not a JSON object.")
-        if any(isinstance(entry, Mapping) for entry in value.values()):
-            raise ValueError(
-                f"{name} has an entry per kind of layer ({', '.join(value)}): all "
-                "layers must share one rotary embedding."
-            )
-    merged = dict(nested)
-    for source in (scaling, {"rope_theta": config.get("rope_theta")}):
-        for key, value in source.items():
-            if value is None:
-                continue
-            if merged.get(key) not in (None, value):
-                raise ValueError(
-                    f"{key}={value!r} contradicts rope_parameters' {key}="
-                    f"{merged[key]!r}: repair config.json."
-                )
-            merged[key] = value
-    theta = _positive(merged, "rope_theta", 10_000.0)
-    kind = merged.get("rope_type") or merged.get("type") or "default"
-    if merged.get("type") not in (None, kind):
-        raise ValueError(
-            f"rope type={merged['type']!r} contradicts rope_type={kind!r}: repair "
-            "config.json."
-        )
-    if kind not in _ROPE_KEYS:
-        raise ValueError(
-            f"rope_type={kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}."
-        )
-    partial = merged.pop("partial_rotary_factor", None)
-    if partial not in (None, 1):
-        raise ValueError(
-            f"partial_rotary_factor={partial!r}; accepted: 1 (every dimension of a "
-            "head is rotated)."
-        )
-    named = ("rope_type", "type", "rope_theta", *_ROPE_KEYS[kind])
-    unknown = [k for k, v in merged.items() if v is not None and k not in named]
-    if unknown:
-        raise ValueError(
-            f"rotary settings of rope_type={kind!r} have unsupported keys: "
-            f"{', '.join(unknown)}."
-        )
-    return theta, _rope_scaling(kind, merged, max_positions)
-
-
-def _rope_scaling(
-    kind: str, settings: Mapping[str, Any], max_positions: int
-) -> model_config.RopeScaling | None:
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return model_config.RopeScaling("linear", _positive(settings, "factor"))
-    original = _integer(settings, "original_max_position_embeddings", max_positions)
-    if kind == "llama3":
-        return model_config.RopeScaling(
-            "llama3",
-            factor=_positive(settings, "factor"),
-            original_max_positions=original,
-            low_freq_factor=_positive(settings, "low_freq_factor"),
-            high_freq_factor=_positive(settings, "high_freq_factor"),
-        )
-    factor = _positive(settings, "factor", max_positions / original)
-    return model_config.RopeScaling(
-        "yarn",
-        factor=factor,
-        original_max_positions=original,
-        beta_fast=_positive(settings, "beta_fast", 32.0),
-        beta_slow=_positive(settings, "beta_slow", 1.0),
-        truncate=_boolean(settings, "truncate", True),
-        attention_factor=_yarn_attention_factor(settings, factor),
-    )
-
-
-def _yarn_attention_factor(settings: Mapping[str, Any], factor: float) -> float | None:
-    if settings.get("attention_factor") is not None:
-        return _positive(settings, "attention_factor")
-    mscale, all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
-    if not mscale and not all_dim:
-        return None
-    if not mscale or not all_dim:
-        raise ValueError(
-            f"yarn has mscale={mscale!r} and mscale_all_dim={all_dim!r}: give both, "
-            "or attention_factor instead."
-        )
-    if factor <= 1:
-        return 1.0
-    log = 0.1 * math.log(factor)
-    return (mscale * log + 1) / (all_dim * log + 1)
-
-
-def _rope_to_hf(scaling: model_config.RopeScaling | None) -> dict[str, Any]:
-    if scaling is None:
-        return {"rope_type": "default"}
-    settings = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "linear":
-        return settings
-    settings["original_max_position_embeddings"] = scaling.original_max_positions
-    if scaling.kind == "llama3":
-        settings["low_freq_factor"] = scaling.low_freq_factor
-        settings["high_freq_factor"] = scaling.high_freq_factor
-        return settings
-    settings["beta_fast"] = scaling.beta_fast
-    settings["beta_slow"] = scaling.beta_slow
-    settings["truncate"] = scaling.truncate
-    if scaling.attention_factor is not None:
-        settings["attention_factor"] = scaling.attention_factor
-    return settings
-
-
 def _windows(
     config: Mapping[str, Any], family: model_config.Family, num_layers: int
 ) -> tuple[int | None, tuple[bool, ...]]:
     if family == "llama":
         return None, ()
     width = None
-    if _boolean(config, "use_sliding_window"):
+    if hf_settings.boolean(config, "use_sliding_window"):
         if config.get("sliding_window") is not None:
-            width = _integer(config, "sliding_window")
+            width = hf_settings.integer(config, "sliding_window")
         elif "sliding_window" not in config:
             width = 4096  # the families' default
     layer_types = config.get("layer_types")
     if layer_types is None:
-        first = _integer(config, "max_window_layers", 28, at_least=0)
+        first = hf_settings.integer(config, "max_window_layers", 28, at_least=0)
         windowed = tuple(width is not None and i >= first for i in range(num_layers))
     else:
         unknown = set(layer_types) - {"full_attention", "sliding_attention"}
@@ -478,36 +349,3 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     if len(ids) > 1:
         return list(ids)
     return ids[0] if ids else None
-
-
-def _integer(
-    settings: Mapping[str, Any], key: str, default: int | None = None, at_least: int = 1
-) -> int:
-    value = settings.get(key)
-    value = default if value is None else value
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(
-            f"{key}={value!r}; accepted: an integer of {at_least} or more."
-        )
-    return value
-
-
-def _positive(
-    settings: Mapping[str, Any], key: str, default: float | None = None
-) -> float:
-    value = settings.get(key)
-    value = default if value is None else value
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    if not ok or not 0 < value < math.inf:
-        raise ValueError(f"{key}={value!r}; accepted: a number above zero.")
-    return float(value)
-
-
-def _boolean(settings: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    value = settings.get(key)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise ValueError(f"{key}={value!r}; accepted: true or false.")
-    return value

@@ -1,0 +1,162 @@
+"""Translation between `RopeScaling` and the rotary settings of a `config.json`.
+
+They stand there in one of two forms, or both: nested `rope_parameters` (transformers 5)
+and `rope_theta` with `rope_scaling` (transformers 4).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import hf_settings
+
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": tuple(
+        "factor low_freq_factor high_freq_factor "
+        "original_max_position_embeddings".split()
+    ),
+    "yarn": tuple(
+        "factor original_max_position_embeddings attention_factor beta_fast beta_slow "
+        "truncate mscale mscale_all_dim".split()
+    ),
+}
+
+
+def from_hf(
+    config: Mapping[str, Any], max_positions: int
+) -> tuple[float, model_config.RopeScaling | None]:
+    """Read theta and scaling from either form; both may stand side by side.
+
+    Args:
+      config: the parsed `config.json`.
+      max_positions: longest context of the model, from which some defaults follow.
+
+    Returns:
+      The base of the rotary frequencies, and how they are stretched, if they are.
+
+    Raises:
+      ValueError: naming a kind, key or value that is not computed here, or the key in
+        which the two forms differ.
+    """
+    scaling = config.get("rope_scaling") or {}
+    nested = config.get("rope_parameters") or {}
+    for name, value in (("rope_scaling", scaling), ("rope_parameters", nested)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r} is not a JSON object.")
+        if any(isinstance(entry, Mapping) for entry in value.values()):
+            raise ValueError(
+                f"{name} has an entry per kind of layer ({', '.join(value)}): all "
+                "layers must share one rotary embedding."
+            )
+    merged = dict(nested)
+    for source in (scaling, {"rope_theta": config.get("rope_theta")}):
+        for key, value in source.items():
+            if value is None:
+                continue
+            if merged.get(key) not in (None, value):
+                raise ValueError(
+                    f"{key}={value!r} contradicts rope_parameters' {key}="
+                    f"{merged[key]!r}: repair config.json."
+                )
+            merged[key] = value
+    theta = hf_settings.positive(merged, "rope_theta", 10_000.0)
+    kind = merged.get("rope_type") or merged.get("type") or "default"
+    if merged.get("type") not in (None, kind):
+        raise ValueError(
+            f"rope type={merged['type']!r} contradicts rope_type={kind!r}: repair "
+            "config.json."
+        )
+    if kind not in _ROPE_KEYS:
+        raise ValueError(
+            f"rope_type={kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}."
+        )
+    partial = merged.pop("partial_rotary_factor", None)
+    if partial not in (None, 1):
+        raise ValueError(
+            f"partial_rotary_factor={partial!r}; accepted: 1 (every dimension of a "
+            "head is rotated)."
+        )
+    named = ("rope_type", "type", "rope_theta", *_ROPE_KEYS[kind])
+    unknown = [k for k, v in merged.items() if v is not None and k not in named]
+    if unknown:
+        raise ValueError(
+            f"rotary settings of rope_type={kind!r} have unsupported keys: "
+            f"{', '.join(unknown)}."
+        )
+    return theta, _rope_scaling(kind, merged, max_positions)
+
+
+def to_hf(scaling: model_config.RopeScaling | None) -> dict[str, Any]:
+    """Write the entries of `rope_scaling`, which are also those of `rope_parameters`.
+
+    Returns:
+      `rope_type` and the settings of that kind, without theta.
+    """
+    if scaling is None:
+        return {"rope_type": "default"}
+    settings = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return settings
+    settings["original_max_position_embeddings"] = scaling.original_max_positions
+    if scaling.kind == "llama3":
+        settings["low_freq_factor"] = scaling.low_freq_factor
+        settings["high_freq_factor"] = scaling.high_freq_factor
+        return settings
+    settings["beta_fast"] = scaling.beta_fast
+    settings["beta_slow"] = scaling.beta_slow
+    settings["truncate"] = scaling.truncate
+    if scaling.attention_factor is not None:
+        settings["attention_factor"] = scaling.attention_factor
+    return settings
+
+
+def _rope_scaling(
+    kind: str, settings: Mapping[str, Any], max_positions: int
+) -> model_config.RopeScaling | None:
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return model_config.RopeScaling(
+            "linear", hf_settings.positive(settings, "factor")
+        )
+    original = hf_settings.integer(
+        settings, "original_max_position_embeddings", max_positions
+    )
+    if kind == "llama3":
+        return model_config.RopeScaling(
+            "llama3",
+            factor=hf_settings.positive(settings, "factor"),
+            original_max_positions=original,
+            low_freq_factor=hf_settings.positive(settings, "low_freq_factor"),
+            high_freq_factor=hf_settings.positive(settings, "high_freq_factor"),
+        )
+    factor = hf_settings.positive(settings, "factor", max_positions / original)
+    return model_config.RopeScaling(
+        "yarn",
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=hf_settings.positive(settings, "beta_fast", 32.0),
+        beta_slow=hf_settings.positive(settings, "beta_slow", 1.0),
+        truncate=hf_settings.boolean(settings, "truncate", True),
+        attention_factor=_yarn_attention_factor(settings, factor),
+    )
+
+
+def _yarn_attention_factor(settings: Mapping[str, Any], factor: float) -> float | None:
+    if settings.get("attention_factor") is not None:
+        return hf_settings.positive(settings, "attention_factor")
+    mscale, all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
+    if not mscale and not all_dim:
+        return None
+    if not mscale or not all_dim:
+        raise ValueError(
+            f"yarn has mscale={mscale!r} and mscale_all_dim={all_dim!r}: give both, "
+            "or attention_factor instead."
+        )
+    if factor <= 1:
+        return 1.0
+    log = 0.1 * math.log(factor)
+    return (mscale * log + 1) / (all_dim * log + 1)
