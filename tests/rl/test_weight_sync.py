@@ -1,0 +1,105 @@
+"""Engine weights against the learner's: equal, apart, on the engine's devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlt_jax import sharding
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+from tlt_jax.rl import weight_sync
+from tlt_jax.specdec import programs
+
+MODEL = model_config.ModelConfig(
+    "qwen3", 64, 3, 32, 48, 4, 2, 8, False, qkv_bias=True, qk_norm=True
+)
+
+
+def place(mesh, seed=0):
+    params = model_params.init(MODEL, jax.random.key(seed))
+    axes = model_params.logical_axes(MODEL)
+    rules = sharding.ShardingRules()
+    return jax.device_put(params, sharding.tree_shardings(mesh, rules, axes))
+
+
+def addresses(tree):
+    return {
+        shard.data.unsafe_buffer_pointer()
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+    }
+
+
+@pytest.fixture
+def pool():
+    pool = programs.ProgramPool()
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (2, 2, 2), (2, 4, 1)])
+def test_engine_gets_the_learners_weights_on_its_devices(pool, shape, dtype):
+    mesh = sharding.make_mesh(*shape)
+    target = weight_sync.engine_mesh(mesh)
+    assert dict(target.shape) == {"data": 1, "fsdp": 1, "tensor": shape[2]}
+    assert list(target.devices.flat) == list(mesh.devices[0, 0])
+    params = place(mesh)
+    sync = weight_sync.WeightSync(
+        MODEL, source=mesh, target=target, pool=pool, dtype=dtype
+    )
+    got, version = sync.sync(params)
+    assert version == sync.version == 1
+    expected = model_params.unstack(jax.device_get(params))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(
+            np.asarray(a, np.float32), np.asarray(jnp.asarray(b, dtype), np.float32)
+        ),
+        got,
+        expected,
+    )
+    for leaf in jax.tree.leaves(got):
+        assert leaf.dtype == dtype
+        assert leaf.sharding.device_set == set(target.devices.flat)
+    # Tensor-parallel weights are split in the engine as well.
+    assert got.layers[0].qkv.addressable_shards[0].data.shape[0] == 2 // shape[2]
+    assert got.embed.addressable_shards[0].data.shape == (64 // shape[2], 32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_learner_may_give_its_buffers_up(pool, shape):
+    """An update donates the masters: the engine must not read their memory."""
+    mesh = sharding.make_mesh(*shape)
+    params = place(mesh)
+    sync = weight_sync.WeightSync(
+        MODEL, source=mesh, target=weight_sync.engine_mesh(mesh), pool=pool
+    )
+    got, _ = sync.sync(params)
+    assert not addresses(got) & addresses(params)
+    before = jax.tree.map(np.array, got)
+    zeroed = jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p), donate_argnums=0)
+    jax.block_until_ready(zeroed(params))
+    jax.tree.map(np.testing.assert_array_equal, got, before)
+
+
+def test_versions_count_and_nothing_recompiles(pool):
+    mesh = sharding.make_mesh(1, 2, 1)
+    sync = weight_sync.WeightSync(
+        MODEL, source=mesh, target=weight_sync.engine_mesh(mesh), pool=pool
+    )
+    sync.restore_version(7)
+    for seed in range(3):
+        params = place(mesh, seed)
+        got, version = sync.sync(params)
+        assert version == 8 + seed
+        np.testing.assert_array_equal(got.embed, params.embed)
+    assert pool.stats.num_compiled == 1
+    with pytest.raises(ValueError, match="version=-1"):
+        sync.restore_version(-1)
+
+
+def test_mesh_that_does_not_divide_is_refused_by_name(pool):
+    mesh = sharding.make_mesh(1, 1, 4)
+    with pytest.raises(ValueError, match="layers.qkv.*does not divide"):
+        weight_sync.WeightSync(MODEL, source=mesh, target=mesh, pool=pool)

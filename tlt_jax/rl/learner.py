@@ -1,0 +1,412 @@
+"""The learner: takes optimizer steps on a mesh, exact under gradient accumulation.
+
+A batch arrives as micro-batches of packed rows. Losses are sums with weights made from
+the whole batch, so gradients are added up over micro-batches and one optimizer step
+follows. What is jitted are pure functions; the `Learner` places, compiles and calls.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import lax
+
+from tlt_jax import config as config_lib
+from tlt_jax import sharding as sharding_lib
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+from tlt_jax.rl import losses, packing, policy_gradient
+from tlt_jax.specdec import programs, sampling
+from tlt_jax.types import Array
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes.
+
+    Attributes:
+      params: float32 masters, layers stacked.
+      opt_state: of `make_optimizer`'s transformation.
+      num_updates: int32, optimizer steps taken; skipped ones are not counted.
+    """
+
+    params: model_params.Params
+    opt_state: Any
+    num_updates: Array
+
+
+def learning_rate(
+    cfg: config_lib.Optimizer, *, num_steps: int, updates_per_step: int
+) -> Callable[[Array], Array]:
+    """Make the schedule: optimizer steps taken so far to the next one's rate.
+
+    Warm-up rises linearly and its first step is not lost to a rate of 0; a decay
+    reaches 0 just after the last step.
+
+    Args:
+      cfg: the optimizer's settings; warm-up counts RL steps.
+      num_steps: RL steps of the run.
+      updates_per_step: optimizer steps in an RL step.
+
+    Returns:
+      A function of an int32 count.
+    """
+    warmup = cfg.warmup_steps * updates_per_step
+    decaying = max(num_steps * updates_per_step - warmup, 1)
+
+    def schedule(count):
+        rising = jnp.minimum((count + 1) / max(warmup, 1), 1.0)
+        done = jnp.clip((count - warmup) / decaying, 0.0, 1.0)
+        match cfg.schedule:
+            case "linear":
+                falling = 1.0 - done
+            case "cosine":
+                falling = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+            case _:
+                falling = 1.0
+        return cfg.learning_rate * rising * falling
+
+    return schedule
+
+
+def make_optimizer(
+    cfg: config_lib.Optimizer, *, num_steps: int, updates_per_step: int
+) -> optax.GradientTransformation:
+    """Make AdamW with global norm clipping and the configured schedule.
+
+    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
+
+    Args:
+      cfg, num_steps, updates_per_step: as for `learning_rate`.
+
+    Returns:
+      The transformation.
+    """
+    schedule = learning_rate(
+        cfg, num_steps=num_steps, updates_per_step=updates_per_step
+    )
+    adamw = optax.adamw(
+        schedule,
+        b1=cfg.beta1,
+        b2=cfg.beta2,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+    )
+    if not cfg.clip_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw)
+
+
+def apply_gradients(
+    state: TrainState,
+    gradient: policy_gradient.Gradient,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Array], Array],
+) -> tuple[TrainState, dict[str, Array]]:
+    """Take an optimizer step, unless loss or gradient is not finite.
+
+    Args:
+      state: before.
+      gradient: of the whole minibatch.
+      optimizer: static.
+      schedule: its learning rate, for the record.
+
+    Returns:
+      The state, bit for bit the old one where the step was skipped, and scalars
+      `policy/grad_norm` (before clipping), `policy/learning_rate` and
+      `policy/update_skipped` (0 or 1).
+    """
+    norm = optax.tree.norm(gradient.params)
+    finite = jnp.isfinite(norm) & jnp.isfinite(gradient.loss)
+    updates, opt_state = optimizer.update(
+        gradient.params, state.opt_state, state.params
+    )
+    metrics = {
+        "policy/grad_norm": norm,
+        "policy/learning_rate": schedule(state.num_updates),
+        "policy/update_skipped": 1 - finite.astype(jnp.int32),
+    }
+    stepped = TrainState(
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        num_updates=state.num_updates + 1,
+    )
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+    return state, metrics
+
+
+class Learner:
+    """Places state and batches on the mesh, compiles through the pool, takes steps.
+
+    Programs are compiled once per shape of micro-batch; their keys in the pool begin
+    with `learner`.
+    """
+
+    def __init__(
+        self,
+        model: model_config.ModelConfig,
+        run: config_lib.RunConfig,
+        *,
+        mesh: jax.sharding.Mesh,
+        pool: programs.ProgramPool,
+        rules: sharding_lib.ShardingRules | None = None,
+        head_chunk: int = 1024,
+    ):
+        """Prepare shardings and the optimizer; nothing is compiled yet.
+
+        Args:
+          model: the policy.
+          run: the sections model, sampling, optimizer, update and the lengths of the
+            run are read.
+          mesh: with the axes of `sharding.MESH_AXES`.
+          pool: of compiled programs.
+          rules: logical to mesh axes; None: the default ones.
+          head_chunk: see `policy_gradient.ForwardConfig`.
+
+        Raises:
+          ValueError: a weight does not divide over the mesh.
+        """
+        self.forward_cfg = policy_gradient.ForwardConfig(
+            model=model,
+            law=sampling.SamplingConfig(
+                temperature=run.sampling.temperature,
+                top_k=run.sampling.top_k,
+                top_p=run.sampling.top_p,
+                min_p=run.sampling.min_p,
+            ),
+            dtype=jnp.dtype(run.precision),
+            remat=run.model.remat,
+            head_chunk=head_chunk,
+        )
+        self.mesh = mesh
+        self.rules = rules or sharding_lib.ShardingRules()
+        self._pool = pool
+        updates_per_step = run.update.minibatches * run.update.epochs
+        settings = dict(num_steps=run.num_steps, updates_per_step=updates_per_step)
+        self.optimizer = make_optimizer(run.optimizer, **settings)
+        self._schedule = learning_rate(run.optimizer, **settings)
+        self._rows_per_device = run.update.rows_per_micro_batch
+        self._replicated = sharding_lib.replicated(mesh)
+        self._state = self._abstract_train_state()
+        self._gradient = policy_gradient.Gradient(
+            params=self._state.params,
+            loss=_placed(jax.ShapeDtypeStruct((), jnp.float32), self._replicated),
+        )
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows of a micro-batch: the configured number on every part of the batch."""
+        parts = [self.mesh.shape[axis] for axis in self.rules.batch]
+        return self._rows_per_device * int(np.prod(parts))
+
+    def abstract_state(self) -> TrainState:
+        """Return shapes, dtypes and shardings of the state, as restoring needs them."""
+        return self._state
+
+    def init_state(self, params: model_params.Params) -> TrainState:
+        """Place `params` on the mesh as float32 masters, with fresh moments.
+
+        Args:
+          params: layers stacked, any float dtype; not changed and not kept.
+
+        Returns:
+          The state.
+
+        Raises:
+          ValueError: a shape is not the model's.
+        """
+        self._check_params(params)
+
+        def start(params):
+            params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+            return TrainState(params, self.optimizer.init(params), jnp.int32(0))
+
+        placed = jax.device_put(params, _shardings(self._state.params))
+        dtypes = tuple(str(x.dtype) for x in jax.tree.leaves(placed))
+        program = self._pool.get(
+            ("learner", "init", dtypes),
+            lambda: jax.jit(start, out_shardings=_shardings(self._state)).lower(placed),
+        )
+        return program(placed)
+
+    def logprobs(
+        self, params: model_params.Params, parts: Sequence[packing.Packed]
+    ) -> list[np.ndarray]:
+        """Compute log-probabilities without gradients: the old or reference policy's.
+
+        Args:
+          params: float32, placed as the state's.
+          parts: micro-batches of packed rows, each of `rows_per_micro_batch` rows.
+
+        Returns:
+          For each part `[rows, M] float32`, for `packing.scatter`; what stands where no
+          prediction is has no meaning.
+        """
+        outputs = []
+        for part in parts:
+            rows = self._place(policy_gradient.rows_of(part))
+            program = self._pool.get(
+                ("learner", "logprobs", _shapes(rows)),
+                functools.partial(self._lower_logprobs, rows),
+            )
+            outputs.append(program(params, rows))
+        return [np.asarray(x) for x in jax.device_get(outputs)]
+
+    def update(
+        self,
+        state: TrainState,
+        micro_batches: Sequence[policy_gradient.MicroBatch],
+        cfg: losses.LossConfig,
+    ) -> tuple[TrainState, dict[str, float], list[np.ndarray]]:
+        """Take one optimizer step on the sum of the micro-batches' losses.
+
+        Args:
+          state: given up: its buffers become the new state's.
+          micro_batches: of one minibatch, at least one.
+          cfg: the loss.
+
+        Returns:
+          The new state; the record of `losses.summarise` with `policy/grad_norm`,
+          `policy/learning_rate` and `policy/update_skipped` (1 where loss or gradient
+          was not finite and the state is unchanged); and the log-probabilities
+          `[rows, M] float32` of each micro-batch under the policy before the step.
+
+        Raises:
+          ValueError: there is no micro-batch, or its rows do not divide over the mesh.
+        """
+        if not micro_batches:
+            raise ValueError(
+                "micro_batches is empty: skip the update when nothing was packed."
+            )
+        carry = self._pool.get(("learner", "zeros"), self._lower_zeros)()
+        fetched = []
+        for batch in micro_batches:
+            rows, columns = self._place(batch.rows), self._place(batch.columns)
+            shapes = _shapes((rows, columns))
+            program = self._pool.get(
+                ("learner", "accumulate", cfg, batch.num_sequences, shapes),
+                functools.partial(
+                    self._lower_accumulate, rows, columns, cfg, batch.num_sequences
+                ),
+            )
+            carry, *outputs = program(state.params, carry, rows, columns)
+            fetched.append(outputs)
+        step = self._pool.get(("learner", "apply"), self._lower_apply)
+        state, outcome = step(state, carry)
+        del carry
+        sums, logprobs = zip(*jax.device_get(fetched), strict=True)
+        record = {name: float(value) for name, value in outcome.items()}
+        return state, losses.summarise(_add(sums)) | record, list(logprobs)
+
+    def _abstract_train_state(self) -> TrainState:
+        model = self.forward_cfg.model
+        abstract = model_params.abstract(model)
+        axes = model_params.logical_axes(model)
+        params = jax.tree.map(
+            _placed,
+            abstract,
+            sharding_lib.tree_shardings(self.mesh, self.rules, axes, abstract),
+        )
+        opt_state = optax.tree_map_params(
+            self.optimizer,
+            lambda leaf, param: _placed(leaf, param.sharding),
+            jax.eval_shape(self.optimizer.init, params),
+            params,
+            transform_non_params=lambda leaf: _placed(leaf, self._replicated),
+        )
+        count = _placed(jax.ShapeDtypeStruct((), jnp.int32), self._replicated)
+        return TrainState(params, opt_state, count)
+
+    def _check_params(self, params: model_params.Params) -> None:
+        if isinstance(params.layers, tuple):
+            raise ValueError(
+                "params.layers is a tuple of layers: the learner keeps them stacked; "
+                "give the params before params.unstack."
+            )
+        got = jax.tree.map(lambda x: x.shape, params)
+        wanted = jax.tree.map(lambda x: x.shape, self._state.params)
+        if got != wanted:
+            raise ValueError(
+                f"params have shapes {got}, but the model's are {wanted}: load them "
+                "with the same ModelConfig."
+            )
+
+    def _place(self, tree: Any) -> Any:
+        """Put arrays `[B, ...]` on the mesh, rows split over its batch axes."""
+
+        def one(array):
+            return jax.device_put(
+                array,
+                sharding_lib.named(self.mesh, self.rules, ("batch",), array.shape),
+            )
+
+        return jax.tree.map(one, tree)
+
+    def _constrain(self, x_DBT: Array) -> Array:
+        return lax.with_sharding_constraint(
+            x_DBT, sharding_lib.named(self.mesh, self.rules, (None, "batch", None))
+        )
+
+    def _by_rows(self):
+        return sharding_lib.named(self.mesh, self.rules, ("batch",))
+
+    def _lower_logprobs(self, rows: policy_gradient.Rows) -> jax.stages.Lowered:
+        def compute(params, rows):
+            return policy_gradient.token_logprobs(
+                params, rows, cfg=self.forward_cfg, constrain=self._constrain
+            )[0]
+
+        return jax.jit(compute, out_shardings=self._by_rows()).lower(
+            self._state.params, rows
+        )
+
+    def _lower_zeros(self) -> jax.stages.Lowered:
+        def zeros():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._gradient)
+
+        return jax.jit(zeros, out_shardings=_shardings(self._gradient)).lower()
+
+    def _lower_accumulate(self, rows, columns, cfg, num_sequences):
+        compute = functools.partial(
+            policy_gradient.accumulate,
+            cfg=self.forward_cfg,
+            loss_cfg=cfg,
+            num_sequences=num_sequences,
+            constrain=self._constrain,
+        )
+        outputs = (_shardings(self._gradient), self._replicated, self._by_rows())
+        jitted = jax.jit(compute, donate_argnums=1, out_shardings=outputs)
+        return jitted.lower(self._state.params, self._gradient, rows, columns)
+
+    def _lower_apply(self) -> jax.stages.Lowered:
+        step = functools.partial(
+            apply_gradients, optimizer=self.optimizer, schedule=self._schedule
+        )
+        outputs = (_shardings(self._state), self._replicated)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=outputs)
+        return jitted.lower(self._state, self._gradient)
+
+
+def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _shapes(tree: Any) -> tuple:
+    """Hashable description of arrays, absent ones included."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+    return tuple(None if x is None else x.shape for x in leaves)
+
+
+def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Add the micro-batches' metric sums on the host, in double precision."""
+    return {name: sum(float(part[name]) for part in sums) for name in sums[0]}
