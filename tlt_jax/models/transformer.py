@@ -87,10 +87,16 @@ def forward(
       `Output`.
 
     Raises:
-      ValueError: `remat` is not one of the three.
+      ValueError: `remat` is not one of the three, or a feature's layer is not there.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat={remat!r}: use one of {', '.join(REMAT_POLICIES)}.")
+    absent = [i for i in features if not 0 <= i < cfg.num_layers]
+    if absent:
+        raise ValueError(
+            f"features names layers {absent} of a model with num_layers="
+            f"{cfg.num_layers}: use 0 to {cfg.num_layers - 1}."
+        )
     if visibility is None:
         visibility = attention.Visibility()
     rope = layers.rope_tables(cfg, positions)

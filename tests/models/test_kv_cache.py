@@ -1,0 +1,138 @@
+"""Writes to the paged cache against loops over columns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import kv_cache
+
+L, K, H, B, NUM_PAGES = 2, 2, 4, 3, 9
+TABLE = np.array([[5, 2, 0], [1, 8, 3], [7, 4, 6]], np.int32)
+SCRATCH = kv_cache.SCRATCH_PAGE
+
+
+def some_cache(page_size, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (2, L, NUM_PAGES, K, H, page_size)
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def some_columns(width, seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(2, L, K, H, B, width)).astype(np.float32)
+
+
+def as_cache(arrays):
+    return kv_cache.PagedCache(*map(jnp.asarray, arrays))
+
+
+def without_scratch(cache):
+    stacked = np.stack([cache.keys, cache.values])
+    return np.delete(stacked, SCRATCH, axis=2)
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("form", ["stacked", "tuple", "bfloat16"])
+def test_append_writes_the_first_columns_of_each_row(page_size, form):
+    width = 2 if page_size == 1 else 5
+    lengths = np.array([0, 1, 1] if page_size == 1 else [3, 4, 5], np.int32)
+    before, columns = some_cache(page_size), some_columns(width)
+    append = jax.jit(kv_cache.append, donate_argnums=0)
+    for counts in ([1, 2, 0], [2, 0, 1], [0, 0, 0], [width - 1, width, width]):
+        counts = np.minimum(counts, 3 * page_size - lengths).astype(np.int32)
+        cache, fresh = as_cache(before), tuple(map(jnp.asarray, columns))
+        wanted = before.copy()
+        if form == "tuple":
+            fresh = tuple(tuple(side) for side in fresh)
+        if form == "bfloat16":
+            cache = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache)
+            wanted = wanted.astype(jnp.bfloat16)
+        for row in range(B):
+            for t in range(counts[row]):
+                position = lengths[row] + t
+                page, slot = TABLE[row, position // page_size], position % page_size
+                wanted[:, :, page, :, :, slot] = columns[:, :, :, :, row, t]
+        after = append(cache, *fresh, TABLE, lengths, counts)
+        assert after.keys.dtype == wanted.dtype
+        np.testing.assert_array_equal(
+            without_scratch(after), np.delete(wanted, SCRATCH, axis=2)
+        )
+
+
+def test_rows_that_drop_everything_need_no_pages():
+    before, columns = some_cache(4), some_columns(3)
+    after = kv_cache.append(
+        as_cache(before),
+        *map(jnp.asarray, columns),
+        jnp.zeros((B, 1), jnp.int32),
+        jnp.array([0, 99, 4]),
+        jnp.zeros(B, jnp.int32),
+    )
+    np.testing.assert_array_equal(
+        without_scratch(after), np.delete(before, SCRATCH, axis=2)
+    )
+
+
+@pytest.mark.parametrize("page_size,width", [(1, 2), (4, 4), (4, 8)])
+def test_append_pages_writes_whole_pages(page_size, width):
+    before, columns = some_cache(page_size), some_columns(width)
+    lengths = np.array([0, page_size, 0], np.int32)
+    append_pages = jax.jit(kv_cache.append_pages, donate_argnums=0)
+    for counts in ([0, 1, width], [1, width, 0], [width - 1, 0, page_size]):
+        wanted = before.copy()
+        for row in range(B):
+            for j in range(width // page_size):
+                if j * page_size < counts[row]:
+                    page = TABLE[row, lengths[row] // page_size + j]
+                    piece = slice(j * page_size, (j + 1) * page_size)
+                    wanted[:, :, page] = columns[:, :, :, :, row, piece]
+        after = append_pages(
+            as_cache(before),
+            *map(jnp.asarray, columns),
+            TABLE,
+            lengths,
+            np.array(counts, np.int32),
+        )
+        np.testing.assert_array_equal(
+            without_scratch(after), np.delete(wanted, SCRATCH, axis=2)
+        )
+
+
+def test_append_pages_refuses_parts_of_pages():
+    columns = map(jnp.asarray, some_columns(6))
+    with pytest.raises(ValueError, match="6 columns a row.*page_size=4: use append"):
+        kv_cache.append_pages(
+            as_cache(some_cache(4)), *columns, TABLE, np.zeros(B, int), np.zeros(B, int)
+        )
+
+
+def test_copy_pages_copies_in_order_and_pads_with_zeros():
+    before = some_cache(4)
+    sources, targets = np.array([3, 5, 2, 0, 0]), np.array([1, 3, 8, 0, 0])
+    wanted = before.copy()
+    for source, target in zip(sources, targets, strict=True):
+        wanted[:, :, target] = wanted[:, :, source]
+    after = jax.jit(kv_cache.copy_pages)(as_cache(before), sources, targets)
+    np.testing.assert_array_equal(np.stack([after.keys, after.values]), wanted)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_cache_takes_the_bytes_that_it_says(dtype):
+    cfg = model_config.ModelConfig(
+        family="llama",
+        vocab_size=8,
+        num_layers=L,
+        d_model=12,
+        d_ff=8,
+        num_heads=6,
+        num_kv_heads=K,
+        head_dim=H,
+        tie_embeddings=True,
+    )
+    cache = kv_cache.create(cfg, NUM_PAGES, 4, dtype)
+    assert (cache.num_pages, cache.page_size) == (NUM_PAGES, 4)
+    assert cache.keys.shape == cache.values.shape == (L, NUM_PAGES, K, H, 4)
+    total = cache.keys.nbytes + cache.values.nbytes
+    assert total == NUM_PAGES * kv_cache.page_bytes(cfg, 4, dtype)
