@@ -27,13 +27,44 @@ class Model:
 
     Attributes:
       spec: where the weights come from: a Hugging Face directory, a hub name,
-        `gguf:FILE`, or another source of `tlt_jax.models.source`. Required.
+        `gguf:FILE`, another source of `tlt_jax.models.source`, or `scratch`: a small
+        model made for the task (`pretrain`). Required.
       remat: what the backward pass recomputes: `none`, `dots` (all but the products),
         `full` (each layer from its input).
     """
 
     spec: str = ""
     remat: Literal["none", "dots", "full"] = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """How a model is made where `model.spec` is `scratch`; elsewhere without effect.
+
+    It learns the task's questions with answers that are in part another question's:
+    what is left to reinforcement learning is to prefer the right ones.
+
+    Attributes:
+      num_layers, d_model, d_ff: layers, model and feed-forward dimension, at least 1.
+      num_heads, num_kv_heads, head_dim: of the attention: heads divide d_model, kv
+        heads divide heads, head_dim is even.
+      steps: supervised steps, at least 0.
+      batch_size: questions per step, at least 1.
+      learning_rate: AdamW's at the first step, falling to 0 by a cosine, above 0.
+      noise_frac: part of the answers that are another question's, in [0, 1]; with
+        enough steps the first rewards are about 1 - noise_frac.
+    """
+
+    num_layers: int = schema.number(2, 1)
+    d_model: int = schema.number(64, 1)
+    d_ff: int = schema.number(192, 1)
+    num_heads: int = schema.number(4, 1)
+    num_kv_heads: int = schema.number(2, 1)
+    head_dim: int = schema.number(16, 2)
+    steps: int = schema.number(300, 0)
+    batch_size: int = schema.number(64, 1)
+    learning_rate: float = schema.number(3e-3, above=0.0)
+    noise_frac: float = schema.number(0.7, 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +367,7 @@ class RunConfig:
     num_steps: int = schema.number(100, 1)
     precision: Literal["float32", "bfloat16"] = "float32"
     model: Model = Model()
+    pretrain: Pretrain = Pretrain()
     task: Task = Task()
     sampling: Sampling = Sampling()
     rollout: Rollout = Rollout()

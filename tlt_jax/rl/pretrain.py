@@ -1,0 +1,310 @@
+"""Small models made on the spot, for runs that need no weights from elsewhere.
+
+A model learns the questions of a tiny task with answers of which a known part is
+another question's. Its first rewards are therefore neither zero nor one: groups carry
+signal from the first step, and what reinforcement learning adds can be seen.
+"""
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tlt_jax import config as config_lib
+from tlt_jax.models import config as model_config
+from tlt_jax.models import convert, hf_config, transformer
+from tlt_jax.models import params as model_params
+from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.rl import tasks
+from tlt_jax.types import Array
+
+# A question's tokens and those of its answer, EOS included.
+Text = tuple[np.ndarray, np.ndarray]
+
+TASKS = ("arithmetic", "count")
+_RECORD = "pretrain.json"
+_FILES = frozenset(
+    "config.json generation_config.json model.safetensors tokenizer.json "
+    f"tokenizer_config.json {_RECORD}".split()
+)
+_REPORT_EVERY = 20
+_CLIP_NORM = 1.0
+
+
+@runtime_checkable
+class Teachable(Protocol):
+    """A task that says what there is to learn.
+
+    Attributes:
+      alphabet: the characters of its questions and answers.
+    """
+
+    alphabet: str
+
+    def supervised_text(self, num: int) -> list[tuple[str, str]]:
+        """Returns `num` questions of the training split with their right answers."""
+
+
+def make(
+    run: config_lib.RunConfig,
+    task: tasks.Task,
+    directory: str | os.PathLike,
+    on_progress: Callable[[int, int, float], None] | None = None,
+) -> None:
+    """Makes a model for a task and writes it as a Hugging Face directory.
+
+    The directory appears complete or not at all. One that is complete is left as it
+    is; one that lacks files is made again. The weights are a function of the settings.
+
+    Args:
+      run: `seed`, `pretrain`, `task` and the longest prompt and completion are read.
+      task: has an alphabet and `supervised_text`, see `TASKS`.
+      directory: where the model shall be.
+      on_progress: called every few steps with the steps done, the steps in all, and
+        the loss of the last one in nats per answer token.
+
+    Raises:
+      ValueError: the task teaches nothing, no model has these sizes, or the directory
+        holds something else.
+    """
+    directory = os.path.abspath(directory)
+    record = _record_of(run)
+    if _complete(directory):
+        _check_same(directory, record)
+        return
+    _remove_remains(directory)
+    tokenizer, texts = read(task)
+    cfg = model_of(run, tokenizer, texts)
+    params = train(cfg, texts, run.pretrain, run.seed, on_progress)
+    parent, name = os.path.split(directory)
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as temporary:
+        made, files = os.path.join(temporary, "model"), os.path.join(temporary, "files")
+        tokenizer.save(files)
+        convert.save(params, cfg, made, tokenizer_source=files)
+        with open(os.path.join(made, _RECORD), "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2)
+        os.rename(made, directory)
+
+
+def read(task: tasks.Task) -> tuple[model_tokenizer.Tokenizer, list[Text]]:
+    """Makes a task's tokenizer and encodes its training questions with their answers.
+
+    Raises:
+      ValueError: the task has no alphabet or no answers to learn from.
+    """
+    if not isinstance(task, Teachable):
+        raise ValueError(
+            f"task {task.name!r} cannot teach a model made from scratch: "
+            f"task.name={' or '.join(map(repr, TASKS))} can, with task.system_prompt "
+            "and reward.function left empty; or give a model.spec with weights."
+        )
+    tokenizer = model_tokenizer.from_alphabet(task.alphabet)
+    texts = [
+        (tokenizer.encode(question), np.append(tokenizer.encode(answer), eos))
+        for question, answer in task.supervised_text(len(task.examples("train")))
+        for eos in tokenizer.eos_ids
+    ]
+    return tokenizer, texts
+
+
+def model_of(
+    run: config_lib.RunConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    texts: Sequence[Text],
+) -> model_config.ModelConfig:
+    """Describes the model: a llama with a tied head.
+
+    Raises:
+      ValueError: no such model has these sizes.
+    """
+    sizes = run.pretrain
+    longest = run.task.max_prompt_tokens + run.rollout.max_new_tokens
+    cfg = model_config.ModelConfig(
+        family="llama",
+        vocab_size=tokenizer.vocab_size,
+        num_layers=sizes.num_layers,
+        d_model=sizes.d_model,
+        d_ff=sizes.d_ff,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        tie_embeddings=True,
+        max_positions=max(longest, _width(texts)),
+        bos_id=tokenizer.bos_id,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    hf_config.to_hf(cfg)  # What could not be written is refused before the work.
+    return cfg
+
+
+def train(
+    cfg: model_config.ModelConfig,
+    texts: Sequence[Text],
+    settings: config_lib.Pretrain,
+    seed: int,
+    on_progress: Callable[[int, int, float], None] | None = None,
+) -> model_params.Params:
+    """Draws weights and teaches them the texts.
+
+    Every step takes `batch_size` texts at random and exchanges the fraction
+    `noise_frac` of their answers, drawn anew each time, so that nothing but the
+    proportion of wrong answers can be learnt.
+
+    Args:
+      cfg: the model.
+      texts: questions and right answers.
+      settings: steps, batch, learning rate, noise.
+      seed: of weights, order and noise.
+      on_progress: see `make`.
+
+    Returns:
+      float32 weights, layers stacked.
+    """
+    params = jax.jit(model_params.init, static_argnums=0)(cfg, jax.random.key(seed))
+    if not settings.steps:
+        return params
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(_CLIP_NORM), optax.adamw(schedule)
+    )
+    opt_state = jax.jit(optimizer.init)(params)
+    step = jax.jit(
+        functools.partial(_step, cfg=cfg, optimizer=optimizer), donate_argnums=(0, 1)
+    )
+    rng = np.random.default_rng(seed)
+    for done in range(1, settings.steps + 1):
+        batch = spoil(texts, settings.batch_size, settings.noise_frac, rng)
+        params, opt_state, loss_value = step(
+            params, opt_state, *lay_out(batch, _width(texts))
+        )
+        if on_progress and (done % _REPORT_EVERY == 0 or done == settings.steps):
+            on_progress(done, settings.steps, float(loss_value))
+    return params
+
+
+def spoil(
+    texts: Sequence[Text], num: int, noise_frac: float, rng: np.random.Generator
+) -> list[Text]:
+    """Draws texts with replacement and gives some of them a random text's answer.
+
+    Args:
+      texts: questions and right answers.
+      num: how many are drawn.
+      noise_frac: the probability that an answer is exchanged, in [0, 1].
+      rng: drawn from.
+
+    Returns:
+      `num` questions with answers.
+    """
+    chosen, others = rng.integers(len(texts), size=(2, num))
+    wrong = rng.random(num) < noise_frac
+    answers = np.where(wrong, others, chosen)
+    return [
+        (texts[i][0], texts[j][1])
+        for i, j in zip(chosen.tolist(), answers.tolist(), strict=True)
+    ]
+
+
+def lay_out(texts: Sequence[Text], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lays texts out as rows.
+
+    Args:
+      texts: B questions with answers.
+      width: T, at least the length of the longest.
+
+    Returns:
+      Tokens `[B, T] int32`, padding 0, and `[B, T] bool`: the token is an answer's.
+    """
+    tokens = np.zeros((len(texts), width), np.int32)
+    answered = np.zeros((len(texts), width), bool)
+    for row, (question, answer) in enumerate(texts):
+        start, stop = len(question), len(question) + len(answer)
+        tokens[row, :start], tokens[row, start:stop] = question, answer
+        answered[row, start:stop] = True
+    return tokens, answered
+
+
+def loss(
+    params: model_params.Params,
+    tokens: Array,
+    answered: Array,
+    *,
+    cfg: model_config.ModelConfig,
+) -> Array:
+    """Computes the mean cross entropy of answer tokens, given all tokens before them.
+
+    Args:
+      params: the weights.
+      tokens, answered: `[B, T]`, see `lay_out`.
+      cfg: the model.
+
+    Returns:
+      Scalar, nats per token.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    hidden = transformer.forward(
+        params, cfg, inputs, positions, with_cache_columns=False
+    ).hidden
+    entropy_BT = optax.softmax_cross_entropy_with_integer_labels(
+        transformer.logits(params, hidden), targets
+    )
+    return jnp.mean(entropy_BT, where=answered[:, 1:])
+
+
+def _step(params, opt_state, tokens, answered, *, cfg, optimizer):
+    value, grads = jax.value_and_grad(loss)(params, tokens, answered, cfg=cfg)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, value
+
+
+def _width(texts: Sequence[Text]) -> int:
+    """Length of the longest question with the longest answer, any of them."""
+    return max(len(q) for q, _ in texts) + max(len(a) for _, a in texts)
+
+
+def _record_of(run: config_lib.RunConfig) -> dict[str, Any]:
+    """All settings on which the weights depend."""
+    settings = config_lib.to_dict(run)
+    record = {key: settings[key] for key in ("seed", "pretrain", "task")}
+    return json.loads(json.dumps(record))  # Tuples become lists, as they are read.
+
+
+def _complete(directory: str) -> bool:
+    return os.path.isdir(directory) and _FILES <= set(os.listdir(directory))
+
+
+def _check_same(directory: str, record: dict[str, Any]) -> None:
+    """Raises ValueError if the model there was made with other settings."""
+    made = hf_config.read_json(os.path.join(directory, _RECORD))
+    for key, value in record.items():
+        if made.get(key) != value:
+            raise ValueError(
+                f"{directory} holds a model made with {key}={made.get(key)}, but "
+                f"{key}={value} is asked for: name another directory, or delete it."
+            )
+
+
+def _remove_remains(directory: str) -> None:
+    """Removes a directory that lacks files, if nothing in it is of another origin."""
+    if not os.path.lexists(directory):
+        return
+    others = [directory]
+    if os.path.isdir(directory):
+        others = sorted(set(os.listdir(directory)) - _FILES)
+    if others:
+        raise ValueError(
+            f"{directory} should hold the model made from scratch, but there is "
+            f"{others[0]}: name another directory, or move it away."
+        )
+    shutil.rmtree(directory)
