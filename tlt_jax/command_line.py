@@ -43,11 +43,11 @@ def run(main: Callable[[config.RunConfig], Any], flag: flags.FlagHolder) -> None
 
     def checked(argv: Sequence[str]) -> None:
         if len(argv) > 1:
-            _fail(f"unexpected argument {argv[1]!r}: every setting is a --flag.")
+            fail(f"unexpected argument {argv[1]!r}: every setting is a --flag.")
         try:
             main(_frozen(flag.value))
         except schema.ConfigError as error:
-            _fail(str(error))
+            fail(str(error))
 
     app.run(checked, flags_parser=parse)
 
@@ -60,14 +60,14 @@ def parse(argv: Sequence[str]) -> list[str]:
         _check_exists(recipe)
         return flags.FLAGS(list(argv))
     except schema.ConfigError as error:
-        _fail(str(error))
+        fail(str(error))
     except (flags.Error, AttributeError, KeyError) as error:
         # The last two come from a ConfigDict that a recipe filled wrongly, or from a
         # mistake of the recipe's own, whose traceback its author wants to see.
         message = _explain(error, recipe)
         if message is None:
             raise
-        _fail(message)
+        fail(message)
 
 
 def recipe_path(argv: Sequence[str]) -> pathlib.Path | None:
@@ -157,6 +157,7 @@ def _in_recipe(
     return error, None
 
 
-def _fail(message: str) -> NoReturn:
+def fail(message: object) -> NoReturn:
+    """Print one line and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)

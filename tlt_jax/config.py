@@ -248,7 +248,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
+class Learner:
     """How a batch of completions becomes optimizer steps.
 
     Attributes:
@@ -376,7 +376,7 @@ class RunConfig:
     workers: Workers = Workers()
     algorithm: Algorithm = Algorithm()
     optimizer: Optimizer = Optimizer()
-    update: Update = Update()
+    learner: Learner = Learner()
     mesh: Mesh = Mesh()
     reward: Reward = Reward()
     eval: Eval = Eval()
@@ -461,16 +461,16 @@ def _check_together(run: RunConfig) -> None:
             "several devices)."
         )
     longest = run.task.max_prompt_tokens + run.rollout.max_new_tokens
-    if run.update.row_tokens < longest:
+    if run.learner.row_tokens < longest:
         raise schema.ConfigError(
-            f"update.row_tokens={run.update.row_tokens} cannot hold a prompt of "
+            f"learner.row_tokens={run.learner.row_tokens} cannot hold a prompt of "
             f"task.max_prompt_tokens={run.task.max_prompt_tokens} with a completion of "
             f"rollout.max_new_tokens={run.rollout.max_new_tokens}: give at least "
             f"{longest}."
         )
-    if run.rollout.prompts_per_step % run.update.minibatches:
+    if run.rollout.prompts_per_step % run.learner.minibatches:
         raise schema.ConfigError(
-            f"update.minibatches={run.update.minibatches} does not divide "
+            f"learner.minibatches={run.learner.minibatches} does not divide "
             f"rollout.prompts_per_step={run.rollout.prompts_per_step}: every minibatch "
             "has the same number of prompts."
         )

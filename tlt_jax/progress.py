@@ -72,6 +72,11 @@ class Progress:
             self._live.stop()
             self._live = None
 
+    def resume(self, step: int) -> None:
+        """Say that `step` RL steps were done before this process."""
+        self._done = step
+        self.note(f"resuming after step {step} of {self._num_steps}")
+
     def stage(self, name: str) -> None:
         """Say what the run does now: rollout, reward, update, ..."""
         self._stage, self._detail, self._fraction = name, "", None

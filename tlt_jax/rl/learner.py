@@ -187,11 +187,11 @@ class Learner:
         self.mesh = mesh
         self.rules = rules or sharding_lib.ShardingRules()
         self._pool = pool
-        updates_per_step = run.update.minibatches * run.update.epochs
+        updates_per_step = run.learner.minibatches * run.learner.epochs
         settings = dict(num_steps=run.num_steps, updates_per_step=updates_per_step)
         self.optimizer = make_optimizer(run.optimizer, **settings)
         self._schedule = learning_rate(run.optimizer, **settings)
-        self._rows_per_device = run.update.rows_per_micro_batch
+        self._rows_per_device = run.learner.rows_per_micro_batch
         self._replicated = sharding_lib.replicated(mesh)
         self._state = self._abstract_train_state()
         self._gradient = policy_gradient.Gradient(

@@ -81,7 +81,8 @@ class RolloutStats:
       num_calls: decode calls.
       num_prefill_tokens: prompt positions computed.
       num_preempted: rows put back for want of pages.
-      prefill_s, decode_s: seconds on the host's clock, waiting for the device.
+      prefill_s, decode_s: seconds on the host's clock, waiting for the device; no
+        compilation.
       compile_s: seconds for which programs were waited for.
       active_rows: rows alive at the start of each decode call.
       call_s: seconds of each decode call.
@@ -133,13 +134,13 @@ class Engine:
         self.pool = programs.ProgramPool()
         self.version = -1
         self._decode_text = decode_text
-        self._mesh = mesh or sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        self.mesh = mesh or sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         rules = rules or sharding.ShardingRules()
-        self._replicated = sharding.replicated(self._mesh)
+        self._replicated = sharding.replicated(self.mesh)
         abstract = jax.eval_shape(self._empty_cache)
         axes = (None, "page", "kv_heads", None, None)
         self._cache_sharding = sharding.named(
-            self._mesh, rules, axes, abstract.keys.shape
+            self.mesh, rules, axes, abstract.keys.shape
         )
         self._cache_abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
@@ -149,6 +150,15 @@ class Engine:
         )
         self._cache = None
         self._params = None
+
+    @property
+    def params(self) -> model_params.Params | None:
+        """The weights in use."""
+        return self._params
+
+    def release_cache(self) -> None:
+        """Free the cache's memory until the next run."""
+        self._cache = None
 
     def set_params(self, params: model_params.Params, version: int) -> None:
         """Use these weights from the next run on.
@@ -167,6 +177,7 @@ class Engine:
           wait: return when all are ready; else they are compiled in the background.
         """
         self._require_params()
+        self.pool.prepare(*self._cache_program())
         for rows in scheduler.buckets(_PREFILL_ROWS):
             self.pool.prepare(*self._prefill_program(rows))
         self.pool.prepare(*self._copy_program())
@@ -197,7 +208,8 @@ class Engine:
           Completions in the order of the requests, and what was done.
 
         Raises:
-          ValueError: a request is empty, does not fit, or its id is not unique.
+          ValueError: a request is empty, does not fit, its id is not unique, or its
+            prompt is not that of its `prompt_id` or not of the vocabulary.
         """
         self._require_params()
         self._check(requests)
@@ -220,12 +232,9 @@ class Engine:
         )
         done: dict[int, types.Completion] = {}
         if self._cache is None:
-            self._cache = jax.jit(
-                self._empty_cache, out_shardings=self._cache_sharding
-            )()
+            self._cache = self.pool.get(*self._cache_program())()
         while plan.waiting or plan.rows:
             self._admit(plan, stats)
-            plan.reserve(engine_cfg.steps_per_call)
             for completion in self._decode_call(plan, keys, stats):
                 done[completion.request_id] = completion
                 stats.num_tokens += len(completion.tokens)
@@ -240,10 +249,10 @@ class Engine:
 
     def _admit(self, plan: scheduler.Scheduler, stats: RolloutStats) -> None:
         """Admit waiting rows; cache their prompts."""
-        admission = plan.admit()
+        admission = plan.admit(self.engine_cfg.steps_per_call)
         if not admission.any():
             return
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self.pool.stats.waited_s
         for jobs in (admission.prompts, admission.returns):
             for first in range(0, len(jobs), _PREFILL_ROWS):
                 self._prefill(jobs[first : first + _PREFILL_ROWS], stats)
@@ -252,7 +261,10 @@ class Engine:
         pairs[: len(admission.copies)] = np.reshape(admission.copies, (-1, 2))
         copy = self.pool.get(*self._copy_program())
         self._cache = copy(self._cache, pairs[:, 0], pairs[:, 1])
-        stats.prefill_s += time.perf_counter() - started
+        # Else the next decode call would count what is still being computed.
+        jax.block_until_ready(self._cache)
+        waited = self.pool.stats.waited_s - waited
+        stats.prefill_s += time.perf_counter() - started - waited
 
     def _prefill(self, jobs: list[scheduler.Prefill], stats: RolloutStats) -> None:
         chunk = self.engine_cfg.chunk
@@ -356,7 +368,21 @@ class Engine:
         ids = [request.request_id for request in requests]
         if len(set(ids)) < len(ids):
             raise ValueError("requests contain a request_id twice: ids key the noise.")
+        prompts = {}
         for request in requests:
+            prompt = prompts.setdefault(request.prompt_id, request.prompt)
+            if not np.array_equal(prompt, request.prompt):
+                raise ValueError(
+                    f"request {request.request_id} has another prompt than an earlier "
+                    f"one of prompt_id={request.prompt_id}: they share its pages, so "
+                    "give different prompts different ids."
+                )
+            if np.any((request.prompt < 0) | (request.prompt >= self.cfg.vocab_size)):
+                raise ValueError(
+                    f"request {request.request_id} has a prompt token outside the "
+                    f"vocabulary of {self.cfg.vocab_size}: encode it with the model's "
+                    "own tokenizer."
+                )
             longest = len(request.prompt) + request.max_new_tokens
             if request.max_new_tokens < 1:
                 raise ValueError(
@@ -383,6 +409,14 @@ class Engine:
             self.engine_cfg.page_size,
             jnp.dtype(self.engine_cfg.dtype),
         )
+
+    def _cache_program(self):
+        def lower():
+            return jax.jit(
+                self._empty_cache, out_shardings=self._cache_sharding
+            ).lower()
+
+        return ("cache",), lower
 
     def _decode_program(self, batch: int):
         def lower():

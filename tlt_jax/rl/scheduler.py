@@ -50,7 +50,7 @@ class PagePool:
                 self._free.append(page)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Row:
     """A request that is waiting, or being decoded if it has pages.
 
@@ -119,14 +119,6 @@ class Admission:
         return bool(self.prompts or self.returns or self.copies)
 
 
-@dataclasses.dataclass
-class _Prompt:
-    """Cached pages of a prompt without its last token, held while rows may join."""
-
-    pages: list[int]
-    length: int
-
-
 class Scheduler:
     """Decides which rows are decoded and which pages they use."""
 
@@ -152,74 +144,69 @@ class Scheduler:
         self._pool = PagePool(num_pages)
         self._page_size = page_size
         self._max_rows = max_rows
-        self._prompts: dict[int, _Prompt] = {}
-        self._unfinished = collections.Counter(r.prompt_id for r in requests)
+        # Cached pages of prompts without their last tokens, held while rows may join.
+        self._prompts: dict[int, list[int]] = {}
+        self._num_waiting = collections.Counter(r.prompt_id for r in requests)
         self.rows: list[Row] = []
         self.num_preempted = 0
-        capacity = (num_pages - 1) * page_size
         for request in requests:
-            longest = len(request.prompt) + request.max_new_tokens
             if len(request.prompt) == 0:
                 raise ValueError(
                     f"request {request.request_id} has an empty prompt: give at least "
                     "one token, for example the tokenizer's bos."
                 )
-            if longest + page_size > capacity:
+            needed = self._most_pages(request)
+            if needed > num_pages - 1:
                 raise ValueError(
-                    f"request {request.request_id} may grow to {longest} positions, "
-                    f"but the cache holds {capacity} in {num_pages - 1} pages of "
-                    f"{page_size} (one page is kept for the prompt's copy): raise "
-                    "cache.num_pages or lower rollout.max_new_tokens."
+                    f"request {request.request_id} may grow to "
+                    f"{len(request.prompt) + request.max_new_tokens} positions and so "
+                    f"need {needed} pages of {page_size}, but the cache has "
+                    f"{num_pages - 1}: raise cache.num_pages or lower "
+                    "rollout.max_new_tokens."
                 )
         self.waiting = collections.deque(
             Row(request) for request in in_order(requests, expected_lengths or {})
         )
 
-    def admit(self) -> Admission:
-        """Move waiting rows into free slots while there are pages for them."""
+    def admit(self, num_steps: int) -> Admission:
+        """Give rows the pages for their next `num_steps` tokens; admit waiting rows.
+
+        Rows that are decoded come first. Where pages run out for them, those admitted
+        last are put back into the queue with what they have drawn: their continuation
+        is the same, since noise is keyed by position. A waiting row is admitted into a
+        free slot if there are pages for all of its next `num_steps` tokens, too, so
+        that what is cached for it is used before it can be put back.
+
+        Args:
+          num_steps: tokens drawn before the next `admit`, at most.
+
+        Returns:
+          What the device must do, before pages are written by anything else.
+        """
+        self._reserve(num_steps)
         prompts: list[Prefill] = []
         returns: list[Prefill] = []
         copies: list[tuple[int, int]] = []
         while self.waiting and len(self.rows) < self._max_rows:
             row = self.waiting[0]
-            if not self._admit(row, prompts, returns, copies):
-                if not self.rows:
-                    raise RuntimeError(
-                        f"request {row.request.request_id} does not fit an empty cache "
-                        f"of {self._pool.num_free} free pages."
-                    )
+            admitted = self._admit(row, num_steps, prompts, returns, copies)
+            if not admitted and not self.rows:
+                # By itself every row fits: that was checked at the start.
+                self._drop(list(self._prompts))
+                admitted = self._admit(row, num_steps, prompts, returns, copies)
+            if not admitted:
                 break
             self.waiting.popleft()
+            self._num_waiting[row.request.prompt_id] -= 1
             self.rows.append(row)
+        self._drop([p for p in self._prompts if not self._num_waiting[p]])
         return Admission(tuple(prompts), tuple(returns), tuple(copies))
-
-    def reserve(self, num_steps: int) -> None:
-        """Give every row the pages that its next `num_steps` positions need.
-
-        Where pages run out, prompts that nobody waits for are dropped, then the rows
-        admitted last are put back into the queue with what they have drawn: their
-        continuation is the same, since noise is keyed by position.
-        """
-        self._drop_idle_prompts()
-        i = 0
-        while i < len(self.rows):
-            row = self.rows[i]
-            steps = min(num_steps, row.remaining)
-            needed = self._pages_for(row.length + steps) - len(row.pages)
-            pages = self._pool.take(max(needed, 0))
-            if pages is None:
-                self._preempt(self.rows[-1])
-                continue
-            row.pages.extend(pages)
-            i += 1
 
     def finish(self, row: Row) -> None:
         """Take a finished row out and free its pages."""
         self.rows.remove(row)
         self._pool.release(row.pages)
         row.pages = []
-        self._unfinished[row.request.prompt_id] -= 1
-        self._drop_idle_prompts()
 
     def page_table(self, rows: Sequence[Row], batch: int, max_pages: int) -> np.ndarray:
         """Tabulate pages, `[batch, max_pages] int32`, scratch where there is none."""
@@ -228,34 +215,50 @@ class Scheduler:
             table[i, : len(row.pages)] = row.pages
         return table
 
-    def _admit(self, row: Row, prompts: list, returns: list, copies: list) -> bool:
+    def _reserve(self, num_steps: int) -> None:
+        """Give every row the pages that its next `num_steps` tokens need."""
+        i = 0
+        while i < len(self.rows):
+            row = self.rows[i]
+            needed = self._pages_for(row.length + min(num_steps, row.remaining))
+            pages = self._pool.take(max(needed - len(row.pages), 0))
+            if pages is not None:
+                row.pages.extend(pages)
+                i += 1
+            elif len(self.rows) > 1:
+                self._preempt(self.rows[-1])
+            else:
+                self._drop(list(self._prompts))
+
+    def _admit(
+        self, row: Row, num_steps: int, prompts: list, returns: list, copies: list
+    ) -> bool:
         """Give a row its pages; False, with nothing changed, where there are none."""
         page_size = self._page_size
         prompt_length = len(row.request.prompt) - 1
         length = prompt_length + len(row.tokens)
         prompt = self._prompts.get(row.request.prompt_id)
-        num_prompt_pages = 0 if prompt else self._pages_for(prompt_length)
+        num_prompt_pages = self._pages_for(prompt_length) if prompt is None else 0
         num_shared = prompt_length // page_size
-        num_own = self._pages_for(length) - num_shared
-        # One page more, so that the row can also take its first step.
-        if num_prompt_pages + num_own + 1 > self._pool.num_free:
+        num_own = self._pages_for(length + min(num_steps, row.remaining)) - num_shared
+        if num_prompt_pages + num_own > self._pool.num_free:
             return False
         if prompt is None:
-            prompt = _Prompt(self._pool.take(num_prompt_pages), prompt_length)
+            prompt = self._pool.take(num_prompt_pages)
             self._prompts[row.request.prompt_id] = prompt
             if prompt_length:
                 text = row.request.prompt[:-1]
-                prompts.append(Prefill(text, 0, tuple(prompt.pages)))
-        shared = prompt.pages[:num_shared]
+                prompts.append(Prefill(text, 0, tuple(prompt)))
+        shared = prompt[:num_shared]
         self._pool.share(shared)
         row.pages = shared + self._pool.take(num_own)
         row.length = length
         if row.tokens:
             # Comes back after preemption: what it had drawn is cached anew.
-            start = num_shared * page_size
-            returns.append(Prefill(row.text()[:-1], start, tuple(row.pages)))
-        elif num_own:
-            copies.append((prompt.pages[num_shared], row.pages[num_shared]))
+            pages = tuple(row.pages[: self._pages_for(length)])
+            returns.append(Prefill(row.text()[:-1], num_shared * page_size, pages))
+        elif prompt_length % page_size:
+            copies.append((prompt[num_shared], row.pages[num_shared]))
         return True
 
     def _preempt(self, row: Row) -> None:
@@ -263,13 +266,23 @@ class Scheduler:
         self._pool.release(row.pages)
         row.pages, row.length = [], 0
         self.waiting.appendleft(row)
+        self._num_waiting[row.request.prompt_id] += 1
         self.num_preempted += 1
 
-    def _drop_idle_prompts(self) -> None:
-        """Release prompts whose rows are all admitted or finished."""
-        wanted = {row.request.prompt_id for row in self.waiting}
-        for prompt_id in [p for p in self._prompts if p not in wanted]:
-            self._pool.release(self._prompts.pop(prompt_id).pages)
+    def _drop(self, prompt_ids: Iterable[int]) -> None:
+        """Let go of prompts; rows that share pages keep those."""
+        for prompt_id in prompt_ids:
+            self._pool.release(self._prompts.pop(prompt_id))
+
+    def _most_pages(self, request: types.Request) -> int:
+        """Return the pages that a request needs if it is the only one.
+
+        The last token drawn is never cached. A prompt that ends within a page holds
+        that page beside the row's copy.
+        """
+        prompt_length = len(request.prompt) - 1
+        partial = prompt_length % self._page_size > 0
+        return self._pages_for(prompt_length + request.max_new_tokens) + partial
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self._page_size)

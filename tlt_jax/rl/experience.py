@@ -1,0 +1,235 @@
+"""From completions and rewards to advantages, minibatches and records of a step."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tlt_jax import types
+from tlt_jax.rl import (
+    advantages,
+    algorithms,
+    losses,
+    packing,
+    policy_gradient,
+    prompts,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """Finished groups, in order of their requests; n = P x R completions.
+
+    Attributes:
+      prompts: P prompts.
+      completions: n, the group's R next to each other.
+      rewards: `[P, R] float64`, as judged.
+    """
+
+    prompts: Sequence[prompts.Prompt]
+    completions: Sequence[types.Completion]
+    rewards: np.ndarray
+
+    @property
+    def group_size(self) -> int:
+        """R."""
+        return self.rewards.shape[1]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every completion, `[n]`."""
+        return np.array([len(c.tokens) for c in self.completions])
+
+    @property
+    def logprobs(self) -> list[np.ndarray]:
+        """Log-probabilities that the rollout recorded, n arrays."""
+        return [c.logprobs for c in self.completions]
+
+    def groups(self) -> list[packing.Group]:
+        """The groups as trees to be packed."""
+        size = self.group_size
+        return [
+            packing.Group(
+                prompt.tokens,
+                tuple(c.tokens for c in self.completions[i * size : (i + 1) * size]),
+            )
+            for i, prompt in enumerate(self.prompts)
+        ]
+
+    def select(self, chosen: Sequence[int]) -> "Experience":
+        """Keep the groups with the indices `chosen`."""
+        size = self.group_size
+        return Experience(
+            [self.prompts[i] for i in chosen],
+            [c for i in chosen for c in self.completions[i * size : (i + 1) * size]],
+            self.rewards[list(chosen)],
+        )
+
+    def join(self, other: "Experience | None") -> "Experience":
+        """Append another batch's groups."""
+        if other is None:
+            return self
+        return Experience(
+            [*self.prompts, *other.prompts],
+            [*self.completions, *other.completions],
+            np.concatenate([self.rewards, other.rewards]),
+        )
+
+
+def advantages_of(
+    batch: Experience,
+    algorithm: algorithms.Algorithm,
+    max_new_tokens: int,
+    ref_logprobs: Sequence[np.ndarray] | None,
+) -> np.ndarray:
+    """Shape the rewards as the algorithm says and estimate advantages.
+
+    Args:
+      batch: P groups of R.
+      algorithm: which shaping and estimator.
+      max_new_tokens: the length limit, for overlong shaping.
+      ref_logprobs: n arrays, needed where the KL term is part of the reward.
+
+    Returns:
+      `[n] float32`.
+    """
+    shaped = batch.rewards.reshape(-1).astype(np.float64)
+    if algorithm.overlong_shaping:
+        shaped = shaped + advantages.overlong_shaping(
+            batch.lengths,
+            max_length=max_new_tokens,
+            buffer=max(1, round(algorithm.overlong_buffer_frac * max_new_tokens)),
+            penalty=algorithm.overlong_penalty,
+        )
+    if algorithm.loss.kl_placement == "reward" and ref_logprobs is not None:
+        shaped = losses.kl_as_reward(
+            shaped, batch.logprobs, ref_logprobs, cfg=algorithm.loss
+        )
+    shaped = shaped.reshape(batch.rewards.shape)
+    estimated = advantages.estimate(algorithm.advantage, shaped)
+    return estimated.reshape(-1).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How batches are packed.
+
+    Attributes:
+      row_tokens: longest row.
+      rows_per_micro_batch: rows whose activations are held at once.
+      data_parts: rows are split over so many devices; divides rows_per_micro_batch.
+    """
+
+    row_tokens: int
+    rows_per_micro_batch: int
+
+    def pack(self, batch: Experience) -> list[packing.Packed]:
+        """Pack a batch into micro-batches of equal shape."""
+        packed = packing.pack(
+            batch.groups(),
+            row_tokens=self.row_tokens,
+            rows_multiple=self.rows_per_micro_batch,
+        )
+        return packing.split(packed, self.rows_per_micro_batch)
+
+
+def micro_batches(
+    batch: Experience,
+    layout: Layout,
+    algorithm: algorithms.Algorithm,
+    advantages_n: np.ndarray,
+    *,
+    max_new_tokens: int,
+    old_logprobs: Sequence[np.ndarray] | None,
+    ref_logprobs: Sequence[np.ndarray] | None,
+) -> tuple[list[packing.Packed], list[policy_gradient.MicroBatch]]:
+    """Lay one optimizer step's batch out for the learner.
+
+    Args:
+      batch: its groups.
+      layout: how they are packed.
+      algorithm: gives the aggregation.
+      advantages_n: `[n] float32`.
+      max_new_tokens: the length limit, for the `constant` aggregation.
+      old_logprobs, ref_logprobs: n arrays or None, see `losses.TokenColumns`.
+
+    Returns:
+      The packed parts, and for each what the learner reads.
+    """
+    parts = layout.pack(batch)
+    weights = losses.token_weights(
+        batch.lengths, algorithm.aggregation, max_length=max_new_tokens
+    )
+    capped = algorithm.loss.importance_cap is not None
+    return parts, [
+        policy_gradient.micro_batch(
+            part,
+            advantages=advantages_n,
+            weights=weights,
+            old_logprobs=old_logprobs,
+            rollout_logprobs=batch.logprobs if capped else None,
+            ref_logprobs=ref_logprobs,
+        )
+        for part in parts
+    ]
+
+
+def max_mismatch(
+    batch: Experience,
+    parts: Sequence[packing.Packed],
+    trainer_logprobs: Sequence[np.ndarray],
+) -> float:
+    """Largest difference between the rollout's log-probabilities and the trainer's.
+
+    Args:
+      batch: what was rolled out.
+      parts: its packed parts.
+      trainer_logprobs: `[rows, M]` for each part, by the weights that rolled out.
+
+    Returns:
+      The maximum over tokens of the absolute difference, in nats.
+    """
+    trainer = packing.scatter(parts, trainer_logprobs)
+    gaps = [
+        np.max(np.abs(own - mine), initial=0.0)
+        for own, mine in zip(trainer, batch.logprobs, strict=True)
+    ]
+    return float(max(gaps, default=0.0))
+
+
+def tokens_digest(completions: Sequence[types.Completion]) -> str:
+    """Hash all completion token ids, in order, as little-endian 32-bit integers."""
+    digest = hashlib.sha256()
+    for completion in completions:
+        digest.update(np.asarray(completion.tokens, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def reward_and_length_row(
+    rewards: np.ndarray, completions: Sequence[types.Completion]
+) -> dict[str, Any]:
+    """Record rewards and lengths of all completions of a step.
+
+    Args:
+      rewards: `[P, R]`.
+      completions: P x R.
+
+    Returns:
+      Values by metric name.
+    """
+    lengths = np.array([len(c.tokens) for c in completions])
+    cut = [c.finish_reason == "length" for c in completions]
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/zero_std_frac": float(advantages.zero_std_frac(rewards)),
+        "length/mean": float(lengths.mean()),
+        "length/p50": float(np.percentile(lengths, 50)),
+        "length/p95": float(np.percentile(lengths, 95)),
+        "length/max": int(lengths.max()),
+        "length/clipped_frac": float(np.mean(cut)),
+        "rollout/tokens": int(lengths.sum()),
+        "rollout/tokens_digest": tokens_digest(completions),
+    }
