@@ -65,6 +65,7 @@ def measurement(runners: dict[str, harness.Runner]):
             "step_s": answer["step_s"],
             "generate_s": answer["generate_s"],
             "update_s": answer["update_s"],
+            "compile_s": answer.get("compile_s"),  # part of step_s; others do not tell
             "completion_tokens": sum(lengths),
             "length_mean": statistics.fmean(lengths),
             "length_max": max(lengths),

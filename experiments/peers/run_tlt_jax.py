@@ -77,6 +77,7 @@ class Peer:
                 rollout.EngineConfig(
                     max_rows=self.settings["max_batch"],
                     max_length=self.settings["max_length"],
+                    prefill_chunk=64,  # chat prompts are short: less padding
                     sampling_cfg=sampling.SamplingConfig(temperature=temperature),
                     eos_ids=(),  # every row does the same work
                 ),

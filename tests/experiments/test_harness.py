@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -81,6 +82,40 @@ def test_a_runner_that_takes_too_long_is_ended(runner):
     runner.ask("run", timeout_s=30)
     with pytest.raises(harness.RunnerError, match="without an answer to run"):
         runner.ask("run", timeout_s=0.2, sleep_s=60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
+def test_a_stopped_runner_ends_with_a_killed_harness(system, tmp_path):
+    text = f"""
+from experiments import harness
+import pathlib
+system = harness.System("fake", {system.python!r}, {system.script!r})
+runner = harness.Runner(system, pathlib.Path({str(tmp_path)!r}))
+runner.ask("run", timeout_s=30)
+print(runner._process.pid, flush=True)
+input()
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", text],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=harness.PEERS_DIR.parents[1],
+    )
+    with parent:
+        stat = pathlib.Path(f"/proc/{int(parent.stdout.readline())}/stat")
+        assert stat.exists()
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while _alive(stat):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _alive(stat):
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_loaded_ends_every_runner_even_after_an_error(system, tmp_path):
