@@ -49,7 +49,8 @@ class Pretrain:
       num_heads, num_kv_heads, head_dim: of the attention: heads divide d_model, kv
         heads divide heads, head_dim is even.
       steps: supervised steps, at least 0.
-      batch_size: questions per step, at least 1.
+      num_rows: rows per step, each as long as the longest question with the longest
+        answer and holding as many as fit, at least 1.
       learning_rate: AdamW's at the first step, falling to 0 by a cosine, above 0.
       noise_frac: part of the answers that are another question's, in [0, 1]; with
         enough steps the first rewards are about 1 - noise_frac.
@@ -62,7 +63,7 @@ class Pretrain:
     num_kv_heads: int = schema.number(2, 1)
     head_dim: int = schema.number(16, 2)
     steps: int = schema.number(300, 0)
-    batch_size: int = schema.number(64, 1)
+    num_rows: int = schema.number(64, 1)
     learning_rate: float = schema.number(3e-3, above=0.0)
     noise_frac: float = schema.number(0.7, 0.0, 1.0)
 

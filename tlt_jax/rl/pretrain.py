@@ -6,21 +6,23 @@ signal from the first step, and what reinforcement learning adds can be seen.
 """
 
 import functools
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 
 from tlt_jax import config as config_lib
+from tlt_jax.models import attention, convert, hf_config, transformer
 from tlt_jax.models import config as model_config
-from tlt_jax.models import convert, hf_config, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.models import tokenizer as model_tokenizer
 from tlt_jax.rl import tasks
@@ -37,6 +39,23 @@ _FILES = frozenset(
 )
 _REPORT_EVERY = 20
 _CLIP_NORM = 1.0
+
+
+@struct.dataclass
+class Batch:
+    """Texts side by side in rows, seeing only themselves.
+
+    Attributes:
+      tokens: `[B, T] int32`, padding 0.
+      positions: `[B, T] int32`, counted within the text, padding 0.
+      segment: `[B, T] int32`, number of the text in its row, padding -1.
+      answered: `[B, T] bool`, the token is an answer's.
+    """
+
+    tokens: Array
+    positions: Array
+    segment: Array
+    answered: Array
 
 
 @runtime_checkable
@@ -156,9 +175,8 @@ def train(
 ) -> model_params.Params:
     """Draws weights and teaches them the texts.
 
-    Every step takes `batch_size` texts at random and exchanges the fraction
-    `noise_frac` of their answers, drawn anew each time, so that nothing but the
-    proportion of wrong answers can be learnt.
+    Texts are drawn at random and the fraction `noise_frac` of their answers exchanged,
+    anew each time, so that of the noise nothing but its proportion can be learnt.
 
     Args:
       cfg: the model.
@@ -181,89 +199,106 @@ def train(
     step = jax.jit(
         functools.partial(_step, cfg=cfg, optimizer=optimizer), donate_argnums=(0, 1)
     )
-    rng = np.random.default_rng(seed)
+    width = _width(texts)
+    stream = noisy(texts, settings.noise_frac, np.random.default_rng(seed))
+    rows = fill(stream, width)
     for done in range(1, settings.steps + 1):
-        batch = spoil(texts, settings.batch_size, settings.noise_frac, rng)
-        params, opt_state, loss_value = step(
-            params, opt_state, *lay_out(batch, _width(texts))
-        )
+        batch = lay_out(list(itertools.islice(rows, settings.num_rows)), width)
+        params, opt_state, loss_value = step(params, opt_state, batch)
         if on_progress and (done % _REPORT_EVERY == 0 or done == settings.steps):
             on_progress(done, settings.steps, float(loss_value))
     return params
 
 
-def spoil(
-    texts: Sequence[Text], num: int, noise_frac: float, rng: np.random.Generator
-) -> list[Text]:
-    """Draws texts with replacement and gives some of them a random text's answer.
+def noisy(
+    texts: Sequence[Text], noise_frac: float, rng: np.random.Generator
+) -> Iterator[Text]:
+    """Draws texts without end and gives some of them a random text's answer.
 
     Args:
       texts: questions and right answers.
-      num: how many are drawn.
       noise_frac: the probability that an answer is exchanged, in [0, 1].
       rng: drawn from.
 
-    Returns:
-      `num` questions with answers.
+    Yields:
+      A question and an answer.
     """
-    chosen, others = rng.integers(len(texts), size=(2, num))
-    wrong = rng.random(num) < noise_frac
-    answers = np.where(wrong, others, chosen)
-    return [
-        (texts[i][0], texts[j][1])
-        for i, j in zip(chosen.tolist(), answers.tolist(), strict=True)
-    ]
+    while True:
+        chosen, other = rng.integers(len(texts), size=2)
+        wrong = rng.random() < noise_frac
+        yield texts[chosen][0], texts[other if wrong else chosen][1]
 
 
-def lay_out(texts: Sequence[Text], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lays texts out as rows.
+def fill(texts: Iterator[Text], width: int) -> Iterator[list[Text]]:
+    """Gathers texts to rows, in their order, as many as fit.
 
     Args:
-      texts: B questions with answers.
-      width: T, at least the length of the longest.
+      texts: none longer than `width`.
+      width: tokens of a row.
 
-    Returns:
-      Tokens `[B, T] int32`, padding 0, and `[B, T] bool`: the token is an answer's.
+    Yields:
+      The texts of one row. None is left out, or long ones would be rarer than drawn.
     """
-    tokens = np.zeros((len(texts), width), np.int32)
-    answered = np.zeros((len(texts), width), bool)
-    for row, (question, answer) in enumerate(texts):
-        start, stop = len(question), len(question) + len(answer)
-        tokens[row, :start], tokens[row, start:stop] = question, answer
-        answered[row, start:stop] = True
-    return tokens, answered
+    row, room = [], width
+    for question, answer in texts:
+        size = len(question) + len(answer)
+        if size > room:
+            yield row
+            row, room = [], width
+        row.append((question, answer))
+        room -= size
+
+
+def lay_out(rows: Sequence[Sequence[Text]], width: int) -> Batch:
+    """Lays out B rows of texts, each with at most `width` tokens."""
+    batch = Batch(
+        tokens=np.zeros((len(rows), width), np.int32),
+        positions=np.zeros((len(rows), width), np.int32),
+        segment=np.full((len(rows), width), -1, np.int32),
+        answered=np.zeros((len(rows), width), bool),
+    )
+    for b, row in enumerate(rows):
+        start = 0
+        for number, (question, answer) in enumerate(row):
+            first, stop = start + len(question), start + len(question) + len(answer)
+            batch.tokens[b, start:stop] = np.concatenate([question, answer])
+            batch.positions[b, start:stop] = np.arange(stop - start)
+            batch.segment[b, start:stop] = number
+            batch.answered[b, first:stop] = True
+            start = stop
+    return batch
 
 
 def loss(
-    params: model_params.Params,
-    tokens: Array,
-    answered: Array,
-    *,
-    cfg: model_config.ModelConfig,
+    params: model_params.Params, batch: Batch, *, cfg: model_config.ModelConfig
 ) -> Array:
-    """Computes the mean cross entropy of answer tokens, given all tokens before them.
+    """Computes the mean cross entropy of answer tokens, given their text before them.
 
     Args:
       params: the weights.
-      tokens, answered: `[B, T]`, see `lay_out`.
+      batch: rows of texts.
       cfg: the model.
 
     Returns:
       Scalar, nats per token.
     """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    inputs = jax.tree.map(lambda x: x[:, :-1], batch)
     hidden = transformer.forward(
-        params, cfg, inputs, positions, with_cache_columns=False
+        params,
+        cfg,
+        inputs.tokens,
+        inputs.positions,
+        attention.Visibility(segment=inputs.segment, prefix=inputs.segment),
+        with_cache_columns=False,
     ).hidden
     entropy_BT = optax.softmax_cross_entropy_with_integer_labels(
-        transformer.logits(params, hidden), targets
+        transformer.logits(params, hidden), batch.tokens[:, 1:]
     )
-    return jnp.mean(entropy_BT, where=answered[:, 1:])
+    return jnp.mean(entropy_BT, where=batch.answered[:, 1:])
 
 
-def _step(params, opt_state, tokens, answered, *, cfg, optimizer):
-    value, grads = jax.value_and_grad(loss)(params, tokens, answered, cfg=cfg)
+def _step(params, opt_state, batch, *, cfg, optimizer):
+    value, grads = jax.value_and_grad(loss)(params, batch, cfg=cfg)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, value
 
