@@ -13,18 +13,18 @@ Letters (inside array code a local carries its shape, `q_BTNH`; axes of fixed me
 | A | longest accepted path + bonus | F | feed-forward dimension |
 | E | children per node while drafting | V | vocabulary |
 
-Features and vocabulary come first (`x_DBT`, `logits_VB`): activations are the columns
-that a weight `[out, in]` multiplies. On CPUs this is the faster form of small products
-and elsewhere the compiler chooses the layout anyway.
+Features come first (`x_DBT`): activations are the columns that a weight `[out, in]`
+multiplies. On CPUs this is the faster form of small products and elsewhere the compiler
+chooses the layout anyway. Laws over the vocabulary have it last (`logprobs_BTV`).
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import numpy as np
 
-Array = jax.Array
+if TYPE_CHECKING:
+    from jax import Array as Array
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -83,3 +83,12 @@ class Completion:
     tokens: np.ndarray
     logprobs: np.ndarray
     finish_reason: FinishReason
+
+
+def __getattr__(name: str) -> Any:
+    """Give `Array` on demand: processes that only judge answers start without jax."""
+    if name == "Array":
+        import jax
+
+        return jax.Array
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
