@@ -116,10 +116,11 @@ def advantages_of(
 class Layout:
     """How batches are packed.
 
+    Widths are rounded to quarters of a row, so that few shapes are compiled.
+
     Attributes:
       row_tokens: longest row.
       rows_per_micro_batch: rows whose activations are held at once.
-      data_parts: rows are split over so many devices; divides rows_per_micro_batch.
     """
 
     row_tokens: int
@@ -131,6 +132,7 @@ class Layout:
             batch.groups(),
             row_tokens=self.row_tokens,
             rows_multiple=self.rows_per_micro_batch,
+            rounding=max(self.row_tokens // 4, 1),
         )
         return packing.split(packed, self.rows_per_micro_batch)
 
