@@ -1,91 +1,79 @@
-"""Takes GRPO steps with this package's engine and learner, fp32, speculation off.
+"""Takes GRPO steps with this package's own trainer, fp32, speculation off.
 
-The pieces are those of a training run: rollout, packing of groups as trees, exact
-accumulation over micro-batches, one AdamW step, weights handed back to the engine.
+A step is what `tlt_jax.main` does in one: rollout, rewards, advantages, update, weight
+sync, the record written to disk.
 """
 
+import dataclasses
 import importlib.metadata
+import json
 import pathlib
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import jax
-import numpy as np
 import protocol
 
-from tlt_jax import config, sharding, types
-from tlt_jax.models import params as model_params
+from tlt_jax import config, progress, train
 from tlt_jax.models import source
-from tlt_jax.rl import algorithms, experience, learner, prompts, rollout
-from tlt_jax.specdec import programs
+from tlt_jax.rl import rollout
 
-ALGORITHM = algorithms.preset("grpo") | {"kl_coef": 0.0}
+
+class FixedLengthTrainer(train.Trainer):
+    """A trainer in whose rollouts no token ends a text."""
+
+    def _engine(self, temperature: float) -> rollout.Engine:
+        made = super()._engine(temperature)
+        endless = dataclasses.replace(made.engine_cfg, eos_ids=())
+        return rollout.Engine(self.model, endless, mesh=made.mesh)
 
 
 class Peer:
-    """One policy in training, with an engine for each way that completions end."""
+    """One policy in training; a new one where completions begin to end otherwise."""
 
     def load(self, request: dict) -> dict:
-        """Loads `model` and makes engines and learner for the given sizes."""
-        self.group_size = request["num_samples"]
-        self.max_new_tokens = request["max_new_tokens"]
+        """Writes the prompts as a task's file and settles the configuration."""
+        self.folder = pathlib.Path(tempfile.mkdtemp())
+        self.trainer = None
+        turns = [[{"role": "user", "content": text}] for text in request["prompts"]]
+        task = self.folder / "prompts.jsonl"
+        task.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in turns))
         found = source.resolve(request["model"])
-        self.tokenizer = found.tokenizer()
-        examples = [
-            types.Example(str(i), ({"role": "user", "content": text},), None)
-            for i, text in enumerate(request["prompts"])
-        ]
-        self.prompts = prompts.PromptSet(
-            examples,
-            lambda example: self.tokenizer.encode_prompt(example.prompt),
-            max_tokens=found.config.max_positions,
-            long_prompts="refuse",
-        ).prompts
-        longest = max(len(prompt.tokens) for prompt in self.prompts)
-        # A row holds the longest possible group and no more.
-        row_tokens = longest + self.group_size * self.max_new_tokens
-        run = config.load(
+        tokenizer = found.tokenizer()
+        longest = max(len(tokenizer.encode_prompt(t)) for t in turns)
+        samples, new_tokens = request["num_samples"], request["max_new_tokens"]
+        self.run_cfg = config.load(
             {
                 "num_steps": request["max_steps"],
-                "model": {"spec": request["model"], "remat": "full"},
-                "task": {"name": "none", "max_prompt_tokens": longest},
-                "rollout": {
-                    "prompts_per_step": len(self.prompts),
-                    "group_size": self.group_size,
-                    "max_new_tokens": self.max_new_tokens,
+                "model": {"spec": request["model"]},
+                "task": {
+                    "name": str(task),
+                    "options": {"holdout_frac": 0.0},
+                    "max_prompt_tokens": longest,
                 },
+                "rollout": {
+                    "prompts_per_step": len(turns),
+                    "group_size": samples,
+                    "max_new_tokens": new_tokens,
+                    "max_batch": len(turns) * samples,
+                },
+                "algorithm": {"kl_coef": 0.0},
                 "optimizer": {"learning_rate": request["learning_rate"]},
-                "update": {"row_tokens": row_tokens, "rows_per_micro_batch": 1},
+                # A row holds the longest possible group and no more.
+                "learner": {"row_tokens": longest + samples * new_tokens},
+                "reward": {"function": "protocol:judge", "workers": 0},
+                "log": {
+                    "tensorboard": False,
+                    "plots_every": 0,
+                    "rollouts_every": 0,
+                    "progress": "off",
+                },
+                "checkpoint": {"every": 0},
             }
         )
-        self.algorithm = algorithms.build(ALGORITHM)
-        self.layout = experience.Layout(row_tokens, 1)
-        self.pool = programs.ProgramPool()
-        self.learner = learner.Learner(
-            found.config,
-            run,
-            mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]),
-            pool=self.pool,
-        )
-        self.state = self.learner.init_state(found.load())
-        self.unstack = jax.jit(model_params.unstack)
-        self.engines = {
-            fixed: rollout.Engine(
-                found.config,
-                rollout.EngineConfig(
-                    max_rows=len(self.prompts) * self.group_size,
-                    max_length=longest + self.max_new_tokens,
-                    eos_ids=() if fixed else found.config.eos_ids,
-                ),
-            )
-            for fixed in (True, False)
-        }
-        self.version = 0
-        self._sync()
-        for engine in self.engines.values():
-            engine.warm_up()
         names = ("jax", "jaxlib")
         return {
             "versions": {n: importlib.metadata.version(n) for n in names},
@@ -95,56 +83,33 @@ class Peer:
 
     def run(self, request: dict) -> dict:
         """Takes one step, from the first prompt to weights in the engine."""
-        engine = self.engines[request["fixed_length"]]
-        waited_s = self.learner_waited_s
-        requests = prompts.requests_of(
-            self.prompts, self.group_size, self.max_new_tokens, first_id=0
-        )
+        self._prepare(FixedLengthTrainer if request["fixed_length"] else train.Trainer)
         start = time.perf_counter()
-        completions, stats = engine.run(requests, seed=request["seed"])
-        generate_s = time.perf_counter() - start
-        texts = [self.tokenizer.decode(c.tokens) for c in completions]
-        scores = np.array([protocol.digit_fraction(text) for text in texts])
-        batch = experience.Experience(
-            self.prompts, completions, scores.reshape(-1, self.group_size)
-        )
-        advantages = experience.advantages_of(
-            batch, self.algorithm, self.max_new_tokens, None
-        )
-        _, micro_batches = experience.micro_batches(
-            batch,
-            self.layout,
-            self.algorithm,
-            advantages,
-            max_new_tokens=self.max_new_tokens,
-            old_logprobs=None,
-            ref_logprobs=None,
-        )
-        self.state, record, _ = self.learner.update(
-            self.state, micro_batches, self.algorithm.loss
-        )
-        self.version += 1
-        self._sync()
+        row = self.trainer.take_step()
         step_s = time.perf_counter() - start
         return {
             "step_s": step_s,
-            "generate_s": generate_s,
-            "update_s": step_s - generate_s,
-            "compile_s": stats.compile_s + self.learner_waited_s - waited_s,
-            "lengths": batch.lengths.tolist(),
-            "grad_norm": record["policy/grad_norm"],
+            "generate_s": row["time/rollout_s"],
+            "update_s": step_s - row["time/rollout_s"],
+            "compile_s": row["time/compile_s"],
+            "completion_tokens": row["rollout/tokens"],
+            "length_max": row["length/max"],
+            "split": {k: row[k] for k in row if k.startswith("time/")},
         }
 
-    @property
-    def learner_waited_s(self) -> float:
-        """Seconds waited so far for programs of the learner."""
-        return self.pool.stats.waited_s
-
-    def _sync(self) -> None:
-        """Hands the weights to the engines; on CPUs they decode layer by layer."""
-        params = jax.block_until_ready(self.unstack(self.state.params))
-        for engine in self.engines.values():
-            engine.set_params(params, self.version)
+    def _prepare(self, kind: type[train.Trainer]) -> None:
+        """Makes a trainer of this kind with its programs compiled, if need be."""
+        if type(self.trainer) is kind:
+            return
+        if self.trainer is not None:
+            self.trainer.__exit__()
+            self.trainer = None
+        folder = self.folder / kind.__name__
+        folder.mkdir()
+        display = progress.Progress(self.run_cfg.num_steps, mode="off")
+        self.trainer = kind(self.run_cfg, folder, display)
+        self.trainer._sync_weights()
+        self.trainer.engine.warm_up()
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ class StepGate:
                     "step_s": step_s,
                     "generate_s": self.generate_s,
                     "update_s": step_s - self.generate_s,
-                    "lengths": self.lengths,
+                    "completion_tokens": sum(self.lengths),
+                    "length_max": max(self.lengths),
                 }
             )
 

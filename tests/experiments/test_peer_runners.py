@@ -1,6 +1,7 @@
 """The runners that need nothing beyond the test environment."""
 
 import ast
+import csv
 import sys
 
 import pytest
@@ -123,3 +124,22 @@ def test_decode_speed_runs_and_finds_greedy_tokens_equal(model_dir, tmp_path, ca
             assert row.get("rows_as_ours", row["batch"]) == row["batch"]
     names = ("decode_speed.csv", "decode_speed_summary.csv", "decode_speed.json")
     assert {path.name for path in tmp_path.iterdir()} == set(names)
+
+
+def test_grpo_step_speed_runs_alone_with_both_kinds_of_lengths(model_dir, tmp_path):
+    summary = grpo_step_speed.main(
+        [
+            f"--model-dir={model_dir}",
+            "--max-new-tokens=4",
+            "--rounds=1",
+            f"--out={tmp_path}",
+        ]
+    )
+    assert [row["lengths"] for row in summary] == ["fixed", "natural"]
+    with (tmp_path / "grpo_step_speed.csv").open(newline="") as file:
+        fixed, natural = csv.DictReader(file)
+    assert fixed["completion_tokens"] == "64" and fixed["length_mean"] == "4.0"
+    for row in (fixed, natural):
+        assert float(row["step_s"]) >= float(row["generate_s"]) > 0
+        assert float(row["step_s"]) > float(row["compile_s"])
+    assert float(fixed["compile_s"]) == 0  # the warm-up round has done it
