@@ -162,7 +162,7 @@ class Learner:
 
         Args:
           model: the policy.
-          run: the sections model, sampling, optimizer, update and the lengths of the
+          run: the sections model, sampling, optimizer, learner and the lengths of the
             run are read.
           mesh: with the axes of `sharding.MESH_AXES`.
           pool: of compiled programs.
