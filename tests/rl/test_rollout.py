@@ -1,0 +1,498 @@
+"""The engine: tokens follow from model, law, seed and request alone."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlt_jax import sharding, types
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+from tlt_jax.models import transformer
+from tlt_jax.rl import rollout
+from tlt_jax.specdec import noise, sampling
+
+EOS = 2
+CFG = model_config.ModelConfig(
+    family="llama",
+    vocab_size=32,
+    num_layers=2,
+    d_model=16,
+    d_ff=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    tie_embeddings=False,
+    eos_ids=(EOS,),
+)
+BASE = rollout.EngineConfig(
+    max_rows=4,
+    max_length=40,
+    page_size=4,
+    steps_per_call=5,
+    prefill_chunk=8,
+    eos_ids=(EOS,),
+)
+# A batch that is no power of two, and so few pages that rows are put back.
+SMALL = dict(max_rows=3, page_size=2, num_pages=26, steps_per_call=3, prefill_chunk=3)
+ONE_ROW = dict(max_rows=1, page_size=16, steps_per_call=32, prefill_chunk=1)
+SEED = 5
+# Lengths of prompts: one token alone; cached part of exactly a page, of two chunks; a
+# whole number of pages with its last token; others. Each with its completion limits.
+GROUPS = {
+    1: (1, 24),
+    4: (20,),
+    5: (17, 1),
+    9: (9, 24, 24),
+    17: (20, 2),
+    14: (24, 24),
+}
+
+
+def params_of(seed, dtype=np.float32):
+    """Draw weights with NumPy, which compiles nothing."""
+    rng = np.random.default_rng(seed)
+
+    def draw(weight):
+        noise = rng.normal(size=weight.shape) * weight.fan_in**-0.5
+        return (1 + 0.3 * noise if weight.init == "ones" else noise).astype(dtype)
+
+    drawn = jax.tree.map(draw, model_params.describe(CFG))
+    return jax.tree.map(jnp.asarray, model_params.unstack(drawn))
+
+
+PARAMS = params_of(0)
+
+
+def requests_of(groups=GROUPS):
+    """Make a request per limit; ids are neither in order nor dense."""
+    rng = np.random.default_rng(1)
+    requests = []
+    for prompt_id, (length, limits) in enumerate(groups.items()):
+        prompt = rng.integers(3, CFG.vocab_size, length).astype(np.int32)
+        for sample, limit in enumerate(limits):
+            request_id = (1 << 40) - 7 * len(requests)
+            requests.append(
+                types.Request(request_id, 50 + prompt_id, sample, prompt, limit)
+            )
+    return requests
+
+
+REQUESTS = requests_of()
+
+
+def letters(tokens):
+    """Decode as a tokenizer with one, two or no characters a token would."""
+    return "".join("" if t == EOS else chr(64 + t) * (1 + t % 2) for t in tokens)
+
+
+def engine_of(pool=None, params=PARAMS, mesh=None, decode_text=letters, **changes):
+    """Make an engine; `pool` is that of one whose programs are the same."""
+    engine = rollout.Engine(
+        CFG, dataclasses.replace(BASE, **changes), decode_text=decode_text, mesh=mesh
+    )
+    if pool is not None:
+        engine.pool.close()
+        engine.pool = pool
+    engine.set_params(params, version=0)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """An engine of `BASE`, warmed up."""
+    engine = engine_of()
+    engine.warm_up()
+    yield engine
+    engine.pool.close()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """An engine of `SMALL`, warmed up."""
+    engine = engine_of(**SMALL)
+    engine.warm_up()
+    yield engine
+    engine.pool.close()
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    """Completions of `REQUESTS` by request id."""
+    completions, _ = engine.run(REQUESTS, SEED)
+    assert [c.request_id for c in completions] == [r.request_id for r in REQUESTS]
+    return {c.request_id: c for c in completions}
+
+
+@pytest.fixture
+def compilations():
+    """Names of what jax traces, lowers or compiles."""
+    events = []
+
+    def listen(name, seconds, **_):
+        if name.startswith("/jax/core/compile/"):
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@jax.jit
+def full_logits(params, text):
+    """Logits `[n, V]` behind every token of `text [n]`, without a cache."""
+    positions = jnp.arange(text.shape[0])[None]
+    out = transformer.forward(params, CFG, text[None], positions)
+    return transformer.logits(params, out.hidden)[0]
+
+
+def padded(text):
+    return np.pad(np.asarray(text, np.int32), (0, BASE.max_length - len(text)))
+
+
+gumbel = jax.jit(noise.gumbel, static_argnums=2)
+law_of = jax.jit(sampling.law, static_argnums=1)
+
+
+def slow(request, law_cfg=BASE.sampling_cfg):
+    """Complete by a full forward for every token: tokens and reason."""
+    text = request.prompt.tolist()
+    keys = noise.request_keys(SEED, [request.request_id] * BASE.max_length)
+    noise_SV = gumbel(keys, np.arange(BASE.max_length), CFG.vocab_size)
+    for position in range(len(text), len(text) + request.max_new_tokens):
+        scores_SV = law_of(full_logits(PARAMS, padded(text)), law_cfg).scores
+        scores = np.asarray(scores_SV)[position - 1] + np.asarray(noise_SV)[position]
+        text.append(int(np.argmax(scores)))
+        if text[-1] == EOS:
+            return text[len(request.prompt) :], "eos"
+    return text[len(request.prompt) :], "length"
+
+
+def exact_logprobs(request, completion, law_cfg=BASE.sampling_cfg):
+    """Logprobs of a completion's tokens by one full forward and NumPy."""
+    text = np.concatenate([request.prompt, completion.tokens])
+    law = law_of(full_logits(PARAMS, padded(text)), law_cfg)
+    first = len(request.prompt) - 1
+    rows = np.arange(first, first + len(completion.tokens))
+    scores = np.asarray(law.scores, np.float64)
+    logprobs = scores - np.log(np.sum(np.exp(scores), axis=1, keepdims=True))
+    return logprobs[rows, completion.tokens]
+
+
+def assert_same(completions, expected):
+    for completion in completions:
+        wanted = expected[completion.request_id]
+        np.testing.assert_array_equal(completion.tokens, wanted.tokens)
+        assert completion.finish_reason == wanted.finish_reason
+        np.testing.assert_allclose(
+            completion.logprobs, wanted.logprobs, rtol=0, atol=1e-4
+        )
+
+
+def test_tokens_are_those_of_a_full_forward_for_every_token(expected):
+    reasons = set()
+    for request in REQUESTS[::2]:
+        completion = expected[request.request_id]
+        tokens, reason = slow(request)
+        assert completion.tokens.tolist() == tokens
+        assert completion.tokens.dtype == np.int32
+        assert completion.finish_reason == reason
+        reasons.add(reason)
+    assert reasons == {"eos", "length"}
+
+
+def test_rows_end_with_eos_or_at_their_limit(expected):
+    for request in REQUESTS:
+        completion = expected[request.request_id]
+        assert EOS not in completion.tokens[:-1]
+        if completion.finish_reason == "eos":
+            assert completion.tokens[-1] == EOS
+            assert len(completion.tokens) <= request.max_new_tokens
+        else:
+            assert completion.finish_reason == "length"
+            assert len(completion.tokens) == request.max_new_tokens
+
+
+def test_logprobs_are_those_of_a_full_forward(expected):
+    for request in REQUESTS:
+        completion = expected[request.request_id]
+        assert completion.logprobs.dtype == np.float32
+        exact = exact_logprobs(request, completion)
+        np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), ONE_ROW],
+    ids=["new engine", "one row"],
+)
+def test_tokens_do_not_depend_on_the_engines_sizes(expected, changes):
+    engine = engine_of(**changes)
+    completions, stats = engine.run(REQUESTS, SEED)
+    assert_same(completions, expected)
+    assert stats.num_preempted == 0
+    assert max(stats.active_rows) == engine.engine_cfg.max_rows
+
+
+def test_preempted_rows_go_on_with_the_same_tokens(small, expected):
+    completions, stats = small.run(REQUESTS, SEED)
+    assert_same(completions, expected)
+    assert stats.num_preempted > 0
+    assert max(stats.active_rows) == 3
+
+
+def test_tokens_do_not_depend_on_the_order_of_requests(engine, expected):
+    shuffled = [REQUESTS[i] for i in np.random.default_rng(0).permutation(12)[:11]]
+    assert len(REQUESTS) == 12
+    completions, _ = engine.run(shuffled, SEED)
+    assert [c.request_id for c in completions] == [r.request_id for r in shuffled]
+    assert_same(completions, expected)
+    some = REQUESTS[3:4]
+    assert_same(engine.run(some, SEED)[0], expected)
+    lengths = {50: 3.0, 53: 20.0, 54: 11.0}
+    completions, _ = engine.run(REQUESTS, SEED, expected_lengths=lengths)
+    assert [c.request_id for c in completions] == [r.request_id for r in REQUESTS]
+    assert_same(completions, expected)
+
+
+def test_seed_request_and_weights_change_the_tokens(engine, expected):
+    def all_tokens(completions):
+        return [c.tokens.tolist() for c in completions]
+
+    usual = all_tokens(expected.values())
+    other_seed = all_tokens(engine.run(REQUESTS, SEED + 1)[0])
+    moved = [dataclasses.replace(r, request_id=r.request_id + 1) for r in REQUESTS]
+    other_ids = all_tokens(engine.run(moved, SEED)[0])
+    twin = engine_of(pool=engine.pool, params=params_of(1))
+    other_weights = all_tokens(twin.run(REQUESTS, SEED)[0])
+    for tokens in (other_seed, other_ids, other_weights):
+        assert sum(a == b for a, b in zip(tokens, usual, strict=True)) <= 2
+    twin.set_params(PARAMS, version=3)
+    assert twin.version == 3
+    assert_same(twin.run(REQUESTS, SEED)[0], expected)
+
+
+def test_nothing_is_compiled_after_the_warm_up(small, compilations):
+    num_compiled = small.pool.stats.num_compiled
+    assert num_compiled == 1 + 3 + 1 + 3  # cache, prefills, copy, decodes
+    others = params_of(2)
+    compilations.clear()
+    rng = np.random.default_rng(3)
+    num_preempted = 0
+    for run in range(6):
+        groups = {
+            int(length): rng.integers(1, 13, rng.integers(1, 5)).tolist()
+            for length in rng.integers(1, 28, rng.integers(1, 6))
+        }
+        _, stats = small.run(requests_of(groups), seed=run)
+        assert stats.compile_s == 0
+        num_preempted += stats.num_preempted
+        small.release_cache()
+        small.set_params(others if run % 2 else PARAMS, version=run)
+    small.set_params(PARAMS, version=0)
+    assert num_preempted > 0
+    assert compilations == []
+    assert small.pool.stats.num_compiled == num_compiled
+    jax.jit(lambda x: x + 1)(np.ones(3))
+    assert compilations  # they would have been seen
+
+
+def test_programs_may_be_prepared_in_the_background(expected):
+    engine = engine_of()
+    engine.warm_up(wait=False)
+    completions, stats = engine.run(REQUESTS, SEED)
+    assert_same(completions, expected)
+    assert stats.compile_s > 0
+    assert stats.compile_s >= engine.pool.stats.waited_s
+    engine.pool.wait()
+    assert engine.pool.stats.num_compiled == 1 + 3 + 1 + 3
+
+
+def test_a_groups_prompt_is_computed_once(engine):
+    groups = {1: (2, 2), 9: (3,) * 6, 14: (3,) * 3}
+    _, stats = engine.run(requests_of(groups), SEED)
+    assert stats.num_prefill_tokens == 0 + 8 + 13
+
+
+def test_statistics_count_what_was_done(engine, expected):
+    request = max(REQUESTS, key=lambda r: len(expected[r.request_id].tokens))
+    (completion,), stats = engine.run([request], SEED)
+    num_tokens = len(completion.tokens)
+    assert num_tokens > 10
+    assert stats.num_tokens == stats.num_steps == stats.num_row_steps == num_tokens
+    assert stats.num_calls == math.ceil(num_tokens / 5)
+    assert stats.active_rows == [1] * stats.num_calls
+    assert len(stats.call_s) == stats.num_calls
+    assert stats.decode_s == pytest.approx(sum(stats.call_s))
+    assert stats.compile_s == 0
+    assert stats.num_prefill_tokens == len(request.prompt) - 1
+
+    completions, stats = engine.run(REQUESTS, SEED)
+    lengths = [len(c.tokens) for c in completions]
+    assert stats.prefill_s > 0
+    assert stats.num_tokens == sum(lengths)
+    assert max(lengths) <= stats.num_steps < sum(lengths)
+    assert sum(lengths) <= stats.num_row_steps <= 4 * stats.num_steps
+    assert len(stats.active_rows) == len(stats.call_s) == stats.num_calls
+
+
+def test_callbacks_see_every_completion_once_and_progress(engine, expected):
+    seen, progress = [], []
+    completions, stats = engine.run(
+        REQUESTS,
+        SEED,
+        on_completion=seen.append,
+        on_call=lambda *counts: progress.append(counts),
+    )
+    assert sorted(c.request_id for c in seen) == sorted(expected)
+    assert {id(c) for c in seen} == {id(c) for c in completions}
+    # A short one is not kept back until the long ones end.
+    assert len(seen[0].tokens) < max(len(c.tokens) for c in seen)
+    assert progress == sorted(progress)
+    assert len(progress) == stats.num_calls
+    assert progress[-1] == (len(REQUESTS), stats.num_tokens)
+
+
+def cut(tokens, reason, stop):
+    """The definition: the shortest beginning whose text holds a stop string."""
+    for length in range(1, len(tokens) + 1):
+        if any(s in letters(tokens[:length]) for s in stop):
+            if reason == "eos" and length == len(tokens):
+                return tokens, "eos"
+            return tokens[:length], "stop"
+    return tokens, reason
+
+
+def test_a_stop_string_ends_the_text_behind_the_token_that_completes_it(
+    engine, expected
+):
+    long = max(expected.values(), key=lambda c: len(c.tokens)).tokens.tolist()
+    assert len(long) > 12
+    ends = set()
+    for end in (3, 5, 6, 7, 10, 11, 12):
+        # The last character of one token and the first of the next, twice over.
+        stop = letters(long[end - 3 : end - 1])[-1] + letters(long[end - 1 : end])[:1]
+        twin = engine_of(pool=engine.pool, stop=(stop, "never"))
+        completions, stats = twin.run(REQUESTS, SEED)
+        for completion in completions:
+            whole = expected[completion.request_id]
+            tokens, reason = cut(whole.tokens.tolist(), whole.finish_reason, [stop])
+            assert completion.tokens.tolist() == tokens
+            assert completion.finish_reason == reason
+            np.testing.assert_allclose(
+                completion.logprobs, whole.logprobs[: len(tokens)], atol=1e-4
+            )
+            if reason == "stop":
+                ends.add(len(tokens))
+        assert stats.num_tokens == sum(len(c.tokens) for c in completions)
+    # Also those that a call's end divides (calls of 5 tokens), at whatever place.
+    assert {5, 6, 7} <= ends and len(ends) > 4
+
+
+def test_eos_and_a_stop_string_in_one_token_count_as_eos(engine, expected):
+    def decode_text(tokens):
+        return "".join("." if t == EOS else chr(64 + t) for t in tokens)
+
+    twin = engine_of(pool=engine.pool, stop=(".",), decode_text=decode_text)
+    completions, _ = twin.run(REQUESTS, SEED)
+    assert_same(completions, expected)
+    assert "eos" in {c.finish_reason for c in completions}
+
+
+def test_tokens_and_logprobs_are_of_one_truncated_law():
+    law_cfg = sampling.SamplingConfig(temperature=0.7, top_k=9, top_p=0.9)
+    (request,) = requests_of({9: (16,)})
+    engine = engine_of(sampling_cfg=law_cfg, **ONE_ROW)
+    (completion,), _ = engine.run([request], SEED)
+    assert completion.tokens.tolist() == slow(request, law_cfg)[0]
+    exact = exact_logprobs(request, completion, law_cfg)
+    np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
+
+
+def test_two_devices_draw_the_tokens_of_one(expected):
+    mesh = sharding.make_mesh(1, 1, 2, jax.devices()[2:4])
+    axes = model_params.logical_axes(CFG)
+    of_layer = jax.tree.map(lambda a: a[1:], axes.layers, is_leaf=sharding.is_axes)
+    axes = axes.replace(layers=(of_layer,) * CFG.num_layers)
+    rules = sharding.ShardingRules()
+    placed = jax.device_put(PARAMS, sharding.tree_shardings(mesh, rules, axes))
+    engine = engine_of(params=placed, mesh=mesh, max_rows=1)
+    assert engine.params.layers[0].qkv.sharding.shard_shape((2, 4, 4, 16))[0] == 1
+    completions, _ = engine.run(REQUESTS[5:8], SEED)
+    assert_same(completions, expected)
+
+
+def test_bfloat16_follows_its_own_law():
+    """Each token is drawn from about the exact law, and reported with its logprob."""
+    engine = engine_of(params=params_of(0, jnp.bfloat16), dtype="bfloat16", max_rows=1)
+    requests = requests_of({9: (12, 12), 5: (12,)})
+    completions, _ = engine.run(requests, SEED)
+    for request, completion in zip(requests, completions, strict=True):
+        exact = exact_logprobs(request, completion)
+        assert 0 < np.max(np.abs(completion.logprobs - exact)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda r: [], "requests is empty"),
+        (lambda r: [r, r], "request_id twice"),
+        (
+            lambda r: [dataclasses.replace(r, max_new_tokens=0)],
+            "max_new_tokens=0: at least 1",
+        ),
+        (
+            lambda r: [dataclasses.replace(r, max_new_tokens=35)],
+            "prompt of 6 tokens .* up to 35 more, .* made for 40",
+        ),
+        (lambda r: [dataclasses.replace(r, prompt=r.prompt[:0])], "empty prompt"),
+        (
+            lambda r: [r, dataclasses.replace(r, request_id=1, prompt=r.prompt + 1)],
+            "another prompt .* prompt_id=50",
+        ),
+        (
+            lambda r: [dataclasses.replace(r, prompt=r.prompt * 0 + 32)],
+            "outside the vocabulary of 32",
+        ),
+        (lambda r: [dataclasses.replace(r, request_id=-1)], "key word -1"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(engine, change, message):
+    (request,) = requests_of({6: (9,)})
+    with pytest.raises(ValueError, match=message):
+        engine.run(change(request), SEED)
+
+
+def test_an_engine_says_what_it_lacks():
+    engine = rollout.Engine(CFG, BASE)
+    for call in (engine.warm_up, lambda: engine.run(REQUESTS, SEED)):
+        with pytest.raises(ValueError, match="no weights: call set_params"):
+            call()
+    with pytest.raises(ValueError, match="stop=.* needs decode_text"):
+        rollout.Engine(CFG, dataclasses.replace(BASE, stop=("a",)))
+    with pytest.raises(ValueError, match="raise cache.num_pages"):
+        engine_of(num_pages=5).run(REQUESTS, SEED)
+
+
+def test_a_draining_batch_passes_through_the_buckets(engine):
+    (request,) = requests_of({6: (34,)})
+    many = [dataclasses.replace(request, request_id=i, sample=i) for i in range(30)]
+    completions, _ = engine.run(many, SEED)
+    full = [i for i, c in enumerate(completions) if c.finish_reason == "length"]
+    assert len(full) >= 4
+    assert all(len(completions[i].tokens) == 34 for i in full)  # the longest there is
+    limits = dict(zip(full, (2, 4, 12, 34), strict=False))
+    some = [
+        dataclasses.replace(many[i], max_new_tokens=limit)
+        for i, limit in limits.items()
+    ]
+    shorter, stats = engine.run(some, SEED)
+    for completion, limit in zip(shorter, limits.values(), strict=True):
+        whole = completions[completion.request_id].tokens
+        np.testing.assert_array_equal(completion.tokens, whole[:limit])
+    # Calls take 5 steps at most, or until the rest fits the next bucket.
+    assert stats.active_rows == [4, 2, 2, 1, 1, 1, 1, 1]
+    assert stats.num_row_steps == 4 * 4 + 2 * 8 + 22
