@@ -16,7 +16,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.spec = "scratch"
     config.model.remat = "none"
     config.task.name = arg or "arithmetic"
-    config.num_steps = 30
     config.precision = "float32"
     config.pretrain.noise_frac = 0.7
 
@@ -28,27 +27,29 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.task.max_prompt_tokens = 8
     match config.task.name:
         case "arithmetic":
+            config.num_steps = 60
             config.pretrain.steps = 600
             config.rollout.max_new_tokens = 4
             config.rollout.steps_per_call = 4
-            config.learner.row_tokens = 512
+            config.optimizer.learning_rate = 1e-3
         case "count":
+            config.num_steps = 40
             config.task.options.max_n = 32
             config.pretrain.steps = 400
             config.pretrain.num_rows = 8
             config.rollout.max_new_tokens = 96
             config.rollout.steps_per_call = 16
-            config.learner.row_tokens = 512
+            config.optimizer.learning_rate = 5e-4
         case other:
             raise ValueError(
                 f"tiny.py has no variant {other!r}: use arithmetic (the default) or "
                 "count."
             )
 
+    config.learner.row_tokens = 256
     # Rewards of single updates are the policy's own: no clipping, no reference.
     config.algorithm.name = "grpo"
     config.algorithm.kl_coef = 0.0
-    config.optimizer.learning_rate = 1e-3
     # Comparing short texts needs no processes.
     config.reward.workers = 0
     config.checkpoint.every = 5

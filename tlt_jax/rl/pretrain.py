@@ -127,11 +127,9 @@ def read(task: tasks.Task) -> tuple[model_tokenizer.Tokenizer, list[Text]]:
             "and reward.function left empty; or give a model.spec with weights."
         )
     tokenizer = model_tokenizer.from_alphabet(task.alphabet)
-    texts = [
-        (tokenizer.encode(question), np.append(tokenizer.encode(answer), eos))
-        for question, answer in task.supervised_text(len(task.examples("train")))
-        for eos in tokenizer.eos_ids
-    ]
+    pairs = task.supervised_text(len(task.examples("train")))
+    encode = tokenizer.encode
+    texts = [(encode(q), np.append(encode(a), tokenizer.eos_ids)) for q, a in pairs]
     return tokenizer, texts
 
 
