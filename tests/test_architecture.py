@@ -11,12 +11,15 @@ PACKAGE = ROOT / "tlt_jax"
 
 # A module imports from its own layer and the ones before it.
 LAYERS = (
-    ("types", "schema", "config", "command_line", "sharding", "metrics", "progress"),
+    (
+        *("types", "schema", "config", "command_line", "compile_cache", "sharding"),
+        *("metrics", "progress"),
+    ),
     ("pallas_kernels",),
     ("models",),
     ("specdec",),
     ("rl", "data"),
-    ("checkpoint", "plots", "train", "main", "generate", "export", "launch"),
+    ("checkpoint", "plots", "workdir", "train", "main", "generate", "export", "launch"),
     ("experiments", "notebooks", "configs"),
 )
 # A kernel's file may be longer if it holds one kernel.
