@@ -141,12 +141,22 @@ def test_what_somebody_else_put_there_is_left_alone(tmp_path):
         make(tmp_path / "model" / "notes.txt", steps=0)
 
 
-@pytest.mark.parametrize("victim", ["train", "json.dump", "os.rename"])
-def test_a_making_that_fails_leaves_nothing(tmp_path, monkeypatch, victim):
-    def fail(*_, **__):
+@pytest.mark.parametrize("moment", ["teaching", "writing", "publishing"])
+def test_a_making_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, moment):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"tlt_jax.rl.pretrain.{victim}", fail)
+    rename = os.rename
+
+    def rename_others(source, target):
+        interrupt() if target == str(tmp_path / "model") else rename(source, target)
+
+    if moment == "teaching":
+        monkeypatch.setattr(pretrain, "train", interrupt)
+    elif moment == "writing":
+        monkeypatch.setattr(pretrain.convert, "save", interrupt)
+    else:
+        monkeypatch.setattr(os, "rename", rename_others)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "model", steps=0)
     assert os.listdir(tmp_path) == []
@@ -202,6 +212,23 @@ def test_rows_hold_every_text_once_in_order():
     flat = [text for row in rows for text in row]
     for got, want in zip(flat, itertools.cycle(texts), strict=False):
         assert got[0] is want[0] and got[1] is want[1]
+
+
+def test_rows_are_laid_out_side_by_side():
+    one, two = (np.array([3, 4]), np.array([5, 2])), (np.array([6]), np.array([7, 2]))
+    batch = pretrain.lay_out([[one, two], [two]], 8)
+    np.testing.assert_array_equal(
+        batch.tokens, [[3, 4, 5, 2, 6, 7, 2, 0], [6, 7, 2, 0, 0, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+        batch.positions, [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+        batch.segment, [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 0, -1, -1, -1, -1, -1]]
+    )
+    np.testing.assert_array_equal(
+        batch.answered, [[0, 0, 1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0]]
+    )
 
 
 def test_a_packed_row_costs_what_its_texts_cost_alone():
