@@ -7,6 +7,8 @@ normaliser (`Partial`); `join` adds them. A row's numbers do not depend on other
 page beyond a row's length changes nothing in it, bit for bit.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -18,6 +20,12 @@ from tlt_jax.types import Array
 
 # Scores of invisible keys: finite, so that a query that sees nothing yields no NaN.
 _HIDDEN = -1e30
+
+# Fresh parts of more blocks than this are walked in loops: compilers take minutes over
+# a hundred unrolled blocks, and seconds over a loop.
+_MAX_UNROLLED_BLOCKS = 8
+# A tile of those loops is this many blocks wide and high: fewer, larger products.
+_TILE_BLOCKS = 4
 
 
 @struct.dataclass
@@ -48,6 +56,25 @@ class Visibility:
         key_segment = self.segment[:, None, :stop]
         same = key_segment == self.segment[:, start:stop, None]
         above = key_segment == self.prefix[:, start:stop, None]
+        return causal[None] & (same | above) & (key_segment >= 0)
+
+    def tile(self, row: Array, column: Array, size: int) -> Array:
+        """Mask of `size` queries from `row` over as many keys from `column`.
+
+        As `block`, for starts that are known on the device only; `[B or 1, size, size]
+        bool`.
+        """
+        if self.ancestors is not None:
+            starts = (jnp.zeros_like(row), row, column)
+            shape = (self.ancestors.shape[0], size, size)
+            return lax.dynamic_slice(self.ancestors, starts, shape)
+        steps = jnp.arange(size)
+        causal = (column + steps)[None, :] <= (row + steps)[:, None]
+        if self.segment is None:
+            return causal[None]
+        key_segment = _cut(self.segment, column, size)[:, None, :]
+        same = key_segment == _cut(self.segment, row, size)[:, :, None]
+        above = key_segment == _cut(self.prefix, row, size)[:, :, None]
         return causal[None] & (same | above) & (key_segment >= 0)
 
 
@@ -180,7 +207,8 @@ def attend_fresh(
 
     Queries are taken in blocks, each against the keys up to its end only, so that the
     upper triangle costs nothing; a block's scores are computed again in the backward
-    pass instead of kept.
+    pass instead of kept. Beyond a few blocks the program walks tiles of queries and
+    keys in loops: its size does not grow with T.
 
     Args:
       query: `[B, K, G, T, H]`.
@@ -194,8 +222,12 @@ def attend_fresh(
     Returns:
       The part over M = G x T queries, G outermost.
     """
-    batch, num_kv, group, num_tokens, head_dim = query.shape
+    num_tokens = query.shape[3]
     prec = model_layers.precision(query.dtype)
+    if num_tokens > _MAX_UNROLLED_BLOCKS * block:
+        tiles = _Tiles(visibility, positions, window)
+        size = _TILE_BLOCKS * block
+        return _merge_queries(_attend_tiles(query, keys, values, tiles, scale, size))
 
     def one_block(query, keys, values, mask):
         scores = jnp.einsum(
@@ -227,9 +259,173 @@ def attend_fresh(
         if len(parts) == 1
         else jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=3), *parts)
     )
+    return _merge_queries(whole)
+
+
+def _merge_queries(partial: Partial) -> Partial:
+    """Turn a part over `[B, K, G, T]` queries into one over `[B, K, M]`."""
+    batch, num_kv, group, num_tokens = partial.maximum.shape
     merged = (batch, num_kv, group * num_tokens)
-    return Partial(
-        total=whole.total.reshape(*merged, head_dim),
-        maximum=whole.maximum.reshape(merged),
-        normaliser=whole.normaliser.reshape(merged),
+    return jax.tree.map(lambda x: x.reshape(*merged, *x.shape[4:]), partial)
+
+
+def _cut(x: Array, start: Array, size: int, axis: int = -1) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis % x.ndim)
+
+
+@struct.dataclass
+class _Tiles:
+    """What decides who sees whom; see `attend_fresh` for the fields."""
+
+    visibility: Visibility
+    positions: Array | None
+    window: Array | int | None
+
+    def mask(self, row: Array, column: Array, size: int) -> Array:
+        """Mask of one tile, `[B or 1, size, size] bool`."""
+        mask = self.visibility.tile(row, column, size)
+        if self.window is None:
+            return mask
+        of_queries = _cut(self.positions, row, size)[:, :, None]
+        of_keys = _cut(self.positions, column, size)[:, None, :]
+        return mask & (of_queries - of_keys < self.window)
+
+    def padded(self, spare: int) -> "_Tiles":
+        """Add `spare` columns that nobody sees at the end."""
+
+        def pad(x, num_axes, value):
+            if x is None:
+                return None
+            widths = [(0, 0)] * (x.ndim - num_axes) + [(0, spare)] * num_axes
+            return jnp.pad(x, widths, constant_values=value)
+
+        visibility = Visibility(
+            segment=pad(self.visibility.segment, 1, -1),
+            prefix=pad(self.visibility.prefix, 1, -1),
+            ancestors=pad(self.visibility.ancestors, 2, False),
+        )
+        return self.replace(visibility=visibility, positions=pad(self.positions, 1, 0))
+
+
+def _attend_tiles(
+    query: Array, keys: Array, values: Array, tiles: _Tiles, scale: float, size: int
+) -> Partial:
+    """Attend tile by tile; the part over `[B, K, G, T]` queries."""
+    num_tokens = query.shape[3]
+    spare = -num_tokens % size
+    if spare:
+        # Behind all queries, so that no causal one sees them.
+        query = jnp.pad(query, [(0, 0)] * 3 + [(0, spare), (0, 0)])
+        keys, values = (jnp.pad(x, [(0, 0)] * 3 + [(0, spare)]) for x in (keys, values))
+        tiles = tiles.padded(spare)
+    whole = _tiled(scale, size, query, keys, values, tiles)
+    return jax.tree.map(lambda x: x[:, :, :, :num_tokens], whole)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tiled(
+    scale: float, size: int, query: Array, keys: Array, values: Array, tiles: _Tiles
+) -> Partial:
+    """Walk the tiles on and below the diagonal; T is a multiple of `size`.
+
+    A loop whose length the device decides has no derivative of its own. The backward
+    pass walks the same tiles and makes each one's weights again from the maximum,
+    which counts as a constant: it cancels in what `finish` returns.
+
+    Reference: Dao et al., FlashAttention, 2022, algorithms 1 and 4.
+    """
+    batch, num_kv, group, num_tokens, head_dim = query.shape
+    prec = model_layers.precision(query.dtype)
+
+    def one_row(row):
+        query_row = _cut(query, row, size, axis=3)
+
+        def add(i, partial):
+            column = i * size
+            scores = jnp.einsum(
+                "bkgth,bkhs->bkgts",
+                query_row,
+                _cut(keys, column, size),
+                precision=prec,
+                preferred_element_type=jnp.float32,
+            )
+            visible = tiles.mask(row, column, size)[:, None, None]
+            values_here = _cut(values, column, size)
+            part = _part(scores * scale, visible, values_here, "bkgts,bkhs->bkgth")
+            return join(partial, part)
+
+        shape = (batch, num_kv, group, size)
+        empty = Partial(
+            total=jnp.zeros((*shape, head_dim), jnp.float32),
+            maximum=jnp.full(shape, _HIDDEN, jnp.float32),
+            normaliser=jnp.zeros(shape, jnp.float32),
+        )
+        return lax.fori_loop(0, row // size + 1, add, empty)
+
+    rows = lax.map(one_row, jnp.arange(0, num_tokens, size))
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 3).reshape(
+            batch, num_kv, group, num_tokens, *x.shape[5:]
+        ),
+        rows,
     )
+
+
+def _tiled_forward(scale, size, query, keys, values, tiles):
+    whole = _tiled(scale, size, query, keys, values, tiles)
+    return whole, (query, keys, values, tiles, whole.maximum)
+
+
+def _tiled_backward(scale, size, kept, slope):
+    query, keys, values, tiles, maximum = kept
+    einsum = functools.partial(
+        jnp.einsum,
+        precision=model_layers.precision(query.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    num_tokens = query.shape[3]
+
+    def one_row(sums, row):
+        query_row = _cut(query, row, size, axis=3)
+        maximum_row = _cut(maximum, row, size)[..., None]
+        of_total = _cut(slope.total, row, size, axis=3).astype(values.dtype)
+        of_normaliser = _cut(slope.normaliser, row, size)[..., None]
+
+        def add(i, carry):
+            of_query, of_keys, of_values = carry
+            column = i * size
+            keys_here = _cut(keys, column, size)
+            values_here = _cut(values, column, size)
+            visible = tiles.mask(row, column, size)[:, None, None]
+            scores = einsum("bkgth,bkhs->bkgts", query_row, keys_here) * scale
+            weights = jnp.where(visible, jnp.exp(scores - maximum_row), 0.0)
+            of_weights = einsum("bkgth,bkhs->bkgts", of_total, values_here)
+            of_scores = weights * (of_weights + of_normaliser) * scale
+            of_scores = of_scores.astype(query.dtype)
+            weights = weights.astype(values.dtype)
+            of_query += einsum("bkgts,bkhs->bkgth", of_scores, keys_here)
+            here = einsum("bkgts,bkgth->bkhs", of_scores, query_row)
+            of_keys = _add_at(of_keys, here, column)
+            here = einsum("bkgts,bkgth->bkhs", weights, of_total)
+            of_values = _add_at(of_values, here, column)
+            return of_query, of_keys, of_values
+
+        start = (jnp.zeros(query_row.shape, jnp.float32), *sums)
+        of_query, *sums = lax.fori_loop(0, row // size + 1, add, start)
+        return tuple(sums), of_query.astype(query.dtype)
+
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    (of_keys, of_values), of_query = lax.scan(
+        one_row, (zeros, zeros), jnp.arange(0, num_tokens, size)
+    )
+    of_query = jnp.moveaxis(of_query, 0, 3).reshape(query.shape)
+    return of_query, of_keys.astype(keys.dtype), of_values.astype(values.dtype), None
+
+
+def _add_at(sums: Array, here: Array, column: Array) -> Array:
+    """Add a tile's sum to columns from `column` on."""
+    there = _cut(sums, column, here.shape[-1])
+    return lax.dynamic_update_slice_in_dim(sums, there + here, column, sums.ndim - 1)
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
