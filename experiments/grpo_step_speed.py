@@ -27,6 +27,8 @@ SLUG = "grpo_step_speed"
 OURS = "tlt_jax"
 OUR_SCRIPT = "run_tlt_jax_grpo.py"
 PEERS = {"trl": "run_trl.py", "tunix": "run_tunix.py"}
+LENGTHS = ("fixed", "natural")
+WARMUPS = 1
 LEARNING_RATE = 1e-6
 NUM_SAMPLES = 4
 LOAD_TIMEOUT_S = 900.0
@@ -37,8 +39,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = harness.argument_parser(__doc__, PEERS)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--lengths", default=",".join(LENGTHS))
     parser.add_argument("--rounds", type=int, default=3)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.lengths = options.lengths.split(",")
+    if unknown := set(options.lengths) - set(LENGTHS):
+        raise ValueError(
+            f"--lengths names {', '.join(sorted(unknown))}; known are "
+            f"{', '.join(LENGTHS)}."
+        )
+    return options
 
 
 def load_request(options: argparse.Namespace) -> harness.Row:
@@ -49,7 +59,8 @@ def load_request(options: argparse.Namespace) -> harness.Row:
         "num_samples": NUM_SAMPLES,
         "max_new_tokens": options.max_new_tokens,
         "learning_rate": LEARNING_RATE,
-        "max_steps": 2 * (options.rounds + 1),
+        # One more than is asked for, so that no trainer ends its loop on its own.
+        "max_steps": len(options.lengths) * (WARMUPS + options.rounds) + 1,
     }
 
 
@@ -86,7 +97,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     request = load_request(options)
     peers = harness.choose_peers(PEERS, options.peers, options.peer_python)
     systems = [harness.our_system(OURS, OUR_SCRIPT), *peers]
-    cases = [{"lengths": "fixed"}, {"lengths": "natural"}]
+    cases = [{"lengths": lengths} for lengths in options.lengths]
     settings = {
         "scale": options.scale,
         "dtype": "float32",
@@ -109,7 +120,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
                 cases,
                 measurement(runners),
                 rounds=options.rounds,
-                warmups=1,
+                warmups=WARMUPS,
             )
     metrics = {
         "step_s": "lower",

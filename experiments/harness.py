@@ -96,7 +96,10 @@ class Runner:
             watchdog.cancel()
         if not line:
             raise RunnerError(
-                self._ended(f"ended without an answer to {command} (in {timeout_s} s)")
+                self._ended(
+                    f"ended without an answer to {command}, or was ended because it "
+                    f"took more than {timeout_s} s"
+                )
             )
         self._signal(signal.SIGSTOP)
         answer = json.loads(line)

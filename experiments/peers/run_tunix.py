@@ -122,7 +122,8 @@ def make_learner(request: dict, conversation, requests):
         )
         for text in request["prompts"]
     ]
-    longest = max(len(tokenizer.encode(text)) for text in texts)
+    # One more: Tunix puts a BOS before a text that does not begin with one.
+    longest = 1 + max(len(tokenizer.encode(text)) for text in texts)
     model = load_model(request["model"], mesh)
     rollout = base_rollout.RolloutConfig(
         max_tokens_to_generate=request["max_new_tokens"],
