@@ -19,7 +19,10 @@ LAYERS = (
     ("models",),
     ("specdec",),
     ("rl", "data"),
-    ("checkpoint", "plots", "workdir", "train", "main", "generate", "export", "launch"),
+    (
+        *("checkpoint", "plots", "policy", "workdir", "train"),
+        *("main", "generate", "export", "launch"),
+    ),
     ("experiments", "notebooks", "configs"),
 )
 # A kernel's file may be longer if it holds one kernel.

@@ -6,7 +6,15 @@ lists them with their meaning. The same command on the same directory resumes.
 
 from absl import flags, logging
 
-from tlt_jax import checkpoint, command_line, compile_cache, config, metrics, train
+from tlt_jax import (
+    checkpoint,
+    command_line,
+    compile_cache,
+    config,
+    metrics,
+    train,
+    workdir,
+)
 
 _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -30,6 +38,7 @@ def main(run: config.RunConfig) -> None:
         train.TrainingError,
         checkpoint.CheckpointError,
         metrics.MetricsError,
+        workdir.WorkdirError,
     ) as error:
         if logging.level_debug():
             raise

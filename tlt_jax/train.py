@@ -4,6 +4,7 @@ Everything a step does is a function of the configuration, the step number and w
 checkpoint holds, so a run that was killed goes on bit for bit.
 """
 
+import contextlib
 import pathlib
 import time
 from collections.abc import Sequence
@@ -60,13 +61,16 @@ def train(run: config.RunConfig, directory: str | pathlib.Path) -> dict[str, Any
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.
+      workdir.WorkdirError: it cannot be written, or another process works there.
       TrainingError: updates are not finite any more.
     """
     directory = pathlib.Path(directory)
-    workdir.claim(directory, run)
-    with progress.Progress(run.num_steps, mode=run.log.progress) as display:
-        with Trainer(run, directory, display) as trainer:
-            return trainer.run_to_end()
+    with (
+        workdir.claimed(directory, run),
+        progress.Progress(run.num_steps, mode=run.log.progress) as display,
+        Trainer(run, directory, display) as trainer,
+    ):
+        return trainer.run_to_end()
 
 
 class Trainer:
@@ -86,19 +90,28 @@ class Trainer:
           display: shows what happens.
         """
         self.run, self.directory, self.display = run, directory, display
-        display.stage("loading")
+        with contextlib.ExitStack() as closing:
+            self._start(closing)
+            self._closing = closing.pop_all()
+
+    def _start(self, closing: contextlib.ExitStack) -> None:
+        """Make the parts; what holds processes or files is closed by `closing`."""
+        run, directory = self.run, self.directory
+        self.display.stage("loading")
         self.task = tasks.build(
             run.task, reward=run.reward.function, eval_size=run.eval.num_prompts
         )
         source = self._source()
         self.model = source.config
         self.tokenizer = source.tokenizer()
-        self.tokenizer.save(directory / "tokenizer")
+        with workdir.writing(directory / "tokenizer"):
+            self.tokenizer.save(directory / "tokenizer")
         self.algorithm = algorithms.build(
             algorithms.preset(run.algorithm.name) | run.algorithm.overrides()
         )
         self._make_learner()
         self.engine = self._engine(run.sampling.temperature)
+        closing.callback(self.engine.pool.close)
         self.sync = weight_sync.WeightSync(
             self.model,
             source=self.learner.mesh,
@@ -106,11 +119,13 @@ class Trainer:
             dtype=run.precision,
             pool=self.learner_pool,
         )
-        self.rewards = reward_pool.RewardPool(
-            self.task.score,
-            run.reward.workers,
-            run.reward.timeout_s,
-            failure_reward=run.reward.failure_reward,
+        self.rewards = closing.enter_context(
+            reward_pool.RewardPool(
+                self.task.score,
+                run.reward.workers,
+                run.reward.timeout_s,
+                failure_reward=run.reward.failure_reward,
+            )
         )
         self.collector = collector.Collector(
             run,
@@ -122,23 +137,23 @@ class Trainer:
             show=self._show,
         )
         self.evaluator: evaluator.Evaluator | None = None
-        self.checkpointer = checkpoint.Checkpointer(directory, run.checkpoint.keep)
+        self.checkpointer = closing.enter_context(
+            checkpoint.Checkpointer(directory, run.checkpoint.keep)
+        )
         self.step = self.num_skipped = 0
         self._stage = (-1, "")
         self._restore(source)
         self.reference = self._load(source) if self.algorithm.loss.kl_coef > 0 else None
-        self.writer = metrics.MetricsWriter(
-            directory, self.step + 1 if self.step else 0, run.log.tensorboard
+        first_row = self.step + 1 if self.step else 0
+        self.writer = closing.enter_context(
+            metrics.MetricsWriter(directory, first_row, run.log.tensorboard)
         )
 
     def __enter__(self) -> "Trainer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.rewards.close()
-        self.writer.close()
-        self.engine.pool.close()
-        self.checkpointer.close()
+        self._closing.close()
 
     def run_to_end(self) -> dict[str, Any]:
         """Take every step that is left; return the last record."""
@@ -154,7 +169,7 @@ class Trainer:
         if self.checkpointer.latest_step() != self.step:
             self._save()
         self.checkpointer.wait()
-        plots.draw_all(self.directory)
+        self._draw()
         return row
 
     def take_step(self) -> dict[str, Any]:
@@ -175,7 +190,7 @@ class Trainer:
         self.step += 1
         if run.eval.every and self.step % run.eval.every == 0:
             row |= timer.time("eval", self.evaluate)
-        row = {"step": self.step} | _without_speculation() | row | timer.row()
+        row = _absent() | {"step": self.step} | row | timer.row()
         row["time/step_s"] = time.perf_counter() - started
         seconds = max(row["time/rollout_s"], 1e-9)
         row["rollout/tokens_per_s"] = row["rollout/tokens"] / seconds
@@ -188,7 +203,7 @@ class Trainer:
         if run.checkpoint.every and self.step % run.checkpoint.every == 0:
             self._save()
         if run.log.plots_every and self.step % run.log.plots_every == 0:
-            plots.draw_all(self.directory)
+            self._draw()
         return row
 
     def evaluate(self) -> dict[str, float]:
@@ -281,11 +296,18 @@ class Trainer:
             f"({self.num_skipped} in a row)."
         )
         if self.num_skipped >= _MAX_SKIPPED_UPDATES:
+            self.checkpointer.wait()
+            newest = self.checkpointer.latest_step()
             raise TrainingError(
                 f"{self.num_skipped} updates in a row were not finite (step "
                 f"{self.step + 1}): lower optimizer.learning_rate or check the rewards "
-                f"and the weights. The newest checkpoint is that of step "
-                f"{self.checkpointer.latest_step()}; the same command goes on from it."
+                "and the weights, and begin again in another --workdir. "
+                + (
+                    "There is no checkpoint yet."
+                    if newest is None
+                    else f"The newest checkpoint is that of step {newest}; exported "
+                    "(tlt_jax.export) it is a model to begin from."
+                )
             )
 
     def _sync_weights(self) -> None:
@@ -296,6 +318,10 @@ class Trainer:
             self._stage = (self.step, stage)
             self.display.stage(stage)
         self.display.within(done, total, detail)
+
+    def _draw(self) -> None:
+        with workdir.writing(self.directory / "plots"):
+            plots.draw_all(self.directory)
 
     def _make_learner(self) -> None:
         run = self.run
@@ -333,12 +359,19 @@ class Trainer:
         )
 
     def _prompts(self, split: str) -> prompts.PromptSet:
-        return prompts.PromptSet(
+        made = prompts.PromptSet(
             self.task.examples(split),
             lambda example: self.tokenizer.encode_prompt(example.prompt),
             max_tokens=self.run.task.max_prompt_tokens,
             long_prompts=self.run.task.long_prompts,
         )
+        if made.num_skipped:
+            self.display.note(
+                f"{made.num_skipped} prompts ({split}) are longer than "
+                f"task.max_prompt_tokens={self.run.task.max_prompt_tokens}: left out, "
+                f"{len(made.prompts)} remain."
+            )
+        return made
 
     def _source(self) -> model_source.ModelSource:
         if self.run.model.spec != SCRATCH:
@@ -396,19 +429,19 @@ class Trainer:
         )
 
 
-def _without_speculation() -> dict[str, Any]:
-    """Return the record's names that speculation and idle workers give values to."""
-    return {
+def _absent() -> dict[str, Any]:
+    """Return a record of all names, with what holds where nothing else is known.
+
+    That is: no speculation, no idle workers, and no update (of a step in which no group
+    carried signal).
+    """
+    return dict.fromkeys(sorted(metrics.NAMES)) | {
         "specdec/accept_length": 1.0,
         "specdec/accept_rate_by_depth": [],
         "specdec/strategy": "none",
-        "drafter/version": None,
-        "drafter/loss": None,
-        "drafter/top1_acc": None,
         "workers/idle_s": 0.0,
         "workers/trained_s": 0.0,
         "workers/idle_frac": 0.0,
-        "policy/kl": None,
     }
 
 

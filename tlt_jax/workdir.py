@@ -4,19 +4,34 @@ Its layout: `config.json`, `metrics.jsonl`, `rollouts/`, `checkpoints/`, `plots/
 `tokenizer/`, `tensorboard/`.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
-from tlt_jax import config, schema
+from tlt_jax import config, metrics, schema
 from tlt_jax.rl import experience
 
 # Settings that may change when a run is taken up again: none decides what is computed.
 _FREE_ON_RESUME = ("log.", "checkpoint.", "eval.", "reward.workers", "reward.timeout_s")
 
 
-def claim(workdir: pathlib.Path, run: config.RunConfig) -> None:
-    """Write `config.json`, or check that the run it describes is this one.
+_LOCK = ".lock"
+
+
+class WorkdirError(RuntimeError):
+    """The directory cannot be used; the message names the remedy."""
+
+
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path, run: config.RunConfig) -> Iterator[None]:
+    """Hold the directory for a run: no other process may work there meanwhile.
+
+    `config.json` is written; the run that it describes must be this one if it has
+    taken a step (a start that failed binds nobody).
 
     Args:
       workdir: made if it is not there.
@@ -24,14 +39,40 @@ def claim(workdir: pathlib.Path, run: config.RunConfig) -> None:
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.
+      WorkdirError: another process works there, or it cannot be written.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    if path.exists():
-        _check_same(workdir, path, run)
-    temporary = path.with_suffix(".json.partial")
-    temporary.write_text(config.to_json(run))
-    temporary.replace(path)
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(workdir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _lock(lock, workdir)
+        path = workdir / "config.json"
+        if path.exists() and _begun(workdir):
+            _check_same(workdir, path, run)
+        with writing(path):
+            temporary = path.with_suffix(".json.partial")
+            temporary.write_text(config.to_json(run))
+            temporary.replace(path)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Say what to do where a file cannot be written.
+
+    Raises:
+      WorkdirError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(
+            f"{path} could not be written ({error.strerror or error}): make room or "
+            "give permission, then run the same command again; it resumes from the "
+            "newest checkpoint."
+        ) from error
 
 
 def write_rollouts(
@@ -41,10 +82,9 @@ def write_rollouts(
     decode_text: Callable[[Sequence[int]], str],
 ) -> None:
     """Write a step's completions to `rollouts/step_N.jsonl`, one line each."""
-    directory = workdir / "rollouts"
-    directory.mkdir(exist_ok=True)
+    path = workdir / "rollouts" / f"step_{step:06d}.jsonl"
     rewards = batch.rewards.reshape(-1)
-    with open(directory / f"step_{step:06d}.jsonl", "w") as file:
+    with writing(path), _new_file(path) as file:
         for i, completion in enumerate(batch.completions):
             prompt = batch.prompts[i // batch.group_size]
             record = {
@@ -59,12 +99,34 @@ def write_rollouts(
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def _new_file(path: pathlib.Path) -> TextIO:
+    path.parent.mkdir(exist_ok=True)
+    return open(path, "w", encoding="utf-8")
+
+
+def _lock(lock: int, workdir: pathlib.Path) -> None:
+    """Lock an open file until it is closed, by us or by our end."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise WorkdirError(
+            f"another process works in {workdir}: wait for it, end it, or use another "
+            "--workdir."
+        ) from error
+
+
+def _begun(workdir: pathlib.Path) -> bool:
+    """Say whether there is a record of a step, as there is before any checkpoint."""
+    record = workdir / metrics.FILE
+    return record.exists() and record.stat().st_size > 0
+
+
 def _check_same(
     workdir: pathlib.Path, path: pathlib.Path, run: config.RunConfig
 ) -> None:
     try:
-        before = config.load(json.loads(path.read_text()))
-    except ValueError as error:
+        before = config.load(dict(json.loads(path.read_text())))
+    except (ValueError, TypeError) as error:
         raise schema.ConfigError(
             f"{path} cannot be read ({error}): restore it, or use another --workdir."
         ) from error

@@ -89,6 +89,7 @@ class Collector:
             everything.rewards, everything.completions
         )
         row["rollout/rounds"] = num_rounds
+        row["rollout/prompts_skipped"] = self._prompts.num_skipped
         return everything, (kept if kept.prompts else None), row
 
     def _roll_out(

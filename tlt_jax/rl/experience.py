@@ -195,10 +195,10 @@ def max_mismatch(
     """
     trainer = packing.scatter(parts, trainer_logprobs)
     gaps = [
-        np.max(np.abs(own - mine), initial=0.0)
-        for own, mine in zip(trainer, batch.logprobs, strict=True)
+        np.abs(own - mine) for own, mine in zip(trainer, batch.logprobs, strict=True)
     ]
-    return float(max(gaps, default=0.0))
+    # NumPy's maximum of what is not a number is not a number; Python's may hide it.
+    return float(np.max(np.concatenate(gaps), initial=0.0))
 
 
 def tokens_digest(completions: Sequence[types.Completion]) -> str:

@@ -1,0 +1,127 @@
+"""Starts many command lines in one process that has imported what they need.
+
+Each runs in a child of its own (`os.fork`) as `python -m` would run it, so that a start
+costs milliseconds.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_SERVER = (
+    "import json, sys; from tests import command_lines; command_lines.serve(sys.argv)"
+)
+
+
+class Started(NamedTuple):
+    """What came of a command line."""
+
+    status: int
+    output: str
+    errors: str
+
+
+def start(commands: Sequence[Sequence[str]], *, stop: bool) -> list[Started]:
+    """Starts commands.
+
+    Args:
+      commands: each a module followed by its arguments.
+      stop: end them where their command line is read, and their recipe.
+    """
+    server = subprocess.run(
+        [sys.executable, "-c", _SERVER, str(int(stop)), *map(json.dumps, commands)],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert server.returncode == 0, server.stderr
+    return [Started(*json.loads(line)) for line in server.stdout.splitlines()]
+
+
+def serve(argv: list[str]) -> None:
+    """Runs in the process that forks: a line of JSON for each command."""
+    import warnings
+
+    # Imported once for all children; none of them has started a backend.
+    from tlt_jax import command_line, compile_cache, train  # noqa: F401
+
+    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
+    stop = bool(int(argv[1]))
+    for line in argv[2:]:
+        module, *arguments = json.loads(line)
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            child = os.fork()
+            if not child:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                _run(module, arguments, stop)
+            _, status = os.waitpid(child, 0)
+            started = os.waitstatus_to_exitcode(status), _text(out), _text(err)
+        print(json.dumps(started), flush=True)
+
+
+def _text(file) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _run(module: str, arguments: list[str], stop: bool) -> None:
+    """Becomes `python -m module`; never returns."""
+    import runpy
+    import traceback
+
+    status = 0
+    try:
+        if stop:
+            _stop_after_parsing(module)
+        sys.argv = [module, *arguments]
+        # What the parent imported must not define its flags a second time.
+        sys.modules.pop(module, None)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # As the interpreter reports it.
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _stop_after_parsing(module: str) -> None:
+    """Lets a program end where it would begin its work."""
+    import argparse
+
+    from absl import app, flags
+
+    from tlt_jax import train
+
+    def begin(run, directory):
+        print(f"would train {run.num_steps} steps in {directory}")
+
+    def parse(main, argv=None, flags_parser=None):
+        del main
+        app.parse_flags_with_usage(argv or sys.argv)
+        flags.FLAGS.validate_all_flags()
+        sys.exit(0)
+
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_exit(*arguments, **options):
+        parse_args(*arguments, **options)
+        sys.exit(0)
+
+    if module == "tlt_jax.main":
+        train.train = begin
+    else:
+        app.run = parse
+        argparse.ArgumentParser.parse_args = parse_and_exit

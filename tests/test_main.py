@@ -1,0 +1,78 @@
+"""The command line of a run: mistakes are one line that names what is accepted."""
+
+import pytest
+
+from tests import command_lines
+
+MAIN = "tlt_jax.main"
+TINY = "--config=configs/tiny.py"
+WORKDIR = "--workdir=DIR"  # Replaced by a directory of the test.
+
+# Arguments, exit status, what standard error says.
+MISTAKES = {
+    "a key": (
+        [TINY, WORKDIR, "--config.rollout.max_bach=4"],
+        "error: unknown config key 'rollout.max_bach': did you mean "
+        "'rollout.max_batch'?",
+    ),
+    "a value": (
+        [TINY, WORKDIR, "--config.sampling.temperature=-1.0"],
+        "error: sampling.temperature=-1.0 is out of range: above 0.",
+    ),
+    "a flag": ([TINY, "--workdr=unused"], "error: Unknown command line flag 'workdr'"),
+    "no directory": ([TINY], "workdir"),
+    "no recipe": ([WORKDIR], "error: --config=FILE is missing"),
+    "another recipe": (
+        ["--config=configs/tinny.py", WORKDIR],
+        "error: --config=configs/tinny.py: there is no such file; did you mean "
+        "configs/tiny.py?",
+    ),
+    "another variant": (
+        ["--config=configs/tiny.py:cont", WORKDIR],
+        "has no variant 'cont': use arithmetic (the default) or count.",
+    ),
+    "not built": (
+        [TINY, WORKDIR, "--config.specdec.mode=tlt"],
+        "error: specdec.mode='tlt' is not built yet: use 'off'.",
+    ),
+    "no model": (
+        [TINY, WORKDIR, "--config.model.spec=somewhere"],
+        "error: model.spec='somewhere' names no model; accepted: ",
+    ),
+    "a model out of reach": (
+        [TINY, WORKDIR, "--config.model.spec=nobody/nothing"],
+        "error: model.spec='nobody/nothing' is no directory here and could not be "
+        "fetched from the model hub",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("main") / "run"
+    cases = {name: arguments for name, (arguments, _) in MISTAKES.items()}
+    cases["help"] = ["--helpshort"]
+    results = command_lines.start(
+        [
+            [MAIN, *(word.replace("=DIR", f"={workdir}") for word in words)]
+            for words in cases.values()
+        ],
+        stop=False,
+    )
+    return dict(zip(cases, results, strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(started, name):
+    status, output, errors = started[name]
+    assert status == 2, errors
+    assert MISTAKES[name][1] in errors
+    assert len(errors.splitlines()) == 1 and errors.startswith("error: ")
+    assert output == ""
+
+
+def test_help_lists_the_flags(started):
+    status, output, errors = started["help"]
+    assert "--workdir" in output and "--config" in output
+    assert "The same command on the same directory resumes." in output
+    assert (status, errors) == (1, "")  # absl's status for help.
