@@ -1,0 +1,277 @@
+"""Prompts in, text out: of a model, of a run, and with one line where it cannot be."""
+
+import io
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from tlt_jax import checkpoint, generate, policy, types
+from tlt_jax.models import config as model_config
+from tlt_jax.models import convert, tokenizer
+from tlt_jax.models import params as model_params
+from tlt_jax.rl import rollout
+from tlt_jax.specdec import sampling
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz ?;:"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+CFG = model_config.ModelConfig(
+    family="llama",
+    vocab_size=40,
+    num_layers=1,
+    d_model=16,
+    d_ff=24,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    tie_embeddings=False,
+    max_positions=60,
+    eos_ids=(2,),
+)
+
+
+def params_of(seed):
+    rng = np.random.default_rng(seed)
+
+    def draw(weight):
+        return jnp.asarray(rng.normal(size=weight.shape) / weight.fan_in**0.5, "f")
+
+    return jax.tree.map(draw, model_params.describe(CFG))
+
+
+def tokenizer_of(chat_template):
+    made = tokenizer.from_alphabet(ALPHABET)
+    made.chat_template = chat_template
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Hugging Face directory whose tokenizer has a chat template."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer_of(TEMPLATE).save(directory / "source")
+    convert.save(
+        params_of(0),
+        CFG,
+        directory / "hf",
+        tokenizer_source=directory / "source",
+        dtype="float32",
+    )
+    return str(directory / "hf")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run with checkpoints of steps 2 and 4; that of step 4 has `model`'s weights."""
+    directory = tmp_path_factory.mktemp("run")
+    with checkpoint.Checkpointer(directory) as checkpointer:
+        for step, seed in ((2, 9), (4, 0)):
+            checkpointer.save(
+                step, params_of(seed), {"count": jnp.int32(step)}, CFG, {}
+            )
+    tokenizer_of(TEMPLATE).save(directory / "tokenizer")
+    (directory / "config.json").write_text('{"model": {"spec": "scratch"}}')
+    return str(directory)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command in this process; returns status, output and error output."""
+
+    def call(*arguments):
+        status = 0
+        with flagsaver.flagsaver():
+            flags.FLAGS.unparse_flags()
+            try:
+                generate.main(generate.parse(["generate", *arguments]))
+            except SystemExit as stopped:
+                status = stopped.code
+        return status, *capsys.readouterr()
+
+    was_parsed = flags.FLAGS.is_parsed()
+    yield call
+    if was_parsed:
+        flags.FLAGS.mark_as_parsed()
+    else:
+        flags.FLAGS.unparse_flags()
+
+
+SHORT = ("--prompt=say abc", "--max_new_tokens=12", "--seed=3")
+
+
+def expected_text(prompt, seed=3, max_new_tokens=12, request_id=0, **law):
+    """The text by the engine itself, from weights that never were in a file."""
+    engine = rollout.Engine(
+        CFG,
+        rollout.EngineConfig(
+            max_rows=1,
+            max_length=512,
+            sampling_cfg=sampling.SamplingConfig(**law),
+            eos_ids=(2,),
+        ),
+    )
+    engine.set_params(model_params.unstack(params_of(0)), 0)
+    ids = tokenizer_of(None).encode(prompt)
+    requests = [types.Request(request_id, 0, 0, ids, max_new_tokens)]
+    (completion,), _ = engine.run(requests, seed)
+    return tokenizer_of(None).decode(completion.tokens) + "\n"
+
+
+CHAT = "user:say abc;assistant:"
+
+
+def test_the_text_alone_goes_to_standard_output(command, model):
+    status, out, error = command(f"--model={model}", *SHORT)
+    assert status == 0
+    assert out == expected_text(CHAT)
+    assert len(out) > 5
+    assert "tokens, ended by " in error
+    for word in ("prefill 22 tokens in", "decode ", "compile ", "accept length 1.00"):
+        assert word in error
+    assert model in error and "float32" in error
+
+
+def test_a_run_answers_with_its_newest_checkpoint(command, model, workdir):
+    status, out, error = command(f"--model={workdir}", *SHORT)
+    assert (status, out) == (0, expected_text(CHAT))
+    assert f"{workdir}, step 4, float32" in error
+
+
+def test_settings_reach_the_engine(command, model):
+    status, out, _ = command(f"--model={model}", *SHORT, "--raw")
+    assert (status, out) == (0, expected_text("say abc"))
+    law = dict(temperature=0.6, top_k=9, top_p=0.8, min_p=0.05)
+    options = [f"--{name}={value}" for name, value in law.items()]
+    status, out, _ = command(f"--model={model}", *SHORT, "--system=be kind", *options)
+    system = "system:be kind;" + CHAT
+    assert (status, out) == (0, expected_text(system, **law))
+
+
+def test_samples_share_the_prompt_and_differ(command, model):
+    status, out, error = command(f"--model={model}", *SHORT, "--num_samples=2")
+    assert status == 0
+    texts = [expected_text(CHAT, request_id=i) for i in range(2)]
+    assert texts[0] != texts[1]
+    lines = out.splitlines(keepends=True)
+    assert [lines[1], lines[3]] == texts
+    assert lines[0].startswith("[1] ") and lines[2].startswith("[2] ")
+    assert "prefill 22 tokens" in error and "for 2 rows" in error
+
+
+def test_a_stop_string_ends_the_text(command, model):
+    text = expected_text(CHAT).removesuffix("\n")
+    stop = text[4]
+    status, out, error = command(f"--model={model}", *SHORT, f"--stop={stop}")
+    assert out == text[: text.index(stop) + 1] + "\n"
+    assert "ended by stop" in error
+
+
+def test_prompts_come_from_files_and_standard_input(
+    command, model, tmp_path, monkeypatch
+):
+    path = tmp_path / "prompt.txt"
+    path.write_text("say abc\n")
+    rest = (f"--model={model}", *SHORT[1:])
+    assert command(f"--prompt_file={path}", *rest)[:2] == (0, expected_text(CHAT))
+    monkeypatch.setattr("sys.stdin", io.StringIO("say abc"))
+    assert command("--prompt=-", *rest)[:2] == (0, expected_text(CHAT))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--prompt=a"], "--model=SPEC is missing"),
+        (["--model=M"], "give either --prompt=TEXT"),
+        (["--model=M", "--prompt=a", "--prompt_file=b"], "give either --prompt=TEXT"),
+        (["--model=M", "--prompt="], "the prompt is empty"),
+        (["--model=M", "--prompt_file=absent.txt"], "absent.txt cannot be read"),
+        (["--model=M", "--prompt=A"], "cannot encode"),
+        (["--model=M", "--prompt=a", "--drafter=d"], "drafters are not built yet"),
+        (["--model=M", "--prompt=a", "--top_p=2"], r"top_p=2.0 is outside (0, 1]"),
+        (["--model=M", "--prompt=a", "--num_samples=0"], "--num_samples=0"),
+        (["--model=M", "--prompt=a", "--sed=0"], "Did you mean: seed"),
+        (["--model=M", "--prompt=a", "b"], "did you quote the prompt?"),
+        (["--model=no such", "--prompt=a"], "names no model"),
+        (["--model=EMPTY", "--prompt=a"], "holds no complete checkpoint"),
+        (
+            ["--model=M", "--prompt=a", "--raw", "--system=b"],
+            "needs a chat template, --raw leaves out one: drop --raw",
+        ),
+        (
+            ["--model=M", "--prompt=a", "--raw", "--max_new_tokens=60"],
+            "lower --max_new_tokens to 59 or less",
+        ),
+        (["--model=M", "--prompt=" + 60 * "a"], "fills the model's context of 60"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    command, model, tmp_path, arguments, message
+):
+    (tmp_path / "checkpoints").mkdir()
+    places = {"--model=M": f"--model={model}", "--model=EMPTY": f"--model={tmp_path}"}
+    status, out, error = command(*(places.get(a, a) for a in arguments))
+    assert status == 2
+    assert out == ""
+    assert error.startswith("error: ") and message in error
+    assert error.count("\n") == 1
+
+
+def test_a_tokenizer_without_a_template_continues_the_text():
+    plain = tokenizer_of(None)
+    assert plain.decode(generate.encode(plain, "ab")) == "ab"
+    with pytest.raises(ValueError, match="this model has no one: put the text into"):
+        generate.encode(plain, "ab", system="c")
+    chat = tokenizer_of(TEMPLATE)
+    assert chat.decode(generate.encode(chat, "ab")) == "user:ab;assistant:"
+    assert chat.decode(generate.encode(chat, "ab", raw=True)) == "ab"
+
+
+@pytest.mark.parametrize("place", ["model", "workdir"])
+def test_precision_is_that_of_weights_and_engine(place, request):
+    asked = policy.load(request.getfixturevalue(place), "bfloat16")
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(asked.params)}
+    assert dtypes == {"bfloat16"}
+    assert isinstance(asked.params.layers, tuple)
+    engine = asked.engine(max_rows=3, max_length=20, page_size=4)
+    assert engine.engine_cfg == rollout.EngineConfig(
+        max_rows=3, max_length=20, page_size=4, eos_ids=(2,), dtype="bfloat16"
+    )
+
+
+def test_the_report_keeps_compilation_apart():
+    stats = rollout.RolloutStats(
+        num_tokens=90,
+        num_steps=50,
+        num_prefill_tokens=30,
+        prefill_s=0.5,
+        decode_s=3.0,
+        compile_s=7.0,
+    )
+    assert generate.report(stats, 2).splitlines() == [
+        "prefill 30 tokens in 0.50 s, 60.0 tokens/s",
+        "decode  90 tokens in 3.00 s, 30.0 tokens/s, 50 target forwards for 2 rows",
+        "compile 7.00 s",
+        "accept length 1.00: a token per target forward of its row (no drafter)",
+    ]
+    assert "prefill 0 tokens in 0.00 s, nothing to do" in generate.report(
+        rollout.RolloutStats(), 1
+    )
+
+
+def test_the_command_runs_as_a_module(model):
+    done = subprocess.run(
+        [sys.executable, "-m", "tlt_jax.generate", f"--model={model}", *SHORT],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected_text(CHAT)
+    assert done.stderr.startswith("[1] ")

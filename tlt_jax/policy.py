@@ -1,0 +1,97 @@
+"""A policy ready to be asked: weights, tokenizer and engine of a model or of a run."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tlt_jax import checkpoint, metrics
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+from tlt_jax.models import source
+from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.rl import rollout
+
+_TOKENIZER = "tokenizer"
+_RUN_MARKS = (checkpoint.DIRECTORY, metrics.FILE, _TOKENIZER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model that can be asked.
+
+    Attributes:
+      config: the architecture.
+      params: on the first device, layers as a tuple, of the type of `precision`.
+      tokenizer: the model's own.
+      identity: which weights these are, for people to read.
+      precision: of weights, activations and cache: `float32` or `bfloat16`.
+    """
+
+    config: model_config.ModelConfig
+    params: model_params.Params
+    tokenizer: model_tokenizer.Tokenizer
+    identity: str
+    precision: str
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion: the model's and the tokenizer's."""
+        return tuple(sorted({*self.config.eos_ids, *self.tokenizer.eos_ids}))
+
+    def engine(self, *, max_rows: int, max_length: int, **settings: Any):
+        """Make an engine that has the weights.
+
+        Args:
+          max_rows: rows decoded at once.
+          max_length: longest text in tokens, prompt and completion.
+          **settings: further ones of `rollout.EngineConfig`.
+
+        Returns:
+          A `rollout.Engine`; it compiles what it needs when it needs it.
+        """
+        engine = rollout.Engine(
+            self.config,
+            rollout.EngineConfig(
+                max_rows=max_rows,
+                max_length=max_length,
+                **{"eos_ids": self.eos_ids, "dtype": self.precision} | settings,
+            ),
+            decode_text=self.tokenizer.decode,
+        )
+        engine.set_params(self.params, version=0)
+        return engine
+
+
+def load(spec: str, precision: str = "float32") -> Policy:
+    """Load the policy that `spec` names.
+
+    Args:
+      spec: what `models.source.resolve` takes, or the workdir of a run, whose newest
+        checkpoint is read.
+      precision: `float32` or `bfloat16`.
+
+    Raises:
+      ValueError: nothing of that name can be had, or it is not computed here.
+      CheckpointError: the run has no complete checkpoint, or it is damaged.
+    """
+    dtype = jnp.dtype(precision)
+    if is_run(spec):
+        directory = os.path.expanduser(spec)
+        params, cfg, step = checkpoint.restore_policy(directory)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        tokenizer = model_tokenizer.from_directory(os.path.join(directory, _TOKENIZER))
+        identity = f"{spec}, step {step}"
+    else:
+        found = source.resolve(spec)
+        params, cfg, tokenizer = found.load(dtype), found.config, found.tokenizer()
+        identity = spec
+    return Policy(cfg, model_params.unstack(params), tokenizer, identity, precision)
+
+
+def is_run(spec: str) -> bool:
+    """Tell whether `spec` is the workdir of a run."""
+    directory = os.path.expanduser(spec)
+    return any(os.path.exists(os.path.join(directory, name)) for name in _RUN_MARKS)
