@@ -1,8 +1,26 @@
-"""A model made on the spot learns, by GRPO, to prefer right answers.
+"""Models made on the spot learn by GRPO to prefer right answers.
 
-Shows the whole loop on any machine, nothing downloaded: a transformer of 0.1 million
-weights is taught a task with 70 % of its answers wrong, and reinforcement learning then
-brings it to answer right.
+Shows the whole loop on any machine, with nothing to download: a transformer of 0.1
+million weights is taught a task with 70 % of its answers exchanged, and reinforcement
+learning on the task's verifier then makes it answer right. It reproduces no result of a
+paper.
+
+    python -m tlt_jax.main --config=configs/tiny.py --workdir=DIR
+    python -m tlt_jax.main --config=configs/tiny.py:count --workdir=DIR
+
+Variants:
+  arithmetic (the default): sums of two digits, `3+4=` -> `7`.
+  count: `n=4:` -> `1 2 3 4`, n up to 32, most of them small: completions have 6 tokens
+    at the median and 87 at the longest, as rollouts of reasoning have long tails.
+
+Expected (seeds 0, 1, 2; the mean reward of the first two steps, and of the last ten):
+  arithmetic, 60 steps: from 0.22, 0.40, 0.32 to 0.89, 0.98, 0.91.
+  count, 40 steps: from 0.38, 0.33, 0.35 to 0.80, 0.84, 0.77; it swings with the share
+    of long questions in a step, which are right less often.
+
+Cost on two CPU cores: a step takes 0.06 s (count: 0.4 s). The whole run needs 45
+seconds of processor time, nearly all of it for compiling, and 15 (count: 25) when the
+programs are in the compilation cache.
 """
 
 import ml_collections
@@ -28,6 +46,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     match config.task.name:
         case "arithmetic":
             config.num_steps = 60
+            # The model learns sums by heart: a question held out could not be answered,
+            # so evaluation asks those that training asks.
+            config.task.options.holdout_frac = 0.0
             config.pretrain.steps = 600
             config.rollout.max_new_tokens = 4
             config.rollout.steps_per_call = 4
