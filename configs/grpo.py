@@ -1,0 +1,136 @@
+"""The paper's runs: GRPO on a reasoning model of 7 to 70 billion weights.
+
+Reproduces the setting of "Taming the Long-Tail: Efficient Reasoning RL Training with
+Adaptive Drafter", evaluation setup: GRPO, 8 responses a prompt at temperature 0.9, 32K
+tokens of prompt and response, learning rate 1e-6, clipping at 0.2, KL loss with weight
+0.001 (low-variance form), rule-based rewards on mathematics. Computing is in bfloat16
+over float32 masters. The paper does not say how many prompts a step takes, nor how many
+optimizer steps: here 128 prompts and one.
+
+Command: python -m tlt_jax.main --config=configs/grpo.py:qwen2.5-7b --workdir=DIR \
+             --config.task.name=data/eurus2_rl.parquet
+
+Variants, and the TPU slices that their meshes are made for (`python -m
+experiments.ahead_of_time` compiles every program for them, without a TPU; its table is
+experiments/results/cpu/ahead_of_time.csv):
+
+    qwen2.5-7b              Qwen/Qwen2.5-7B                          64 chips of v5p
+    ds-r1-distill-qwen-7b   deepseek-ai/DeepSeek-R1-Distill-Qwen-7B  64 chips of v5p
+    qwen2.5-32b             Qwen/Qwen2.5-32B                         256 chips of v5p
+    llama-3.3-70b           meta-llama/Llama-3.3-70B-Instruct        256 chips of v5p
+
+Weights come from the Hugging Face hub under these names (Llama's after accepting its
+licence), or from a directory: --config.model.spec=DIR. Where the number of chips is
+another one, set `mesh.fsdp`; `mesh.tensor` divides the model's key/value heads.
+
+The task is a file of the user's: nothing is fetched. The paper trains on a part of
+Eurus-2-RL, data set PRIME-RL/Eurus-2-RL-Data on the Hugging Face hub. Its file
+train.parquet has the prompt as messages and the answer under reward_model.ground_truth,
+which is where this recipe looks; its mathematics alone (ability 'math') is what the
+math-verify reward can judge, so filter it first. For any other .jsonl or .parquet file
+name its columns: --config.task.options.prompt_key=question
+--config.task.options.answer_key=answer.
+
+Expected outcome: the reward rises over the first tens of steps and lengths grow; with
+one seed, the reward curve is the same with and without speculation. Cost: no run of
+this size has been made with this code. The least a step can take is set by reading
+weights and cache at every token: with one rollout worker, the only number built yet,
+`mesh.tensor` chips generate while the others wait, and 1024 responses of 8K tokens take
+them about a quarter of an hour at 7B.
+"""
+
+import dataclasses
+import difflib
+
+import ml_collections
+
+from tlt_jax import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs between the models.
+
+    Attributes:
+      spec: name on the Hugging Face hub.
+      fsdp, tensor: devices along these mesh axes; rows of a micro-batch: fsdp.
+      max_batch: rows decoded at once; their cache fits beside weights and learner.
+    """
+
+    spec: str
+    fsdp: int
+    tensor: int
+    max_batch: int
+
+
+VARIANTS = {
+    "qwen2.5-7b": Variant("Qwen/Qwen2.5-7B", 16, 4, 64),
+    "qwen2.5-32b": Variant("Qwen/Qwen2.5-32B", 32, 8, 32),
+    "ds-r1-distill-qwen-7b": Variant(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 16, 4, 64
+    ),
+    "llama-3.3-70b": Variant("meta-llama/Llama-3.3-70B-Instruct", 32, 8, 16),
+}
+DEFAULT = "qwen2.5-7b"
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the recipe; `arg` is one of `VARIANTS`, empty: qwen2.5-7b.
+
+    Raises:
+      ValueError: there is no such variant; the message names the nearest.
+    """
+    name = arg or DEFAULT
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name.lower(), VARIANTS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"grpo.py has no variant {name!r}: did you mean {near!r}? Choose from "
+            f"{', '.join(VARIANTS)}."
+        )
+    variant = VARIANTS[name]
+    config = config_lib.default()
+    config.model.spec = variant.spec
+    config.model.remat = "full"
+    config.precision = "bfloat16"
+    config.num_steps = 200
+
+    config.task.name = "data/eurus2_rl.parquet"
+    config.task.options = dict(
+        prompt_key="prompt",
+        answer_key="reward_model.ground_truth",
+        reward="math_verify",
+        on_bad="skip",
+    )
+    config.task.max_prompt_tokens = 1024
+    config.task.long_prompts = "skip"
+
+    config.sampling.temperature = 0.9
+    config.rollout.prompts_per_step = 128
+    config.rollout.group_size = 8
+    config.rollout.max_new_tokens = 31 * 1024
+    config.rollout.max_batch = variant.max_batch
+    config.rollout.steps_per_call = 64
+    config.rollout.prefill_chunk = 1024
+    # A TPU lays 128 numbers side by side: smaller pages would be padded to that.
+    config.cache.page_size = 128
+
+    config.algorithm.name = "grpo"
+    config.algorithm.clip_low = 0.2
+    config.algorithm.clip_high = 0.2
+    config.algorithm.kl_coef = 0.001
+    config.algorithm.kl_estimator = "k3"
+    config.algorithm.kl_placement = "loss"
+    config.optimizer.learning_rate = 1e-6
+    # The rollout's bfloat16 forward rounds otherwise than the trainer's own.
+    config.learner.old_logprobs = "recompute"
+    config.learner.row_tokens = 32 * 1024
+    config.learner.rows_per_micro_batch = 1
+    config.mesh.data = 1
+    config.mesh.fsdp = variant.fsdp
+    config.mesh.tensor = variant.tensor
+
+    config.reward.workers = 16
+    config.eval.every = 10
+    config.eval.num_prompts = 64
+    config.checkpoint.every = 5
+    return config

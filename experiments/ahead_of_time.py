@@ -1,0 +1,507 @@
+"""Compiles the large recipes for TPU slices that are not there: do they fit?
+
+    python -m experiments.ahead_of_time
+    python -m experiments.ahead_of_time --models=qwen2.5-7b --programs=decode_64,apply
+
+For each variant of configs/grpo.py the programs of its run are made from abstract
+weights, with no file and no hub, and compiled by the TPU compiler (libtpu) for a
+described slice. The longest rows that the recipe allows are taken. The table says per
+device what a program holds, what the run holds besides on the fullest device, and
+whether both fit into the chip's memory. No speed is measured.
+
+`flops` and `bytes_accessed` are the compiler's, which counts the body of a loop once
+(layers of the learner, chunks of its head, tiles of attention, steps of decoding), and
+so do the counts of collectives. Rows of earlier calls that a call does not make again
+are kept; `commit` says what each was made from.
+"""
+
+import argparse
+import collections
+import csv
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from configs import grpo
+from experiments import harness
+from tlt_jax import config as config_lib
+from tlt_jax import sharding, types
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+from tlt_jax.rl import (
+    algorithms,
+    experience,
+    learner,
+    policy_gradient,
+    prompts,
+    rollout,
+    scheduler,
+    weight_sync,
+)
+from tlt_jax.specdec import programs, sampling
+
+SLUG = "ahead_of_time"
+GIB = 2**30
+# Memory of a chip that its compiler gives to programs.
+HBM_BYTES = {"v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB}
+SLICES = {
+    "qwen2.5-7b": "v5p:4x4x4",
+    "qwen2.5-32b": "v5p:4x8x8",
+    "ds-r1-distill-qwen-7b": "v5p:4x4x4",
+    "llama-3.3-70b": "v5p:4x8x8",
+}
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+_QWEN_7B = model_config.ModelConfig(
+    family="qwen2",
+    vocab_size=152_064,
+    num_layers=28,
+    d_model=3584,
+    d_ff=18_944,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    tie_embeddings=False,
+    qkv_bias=True,
+    rope_theta=1e6,
+    max_positions=131_072,
+    eos_ids=(151_643,),
+)
+ARCHITECTURES = {
+    "qwen2.5-7b": _QWEN_7B,
+    "qwen2.5-32b": dataclasses.replace(
+        _QWEN_7B,
+        num_layers=64,
+        d_model=5120,
+        d_ff=27_648,
+        num_heads=40,
+        num_kv_heads=8,
+        rms_norm_eps=1e-5,
+    ),
+    "ds-r1-distill-qwen-7b": dataclasses.replace(_QWEN_7B, rope_theta=1e4),
+    "llama-3.3-70b": model_config.ModelConfig(
+        family="llama",
+        vocab_size=128_256,
+        num_layers=80,
+        d_model=8192,
+        d_ff=28_672,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        tie_embeddings=False,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        rope_scaling=model_config.RopeScaling(
+            "llama3", 8.0, original_max_positions=8192
+        ),
+        max_positions=131_072,
+        eos_ids=(128_001, 128_008, 128_009),
+    ),
+}
+
+
+class NoCompilerError(RuntimeError):
+    """The TPU compiler is not installed."""
+
+
+def described_devices(topology: str) -> Sequence[Any]:
+    """Returns the devices of a TPU slice that need not exist.
+
+    Args:
+      topology: such as `v5p:4x4x4`.
+
+    Raises:
+      NoCompilerError: libtpu is missing; the message has the command that installs the
+        release that this jax was made with.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise NoCompilerError(
+            "libtpu, the TPU compiler, is not installed (700 MB; no TPU is needed): "
+            f"{libtpu_command()}"
+        )
+    for name, value in {
+        # Other processes may have it loaded, too.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # It would look for a TPU machine's services.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    }.items():
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+def libtpu_command() -> str:
+    """Returns the command that installs the libtpu that the installed jax asks for."""
+    for wanted in importlib.metadata.requires("jax") or ():
+        name = wanted.partition(";")[0].strip()
+        if name.startswith("libtpu") and "extra" in wanted:
+            return f"pip install '{name}'"
+    return f"pip install 'jax[tpu]=={jax.__version__}'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a run.
+
+    Attributes:
+      name: as it stands in the table.
+      lower: traces and lowers it.
+      beside_bytes: what the run holds on the fullest device while the program runs,
+        besides its arguments.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    beside_bytes: int
+
+
+class Recipe:
+    """A run's programs on described devices. Its parts are those that a run makes."""
+
+    def __init__(
+        self,
+        model: model_config.ModelConfig,
+        run: config_lib.RunConfig,
+        devices: Sequence[Any],
+    ):
+        """Makes learner, weight sync and engine without weights.
+
+        Args:
+          model: the policy.
+          run: the recipe.
+          devices: of the slice, at least as many as the mesh has.
+        """
+        self.model, self.run = model, run
+        self.mesh = sharding.make_mesh(
+            run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices=devices
+        )
+        # Chunks of the head are counted over all devices: 2048 predictions on each.
+        self.head_chunk = 2048 * run.mesh.data * run.mesh.fsdp
+        pool = programs.ProgramPool()
+        self.learner = learner.Learner(
+            model, run, mesh=self.mesh, pool=pool, head_chunk=self.head_chunk
+        )
+        self.state = self.learner.abstract_state()
+        engine_mesh = weight_sync.engine_mesh(self.mesh)
+        self.sync = weight_sync.WeightSync(
+            model,
+            source=self.mesh,
+            target=engine_mesh,
+            dtype=run.precision,
+            pool=pool,
+        )
+        self.engine = rollout.Engine(
+            model,
+            rollout.EngineConfig(
+                max_rows=run.rollout.max_batch,
+                max_length=run.task.max_prompt_tokens + run.rollout.max_new_tokens,
+                page_size=run.cache.page_size,
+                num_pages=run.cache.num_pages,
+                steps_per_call=run.rollout.steps_per_call,
+                prefill_chunk=run.rollout.prefill_chunk,
+                sampling_cfg=sampling.SamplingConfig(
+                    run.sampling.temperature,
+                    run.sampling.top_k,
+                    run.sampling.top_p,
+                    run.sampling.min_p,
+                ),
+                eos_ids=model.eos_ids,
+                dtype=run.precision,
+            ),
+            mesh=engine_mesh,
+        )
+        self.weights = self._engine_weights(engine_mesh)
+        self.engine.set_params(self.weights, 0)
+
+    def programs(self) -> list[Program]:
+        """Returns the programs of a step, those of the update first."""
+        # What is lowered is what the run lowers, hence the private names.
+        engine, state = self.engine, self.state
+        params, weights = device_bytes(state.params), device_bytes(self.weights)
+        moments = device_bytes(state.opt_state)
+        cache = device_bytes(engine._cache_abstract)
+        loss = self._algorithm().loss
+        reference = params if loss.kl_coef > 0 else 0
+        rows, columns, num_sequences = self.micro_batch()
+        on_worker = weights + cache
+        made = [
+            Program(
+                "accumulate",
+                lambda: self.learner._lower_accumulate(
+                    rows, columns, loss, num_sequences
+                ),
+                moments + reference + on_worker,
+            ),
+            Program("apply", self.learner._lower_apply, reference + on_worker),
+            Program(
+                "logprobs",
+                lambda: self.learner._lower_logprobs(rows),
+                params + moments + on_worker,
+            ),
+            # The engine holds its old weights until the new ones are there.
+            Program(
+                "sync", self.sync._lower, moments + reference + on_worker + weights
+            ),
+        ]
+        recorder = _Recorder()
+        engine.pool = recorder
+        engine.warm_up(wait=False)
+        learning = params + moments + reference
+        buckets = scheduler.buckets(engine.engine_cfg.max_rows)
+        for kind, size in (("prefill", None), ("decode", max(buckets)), ("decode", 1)):
+            keys = [key for key in recorder.lowering if key[0] == kind]
+            key = (kind, size) if size else max(keys)
+            made.append(Program(f"{kind}_{key[1]}", recorder.lowering[key], learning))
+        return made
+
+    def micro_batch(self) -> tuple[policy_gradient.Rows, Any, int]:
+        """Makes the largest micro-batch: full rows of one prompt and response each.
+
+        Returns:
+          Rows and columns, abstract and placed, and the bound on sequences.
+        """
+        run, num_rows = self.run, self.learner.rows_per_micro_batch
+        algorithm = self._algorithm()
+        prompt = np.zeros(run.task.max_prompt_tokens, np.int32)
+        tokens = np.zeros(run.rollout.max_new_tokens, np.int32)
+        logprobs = np.zeros(len(tokens), np.float32)
+        example = types.Example("", "", None, {})
+        batch = experience.Experience(
+            [prompts.Prompt(i, example, prompt) for i in range(num_rows)],
+            [types.Completion(i, tokens, logprobs, "length") for i in range(num_rows)],
+            np.zeros((num_rows, 1)),
+        )
+        later_updates = run.learner.epochs * run.learner.minibatches > 1
+        recompute = run.learner.old_logprobs == "recompute"
+        given = [logprobs] * num_rows
+        _, (micro,) = experience.micro_batches(
+            batch,
+            experience.Layout(run.learner.row_tokens, num_rows),
+            algorithm,
+            np.zeros(num_rows, np.float32),
+            max_new_tokens=run.rollout.max_new_tokens,
+            old_logprobs=given if later_updates or not recompute else None,
+            ref_logprobs=given if algorithm.loss.kl_coef > 0 else None,
+        )
+
+        def place(leaf):
+            where = sharding.named(
+                self.mesh, self.learner.rules, ("batch",), leaf.shape
+            )
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        rows, columns = jax.tree.map(place, (micro.rows, micro.columns))
+        return rows, columns, micro.num_sequences
+
+    def _algorithm(self) -> algorithms.Algorithm:
+        chosen = self.run.algorithm
+        return algorithms.build(algorithms.preset(chosen.name) | chosen.overrides())
+
+    def _engine_weights(self, mesh: jax.sharding.Mesh) -> model_params.Params:
+        abstract = jax.eval_shape(
+            model_params.unstack, model_params.abstract(self.model, self.run.precision)
+        )
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=where
+            ),
+            abstract,
+            self.sync._target,
+        )
+
+
+class _Recorder:
+    """Takes a program pool's place and keeps how programs are lowered."""
+
+    def __init__(self):
+        self.lowering: dict[tuple, Callable[[], jax.stages.Lowered]] = {}
+
+    def prepare(self, key: tuple, lower: Callable[[], jax.stages.Lowered]) -> None:
+        """Keeps a program's lowering."""
+        self.lowering[key] = lower
+
+
+def device_bytes(tree: Any) -> int:
+    """Returns what a tree of placed abstract arrays takes on one of its devices."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def measure(program: Program, hbm_bytes: float) -> harness.Row:
+    """Compiles a program; returns its columns of the table."""
+    started = time.perf_counter()
+    lowered = program.lower()
+    lower_s = time.perf_counter() - started
+    started, used = time.perf_counter(), time.process_time()
+    row: harness.Row = {"program": program.name, "lower_s": round(lower_s, 1)}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler refuses what exceeds the chip, and says by how much.
+        return row | {"fits": False, "refused": _first_line(error)}
+    memory = compiled.memory_analysis()
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = (
+        memory.argument_size_in_bytes
+        + fresh
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+        + program.beside_bytes
+    )
+    cost = compiled.cost_analysis() or {}
+    counts = collectives(compiled.as_text())
+    return row | {
+        "compile_s": round(time.perf_counter() - started, 1),
+        "compile_cpu_s": round(time.process_time() - used, 1),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": fresh,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "beside_bytes": program.beside_bytes,
+        "total_bytes": total,
+        "hbm_bytes": int(hbm_bytes),
+        "fits": total <= hbm_bytes,
+        "flops": cost.get("flops"),
+        "bytes_accessed": cost.get("bytes accessed"),
+        **{f"num_{kind.replace('-', '_')}": counts[kind] for kind in _COLLECTIVES},
+    }
+
+
+def collectives(text: str) -> collections.Counter:
+    """Counts collectives by kind in a compiled program's text, loop bodies once."""
+    kinds = "|".join(_COLLECTIVES)
+    found = re.findall(rf"^[^=]*= [^=]*? ({kinds})(?:-start)?\(", text, re.MULTILINE)
+    return collections.Counter(found)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if "exceeds" in line or "Ran out" in line]
+    return (told or lines)[0][:200]
+
+
+def run_model(
+    name: str, wanted: Callable[[str], bool], report: Callable[[str], None] = print
+) -> Iterator[harness.Row]:
+    """Compiles the wanted programs of one variant; yields a row for each."""
+    run = config_lib.load(grpo.get_config(name))
+    devices = described_devices(SLICES[name])
+    recipe = Recipe(ARCHITECTURES[name], run, devices)
+    for program in recipe.programs():
+        if not wanted(program.name):
+            continue
+        report(f"Compiling {program.name} of {name} for {SLICES[name]} ...")
+        chip = SLICES[name].partition(":")[0]
+        yield {
+            "model": name,
+            "slice": SLICES[name],
+            "mesh": "x".join(str(size) for size in recipe.mesh.devices.shape),
+            "row_tokens": run.learner.row_tokens,
+            "rows_per_device": run.learner.rows_per_micro_batch,
+            "head_chunk": recipe.head_chunk,
+            "remat": run.model.remat,
+            "max_batch": run.rollout.max_batch,
+            **measure(program, HBM_BYTES[chip]),
+        }
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the experiment; returns the rows that it made."""
+    options = _parse(arguments)
+    # Nothing runs; without this jax would look for the TPU that libtpu promises.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    out = options.out or harness.RESULTS_DIR / options.scale
+    path = out / f"{SLUG}.csv"
+    settings = {
+        "models": options.models,
+        "programs": options.programs or "all",
+        "slices": {name: SLICES[name] for name in options.models},
+    }
+    described_devices(SLICES[options.models[0]])
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
+    }
+    provenance = harness.Provenance(SLUG, settings, versions)
+    commit = (provenance.record["commit"] or "unknown")[:10]
+    made: list[harness.Row] = []
+    for name in options.models:
+        for row in run_model(
+            name, lambda p: not options.programs or p in options.programs
+        ):
+            made.append(row | {"commit": commit})
+            harness.write_csv(path, merged(_read(path), made))
+            provenance.write(out / f"{SLUG}.json")
+    print(harness.format_table([_in_short(row) for row in made]))
+    return made
+
+
+def merged(old: Sequence[harness.Row], new: Sequence[harness.Row]) -> list[harness.Row]:
+    """Returns the rows in the order of the variants, new ones for old ones."""
+    rows = {(row["model"], row["program"]): row for row in [*old, *new]}
+    order = list(ARCHITECTURES)
+    return sorted(rows.values(), key=lambda row: order.index(row["model"]))
+
+
+def _read(path: pathlib.Path) -> list[harness.Row]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _in_short(row: harness.Row) -> harness.Row:
+    short = {key: row.get(key) for key in ("model", "slice", "program")}
+    for key in ("argument", "temp", "beside", "total", "hbm"):
+        value = row.get(f"{key}_bytes")
+        short[f"{key}_gib"] = None if value is None else value / GIB
+    return short | {key: row.get(key) for key in ("fits", "compile_s")}
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    parser.add_argument("--models", default=",".join(ARCHITECTURES))
+    parser.add_argument("--programs", default="", help="such as accumulate,decode_1")
+    parser.add_argument("--out", type=pathlib.Path, help="default results/<scale>")
+    options = parser.parse_args(arguments)
+    options.models = options.models.split(",")
+    options.programs = list(filter(None, options.programs.split(",")))
+    unknown = [name for name in options.models if name not in ARCHITECTURES]
+    if unknown:
+        parser.error(
+            f"--models names {', '.join(unknown)}; known here are "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    return options
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except NoCompilerError as error:
+        sys.exit(f"error: {error}")
