@@ -144,8 +144,8 @@ def apply_gradients(
 class Learner:
     """Places state and batches on the mesh, compiles through the pool, takes steps.
 
-    Programs are compiled once per shape of micro-batch; their keys in the pool begin
-    with `learner`.
+    Programs are compiled once per shape of micro-batch. Learners of equal settings on
+    one mesh may share a pool.
     """
 
     def __init__(
@@ -193,6 +193,8 @@ class Learner:
         self._schedule = learning_rate(run.optimizer, **settings)
         self._rows_per_device = run.learner.rows_per_micro_batch
         self._replicated = sharding_lib.replicated(mesh)
+        self._key = ("learner", self.forward_cfg, mesh, self.rules)
+        self._step_key = (*self._key, run.optimizer, *settings.values())
         self._state = self._abstract_train_state()
         self._gradient = policy_gradient.Gradient(
             params=self._state.params,
@@ -230,7 +232,7 @@ class Learner:
         placed = jax.device_put(params, _shardings(self._state.params))
         dtypes = tuple(str(x.dtype) for x in jax.tree.leaves(placed))
         program = self._pool.get(
-            ("learner", "init", dtypes),
+            (*self._step_key, "init", dtypes),
             lambda: jax.jit(start, out_shardings=_shardings(self._state)).lower(placed),
         )
         return program(placed)
@@ -252,7 +254,7 @@ class Learner:
         for part in parts:
             rows = self._place(policy_gradient.rows_of(part))
             program = self._pool.get(
-                ("learner", "logprobs", _shapes(rows)),
+                (*self._key, "logprobs", _shapes(rows)),
                 functools.partial(self._lower_logprobs, rows),
             )
             outputs.append(program(params, rows))
@@ -284,20 +286,20 @@ class Learner:
             raise ValueError(
                 "micro_batches is empty: skip the update when nothing was packed."
             )
-        carry = self._pool.get(("learner", "zeros"), self._lower_zeros)()
+        carry = self._pool.get((*self._key, "zeros"), self._lower_zeros)()
         fetched = []
         for batch in micro_batches:
             rows, columns = self._place(batch.rows), self._place(batch.columns)
             shapes = _shapes((rows, columns))
             program = self._pool.get(
-                ("learner", "accumulate", cfg, batch.num_sequences, shapes),
+                (*self._key, "accumulate", cfg, batch.num_sequences, shapes),
                 functools.partial(
                     self._lower_accumulate, rows, columns, cfg, batch.num_sequences
                 ),
             )
             carry, *outputs = program(state.params, carry, rows, columns)
             fetched.append(outputs)
-        step = self._pool.get(("learner", "apply"), self._lower_apply)
+        step = self._pool.get((*self._step_key, "apply"), self._lower_apply)
         state, outcome = step(state, carry)
         del carry
         sums, logprobs = zip(*jax.device_get(fetched), strict=True)

@@ -58,6 +58,7 @@ class WeightSync:
         rules = rules or sharding_lib.ShardingRules()
         self._pool = pool
         self._dtype = jnp.dtype(dtype)
+        self._key = ("weight_sync", model, source, target, rules, self._dtype)
         self._version = 0
         self._source = _shardings(model, source, rules)
         self._abstract = model_params.abstract(model)
@@ -88,7 +89,7 @@ class WeightSync:
           The engine's params (a tuple of layers, on the engine's mesh, in its dtype),
           complete when returned, and their version, counted from 1.
         """
-        program = self._pool.get(("weight_sync", str(self._dtype)), self._lower)
+        program = self._pool.get(self._key, self._lower)
         leaves, treedef = jax.tree.flatten(program(params))
         if not self._same_devices:
             targets = jax.tree.leaves(self._target)
