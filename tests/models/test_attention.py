@@ -12,6 +12,10 @@ from tlt_jax.rl import packing
 
 B, K, G, T, H, MAX_PAGES, NUM_PAGES = 4, 2, 3, 4, 6, 4, 14
 SCALE = 0.7
+# For programs that run once: compiling them is what takes time.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 LAYER = 1
 # Depths of a tree of fresh tokens: 0 -> 1, 0 -> 2, 2 -> 3.
 DEPTHS = np.array([0, 1, 1, 2])
@@ -198,7 +202,7 @@ def test_join_is_associative_and_an_empty_part_is_neutral():
     rng = np.random.default_rng(0)
     shape = (2, 3, 5)
     a, b, c = (random_part(rng, shape) for _ in range(3))
-    join = jax.jit(attention.join)
+    join = quick_jit(attention.join)
     for left, right in (
         (join(join(a, b), c), join(a, join(b, c))),
         (join(a, b), join(b, a)),
@@ -270,7 +274,7 @@ def test_invisible_keys_have_no_gradient_and_visible_ones_do(block):
         each = jnp.sum(attention.finish(part) * direction, axis=(1, 3))
         return jnp.sum(each.reshape(batch, 2, num_tokens), axis=1)
 
-    jacobian = jax.jit(jax.jacrev(outputs, argnums=(0, 1)))
+    jacobian = quick_jit(jax.jacrev(outputs, argnums=(0, 1)))
     slopes = jacobian(keys, values, jnp.asarray(packed.segment))
     # A query that sees one key only gives it all the weight, whatever its score.
     alone = rule.sum(-1, keepdims=True) == 1
@@ -294,7 +298,7 @@ def test_a_query_that_sees_nothing_yields_zeros_and_finite_gradients():
         out = attention.finish(part)
         return jnp.sum(out**2 + out), out
 
-    slope, out = jax.jit(jax.grad(total, has_aux=True))(jnp.ones((1, 1, 1, 3, H)))
+    slope, out = quick_jit(jax.grad(total, has_aux=True))(jnp.ones((1, 1, 1, 3, H)))
     assert not np.any(out)
     assert not np.any(slope)
 
@@ -355,7 +359,7 @@ def test_long_rows_are_walked_in_tiles_to_the_same_end(seen_by, window):
 
         # As a layer does: computed again in the backward pass, and in a loop.
         slopes = jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2), has_aux=True)
-        return jax.jit(slopes)(*arrays, None if window is None else jnp.int32(window))
+        return quick_jit(slopes)(*arrays, None if window is None else jnp.int32(window))
 
     slopes, (_, out) = run(block=256)
     for block in (1, 2, 5):  # 12, 6 and 3 tiles, the last one padded
@@ -395,6 +399,6 @@ def test_tiled_queries_that_see_nothing_yield_zeros_and_finite_gradients():
         out = attention.finish(part)
         return jnp.sum(out**2 + out), out
 
-    slope, out = jax.jit(jax.grad(total, has_aux=True))(jnp.ones((1, 1, 1, 9, H)))
+    slope, out = quick_jit(jax.grad(total, has_aux=True))(jnp.ones((1, 1, 1, 9, H)))
     assert not np.any(out)
     assert not np.any(slope)

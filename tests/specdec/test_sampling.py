@@ -1,5 +1,7 @@
 """The sampling law against a slow twin, and its draws against the law."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,14 +39,16 @@ def some_logits(num_tokens, seed=0):
     return logits.astype(np.float32)
 
 
-compiled_law = jax.jit(sampling.law, static_argnums=1)
+# These programs run once or twice: compiling them is what takes time.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+compiled_law = jit(sampling.law, static_argnums=1)
 
 
 def law_of(logits, settings):
     return compiled_law(logits, sampling.SamplingConfig(**settings))
 
 
-@jax.jit
+@jit
 def draws(law, keys, positions):
     """Tokens and their log-probabilities, `[12, num_positions]`."""
 
@@ -56,7 +60,7 @@ def draws(law, keys, positions):
     return jax.lax.map(at, positions)
 
 
-@jax.jit
+@jit
 def readings(law):
     return law.logprobs(), law.entropy()
 
@@ -155,7 +159,7 @@ def test_gradients_are_those_of_the_truncated_law(settings):
     inside = np.argmax(logits, -1)
     outside = np.argmin(np.where(np.isfinite(logits), logits, np.inf), -1)
 
-    @jax.jit
+    @jit
     def slopes(logits):
         def total(logits, of):
             law = sampling.law(logits, sampling.SamplingConfig(**settings))
