@@ -1,6 +1,11 @@
-"""Whole runs small enough to be repeated: `configs/tiny.py` made tinier still."""
+"""Whole runs small enough to be repeated: `configs/tiny.py` made tinier still.
+
+It is a recipe as well: `--config=tests/tiny_runs.py`.
+"""
 
 from typing import Any
+
+import ml_collections
 
 from configs import tiny
 from tlt_jax import config
@@ -16,6 +21,8 @@ SETTINGS = {
     "pretrain.d_ff": 64,
     "pretrain.head_dim": 8,
     "task.size": 64,
+    # With both, the vocabulary divides over two devices.
+    "task.options": {"operators": "+-"},
     "rollout.prompts_per_step": 4,
     "rollout.group_size": 4,
     "rollout.max_new_tokens": 6,
@@ -31,16 +38,19 @@ SETTINGS = {
 }
 
 
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the recipe."""
+    del arg
+    return _with(tiny.get_config(), SETTINGS)
+
+
 def config_of(**overrides: Any) -> config.RunConfig:
     """Returns the settings with `overrides` by dotted key."""
-    values = tiny.get_config()
-    for key, value in (SETTINGS | overrides).items():
+    return config.load(_with(get_config(), overrides))
+
+
+def _with(values: ml_collections.ConfigDict, settings: dict[str, Any]):
+    for key, value in settings.items():
         section, _, name = key.rpartition(".")
         (values[section] if section else values)[name] = value
-    return config.load(values)
-
-
-def flags_of(**overrides: Any) -> list[str]:
-    """Returns the same settings as arguments of `tlt_jax.main`."""
-    settings = (SETTINGS | overrides).items()
-    return [f"--config.{key}={value}" for key, value in settings]
+    return values

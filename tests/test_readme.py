@@ -1,0 +1,243 @@
+"""Every command that the documentation prints can be started."""
+
+import ast
+import configparser
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from tests import command_lines
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+
+def documents() -> dict[str, str]:
+    """Returns the texts that print commands, by their path."""
+    found = {"README.md": README.read_text("utf-8")}
+    for folder in ("configs", "experiments"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            doc = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+            found[str(path.relative_to(ROOT))] = doc or ""
+        for path in sorted((ROOT / folder).rglob("*.md")):
+            found[str(path.relative_to(ROOT))] = path.read_text("utf-8")
+    return found
+
+
+def shell_lines(text: str) -> list[str]:
+    """Returns the lines of fenced blocks of commands, continued ones joined.
+
+    In a console block commands follow `$ `, all else is output.
+    """
+    lines = []
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
+        block = block.replace("\\\n", " ")
+        if kind == "console":
+            lines += re.findall(r"^\$ (.*)$", block, re.M)
+        elif kind in ("bash", "sh", "shell") or (not kind and "python -m" in block):
+            lines += block.splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Returns the words of every command printed: in blocks, `python -m` anywhere."""
+    found = []
+    for line in shell_lines(text):
+        found += split(line)
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    outside = outside.replace("\\\n", " ")
+    # Up to the end of the line or of what backticks enclose.
+    for line in re.findall(r"\bpython -m [^\n`]+", outside):
+        found += split(line)
+    for line in re.findall(r"`(pip install [^\n`]+)`", outside):
+        found += split(line)
+    return found
+
+
+def split(line: str) -> list[list[str]]:
+    """Splits a shell line into the words of its commands."""
+    words, found = shlex.split(line, comments=True), [[]]
+    for word in words:
+        if word in ("&&", ";"):
+            found.append([])
+        else:
+            found[-1].append(word)
+    return [command for command in found if command]
+
+
+DOCUMENTS = documents()
+PRINTED = [(path, words) for path in DOCUMENTS for words in commands(DOCUMENTS[path])]
+
+
+def modules() -> list[tuple[str, list[str]]]:
+    """Returns the `python -m` commands of this repository's programs."""
+    ours = ("tlt_jax", "experiments", "notebooks")
+    return [
+        (path, words[2:])
+        for path, words in PRINTED
+        if words[:2] == ["python", "-m"] and words[2].split(".")[0] in ours
+    ]
+
+
+# Commands as they would be printed after a flag or a setting has gone.
+STALE = (
+    ("tlt_jax.main", "--config=configs/tiny.py", "--workdir=D", "--config.sed=1"),
+    ("experiments.decode_speed", "--no-such-flag"),
+    ("tlt_jax.export", "--workdir=D", "--out=D", "--no_such_flag=1"),
+    ("tlt_jax.export", "--workdir=D"),
+    ("tlt_jax.gone",),
+)
+
+
+@pytest.fixture(scope="module")
+def started():
+    """What came of every `python -m` command of ours, started once each."""
+    unique = list(dict.fromkeys(tuple(words) for _, words in modules()))
+    present = [words for words in unique if exists(words[0])]
+    started = [prepared(words) for words in present]
+    results = command_lines.start([*started, *STALE], stop=True)
+    return dict(zip([*present, *STALE], results, strict=True))
+
+
+def exists(module: str) -> bool:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return False
+    if found is not None and found.submodule_search_locations is not None:
+        found = importlib.util.find_spec(f"{module}.__main__")
+    return found is not None
+
+
+def prepared(words: tuple[str, ...]) -> list[str]:
+    """Puts something there for the words that a reader replaces."""
+    return [
+        re.sub(r"\bSPEC\b|\bsmollm2-135m-instruct\b", "scratch", word).replace(
+            "configs/<recipe>.py", "configs/tiny.py"
+        )
+        for word in words
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), modules(), ids=lambda value: " ".join(value)[:70]
+)
+def test_a_printed_command_starts(started, path, words):
+    assert exists(words[0]), f"{path} prints a module that is not there: {words[0]}"
+    status, output, errors = started[tuple(words)]
+    assert status == 0, f"{path} prints a command that fails: {words}\n{errors}"
+    if words[0] == "tlt_jax.main":
+        assert "would train" in output
+
+
+def test_every_recipe_prints_its_command():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        named = f"--config=configs/{path.name}"
+        printed = commands(ast.get_docstring(ast.parse(path.read_text())))
+        assert any(
+            word.partition(":")[0] == named for words in printed for word in words
+        ), f"{path.name} says no command that starts it"
+
+
+def test_every_experiment_prints_its_command():
+    listed = ast.parse((ROOT / "experiments" / "__main__.py").read_text())
+    (status,) = [
+        ast.literal_eval(node.value)
+        for node in listed.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "STATUS"
+    ]
+    for slug in status:
+        printed = commands(DOCUMENTS[f"experiments/{slug}.py"])
+        assert any(f"experiments.{slug}" in words for words in printed), slug
+
+
+def extras() -> dict[str, str]:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return dict(parser["options.extras_require"])
+
+
+def installs() -> list[tuple[str, list[str]]]:
+    return [
+        (path, words[words.index("install") + 1 :])
+        for path, words in PRINTED
+        if words[0] == "pip" or words[:3] == ["python", "-m", "pip"]
+        if "install" in words
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), installs(), ids=lambda value: " ".join(value)[:70]
+)
+def test_a_printed_installation_names_what_there_is(path, words):
+    for word in words:
+        if not word.startswith("."):
+            continue
+        local = re.fullmatch(r"\.(?:\[([\w,]+)\])?", word)
+        assert local, f"{path}: pip installs {word}"
+        for extra in (local[1] or "").split(",") if local[1] else ():
+            assert extra in extras(), f"{path}: setup.cfg has no extra {extra!r}"
+
+
+def test_tests_are_run_as_continuous_integration_runs_them():
+    """Apart from what only changes the output, and the torch that is pinned there."""
+    script = (ROOT / ".ci" / "run").read_text()
+    quiet = re.compile(r"-q|-p no:cacheprovider|--durations=\d+|</dev/null")
+
+    def pytest_commands(text):
+        lines = re.findall(r"^python -m pytest .*$", text, re.M)
+        return {" ".join(quiet.sub("", line).split()) for line in lines}
+
+    readme = "\n".join(shell_lines(DOCUMENTS["README.md"]))
+    (ours,) = pytest_commands(script)
+    assert ours in pytest_commands(readme)
+    pinned = re.findall(r"torch==\S+", script)
+    assert pinned and all(f"pip install {name} " in readme for name in pinned)
+    assert pinned[0] in extras()["test"]
+
+
+def test_markers_that_are_printed_exist():
+    settings = (ROOT / "pyproject.toml").read_text()
+    for path, words in PRINTED:
+        if words[:3] == ["python", "-m", "pytest"] and "-m" in words[3:]:
+            marker = words[words.index("-m", 3) + 1]
+            assert f'"{marker}: ' in settings, f"{path}: no marker {marker!r}"
+
+
+def test_every_command_of_the_readme_is_of_a_kind_that_is_checked():
+    for line in shell_lines(DOCUMENTS["README.md"]):
+        for words in split(line):
+            known = (
+                words[0] == "pip"
+                or (words[:2] == ["python", "-m"])
+                or (words[0].startswith((".", "./")) and (ROOT / words[0]).is_file())
+            )
+            assert known, f"teach this test how to start {words}"
+            if words[:2] == ["python", "-m"]:
+                ours = words[2].split(".")[0] in ("tlt_jax", "experiments", "notebooks")
+                assert ours or words[2] in ("pytest", "pip"), words
+
+
+def test_commands_are_found_and_missing_ones_noticed():
+    text = (
+        "Start `python -m experiments` or\n\n    python -m tlt_jax.main \\\n        "
+        "--config=configs/tiny.py --workdir=DIR\n\n```bash\npip install -e '.[test]' "
+        "&& python -m gone.away --x=1  # later\n```\n```console\n$ .ci/run\nok\n```\n"
+    )
+    assert commands(text) == [
+        ["pip", "install", "-e", ".[test]"],
+        ["python", "-m", "gone.away", "--x=1"],
+        [".ci/run"],
+        ["python", "-m", "experiments"],
+        ["python", "-m", "tlt_jax.main", "--config=configs/tiny.py", "--workdir=DIR"],
+    ]
+    assert not exists("gone.away") and not exists("tlt_jax.gone")
+    assert exists("experiments") and not exists("tlt_jax")
+
+
+@pytest.mark.parametrize("words", STALE, ids=" ".join)
+def test_a_stale_command_would_be_noticed(started, words):
+    assert started[words].status != 0

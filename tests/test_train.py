@@ -1,0 +1,463 @@
+"""Whole runs: what they write, that they are a function of their settings, and that
+they go on after whatever stops them."""
+
+import errno
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_runs
+from tlt_jax import checkpoint, metrics, schema, train, workdir
+from tlt_jax.rl import experience
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ODD = "tests.judges:odd"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run with everything on, from a model that it makes itself."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    run = tiny_runs.config_of(**{"log.tensorboard": True})
+    assert train.train(run, directory)["step"] == run.num_steps
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(whole):
+    return str(whole / "initial_model")
+
+
+@pytest.fixture(scope="module")
+def base(model, tmp_path_factory):
+    """An uninterrupted run that others are compared with; its groups carry signal."""
+    directory = tmp_path_factory.mktemp("base") / "run"
+    start(model, directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Drawing takes longer than training here; `whole` is made with it."""
+    monkeypatch.setattr(train.plots, "draw_all", lambda directory: None)
+
+
+def settings(model, **overrides):
+    return {"model.spec": model, "reward.function": ODD} | overrides
+
+
+def start(model, directory, **overrides):
+    """Run `base`, or what differs from it by `overrides`; return the record."""
+    train.train(tiny_runs.config_of(**settings(model, **overrides)), directory)
+    return metrics.read(directory)
+
+
+def decisive(rows):
+    """Everything of a record but how long it took."""
+    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows]
+
+
+def values(rows, name):
+    return [row[name] for row in rows]
+
+
+def policy(directory, step=None):
+    """The bytes of all weights of a checkpoint."""
+    params, _, _ = checkpoint.restore_policy(directory, step)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+
+
+def rollouts(directory, step):
+    text = (directory / "rollouts" / f"step_{step:06d}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_run_writes_its_record(whole):
+    rows = metrics.read(whole)
+    assert values(rows, "step") == list(range(1, 9))
+    for row in rows:
+        assert metrics.NAMES <= row.keys()
+        assert 0 <= row["mismatch/logprob_max_abs"] < 1e-4
+        assert re.fullmatch("[0-9a-f]{64}", row["rollout/tokens_digest"])
+        assert row["rollout/tokens"] > 0 and row["rollout/tokens_per_s"] > 0
+        assert row["policy/entropy"] > 0
+        stages = ("rollout", "reward", "inference", "update", "sync", "compile")
+        spent = sum(row[f"time/{stage}_s"] for stage in stages)
+        assert 0 < spent <= row["time/step_s"]
+        texts = rollouts(whole, row["step"])
+        assert len(texts) == 16
+        assert sum(text["num_tokens"] for text in texts) == row["rollout/tokens"]
+        rewards = [text["reward"] for text in texts]
+        assert np.mean(rewards) == pytest.approx(row["reward/mean"])
+        # The task's own verifier judged.
+        right = [float(t["text"].strip() == t["answer"]) for t in texts]
+        assert rewards == right
+    assert len(set(values(rows, "rollout/tokens_digest"))) == len(rows)
+
+
+def test_a_run_writes_its_files(whole):
+    expected = json.loads((whole / "config.json").read_text())
+    assert expected["rollout"]["group_size"] == 4
+    steps = {int(path.name) for path in (whole / "checkpoints").iterdir()}
+    assert steps == {6, 8}  # checkpoint.every=2, checkpoint.keep=2
+    assert (whole / "tokenizer" / "tokenizer.json").is_file()
+    assert (whole / "initial_model" / "model.safetensors").is_file()
+    assert {"reward.png", "lengths.png", "time_split.png"} <= {
+        path.name for path in (whole / "plots").iterdir()
+    }
+    assert list((whole / "tensorboard").glob("events.*"))
+
+
+def test_the_same_settings_give_the_same_run(whole, model, tmp_path):
+    """From the directory of the model that the other run made in its own."""
+    rows = start(model, tmp_path, **{"reward.function": "", "checkpoint.every": 0})
+    assert decisive(rows) == decisive(metrics.read(whole))
+    assert policy(tmp_path) == policy(whole)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(base, model, tmp_path):
+    command = [sys.executable, "-m", "tlt_jax.main", "--config=tests/tiny_runs.py"]
+    command += [f"--config.{key}={value}" for key, value in settings(model).items()]
+    command += [f"--workdir={tmp_path}"]
+    record = tmp_path / metrics.FILE
+    num_rows, delay_s = random.randrange(1, 7), random.uniform(0.0, 0.05)
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        while process.poll() is None:
+            if record.exists() and record.read_bytes().count(b"\n") >= num_rows:
+                break
+            time.sleep(0.005)
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    killed_when = f"killed {delay_s} s after row {num_rows}"
+    rows = metrics.read(tmp_path)
+    assert decisive(rows) == decisive(metrics.read(base)), killed_when
+    assert policy(tmp_path) == policy(base), killed_when
+    for step in values(rows, "step"):
+        assert rollouts(tmp_path, step) == rollouts(base, step)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(
+            {
+                "rollout.max_batch": 2,
+                "cache.page_size": 16,
+                "rollout.steps_per_call": 5,
+                "rollout.prefill_chunk": 1,
+                "reward.workers": 2,
+            },
+            id="narrow",
+        ),
+        pytest.param(
+            # The cache stays as it is, so that programs are found again.
+            {"rollout.max_batch": 8, "cache.num_pages": 21},
+            id="wide",
+        ),
+    ],
+)
+def test_tokens_do_not_depend_on_how_they_are_computed(base, model, tmp_path, other):
+    rows = start(model, tmp_path, num_steps=4, **other)
+    expected = metrics.read(base)[:4]
+    for name in ("rollout/tokens_digest", "reward/mean", "length/mean"):
+        assert values(rows, name) == values(expected, name)
+    assert values(rows, "rollout/decode_steps") != values(
+        expected, "rollout/decode_steps"
+    )
+
+
+def test_eight_devices_draw_the_tokens_of_one(base, model, tmp_path):
+    parts = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    assert jax.device_count() == 8
+    rows = start(model, tmp_path, num_steps=3, **parts)
+    expected = metrics.read(base)[:3]
+    assert values(rows, "rollout/tokens_digest") == values(
+        expected, "rollout/tokens_digest"
+    )
+    assert max(values(rows, "mismatch/logprob_max_abs")) < 1e-4
+    np.testing.assert_allclose(
+        values(rows, "policy/grad_norm"),
+        values(expected, "policy/grad_norm"),
+        rtol=1e-3,
+    )
+
+
+def test_a_finished_run_stays_and_more_steps_are_added(base, model, tmp_path):
+    shutil.copytree(base, tmp_path / "run")
+    before = (tmp_path / "run" / metrics.FILE).read_bytes()
+    start(model, tmp_path / "run")
+    assert (tmp_path / "run" / metrics.FILE).read_bytes() == before
+    rows = start(model, tmp_path / "run", num_steps=10, **{"checkpoint.keep": 3})
+    assert (tmp_path / "run" / metrics.FILE).read_bytes().startswith(before)
+    assert values(rows, "step") == list(range(1, 11))
+    assert policy(tmp_path / "run", step=8) == policy(base)
+
+
+def test_other_settings_are_refused_before_anything_is_touched(base, model, tmp_path):
+    shutil.copytree(base, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(schema.ConfigError, match=r"holds a run with seed=0, not 5: "):
+        start(model, tmp_path / "run", seed=5)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_updates_that_are_not_finite_are_skipped_then_stop_the_run(
+    model, tmp_path, monkeypatch
+):
+    """The advantages of steps 2 and 4 to 6 are not numbers."""
+    advantages_of, num_calls = experience.advantages_of, 0
+
+    def sometimes_nan(*arguments):
+        nonlocal num_calls
+        num_calls += 1
+        estimated = advantages_of(*arguments)
+        return estimated if num_calls in (1, 3) else np.full_like(estimated, np.nan)
+
+    monkeypatch.setattr(experience, "advantages_of", sometimes_nan)
+    keep = {"checkpoint.every": 1, "checkpoint.keep": 9}
+    with pytest.raises(train.TrainingError) as raised:
+        start(model, tmp_path, **keep)
+    assert "3 updates in a row were not finite (step 6)" in str(raised.value)
+    assert "checkpoint is that of step 5;" in str(raised.value)
+    rows = metrics.read(tmp_path)
+    assert values(rows, "policy/update_skipped") == [0, 1, 0, 1, 1]
+    assert np.isnan(rows[1]["policy/loss"])
+    assert policy(tmp_path, 1) == policy(tmp_path, 2) != policy(tmp_path, 3)
+    assert policy(tmp_path, 3) == policy(tmp_path, 5)
+
+
+def test_a_reward_function_that_fails_is_counted(model, tmp_path, monkeypatch):
+    """It raises or returns NaN by the text's length, and hangs once."""
+    hangs = tmp_path / "hangs"
+    hangs.mkdir()
+    monkeypatch.setenv("TLT_JAX_TEST_HANG", str(hangs))
+    rows = start(
+        model,
+        tmp_path / "run",
+        num_steps=2,
+        **{
+            "reward.function": "tests.judges:unreliable",
+            "reward.workers": 1,
+            "reward.timeout_s": 2.0,
+            "reward.failure_reward": -1.0,
+        },
+    )
+    assert values(rows, "reward/num_timeout") == [1, 0]
+    for row in rows:
+        texts = rollouts(tmp_path / "run", row["step"])
+        lengths = np.array([len(text["text"]) for text in texts])
+        assert row["reward/num_error"] == pytest.approx(
+            np.sum(lengths % 3 == 0), abs=row["reward/num_timeout"]
+        )
+        assert row["reward/num_nonfinite"] == pytest.approx(
+            np.sum(lengths % 3 == 1), abs=row["reward/num_timeout"]
+        )
+        kinds = ("error", "nonfinite", "timeout", "crashed")
+        failed = sum(row[f"reward/num_{kind}"] for kind in kinds)
+        assert row["reward/num_failed"] == failed > 0
+        assert row["reward/mean"] == pytest.approx((16 - 2 * failed) / 16)
+        assert row["reward/first_failure"]
+        assert row["policy/update_skipped"] == 0
+    assert "more than timeout_s=2" in rows[0]["reward/first_failure"]
+
+
+ALGORITHMS = {
+    "dr_grpo": {"algorithm.name": "dr_grpo"},
+    "gspo": {"algorithm.name": "gspo", "learner.epochs": 2},
+    "rloo": {"algorithm.name": "rloo", "algorithm.kl_coef": 0.1},
+    "reinforce_pp_baseline": {
+        "algorithm.name": "reinforce_pp_baseline",
+        "algorithm.kl_coef": 0.1,
+    },
+    "grpo with kl": {"algorithm.kl_coef": 0.1, "algorithm.kl_placement": "loss"},
+    "grpo with kl as reward": {
+        "algorithm.kl_coef": 0.1,
+        "algorithm.kl_placement": "reward",
+    },
+    "minibatches": {
+        "learner.epochs": 2,
+        "learner.minibatches": 2,
+        "learner.old_logprobs": "recompute",
+        "algorithm.importance_cap": 2.0,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", ALGORITHMS.values(), ids=ALGORITHMS.keys())
+def test_every_algorithm_takes_steps(base, model, tmp_path, changes):
+    rows = start(model, tmp_path, num_steps=2, **changes)
+    first = metrics.read(base)[0]
+    assert rows[0]["rollout/tokens_digest"] == first["rollout/tokens_digest"]
+    for row in rows:
+        assert row["policy/grad_norm"] > 0 and row["policy/update_skipped"] == 0
+        assert row["mismatch/logprob_max_abs"] < 1e-4
+    if "algorithm.kl_coef" in changes:
+        # The initial policy is its own reference; after an update it is not.
+        start_kl, later_kl = values(rows, "policy/kl")
+        assert abs(start_kl) < 1e-5 < abs(later_kl)
+        assert rows[0]["time/inference_s"] > 0
+    if changes.get("learner.epochs", 1) > 1:
+        assert rows[0]["policy/ratio_std"] > 1e-4
+    initial, final = start_weights(model), policy(tmp_path)
+    assert all(a != b for a, b in zip(initial, final, strict=True))
+
+
+def start_weights(model):
+    params = train.model_source.resolve(model).load("float32")
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+
+
+def test_old_logprobs_recorded_or_recomputed_are_the_same(model, tmp_path):
+    rows = [
+        start(
+            model,
+            tmp_path / choice,
+            num_steps=1,
+            **{"learner.epochs": 2, "learner.old_logprobs": choice},
+        )[0]
+        for choice in ("rollout", "recompute")
+    ]
+    for name in ("policy/loss", "policy/ratio_mean", "policy/grad_norm"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3, abs=1e-5)
+
+
+def test_dynamic_sampling_replaces_groups_without_signal(model, tmp_path):
+    rows = start(model, tmp_path, num_steps=2, **{"algorithm.name": "dapo"})
+    assert max(values(rows, "rollout/rounds")) > 1
+    for row in rows:
+        assert len(rollouts(tmp_path, row["step"])) == 16 * row["rollout/rounds"]
+        assert row["policy/grad_norm"] > 0
+
+
+def test_a_step_in_which_no_group_carries_signal_updates_nothing(model, tmp_path):
+    rows = start(
+        model,
+        tmp_path,
+        num_steps=2,
+        **{"algorithm.name": "dapo", "reward.function": "tests.judges:constant"},
+    )
+    for row in rows:
+        assert metrics.NAMES <= row.keys()
+        assert row["rollout/rounds"] == 4 and row["reward/zero_std_frac"] == 1.0
+        assert row["policy/loss"] is None and row["time/update_s"] == 0.0
+    assert policy(tmp_path) == start_weights(model)
+    digests = values(rows, "rollout/tokens_digest")
+    assert digests[0] != digests[1]  # The prompts go on.
+
+
+def test_long_prompts_are_refused_or_left_out_and_counted(model, tmp_path, capsys):
+    numbers = {
+        "task.options": {"max_operand": 12, "operators": "+-"},
+        "task.max_prompt_tokens": 4,
+    }
+    with pytest.raises(ValueError, match="more than task.max_prompt_tokens=4: raise"):
+        start(model, tmp_path / "refused", **numbers)
+    rows = start(
+        model,
+        tmp_path / "skipped",
+        num_steps=1,
+        **numbers,
+        **{"task.long_prompts": "skip", "log.progress": "plain"},
+    )
+    skipped = rows[0]["rollout/prompts_skipped"]
+    assert 0 < skipped < 64
+    assert f"{skipped} prompts (train) are longer than" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"no prompt is left of 64 \(64 are longer"):
+        start(
+            model,
+            tmp_path / "none",
+            **{"task.long_prompts": "skip", "task.max_prompt_tokens": 1},
+        )
+    # What had been started is ended, whatever the error.
+    assert not [t for t in threading.enumerate() if t.name == "reward"]
+
+
+def test_evaluation_is_recorded_and_changes_nothing(base, model, tmp_path):
+    rows = start(
+        model,
+        tmp_path,
+        num_steps=4,
+        **{
+            "eval.every": 2,
+            "eval.num_prompts": 6,
+            "eval.samples": 2,
+            "eval.k": (1, 2),
+            "eval.temperature": 0.0,
+        },
+    )
+    assert values(rows, "step") == [0, 1, 2, 3, 4]
+    for row in rows[::2]:
+        assert 0 <= row["eval/avg@2"] <= 1
+        # Greedy samples of a prompt are alike.
+        assert row["eval/avg@2"] == row["eval/pass@1"] == row["eval/pass@2"]
+    assert "eval/avg@2" not in rows[1]
+    assert rows[2]["time/eval_s"] > 0
+    assert values(rows[1:], "rollout/tokens_digest") == values(
+        metrics.read(base)[:4], "rollout/tokens_digest"
+    )
+
+
+def test_stop_strings_end_completions(model, tmp_path):
+    start(model, tmp_path, num_steps=1, **{"rollout.stop": ("1", "2")})
+    texts = rollouts(tmp_path, 1)
+    stopped = [text for text in texts if text["finish_reason"] == "stop"]
+    assert stopped
+    for text in texts:
+        body = text["text"] if text not in stopped else text["text"][:-1]
+        assert not {"1", "2"} & set(body)
+    assert all(text["text"][-1] in "12" for text in stopped)
+
+
+def test_bfloat16_trains(model, tmp_path):
+    narrow = {"precision": "bfloat16", "rollout.max_batch": 1}
+    rows = start(model, tmp_path, num_steps=2, **narrow)
+    for row in rows:
+        assert row["policy/grad_norm"] > 0 and row["policy/update_skipped"] == 0
+        assert row["mismatch/logprob_max_abs"] < 0.1
+
+
+def test_a_full_disk_is_named_and_costs_nothing(base, model, tmp_path, monkeypatch):
+    """The third row finds no room; with room the same command completes the run."""
+    write, num_rows = os.write, 0
+
+    def full(file, data):
+        nonlocal num_rows
+        num_rows += data.startswith(b'{"')
+        if num_rows > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.os, "write", full)
+        with pytest.raises(metrics.MetricsError, match="No space left on device"):
+            start(model, tmp_path, num_steps=4)
+    assert len(metrics.read(tmp_path)) == 2
+    rows = start(model, tmp_path, num_steps=4)
+    assert decisive(rows) == decisive(metrics.read(base)[:4])
+
+
+def test_a_directory_in_use_is_left_alone(base, model, tmp_path):
+    shutil.copytree(base, tmp_path / "run")
+    unfinished = tmp_path / "run" / "checkpoints" / "10.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    run = tiny_runs.config_of(**settings(model))
+    with workdir.claimed(tmp_path / "run", run):
+        with pytest.raises(workdir.WorkdirError, match="another process works in"):
+            start(model, tmp_path / "run", num_steps=10)
+    assert unfinished.is_dir()
