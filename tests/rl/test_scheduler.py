@@ -199,6 +199,27 @@ def test_a_preempted_row_comes_back_with_what_it_had_drawn():
     assert device.num_prefilled == 2 + 7
 
 
+def test_the_row_admitted_first_goes_on_at_the_cost_of_all_others():
+    requests = [request(0, 0, prompt=1, max_new_tokens=8)]
+    requests += [request(i, 1, prompt=5, max_new_tokens=3) for i in (1, 2)]
+    plan = scheduler.Scheduler(requests, num_pages=5, page_size=2, max_rows=2)
+    rows, held = [], []
+    for _ in range(8):
+        plan.admit(1)
+        rows.append([row.request.request_id for row in plan.rows])
+        held.append(list(plan._prompts))
+        for row in list(plan.rows):
+            row.tokens.append(7)
+            row.length += 1
+    # Of four pages the row takes its second from the row beside it, and its third from
+    # the prompt that two more wait for.
+    assert rows == [[0, 1]] * 2 + [[0]] * 6
+    assert held == [[1]] * 4 + [[]] * 4
+    assert plan.num_preempted == 1
+    assert [row.request.request_id for row in plan.waiting] == [1, 2]
+    assert [row.tokens for row in plan.waiting] == [[7, 7], []]
+
+
 def test_rows_wait_until_there_are_pages_for_a_whole_call():
     requests = [request(i, i, prompt=1, max_new_tokens=8) for i in range(2)]
     plan = scheduler.Scheduler(requests, num_pages=6, page_size=2, max_rows=2)
