@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from tlt_jax.models import config as model_config
@@ -277,7 +278,7 @@ def _shapes(params: Any, opt_state: Any) -> dict[str, list[int]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         {_POLICY: params, _OPTIMIZER: opt_state}
     )
-    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): list(np.shape(leaf)) for path, leaf in leaves}
 
 
 def _check_shapes(
