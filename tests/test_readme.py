@@ -207,6 +207,16 @@ def test_markers_that_are_printed_exist():
             assert f'"{marker}: ' in settings, f"{path}: no marker {marker!r}"
 
 
+def test_files_that_the_readme_names_exist():
+    folders = "tlt_jax|configs|experiments|tests|notebooks"
+    text = DOCUMENTS["README.md"]
+    named = set(re.findall(rf"\b(?:{folders})/[\w/]+\.[a-z]+", text))
+    named |= set(re.findall(r"\]\((?!http)([^)#]+)\)", text))
+    assert named
+    missing = sorted(name for name in named if not (ROOT / name).exists())
+    assert not missing, f"README.md names {missing}, which are not there"
+
+
 def test_every_command_of_the_readme_is_of_a_kind_that_is_checked():
     for line in shell_lines(DOCUMENTS["README.md"]):
         for words in split(line):
