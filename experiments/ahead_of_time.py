@@ -233,7 +233,11 @@ class Recipe:
         self.engine.set_params(self.weights, 0)
 
     def programs(self) -> list[Program]:
-        """Returns the programs of a step, those of the update first."""
+        """Returns the largest programs of a step, those of the update first.
+
+        Log-probabilities of the reference are `accumulate` without its backward pass,
+        and smaller buckets decode like the largest: both need less.
+        """
         # What is lowered is what the run lowers, hence the private names.
         engine, state = self.engine, self.state
         params, weights = device_bytes(state.params), device_bytes(self.weights)
@@ -252,11 +256,6 @@ class Recipe:
                 moments + reference + on_worker,
             ),
             Program("apply", self.learner._lower_apply, reference + on_worker),
-            Program(
-                "logprobs",
-                lambda: self.learner._lower_logprobs(rows),
-                params + moments + on_worker,
-            ),
             # The engine holds its old weights until the new ones are there.
             Program(
                 "sync", self.sync._lower, moments + reference + on_worker + weights
@@ -266,11 +265,11 @@ class Recipe:
         engine.pool = recorder
         engine.warm_up(wait=False)
         learning = params + moments + reference
+        prefills = [key[1] for key in recorder.lowering if key[0] == "prefill"]
         buckets = scheduler.buckets(engine.engine_cfg.max_rows)
-        for kind, size in (("prefill", None), ("decode", max(buckets)), ("decode", 1)):
-            keys = [key for key in recorder.lowering if key[0] == kind]
-            key = (kind, size) if size else max(keys)
-            made.append(Program(f"{kind}_{key[1]}", recorder.lowering[key], learning))
+        for key in (("prefill", max(prefills)), ("decode", max(buckets))):
+            name = f"{key[0]}_{key[1]}"
+            made.append(Program(name, recorder.lowering[key], learning))
         return made
 
     def micro_batch(self) -> tuple[policy_gradient.Rows, Any, int]:
@@ -486,7 +485,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--scale", choices=["cpu"], default="cpu")
     parser.add_argument("--models", default=",".join(ARCHITECTURES))
-    parser.add_argument("--programs", default="", help="such as accumulate,decode_1")
+    parser.add_argument("--programs", default="", help="such as accumulate,decode_64")
     parser.add_argument("--out", type=pathlib.Path, help="default results/<scale>")
     options = parser.parse_args(arguments)
     options.models = options.models.split(",")
