@@ -13,6 +13,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     del arg
     config = base.default()
     config.model.spec = "smollm2-135m-instruct"
+    config.model.remat = "none"
     config.task.name = "chain_sum"
     config.task.options = dict(
         style="two_shot", min_terms=2, max_terms=2, min_digits=1, max_digits=1
@@ -27,7 +28,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.learner.rows_per_micro_batch = 1
     config.optimizer.learning_rate = 1e-5
     config.algorithm.kl_coef = 0.0
-    config.num_steps = 24
+    config.num_steps = 20
     config.checkpoint.every = 8
     config.reward.workers = 0
     return config
