@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import grpo
 from experiments import harness
@@ -147,6 +148,12 @@ def described_devices(topology: str) -> Sequence[Any]:
     }.items():
         os.environ.setdefault(name, value)
     return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+def use_compilation_cache(use: bool) -> None:
+    """Turns the cache on disk on or off; it cannot read described slices' programs."""
+    jax.config.update("jax_enable_compilation_cache", use)
+    compilation_cache.reset_cache()
 
 
 def libtpu_command() -> str:
@@ -431,7 +438,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     options = _parse(arguments)
     # Nothing runs; without this jax would look for the TPU that libtpu promises.
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
+    use_compilation_cache(False)
     out = options.out or harness.RESULTS_DIR / options.scale
     path = out / f"{SLUG}.csv"
     settings = {
