@@ -213,10 +213,12 @@ class Trainer:
             temperature = self.run.eval.temperature
             if temperature is None:
                 temperature = self.run.sampling.temperature
+            # The same law has the same programs.
+            same = temperature == self.run.sampling.temperature
             self.evaluator = evaluator.Evaluator(
                 self.run,
                 self._prompts("eval"),
-                self._engine(temperature),
+                self.engine if same else self._engine(temperature),
                 self.rewards,
                 self.tokenizer.decode,
             )
