@@ -10,9 +10,9 @@ optimizer steps: here 128 prompts and one.
 Command: python -m tlt_jax.main --config=configs/grpo.py:qwen2.5-7b --workdir=DIR \
              --config.task.name=data/eurus2_rl.parquet
 
-Variants, and the TPU slices that their meshes are made for (`python -m
-experiments.ahead_of_time` compiles every program for them, without a TPU; its table is
-experiments/results/cpu/ahead_of_time.csv):
+Variants, and the TPU slices that their meshes are made for. Their programs have been
+compiled for these slices, without a TPU, by `python -m experiments.ahead_of_time`; what
+each needs of a chip's memory is in experiments/results/cpu/ahead_of_time.csv:
 
     qwen2.5-7b              Qwen/Qwen2.5-7B                          64 chips of v5p
     ds-r1-distill-qwen-7b   deepseek-ai/DeepSeek-R1-Distill-Qwen-7B  64 chips of v5p
@@ -31,12 +31,11 @@ math-verify reward can judge, so filter it first. For any other .jsonl or .parqu
 name its columns: --config.task.options.prompt_key=question
 --config.task.options.answer_key=answer.
 
-Expected outcome: the reward rises over the first tens of steps and lengths grow; with
-one seed, the reward curve is the same with and without speculation. Cost: no run of
-this size has been made with this code. The least a step can take is set by reading
-weights and cache at every token: with one rollout worker, the only number built yet,
-`mesh.tensor` chips generate while the others wait, and 1024 responses of 8K tokens take
-them about a quarter of an hour at 7B.
+Expected outcome: reward and lengths rise over the first tens of steps, as the paper
+shows; no run of this size has been made with this code. Cost: with one rollout worker,
+the only number built yet, `mesh.tensor` chips generate while the others wait. Reading
+weights and cache once a token, 1024 responses of 8K tokens at 7B take those four chips
+six minutes at the least.
 """
 
 import dataclasses
