@@ -367,7 +367,9 @@ def test_long_prompts_are_refused_or_left_out_and_counted(model, tmp_path, capsy
         "task.max_prompt_tokens": 4,
     }
     with pytest.raises(ValueError, match="more than task.max_prompt_tokens=4: raise"):
-        start(model, tmp_path / "refused", **numbers)
+        start(model, tmp_path / "refused", **numbers, **{"reward.workers": 1})
+    # What had been started is ended.
+    assert not [t for t in threading.enumerate() if t.name == "reward"]
     rows = start(
         model,
         tmp_path / "skipped",
@@ -384,8 +386,6 @@ def test_long_prompts_are_refused_or_left_out_and_counted(model, tmp_path, capsy
             tmp_path / "none",
             **{"task.long_prompts": "skip", "task.max_prompt_tokens": 1},
         )
-    # What had been started is ended, whatever the error.
-    assert not [t for t in threading.enumerate() if t.name == "reward"]
 
 
 def test_evaluation_is_recorded_and_changes_nothing(base, model, tmp_path):
@@ -432,24 +432,28 @@ def test_bfloat16_trains(model, tmp_path):
         assert row["mismatch/logprob_max_abs"] < 0.1
 
 
-def test_a_full_disk_is_named_and_costs_nothing(base, model, tmp_path, monkeypatch):
-    """The third row finds no room; with room the same command completes the run."""
+def test_a_full_disk_is_named_and_costs_nothing(
+    base, model, tmp_path, monkeypatch, capsys
+):
+    """The sixth row finds no room; with room the same command completes the run."""
     write, num_rows = os.write, 0
 
     def full(file, data):
         nonlocal num_rows
         num_rows += data.startswith(b'{"')
-        if num_rows > 2:
+        if num_rows > 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(file, data)
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.os, "write", full)
         with pytest.raises(metrics.MetricsError, match="No space left on device"):
-            start(model, tmp_path, num_steps=4)
-    assert len(metrics.read(tmp_path)) == 2
-    rows = start(model, tmp_path, num_steps=4)
-    assert decisive(rows) == decisive(metrics.read(base)[:4])
+            start(model, tmp_path)
+    assert len(metrics.read(tmp_path)) == 5
+    rows = start(model, tmp_path, **{"log.progress": "plain"})
+    assert "resuming after step 4 of 8" in capsys.readouterr().out
+    assert decisive(rows) == decisive(metrics.read(base))
+    assert policy(tmp_path) == policy(base)
 
 
 def test_a_directory_in_use_is_left_alone(base, model, tmp_path):
