@@ -30,12 +30,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.num_steps = 20
     config.task.name = "chain_sum"
     config.task.options = dict(
-        style="two_shot",
-        operators=("+",),
-        min_terms=2,
-        max_terms=2,
-        min_digits=1,
-        max_digits=1,
+        style="two_shot", min_terms=2, max_terms=2, min_digits=1, max_digits=1
     )
     config.task.size = 512
     config.task.max_prompt_tokens = 192
