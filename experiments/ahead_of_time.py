@@ -7,7 +7,8 @@ For each variant of configs/grpo.py the programs of its run are made from abstra
 weights, with no file and no hub, and compiled by the TPU compiler (libtpu) for a
 described slice. The longest rows that the recipe allows are taken. The table says per
 device what a program holds, what the run holds besides on the fullest device, and
-whether both fit into the chip's memory. No speed is measured.
+whether both fit into the chip's memory. No speed is measured, but that of the compiler
+(`compile_cpu_s` counts its own processor time, whatever else the machine does).
 
 `flops` and `bytes_accessed` are the compiler's, which counts the body of a loop once
 (layers of the learner, chunks of its head, tiles of attention, steps of decoding), and
@@ -483,7 +484,7 @@ def _in_short(row: harness.Row) -> harness.Row:
     for key in ("argument", "temp", "beside", "total", "hbm"):
         value = row.get(f"{key}_bytes")
         short[f"{key}_gib"] = None if value is None else value / GIB
-    return short | {key: row.get(key) for key in ("fits", "compile_s")}
+    return short | {key: row.get(key) for key in ("fits", "compile_cpu_s")}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
