@@ -202,7 +202,8 @@ class Recipe:
         self.mesh = sharding.make_mesh(
             run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices=devices
         )
-        # Chunks of the head are counted over all devices: 2048 predictions on each.
+        # Counted over all devices: 2048 predictions on each. A run takes the learner's
+        # default, which holds less and gathers the head's weights more often.
         self.head_chunk = 2048 * run.mesh.data * run.mesh.fsdp
         pool = programs.ProgramPool()
         self.learner = learner.Learner(
