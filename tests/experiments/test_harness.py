@@ -262,7 +262,7 @@ def test_the_listing_names_every_experiment(capsys):
     runnable = {
         path.stem
         for path in folder.glob("*.py")
-        if path.stem != "__main__" and "--scale=" in (_docstring(path) or "")
+        if f"python -m experiments.{path.stem}" in (_docstring(path) or "")
     }
     assert {row["experiment"] for row in listing.main()} == runnable
     assert "decode_speed" in capsys.readouterr().out
