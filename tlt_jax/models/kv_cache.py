@@ -5,6 +5,9 @@ the activations: `[L, num_pages, K, H, page_size]`. A row's `page_table` lists i
 in order; several rows may list the same page (the full pages of a group's prompt).
 Page 0 is nobody's: table entries without a page point at it, and writes that must not
 land anywhere go there. A slot beyond a row's length holds anything and is never read.
+
+Where a drafter is in use pages also hold the target's features that it reads: turning
+speculation on, or taking new drafter weights, then needs no forward of the target.
 """
 
 import jax
@@ -27,10 +30,12 @@ class PagedCache:
 
     Attributes:
       keys, values: `[L, num_pages, K, H, page_size]`.
+      features: `[1, num_pages, 1, n x D, page_size]` or None, what a drafter reads.
     """
 
     keys: Array
     values: Array
+    features: Array | None = None
 
     @property
     def num_pages(self) -> int:
@@ -44,11 +49,33 @@ class PagedCache:
 
 
 def create(
-    cfg: model_config.ModelConfig, num_pages: int, page_size: int, dtype
+    cfg: model_config.ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype,
+    feature_size: int = 0,
 ) -> PagedCache:
-    """Make an empty cache of `num_pages` pages, the scratch page included."""
+    """Make an empty cache.
+
+    Args:
+      cfg: the model.
+      num_pages: the scratch page included.
+      page_size: positions in a page.
+      dtype: of everything in it.
+      feature_size: n x D, features kept of each position; 0: none.
+
+    Returns:
+      The cache, zeros.
+    """
     shape = (cfg.num_layers, num_pages, cfg.num_kv_heads, cfg.head_dim, page_size)
-    return PagedCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+    features = None
+    if feature_size:
+        features = jnp.zeros((1, num_pages, 1, feature_size, page_size), dtype)
+    return PagedCache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        features=features,
+    )
 
 
 def page_bytes(cfg: model_config.ModelConfig, page_size: int, dtype) -> int:
@@ -64,22 +91,27 @@ def append(
     page_table: Array,
     lengths: Array,
     counts: Array,
+    *,
+    features: Array | None = None,
+    sources: Array | None = None,
 ) -> PagedCache:
-    """Write each row's first `counts` fresh columns behind its `lengths` old ones.
+    """Write `counts` fresh columns of each row behind its `lengths` old ones.
 
     Args:
       cache: the cache; donate it, the write is in place.
       keys, values: `[L, K, H, B, T]` fresh columns, as the forward returns them.
       page_table: `[B, max_pages] int32`.
       lengths: `[B] int32`, columns that the row holds already.
-      counts: `[B] int32`, 0 <= counts <= T; later columns are dropped.
+      counts: `[B] int32`, columns to write, not more than `sources` names.
+      features: `[n x D, B, T]`, of the same columns; None where the cache has none.
+      sources: `[B, A] int32`, which fresh columns to write, in order; None: the first.
 
     Returns:
       The cache with the columns written.
     """
-    keys, values = _stacked(keys), _stacked(values)
+    fresh = _fresh(cache, keys, values, features)
     page_size = cache.page_size
-    num_rows, width = keys.shape[3], keys.shape[4]
+    num_rows, width = fresh.keys.shape[3:] if sources is None else sources.shape
 
     def write(i, cache):
         row, t = i // width, i % width
@@ -87,7 +119,8 @@ def append(
         page = jnp.where(
             t < counts[row], page_table[row, position // page_size], SCRATCH_PAGE
         )
-        return _write_columns(cache, keys, values, row, t, page, position % page_size)
+        source = t if sources is None else sources[row, t]
+        return _write_columns(cache, fresh, row, source, page, position % page_size)
 
     return lax.fori_loop(0, num_rows * width, write, cache)
 
@@ -99,6 +132,8 @@ def append_pages(
     page_table: Array,
     lengths: Array,
     counts: Array,
+    *,
+    features: Array | None = None,
 ) -> PagedCache:
     """Write fresh columns page by page, where rows start at page boundaries.
 
@@ -111,13 +146,14 @@ def append_pages(
       page_table: `[B, max_pages] int32`.
       lengths: `[B] int32`, multiples of the page size.
       counts: `[B] int32`; pages without a column among the first `counts` are dropped.
+      features: `[n x D, B, T]`, of the same columns; None where the cache has none.
 
     Returns:
       The cache with the pages written.
     """
-    keys, values = _stacked(keys), _stacked(values)
+    fresh = _fresh(cache, keys, values, features)
     page_size = cache.page_size
-    num_rows, width = keys.shape[3], keys.shape[4]
+    num_rows, width = fresh.keys.shape[3:]
     if width % page_size:
         raise ValueError(
             f"append_pages got {width} columns a row, not a multiple of page_size="
@@ -131,9 +167,7 @@ def append_pages(
         page = jnp.where(
             j * page_size < counts[row], page_table[row, first], SCRATCH_PAGE
         )
-        return _write_columns(
-            cache, keys, values, row, j * page_size, page, 0, page_size
-        )
+        return _write_columns(cache, fresh, row, j * page_size, page, 0, page_size)
 
     return lax.fori_loop(0, num_rows * pages_per_row, write, cache)
 
@@ -159,11 +193,45 @@ def copy_pages(cache: PagedCache, sources: Array, targets: Array) -> PagedCache:
     return lax.fori_loop(0, sources.shape[0], copy, cache)
 
 
+def read_features(
+    cache: PagedCache, page_table: Array, start: Array, count: int
+) -> Array:
+    """Read the features of `count` positions of each row.
+
+    Args:
+      cache: the cache; it has features.
+      page_table: `[B, max_pages] int32`.
+      start: `[B] int32`, first position of each row.
+      count: T.
+
+    Returns:
+      `[n x D, B, T]`; of positions beyond a row's length anything.
+    """
+    positions = start[:, None] + jnp.arange(count)
+    index = jnp.minimum(positions // cache.page_size, page_table.shape[1] - 1)
+    pages = jnp.take_along_axis(page_table, index, axis=1)
+    columns = cache.features[0, pages, 0, :, positions % cache.page_size]
+    return jnp.moveaxis(columns, -1, 0)
+
+
 def _stacked(columns: Fresh) -> Array:
     return jnp.stack(columns) if isinstance(columns, tuple) else columns
 
 
-def _write_columns(cache, keys, values, row, t, page, slot, width=1) -> PagedCache:
+def _fresh(cache, keys: Fresh, values: Fresh, features: Array | None) -> PagedCache:
+    """Bring fresh columns into the order of the pages' axes, `[L, K, H, B, T]`."""
+    if (features is None) != (cache.features is None):
+        raise ValueError(
+            f"features is {'not ' if features is None else ''}given, but the cache "
+            f"holds {'some' if features is None else 'none'}: make the cache with "
+            "feature_size if and only if a drafter reads them."
+        )
+    if features is not None:
+        features = features[None, None]
+    return PagedCache(_stacked(keys), _stacked(values), features)
+
+
+def _write_columns(cache, fresh, row, t, page, slot, width=1) -> PagedCache:
     def put(pages, fresh):
         num_layers, num_heads, head_dim = fresh.shape[:3]
         columns = lax.dynamic_slice(
@@ -176,4 +244,4 @@ def _write_columns(cache, keys, values, row, t, page, slot, width=1) -> PagedCac
             pages, block.astype(pages.dtype), (0, page, 0, 0, slot)
         )
 
-    return PagedCache(keys=put(cache.keys, keys), values=put(cache.values, values))
+    return jax.tree.map(put, cache, fresh)

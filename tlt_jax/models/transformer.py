@@ -139,6 +139,14 @@ def forward(
     return Output(hidden=hidden, keys=keys, values=values, features=kept)
 
 
+def drafter_features(out: Output) -> Array:
+    """Return the features that a drafter reads, `[n x D, B, T]`.
+
+    Those of the layers asked for, one over the other; if none were, the last ones.
+    """
+    return jnp.concatenate(out.features) if out.features else out.hidden
+
+
 def logits(params: model_params.Params, hidden: Array) -> Array:
     """Multiply features by the LM head.
 

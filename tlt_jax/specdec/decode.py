@@ -68,6 +68,7 @@ def decode(
     sampling_cfg: sampling.SamplingConfig,
     eos_ids: tuple[int, ...],
     max_steps: int,
+    feature_layers: tuple[int, ...] | None = None,
     dtype=jnp.float32,
 ) -> tuple[kv_cache.PagedCache, Emitted]:
     """Decode until `step_limit` steps, `finish_quota` finished rows, or none alive.
@@ -82,6 +83,8 @@ def decode(
       sampling_cfg: the law.
       eos_ids: tokens that end a text; they are kept.
       max_steps: width of the result.
+      feature_layers: those that a drafter reads; empty: the last features; None: the
+        cache holds none.
       dtype: of activations.
 
     Returns:
@@ -116,19 +119,30 @@ def decode(
         cache, lengths, pending, alive, emitted = state
         view = transformer.CacheView(cache, rows.page_table, lengths)
         out = transformer.forward(
-            params, cfg, pending[:, None], lengths[:, None], None, view, dtype=dtype
+            params,
+            cfg,
+            pending[:, None],
+            lengths[:, None],
+            None,
+            view,
+            dtype=dtype,
+            features=feature_layers or (),
         )
         law = sampling.law(
             transformer.logits(params, out.hidden[:, :, 0]), sampling_cfg
         )
-        drawn = law.draw(noise.gumbel(rows.keys, lengths + 1, cfg.vocab_size))
+        if sampling_cfg.temperature == 0:
+            drawn = law.draw(0.0)
+        else:
+            drawn = law.draw(noise.gumbel(rows.keys, lengths + 1, cfg.vocab_size))
         cache = kv_cache.append(
             cache,
             out.keys,
             out.values,
             rows.page_table,
-            _after(drawn, lengths),
+            after(drawn, lengths),
             alive.astype(jnp.int32),
+            features=kept_features(out, feature_layers),
         )
         column = emitted.num_steps
         lengths = lengths + alive
@@ -150,7 +164,7 @@ def decode(
     return cache, emitted
 
 
-def _after(drawn: Array, lengths: Array) -> Array:
+def after(drawn: Array, lengths: Array) -> Array:
     """Make `lengths` depend on the tokens drawn, and so on every read of the cache.
 
     The compiler updates the pages in place only where it can order the update behind
@@ -177,6 +191,7 @@ def prefill(
     lengths: Array,
     *,
     cfg: model_config.ModelConfig,
+    feature_layers: tuple[int, ...] | None = None,
     dtype=jnp.float32,
 ) -> kv_cache.PagedCache:
     """Append a chunk of each row's prompt to the cache.
@@ -189,6 +204,7 @@ def prefill(
       page_table: `[B, max_pages] int32`.
       lengths: `[B] int32`, cached positions, multiples of the page size.
       cfg: the model.
+      feature_layers: see `decode`.
       dtype: of activations.
 
     Returns:
@@ -196,10 +212,32 @@ def prefill(
     """
     positions = lengths[:, None] + jnp.arange(tokens.shape[1])
     view = transformer.CacheView(cache, page_table, lengths)
-    out = transformer.forward(params, cfg, tokens, positions, None, view, dtype=dtype)
-    return kv_cache.append_pages(
-        cache, out.keys, out.values, page_table, lengths, counts
+    out = transformer.forward(
+        params,
+        cfg,
+        tokens,
+        positions,
+        None,
+        view,
+        dtype=dtype,
+        features=feature_layers or (),
     )
+    return kv_cache.append_pages(
+        cache,
+        out.keys,
+        out.values,
+        page_table,
+        lengths,
+        counts,
+        features=kept_features(out, feature_layers),
+    )
+
+
+def kept_features(
+    out: transformer.Output, feature_layers: tuple[int, ...] | None
+) -> Array | None:
+    """Return what the cache keeps of a forward's features, `[n x D, B, T]` or None."""
+    return None if feature_layers is None else transformer.drafter_features(out)
 
 
 def _put(buffer: Array, column: Array, values: Array) -> Array:

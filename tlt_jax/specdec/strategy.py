@@ -1,0 +1,108 @@
+"""Speculation strategies: how deep and wide to draft, and how much to verify."""
+
+import dataclasses
+
+PROPOSERS = ("drafter", "ngram", "both")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Strategy:
+    """The static shape of a speculative step; one compiled program per batch bucket.
+
+    Drafting expands `topk` children of each of `topk` live branches, `draft_depth`
+    levels deep; the best `tokens_to_verify - 1` of those nodes and the root, the row's
+    pending token, are verified in one target pass. With `topk` 1 the tree is a chain.
+
+    Reference: Li et al., EAGLE-2, 2024, section 4; the system's paper, section 5.
+
+    Attributes:
+      draft_depth: levels below the root, at least 1.
+      topk: children of each live branch, and live branches of each level.
+      tokens_to_verify: nodes of the tree verified, root included.
+      proposer: `drafter` (learned), `ngram` (suffix matches) or `both` in one tree.
+    """
+
+    draft_depth: int
+    topk: int
+    tokens_to_verify: int
+    proposer: str = "drafter"
+
+    def __post_init__(self):
+        for name in ("draft_depth", "topk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1.")
+        if self.proposer not in PROPOSERS:
+            raise ValueError(
+                f"proposer={self.proposer!r}: use one of {', '.join(PROPOSERS)}."
+            )
+        most = 1 + self.num_candidates
+        if self.tokens_to_verify > most:
+            raise ValueError(
+                f"tokens_to_verify={self.tokens_to_verify} exceeds the tree's {most} "
+                f"nodes (draft_depth={self.draft_depth}, topk={self.topk}): lower it "
+                "or draft deeper."
+            )
+        if self.tokens_to_verify <= self.draft_depth:
+            raise ValueError(
+                f"tokens_to_verify={self.tokens_to_verify} cannot hold a path of "
+                f"draft_depth={self.draft_depth} below the root: verify at least "
+                f"{self.draft_depth + 1} or draft less deep."
+            )
+
+    @property
+    def max_accept_length(self) -> int:
+        """Tokens that one step yields at most (A): the deepest path and the bonus."""
+        return self.draft_depth + 1
+
+    @property
+    def num_drafted(self) -> int:
+        """Nodes that the learned drafter proposes."""
+        return self.topk + (self.draft_depth - 1) * self.topk**2
+
+    @property
+    def num_matched(self) -> int:
+        """Nodes that suffix matches propose: `topk` chains."""
+        return self.topk * self.draft_depth
+
+    @property
+    def num_candidates(self) -> int:
+        """Nodes among which the best are chosen."""
+        if self.proposer == "drafter":
+            return self.num_drafted
+        if self.proposer == "ngram":
+            return self.num_matched
+        return self.num_drafted + self.num_matched
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the learned drafter is asked."""
+        return self.proposer != "ngram"
+
+    @property
+    def matches(self) -> bool:
+        """Whether texts are searched for suffixes."""
+        return self.proposer != "drafter"
+
+    def __str__(self) -> str:
+        shape = f"D{self.draft_depth}K{self.topk}V{self.tokens_to_verify}"
+        return shape if self.proposer == "drafter" else f"{shape}-{self.proposer}"
+
+
+def parse(text: str) -> Strategy:
+    """Read a strategy as `str` writes it, `D6K2V12` or `D4K2V8-ngram`.
+
+    Raises:
+      ValueError: the text is not of that form, or the strategy cannot be built.
+    """
+    shape, _, proposer = text.partition("-")
+    try:
+        depth, rest = shape.removeprefix("D").split("K")
+        topk, verify = rest.split("V")
+        numbers = int(depth), int(topk), int(verify)
+    except ValueError:
+        raise ValueError(
+            f"strategy {text!r} is not of the form D<draft_depth>K<topk>"
+            "V<tokens_to_verify>, with -ngram or -both behind it where suffix matches "
+            "are wanted; for example D6K2V12."
+        ) from None
+    return Strategy(*numbers, proposer or "drafter")

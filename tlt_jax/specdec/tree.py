@@ -1,0 +1,107 @@
+"""The draft tree: guessed continuations of a row in fixed arrays.
+
+Node 0 is the root, the row's pending token. Every node stands behind its parent. The
+target reads the whole tree in one pass, in which a node sees the row's cached past, its
+ancestors and itself.
+"""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from tlt_jax.specdec import candidates as candidates_lib
+from tlt_jax.types import Array
+
+ROOT = 0
+_WORD = 32
+
+
+@struct.dataclass
+class DraftTree:
+    """A tree for each row.
+
+    Attributes:
+      tokens: `[B, W] int32`; nodes that are not valid hold token 0.
+      parents: `[B, W] int32`, index of the parent; the root is its own.
+      depths: `[B, W] int32`, 0 for the root.
+      valid: `[B, W] bool`; the root always is, and so is a valid node's parent.
+    """
+
+    tokens: Array
+    parents: Array
+    depths: Array
+    valid: Array
+
+
+def select(
+    candidates: candidates_lib.Candidates, root: Array, tokens_to_verify: int
+) -> DraftTree:
+    """Keep the best nodes of a candidate set as a tree.
+
+    A node's score is never above its parent's and parents stand first, so that the best
+    nodes by score, ties by index, contain the parents of all their members.
+
+    Args:
+      candidates: at least `tokens_to_verify - 1` for each row.
+      root: `[B] int32`, pending tokens.
+      tokens_to_verify: W, root included.
+
+    Returns:
+      The tree; where candidates are absent its nodes are not valid.
+    """
+    batch, num = candidates.tokens.shape
+    _, best = lax.top_k(candidates.scores, tokens_to_verify - 1)
+    best = jnp.sort(best, axis=1)
+    chosen = jnp.zeros((batch, num), jnp.int32)
+    chosen = chosen.at[jnp.arange(batch)[:, None], best].set(1)
+    # Node index of each chosen candidate; index -1, the root, wraps to the last column.
+    index = jnp.concatenate(
+        [jnp.cumsum(chosen, axis=1), jnp.zeros((batch, 1), jnp.int32)], axis=1
+    )
+
+    def take(x):
+        return jnp.take_along_axis(x, best, axis=1)
+
+    parent_of = take(candidates.parents)
+    parents = jnp.take_along_axis(index, parent_of % (num + 1), axis=1)
+    valid = take(candidates.scores) > -jnp.inf
+
+    def with_root(first, rest):
+        return jnp.concatenate([first[:, None], rest.astype(first.dtype)], axis=1)
+
+    zeros = jnp.zeros((batch,), jnp.int32)
+    return DraftTree(
+        tokens=with_root(root, jnp.where(valid, take(candidates.tokens), 0)),
+        parents=with_root(zeros, jnp.where(valid, parents, ROOT)),
+        depths=with_root(zeros, jnp.where(valid, take(candidates.depths), 0)),
+        valid=with_root(jnp.ones((batch,), bool), valid),
+    )
+
+
+def ancestor_words(tree: DraftTree, draft_depth: int) -> Array:
+    """Say for each node which nodes it sees: its ancestors and itself, a bit each.
+
+    Args:
+      tree: the trees.
+      draft_depth: depth of the deepest node, at most.
+
+    Returns:
+      `[B, W, ceil(W / 32)] uint32`; bit s % 32 of word s // 32 stands for node s.
+    """
+    num_nodes = tree.parents.shape[1]
+    words = jnp.arange(-(-num_nodes // _WORD))
+    node = jnp.broadcast_to(jnp.arange(num_nodes), tree.parents.shape)
+    seen = jnp.zeros((*tree.parents.shape, words.shape[0]), jnp.uint32)
+    for _ in range(draft_depth + 1):
+        bit = jnp.uint32(1) << (node % _WORD).astype(jnp.uint32)
+        here = (node // _WORD)[..., None] == words
+        seen = seen | jnp.where(here, bit[..., None], jnp.uint32(0))
+        node = jnp.take_along_axis(tree.parents, node, axis=1)
+    return seen
+
+
+def unpack_words(words: Array, num_nodes: int) -> Array:
+    """Turn `[B, W, ceil(W / 32)] uint32` bits into a mask `[B, W, num_nodes] bool`."""
+    node = jnp.arange(num_nodes)
+    bits = words[..., node // _WORD] >> (node % _WORD).astype(jnp.uint32)
+    return (bits & 1).astype(bool)

@@ -1,0 +1,80 @@
+"""Verification: walk the draft tree by the target's own position-keyed draws.
+
+At a node of depth d the target draws the token of position `lengths + d + 1` with that
+position's noise. If a child carries it, that child is accepted and the walk goes on
+from there; else the token drawn is the recovered one, or the bonus behind a leaf. So
+the tokens that come out are those of plain decoding, whatever was proposed.
+"""
+
+import jax.numpy as jnp
+from flax import struct
+
+from tlt_jax.specdec import sampling
+from tlt_jax.specdec import tree as tree_lib
+from tlt_jax.types import Array
+
+
+@struct.dataclass
+class Walk:
+    """The accepted path of each row.
+
+    Attributes:
+      path: `[B, A] int32`, node at each depth; behind the accepted ones the last again.
+      tokens: `[B, A] int32`, drawn at those nodes.
+      num_accepted: `[B] int32`, nodes accepted below the root; the first
+        `num_accepted + 1` entries of the others are meant.
+    """
+
+    path: Array
+    tokens: Array
+    num_accepted: Array
+
+
+def draw(law: sampling.Law, noise: Array, tree: tree_lib.DraftTree) -> Array:
+    """Draw the target's token at every node.
+
+    Args:
+      law: of the tokens behind each node, `[B, W, V]`.
+      noise: `[B, A, V]`, Gumbel noise of the positions behind depth 0 to A - 1.
+      tree: the trees.
+
+    Returns:
+      `[B, W] int32`.
+    """
+    of_node = jnp.take_along_axis(noise, tree.depths[..., None], axis=1)
+    return law.draw(of_node)
+
+
+def walk(tree: tree_lib.DraftTree, drawn: Array, max_accept_length: int) -> Walk:
+    """Follow the drawn tokens down the tree.
+
+    Args:
+      tree: the trees.
+      drawn: `[B, W] int32`, the target's token at every node.
+      max_accept_length: A, one more than the deepest node's depth.
+
+    Returns:
+      The accepted paths.
+    """
+    num_nodes = tree.tokens.shape[1]
+    index = jnp.arange(num_nodes)
+    node = jnp.zeros(tree.tokens.shape[:1], jnp.int32)
+    going = jnp.ones(node.shape, bool)
+    num_accepted = jnp.zeros(node.shape, jnp.int32)
+    path, tokens = [], []
+    for _ in range(max_accept_length):
+        token = jnp.take_along_axis(drawn, node[:, None], axis=1)[:, 0]
+        path.append(node)
+        tokens.append(token)
+        is_child = tree.valid & (index > tree_lib.ROOT)
+        is_child = is_child & (tree.parents == node[:, None])
+        fits = is_child & (tree.tokens == token[:, None])
+        going = going & jnp.any(fits, axis=1)
+        child = jnp.min(jnp.where(fits, index, num_nodes - 1), axis=1)
+        node = jnp.where(going, child.astype(jnp.int32), node)
+        num_accepted = num_accepted + going
+    return Walk(
+        path=jnp.stack(path, axis=1),
+        tokens=jnp.stack(tokens, axis=1),
+        num_accepted=num_accepted,
+    )
