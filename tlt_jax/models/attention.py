@@ -262,6 +262,51 @@ def attend_fresh(
     return _merge_queries(whole)
 
 
+def attend_masked(
+    query: Array, keys: Array, values: Array, mask: Array, *, scale: float
+) -> Partial:
+    """Attend over keys that stand in no order, under an explicit mask.
+
+    Args:
+      query: `[B, K, G, T, H]`.
+      keys, values: `[B, K, H, S]`; finite, also where nobody sees them.
+      mask: `[B, T, S] bool`, who sees whom.
+      scale: multiplies the scores.
+
+    Returns:
+      The part over M = G x T queries, G outermost.
+    """
+    scores = jnp.einsum(
+        "bkgth,bkhs->bkgts",
+        query,
+        keys,
+        precision=model_layers.precision(query.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    visible = mask[:, None, None]
+    part = _part(scores * scale, visible, values, "bkgts,bkhs->bkgth")
+    return _merge_queries(part)
+
+
+def attend_same(query: Array, keys: Array, values: Array, *, scale: float) -> Partial:
+    """Attend to one key each, the one at the query's own index.
+
+    Args:
+      query: `[B, K, G, T, H]`.
+      keys, values: `[B, K, H, T]`.
+      scale: multiplies the scores.
+
+    Returns:
+      The part over M = G x T queries, G outermost.
+    """
+    keys_BKTH, values_BKTH = (x.swapaxes(2, 3)[:, :, None] for x in (keys, values))
+    products = query.astype(jnp.float32) * keys_BKTH.astype(jnp.float32)
+    scores = jnp.sum(products, axis=-1) * scale
+    total = jnp.broadcast_to(values_BKTH.astype(jnp.float32), query.shape)
+    # One key weighs exp(0), whatever its score.
+    return _merge_queries(Partial(total, scores, jnp.ones_like(scores)))
+
+
 def _merge_queries(partial: Partial) -> Partial:
     """Turn a part over `[B, K, G, T]` queries into one over `[B, K, M]`."""
     batch, num_kv, group, num_tokens = partial.maximum.shape

@@ -6,12 +6,15 @@ to Hugging Face names; nothing else knows a shape. Weights are stored `[out, in]
 
 import dataclasses
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from tlt_jax.models import config as model_config
+
+_Tree = TypeVar("_Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +130,14 @@ def describe(cfg: model_config.ModelConfig) -> Params:
 
 def init(cfg: model_config.ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
     """Draw random weights; a leaf's draw depends on its place, not on the others."""
-    leaves, treedef = jax.tree.flatten(describe(cfg))
+    return draw(describe(cfg), key, dtype)
 
-    def draw(i: int, weight: Weight) -> jax.Array:
+
+def draw(described: _Tree, key: jax.Array, dtype=jnp.float32) -> _Tree:
+    """Draw a tree of random leaves from one of `Weight`s."""
+    leaves, treedef = jax.tree.flatten(described)
+
+    def one(i: int, weight: Weight) -> jax.Array:
         if weight.init == "ones":
             return jnp.ones(weight.shape, dtype)
         if weight.init == "zeros":
@@ -138,7 +146,7 @@ def init(cfg: model_config.ModelConfig, key: jax.Array, dtype=jnp.float32) -> Pa
         noise = jax.random.normal(jax.random.fold_in(key, i), weight.shape)
         return (noise * scale).astype(dtype)
 
-    return jax.tree.unflatten(treedef, [draw(i, w) for i, w in enumerate(leaves)])
+    return jax.tree.unflatten(treedef, [one(i, w) for i, w in enumerate(leaves)])
 
 
 def abstract(cfg: model_config.ModelConfig, dtype=jnp.float32) -> Params:

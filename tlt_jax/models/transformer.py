@@ -109,21 +109,21 @@ def forward(
     x_DBT = constrain(x_DBT)
 
     def one_layer(layer, x_DBT, index, window):
-        attended, keys, values = _attend(
-            layer,
-            layers.rms_norm(x_DBT, layer.attn_norm, cfg.rms_norm_eps),
-            cfg,
-            rope,
-            positions,
-            visibility,
-            view,
-            index,
-            window,
-            attention_block,
-        )
-        x_DBT = x_DBT + attended
-        normed = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)
-        x_DBT = constrain(x_DBT + layers.mlp(layer, normed))
+        def attend(query, keys, values):
+            return attend_parts(
+                query,
+                keys,
+                values,
+                positions,
+                visibility,
+                view,
+                index,
+                window=window,
+                block=attention_block,
+            )
+
+        x_DBT, keys, values = decoder_layer(layer, x_DBT, cfg, rope, attend)
+        x_DBT = constrain(x_DBT)
         return x_DBT, (keys, values) if with_cache_columns else (None, None)
 
     if remat == "full":
@@ -148,16 +148,21 @@ def drafter_features(out: Output) -> Array:
 
 
 def logits(params: model_params.Params, hidden: Array) -> Array:
-    """Multiply features by the LM head.
+    """Multiply features by the LM head; see `head_logits`."""
+    return head_logits(params.head, hidden)
+
+
+def head_logits(head: Array, hidden: Array) -> Array:
+    """Multiply features by rows of an LM head.
 
     Args:
-      params: the weights.
+      head: `[V, D]`, all rows or some.
       hidden: `[D, ...]`, after the final norm.
 
     Returns:
       `[..., V] float32`: the vocabulary is last, as sampling laws have it.
     """
-    head = params.head.astype(hidden.dtype)
+    head = head.astype(hidden.dtype)
     prec = layers.precision(hidden.dtype)
     if math.prod(hidden.shape[1:]) > _MANY_COLUMNS:
         # The result is so large that transposing it costs more than the better form of
@@ -214,8 +219,81 @@ def _scanned(params, cfg, one_layer, x_DBT, features):
     return x_DBT, columns, tuple(kept[i] for i in range(len(features)))
 
 
-def _attend(layer, x_DBT, cfg, rope, positions, visibility, view, index, window, block):
-    """Project, rotate, attend over cache and fresh part, project back."""
+def decoder_layer(
+    layer: model_params.LayerParams,
+    x_DBT: Array,
+    cfg: model_config.ModelConfig,
+    rope: tuple[Array, Array],
+    attend: Callable[[Array, Array, Array], attention.Partial],
+) -> tuple[Array, Array, Array]:
+    """Compute one layer: attention and feed-forward block, each behind its norm.
+
+    Args:
+      layer: one layer's weights.
+      x_DBT: `[D, B, T]`.
+      cfg: the model.
+      rope: cos and sin of the positions, see `layers.rope_tables`.
+      attend: what the queries see: takes queries `[B, K, G, T, H]`, fresh keys and
+        values `[B, K, H, T]`, and returns the attention over M = G x T queries.
+
+    Returns:
+      The layer's output `[D, B, T]` and its keys and values `[K, H, B, T]`.
+    """
+    normed = layers.rms_norm(x_DBT, layer.attn_norm, cfg.rms_norm_eps)
+    attended, keys, values = _self_attention(layer, normed, cfg, rope, attend)
+    x_DBT = x_DBT + attended
+    normed = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)
+    return x_DBT + layers.mlp(layer, normed), keys, values
+
+
+def attend_parts(
+    query: Array,
+    keys: Array,
+    values: Array,
+    positions: Array,
+    visibility: attention.Visibility,
+    view: CacheView | None,
+    index: Array | int,
+    *,
+    window: Array | int | None = None,
+    block: int = 256,
+) -> attention.Partial:
+    """Attend over the fresh part and, where there is one, a layer's cached past.
+
+    Args:
+      query: `[B, K, G, T, H]`.
+      keys, values: `[B, K, H, T]`, fresh.
+      positions: `[B, T] int32`.
+      visibility: which fresh keys each query sees.
+      view: the cached past or None.
+      index: the layer in the cache.
+      window: see only keys at distance below this, or None.
+      block: queries per block over the fresh part.
+
+    Returns:
+      The part over M = G x T queries, G outermost.
+    """
+    batch, num_kv, group, num_tokens, head_dim = query.shape
+    options = dict(scale=head_dim**-0.5, window=window)
+    partial = attention.attend_fresh(
+        query, keys, values, visibility, positions=positions, block=block, **options
+    )
+    if view is None:
+        return partial
+    cached = attention.attend_cached(
+        query.reshape(batch, num_kv, group * num_tokens, head_dim),
+        view.cache,
+        index,
+        view.page_table,
+        view.lengths,
+        positions=jnp.tile(positions, (1, group)),
+        **options,
+    )
+    return attention.join(cached, partial)
+
+
+def _self_attention(layer, x_DBT, cfg, rope, attend):
+    """Project, rotate, attend, project back."""
     dtype = x_DBT.dtype
     group, head_dim = cfg.heads_per_kv, cfg.head_dim
     _, batch, num_tokens = x_DBT.shape
@@ -231,24 +309,7 @@ def _attend(layer, x_DBT, cfg, rope, positions, visibility, view, index, window,
 
     query_BKGTH = query.transpose(3, 0, 1, 4, 2)
     key_BKHT, value_BKHT = key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3)
-    options = dict(scale=head_dim**-0.5, window=window)
-    partial = attention.attend_fresh(
-        query_BKGTH,
-        key_BKHT,
-        value_BKHT,
-        visibility,
-        positions=positions,
-        block=block,
-        **options,
-    )
-    if view is not None:
-        merged = (batch, cfg.num_kv_heads, group * num_tokens, head_dim)
-        query_BKMH = query_BKGTH.reshape(merged)
-        options["positions"] = jnp.tile(positions, (1, group))
-        cached = attention.attend_cached(
-            query_BKMH, view.cache, index, view.page_table, view.lengths, **options
-        )
-        partial = attention.join(cached, partial)
+    partial = attend(query_BKGTH, key_BKHT, value_BKHT)
     heads = attention.finish(partial).astype(dtype)
     heads_KGHBT = heads.reshape(
         batch, cfg.num_kv_heads, group, num_tokens, head_dim

@@ -1,0 +1,362 @@
+"""The drafter: one decoder layer that continues the target's features.
+
+Alignment, here and everywhere: position t takes the target's feature of position t and
+the token of position t + 1, is rotated by t, and predicts the token of position t + 2.
+A row with n cached positions and its pending token x_n has inputs t = 0 .. n - 1, and
+the output at n - 1 predicts x_{n+1}. Drafting goes on with the drafter's own output as
+the feature. Embedding and LM head are the target's; the drafter holds neither.
+
+References: Li et al., EAGLE, 2024, section 4.1; Li et al., EAGLE-3, 2025, section 3.1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tlt_jax.models import attention, layers, transformer
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+from tlt_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """A drafter: what is computed, and for which target.
+
+    Attributes:
+      layer: the one layer, of the target's own type, as a model of one layer.
+      target: what the target is, see `identify`.
+      feature_layers: indices of the target's layers whose outputs are fused; empty: the
+        feature is the target's last one, after its final norm.
+      output_norm: the layer's output is normed before it is the drafter's feature. Not
+        where it shall be the target's normed feature itself (EAGLE).
+      draft_vocab_size: Vd, tokens that can be proposed; 0: all.
+      max_length: positions of a text that the drafter was trained for; 0: any.
+    """
+
+    layer: model_config.ModelConfig
+    target: str
+    feature_layers: tuple[int, ...] = ()
+    output_norm: bool = True
+    draft_vocab_size: int = 0
+    max_length: int = 0
+
+    def __post_init__(self):
+        if self.layer.num_layers != 1 or any(self.layer.windowed_layers):
+            raise ValueError(
+                f"layer has num_layers={self.layer.num_layers} and windowed_layers="
+                f"{self.layer.windowed_layers}: a drafter is one layer without a "
+                "window; make its config with drafter.of_target."
+            )
+        if not 0 <= self.draft_vocab_size <= self.layer.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={self.draft_vocab_size} is outside the target's "
+                f"vocabulary of {self.layer.vocab_size}: 0 stands for all of it."
+            )
+        if self.max_length < 0:
+            raise ValueError(
+                f"max_length={self.max_length} is negative: give positions, or 0 for "
+                "any length."
+            )
+
+    @property
+    def num_features(self) -> int:
+        """n, features of the target per position."""
+        return max(len(self.feature_layers), 1)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Vd, tokens that can be proposed."""
+        return self.draft_vocab_size or self.layer.vocab_size
+
+
+@struct.dataclass
+class DrafterParams:
+    """A drafter's weights.
+
+    Attributes:
+      join: `[D, 2D]`, takes the token's embedding over the feature.
+      layer: one layer, unstacked.
+      fuse: `[D, n * D]`, or None where the feature is the target's last one.
+      norm: `[D]` or None.
+      draft_ids: `[Vd] int32`, rising target ids that can be proposed, or None: all.
+    """
+
+    join: jax.Array
+    layer: model_params.LayerParams
+    fuse: jax.Array | None = None
+    norm: jax.Array | None = None
+    draft_ids: jax.Array | None = None
+
+
+@struct.dataclass
+class Past:
+    """Keys of earlier tree levels, which are in no cache.
+
+    Attributes:
+      keys, values: `[K, H, B, S]`, finite, also where nobody sees them.
+      mask: `[B, T, S] bool`, which of them each query sees.
+    """
+
+    keys: Array
+    values: Array
+    mask: Array
+
+
+@struct.dataclass
+class Output:
+    """What a forward returns.
+
+    Attributes:
+      hidden: `[D, B, T]`, the drafter's features: they go into the target's head, and
+        back into the drafter.
+      keys, values: `[K, H, B, T]`, keys rotated.
+    """
+
+    hidden: Array
+    keys: Array
+    values: Array
+
+
+def identify(target: model_config.ModelConfig) -> str:
+    """Name what a drafter's weights depend on in its target: family and sizes."""
+    c = target
+    return (
+        f"{c.family}-L{c.num_layers}-D{c.d_model}-F{c.d_ff}-N{c.num_heads}"
+        f"-K{c.num_kv_heads}-H{c.head_dim}-V{c.vocab_size}"
+    )
+
+
+def low_mid_high(num_layers: int) -> tuple[int, int, int]:
+    """Choose the three layers that EAGLE-3 fuses.
+
+    Reference: Li et al., EAGLE-3, 2025; indices 2, N/2 and N - 3 as in its release.
+
+    Raises:
+      ValueError: the target has too few layers for three different ones.
+    """
+    chosen = (2, num_layers // 2, num_layers - 3)
+    if not 2 < chosen[1] < chosen[2]:
+        raise ValueError(
+            f"num_layers={num_layers} has no layers 2 < N/2 < N - 3: name the target's "
+            "feature_layers, or use none."
+        )
+    return chosen
+
+
+def of_target(
+    target: model_config.ModelConfig,
+    *,
+    feature_layers: tuple[int, ...] = (),
+    output_norm: bool = True,
+    draft_vocab_size: int = 0,
+    max_length: int = 0,
+) -> DrafterConfig:
+    """Describe a drafter for `target`.
+
+    Args:
+      target: the model that verifies.
+      feature_layers, output_norm, draft_vocab_size, max_length: see `DrafterConfig`.
+
+    Returns:
+      The description.
+
+    Raises:
+      ValueError: a layer is not the target's, or a size is out of range.
+    """
+    absent = [i for i in feature_layers if not 0 <= i < target.num_layers]
+    if absent:
+        raise ValueError(
+            f"feature_layers names layers {absent} of a target with num_layers="
+            f"{target.num_layers}: use 0 to {target.num_layers - 1}."
+        )
+    layer = dataclasses.replace(
+        target, num_layers=1, sliding_window=None, windowed_layers=()
+    )
+    return DrafterConfig(
+        layer=layer,
+        target=identify(target),
+        feature_layers=tuple(feature_layers),
+        output_norm=output_norm,
+        draft_vocab_size=draft_vocab_size,
+        max_length=max_length,
+    )
+
+
+def describe(cfg: DrafterConfig) -> DrafterParams:
+    """Describe every trained leaf.
+
+    Returns:
+      `DrafterParams` whose leaves are `params.Weight`s, without `draft_ids`.
+    """
+    d, n = cfg.layer.d_model, cfg.num_features
+    stacked = model_params.describe(cfg.layer).layers
+
+    def table(num_inputs):
+        return model_params.Weight(
+            (d, num_inputs), ("embed", None), "normal", num_inputs
+        )
+
+    return DrafterParams(
+        join=table(2 * d),
+        layer=jax.tree.map(
+            lambda w: dataclasses.replace(w, shape=w.shape[1:], axes=w.axes[1:]),
+            stacked,
+        ),
+        fuse=table(n * d) if cfg.feature_layers else None,
+        norm=model_params.Weight((d,), (None,), "ones") if cfg.output_norm else None,
+    )
+
+
+def init(cfg: DrafterConfig, key: jax.Array, dtype=jnp.float32) -> DrafterParams:
+    """Draw random weights; `draft_ids` are left to the caller."""
+    return model_params.draw(describe(cfg), key, dtype)
+
+
+def embed(target: model_params.Params, tokens: Array, dtype=jnp.float32) -> Array:
+    """Look tokens `[B, T]` up in the target's embedding; `[D, B, T]`."""
+    return jnp.moveaxis(target.embed[tokens].astype(dtype), -1, 0)
+
+
+def head_rows(target: model_params.Params, draft_ids: Array | None) -> Array:
+    """Take the rows of the target's head that the drafter proposes from.
+
+    Args:
+      target: the target's weights.
+      draft_ids: `[Vd] int32` or None: all.
+
+    Returns:
+      `[Vd, D]`.
+    """
+    return target.head if draft_ids is None else target.head[draft_ids]
+
+
+def fuse(params: DrafterParams, cfg: DrafterConfig, features: Array) -> Array:
+    """Make one feature of the target's n.
+
+    Each of several is divided by its root mean square first: the outputs of different
+    layers differ by orders of magnitude, and single positions do, too.
+
+    Args:
+      params: the weights.
+      cfg: the drafter.
+      features: `[n * D, B, T]`, the first layer's D rows first.
+
+    Returns:
+      `[D, B, T]`.
+    """
+    if params.fuse is None:
+        return features
+    parts = jnp.split(features, cfg.num_features)
+    normed = jnp.concatenate([_unit(part, cfg) for part in parts])
+    return layers.product(params.fuse.astype(features.dtype), normed)
+
+
+def forward(
+    params: DrafterParams,
+    cfg: DrafterConfig,
+    embedded: Array,
+    features: Array,
+    positions: Array,
+    *,
+    visibility: attention.Visibility | None = None,
+    view: transformer.CacheView | None = None,
+    past: Past | None = None,
+    dtype=jnp.float32,
+) -> Output:
+    """Compute the drafter's features of one level or of a run of positions.
+
+    Cache filling, extension by accepted tokens and tree levels are this one function;
+    it reads the cache, and the caller appends the keys of what was accepted.
+
+    Args:
+      params: the weights.
+      cfg: the drafter.
+      embedded: `[D, B, T]`, embedding of the token behind each position.
+      features: `[D, B, T]`, fused features of the target or the drafter's own.
+      positions: `[B, T] int32`, rotary positions.
+      visibility: which fresh keys each query sees; None: causal within the row; for a
+        tree level each sees itself alone.
+      view: the drafter's cache, whose one layer every query sees; None: there is none.
+      past: keys of earlier levels; None: there are none.
+      dtype: of activations and products.
+
+    Returns:
+      `Output`.
+    """
+    visible = attention.Visibility() if visibility is None else visibility
+
+    def attend(query, keys, values):
+        partial = transformer.attend_parts(
+            query, keys, values, positions, visible, view, 0
+        )
+        if past is None:
+            return partial
+        earlier = attention.attend_masked(
+            query,
+            jnp.moveaxis(past.keys, 2, 0).astype(query.dtype),
+            jnp.moveaxis(past.values, 2, 0).astype(query.dtype),
+            past.mask,
+            scale=cfg.layer.head_dim**-0.5,
+        )
+        return attention.join(earlier, partial)
+
+    return apply(params, cfg, embedded, features, positions, attend, dtype=dtype)
+
+
+def apply(
+    params: DrafterParams,
+    cfg: DrafterConfig,
+    embedded: Array,
+    features: Array,
+    positions: Array,
+    attend: Callable[[Array, Array, Array], attention.Partial],
+    *,
+    dtype=jnp.float32,
+) -> Output:
+    """Compute the drafter's features under any attention.
+
+    Both halves of the input are divided by their root mean square: embeddings and
+    features have scales of their own, and the drafter's features another one.
+
+    Args:
+      params, cfg, embedded, features, positions, dtype: as for `forward`.
+      attend: see `transformer.decoder_layer`.
+
+    Returns:
+      `Output`.
+    """
+    halves = [_unit(x.astype(dtype), cfg) for x in (embedded, features)]
+    x_DBT = layers.product(params.join.astype(dtype), jnp.concatenate(halves))
+    rope = layers.rope_tables(cfg.layer, positions)
+    x_DBT, keys, values = transformer.decoder_layer(
+        params.layer, x_DBT, cfg.layer, rope, attend
+    )
+    if params.norm is not None:
+        x_DBT = layers.rms_norm(x_DBT, params.norm, cfg.layer.rms_norm_eps)
+    return Output(hidden=x_DBT, keys=keys, values=values)
+
+
+def logits(
+    params: DrafterParams, cfg: DrafterConfig, head: Array, hidden: Array
+) -> Array:
+    """Multiply the drafter's features by the frozen head.
+
+    Args:
+      params, cfg: the drafter; the head is the target's.
+      head: `[Vd, D]`, see `head_rows`.
+      hidden: `[D, B, T]`.
+
+    Returns:
+      `[B, T, Vd] float32`; entry i is token `draft_ids[i]`.
+    """
+    del params, cfg
+    return transformer.head_logits(head, hidden)
+
+
+def _unit(x: Array, cfg: DrafterConfig) -> Array:
+    """Divide by the root mean square over features."""
+    return layers.rms_norm(x, jnp.ones(x.shape[0]), cfg.layer.rms_norm_eps)
