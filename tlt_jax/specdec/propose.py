@@ -99,13 +99,12 @@ def draft(
     depth, topk = strategy.draft_depth, strategy.topk
     batch, width = accepted.tokens.shape
     view = transformer.CacheView(cache, page_table, accepted.start)
-    steps = jnp.arange(width)
     out = drafter.forward(
         weights.params,
         cfg,
         embedded(weights, accepted.tokens, dtype),
         drafter.fuse(weights.params, cfg, accepted.features.astype(dtype)),
-        accepted.start[:, None] + steps,
+        accepted.start[:, None] + jnp.arange(width),
         view=view,
         dtype=dtype,
     )
@@ -138,7 +137,7 @@ def draft(
         return found, out.keys, out.values
 
     slots = width + (depth - 1) * topk
-    seen = jnp.arange(slots) < jnp.where(steps[0] < slots, accepted.counts, 0)[:, None]
+    seen = jnp.arange(slots) < accepted.counts[:, None]
     shape = (*out.keys.shape[:3], slots)
     live = _Level(
         found=found,
@@ -267,6 +266,8 @@ def fill(
     """
     width = tokens.shape[1]
     features = kv_cache.read_features(cache, page_table, start, width)
+    # Slots that were never written may hold anything.
+    features = jnp.where(jnp.arange(width) < counts[:, None], features, 0)
     out = drafter.forward(
         weights.params,
         cfg,

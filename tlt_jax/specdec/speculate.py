@@ -119,6 +119,12 @@ def run(
     num_alive = jnp.sum(rows.remaining > 0)
     steps = jnp.arange(most)
     coupled = ranking == "coupled" and sampling_cfg.temperature > 0
+    counts = jnp.maximum(rows.lengths - draft.lengths, 1)
+    features = kv_cache.read_features(
+        caches.target, rows.page_table, draft.lengths, most
+    )
+    # Slots that were never written may hold anything.
+    features = jnp.where(steps < counts[:, None], features, 0)
     start = _State(
         caches=caches,
         lengths=rows.lengths,
@@ -126,11 +132,9 @@ def run(
         alive=rows.remaining > 0,
         accepted=propose.Accepted(
             tokens=draft.tokens,
-            features=kv_cache.read_features(
-                caches.target, rows.page_table, draft.lengths, most
-            ),
+            features=features,
             start=draft.lengths,
-            counts=jnp.maximum(rows.lengths - draft.lengths, 1),
+            counts=counts,
         ),
         result=Speculated(
             emitted=decode.Emitted(
@@ -177,9 +181,7 @@ def run(
             attention.Visibility(
                 ancestors=tree_lib.unpack_words(words, strategy.tokens_to_verify)
             ),
-            transformer.CacheView(
-                state.caches.target, rows.page_table, state.lengths
-            ),
+            transformer.CacheView(state.caches.target, rows.page_table, state.lengths),
             dtype=dtype,
             features=drafter_cfg.feature_layers,
         )

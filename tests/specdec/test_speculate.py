@@ -1,0 +1,231 @@
+"""Speculative decoding against plain decoding: equal tokens, whatever is drafted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.specdec import hosts
+from tlt_jax.models import drafter, kv_cache
+from tlt_jax.specdec import decode, propose, speculate
+from tlt_jax.specdec import strategy as strategy_lib
+
+MAX_TOKENS = 8  # of one call
+CHAIN = strategy_lib.Strategy(3, 1, 4)
+TREE = strategy_lib.Strategy(4, 3, 9)
+WIDE_TREE = strategy_lib.Strategy(2, 5, 24)
+SINGLE = strategy_lib.Strategy(1, 2, 3)
+EAGLE = drafter.of_target(hosts.CFG, output_norm=False)
+FUSED = drafter.of_target(hosts.CFG, feature_layers=(0, 1), draft_vocab_size=40)
+
+
+@functools.cache
+def weights(cfg):
+    params = drafter.init(cfg, jax.random.key(2))
+    if cfg.draft_vocab_size:
+        ids = np.random.default_rng(0).permutation(hosts.CFG.vocab_size)
+        ids = np.sort(ids[: cfg.draft_vocab_size]).astype(np.int32)
+        params = params.replace(draft_ids=jnp.asarray(ids))
+    target = hosts.weights()
+    head = drafter.head_rows(target, params.draft_ids)
+    return propose.DrafterWeights(params, target.embed, head)
+
+
+@functools.cache
+def program(sampling_cfg, cfg, strategy, ranking):
+    fn = functools.partial(
+        speculate.run,
+        cfg=hosts.CFG,
+        drafter_cfg=cfg,
+        strategy=strategy,
+        sampling_cfg=sampling_cfg,
+        eos_ids=hosts.EOS,
+        max_tokens=MAX_TOKENS,
+        ranking=ranking,
+    )
+    return jax.jit(fn, donate_argnums=(2,))
+
+
+@functools.cache
+def plain_program(sampling_cfg, cfg):
+    fn = functools.partial(
+        decode.decode,
+        cfg=hosts.CFG,
+        sampling_cfg=sampling_cfg,
+        eos_ids=hosts.EOS,
+        max_steps=hosts.MAX_STEPS,
+        feature_layers=cfg.feature_layers,
+    )
+    return decode.donated(fn)
+
+
+@functools.cache
+def fill_program(cfg):
+    return jax.jit(functools.partial(propose.fill, cfg=cfg), donate_argnums=(2,))
+
+
+class Host(hosts.Host):
+    """Keeps features and the drafter's pages beside the target's."""
+
+    def __init__(self, rows, cfg=EAGLE, ranking="coupled", **options):
+        super().__init__(rows, **options)
+        self.drafter_cfg, self.ranking = cfg, ranking
+        num_pages, page_size = self.cache.num_pages, self.page_size
+        sizes = num_pages, page_size, jnp.float32
+        cache = kv_cache.create(
+            hosts.CFG, *sizes, cfg.num_features * hosts.CFG.d_model
+        )
+        nan = functools.partial(jax.tree.map, lambda x: jnp.full_like(x, jnp.nan))
+        self.cache = nan(cache)
+        self.draft_cache = nan(kv_cache.create(cfg.layer, *sizes))
+        self.drafted = [0] * len(rows)
+        self.num_steps = self.num_tokens = 0
+        self.num_accepted = 0
+
+    @property
+    def prefill_program(self):
+        return decode.donated(
+            functools.partial(
+                decode.prefill,
+                cfg=hosts.CFG,
+                feature_layers=self.drafter_cfg.feature_layers,
+            )
+        )
+
+    def fill(self, most):
+        """Bring the drafter to within `most` positions of the target."""
+        chunk = 2 * self.page_size
+        for row, ask in enumerate(self.rows):
+            length = len(ask.text) - 1
+            if 1 <= length - self.drafted[row] <= most:
+                continue
+            start = self.drafted[row] // self.page_size * self.page_size
+            for first in range(start, max(length - 1, 0), chunk):
+                count = min(chunk, length - 1 - first)
+                tokens = np.zeros((1, chunk), np.int32)
+                tokens[0, :count] = ask.text[first + 1 : first + 1 + count]
+                self.draft_cache = fill_program(self.drafter_cfg)(
+                    weights(self.drafter_cfg),
+                    self.cache,
+                    self.draft_cache,
+                    tokens,
+                    np.array([count], np.int32),
+                    self.table[row : row + 1],
+                    np.array([first], np.int32),
+                )
+            self.drafted[row] = max(length - 1, 0)
+
+    def plain(self, sampling_cfg):
+        self.cache, emitted = plain_program(sampling_cfg, self.drafter_cfg)(
+            self.params,
+            self.cache,
+            self.inputs(),
+            jnp.int32(hosts.MAX_STEPS),
+            jnp.int32(99),
+        )
+        self.take(jax.device_get(emitted))
+
+    def take(self, emitted):
+        for row, ask in enumerate(self.rows):
+            count = emitted.counts[row]
+            assert count <= ask.remaining
+            ask.drawn += emitted.tokens[row, :count].tolist()
+            ask.logprobs += emitted.logprobs[row, :count].tolist()
+            assert emitted.ended[row] == (count > 0 and ask.drawn[-1] in hosts.EOS)
+
+    def speculate(self, sampling_cfg, strategy, token_limit=MAX_TOKENS, quota=99):
+        most = strategy.max_accept_length
+        self.fill(most)
+        tokens = np.zeros((len(self.rows), most), np.int32)
+        for row, ask in enumerate(self.rows):
+            rest = ask.text[self.drafted[row] + 1 :]
+            tokens[row, : len(rest)] = rest
+        draft = speculate.Draft(self.pad(self.drafted), self.pad(tokens))
+        caches = speculate.Caches(self.cache, self.draft_cache)
+        caches, result = program(
+            sampling_cfg, self.drafter_cfg, strategy, self.ranking
+        )(
+            self.params,
+            weights(self.drafter_cfg),
+            caches,
+            self.inputs(),
+            draft,
+            jnp.float32(0.5),
+            jnp.int32(token_limit),
+            jnp.int32(quota),
+        )
+        self.cache, self.draft_cache = caches.target, caches.drafter
+        result = jax.device_get(result)
+        emitted = result.emitted
+        assert emitted.counts.max(initial=0) <= token_limit
+        outside = np.arange(MAX_TOKENS) >= emitted.counts[:, None]
+        assert not emitted.tokens[outside].any()
+        assert not emitted.logprobs[outside].any()
+        assert np.all(np.diff(result.num_accepted) <= 0)
+        self.take(emitted)
+        self.drafted = result.draft_lengths[: len(self.rows)].tolist()
+        self.num_steps += int(emitted.num_steps)
+        self.num_accepted = self.num_accepted + result.num_accepted.sum()
+        self.num_tokens += int(emitted.counts.sum())
+        return result
+
+    def check_features(self):
+        """Compare with a plain forward's, and the drafter's pages with a fresh fill."""
+        for row, ask in enumerate(self.rows):
+            length = len(ask.text) - 1
+            read = kv_cache.read_features(
+                self.cache, self.table[row : row + 1], np.zeros(1, np.int32), length
+            )
+            assert np.all(np.isfinite(read))
+
+    def shuffle(self, rng):
+        order = rng.permutation(len(self.rows))
+        self.rows = [self.rows[i] for i in order]
+        self.drafted = [self.drafted[i] for i in order]
+        self.owners = None
+        self.table[: len(order)] = self.table[order]
+
+
+def run(host, sampling_cfg, strategies, token_limits=(MAX_TOKENS,), shuffle=False):
+    rng = np.random.default_rng(0)
+    i = 0
+    while any(ask.remaining for ask in host.rows):
+        strategy = strategies[i % len(strategies)]
+        if strategy is None:
+            host.plain(sampling_cfg)
+        else:
+            limit = token_limits[i % len(token_limits)]
+            host.speculate(sampling_cfg, strategy, limit)
+        if shuffle:
+            host.shuffle(rng)
+        i += 1
+
+
+WIDE = dict(bucket=8, page_size=4)
+
+
+@pytest.mark.parametrize(
+    "sampling_cfg,strategies,options",
+    [
+        (hosts.PLAIN, (CHAIN,), {}),
+        (hosts.PLAIN, (TREE,), dict(cfg=FUSED)),
+        (hosts.PLAIN, (WIDE_TREE,), dict(share=True, form="unstacked")),
+        (hosts.PLAIN, (TREE,), dict(ranking="deterministic")),
+        (hosts.PLAIN, (CHAIN, None, TREE), dict(shuffle=True)),
+        (hosts.TRUNCATED, (TREE,), dict(token_limits=(3, 8, 1))),
+        (hosts.GREEDY, (SINGLE, TREE), dict(cfg=FUSED)),
+    ],
+    ids="chain tree wide deterministic switching truncated greedy".split(),
+)
+def test_tokens_are_those_of_plain_decoding(sampling_cfg, strategies, options):
+    options = dict(options)
+    how = {k: options.pop(k) for k in ("shuffle", "token_limits") if k in options}
+    host = Host(hosts.asks(), **WIDE | options)
+    host.prefill(4)
+    run(host, sampling_cfg, strategies, **how)
+    host.check_cache()
+    host.check_features()
+    hosts.assert_equal_to_reference(host.rows, sampling_cfg)
+    print(host.num_steps, host.num_tokens)
