@@ -44,6 +44,7 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import (
     algorithms,
+    engine_programs,
     experience,
     learner,
     policy_gradient,
@@ -220,7 +221,7 @@ class Recipe:
         )
         self.engine = rollout.Engine(
             model,
-            rollout.EngineConfig(
+            engine_programs.EngineConfig(
                 max_rows=run.rollout.max_batch,
                 max_length=run.task.max_prompt_tokens + run.rollout.max_new_tokens,
                 page_size=run.cache.page_size,
@@ -251,7 +252,7 @@ class Recipe:
         engine, state = self.engine, self.state
         params, weights = device_bytes(state.params), device_bytes(self.weights)
         moments = device_bytes(state.opt_state)
-        cache = device_bytes(engine._cache_abstract)
+        cache = device_bytes(engine.programs.abstract_caches)
         loss = self._algorithm().loss
         reference = params if loss.kl_coef > 0 else 0
         rows, columns, num_sequences = self.micro_batch()

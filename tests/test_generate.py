@@ -15,7 +15,7 @@ from tlt_jax import checkpoint, generate, policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import convert, tokenizer
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import rollout
+from tlt_jax.rl import engine_programs, rollout
 from tlt_jax.specdec import sampling
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ?;:"
@@ -111,7 +111,7 @@ def expected_text(prompt, seed=3, max_new_tokens=12, request_id=0, **law):
     """The text by the engine itself, from weights that never were in a file."""
     engine = rollout.Engine(
         CFG,
-        rollout.EngineConfig(
+        engine_programs.EngineConfig(
             max_rows=1,
             max_length=512,
             sampling_cfg=sampling.SamplingConfig(**law),
@@ -241,7 +241,7 @@ def test_precision_is_that_of_weights_and_engine(place, request):
     assert dtypes == {"bfloat16"}
     assert isinstance(asked.params.layers, tuple)
     engine = asked.engine(max_rows=3, max_length=20, page_size=4)
-    assert engine.engine_cfg == rollout.EngineConfig(
+    assert engine.engine_cfg == engine_programs.EngineConfig(
         max_rows=3, max_length=20, page_size=4, eos_ids=(2,), dtype="bfloat16"
     )
 

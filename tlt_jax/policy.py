@@ -12,7 +12,7 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import source
 from tlt_jax.models import tokenizer as model_tokenizer
-from tlt_jax.rl import rollout
+from tlt_jax.rl import engine_programs, rollout
 
 _TOKENIZER = "tokenizer"
 _RUN_MARKS = (checkpoint.DIRECTORY, metrics.FILE, _TOKENIZER)
@@ -47,14 +47,14 @@ class Policy:
         Args:
           max_rows: rows decoded at once.
           max_length: longest text in tokens, prompt and completion.
-          **settings: further ones of `rollout.EngineConfig`.
+          **settings: further ones of `engine_programs.EngineConfig`.
 
         Returns:
           A `rollout.Engine`; it compiles what it needs when it needs it.
         """
         engine = rollout.Engine(
             self.config,
-            rollout.EngineConfig(
+            engine_programs.EngineConfig(
                 max_rows=max_rows,
                 max_length=max_length,
                 **{"eos_ids": self.eos_ids, "dtype": self.precision} | settings,

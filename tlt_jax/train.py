@@ -28,6 +28,7 @@ from tlt_jax.rl import (
     algorithms,
     clock,
     collector,
+    engine_programs,
     evaluator,
     experience,
     learner,
@@ -341,7 +342,7 @@ class Trainer:
         law = sampling.SamplingConfig(
             temperature, run.sampling.top_k, run.sampling.top_p, run.sampling.min_p
         )
-        engine_cfg = rollout.EngineConfig(
+        engine_cfg = engine_programs.EngineConfig(
             max_rows=run.rollout.max_batch,
             max_length=run.task.max_prompt_tokens + run.rollout.max_new_tokens,
             page_size=run.cache.page_size,

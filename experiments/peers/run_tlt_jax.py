@@ -14,7 +14,7 @@ import protocol
 from tlt_jax import types
 from tlt_jax.models import params as model_params
 from tlt_jax.models import source
-from tlt_jax.rl import rollout
+from tlt_jax.rl import engine_programs, rollout
 from tlt_jax.specdec import sampling
 
 
@@ -74,7 +74,7 @@ class Peer:
         if temperature not in self.engines:
             engine = rollout.Engine(
                 self.source.config,
-                rollout.EngineConfig(
+                engine_programs.EngineConfig(
                     max_rows=self.settings["max_batch"],
                     max_length=self.settings["max_length"],
                     prefill_chunk=64,  # chat prompts are short: less padding

@@ -231,7 +231,7 @@ def test_a_cut_compiles_for_a_slice_that_is_not_there(no_cache):
 )
 def test_decoding_does_not_copy_the_cache(no_cache):
     recipe = cut("qwen2.5-7b", ahead_of_time.described_devices("v5p:2x2x1"))
-    cache = ahead_of_time.device_bytes(recipe.engine._cache_abstract)
+    cache = ahead_of_time.device_bytes(recipe.engine.programs.abstract_caches)
     (decode,) = [p for p in recipe.programs() if p.name == "decode_64"]
     row = ahead_of_time.measure(decode, ahead_of_time.HBM_BYTES["v5p"])
     assert row["temp_bytes"] < cache / 2

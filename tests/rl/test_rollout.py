@@ -12,7 +12,7 @@ from tlt_jax import sharding, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
-from tlt_jax.rl import rollout
+from tlt_jax.rl import engine_programs, rollout
 from tlt_jax.specdec import noise, sampling
 
 EOS = 2
@@ -28,7 +28,7 @@ CFG = model_config.ModelConfig(
     tie_embeddings=False,
     eos_ids=(EOS,),
 )
-BASE = rollout.EngineConfig(
+BASE = engine_programs.EngineConfig(
     max_rows=4,
     max_length=40,
     page_size=4,

@@ -74,9 +74,7 @@ class Host(hosts.Host):
         self.drafter_cfg, self.ranking = cfg, ranking
         num_pages, page_size = self.cache.num_pages, self.page_size
         sizes = num_pages, page_size, jnp.float32
-        cache = kv_cache.create(
-            hosts.CFG, *sizes, cfg.num_features * hosts.CFG.d_model
-        )
+        cache = kv_cache.create(hosts.CFG, *sizes, cfg.num_features * hosts.CFG.d_model)
         nan = functools.partial(jax.tree.map, lambda x: jnp.full_like(x, jnp.nan))
         self.cache = nan(cache)
         self.draft_cache = nan(kv_cache.create(cfg.layer, *sizes))

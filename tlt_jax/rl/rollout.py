@@ -1,73 +1,29 @@
 """The rollout engine: continuous batching over compiled decode programs.
 
 Rows are admitted into free slots, decoded many steps a call, retired when they end, and
-packed into the next smaller batch bucket as the batch drains. Tokens do not depend on
-any of this: noise is keyed by request and position.
+packed into the next smaller batch bucket as the batch drains. Each decode call may
+speculate or not. Tokens do not depend on any of this: noise is keyed by request and
+position.
 """
 
+import collections
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax import sharding, types
 from tlt_jax.models import config as model_config
-from tlt_jax.models import kv_cache
+from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import scheduler
-from tlt_jax.specdec import decode, noise, programs, sampling
+from tlt_jax.rl import asked, drafting, engine_programs, scheduler
+from tlt_jax.specdec import decode, noise, programs
+from tlt_jax.specdec import strategy as strategy_lib
 
 # Prompts prefilled by one call, at most; buckets are the powers of two up to it.
 _PREFILL_ROWS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Sizes and law of an engine.
-
-    Attributes:
-      max_rows: rows decoded at once.
-      max_length: longest text in positions, prompt and completion.
-      page_size: positions in a page.
-      num_pages: of the cache, scratch page included; 0: enough for `max_rows` rows of
-        `max_length`.
-      steps_per_call: decode steps of one device program call.
-      prefill_chunk: prompt positions of one prefill call; rounded up to whole pages.
-      sampling_cfg: the law.
-      eos_ids: tokens that end a completion; they are kept.
-      stop: strings that end a completion; the token that completes one is kept.
-      dtype: of activations and cache.
-    """
-
-    max_rows: int
-    max_length: int
-    page_size: int = 64
-    num_pages: int = 0
-    steps_per_call: int = 32
-    prefill_chunk: int = 128
-    sampling_cfg: sampling.SamplingConfig = sampling.SamplingConfig()
-    eos_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
-    dtype: str = "float32"
-
-    @property
-    def max_pages(self) -> int:
-        """Pages of the longest row."""
-        return -(-self.max_length // self.page_size)
-
-    @property
-    def total_pages(self) -> int:
-        """Pages of the cache, scratch page included."""
-        return self.num_pages or 1 + self.max_rows * (self.max_pages + 1)
-
-    @property
-    def chunk(self) -> int:
-        """Positions of one prefill call."""
-        return -(-self.prefill_chunk // self.page_size) * self.page_size
 
 
 @dataclasses.dataclass
@@ -80,9 +36,13 @@ class RolloutStats:
       num_row_steps: the same times the batch bucket.
       num_calls: decode calls.
       num_prefill_tokens: prompt positions computed.
+      num_fill_tokens: positions taken into the drafter's cache outside decode calls.
       num_preempted: rows put back for want of pages.
-      prefill_s, decode_s: seconds on the host's clock, waiting for the device; no
-        compilation.
+      num_accepted: over rows and speculative steps, how often at least d drafted tokens
+        were accepted; entry 0 counts the row-steps.
+      strategies: decode calls by strategy; `none` is plain decoding.
+      prefill_s, fill_s, decode_s: seconds on the host's clock, waiting for the device;
+        no compilation.
       compile_s: seconds for which programs were waited for.
       active_rows: rows alive at the start of each decode call.
       call_s: seconds of each decode call.
@@ -93,12 +53,36 @@ class RolloutStats:
     num_row_steps: int = 0
     num_calls: int = 0
     num_prefill_tokens: int = 0
+    num_fill_tokens: int = 0
     num_preempted: int = 0
+    num_accepted: list[int] = dataclasses.field(default_factory=list)
+    strategies: collections.Counter = dataclasses.field(
+        default_factory=collections.Counter
+    )
     prefill_s: float = 0.0
+    fill_s: float = 0.0
     decode_s: float = 0.0
     compile_s: float = 0.0
     active_rows: list[int] = dataclasses.field(default_factory=list)
     call_s: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens per row and speculative step, before limits cut them; 1 without."""
+        return sum(self.num_accepted) / self.num_accepted[0] if self.num_accepted else 1
+
+    def accept_rates(self) -> list[float]:
+        """Chance of acceptance at each depth, given that its parent was accepted."""
+        counts = self.num_accepted
+        return [
+            b / a if a else 0.0 for a, b in zip(counts[:-1], counts[1:], strict=True)
+        ]
+
+    def add_accepted(self, counts: Sequence[int]) -> None:
+        """Add a call's `num_accepted`."""
+        width = max(len(counts), len(self.num_accepted))
+        both = (list(x) + [0] * (width - len(x)) for x in (counts, self.num_accepted))
+        self.num_accepted = [int(a + b) for a, b in zip(*both, strict=True)]
 
 
 class Engine:
@@ -107,8 +91,9 @@ class Engine:
     def __init__(
         self,
         cfg: model_config.ModelConfig,
-        engine_cfg: EngineConfig,
+        engine_cfg: engine_programs.EngineConfig,
         *,
+        drafting_cfg: drafting.DraftingConfig | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
         mesh: jax.sharding.Mesh | None = None,
         rules: sharding.ShardingRules | None = None,
@@ -118,12 +103,14 @@ class Engine:
         Args:
           cfg: the target.
           engine_cfg: sizes and law.
+          drafting_cfg: how to speculate, once `set_drafter` gave weights; None: never.
           decode_text: token ids to text; needed for stop strings.
           mesh: devices of this engine; None: the first device.
           rules: how the cache is split over the mesh.
 
         Raises:
-          ValueError: stop strings without `decode_text`.
+          ValueError: stop strings without `decode_text`, or a drafter that does not
+            fit the target or the sizes.
         """
         if engine_cfg.stop and decode_text is None:
             raise ValueError(
@@ -135,20 +122,18 @@ class Engine:
         self.version = -1
         self._decode_text = decode_text
         self.mesh = mesh or sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-        rules = rules or sharding.ShardingRules()
-        self._replicated = sharding.replicated(self.mesh)
-        abstract = jax.eval_shape(self._empty_cache)
-        axes = (None, "page", "kv_heads", None, None)
-        self._cache_sharding = sharding.named(
-            self.mesh, rules, axes, abstract.keys.shape
+        self._drafting = None
+        if drafting_cfg is not None:
+            drafting_cfg.check(cfg, engine_cfg.max_length)
+            self._drafting = drafting.Drafting(drafting_cfg, engine_cfg.page_size)
+        self.programs = engine_programs.EnginePrograms(
+            cfg,
+            engine_cfg,
+            drafting_cfg,
+            self.mesh,
+            rules or sharding.ShardingRules(),
         )
-        self._cache_abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=self._cache_sharding
-            ),
-            abstract,
-        )
-        self._cache = None
+        self._caches = None
         self._params = None
 
     @property
@@ -158,7 +143,7 @@ class Engine:
 
     def release_cache(self) -> None:
         """Free the cache's memory until the next run."""
-        self._cache = None
+        self._caches = None
 
     def set_params(self, params: model_params.Params, version: int) -> None:
         """Use these weights from the next run on.
@@ -169,6 +154,27 @@ class Engine:
         """
         self._params = params
         self.version = version
+        if self._drafting is not None:
+            self._drafting.set_target(params)
+
+    def set_drafter(self, params: drafter.DrafterParams, version: int) -> None:
+        """Speculate with these weights from the next run on.
+
+        Args:
+          params: on the engine's mesh, replicated.
+          version: counts the drafter's updates.
+
+        Raises:
+          ValueError: the engine was made without `drafting_cfg`.
+        """
+        if self._drafting is None:
+            raise ValueError("the engine was made without drafting_cfg: give one.")
+        self._drafting.set_params(params, self._params, version)
+
+    @property
+    def drafter_version(self) -> int:
+        """Version of the drafter in use; -1: none."""
+        return -1 if self._drafting is None else self._drafting.version
 
     def warm_up(self, wait: bool = True) -> None:
         """Compile every program that any run may need, those needed first, first.
@@ -177,14 +183,32 @@ class Engine:
           wait: return when all are ready; else they are compiled in the background.
         """
         self._require_params()
-        self.pool.prepare(*self._cache_program())
+        made, max_rows = self.programs, self.engine_cfg.max_rows
+        self.pool.prepare(*made.empty_caches())
         for rows in scheduler.buckets(_PREFILL_ROWS):
-            self.pool.prepare(*self._prefill_program(rows))
-        self.pool.prepare(*self._copy_program())
-        for bucket in reversed(scheduler.buckets(self.engine_cfg.max_rows)):
-            self.pool.prepare(*self._decode_program(bucket))
+            self.pool.prepare(*made.prefill(self._params, rows))
+        self.pool.prepare(*made.copy())
+        weights = self._drafting.weights if self._drafting else None
+        chosen = {}
+        for num_rows in range(max_rows, 0, -1):
+            bucket = scheduler.bucket_of(num_rows, max_rows)
+            chosen[bucket, self._choose(num_rows)] = None
+        for bucket, strategy in chosen:
+            if strategy is None:
+                self.pool.prepare(*made.plain_decode(self._params, bucket))
+            else:
+                program = made.speculative_decode(
+                    self._params, weights, bucket, strategy
+                )
+                self.pool.prepare(*program)
+        if any(strategy and strategy.drafts for _, strategy in chosen):
+            for rows in scheduler.buckets(_PREFILL_ROWS):
+                self.pool.prepare(*made.fill(weights, rows))
         if wait:
             self.pool.wait()
+
+    def _choose(self, num_rows: int) -> strategy_lib.Strategy | None:
+        return self._drafting.choose(num_rows) if self._drafting else None
 
     def run(
         self,
@@ -212,7 +236,7 @@ class Engine:
             prompt is not that of its `prompt_id` or not of the vocabulary.
         """
         self._require_params()
-        self._check(requests)
+        asked.check(requests, self.cfg.vocab_size, self.engine_cfg.max_length)
         engine_cfg = self.engine_cfg
         stats = RolloutStats()
         waited_before = self.pool.stats.waited_s
@@ -231,8 +255,10 @@ class Engine:
             )
         )
         done: dict[int, types.Completion] = {}
-        if self._cache is None:
-            self._cache = self.pool.get(*self._cache_program())()
+        if self._caches is None:
+            self._caches = self.pool.get(*self.programs.empty_caches())()
+        if self._drafting is not None:
+            self._drafting.forget()
         while plan.waiting or plan.rows:
             self._admit(plan, stats)
             for completion in self._decode_call(plan, keys, stats):
@@ -256,20 +282,23 @@ class Engine:
         for jobs in (admission.prompts, admission.returns):
             for first in range(0, len(jobs), _PREFILL_ROWS):
                 self._prefill(jobs[first : first + _PREFILL_ROWS], stats)
+            if self._drafting is not None:
+                self._drafting.written(jobs)
         width = self.engine_cfg.max_rows
         pairs = np.zeros((width, 2), np.int32)
         pairs[: len(admission.copies)] = np.reshape(admission.copies, (-1, 2))
-        copy = self.pool.get(*self._copy_program())
-        self._cache = copy(self._cache, pairs[:, 0], pairs[:, 1])
+        copy = self.pool.get(*self.programs.copy())
+        target = copy(self._caches.target, pairs[:, 0], pairs[:, 1])
+        self._caches = self._caches.replace(target=target)
         # Else the next decode call would count what is still being computed.
-        jax.block_until_ready(self._cache)
+        jax.block_until_ready(target)
         waited = self.pool.stats.waited_s - waited
         stats.prefill_s += time.perf_counter() - started - waited
 
     def _prefill(self, jobs: list[scheduler.Prefill], stats: RolloutStats) -> None:
         chunk = self.engine_cfg.chunk
         batch = scheduler.bucket_of(len(jobs), _PREFILL_ROWS)
-        program = self.pool.get(*self._prefill_program(batch))
+        program = self.pool.get(*self.programs.prefill(self._params, batch))
         table = np.zeros((batch, self.engine_cfg.max_pages), np.int32)
         for i, job in enumerate(jobs):
             table[i, : len(job.pages)] = job.pages
@@ -283,10 +312,58 @@ class Engine:
                 counts[i] = len(part)
                 # A row that is through reads nothing and writes to the scratch page.
                 lengths[i] = job.start + offset if len(part) else 0
-            self._cache = program(
-                self._params, self._cache, tokens, counts, table, lengths
+            target = program(
+                self._params, self._caches.target, tokens, counts, table, lengths
             )
+            self._caches = self._caches.replace(target=target)
             stats.num_prefill_tokens += int(counts.sum())
+
+    def _fill(self, jobs: Sequence[drafting.Fill], stats: RolloutStats) -> None:
+        """Take independent stretches of text into the drafter's cache."""
+        chunk, made = self.engine_cfg.chunk, self.programs
+        batch = scheduler.bucket_of(len(jobs), _PREFILL_ROWS)
+        program = self.pool.get(*made.fill(self._drafting.weights, batch))
+        table = np.zeros((batch, self.engine_cfg.max_pages), np.int32)
+        for i, job in enumerate(jobs):
+            table[i, : len(job.pages)] = job.pages
+        for offset in range(0, max(j.stop - j.start for j in jobs), chunk):
+            tokens = np.zeros((batch, chunk), np.int32)
+            counts = np.zeros((batch,), np.int32)
+            starts = np.zeros((batch,), np.int32)
+            for i, job in enumerate(jobs):
+                first = job.start + offset
+                count = max(min(chunk, job.stop - first), 0)
+                tokens[i, :count] = job.text[first + 1 : first + 1 + count]
+                counts[i], starts[i] = count, first if count else 0
+            caches = self._caches
+            filled = program(
+                self._drafting.weights,
+                caches.target,
+                caches.drafter,
+                tokens,
+                counts,
+                table,
+                starts,
+            )
+            self._caches = caches.replace(drafter=filled)
+            stats.num_fill_tokens += int(counts.sum())
+
+    def _bring_up(
+        self,
+        rows: Sequence[scheduler.Row],
+        strategy: strategy_lib.Strategy,
+        stats: RolloutStats,
+    ) -> None:
+        """Bring the drafter to where a speculative call may begin."""
+        started, waited = time.perf_counter(), self.pool.stats.waited_s
+        rounds = self._drafting.missing(rows, strategy)
+        for jobs in rounds:
+            for first in range(0, len(jobs), _PREFILL_ROWS):
+                self._fill(jobs[first : first + _PREFILL_ROWS], stats)
+        if rounds:
+            jax.block_until_ready(self._caches.drafter)
+            waited = self.pool.stats.waited_s - waited
+            stats.fill_s += time.perf_counter() - started - waited
 
     def _decode_call(
         self, plan: scheduler.Scheduler, keys: Mapping[int, np.ndarray], stats
@@ -295,6 +372,9 @@ class Engine:
         cfg = self.engine_cfg
         rows = list(plan.rows)
         batch = scheduler.bucket_of(len(rows), cfg.max_rows)
+        strategy = self._choose(len(rows))
+        if strategy is not None and strategy.drafts:
+            self._bring_up(rows, strategy, stats)
         inputs = decode.Rows(
             page_table=plan.page_table(rows, batch, cfg.max_pages),
             lengths=_padded([row.length for row in rows], batch),
@@ -303,20 +383,17 @@ class Engine:
             remaining=_padded([row.remaining for row in rows], batch),
         )
         quota = scheduler.finish_quota(len(rows), len(plan.waiting), cfg.max_rows)
-        program = self.pool.get(*self._decode_program(batch))
-        started = time.perf_counter()
-        self._cache, emitted = program(
-            self._params,
-            self._cache,
-            inputs,
-            np.int32(cfg.steps_per_call),
-            np.int32(quota),
-        )
-        emitted = jax.device_get(emitted)
-        elapsed = time.perf_counter() - started
+        limits = np.int32(cfg.steps_per_call), np.int32(quota)
+        if strategy is None:
+            emitted, elapsed = self._plain(inputs, batch, limits)
+        else:
+            emitted, elapsed = self._speculate(
+                rows, inputs, batch, limits, strategy, stats
+            )
         stats.decode_s += elapsed
         stats.call_s.append(elapsed)
         stats.active_rows.append(len(rows))
+        stats.strategies["none" if strategy is None else str(strategy)] += 1
         stats.num_calls += 1
         stats.num_steps += int(emitted.num_steps)
         stats.num_row_steps += int(emitted.num_steps) * batch
@@ -340,6 +417,41 @@ class Engine:
                 )
         return completions
 
+    def _plain(self, inputs, batch, limits) -> tuple[decode.Emitted, float]:
+        program = self.pool.get(*self.programs.plain_decode(self._params, batch))
+        started = time.perf_counter()
+        target, emitted = program(self._params, self._caches.target, inputs, *limits)
+        self._caches = self._caches.replace(target=target)
+        emitted = jax.device_get(emitted)
+        return emitted, time.perf_counter() - started
+
+    def _speculate(
+        self, rows, inputs, batch, limits, strategy, stats
+    ) -> tuple[decode.Emitted, float]:
+        state = self._drafting
+        program = self.pool.get(
+            *self.programs.speculative_decode(
+                self._params, state.weights, batch, strategy
+            )
+        )
+        draft = state.inputs(rows, batch, strategy)
+        started = time.perf_counter()
+        self._caches, result = program(
+            self._params,
+            state.weights,
+            self._caches,
+            inputs,
+            draft,
+            state.tau,
+            *limits,
+        )
+        result = jax.device_get(result)
+        elapsed = time.perf_counter() - started
+        for row, drafted in zip(rows, result.draft_lengths, strict=False):
+            row.drafted = int(drafted)
+        stats.add_accepted(result.num_accepted)
+        return result.emitted, elapsed
+
     def _finish_reason(
         self, row: scheduler.Row, num_new: int, ended: bool
     ) -> types.FinishReason | None:
@@ -362,129 +474,9 @@ class Engine:
                 return length
         return len(tokens)
 
-    def _check(self, requests: Sequence[types.Request]) -> None:
-        if not requests:
-            raise ValueError("requests is empty: give at least one.")
-        ids = [request.request_id for request in requests]
-        if len(set(ids)) < len(ids):
-            raise ValueError("requests contain a request_id twice: ids key the noise.")
-        prompts = {}
-        for request in requests:
-            prompt = prompts.setdefault(request.prompt_id, request.prompt)
-            if not np.array_equal(prompt, request.prompt):
-                raise ValueError(
-                    f"request {request.request_id} has another prompt than an earlier "
-                    f"one of prompt_id={request.prompt_id}: they share its pages, so "
-                    "give different prompts different ids."
-                )
-            if np.any((request.prompt < 0) | (request.prompt >= self.cfg.vocab_size)):
-                raise ValueError(
-                    f"request {request.request_id} has a prompt token outside the "
-                    f"vocabulary of {self.cfg.vocab_size}: encode it with the model's "
-                    "own tokenizer."
-                )
-            longest = len(request.prompt) + request.max_new_tokens
-            if request.max_new_tokens < 1:
-                raise ValueError(
-                    f"request {request.request_id} asks for max_new_tokens="
-                    f"{request.max_new_tokens}: at least 1."
-                )
-            if longest > self.engine_cfg.max_length:
-                raise ValueError(
-                    f"request {request.request_id} has a prompt of "
-                    f"{len(request.prompt)} tokens and asks for up to "
-                    f"{request.max_new_tokens} more, but the engine was made for "
-                    f"{self.engine_cfg.max_length} in all: shorten it or raise "
-                    "task.max_prompt_tokens."
-                )
-
     def _require_params(self) -> None:
         if self._params is None:
             raise ValueError("the engine has no weights: call set_params first.")
-
-    def _empty_cache(self) -> kv_cache.PagedCache:
-        return kv_cache.create(
-            self.cfg,
-            self.engine_cfg.total_pages,
-            self.engine_cfg.page_size,
-            jnp.dtype(self.engine_cfg.dtype),
-        )
-
-    def _cache_program(self):
-        def lower():
-            return jax.jit(
-                self._empty_cache, out_shardings=self._cache_sharding
-            ).lower()
-
-        return ("cache",), lower
-
-    def _decode_program(self, batch: int):
-        def lower():
-            cfg = self.engine_cfg
-            fn = functools.partial(
-                decode.decode,
-                cfg=self.cfg,
-                sampling_cfg=cfg.sampling_cfg,
-                eos_ids=cfg.eos_ids,
-                max_steps=cfg.steps_per_call,
-                dtype=jnp.dtype(cfg.dtype),
-            )
-            rows = decode.Rows(
-                page_table=self._ints(batch, cfg.max_pages),
-                lengths=self._ints(batch),
-                pending=self._ints(batch),
-                keys=self._ints(batch, 2, dtype=jnp.uint32),
-                remaining=self._ints(batch),
-            )
-            return decode.donated(fn, self._cache_sharding, self._replicated).lower(
-                self._params_abstract(),
-                self._cache_abstract,
-                rows,
-                self._ints(),
-                self._ints(),
-            )
-
-        return ("decode", batch), lower
-
-    def _prefill_program(self, batch: int):
-        def lower():
-            cfg = self.engine_cfg
-            fn = functools.partial(
-                decode.prefill, cfg=self.cfg, dtype=jnp.dtype(cfg.dtype)
-            )
-            return decode.donated(fn, self._cache_sharding).lower(
-                self._params_abstract(),
-                self._cache_abstract,
-                self._ints(batch, cfg.chunk),
-                self._ints(batch),
-                self._ints(batch, cfg.max_pages),
-                self._ints(batch),
-            )
-
-        return ("prefill", batch), lower
-
-    def _copy_program(self):
-        def lower():
-            width = self.engine_cfg.max_rows
-            fn = jax.jit(
-                kv_cache.copy_pages,
-                donate_argnums=(0,),
-                out_shardings=self._cache_sharding,
-            )
-            return fn.lower(self._cache_abstract, self._ints(width), self._ints(width))
-
-        return ("copy",), lower
-
-    def _params_abstract(self) -> model_params.Params:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=leaf.sharding
-            ),
-            self._params,
-        )
-
-    def _ints(self, *shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
 
 def _padded(values: list, batch: int, dtype=np.int32) -> np.ndarray:

@@ -59,6 +59,7 @@ class Row:
       tokens, logprobs: drawn so far.
       pages: held, in order of position; empty while waiting.
       length: cached positions.
+      drafted: positions in the drafter's cache.
     """
 
     request: types.Request
@@ -66,6 +67,7 @@ class Row:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     length: int = 0
+    drafted: int = 0
 
     @property
     def pending(self) -> int:
@@ -82,6 +84,12 @@ class Row:
         return np.concatenate(
             [self.request.prompt, np.asarray(self.tokens, np.int32)]
         ).astype(np.int32)
+
+    def tail(self, count: int) -> list[int]:
+        """Return the last `count` token ids of the text."""
+        if count <= len(self.tokens):
+            return self.tokens[len(self.tokens) - count :]
+        return self.text()[-count:].tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +272,7 @@ class Scheduler:
     def _preempt(self, row: Row) -> None:
         self.rows.remove(row)
         self._pool.release(row.pages)
-        row.pages, row.length = [], 0
+        row.pages, row.length, row.drafted = [], 0, 0
         self.waiting.appendleft(row)
         self._num_waiting[row.request.prompt_id] += 1
         self.num_preempted += 1

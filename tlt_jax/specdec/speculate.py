@@ -119,12 +119,12 @@ def run(
     num_alive = jnp.sum(rows.remaining > 0)
     steps = jnp.arange(most)
     coupled = ranking == "coupled" and sampling_cfg.temperature > 0
-    counts = jnp.maximum(rows.lengths - draft.lengths, 1)
+    behind = rows.lengths - draft.lengths
     features = kv_cache.read_features(
         caches.target, rows.page_table, draft.lengths, most
     )
     # Slots that were never written may hold anything.
-    features = jnp.where(steps < counts[:, None], features, 0)
+    features = jnp.where(steps < behind[:, None], features, 0)
     start = _State(
         caches=caches,
         lengths=rows.lengths,
@@ -134,7 +134,8 @@ def run(
             tokens=draft.tokens,
             features=features,
             start=draft.lengths,
-            counts=counts,
+            # A text of one token has no cached position to draft from: a zero feature.
+            counts=jnp.maximum(behind, 1),
         ),
         result=Speculated(
             emitted=decode.Emitted(
@@ -199,14 +200,13 @@ def run(
         ended = state.alive & (first_eos < most)
 
         features = transformer.drafter_features(out)
-        behind = decode.after(drawn, state.lengths)
         caches = Caches(
             target=kv_cache.append(
                 state.caches.target,
                 out.keys,
                 out.values,
                 rows.page_table,
-                behind,
+                decode.after(drawn, state.lengths),
                 count,
                 features=features,
                 sources=walk.path,

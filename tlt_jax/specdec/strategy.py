@@ -106,3 +106,54 @@ def parse(text: str) -> Strategy:
             "are wanted; for example D6K2V12."
         ) from None
     return Strategy(*numbers, proposer or "drafter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A strategy for each number of rows; plain decoding beyond the last entry.
+
+    Reference: the system's paper, section 5: speculation starts when the active batch
+    has fallen to a threshold, and verifies the more the fewer rows there are.
+
+    Attributes:
+      entries: (largest number of rows, strategy), rising.
+    """
+
+    entries: tuple[tuple[int, Strategy], ...]
+
+    def __post_init__(self):
+        limits = [limit for limit, _ in self.entries]
+        if limits != sorted(set(limits)) or any(limit < 1 for limit in limits):
+            raise ValueError(
+                f"strategies are given for at most {limits} rows: name each number of "
+                "rows once, the smallest first, at least 1."
+            )
+
+    def choose(self, num_rows: int) -> Strategy | None:
+        """Return the strategy for `num_rows` rows, or None: decode plainly."""
+        for limit, strategy in self.entries:
+            if num_rows <= limit:
+                return strategy
+        return None
+
+    def strategies(self) -> tuple[Strategy, ...]:
+        """List the strategies."""
+        return tuple(strategy for _, strategy in self.entries)
+
+
+def parse_table(entries: tuple[str, ...]) -> Table:
+    """Read a table such as `("2:D6K2V12", "8:D4K1V5")`, rows and strategy.
+
+    Raises:
+      ValueError: an entry is not of that form, or cannot be built.
+    """
+    parsed = []
+    for entry in entries:
+        rows, _, text = entry.partition(":")
+        if not rows.isdigit() or not text:
+            raise ValueError(
+                f"entry {entry!r} is not <largest number of rows>:<strategy>; for "
+                "example 4:D6K2V12."
+            )
+        parsed.append((int(rows), parse(text)))
+    return Table(tuple(parsed))

@@ -1,0 +1,201 @@
+"""The host's side of speculation: the drafter of an engine, and how far it is.
+
+The drafter's cache uses the page table of the target's. What it holds may lag behind:
+`ready` brings the rows of a decode call up to date from the features that the target's
+pages keep, so that turning speculation on, or new drafter weights, cost a pass of the
+drafter and no forward of the target. Full pages of a prompt are filled once for all
+rows that share them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import drafter
+from tlt_jax.models import params as model_params
+from tlt_jax.rl import scheduler
+from tlt_jax.specdec import propose, speculate
+from tlt_jax.specdec import strategy as strategy_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftingConfig:
+    """How an engine speculates.
+
+    Attributes:
+      table: which strategy at how many rows.
+      drafter_cfg: the learned drafter.
+      ranking: of its candidates, see `propose`.
+      tau: sharpness of the coupled score.
+    """
+
+    table: strategy_lib.Table
+    drafter_cfg: drafter.DrafterConfig
+    ranking: str = "coupled"
+    tau: float = 0.5
+
+    def check(self, target: model_config.ModelConfig, max_length: int) -> None:
+        """Refuse what cannot be built.
+
+        Args:
+          target: the model that verifies.
+          max_length: longest text in positions.
+
+        Raises:
+          ValueError: a setting is out of range, the drafter is another target's, or
+            texts may grow longer than it was trained for.
+        """
+        here = drafter.identify(target)
+        if self.drafter_cfg.target != here:
+            raise ValueError(
+                f"the drafter was made for the target {self.drafter_cfg.target}, but "
+                f"this one is {here}: train one for it (tlt_jax.train_drafter), or "
+                "name the model that it belongs to."
+            )
+        if self.ranking not in propose.RANKINGS:
+            raise ValueError(
+                f"ranking={self.ranking!r}: use one of {', '.join(propose.RANKINGS)}."
+            )
+        if not 0 < self.tau:
+            raise ValueError(f"tau={self.tau} is not positive: try 0.5.")
+        trained = self.drafter_cfg.max_length
+        if trained and max_length > trained:
+            raise ValueError(
+                f"texts may grow to max_length={max_length} positions, but the drafter "
+                f"was trained for {trained}: train one on longer texts (its recipe's "
+                "max_length), or lower the prompt and completion limits."
+            )
+        num_tokens = self.drafter_cfg.num_draft_tokens
+        for strategy in self.table.strategies():
+            if strategy.topk > num_tokens:
+                raise ValueError(
+                    f"strategy {strategy} asks for {strategy.topk} children of a node, "
+                    f"but the draft vocabulary has {num_tokens} tokens: lower topk."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """Positions of a text to be taken into the drafter's cache.
+
+    Attributes:
+      text: `[n] int32`; position t is filled with feature t and token t + 1.
+      start: a multiple of the page size.
+      stop: at most n - 1.
+      pages: of the text.
+    """
+
+    text: np.ndarray
+    start: int
+    stop: int
+    pages: tuple[int, ...]
+
+
+class Drafting:
+    """How far the drafter is with the rows of an engine's run."""
+
+    def __init__(self, cfg: DraftingConfig, page_size: int):
+        """Begin without weights; `set_params` gives some."""
+        self.cfg = cfg
+        self.weights: propose.DrafterWeights | None = None
+        self.version = -1
+        self._params: drafter.DrafterParams | None = None
+        self._page_size = page_size
+        # Full prompt pages that are in the drafter's cache.
+        self._filled: set[int] = set()
+
+    def set_params(
+        self,
+        params: drafter.DrafterParams,
+        target: model_params.Params | None,
+        version: int,
+    ) -> None:
+        """Use these weights from the next decode call on; what is cached is stale."""
+        self._params, self.version = params, version
+        self.forget()
+        if target is not None:
+            self.set_target(target)
+
+    def set_target(self, target: model_params.Params) -> None:
+        """Take embedding and head of the target."""
+        if self._params is None:
+            return
+        ids = self._params.draft_ids
+        self.weights = propose.DrafterWeights(
+            self._params, target.embed, drafter.head_rows(target, ids)
+        )
+
+    def forget(self) -> None:
+        """Count nothing as filled; rows are to be reset by the caller."""
+        self._filled.clear()
+
+    def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
+        """Choose how to decode `num_rows` rows; None: plainly."""
+        return self.cfg.table.choose(num_rows) if self.weights is not None else None
+
+    def written(self, jobs: Sequence[scheduler.Prefill]) -> None:
+        """Note that pages hold other positions from now on."""
+        for job in jobs:
+            self._filled.difference_update(job.pages[job.start // self._page_size :])
+
+    def missing(
+        self, rows: Sequence[scheduler.Row], strategy: strategy_lib.Strategy
+    ) -> list[list[Fill]]:
+        """List what to fill before `rows` speculate, and count it as done.
+
+        Args:
+          rows: of the decode call.
+          strategy: what it will do.
+
+        Returns:
+          Rounds of independent jobs: shared pages first, then each row's own.
+        """
+        shared: dict[int, Fill] = {}
+        own = []
+        for row in rows:
+            if 1 <= row.length - row.drafted <= strategy.max_accept_length:
+                continue
+            text, pages = row.text(), tuple(row.pages)
+            prompt_length = len(row.request.prompt) - 1
+            num_full = prompt_length // self._page_size
+            lacking = [page not in self._filled for page in pages[:num_full]]
+            if any(lacking):
+                first = lacking.index(True)
+                job = Fill(
+                    text,
+                    first * self._page_size,
+                    num_full * self._page_size,
+                    pages,
+                )
+                shared.setdefault(pages[first], job)
+            start = max(num_full * self._page_size, row.drafted)
+            start = start // self._page_size * self._page_size
+            stop = max(row.length - 1, 0)
+            if start < stop:
+                own.append(Fill(text, start, stop, pages))
+            row.drafted = stop
+        for job in shared.values():
+            self._filled.update(job.pages[: job.stop // self._page_size])
+        return [jobs for jobs in (list(shared.values()), own) if jobs]
+
+    def inputs(
+        self,
+        rows: Sequence[scheduler.Row],
+        batch: int,
+        strategy: strategy_lib.Strategy,
+    ) -> speculate.Draft:
+        """Say how far the drafter is with each row, padded to the batch bucket."""
+        lengths = np.zeros((batch,), np.int32)
+        tokens = np.zeros((batch, strategy.max_accept_length), np.int32)
+        for i, row in enumerate(rows):
+            rest = row.tail(row.length - row.drafted)
+            lengths[i] = row.drafted
+            tokens[i, : len(rest)] = rest
+        return speculate.Draft(lengths, tokens)
+
+    @property
+    def tau(self) -> np.float32:
+        """Sharpness of the coupled score."""
+        return np.float32(self.cfg.tau)

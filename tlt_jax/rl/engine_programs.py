@@ -1,0 +1,289 @@
+"""The device programs of a rollout engine: what each is compiled for.
+
+A key names a program in the pool; its shapes follow from the key and the engine's
+sizes. The number of programs is a sum and not a product: one plain decode program per
+batch bucket, one speculative per (bucket, strategy) that the table can choose, and a
+few for prefilling, filling the drafter's cache, and copying pages.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tlt_jax import sharding
+from tlt_jax.models import config as model_config
+from tlt_jax.models import kv_cache
+from tlt_jax.models import params as model_params
+from tlt_jax.rl import drafting
+from tlt_jax.specdec import decode, propose, sampling, speculate
+from tlt_jax.specdec import strategy as strategy_lib
+
+Program = tuple[Hashable, Callable[[], jax.stages.Lowered]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and law of an engine.
+
+    Attributes:
+      max_rows: rows decoded at once.
+      max_length: longest text in positions, prompt and completion.
+      page_size: positions in a page.
+      num_pages: of the cache, scratch page included; 0: enough for `max_rows` rows of
+        `max_length`.
+      steps_per_call: decode steps of one device program call; tokens of a row, where
+        it speculates.
+      prefill_chunk: prompt positions of one prefill call; rounded up to whole pages.
+      sampling_cfg: the law.
+      eos_ids: tokens that end a completion; they are kept.
+      stop: strings that end a completion; the token that completes one is kept.
+      dtype: of activations and cache.
+    """
+
+    max_rows: int
+    max_length: int
+    page_size: int = 64
+    num_pages: int = 0
+    steps_per_call: int = 32
+    prefill_chunk: int = 128
+    sampling_cfg: sampling.SamplingConfig = sampling.SamplingConfig()
+    eos_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest row."""
+        return -(-self.max_length // self.page_size)
+
+    @property
+    def total_pages(self) -> int:
+        """Pages of the cache, scratch page included."""
+        return self.num_pages or 1 + self.max_rows * (self.max_pages + 1)
+
+    @property
+    def chunk(self) -> int:
+        """Positions of one prefill call."""
+        return -(-self.prefill_chunk // self.page_size) * self.page_size
+
+
+class EnginePrograms:
+    """Lowers the programs of one engine on one mesh."""
+
+    def __init__(
+        self,
+        cfg: model_config.ModelConfig,
+        engine_cfg: EngineConfig,
+        drafting_cfg: drafting.DraftingConfig | None,
+        mesh: jax.sharding.Mesh,
+        rules: sharding.ShardingRules,
+    ):
+        """Describe the caches; weights are given to each program's builder.
+
+        Args:
+          cfg: the target.
+          engine_cfg: sizes and law.
+          drafting_cfg: how to speculate, or None.
+          mesh: devices of the engine.
+          rules: how the caches are split over them.
+        """
+        self._cfg, self._engine_cfg = cfg, engine_cfg
+        self._drafting_cfg = drafting_cfg
+        self._drafter_cfg = drafting_cfg and drafting_cfg.drafter_cfg
+        self._replicated = sharding.replicated(mesh)
+        self._dtype = jnp.dtype(engine_cfg.dtype)
+        abstract = jax.eval_shape(self._empty)
+        axes = (None, "page", "kv_heads", None, None)
+
+        def split(leaf):
+            # The features' third axis is no head.
+            named = axes if leaf.shape[2] > 1 else (None, "page", None, None, None)
+            return sharding.named(mesh, rules, named, leaf.shape)
+
+        self._shardings = jax.tree.map(split, abstract)
+        self._caches = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=where
+            ),
+            abstract,
+            self._shardings,
+        )
+
+    @property
+    def abstract_caches(self) -> speculate.Caches:
+        """Shapes and shardings of the caches."""
+        return self._caches
+
+    @property
+    def feature_layers(self) -> tuple[int, ...] | None:
+        """What the cache keeps for the drafter."""
+        return None if self._drafter_cfg is None else self._drafter_cfg.feature_layers
+
+    def empty_caches(self) -> Program:
+        """Make the empty `speculate.Caches`."""
+
+        def lower():
+            return jax.jit(self._empty, out_shardings=self._shardings).lower()
+
+        return ("cache",), lower
+
+    def prefill(self, params: model_params.Params, batch: int) -> Program:
+        """Append a chunk to `batch` rows of the target's cache."""
+
+        def lower():
+            cfg = self._engine_cfg
+            fn = functools.partial(
+                decode.prefill,
+                cfg=self._cfg,
+                feature_layers=self.feature_layers,
+                dtype=self._dtype,
+            )
+            return decode.donated(fn, self._shardings.target).lower(
+                abstract_of(params),
+                self._caches.target,
+                self._ints(batch, cfg.chunk),
+                self._ints(batch),
+                self._ints(batch, cfg.max_pages),
+                self._ints(batch),
+            )
+
+        return ("prefill", batch), lower
+
+    def plain_decode(self, params: model_params.Params, batch: int) -> Program:
+        """Decode `batch` rows plainly."""
+
+        def lower():
+            cfg = self._engine_cfg
+            fn = functools.partial(
+                decode.decode,
+                cfg=self._cfg,
+                sampling_cfg=cfg.sampling_cfg,
+                eos_ids=cfg.eos_ids,
+                max_steps=cfg.steps_per_call,
+                feature_layers=self.feature_layers,
+                dtype=self._dtype,
+            )
+            return decode.donated(fn, self._shardings.target, self._replicated).lower(
+                abstract_of(params),
+                self._caches.target,
+                self._rows(batch),
+                self._ints(),
+                self._ints(),
+            )
+
+        return ("decode", batch), lower
+
+    def speculative_decode(
+        self,
+        params: model_params.Params,
+        weights: propose.DrafterWeights,
+        batch: int,
+        strategy: strategy_lib.Strategy,
+    ) -> Program:
+        """Decode `batch` rows speculatively."""
+
+        def lower():
+            cfg = self._engine_cfg
+            fn = functools.partial(
+                speculate.run,
+                cfg=self._cfg,
+                drafter_cfg=self._drafter_cfg,
+                strategy=strategy,
+                sampling_cfg=cfg.sampling_cfg,
+                eos_ids=cfg.eos_ids,
+                max_tokens=cfg.steps_per_call,
+                ranking=self._drafting_cfg.ranking,
+                dtype=self._dtype,
+            )
+            jitted = jax.jit(
+                fn,
+                donate_argnums=(2,),
+                out_shardings=(self._shardings, self._replicated),
+            )
+            most = strategy.max_accept_length
+            return jitted.lower(
+                abstract_of(params),
+                abstract_of(weights),
+                self._caches,
+                self._rows(batch),
+                speculate.Draft(self._ints(batch), self._ints(batch, most)),
+                self._ints(dtype=jnp.float32),
+                self._ints(),
+                self._ints(),
+            )
+
+        return ("speculate", batch, strategy), lower
+
+    def fill(self, weights: propose.DrafterWeights, batch: int) -> Program:
+        """Append a chunk to `batch` rows of the drafter's cache."""
+
+        def lower():
+            cfg = self._engine_cfg
+            fn = functools.partial(
+                propose.fill, cfg=self._drafter_cfg, dtype=self._dtype
+            )
+            jitted = jax.jit(
+                fn, donate_argnums=(2,), out_shardings=self._shardings.drafter
+            )
+            return jitted.lower(
+                abstract_of(weights),
+                self._caches.target,
+                self._caches.drafter,
+                self._ints(batch, cfg.chunk),
+                self._ints(batch),
+                self._ints(batch, cfg.max_pages),
+                self._ints(batch),
+            )
+
+        return ("fill", batch), lower
+
+    def copy(self) -> Program:
+        """Copy up to `max_rows` pages of the target's cache."""
+
+        def lower():
+            width = self._engine_cfg.max_rows
+            fn = jax.jit(
+                kv_cache.copy_pages,
+                donate_argnums=(0,),
+                out_shardings=self._shardings.target,
+            )
+            return fn.lower(self._caches.target, self._ints(width), self._ints(width))
+
+        return ("copy",), lower
+
+    def _empty(self) -> speculate.Caches:
+        cfg, drafter_cfg = self._engine_cfg, self._drafter_cfg
+        sizes = cfg.total_pages, cfg.page_size, self._dtype
+        if drafter_cfg is None:
+            return speculate.Caches(kv_cache.create(self._cfg, *sizes), None)
+        feature_size = drafter_cfg.num_features * self._cfg.d_model
+        return speculate.Caches(
+            target=kv_cache.create(self._cfg, *sizes, feature_size),
+            drafter=kv_cache.create(drafter_cfg.layer, *sizes),
+        )
+
+    def _rows(self, batch: int) -> decode.Rows:
+        return decode.Rows(
+            page_table=self._ints(batch, self._engine_cfg.max_pages),
+            lengths=self._ints(batch),
+            pending=self._ints(batch),
+            keys=self._ints(batch, 2, dtype=jnp.uint32),
+            remaining=self._ints(batch),
+        )
+
+    def _ints(self, *shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
+
+
+def abstract_of(tree: Any) -> Any:
+    """Describe the shape, dtype and sharding of every leaf."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        tree,
+    )
