@@ -1,0 +1,239 @@
+"""Chain rules by enumeration: every chain, every outcome of the tests, every token."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from tlt_jax.specdec import chain_rules
+
+RULES = {
+    "token": (chain_rules.token_rule, chain_rules.rejection),
+    "block": (chain_rules.block_rule, chain_rules.block_verification),
+}
+NAMES = list(RULES)
+VOCAB, DEPTH = 3, 3
+
+
+@pytest.fixture(autouse=True)
+def _double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+def prefix_laws(seed, zeros=False, vocab=VOCAB):
+    """A law of its own after every prefix of up to DEPTH tokens."""
+    rng = np.random.default_rng(seed)
+    laws = {}
+    for num in range(DEPTH + 1):
+        for prefix in itertools.product(range(vocab), repeat=num):
+            weights = rng.gamma(0.7, size=vocab)
+            if zeros and rng.random() < 0.5:
+                weights[rng.integers(vocab)] = 0.0
+            laws[prefix] = weights / weights.sum()
+    return laws
+
+
+def along(laws, chains, num):
+    """Laws at the `num` first places of each chain, `[chains, num, V]`."""
+    return np.array([[laws[chain[:i]] for i in range(num)] for chain in chains])
+
+
+def chain_probs(laws, chains):
+    return np.array(
+        [np.prod([laws[c[:i]][c[i]] for i in range(len(c))]) for c in chains]
+    )
+
+
+def outcomes(name, target, draft_probs, chains, num_drafted=None):
+    """Every outcome: `num_accepted`, its probability and the law of what follows.
+
+    Arrays over chains and passed/failed patterns, `[chains, 2**depth]`; the law has V.
+    """
+    judge, verify = RULES[name]
+    tokens = np.array(chains, np.int32)
+    depth = tokens.shape[1]
+    target_probs = along(target, chains, depth + 1)
+    vocab = target_probs.shape[-1]
+    decision = judge(target_probs, draft_probs, tokens, num_drafted)
+    thresholds = np.asarray(decision.thresholds)[:, None]
+    assert thresholds.dtype == np.float64
+    assert thresholds.min() >= 0 and thresholds.max() <= 1 + 1e-12
+    passed = np.array(list(itertools.product([True, False], repeat=depth)))
+    probability = np.prod(np.where(passed, thresholds, 1 - thresholds), axis=-1)
+    uniforms = np.where(passed, thresholds / 2, (1 + thresholds) / 2)
+    # Noise that picks token v wherever v may be drawn at all.
+    noise = 1e3 * np.eye(vocab)
+
+    def at_chain(laws, drafts, chain, uniforms, length):
+        def once(uniform, gumbel):
+            return verify(laws, drafts, chain, uniform, gumbel, length)
+
+        each_noise = jax.vmap(once, (None, 0))
+        return jax.vmap(each_noise, (0, None))(uniforms, noise)
+
+    lengths = np.full(len(chains), depth) if num_drafted is None else num_drafted
+    num_accepted, drawn = jax.jit(jax.vmap(at_chain))(
+        target_probs, draft_probs, tokens, uniforms, lengths
+    )
+    # The threshold 0 is never passed, 1 never failed; there the halves mean nothing.
+    num_accepted = np.asarray(num_accepted)
+    assert (num_accepted == num_accepted[..., :1]).all()
+    num_accepted = num_accepted[..., 0]
+    follow = np.take_along_axis(
+        np.asarray(decision.replacement), num_accepted[..., None], axis=1
+    )
+    possible = (follow > 0) & (probability > 0)[..., None]
+    np.testing.assert_array_equal(
+        np.asarray(drawn)[possible],
+        np.broadcast_to(np.arange(vocab), drawn.shape)[possible],
+    )
+    return num_accepted, probability, follow
+
+
+def output_law(name, target, draft_probs, chains, weights, num_drafted=None):
+    """Law of the DEPTH + 1 next tokens; plain decoding fills up what is left."""
+    vocab = len(target[()])
+    law = dict.fromkeys(itertools.product(range(vocab), repeat=DEPTH + 1), 0.0)
+    found = outcomes(name, target, draft_probs, chains, num_drafted)
+
+    def spread(prefix, mass):
+        if mass == 0:
+            return
+        if len(prefix) == DEPTH + 1:
+            law[prefix] += mass
+            return
+        for v in range(vocab):
+            spread((*prefix, v), mass * target[prefix][v])
+
+    for chain, weight, *rows in zip(chains, weights, *found, strict=True):
+        for num, probability, follow in zip(*rows, strict=True):
+            for v in range(vocab):
+                mass = weight * probability * follow[v]
+                spread((*chain[:num], v), mass)
+    return law
+
+
+def variation(law, target):
+    """Total variation to plain decoding."""
+    sequences = list(law)
+    plain = chain_probs(target, sequences)
+    return 0.5 * np.abs(np.array([law[s] for s in sequences]) - plain).sum()
+
+
+CHAINS = list(itertools.product(range(VOCAB), repeat=DEPTH))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed,zeros", [(0, False), (1, True), (2, True)])
+def test_output_law_is_the_targets(name, seed, zeros):
+    target, draft = prefix_laws(seed, zeros), prefix_laws(seed + 100, zeros)
+    weights = chain_probs(draft, CHAINS)
+    law = output_law(name, target, along(draft, CHAINS, DEPTH), CHAINS, weights)
+    assert variation(law, target) < 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_drafter_that_is_the_target_is_always_accepted(name):
+    target = prefix_laws(3, zeros=True)
+    draft_probs = along(target, CHAINS, DEPTH)
+    weights = chain_probs(target, CHAINS)
+    law = output_law(name, target, draft_probs, CHAINS, weights)
+    assert variation(law, target) < 1e-12
+    num, probability, _ = outcomes(name, target, draft_probs, CHAINS)
+    kept = np.sum(weights * np.sum(num * probability, axis=1))
+    np.testing.assert_allclose(kept, DEPTH, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chain_chosen_without_chance_is_a_point_mass(name):
+    target, draft = prefix_laws(4), prefix_laws(104)
+    chain = ()
+    for _ in range(DEPTH):
+        chain = (*chain, int(np.argmax(draft[chain])))
+    tokens = np.array([chain], np.int32)
+    points = chain_rules.point_mass(tokens, VOCAB, np.float64)
+    np.testing.assert_array_equal(points, np.eye(VOCAB)[tokens])
+    law = output_law(name, target, np.asarray(points), [chain], [1.0])
+    assert variation(law, target) < 1e-12
+    # The law that the argmax was taken of is not the law of the chain.
+    wrong = output_law(name, target, along(draft, [chain], DEPTH), [chain], [1.0])
+    assert variation(wrong, target) > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stop_rule_may_look_at_laws_and_not_at_the_token(name):
+    target, draft = prefix_laws(5), prefix_laws(105)
+    draft_probs = along(draft, CHAINS, DEPTH)
+    weights = chain_probs(draft, CHAINS)
+    # Some of the chains stop early, and not all at once.
+    least = 0.95 * draft[()].max()
+    num_drafted = chain_rules.num_confident(draft_probs, least)
+    assert len(set(np.asarray(num_drafted).tolist())) > 1
+    law = output_law(name, target, draft_probs, CHAINS, weights, num_drafted)
+    assert variation(law, target) < 1e-12
+    chosen = np.take_along_axis(draft_probs, np.array(CHAINS)[..., None], axis=-1)
+    wrong = np.cumprod(chosen[..., 0] >= least, axis=1).sum(axis=1)
+    law = output_law(name, target, draft_probs, CHAINS, weights, wrong)
+    assert variation(law, target) > 0.01
+
+
+def test_num_confident_counts_the_levels_before_the_first_flat_law():
+    laws = np.array([[0.3, 0.7], [0.5, 0.5], [0.9, 0.1]])
+    counts = [int(chain_rules.num_confident(laws, x)) for x in (0.5, 0.6, 0.8)]
+    assert counts == [3, 1, 0]
+
+
+EXPECTED = {
+    "token": {1: 0.65, 2: 1.0725, 3: 1.3471, 4: 1.5256, 6: 1.7171},
+    "block": {1: 0.65, 2: 1.125, 3: 1.4871, 4: 1.7706, 6: 2.1795},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_expected_accepted_counts_of_a_memoryless_pair(name):
+    target_law = np.array([0.5, 0.2, 0.2, 0.1])
+    draft_law = np.array([0.15, 0.55, 0.2, 0.1])
+    judge = jax.jit(RULES[name][0])
+    for depth, expected in EXPECTED[name].items():
+        chains = np.array(list(itertools.product(range(4), repeat=depth)), np.int32)
+        target_probs = np.broadcast_to(target_law, (len(chains), depth + 1, 4))
+        draft_probs = np.broadcast_to(draft_law, (len(chains), depth, 4))
+        tests = np.asarray(judge(target_probs, draft_probs, chains).thresholds)
+        if name == "token":
+            kept = np.cumprod(tests, axis=1).sum(axis=1)
+        else:
+            # At least i are kept unless all tests from i on fail.
+            kept = (1 - np.cumprod(1 - tests[:, ::-1], axis=1)).sum(axis=1)
+        weights = np.prod(draft_law[chains], axis=1)
+        np.testing.assert_allclose(np.sum(weights * kept), expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frequencies_with_chance_of_its_own(name):
+    num = 40_000
+    target, draft = prefix_laws(6), prefix_laws(106)
+    weights = chain_probs(draft, CHAINS)
+    rng = np.random.default_rng(0)
+    picked = rng.choice(len(CHAINS), size=num, p=weights)
+    target_probs = along(target, CHAINS, DEPTH + 1)[picked].astype(np.float32)
+    draft_probs = along(draft, CHAINS, DEPTH)[picked].astype(np.float32)
+    uniforms = rng.random((num, DEPTH), np.float32)
+    gumbel = rng.gumbel(size=(num, VOCAB)).astype(np.float32)
+    chains = np.array(CHAINS, np.int32)[picked]
+    num_accepted, token = map(
+        np.asarray,
+        jax.jit(RULES[name][1])(target_probs, draft_probs, chains, uniforms, gumbel),
+    )
+    first = np.where(num_accepted > 0, chains[:, 0], token)
+    counts = np.bincount(first, minlength=VOCAB)
+    assert scipy.stats.chisquare(counts, target[()] * num).pvalue > 0.01
+    # And the last token of what was kept whole, after each of its chains.
+    for chain in CHAINS[:3]:
+        here = (num_accepted == DEPTH) & (chains == chain).all(axis=1)
+        counts = np.bincount(token[here], minlength=VOCAB)
+        if here.sum() > 200:
+            expected = target[chain] * here.sum()
+            assert scipy.stats.chisquare(counts, expected).pvalue > 0.01
