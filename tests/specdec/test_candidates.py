@@ -54,16 +54,29 @@ def test_union_equals_that_of_tries(seed, vocab):
             assert index == (a[path][0] if path in a else 7 + b[path][0])
 
 
-def test_union_is_within_a_set_too():
-    same = candidates.Candidates(
-        np.array([[5, 5, 6, 6, 7]], np.int32),
-        np.array([[-1, -1, 0, 1, 3]], np.int32),
-        np.array([[1, 1, 2, 2, 3]], np.int32),
-        np.array([[-2.0, -1.0, -3.0, -1.5, -1.75]], np.float32),
+def test_union_takes_the_better_score_and_lends_its_parents():
+    first = candidates.Candidates(
+        np.array([[5, 0, 6]], np.int32),
+        np.array([[-1, -1, 0]], np.int32),
+        np.array([[1, 0, 2]], np.int32),
+        np.array([[-2.0, -np.inf, -2.5]], np.float32),
     )
-    none = jax.tree.map(lambda x: x[:, :0], same)
-    united = twins.trie(combine(same, none), 0)
-    assert united == {(5,): (0, -1.0), (5, 6): (2, -1.5), (5, 6, 7): (4, -1.75)}
+    second = candidates.Candidates(
+        np.array([[5, 6, 7, 0]], np.int32),
+        np.array([[-1, 0, 1, -1]], np.int32),
+        np.array([[1, 2, 3, 1]], np.int32),
+        np.array([[-1.0, -3.0, -3.5, -4.0]], np.float32),
+    )
+    united = combine(first, second)
+    assert twins.trie(united, 0) == {
+        (5,): (0, -1.0),
+        (5, 6): (2, -2.5),
+        (5, 6, 7): (5, -3.5),
+        (0,): (6, -4.0),
+    }
+    none = jax.tree.map(lambda x: x[:, :0], first)
+    for alone in (combine(none, second), combine(second, none)):
+        assert twins.trie(alone, 0) == twins.trie(second, 0)
 
 
 def test_rows_do_not_interact():
