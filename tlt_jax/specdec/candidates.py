@@ -53,11 +53,9 @@ def combine(first: Candidates, second: Candidates) -> Candidates:
       follow in order, and those that `first` has too are absent there.
     """
     num_first, num_second = first.tokens.shape[1], second.tokens.shape[1]
-    alike = (
-        (second.tokens[:, :, None] == first.tokens[:, None, :])
-        & second.present()[:, :, None]
-        & first.present()[:, None, :]
-    )
+    alike = (second.tokens[:, :, None] == first.tokens[:, None, :]) & first.present()[
+        :, None, :
+    ]
     itself = num_first + jnp.arange(num_second, dtype=jnp.int32)
 
     def equals(places):
@@ -68,8 +66,9 @@ def combine(first: Candidates, second: Candidates) -> Candidates:
     def unite(_, places):
         # Right down to one level more each time.
         index = jnp.arange(num_first, dtype=jnp.int32)
-        found = jnp.where(equals(places), index, itself[:, None])
-        return jnp.min(found, axis=2, initial=num_first + num_second)
+        found = jnp.where(equals(places), index, num_first)
+        found = jnp.min(found, axis=2, initial=num_first)
+        return jnp.where(found < num_first, found, itself)
 
     alone = jnp.broadcast_to(itself, second.tokens.shape)
     places = lax.fori_loop(0, jnp.max(second.depths, initial=0), unite, alone)

@@ -5,7 +5,7 @@ finished answers to the same prompt; what followed there is proposed. All of it 
 on the device in fixed shapes, so that it runs inside a decode loop.
 
 Reference: Saxena, Prompt Lookup Decoding, 2023; Fu et al., Break the Sequential
-Dependency of LLM Inference Using Lookahead Decoding, 2024, section 3.2 (n-gram pool).
+Dependency of LLM Inference Using Lookahead Decoding, 2024 (the n-gram pool).
 """
 
 import chex
