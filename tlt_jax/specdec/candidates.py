@@ -53,9 +53,8 @@ def combine(first: Candidates, second: Candidates) -> Candidates:
       follow in order, and those that `first` has too are absent there.
     """
     num_first, num_second = first.tokens.shape[1], second.tokens.shape[1]
-    alike = (second.tokens[:, :, None] == first.tokens[:, None, :]) & first.present()[
-        :, None, :
-    ]
+    there = first.present()[:, None, :]
+    alike = (second.tokens[:, :, None] == first.tokens[:, None, :]) & there
     itself = num_first + jnp.arange(num_second, dtype=jnp.int32)
 
     def equals(places):
