@@ -1,0 +1,373 @@
+"""The whole law of short rollouts, by enumeration.
+
+Gumbel noise is continuous; here it is exchanged for a sampler with finitely many cases.
+The noise of (request, position) is one number u, and the token drawn is that at which
+the law's distribution function passes u: an exact sample, too. Between two neighbours
+among the values that the distribution functions of all prefixes take, every prefix
+draws one and the same token; so one row for each product of such cells, weighted by its
+volume, covers all randomness. Everything else is what runs: drafting, trees,
+verification, caches, ends and limits.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import mutation
+from tlt_jax.models import config as model_config
+from tlt_jax.models import drafter, kv_cache, transformer
+from tlt_jax.models import params as model_params
+from tlt_jax.specdec import decode, noise, propose, sampling, speculate, verify
+from tlt_jax.specdec import strategy as strategy_lib
+
+CFG = model_config.ModelConfig(
+    family="llama",
+    vocab_size=3,
+    num_layers=1,
+    d_model=8,
+    d_ff=12,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    tie_embeddings=False,
+)
+EOS = 2
+PROMPT = (1, 0, 1)
+LONGEST = 5  # tokens
+DRAFTER = drafter.of_target(CFG)
+LAW = sampling.SamplingConfig(temperature=0.7)
+TRUNCATED = sampling.SamplingConfig(temperature=0.8, top_p=0.75)
+PAGE = 4
+
+
+@functools.cache
+def target():
+    params = jax.jit(model_params.init, static_argnums=0)(CFG, jax.random.key(3))
+    # Softer than they come, so that no completion is too rare to matter, with an
+    # attention that matters, too.
+    layers = params.layers.replace(out=params.layers.out * 20)
+    return params.replace(lm_head=params.lm_head * 0.3, layers=layers)
+
+
+@functools.cache
+def logits_of():
+    """Logits behind every text that has not ended, by its completion."""
+    prefixes = [
+        drawn
+        for length in range(LONGEST)
+        for drawn in itertools.product((0, 1), repeat=length)
+    ]
+    texts = np.zeros((len(prefixes), len(PROMPT) + LONGEST - 1), np.int32)
+    for text, drawn in zip(texts, prefixes, strict=True):
+        text[: len(PROMPT) + len(drawn)] = PROMPT + drawn
+
+    @jax.jit
+    def forward(params):
+        positions = jnp.broadcast_to(jnp.arange(texts.shape[1]), texts.shape)
+        out = transformer.forward(params, CFG, jnp.asarray(texts), positions)
+        return transformer.logits(params, out.hidden)
+
+    logits = np.asarray(forward(target()), np.float64)
+    ends = [len(PROMPT) + len(drawn) - 1 for drawn in prefixes]
+    return dict(zip(prefixes, logits[np.arange(len(ends)), ends], strict=True))
+
+
+def conditional(drawn, cfg):
+    """Probabilities behind `drawn`, as sampling documents them, in float64."""
+    scores = logits_of()[drawn] / cfg.temperature
+    probs = np.exp(scores - scores.max())
+    probs /= probs.sum()
+    order = np.argsort(-probs)
+    before = np.cumsum(probs[order]) - probs[order]
+    kept = np.zeros(3, bool)
+    kept[order[before < cfg.top_p]] = True
+    return np.where(kept, probs, 0) / probs[kept].sum()
+
+
+def whole_law(cfg, most):
+    """Probability of every completion."""
+    law = {}
+
+    def grow(drawn, prob):
+        if (drawn and drawn[-1] == EOS) or len(drawn) == most:
+            law[drawn] = prob
+            return
+        for token, p in enumerate(conditional(drawn, cfg)):
+            if p > 0:
+                grow((*drawn, token), prob * p)
+
+    grow((), 1.0)
+    return law
+
+
+@functools.cache
+def cells(cfg, most):
+    """One u for each cell of each position, and the volumes; `[rows, most]`, `[rows]`.
+
+    A position's cells are those of the prefixes that reach it.
+    """
+    sides = []
+    for length in range(most):
+        ends = {0.0, 1.0}
+        for drawn in itertools.product((0, 1), repeat=length):
+            ends.update(np.cumsum(conditional(drawn, cfg))[:-1])
+        ends = np.sort(list(ends))
+        ends = ends[np.concatenate([[True], np.diff(ends) > 1e-12])]
+        sides.append(list(zip((ends[1:] + ends[:-1]) / 2, np.diff(ends), strict=True)))
+    rows = np.array(list(itertools.product(*sides)))  # [rows, most, 2]
+    return rows[..., 0], rows[..., 1].prod(axis=1)
+
+
+def draw_by_distribution(law, noise):
+    """The token at which the distribution function passes `noise[..., 0]`."""
+    below = jnp.cumsum(jnp.exp(law.logprobs()), axis=-1)
+    passed = jnp.sum(below < noise[..., :1] * (1 - 1e-6), axis=-1)
+    return jnp.minimum(passed, law.scores.shape[-1] - 1).astype(jnp.int32)
+
+
+class Case:
+    """All rows of the enumeration, decoded as one batch."""
+
+    def __init__(self, monkeypatch, sampling_cfg, most, ranking="coupled"):
+        self.sampling_cfg, self.ranking = sampling_cfg, ranking
+        self.most, self.cfg = most, DRAFTER
+        u, self.volumes = cells(sampling_cfg, most)
+        table = jnp.asarray(u, jnp.float32)
+
+        def keyed(keys, positions, vocab_size):
+            # A request's key is its row of the table.
+            row = keys[:, 1].astype(jnp.int32)
+            step = jnp.clip(positions - len(PROMPT), 0, most - 1)
+            return jnp.broadcast_to(table[row, step][:, None], (len(keys), vocab_size))
+
+        monkeypatch.setattr(noise, "gumbel", keyed)
+        monkeypatch.setattr(sampling.Law, "draw", draw_by_distribution)
+        params = jax.jit(drafter.init, static_argnums=0)(self.cfg, jax.random.key(5))
+        self.weights = propose.DrafterWeights(
+            params, target().embed, drafter.head_rows(target(), None)
+        )
+        self.programs = {}
+        self.run = speculate.run
+
+    def law(self, strategies, limit=LONGEST):
+        """Total probability of each completion, under a cycle of strategies."""
+        law = {}
+        drawn = self.decode(strategies, min(limit, self.most))
+        for tokens, volume in zip(drawn, self.volumes, strict=True):
+            law[tokens] = law.get(tokens, 0.0) + volume
+        return law
+
+    def program(self, strategy):
+        if strategy not in self.programs:
+            common = dict(cfg=CFG, sampling_cfg=self.sampling_cfg, eos_ids=(EOS,))
+            if strategy is None:
+                fn = functools.partial(
+                    decode.decode,
+                    max_steps=self.most,
+                    feature_layers=self.cfg.feature_layers,
+                    **common,
+                )
+            else:
+                fn = functools.partial(
+                    self.run,
+                    drafter_cfg=self.cfg,
+                    strategy=strategy,
+                    max_tokens=self.most,
+                    ranking=self.ranking,
+                    **common,
+                )
+            self.programs[strategy] = jax.jit(fn)
+        return self.programs[strategy]
+
+    def decode(self, strategies, limit):
+        num = len(self.volumes)
+        table = 1 + np.arange(2 * num, dtype=np.int32).reshape(num, 2)
+        sizes = 2 * num + 1, PAGE, jnp.float32
+        cache = kv_cache.create(CFG, *sizes, CFG.d_model)
+        draft_cache = kv_cache.create(self.cfg.layer, *sizes)
+        tokens = np.zeros((num, PAGE), np.int32)
+        tokens[:, : len(PROMPT) - 1] = PROMPT[:-1]
+        cache = prefill_program()(
+            target(),
+            cache,
+            tokens,
+            np.full(num, len(PROMPT) - 1, np.int32),
+            table,
+            np.zeros(num, np.int32),
+        )
+        texts = [list(PROMPT) for _ in range(num)]
+        drafted = np.zeros(num, np.int32)
+        keys = np.stack([np.zeros(num), np.arange(num)], axis=1).astype(np.uint32)
+        turn = itertools.cycle(strategies)
+        num_calls = 0
+        while True:
+            done = [len(t) - len(PROMPT) for t in texts]
+            left = [
+                0 if n and t[-1] == EOS else self.most - n
+                for n, t in zip(done, texts, strict=True)
+            ]
+            num_calls += 1
+            # A sampler with an error may never come to an end.
+            if not any(left) or num_calls > 3 * self.most:
+                return [tuple(text[len(PROMPT) :]) for text in texts]
+            inputs = decode.Rows(
+                page_table=table,
+                lengths=np.array([len(t) - 1 for t in texts], np.int32),
+                pending=np.array([t[-1] for t in texts], np.int32),
+                keys=keys,
+                remaining=np.array(left, np.int32),
+            )
+            strategy = next(turn)
+            limits = jnp.int32(limit), jnp.int32(num + 1)
+            if strategy is None:
+                cache, emitted = self.program(None)(target(), cache, inputs, *limits)
+            else:
+                # The drafter reads whatever its cache holds: it is one of the worst.
+                most = strategy.max_accept_length
+                drafted = np.maximum(drafted, inputs.lengths - most)
+                behind = np.zeros((num, most), np.int32)
+                for i, text in enumerate(texts):
+                    rest = text[drafted[i] + 1 :]
+                    behind[i, : len(rest)] = rest
+                caches, result = self.program(strategy)(
+                    target(),
+                    self.weights,
+                    speculate.Caches(cache, draft_cache),
+                    inputs,
+                    speculate.Draft(drafted, behind),
+                    jnp.float32(0.5),
+                    *limits,
+                )
+                cache, draft_cache = caches.target, caches.drafter
+                emitted, drafted = result.emitted, np.array(result.draft_lengths)
+            emitted = jax.device_get(emitted)
+            for text, drawn, count in zip(
+                texts, emitted.tokens, emitted.counts, strict=True
+            ):
+                text.extend(drawn[:count].tolist())
+
+
+@functools.cache
+def prefill_program():
+    return jax.jit(functools.partial(decode.prefill, cfg=CFG, feature_layers=()))
+
+
+def total_variation(law, other):
+    keys = {*law, *other}
+    return 0.5 * sum(abs(law.get(k, 0.0) - other.get(k, 0.0)) for k in keys)
+
+
+CHAIN = strategy_lib.Strategy(3, 1, 4)
+TREE = strategy_lib.Strategy(3, 2, 8)
+SINGLE = strategy_lib.Strategy(1, 2, 3)
+WIDE = strategy_lib.Strategy(1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "sampling_cfg,most,strategies,limit",
+    [
+        (LAW, 4, (None,), LONGEST),
+        (LAW, 4, (CHAIN,), LONGEST),
+        (LAW, 4, (TREE,), LONGEST),
+        (LAW, 4, (WIDE, None, TREE), 1),
+        (TRUNCATED, 5, (TREE,), 3),
+    ],
+    ids="plain chain tree switching truncated".split(),
+)
+def test_the_law_is_the_targets(monkeypatch, sampling_cfg, most, strategies, limit):
+    law = Case(monkeypatch, sampling_cfg, most).law(strategies, limit)
+    assert abs(sum(law.values()) - 1) < 1e-9
+    assert total_variation(law, whole_law(sampling_cfg, most)) < 1e-6
+
+
+MUTATIONS = {
+    "EOS dropped from the completion": (
+        "jnp.minimum(count, first_eos + 1)",
+        "jnp.minimum(count, first_eos)",
+    ),
+    "tokens behind EOS kept": (
+        "jnp.where(state.alive, jnp.minimum(count, first_eos + 1), 0)",
+        "jnp.where(state.alive, count, 0)",
+    ),
+    "limit passed inside an accepted run": (
+        "jnp.minimum(rows.remaining, token_limit) - emitted.counts",
+        "jnp.full_like(rows.remaining, most)",
+    ),
+    "one key for all steps": (
+        "lengths[:, None] + 1 + jnp.arange(num)",
+        "0 * lengths[:, None] + 3 + jnp.zeros_like(jnp.arange(num))",
+    ),
+    "one key for all prompts": (
+        "jnp.repeat(keys, num, axis=0)",
+        "jnp.repeat(keys[:1], num * batch, axis=0)",
+    ),
+    "noise of the next position": ("lengths[:, None] + 1 +", "lengths[:, None] + 2 +"),
+    "every node at the root's position": (
+        "state.lengths[:, None] + tree.depths",
+        "state.lengths[:, None] + 0 * tree.depths",
+    ),
+    "nodes see other branches": (
+        "ancestors=tree_lib.unpack_words(words, strategy.tokens_to_verify)",
+        "ancestors=jnp.ones((batch, *[strategy.tokens_to_verify] * 2), bool)",
+    ),
+    "first columns appended, not the path": (
+        "                sources=walk.path,\n",
+        "",
+    ),
+    "drafted token taken, not the target's": (
+        "drawn = verify.draw(law, gumbel, tree)",
+        "drawn = jnp.roll(tree.tokens, -1, axis=1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_an_error_in_the_step_shows_in_the_law(monkeypatch, name):
+    case = Case(monkeypatch, LAW, 3)
+    case.run = mutation.mutate(speculate, *MUTATIONS[name]).run
+    # What one step caches shows in the next.
+    strategies, limit = (SINGLE, TREE), 2
+    if "appended" not in name:
+        strategies, limit = (TREE,), LONGEST
+    law = case.law(strategies, limit)
+    assert total_variation(law, whole_law(LAW, 3)) > 1e-3
+
+
+IN_THE_WALK = {
+    "another node's child accepted": (
+        "is_child & (tree.parents == node[:, None])",
+        "is_child",
+    ),
+    "the root's noise at every depth": (
+        "tree.depths[..., None], axis=1",
+        "0 * tree.depths[..., None], axis=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_WALK)
+def test_an_error_in_the_walk_shows_in_the_law(monkeypatch, name):
+    case = Case(monkeypatch, LAW, 3)
+    mutated = mutation.mutate(verify, *IN_THE_WALK[name])
+    monkeypatch.setattr(verify, "walk", mutated.walk)
+    monkeypatch.setattr(verify, "draw", mutated.draw)
+    law = case.law((TREE,))
+    assert total_variation(law, whole_law(LAW, 3)) > 1e-3
+
+
+def test_another_order_of_temperature_and_top_p_shows_in_the_law(monkeypatch):
+    cfg = sampling.SamplingConfig(temperature=0.25, top_p=0.6)
+    case = Case(monkeypatch, cfg, 3)
+    true_law = sampling.law
+
+    def mutated(logits, cfg):
+        kept = true_law(logits, sampling.SamplingConfig(top_p=cfg.top_p)).scores
+        return true_law(kept, sampling.SamplingConfig(temperature=cfg.temperature))
+
+    monkeypatch.setattr(sampling, "law", mutated)
+    law = case.law((TREE,))
+    assert total_variation(law, whole_law(cfg, 3)) > 1e-3
