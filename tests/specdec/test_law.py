@@ -40,7 +40,7 @@ PROMPT = (1, 0, 1)
 LONGEST = 5  # tokens
 DRAFTER = drafter.of_target(CFG)
 LAW = sampling.SamplingConfig(temperature=0.7)
-TRUNCATED = sampling.SamplingConfig(temperature=0.8, top_p=0.75)
+TRUNCATED = sampling.SamplingConfig(temperature=0.25, top_p=0.8)
 PAGE = 4
 
 
@@ -360,8 +360,7 @@ def test_an_error_in_the_walk_shows_in_the_law(monkeypatch, name):
 
 
 def test_another_order_of_temperature_and_top_p_shows_in_the_law(monkeypatch):
-    cfg = sampling.SamplingConfig(temperature=0.25, top_p=0.6)
-    case = Case(monkeypatch, cfg, 3)
+    case = Case(monkeypatch, TRUNCATED, 3)
     true_law = sampling.law
 
     def mutated(logits, cfg):
@@ -370,4 +369,4 @@ def test_another_order_of_temperature_and_top_p_shows_in_the_law(monkeypatch):
 
     monkeypatch.setattr(sampling, "law", mutated)
     law = case.law((TREE,))
-    assert total_variation(law, whole_law(cfg, 3)) > 1e-3
+    assert total_variation(law, whole_law(TRUNCATED, 3)) > 1e-3
