@@ -4,23 +4,19 @@ Every element of the result is the chain `acc = fma(weight[i, k], x[k, column], 
 over k = 0, 1, ..., whatever the number of columns, threads or lanes of the machine. So
 decoding one row, decoding many, and verifying a tree give the same bits.
 
-A block of rows is held in registers, a vector of columns per row. Vectors are read from
-`x` as it is: lanes beyond the last column hold what follows in memory and are dropped.
-Only the last steps, whose vectors would end behind `x`, read a padded copy.
+`product_blocks` has the inner loops. Here is what lies around them: the block that fits
+the number of columns is chosen, the end of `x` padded, and blocks of rows are dealt out
+to threads.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from tlt_jax.cpu_kernels import ffi
+from tlt_jax.cpu_kernels import ffi, product_blocks
 from tlt_jax.types import Array
 
-# Steps of k in one pass of the loop, for one vector of columns and for more. More of
-# them, or larger blocks, make LLVM load so many weights ahead that registers run out.
-_STEPS, _STEPS_OF_MANY = 4, 2
 # Weights times vectors that one thread should have, or waking it does not pay.
 _GRAIN = 32768
 # Chunks per thread: threads that started late leave some to the others.
@@ -31,201 +27,19 @@ _STAGE_ROWS = 64
 _COLUMNS_FIRST, _ROWS_FIRST = "tlt_jax_product", "tlt_jax_product_transposed"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """Rows, and vectors of lanes, that one pass over k keeps in registers."""
-
-    lanes: int
-    vectors: int
-    rows: int
-
-    @property
-    def name(self) -> str:
-        return f"block_{self.lanes}_{self.vectors}_{self.rows}"
-
-    @property
-    def steps(self) -> int:
-        return _STEPS if self.vectors == 1 else _STEPS_OF_MANY
-
-    @property
-    def width(self) -> int:
-        return self.lanes * self.vectors
-
-
-def _blocks() -> tuple[_Block, ...]:
-    """Choose blocks for the host: for few columns, then for 1, 2, ... vectors."""
+def _blocks() -> list[product_blocks.WideBlock | product_blocks.TurnedBlock]:
+    """Choose blocks for the host, from the narrowest to the widest."""
     features = ffi.host_features()
+    wide = product_blocks.WideBlock
     if "avx512f" in features:
-        rows = {1: 8, 2: 8, 3: 8, 4: 6}
-        return _Block(8, 1, 8), *(_Block(16, v, rows[v]) for v in rows)
+        few = [product_blocks.TurnedBlock(columns) for columns in (1, 2, 4, 8)]
+        usual = ((1, 8), (2, 8), (3, 8), (4, 6))
+        return [*few, *(wide(16, v, rows) for v, rows in usual)]
     if "avx2" in features:
-        rows = {1: 8, 2: 6, 3: 4}
-        return _Block(8, 1, 8), *(_Block(8, v, rows[v]) for v in rows)
-    # 32 registers of four lanes on AArch64.
-    rows = {1: 8, 2: 8, 3: 6, 4: 5} if "neon" in features else {1: 6, 2: 4}
-    return _Block(4, 1, rows[1]), *(_Block(4, v, rows[v]) for v in rows)
-
-
-def _block_ir(block: _Block) -> str:
-    """Write the function that multiplies one block of rows by one panel of columns.
-
-    Its `main` first steps of k read from `x`, the rest from `tail`, both with `n`
-    columns a step. It stores rows from `skip` on.
-    """
-    lanes, vectors, rows = block.lanes, block.vectors, block.rows
-    steps = block.steps
-    vector = f"<{lanes} x float>"
-    cells = [(r, v) for r in range(rows) for v in range(vectors)]
-    # Addresses of three rows come from one pointer: [p], [p + 4 K], [p + 8 K].
-    bases = range(0, rows, 3)
-    out = [
-        f"define internal void @{block.name}(ptr %w, ptr %x, ptr %tail, ptr %y, "
-        "i64 %size, i64 %main, i64 %n, i64 %columns, i64 %skip) #0 {",
-        "entry:",
-        f"  %kept = alloca [{len(cells)} x {vector}], align 64",
-    ]
-
-    def add(line: str) -> None:
-        out.append("  " + line)
-
-    def multiply_add(result, factors, acc):
-        if ffi.has_fma():
-            call = f"call {vector} @llvm.fma.v{lanes}f32"
-            add(f"{result} = {call}({factors}, {vector} {acc})")
-        else:
-            add(f"{result}p = fmul {factors.replace(f', {vector}', ',')}")
-            add(f"{result} = fadd {vector} {result}p, {acc}")
-
-    def step(tag, x, x_next, weight, acc):
-        """One k: `weight(r)` names a pointer, `acc(r, v)` the sum so far."""
-        for v in range(vectors):
-            add(f"%{tag}xa{v} = getelementptr float, ptr {x}, i64 {v * lanes}")
-            add(f"%{tag}x{v} = load {vector}, ptr %{tag}xa{v}, align 4")
-        add(f"{x_next} = getelementptr float, ptr {x}, i64 %n")
-        for r in range(rows):
-            add(f"%{tag}w{r} = load float, ptr {weight(r)}, align 4")
-            add(
-                f"%{tag}i{r} = insertelement {vector} poison, float %{tag}w{r}, i64 0\n"
-                f"  %{tag}b{r} = shufflevector {vector} %{tag}i{r}, {vector} poison, "
-                f"<{lanes} x i32> zeroinitializer"
-            )
-            for v in range(vectors):
-                factors = f"{vector} %{tag}b{r}, {vector} %{tag}x{v}"
-                multiply_add(f"%{tag}s{r}_{v}", factors, acc(r, v))
-
-    def row_pointers(tag, base):
-        """Name a pointer to each row's weight, from one to every third row's."""
-        for r in range(rows):
-            kind = ("i8", "float", "double")[r % 3]
-            offset = "0" if r % 3 == 0 else "%size"
-            add(
-                f"%{tag}p{r} = getelementptr {kind}, ptr {base(r // 3 * 3)}, "
-                f"i64 {offset}"
-            )
-
-    for b in bases:
-        add(f"%o{b} = mul i64 %size, {b}")
-        add(f"%e{b} = getelementptr float, ptr %w, i64 %o{b}")
-    add(f"%next_block = mul i64 %size, {rows}")
-    add("%ahead0 = getelementptr float, ptr %w, i64 %next_block")
-    add("%no_main = icmp eq i64 %main, 0")
-    add("br i1 %no_main, label %middle, label %loop")
-
-    out.append("loop:")
-    last = f"u{steps - 1}"
-    add("%k = phi i64 [0, %entry], [%k_next, %loop]")
-    add(f"%x0 = phi ptr [%x, %entry], [%x{steps}, %loop]")
-    add("%ahead = phi ptr [%ahead0, %entry], [%ahead_next, %loop]")
-    for b in bases:
-        add(f"%w{b} = phi ptr [%e{b}, %entry], [%n{b}, %loop]")
-    for r, v in cells:
-        add(
-            f"%a{r}_{v} = phi {vector} [zeroinitializer, %entry], [%{last}s{r}_{v}, %loop]"
-        )
-    row_pointers("m", lambda b: f"%w{b}")
-    for u in range(steps):
-        tag = f"u{u}"
-        for r in range(rows):
-            add(f"%{tag}q{r} = getelementptr float, ptr %mp{r}, i64 {u}")
-        step(
-            tag,
-            f"%x{u}",
-            f"%x{u + 1}",
-            lambda r, tag=tag: f"%{tag}q{r}",
-            lambda r, v, u=u: f"%u{u - 1}s{r}_{v}" if u else f"%a{r}_{v}",
-        )
-    # The next block's weights, in the order in which they lie in memory.
-    stride = rows * steps * 4
-    for line in range(0, stride, 64):
-        add(f"%f{line} = getelementptr i8, ptr %ahead, i64 {line}")
-        add(f"call void @llvm.prefetch.p0(ptr %f{line}, i32 0, i32 3, i32 1)")
-    add(f"%ahead_next = getelementptr i8, ptr %ahead, i64 {stride}")
-    for b in bases:
-        add(f"%n{b} = getelementptr float, ptr %w{b}, i64 {steps}")
-    add(f"%k_next = add i64 %k, {steps}")
-    add("%more = icmp ult i64 %k_next, %main")
-    add("br i1 %more, label %loop, label %middle")
-
-    out.append("middle:")
-    for b in bases:
-        add(f"%g{b} = phi ptr [%e{b}, %entry], [%n{b}, %loop]")
-    for r, v in cells:
-        add(
-            f"%h{r}_{v} = phi {vector} [zeroinitializer, %entry], [%{last}s{r}_{v}, %loop]"
-        )
-    add("%no_rest = icmp eq i64 %main, %size")
-    add("br i1 %no_rest, label %store, label %rest")
-
-    out.append("rest:")
-    add("%rest_k = phi i64 [%main, %middle], [%rest_next, %rest]")
-    add("%rest_x = phi ptr [%tail, %middle], [%rest_xn, %rest]")
-    for b in bases:
-        add(f"%r{b} = phi ptr [%g{b}, %middle], [%rn{b}, %rest]")
-    for r, v in cells:
-        add(f"%c{r}_{v} = phi {vector} [%h{r}_{v}, %middle], [%ts{r}_{v}, %rest]")
-    row_pointers("t", lambda b: f"%r{b}")
-    step("t", "%rest_x", "%rest_xn", lambda r: f"%tp{r}", lambda r, v: f"%c{r}_{v}")
-    for b in bases:
-        add(f"%rn{b} = getelementptr float, ptr %r{b}, i64 1")
-    add("%rest_next = add i64 %rest_k, 1")
-    add("%rest_more = icmp ult i64 %rest_next, %size")
-    add("br i1 %rest_more, label %rest, label %store")
-
-    out.append("store:")
-    for r, v in cells:
-        add(f"%d{r}_{v} = phi {vector} [%h{r}_{v}, %middle], [%ts{r}_{v}, %rest]")
-    for i, (r, v) in enumerate(cells):
-        add(f"%ka{i} = getelementptr {vector}, ptr %kept, i64 {i}")
-        add(f"store {vector} %d{r}_{v}, ptr %ka{i}, align {lanes * 4}")
-    out.append(_STORE % dict(rows=rows, width=block.width))
-    return "\n".join(out)
-
-
-_STORE = """  br label %%row
-row:
-  %%r = phi i64 [%%skip, %%store], [%%r_next, %%row_end]
-  %%from_offset = mul i64 %%r, %(width)d
-  %%from = getelementptr float, ptr %%kept, i64 %%from_offset
-  %%to_offset = mul i64 %%r, %%n
-  %%to = getelementptr float, ptr %%y, i64 %%to_offset
-  br label %%column
-column:
-  %%j = phi i64 [0, %%row], [%%j_next, %%column]
-  %%value_at = getelementptr float, ptr %%from, i64 %%j
-  %%value = load float, ptr %%value_at
-  %%result_at = getelementptr float, ptr %%to, i64 %%j
-  store float %%value, ptr %%result_at
-  %%j_next = add i64 %%j, 1
-  %%column_more = icmp ult i64 %%j_next, %%columns
-  br i1 %%column_more, label %%column, label %%row_end
-row_end:
-  %%r_next = add i64 %%r, 1
-  %%row_more = icmp ult i64 %%r_next, %(rows)d
-  br i1 %%row_more, label %%row, label %%done
-done:
-  ret void
-}
-"""
+        return [wide(8, v, rows) for v, rows in ((1, 8), (2, 6), (3, 4))]
+    if "neon" in features:
+        return [wide(4, v, rows) for v, rows in ((1, 8), (2, 8), (3, 6), (4, 5))]
+    return [wide(4, v, rows) for v, rows in ((1, 6), (2, 4))]
 
 
 # What a job of this kernel holds behind the runtime's header, eight bytes each.
@@ -271,7 +85,8 @@ allocate:
   %%allocated = call ptr @malloc(i64 %%stage_bytes)
   br label %%group_head
 group_head:
-  %%group = phi i64 [%%first, %%entry], [%%first, %%allocate], [%%group_stop, %%group_end]
+  %%group = phi i64 [%%first, %%entry], [%%first, %%allocate],
+      [%%group_stop, %%group_end]
   %%stage = phi ptr [null, %%entry], [%%allocated, %%allocate], [%%stage, %%group_end]
   %%group_more = icmp slt i64 %%group, %%stop
   br i1 %%group_more, label %%group_body, label %%done
@@ -349,13 +164,20 @@ done:
 }
 """
 
-# A call: chooses the block, copies the end of x, makes the job.
+# A call: chooses the block, copies what must be padded of x, makes the job.
 _CALL = """
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare i64 @llvm.smin.i64(i64, i64)
+declare i64 @llvm.smax.i64(i64, i64)
 %(declared)s
-@blocks = internal constant [%(num_blocks)d x { ptr, i64, i64 }] [%(table)s]
+
+; Function, columns of a panel, rows, whether x must have as many columns, vectors.
+%%entry = type { ptr, i64, i64, i64, i64 }
+@blocks = internal constant [%(num_blocks)d x %%entry] [%(blocks)s]
+; By columns of a panel, which block.
+@choices = internal constant [%(num_choices)d x i64] [%(choices)s]
 
 define ptr @%(columns_first)s(ptr %%frame) {
   %%error = call ptr @product_call(ptr %%frame, i64 0)
@@ -375,7 +197,7 @@ shapes:
   %%x_buffer = call ptr @tlt_argument(ptr %%frame, i64 1)
   %%y_buffer = call ptr @tlt_result(ptr %%frame, i64 0)
   %%w = call ptr @tlt_data(ptr %%w_buffer)
-  %%x = call ptr @tlt_data(ptr %%x_buffer)
+  %%x_given = call ptr @tlt_data(ptr %%x_buffer)
   %%y = call ptr @tlt_data(ptr %%y_buffer)
   %%w_rank = call i64 @tlt_rank(ptr %%w_buffer)
   %%w_outer = sub i64 %%w_rank, 1
@@ -387,58 +209,102 @@ shapes:
   %%empty = icmp eq i64 %%results, 0
   br i1 %%empty, label %%end, label %%choose
 choose:
-  ; Panels of equal width, of as few vectors as hold them.
-  %%n_up = add i64 %%n, %(widest_1)d
-  %%panels = udiv i64 %%n_up, %(widest)d
-  %%n_share = add i64 %%n, %%panels
-  %%n_share_1 = sub i64 %%n_share, 1
-  %%share = udiv i64 %%n_share_1, %%panels
-  %%share_up = add i64 %%share, %(lanes_1)d
-  %%vectors = udiv i64 %%share_up, %(lanes)d
-  %%is_few = icmp ule i64 %%n, %(few)d
-  %%usual = select i1 %%is_few, i64 0, i64 %%vectors
-  %%is_low = icmp ult i64 %%num_rows, %(most_rows)d
-  %%index = select i1 %%is_low, i64 %(single)d, i64 %%usual
-  %%entry_at = getelementptr { ptr, i64, i64 }, ptr @blocks, i64 %%index
+  ; Panels of equal width, as few as can be, of the narrowest block that holds them.
+  %%n_1 = sub i64 %%n, 1
+  %%more_panels = udiv i64 %%n_1, %(widest)d
+  %%panels = add i64 %%more_panels, 1
+  %%n_share = add i64 %%n, %%more_panels
+  %%share = udiv i64 %%n_share, %%panels
+  %%choice_at = getelementptr i64, ptr @choices, i64 %%share
+  %%choice = load i64, ptr %%choice_at
+  %%chosen = getelementptr %%entry, ptr @blocks, i64 %%choice
+  %%chosen_rows_at = getelementptr i8, ptr %%chosen, i64 16
+  %%chosen_rows = load i64, ptr %%chosen_rows_at
+  %%is_low = icmp slt i64 %%num_rows, %%chosen_rows
+  %%single = getelementptr %%entry, ptr @blocks, i64 %(single)d
+  %%entry_at = select i1 %%is_low, ptr %%single, ptr %%chosen
   %%block = load ptr, ptr %%entry_at
   %%width_from = getelementptr i8, ptr %%entry_at, i64 8
   %%width = load i64, ptr %%width_from
   %%rows_from = getelementptr i8, ptr %%entry_at, i64 16
   %%rows = load i64, ptr %%rows_from
+  %%packed_from = getelementptr i8, ptr %%entry_at, i64 24
+  %%packed = load i64, ptr %%packed_from
+  %%vectors_from = getelementptr i8, ptr %%entry_at, i64 32
+  %%vectors = load i64, ptr %%vectors_from
   %%rows_1 = sub i64 %%rows, 1
   %%rows_up = add i64 %%num_rows, %%rows_1
   %%num_blocks = udiv i64 %%rows_up, %%rows
-  ; Steps whose vectors end within x, in the last panel too.
-  %%n_1 = sub i64 %%n, 1
+  %%x_count = mul i64 %%size, %%n
+  %%is_packed = icmp ne i64 %%packed, 0
+  %%fits = icmp eq i64 %%n, %%width
+  br i1 %%is_packed, label %%packing, label %%padding
+packing:
+  ; As many columns as the block has: x itself, or a copy with zeros.
+  %%packed_size = mul i64 %%size, %%width
+  %%copied_size = select i1 %%fits, i64 0, i64 %%packed_size
+  br label %%allocate
+padding:
+  ; Steps whose vectors end within x, in the last panel too; a copy of the others.
   %%full_panels = udiv i64 %%n_1, %%width
   %%last_panel = mul i64 %%full_panels, %%width
   %%reach = add i64 %%last_panel, %%width
-  %%x_count = mul i64 %%size, %%n
   %%spare = sub i64 %%x_count, %%reach
-  %%some = icmp sge i64 %%spare, 0
-  %%within = sdiv i64 %%spare, %%n
-  %%within_1 = add i64 %%within, 1
-  %%safe = select i1 %%some, i64 %%within_1, i64 0
-  %%too_many = icmp sgt i64 %%safe, %%size
-  %%safe_main = select i1 %%too_many, i64 %%size, i64 %%safe
-  %%odd = urem i64 %%safe_main, %(steps)d
-  %%main = sub i64 %%safe_main, %%odd
-  %%rest = sub i64 %%size, %%main
+  %%spare_n = add i64 %%spare, %%n
+  %%spare_n_0 = call i64 @llvm.smax.i64(i64 %%spare_n, i64 0)
+  %%within = udiv i64 %%spare_n_0, %%n
+  %%safe = call i64 @llvm.smin.i64(i64 %%within, i64 %%size)
+  %%odd = urem i64 %%safe, %(steps)d
+  %%padded_main = sub i64 %%safe, %%odd
+  %%rest = sub i64 %%size, %%padded_main
   %%rest_count = mul i64 %%rest, %%n
-  %%rest_bytes = mul i64 %%rest_count, 4
-  %%pad_bytes = mul i64 %%reach, 4
-  %%tail_bytes = add i64 %%rest_bytes, %%pad_bytes
+  %%tail_size = add i64 %%rest_count, %%reach
+  br label %%allocate
+allocate:
+  %%main = phi i64 [%%size, %%packing], [%%padded_main, %%padding]
+  %%tail_count = phi i64 [%%copied_size, %%packing], [%%tail_size, %%padding]
+  %%tail_bytes = mul i64 %%tail_count, 4
   %%job_bytes = add i64 %%tail_bytes, %(job_bytes)d
   %%job = call ptr @malloc(i64 %%job_bytes)
   %%tail = getelementptr i8, ptr %%job, i64 %(job_bytes)d
+  call void @llvm.memset.p0.i64(ptr %%tail, i8 0, i64 %%tail_bytes, i1 false)
+  br i1 %%is_packed, label %%pack, label %%pad
+pack:
+  br i1 %%fits, label %%copied, label %%pack_step
+pack_step:
+  %%i = phi i64 [0, %%pack], [%%i_next, %%pack_step_end]
+  %%pack_from_offset = mul i64 %%i, %%n
+  %%pack_from = getelementptr float, ptr %%x_given, i64 %%pack_from_offset
+  %%pack_to_offset = mul i64 %%i, %%width
+  %%pack_to = getelementptr float, ptr %%tail, i64 %%pack_to_offset
+  br label %%pack_column
+pack_column:
+  %%j = phi i64 [0, %%pack_step], [%%j_next, %%pack_column]
+  %%pack_value_at = getelementptr float, ptr %%pack_from, i64 %%j
+  %%pack_value = load float, ptr %%pack_value_at
+  %%pack_result_at = getelementptr float, ptr %%pack_to, i64 %%j
+  store float %%pack_value, ptr %%pack_result_at
+  %%j_next = add i64 %%j, 1
+  %%j_more = icmp slt i64 %%j_next, %%n
+  br i1 %%j_more, label %%pack_column, label %%pack_step_end
+pack_step_end:
+  %%i_next = add i64 %%i, 1
+  %%i_more = icmp slt i64 %%i_next, %%size
+  br i1 %%i_more, label %%pack_step, label %%copied
+pad:
   %%x_rest_offset = mul i64 %%main, %%n
-  %%x_rest = getelementptr float, ptr %%x, i64 %%x_rest_offset
+  %%x_rest = getelementptr float, ptr %%x_given, i64 %%x_rest_offset
+  %%rest_steps = sub i64 %%size, %%main
+  %%rest_floats = mul i64 %%rest_steps, %%n
+  %%rest_bytes = mul i64 %%rest_floats, 4
   call void @llvm.memcpy.p0.p0.i64(ptr %%tail, ptr %%x_rest, i64 %%rest_bytes, i1 false)
-  %%pad = getelementptr i8, ptr %%tail, i64 %%rest_bytes
-  call void @llvm.memset.p0.i64(ptr %%pad, i8 0, i64 %%pad_bytes, i1 false)
+  br label %%copied
+copied:
+  %%x = phi ptr [%%x_given, %%pack], [%%x_given, %%pad], [%%tail, %%pack_step_end]
   ; Threads that the work is worth, and chunks.
   %%weights = mul i64 %%num_rows, %%size
-  %%work = mul i64 %%weights, %%vectors
+  %%panel_work = mul i64 %%weights, %%vectors
+  %%work = mul i64 %%panel_work, %%panels
   %%worth = udiv i64 %%work, %(grain)d
   %%worth_1 = add i64 %%worth, 1
   %%pool = call i64 @tlt_threads(ptr %%frame)
@@ -459,52 +325,57 @@ choose:
 end:
   ret ptr null
 }
-declare i64 @llvm.smin.i64(i64, i64)
 """
 
 
 def _ir() -> str:
     """Write the kernel for the host's CPU."""
-    few, *usual = _blocks()
-    single = _Block(few.lanes, 1, 1)
-    table = [few, *usual, single]
-    kinds = sorted({f"<{block.lanes} x float>" for block in table})
+    blocks = _blocks()
+    single = product_blocks.WideBlock(8 if blocks[-1].lanes > 4 else 4, 1, 1)
+    widest = blocks[-1].width
+    choices = [
+        next(i for i, block in enumerate(blocks) if block.width >= columns)
+        for columns in range(widest + 1)
+    ]
+    blocks.append(single)
+    lanes = sorted({block.lanes for block in blocks})
+    vectors = [f"<{n} x float>" for n in lanes]
     declared = [
-        f"declare {kind} @llvm.fma.v{kind.split()[0][1:]}f32({kind}, {kind}, {kind})"
-        for kind in kinds
+        f"declare {v} @llvm.fma.v{n}f32({v}, {v}, {v})"
+        for n, v in zip(lanes, vectors, strict=True)
     ]
     widths = '"prefer-vector-width"="512" "min-legal-vector-width"="512"'
     declared.append(f"attributes #0 = {{ nounwind {widths} }}")
-    return (
-        "\n".join(_block_ir(block) for block in dict.fromkeys(table))
-        + (
-            _CHUNK
-            % dict(load=_fields_ir("%job", _FIELDS, load=True), stage_rows=_STAGE_ROWS)
-        )
-        + _CALL
+    entries = (
+        f"%entry {{ ptr @{b.name}, i64 {b.width}, i64 {b.rows}, i64 {b.is_packed:d}, "
+        f"i64 {-(-b.width // b.lanes)} }}"
+        for b in blocks
+    )
+    parts = [block.ir() for block in blocks]
+    parts.append(
+        _CHUNK
+        % dict(load=_fields_ir("%job", _FIELDS, load=True), stage_rows=_STAGE_ROWS)
+    )
+    parts.append(
+        _CALL
         % dict(
             declared="\n".join(declared),
-            num_blocks=len(table),
-            table=", ".join(
-                f"{{ ptr, i64, i64 }} {{ ptr @{b.name}, i64 {b.width}, i64 {b.rows} }}"
-                for b in table
-            ),
+            num_blocks=len(blocks),
+            blocks=", ".join(entries),
+            num_choices=len(choices),
+            choices=", ".join(f"i64 {choice}" for choice in choices),
             columns_first=_COLUMNS_FIRST,
             rows_first=_ROWS_FIRST,
-            widest=usual[-1].width,
-            widest_1=usual[-1].width - 1,
-            lanes=usual[0].lanes,
-            lanes_1=usual[0].lanes - 1,
-            few=few.width,
-            most_rows=max(block.rows for block in table),
-            single=len(table) - 1,
-            steps=_STEPS,
+            widest=widest,
+            single=len(blocks) - 1,
+            steps=4,
             job_bytes=ffi.JOB_HEADER + 8 * len(_FIELDS),
             grain=_GRAIN,
             chunks=_CHUNKS,
             store=_fields_ir("%job", _FIELDS, load=False),
         )
     )
+    return "\n".join(parts)
 
 
 @functools.cache
@@ -559,8 +430,8 @@ def _call(name: str, weight: Array, x: Array, shape: tuple[int, ...]) -> Array:
         )
     if weight.shape[-1] != x.shape[0]:
         raise ValueError(
-            f"a native product got weights of shape {weight.shape} and columns of shape "
-            f"{x.shape}: the last axis of the first must be the first of the second."
+            f"a native product got weights of shape {weight.shape} and columns of "
+            f"shape {x.shape}: the last axis of one must be the first of the other."
         )
     register()
     return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32))(weight, x)
