@@ -1,16 +1,15 @@
 """Machine code in XLA's programs for CPUs: compile LLVM IR, register it, share threads.
 
 A kernel is a text of LLVM IR with one handler of XLA's typed foreign-function interface
-(`xla/ffi/api/c_api.h`) per target. It may call what `_RUNTIME` defines: reading call
+(`xla/ffi/api/c_api.h`) per target. It may call what `RUNTIME` defines: reading call
 frames, and running the chunks of a job on the program's own threads. A job is taken
 chunk by chunk from a counter, by the calling thread as well, so that it ends whether or
 not any other thread is free; a thread that starts too late finds no chunk left.
 """
 
 import ctypes
-import functools
-import platform
 import sys
+from collections.abc import Mapping
 
 import jax
 import llvmlite.binding as llvm
@@ -23,7 +22,8 @@ JOB_HEADER = 64
 # answered, or of another major one, refuses the handler when it is registered.
 #
 # Job: i64 next chunk, i64 chunks done, i64 references, i64 chunks, ptr body.
-_RUNTIME = """
+# What every kernel may call.
+RUNTIME = """
 declare ptr @malloc(i64)
 declare void @free(ptr)
 declare i32 @sched_yield()
@@ -260,53 +260,47 @@ def is_supported() -> bool:
     return sys.platform != "win32" and ctypes.sizeof(ctypes.c_void_p) == 8
 
 
-@functools.cache
 def host_features() -> frozenset[str]:
     """Return the names by which LLVM calls what the host's CPU has."""
     return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
 
 
-def has_fma() -> bool:
-    """Tell whether the host multiplies and adds in one rounding."""
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return not is_x86 or "fma" in host_features()
+def has_fma(features: frozenset[str]) -> bool:
+    """Tell whether a CPU multiplies and adds in one rounding."""
+    return "fma" in features or "neon" in features
 
 
-def compile_ir(text: str) -> llvm.ExecutionEngine:
-    """Compile a kernel's IR, the runtime's before it, for the host's CPU.
+def register(text: str, handlers: Mapping[str, str], cpu: str | None = None) -> None:
+    """Compile a kernel and register its handlers for XLA's programs on CPUs.
+
+    The machine code stays until the process ends: programs, and threads of XLA that
+    come too late for a chunk, may enter it at any time.
 
     Args:
-      text: what the kernel defines and declares.
-
-    Returns:
-      The machine code; it lives as long as this object.
+      text: IR that the kernel defines and declares, behind `RUNTIME`.
+      handlers: names of its functions, by the target's name in programs; a target is
+        registered once in a process.
+      cpu: what LLVM calls the CPU to compile for; None: the host's.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
+        cpu=cpu or llvm.get_host_cpu_name(),
+        features="" if cpu else llvm.get_host_cpu_features().flatten(),
         opt=3,
         jit=True,
     )
-    module = llvm.parse_assembly(_RUNTIME + text)
+    module = llvm.parse_assembly(RUNTIME + text)
     module.verify()
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    return engine
-
-
-def register(engine: llvm.ExecutionEngine, names: tuple[str, ...]) -> None:
-    """Register handlers for XLA's programs on CPUs; once in a process for each name.
-
-    Args:
-      engine: what `compile_ir` returned; the caller keeps it for good.
-      names: of the handlers in the IR, which are those of the targets, too.
-    """
+    addresses = {
+        target: engine.get_function_address(name) for target, name in handlers.items()
+    }
+    engine.detach()
     new_capsule = ctypes.pythonapi.PyCapsule_New
     new_capsule.restype = ctypes.py_object
     new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    for name in names:
-        address = engine.get_function_address(name)
+    for target, address in addresses.items():
         capsule = new_capsule(address, None, None)
-        jax.ffi.register_ffi_target(name, capsule, platform="cpu", api_version=1)
+        jax.ffi.register_ffi_target(target, capsule, platform="cpu", api_version=1)

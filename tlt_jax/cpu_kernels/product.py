@@ -27,9 +27,10 @@ _STAGE_ROWS = 64
 _COLUMNS_FIRST, _ROWS_FIRST = "tlt_jax_product", "tlt_jax_product_transposed"
 
 
-def _blocks() -> list[product_blocks.WideBlock | product_blocks.TurnedBlock]:
-    """Choose blocks for the host, from the narrowest to the widest."""
-    features = ffi.host_features()
+def _blocks(
+    features: frozenset[str],
+) -> list[product_blocks.WideBlock | product_blocks.TurnedBlock]:
+    """Choose blocks, from the narrowest to the widest."""
     wide = product_blocks.WideBlock
     if "avx512f" in features:
         few = [product_blocks.TurnedBlock(columns) for columns in (1, 2, 4, 8)]
@@ -328,9 +329,9 @@ end:
 """
 
 
-def _ir() -> str:
-    """Write the kernel for the host's CPU."""
-    blocks = _blocks()
+def ir(features: frozenset[str]) -> str:
+    """Write the kernel for a CPU with these features, as LLVM names them."""
+    blocks = _blocks(features)
     single = product_blocks.WideBlock(8 if blocks[-1].lanes > 4 else 4, 1, 1)
     widest = blocks[-1].width
     choices = [
@@ -351,7 +352,7 @@ def _ir() -> str:
         f"i64 {-(-b.width // b.lanes)} }}"
         for b in blocks
     )
-    parts = [block.ir() for block in blocks]
+    parts = [block.ir(ffi.has_fma(features)) for block in blocks]
     parts.append(
         _CHUNK
         % dict(load=_fields_ir("%job", _FIELDS, load=True), stage_rows=_STAGE_ROWS)
@@ -379,18 +380,14 @@ def _ir() -> str:
 
 
 @functools.cache
-def register():
+def register() -> None:
     """Compile the kernel and make it known to XLA, once in a process.
 
     Programs with this kernel that come from the persistent compilation cache, or were
     exported, need it before they are loaded.
-
-    Returns:
-      The machine code, which must live as long as any program.
     """
-    engine = ffi.compile_ir(_ir())
-    ffi.register(engine, (_COLUMNS_FIRST, _ROWS_FIRST))
-    return engine
+    names = (_COLUMNS_FIRST, _ROWS_FIRST)
+    ffi.register(ir(ffi.host_features()), {name: name for name in names})
 
 
 def product(weight: Array, x: Array) -> Array:

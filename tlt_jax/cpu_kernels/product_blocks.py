@@ -1,18 +1,17 @@
 """The inner loops of the native product, as LLVM IR: a block of rows times columns.
 
 Both forms compute `acc = fma(weight[i, k], x[k, column], acc)` for k = 0, 1, ... in
-order, so that their results are the same bits. A `WideBlock` has columns as lanes and
-multiplies them by one weight at a time; it is bound by loading the weights one by one.
-A `TurnedBlock` has rows as lanes: it loads 16 weights of 16 rows, transposes them in
-registers, and multiplies them by one column at a time, which is best for few columns.
+order (with two roundings on CPUs without it), so their results are the same bits. A
+`WideBlock` has columns as lanes and multiplies them by one weight at a time; it is
+bound by loading the weights one by one. A `TurnedBlock` has rows as lanes: it loads 16
+weights of 16 rows, transposes them in registers, and multiplies them by one column at a
+time, which is best for few columns.
 
 Every function has the signature `_SIGNATURE`. It stores the rows from `skip` on to `y`,
 `n` columns apart.
 """
 
 import dataclasses
-
-from tlt_jax.cpu_kernels import ffi
 
 _SIGNATURE = (
     "(ptr %w, ptr %x, ptr %tail, ptr %y, i64 %size, i64 %main, i64 %n, "
@@ -56,9 +55,9 @@ class WideBlock:
         """
         return 4 if self.vectors == 1 else 2
 
-    def ir(self) -> str:
-        """Write the function."""
-        return _wide(self)
+    def ir(self, fused: bool) -> str:
+        """Write the function; `fused`: the CPU multiplies and adds at once."""
+        return _wide(self, fused)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +79,16 @@ class TurnedBlock:
         """Columns of a panel."""
         return self.columns
 
-    def ir(self) -> str:
-        """Write the function."""
-        return _turned(self)
+    def ir(self, fused: bool) -> str:
+        """Write the function; `fused`: the CPU multiplies and adds at once."""
+        return _turned(self, fused)
 
 
 class _Writer:
     """Lines of a function of `rows` rows and vectors of `lanes`."""
 
-    def __init__(self, name: str, rows: int, lanes: int):
-        self.rows, self.lanes = rows, lanes
+    def __init__(self, name: str, rows: int, lanes: int, fused: bool):
+        self.rows, self.lanes, self.fused = rows, lanes, fused
         self.vector = f"<{lanes} x float>"
         # Three rows are addressed from one pointer: [p], [p + 4 K], [p + 8 K].
         self.bases = range(0, rows, 3)
@@ -118,7 +117,7 @@ class _Writer:
 
     def multiply_add(self, name: str, a: str, b: str, acc: str) -> None:
         vector = self.vector
-        if ffi.has_fma():
+        if self.fused:
             self.add(
                 f"{name} = call {vector} @llvm.fma.v{self.lanes}f32("
                 f"{vector} {a}, {vector} {b}, {vector} {acc})"
@@ -186,8 +185,8 @@ class _Writer:
         self.add("ret void")
 
 
-def _wide(block: WideBlock) -> str:
-    out = _Writer(block.name, block.rows, block.lanes)
+def _wide(block: WideBlock, fused: bool) -> str:
+    out = _Writer(block.name, block.rows, block.lanes, fused)
     rows, vectors, steps = block.rows, block.vectors, block.steps
     vector = out.vector
     cells = [(r, v) for r in range(rows) for v in range(vectors)]
@@ -269,8 +268,8 @@ def _wide(block: WideBlock) -> str:
     return out.text()
 
 
-def _turned(block: TurnedBlock) -> str:
-    out = _Writer(block.name, block.rows, block.lanes)
+def _turned(block: TurnedBlock, fused: bool) -> str:
+    out = _Writer(block.name, block.rows, block.lanes, fused)
     columns, count = range(block.columns), _TURNED
     vector = out.vector
 
