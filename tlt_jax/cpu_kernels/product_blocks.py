@@ -148,12 +148,18 @@ class _Writer:
         self.add(f"%next_block = mul i64 %size, {self.rows}")
         self.add("%ahead0 = getelementptr float, ptr %w, i64 %next_block")
 
-    def prefetch(self, count: int) -> None:
-        """Fetch the next block's weights in the order in which they lie in memory."""
+    def prefetch(self, count: int, locality: int) -> None:
+        """Fetch the next block's weights in the order in which they lie in memory.
+
+        Args:
+          count: floats of a pass of the loop.
+          locality: 3 for the first cache, 2 for the second one.
+        """
         for line in range(0, count * 4, 64):
             self.add(f"%fetch{line} = getelementptr i8, ptr %ahead, i64 {line}")
             self.add(
-                f"call void @llvm.prefetch.p0(ptr %fetch{line}, i32 0, i32 3, i32 1)"
+                f"call void @llvm.prefetch.p0(ptr %fetch{line}, i32 0, "
+                f"i32 {locality}, i32 1)"
             )
         self.add(f"%ahead_next = getelementptr i8, ptr %ahead, i64 {count * 4}")
 
@@ -227,7 +233,7 @@ def _wide(block: WideBlock, fused: bool) -> str:
             out.add(f"%u{u}q{r} = getelementptr float, ptr %q{r}, i64 {u}")
         acc = f"%u{u - 1}s" if u else "%acc"
         step(f"u{u}", f"%at{u}", f"%at{u + 1}", f"%u{u}q", acc)
-    out.prefetch(rows * steps)
+    out.prefetch(rows * steps, 3)
     out.advance("%next", "%main", steps)
     out.add(f"%k_next = add i64 %k, {steps}")
     out.add("%more = icmp ult i64 %k_next, %main")
@@ -316,7 +322,7 @@ def _turned(block: TurnedBlock, fused: bool) -> str:
     for k in range(count):
         acc = f"%k{k - 1}s" if k else "%acc"
         multiply(f"k{k}", k, "%at", f"%turned{k}", acc)
-    out.prefetch(block.rows * count)
+    out.prefetch(block.rows * count, 2)
     out.advance("%next", "%main", count)
     out.add(f"%at_next = getelementptr float, ptr %at, i64 {count * block.columns}")
     out.add(f"%k_next = add i64 %k, {count}")
