@@ -123,6 +123,9 @@ class Rollout:
       max_batch: rows decoded at once, at least 1; batches are powers of two up to it.
       steps_per_call: decode steps per jitted call, at least 1.
       prefill_chunk: prompt tokens per prefill call, at least 1.
+      cpu_kernels: on CPUs, `native` computes products of few columns by kernels of our
+        own, `xla` leaves all to XLA; `auto`: native where it can be, which is on one
+        CPU device in float32.
     """
 
     prompts_per_step: int = schema.number(8, 1)
@@ -132,6 +135,7 @@ class Rollout:
     max_batch: int = schema.number(64, 1)
     steps_per_call: int = schema.number(32, 1)
     prefill_chunk: int = schema.number(128, 1)
+    cpu_kernels: Literal["auto", "xla", "native"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -353,6 +353,7 @@ class Trainer:
             eos_ids=tuple(sorted({*self.model.eos_ids, *self.tokenizer.eos_ids})),
             stop=run.rollout.stop,
             dtype=run.precision,
+            cpu_kernels=run.rollout.cpu_kernels,
         )
         return rollout.Engine(
             self.model,

@@ -234,7 +234,9 @@ def head_rows(target: model_params.Params, draft_ids: Array | None) -> Array:
     return target.head if draft_ids is None else target.head[draft_ids]
 
 
-def fuse(params: DrafterParams, cfg: DrafterConfig, features: Array) -> Array:
+def fuse(
+    params: DrafterParams, cfg: DrafterConfig, features: Array, kernels: str = "xla"
+) -> Array:
     """Make one feature of the target's n.
 
     Each of several is divided by its root mean square first: the outputs of different
@@ -244,6 +246,7 @@ def fuse(params: DrafterParams, cfg: DrafterConfig, features: Array) -> Array:
       params: the weights.
       cfg: the drafter.
       features: `[n * D, B, T]`, the first layer's D rows first.
+      kernels: see `transformer.forward`.
 
     Returns:
       `[D, B, T]`.
@@ -252,7 +255,7 @@ def fuse(params: DrafterParams, cfg: DrafterConfig, features: Array) -> Array:
         return features
     parts = jnp.split(features, cfg.num_features)
     normed = jnp.concatenate([_unit(part, cfg) for part in parts])
-    return layers.product(params.fuse.astype(features.dtype), normed)
+    return layers.product(params.fuse.astype(features.dtype), normed, kernels)
 
 
 def forward(
@@ -266,6 +269,7 @@ def forward(
     view: transformer.CacheView | None = None,
     past: Past | None = None,
     dtype=jnp.float32,
+    kernels: str = "xla",
 ) -> Output:
     """Compute the drafter's features of one level or of a run of positions.
 
@@ -283,6 +287,7 @@ def forward(
       view: the drafter's cache, whose one layer every query sees; None: there is none.
       past: keys of earlier levels; None: there are none.
       dtype: of activations and products.
+      kernels: see `transformer.forward`.
 
     Returns:
       `Output`.
@@ -304,7 +309,16 @@ def forward(
         )
         return attention.join(earlier, partial)
 
-    return apply(params, cfg, embedded, features, positions, attend, dtype=dtype)
+    return apply(
+        params,
+        cfg,
+        embedded,
+        features,
+        positions,
+        attend,
+        dtype=dtype,
+        kernels=kernels,
+    )
 
 
 def apply(
@@ -316,6 +330,7 @@ def apply(
     attend: Callable[[Array, Array, Array], attention.Partial],
     *,
     dtype=jnp.float32,
+    kernels: str = "xla",
 ) -> Output:
     """Compute the drafter's features under any attention.
 
@@ -323,17 +338,17 @@ def apply(
     features have scales of their own, and the drafter's features another one.
 
     Args:
-      params, cfg, embedded, features, positions, dtype: as for `forward`.
+      params, cfg, embedded, features, positions, dtype, kernels: as for `forward`.
       attend: see `transformer.decoder_layer`.
 
     Returns:
       `Output`.
     """
     halves = [_unit(x.astype(dtype), cfg) for x in (embedded, features)]
-    x_DBT = layers.product(params.join.astype(dtype), jnp.concatenate(halves))
+    x_DBT = layers.product(params.join.astype(dtype), jnp.concatenate(halves), kernels)
     rope = layers.rope_tables(cfg.layer, positions)
     x_DBT, keys, values = transformer.decoder_layer(
-        params.layer, x_DBT, cfg.layer, rope, attend
+        params.layer, x_DBT, cfg.layer, rope, attend, kernels
     )
     if params.norm is not None:
         x_DBT = layers.rms_norm(x_DBT, params.norm, cfg.layer.rms_norm_eps)
@@ -341,7 +356,11 @@ def apply(
 
 
 def logits(
-    params: DrafterParams, cfg: DrafterConfig, head: Array, hidden: Array
+    params: DrafterParams,
+    cfg: DrafterConfig,
+    head: Array,
+    hidden: Array,
+    kernels: str = "xla",
 ) -> Array:
     """Multiply the drafter's features by the frozen head.
 
@@ -349,12 +368,13 @@ def logits(
       params, cfg: the drafter; the head is the target's.
       head: `[Vd, D]`, see `head_rows`.
       hidden: `[D, B, T]`.
+      kernels: see `transformer.forward`.
 
     Returns:
       `[B, T, Vd] float32`; entry i is token `draft_ids[i]`.
     """
     del params, cfg
-    return transformer.head_logits(head, hidden)
+    return transformer.head_logits(head, hidden, kernels)
 
 
 def _unit(x: Array, cfg: DrafterConfig) -> Array:

@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tlt_jax.cpu_kernels import product as cpu_product
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.types import Array
+
+# The native product wins up to this many columns, see experiments/LOG.md.
+_MOST_NATIVE_COLUMNS = 64
 
 
 def precision(dtype) -> lax.Precision:
@@ -17,25 +21,40 @@ def precision(dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-@jax.custom_vjp
-def product(weight: Array, x: Array) -> Array:
+def product(weight: Array, x: Array, kernels: str = "xla") -> Array:
     """Multiply columns by a weight.
-
-    Its gradient states both products in the order of their results: derived ones are
-    transposed afterwards, and compilers for CPUs then copy operands element by element.
 
     Args:
       weight: `[*out, in]`.
       x: `[in, B, T]`, of the same dtype.
+      kernels: `native` takes the kernel for few columns on CPUs, which has no
+        derivative and cannot be partitioned; see `cpu_kernels.product`.
 
     Returns:
       `[*out, B, T]`.
+    """
+    if takes_native(kernels, x):
+        return cpu_product.product(weight, x)
+    return _product(weight, x)
+
+
+def takes_native(kernels: str, x: Array) -> bool:
+    """Tell whether columns `[in, ...]` are few enough for the native product."""
+    return kernels == "native" and math.prod(x.shape[1:]) <= _MOST_NATIVE_COLUMNS
+
+
+@jax.custom_vjp
+def _product(weight: Array, x: Array) -> Array:
+    """Multiply; `product` for compilers.
+
+    Its gradient states both products in the order of their results: derived ones are
+    transposed afterwards, and compilers for CPUs then copy operands element by element.
     """
     return jnp.tensordot(weight, x, axes=1, precision=precision(x.dtype))
 
 
 def _product_forward(weight, x):
-    return product(weight, x), (weight, x)
+    return _product(weight, x), (weight, x)
 
 
 def _product_backward(saved, grad):
@@ -48,7 +67,7 @@ def _product_backward(saved, grad):
     return grad_weight, grad_x
 
 
-product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def rms_norm(x: Array, scale: Array, eps: float, axis: int = 0) -> Array:
@@ -164,7 +183,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return turned.astype(x.dtype)
 
 
-def mlp(layer: model_params.LayerParams, x: Array) -> Array:
+def mlp(layer: model_params.LayerParams, x: Array, kernels: str = "xla") -> Array:
     """Apply the gated feed-forward block, down(silu(gate x) * up x).
 
     Reference: Shazeer, GLU Variants Improve Transformer, 2020, section 2.
@@ -172,18 +191,19 @@ def mlp(layer: model_params.LayerParams, x: Array) -> Array:
     Args:
       layer: one layer's weights.
       x: `[D, B, T]`, normed.
+      kernels: see `product`.
 
     Returns:
       `[D, B, T]`.
     """
     dtype = x.dtype
-    hidden = product(layer.gate_up.astype(dtype), x)
+    hidden = product(layer.gate_up.astype(dtype), x, kernels)
     if layer.gate_up_bias is not None:
         hidden = hidden + layer.gate_up_bias.astype(dtype)[..., None, None]
     # A split, not two slices: its gradient is one concatenation.
     gate, up = jnp.split(hidden, 2)
     gated = jax.nn.silu(gate[0]) * up[0]
-    y = product(layer.down.astype(dtype), gated)
+    y = product(layer.down.astype(dtype), gated, kernels)
     if layer.down_bias is not None:
         y = y + layer.down_bias.astype(dtype)[:, None, None]
     return y

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from tlt_jax.cpu_kernels import product as cpu_product
 from tlt_jax.models import attention, kv_cache, layers
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
@@ -70,6 +71,7 @@ def forward(
     remat: str = "none",
     attention_block: int = 256,
     constrain: Callable[[Array], Array] = lambda x: x,
+    kernels: str = "xla",
 ) -> Output:
     """Compute features of `tokens`, given the cached past of their rows.
 
@@ -87,6 +89,8 @@ def forward(
         pass) or `dots` (products are kept, the rest computed again).
       attention_block: queries per block over the fresh part.
       constrain: applied to `[D, B, T]` activations between layers (their sharding).
+      kernels: `xla`, or `native` for programs on one CPU device in float32, without
+        derivatives; see `cpu_kernels.choice`.
 
     Returns:
       `Output`.
@@ -122,7 +126,7 @@ def forward(
                 block=attention_block,
             )
 
-        x_DBT, keys, values = decoder_layer(layer, x_DBT, cfg, rope, attend)
+        x_DBT, keys, values = decoder_layer(layer, x_DBT, cfg, rope, attend, kernels)
         x_DBT = constrain(x_DBT)
         return x_DBT, (keys, values) if with_cache_columns else (None, None)
 
@@ -147,22 +151,25 @@ def drafter_features(out: Output) -> Array:
     return jnp.concatenate(out.features) if out.features else out.hidden
 
 
-def logits(params: model_params.Params, hidden: Array) -> Array:
+def logits(params: model_params.Params, hidden: Array, kernels: str = "xla") -> Array:
     """Multiply features by the LM head; see `head_logits`."""
-    return head_logits(params.head, hidden)
+    return head_logits(params.head, hidden, kernels)
 
 
-def head_logits(head: Array, hidden: Array) -> Array:
+def head_logits(head: Array, hidden: Array, kernels: str = "xla") -> Array:
     """Multiply features by rows of an LM head.
 
     Args:
       head: `[V, D]`, all rows or some.
       hidden: `[D, ...]`, after the final norm.
+      kernels: see `forward`.
 
     Returns:
       `[..., V] float32`: the vocabulary is last, as sampling laws have it.
     """
     head = head.astype(hidden.dtype)
+    if layers.takes_native(kernels, hidden):
+        return cpu_product.product_transposed(head, hidden)
     prec = layers.precision(hidden.dtype)
     if math.prod(hidden.shape[1:]) > _MANY_COLUMNS:
         # The result is so large that transposing it costs more than the better form of
@@ -225,6 +232,7 @@ def decoder_layer(
     cfg: model_config.ModelConfig,
     rope: tuple[Array, Array],
     attend: Callable[[Array, Array, Array], attention.Partial],
+    kernels: str = "xla",
 ) -> tuple[Array, Array, Array]:
     """Compute one layer: attention and feed-forward block, each behind its norm.
 
@@ -235,15 +243,16 @@ def decoder_layer(
       rope: cos and sin of the positions, see `layers.rope_tables`.
       attend: what the queries see: takes queries `[B, K, G, T, H]`, fresh keys and
         values `[B, K, H, T]`, and returns the attention over M = G x T queries.
+      kernels: see `forward`.
 
     Returns:
       The layer's output `[D, B, T]` and its keys and values `[K, H, B, T]`.
     """
     normed = layers.rms_norm(x_DBT, layer.attn_norm, cfg.rms_norm_eps)
-    attended, keys, values = _self_attention(layer, normed, cfg, rope, attend)
+    attended, keys, values = _self_attention(layer, normed, cfg, rope, attend, kernels)
     x_DBT = x_DBT + attended
     normed = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)
-    return x_DBT + layers.mlp(layer, normed), keys, values
+    return x_DBT + layers.mlp(layer, normed, kernels), keys, values
 
 
 def attend_parts(
@@ -292,12 +301,12 @@ def attend_parts(
     return attention.join(cached, partial)
 
 
-def _self_attention(layer, x_DBT, cfg, rope, attend):
+def _self_attention(layer, x_DBT, cfg, rope, attend, kernels):
     """Project, rotate, attend, project back."""
     dtype = x_DBT.dtype
     group, head_dim = cfg.heads_per_kv, cfg.head_dim
     _, batch, num_tokens = x_DBT.shape
-    qkv = layers.product(layer.qkv.astype(dtype), x_DBT)
+    qkv = layers.product(layer.qkv.astype(dtype), x_DBT, kernels)
     if layer.qkv_bias is not None:
         qkv = qkv + layer.qkv_bias.astype(dtype)[..., None, None]
     query, key, value = jnp.split(qkv, [group, group + 1], axis=1)
@@ -318,6 +327,7 @@ def _self_attention(layer, x_DBT, cfg, rope, attend):
     attended = layers.product(
         layer.out.astype(dtype).reshape(layer.out.shape[0], -1),
         heads_KGHBT.reshape(-1, batch, num_tokens),
+        kernels,
     )
     if layer.out_bias is not None:
         attended = attended + layer.out_bias.astype(dtype)[:, None, None]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tlt_jax import sharding
+from tlt_jax.cpu_kernels import choice
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kv_cache
 from tlt_jax.models import params as model_params
@@ -42,6 +43,7 @@ class EngineConfig:
       eos_ids: tokens that end a completion; they are kept.
       stop: strings that end a completion; the token that completes one is kept.
       dtype: of activations and cache.
+      cpu_kernels: `auto`, `xla` or `native`, see `cpu_kernels.choice`.
     """
 
     max_rows: int
@@ -54,6 +56,7 @@ class EngineConfig:
     eos_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     dtype: str = "float32"
+    cpu_kernels: str = "auto"
 
     @property
     def max_pages(self) -> int:
@@ -90,12 +93,16 @@ class EnginePrograms:
           drafting_cfg: how to speculate, or None.
           mesh: devices of the engine.
           rules: how the caches are split over them.
+
+        Raises:
+          ValueError: `engine_cfg.cpu_kernels` cannot be had.
         """
         self._cfg, self._engine_cfg = cfg, engine_cfg
         self._drafting_cfg = drafting_cfg
         self._drafter_cfg = drafting_cfg and drafting_cfg.drafter_cfg
         self._replicated = sharding.replicated(mesh)
         self._dtype = jnp.dtype(engine_cfg.dtype)
+        self._kernels = choice.choose(engine_cfg.cpu_kernels, mesh.devices, self._dtype)
         abstract = jax.eval_shape(self._empty)
         axes = (None, "page", "kv_heads", None, None)
 
@@ -141,6 +148,7 @@ class EnginePrograms:
                 cfg=self._cfg,
                 feature_layers=self.feature_layers,
                 dtype=self._dtype,
+                kernels=self._kernels,
             )
             return decode.donated(fn, self._shardings.target).lower(
                 abstract_of(params),
@@ -166,6 +174,7 @@ class EnginePrograms:
                 max_steps=cfg.steps_per_call,
                 feature_layers=self.feature_layers,
                 dtype=self._dtype,
+                kernels=self._kernels,
             )
             return decode.donated(fn, self._shardings.target, self._replicated).lower(
                 abstract_of(params),
@@ -198,6 +207,7 @@ class EnginePrograms:
                 max_tokens=cfg.steps_per_call,
                 ranking=self._drafting_cfg.ranking,
                 dtype=self._dtype,
+                kernels=self._kernels,
             )
             jitted = jax.jit(
                 fn,
@@ -224,7 +234,10 @@ class EnginePrograms:
         def lower():
             cfg = self._engine_cfg
             fn = functools.partial(
-                propose.fill, cfg=self._drafter_cfg, dtype=self._dtype
+                propose.fill,
+                cfg=self._drafter_cfg,
+                dtype=self._dtype,
+                kernels=self._kernels,
             )
             jitted = jax.jit(
                 fn, donate_argnums=(2,), out_shardings=self._shardings.drafter

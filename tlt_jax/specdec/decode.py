@@ -70,6 +70,7 @@ def decode(
     max_steps: int,
     feature_layers: tuple[int, ...] | None = None,
     dtype=jnp.float32,
+    kernels: str = "xla",
 ) -> tuple[kv_cache.PagedCache, Emitted]:
     """Decode until `step_limit` steps, `finish_quota` finished rows, or none alive.
 
@@ -86,6 +87,7 @@ def decode(
       feature_layers: those that a drafter reads; empty: the last features; None: the
         cache holds none.
       dtype: of activations.
+      kernels: see `transformer.forward`.
 
     Returns:
       The cache, and what was drawn.
@@ -126,10 +128,11 @@ def decode(
             None,
             view,
             dtype=dtype,
+            kernels=kernels,
             features=feature_layers or (),
         )
         law = sampling.law(
-            transformer.logits(params, out.hidden[:, :, 0]), sampling_cfg
+            transformer.logits(params, out.hidden[:, :, 0], kernels), sampling_cfg
         )
         if sampling_cfg.temperature == 0:
             drawn = law.draw(0.0)
@@ -193,6 +196,7 @@ def prefill(
     cfg: model_config.ModelConfig,
     feature_layers: tuple[int, ...] | None = None,
     dtype=jnp.float32,
+    kernels: str = "xla",
 ) -> kv_cache.PagedCache:
     """Append a chunk of each row's prompt to the cache.
 
@@ -206,6 +210,7 @@ def prefill(
       cfg: the model.
       feature_layers: see `decode`.
       dtype: of activations.
+      kernels: see `transformer.forward`.
 
     Returns:
       The cache.
@@ -220,6 +225,7 @@ def prefill(
         None,
         view,
         dtype=dtype,
+        kernels=kernels,
         features=feature_layers or (),
     )
     return kv_cache.append_pages(

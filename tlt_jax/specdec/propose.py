@@ -76,6 +76,7 @@ def draft(
     strategy: strategy_lib.Strategy,
     temperature: float,
     dtype=jnp.float32,
+    kernels: str = "xla",
 ) -> tuple[candidates_lib.Candidates, Array, Array]:
     """Expand the tree of every row.
 
@@ -91,6 +92,7 @@ def draft(
       strategy: depth and width.
       temperature: of the sampling law; 0 counts as 1, which keeps the order.
       dtype: of activations.
+      kernels: see `transformer.forward`.
 
     Returns:
       The candidates, `strategy.num_drafted` a row, and the keys and values
@@ -103,17 +105,18 @@ def draft(
         weights.params,
         cfg,
         embedded(weights, accepted.tokens, dtype),
-        drafter.fuse(weights.params, cfg, accepted.features.astype(dtype)),
+        drafter.fuse(weights.params, cfg, accepted.features.astype(dtype), kernels),
         accepted.start[:, None] + jnp.arange(width),
         view=view,
         dtype=dtype,
+        kernels=kernels,
     )
     last = (accepted.counts - 1)[None, :, None]
     root = jnp.take_along_axis(out.hidden, last, axis=2)
 
     def rank(hidden, level):
         """Children of nodes `hidden [D, B, E']`: `[B, E', topk]` ids and scores."""
-        logits = drafter.logits(weights.params, cfg, weights.head, hidden)
+        logits = drafter.logits(weights.params, cfg, weights.head, hidden, kernels)
         scores = logits if temperature in (0, 1) else logits / temperature
         if noise is not None:
             here = lax.dynamic_index_in_dim(noise, level - 1, axis=1, keepdims=True)
@@ -165,6 +168,7 @@ def draft(
             view=view,
             past=drafter.Past(live.keys, live.values, live.mask),
             dtype=dtype,
+            kernels=kernels,
         )
         ids, gains = rank(out.hidden, level)
         scores = (live.scores[..., None] + gains).reshape(batch, topk**2)
@@ -246,6 +250,7 @@ def fill(
     *,
     cfg: drafter.DrafterConfig,
     dtype=jnp.float32,
+    kernels: str = "xla",
 ) -> kv_cache.PagedCache:
     """Extend the drafter's cache by a chunk, from the target's features in the pages.
 
@@ -260,6 +265,7 @@ def fill(
       start: `[B] int32`, multiples of the page size.
       cfg: the drafter.
       dtype: of activations.
+      kernels: see `transformer.forward`.
 
     Returns:
       The drafter's pages.
@@ -272,10 +278,11 @@ def fill(
         weights.params,
         cfg,
         embedded(weights, tokens, dtype),
-        drafter.fuse(weights.params, cfg, features.astype(dtype)),
+        drafter.fuse(weights.params, cfg, features.astype(dtype), kernels),
         start[:, None] + jnp.arange(width),
         view=transformer.CacheView(drafter_cache, page_table, start),
         dtype=dtype,
+        kernels=kernels,
     )
     return kv_cache.append_pages(
         drafter_cache, (out.keys,), (out.values,), page_table, start, counts

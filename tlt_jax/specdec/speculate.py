@@ -89,6 +89,7 @@ def run(
     max_tokens: int,
     ranking: str = "coupled",
     dtype=jnp.float32,
+    kernels: str = "xla",
 ) -> tuple[Caches, Speculated]:
     """Decode until a row has drawn `token_limit` tokens, or enough rows finished.
 
@@ -110,6 +111,7 @@ def run(
       ranking: `coupled` or `deterministic`; at temperature 0 there is no noise, and
         both are the same.
       dtype: of activations.
+      kernels: see `transformer.forward`.
 
     Returns:
       The caches, and what was drawn.
@@ -171,6 +173,7 @@ def run(
             strategy=strategy,
             temperature=sampling_cfg.temperature,
             dtype=dtype,
+            kernels=kernels,
         )
         tree = tree_lib.select(candidates, state.pending, strategy.tokens_to_verify)
         words = tree_lib.ancestor_words(tree, strategy.draft_depth)
@@ -184,9 +187,12 @@ def run(
             ),
             transformer.CacheView(state.caches.target, rows.page_table, state.lengths),
             dtype=dtype,
+            kernels=kernels,
             features=drafter_cfg.feature_layers,
         )
-        law = sampling.law(transformer.logits(params, out.hidden), sampling_cfg)
+        law = sampling.law(
+            transformer.logits(params, out.hidden, kernels), sampling_cfg
+        )
         drawn = verify.draw(law, gumbel, tree)
         walk = verify.walk(tree, drawn, most)
         logprobs = jnp.take_along_axis(law.logprob_of(drawn), walk.path, axis=1)
