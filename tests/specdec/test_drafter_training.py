@@ -1,0 +1,292 @@
+"""Unrolled training against drafting itself, and what may influence what."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.specdec import tiny_drafter
+from tlt_jax.models import attention, drafter, kv_cache, transformer
+from tlt_jax.specdec import (
+    drafter_losses,
+    drafter_training,
+    drafter_unroll,
+    hidden_buffer,
+)
+
+SIZES = {"row_tokens": 16, "row_bases": 10}
+NUM_STEPS = 4
+# Two short texts fill a row; blocks and chunks are smaller than what they cut.
+RECORDS = ((1, 9, 4), (2, 7, 3))
+CFG = tiny_drafter.drafter_config()
+FORWARD = drafter_unroll.ForwardConfig(CFG, head_chunk=8, attention_block=4)
+
+
+@pytest.fixture(scope="module")
+def buffer(tmp_path_factory):
+    records = [tiny_drafter.record(*numbers) for numbers in RECORDS]
+    return tiny_drafter.buffer_of(tmp_path_factory.mktemp("buffer"), records)
+
+
+def batch_of(buffer, rows):
+    spans = [
+        [
+            hidden_buffer.Span(
+                i,
+                int(buffer.lengths[i]),
+                int(buffer.response_starts[i]) - 2,
+                int(buffer.lengths[i] - buffer.response_starts[i]),
+            )
+            for i in row
+        ]
+        for row in rows
+    ]
+    return hidden_buffer.lay_out(buffer, spans, **SIZES)
+
+
+@functools.partial(jax.jit, static_argnames=("num_steps", "cfg"))
+def unroll(params, batch, target, num_steps=NUM_STEPS, cfg=FORWARD):
+    return drafter_unroll.unroll(params, batch, target, num_steps, cfg=cfg)
+
+
+FORWARD_ONE = jax.jit(drafter.forward, static_argnums=1)
+
+
+def drafted(params, record, base, num_steps):
+    """Features of a chain drafted at `base` by cache, levels and fresh keys."""
+    page_size = 4
+    tokens = jnp.asarray(record.tokens)[None]
+    features = drafter.fuse(params, CFG, jnp.asarray(record.features).T[:, None])
+    embedded = drafter.embed(tiny_drafter.target_params(), tokens)
+    positions = jnp.arange(tokens.shape[1])[None]
+    cache = kv_cache.create(CFG.layer, 5, page_size, jnp.float32)
+    table = jnp.array([[2, 4, 1, 3]])
+    here = slice(0, base)
+    if base:
+        filled = FORWARD_ONE(
+            params,
+            CFG,
+            embedded[..., 1 : base + 1],
+            features[..., here],
+            positions[:, here],
+        )
+        cache = kv_cache.append(
+            cache,
+            (filled.keys,),
+            (filled.values,),
+            table,
+            jnp.array([0]),
+            jnp.array([base]),
+        )
+    view = transformer.CacheView(cache, table, jnp.array([base]))
+    feature, past, outputs = features[..., base : base + 1], None, []
+    for k in range(num_steps):
+        out = FORWARD_ONE(
+            params,
+            CFG,
+            embedded[..., base + k + 1 : base + k + 2],
+            feature,
+            jnp.array([[base + k]]),
+            visibility=attention.Visibility(ancestors=jnp.ones((1, 1, 1), bool)),
+            view=view,
+            past=past,
+        )
+        feature = out.hidden
+        outputs.append(out.hidden[:, 0, 0])
+        keys, values = out.keys, out.values
+        if past is not None:
+            keys = jnp.concatenate([past.keys, keys], -1)
+            values = jnp.concatenate([past.values, values], -1)
+        past = drafter.Past(keys, values, jnp.ones((1, 1, k + 1), bool))
+    return outputs
+
+
+def test_unrolled_step_is_the_drafted_level(buffer):
+    params = tiny_drafter.params_of(CFG)
+    batch = batch_of(buffer, [[0, 1]])
+    steps = unroll(params, batch, tiny_drafter.target_of(CFG))
+    exists = drafter_unroll.step_exists(batch, NUM_STEPS)
+    compared = 0
+    for m, base in ((0, 2), (2, 4), (5, 10), (7, 12)):
+        text, position = (0, base) if base < 9 else (1, base - 9)
+        assert batch.bases[0, m] == base
+        depth = int(exists[:, 0, m].sum())
+        expected = drafted(params, buffer.read(text), position, depth)
+        for k in range(depth):
+            np.testing.assert_allclose(
+                steps[k][:, 0, m], expected[k], atol=1e-5, rtol=0
+            )
+            compared += 1
+    assert compared == 4 + 3 + 4 + 2
+
+
+def test_steps_that_exist_stay_in_their_text(buffer):
+    batch = batch_of(buffer, [[0, 1]])
+    exists = np.asarray(drafter_unroll.step_exists(batch, NUM_STEPS))
+    ends = {0: 9, 1: 16}
+    for m in range(9):
+        text = int(batch.segment[0, batch.bases[0, m]])
+        for k in range(NUM_STEPS):
+            inside = int(batch.bases[0, m]) + k + 2 < ends[text]
+            assert exists[k, 0, m] == inside
+    assert not exists[:, 0, 9].any()
+
+
+@pytest.mark.parametrize("name", ["eagle", "hass", "eagle3"])
+def test_texts_in_one_row_have_the_losses_of_two_rows(buffer, tmp_path, name):
+    objective = drafter_training.objective(name)
+    cfg, forward = CFG, FORWARD
+    if name != "eagle3":
+        cfg = tiny_drafter.drafter_config(feature_layers=(), output_norm=False)
+        forward = drafter_unroll.ForwardConfig(cfg, head_chunk=8, attention_block=4)
+        records = [tiny_drafter.record(*numbers, layers=()) for numbers in RECORDS]
+        buffer = tiny_drafter.buffer_of(tmp_path / "plain", records)
+    params, target = tiny_drafter.params_of(cfg), tiny_drafter.target_of(cfg)
+    compute = jax.jit(
+        jax.value_and_grad(drafter_training.loss, has_aux=True),
+        static_argnames=("cfg", "objective"),
+    )
+    options = dict(cfg=forward, objective=objective)
+    (packed, metrics), slopes = compute(
+        params, batch_of(buffer, [[0, 1]]), target, **options
+    )
+    (apart, apart_metrics), apart_slopes = compute(
+        params, batch_of(buffer, [[1], [0]]), target, **options
+    )
+    np.testing.assert_allclose(packed, apart, rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-4),
+        (metrics, slopes),
+        (apart_metrics, apart_slopes),
+    )
+    assert float(metrics["count"][0]) == 5 + 4
+
+
+def test_loss_is_the_plain_sum_over_predictions(buffer):
+    """Chunks, shared target laws and the stated gradient against the direct form."""
+    objective = drafter_training.Objective(3, decay=0.5, token_loss="lk_hybrid")
+    params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
+    batch = batch_of(buffer, [[0, 1]])
+    exists = np.asarray(drafter_unroll.step_exists(batch, 3))
+
+    def plain(params):
+        steps = drafter_unroll.unroll(params, batch, target, 3, cfg=FORWARD)
+        total = 0.0
+        for k, hidden in enumerate(steps):
+            values = []
+            for m in range(10):
+                if exists[k, 0, m]:
+                    law = target.head @ batch.hidden[0, batch.bases[0, m] + k + 1]
+                    draft = target.head @ hidden[:, 0, m]
+                    values.append(drafter_losses.lk_hybrid(law, draft))
+            total += 0.5**k * sum(values) / len(values)
+        return total
+
+    expected, expected_slopes = jax.jit(jax.value_and_grad(plain))(params)
+    compute = jax.value_and_grad(
+        lambda params: drafter_training.loss(
+            params, batch, target, cfg=FORWARD, objective=objective
+        )[0]
+    )
+    value, slopes = jax.jit(compute)(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-3),
+        slopes,
+        expected_slopes,
+    )
+
+
+def test_no_gradient_from_other_texts_later_positions_or_other_bases(buffer):
+    params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
+    batch = batch_of(buffer, [[0, 1]])
+
+    @jax.jit
+    def slope(m):
+        def chosen(features):
+            steps = unroll(params, batch.replace(features=features), target)
+            return jnp.sum(steps[2][:, 0, m])
+
+        return jnp.abs(jax.grad(chosen)(batch.features))[0].sum(-1)
+
+    # Base at column 4 of the first text; base at column 11, the third of the second.
+    np.testing.assert_array_equal(slope(2) > 0, np.arange(16) <= 4)
+    columns = np.arange(16)
+    np.testing.assert_array_equal(slope(6) > 0, (columns >= 9) & (columns <= 11))
+
+
+def test_detached_steps_pass_no_gradient(buffer):
+    params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
+    batch = batch_of(buffer, [[0, 1]])
+
+    def slope(detach):
+        def last(params):
+            steps = drafter_unroll.unroll(
+                params, batch, target, 2, cfg=FORWARD, detach=detach
+            )
+            return jnp.sum(steps[1])
+
+        return jax.jit(jax.grad(last))(params)
+
+    # Keys of step 0 still have one.
+    apart = np.abs(slope(True).fuse - slope(False).fuse).max()
+    assert apart > 1e-4
+
+
+def test_remat_changes_nothing(buffer):
+    params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
+    batch = batch_of(buffer, [[0, 1]])
+    again = drafter_unroll.ForwardConfig(
+        CFG, head_chunk=8, attention_block=4, remat=True
+    )
+    objective = drafter_training.Objective(2)
+    values = [
+        jax.jit(
+            jax.grad(
+                lambda p, cfg=cfg: drafter_training.loss(
+                    p, batch, target, cfg=cfg, objective=objective
+                )[0]
+            )
+        )(params)
+        for cfg in (FORWARD, again)
+    ]
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4), *values
+    )
+
+
+def test_step_learns_and_skips_what_is_not_finite(buffer):
+    params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
+    batch = batch_of(buffer, [[0, 1]])
+    optimizer = optax.adamw(3e-3)
+    state = drafter_training.TrainState(params, optimizer.init(params), jnp.int32(0))
+    step = jax.jit(
+        functools.partial(
+            drafter_training.step,
+            cfg=FORWARD,
+            objective=drafter_training.Objective(3, token_loss="kl"),
+            optimizer=optimizer,
+        )
+    )
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, batch, target)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.3 * losses[0]
+    assert step._cache_size() == 1
+    broken = batch.replace(hidden=np.full_like(batch.hidden, np.nan))
+    after, metrics = step(state, broken, target)
+    assert int(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_objectives():
+    eagle = drafter_training.objective("eagle")
+    assert (eagle.feature_weight, eagle.token_weight, eagle.num_steps) == (1.0, 0.1, 1)
+    eagle3 = drafter_training.objective("eagle3")
+    assert (eagle3.feature_weight, eagle3.num_steps, eagle3.decay) == (0.0, 7, 0.8)
+    with pytest.raises(ValueError, match="objective='eagle4'.*eagle, hass or eagle3"):
+        drafter_training.objective("eagle4")

@@ -1,0 +1,293 @@
+"""Unrolled drafting over whole texts: what training and measuring have in common.
+
+The alignment is that of `models.drafter`. A base is a position t that drafting could
+start from. Step k = 0 .. K - 1 of a base is the tree node k levels below it: rotary
+position t + k, the token of position t + k + 1, the feature that step k - 1 made (step
+0: the target's), and what it predicts is the target's law at position t + k + 1, from
+which the token of position t + k + 2 was drawn. As in drafting, it sees the keys of
+step 0 at positions up to t, and of the steps 1 .. k those of its own base.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from tlt_jax.models import attention, drafter
+from tlt_jax.types import Array
+
+
+@struct.dataclass
+class Batch:
+    """Rows of texts side by side that see only themselves.
+
+    Attributes:
+      tokens: `[B, T] int32`, padding 0.
+      positions: `[B, T] int32`, counted within the text, padding 0.
+      segment: `[B, T] int32`, number of the text in its row, padding -1.
+      features: `[B, T, n * D]`, the target's, or None: `hidden` is the feature.
+      hidden: `[B, T, D]`, the target's last features after the final norm.
+      bases: `[B, M] int32`, columns that are bases, rising, padding 0. Those of a text
+        follow one another without a gap.
+      valid: `[B, M] bool`, the base exists; then so does the token two columns on.
+      keys: `[B, M, 2] uint32`, noise keys of the texts.
+    """
+
+    tokens: Array
+    positions: Array
+    segment: Array
+    features: Array | None
+    hidden: Array
+    bases: Array
+    valid: Array
+    keys: Array
+
+
+@struct.dataclass
+class Target:
+    """What a drafter uses of its target, unchanged by training.
+
+    Attributes:
+      embed: `[V, D]`.
+      head: `[Vd, D]`, see `drafter.head_rows`.
+      draft_ids: `[Vd] int32` or None: all.
+    """
+
+    embed: Array
+    head: Array
+    draft_ids: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How a training step is computed.
+
+    Attributes:
+      drafter: the drafter.
+      dtype: of activations and products.
+      head_chunk: bases whose logits are held at once.
+      attention_block: bases whose scores are held at once.
+      remat: compute each step's activations again in the backward pass.
+    """
+
+    drafter: drafter.DrafterConfig
+    dtype: Any = jnp.float32
+    head_chunk: int = 256
+    attention_block: int = 256
+    remat: bool = False
+
+
+def unroll(
+    params: drafter.DrafterParams,
+    batch: Batch,
+    target: Target,
+    num_steps: int,
+    *,
+    cfg: ForwardConfig,
+    detach: bool = False,
+) -> tuple[Array, ...]:
+    """Compute the features of every base's unrolled steps.
+
+    Step 0 is computed for all columns, since later ones see their keys, and further
+    steps for the bases alone: each attends to the former under a mask and to its own
+    base's further steps at its own index.
+
+    Args:
+      params: the drafter.
+      batch: the rows.
+      target: embedding and head.
+      num_steps: K.
+      cfg: how.
+      detach: gradients end between steps.
+
+    Returns:
+      K arrays `[D, B, M]`. A step that reaches beyond its text has no meaning.
+    """
+    model, scale = cfg.drafter, cfg.drafter.layer.head_dim**-0.5
+    features = batch.hidden if batch.features is None else batch.features
+    features_DBT = jnp.moveaxis(features, -1, 0).astype(cfg.dtype)
+
+    def embed_ahead(columns, ahead):
+        tokens = take(batch.tokens, columns + ahead)
+        return jnp.moveaxis(target.embed[tokens].astype(cfg.dtype), -1, 0)
+
+    every_column = jnp.broadcast_to(
+        jnp.arange(batch.tokens.shape[1]), batch.tokens.shape
+    )
+    first = drafter.forward(
+        params,
+        model,
+        embed_ahead(every_column, 1),
+        drafter.fuse(params, model, features_DBT),
+        batch.positions,
+        visibility=attention.Visibility(segment=batch.segment, prefix=batch.segment),
+        dtype=cfg.dtype,
+    )
+    base_keys, base_values = (jnp.moveaxis(x, 2, 0) for x in (first.keys, first.values))
+    base_positions = take(batch.positions, batch.bases)
+
+    def one_step(params, features, earlier, k):
+        def attend(query, keys, values):
+            partial = _attend_bases(
+                query, base_keys, base_values, batch, scale, cfg.attention_block
+            )
+            for own in (*earlier, (keys, values)):
+                here = attention.attend_same(query, *own, scale=scale)
+                partial = attention.join(partial, here)
+            return partial
+
+        output = drafter.apply(
+            params,
+            model,
+            embed_ahead(batch.bases, k + 1),
+            features,
+            base_positions + k,
+            attend,
+            dtype=cfg.dtype,
+        )
+        keys, values = (jnp.moveaxis(x, 2, 0) for x in (output.keys, output.values))
+        return output.hidden, (keys, values)
+
+    if cfg.remat:
+        one_step = jax.checkpoint(one_step, static_argnums=3)
+    steps = [take(first.hidden, batch.bases[None])]
+    earlier: tuple[tuple[Array, Array], ...] = ()
+    for k in range(1, num_steps):
+        features = lax.stop_gradient(steps[-1]) if detach else steps[-1]
+        hidden, own = one_step(params, features, earlier, k)
+        steps.append(hidden)
+        earlier = (*earlier, own)
+    return tuple(steps)
+
+
+def step_exists(batch: Batch, num_steps: int) -> Array:
+    """Say which steps predict a token that their text has, `[K, B, M] bool`."""
+    spare = [(0, 0), (0, num_steps - 1)]
+    bases = jnp.pad(batch.bases, spare)
+    valid = jnp.pad(batch.valid, spare)
+    segment = jnp.pad(take(batch.segment, batch.bases), spare, constant_values=-1)
+    width = batch.bases.shape[1]
+
+    def one(k):
+        later = slice(k, k + width)
+        same = (bases[:, later] == batch.bases + k) & (
+            segment[:, later] == segment[:, :width]
+        )
+        return batch.valid & valid[:, later] & same
+
+    return jnp.stack([one(k) for k in range(num_steps)])
+
+
+@struct.dataclass
+class Predictions:
+    """All predictions of a batch, rows laid end to end and filled up to whole chunks.
+
+    Step k of base n predicts from the law of index n + k.
+
+    Attributes:
+      hidden: `[K, D, N] float32`, the drafter's features.
+      exists: `[K, N] float32`, 1 where the prediction exists, else 0.
+      laws: arrays `[N + K - 1, ...]`, what belongs to the laws.
+    """
+
+    hidden: Array
+    exists: Array
+    laws: Any
+
+    def chunk(self, start: Array, size: int) -> "Predictions":
+        """Take `size` bases from `start` on, with their laws."""
+        more = size + self.hidden.shape[0] - 1
+        return Predictions(
+            hidden=lax.dynamic_slice_in_dim(self.hidden, start, size, 2),
+            exists=lax.dynamic_slice_in_dim(self.exists, start, size, 1),
+            laws=jax.tree.map(
+                lambda x: lax.dynamic_slice_in_dim(x, start, more, 0), self.laws
+            ),
+        )
+
+    def starts(self, size: int) -> Array:
+        """First bases of the chunks of `size`."""
+        return jnp.arange(0, self.hidden.shape[2], size)
+
+
+def predictions(
+    steps: tuple[Array, ...], exists: Array, laws: Any, chunk: int
+) -> Predictions:
+    """Lay rows end to end.
+
+    Args:
+      steps: of `unroll`.
+      exists: of `step_exists`.
+      laws: arrays `[B, M, ...]`, of the law that step 0 of each base predicts from.
+      chunk: N is a multiple of it.
+
+    Returns:
+      The predictions.
+    """
+    hidden = jnp.stack(steps)
+    more, (num_rows, width) = len(steps) - 1, hidden.shape[2:]
+    total = num_rows * (width + more)
+    behind = -total % chunk
+
+    def flatten(x, axis, extra=0):
+        """Turn axes `axis` and `axis + 1`, rows and bases, into one."""
+        pads = [(0, 0)] * x.ndim
+        pads[axis + 1] = (0, more)
+        x = jnp.pad(x, pads)
+        x = x.reshape(*x.shape[:axis], total, *x.shape[axis + 2 :])
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (0, behind + extra)
+        return jnp.pad(x, pads)
+
+    return Predictions(
+        hidden=flatten(hidden, 2),
+        exists=flatten(exists.astype(jnp.float32), 1),
+        laws=jax.tree.map(lambda x: flatten(x, 0, more), laws),
+    )
+
+
+def take(x: Array, columns: Array) -> Array:
+    """Take columns `[..., M]` of the last axis; those beyond it are its last one."""
+    return jnp.take_along_axis(x, jnp.minimum(columns, x.shape[-1] - 1), axis=-1)
+
+
+def _attend_bases(query, keys, values, batch, scale, block):
+    """Attend from bases to their texts' columns up to them, a block at a time."""
+    width = query.shape[3]
+    segment_BM = take(batch.segment, batch.bases)
+    columns = jnp.arange(batch.tokens.shape[1])
+
+    def one_block(query, bases, segment):
+        mask = (columns[None, None] <= bases[..., None]) & (
+            batch.segment[:, None] == segment[..., None]
+        )
+        return attention.attend_masked(query, keys, values, mask, scale=scale)
+
+    if width <= block:
+        return one_block(query, batch.bases, segment_BM)
+    spare = -width % block
+    query = jnp.pad(query, [(0, 0)] * 3 + [(0, spare), (0, 0)])
+    pads = [(0, 0), (0, spare)]
+    bases, segment_BM = jnp.pad(batch.bases, pads), jnp.pad(segment_BM, pads)
+
+    def cut(start):
+        return one_block(
+            lax.dynamic_slice_in_dim(query, start, block, 3),
+            lax.dynamic_slice_in_dim(bases, start, block, 1),
+            lax.dynamic_slice_in_dim(segment_BM, start, block, 1),
+        )
+
+    parts = lax.map(jax.checkpoint(cut), jnp.arange(0, width + spare, block))
+    batch_size, num_kv, group = query.shape[:3]
+
+    def whole(x):
+        # [blocks, B, K, G x block, ...]
+        x = x.reshape(-1, batch_size, num_kv, group, block, *x.shape[4:])
+        x = jnp.moveaxis(x, 0, 3)
+        x = x.reshape(batch_size, num_kv, group, -1, *x.shape[5:])[:, :, :, :width]
+        return x.reshape(batch_size, num_kv, group * width, *x.shape[4:])
+
+    return jax.tree.map(whole, parts)
