@@ -22,6 +22,7 @@ LAYERS = (
     (
         *("checkpoint", "plots", "policy", "workdir", "train"),
         *("main", "generate", "export", "launch"),
+        *("drafter_config", "drafter_texts", "drafter_plots", "train_drafter"),
     ),
     ("experiments", "notebooks", "configs"),
 )

@@ -92,9 +92,9 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        params: params_lib.Params,
+        params: Any,
         opt_state: Any,
-        cfg: model_config.ModelConfig,
+        cfg: Any,
         meta: dict[str, Any],
     ) -> None:
         """Start writing a checkpoint and return once the arrays are copied.
@@ -104,22 +104,23 @@ class Checkpointer:
 
         Args:
           step: RL steps done.
-          params: the policy, layers stacked.
+          params: what is trained: the policy, layers stacked, or a drafter.
           opt_state: the optimizer state.
-          cfg: the policy's architecture, so that it can be restored without the run.
+          cfg: its architecture, a dataclass, so that a policy can be restored without
+            the run.
           meta: anything that JSON can hold: config digest, task position, ...
 
         Raises:
           CheckpointError: this checkpoint or the one before could not be written.
         """
-        if isinstance(params.layers, tuple):
+        if isinstance(getattr(params, "layers", None), tuple):
             raise ValueError(
                 "params.layers is a tuple of layers: checkpoints hold them stacked."
             )
         record = {
             "step": step,
             "model": dataclasses.asdict(cfg),
-            "param_dtype": str(params.embed.dtype),
+            "param_dtype": str(jax.tree.leaves(params)[0].dtype),
             "shapes": _shapes(params, opt_state),
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "driver": meta,

@@ -5,6 +5,7 @@ status 2, never a traceback.
 """
 
 import difflib
+import functools
 import pathlib
 import re
 import sys
@@ -32,31 +33,36 @@ def define_config_flag() -> flags.FlagHolder:
     )
 
 
-def run(main: Callable[[config.RunConfig], Any], flag: flags.FlagHolder) -> None:
+def run(
+    main: Callable[[Any], Any],
+    flag: flags.FlagHolder,
+    section: type = config.RunConfig,
+) -> None:
     """Parse the command line and call `main` with the checked configuration.
 
     Args:
       main: the program; further flags are read from `absl.flags.FLAGS`. A
         `schema.ConfigError` that it raises is reported as the command line's are.
       flag: of `define_config_flag`.
+      section: the configuration's dataclass.
     """
 
     def checked(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}: every setting is a --flag.")
         try:
-            main(_frozen(flag.value))
+            main(_frozen(flag.value, section))
         except schema.ConfigError as error:
             fail(str(error))
 
-    app.run(checked, flags_parser=parse)
+    app.run(checked, flags_parser=functools.partial(parse, section=section))
 
 
-def parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:
     """Parse flags; exit with status 2 and one line if they cannot be used."""
     recipe = recipe_path(argv)
     try:
-        check_overrides(argv)
+        check_overrides(argv, section)
         _check_exists(recipe)
         return flags.FLAGS(list(argv))
     except schema.ConfigError as error:
@@ -82,13 +88,13 @@ def recipe_path(argv: Sequence[str]) -> pathlib.Path | None:
     return found
 
 
-def check_overrides(argv: Sequence[str]) -> None:
+def check_overrides(argv: Sequence[str], section: type = config.RunConfig) -> None:
     """Refuse `--config.key` flags whose key does not exist, naming the nearest one.
 
     Raises:
       schema.ConfigError: a key is unknown.
     """
-    known = set(schema.keys(config.RunConfig))
+    known = set(schema.keys(section))
     for argument in argv[1:]:
         if argument == "--":
             return
@@ -98,7 +104,7 @@ def check_overrides(argv: Sequence[str]) -> None:
             continue
         key = name.removeprefix("config.")
         if key not in known and not key.startswith(_FREE_SECTION + "."):
-            raise schema.ConfigError(schema.unknown_key_message(config.RunConfig, key))
+            raise schema.ConfigError(schema.unknown_key_message(section, key))
 
 
 def _check_exists(recipe: pathlib.Path | None) -> None:
@@ -110,7 +116,7 @@ def _check_exists(recipe: pathlib.Path | None) -> None:
     raise schema.ConfigError(f"--config={recipe}: there is no such file; {hint}")
 
 
-def _frozen(value: Any) -> config.RunConfig:
+def _frozen(value: Any, section: type) -> Any:
     if value is None and not flags.FLAGS["config"].present:
         raise schema.ConfigError(
             "--config=FILE is missing: name a recipe, such as configs/tiny.py."
@@ -120,7 +126,7 @@ def _frozen(value: Any) -> config.RunConfig:
             f"get_config() of the recipe returned a {type(value).__name__}: return the "
             "ConfigDict of tlt_jax.config.default()."
         )
-    return config.load(value)
+    return schema.build(section, value.to_dict())
 
 
 def _explain(error: BaseException, recipe: pathlib.Path | None) -> str | None:

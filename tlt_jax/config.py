@@ -424,9 +424,7 @@ def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
     """Return nested plain dicts, fit for JSON and for `load`."""
-    out = dataclasses.asdict(run)
-    out["task"]["options"] = dict(run.task.options)
-    return out
+    return schema.to_dict(run)
 
 
 def to_json(run: RunConfig) -> str:

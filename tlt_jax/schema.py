@@ -78,6 +78,17 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def to_dict(section: Any) -> dict[str, Any]:
+    """Return nested plain dicts, fit for JSON and for `build`."""
+    out = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        out[field.name] = dict(value) if field.type is Options else value
+    return out
+
+
 def to_config_dict(section: type) -> ml_collections.ConfigDict:
     """Return an unlocked ConfigDict of the section's defaults."""
     out = ml_collections.ConfigDict()

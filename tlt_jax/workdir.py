@@ -9,8 +9,8 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 from tlt_jax import config, metrics, schema
 from tlt_jax.rl import experience
@@ -27,7 +27,11 @@ class WorkdirError(RuntimeError):
 
 
 @contextlib.contextmanager
-def claimed(workdir: pathlib.Path, run: config.RunConfig) -> Iterator[None]:
+def claimed(
+    workdir: pathlib.Path,
+    run: Any,
+    load: Callable[[Mapping[str, Any]], Any] = config.load,
+) -> Iterator[None]:
     """Hold the directory for a run: no other process may work there meanwhile.
 
     `config.json` is written; the run that it describes must be this one if it has
@@ -35,7 +39,8 @@ def claimed(workdir: pathlib.Path, run: config.RunConfig) -> Iterator[None]:
 
     Args:
       workdir: made if it is not there.
-      run: what is to be done there.
+      run: what is to be done there, a dataclass of settings.
+      load: makes it of the plain values in `config.json`.
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.
@@ -48,7 +53,7 @@ def claimed(workdir: pathlib.Path, run: config.RunConfig) -> Iterator[None]:
         _lock(lock, workdir)
         path = workdir / "config.json"
         if path.exists() and _begun(workdir):
-            _check_same(workdir, path, run)
+            _check_same(workdir, path, run, load)
         with writing(path):
             temporary = path.with_suffix(".json.partial")
             temporary.write_text(config.to_json(run))
@@ -121,11 +126,9 @@ def _begun(workdir: pathlib.Path) -> bool:
     return record.exists() and record.stat().st_size > 0
 
 
-def _check_same(
-    workdir: pathlib.Path, path: pathlib.Path, run: config.RunConfig
-) -> None:
+def _check_same(workdir: pathlib.Path, path: pathlib.Path, run: Any, load) -> None:
     try:
-        before = config.load(dict(json.loads(path.read_text())))
+        before = load(dict(json.loads(path.read_text())))
     except (ValueError, TypeError) as error:
         raise schema.ConfigError(
             f"{path} cannot be read ({error}): restore it, or use another --workdir."

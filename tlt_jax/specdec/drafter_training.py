@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import lax
@@ -79,6 +81,34 @@ class TrainState:
     params: drafter.DrafterParams
     opt_state: Any
     num_updates: Array
+
+
+def draft_vocabulary(
+    tokens: np.ndarray, size: int, vocab_size: int, always: Sequence[int] = ()
+) -> np.ndarray:
+    """Choose the tokens that a drafter can propose: the most frequent ones.
+
+    Args:
+      tokens: `[n] int32`, what the target wrote.
+      size: Vd.
+      vocab_size: V; tokens that are as frequent as others are taken by their id.
+      always: ids that are taken whatever their frequency, such as EOS.
+
+    Returns:
+      `[Vd] int32`, rising.
+
+    Raises:
+      ValueError: `size` cannot hold `always`, or exceeds the vocabulary.
+    """
+    if not max(len(always), 1) <= size <= vocab_size:
+        raise ValueError(
+            f"draft_vocab_size={size} is not in [{max(len(always), 1)}, {vocab_size}]: "
+            "it holds the tokens that end a text, and the vocabulary has no more."
+        )
+    counts = np.bincount(tokens, minlength=vocab_size)
+    counts[list(always)] = counts.max() + 1
+    chosen = np.argsort(-counts, kind="stable")[:size]
+    return np.sort(chosen).astype(np.int32)
 
 
 def loss(

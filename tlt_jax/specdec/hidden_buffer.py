@@ -209,7 +209,7 @@ def plan(
     row_tokens: int,
     row_bases: int,
     num_rows: int,
-    seed: int | None,
+    seed: tuple[int, ...] | None,
 ) -> list[list[list[Span]]]:
     """Lay texts out over batches, each in one row, the first with room.
 
@@ -219,7 +219,7 @@ def plan(
       row_tokens, row_bases: T and M. A text longer than T loses its end; of one with
         more than M bases a random run is taken.
       num_rows: B.
-      seed: of the order and of the runs; None: the order given, and first runs.
+      seed: numbers of the order and of the runs; None: the order given, and first runs.
 
     Returns:
       Batches of `num_rows` rows of spans; rows of the last may be empty.

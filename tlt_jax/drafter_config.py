@@ -1,0 +1,185 @@
+"""Every setting of a drafter's offline training: meaning, unit, range, default."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_collections
+
+from tlt_jax import config, schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What the target writes for the drafter to learn from.
+
+    Attributes:
+      tasks: where prompts come from, in turns: names of `tlt_jax.rl.tasks`, and `chat`,
+        requests without a right answer. Required.
+      num: texts to train on, at least 1.
+      num_held_out: texts of held-out prompts to measure on, at least 1.
+      seed: of the prompts.
+      max_prompt_tokens: longer prompts are left out, at least 1.
+      max_new_tokens: longest response, at least 1.
+      max_batch: rows decoded at once, at least 1.
+      steps_per_call: decode steps per jitted call, at least 1.
+      page_size: of the target's cache, at least 1.
+      dtype: that features are kept in.
+    """
+
+    tasks: tuple[str, ...] = ()
+    num: int = schema.number(1024, 1)
+    num_held_out: int = schema.number(64, 1)
+    seed: int = schema.number(0, 0)
+    max_prompt_tokens: int = schema.number(256, 1)
+    max_new_tokens: int = schema.number(256, 1)
+    max_batch: int = schema.number(32, 1)
+    steps_per_call: int = schema.number(32, 1)
+    page_size: int = schema.number(64, 1)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafter:
+    """The drafter.
+
+    Attributes:
+      features: `last` (the target's normed last feature), `low_mid_high` (three layers
+        fused) or `layers` (those named in feature_layers).
+      feature_layers: indices of the target's layers, for `layers`.
+      draft_vocab_size: tokens that can be proposed, the most frequent of the texts; 0:
+        all.
+    """
+
+    features: Literal["last", "low_mid_high", "layers"] = "low_mid_high"
+    feature_layers: tuple[int, ...] = ()
+    draft_vocab_size: int = schema.number(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What it learns. An unset field is what `name` prescribes.
+
+    Attributes:
+      name: a preset of `tlt_jax.specdec.drafter_training`.
+      num_steps: unrolled steps, at least 1.
+      decay: step k counts decay ** k, in (0, 1].
+      token_loss: how laws are compared.
+    """
+
+    name: Literal["eagle", "hass", "eagle3"] = "eagle3"
+    num_steps: int | None = schema.number(None, 1)
+    decay: float | None = schema.number(None, above=0.0, high=1.0)
+    token_loss: Literal["soft_ce", "kl", "tv", "lk_hybrid"] | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the fields that are set, without `name`."""
+        fields = dataclasses.asdict(self)
+        del fields["name"]
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of a step, each filled with whole texts.
+
+    Attributes:
+      num_rows: at least 1.
+      row_tokens: columns of a row, at least 3; of longer texts the end is left out.
+      row_bases: positions of a row that are drafted from, at least 1; of a text with
+        more, a random run of them is.
+      head_chunk: bases whose logits are held at once, at least 1.
+      remat: compute activations again in the backward pass.
+    """
+
+    num_rows: int = schema.number(4, 1)
+    row_tokens: int = schema.number(512, 3)
+    row_bases: int = schema.number(384, 1)
+    head_chunk: int = schema.number(256, 1)
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Measuring on the held-out texts.
+
+    Attributes:
+      every: steps between measurements; 0: only before the first and after the last.
+      depth: levels drafted, at least 1.
+    """
+
+    every: int = schema.number(0, 0)
+    depth: int = schema.number(8, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What is shown.
+
+    Attributes:
+      every: steps between rows of metrics.jsonl, at least 1.
+      progress: `auto` (live on a terminal, else lines), `plain` or `off`.
+    """
+
+    every: int = schema.number(10, 1)
+    progress: Literal["auto", "plain", "off"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterRun:
+    """One offline training of a drafter; see the sections' own classes.
+
+    Attributes:
+      seed: of noise, weights and order, at least 0.
+      num_steps: optimizer steps, at least 1.
+      precision: of activations and products; the drafter's weights are float32.
+      model: the target.
+    """
+
+    seed: int = schema.number(0, 0)
+    num_steps: int = schema.number(1000, 1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    model: config.Model = config.Model()
+    pretrain: config.Pretrain = config.Pretrain()
+    texts: Texts = Texts()
+    drafter: Drafter = Drafter()
+    objective: Objective = Objective()
+    optimizer: config.Optimizer = config.Optimizer()
+    batch: Batch = Batch()
+    eval: Eval = Eval()
+    checkpoint: config.Checkpoint = config.Checkpoint()
+    log: Log = Log()
+
+    def __post_init__(self):
+        schema.check_fields(self)
+        if not self.model.spec:
+            raise schema.ConfigError("model.spec is empty: set it in the recipe.")
+        if not self.texts.tasks:
+            raise schema.ConfigError(
+                "texts.tasks is empty: name at least one source of prompts."
+            )
+        if (self.drafter.features == "layers") != bool(self.drafter.feature_layers):
+            raise schema.ConfigError(
+                f"drafter.features={self.drafter.features!r} with drafter."
+                f"feature_layers={self.drafter.feature_layers}: name layers with "
+                "features='layers', and only then."
+            )
+
+
+def default() -> ml_collections.ConfigDict:
+    """Return a new locked ConfigDict with every key at its default.
+
+    `model.spec` and `texts.tasks` are empty: a recipe must set them.
+    """
+    made = schema.to_config_dict(DrafterRun)
+    made.lock()
+    return made
+
+
+def load(values: Mapping[str, Any]) -> DrafterRun:
+    """Check plain nested values and freeze them.
+
+    Raises:
+      schema.ConfigError: a key is unknown or a value cannot be used.
+    """
+    return schema.build(DrafterRun, values)

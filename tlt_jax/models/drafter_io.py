@@ -1,0 +1,187 @@
+"""A drafter as a directory: `config.json` and `drafter.safetensors`."""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import drafter
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "drafter.safetensors"
+_FORMAT = 1
+_SETTINGS = ("feature_layers", "output_norm", "draft_vocab_size", "max_length")
+
+
+def save(
+    directory: str | os.PathLike,
+    params: drafter.DrafterParams,
+    cfg: drafter.DrafterConfig,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a drafter; the directory appears complete, in place of an older one.
+
+    Args:
+      directory: where.
+      params: the weights, with `draft_ids` where the vocabulary is reduced.
+      cfg: the drafter.
+      about: what else shall stand in `config.json`: objective, target version, ...
+
+    Raises:
+      ValueError: the directory holds something else.
+    """
+    directory = pathlib.Path(directory).absolute()
+    if directory.exists() and not (directory / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{directory} holds something that is no drafter: name another directory."
+        )
+    record = {
+        "format": _FORMAT,
+        "target": cfg.target,
+        **{name: getattr(cfg, name) for name in _SETTINGS},
+        "about": dict(about or {}),
+    }
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".drafter.") as temp:
+        made = pathlib.Path(temp) / "made"
+        made.mkdir()
+        (made / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        arrays = {
+            name: np.ascontiguousarray(leaf) for name, leaf in _named(params).items()
+        }
+        safetensors.numpy.save_file(arrays, made / WEIGHTS_FILE)
+        if directory.exists():
+            shutil.move(directory, pathlib.Path(temp) / "old")
+        made.rename(directory)
+
+
+def load(
+    directory: str | os.PathLike,
+    target: model_config.ModelConfig,
+    dtype=jnp.float32,
+    sharding: jax.sharding.Sharding | None = None,
+) -> tuple[drafter.DrafterConfig, drafter.DrafterParams]:
+    """Read a drafter for `target`.
+
+    Args:
+      directory: of `save`.
+      target: the model that shall verify.
+      dtype: of the weights.
+      sharding: of every leaf; None: the first device holds them.
+
+    Returns:
+      The drafter and its weights.
+
+    Raises:
+      ValueError: there is none, it is damaged, or of another target or vocabulary.
+    """
+    directory = pathlib.Path(directory)
+    cfg = read_config(directory, target)
+    wanted = drafter.describe(cfg)
+    if cfg.draft_vocab_size:
+        wanted = wanted.replace(draft_ids=np.zeros(cfg.draft_vocab_size, np.int32))
+    arrays = _read_weights(directory / WEIGHTS_FILE)
+    shapes = {name: tuple(leaf.shape) for name, leaf in _named(wanted).items()}
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != shapes:
+        names = sorted(
+            name for name in {*found, *shapes} if found.get(name) != shapes.get(name)
+        )
+        name = names[0]
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} does not fit its config.json: {name} is "
+            f"{found.get(name, 'absent')} and should be {shapes.get(name, 'absent')} "
+            f"({len(names)} tensors differ). Export the drafter again."
+        )
+    _check_ids(directory, arrays.get("draft_ids"), target.vocab_size)
+
+    def place(path, _):
+        array = arrays[_name(path)]
+        is_ids = array.dtype.kind == "i"
+        return jax.device_put(array if is_ids else array.astype(dtype), sharding)
+
+    return cfg, jax.tree_util.tree_map_with_path(place, wanted)
+
+
+def read_config(
+    directory: str | os.PathLike, target: model_config.ModelConfig
+) -> drafter.DrafterConfig:
+    """Read what a drafter is, without its weights.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    path = pathlib.Path(directory) / CONFIG_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        given = {name: record[name] for name in ("format", "target", *_SETTINGS)}
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{directory} holds no drafter ({CONFIG_FILE} is missing): give the "
+            "directory that `python -m tlt_jax.train_drafter` exported."
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a drafter's ({type(error).__name__}: {error}): export the "
+            "drafter again."
+        ) from error
+    if given["format"] != _FORMAT:
+        raise ValueError(
+            f"{path} has format {given['format']!r}, and {_FORMAT} is read here: "
+            "export the drafter with this version."
+        )
+    if given["target"] != drafter.identify(target):
+        raise ValueError(
+            f"{directory} is a drafter of another target, {given['target']}, not of "
+            f"{drafter.identify(target)}: train one for this model, or give the model "
+            "that it was trained for."
+        )
+    settings = {name: given[name] for name in _SETTINGS}
+    try:
+        settings["feature_layers"] = tuple(int(i) for i in settings["feature_layers"])
+        return drafter.of_target(target, **settings)
+    except TypeError as error:
+        raise ValueError(f"{path} is not a drafter's: {error}.") from error
+
+
+def _read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{path} is missing, truncated or corrupt ({error}): export the drafter "
+            "again."
+        ) from error
+
+
+def _check_ids(directory, ids: np.ndarray | None, vocab_size: int) -> None:
+    if ids is None:
+        return
+    if ids.dtype.kind != "i" or np.any(np.diff(ids) <= 0):
+        raise ValueError(
+            f"{directory} has draft_ids that do not rise: export the drafter again."
+        )
+    if ids[0] < 0 or ids[-1] >= vocab_size:
+        raise ValueError(
+            f"{directory} has draft_ids from {ids[0]} to {ids[-1]}, outside the "
+            f"target's vocabulary of {vocab_size}: export the drafter again."
+        )
+
+
+def _named(params: drafter.DrafterParams) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path) -> str:
+    return ".".join(key.name for key in path)
