@@ -13,7 +13,12 @@ from tlt_jax import drafter_config
 
 _REASONING = (
     *("chain_sum", "gsm_symbolic", "word_sorting", "letter_counting"),
-    *("simple_equations", "number_sorting", "spell_backward", "leg_counting"),
+    *(
+        "simple_equations",
+        "family_relationships",
+        "calendar_arithmetic",
+        "leg_counting",
+    ),
 )
 
 

@@ -43,14 +43,6 @@ from tlt_jax.specdec import (
 SCRATCH = "scratch"
 _MAX_SKIPPED = 10
 
-_CONFIG = command_line.define_config_flag()
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Directory of the run: config, texts, metrics, checkpoints, plot, drafter.",
-    required=True,
-)
-
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message names the cause and the remedy."""
@@ -399,7 +391,7 @@ def main(run: drafter_config.DrafterRun) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
-        train(run, _WORKDIR.value)
+        train(run, flags.FLAGS.workdir)
     except (
         ValueError,
         TrainingError,
@@ -413,4 +405,11 @@ def main(run: drafter_config.DrafterRun) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, _CONFIG, drafter_config.DrafterRun)
+    # Here, because the other program defines flags of these names too.
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Directory of the run: config, texts, metrics, checkpoints, plot, drafter.",
+        required=True,
+    )
+    command_line.run(main, command_line.define_config_flag(), drafter_config.DrafterRun)

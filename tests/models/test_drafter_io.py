@@ -1,0 +1,87 @@
+"""A drafter's directory: what is written comes back, and what does not fit is named."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.specdec import tiny_drafter
+from tlt_jax.models import drafter_io
+
+CFG = tiny_drafter.drafter_config(max_length=64)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    params = tiny_drafter.params_of(CFG).replace(draft_ids=tiny_drafter.DRAFT_IDS)
+    drafter_io.save(tmp_path / "drafter", params, CFG, {"objective": "eagle3"})
+    return tmp_path / "drafter", params
+
+
+def test_saved_drafter_is_loaded(saved):
+    directory, params = saved
+    cfg, loaded = drafter_io.load(directory, tiny_drafter.TARGET)
+    assert cfg == CFG
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert loaded.draft_ids.dtype == "int32"
+    # Again, in place of the old one.
+    drafter_io.save(directory, params, CFG)
+    assert drafter_io.load(directory, tiny_drafter.TARGET)[0] == CFG
+    assert [path.name for path in directory.parent.iterdir()] == ["drafter"]
+
+
+def test_drafter_of_another_target_is_refused(saved):
+    for field, value in (("vocab_size", 25), ("num_layers", 5), ("d_model", 32)):
+        other = dataclasses.replace(tiny_drafter.TARGET, **{field: value})
+        with pytest.raises(ValueError, match="drafter of another target, qwen3-L4-D16"):
+            drafter_io.load(saved[0], other)
+
+
+def edit(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_damaged_drafters_are_refused(saved, tmp_path):
+    directory, params = saved
+    load = lambda: drafter_io.load(directory, tiny_drafter.TARGET)  # noqa: E731
+    weights = (directory / "drafter.safetensors").read_bytes()
+    (directory / "drafter.safetensors").write_bytes(weights[:-9])
+    with pytest.raises(ValueError, match="missing, truncated or corrupt"):
+        load()
+    (directory / "drafter.safetensors").write_bytes(weights)
+    edit(directory, draft_vocab_size=7)
+    with pytest.raises(ValueError, match=r"draft_ids is \(11,\) and should be \(7,\)"):
+        load()
+    edit(directory, draft_vocab_size=11, feature_layers=[0, 9])
+    with pytest.raises(ValueError, match=r"feature_layers names layers \[9\]"):
+        load()
+    edit(directory, feature_layers="all")
+    with pytest.raises(ValueError):
+        load()
+    edit(directory, feature_layers=[0, 1, 3], format=2)
+    with pytest.raises(ValueError, match="format 2, and 1 is read here"):
+        load()
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not a drafter's"):
+        load()
+    with pytest.raises(ValueError, match="holds no drafter"):
+        drafter_io.load(tmp_path, tiny_drafter.TARGET)
+    with pytest.raises(ValueError, match="something that is no drafter"):
+        drafter_io.save(tmp_path, params, CFG)
+
+
+def test_ids_outside_the_vocabulary_are_refused(saved):
+    directory, _ = saved
+    path = directory / "drafter.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    for ids, message in (
+        (arrays["draft_ids"] + 2, "from 2 to 24, outside"),
+        (arrays["draft_ids"][::-1].copy(), "do not rise"),
+    ):
+        safetensors.numpy.save_file(arrays | {"draft_ids": ids}, path)
+        with pytest.raises(ValueError, match=message):
+            drafter_io.load(directory, tiny_drafter.TARGET)

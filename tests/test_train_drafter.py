@@ -1,0 +1,136 @@
+"""Offline training of a drafter: whole runs, killed and taken up again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smollm2_drafter, tiny_drafter
+from tests import command_lines
+from tlt_jax import drafter_config, metrics, policy, schema, train_drafter
+from tlt_jax.models import drafter_io
+from tlt_jax.specdec import hidden_buffer
+
+NUM_STEPS = 8
+
+
+def settings(**overrides):
+    config = tiny_drafter.get_config()
+    config.num_steps = NUM_STEPS
+    config.pretrain.steps = 0
+    config.texts.num = 40
+    config.texts.num_held_out = 8
+    config.texts.max_new_tokens = 12
+    config.texts.max_batch = 2
+    config.batch.row_tokens = 32
+    config.batch.row_bases = 24
+    config.batch.head_chunk = 32
+    config.checkpoint.every = 3
+    config.log.every = 2
+    config.log.progress = "off"
+    config.eval.every = 6
+    config.update_from_flattened_dict(overrides)
+    return drafter_config.load(config.to_dict())
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def killed_at(monkeypatch, owner, name, call):
+    """Raise at a function's `call`-th call."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    return directory, train_drafter.train(settings(), directory)
+
+
+def comparable(directory):
+    rows = metrics.read(directory)
+    return [{k: v for k, v in row.items() if "time/" not in k} for row in rows]
+
+
+def test_run_leaves_its_record_plot_and_drafter(whole):
+    directory, last = whole
+    rows = metrics.read(directory)
+    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8]
+    assert rows[-1]["drafter/loss"] < rows[1]["drafter/loss"]
+    assert len(last["eval/coupled_rate_by_depth"]) == 4
+    assert 1.0 <= last["eval/coupled_accept_length"] <= 5.0
+    assert rows[0]["texts/num"] == 40
+    assert (directory / "plots" / "drafter.png").stat().st_size > 10_000
+    target = policy.load(str(directory / "target"))
+    cfg, params = drafter_io.load(directory / "drafter", target.config)
+    assert cfg.feature_layers == (0, 1) and cfg.max_length == 20
+    assert params.fuse.shape == (64, 128)
+    record = json.loads((directory / "drafter" / "config.json").read_text())
+    assert record["about"]["objective"]["token_loss"] == "lk_hybrid"
+    assert record["about"]["num_steps"] == NUM_STEPS
+
+
+def test_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
+    """Killed once while texts are written, and once between two checkpoints."""
+    directory, _ = whole
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, hidden_buffer.HiddenBuffer, "append", 2)
+        train_drafter.train(settings(), tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, train_drafter._Trainer, "_row", 3)
+        train_drafter.train(settings(), tmp_path)
+    train_drafter.train(settings(), tmp_path)
+    assert comparable(tmp_path) == comparable(directory)
+    loaded = [
+        drafter_io.load(path / "drafter", policy.load(str(path / "target")).config)[1]
+        for path in (directory, tmp_path)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *loaded)
+
+
+def test_other_settings_are_refused_in_the_same_directory(whole):
+    directory, _ = whole
+    with pytest.raises(schema.ConfigError, match="seed=0, not 1"):
+        train_drafter.train(settings(seed=1), directory)
+
+
+def test_settings_that_cannot_be_used_are_refused():
+    for changes, message in (
+        ({"texts.tasks": ()}, "texts.tasks is empty"),
+        ({"drafter.features": "last"}, "name layers with features='layers'"),
+        ({"objective.name": "eagle2"}, "did you mean 'eagle"),
+        ({"objective.decay": 0.0}, "objective.decay=0.0 is out of range"),
+    ):
+        with pytest.raises(schema.ConfigError, match=message):
+            settings(**changes)
+
+
+def test_recipe_of_the_real_model_is_valid():
+    run = drafter_config.load(smollm2_drafter.get_config().to_dict())
+    assert run.texts.tasks.count("chat") * 2 == len(run.texts.tasks)
+
+
+def test_command_names_a_wrong_key(tmp_path):
+    (result,) = command_lines.start(
+        [
+            [
+                "tlt_jax.train_drafter",
+                "--config=configs/tiny_drafter.py",
+                f"--workdir={tmp_path / 'run'}",
+                "--config.texts.nun=4",
+            ]
+        ],
+        stop=False,
+    )
+    assert result.status == 2
+    assert "did you mean 'texts.num'" in result.errors
