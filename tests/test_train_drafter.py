@@ -10,7 +10,7 @@ from configs import smollm2_drafter, tiny_drafter
 from tests import command_lines
 from tlt_jax import drafter_config, metrics, policy, schema, train_drafter
 from tlt_jax.models import drafter_io
-from tlt_jax.specdec import hidden_buffer
+from tlt_jax.specdec import hidden_buffer, noise
 
 NUM_STEPS = 8
 
@@ -23,6 +23,7 @@ def settings(**overrides):
     config.texts.num_held_out = 8
     config.texts.max_new_tokens = 12
     config.texts.max_batch = 2
+    config.texts.dtype = "float32"
     config.batch.row_tokens = 32
     config.batch.row_bases = 24
     config.batch.head_chunk = 32
@@ -96,6 +97,23 @@ def test_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
         for path in (directory, tmp_path)
     ]
     jax.tree.map(np.testing.assert_array_equal, *loaded)
+
+
+def test_texts_are_what_their_features_and_noise_draw(whole):
+    """Whoever measures a drafter may rely on it: features, keys, positions agree."""
+    directory, _ = whole
+    buffer = hidden_buffer.HiddenBuffer(directory / "texts", "float32")
+    head = np.asarray(policy.load(str(directory / "target")).params.head)
+    num_drawn = 0
+    for i in range(0, len(buffer), 5):
+        record = buffer.read(i)
+        places = np.arange(record.response_start, len(record.tokens))
+        keys = np.broadcast_to(record.key, (len(places), 2))
+        gumbel = noise.gumbel(keys, places.astype(np.int32), len(head))
+        drawn = np.argmax(record.hidden[places - 1] @ head.T + gumbel, axis=-1)
+        np.testing.assert_array_equal(drawn, record.tokens[places])
+        num_drawn += len(places)
+    assert num_drawn > 50
 
 
 def test_other_settings_are_refused_in_the_same_directory(whole):

@@ -24,6 +24,8 @@ NUM_STEPS = 4
 RECORDS = ((1, 9, 4), (2, 7, 3))
 CFG = tiny_drafter.drafter_config()
 FORWARD = drafter_unroll.ForwardConfig(CFG, head_chunk=8, attention_block=4)
+# Compiled sooner.
+PLAIN = drafter_unroll.ForwardConfig(CFG, head_chunk=32)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_texts_in_one_row_have_the_losses_of_two_rows(buffer, tmp_path, name):
     cfg, forward = CFG, FORWARD
     if name == "hass":
         cfg = tiny_drafter.drafter_config(feature_layers=(), output_norm=False)
-        forward = drafter_unroll.ForwardConfig(cfg, head_chunk=8, attention_block=4)
+        forward = dataclasses.replace(PLAIN, drafter=cfg)
         records = [tiny_drafter.record(*numbers, layers=()) for numbers in RECORDS]
         buffer = tiny_drafter.buffer_of(tmp_path / "plain", records)
     params, target = tiny_drafter.params_of(cfg), tiny_drafter.target_of(cfg)
@@ -219,7 +221,7 @@ def test_no_gradient_from_other_texts_later_positions_or_other_bases(buffer):
 def test_detached_steps_pass_no_gradient_and_remat_changes_none(buffer):
     params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
     batch = batch_of(buffer, [[0, 1]])
-    remat = dataclasses.replace(FORWARD, remat=True)
+    remat = dataclasses.replace(PLAIN, remat=True)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     @functools.partial(jax.grad, argnums=2)
@@ -227,7 +229,7 @@ def test_detached_steps_pass_no_gradient_and_remat_changes_none(buffer):
         steps = drafter_unroll.unroll(params, batch, target, 2, cfg=cfg, detach=detach)
         return jnp.sum(steps[1])
 
-    whole, cut = slope(False, FORWARD, params), slope(True, FORWARD, params)
+    whole, cut = slope(False, PLAIN, params), slope(True, PLAIN, params)
     # Keys of step 0 still have one.
     assert np.abs(cut.fuse).max() > 1e-4
     assert np.abs(whole.fuse - cut.fuse).max() > 1e-4
@@ -246,7 +248,7 @@ def test_step_learns_and_skips_what_is_not_finite(buffer):
     step = jax.jit(
         functools.partial(
             drafter_training.step,
-            cfg=FORWARD,
+            cfg=PLAIN,
             objective=drafter_training.Objective(2, token_loss="kl"),
             optimizer=optimizer,
         )
