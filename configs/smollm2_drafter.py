@@ -5,6 +5,9 @@ of one layer on three fused features learns over four unrolled steps to propose 
 8,192 tokens that the target writes most.
 
     python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py --workdir=DIR
+
+Expected cost on two quiet cores: 6 minutes for the target to answer, 6 for its features
+and 18 for the steps; 5 GB of memory and 1 GB on disk.
 """
 
 import ml_collections

@@ -6,13 +6,16 @@ the texts that are missing. A text is a function of the settings and its id alon
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax import config, drafter_config, policy, types
+from tlt_jax import config, drafter_config, policy, schema, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
@@ -22,6 +25,7 @@ from tlt_jax.specdec import hidden_buffer, noise
 # Held-out texts have ids from here on, so that more training texts do not move them.
 HELD_OUT = 1 << 40
 _CHAT = "chat"
+_ABOUT = "about.json"
 _SHARD_TEXTS = 32
 # Columns of one features call, and the shortest row in it.
 _CALL_TOKENS, _SHORTEST_ROW = 1024, 64
@@ -33,6 +37,33 @@ class Asked:
 
     text_id: int
     prompt: np.ndarray
+
+
+def claim(directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Keep texts of other settings apart: they would be mixed without a word.
+
+    Args:
+      directory: of the texts; made if it is not there.
+      settings: all that the texts depend on.
+
+    Raises:
+      schema.ConfigError: the directory holds texts of other settings.
+    """
+    wanted = json.loads(json.dumps(settings))
+    path = directory / _ABOUT
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in wanted.items():
+            if there.get(key) != value:
+                raise schema.ConfigError(
+                    f"{directory} holds texts made with {key}={there.get(key)}, not "
+                    f"{value}: use another --workdir, or delete them."
+                )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.new")
+    partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def ask(

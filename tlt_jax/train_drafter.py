@@ -174,6 +174,18 @@ class _Trainer:
         self.feature_layers = run.drafter.feature_layers
         if run.drafter.features == "low_mid_high":
             self.feature_layers = drafter.low_mid_high(target.config.num_layers)
+        with workdir.writing(self.directory / "texts"):
+            drafter_texts.claim(
+                self.directory / "texts",
+                {
+                    "target": drafter.identify(target.config),
+                    "model": run.model.spec,
+                    "seed": run.seed,
+                    "precision": run.precision,
+                    "texts": dataclasses.asdict(run.texts),
+                    "feature_layers": self.feature_layers,
+                },
+            )
         buffer = hidden_buffer.HiddenBuffer(self.directory / "texts", run.texts.dtype)
         asked = drafter_texts.ask(
             run.texts, lambda example: target.tokenizer.encode_prompt(example.prompt)
