@@ -6,8 +6,8 @@ of one layer on three fused features learns over four unrolled steps to propose 
 
     python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py --workdir=DIR
 
-Expected cost on two quiet cores: 6 minutes for the target to answer, 6 for its features
-and 18 for the steps; 5 GB of memory and 1 GB on disk.
+Estimated cost on two quiet cores, from a few steps of each stage: 6 minutes for the
+target to answer, 6 for its features and 18 for the steps; 1.2 GB on disk.
 """
 
 import ml_collections
