@@ -172,14 +172,14 @@ class Case:
                     **common,
                 )
             else:
-                fn = functools.partial(
-                    self.run,
-                    drafter_cfg=self.cfg,
+                settings = speculate.Settings(
                     strategy=strategy,
+                    drafter_cfg=self.cfg,
                     max_tokens=self.most,
                     ranking=self.ranking,
                     **common,
                 )
+                fn = functools.partial(self.run, settings=settings)
             self.programs[strategy] = jax.jit(fn)
         return self.programs[strategy]
 
@@ -235,11 +235,10 @@ class Case:
                     behind[i, : len(rest)] = rest
                 caches, result = self.program(strategy)(
                     target(),
-                    self.weights,
                     speculate.Caches(cache, draft_cache),
                     inputs,
-                    speculate.Draft(drafted, behind),
-                    jnp.float32(0.5),
+                    speculate.Draft(self.weights, jnp.float32(0.5), drafted, behind),
+                    None,
                     *limits,
                 )
                 cache, draft_cache = caches.target, caches.drafter
@@ -290,8 +289,8 @@ MUTATIONS = {
         "jnp.minimum(count, first_eos)",
     ),
     "tokens behind EOS kept": (
-        "jnp.where(state.alive, jnp.minimum(count, first_eos + 1), 0)",
-        "jnp.where(state.alive, count, 0)",
+        "jnp.where(alive, jnp.minimum(count, first_eos + 1), 0)",
+        "jnp.where(alive, count, 0)",
     ),
     "limit passed inside an accepted run": (
         "jnp.minimum(rows.remaining, token_limit) - emitted.counts",
@@ -311,11 +310,11 @@ MUTATIONS = {
         "state.lengths[:, None] + 0 * tree.depths",
     ),
     "nodes see other branches": (
-        "ancestors=tree_lib.unpack_words(words, strategy.tokens_to_verify)",
-        "ancestors=jnp.ones((batch, *[strategy.tokens_to_verify] * 2), bool)",
+        "mask = tree_lib.unpack_words(words, strategy.tokens_to_verify)",
+        "mask = jnp.ones((len(words), *[strategy.tokens_to_verify] * 2), bool)",
     ),
     "first columns appended, not the path": (
-        "                sources=walk.path,\n",
+        "        sources=walk.path,\n",
         "",
     ),
     "drafted token taken, not the target's": (

@@ -35,17 +35,17 @@ def weights(cfg):
 
 @functools.cache
 def program(sampling_cfg, cfg, strategy, ranking):
-    fn = functools.partial(
-        speculate.run,
+    settings = speculate.Settings(
         cfg=hosts.CFG,
-        drafter_cfg=cfg,
         strategy=strategy,
         sampling_cfg=sampling_cfg,
         eos_ids=hosts.EOS,
         max_tokens=MAX_TOKENS,
+        drafter_cfg=cfg,
         ranking=ranking,
     )
-    return jax.jit(fn, donate_argnums=(2,))
+    fn = functools.partial(speculate.run, settings=settings)
+    return jax.jit(fn, donate_argnums=(1,))
 
 
 @functools.cache
@@ -140,17 +140,21 @@ class Host(hosts.Host):
         for row, ask in enumerate(self.rows):
             rest = ask.text[self.drafted[row] + 1 :]
             tokens[row, : len(rest)] = rest
-        draft = speculate.Draft(self.pad(self.drafted), self.pad(tokens))
+        draft = speculate.Draft(
+            weights(self.drafter_cfg),
+            jnp.float32(0.5),
+            self.pad(self.drafted),
+            self.pad(tokens),
+        )
         caches = speculate.Caches(self.cache, self.draft_cache)
         caches, result = program(
             sampling_cfg, self.drafter_cfg, strategy, self.ranking
         )(
             self.params,
-            weights(self.drafter_cfg),
             caches,
             self.inputs(),
             draft,
-            jnp.float32(0.5),
+            None,
             jnp.int32(token_limit),
             jnp.int32(quota),
         )

@@ -12,12 +12,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import scheduler
-from tlt_jax.specdec import propose, speculate
+from tlt_jax.specdec import ngram_store, propose, speculate
 from tlt_jax.specdec import strategy as strategy_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class TextsConfig:
+    """Which texts are searched for suffix matches, in bounded memory.
+
+    Attributes:
+      longest: of a match in tokens; more are not compared.
+      num_sources: texts that a row may search, its own included.
+      num_finished: finished answers laid out beside the rows of a decode call.
+      kept_per_prompt: finished answers kept of one prompt.
+      kept_tokens: tokens of all of them.
+      discount: factor on what was observed of matches, at each run of the engine.
+    """
+
+    longest: int = 8
+    num_sources: int = 8
+    num_finished: int = 32
+    kept_per_prompt: int = 16
+    kept_tokens: int = 1 << 22
+    discount: float = 0.8
+
+    def num_texts(self, batch: int) -> int:
+        """Texts of a call: its rows, and finished answers."""
+        return batch + self.num_finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +52,17 @@ class DraftingConfig:
 
     Attributes:
       table: which strategy at how many rows.
-      drafter_cfg: the learned drafter.
+      drafter_cfg: the learned drafter; None: suffix matches alone.
       ranking: of its candidates, see `propose`.
       tau: sharpness of the coupled score.
+      texts: of suffix matches.
     """
 
     table: strategy_lib.Table
-    drafter_cfg: drafter.DrafterConfig
+    drafter_cfg: drafter.DrafterConfig | None = None
     ranking: str = "coupled"
     tau: float = 0.5
+    texts: TextsConfig = TextsConfig()
 
     def check(self, target: model_config.ModelConfig, max_length: int) -> None:
         """Refuse what cannot be built.
@@ -47,6 +75,21 @@ class DraftingConfig:
           ValueError: a setting is out of range, the drafter is another target's, or
             texts may grow longer than it was trained for.
         """
+        if self.ranking not in propose.RANKINGS:
+            raise ValueError(
+                f"ranking={self.ranking!r}: use one of {', '.join(propose.RANKINGS)}."
+            )
+        if not 0 < self.tau:
+            raise ValueError(f"tau={self.tau} is not positive: try 0.5.")
+        drafting = [s for s in self.table.strategies() if s.drafts]
+        if self.drafter_cfg is None:
+            if drafting:
+                raise ValueError(
+                    f"strategy {drafting[0]} asks the learned drafter, but there is "
+                    f"none: name one, or use {drafting[0]}-ngram with "
+                    "tokens_to_verify that suffix matches can fill."
+                )
+            return
         here = drafter.identify(target)
         if self.drafter_cfg.target != here:
             raise ValueError(
@@ -54,12 +97,6 @@ class DraftingConfig:
                 f"this one is {here}: train one for it (tlt_jax.train_drafter), or "
                 "name the model that it belongs to."
             )
-        if self.ranking not in propose.RANKINGS:
-            raise ValueError(
-                f"ranking={self.ranking!r}: use one of {', '.join(propose.RANKINGS)}."
-            )
-        if not 0 < self.tau:
-            raise ValueError(f"tau={self.tau} is not positive: try 0.5.")
         trained = self.drafter_cfg.max_length
         if trained and max_length > trained:
             raise ValueError(
@@ -68,7 +105,7 @@ class DraftingConfig:
                 "max_length), or lower the prompt and completion limits."
             )
         num_tokens = self.drafter_cfg.num_draft_tokens
-        for strategy in self.table.strategies():
+        for strategy in drafting:
             if strategy.topk > num_tokens:
                 raise ValueError(
                     f"strategy {strategy} asks for {strategy.topk} children of a node, "
@@ -103,6 +140,9 @@ class Drafting:
         self.version = -1
         self._params: drafter.DrafterParams | None = None
         self._page_size = page_size
+        texts = cfg.texts
+        self.store = ngram_store.NgramStore(texts.kept_per_prompt, texts.kept_tokens)
+        self._outcomes = np.zeros((texts.longest + 1, 2), np.float32)
         # Full prompt pages that are in the drafter's cache.
         self._filled: set[int] = set()
 
@@ -114,7 +154,7 @@ class Drafting:
     ) -> None:
         """Use these weights from the next decode call on; what is cached is stale."""
         self._params, self.version = params, version
-        self.forget()
+        self._filled.clear()
         if target is not None:
             self.set_target(target)
 
@@ -127,13 +167,17 @@ class Drafting:
             self._params, target.embed, drafter.head_rows(target, ids)
         )
 
-    def forget(self) -> None:
-        """Count nothing as filled; rows are to be reset by the caller."""
+    def begin(self) -> None:
+        """Begin a run: nothing is cached, and what matches did counts less."""
         self._filled.clear()
+        self._outcomes = self._outcomes * np.float32(self.cfg.texts.discount)
 
     def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
         """Choose how to decode `num_rows` rows; None: plainly."""
-        return self.cfg.table.choose(num_rows) if self.weights is not None else None
+        strategy = self.cfg.table.choose(num_rows)
+        # A drafter that has no weights yet is waited for.
+        ready = strategy is None or not strategy.drafts or self.weights is not None
+        return strategy if ready else None
 
     def written(self, jobs: Sequence[scheduler.Prefill]) -> None:
         """Note that pages hold other positions from now on."""
@@ -180,22 +224,51 @@ class Drafting:
             self._filled.update(job.pages[: job.stop // self._page_size])
         return [jobs for jobs in (list(shared.values()), own) if jobs]
 
-    def inputs(
+    def draft(
         self,
         rows: Sequence[scheduler.Row],
         batch: int,
         strategy: strategy_lib.Strategy,
-    ) -> speculate.Draft:
+    ) -> speculate.Draft | None:
         """Say how far the drafter is with each row, padded to the batch bucket."""
+        if not strategy.drafts:
+            return None
         lengths = np.zeros((batch,), np.int32)
         tokens = np.zeros((batch, strategy.max_accept_length), np.int32)
         for i, row in enumerate(rows):
             rest = row.tail(row.length - row.drafted)
             lengths[i] = row.drafted
             tokens[i, : len(rest)] = rest
-        return speculate.Draft(lengths, tokens)
+        return speculate.Draft(self.weights, np.float32(self.cfg.tau), lengths, tokens)
 
-    @property
-    def tau(self) -> np.float32:
-        """Sharpness of the coupled score."""
-        return np.float32(self.cfg.tau)
+    def matching(
+        self,
+        rows: Sequence[scheduler.Row],
+        batch: int,
+        strategy: strategy_lib.Strategy,
+        max_length: int,
+    ) -> speculate.Matching | None:
+        """Lay out the texts that the rows may search."""
+        if not strategy.matches:
+            return None
+        spare = batch - len(rows)
+        corpus, sources = self.store.corpus(
+            [row.request.prompt_id for row in rows] + [None] * spare,
+            [row.text() for row in rows] + [np.zeros((0,), np.int32)] * spare,
+            num_texts=self.cfg.texts.num_texts(batch),
+            width=max_length,
+            num_sources=self.cfg.texts.num_sources,
+        )
+        return speculate.Matching(corpus, sources, self._outcomes)
+
+    def took(self, rows: Sequence[scheduler.Row], result: speculate.Speculated) -> None:
+        """Note how far the drafter came in a call, and how the matches did."""
+        if result.draft_lengths is not None:
+            for row, length in zip(rows, result.draft_lengths, strict=False):
+                row.drafted = int(length)
+        if result.outcomes is not None:
+            self._outcomes = np.asarray(result.outcomes)
+
+    def finished(self, request: types.Request, tokens: np.ndarray) -> None:
+        """Keep a finished answer for later matches."""
+        self.store.add(request.prompt_id, request.prompt, tokens)

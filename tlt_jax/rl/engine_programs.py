@@ -20,7 +20,7 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import drafting
-from tlt_jax.specdec import decode, propose, sampling, speculate
+from tlt_jax.specdec import decode, ngram, propose, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 
 Program = tuple[Hashable, Callable[[], jax.stages.Lowered]]
@@ -189,44 +189,63 @@ class EnginePrograms:
     def speculative_decode(
         self,
         params: model_params.Params,
-        weights: propose.DrafterWeights,
+        weights: propose.DrafterWeights | None,
         batch: int,
         strategy: strategy_lib.Strategy,
     ) -> Program:
         """Decode `batch` rows speculatively."""
 
         def lower():
-            cfg = self._engine_cfg
-            fn = functools.partial(
-                speculate.run,
+            cfg, most = self._engine_cfg, strategy.max_accept_length
+            settings = speculate.Settings(
                 cfg=self._cfg,
-                drafter_cfg=self._drafter_cfg,
                 strategy=strategy,
                 sampling_cfg=cfg.sampling_cfg,
                 eos_ids=cfg.eos_ids,
                 max_tokens=cfg.steps_per_call,
+                drafter_cfg=self._drafter_cfg,
                 ranking=self._drafting_cfg.ranking,
-                dtype=self._dtype,
+                dtype=cfg.dtype,
                 kernels=self._kernels,
             )
             jitted = jax.jit(
-                fn,
-                donate_argnums=(2,),
+                functools.partial(speculate.run, settings=settings),
+                donate_argnums=(1,),
                 out_shardings=(self._shardings, self._replicated),
             )
-            most = strategy.max_accept_length
+            draft = matching = None
+            if strategy.drafts:
+                draft = speculate.Draft(
+                    abstract_of(weights),
+                    self._ints(dtype=jnp.float32),
+                    self._ints(batch),
+                    self._ints(batch, most),
+                )
+            if strategy.matches:
+                matching = self._matching(batch)
             return jitted.lower(
                 abstract_of(params),
-                abstract_of(weights),
                 self._caches,
                 self._rows(batch),
-                speculate.Draft(self._ints(batch), self._ints(batch, most)),
-                self._ints(dtype=jnp.float32),
+                draft,
+                matching,
                 self._ints(),
                 self._ints(),
             )
 
         return ("speculate", batch, strategy), lower
+
+    def _matching(self, batch: int) -> speculate.Matching:
+        texts = self._drafting_cfg.texts
+        num_texts = texts.num_texts(batch)
+        return speculate.Matching(
+            corpus=ngram.Corpus(
+                self._ints(num_texts, self._engine_cfg.max_length),
+                self._ints(num_texts),
+            ),
+            sources=self._ints(batch, texts.num_sources),
+            outcomes=self._ints(texts.longest + 1, 2, dtype=jnp.float32),
+        )
 
     def fill(self, weights: propose.DrafterWeights, batch: int) -> Program:
         """Append a chunk to `batch` rows of the drafter's cache."""

@@ -258,7 +258,7 @@ class Engine:
         if self._caches is None:
             self._caches = self.pool.get(*self.programs.empty_caches())()
         if self._drafting is not None:
-            self._drafting.forget()
+            self._drafting.begin()
         while plan.waiting or plan.rows:
             self._admit(plan, stats)
             for completion in self._decode_call(plan, keys, stats):
@@ -407,6 +407,9 @@ class Engine:
             reason = self._finish_reason(row, count, bool(emitted.ended[i]))
             if reason:
                 plan.finish(row)
+                if self._drafting is not None:
+                    tokens = np.asarray(row.tokens, np.int32)
+                    self._drafting.finished(row.request, tokens)
                 completions.append(
                     types.Completion(
                         row.request.request_id,
@@ -428,27 +431,21 @@ class Engine:
     def _speculate(
         self, rows, inputs, batch, limits, strategy, stats
     ) -> tuple[decode.Emitted, float]:
-        state = self._drafting
+        state, max_length = self._drafting, self.engine_cfg.max_length
         program = self.pool.get(
             *self.programs.speculative_decode(
                 self._params, state.weights, batch, strategy
             )
         )
-        draft = state.inputs(rows, batch, strategy)
+        draft = state.draft(rows, batch, strategy)
+        matching = state.matching(rows, batch, strategy, max_length)
         started = time.perf_counter()
         self._caches, result = program(
-            self._params,
-            state.weights,
-            self._caches,
-            inputs,
-            draft,
-            state.tau,
-            *limits,
+            self._params, self._caches, inputs, draft, matching, *limits
         )
         result = jax.device_get(result)
         elapsed = time.perf_counter() - started
-        for row, drafted in zip(rows, result.draft_lengths, strict=False):
-            row.drafted = int(drafted)
+        state.took(rows, result)
         stats.add_accepted(result.num_accepted)
         return result.emitted, elapsed
 

@@ -1,10 +1,12 @@
 """Speculative decoding as one device program of many steps.
 
-A step drafts a tree behind each row's pending token, has the target read it in one
+A step proposes a tree behind each row's pending token, has the target read it in one
 pass, walks it by the target's own draws and appends the accepted path to the cache.
-Nothing is rolled back, and the tokens are those of `decode`, whatever was drafted: a
-bad drafter costs speed only.
+Nothing is rolled back, and the tokens are those of `decode`, whatever was proposed: a
+bad proposer costs speed only.
 """
+
+import dataclasses
 
 import jax.numpy as jnp
 from flax import struct
@@ -13,10 +15,44 @@ from jax import lax
 from tlt_jax.models import attention, drafter, kv_cache, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.specdec import decode, noise, propose, sampling, verify
+from tlt_jax.specdec import candidates as candidates_lib
+from tlt_jax.specdec import decode, ngram, noise, propose, sampling, verify
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tree as tree_lib
 from tlt_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a program is compiled for, beside the shapes of its arguments.
+
+    Attributes:
+      cfg: the target.
+      strategy: the tree.
+      sampling_cfg: the law.
+      eos_ids: tokens that end a text; they are kept.
+      max_tokens: width of the result.
+      drafter_cfg: the learned drafter, or None: suffix matches alone.
+      ranking: `coupled` or `deterministic`; at temperature 0 there is no noise, and
+        both are the same.
+      dtype: of activations.
+      kernels: see `transformer.forward`.
+    """
+
+    cfg: model_config.ModelConfig
+    strategy: strategy_lib.Strategy
+    sampling_cfg: sampling.SamplingConfig
+    eos_ids: tuple[int, ...]
+    max_tokens: int
+    drafter_cfg: drafter.DrafterConfig | None = None
+    ranking: str = "coupled"
+    dtype: str = "float32"
+    kernels: str = "xla"
+
+    @property
+    def coupled(self) -> bool:
+        """Whether candidates are ranked by the noise of their positions."""
+        return self.ranking == "coupled" and self.sampling_cfg.temperature > 0
 
 
 @struct.dataclass
@@ -24,25 +60,44 @@ class Caches:
     """The pages of target and drafter, under one page table.
 
     Attributes:
-      target: keys, values and features.
-      drafter: the one layer's keys and values.
+      target: keys and values, and features where there is a drafter.
+      drafter: the one layer's keys and values, or None.
     """
 
     target: kv_cache.PagedCache
-    drafter: kv_cache.PagedCache
+    drafter: kv_cache.PagedCache | None
 
 
 @struct.dataclass
 class Draft:
-    """How far the drafter is with each row.
+    """The learned drafter, and how far it is with each row.
 
     Attributes:
+      weights: what it computes with.
+      tau: float32 scalar, see `propose.draft`.
       lengths: `[B] int32`, positions in its cache, 1 to A fewer than in the target's.
       tokens: `[B, A] int32`, of positions `lengths + 1` on: the rest of the text.
     """
 
+    weights: propose.DrafterWeights
+    tau: Array
     lengths: Array
     tokens: Array
+
+
+@struct.dataclass
+class Matching:
+    """Texts to be searched for the rows' ends.
+
+    Attributes:
+      corpus: the texts; row b's own is text b.
+      sources: `[B, M] int32`, texts that each row may search.
+      outcomes: `[n + 1, 2] float32`, see `ngram.update_acceptance`.
+    """
+
+    corpus: ngram.Corpus
+    sources: Array
+    outcomes: Array
 
 
 @struct.dataclass
@@ -51,14 +106,16 @@ class Speculated:
 
     Attributes:
       emitted: tokens, as of plain decoding.
-      draft_lengths: `[B] int32`, positions in the drafter's cache now.
       num_accepted: `[A] int32`: how often, over live rows and steps, at least d drafted
         tokens were accepted; entry 0 counts the row-steps.
+      draft_lengths: `[B] int32`, positions in the drafter's cache now, or None.
+      outcomes: what became of suffix matches, added to what was given; or None.
     """
 
     emitted: decode.Emitted
-    draft_lengths: Array
     num_accepted: Array
+    draft_lengths: Array | None
+    outcomes: Array | None
 
 
 @struct.dataclass
@@ -67,215 +124,278 @@ class _State:
     lengths: Array
     pending: Array
     alive: Array
-    accepted: propose.Accepted
-    result: Speculated
+    accepted: propose.Accepted | None
+    matching: Matching | None
+    emitted: decode.Emitted
+    num_accepted: Array
 
 
 def run(
     params: model_params.Params,
-    weights: propose.DrafterWeights,
     caches: Caches,
     rows: decode.Rows,
-    draft: Draft,
-    tau: Array,
+    draft: Draft | None,
+    matching: Matching | None,
     token_limit: Array,
     finish_quota: Array,
     *,
-    cfg: model_config.ModelConfig,
-    drafter_cfg: drafter.DrafterConfig,
-    strategy: strategy_lib.Strategy,
-    sampling_cfg: sampling.SamplingConfig,
-    eos_ids: tuple[int, ...],
-    max_tokens: int,
-    ranking: str = "coupled",
-    dtype=jnp.float32,
-    kernels: str = "xla",
+    settings: Settings,
 ) -> tuple[Caches, Speculated]:
     """Decode until a row has drawn `token_limit` tokens, or enough rows finished.
 
     Args:
       params: the target.
-      weights: the drafter.
       caches: donate them.
       rows: the batch.
-      draft: the drafter's part of it.
-      tau: float32 scalar, see `propose.draft`.
-      token_limit: int32 scalar, at most `max_tokens`; no row draws more.
+      draft: the learned drafter, if the strategy asks it.
+      matching: texts to search, if the strategy does.
+      token_limit: int32 scalar, at most `settings.max_tokens`; no row draws more.
       finish_quota: int32 scalar; return once this many rows finished in the call.
-      cfg: the target.
-      drafter_cfg: the drafter.
-      strategy: the tree.
-      sampling_cfg: the law.
-      eos_ids: tokens that end a text; they are kept.
-      max_tokens: width of the result.
-      ranking: `coupled` or `deterministic`; at temperature 0 there is no noise, and
-        both are the same.
-      dtype: of activations.
-      kernels: see `transformer.forward`.
+      settings: what is compiled in.
 
     Returns:
       The caches, and what was drawn.
     """
-    batch = rows.lengths.shape[0]
-    most = strategy.max_accept_length
+    batch, most = rows.lengths.shape[0], settings.strategy.max_accept_length
     num_alive = jnp.sum(rows.remaining > 0)
-    steps = jnp.arange(most)
-    coupled = ranking == "coupled" and sampling_cfg.temperature > 0
-    behind = rows.lengths - draft.lengths
-    features = kv_cache.read_features(
-        caches.target, rows.page_table, draft.lengths, most
-    )
-    # Slots that were never written may hold anything.
-    features = jnp.where(steps < behind[:, None], features, 0)
     start = _State(
         caches=caches,
         lengths=rows.lengths,
         pending=rows.pending,
         alive=rows.remaining > 0,
-        accepted=propose.Accepted(
-            tokens=draft.tokens,
-            features=features,
-            start=draft.lengths,
-            # A text of one token has no cached position to draft from: a zero feature.
-            counts=jnp.maximum(behind, 1),
+        accepted=_behind(caches, rows, draft) if settings.strategy.drafts else None,
+        matching=matching if settings.strategy.matches else None,
+        emitted=decode.Emitted(
+            tokens=jnp.zeros((batch, settings.max_tokens), jnp.int32),
+            logprobs=jnp.zeros((batch, settings.max_tokens), jnp.float32),
+            counts=jnp.zeros((batch,), jnp.int32),
+            ended=jnp.zeros((batch,), bool),
+            num_steps=jnp.int32(0),
         ),
-        result=Speculated(
-            emitted=decode.Emitted(
-                tokens=jnp.zeros((batch, max_tokens), jnp.int32),
-                logprobs=jnp.zeros((batch, max_tokens), jnp.float32),
-                counts=jnp.zeros((batch,), jnp.int32),
-                ended=jnp.zeros((batch,), bool),
-                num_steps=jnp.int32(0),
-            ),
-            draft_lengths=draft.lengths,
-            num_accepted=jnp.zeros((most,), jnp.int32),
-        ),
+        num_accepted=jnp.zeros((most,), jnp.int32),
     )
 
     def keep_on(state):
         still = jnp.sum(state.alive)
         return (
-            (jnp.max(state.result.emitted.counts) < token_limit)
+            (jnp.max(state.emitted.counts) < token_limit)
             & (still > 0)
             & (num_alive - still < finish_quota)
         )
 
     def step(state):
-        gumbel = _noise(rows.keys, state.lengths, most, cfg.vocab_size, sampling_cfg)
-        candidates, draft_keys, draft_values = propose.draft(
-            weights,
-            state.caches.drafter,
-            rows.page_table,
-            state.accepted,
-            gumbel if coupled else None,
-            tau,
-            cfg=drafter_cfg,
-            strategy=strategy,
-            temperature=sampling_cfg.temperature,
-            dtype=dtype,
-            kernels=kernels,
-        )
-        tree = tree_lib.select(candidates, state.pending, strategy.tokens_to_verify)
-        words = tree_lib.ancestor_words(tree, strategy.draft_depth)
-        out = transformer.forward(
-            params,
-            cfg,
-            tree.tokens,
-            state.lengths[:, None] + tree.depths,
-            attention.Visibility(
-                ancestors=tree_lib.unpack_words(words, strategy.tokens_to_verify)
-            ),
-            transformer.CacheView(state.caches.target, rows.page_table, state.lengths),
-            dtype=dtype,
-            kernels=kernels,
-            features=drafter_cfg.feature_layers,
-        )
-        law = sampling.law(
-            transformer.logits(params, out.hidden, kernels), sampling_cfg
-        )
-        drawn = verify.draw(law, gumbel, tree)
-        walk = verify.walk(tree, drawn, most)
-        logprobs = jnp.take_along_axis(law.logprob_of(drawn), walk.path, axis=1)
-
-        emitted = state.result.emitted
-        room = jnp.minimum(rows.remaining, token_limit) - emitted.counts
-        count = jnp.minimum(walk.num_accepted + 1, room)
-        is_eos = decode.is_any(walk.tokens, eos_ids) & (steps < count[:, None])
-        first_eos = jnp.min(jnp.where(is_eos, steps, most), axis=1)
-        count = jnp.where(state.alive, jnp.minimum(count, first_eos + 1), 0)
-        ended = state.alive & (first_eos < most)
-
-        features = transformer.drafter_features(out)
-        caches = Caches(
-            target=kv_cache.append(
-                state.caches.target,
-                out.keys,
-                out.values,
-                rows.page_table,
-                decode.after(drawn, state.lengths),
-                count,
-                features=features,
-                sources=walk.path,
-            ),
-            drafter=kv_cache.append(
-                state.caches.drafter,
-                (draft_keys,),
-                (draft_values,),
-                rows.page_table,
-                decode.after(drawn, state.accepted.start),
-                jnp.where(state.alive, state.accepted.counts, 0),
-            ),
-        )
-        columns = jnp.where(
-            steps < count[:, None], emitted.counts[:, None] + steps, max_tokens
-        )
-        row = jnp.arange(batch)[:, None]
-        emitted = decode.Emitted(
-            tokens=emitted.tokens.at[row, columns].set(walk.tokens, mode="drop"),
-            logprobs=emitted.logprobs.at[row, columns].set(logprobs, mode="drop"),
-            counts=emitted.counts + count,
-            ended=emitted.ended | ended,
-            num_steps=emitted.num_steps + 1,
-        )
-        last = jnp.maximum(count - 1, 0)[:, None]
-        drawn_last = jnp.take_along_axis(walk.tokens, last, axis=1)[:, 0]
-        # In a row that rides along nothing changes.
-        went_on = state.alive
-        accepted = propose.Accepted(
-            tokens=jnp.where(went_on[:, None], walk.tokens, state.accepted.tokens),
-            features=jnp.where(
-                went_on[:, None],
-                jnp.take_along_axis(features, walk.path[None], axis=2),
-                state.accepted.features,
-            ),
-            start=jnp.where(went_on, state.lengths, state.accepted.start),
-            counts=jnp.where(went_on, jnp.maximum(count, 1), state.accepted.counts),
-        )
-        reached = (walk.num_accepted[:, None] >= steps) & went_on[:, None]
-        return _State(
-            caches=caches,
-            lengths=state.lengths + count,
-            pending=jnp.where(went_on, drawn_last, state.pending),
-            alive=went_on & ~ended & (emitted.counts < rows.remaining),
-            accepted=accepted,
-            result=Speculated(
-                emitted=emitted,
-                draft_lengths=accepted.start,
-                num_accepted=state.result.num_accepted + jnp.sum(reached, axis=0),
-            ),
-        )
+        gumbel = _noise(rows.keys, state.lengths, most, settings)
+        candidates, proposed = _propose(state, rows, draft, gumbel, settings)
+        read = _verify(params, state, rows, candidates, gumbel, settings)
+        return _advance(state, rows, candidates, proposed, read, token_limit, settings)
 
     state = lax.while_loop(keep_on, step, start)
-    return state.caches, state.result
+    return state.caches, Speculated(
+        emitted=state.emitted,
+        num_accepted=state.num_accepted,
+        draft_lengths=None if state.accepted is None else state.accepted.start,
+        outcomes=None if state.matching is None else state.matching.outcomes,
+    )
 
 
-def _noise(keys, lengths, num, vocab_size, sampling_cfg) -> Array:
+def _behind(caches: Caches, rows: decode.Rows, draft: Draft) -> propose.Accepted:
+    """What the drafter has still to take in when a call begins."""
+    behind = rows.lengths - draft.lengths
+    most = draft.tokens.shape[1]
+    features = kv_cache.read_features(
+        caches.target, rows.page_table, draft.lengths, most
+    )
+    return propose.Accepted(
+        tokens=draft.tokens,
+        # Slots that were never written may hold anything.
+        features=jnp.where(jnp.arange(most) < behind[:, None], features, 0),
+        start=draft.lengths,
+        # A text of one token has no cached position to draft from: a zero feature.
+        counts=jnp.maximum(behind, 1),
+    )
+
+
+def _noise(keys, lengths, num, settings) -> Array:
     """Noise of the next `num` positions of each row, `[B, num, V]`; greedily, none."""
     batch = lengths.shape[0]
-    if sampling_cfg.temperature == 0:
+    if settings.sampling_cfg.temperature == 0:
         return jnp.zeros((batch, num, 1), jnp.float32)
     positions = lengths[:, None] + 1 + jnp.arange(num)
     drawn = noise.gumbel(
-        jnp.repeat(keys, num, axis=0), positions.reshape(-1), vocab_size
+        jnp.repeat(keys, num, axis=0), positions.reshape(-1), settings.cfg.vocab_size
     )
-    return drawn.reshape(batch, num, vocab_size)
+    return drawn.reshape(batch, num, settings.cfg.vocab_size)
+
+
+@struct.dataclass
+class _Proposed:
+    """What a step's proposers leave behind.
+
+    Attributes:
+      keys, values: `[K, H, B, A]` for the drafter's cache, or None.
+      matched: candidates of suffix matches alone, or None.
+      match_lengths: `[B, C'] int32` of those.
+    """
+
+    keys: Array | None = None
+    values: Array | None = None
+    matched: candidates_lib.Candidates | None = None
+    match_lengths: Array | None = None
+
+
+def _propose(
+    state, rows, draft, gumbel, settings
+) -> tuple[candidates_lib.Candidates, _Proposed]:
+    strategy = settings.strategy
+    drafted = matched = keys = values = match_lengths = None
+    if strategy.drafts:
+        drafted, keys, values = propose.draft(
+            draft.weights,
+            state.caches.drafter,
+            rows.page_table,
+            state.accepted,
+            gumbel if settings.coupled else None,
+            draft.tau,
+            cfg=settings.drafter_cfg,
+            strategy=strategy,
+            temperature=settings.sampling_cfg.temperature,
+            dtype=jnp.dtype(settings.dtype),
+            kernels=settings.kernels,
+        )
+    if strategy.matches:
+        matched, match_lengths = ngram.propose(
+            state.matching.corpus,
+            state.matching.sources,
+            ngram.acceptance_of(state.matching.outcomes),
+            draft_depth=strategy.draft_depth,
+            num_chains=strategy.topk,
+        )
+    if drafted is None or matched is None:
+        candidates = matched if drafted is None else drafted
+    else:
+        candidates = candidates_lib.combine(drafted, matched)
+    return candidates, _Proposed(keys, values, matched, match_lengths)
+
+
+@struct.dataclass
+class _Read:
+    """What the target made of the trees: its pass, and the walk by its draws."""
+
+    out: transformer.Output
+    walk: verify.Walk
+    logprobs: Array  # [B, A], of the tokens walked
+
+
+def _verify(params, state, rows, candidates, gumbel, settings) -> _Read:
+    strategy = settings.strategy
+    tree = tree_lib.select(candidates, state.pending, strategy.tokens_to_verify)
+    words = tree_lib.ancestor_words(tree, strategy.draft_depth)
+    mask = tree_lib.unpack_words(words, strategy.tokens_to_verify)
+    keeps = settings.drafter_cfg is not None
+    out = transformer.forward(
+        params,
+        settings.cfg,
+        tree.tokens,
+        state.lengths[:, None] + tree.depths,
+        attention.Visibility(ancestors=mask),
+        transformer.CacheView(state.caches.target, rows.page_table, state.lengths),
+        dtype=jnp.dtype(settings.dtype),
+        kernels=settings.kernels,
+        features=settings.drafter_cfg.feature_layers if keeps else (),
+    )
+    logits = transformer.logits(params, out.hidden, settings.kernels)
+    law = sampling.law(logits, settings.sampling_cfg)
+    drawn = verify.draw(law, gumbel, tree)
+    walk = verify.walk(tree, drawn, strategy.max_accept_length)
+    logprobs = jnp.take_along_axis(law.logprob_of(drawn), walk.path, axis=1)
+    return _Read(out, walk, logprobs)
+
+
+def _advance(state, rows, candidates, proposed, read, token_limit, settings) -> _State:
+    """Keep what was accepted: tokens, cache columns, the proposers' state."""
+    walk, emitted, alive = read.walk, state.emitted, state.alive
+    batch, most = walk.tokens.shape
+    steps = jnp.arange(most)
+    room = jnp.minimum(rows.remaining, token_limit) - emitted.counts
+    count = jnp.minimum(walk.num_accepted + 1, room)
+    is_eos = decode.is_any(walk.tokens, settings.eos_ids) & (steps < count[:, None])
+    first_eos = jnp.min(jnp.where(is_eos, steps, most), axis=1)
+    count = jnp.where(alive, jnp.minimum(count, first_eos + 1), 0)
+    ended = alive & (first_eos < most)
+
+    keeps = settings.drafter_cfg is not None
+    features = transformer.drafter_features(read.out) if keeps else None
+    target = kv_cache.append(
+        state.caches.target,
+        read.out.keys,
+        read.out.values,
+        rows.page_table,
+        decode.after(walk.tokens, state.lengths),
+        count,
+        features=features,
+        sources=walk.path,
+    )
+    caches, accepted = state.caches.replace(target=target), None
+    if state.accepted is not None:
+        caches = caches.replace(drafter=_taken_in(state, rows, proposed, walk))
+        # In a row that rides along nothing changes.
+        accepted = propose.Accepted(
+            tokens=jnp.where(alive[:, None], walk.tokens, state.accepted.tokens),
+            features=jnp.where(
+                alive[:, None],
+                jnp.take_along_axis(features, walk.path[None], axis=2),
+                state.accepted.features,
+            ),
+            start=jnp.where(alive, state.lengths, state.accepted.start),
+            counts=jnp.where(alive, jnp.maximum(count, 1), state.accepted.counts),
+        )
+    matching = state.matching
+    if matching is not None:
+        matching = _learned(matching, proposed, walk, count)
+
+    columns = emitted.counts[:, None] + steps
+    columns = jnp.where(steps < count[:, None], columns, settings.max_tokens)
+    row = jnp.arange(batch)[:, None]
+    emitted = decode.Emitted(
+        tokens=emitted.tokens.at[row, columns].set(walk.tokens, mode="drop"),
+        logprobs=emitted.logprobs.at[row, columns].set(read.logprobs, mode="drop"),
+        counts=emitted.counts + count,
+        ended=emitted.ended | ended,
+        num_steps=emitted.num_steps + 1,
+    )
+    last = jnp.maximum(count - 1, 0)[:, None]
+    drawn_last = jnp.take_along_axis(walk.tokens, last, axis=1)[:, 0]
+    reached = (walk.num_accepted[:, None] >= steps) & alive[:, None]
+    return _State(
+        caches=caches,
+        lengths=state.lengths + count,
+        pending=jnp.where(alive, drawn_last, state.pending),
+        alive=alive & ~ended & (emitted.counts < rows.remaining),
+        accepted=accepted,
+        matching=matching,
+        emitted=emitted,
+        num_accepted=state.num_accepted + jnp.sum(reached, axis=0),
+    )
+
+
+def _taken_in(state, rows, proposed, walk) -> kv_cache.PagedCache:
+    """The drafter's cache with what it took in at the beginning of the step."""
+    return kv_cache.append(
+        state.caches.drafter,
+        (proposed.keys,),
+        (proposed.values,),
+        rows.page_table,
+        decode.after(walk.tokens, state.accepted.start),
+        jnp.where(state.alive, state.accepted.counts, 0),
+    )
+
+
+def _learned(matching, proposed, walk, count) -> Matching:
+    """The texts with what was drawn, and what became of the matches."""
+    accepted, tried = candidates_lib.judge(proposed.matched, walk.tokens, count)
+    return matching.replace(
+        corpus=ngram.extend(matching.corpus, walk.tokens, count),
+        outcomes=ngram.update_acceptance(
+            matching.outcomes, proposed.match_lengths, accepted, tried
+        ),
+    )

@@ -1,0 +1,198 @@
+"""The engine with speculation: the same tokens, whatever guesses, whenever it switches."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests.rl import test_rollout as plain
+from tlt_jax.models import drafter
+from tlt_jax.rl import drafting, engine_programs, rollout
+from tlt_jax.specdec import strategy
+
+DRAFTER = drafter.of_target(plain.CFG, feature_layers=(0, 1), draft_vocab_size=20)
+EAGLE = drafter.of_target(plain.CFG, output_norm=False)
+TABLES = {
+    "chain": ("4:D3K1V4",),
+    "by rows": ("1:D4K2V9", "2:D2K2V4"),
+    "ngram": ("4:D3K2V5-ngram",),
+    "both": ("2:D3K2V7-both",),
+}
+# Fewer rows than a batch, and so few pages that rows are put back.
+SMALL = dict(max_rows=3, page_size=2, num_pages=26, steps_per_call=4, prefill_chunk=3)
+
+
+def drafter_params(cfg, seed=0):
+    params = drafter.init(cfg, jax.random.key(seed))
+    if cfg.draft_vocab_size:
+        ids = np.random.default_rng(seed).permutation(plain.CFG.vocab_size)
+        ids = np.sort(ids[: cfg.draft_vocab_size]).astype(np.int32)
+        params = params.replace(draft_ids=jax.numpy.asarray(ids))
+    return params
+
+
+def engine_of(table, cfg=DRAFTER, drafting_changes=None, **changes):
+    engine = rollout.Engine(
+        plain.CFG,
+        dataclasses.replace(plain.BASE, **changes),
+        drafting_cfg=drafting.DraftingConfig(
+            strategy.parse_table(TABLES[table]), cfg, **(drafting_changes or {})
+        ),
+        decode_text=plain.letters,
+    )
+    engine.set_params(plain.PARAMS, version=0)
+    if cfg is not None:
+        engine.set_drafter(drafter_params(cfg), version=0)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Completions of the plain engine by request id, and what it took."""
+    engine = plain.engine_of()
+    completions, stats = engine.run(plain.REQUESTS, plain.SEED)
+    engine.pool.close()
+    return {c.request_id: c for c in completions}, stats
+
+
+def assert_equal(completions, expected):
+    for completion in completions:
+        wanted = expected[completion.request_id]
+        assert completion.tokens.tolist() == wanted.tokens.tolist()
+        assert completion.finish_reason == wanted.finish_reason
+        np.testing.assert_allclose(completion.logprobs, wanted.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "table,changes",
+    [
+        ("chain", dict(cfg=EAGLE)),
+        ("by rows", {}),
+        ("by rows", SMALL),
+        ("ngram", dict(cfg=None)),
+        ("both", SMALL),
+    ],
+    ids="chain rows preempting ngram both".split(),
+)
+def test_tokens_are_those_of_plain_decoding(expected, table, changes):
+    completions_of, plain_stats = expected
+    engine = engine_of(table, **changes)
+    completions, stats = engine.run(plain.REQUESTS, plain.SEED)
+    assert_equal(completions, completions_of)
+    assert stats.num_tokens == plain_stats.num_tokens
+    used = {name for name in stats.strategies if name != "none"}
+    assert used and used <= {entry.split(":")[1] for entry in TABLES[table]}
+    assert stats.num_accepted[0] > 0 and stats.accept_length > 1
+    assert all(0 <= rate <= 1 for rate in stats.accept_rates())
+    if changes.get("max_rows") == 3:
+        assert stats.num_preempted > 0
+    # Once more: nothing that the first run left behind shows.
+    again, _ = engine.run(plain.REQUESTS, plain.SEED)
+    assert_equal(again, completions_of)
+    engine.pool.close()
+
+
+def test_stop_strings_and_limits_inside_an_accepted_run(expected):
+    texts = [plain.letters(c.tokens) for c in expected[0].values()]
+    stop = next(text[3:5] for text in texts if len(text) > 8)
+    outcomes = []
+    for engine in (plain.engine_of(stop=(stop,)), engine_of("by rows", stop=(stop,))):
+        completions, _ = engine.run(plain.REQUESTS, plain.SEED)
+        outcomes.append([(c.tokens.tolist(), c.finish_reason) for c in completions])
+        engine.pool.close()
+    assert outcomes[0] == outcomes[1]
+    assert any(reason == "stop" for _, reason in outcomes[0])
+
+
+def test_warm_up_compiles_all_that_a_run_needs():
+    engine = engine_of("by rows", EAGLE)
+    engine.warm_up()
+    num = len(engine.pool)
+    # cache, copy; prefill and fill for 1, 2, 4 rows; plain decoding of 4 rows, as 3 and
+    # 4 rows have no strategy; one strategy for 2 rows and one for 1.
+    assert num == 2 + 2 * 3 + 1 + 2
+    assert engine.pool.stats.num_compiled == num
+    events = []
+
+    def listen(name, seconds, **_):
+        if name.startswith("/jax/core/compile/"):
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for seed in range(3):
+        engine.run(plain.REQUESTS, seed)
+        engine.set_drafter(drafter_params(EAGLE, seed), version=seed)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(engine.pool) == num
+    engine.pool.close()
+
+
+def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
+    engine = engine_of("by rows", EAGLE)
+    engine._drafting.weights = None
+    engine._drafting._params = None
+    _, stats = engine.run(plain.REQUESTS, plain.SEED)
+    assert set(stats.strategies) == {"none"} and stats.accept_length == 1
+    for version in (1, 2):
+        engine.set_drafter(drafter_params(EAGLE, version), version)
+        assert engine.drafter_version == version
+        completions, stats = engine.run(plain.REQUESTS, plain.SEED)
+        assert set(stats.strategies) > {"none"}
+        assert stats.num_fill_tokens > 0
+        assert_equal(completions, expected[0])
+    engine.pool.close()
+
+
+def test_shared_prompt_pages_are_filled_once():
+    request = plain.REQUESTS[0]
+    group = [
+        dataclasses.replace(
+            request,
+            request_id=i,
+            prompt_id=1,
+            prompt=np.arange(3, 16, dtype=np.int32),
+            max_new_tokens=6,
+        )
+        for i in range(4)
+    ]
+    engine = engine_of("chain", EAGLE)
+    _, stats = engine.run(group, plain.SEED)
+    # 12 cached positions are 3 full pages; the last position of a text is taken in by
+    # the speculative step itself.
+    assert stats.num_fill_tokens == 12
+    engine.pool.close()
+
+
+@pytest.mark.parametrize(
+    "build,message",
+    [
+        (
+            lambda: engine_of("chain", dataclasses.replace(DRAFTER, target="other")),
+            "made for the target other",
+        ),
+        (
+            lambda: engine_of("chain", dataclasses.replace(DRAFTER, max_length=39)),
+            "trained for 39: train one on longer texts",
+        ),
+        (lambda: engine_of("chain", None), "there is none"),
+        (
+            lambda: engine_of("chain", drafting_changes=dict(ranking="best")),
+            "ranking='best': use one of coupled",
+        ),
+        (lambda: engine_of("chain", drafting_changes=dict(tau=0.0)), "tau=0.0"),
+        (
+            lambda: plain.engine_of().set_drafter(drafter_params(EAGLE), 0),
+            "without drafting_cfg",
+        ),
+    ],
+    ids="target length none ranking tau plain".split(),
+)
+def test_what_cannot_be_built_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_programs_are_counted_by_a_sum():
+    config = engine_programs.EngineConfig(max_rows=8, max_length=40)
+    assert config.max_pages == 1
