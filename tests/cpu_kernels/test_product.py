@@ -183,7 +183,7 @@ def test_fresh_processes_load_it_from_the_cache_and_need_no_threads(tmp_path):
 
 def test_layers_take_it_for_few_columns_only():
     weight = draw(12, 8)
-    for columns, is_native in ((64, True), (65, False)):
+    for columns, is_native in ((256, True), (257, False)):
         x = draw(8, columns, 1)
         text = jax.jit(lambda w, x: layers.product(w, x, "native")).lower(weight, x)
         assert ("tlt_jax_product" in text.as_text()) == is_native

@@ -226,8 +226,8 @@ def test_logprobs_are_those_of_a_full_forward(expected):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(), ONE_ROW],
-    ids=["new engine", "one row"],
+    [dict(), ONE_ROW, dict(cpu_kernels="xla")],
+    ids=["new engine", "one row", "other kernels"],
 )
 def test_tokens_do_not_depend_on_the_engines_sizes(expected, changes):
     engine = engine_of(**changes)
@@ -473,6 +473,9 @@ def test_an_engine_says_what_it_lacks():
             call()
     with pytest.raises(ValueError, match="stop=.* needs decode_text"):
         rollout.Engine(CFG, dataclasses.replace(BASE, stop=("a",)))
+    with pytest.raises(ValueError, match="cannot be split over 2 devices"):
+        mesh = sharding.make_mesh(1, 1, 2, jax.devices()[:2])
+        engine_of(mesh=mesh, cpu_kernels="native")
     with pytest.raises(ValueError, match="raise cache.num_pages"):
         engine_of(num_pages=5).run(REQUESTS, SEED)
 

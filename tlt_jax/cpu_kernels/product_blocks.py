@@ -279,11 +279,6 @@ def _turned(block: TurnedBlock, fused: bool) -> str:
     columns, count = range(block.columns), _TURNED
     vector = out.vector
 
-    def shuffle(name, a, b, indices):
-        mask = ", ".join(f"i32 {i}" for i in indices)
-        mask = f"<{count} x i32> <{mask}>"
-        out.add(f"{name} = shufflevector {vector} {a}, {vector} {b}, {mask}")
-
     def multiply(tag, k, x, weights, acc):
         """Add the products of step k: `weights` has a row's weight in each lane."""
         for c in columns:
@@ -313,12 +308,7 @@ def _turned(block: TurnedBlock, fused: bool) -> str:
     for c in columns:
         out.phi(f"%acc{c}", vector, entry="zeroinitializer", loop=f"{last}{c}")
     out.row_pointers("%q", "%main")
-    for r in range(count):
-        out.add(f"%row{r} = load {vector}, ptr %q{r}, align 4")
-    for name, pairs in _TRANSPOSITION:
-        for to, (a, b, indices) in pairs.items():
-            source = _BEFORE[name]
-            shuffle(f"%{name}{to}", f"%{source}{a}", f"%{source}{b}", indices)
+    _transpose(out)
     for k in range(count):
         acc = f"%k{k - 1}s" if k else "%acc"
         multiply(f"k{k}", k, "%at", f"%turned{k}", acc)
@@ -367,44 +357,44 @@ def _turned(block: TurnedBlock, fused: bool) -> str:
     return out.text()
 
 
-def _transposition() -> list[tuple[str, dict[int, tuple[int, int, list[int]]]]]:
-    """Transpose 16 x 16: per stage and result, two sources and lanes of both.
+def _transpose(out: _Writer) -> None:
+    """Load 16 weights of the rows at `%q0` to `%q15` into `%turned0` to `%turned15`.
 
-    Two stages within quarters of four lanes, then two that exchange quarters: the
-    shuffles that x86 has as single instructions.
+    Halves of rows r and r + 4 are loaded into one register, which costs less than
+    shuffling. Then two stages within quarters of four lanes, and one that exchanges
+    quarters: all of them are single instructions of x86.
     """
-    singles = [[q + i for q in range(0, 16, 4) for i in pick] for pick in _SINGLES]
-    pairs = [[q + i for q in range(0, 16, 4) for i in pick] for pick in _PAIRS]
-    even, odd = (
-        [
-            s + i
-            for s in (0, 16)
-            for q in (0, 8)
-            for i in range(q + start, q + start + 4)
-        ]
-        for start in (0, 4)
-    )
-    stages = [("single", {}), ("pair", {}), ("cross", {}), ("turned", {})]
-    single, pair, cross, turned = (made for _, made in stages)
-    for r in range(0, 16, 2):
-        for i in (0, 1):
-            single[r + i] = (r, r + 1, singles[i])
-    for r in range(0, 16, 4):
-        for i in range(4):
-            pair[r + i] = (r + i // 2, r + i // 2 + 2, pairs[i % 2])
-    for r in (0, 8):
-        for i in range(4):
-            cross[r + i] = (r + i, r + i + 4, even)
-            cross[r + i + 4] = (r + i, r + i + 4, odd)
-    for i in range(8):
-        # Even quarters of the first four, odd ones of the other four.
-        turned[i] = (i, i + 8, even)
-        turned[i + 8] = (i, i + 8, odd)
-    return stages
 
+    def shuffle(name, a, b, lanes, kind=out.vector):
+        mask = ", ".join(f"i32 {lane}" for lane in lanes)
+        mask = f"<{len(lanes)} x i32> <{mask}>"
+        out.add(f"{name} = shufflevector {kind} {a}, {kind} {b}, {mask}")
 
-# Lanes of a quarter, 16 and more: of the second source.
-_SINGLES = ((0, 16, 1, 17), (2, 18, 3, 19))
-_PAIRS = ((0, 1, 16, 17), (2, 3, 18, 19))
-_TRANSPOSITION = _transposition()
-_BEFORE = {"single": "row", "pair": "single", "cross": "pair", "turned": "cross"}
+    def in_quarters(pick):
+        return [quarter + lane for quarter in range(0, 16, 4) for lane in pick]
+
+    low_singles, high_singles = in_quarters((0, 16, 1, 17)), in_quarters((2, 18, 3, 19))
+    low_pairs, high_pairs = in_quarters((0, 1, 16, 17)), in_quarters((2, 3, 18, 19))
+    even_quarters = [half + lane for half in (0, 8, 16, 24) for lane in range(4)]
+    odd_quarters = [lane + 4 for lane in even_quarters]
+    for half in (0, 8):
+        for r in (0, 1, 2, 3, 8, 9, 10, 11):
+            for row in (r, r + 4):
+                at = f"%q{row}_{half}"
+                out.add(f"{at} = getelementptr float, ptr %q{row}, i64 {half}")
+                out.add(f"{at}h = load <8 x float>, ptr {at}, align 4")
+            both = f"%q{r}_{half}h", f"%q{r + 4}_{half}h"
+            shuffle(f"%row{half}_{r}", *both, range(16), "<8 x float>")
+        for r in (0, 2, 8, 10):
+            both = f"%row{half}_{r}", f"%row{half}_{r + 1}"
+            shuffle(f"%single{half}_{r}", *both, low_singles)
+            shuffle(f"%single{half}_{r + 1}", *both, high_singles)
+        for r in (0, 8):
+            for i in (0, 1):
+                both = f"%single{half}_{r + i}", f"%single{half}_{r + i + 2}"
+                shuffle(f"%pair{half}_{r + 2 * i}", *both, low_pairs)
+                shuffle(f"%pair{half}_{r + 2 * i + 1}", *both, high_pairs)
+        for i in range(4):
+            both = f"%pair{half}_{i}", f"%pair{half}_{i + 8}"
+            shuffle(f"%turned{half + i}", *both, even_quarters)
+            shuffle(f"%turned{half + i + 4}", *both, odd_quarters)

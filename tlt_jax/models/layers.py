@@ -13,7 +13,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.types import Array
 
 # The native product wins up to this many columns, see experiments/LOG.md.
-_MOST_NATIVE_COLUMNS = 64
+_MOST_NATIVE_COLUMNS = 256
 
 
 def precision(dtype) -> lax.Precision:
