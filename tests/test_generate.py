@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 
 from tlt_jax import checkpoint, generate, policy, types
 from tlt_jax.models import config as model_config
-from tlt_jax.models import convert, tokenizer
+from tlt_jax.models import convert, drafter, drafter_io, tokenizer
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import engine_programs, rollout
 from tlt_jax.specdec import sampling
@@ -79,6 +79,16 @@ def workdir(tmp_path_factory):
             )
     tokenizer_of(TEMPLATE).save(directory / "tokenizer")
     (directory / "config.json").write_text('{"model": {"spec": "scratch"}}')
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def drafter_directory(tmp_path_factory):
+    """A random drafter of `model`."""
+    directory = tmp_path_factory.mktemp("trained")
+    cfg = drafter.of_target(CFG, output_norm=False, max_length=50)
+    params = drafter.init(cfg, jax.random.key(0))
+    drafter_io.save(directory / "drafter", params, cfg)
     return str(directory)
 
 
@@ -194,7 +204,7 @@ def test_prompts_come_from_files_and_standard_input(
         (["--model=M", "--prompt="], "the prompt is empty"),
         (["--model=M", "--prompt_file=absent.txt"], "absent.txt cannot be read"),
         (["--model=M", "--prompt=A"], "cannot encode"),
-        (["--model=M", "--prompt=a", "--drafter=d"], "drafters are not built yet"),
+        (["--model=M", "--prompt=a", "--compare"], "name a drafter with --drafter"),
         (["--model=M", "--prompt=a", "--top_p=2"], r"top_p=2.0 is outside (0, 1]"),
         (["--model=M", "--prompt=a", "--num_samples=0"], "--num_samples=0"),
         (["--model=M", "--prompt=a", "--sed=0"], "Did you mean: seed"),
@@ -259,7 +269,7 @@ def test_the_report_keeps_compilation_apart():
         "prefill 30 tokens in 0.50 s, 60.0 tokens/s",
         "decode  90 tokens in 3.00 s, 30.0 tokens/s, 50 target forwards for 2 rows",
         "compile 7.00 s",
-        "accept length 1.00: a token per target forward of its row (no drafter)",
+        "accept length 1.00: a token per target forward",
     ]
     assert "prefill 0 tokens in 0.00 s, nothing to do" in generate.report(
         rollout.RolloutStats(), 1
@@ -275,3 +285,50 @@ def test_the_command_runs_as_a_module(model):
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected_text(CHAT)
     assert done.stderr.startswith("[1] ")
+
+
+@pytest.mark.parametrize("kind", ["learned", "ngram"])
+def test_speculation_gives_the_same_text(command, model, drafter_directory, kind):
+    _, plain, _ = command(f"--model={model}", *SHORT, "--num_samples=2")
+    where = drafter_directory if kind == "learned" else "ngram"
+    status, text, errors = command(
+        f"--model={model}",
+        *SHORT,
+        "--num_samples=2",
+        f"--drafter={where}",
+        "--compare",
+        *(("--strategy=4:D2K2V4",) if kind == "learned" else ()),
+    )
+    assert status == 0, errors
+    assert text == plain
+    assert "tokens equal in 2 of 2" in errors and "times as fast" in errors
+    assert "accepted by depth:" in errors
+    used = "D2K2V4" if kind == "learned" else "D5K1V6-ngram"
+    assert f"calls by strategy: {used}" in errors
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--drafter=absent"], "absent holds no drafter"),
+        (["--drafter=ngram", "--strategy=D2K2V4"], "is not <largest number of rows>"),
+        (["--drafter=ngram", "--strategy=1:D2K2V9"], "exceeds the tree's 7 nodes"),
+        (["--drafter=ngram", "--strategy=1:D2K2V4"], "asks the learned drafter"),
+    ],
+    ids="absent entry nodes ngram".split(),
+)
+def test_what_cannot_speculate_is_refused(command, model, arguments, message):
+    status, _, errors = command(f"--model={model}", *SHORT, *arguments)
+    assert status == 2 and message in errors
+
+
+def test_a_longer_text_than_the_drafter_was_trained_for(
+    command, model, drafter_directory
+):
+    status, _, errors = command(
+        f"--model={model}",
+        "--prompt=say abc",
+        "--max_new_tokens=36",
+        f"--drafter={drafter_directory}",
+    )
+    assert status == 2 and "was trained for 50" in errors

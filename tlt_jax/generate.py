@@ -5,6 +5,11 @@ r"""Complete a prompt and say how fast.
 SPEC is a Hugging Face directory, gguf:FILE, a hub name, smollm2-135m-instruct, or the
 workdir of a run. The completion goes to standard output, everything else to standard
 error.
+
+With a drafter the text is the same, and comes sooner; --compare decodes plainly as well
+and says how much sooner.
+
+    python -m tlt_jax.generate --model=SPEC --drafter=DIR --compare --prompt="..."
 """
 
 import pathlib
@@ -15,9 +20,10 @@ import numpy as np
 from absl import app, flags, logging
 
 from tlt_jax import checkpoint, command_line, compile_cache, policy, types
+from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import tokenizer as model_tokenizer
 from tlt_jax.rl import rollout
-from tlt_jax.specdec import sampling
+from tlt_jax.specdec import propose, sampling
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Hugging Face directory, gguf:FILE, hub name, or a run's workdir."
@@ -51,7 +57,26 @@ _STOP = flags.DEFINE_multi_string(
 _PRECISION = flags.DEFINE_enum(
     "precision", "float32", ["float32", "bfloat16"], "Of weights and activations."
 )
-_DRAFTER = flags.DEFINE_string("drafter", None, "Directory of a learned drafter.")
+_DRAFTER = flags.DEFINE_string(
+    "drafter",
+    None,
+    "Directory of a learned drafter, or ngram: guess from what the texts hold already.",
+)
+_STRATEGY = flags.DEFINE_multi_string(
+    "strategy",
+    [],
+    "<rows>:D<draft_depth>K<topk>V<tokens_to_verify>: how to speculate for up to so "
+    "many rows; may be given several times, the fewest rows first.",
+)
+_RANKING = flags.DEFINE_enum(
+    "ranking",
+    "coupled",
+    list(propose.RANKINGS),
+    "Guess the sample by its own noise, or the likeliest tokens.",
+)
+_COMPARE = flags.DEFINE_bool(
+    "compare", False, "Decode plainly as well; the tokens must be equal."
+)
 
 _MAX_ROWS = 64
 # Engines of equal sizes find each other's programs in the compilation cache.
@@ -101,6 +126,7 @@ def complete(
     max_new_tokens: int = 256,
     stop: Sequence[str] = (),
     seed: int = 0,
+    speculation: speculation_lib.Speculation | None = None,
 ) -> tuple[list[types.Completion], rollout.RolloutStats]:
     """Draw completions of one prompt.
 
@@ -112,12 +138,14 @@ def complete(
       max_new_tokens: longest completion, EOS included.
       stop: strings that end a completion.
       seed: of the noise.
+      speculation: how to speculate; None: not at all.
 
     Returns:
       The completions, and what was done.
 
     Raises:
-      ValueError: the text would be longer than the model's context.
+      ValueError: the text would be longer than the model's context, or than the
+        drafter was trained for.
     """
     longest, limit = len(prompt) + max_new_tokens, asked.config.max_positions
     if longest > limit:
@@ -129,9 +157,13 @@ def complete(
             else f"the prompt of {len(prompt)} tokens fills the model's context of "
             f"{limit}: shorten it."
         )
+    max_length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+    if speculation is not None and longest <= speculation.max_length:
+        max_length = min(max_length, speculation.max_length)
     engine = asked.engine(
         max_rows=min(num_samples, _MAX_ROWS),
-        max_length=-(-longest // _LENGTH_STEP) * _LENGTH_STEP,
+        max_length=max_length,
+        speculation=speculation,
         sampling_cfg=sampling_cfg,
         stop=tuple(stop),
     )
@@ -153,22 +185,54 @@ def report(stats: rollout.RolloutStats, num_samples: int) -> str:
 
     decoded = line("decode ", stats.num_tokens, stats.decode_s)
     rows = "" if num_samples == 1 else f" for {num_samples} rows"
+    lines = [
+        line("prefill", stats.num_prefill_tokens, stats.prefill_s),
+        f"{decoded}, {stats.num_steps} target forwards{rows}",
+        f"compile {stats.compile_s:.2f} s",
+    ]
+    if stats.num_fill_tokens:
+        lines.insert(1, line("drafter", stats.num_fill_tokens, stats.fill_s))
+    if not stats.num_accepted:
+        return "\n".join([*lines, "accept length 1.00: a token per target forward"])
+    rates = " ".join(f"{rate:.2f}" for rate in stats.accept_rates())
+    calls = ", ".join(f"{name} {count}" for name, count in stats.strategies.items())
     return "\n".join(
         [
-            line("prefill", stats.num_prefill_tokens, stats.prefill_s),
-            f"{decoded}, {stats.num_steps} target forwards{rows}",
-            f"compile {stats.compile_s:.2f} s",
-            "accept length 1.00: a token per target forward of its row (no drafter)",
+            *lines,
+            f"accept length {stats.accept_length:.2f} tokens per target forward; "
+            f"accepted by depth: {rates}",
+            f"calls by strategy: {calls}",
         ]
+    )
+
+
+def compare(
+    completions: Sequence[types.Completion],
+    stats: rollout.RolloutStats,
+    plain_completions: Sequence[types.Completion],
+    plain_stats: rollout.RolloutStats,
+) -> str:
+    """Say how speculation did against plain decoding of the same requests."""
+    num_equal = sum(
+        np.array_equal(a.tokens, b.tokens)
+        for a, b in zip(completions, plain_completions, strict=True)
+    )
+    num_tokens, plain_s = plain_stats.num_tokens, plain_stats.decode_s
+    ratio = plain_s / (stats.decode_s + stats.fill_s)
+    return (
+        f"plain   {num_tokens} tokens in {plain_s:.2f} s, "
+        f"{num_tokens / plain_s:.1f} tokens/s\n"
+        f"speculation: {ratio:.2f} times as fast, tokens equal in {num_equal} of "
+        f"{len(completions)}"
     )
 
 
 def run() -> None:
     """Generate as the flags say."""
-    if _DRAFTER.value is not None:
+    if _DRAFTER.value is None and (_COMPARE.value or _STRATEGY.value):
         raise ValueError(
-            f"--drafter={_DRAFTER.value}: learned drafters are not built yet; leave "
-            "the flag out to decode plainly. The tokens would be the same."
+            "--compare and --strategy are about speculation: name a drafter with "
+            "--drafter=DIR, or --drafter=ngram."
         )
     if _MODEL.value is None:
         raise ValueError(
@@ -181,15 +245,24 @@ def run() -> None:
     )
     compile_cache.enable()
     asked = policy.load(_MODEL.value, _PRECISION.value)
+    speculation = None
+    if _DRAFTER.value is not None:
+        speculation = speculation_lib.load(
+            _DRAFTER.value,
+            asked.config,
+            _STRATEGY.value,
+            ranking=_RANKING.value,
+            dtype=_PRECISION.value,
+        )
     prompt = encode(asked.tokenizer, text, _SYSTEM.value, _RAW.value)
-    completions, stats = complete(
-        asked,
-        prompt,
-        sampling_cfg,
+    settings = dict(
         num_samples=_NUM_SAMPLES.value,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         stop=_STOP.value,
         seed=_SEED.value,
+    )
+    completions, stats = complete(
+        asked, prompt, sampling_cfg, speculation=speculation, **settings
     )
     for i, completion in enumerate(completions):
         length, reason = len(completion.tokens), completion.finish_reason
@@ -198,6 +271,9 @@ def run() -> None:
         print(asked.tokenizer.decode(completion.tokens), flush=True)
     print(f"\n{asked.identity}, {asked.precision}", file=sys.stderr)
     print(report(stats, len(completions)), file=sys.stderr)
+    if _COMPARE.value:
+        plainly = complete(asked, prompt, sampling_cfg, **settings)
+        print(compare(completions, stats, *plainly), file=sys.stderr)
 
 
 def _prompt() -> str:

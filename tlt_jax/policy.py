@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tlt_jax import checkpoint, metrics
+from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import source
@@ -41,12 +42,20 @@ class Policy:
         """Ids that end a completion: the model's and the tokenizer's."""
         return tuple(sorted({*self.config.eos_ids, *self.tokenizer.eos_ids}))
 
-    def engine(self, *, max_rows: int, max_length: int, **settings: Any):
+    def engine(
+        self,
+        *,
+        max_rows: int,
+        max_length: int,
+        speculation: speculation_lib.Speculation | None = None,
+        **settings: Any,
+    ) -> rollout.Engine:
         """Make an engine that has the weights.
 
         Args:
           max_rows: rows decoded at once.
           max_length: longest text in tokens, prompt and completion.
+          speculation: how to speculate; None: not at all.
           **settings: further ones of `engine_programs.EngineConfig`.
 
         Returns:
@@ -59,9 +68,12 @@ class Policy:
                 max_length=max_length,
                 **{"eos_ids": self.eos_ids, "dtype": self.precision} | settings,
             ),
+            drafting_cfg=speculation and speculation.drafting_cfg,
             decode_text=self.tokenizer.decode,
         )
         engine.set_params(self.params, version=0)
+        if speculation is not None and speculation.params is not None:
+            engine.set_drafter(speculation.params, version=0)
         return engine
 
 

@@ -1,4 +1,4 @@
-"""The engine with speculation: the same tokens, whatever guesses, whenever it switches."""
+"""The engine with speculation: the same tokens, whatever guesses, and when."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.rl import test_rollout as plain
 from tlt_jax.models import drafter
-from tlt_jax.rl import drafting, engine_programs, rollout
+from tlt_jax.rl import drafting, rollout
 from tlt_jax.specdec import strategy
 
 DRAFTER = drafter.of_target(plain.CFG, feature_layers=(0, 1), draft_vocab_size=20)
@@ -191,8 +191,3 @@ def test_shared_prompt_pages_are_filled_once():
 def test_what_cannot_be_built_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def test_programs_are_counted_by_a_sum():
-    config = engine_programs.EngineConfig(max_rows=8, max_length=40)
-    assert config.max_pages == 1

@@ -1,0 +1,74 @@
+"""What a command needs to speculate: a drafter from its directory, a strategy table."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import drafter, drafter_io
+from tlt_jax.rl import drafting
+from tlt_jax.specdec import strategy as strategy_lib
+
+NGRAM = "ngram"
+# Chains, shorter the more rows there are: on two CPU cores these were the fastest.
+DEFAULT_TABLE = ("1:D7K1V8", "4:D5K1V6", "16:D3K1V4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """How to speculate, and with which weights.
+
+    Attributes:
+      drafting_cfg: for the engine.
+      params: the learned drafter's weights; None: suffix matches alone.
+    """
+
+    drafting_cfg: drafting.DraftingConfig
+    params: drafter.DrafterParams | None
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the drafter was trained for; 0: any."""
+        cfg = self.drafting_cfg.drafter_cfg
+        return cfg.max_length if cfg else 0
+
+
+def load(
+    spec: str,
+    target: model_config.ModelConfig,
+    table: Sequence[str] = (),
+    *,
+    ranking: str = "coupled",
+    tau: float = 0.5,
+    dtype=jnp.float32,
+) -> Speculation:
+    """Load the drafter that `spec` names.
+
+    Args:
+      spec: a drafter's directory, or `ngram` for suffix matches alone.
+      target: the model that verifies.
+      table: entries as of `strategy.parse_table`; empty: the default.
+      ranking, tau: see `propose`.
+      dtype: of the drafter's weights.
+
+    Raises:
+      ValueError: the directory holds no drafter of this target, or an entry cannot be
+        built.
+    """
+    entries = tuple(table) or DEFAULT_TABLE
+    cfg = params = None
+    if spec != NGRAM:
+        directory = os.path.expanduser(spec)
+        # The workdir of `train_drafter` holds the drafter in a folder.
+        inside = os.path.join(directory, "drafter")
+        if os.path.isdir(inside):
+            directory = inside
+        cfg, params = drafter_io.load(directory, target, dtype)
+    elif not table:
+        entries = tuple(f"{entry}-{NGRAM}" for entry in entries)
+    made = drafting.DraftingConfig(
+        strategy_lib.parse_table(entries), cfg, ranking=ranking, tau=tau
+    )
+    return Speculation(made, params)
