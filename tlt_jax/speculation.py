@@ -60,15 +60,17 @@ def load(
     entries = tuple(table) or DEFAULT_TABLE
     cfg = params = None
     if spec != NGRAM:
-        directory = os.path.expanduser(spec)
-        # The workdir of `train_drafter` holds the drafter in a folder.
-        inside = os.path.join(directory, "drafter")
-        if os.path.isdir(inside):
-            directory = inside
-        cfg, params = drafter_io.load(directory, target, dtype)
+        cfg, params = drafter_io.load(folder(spec), target, dtype)
     elif not table:
         entries = tuple(f"{entry}-{NGRAM}" for entry in entries)
     made = drafting.DraftingConfig(
         strategy_lib.parse_table(entries), cfg, ranking=ranking, tau=tau
     )
     return Speculation(made, params)
+
+
+def folder(spec: str) -> str:
+    """Return the drafter's own directory; the workdir of a training holds it."""
+    directory = os.path.expanduser(spec)
+    inside = os.path.join(directory, "drafter")
+    return inside if os.path.isdir(inside) else directory

@@ -153,6 +153,12 @@ def read_config(
         raise ValueError(f"{path} is not a drafter's: {error}.") from error
 
 
+def about(directory: str | os.PathLike) -> dict[str, Any]:
+    """Read what `save` was told about the drafter's making."""
+    path = pathlib.Path(directory) / CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")).get("about", {})
+
+
 def _read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, "np") as file:

@@ -1,0 +1,127 @@
+"""What the speculation experiments share: model, drafter, prompts, engines."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import pathlib
+
+import numpy as np
+
+from experiments import harness, prompts
+from tlt_jax import compile_cache, drafter_texts, policy, speculation, types
+from tlt_jax.models import drafter_io
+from tlt_jax.rl import drafting, rollout
+from tlt_jax.specdec import hidden_buffer, sampling
+from tlt_jax.specdec import strategy as strategy_lib
+
+MAX_PROMPT_TOKENS = 192
+
+
+def argument_parser(text: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options of both experiments."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    parser.add_argument("--model", default=harness.DEFAULT_MODEL)
+    parser.add_argument(
+        "--drafter",
+        required=True,
+        help="workdir of tlt_jax.train_drafter: its drafter, and its held-out prompts",
+    )
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
+    )
+    return parser
+
+
+class Setting:
+    """A model, its drafter and held-out prompts; makes engines."""
+
+    def __init__(self, options: argparse.Namespace):
+        """Loads all of it."""
+        compile_cache.enable()
+        self.options = options
+        self.policy = policy.load(options.model)
+        self.drafter = speculation.load(options.drafter, self.policy.config)
+        self.prompts = self._held_out(pathlib.Path(options.drafter))
+        self.prompts = self.prompts[: options.num_prompts]
+
+    def _held_out(self, workdir: pathlib.Path) -> list[np.ndarray]:
+        """Prompts of the texts that the drafter was measured on, never trained on.
+
+        Where the drafter came without its workdir: the fixed chat prompts.
+        """
+        folder = workdir / "texts"
+        if not folder.is_dir():
+            encode = self.policy.tokenizer.encode_prompt
+            return [encode(prompts.as_messages(text)) for text in prompts.CHAT]
+        texts = hidden_buffer.HiddenBuffer(folder)
+        held_out = [
+            texts.read(i)
+            for i, text_id in enumerate(texts.text_ids)
+            if text_id >= drafter_texts.HELD_OUT
+        ]
+        held_out.sort(key=lambda record: record.text_id)
+        return [record.tokens[: record.response_start] for record in held_out]
+
+    def engine(
+        self,
+        batch: int,
+        temperature: float,
+        strategy: strategy_lib.Strategy | None,
+        ranking: str = "coupled",
+    ) -> rollout.Engine:
+        """Makes an engine of `batch` rows that always does the same."""
+        chosen = None
+        if strategy is not None:
+            chosen = speculation.Speculation(
+                dataclasses.replace(
+                    self.drafter.drafting_cfg,
+                    table=strategy_lib.Table(((batch, strategy),)),
+                    ranking=ranking,
+                    drafter_cfg=self.drafter.drafting_cfg.drafter_cfg,
+                    texts=drafting.TextsConfig(),
+                ),
+                self.drafter.params,
+            )
+        longest = MAX_PROMPT_TOKENS + self.options.new_tokens
+        return self.policy.engine(
+            max_rows=batch,
+            max_length=longest,
+            speculation=chosen,
+            steps_per_call=64,
+            sampling_cfg=sampling.SamplingConfig(temperature),
+        )
+
+    def requests(self, count: int) -> list[types.Request]:
+        """Makes requests of the held-out prompts in order, as often as needed."""
+        return [
+            types.Request(
+                i,
+                i % len(self.prompts),
+                i // len(self.prompts),
+                self.prompts[i % len(self.prompts)],
+                self.options.new_tokens,
+            )
+            for i in range(count)
+        ]
+
+    def provenance(self, slug: str, settings: harness.Row) -> harness.Provenance:
+        """Makes the record of a run."""
+        names = ("jax", "llvmlite")
+        versions = {name: importlib.metadata.version(name) for name in names}
+        cfg = self.drafter.drafting_cfg.drafter_cfg
+        about = {
+            "target": cfg.target,
+            "drafter": {
+                "feature_layers": cfg.feature_layers,
+                "draft_vocab_size": cfg.draft_vocab_size,
+                "about": drafter_io.about(speculation.folder(self.options.drafter)),
+            },
+            "prompts": len(self.prompts),
+            "new_tokens": self.options.new_tokens,
+        }
+        return harness.Provenance(slug, about | settings, versions)

@@ -1,0 +1,173 @@
+"""Speculative against plain decoding of the same tokens: how many times as fast.
+
+    python -m experiments.speculation_speed --scale=cpu --drafter=WORKDIR
+
+Each round decodes the same requests plainly and under every strategy, in turns, at
+temperature 1 by default; filling the drafter's cache counts, prefill and compilation do
+not. The bound beside a figure is what the accept length would give if drafting, noise
+and bookkeeping cost nothing and the target's pass over the tree cost a plain step.
+
+Target: at least twice plain decoding at batch 1 on CPU.
+"""
+
+import argparse
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments import harness, speculation_harness
+from tlt_jax.specdec import strategy as strategy_lib
+
+SLUG = "speculation_speed"
+PLAIN = "plain"
+CASES = (
+    *("1:D3K1V4", "1:D5K1V6", "1:D7K1V8", "1:D7K2V12", "2:D5K1V6", "4:D5K1V6"),
+    *("8:D3K1V4", "16:D3K1V4", "32:D2K1V3"),
+)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = speculation_harness.argument_parser(__doc__)
+    parser.add_argument(
+        "--cases", default=",".join(CASES), help="batch:strategy, by commas"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args(arguments)
+
+
+def parse_cases(text: str) -> dict[int, list[strategy_lib.Strategy]]:
+    """Reads the strategies of each batch size."""
+    cases: dict[int, list] = {}
+    for entry in text.split(","):
+        batch, _, strategy = entry.partition(":")
+        cases.setdefault(int(batch), []).append(strategy_lib.parse(strategy))
+    return cases
+
+
+def measurement(engines: dict, requests: dict, tokens: dict):
+    """Returns the function that decodes one batch under one strategy."""
+
+    def measure(name: str, case: harness.Row, number: int) -> harness.Row | None:
+        batch = case["batch"]
+        engine = engines.get((batch, name))
+        if engine is None:
+            return None
+        completions, stats = engine.run(requests[batch], 1000 + number)
+        drawn = [completion.tokens.tolist() for completion in completions]
+        reference = tokens.setdefault((batch, number), drawn)
+        took = stats.decode_s + stats.fill_s
+        return {
+            "num_tokens": stats.num_tokens,
+            "decode_s": stats.decode_s,
+            "fill_s": stats.fill_s,
+            "tokens_per_s": stats.num_tokens / took,
+            "step_ms": 1e3 * stats.decode_s / stats.num_steps,
+            "accept_length": stats.accept_length,
+            "rows_equal": sum(a == b for a, b in zip(drawn, reference, strict=True)),
+        }
+
+    return measure
+
+
+def add_bounds(rows: list[harness.Row], summary: list[harness.Row]) -> None:
+    """Adds accept length, cost of a step in plain steps, and how many rows differ."""
+    for entry in summary:
+        same = [
+            row
+            for row in rows
+            if row["batch"] == entry["batch"] and row["system"] == entry["system"]
+        ]
+        entry["accept_length"] = sum(r["accept_length"] for r in same) / len(same)
+        plain = {
+            row["round"]: row["step_ms"]
+            for row in rows
+            if row["batch"] == entry["batch"] and row["system"] == PLAIN
+        }
+        costs = sorted(row["step_ms"] / plain[row["round"]] for row in same)
+        entry["step_cost"] = costs[len(costs) // 2]
+        entry["rows_differing"] = sum(r["batch"] - r["rows_equal"] for r in same)
+        if entry["system"] != PLAIN:
+            # `summarise` states the advantage of the reference.
+            entry["speedup"] = 1 / entry.pop("tokens_per_s/times")
+            entry.pop("tokens_per_s/times_min")
+
+
+def plot(summary: list[harness.Row], path: pathlib.Path) -> None:
+    """Draws the best speedup and its bound against the batch size."""
+    best: dict[int, harness.Row] = {}
+    for row in summary:
+        if row["system"] != PLAIN:
+            other = best.get(row["batch"])
+            if other is None or row["speedup"] > other["speedup"]:
+                best[row["batch"]] = row
+    batches = sorted(best)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    speedups = [best[b]["speedup"] for b in batches]
+    axes.plot(batches, speedups, "o-", label="measured")
+    bounds = [best[b]["accept_length"] for b in batches]
+    axes.plot(batches, bounds, "--", color="grey", label="accept length (bound)")
+    for b, value in zip(batches, speedups, strict=True):
+        label = f"{value:.2f}\n{best[b]['system']}"
+        axes.annotate(label, (b, value), fontsize=7, ha="left", va="bottom")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(b) for b in batches])
+    axes.set_xlabel("batch")
+    axes.set_ylabel("times plain decoding")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the experiment; returns the summary that it also writes."""
+    options = parse_arguments(arguments)
+    cases = parse_cases(options.cases)
+    setting = speculation_harness.Setting(options)
+    provenance = setting.provenance(
+        SLUG,
+        {
+            "cases": options.cases,
+            "temperature": options.temperature,
+            "rounds": options.rounds,
+        },
+    )
+    rows, tokens = [], {}
+    for batch, strategies in cases.items():
+        engines = {
+            (batch, str(strategy) if strategy else PLAIN): setting.engine(
+                batch, options.temperature, strategy
+            )
+            for strategy in (None, *strategies)
+        }
+        rows += harness.run_paired(
+            [name for _, name in engines],
+            [{"batch": batch}],
+            measurement(engines, {batch: setting.requests(batch)}, tokens),
+            rounds=options.rounds,
+            warmups=1,
+        )
+        for engine in engines.values():
+            engine.pool.close()
+    summary = harness.summarise(
+        rows,
+        case_keys=("batch",),
+        metrics={"tokens_per_s": "higher"},
+        reference=PLAIN,
+    )
+    add_bounds(rows, summary)
+    harness.write_results(options, SLUG, rows, summary, provenance)
+    out = options.out or harness.RESULTS_DIR / options.scale
+    plot(summary, out / f"{SLUG}.png")
+    return summary
+
+
+if __name__ == "__main__":
+    main()

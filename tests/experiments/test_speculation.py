@@ -1,0 +1,101 @@
+"""The speculation experiments, run whole with a random drafter of a random model."""
+
+import csv
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import accept_length, speculation_speed
+from tlt_jax.models import config as model_config
+from tlt_jax.models import convert, drafter, drafter_io
+from tlt_jax.models import params as model_params
+from tlt_jax.models import tokenizer as model_tokenizer
+
+ALPHABET = "".join(map(chr, range(32, 127))) + "\n"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}\n{% endif %}"
+)
+CFG = model_config.ModelConfig(
+    family="llama",
+    vocab_size=104,
+    num_layers=1,
+    d_model=16,
+    d_ff=24,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    tie_embeddings=False,
+    max_positions=512,
+)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speculation")
+    tokenizer = model_tokenizer.from_alphabet(ALPHABET)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save(folder / "tokenizer")
+    assert tokenizer.vocab_size <= CFG.vocab_size
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda w: rng.normal(size=w.shape).astype("f") / w.fan_in**0.5,
+        model_params.describe(CFG),
+    )
+    model = folder / "model"
+    convert.save(
+        params, CFG, model, tokenizer_source=folder / "tokenizer", dtype="float32"
+    )
+    cfg = drafter.of_target(CFG, output_norm=False)
+    drafter_io.save(
+        folder / "drafter", drafter.init(cfg, jax.random.key(0)), cfg, {"steps": 3}
+    )
+    return [
+        f"--model={model}",
+        f"--drafter={folder / 'drafter'}",
+        "--new-tokens=6",
+        f"--out={folder / 'out'}",
+    ], folder / "out"
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_accept_length(arguments):
+    given, out = arguments
+    accept_length.main(
+        [
+            *given,
+            "--num-prompts=2",
+            "--batch=2",
+            "--strategies=D1K1V2",
+            "--temperatures=1,0",
+        ]
+    )
+    rows = rows_of(out / "accept_length.csv")
+    kinds = [(row["temperature"], row["ranking"]) for row in rows]
+    assert kinds == [
+        ("1.0", "coupled"),
+        ("1.0", "deterministic"),
+        ("0.0", "deterministic"),
+    ]
+    for row in rows:
+        assert 1 <= float(row["accept_length"]) <= 2
+        assert row["rows_as_first"] == "2"
+    ratio = float(rows[0]["accept_length"]) / float(rows[1]["accept_length"])
+    assert float(rows[0]["times_deterministic"]) == pytest.approx(ratio, rel=1e-3)
+    assert (out / "accept_length.png").stat().st_size > 0
+
+
+def test_speculation_speed(arguments):
+    given, out = arguments
+    summary = speculation_speed.main([*given, "--cases=1:D1K1V2", "--rounds=2"])
+    assert [row["system"] for row in summary] == ["plain", "D1K1V2"]
+    assert "speedup" not in summary[0] and summary[1]["speedup"] > 0
+    assert summary[0]["step_cost"] == 1 and summary[0]["accept_length"] == 1
+    assert all(row["rows_differing"] == 0 for row in summary)
+    assert len(rows_of(out / "speculation_speed.csv")) == 4
+    assert (out / "speculation_speed.png").stat().st_size > 0
