@@ -13,14 +13,14 @@ PACKAGE = ROOT / "tlt_jax"
 LAYERS = (
     (
         *("types", "schema", "config", "command_line", "compile_cache", "sharding"),
-        *("metrics", "progress"),
+        *("metrics", "progress", "config_checks"),
     ),
     ("pallas_kernels", "cpu_kernels"),
     ("models",),
     ("specdec",),
     ("rl", "data"),
     (
-        *("checkpoint", "plots", "policy", "workdir", "train"),
+        *("checkpoint", "plots", "policy", "speculation", "workdir", "train"),
         *("main", "generate", "export", "launch"),
         *("drafter_config", "drafter_texts", "drafter_plots", "train_drafter"),
     ),

@@ -33,7 +33,7 @@ MISTAKES = {
     ),
     "not built": (
         [TINY, WORKDIR, "--config.specdec.mode=tlt"],
-        "error: specdec.mode='tlt' is not built yet: use 'off'.",
+        "error: specdec.mode='tlt' is not built yet: use 'off' or 'ngram'.",
     ),
     "no model": (
         [TINY, WORKDIR, "--config.model.spec=somewhere"],

@@ -182,6 +182,24 @@ def test_tokens_do_not_depend_on_how_they_are_computed(base, model, tmp_path, ot
     )
 
 
+def test_suffix_matches_change_nothing_but_the_number_of_forwards(
+    base, model, tmp_path
+):
+    settings = {"specdec.mode": "ngram", "specdec.strategies": ("4:D3K2V5-ngram",)}
+    rows = start(model, tmp_path, num_steps=4, **settings)
+    expected = metrics.read(base)[:4]
+    for name in ("rollout/tokens_digest", "reward/mean", "length/mean"):
+        assert values(rows, name) == values(expected, name)
+    assert max(values(rows, "mismatch/logprob_max_abs")) < 1e-4
+    assert set(values(rows, "specdec/strategy")) == {"D3K2V5-ngram"}
+    assert max(values(rows, "specdec/accept_length")) > 1
+    for row in rows:
+        rates = row["specdec/accept_rate_by_depth"]
+        assert len(rates) == 3 and all(0 <= rate <= 1 for rate in rates)
+    steps = values(rows, "rollout/decode_steps")
+    assert sum(steps) < sum(values(expected, "rollout/decode_steps"))
+
+
 def test_eight_devices_draw_the_tokens_of_one(base, model, tmp_path):
     parts = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     assert jax.device_count() == 8

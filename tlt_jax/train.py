@@ -28,6 +28,7 @@ from tlt_jax.rl import (
     algorithms,
     clock,
     collector,
+    drafting,
     engine_programs,
     evaluator,
     experience,
@@ -40,7 +41,7 @@ from tlt_jax.rl import (
     tasks,
     weight_sync,
 )
-from tlt_jax.specdec import programs, sampling
+from tlt_jax.specdec import programs, sampling, strategy
 
 SCRATCH = "scratch"
 _MAX_SKIPPED_UPDATES = 3
@@ -192,6 +193,10 @@ class Trainer:
         if run.eval.every and self.step % run.eval.every == 0:
             row |= timer.time("eval", self.evaluate)
         row = _absent() | {"step": self.step} | row | timer.row()
+        if "specdec/num_accepted" in row:
+            counts = row["specdec/num_accepted"]
+            row["specdec/accept_length"] = rollout.accept_length(counts)
+            row["specdec/accept_rate_by_depth"] = rollout.accept_rates(counts)
         row["time/step_s"] = time.perf_counter() - started
         seconds = max(row["time/rollout_s"], 1e-9)
         row["rollout/tokens_per_s"] = row["rollout/tokens"] / seconds
@@ -355,9 +360,14 @@ class Trainer:
             dtype=run.precision,
             cpu_kernels=run.rollout.cpu_kernels,
         )
+        drafting_cfg = None
+        if run.specdec.mode == "ngram":
+            table = strategy.parse_table(run.specdec.strategies)
+            drafting_cfg = drafting.DraftingConfig(table)
         return rollout.Engine(
             self.model,
             engine_cfg,
+            drafting_cfg=drafting_cfg,
             decode_text=self.tokenizer.decode,
             mesh=weight_sync.engine_mesh(self.learner.mesh),
         )

@@ -1,5 +1,6 @@
 """Collects the experience of a step: prompts, rollout, rewards, resampling."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -142,12 +143,21 @@ class Collector:
             "rollout/prefill_s": stats.prefill_s,
             "rollout/decode_s": stats.decode_s,
         }
+        if stats.num_accepted:
+            row["specdec/num_accepted"] = stats.num_accepted
+            row["specdec/strategy"] = _most_used(stats)
         return batch, row
 
     def _remember_lengths(self, batch: experience.Experience) -> None:
         means = batch.lengths.reshape(batch.rewards.shape).mean(axis=1)
         for prompt, mean in zip(batch.prompts, means, strict=True):
             self.expected_lengths[prompt.prompt_id] = float(mean)
+
+
+def _most_used(stats: rollout.RolloutStats) -> str:
+    """The strategy of most decode calls, plain ones aside."""
+    calls = {name: num for name, num in stats.strategies.items() if name != "none"}
+    return max(calls, key=calls.get)
 
 
 def _useful(batch: experience.Experience) -> experience.Experience:
@@ -161,7 +171,10 @@ def _merge(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """Join the records of two rounds: maxima by maximum, the rest by addition."""
     merged = dict(more) | row
     for name in row.keys() & more.keys():
-        if not isinstance(row[name], str):
+        if isinstance(row[name], list):
+            pairs = itertools.zip_longest(row[name], more[name], fillvalue=0)
+            merged[name] = [a + b for a, b in pairs]
+        elif not isinstance(row[name], str):
             larger = max(row[name], more[name])
             merged[name] = larger if "max" in name else row[name] + more[name]
     return merged

@@ -8,6 +8,7 @@ position.
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -69,20 +70,27 @@ class RolloutStats:
     @property
     def accept_length(self) -> float:
         """Tokens per row and speculative step, before limits cut them; 1 without."""
-        return sum(self.num_accepted) / self.num_accepted[0] if self.num_accepted else 1
+        return accept_length(self.num_accepted)
 
     def accept_rates(self) -> list[float]:
         """Chance of acceptance at each depth, given that its parent was accepted."""
-        counts = self.num_accepted
-        return [
-            b / a if a else 0.0 for a, b in zip(counts[:-1], counts[1:], strict=True)
-        ]
+        return accept_rates(self.num_accepted)
 
     def add_accepted(self, counts: Sequence[int]) -> None:
         """Add a call's `num_accepted`."""
         width = max(len(counts), len(self.num_accepted))
         both = (list(x) + [0] * (width - len(x)) for x in (counts, self.num_accepted))
         self.num_accepted = [int(a + b) for a, b in zip(*both, strict=True)]
+
+
+def accept_length(num_accepted: Sequence[int]) -> float:
+    """Tokens per row and step, of counts as `RolloutStats` has them; 1 without."""
+    return sum(num_accepted) / num_accepted[0] if num_accepted else 1.0
+
+
+def accept_rates(num_accepted: Sequence[int]) -> list[float]:
+    """Chance of acceptance at each depth, given that its parent was accepted."""
+    return [b / a if a else 0.0 for a, b in itertools.pairwise(num_accepted)]
 
 
 class Engine:
