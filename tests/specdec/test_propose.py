@@ -1,0 +1,179 @@
+"""Drafting against a slow form that computes every path anew, without caches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.specdec import hosts
+from tlt_jax.models import drafter, kv_cache
+from tlt_jax.specdec import propose
+from tlt_jax.specdec import strategy as strategy_lib
+
+NUM, MOST, PAGE = 2, 16, 4  # rows, longest text, page size
+CFG = drafter.of_target(hosts.CFG, feature_layers=(0, 1), draft_vocab_size=30)
+STRATEGY = strategy_lib.Strategy(3, 2, 8)
+LENGTHS = (7, 3)  # cached positions of the target
+COUNTS = (3, 1)  # of which the drafter has still to take in
+
+
+@functools.cache
+def weights():
+    ids = np.sort(np.random.default_rng(0).permutation(hosts.CFG.vocab_size)[:30])
+    params = drafter.init(CFG, jax.random.key(2))
+    params = params.replace(draft_ids=jnp.asarray(ids, jnp.int32))
+    target = hosts.weights()
+    return propose.DrafterWeights(
+        params, target.embed, drafter.head_rows(target, params.draft_ids)
+    )
+
+
+@jax.jit
+def whole(tokens, features):
+    """Outputs `[D, T]` over one text: its tokens, and fused features."""
+    out = drafter.forward(
+        weights().params,
+        CFG,
+        propose.embedded(weights(), tokens[None], jnp.float32),
+        features[:, None],
+        jnp.arange(MOST)[None],
+    )
+    logits = drafter.logits(weights().params, CFG, weights().head, out.hidden)
+    return out.hidden[:, 0], logits[0]
+
+
+def texts_and_features():
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(hosts.CFG.vocab_size, size=(NUM, MOST)).astype(np.int32)
+    shape = (CFG.num_features * hosts.CFG.d_model, NUM, MOST)
+    return tokens, rng.normal(size=shape).astype(np.float32)
+
+
+def slow_draft(row, noise, tau, temperature):
+    """Children of each expanded path: `{path: [(token, score), ...]}`."""
+    tokens, raw = texts_and_features()
+    fused = np.array(drafter.fuse(weights().params, CFG, raw))[:, row]
+    ids = np.asarray(weights().params.draft_ids)
+    length = LENGTHS[row]
+    found = {}
+
+    def children(path):
+        text, features = np.roll(tokens[row], -1), fused.copy()
+        for i, token in enumerate(path):
+            hidden, _ = whole(text, features)
+            # The next input: the path's token, and what was put out before it.
+            text[length + i] = token
+            features[:, length + i] = np.asarray(hidden)[:, length + i - 1]
+        _, logits = whole(text, features)
+        scores = np.asarray(logits)[length - 1 + len(path)].astype(np.float64)
+        scores = scores / (temperature or 1)
+        if noise is not None:
+            scores = (scores + np.asarray(noise)[row, len(path)][ids]) / tau
+        scores = scores - np.log(np.sum(np.exp(scores - scores.max()))) - scores.max()
+        best = np.argsort(-scores)[: STRATEGY.topk]
+        return [(int(ids[i]), scores[i]) for i in best]
+
+    live = [((), 0.0)]
+    for _ in range(STRATEGY.draft_depth):
+        level = []
+        for path, score in live:
+            found[path] = children(path)
+            level += [((*path, t), score + gain) for t, gain in found[path]]
+        live = sorted(level, key=lambda one: -one[1])[: STRATEGY.topk]
+    return found
+
+
+@functools.cache
+def draft_program(coupled, temperature):
+    def fn(weights, cache, table, accepted, noise, tau):
+        return propose.draft(
+            weights,
+            cache,
+            table,
+            accepted,
+            noise if coupled else None,
+            tau,
+            cfg=CFG,
+            strategy=STRATEGY,
+            temperature=temperature,
+        )
+
+    return jax.jit(fn)
+
+
+@pytest.mark.parametrize(
+    "coupled,temperature", [(True, 1.0), (True, 0.7), (False, 1.0)]
+)
+def test_drafts_are_those_of_whole_paths(coupled, temperature):
+    tokens, raw = texts_and_features()
+    num_pages = 1 + NUM * MOST // PAGE
+    table = 1 + np.arange(num_pages - 1, dtype=np.int32).reshape(NUM, -1)
+    target = kv_cache.create(hosts.CFG, num_pages, PAGE, jnp.float32, raw.shape[0])
+    target = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), target)
+    written = jax.jit(kv_cache.append_pages)(
+        target,
+        jnp.zeros((2, 2, 6, NUM, MOST)),
+        jnp.zeros((2, 2, 6, NUM, MOST)),
+        table,
+        np.zeros(NUM, np.int32),
+        np.full(NUM, MOST, np.int32),
+        features=raw,
+    )
+    cache = kv_cache.create(CFG.layer, num_pages, PAGE, jnp.float32)
+    cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
+    lengths, counts = np.array(LENGTHS, np.int32), np.array(COUNTS, np.int32)
+    start = lengths - counts
+    cache = jax.jit(functools.partial(propose.fill, cfg=CFG))(
+        weights(),
+        written,
+        cache,
+        np.roll(tokens, -1, axis=1)[:, : 2 * PAGE],
+        start,
+        table,
+        np.zeros(NUM, np.int32),
+    )
+    width = STRATEGY.max_accept_length
+    at = start[:, None] + np.arange(width)
+    features = np.take_along_axis(raw, at[None], axis=2)
+    features = np.where(np.arange(width) < counts[:, None], features, 0)
+    accepted = propose.Accepted(
+        tokens=np.take_along_axis(tokens, at + 1, axis=1),
+        features=features,
+        start=start,
+        counts=counts,
+    )
+    noise = jax.random.gumbel(jax.random.key(3), (NUM, 4, hosts.CFG.vocab_size))
+    found, keys, values = draft_program(coupled, temperature)(
+        weights(), cache, table, accepted, noise, jnp.float32(0.6)
+    )
+    found = jax.device_get(found)
+    assert keys.shape == values.shape == (2, 6, NUM, width)
+    for row in range(NUM):
+        wanted = slow_draft(row, noise if coupled else None, 0.6, temperature)
+        paths = {-1: ((), 0.0)}
+        children = {}
+        for i in range(STRATEGY.num_drafted):
+            path, score = paths[int(found.parents[row, i])]
+            token = int(found.tokens[row, i])
+            assert found.depths[row, i] == len(path) + 1
+            children.setdefault(path, []).append(
+                (token, float(found.scores[row, i]) - score)
+            )
+            paths[i] = ((*path, token), float(found.scores[row, i]))
+        assert children.keys() == wanted.keys()
+        for path, pairs in wanted.items():
+            assert [t for t, _ in children[path]] == [t for t, _ in pairs]
+            np.testing.assert_allclose(
+                [s for _, s in children[path]], [s for _, s in pairs], atol=2e-5
+            )
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 6])
+def test_best_of_are_the_largest(k):
+    scores = np.random.default_rng(k).normal(size=(3, 2, 50)).astype(np.float32)
+    values, ids = jax.jit(propose.best_of, static_argnums=1)(scores, k)
+    order = np.argsort(-scores, axis=-1)[..., :k]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(values, np.take_along_axis(scores, order, -1))
