@@ -1,6 +1,6 @@
 """A drafter for SmolLM2-135M-Instruct, from random weights, within an hour on 2 cores.
 
-The target answers 1,280 prompts, chats and reasoning tasks, at temperature 1; a drafter
+The target answers 640 prompts, chats and reasoning tasks, at temperature 1; a drafter
 of one layer on three fused features learns over four unrolled steps to propose from the
 8,192 tokens that the target writes most.
 
@@ -31,12 +31,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"smollm2_drafter.py has no variant {arg!r}: leave it out.")
     config = drafter_config.default()
     config.model.spec = "smollm2-135m-instruct"
-    config.num_steps = 600
+    config.num_steps = 400
 
     # Every second prompt is a chat.
     config.texts.tasks = sum((("chat", name) for name in _REASONING), ())
-    config.texts.num = 1280
-    config.texts.num_held_out = 64
+    config.texts.num = 640
+    config.texts.num_held_out = 32
     config.texts.max_prompt_tokens = 192
     config.texts.max_new_tokens = 160
     config.texts.max_batch = 32

@@ -6,19 +6,25 @@ Each round decodes the same requests plainly and under every strategy, in turns,
 temperature 1 by default; filling the drafter's cache counts, prefill and compilation do
 not. The bound beside a figure is what the accept length would give if drafting, noise
 and bookkeeping cost nothing and the target's pass over the tree cost a plain step.
+`noise_ms` is what the noise of one step's positions takes by itself.
 
 Target: at least twice plain decoding at batch 1 on CPU.
 """
 
 import argparse
 import pathlib
+import statistics
+import time
 
+import jax
+import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments import harness, speculation_harness
+from tlt_jax.specdec import noise
 from tlt_jax.specdec import strategy as strategy_lib
 
 SLUG = "speculation_speed"
@@ -74,6 +80,19 @@ def measurement(engines: dict, requests: dict, tokens: dict):
     return measure
 
 
+def noise_ms(batch: int, num_positions: int, vocab_size: int) -> float:
+    """Times the noise of one step, median of twenty."""
+    keys = jnp.ones((batch * num_positions, 2), jnp.uint32)
+    positions = jnp.arange(batch * num_positions)
+    draw = jax.jit(noise.gumbel, static_argnums=2)
+    times = []
+    for _ in range(21):
+        started = time.perf_counter()
+        jax.block_until_ready(draw(keys, positions, vocab_size))
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times[1:])
+
+
 def add_bounds(rows: list[harness.Row], summary: list[harness.Row]) -> None:
     """Adds accept length, cost of a step in plain steps, and how many rows differ."""
     for entry in summary:
@@ -89,6 +108,7 @@ def add_bounds(rows: list[harness.Row], summary: list[harness.Row]) -> None:
             if row["batch"] == entry["batch"] and row["system"] == PLAIN
         }
         costs = sorted(row["step_ms"] / plain[row["round"]] for row in same)
+        entry["step_ms"] = sorted(row["step_ms"] for row in same)[len(same) // 2]
         entry["step_cost"] = costs[len(costs) // 2]
         entry["rows_differing"] = sum(r["batch"] - r["rows_equal"] for r in same)
         if entry["system"] != PLAIN:
@@ -163,6 +183,10 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         reference=PLAIN,
     )
     add_bounds(rows, summary)
+    for row in summary:
+        name = row["system"]
+        most = 1 if name == PLAIN else strategy_lib.parse(name).max_accept_length
+        row["noise_ms"] = noise_ms(row["batch"], most, setting.policy.config.vocab_size)
     harness.write_results(options, SLUG, rows, summary, provenance)
     out = options.out or harness.RESULTS_DIR / options.scale
     plot(summary, out / f"{SLUG}.png")
