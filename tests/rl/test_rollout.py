@@ -412,13 +412,18 @@ def test_tokens_and_logprobs_are_of_one_truncated_law():
     np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
 
 
-def test_two_devices_draw_the_tokens_of_one(expected):
-    mesh = sharding.make_mesh(1, 1, 2, jax.devices()[2:4])
+def split(mesh):
+    """The weights over the devices of `mesh`."""
     axes = model_params.logical_axes(CFG)
     of_layer = jax.tree.map(lambda a: a[1:], axes.layers, is_leaf=sharding.is_axes)
     axes = axes.replace(layers=(of_layer,) * CFG.num_layers)
     rules = sharding.ShardingRules()
-    placed = jax.device_put(PARAMS, sharding.tree_shardings(mesh, rules, axes))
+    return jax.device_put(PARAMS, sharding.tree_shardings(mesh, rules, axes))
+
+
+def test_two_devices_draw_the_tokens_of_one(expected):
+    mesh = sharding.make_mesh(1, 1, 2, jax.devices()[2:4])
+    placed = split(mesh)
     engine = engine_of(params=placed, mesh=mesh, max_rows=1)
     assert engine.params.layers[0].qkv.sharding.shard_shape((2, 4, 4, 16))[0] == 1
     completions, _ = engine.run(REQUESTS[5:8], SEED)

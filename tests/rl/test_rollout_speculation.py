@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.rl import test_rollout as plain
+from tlt_jax import sharding
 from tlt_jax.models import drafter
 from tlt_jax.rl import drafting, rollout
 from tlt_jax.specdec import strategy
@@ -32,7 +33,7 @@ def drafter_params(cfg, seed=0):
     return params
 
 
-def engine_of(table, cfg=DRAFTER, drafting_changes=None, **changes):
+def engine_of(table, cfg=DRAFTER, drafting_changes=None, mesh=None, **changes):
     engine = rollout.Engine(
         plain.CFG,
         dataclasses.replace(plain.BASE, **changes),
@@ -40,8 +41,9 @@ def engine_of(table, cfg=DRAFTER, drafting_changes=None, **changes):
             strategy.parse_table(TABLES[table]), cfg, **(drafting_changes or {})
         ),
         decode_text=plain.letters,
+        mesh=mesh,
     )
-    engine.set_params(plain.PARAMS, version=0)
+    engine.set_params(plain.split(mesh) if mesh else plain.PARAMS, version=0)
     if cfg is not None:
         engine.set_drafter(drafter_params(cfg), version=0)
     return engine
@@ -88,8 +90,20 @@ def test_tokens_are_those_of_plain_decoding(expected, table, changes):
     if changes.get("max_rows") == 3:
         assert stats.num_preempted > 0
     # Once more: nothing that the first run left behind shows.
-    again, _ = engine.run(plain.REQUESTS, plain.SEED)
+    again, later = engine.run(plain.REQUESTS, plain.SEED)
     assert_equal(again, completions_of)
+    if table == "ngram":
+        # But that answers which were given before are found again.
+        assert later.accept_length > stats.accept_length + 0.5
+    engine.pool.close()
+
+
+def test_two_devices_speculate_as_one(expected):
+    mesh = sharding.make_mesh(1, 1, 2, jax.devices()[2:4])
+    engine = engine_of("chain", mesh=mesh, max_rows=1)
+    completions, stats = engine.run(plain.REQUESTS[5:9], plain.SEED)
+    assert_equal(completions, expected[0])
+    assert stats.accept_length > 1
     engine.pool.close()
 
 

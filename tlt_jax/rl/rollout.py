@@ -169,7 +169,7 @@ class Engine:
         """Speculate with these weights from the next run on.
 
         Args:
-          params: on the engine's mesh, replicated.
+          params: of any devices; every one of the engine's gets them all.
           version: counts the drafter's updates.
 
         Raises:
@@ -177,6 +177,7 @@ class Engine:
         """
         if self._drafting is None:
             raise ValueError("the engine was made without drafting_cfg: give one.")
+        params = jax.device_put(params, sharding.replicated(self.mesh))
         self._drafting.set_params(params, self._params, version)
 
     @property
