@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from tlt_jax import data, types
-from tlt_jax.rl import rewards, tiny_tasks
+from tlt_jax.rl import counting, rewards, tiny_tasks
 
 if typing.TYPE_CHECKING:
     from tlt_jax import config
@@ -358,10 +358,10 @@ def build(task: "config.Task", *, reward: str = "", eval_size: int = 64) -> Task
     """Makes the task of a run.
 
     Args:
-      task: `name` is `arithmetic`, `count`, a reasoning-gym generator, or the path of a
-        .jsonl or .parquet file. `options` are the arguments of `ArithmeticTask`,
-        `CountTask` or `FileTask`; for a generator they are those of `ReasoningGymTask`
-        together with its own. `seed` and `size` are those of generated examples
+      task: `name` is `arithmetic`, `count`, `counting`, a reasoning-gym generator, or
+        the path of a .jsonl or .parquet file. `options` are the arguments of
+        `ArithmeticTask`, `CountTask`, `CountingTask` or `FileTask`; for a generator
+        they are those of `ReasoningGymTask` together with its own. `seed` and `size` are those of generated examples
         (files are used whole, see `FileTask`'s `limit`).
       reward: a reward (`rewards.named`) in place of the task's own verifier.
       eval_size: number of evaluation examples (at most, for files).
@@ -411,4 +411,5 @@ def _make(
 _BUILT_IN: dict[str, Callable[..., Task]] = {
     "arithmetic": tiny_tasks.ArithmeticTask,
     "count": tiny_tasks.CountTask,
+    "counting": counting.CountingTask,
 }

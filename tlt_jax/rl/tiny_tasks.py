@@ -102,6 +102,15 @@ def draw(name: str, draws: Iterator[Any], fits: Callable[[Any], bool]) -> Any:
     )
 
 
+def pareto(rng: random.Random, least: int, most: int, alpha: float) -> int:
+    """Draws n with P(n >= k) = (least / k)^alpha for k up to `most`."""
+    uniform = 1.0 - rng.random()
+    # Compared first, because with a small alpha the power may overflow.
+    if uniform <= (least / most) ** alpha:
+        return most
+    return int(least * uniform ** (-1.0 / alpha))
+
+
 class _TextTask(GeneratedTask):
     """A task whose prompts and answers are short texts."""
 
@@ -212,13 +221,8 @@ class CountTask(_TextTask):
         self._seed = seed
 
     def _example(self, split: Split, index: int) -> types.Example:
-        uniform = 1.0 - random.Random(f"{self._seed}/{split}/{index}").random()
-        # Compared first, because with a small alpha the power may overflow.
-        limit = (self._min_n / self._max_n) ** self._alpha
-        if uniform <= limit:
-            n = self._max_n
-        else:
-            n = int(self._min_n * uniform ** (-1.0 / self._alpha))
+        rng = random.Random(f"{self._seed}/{split}/{index}")
+        n = pareto(rng, self._min_n, self._max_n, self._alpha)
         answer = " ".join(map(str, range(1, n + 1)))
         return types.Example(f"{self.name}/{split}/{index}", f"n={n}:", answer)
 

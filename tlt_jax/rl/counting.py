@@ -1,0 +1,80 @@
+"""Counting in words, for chat models: answers of long-tailed length that are checked.
+
+It is the smallest task with what makes rollouts of reasoning models slow: most answers
+are short, a few are many times as long, and a model can be right or wrong at each step.
+"""
+
+import random
+import re
+
+from tlt_jax import types
+from tlt_jax.rl import tiny_tasks
+
+
+class CountingTask(tiny_tasks.GeneratedTask):
+    """`Count from 7 to 21, separated by commas.` -> `7, 8, ..., 21`.
+
+    The number of numbers follows a Pareto law, P(num >= k) = (min_num / k)^alpha for k
+    up to max_num.
+
+    Args:
+      min_num: fewest numbers, at least 1.
+      max_num: most numbers; it gathers the tail beyond it.
+      alpha: the tail's exponent, above 0; the smaller, the heavier.
+      max_start: the first number is drawn evenly from 1 to it.
+      seed, size, eval_size, holdout_frac: as in `tasks.ReasoningGymTask`.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_num: int = 5,
+        max_num: int = 50,
+        alpha: float = 1.0,
+        max_start: int = 40,
+        seed: int = 0,
+        size: int = 1000,
+        eval_size: int = 64,
+        holdout_frac: float = 0.2,
+    ):
+        if not 1 <= min_num <= max_num or not alpha > 0 or max_start < 1:
+            raise ValueError(
+                f"min_num={min_num}, max_num={max_num}, alpha={alpha}, max_start="
+                f"{max_start}: 1 <= min_num <= max_num, alpha above 0 and max_start of "
+                "at least 1 are accepted."
+            )
+        super().__init__("counting", size, eval_size, holdout_frac)
+        self._min_num, self._max_num = min_num, max_num
+        self._alpha, self._max_start = alpha, max_start
+        self._seed = seed
+
+    def _example(self, split: tiny_tasks.Split, index: int) -> types.Example:
+        rng = random.Random(f"{self._seed}/{split}/{index}")
+        question, answer = tiny_tasks.draw(
+            self.name,
+            (self._question(rng) for _ in range(tiny_tasks.MAX_DRAWS)),
+            lambda item: self.belongs(item[0], split),
+        )
+        messages = ({"role": "user", "content": question},)
+        return types.Example(f"{self.name}/{split}/{index}", messages, answer)
+
+    def _question(self, rng: random.Random) -> tuple[str, str]:
+        num = tiny_tasks.pareto(rng, self._min_num, self._max_num, self._alpha)
+        start = rng.randint(1, self._max_start)
+        stop = start + num - 1
+        answer = ", ".join(map(str, range(start, stop + 1)))
+        return f"Count from {start} to {stop}, separated by commas.", answer
+
+    def score(self, example: types.Example, text: str) -> float:
+        """Scores right leading numbers by the longer of answer and text, in numbers.
+
+        So neither stopping early nor going on is free; words between numbers are.
+        """
+        if example.answer is None:
+            raise ValueError(f"example {example.example_id!r} has no answer.")
+        wanted = example.answer.split(", ")
+        got = re.findall(r"\d+", text)
+        right = 0
+        while right < min(len(wanted), len(got)) and wanted[right] == got[right]:
+            right += 1
+        return right / max(len(wanted), len(got))
