@@ -361,8 +361,9 @@ def build(task: "config.Task", *, reward: str = "", eval_size: int = 64) -> Task
       task: `name` is `arithmetic`, `count`, `counting`, a reasoning-gym generator, or
         the path of a .jsonl or .parquet file. `options` are the arguments of
         `ArithmeticTask`, `CountTask`, `CountingTask` or `FileTask`; for a generator
-        they are those of `ReasoningGymTask` together with its own. `seed` and `size` are those of generated examples
-        (files are used whole, see `FileTask`'s `limit`).
+        they are those of `ReasoningGymTask` together with its own. `seed` and `size`
+        are those of generated examples (files are used whole, see `FileTask`'s
+        `limit`).
       reward: a reward (`rewards.named`) in place of the task's own verifier.
       eval_size: number of evaluation examples (at most, for files).
 
