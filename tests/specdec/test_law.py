@@ -129,27 +129,19 @@ def draw_by_distribution(law, noise):
     return jnp.minimum(passed, law.scores.shape[-1] - 1).astype(jnp.int32)
 
 
-class Case:
-    """All rows of the enumeration, decoded as one batch."""
+class Rollouts:
+    """Completions of the prompt, decoded as one batch, with a weight for each row."""
 
-    def __init__(self, monkeypatch, sampling_cfg, most, ranking="coupled"):
-        self.sampling_cfg, self.ranking = sampling_cfg, ranking
-        self.most, self.cfg = most, DRAFTER
-        u, self.volumes = cells(sampling_cfg, most)
-        table = jnp.asarray(u, jnp.float32)
-
-        def keyed(keys, positions, vocab_size):
-            # A request's key is its row of the table.
-            row = keys[:, 1].astype(jnp.int32)
-            step = jnp.clip(positions - len(PROMPT), 0, most - 1)
-            return jnp.broadcast_to(table[row, step][:, None], (len(keys), vocab_size))
-
-        monkeypatch.setattr(noise, "gumbel", keyed)
-        monkeypatch.setattr(sampling.Law, "draw", draw_by_distribution)
-        params = jax.jit(drafter.init, static_argnums=0)(self.cfg, jax.random.key(5))
+    def __init__(self, sampling_cfg, most, volumes, cfg=DRAFTER, draft_ids=None, **how):
+        self.sampling_cfg, self.most, self.volumes = sampling_cfg, most, volumes
+        self.cfg, self.how = cfg, how
+        params = jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(5))
+        params = params.replace(draft_ids=draft_ids)
         self.weights = propose.DrafterWeights(
-            params, target().embed, drafter.head_rows(target(), None)
+            params, target().embed, drafter.head_rows(target(), draft_ids)
         )
+        num = len(volumes)
+        self.keys = np.stack([np.zeros(num), np.arange(num)], axis=1).astype(np.uint32)
         self.programs = {}
         self.run = speculate.run
 
@@ -176,7 +168,7 @@ class Case:
                     strategy=strategy,
                     drafter_cfg=self.cfg,
                     max_tokens=self.most,
-                    ranking=self.ranking,
+                    **self.how,
                     **common,
                 )
                 fn = functools.partial(self.run, settings=settings)
@@ -201,7 +193,6 @@ class Case:
         )
         texts = [list(PROMPT) for _ in range(num)]
         drafted = np.zeros(num, np.int32)
-        keys = np.stack([np.zeros(num), np.arange(num)], axis=1).astype(np.uint32)
         turn = itertools.cycle(strategies)
         num_calls = 0
         while True:
@@ -218,7 +209,7 @@ class Case:
                 page_table=table,
                 lengths=np.array([len(t) - 1 for t in texts], np.int32),
                 pending=np.array([t[-1] for t in texts], np.int32),
-                keys=keys,
+                keys=self.keys,
                 remaining=np.array(left, np.int32),
             )
             strategy = next(turn)
@@ -248,6 +239,24 @@ class Case:
                 texts, emitted.tokens, emitted.counts, strict=True
             ):
                 text.extend(drawn[:count].tolist())
+
+
+class Case(Rollouts):
+    """All rows of the enumeration."""
+
+    def __init__(self, monkeypatch, sampling_cfg, most):
+        u, volumes = cells(sampling_cfg, most)
+        table = jnp.asarray(u, jnp.float32)
+
+        def keyed(keys, positions, vocab_size):
+            # A request's key is its row of the table.
+            row = keys[:, 1].astype(jnp.int32)
+            step = jnp.clip(positions - len(PROMPT), 0, most - 1)
+            return jnp.broadcast_to(table[row, step][:, None], (len(keys), vocab_size))
+
+        monkeypatch.setattr(noise, "gumbel", keyed)
+        monkeypatch.setattr(sampling.Law, "draw", draw_by_distribution)
+        super().__init__(sampling_cfg, most, volumes)
 
 
 @functools.cache
@@ -318,7 +327,7 @@ MUTATIONS = {
         "",
     ),
     "drafted token taken, not the target's": (
-        "drawn = verify.draw(law, gumbel, tree)",
+        "drawn = verify.draw(law, chance, tree)",
         "drawn = jnp.roll(tree.tokens, -1, axis=1)",
     ),
 }

@@ -34,7 +34,7 @@ def weights(cfg):
 
 
 @functools.cache
-def program(sampling_cfg, cfg, strategy, ranking):
+def program(sampling_cfg, cfg, strategy, ranking, rule="keyed"):
     settings = speculate.Settings(
         cfg=hosts.CFG,
         strategy=strategy,
@@ -43,6 +43,7 @@ def program(sampling_cfg, cfg, strategy, ranking):
         max_tokens=MAX_TOKENS,
         drafter_cfg=cfg,
         ranking=ranking,
+        rule=rule,
     )
     fn = functools.partial(speculate.run, settings=settings)
     return jax.jit(fn, donate_argnums=(1,))
@@ -92,9 +93,9 @@ def whole_texts(cfg):
 class Host(hosts.Host):
     """Keeps features and the drafter's pages beside the target's."""
 
-    def __init__(self, rows, cfg=EAGLE, ranking="coupled", **options):
+    def __init__(self, rows, cfg=EAGLE, ranking="coupled", rule="keyed", **options):
         super().__init__(rows, **options)
-        self.drafter_cfg, self.ranking = cfg, ranking
+        self.drafter_cfg, self.how = cfg, (ranking, rule)
         num_pages, page_size = self.cache.num_pages, self.page_size
         sizes = num_pages, page_size, jnp.float32
         cache = kv_cache.create(hosts.CFG, *sizes, cfg.num_features * hosts.CFG.d_model)
@@ -169,9 +170,7 @@ class Host(hosts.Host):
             self.pad(tokens),
         )
         caches = speculate.Caches(self.cache, self.draft_cache)
-        caches, result = program(
-            sampling_cfg, self.drafter_cfg, strategy, self.ranking
-        )(
+        caches, result = program(sampling_cfg, self.drafter_cfg, strategy, *self.how)(
             self.params,
             caches,
             self.inputs(),

@@ -17,7 +17,7 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import scheduler
-from tlt_jax.specdec import ngram_store, propose, speculate
+from tlt_jax.specdec import chain, ngram_store, propose, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 
 
@@ -56,6 +56,10 @@ class DraftingConfig:
       ranking: of its candidates, see `propose`.
       tau: sharpness of the coupled score.
       texts: of suffix matches.
+      rule: of acceptance. `keyed` is ours: the tokens are those of plain decoding.
+        `rejection` and `block`, for comparison, keep their law alone: the tokens are
+        others, for every drafter and batch others again. They judge chains sampled
+        from the drafter, to which `ranking` and `tau` mean nothing; see `chain`.
     """
 
     table: strategy_lib.Table
@@ -63,17 +67,25 @@ class DraftingConfig:
     ranking: str = "coupled"
     tau: float = 0.5
     texts: TextsConfig = TextsConfig()
+    rule: str = chain.KEYED
 
-    def check(self, target: model_config.ModelConfig, max_length: int) -> None:
+    def check(
+        self,
+        target: model_config.ModelConfig,
+        max_length: int,
+        sampling_cfg: sampling.SamplingConfig,
+    ) -> None:
         """Refuse what cannot be built.
 
         Args:
           target: the model that verifies.
           max_length: longest text in positions.
+          sampling_cfg: the law.
 
         Raises:
-          ValueError: a setting is out of range, the drafter is another target's, or
-            texts may grow longer than it was trained for.
+          ValueError: a setting is out of range, the drafter is another target's, texts
+            may grow longer than it was trained for, or the rule cannot judge what the
+            strategies draft.
         """
         if self.ranking not in propose.RANKINGS:
             raise ValueError(
@@ -81,6 +93,7 @@ class DraftingConfig:
             )
         if not 0 < self.tau:
             raise ValueError(f"tau={self.tau} is not positive: try 0.5.")
+        chain.check(self.rule, self.table.strategies(), sampling_cfg)
         drafting = [s for s in self.table.strategies() if s.drafts]
         if self.drafter_cfg is None:
             if drafting:

@@ -205,6 +205,7 @@ class EnginePrograms:
                 max_tokens=cfg.steps_per_call,
                 drafter_cfg=self._drafter_cfg,
                 ranking=self._drafting_cfg.ranking,
+                rule=self._drafting_cfg.rule,
                 dtype=cfg.dtype,
                 kernels=self._kernels,
             )

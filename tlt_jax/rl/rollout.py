@@ -3,7 +3,7 @@
 Rows are admitted into free slots, decoded many steps a call, retired when they end, and
 packed into the next smaller batch bucket as the batch drains. Each decode call may
 speculate or not. Tokens do not depend on any of this: noise is keyed by request and
-position.
+position. (With a chain rule, `DraftingConfig.rule`, they do, and their law does not.)
 """
 
 import collections
@@ -20,7 +20,7 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import asked, drafting, engine_programs, scheduler
-from tlt_jax.specdec import decode, noise, programs
+from tlt_jax.specdec import chain, decode, noise, programs
 from tlt_jax.specdec import strategy as strategy_lib
 
 # Prompts prefilled by one call, at most; buckets are the powers of two up to it.
@@ -42,6 +42,7 @@ class RolloutStats:
       num_accepted: over rows and speculative steps, how often at least d drafted tokens
         were accepted; entry 0 counts the row-steps.
       strategies: decode calls by strategy; `none` is plain decoding.
+      rule: by which drafted tokens were accepted, see `drafting.DraftingConfig`.
       prefill_s, fill_s, decode_s: seconds on the host's clock, waiting for the device;
         no compilation.
       compile_s: seconds for which programs were waited for.
@@ -60,6 +61,7 @@ class RolloutStats:
     strategies: collections.Counter = dataclasses.field(
         default_factory=collections.Counter
     )
+    rule: str = chain.KEYED
     prefill_s: float = 0.0
     fill_s: float = 0.0
     decode_s: float = 0.0
@@ -117,8 +119,8 @@ class Engine:
           rules: how the cache is split over the mesh.
 
         Raises:
-          ValueError: stop strings without `decode_text`, or a drafter that does not
-            fit the target or the sizes.
+          ValueError: stop strings without `decode_text`, or `drafting_cfg` does not fit
+            the target, the sizes or the law.
         """
         if engine_cfg.stop and decode_text is None:
             raise ValueError(
@@ -132,7 +134,7 @@ class Engine:
         self.mesh = mesh or sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         self._drafting = None
         if drafting_cfg is not None:
-            drafting_cfg.check(cfg, engine_cfg.max_length)
+            drafting_cfg.check(cfg, engine_cfg.max_length, engine_cfg.sampling_cfg)
             self._drafting = drafting.Drafting(drafting_cfg, engine_cfg.page_size)
         self.programs = engine_programs.EnginePrograms(
             cfg,
@@ -248,6 +250,8 @@ class Engine:
         asked.check(requests, self.cfg.vocab_size, self.engine_cfg.max_length)
         engine_cfg = self.engine_cfg
         stats = RolloutStats()
+        if self._drafting is not None:
+            stats.rule = self._drafting.cfg.rule
         waited_before = self.pool.stats.waited_s
         plan = scheduler.Scheduler(
             requests,

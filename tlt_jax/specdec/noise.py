@@ -104,3 +104,41 @@ def gumbel(keys: Array, positions: Array, vocab_size: int) -> Array:
     u = ((bits >> np.uint32(1)).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-31
     u = jnp.minimum(u, 1.0 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-u))
+
+
+def uniform(keys: Array, positions: Array) -> Array:
+    """Draw numbers uniform on a grid of 2**-24 in [0, 1).
+
+    Args:
+      keys: `[N, 2] uint32`.
+      positions: `[N] int32`.
+
+    Returns:
+      `[N] float32`.
+    """
+    zero = jnp.zeros(positions.shape, jnp.uint32)
+    counter = (positions.astype(jnp.uint32), zero)
+    bits, _ = threefry2x32((keys[:, 0], keys[:, 1]), counter)
+    return (bits >> np.uint32(8)).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+
+
+def step_keys(keys: Array, lengths: Array, num: int) -> Array:
+    """Derive keys for chance that belongs to one step of a row, and not to a position.
+
+    The counters have the top bit, which no position has: nothing derived is noise of
+    the request itself.
+
+    Args:
+      keys: `[B, 2] uint32` of requests.
+      lengths: `[B] int32`, of the texts when the step begins.
+      num: independent keys for each row.
+
+    Returns:
+      `[num, B, 2] uint32`.
+    """
+    counter = (
+        lengths.astype(jnp.uint32) | np.uint32(1 << 31),
+        jnp.arange(num, dtype=jnp.uint32)[:, None],
+    )
+    words = threefry2x32((keys[:, 0], keys[:, 1]), counter, rounds=20)
+    return jnp.stack(words, axis=-1)

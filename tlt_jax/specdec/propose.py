@@ -8,7 +8,8 @@ Coupled ranking orders candidates by the same Gumbel noise with which the target
 draw that position, so that it guesses the sample and not the mode. A child's score
 estimates the chance that it is the target's draw: softmax over the vocabulary of
 (draft_logprobs + noise) / tau, multiplied along the path. Deterministic ranking, the
-paper's, takes the drafter's probabilities themselves.
+paper's, takes the drafter's probabilities themselves. With one child a node, tau 1 and
+noise that is not the target's, the tree is a chain sampled from the drafter's laws.
 
 Reference: Li et al., EAGLE-2, 2024, section 4; Daliri, Musco and Suresh, Coupling
 without Communication and Drafter-Invariant Speculative Decoding, 2024.
@@ -59,6 +60,23 @@ class Accepted:
     counts: Array
 
 
+@struct.dataclass
+class Drafted:
+    """What the drafter made of every row.
+
+    Attributes:
+      candidates: `strategy.num_drafted` a row.
+      keys, values: `[K, H, B, A]` of what was taken in, for the drafter's cache.
+      probs: `[B, draft_depth, Vd]`, laws behind the first `draft_depth` tokens of a
+        chain; None where they were not asked for.
+    """
+
+    candidates: candidates_lib.Candidates
+    keys: Array
+    values: Array
+    probs: Array | None
+
+
 def embedded(weights: DrafterWeights, tokens: Array, dtype) -> Array:
     """Look up `tokens [B, T]`, `[D, B, T]`."""
     return jnp.moveaxis(weights.embed[tokens].astype(dtype), -1, 0)
@@ -75,9 +93,10 @@ def draft(
     cfg: drafter.DrafterConfig,
     strategy: strategy_lib.Strategy,
     temperature: float,
+    keep_laws: bool = False,
     dtype=jnp.float32,
     kernels: str = "xla",
-) -> tuple[candidates_lib.Candidates, Array, Array]:
+) -> Drafted:
     """Expand the tree of every row.
 
     Args:
@@ -91,14 +110,15 @@ def draft(
       cfg: the drafter.
       strategy: depth and width.
       temperature: of the sampling law; 0 counts as 1, which keeps the order.
+      keep_laws: return the laws of a chain, too.
       dtype: of activations.
       kernels: see `transformer.forward`.
 
     Returns:
-      The candidates, `strategy.num_drafted` a row, and the keys and values
-      `[K, H, B, A]` of what was taken in, for the drafter's cache.
+      The candidates, and what belongs to them.
     """
     depth, topk = strategy.draft_depth, strategy.topk
+    assert topk == 1 or not keep_laws, strategy
     batch, width = accepted.tokens.shape
     view = transformer.CacheView(cache, page_table, accepted.start)
     out = drafter.forward(
@@ -115,9 +135,15 @@ def draft(
     root = jnp.take_along_axis(out.hidden, last, axis=2)
 
     def rank(hidden, level):
-        """Children of nodes `hidden [D, B, E']`: `[B, E', topk]` ids and scores."""
+        """Children of nodes `hidden [D, B, E']`: `[B, E', topk]` ids and scores.
+
+        Third the law behind the first node, `[B, Vd]`, where it is asked for.
+        """
         logits = drafter.logits(weights.params, cfg, weights.head, hidden, kernels)
         scores = logits if temperature in (0, 1) else logits / temperature
+        probs = None
+        if keep_laws:
+            probs = jnp.exp(scores - sampling.log_sum_exp(scores)[..., None])[:, 0]
         if noise is not None:
             here = lax.dynamic_index_in_dim(noise, level - 1, axis=1, keepdims=True)
             if weights.params.draft_ids is not None:
@@ -126,10 +152,13 @@ def draft(
         best, ids = best_of(scores, topk)
         if weights.params.draft_ids is not None:
             ids = weights.params.draft_ids[ids]
-        return ids, best - sampling.log_sum_exp(scores)[..., None]
+        return ids, best - sampling.log_sum_exp(scores)[..., None], probs
 
     num = strategy.num_drafted
-    ids, scores = rank(root, 1)
+    ids, scores, probs = rank(root, 1)
+    if keep_laws:
+        shape = (batch, depth, probs.shape[-1])
+        probs = jnp.zeros(shape, probs.dtype).at[:, 0].set(probs)
     found = candidates_lib.Candidates(
         tokens=jnp.zeros((batch, num), jnp.int32).at[:, :topk].set(ids[:, 0]),
         parents=jnp.full((batch, num), -1, jnp.int32),
@@ -137,7 +166,7 @@ def draft(
         scores=jnp.zeros((batch, num), jnp.float32).at[:, :topk].set(scores[:, 0]),
     )
     if depth == 1:
-        return found, out.keys, out.values
+        return Drafted(found, out.keys, out.values, probs)
 
     slots = width + (depth - 1) * topk
     seen = jnp.arange(slots) < accepted.counts[:, None]
@@ -151,6 +180,7 @@ def draft(
         scores=scores[:, 0],
         index=jnp.broadcast_to(jnp.arange(topk, dtype=jnp.int32), (batch, topk)),
         features=jnp.broadcast_to(root, (root.shape[0], batch, topk)),
+        probs=probs,
     )
     alone = attention.Visibility(
         ancestors=jnp.broadcast_to(jnp.eye(topk, dtype=bool), (batch, topk, topk))
@@ -170,7 +200,7 @@ def draft(
             dtype=dtype,
             kernels=kernels,
         )
-        ids, gains = rank(out.hidden, level)
+        ids, gains, behind = rank(out.hidden, level)
         scores = (live.scores[..., None] + gains).reshape(batch, topk**2)
         first = topk + (level - 2) * topk**2
         parents = jnp.repeat(live.index, topk, axis=1)
@@ -201,10 +231,11 @@ def draft(
             scores=best,
             index=first + chosen,
             features=jnp.take_along_axis(out.hidden, parent[None], axis=2),
+            probs=live.probs.at[:, level - 1].set(behind) if keep_laws else None,
         )
 
     live = lax.fori_loop(2, depth + 1, expand, live)
-    return live.found, out.keys, out.values
+    return Drafted(live.found, out.keys, out.values, live.probs)
 
 
 @struct.dataclass
@@ -219,6 +250,7 @@ class _Level:
     scores: Array
     index: Array  # of the live node among the candidates
     features: Array  # [D, B, E], the drafter's own output at the live node's parent
+    probs: Array | None  # [B, draft_depth, Vd], see Drafted
 
 
 def best_of(scores: Array, k: int) -> tuple[Array, Array]:

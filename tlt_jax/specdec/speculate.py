@@ -3,7 +3,8 @@
 A step proposes a tree behind each row's pending token, has the target read it in one
 pass, walks it by the target's own draws and appends the accepted path to the cache.
 Nothing is rolled back, and the tokens are those of `decode`, whatever was proposed: a
-bad proposer costs speed only.
+bad proposer costs speed only. The chain rules, offered for comparison, keep its law and
+not its tokens (`chain`).
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from tlt_jax.models import attention, drafter, kv_cache, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import candidates as candidates_lib
-from tlt_jax.specdec import decode, ngram, noise, propose, sampling, verify
+from tlt_jax.specdec import chain, decode, ngram, noise, propose, sampling, verify
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tree as tree_lib
 from tlt_jax.types import Array
@@ -34,7 +35,9 @@ class Settings:
       max_tokens: width of the result.
       drafter_cfg: the learned drafter, or None: suffix matches alone.
       ranking: `coupled` or `deterministic`; at temperature 0 there is no noise, and
-        both are the same.
+        both are the same. Chain rules have sampled drafts, whatever stands here.
+      rule: of acceptance, one of `chain.RULES`; what a chain rule asks of strategy and
+        law, `chain.check` says.
       dtype: of activations.
       kernels: see `transformer.forward`.
     """
@@ -46,6 +49,7 @@ class Settings:
     max_tokens: int
     drafter_cfg: drafter.DrafterConfig | None = None
     ranking: str = "coupled"
+    rule: str = chain.KEYED
     dtype: str = "float32"
     kernels: str = "xla"
 
@@ -53,6 +57,11 @@ class Settings:
     def coupled(self) -> bool:
         """Whether candidates are ranked by the noise of their positions."""
         return self.ranking == "coupled" and self.sampling_cfg.temperature > 0
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the target draws with the noise of positions."""
+        return self.rule == chain.KEYED
 
 
 @struct.dataclass
@@ -184,9 +193,9 @@ def run(
         )
 
     def step(state):
-        gumbel = _noise(rows.keys, state.lengths, most, settings)
-        candidates, proposed = _propose(state, rows, draft, gumbel, settings)
-        read = _verify(params, state, rows, candidates, gumbel, settings)
+        chance = _chance(rows.keys, state.lengths, settings)
+        candidates, proposed = _propose(state, rows, draft, chance, settings)
+        read = _verify(params, state, rows, candidates, proposed, chance, settings)
         return _advance(state, rows, candidates, proposed, read, token_limit, settings)
 
     state = lax.while_loop(keep_on, step, start)
@@ -215,9 +224,14 @@ def _behind(caches: Caches, rows: decode.Rows, draft: Draft) -> propose.Accepted
     )
 
 
-def _noise(keys, lengths, num, settings) -> Array:
-    """Noise of the next `num` positions of each row, `[B, num, V]`; greedily, none."""
-    batch = lengths.shape[0]
+def _chance(keys, lengths, settings) -> Array | chain.Chance:
+    """A step's noise: of the next A positions, `[B, A, V]`; none if greedy.
+
+    For chain rules: what they need.
+    """
+    batch, num = lengths.shape[0], settings.strategy.max_accept_length
+    if not settings.keyed:
+        return chain.chance(keys, lengths, num - 1, settings.cfg.vocab_size)
     if settings.sampling_cfg.temperature == 0:
         return jnp.zeros((batch, num, 1), jnp.float32)
     positions = lengths[:, None] + 1 + jnp.arange(num)
@@ -235,33 +249,45 @@ class _Proposed:
       keys, values: `[K, H, B, A]` for the drafter's cache, or None.
       matched: candidates of suffix matches alone, or None.
       match_lengths: `[B, C'] int32` of those.
+      draft_probs: `[B, A - 1, V]`, laws that a chain was sampled from, or None.
     """
 
     keys: Array | None = None
     values: Array | None = None
     matched: candidates_lib.Candidates | None = None
     match_lengths: Array | None = None
+    draft_probs: Array | None = None
 
 
 def _propose(
-    state, rows, draft, gumbel, settings
+    state, rows, draft, chance, settings
 ) -> tuple[candidates_lib.Candidates, _Proposed]:
     strategy = settings.strategy
-    drafted = matched = keys = values = match_lengths = None
+    drafted = matched = keys = values = match_lengths = draft_probs = None
     if strategy.drafts:
-        drafted, keys, values = propose.draft(
+        if settings.keyed:
+            gumbel, tau = chance if settings.coupled else None, draft.tau
+        else:
+            gumbel, tau = chance.draft, 1.0
+        made = propose.draft(
             draft.weights,
             state.caches.drafter,
             rows.page_table,
             state.accepted,
-            gumbel if settings.coupled else None,
-            draft.tau,
+            gumbel,
+            tau,
             cfg=settings.drafter_cfg,
             strategy=strategy,
             temperature=settings.sampling_cfg.temperature,
+            keep_laws=not settings.keyed,
             dtype=jnp.dtype(settings.dtype),
             kernels=settings.kernels,
         )
+        drafted, keys, values = made.candidates, made.keys, made.values
+        if not settings.keyed:
+            draft_probs = chain.whole_laws(
+                made.probs, draft.weights.params.draft_ids, settings.cfg.vocab_size
+            )
     if strategy.matches:
         matched, match_lengths = ngram.propose(
             state.matching.corpus,
@@ -274,19 +300,20 @@ def _propose(
         candidates = matched if drafted is None else drafted
     else:
         candidates = candidates_lib.combine(drafted, matched)
-    return candidates, _Proposed(keys, values, matched, match_lengths)
+    proposed = _Proposed(keys, values, matched, match_lengths, draft_probs)
+    return candidates, proposed
 
 
 @struct.dataclass
 class _Read:
-    """What the target made of the trees: its pass, and the walk by its draws."""
+    """What the target made of the trees: its pass, and the walk."""
 
     out: transformer.Output
     walk: verify.Walk
     logprobs: Array  # [B, A], of the tokens walked
 
 
-def _verify(params, state, rows, candidates, gumbel, settings) -> _Read:
+def _verify(params, state, rows, candidates, proposed, chance, settings) -> _Read:
     strategy = settings.strategy
     tree = tree_lib.select(candidates, state.pending, strategy.tokens_to_verify)
     words = tree_lib.ancestor_words(tree, strategy.draft_depth)
@@ -305,8 +332,13 @@ def _verify(params, state, rows, candidates, gumbel, settings) -> _Read:
     )
     logits = transformer.logits(params, out.hidden, settings.kernels)
     law = sampling.law(logits, settings.sampling_cfg)
-    drawn = verify.draw(law, gumbel, tree)
-    walk = verify.walk(tree, drawn, strategy.max_accept_length)
+    if settings.keyed:
+        drawn = verify.draw(law, chance, tree)
+        walk = verify.walk(tree, drawn, strategy.max_accept_length)
+    else:
+        walk = chain.judge(settings.rule, law, tree, proposed.draft_probs, chance)
+        # In a chain depth and node are one.
+        drawn = walk.tokens
     logprobs = jnp.take_along_axis(law.logprob_of(drawn), walk.path, axis=1)
     return _Read(out, walk, logprobs)
 
