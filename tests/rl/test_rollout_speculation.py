@@ -10,13 +10,14 @@ from tests.rl import test_rollout as plain
 from tlt_jax import sharding
 from tlt_jax.models import drafter
 from tlt_jax.rl import drafting, rollout
-from tlt_jax.specdec import strategy
+from tlt_jax.specdec import sampling, strategy
 
 DRAFTER = drafter.of_target(plain.CFG, feature_layers=(0, 1), draft_vocab_size=20)
 EAGLE = drafter.of_target(plain.CFG, output_norm=False)
 TABLES = {
     "chain": ("4:D3K1V4",),
     "by rows": ("1:D4K2V9", "2:D2K2V4"),
+    "tail": ("2:D3K1V4",),
     "ngram": ("4:D3K2V5-ngram",),
     "both": ("2:D3K2V7-both",),
 }
@@ -104,6 +105,30 @@ def test_two_devices_speculate_as_one(expected):
     completions, stats = engine.run(plain.REQUESTS[5:9], plain.SEED)
     assert_equal(completions, expected[0])
     assert stats.accept_length > 1
+    engine.pool.close()
+
+
+def test_a_chain_rule_gives_other_tokens_with_the_targets_log_probs():
+    law = sampling.SamplingConfig(temperature=0.8, top_p=0.95)
+    engine = engine_of("tail", EAGLE, dict(rule="rejection"), **SMALL, sampling_cfg=law)
+    completions, stats = engine.run(plain.REQUESTS, plain.SEED)
+    assert stats.rule == "rejection"
+    assert set(stats.strategies) == {"none", "D3K1V4"}
+    assert stats.num_preempted > 0 and stats.accept_length > 1
+    for request, completion in zip(plain.REQUESTS, completions, strict=True):
+        exact = plain.exact_logprobs(request, completion, law)
+        np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
+        ended = completion.tokens == plain.EOS
+        assert not ended[:-1].any()
+        assert ended[-1] == (completion.finish_reason == "eos")
+        assert ended[-1] or len(completion.tokens) == request.max_new_tokens
+    # The same run again gives the same tokens; another drafter gives others.
+    again, _ = engine.run(plain.REQUESTS, plain.SEED)
+    assert_equal(again, {c.request_id: c for c in completions})
+    engine.set_drafter(drafter_params(EAGLE, 1), version=1)
+    others, _ = engine.run(plain.REQUESTS, plain.SEED)
+    tokens = [[c.tokens.tolist() for c in run] for run in (completions, others)]
+    assert tokens[0] != tokens[1]
     engine.pool.close()
 
 
@@ -196,11 +221,23 @@ def test_shared_prompt_pages_are_filled_once():
         ),
         (lambda: engine_of("chain", drafting_changes=dict(tau=0.0)), "tau=0.0"),
         (
+            lambda: engine_of("by rows", drafting_changes=dict(rule="block")),
+            "strategy D4K2V9 is none: use D4K1V5",
+        ),
+        (
+            lambda: engine_of(
+                "chain",
+                drafting_changes=dict(rule="block"),
+                sampling_cfg=sampling.SamplingConfig(temperature=0),
+            ),
+            "temperature=0 samples nothing",
+        ),
+        (
             lambda: plain.engine_of().set_drafter(drafter_params(EAGLE), 0),
             "without drafting_cfg",
         ),
     ],
-    ids="target length none ranking tau plain".split(),
+    ids="target length none ranking tau rule greedy plain".split(),
 )
 def test_what_cannot_be_built_is_refused(build, message):
     with pytest.raises(ValueError, match=message):

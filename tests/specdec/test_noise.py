@@ -87,6 +87,20 @@ def test_noise_equals_its_definition(vocab_size):
     )
 
 
+def test_keys_of_steps_and_uniform_numbers_equal_their_definition():
+    keys = noise.request_keys(5, [0, 9])
+    lengths = np.array([0, 2**31 - 1], np.int32)
+    derived = jax.jit(noise.step_keys, static_argnums=2)(keys, lengths, 3)
+    drawn = jax.jit(noise.uniform)(keys, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        key = tuple(map(int, keys[row]))
+        for purpose in range(3):
+            # The top bit: no position has it.
+            block = threefry_twin(key, (length + 2**31, purpose), 20)
+            assert tuple(map(int, derived[purpose, row])) == block
+        assert drawn[row] == (threefry_twin(key, (length, 0), 13)[0] >> 8) / 2**24
+
+
 def test_request_keys_equal_their_definition():
     seed, ids = 3 + 7 * 2**32, [0, 1, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1]
     keys = noise.request_keys(seed, ids)
@@ -194,6 +208,9 @@ def test_every_word_gives_a_finite_number_that_rises_with_it(monkeypatch):
     drawn = noise.gumbel(np.zeros((1, 2), np.uint32), np.zeros(1, np.int32), 18)
     drawn = np.asarray(drawn)[0, :9]
     assert np.all(np.isfinite(drawn))
+    uniform = noise.uniform(np.zeros((1, 2), np.uint32), np.zeros(1, np.int32))
+    uniform = np.asarray(uniform)[0]
+    assert np.all((uniform >= 0) & (uniform < 1)) and np.all(np.diff(uniform) >= 0)
     assert np.all(np.diff(drawn) <= 0)
     np.testing.assert_allclose(drawn[0], np.log(2.0**32), rtol=1e-6)
     np.testing.assert_allclose(drawn[-1], -np.log(24 * np.log(2)), rtol=1e-6)
