@@ -3,7 +3,9 @@
     python -m experiments.accept_length --scale=cpu --drafter=WORKDIR
 
 Held-out prompts of the drafter's own texts are answered at temperatures 0 and 1 under
-each strategy. The tokens are the same in all of them, so that accept lengths compare.
+each strategy. The tokens are the same in all of them, so that accept lengths compare;
+not so under the standard chain rules (`rejection`, `block`), whose tokens are other
+samples of the same law.
 Accept length: tokens per target forward and row, recovered or bonus token included.
 What it is worth in time is `experiments.speculation_speed`.
 
@@ -20,9 +22,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments import harness, speculation_harness
+from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
 
 SLUG = "accept_length"
+GREEDY = "deterministic"
+CHAIN_RULES = ("rejection", "block")
 STRATEGIES = "D2K1V3,D4K1V5,D8K1V9,D4K2V8,D8K2V16,D8K4V16,D8K4V32"
 
 
@@ -43,7 +48,11 @@ def measure(
     tokens: dict[float, list],
 ) -> harness.Row:
     """Answers the prompts under one strategy; returns what was accepted."""
-    engine = setting.engine(setting.options.batch, temperature, strategy, ranking)
+    rule = ranking if ranking in CHAIN_RULES else chain.KEYED
+    ranking_of = "coupled" if ranking in CHAIN_RULES else ranking
+    engine = setting.engine(
+        setting.options.batch, temperature, strategy, ranking_of, rule
+    )
     completions, stats = engine.run(setting.requests(setting.options.num_prompts), 0)
     engine.pool.close()
     drawn = [completion.tokens.tolist() for completion in completions]
@@ -118,8 +127,10 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     rows, tokens = [], {}
     for temperature in temperatures:
         # Greedily there is no noise to couple by.
-        rankings = ("coupled", "deterministic") if temperature else ("deterministic",)
         for strategy in strategies:
+            rankings = ["coupled", "deterministic"] if temperature else [GREEDY]
+            if temperature and strategy.topk == 1:
+                rankings += CHAIN_RULES
             for ranking in rankings:
                 row = measure(setting, temperature, ranking, strategy, tokens)
                 rows.append(row)

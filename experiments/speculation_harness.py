@@ -10,8 +10,8 @@ import numpy as np
 from experiments import harness, prompts
 from tlt_jax import compile_cache, drafter_texts, policy, speculation, types
 from tlt_jax.models import drafter_io
-from tlt_jax.rl import drafting, rollout
-from tlt_jax.specdec import hidden_buffer, sampling
+from tlt_jax.rl import rollout
+from tlt_jax.specdec import chain, hidden_buffer, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 
 MAX_PROMPT_TOKENS = 192
@@ -73,6 +73,7 @@ class Setting:
         temperature: float,
         strategy: strategy_lib.Strategy | None,
         ranking: str = "coupled",
+        rule: str = chain.KEYED,
     ) -> rollout.Engine:
         """Makes an engine of `batch` rows that always does the same."""
         chosen = None
@@ -82,8 +83,7 @@ class Setting:
                     self.drafter.drafting_cfg,
                     table=strategy_lib.Table(((batch, strategy),)),
                     ranking=ranking,
-                    drafter_cfg=self.drafter.drafting_cfg.drafter_cfg,
-                    texts=drafting.TextsConfig(),
+                    rule=rule,
                 ),
                 self.drafter.params,
             )

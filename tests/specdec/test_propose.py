@@ -145,11 +145,11 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature):
         counts=counts,
     )
     noise = jax.random.gumbel(jax.random.key(3), (NUM, 4, hosts.CFG.vocab_size))
-    found, keys, values = draft_program(coupled, temperature)(
+    made = draft_program(coupled, temperature)(
         weights(), cache, table, accepted, noise, jnp.float32(0.6)
     )
-    found = jax.device_get(found)
-    assert keys.shape == values.shape == (2, 6, NUM, width)
+    found = jax.device_get(made.candidates)
+    assert made.keys.shape == made.values.shape == (2, 6, NUM, width)
     for row in range(NUM):
         wanted = slow_draft(row, noise if coupled else None, 0.6, temperature)
         paths = {-1: ((), 0.0)}
