@@ -11,15 +11,20 @@ def test_prompts_and_answers():
     task = tasks.build(config.Task(name="counting", size=200), eval_size=32)
     train, held_out = task.examples("train"), task.examples("eval")
     for example in train:
-        (message,) = example.prompt
+        assert [turn["role"] for turn in example.prompt] == 2 * [
+            "user",
+            "assistant",
+        ] + ["user"]
+        assert example.prompt[1]["content"] == "3, 4, 5, 6, 7, 8, 9"
+        message = example.prompt[-1]
         words = message["content"].split()
         first, last = int(words[2]), int(words[4].rstrip(","))
         wanted = list(range(first, last + 1))
         assert [int(n) for n in example.answer.split(", ")] == wanted
         assert 5 <= len(wanted) <= 50 and 1 <= first <= 40
         assert task.score(example, example.answer) == 1.0
-    questions = {example.prompt[0]["content"] for example in train}
-    assert not questions & {example.prompt[0]["content"] for example in held_out}
+    questions = {example.prompt[-1]["content"] for example in train}
+    assert not questions & {example.prompt[-1]["content"] for example in held_out}
     lengths = [example.answer.count(",") + 1 for example in train]
     # P(num >= 10) = 1/2, P(num = 50) = 1/10.
     assert 0.35 < np.mean(np.array(lengths) >= 10) < 0.65
@@ -48,5 +53,7 @@ def test_bad_settings():
         counting.CountingTask(min_num=0)
     with pytest.raises(ValueError, match="max_start of at least 1"):
         counting.CountingTask(max_start=0)
+    with pytest.raises(ValueError, match="num_shots=4: there are 0 to 3"):
+        counting.CountingTask(num_shots=4)
     with pytest.raises(ValueError, match="has no answer"):
         counting.CountingTask().score(types.Example("a", (), None), "1")

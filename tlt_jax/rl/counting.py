@@ -11,8 +11,14 @@ from tlt_jax import types
 from tlt_jax.rl import tiny_tasks
 
 
+# What stands before the question, as answered turns.
+_SHOTS = ((3, 9), (21, 33), (64, 70))
+
+
 class CountingTask(tiny_tasks.GeneratedTask):
     """`Count from 7 to 21, separated by commas.` -> `7, 8, ..., 21`.
+
+    Without examples before it, small models answer at temperature 1 with anything.
 
     The number of numbers follows a Pareto law, P(num >= k) = (min_num / k)^alpha for k
     up to max_num.
@@ -22,6 +28,7 @@ class CountingTask(tiny_tasks.GeneratedTask):
       max_num: most numbers; it gathers the tail beyond it.
       alpha: the tail's exponent, above 0; the smaller, the heavier.
       max_start: the first number is drawn evenly from 1 to it.
+      num_shots: answered examples before the question, at most 3.
       seed, size, eval_size, holdout_frac: as in `tasks.ReasoningGymTask`.
     """
 
@@ -32,6 +39,7 @@ class CountingTask(tiny_tasks.GeneratedTask):
         max_num: int = 50,
         alpha: float = 1.0,
         max_start: int = 40,
+        num_shots: int = 2,
         seed: int = 0,
         size: int = 1000,
         eval_size: int = 64,
@@ -43,9 +51,18 @@ class CountingTask(tiny_tasks.GeneratedTask):
                 f"{max_start}: 1 <= min_num <= max_num, alpha above 0 and max_start of "
                 "at least 1 are accepted."
             )
+        if not 0 <= num_shots <= len(_SHOTS):
+            raise ValueError(
+                f"num_shots={num_shots}: there are 0 to {len(_SHOTS)} examples."
+            )
         super().__init__("counting", size, eval_size, holdout_frac)
         self._min_num, self._max_num = min_num, max_num
         self._alpha, self._max_start = alpha, max_start
+        self._shots = [
+            {"role": role, "content": text}
+            for shot in _SHOTS[:num_shots]
+            for role, text in zip(("user", "assistant"), _count(*shot), strict=True)
+        ]
         self._seed = seed
 
     def _example(self, split: tiny_tasks.Split, index: int) -> types.Example:
@@ -55,15 +72,13 @@ class CountingTask(tiny_tasks.GeneratedTask):
             (self._question(rng) for _ in range(tiny_tasks.MAX_DRAWS)),
             lambda item: self.belongs(item[0], split),
         )
-        messages = ({"role": "user", "content": question},)
+        messages = (*self._shots, {"role": "user", "content": question})
         return types.Example(f"{self.name}/{split}/{index}", messages, answer)
 
     def _question(self, rng: random.Random) -> tuple[str, str]:
         num = tiny_tasks.pareto(rng, self._min_num, self._max_num, self._alpha)
         start = rng.randint(1, self._max_start)
-        stop = start + num - 1
-        answer = ", ".join(map(str, range(start, stop + 1)))
-        return f"Count from {start} to {stop}, separated by commas.", answer
+        return _count(start, start + num - 1)
 
     def score(self, example: types.Example, text: str) -> float:
         """Scores right leading numbers by the longer of answer and text, in numbers.
@@ -78,3 +93,9 @@ class CountingTask(tiny_tasks.GeneratedTask):
         while right < min(len(wanted), len(got)) and wanted[right] == got[right]:
             right += 1
         return right / max(len(wanted), len(got))
+
+
+def _count(start: int, stop: int) -> tuple[str, str]:
+    """Question and answer."""
+    answer = ", ".join(map(str, range(start, stop + 1)))
+    return f"Count from {start} to {stop}, separated by commas.", answer
