@@ -10,7 +10,6 @@ import re
 from tlt_jax import types
 from tlt_jax.rl import tiny_tasks
 
-
 # What stands before the question, as answered turns.
 _SHOTS = ((3, 9), (21, 33), (64, 70))
 
