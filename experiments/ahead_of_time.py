@@ -203,9 +203,9 @@ class Recipe:
         self.mesh = sharding.make_mesh(
             run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices=devices
         )
-        # Counted over all devices: 2048 predictions on each. A run takes the learner's
-        # default, which holds less and gathers the head's weights more often.
-        self.head_chunk = 2048 * run.mesh.data * run.mesh.fsdp
+        # Predictions on each device. A run takes the learner's default, which holds
+        # less and gathers the head's weights more often.
+        self.head_chunk = 2048
         pool = programs.ProgramPool()
         self.learner = learner.Learner(
             model, run, mesh=self.mesh, pool=pool, head_chunk=self.head_chunk
@@ -429,7 +429,7 @@ def run_model(
             "mesh": "x".join(str(size) for size in recipe.mesh.devices.shape),
             "row_tokens": run.learner.row_tokens,
             "rows_per_device": run.learner.rows_per_micro_batch,
-            "head_chunk": recipe.head_chunk,
+            "head_chunk": recipe.learner.forward_cfg.head_chunk,
             "remat": run.model.remat,
             "max_batch": run.rollout.max_batch,
             **measure(program, HBM_BYTES[chip]),

@@ -114,6 +114,7 @@ class Trainer:
         self._make_learner()
         self.engine = self._engine(run.sampling.temperature)
         closing.callback(self.engine.pool.close)
+        closing.callback(self.learner_pool.close)
         self.sync = weight_sync.WeightSync(
             self.model,
             source=self.learner.mesh,
@@ -161,7 +162,7 @@ class Trainer:
         """Take every step that is left; return the last record."""
         self._sync_weights()
         if self.step < self.run.num_steps:
-            self.engine.warm_up(wait=False)
+            self.warm_up(wait=False)
         if self.run.eval.every and self.step == 0:
             self.writer.write({"step": 0, **self.evaluate()})
         row: dict[str, Any] = {"step": self.step}
@@ -174,6 +175,40 @@ class Trainer:
         self._draw()
         return row
 
+    def warm_up(self, *, wait: bool = True) -> None:
+        """Compile every program of the steps to come, in the background."""
+        self.engine.warm_up(wait=wait)
+        run = self.run
+        num_prompts = run.rollout.prompts_per_step // run.learner.minibatches
+        for width in self.layout.widths:
+            blank = experience.filling(width, num_prompts, run.rollout.group_size)
+            given = blank.logprobs
+            from_rollout = run.learner.old_logprobs == "rollout"
+            _, (micro, *_) = experience.micro_batches(
+                blank,
+                self.layout,
+                self.algorithm,
+                np.zeros(len(given), np.float32),
+                max_new_tokens=run.rollout.max_new_tokens,
+                old_logprobs=given if from_rollout or self._recomputes else None,
+                ref_logprobs=None if self.reference is None else given,
+            )
+            with_logprobs = self.reference is not None or self._recomputes
+            self.learner.prepare(
+                micro, self.algorithm.loss, with_logprobs=with_logprobs
+            )
+        if wait:
+            self.learner_pool.wait()
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether the old log-probabilities need a pass of their own.
+
+        With one update they do not: the policy has not moved since.
+        """
+        cfg = self.run.learner
+        return cfg.old_logprobs == "recompute" and cfg.epochs * cfg.minibatches > 1
+
     def take_step(self) -> dict[str, Any]:
         """Collect, update, sync; write the record and what else is due."""
         run = self.run
@@ -185,6 +220,9 @@ class Trainer:
                 f"  step {self.step + 1}: {row['reward/num_failed']} rewards failed, "
                 f"the first: {row['reward/first_failure']}"
             )
+        if self.learner.mesh.devices.flat[0].platform != "cpu":
+            # The update needs the memory, and a new cache costs nothing there.
+            self.engine.release_cache()
         if batch is not None:
             row |= self._update(batch, timer)
             self.display.stage("sync")
@@ -239,14 +277,11 @@ class Trainer:
         old_logprobs = reference = None
         if self.reference is not None:
             reference = timer.time("inference", self._logprobs, self.reference, batch)
-        num_updates = run.learner.epochs * run.learner.minibatches
-        if run.learner.old_logprobs == "recompute":
-            # One update: the policy has not moved since, its own forward is the old.
-            if num_updates > 1:
-                old_logprobs = timer.time(
-                    "inference", self._logprobs, self.state.params, batch
-                )
-        else:
+        if self._recomputes:
+            old_logprobs = timer.time(
+                "inference", self._logprobs, self.state.params, batch
+            )
+        elif run.learner.old_logprobs == "rollout":
             old_logprobs = batch.logprobs
         advantages_n = experience.advantages_of(
             batch, self.algorithm, run.rollout.max_new_tokens, reference

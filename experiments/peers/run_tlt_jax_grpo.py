@@ -48,7 +48,8 @@ class Peer:
         self.run_cfg = config.load(
             {
                 "num_steps": request["max_steps"],
-                "model": {"spec": request["model"]},
+                # Nothing is computed twice, as in TRL without checkpointing.
+                "model": {"spec": request["model"], "remat": "none"},
                 "task": {
                     "name": str(task),
                     "options": {"holdout_frac": 0.0},
@@ -109,7 +110,7 @@ class Peer:
         display = progress.Progress(self.run_cfg.num_steps, mode="off")
         self.trainer = kind(self.run_cfg, folder, display)
         self.trainer._sync_weights()
-        self.trainer.engine.warm_up()
+        self.trainer.warm_up()
 
 
 if __name__ == "__main__":

@@ -182,3 +182,18 @@ def test_record_of_rewards_and_lengths():
         "length/clipped_frac": 0.25,
         "rollout/tokens": 10,
     }
+
+
+def test_widths_decide_all_shapes():
+    layout = experience.Layout(row_tokens=18, rows_per_micro_batch=2)
+    assert layout.widths == [18, 15, 10, 5]
+
+    def shapes(made):
+        (part,) = layout.pack(made)
+        return part.tokens.shape, part.target.shape, part.num_sequences
+
+    prepared = [shapes(experience.filling(w, 2, 2)) for w in layout.widths]
+    assert [shape for shape, _, _ in prepared] == [(2, w) for w in layout.widths]
+    # Prompts of one token: rows of 3 + 3 + 1, 2 + 1 + 1 and so on.
+    for lengths in ((1, 1, 1, 0), (1, 2, 1, 1), (5, 5, 1, 0), (8, 8, 8, 8)):
+        assert shapes(batch(lengths=lengths)) in prepared

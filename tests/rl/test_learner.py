@@ -347,6 +347,27 @@ def test_same_shapes_compile_once():
     pool.close()
 
 
+def test_what_was_prepared_is_not_compiled_again():
+    pool = programs.ProgramPool()
+    made = learner.Learner(
+        MODEL, make_run(), mesh=sharding.make_mesh(1, 1, 1), pool=pool
+    )
+    (part,) = packing.split(pack_evenly(make_groups()), ROWS)
+    batch = make_batch(part)
+    made.prepare(batch, LOSS, with_logprobs=True)
+    pool.wait()
+    state = made.init_state(make_params())
+    compiled = pool.stats.num_compiled
+    made.logprobs(state.params, [part])
+    made.update(state, [batch], LOSS)
+    assert pool.stats.num_compiled == compiled
+    pool.close()
+
+
+def test_logits_held_at_once_are_counted_on_each_device(make_learner):
+    assert make_learner((2, 2, 2), head_chunk=3).forward_cfg.head_chunk == 12
+
+
 def test_first_logprobs_are_the_inference_passes(make_learner):
     trainer = make_learner()
     state = trainer.init_state(make_params())

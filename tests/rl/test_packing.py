@@ -263,3 +263,15 @@ def test_rows_of_padding_alone_hold_nothing():
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_uniform_shapes_depend_on_width_and_count_alone():
+    def shapes(sizes):
+        packed = packing.pack(
+            make_groups(sizes), row_tokens=32, rounding=8, uniform=True
+        )
+        (part,) = packing.split(packed, 1)
+        return part.tokens.shape, part.target.shape, part.num_sequences
+
+    assert shapes([(9, [4]), (1, [1, 3])]) == ((1, 24), (1, 24), 4)
+    assert shapes([(2, [15, 0, 0])]) == ((1, 24), (1, 24), 4)

@@ -78,6 +78,31 @@ class Experience:
         )
 
 
+def filling(width: int, num_prompts: int, group_size: int) -> Experience:
+    """Make up a batch that packs into rows of a width, to prepare programs with.
+
+    Args:
+      width: of one row; at least 2.
+      num_prompts, group_size: P and R of the batches to come.
+
+    Returns:
+      A first completion that fills the row, and others without tokens.
+    """
+
+    def completion(number, length):
+        zeros = np.zeros(length)
+        return types.Completion(
+            number, zeros.astype(np.int32), zeros.astype(np.float32), "length"
+        )
+
+    num = num_prompts * group_size
+    return Experience(
+        [prompts.Prompt(i, None, np.zeros(1, np.int32)) for i in range(num_prompts)],
+        [completion(i, 0 if i else width - 1) for i in range(num)],
+        np.zeros((num_prompts, group_size)),
+    )
+
+
 def advantages_of(
     batch: Experience,
     algorithm: algorithms.Algorithm,
@@ -116,7 +141,8 @@ def advantages_of(
 class Layout:
     """How batches are packed.
 
-    Widths are rounded to quarters of a row, so that few shapes are compiled.
+    Rows are as wide as one of `widths`, which with the number of completions decides
+    all shapes: the few programs can be compiled before they are needed.
 
     Attributes:
       row_tokens: longest row.
@@ -126,13 +152,24 @@ class Layout:
     row_tokens: int
     rows_per_micro_batch: int
 
+    @property
+    def widths(self) -> list[int]:
+        """T of all rows there can be: quarters of a row, the widest first."""
+        quarters = range(self._quarter, self.row_tokens, self._quarter)
+        return [self.row_tokens, *reversed(quarters)]
+
+    @property
+    def _quarter(self) -> int:
+        return max(-(-self.row_tokens // 4), 1)
+
     def pack(self, batch: Experience) -> list[packing.Packed]:
         """Pack a batch into micro-batches of equal shape."""
         packed = packing.pack(
             batch.groups(),
             row_tokens=self.row_tokens,
             rows_multiple=self.rows_per_micro_batch,
-            rounding=max(self.row_tokens // 4, 1),
+            rounding=self._quarter,
+            uniform=True,
         )
         return packing.split(packed, self.rows_per_micro_batch)
 

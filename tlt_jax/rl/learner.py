@@ -6,6 +6,7 @@ follows. What is jitted are pure functions; the `Learner` places, compiles and c
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -167,11 +168,14 @@ class Learner:
           mesh: with the axes of `sharding.MESH_AXES`.
           pool: of compiled programs.
           rules: logical to mesh axes; None: the default ones.
-          head_chunk: see `policy_gradient.ForwardConfig`.
+          head_chunk: predictions whose logits each part of the batch holds at once;
+            see `policy_gradient.ForwardConfig`, which counts them over all parts.
 
         Raises:
           ValueError: a weight does not divide over the mesh.
         """
+        self.mesh = mesh
+        self.rules = rules or sharding_lib.ShardingRules()
         self.forward_cfg = policy_gradient.ForwardConfig(
             model=model,
             law=sampling.SamplingConfig(
@@ -182,10 +186,8 @@ class Learner:
             ),
             dtype=jnp.dtype(run.precision),
             remat=run.model.remat,
-            head_chunk=head_chunk,
+            head_chunk=head_chunk * self._num_parts,
         )
-        self.mesh = mesh
-        self.rules = rules or sharding_lib.ShardingRules()
         self._pool = pool
         updates_per_step = run.learner.minibatches * run.learner.epochs
         settings = dict(num_steps=run.num_steps, updates_per_step=updates_per_step)
@@ -204,8 +206,12 @@ class Learner:
     @property
     def rows_per_micro_batch(self) -> int:
         """Rows of a micro-batch: the configured number on every part of the batch."""
-        parts = [self.mesh.shape[axis] for axis in self.rules.batch]
-        return self._rows_per_device * int(np.prod(parts))
+        return self._rows_per_device * self._num_parts
+
+    @property
+    def _num_parts(self) -> int:
+        """Parts into which the mesh splits a batch."""
+        return math.prod(self.mesh.shape[axis] for axis in self.rules.batch)
 
     def abstract_state(self) -> TrainState:
         """Return shapes, dtypes and shardings of the state, as restoring needs them."""
@@ -253,12 +259,30 @@ class Learner:
         outputs = []
         for part in parts:
             rows = self._place(policy_gradient.rows_of(part))
-            program = self._pool.get(
-                (*self._key, "logprobs", _shapes(rows)),
-                functools.partial(self._lower_logprobs, rows),
-            )
-            outputs.append(program(params, rows))
+            outputs.append(self._pool.get(*self._logprobs_program(rows))(params, rows))
         return [np.asarray(x) for x in jax.device_get(outputs)]
+
+    def prepare(
+        self,
+        batch: policy_gradient.MicroBatch,
+        cfg: losses.LossConfig,
+        *,
+        with_logprobs: bool = False,
+    ) -> None:
+        """Compile what micro-batches of these shapes need, in the background.
+
+        Args:
+          batch: of the shapes; its numbers do not matter.
+          cfg: the loss.
+          with_logprobs: `logprobs` will be called as well.
+        """
+        rows, columns = self._place(batch.rows), self._place(batch.columns)
+        wanted = [self._accumulate_program(rows, columns, cfg, batch.num_sequences)]
+        if with_logprobs:
+            wanted.append(self._logprobs_program(rows))
+        wanted += [self._zeros_program(), self._apply_program()]
+        for key, lower in wanted:
+            self._pool.prepare(key, lower)
 
     def update(
         self,
@@ -286,20 +310,16 @@ class Learner:
             raise ValueError(
                 "micro_batches is empty: skip the update when nothing was packed."
             )
-        carry = self._pool.get((*self._key, "zeros"), self._lower_zeros)()
+        carry = self._pool.get(*self._zeros_program())()
         fetched = []
         for batch in micro_batches:
             rows, columns = self._place(batch.rows), self._place(batch.columns)
-            shapes = _shapes((rows, columns))
             program = self._pool.get(
-                (*self._key, "accumulate", cfg, batch.num_sequences, shapes),
-                functools.partial(
-                    self._lower_accumulate, rows, columns, cfg, batch.num_sequences
-                ),
+                *self._accumulate_program(rows, columns, cfg, batch.num_sequences)
             )
             carry, *outputs = program(state.params, carry, rows, columns)
             fetched.append(outputs)
-        step = self._pool.get((*self._step_key, "apply"), self._lower_apply)
+        step = self._pool.get(*self._apply_program())
         state, outcome = step(state, carry)
         del carry
         sums, logprobs = zip(*jax.device_get(fetched), strict=True)
@@ -354,6 +374,24 @@ class Learner:
         return lax.with_sharding_constraint(
             x_DBT, sharding_lib.named(self.mesh, self.rules, (None, "batch", None))
         )
+
+    def _logprobs_program(self, rows):
+        """The program's key in the pool, and what lowers it; so with the others."""
+        lower = functools.partial(self._lower_logprobs, rows)
+        return (*self._key, "logprobs", _shapes(rows)), lower
+
+    def _accumulate_program(self, rows, columns, cfg, num_sequences):
+        shapes = _shapes((rows, columns))
+        lower = functools.partial(
+            self._lower_accumulate, rows, columns, cfg, num_sequences
+        )
+        return (*self._key, "accumulate", cfg, num_sequences, shapes), lower
+
+    def _zeros_program(self):
+        return (*self._key, "zeros"), self._lower_zeros
+
+    def _apply_program(self):
+        return (*self._step_key, "apply"), self._lower_apply
 
     def _by_rows(self):
         return sharding_lib.named(self.mesh, self.rules, ("batch",))

@@ -99,6 +99,7 @@ def pack(
     row_tokens: int,
     rows_multiple: Rounding = 1,
     rounding: Rounding = "power_of_two",
+    uniform: bool = False,
 ) -> Packed:
     """Packs groups into few rows, each prompt computed once per row it appears in.
 
@@ -112,6 +113,8 @@ def pack(
       rows_multiple: B is rounded up to it, so that `split` divides evenly.
       rounding: T and M are rounded up to it (but T not beyond `row_tokens`), so that
         few shapes are compiled: a multiple or `power_of_two`.
+      uniform: M is T and `row_sequences` bounds all n completions, so that T and n
+        alone decide what a micro-batch compiles.
 
     Returns:
       The rows.
@@ -128,7 +131,7 @@ def pack(
         [trees[i] for i in row]
         for row in _first_fit_decreasing([tree.size for tree in trees], row_tokens)
     ]
-    return _lay_out(rows, groups, row_tokens, rows_multiple, rounding)
+    return _lay_out(rows, groups, row_tokens, rows_multiple, rounding, uniform)
 
 
 def pad(
@@ -352,20 +355,21 @@ def _lay_out(
     row_tokens: int,
     rows_multiple: Rounding,
     rounding: Rounding,
+    uniform: bool = False,
 ) -> Packed:
     """Writes the trees of each row into arrays of rounded shape."""
     lengths = np.array([len(r) for g in groups for r in g.responses], np.int32)
     starts = np.cumsum(lengths) - lengths
     longest = max(sum(tree.size for tree in row) for row in rows)
-    most = max(sum(tree.num_predictions for tree in row) for row in rows)
     num_columns = min(_round_up("rounding", longest, rounding), row_tokens)
-    num_predictions = min(_round_up("rounding", most, rounding), num_columns)
+    if uniform:
+        num_predictions, most_sequences = num_columns, len(lengths)
+    else:
+        most = max(sum(tree.num_predictions for tree in row) for row in rows)
+        num_predictions = min(_round_up("rounding", most, rounding), num_columns)
+        most_sequences = max(sum(len(tree.responses) for tree in row) for row in rows)
     num_rows = _round_up("rows_multiple", len(rows), rows_multiple)
-    row_sequences = _round_up(
-        "rounding",
-        max(sum(len(tree.responses) for tree in row) for row in rows),
-        "power_of_two",
-    )
+    row_sequences = _round_up("rounding", most_sequences, "power_of_two")
 
     arrays = {
         name: np.full((num_rows, width), fill, np.int32)
