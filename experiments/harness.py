@@ -109,6 +109,14 @@ class Runner:
 
     def _ended(self, how: str) -> str:
         log = self.log_path.read_text(encoding="utf-8", errors="replace")
+        try:
+            status = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            status = None  # it has closed its output and lives on
+        if status == -signal.SIGKILL:
+            how += " (killed: where nobody did it, the kernel for want of memory)"
+        elif status is not None:
+            how += f" (exit status {status})"
         return (
             f"{self.system.name} {how}. It ran {self.system.script} with the "
             f"interpreter {self.system.python}; experiments/peers/README.md says what "

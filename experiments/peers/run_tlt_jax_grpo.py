@@ -48,8 +48,7 @@ class Peer:
         self.run_cfg = config.load(
             {
                 "num_steps": request["max_steps"],
-                # Nothing is computed twice, as in TRL without checkpointing.
-                "model": {"spec": request["model"], "remat": "none"},
+                "model": {"spec": request["model"]},
                 "task": {
                     "name": str(task),
                     "options": {"holdout_frac": 0.0},
