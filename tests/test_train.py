@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import checkpoint, metrics, schema, train, workdir
+from tlt_jax import checkpoint, metrics, progress, schema, train, workdir
 from tlt_jax.rl import experience
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -334,6 +334,31 @@ def test_every_algorithm_takes_steps(base, model, tmp_path, changes):
         assert rows[0]["policy/ratio_std"] > 1e-4
     initial, final = start_weights(model), policy(tmp_path)
     assert all(a != b for a, b in zip(initial, final, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "algorithm.kl_coef": 0.1,
+            "learner.minibatches": 2,
+            "learner.old_logprobs": "recompute",
+        },
+    ],
+    ids=["one update", "two updates and a reference"],
+)
+def test_no_step_compiles_after_warm_up(model, tmp_path, changes):
+    run = tiny_runs.config_of(**settings(model, num_steps=3, **changes))
+    display = progress.Progress(run.num_steps, mode="off")
+    with train.Trainer(run, tmp_path, display) as trainer:
+        trainer._sync_weights()
+        trainer.warm_up()
+        pools = trainer.engine.pool, trainer.learner_pool
+        compiled = [pool.stats.num_compiled for pool in pools]
+        rows = [trainer.take_step() for _ in range(3)]
+        assert [pool.stats.num_compiled for pool in pools] == compiled
+    assert values(rows, "time/compile_s") == [0.0] * 3
 
 
 def start_weights(model):

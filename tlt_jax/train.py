@@ -182,30 +182,25 @@ class Trainer:
         num_prompts = run.rollout.prompts_per_step // run.learner.minibatches
         for width in self.layout.widths:
             blank = experience.filling(width, num_prompts, run.rollout.group_size)
-            given = blank.logprobs
-            from_rollout = run.learner.old_logprobs == "rollout"
+            given, with_reference = blank.logprobs, self.reference is not None
+            has_old = run.learner.old_logprobs == "rollout" or self._recomputes
             _, (micro, *_) = experience.micro_batches(
                 blank,
                 self.layout,
                 self.algorithm,
                 np.zeros(len(given), np.float32),
                 max_new_tokens=run.rollout.max_new_tokens,
-                old_logprobs=given if from_rollout or self._recomputes else None,
-                ref_logprobs=None if self.reference is None else given,
+                old_logprobs=given if has_old else None,
+                ref_logprobs=given if with_reference else None,
             )
-            with_logprobs = self.reference is not None or self._recomputes
-            self.learner.prepare(
-                micro, self.algorithm.loss, with_logprobs=with_logprobs
-            )
+            passes = with_reference or self._recomputes
+            self.learner.prepare(micro, self.algorithm.loss, with_logprobs=passes)
         if wait:
             self.learner_pool.wait()
 
     @property
     def _recomputes(self) -> bool:
-        """Whether the old log-probabilities need a pass of their own.
-
-        With one update they do not: the policy has not moved since.
-        """
+        """Whether old log-probabilities take a pass: with one update none is due."""
         cfg = self.run.learner
         return cfg.old_logprobs == "recompute" and cfg.epochs * cfg.minibatches > 1
 
