@@ -15,6 +15,7 @@ from tlt_jax.specdec import chain, hidden_buffer, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 
 MAX_PROMPT_TOKENS = 192
+_PAGE_SIZE = 64
 
 
 def argument_parser(text: str) -> argparse.ArgumentParser:
@@ -74,8 +75,12 @@ class Setting:
         strategy: strategy_lib.Strategy | None,
         ranking: str = "coupled",
         rule: str = chain.KEYED,
+        most_rows: int = 0,
     ) -> rollout.Engine:
-        """Makes an engine of `batch` rows that always does the same."""
+        """Makes an engine of `batch` rows that always does the same.
+
+        With a cache for `most_rows` rows engines of fewer find its programs compiled.
+        """
         chosen = None
         if strategy is not None:
             chosen = speculation.Speculation(
@@ -88,10 +93,13 @@ class Setting:
                 self.drafter.params,
             )
         longest = MAX_PROMPT_TOKENS + self.options.new_tokens
+        pages = -(-longest // _PAGE_SIZE) + 1
         return self.policy.engine(
             max_rows=batch,
             max_length=longest,
             speculation=chosen,
+            page_size=_PAGE_SIZE,
+            num_pages=1 + max(batch, most_rows) * pages,
             steps_per_call=64,
             sampling_cfg=sampling.SamplingConfig(temperature),
         )
