@@ -30,8 +30,8 @@ from tlt_jax.specdec import strategy as strategy_lib
 SLUG = "speculation_speed"
 PLAIN = "plain"
 CASES = (
-    *("1:D3K1V4", "1:D5K1V6", "1:D7K1V8", "1:D7K2V12"),
-    *("2:D3K1V4", "4:D3K1V4", "8:D3K1V4", "16:D3K1V4"),
+    *("1:D3K1V4", "1:D7K1V8", "1:D11K1V12", "1:D15K1V16"),
+    *("2:D7K1V8", "4:D7K1V8", "8:D7K1V8", "16:D3K1V4"),
 )
 # Requests of a case: its batch, or so many one after the other.
 FEWEST_REQUESTS = 8
