@@ -31,7 +31,7 @@ SLUG = "speculation_speed"
 PLAIN = "plain"
 CASES = (
     *("1:D3K1V4", "1:D7K1V8", "1:D11K1V12", "1:D15K1V16"),
-    *("2:D7K1V8", "4:D7K1V8", "8:D7K1V8", "16:D3K1V4"),
+    *("2:D7K1V8", "4:D7K1V8", "8:D7K1V8"),
 )
 # Requests of a case: its batch, or so many one after the other.
 FEWEST_REQUESTS = 8
