@@ -7,15 +7,17 @@ writes most. Two sets of prompts:
     python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py --workdir=DIR
 
 640 prompts, half chats and half reasoning tasks. At temperature 1 this model writes
-them with little certainty, which bounds what any drafter can guess.
+them with little certainty, which bounds what any drafter can guess: held-out accept
+length 1.40 coupled and 1.23 deterministic after 200 steps (depth 8). Two cores under
+other load took 14 minutes for the texts and 3 to 6 seconds a step; the run was stopped
+at step 285.
 
-    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \\
+    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
         --workdir=DIR
 
 320 prompts of the task `counting`, answers of long-tailed length: a drafter for one
-task, as RL training has it.
-
-EXPECTED
+task, as RL training has it. Held-out accept length 6.8 coupled, 7.1 deterministic
+(depth 8); 10 minutes for the texts under other load, 5 minutes for the steps.
 """
 
 import ml_collections

@@ -33,6 +33,8 @@ CASES = (
     *("1:D3K1V4", "1:D7K1V8", "1:D11K1V12", "1:D15K1V16"),
     *("2:D7K1V8", "4:D7K1V8", "8:D7K1V8"),
 )
+# Rows that every engine's cache has room for, so that they share compiled programs.
+CACHE_ROWS = 16
 # Requests of a case: its batch, or so many one after the other.
 FEWEST_REQUESTS = 8
 
@@ -169,7 +171,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         count = max(batch, FEWEST_REQUESTS)
         engines = {
             (batch, str(strategy) if strategy else PLAIN): setting.engine(
-                batch, options.temperature, strategy, most_rows=max(cases)
+                batch, options.temperature, strategy, most_rows=max(CACHE_ROWS, *cases)
             )
             for strategy in (None, *strategies)
         }
