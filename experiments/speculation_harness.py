@@ -122,12 +122,15 @@ class Setting:
         names = ("jax", "llvmlite")
         versions = {name: importlib.metadata.version(name) for name in names}
         cfg = self.drafter.drafting_cfg.drafter_cfg
+        made = drafter_io.about(speculation.folder(self.options.drafter))
+        # It may be a path; what the target is, its fingerprint says.
+        made.pop("target", None)
         about = {
             "target": cfg.target,
             "drafter": {
                 "feature_layers": cfg.feature_layers,
                 "draft_vocab_size": cfg.draft_vocab_size,
-                "about": drafter_io.about(speculation.folder(self.options.drafter)),
+                "about": made,
             },
             "prompts": len(self.prompts),
             "new_tokens": self.options.new_tokens,
