@@ -47,8 +47,9 @@ class Setting:
         self.options = options
         self.policy = policy.load(options.model)
         self.drafter = speculation.load(options.drafter, self.policy.config)
-        self.prompts = self._held_out(pathlib.Path(options.drafter))
-        self.prompts = self.prompts[: options.num_prompts]
+        held_out = self._held_out(pathlib.Path(options.drafter))
+        fitting = [p for p in held_out if len(p) <= MAX_PROMPT_TOKENS]
+        self.prompts = fitting[: options.num_prompts]
 
     def _held_out(self, workdir: pathlib.Path) -> list[np.ndarray]:
         """Prompts of the texts that the drafter was measured on, never trained on.
