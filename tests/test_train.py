@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import checkpoint, metrics, progress, schema, train, workdir
+from tlt_jax import metrics, progress, schema, train, workdir
 from tlt_jax.rl import experience
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ODD = "tests.judges:odd"
+decisive, policy, values = tiny_runs.decisive, tiny_runs.policy, tiny_runs.values
 
 
 @pytest.fixture(scope="module")
@@ -64,26 +65,6 @@ def start(model, directory, **overrides):
     return metrics.read(directory)
 
 
-def decisive(rows):
-    """Everything of a record but how long it took."""
-    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows]
-
-
-def values(rows, name):
-    return [row[name] for row in rows]
-
-
-def policy(directory, step=None):
-    """The bytes of all weights of a checkpoint."""
-    params, _, _ = checkpoint.restore_policy(directory, step)
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
-
-
-def rollouts(directory, step):
-    text = (directory / "rollouts" / f"step_{step:06d}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def test_a_run_writes_its_record(whole):
     rows = metrics.read(whole)
     assert values(rows, "step") == list(range(1, 9))
@@ -96,7 +77,7 @@ def test_a_run_writes_its_record(whole):
         stages = ("rollout", "reward", "inference", "update", "sync", "compile")
         spent = sum(row[f"time/{stage}_s"] for stage in stages)
         assert 0 < spent <= row["time/step_s"]
-        texts = rollouts(whole, row["step"])
+        texts = tiny_runs.rollouts(whole, row["step"])
         assert len(texts) == 16
         assert sum(text["num_tokens"] for text in texts) == row["rollout/tokens"]
         rewards = [text["reward"] for text in texts]
@@ -149,7 +130,7 @@ def test_a_killed_run_goes_on_bit_for_bit(base, model, tmp_path):
     assert decisive(rows) == decisive(metrics.read(base)), killed_when
     assert policy(tmp_path) == policy(base), killed_when
     for step in values(rows, "step"):
-        assert rollouts(tmp_path, step) == rollouts(base, step)
+        assert tiny_runs.rollouts(tmp_path, step) == tiny_runs.rollouts(base, step)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +259,7 @@ def test_a_reward_function_that_fails_is_counted(model, tmp_path, monkeypatch):
     )
     assert values(rows, "reward/num_timeout") == [1, 0]
     for row in rows:
-        texts = rollouts(tmp_path / "run", row["step"])
+        texts = tiny_runs.rollouts(tmp_path / "run", row["step"])
         lengths = np.array([len(text["text"]) for text in texts])
         assert row["reward/num_error"] == pytest.approx(
             np.sum(lengths % 3 == 0), abs=row["reward/num_timeout"]
@@ -384,7 +365,8 @@ def test_dynamic_sampling_replaces_groups_without_signal(model, tmp_path):
     rows = start(model, tmp_path, num_steps=2, **{"algorithm.name": "dapo"})
     assert max(values(rows, "rollout/rounds")) > 1
     for row in rows:
-        assert len(rollouts(tmp_path, row["step"])) == 16 * row["rollout/rounds"]
+        kept = tiny_runs.rollouts(tmp_path, row["step"])
+        assert len(kept) == 16 * row["rollout/rounds"]
         assert row["policy/grad_norm"] > 0
 
 
@@ -458,7 +440,7 @@ def test_evaluation_is_recorded_and_changes_nothing(base, model, tmp_path):
 
 def test_stop_strings_end_completions(model, tmp_path):
     start(model, tmp_path, num_steps=1, **{"rollout.stop": ("1", "2")})
-    texts = rollouts(tmp_path, 1)
+    texts = tiny_runs.rollouts(tmp_path, 1)
     stopped = [text for text in texts if text["finish_reason"] == "stop"]
     assert stopped
     for text in texts:

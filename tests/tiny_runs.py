@@ -3,12 +3,15 @@
 It is a recipe as well: `--config=tests/tiny_runs.py`.
 """
 
+import json
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 
 from configs import tiny
-from tlt_jax import config
+from tlt_jax import checkpoint, config
 
 # By dotted key, as a command line gives them.
 SETTINGS = {
@@ -54,3 +57,25 @@ def _with(values: ml_collections.ConfigDict, settings: dict[str, Any]):
         section, _, name = key.rpartition(".")
         (values[section] if section else values)[name] = value
     return values
+
+
+def decisive(rows):
+    """Everything of a record but how long it took."""
+    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows]
+
+
+def values(rows, name):
+    """One entry of every record."""
+    return [row[name] for row in rows]
+
+
+def policy(directory, step=None):
+    """The bytes of all weights of a checkpoint."""
+    params, _, _ = checkpoint.restore_policy(directory, step)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+
+
+def rollouts(directory, step):
+    """The completions that a step kept."""
+    text = (directory / "rollouts" / f"step_{step:06d}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]

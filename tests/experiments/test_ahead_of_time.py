@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import grpo
-from experiments import ahead_of_time, harness
+from experiments import ahead_of_time, harness, recipe_programs
 from tlt_jax import config, sharding
 from tlt_jax.models import params as model_params
 
@@ -66,7 +66,7 @@ def cut(name, devices):
     """A recipe with two layers, as wide and long as ever, on 4 or 8 devices."""
     model = dataclasses.replace(ahead_of_time.ARCHITECTURES[name], num_layers=2)
     sizes = {"mesh.fsdp": len(devices) // 4, "mesh.tensor": 4}
-    return ahead_of_time.Recipe(model, run_of(name, **sizes), devices)
+    return recipe_programs.Recipe(model, run_of(name, **sizes), devices)
 
 
 @functools.cache
@@ -94,10 +94,10 @@ def test_a_cut_of_a_recipe_lowers_at_full_length():
 def test_what_a_run_holds_beside_a_program_is_added_up():
     programs = {name: program for name, (program, _) in lowered().items()}
     recipe = cut("llama-3.3-70b", jax.devices())
-    params = ahead_of_time.device_bytes(recipe.state.params)
+    params = recipe_programs.device_bytes(recipe.state.params)
     count = model_params.count(recipe.model)
     assert count * 4 / 8 <= params < count * 4 / 8 * 1.001  # norms are not split
-    weights = ahead_of_time.device_bytes(recipe.weights)
+    weights = recipe_programs.device_bytes(recipe.weights)
     assert count * 2 / 4 <= weights < count * 2 / 4 * 1.001
     page = 2 * 2 * 2 * 128 * 128 * 2  # keys and values, layers, heads, H, slots, bytes
     cache = (1 + 16 * 257) * page
@@ -112,7 +112,7 @@ def test_a_program_is_compiled_and_judged():
         x = jax.ShapeDtypeStruct((1000,), jnp.float32)
         return jax.jit(lambda x: jnp.sin(x) + 1).lower(x)
 
-    program = ahead_of_time.Program("sine", lower, beside_bytes=10_000)
+    program = recipe_programs.Program("sine", lower, beside_bytes=10_000)
     row = ahead_of_time.measure(program, hbm_bytes=20_000)
     assert row["argument_bytes"] == row["output_bytes"] == 4000
     assert row["total_bytes"] >= 18_000
@@ -128,7 +128,7 @@ def test_a_program_that_the_compiler_refuses_is_a_row():
                 "RESOURCE_EXHAUSTED\nUsed 120.0G of 95.7G hbm, exceeds by 24.3G\nmore"
             )
 
-    program = ahead_of_time.Program("large", Refused, 0)
+    program = recipe_programs.Program("large", Refused, 0)
     row = ahead_of_time.measure(program, 1.0)
     assert (row["fits"], row["refused"]) == (
         False,
@@ -208,7 +208,7 @@ def test_a_cut_compiles_for_a_slice_that_is_not_there(no_cache):
         "rollout.max_new_tokens": 3072,
         "learner.row_tokens": 4096,
     }
-    recipe = ahead_of_time.Recipe(model, run_of("qwen2.5-7b", **changes), devices)
+    recipe = recipe_programs.Recipe(model, run_of("qwen2.5-7b", **changes), devices)
     rows = {
         program.name: ahead_of_time.measure(program, ahead_of_time.HBM_BYTES["v5e"])
         for program in recipe.programs()
@@ -231,7 +231,7 @@ def test_a_cut_compiles_for_a_slice_that_is_not_there(no_cache):
 )
 def test_decoding_does_not_copy_the_cache(no_cache):
     recipe = cut("qwen2.5-7b", ahead_of_time.described_devices("v5p:2x2x1"))
-    cache = ahead_of_time.device_bytes(recipe.engine.programs.abstract_caches)
+    cache = recipe_programs.device_bytes(recipe.engine.programs.abstract_caches)
     (decode,) = [p for p in recipe.programs() if p.name == "decode_64"]
     row = ahead_of_time.measure(decode, ahead_of_time.HBM_BYTES["v5p"])
     assert row["temp_bytes"] < cache / 2

@@ -47,7 +47,10 @@ def edit(directory, **changes):
 
 def test_damaged_drafters_are_refused(saved, tmp_path):
     directory, params = saved
-    load = lambda: drafter_io.load(directory, tiny_drafter.TARGET)  # noqa: E731
+
+    def load():
+        return drafter_io.load(directory, tiny_drafter.TARGET)
+
     weights = (directory / "drafter.safetensors").read_bytes()
     (directory / "drafter.safetensors").write_bytes(weights[:-9])
     with pytest.raises(ValueError, match="missing, truncated or corrupt"):

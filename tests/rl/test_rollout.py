@@ -8,103 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlt_jax import sharding, types
-from tlt_jax.models import config as model_config
-from tlt_jax.models import params as model_params
+from tests.rl import engines
+from tlt_jax import sharding
 from tlt_jax.models import transformer
-from tlt_jax.rl import engine_programs, rollout
+from tlt_jax.rl import rollout
 from tlt_jax.specdec import noise, sampling
 
-EOS = 2
-CFG = model_config.ModelConfig(
-    family="llama",
-    vocab_size=32,
-    num_layers=2,
-    d_model=16,
-    d_ff=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    tie_embeddings=False,
-    eos_ids=(EOS,),
-)
-BASE = engine_programs.EngineConfig(
-    max_rows=4,
-    max_length=40,
-    page_size=4,
-    steps_per_call=5,
-    prefill_chunk=8,
-    eos_ids=(EOS,),
-)
-# A batch that is no power of two, and so few pages that rows are put back.
-SMALL = dict(max_rows=3, page_size=2, num_pages=26, steps_per_call=3, prefill_chunk=3)
-ONE_ROW = dict(max_rows=1, page_size=16, steps_per_call=32, prefill_chunk=1)
-SEED = 5
-# Lengths of prompts: one token alone; cached part of exactly a page, of two chunks; a
-# whole number of pages with its last token; others. Each with its completion limits.
-GROUPS = {
-    1: (1, 24),
-    4: (20,),
-    5: (17, 1),
-    9: (9, 24, 24),
-    17: (20, 2),
-    14: (24, 24),
-}
-
-
-def params_of(seed, dtype=np.float32):
-    """Draw weights with NumPy, which compiles nothing."""
-    rng = np.random.default_rng(seed)
-
-    def draw(weight):
-        noise = rng.normal(size=weight.shape) * weight.fan_in**-0.5
-        return (1 + 0.3 * noise if weight.init == "ones" else noise).astype(dtype)
-
-    drawn = jax.tree.map(draw, model_params.describe(CFG))
-    return jax.tree.map(jnp.asarray, model_params.unstack(drawn))
-
-
-PARAMS = params_of(0)
-
-
-def requests_of(groups=GROUPS):
-    """Make a request per limit; ids are neither in order nor dense."""
-    rng = np.random.default_rng(1)
-    requests = []
-    for prompt_id, (length, limits) in enumerate(groups.items()):
-        prompt = rng.integers(3, CFG.vocab_size, length).astype(np.int32)
-        for sample, limit in enumerate(limits):
-            request_id = (1 << 40) - 7 * len(requests)
-            requests.append(
-                types.Request(request_id, 50 + prompt_id, sample, prompt, limit)
-            )
-    return requests
-
-
-REQUESTS = requests_of()
-
-
-def letters(tokens):
-    """Decode as a tokenizer with one, two or no characters a token would."""
-    return "".join("" if t == EOS else chr(64 + t) * (1 + t % 2) for t in tokens)
-
-
-def engine_of(pool=None, params=PARAMS, mesh=None, decode_text=letters, **changes):
-    """Make an engine; `pool` is that of one whose programs are the same."""
-    engine = rollout.Engine(
-        CFG, dataclasses.replace(BASE, **changes), decode_text=decode_text, mesh=mesh
-    )
-    if pool is not None:
-        engine.pool.close()
-        engine.pool = pool
-    engine.set_params(params, version=0)
-    return engine
+EOS = engines.EOS
+CFG = engines.CFG
+BASE = engines.BASE
+SMALL = engines.SMALL
+ONE_ROW = engines.ONE_ROW
+SEED = engines.SEED
+PARAMS = engines.PARAMS
+REQUESTS = engines.REQUESTS
 
 
 @pytest.fixture(scope="module")
 def engine():
     """An engine of `BASE`, warmed up."""
-    engine = engine_of()
+    engine = engines.engine_of()
     engine.warm_up()
     yield engine
     engine.pool.close()
@@ -113,7 +36,7 @@ def engine():
 @pytest.fixture(scope="module")
 def small():
     """An engine of `SMALL`, warmed up."""
-    engine = engine_of(**SMALL)
+    engine = engines.engine_of(**SMALL)
     engine.warm_up()
     yield engine
     engine.pool.close()
@@ -230,7 +153,7 @@ def test_logprobs_are_those_of_a_full_forward(expected):
     ids=["new engine", "one row", "other kernels"],
 )
 def test_tokens_do_not_depend_on_the_engines_sizes(expected, changes):
-    engine = engine_of(**changes)
+    engine = engines.engine_of(**changes)
     completions, stats = engine.run(REQUESTS, SEED)
     assert_same(completions, expected)
     assert stats.num_preempted == 0
@@ -266,7 +189,7 @@ def test_seed_request_and_weights_change_the_tokens(engine, expected):
     other_seed = all_tokens(engine.run(REQUESTS, SEED + 1)[0])
     moved = [dataclasses.replace(r, request_id=r.request_id + 1) for r in REQUESTS]
     other_ids = all_tokens(engine.run(moved, SEED)[0])
-    twin = engine_of(pool=engine.pool, params=params_of(1))
+    twin = engines.engine_of(pool=engine.pool, params=engines.params_of(1))
     other_weights = all_tokens(twin.run(REQUESTS, SEED)[0])
     for tokens in (other_seed, other_ids, other_weights):
         assert sum(a == b for a, b in zip(tokens, usual, strict=True)) <= 2
@@ -278,7 +201,7 @@ def test_seed_request_and_weights_change_the_tokens(engine, expected):
 def test_nothing_is_compiled_after_the_warm_up(small, compilations):
     num_compiled = small.pool.stats.num_compiled
     assert num_compiled == 1 + 3 + 1 + 3  # cache, prefills, copy, decodes
-    others = params_of(2)
+    others = engines.params_of(2)
     compilations.clear()
     rng = np.random.default_rng(3)
     num_preempted = 0
@@ -287,7 +210,7 @@ def test_nothing_is_compiled_after_the_warm_up(small, compilations):
             int(length): rng.integers(1, 13, rng.integers(1, 5)).tolist()
             for length in rng.integers(1, 28, rng.integers(1, 6))
         }
-        _, stats = small.run(requests_of(groups), seed=run)
+        _, stats = small.run(engines.requests_of(groups), seed=run)
         assert stats.compile_s == 0
         num_preempted += stats.num_preempted
         small.release_cache()
@@ -301,7 +224,7 @@ def test_nothing_is_compiled_after_the_warm_up(small, compilations):
 
 
 def test_programs_may_be_prepared_in_the_background(expected):
-    engine = engine_of()
+    engine = engines.engine_of()
     engine.warm_up(wait=False)
     completions, stats = engine.run(REQUESTS, SEED)
     assert_same(completions, expected)
@@ -313,7 +236,7 @@ def test_programs_may_be_prepared_in_the_background(expected):
 
 def test_a_groups_prompt_is_computed_once(engine):
     groups = {1: (2, 2), 9: (3,) * 6, 14: (3,) * 3}
-    _, stats = engine.run(requests_of(groups), SEED)
+    _, stats = engine.run(engines.requests_of(groups), SEED)
     assert stats.num_prefill_tokens == 0 + 8 + 13
 
 
@@ -359,7 +282,7 @@ def test_callbacks_see_every_completion_once_and_progress(engine, expected):
 def cut(tokens, reason, stop):
     """The definition: the shortest beginning whose text holds a stop string."""
     for length in range(1, len(tokens) + 1):
-        if any(s in letters(tokens[:length]) for s in stop):
+        if any(s in engines.letters(tokens[:length]) for s in stop):
             if reason == "eos" and length == len(tokens):
                 return tokens, "eos"
             return tokens[:length], "stop"
@@ -374,8 +297,11 @@ def test_a_stop_string_ends_the_text_behind_the_token_that_completes_it(
     ends = set()
     for end in (3, 5, 6, 7, 10, 11, 12):
         # The last character of one token and the first of the next, twice over.
-        stop = letters(long[end - 3 : end - 1])[-1] + letters(long[end - 1 : end])[:1]
-        twin = engine_of(pool=engine.pool, stop=(stop, "never"))
+        stop = (
+            engines.letters(long[end - 3 : end - 1])[-1]
+            + engines.letters(long[end - 1 : end])[:1]
+        )
+        twin = engines.engine_of(pool=engine.pool, stop=(stop, "never"))
         completions, stats = twin.run(REQUESTS, SEED)
         for completion in completions:
             whole = expected[completion.request_id]
@@ -396,7 +322,7 @@ def test_eos_and_a_stop_string_in_one_token_count_as_eos(engine, expected):
     def decode_text(tokens):
         return "".join("." if t == EOS else chr(64 + t) for t in tokens)
 
-    twin = engine_of(pool=engine.pool, stop=(".",), decode_text=decode_text)
+    twin = engines.engine_of(pool=engine.pool, stop=(".",), decode_text=decode_text)
     completions, _ = twin.run(REQUESTS, SEED)
     assert_same(completions, expected)
     assert "eos" in {c.finish_reason for c in completions}
@@ -404,27 +330,18 @@ def test_eos_and_a_stop_string_in_one_token_count_as_eos(engine, expected):
 
 def test_tokens_and_logprobs_are_of_one_truncated_law():
     law_cfg = sampling.SamplingConfig(temperature=0.7, top_k=9, top_p=0.9)
-    (request,) = requests_of({9: (16,)})
-    engine = engine_of(sampling_cfg=law_cfg, **ONE_ROW)
+    (request,) = engines.requests_of({9: (16,)})
+    engine = engines.engine_of(sampling_cfg=law_cfg, **ONE_ROW)
     (completion,), _ = engine.run([request], SEED)
     assert completion.tokens.tolist() == slow(request, law_cfg)[0]
     exact = exact_logprobs(request, completion, law_cfg)
     np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
 
 
-def split(mesh):
-    """The weights over the devices of `mesh`."""
-    axes = model_params.logical_axes(CFG)
-    of_layer = jax.tree.map(lambda a: a[1:], axes.layers, is_leaf=sharding.is_axes)
-    axes = axes.replace(layers=(of_layer,) * CFG.num_layers)
-    rules = sharding.ShardingRules()
-    return jax.device_put(PARAMS, sharding.tree_shardings(mesh, rules, axes))
-
-
 def test_two_devices_draw_the_tokens_of_one(expected):
     mesh = sharding.make_mesh(1, 1, 2, jax.devices()[2:4])
-    placed = split(mesh)
-    engine = engine_of(params=placed, mesh=mesh, max_rows=1)
+    placed = engines.split(mesh)
+    engine = engines.engine_of(params=placed, mesh=mesh, max_rows=1)
     assert engine.params.layers[0].qkv.sharding.shard_shape((2, 4, 4, 16))[0] == 1
     completions, _ = engine.run(REQUESTS[5:8], SEED)
     assert_same(completions, expected)
@@ -432,8 +349,10 @@ def test_two_devices_draw_the_tokens_of_one(expected):
 
 def test_bfloat16_follows_its_own_law():
     """Each token is drawn from about the exact law, and reported with its logprob."""
-    engine = engine_of(params=params_of(0, jnp.bfloat16), dtype="bfloat16", max_rows=1)
-    requests = requests_of({9: (12, 12), 5: (12,)})
+    engine = engines.engine_of(
+        params=engines.params_of(0, jnp.bfloat16), dtype="bfloat16", max_rows=1
+    )
+    requests = engines.requests_of({9: (12, 12), 5: (12,)})
     completions, _ = engine.run(requests, SEED)
     for request, completion in zip(requests, completions, strict=True):
         exact = exact_logprobs(request, completion)
@@ -466,7 +385,7 @@ def test_bfloat16_follows_its_own_law():
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(engine, change, message):
-    (request,) = requests_of({6: (9,)})
+    (request,) = engines.requests_of({6: (9,)})
     with pytest.raises(ValueError, match=message):
         engine.run(change(request), SEED)
 
@@ -480,13 +399,13 @@ def test_an_engine_says_what_it_lacks():
         rollout.Engine(CFG, dataclasses.replace(BASE, stop=("a",)))
     with pytest.raises(ValueError, match="cannot be split over 2 devices"):
         mesh = sharding.make_mesh(1, 1, 2, jax.devices()[:2])
-        engine_of(mesh=mesh, cpu_kernels="native")
+        engines.engine_of(mesh=mesh, cpu_kernels="native")
     with pytest.raises(ValueError, match="raise cache.num_pages"):
-        engine_of(num_pages=5).run(REQUESTS, SEED)
+        engines.engine_of(num_pages=5).run(REQUESTS, SEED)
 
 
 def test_a_draining_batch_passes_through_the_buckets(engine):
-    (request,) = requests_of({6: (34,)})
+    (request,) = engines.requests_of({6: (34,)})
     many = [dataclasses.replace(request, request_id=i, sample=i) for i in range(30)]
     completions, _ = engine.run(many, SEED)
     full = [i for i, c in enumerate(completions) if c.finish_reason == "length"]

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.rl import test_rollout as plain
+from tests.rl import engines
 from tlt_jax import sharding
 from tlt_jax.models import drafter
 from tlt_jax.rl import drafting, rollout
 from tlt_jax.specdec import sampling, strategy
 
-DRAFTER = drafter.of_target(plain.CFG, feature_layers=(0, 1), draft_vocab_size=20)
-EAGLE = drafter.of_target(plain.CFG, output_norm=False)
+DRAFTER = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=20)
+EAGLE = drafter.of_target(engines.CFG, output_norm=False)
 TABLES = {
     "chain": ("4:D3K1V4",),
     "by rows": ("1:D4K2V9", "2:D2K2V4"),
@@ -28,7 +28,7 @@ SMALL = dict(max_rows=3, page_size=2, num_pages=26, steps_per_call=4, prefill_ch
 def drafter_params(cfg, seed=0):
     params = drafter.init(cfg, jax.random.key(seed))
     if cfg.draft_vocab_size:
-        ids = np.random.default_rng(seed).permutation(plain.CFG.vocab_size)
+        ids = np.random.default_rng(seed).permutation(engines.CFG.vocab_size)
         ids = np.sort(ids[: cfg.draft_vocab_size]).astype(np.int32)
         params = params.replace(draft_ids=jax.numpy.asarray(ids))
     return params
@@ -36,15 +36,15 @@ def drafter_params(cfg, seed=0):
 
 def engine_of(table, cfg=DRAFTER, drafting_changes=None, mesh=None, **changes):
     engine = rollout.Engine(
-        plain.CFG,
-        dataclasses.replace(plain.BASE, **changes),
+        engines.CFG,
+        dataclasses.replace(engines.BASE, **changes),
         drafting_cfg=drafting.DraftingConfig(
             strategy.parse_table(TABLES[table]), cfg, **(drafting_changes or {})
         ),
-        decode_text=plain.letters,
+        decode_text=engines.letters,
         mesh=mesh,
     )
-    engine.set_params(plain.split(mesh) if mesh else plain.PARAMS, version=0)
+    engine.set_params(engines.split(mesh) if mesh else engines.PARAMS, version=0)
     if cfg is not None:
         engine.set_drafter(drafter_params(cfg), version=0)
     return engine
@@ -53,8 +53,8 @@ def engine_of(table, cfg=DRAFTER, drafting_changes=None, mesh=None, **changes):
 @pytest.fixture(scope="module")
 def expected():
     """Completions of the plain engine by request id, and what it took."""
-    engine = plain.engine_of()
-    completions, stats = engine.run(plain.REQUESTS, plain.SEED)
+    engine = engines.engine_of()
+    completions, stats = engine.run(engines.REQUESTS, engines.SEED)
     engine.pool.close()
     return {c.request_id: c for c in completions}, stats
 
@@ -81,7 +81,7 @@ def assert_equal(completions, expected):
 def test_tokens_are_those_of_plain_decoding(expected, table, changes):
     completions_of, plain_stats = expected
     engine = engine_of(table, **changes)
-    completions, stats = engine.run(plain.REQUESTS, plain.SEED)
+    completions, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert_equal(completions, completions_of)
     assert stats.num_tokens == plain_stats.num_tokens
     used = {name for name in stats.strategies if name != "none"}
@@ -91,7 +91,7 @@ def test_tokens_are_those_of_plain_decoding(expected, table, changes):
     if changes.get("max_rows") == 3:
         assert stats.num_preempted > 0
     # Once more: nothing that the first run left behind shows.
-    again, later = engine.run(plain.REQUESTS, plain.SEED)
+    again, later = engine.run(engines.REQUESTS, engines.SEED)
     assert_equal(again, completions_of)
     if table == "ngram":
         # But that answers which were given before are found again.
@@ -102,7 +102,7 @@ def test_tokens_are_those_of_plain_decoding(expected, table, changes):
 def test_two_devices_speculate_as_one(expected):
     mesh = sharding.make_mesh(1, 1, 2, jax.devices()[2:4])
     engine = engine_of("chain", mesh=mesh, max_rows=1)
-    completions, stats = engine.run(plain.REQUESTS[5:9], plain.SEED)
+    completions, stats = engine.run(engines.REQUESTS[5:9], engines.SEED)
     assert_equal(completions, expected[0])
     assert stats.accept_length > 1
     engine.pool.close()
@@ -111,33 +111,33 @@ def test_two_devices_speculate_as_one(expected):
 def test_a_chain_rule_gives_other_tokens_with_the_targets_log_probs():
     law = sampling.SamplingConfig(temperature=0.8, top_p=0.95)
     engine = engine_of("tail", EAGLE, dict(rule="rejection"), **SMALL, sampling_cfg=law)
-    completions, stats = engine.run(plain.REQUESTS, plain.SEED)
+    completions, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert stats.rule == "rejection"
     assert set(stats.strategies) == {"none", "D3K1V4"}
     assert stats.num_preempted > 0 and stats.accept_length > 1
-    for request, completion in zip(plain.REQUESTS, completions, strict=True):
-        exact = plain.exact_logprobs(request, completion, law)
+    for request, completion in zip(engines.REQUESTS, completions, strict=True):
+        exact = engines.exact_logprobs(request, completion, law)
         np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
-        ended = completion.tokens == plain.EOS
+        ended = completion.tokens == engines.EOS
         assert not ended[:-1].any()
         assert ended[-1] == (completion.finish_reason == "eos")
         assert ended[-1] or len(completion.tokens) == request.max_new_tokens
     # The same run again gives the same tokens; another drafter gives others.
-    again, _ = engine.run(plain.REQUESTS, plain.SEED)
+    again, _ = engine.run(engines.REQUESTS, engines.SEED)
     assert_equal(again, {c.request_id: c for c in completions})
     engine.set_drafter(drafter_params(EAGLE, 1), version=1)
-    others, _ = engine.run(plain.REQUESTS, plain.SEED)
+    others, _ = engine.run(engines.REQUESTS, engines.SEED)
     tokens = [[c.tokens.tolist() for c in run] for run in (completions, others)]
     assert tokens[0] != tokens[1]
     engine.pool.close()
 
 
 def test_stop_strings_and_limits_inside_an_accepted_run(expected):
-    texts = [plain.letters(c.tokens) for c in expected[0].values()]
+    texts = [engines.letters(c.tokens) for c in expected[0].values()]
     stop = next(text[3:5] for text in texts if len(text) > 8)
     outcomes = []
-    for engine in (plain.engine_of(stop=(stop,)), engine_of("by rows", stop=(stop,))):
-        completions, _ = engine.run(plain.REQUESTS, plain.SEED)
+    for engine in (engines.engine_of(stop=(stop,)), engine_of("by rows", stop=(stop,))):
+        completions, _ = engine.run(engines.REQUESTS, engines.SEED)
         outcomes.append([(c.tokens.tolist(), c.finish_reason) for c in completions])
         engine.pool.close()
     assert outcomes[0] == outcomes[1]
@@ -160,7 +160,7 @@ def test_warm_up_compiles_all_that_a_run_needs():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     for seed in range(3):
-        engine.run(plain.REQUESTS, seed)
+        engine.run(engines.REQUESTS, seed)
         engine.set_drafter(drafter_params(EAGLE, seed), version=seed)
     jax.monitoring.unregister_event_duration_listener(listen)
     assert len(engine.pool) == num
@@ -171,12 +171,12 @@ def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
     engine = engine_of("by rows", EAGLE)
     engine._drafting.weights = None
     engine._drafting._params = None
-    _, stats = engine.run(plain.REQUESTS, plain.SEED)
+    _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert set(stats.strategies) == {"none"} and stats.accept_length == 1
     for version in (1, 2):
         engine.set_drafter(drafter_params(EAGLE, version), version)
         assert engine.drafter_version == version
-        completions, stats = engine.run(plain.REQUESTS, plain.SEED)
+        completions, stats = engine.run(engines.REQUESTS, engines.SEED)
         assert set(stats.strategies) > {"none"}
         assert stats.num_fill_tokens > 0
         assert_equal(completions, expected[0])
@@ -184,7 +184,7 @@ def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
 
 
 def test_shared_prompt_pages_are_filled_once():
-    request = plain.REQUESTS[0]
+    request = engines.REQUESTS[0]
     group = [
         dataclasses.replace(
             request,
@@ -196,7 +196,7 @@ def test_shared_prompt_pages_are_filled_once():
         for i in range(4)
     ]
     engine = engine_of("chain", EAGLE)
-    _, stats = engine.run(group, plain.SEED)
+    _, stats = engine.run(group, engines.SEED)
     # 12 cached positions are 3 full pages; the last position of a text is taken in by
     # the speculative step itself.
     assert stats.num_fill_tokens == 12
@@ -233,7 +233,7 @@ def test_shared_prompt_pages_are_filled_once():
             "temperature=0 samples nothing",
         ),
         (
-            lambda: plain.engine_of().set_drafter(drafter_params(EAGLE), 0),
+            lambda: engines.engine_of().set_drafter(drafter_params(EAGLE), 0),
             "without drafting_cfg",
         ),
     ],

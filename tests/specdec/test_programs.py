@@ -91,7 +91,10 @@ def test_a_real_program_runs_without_tracing_again(pool):
         return 2 * x
 
     shape = jax.ShapeDtypeStruct((3,), jnp.float32)
-    lower = lambda: jax.jit(double).lower(shape)  # noqa: E731
+
+    def lower():
+        return jax.jit(double).lower(shape)
+
     pool.prepare(3, lower)
     for i in range(3):
         assert pool.get(3, lower)(jnp.full(3, float(i))).tolist() == [2 * i] * 3

@@ -1,0 +1,216 @@
+"""The compiled programs of a recipe, described without weights or devices."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tlt_jax import config as config_lib
+from tlt_jax import sharding, types
+from tlt_jax.models import config as model_config
+from tlt_jax.models import params as model_params
+from tlt_jax.rl import (
+    algorithms,
+    engine_programs,
+    experience,
+    learner,
+    policy_gradient,
+    prompts,
+    rollout,
+    scheduler,
+    weight_sync,
+)
+from tlt_jax.specdec import programs, sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a run.
+
+    Attributes:
+      name: as it stands in the table.
+      lower: traces and lowers it.
+      beside_bytes: what the run holds on the fullest device while the program runs,
+        besides its arguments.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    beside_bytes: int
+
+
+class Recipe:
+    """A run's programs on described devices. Its parts are those that a run makes."""
+
+    def __init__(
+        self,
+        model: model_config.ModelConfig,
+        run: config_lib.RunConfig,
+        devices: Sequence[Any],
+    ):
+        """Makes learner, weight sync and engine without weights.
+
+        Args:
+          model: the policy.
+          run: the recipe.
+          devices: of the slice, at least as many as the mesh has.
+        """
+        self.model, self.run = model, run
+        self.mesh = sharding.make_mesh(
+            run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices=devices
+        )
+        # Predictions on each device. A run takes the learner's default, which holds
+        # less and gathers the head's weights more often.
+        self.head_chunk = 2048
+        pool = programs.ProgramPool()
+        self.learner = learner.Learner(
+            model, run, mesh=self.mesh, pool=pool, head_chunk=self.head_chunk
+        )
+        self.state = self.learner.abstract_state()
+        engine_mesh = weight_sync.engine_mesh(self.mesh)
+        self.sync = weight_sync.WeightSync(
+            model,
+            source=self.mesh,
+            target=engine_mesh,
+            dtype=run.precision,
+            pool=pool,
+        )
+        self.engine = rollout.Engine(
+            model,
+            engine_programs.EngineConfig(
+                max_rows=run.rollout.max_batch,
+                max_length=run.task.max_prompt_tokens + run.rollout.max_new_tokens,
+                page_size=run.cache.page_size,
+                num_pages=run.cache.num_pages,
+                steps_per_call=run.rollout.steps_per_call,
+                prefill_chunk=run.rollout.prefill_chunk,
+                sampling_cfg=sampling.SamplingConfig(
+                    run.sampling.temperature,
+                    run.sampling.top_k,
+                    run.sampling.top_p,
+                    run.sampling.min_p,
+                ),
+                eos_ids=model.eos_ids,
+                dtype=run.precision,
+            ),
+            mesh=engine_mesh,
+        )
+        self.weights = self._engine_weights(engine_mesh)
+        self.engine.set_params(self.weights, 0)
+
+    def programs(self) -> list[Program]:
+        """Returns the largest programs of a step, those of the update first.
+
+        Log-probabilities of the reference are `accumulate` without its backward pass,
+        and smaller buckets decode like the largest: both need less.
+        """
+        # What is lowered is what the run lowers, hence the private names.
+        engine, state = self.engine, self.state
+        params, weights = device_bytes(state.params), device_bytes(self.weights)
+        moments = device_bytes(state.opt_state)
+        cache = device_bytes(engine.programs.abstract_caches)
+        loss = self._algorithm().loss
+        reference = params if loss.kl_coef > 0 else 0
+        rows, columns, num_sequences = self.micro_batch()
+        on_worker = weights + cache
+        made = [
+            Program(
+                "accumulate",
+                lambda: self.learner._lower_accumulate(
+                    rows, columns, loss, num_sequences
+                ),
+                moments + reference + on_worker,
+            ),
+            Program("apply", self.learner._lower_apply, reference + on_worker),
+            # The engine holds its old weights until the new ones are there.
+            Program(
+                "sync", self.sync._lower, moments + reference + on_worker + weights
+            ),
+        ]
+        recorder = _Recorder()
+        engine.pool = recorder
+        engine.warm_up(wait=False)
+        learning = params + moments + reference
+        prefills = [key[1] for key in recorder.lowering if key[0] == "prefill"]
+        buckets = scheduler.buckets(engine.engine_cfg.max_rows)
+        for key in (("prefill", max(prefills)), ("decode", max(buckets))):
+            name = f"{key[0]}_{key[1]}"
+            made.append(Program(name, recorder.lowering[key], learning))
+        return made
+
+    def micro_batch(self) -> tuple[policy_gradient.Rows, Any, int]:
+        """Makes the largest micro-batch: full rows of one prompt and response each.
+
+        Returns:
+          Rows and columns, abstract and placed, and the bound on sequences.
+        """
+        run, num_rows = self.run, self.learner.rows_per_micro_batch
+        algorithm = self._algorithm()
+        prompt = np.zeros(run.task.max_prompt_tokens, np.int32)
+        tokens = np.zeros(run.rollout.max_new_tokens, np.int32)
+        logprobs = np.zeros(len(tokens), np.float32)
+        example = types.Example("", "", None, {})
+        batch = experience.Experience(
+            [prompts.Prompt(i, example, prompt) for i in range(num_rows)],
+            [types.Completion(i, tokens, logprobs, "length") for i in range(num_rows)],
+            np.zeros((num_rows, 1)),
+        )
+        later_updates = run.learner.epochs * run.learner.minibatches > 1
+        recompute = run.learner.old_logprobs == "recompute"
+        given = [logprobs] * num_rows
+        _, (micro,) = experience.micro_batches(
+            batch,
+            experience.Layout(run.learner.row_tokens, num_rows),
+            algorithm,
+            np.zeros(num_rows, np.float32),
+            max_new_tokens=run.rollout.max_new_tokens,
+            old_logprobs=given if later_updates or not recompute else None,
+            ref_logprobs=given if algorithm.loss.kl_coef > 0 else None,
+        )
+
+        def place(leaf):
+            where = sharding.named(
+                self.mesh, self.learner.rules, ("batch",), leaf.shape
+            )
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        rows, columns = jax.tree.map(place, (micro.rows, micro.columns))
+        return rows, columns, micro.num_sequences
+
+    def _algorithm(self) -> algorithms.Algorithm:
+        chosen = self.run.algorithm
+        return algorithms.build(algorithms.preset(chosen.name) | chosen.overrides())
+
+    def _engine_weights(self, mesh: jax.sharding.Mesh) -> model_params.Params:
+        abstract = jax.eval_shape(
+            model_params.unstack, model_params.abstract(self.model, self.run.precision)
+        )
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=where
+            ),
+            abstract,
+            self.sync._target,
+        )
+
+
+class _Recorder:
+    """Takes a program pool's place and keeps how programs are lowered."""
+
+    def __init__(self):
+        self.lowering: dict[tuple, Callable[[], jax.stages.Lowered]] = {}
+
+    def prepare(self, key: tuple, lower: Callable[[], jax.stages.Lowered]) -> None:
+        """Keeps a program's lowering."""
+        self.lowering[key] = lower
+
+
+def device_bytes(tree: Any) -> int:
+    """Returns what a tree of placed abstract arrays takes on one of its devices."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
