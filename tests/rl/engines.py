@@ -9,7 +9,9 @@ import numpy as np
 from tlt_jax import sharding, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
+from tlt_jax.models import transformer
 from tlt_jax.rl import engine_programs, rollout
+from tlt_jax.specdec import noise, sampling
 
 EOS = 2
 CFG = model_config.ModelConfig(
@@ -104,3 +106,44 @@ def split(mesh):
     axes = axes.replace(layers=(of_layer,) * CFG.num_layers)
     rules = sharding.ShardingRules()
     return jax.device_put(PARAMS, sharding.tree_shardings(mesh, rules, axes))
+
+
+@jax.jit
+def full_logits(params, text):
+    """Logits `[n, V]` behind every token of `text [n]`, without a cache."""
+    positions = jnp.arange(text.shape[0])[None]
+    out = transformer.forward(params, CFG, text[None], positions)
+    return transformer.logits(params, out.hidden)[0]
+
+
+def padded(text):
+    return np.pad(np.asarray(text, np.int32), (0, BASE.max_length - len(text)))
+
+
+gumbel = jax.jit(noise.gumbel, static_argnums=2)
+law_of = jax.jit(sampling.law, static_argnums=1)
+
+
+def slow(request, law_cfg=BASE.sampling_cfg):
+    """Complete by a full forward for every token: tokens and reason."""
+    text = request.prompt.tolist()
+    keys = noise.request_keys(SEED, [request.request_id] * BASE.max_length)
+    noise_SV = gumbel(keys, np.arange(BASE.max_length), CFG.vocab_size)
+    for position in range(len(text), len(text) + request.max_new_tokens):
+        scores_SV = law_of(full_logits(PARAMS, padded(text)), law_cfg).scores
+        scores = np.asarray(scores_SV)[position - 1] + np.asarray(noise_SV)[position]
+        text.append(int(np.argmax(scores)))
+        if text[-1] == EOS:
+            return text[len(request.prompt) :], "eos"
+    return text[len(request.prompt) :], "length"
+
+
+def exact_logprobs(request, completion, law_cfg=BASE.sampling_cfg):
+    """Logprobs of a completion's tokens by one full forward and NumPy."""
+    text = np.concatenate([request.prompt, completion.tokens])
+    law = law_of(full_logits(PARAMS, padded(text)), law_cfg)
+    first = len(request.prompt) - 1
+    rows = np.arange(first, first + len(completion.tokens))
+    scores = np.asarray(law.scores, np.float64)
+    logprobs = scores - np.log(np.sum(np.exp(scores), axis=1, keepdims=True))
+    return logprobs[rows, completion.tokens]

@@ -10,9 +10,8 @@ import pytest
 
 from tests.rl import engines
 from tlt_jax import sharding
-from tlt_jax.models import transformer
 from tlt_jax.rl import rollout
-from tlt_jax.specdec import noise, sampling
+from tlt_jax.specdec import sampling
 
 EOS = engines.EOS
 CFG = engines.CFG
@@ -64,47 +63,6 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@jax.jit
-def full_logits(params, text):
-    """Logits `[n, V]` behind every token of `text [n]`, without a cache."""
-    positions = jnp.arange(text.shape[0])[None]
-    out = transformer.forward(params, CFG, text[None], positions)
-    return transformer.logits(params, out.hidden)[0]
-
-
-def padded(text):
-    return np.pad(np.asarray(text, np.int32), (0, BASE.max_length - len(text)))
-
-
-gumbel = jax.jit(noise.gumbel, static_argnums=2)
-law_of = jax.jit(sampling.law, static_argnums=1)
-
-
-def slow(request, law_cfg=BASE.sampling_cfg):
-    """Complete by a full forward for every token: tokens and reason."""
-    text = request.prompt.tolist()
-    keys = noise.request_keys(SEED, [request.request_id] * BASE.max_length)
-    noise_SV = gumbel(keys, np.arange(BASE.max_length), CFG.vocab_size)
-    for position in range(len(text), len(text) + request.max_new_tokens):
-        scores_SV = law_of(full_logits(PARAMS, padded(text)), law_cfg).scores
-        scores = np.asarray(scores_SV)[position - 1] + np.asarray(noise_SV)[position]
-        text.append(int(np.argmax(scores)))
-        if text[-1] == EOS:
-            return text[len(request.prompt) :], "eos"
-    return text[len(request.prompt) :], "length"
-
-
-def exact_logprobs(request, completion, law_cfg=BASE.sampling_cfg):
-    """Logprobs of a completion's tokens by one full forward and NumPy."""
-    text = np.concatenate([request.prompt, completion.tokens])
-    law = law_of(full_logits(PARAMS, padded(text)), law_cfg)
-    first = len(request.prompt) - 1
-    rows = np.arange(first, first + len(completion.tokens))
-    scores = np.asarray(law.scores, np.float64)
-    logprobs = scores - np.log(np.sum(np.exp(scores), axis=1, keepdims=True))
-    return logprobs[rows, completion.tokens]
-
-
 def assert_same(completions, expected):
     for completion in completions:
         wanted = expected[completion.request_id]
@@ -119,7 +77,7 @@ def test_tokens_are_those_of_a_full_forward_for_every_token(expected):
     reasons = set()
     for request in REQUESTS[::2]:
         completion = expected[request.request_id]
-        tokens, reason = slow(request)
+        tokens, reason = engines.slow(request)
         assert completion.tokens.tolist() == tokens
         assert completion.tokens.dtype == np.int32
         assert completion.finish_reason == reason
@@ -143,7 +101,7 @@ def test_logprobs_are_those_of_a_full_forward(expected):
     for request in REQUESTS:
         completion = expected[request.request_id]
         assert completion.logprobs.dtype == np.float32
-        exact = exact_logprobs(request, completion)
+        exact = engines.exact_logprobs(request, completion)
         np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
 
 
@@ -333,8 +291,8 @@ def test_tokens_and_logprobs_are_of_one_truncated_law():
     (request,) = engines.requests_of({9: (16,)})
     engine = engines.engine_of(sampling_cfg=law_cfg, **ONE_ROW)
     (completion,), _ = engine.run([request], SEED)
-    assert completion.tokens.tolist() == slow(request, law_cfg)[0]
-    exact = exact_logprobs(request, completion, law_cfg)
+    assert completion.tokens.tolist() == engines.slow(request, law_cfg)[0]
+    exact = engines.exact_logprobs(request, completion, law_cfg)
     np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
 
 
@@ -355,7 +313,7 @@ def test_bfloat16_follows_its_own_law():
     requests = engines.requests_of({9: (12, 12), 5: (12,)})
     completions, _ = engine.run(requests, SEED)
     for request, completion in zip(requests, completions, strict=True):
-        exact = exact_logprobs(request, completion)
+        exact = engines.exact_logprobs(request, completion)
         assert 0 < np.max(np.abs(completion.logprobs - exact)) < 0.1
 
 
