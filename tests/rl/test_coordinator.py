@@ -1,0 +1,370 @@
+import random
+
+import pytest
+
+from tests import mutation
+from tests.rl import coordinated
+from tlt_jax.rl import coordinator
+from tlt_jax.rl import coordinator_records as records
+
+CFG = records.Config(min_idle=1, heartbeat_timeout_s=50, stop_timeout_s=10)
+
+
+def play(cfg, *events):
+    """Hand over (time, event) pairs; return the state and all commands."""
+    state, commands = records.State(), []
+    for at_s, event in events:
+        state, new = coordinator.handle(state, event, at_s, cfg)
+        coordinated.check_state(state)
+        commands += new
+    return state, commands
+
+
+def begin(num_workers, at_s=0.0, generation=1):
+    return at_s, records.RolloutAsked(generation, tuple(range(num_workers)))
+
+
+def done(at_s, worker, round_=0, generation=1):
+    return at_s, records.WorkerDone(generation, worker, round_)
+
+
+def test_an_undisturbed_rollout_from_begin_to_end():
+    state, commands = play(
+        CFG,
+        begin(3),
+        done(10, 1),
+        (11, records.TrainingRuns(1, 0)),
+        done(14, 2),
+        (15, records.TrainingRuns(1, 1)),
+        done(20, 0),
+        (21, records.TrainingStopped(1)),
+    )
+    assert commands == [
+        *(records.Generate(1, w, 0) for w in range(3)),
+        records.Train(1, 0, (1,)),
+        records.Train(1, 1, (1, 2)),
+        records.Stop(1),
+        records.EndRollout(1),
+    ]
+    assert (state.began_s, state.ended_s) == (0, 21)
+    assert coordinator.metrics(state) == {
+        # Worker 0 waits from 20 to 21, worker 1 from 10 on, worker 2 from 14 on.
+        "workers/idle_s": 1 + 11 + 7,
+        "workers/trained_s": 10 + 6,
+        "workers/idle_frac": pytest.approx(19 / 63),
+        "workers/num_lost": 0,
+    }
+    busy, idle, training = "busy", "idle", "training"
+    spans = {
+        (i.worker, str(i.activity), i.start_s, i.stop_s)
+        for i in coordinator.timeline(state)
+    }
+    assert spans == {
+        *((0, busy, 0, 20), (0, idle, 20, 21)),
+        *((1, busy, 0, 10), (1, idle, 10, 11), (1, training, 11, 21)),
+        *((2, busy, 0, 14), (2, idle, 14, 15), (2, training, 15, 21)),
+    }
+
+
+def test_training_waits_for_enough_idle_workers():
+    cfg = records.Config(min_idle=2)
+    state, commands = play(cfg, begin(4), done(1, 3))
+    assert state.training is None
+    state, commands = play(cfg, begin(4), done(1, 3), done(2, 0))
+    assert commands[-1] == records.Train(1, 0, (0, 3))
+
+
+def test_no_training_where_all_end_together_or_there_is_one_worker():
+    _, commands = play(records.Config(min_idle=2), begin(2), done(5, 0), done(6, 1))
+    assert commands[2:] == [records.EndRollout(1)]
+    _, commands = play(CFG, begin(1), done(5, 0))
+    assert commands == [records.Generate(1, 0, 0), records.EndRollout(1)]
+
+
+def test_a_rollout_waits_for_the_training_of_one_given_up():
+    events = begin(2), done(1, 0), (2, records.TrainingRuns(1, 0)), begin(2, 3, 2)
+    state, commands = play(CFG, *events)
+    assert commands[-1] == records.Stop(1)
+    assert state.generation == 1 and not coordinator.may_train(state, 1)
+    state, commands = play(CFG, *events, (4, records.TrainingStopped(1)))
+    assert commands[-2:] == [records.Generate(2, 0, 0), records.Generate(2, 1, 0)]
+
+
+def test_requests_of_a_dead_worker_wake_those_who_wait():
+    """With nobody left who generates, the training ends for it, too."""
+    events = (
+        begin(2),
+        done(5, 0),
+        (6, records.TrainingRuns(1, 0)),
+        (7, records.WorkerFailed(1, 1, "out of memory")),
+        (8, records.TrainingStopped(1)),
+        (9, records.RequestsReturned(1, 1)),
+        done(12, 0, round_=1),
+    )
+    state, commands = play(CFG, *events)
+    assert commands[3:] == [
+        records.ReturnRequests(1, 1),
+        records.Stop(1),
+        records.Generate(1, 0, 1),
+        records.EndRollout(1),
+    ]
+    assert coordinator.metrics(state)["workers/num_lost"] == 1
+
+
+def test_those_who_train_go_on_while_others_see_to_returned_requests():
+    events = begin(3), done(5, 0), (6, records.TrainingRuns(1, 0))
+    events += (
+        (7, records.WorkerFailed(1, 1, "bug")),
+        (8, records.RequestsReturned(1, 1)),
+    )
+    state, _ = play(CFG, *events)
+    assert coordinator.may_train(state, 1) and state.unclaimed
+    # Worker 2 may have looked into the queue too early, so it looks again.
+    _, commands = play(CFG, *events, done(9, 2))
+    assert commands[-1] == records.Generate(1, 2, 1)
+
+
+def test_a_silent_worker_is_lost_and_the_last_one_ends_the_run():
+    state, commands = play(CFG, begin(1), (50, records.Tick()))
+    assert state.rolling
+    state, commands = play(CFG, begin(1), (51, records.Tick()))
+    assert commands[-1] == records.Abort(
+        1, "no worker is left: worker 0: it was silent for 51 s"
+    )
+    alive = 40, records.WorkerAlive(1, 0, 0)
+    state, commands = play(CFG, begin(1), alive, (60, records.Tick()))
+    assert state.rolling
+
+
+def test_a_lost_worker_of_the_mesh_ends_the_training_and_the_others_train_anew():
+    _, commands = play(
+        CFG,
+        begin(3),
+        done(5, 0),
+        done(6, 1),
+        (7, records.TrainingRuns(1, 1)),
+        (8, records.WorkerFailed(1, 0, "died")),
+        (9, records.RequestsReturned(1, 0)),
+        (10, records.TrainingStopped(1)),
+        done(11, 1, round_=1),
+    )
+    assert commands[5:] == [
+        *(records.Stop(1), records.ReturnRequests(1, 0)),
+        *(records.Generate(1, 1, 1), records.Train(2, 0, (1,))),
+    ]
+
+
+@pytest.mark.parametrize("max_restarts", [0, 1])
+def test_a_failed_training_is_begun_again_as_often_as_allowed(max_restarts):
+    cfg = records.Config(max_restarts=max_restarts)
+    events = begin(2), done(1, 0), (2, records.TrainingFailed(1, "loss is nan"))
+    state, commands = play(cfg, *events, (3, records.TrainingFailed(2, "again")))
+    trainings = [c.training for c in commands if isinstance(c, records.Train)]
+    assert trainings == [1, 2][: 1 + max_restarts]
+    # The next rollout may train again.
+    events += (3, records.TrainingFailed(2, "again")), done(4, 1), begin(2, 5, 2)
+    _, commands = play(cfg, *events, done(6, 1, generation=2))
+    assert commands[-1] == records.Train(2 + max_restarts, 0, (1,))
+
+
+def test_a_trainer_that_does_not_stop_is_given_up_until_it_answers():
+    events = (
+        begin(2),
+        done(1, 0),
+        (2, records.TrainingRuns(1, 0)),
+        done(3, 1),
+        (13, records.Tick()),
+    )
+    state, commands = play(CFG, *events)
+    assert state.rolling and coordinator.may_publish(state, 1)
+    events += (13.5, records.Tick()), begin(2, 14, 2), done(15, 0, generation=2)
+    state, commands = play(CFG, *events)
+    assert not coordinator.may_publish(state, 1)
+    assert records.EndRollout(1) in commands and state.training is None
+    state, commands = play(CFG, *events, (16, records.TrainingStopped(1)))
+    assert commands[-1] == records.Train(2, 0, (0,))
+
+
+def test_asking_for_what_is_over_tells_so_again():
+    _, commands = play(CFG, begin(1), done(1, 0), begin(1, 2))
+    assert commands[-2:] == [records.EndRollout(1)] * 2
+    _, commands = play(CFG, begin(1), (99, records.Tick()), begin(1, 100))
+    assert commands[-1] == commands[-2] and isinstance(commands[-1], records.Abort)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"workers=\(1, 1\): give at least one"):
+        play(CFG, (0, records.RolloutAsked(1, (1, 1))))
+    with pytest.raises(TypeError, match="is not an event"):
+        play(CFG, (0, "stop"))
+    with pytest.raises(ValueError, match="min_idle=0 is out of range"):
+        records.Config(min_idle=0)
+    with pytest.raises(ValueError, match="stop_timeout_s=0 is not above 0"):
+        records.Config(stop_timeout_s=0)
+
+
+def random_event(rng):
+    generation, worker = rng.randint(1, 3), rng.randint(0, 3)
+    number = rng.randint(1, 4)
+    return rng.choice(
+        (
+            records.RolloutAsked(generation, tuple(range(rng.randint(1, 3)))),
+            records.WorkerAlive(generation, worker, rng.randint(0, 2)),
+            *[records.WorkerDone(generation, worker, rng.randint(0, 1))] * 4,
+            records.WorkerFailed(generation, worker, "died"),
+            records.RequestsReturned(generation, worker),
+            records.TrainingRuns(number, rng.randint(0, 2)),
+            records.TrainingStopped(number),
+            records.TrainingFailed(number, "nan"),
+            records.Tick(),
+        )
+    )
+
+
+def test_any_sequence_of_events_keeps_the_laws():
+    """Also events that no sane sender gives: nothing is raised, the books balance."""
+    for seed in range(1500):
+        rng = random.Random(seed)
+        state, at_s = records.State(), 0.0
+        for _ in range(20):
+            at_s += rng.choice((0, 1, 1, 8, 60))
+            event = random_event(rng)
+            again, _ = coordinator.handle(state, event, at_s, CFG)
+            coordinated.check_state(again)
+            repeated, commands = coordinator.handle(again, event, at_s, CFG)
+            assert repeated == again, "an event counts twice"
+            assert again.generation >= state.generation
+            state = again
+            if state.generation and not state.rolling:
+                chosen = [w.number for w in state.workers]
+                coordinated.check_accounts(coordinator, state, chosen)
+
+
+@pytest.mark.parametrize("seeds", [range(i, i + 100) for i in (0, 100, 200)])
+def test_worlds_with_faults(seeds):
+    num_steps = 0
+    for seed in seeds:
+        world = coordinated.World(seed)
+        world.run()
+        num_steps += world.num_steps
+    assert num_steps > 100
+
+
+def test_waiting_workers_are_used_where_nothing_fails():
+    for seed in range(50):
+        world = coordinated.World(seed, faults=False)
+        world.run()
+        found = coordinator.metrics(world.state)
+        # The rest are ticks until Train arrives, the trainer's step ends and its answer
+        # comes; and those of the last worker until the training ends.
+        rest = found["workers/idle_s"] - found["workers/trained_s"]
+        assert rest <= 6 * len(world.state.workers)
+
+
+MUTATIONS = {
+    "begins while somebody trains": (
+        "if state.training is None:\n            state = _begin(state, commands)",
+        "if True:\n            state = _begin(state, commands)",
+    ),
+    "counts the word of an earlier round": (
+        "if worker.activity != records.Activity.BUSY or worker.round != event.round:",
+        "if worker.activity != records.Activity.BUSY:",
+    ),
+    "hears those who are lost": (
+        "if worker.activity != records.Activity.BUSY or worker.round != event.round:",
+        "if worker.round != event.round:",
+    ),
+    "counts the word of an earlier rollout": (
+        "if not state.rolling or event.generation != state.generation or worker is",
+        "if not state.rolling or worker is",
+    ),
+    "forgets the requests of the lost": (
+        "commands.append(records.ReturnRequests(state.generation, number))\n    return "
+        "dataclasses.replace(state, unreturned=state.unreturned | {number})",
+        "return state",
+    ),
+    "ends before requests are returned": ("if not state.unreturned:", "if True:"),
+    "does not look for returned requests": (
+        "unreturned=unreturned, unclaimed=True",
+        "unreturned=unreturned, unclaimed=False",
+    ),
+    "wakes those who train": (
+        "found = [n for n in state.which(records.Activity.IDLE) if n not in members]",
+        "found = list(state.which(records.Activity.IDLE))",
+    ),
+    "keeps the round when it wakes": (
+        "round=state.worker(number).round + 1,",
+        "round=state.worker(number).round,",
+    ),
+    "trains on with a lost member": (
+        "# Its devices are part of the training's mesh.\n        state = _stop(state, "
+        "commands)",
+        "pass",
+    ),
+    "ends with a training that runs": (
+        "        return _stop(state, commands)\n    if not state.unreturned:",
+        "        state = _stop(state, commands)\n    if not state.unreturned:",
+    ),
+    "never stops": (
+        "if state.training is not None:\n        return _stop(state, commands)\n    if",
+        "if",
+    ),
+    "stops as soon as somebody joins": (
+        "if training.stop_asked_s is not None or not late:",
+        "if late:\n            return _stop(state, commands)\n        if not late:",
+    ),
+    "never gives a trainer up": (
+        "if state.now_s - training.stop_asked_s > cfg.stop_timeout_s:",
+        "if False:",
+    ),
+    "trains though a trainer was given up": (
+        "usable = not state.given_up and",
+        "usable =",
+    ),
+    "takes any training's end for this one's": (
+        "    if not may_publish(state, number):\n        return state\n    if state",
+        "    if state.training is None:\n        return state\n    if state",
+    ),
+    "restarts a failed training for ever": (
+        "and state.num_restarts <= cfg.max_restarts",
+        "",
+    ),
+    "never loses the silent": (
+        "and silent_s > cfg.heartbeat_timeout_s",
+        "and False",
+    ),
+    "goes on without workers": (
+        "if len(state.which(records.Activity.LOST)) == len(state.workers):",
+        "if False:",
+    ),
+    "does not repeat commands": ("commands.extend(_unanswered(state))", "pass"),
+    "promotes when all are done": (
+        "if state.which(records.Activity.BUSY):\n        return _promote",
+        "if state.training is None or state.which(records.Activity.BUSY):\n"
+        "        return _promote",
+    ),
+    "lets the trainer work on after a stop": (
+        "and current.stop_asked_s is None",
+        "",
+    ),
+    "forgets an interval": (
+        "state, intervals=(*state.intervals, _interval(worker, state.now_s))",
+        "state, intervals=state.intervals",
+    ),
+    "does not write down what was done last": (
+        "intervals=state.intervals + last,",
+        "",
+    ),
+    "counts members before the trainer knows them": (
+        "joining = [w for w, since in training.joined if since <= revision]",
+        "joining = training.members",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_machine_without_a_guard_breaks_a_law(name):
+    machine = mutation.mutate(coordinator, *MUTATIONS[name])
+    with pytest.raises(AssertionError):
+        for seed in range(300):
+            coordinated.World(seed, machine).run()

@@ -1,0 +1,193 @@
+"""The coordinator within a process: one state, a lock, a clock, two mailboxes.
+
+Threads give events with `send`. The rollout's driver, which owns engines and queue:
+
+    c.begin(workers)
+    while (command := c.next_command()) is not None:
+        Generate: start the worker's thread, which sends WorkerAlive between decode
+            calls and WorkerDone or WorkerFailed at its end
+        ReturnRequests: give them back to the queue; send RequestsReturned
+        EndRollout: leave; Abort: raise
+
+The trainer:
+
+    while not c.closed:
+        train = c.next_training(); if it is None: continue
+        c.send(TrainingRuns(train.training, train.revision))
+        while not c.should_stop(train.training):
+            take a step; have more workers joined? c.next_training(0) tells, as above
+        if c.may_publish(train.training): give the drafter to the engines
+        c.send(TrainingStopped(train.training)), or TrainingFailed after an error
+
+Whoever waits here takes in the passage of time, so time-outs need no further thread.
+"""
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from tlt_jax.rl import coordinator
+from tlt_jax.rl import coordinator_records as records
+
+_LONGEST_WAIT_S = 1.0
+
+
+class Coordination:
+    """Holds the coordinator's state for the threads of a process."""
+
+    def __init__(
+        self, cfg: records.Config, clock: Callable[[], float] = time.monotonic
+    ):
+        """Start without a rollout.
+
+        Args:
+          cfg: thresholds.
+          clock: seconds, never going back.
+        """
+        self._cfg, self._clock = cfg, clock
+        self._changed = threading.Condition()
+        self._state = records.State(now_s=clock())
+        self._for_rollout: collections.deque[records.Command] = collections.deque()
+        # The latest only: it names all members.
+        self._for_trainer: records.Train | None = None
+        # The last training that the trainer has heard of.
+        self._heard_of = 0
+        self._closed = False
+
+    @property
+    def state(self) -> records.State:
+        """What is known now; a frozen record, read without the lock."""
+        return self._state
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called: threads shall end."""
+        return self._closed
+
+    def begin(self, workers: Sequence[int]) -> int:
+        """Ask for the next rollout.
+
+        It begins, with a `Generate` for each worker, at once or when the training that
+        still runs has ended. A rollout that has not ended is given up.
+
+        Args:
+          workers: numbers of those that take part.
+
+        Returns:
+          The rollout's generation, to be given back in events.
+
+        Raises:
+          ValueError: `workers` is empty or names one twice.
+        """
+        with self._changed:
+            state = self._state
+            generation = 1 + (state.asked or state).generation
+            # What the last rollout's driver has left, is of no use to this one.
+            self._for_rollout.clear()
+            self._handle(records.RolloutAsked(generation, tuple(workers)))
+        return generation
+
+    def send(self, event: object) -> None:
+        """Take in an event; its time is the time of this call."""
+        with self._changed:
+            self._handle(event)
+
+    def next_command(self, timeout_s: float | None = None) -> records.Command | None:
+        """Wait for the next command to the rollout's driver.
+
+        Args:
+          timeout_s: None: as long as it takes.
+
+        Returns:
+          The oldest command not taken yet; None after the time, or once closed.
+        """
+        return self._wait(self._take_command, timeout_s)
+
+    def next_training(self, timeout_s: float | None = None) -> records.Train | None:
+        """Wait for a training to begin, or for more workers to join it.
+
+        That it shall end is told by `should_stop`. A training that was called off
+        before it was taken here never shows up.
+
+        Args:
+          timeout_s: None: as long as it takes; 0 just looks.
+
+        Returns:
+          The newest `Train`, each once; None after the time, or once closed.
+        """
+        return self._wait(self._take_training, timeout_s)
+
+    def should_stop(self, training: int) -> bool:
+        """Say whether the trainer must not begin another step; costs no lock."""
+        return self._closed or not coordinator.may_train(self._state, training)
+
+    def may_publish(self, training: int) -> bool:
+        """Say whether the training's drafter counts; ask before `TrainingStopped`."""
+        return coordinator.may_publish(self._state, training)
+
+    def metrics(self) -> dict[str, float]:
+        """Return `workers/` values of the last rollout."""
+        return coordinator.metrics(self._state)
+
+    def timeline(self) -> tuple[records.Interval, ...]:
+        """Return what each worker did, times counted from the rollout's begin."""
+        state = self._state
+        return tuple(
+            records.Interval(
+                i.worker,
+                i.activity,
+                i.start_s - state.began_s,
+                i.stop_s - state.began_s,
+            )
+            for i in coordinator.timeline(state)
+        )
+
+    def close(self) -> None:
+        """Let every thread that waits go, and the trainer stop."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _handle(self, event: object) -> None:
+        self._state, commands = coordinator.handle(
+            self._state, event, self._clock(), self._cfg
+        )
+        for command in commands:
+            match command:
+                case records.Train():
+                    self._for_trainer = command
+                case records.Stop(training):
+                    self._for_trainer = None
+                    if training > self._heard_of:
+                        self._heard_of = training
+                        self._handle(records.TrainingStopped(training))
+                case _:
+                    self._for_rollout.append(command)
+        if commands:
+            self._changed.notify_all()
+
+    def _take_command(self) -> records.Command | None:
+        return self._for_rollout.popleft() if self._for_rollout else None
+
+    def _take_training(self) -> records.Train | None:
+        command, self._for_trainer = self._for_trainer, None
+        if command is not None:
+            self._heard_of = command.training
+        return command
+
+    def _wait(self, take: Callable, timeout_s: float | None) -> records.Command | None:
+        """Wait for what `take` finds; time-outs of the coordinator pass meanwhile."""
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while not self._closed:
+                if (command := take()) is not None:
+                    return command
+                left_s = _LONGEST_WAIT_S
+                if until_s is not None:
+                    left_s = min(left_s, until_s - time.monotonic())
+                if left_s <= 0:
+                    return None
+                self._changed.wait(left_s)
+                self._handle(records.Tick())
+        return None

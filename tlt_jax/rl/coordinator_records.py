@@ -1,0 +1,291 @@
+"""Records of the coordinator: its thresholds, events, commands and state."""
+
+import dataclasses
+import enum
+import math
+
+
+class Activity(enum.StrEnum):
+    """What a worker does. LOST: it died or hangs, and takes no part any more."""
+
+    BUSY = "busy"
+    IDLE = "idle"
+    TRAINING = "training"
+    LOST = "lost"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Thresholds and time-outs.
+
+    Attributes:
+      min_idle: waiting workers that begin a training; those who finish later join it.
+      heartbeat_timeout_s: a generating worker that says nothing for longer is lost.
+      stop_timeout_s: a trainer that was asked to stop and does not answer for longer
+        is given up: its drafter is void, and it gets no work until it answers.
+      resend_s: commands without an answer are repeated this often; for transports that
+        lose messages.
+      max_restarts: trainings begun again in one rollout after one that failed.
+    """
+
+    min_idle: int = 1
+    heartbeat_timeout_s: float = 900.0
+    stop_timeout_s: float = 60.0
+    resend_s: float = math.inf
+    max_restarts: int = 0
+
+    def __post_init__(self):
+        if self.min_idle < 1:
+            raise ValueError(f"min_idle={self.min_idle} is out of range: at least 1.")
+        for name in ("heartbeat_timeout_s", "stop_timeout_s", "resend_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not above 0.")
+
+
+# Events.
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutAsked:
+    """The driver wants rollout number `generation` (rising) on these workers."""
+
+    generation: int
+    workers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerAlive:
+    """A worker generates in this round."""
+
+    generation: int
+    worker: int
+    round: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerDone:
+    """A worker has finished its requests and found the queue empty."""
+
+    generation: int
+    worker: int
+    round: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerFailed:
+    """A worker has died."""
+
+    generation: int
+    worker: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestsReturned:
+    """A lost worker's unfinished requests, if any, are in the queue again."""
+
+    generation: int
+    worker: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRuns:
+    """The trainer works on the members of `Train` number `training`, `revision`."""
+
+    training: int
+    revision: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStopped:
+    """The trainer has ended this training, or never heard of it and never will."""
+
+    training: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFailed:
+    """The trainer has ended this training after an error; the drafter is unchanged."""
+
+    training: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+# Commands.
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """A worker shall take requests until the queue is empty.
+
+    A worker ignores a pair (generation, round) that is not above its last one.
+    """
+
+    generation: int
+    worker: int
+    round: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ReturnRequests:
+    """A lost worker's unfinished requests shall go back into the queue.
+
+    From then on it gets no requests in this rollout, should it come to life again.
+    `RequestsReturned` answers.
+    """
+
+    generation: int
+    worker: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EndRollout:
+    """All requests have been generated and nobody trains."""
+
+    generation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Abort:
+    """No worker is left; the run must stop with this message."""
+
+    generation: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The trainer shall work on these workers; a higher revision has more of them.
+
+    `TrainingRuns` answers, or `TrainingFailed`. A trainer ignores what is not above the
+    last number and revision it heard, and numbers it was told to stop.
+    """
+
+    training: int
+    revision: int
+    workers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """The trainer shall begin no further step; `TrainingStopped` answers."""
+
+    training: int
+
+
+Command = Generate | ReturnRequests | EndRollout | Abort | Train | Stop
+
+
+# State.
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """One worker.
+
+    Attributes:
+      number: its name.
+      activity: what it does.
+      since_s: the time at which it began that.
+      round: how many times it was asked to generate in this rollout, less one.
+      heard_s: time of its last word, or of the request to generate.
+      answered: it has spoken in this round.
+      reason: why it is lost.
+    """
+
+    number: int
+    activity: Activity
+    since_s: float
+    round: int = 0
+    heard_s: float = 0.0
+    answered: bool = False
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The training that runs, or shall.
+
+    Attributes:
+      number: of the training; rises over the run.
+      revision: of the list of members.
+      joined: revision by worker, as pairs: the one with which it was asked to join.
+      running: last revision that the trainer says it works with; -1: none.
+      stop_asked_s: time of the request to stop; None: it goes on.
+    """
+
+    number: int
+    revision: int
+    joined: tuple[tuple[int, int], ...]
+    running: int = -1
+    stop_asked_s: float | None = None
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Workers that were asked to join."""
+        return tuple(worker for worker, _ in self.joined)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """What a worker did from `start_s` to `stop_s`."""
+
+    worker: int
+    activity: Activity
+    start_s: float
+    stop_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything the coordinator knows.
+
+    Attributes:
+      now_s: time of the last event.
+      generation: of the rollout that runs or ran last; 0: none yet.
+      rolling: a rollout runs.
+      began_s, ended_s: its first and last moment.
+      workers: those of the rollout.
+      intervals: what they did in it, up to the last change of each.
+      asked: a rollout that waits for the training's end.
+      training: the one that runs or is being stopped.
+      num_trainings: begun so far, over the run.
+      num_restarts: trainings that failed in this rollout.
+      given_up: number of a training whose end was never acknowledged; 0: none.
+      unreturned: lost workers whose requests are not known to be in the queue.
+      unclaimed: requests were returned, and nobody is known to look for them.
+      failure: why the rollout was aborted.
+      trainer_failure: why the last training failed.
+      sent_s: time at which unanswered commands were last repeated.
+    """
+
+    now_s: float = 0.0
+    generation: int = 0
+    rolling: bool = False
+    began_s: float = 0.0
+    ended_s: float = 0.0
+    workers: tuple[Worker, ...] = ()
+    intervals: tuple[Interval, ...] = ()
+    asked: RolloutAsked | None = None
+    training: Training | None = None
+    num_trainings: int = 0
+    num_restarts: int = 0
+    given_up: int = 0
+    unreturned: frozenset[int] = frozenset()
+    unclaimed: bool = False
+    failure: str = ""
+    trainer_failure: str = ""
+    sent_s: float = 0.0
+
+    def which(self, activity: Activity) -> tuple[int, ...]:
+        """Return the workers that do this."""
+        return tuple(w.number for w in self.workers if w.activity == activity)
+
+    def worker(self, number: int) -> Worker | None:
+        """Return a worker of this rollout, or None."""
+        return next((w for w in self.workers if w.number == number), None)
