@@ -1,6 +1,7 @@
 """Speculation strategies: how deep and wide to draft, and how much to verify."""
 
 import dataclasses
+from collections.abc import Sequence
 
 PROPOSERS = ("drafter", "ngram", "both")
 
@@ -122,12 +123,7 @@ class Table:
     entries: tuple[tuple[int, Strategy], ...]
 
     def __post_init__(self):
-        limits = [limit for limit, _ in self.entries]
-        if limits != sorted(set(limits)) or any(limit < 1 for limit in limits):
-            raise ValueError(
-                f"strategies are given for at most {limits} rows: name each number of "
-                "rows once, the smallest first, at least 1."
-            )
+        _check_limits([limit for limit, _ in self.entries])
 
     def choose(self, num_rows: int) -> Strategy | None:
         """Return the strategy for `num_rows` rows, or None: decode plainly."""
@@ -141,7 +137,7 @@ class Table:
         return tuple(strategy for _, strategy in self.entries)
 
 
-def parse_table(entries: tuple[str, ...]) -> Table:
+def parse_table(entries: Sequence[str]) -> Table:
     """Read a table such as `("2:D6K2V12", "8:D4K1V5")`, rows and strategy.
 
     Raises:
@@ -149,11 +145,89 @@ def parse_table(entries: tuple[str, ...]) -> Table:
     """
     parsed = []
     for entry in entries:
-        rows, _, text = entry.partition(":")
-        if not rows.isdigit() or not text:
-            raise ValueError(
-                f"entry {entry!r} is not <largest number of rows>:<strategy>; for "
-                "example 4:D6K2V12."
-            )
-        parsed.append((int(rows), parse(text)))
+        rows, text = _parse_entry(entry, "<strategy>; for example 4:D6K2V12")
+        parsed.append((rows, parse(text)))
     return Table(tuple(parsed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """Candidate strategies for each number of rows; none beyond the last entry.
+
+    Attributes:
+      entries: (largest number of rows, strategies), rising.
+    """
+
+    entries: tuple[tuple[int, tuple[Strategy, ...]], ...]
+
+    def __post_init__(self):
+        _check_limits([limit for limit, _ in self.entries])
+        for limit, strategies in self.entries:
+            if not strategies or len(set(strategies)) < len(strategies):
+                names = ",".join(map(str, strategies))
+                raise ValueError(
+                    f"entry {limit}:{names} names a strategy twice, or none: name each "
+                    "candidate once."
+                )
+
+    def entry_of(self, num_rows: int) -> int | None:
+        """Return the index of the entry for `num_rows` rows; None beyond the last."""
+        for index, (limit, _) in enumerate(self.entries):
+            if num_rows <= limit:
+                return index
+        return None
+
+    def of(self, num_rows: int) -> tuple[Strategy, ...]:
+        """List the candidates for `num_rows` rows."""
+        index = self.entry_of(num_rows)
+        return () if index is None else self.entries[index][1]
+
+    def strategies(self) -> tuple[Strategy, ...]:
+        """List all strategies, each once."""
+        named = (s for _, strategies in self.entries for s in strategies)
+        return tuple(dict.fromkeys(named))
+
+    def table(self) -> Table:
+        """Return the table of the only candidates.
+
+        Raises:
+          ValueError: an entry has several.
+        """
+        for limit, strategies in self.entries:
+            if len(strategies) > 1:
+                names = ",".join(map(str, strategies))
+                raise ValueError(
+                    f"entry {limit}:{names} has {len(strategies)} candidates, and "
+                    "nothing chooses between them: name one, or use a tuner that does."
+                )
+        return Table(tuple((limit, only) for limit, (only,) in self.entries))
+
+
+def parse_arms(entries: Sequence[str]) -> Arms:
+    """Read arms such as `("1:D7K1V8,D3K1V4", "4:D3K1V4")`, rows and candidates.
+
+    Raises:
+      ValueError: an entry is not of that form, or cannot be built.
+    """
+    parsed = []
+    for entry in entries:
+        rows, text = _parse_entry(
+            entry, "<strategy>,<strategy>,...; for example 4:D6K2V12,D3K1V4"
+        )
+        parsed.append((rows, tuple(parse(name.strip()) for name in text.split(","))))
+    return Arms(tuple(parsed))
+
+
+def _parse_entry(entry: str, form: str) -> tuple[int, str]:
+    rows, _, text = entry.partition(":")
+    if not rows.isdigit() or not text:
+        raise ValueError(f"entry {entry!r} is not <largest number of rows>:{form}.")
+    return int(rows), text
+
+
+def _check_limits(limits: list[int]) -> None:
+    if limits != sorted(set(limits)) or any(limit < 1 for limit in limits):
+        raise ValueError(
+            f"strategies are given for at most {limits} rows: name each number of "
+            "rows once, the smallest first, at least 1."
+        )

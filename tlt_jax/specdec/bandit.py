@@ -1,0 +1,185 @@
+"""BEG-MAB: the bucketed epsilon-greedy bandit of the system's paper."""
+
+import collections
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec import tuner
+
+Strategy = strategy_lib.Strategy
+
+
+def group_by_verify(
+    strategies: Sequence[Strategy], thresholds: Sequence[int], max_rows: int
+) -> strategy_lib.Arms:
+    """Group strategies by `tokens_to_verify`; those that verify most get few rows.
+
+    Group i serves `thresholds[i]` to `thresholds[i + 1] - 1` rows, the last up to
+    `max_rows`.
+
+    Reference: the system's paper, section 5, BEG-MAB's initialisation.
+
+    Args:
+      strategies: all arms.
+      thresholds: smallest number of rows of each group, rising, the first 1.
+      max_rows: where speculation begins; decoding is plain beyond.
+
+    Returns:
+      One entry per group; the order within a group is the given one.
+
+    Raises:
+      ValueError: there are not as many thresholds as groups, or they do not rise from
+        1 to `max_rows`.
+    """
+    groups: dict[int, list[Strategy]] = {}
+    for strategy in strategies:
+        groups.setdefault(strategy.tokens_to_verify, []).append(strategy)
+    if len(thresholds) != len(groups):
+        raise ValueError(
+            f"thresholds={list(thresholds)} for {len(groups)} groups: the strategies "
+            f"verify {sorted(groups, reverse=True)} tokens; give one threshold each."
+        )
+    rising = sorted(set(thresholds)) == list(thresholds)
+    if not rising or thresholds[0] != 1 or thresholds[-1] > max_rows:
+        raise ValueError(
+            f"thresholds={list(thresholds)}: they rise from 1 to at most "
+            f"max_rows={max_rows}."
+        )
+    limits = [start - 1 for start in thresholds[1:]] + [max_rows]
+    ordered = [tuple(groups[size]) for size in sorted(groups, reverse=True)]
+    return strategy_lib.Arms(tuple(zip(limits, ordered, strict=True)))
+
+
+class BegMab:
+    """An epsilon-greedy bandit per bucket over medians of recent rewards.
+
+    The reward of a call is `accept_length * rows / seconds of a step`, tokens per
+    second. Within a bucket an arm is drawn uniformly with probability `epsilon`; else
+    the one with the largest median of its last `window` rewards is taken, the first of
+    several; an untried arm counts as plus infinity. An arm's first reward is kept as it
+    is. A bucket of one arm has no choice, and beyond the last bucket decoding is plain.
+
+    The paper's buckets group arms by `tokens_to_verify` (`group_by_verify`). Chains of
+    different depth never share a group there, since a chain verifies all it drafts; so
+    buckets may also be given as they are, and an arm in several has rewards in each.
+
+    Reference: the system's paper, section 5, algorithm BEG-MAB (epsilon 0.1 and window
+    300 in its release).
+    """
+
+    NAME = "beg_mab"
+
+    def __init__(
+        self,
+        arms: strategy_lib.Arms,
+        *,
+        seed: int,
+        epsilon: float = 0.1,
+        window: int = 300,
+    ):
+        """Begin with all arms untried.
+
+        Args:
+          arms: candidates of each bucket.
+          seed: of the exploration.
+          epsilon: share of choices made at random, 0 to 1.
+          window: rewards kept of an arm.
+
+        Raises:
+          ValueError: `epsilon` or `window` is out of range.
+        """
+        if not 0 <= epsilon <= 1:
+            raise ValueError(f"epsilon={epsilon} is no probability: give 0 to 1.")
+        if window < 1:
+            raise ValueError(f"window={window} keeps no reward: give at least 1.")
+        self._arms, self._epsilon, self._window = arms, epsilon, window
+        self._random = np.random.Generator(np.random.PCG64(seed))
+        # Rewards and accept lengths by bucket and arm.
+        self._rewards = self._empty()
+        self._accept_lengths = self._empty()
+
+    def _empty(self) -> dict[tuple[int, Strategy], collections.deque[float]]:
+        return {
+            (bucket, strategy): collections.deque(maxlen=self._window)
+            for bucket, (_, strategies) in enumerate(self._arms.entries)
+            for strategy in strategies
+        }
+
+    def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
+        """List the bucket's arms; beyond the last bucket, None."""
+        return self._arms.of(num_rows) or (None,)
+
+    def choose(self, num_rows: int) -> Strategy | None:
+        """Choose by chance or by the median of rewards."""
+        bucket = self._arms.entry_of(num_rows)
+        if bucket is None:
+            return None
+        group = self._arms.entries[bucket][1]
+        if len(group) == 1:
+            return group[0]
+        if self._random.random() < self._epsilon:
+            return group[self._random.integers(len(group))]
+        return max(group, key=lambda strategy: self._median(bucket, strategy))
+
+    def _median(self, bucket: int, strategy: Strategy) -> float:
+        rewards = self._rewards[bucket, strategy]
+        return statistics.median(rewards) if rewards else float("inf")
+
+    def record(self, call: tuner.Call) -> None:
+        """Keep the reward of a speculative call.
+
+        Over the call's row-steps, accepted tokens and the bonus of each, by its
+        seconds: for a call of one step this is the paper's `a * b / elapsed`.
+
+        Raises:
+          ValueError: the strategy is no arm at that many rows.
+        """
+        if call.strategy is None or not call.speculated:
+            return
+        arm = self._arms.entry_of(call.num_rows), call.strategy
+        if arm not in self._rewards:
+            raise ValueError(
+                f"strategy {call.strategy} is no arm at num_rows={call.num_rows}: "
+                "record calls that this tuner chose."
+            )
+        self._accept_lengths[arm].append(call.accept_length)
+        self._rewards[arm].append(sum(call.num_accepted) / call.elapsed_s)
+
+    def changed(self, what: tuner.Updated) -> None:
+        """Change nothing: old rewards leave by the window alone."""
+
+    def state(self) -> dict[str, Any]:
+        """Return rewards, accept lengths and the random state."""
+        return {
+            "tuner": self.NAME,
+            "random": self._random.bit_generator.state,
+            "arms": [
+                [
+                    self._arms.entries[bucket][0],
+                    str(strategy),
+                    list(self._rewards[bucket, strategy]),
+                    list(self._accept_lengths[bucket, strategy]),
+                ]
+                for bucket, strategy in self._rewards
+            ],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state; arms that are no longer there are forgotten.
+
+        Raises:
+          ValueError: the state is another tuner's.
+        """
+        tuner.check_state(state, self.NAME)
+        self._random.bit_generator.state = state["random"]
+        self._rewards, self._accept_lengths = self._empty(), self._empty()
+        buckets = {limit: i for i, (limit, _) in enumerate(self._arms.entries)}
+        for limit, text, rewards, lengths in state["arms"]:
+            arm = buckets.get(limit), strategy_lib.parse(text)
+            if arm in self._rewards:
+                self._rewards[arm].extend(rewards)
+                self._accept_lengths[arm].extend(lengths)

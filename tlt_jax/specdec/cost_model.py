@@ -1,0 +1,152 @@
+"""Our tuner: expected tokens of a step by its expected seconds."""
+
+import dataclasses
+import math
+from typing import Any
+
+from tlt_jax.specdec import step_times, survival, tuner
+from tlt_jax.specdec import strategy as strategy_lib
+
+Strategy = strategy_lib.Strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModelConfig:
+    """How the cost model learns.
+
+    Attributes:
+      optimism: in standard deviations of what is estimated; 0: takes estimates as they
+        are.
+      time_spread: relative standard deviation of a call's seconds per step.
+      memory: row-steps that evidence on acceptance counts for at most.
+      window: calls of a kind kept for its seconds.
+      target_discount: what evidence on acceptance is worth after the target changed.
+      drafter_discount: the same after the drafter changed.
+    """
+
+    optimism: float = 0.5
+    time_spread: float = 0.12
+    memory: float = 400.0
+    window: int = 15
+    target_discount: float = 0.7
+    drafter_discount: float = 0.5
+
+    def __post_init__(self):
+        fractions = ("target_discount", "drafter_discount")
+        for name in fractions:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give 0 to 1.")
+        if not 0 < self.time_spread < 1:
+            raise ValueError(
+                f"time_spread={self.time_spread}: give more than 0, less than 1."
+            )
+        if self.optimism < 0:
+            raise ValueError(f"optimism={self.optimism}: give 0 or more.")
+        for name in ("memory", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more.")
+
+
+class CostModel:
+    """Chooses the strategy with the most tokens per second that may be hoped for.
+
+    Per row an arm yields `accept length / seconds of a step`; plain decoding is an arm
+    of accept length 1. Accept lengths come from all calls at once (`survival`), seconds
+    from the arm's own in the bucket, or from a law of all where there are none
+    (`step_times`). Either enters with the optimism that its evidence leaves room for.
+    So an untried arm is tried only if it may be the best, and a tried one is tried
+    again only while its doubt exceeds its distance from the best: what it is worth is
+    learned within a bounded number of calls, and exploring ends until `changed`
+    discounts what is known of acceptance. Nothing is random.
+
+    Reference: Auer, Cesa-Bianchi and Fischer, Finite-time Analysis of the Multiarmed
+    Bandit Problem, 2002 (upper confidence bounds; here without the term that grows with
+    time).
+    """
+
+    NAME = "cost_model"
+
+    def __init__(
+        self,
+        arms: strategy_lib.Arms,
+        *,
+        max_rows: int,
+        cfg: CostModelConfig | None = None,
+    ):
+        """Begin with nothing tried.
+
+        Args:
+          arms: candidates by rows.
+          max_rows: of the engine: its largest batch bucket.
+          cfg: how it learns.
+
+        Raises:
+          ValueError: `max_rows` is not positive.
+        """
+        if max_rows < 1:
+            raise ValueError(f"max_rows={max_rows}: an engine has at least one row.")
+        self._arms, self._max_rows = arms, max_rows
+        self._cfg = cfg or CostModelConfig()
+        self.survival = survival.Survival(memory=self._cfg.memory)
+        self.step_times = step_times.StepTimes(self._cfg.window, self._cfg.time_spread)
+
+    def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
+        """List the candidates, and plain decoding."""
+        return *self._arms.of(num_rows), None
+
+    def choose(self, num_rows: int) -> Strategy | None:
+        """Choose the arm with the highest optimistic speed, the first of several."""
+        arms = self.strategies(num_rows)
+        if len(arms) == 1:
+            return arms[0]
+        bucket = tuner.bucket_of(num_rows, self._max_rows)
+        return max(arms, key=lambda strategy: self.speed(bucket, strategy))
+
+    def speed(
+        self, bucket: int, strategy: Strategy | None, *, optimistic: bool = True
+    ) -> float:
+        """Return tokens per second of one row, as hoped for or as estimated."""
+        optimism = self._cfg.optimism if optimistic else 0.0
+        tokens = 1.0
+        if strategy is not None:
+            tokens = self.survival.accept_length(strategy, optimism)
+        seconds = self.step_times.estimate(bucket, strategy)
+        if optimistic:
+            doubt = self.step_times.doubt(bucket, strategy)
+            seconds *= math.exp(-self._cfg.optimism * doubt)
+        return tokens / seconds
+
+    def record(self, call: tuner.Call) -> None:
+        """Learn a call's seconds and what was accepted."""
+        if not call.num_steps or call.elapsed_s <= 0:
+            return
+        step_s = call.elapsed_s / call.num_steps
+        self.step_times.add(call.bucket, call.strategy, step_s)
+        if call.strategy is not None:
+            self.survival.add(call.strategy, call.num_accepted)
+
+    def changed(self, what: tuner.Updated) -> None:
+        """Discount what is known of acceptance; seconds stay as they are."""
+        discounts = {
+            "target": self._cfg.target_discount,
+            "drafter": self._cfg.drafter_discount,
+        }
+        self.survival.discount(discounts[what])
+
+    def state(self) -> dict[str, Any]:
+        """Return the evidence."""
+        return {
+            "tuner": self.NAME,
+            "survival": self.survival.state(),
+            "step_times": self.step_times.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+          ValueError: the state is another tuner's.
+        """
+        tuner.check_state(state, self.NAME)
+        self.survival.restore(state["survival"])
+        self.step_times.restore(state["step_times"])

@@ -1,0 +1,203 @@
+"""Tuners: which strategy the next decode call uses. The interface, and fixed rules.
+
+An engine asks `choose` before each decode call and tells `record` what came of it. A
+tuner reads no clock, and given the same calls and the same state it chooses the same.
+Several engines may share one; its user guards it by a lock.
+"""
+
+import dataclasses
+from typing import Any, Literal, Protocol
+
+from tlt_jax.specdec import strategy as strategy_lib
+
+Strategy = strategy_lib.Strategy
+Updated = Literal["target", "drafter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a decode call of an engine did.
+
+    Attributes:
+      num_rows: alive at its start.
+      bucket: rows that the program was compiled for.
+      strategy: None: plain decoding.
+      elapsed_s: seconds on the host's clock around the call, no compilation.
+      num_steps: target forwards.
+      num_tokens: kept, of all rows.
+      num_accepted: over rows and steps, how often at least d drafted tokens were
+        accepted; entry 0 counts the row-steps. Empty where decoding was plain.
+    """
+
+    num_rows: int
+    bucket: int
+    strategy: Strategy | None
+    elapsed_s: float
+    num_steps: int
+    num_tokens: int
+    num_accepted: tuple[int, ...] = ()
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens per row and step, before limits cut them."""
+        return sum(self.num_accepted) / self.num_accepted[0] if self.speculated else 1.0
+
+    @property
+    def speculated(self) -> bool:
+        """Whether any row took a speculative step."""
+        return bool(self.num_accepted and self.num_accepted[0])
+
+
+class Tuner(Protocol):
+    """Chooses the strategy of each decode call."""
+
+    def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
+        """List all that `choose(num_rows)` may ever return."""
+
+    def choose(self, num_rows: int) -> Strategy | None:
+        """Choose how to decode `num_rows` rows; None: plainly."""
+
+    def record(self, call: Call) -> None:
+        """Learn from a call."""
+
+    def changed(self, what: Updated) -> None:
+        """Note that the target, or the drafter, has new weights."""
+
+    def state(self) -> dict[str, Any]:
+        """Return all that was learned, random state included, as JSON has it."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state()`: the later choices are the same.
+
+        Raises:
+          ValueError: the state is another tuner's.
+        """
+
+
+def bucket_of(num_rows: int, max_rows: int) -> int:
+    """Return the batch bucket: the next power of two, or `max_rows` if that is less."""
+    return min(1 << max(num_rows - 1, 0).bit_length(), max_rows)
+
+
+def check_state(state: dict[str, Any], name: str) -> None:
+    """Refuse a state that is not of the tuner `name`.
+
+    Raises:
+      ValueError: it is another's.
+    """
+    found = state.get("tuner")
+    if found != name:
+        raise ValueError(
+            f"the state is of tuner {found!r} and cannot be continued by {name!r}: "
+            f"choose {found!r}, or begin a new run."
+        )
+
+
+class Static:
+    """Always the table's strategy."""
+
+    NAME = "static"
+
+    def __init__(self, table: strategy_lib.Table):
+        """Follow `table`."""
+        self._table = table
+
+    def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
+        """List the table's one choice."""
+        return (self._table.choose(num_rows),)
+
+    def choose(self, num_rows: int) -> Strategy | None:
+        """Look `num_rows` up."""
+        return self._table.choose(num_rows)
+
+    def record(self, call: Call) -> None:
+        """Learn nothing."""
+
+    def changed(self, what: Updated) -> None:
+        """Change nothing."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the name alone."""
+        return {"tuner": self.NAME}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Check the name.
+
+        Raises:
+          ValueError: the state is another tuner's.
+        """
+        check_state(state, self.NAME)
+
+
+class Threshold:
+    """Speculate from a threshold of rows on downwards, with hysteresis.
+
+    Speculation begins when the active batch has fallen to `start_rows` and ends when it
+    has grown beyond `stop_rows`; in between it stays as it is. So a batch that swings
+    around the threshold, as with rows admitted one by one, does not switch at each
+    call. Which strategy, the table says; its last one holds beyond its last entry.
+
+    Reference: the system's paper, section 5 (the elastic threshold, default 32 rows).
+    """
+
+    NAME = "threshold"
+
+    def __init__(self, table: strategy_lib.Table, start_rows: int, stop_rows: int):
+        """Begin with plain decoding.
+
+        Args:
+          table: strategies by rows, at least one.
+          start_rows: most rows at which speculation begins.
+          stop_rows: most rows at which it goes on.
+
+        Raises:
+          ValueError: the table is empty, or the thresholds are not in order.
+        """
+        if not table.entries:
+            raise ValueError("tuner 'threshold' has no strategy: give at least one.")
+        if not 1 <= start_rows <= stop_rows:
+            raise ValueError(
+                f"start_rows={start_rows} and stop_rows={stop_rows}: speculation "
+                "begins at 1 row at least and ends at no fewer rows than it begins."
+            )
+        self._table = table
+        self._start_rows, self._stop_rows = start_rows, stop_rows
+        self._speculating = False
+
+    def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
+        """List the table's choice, and None where the hysteresis decides."""
+        if num_rows <= self._start_rows:
+            return (self._strategy(num_rows),)
+        if num_rows <= self._stop_rows:
+            return self._strategy(num_rows), None
+        return (None,)
+
+    def choose(self, num_rows: int) -> Strategy | None:
+        """Choose by the number of rows, now and before."""
+        if num_rows <= self._start_rows:
+            self._speculating = True
+        elif num_rows > self._stop_rows:
+            self._speculating = False
+        return self._strategy(num_rows) if self._speculating else None
+
+    def _strategy(self, num_rows: int) -> Strategy:
+        return self._table.choose(num_rows) or self._table.entries[-1][1]
+
+    def record(self, call: Call) -> None:
+        """Learn nothing."""
+
+    def changed(self, what: Updated) -> None:
+        """Change nothing."""
+
+    def state(self) -> dict[str, Any]:
+        """Return whether it speculates."""
+        return {"tuner": self.NAME, "speculating": self._speculating}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on as it was.
+
+        Raises:
+          ValueError: the state is another tuner's.
+        """
+        check_state(state, self.NAME)
+        self._speculating = bool(state["speculating"])
