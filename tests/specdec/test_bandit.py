@@ -60,15 +60,15 @@ def test_rewards_and_choices_by_hand():
     assert made.choose(2) == B  # median(60, 7.5) = 33.75 against 45.
     made.record(call(B, 3, 0.2, (0, 0, 1)))  # a = 4/3, r = 20
     assert made.choose(2) == A  # 33.75 against median(45, 20) = 32.5.
-    made.record(call(A, 2, 0.3, (1, 1)))  # a = 2, r = 13.3
-    assert made.choose(2) == B  # median(60, 7.5, 13.3) = 13.3; the mean is 26.9.
+    made.record(call(A, 2, 0.128, (1, 1)))  # a = 2, r = 31.25
+    assert made.choose(2) == B  # The median 31.25 is below 32.5, the mean is not.
     made.record(call(B, 2, 0.5, (1, 0)))  # a = 1.5, r = 6
     made.record(call(B, 2, 0.5, (1, 0)))
-    assert made.choose(2) == A  # 13.3 against median(45, 20, 6, 6) = 13.
+    assert made.choose(2) == A  # 31.25 against median(45, 20, 6, 6) = 13.
     # The other bucket has learned nothing of this.
     assert made.choose(4) == C
     rows = {name: (r, a) for _, name, r, a in made.state()["arms"]}
-    assert rows["D4K4V16"] == (pytest.approx([60, 7.5, 40 / 3]), [3, 1.5, 2])
+    assert rows["D4K4V16"] == (pytest.approx([60, 7.5, 31.25]), [3, 1.5, 2])
     assert rows["D8K4V16"][0] == pytest.approx([45, 20, 6, 6])
     assert rows["D8K4V16"][1] == pytest.approx([4.5, 4 / 3, 1.5, 1.5])
     assert rows["D3K2V8"] == ([], [])
