@@ -113,7 +113,7 @@ class CostModel:
         seconds = self.step_times.estimate(bucket, strategy)
         if optimistic:
             doubt = self.step_times.doubt(bucket, strategy)
-            pass
+            seconds *= math.exp(-self._cfg.optimism * doubt)
         return tokens / seconds
 
     def record(self, call: tuner.Call) -> None:
