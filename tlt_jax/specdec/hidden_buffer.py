@@ -8,14 +8,15 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax.specdec import drafter_unroll
 
-_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,26 @@ class Record:
     features: np.ndarray | None
     key: np.ndarray
     version: int = 0
+
+
+class Texts(Protocol):
+    """What `plan` and `lay_out` read: texts by their index.
+
+    Attributes:
+      lengths: `[num_texts] int64`, tokens of every text.
+      response_starts: `[num_texts] int64`, where every text's response starts.
+    """
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def response_starts(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Record:
+        """Read the text at `index`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +101,8 @@ class HiddenBuffer:
           directory: of the buffer.
           dtype: features are kept in it: `float32` or `bfloat16`.
         """
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype={dtype!r}: use {' or '.join(_DTYPES)}.")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: use {' or '.join(DTYPES)}.")
         self._directory = pathlib.Path(directory)
         self._dtype = np.dtype(jnp.dtype(dtype))
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -122,7 +143,7 @@ class HiddenBuffer:
         """
         known = {entry.text_id for entry in self._index}
         for record in records:
-            _check(record, known)
+            check(record, known)
             known.add(record.text_id)
         arrays = {
             "tokens": np.concatenate([r.tokens for r in records]).astype(np.int32),
@@ -202,8 +223,85 @@ def num_bases(length: int, response_start: int) -> int:
     return max(length - max(response_start, 2), 0)
 
 
+class Rows:
+    """Rows that texts are placed in, each text in the first row with room."""
+
+    def __init__(
+        self,
+        row_tokens: int,
+        row_bases: int,
+        *,
+        max_rows: int | None = None,
+        num_open: int | None = None,
+    ):
+        """Begin without a row.
+
+        Args:
+          row_tokens, row_bases: T and M.
+          max_rows: None: as many as it takes.
+          num_open: newest rows that are looked at when another one is begun; None:
+            all. With a number, placing takes linear time.
+        """
+        self.rows: list[list[Span]] = []
+        self._size = (row_tokens, row_bases)
+        self._room: list[tuple[int, int]] = []
+        self._max_rows, self._num_open = max_rows, num_open
+        self._first_open = 0
+
+    def place(self, span: Span) -> bool:
+        """Place a text; say whether there was room."""
+        tokens, bases = span.num_tokens, span.num_bases
+        fits = (
+            i
+            for i in range(self._first_open, len(self.rows))
+            if self._room[i][0] >= tokens and self._room[i][1] >= bases
+        )
+        chosen = next(fits, len(self.rows))
+        if chosen == len(self.rows):
+            if chosen == self._max_rows:
+                return False
+            self.rows.append([])
+            self._room.append(self._size)
+            if self._num_open is not None:
+                self._first_open = max(self._first_open, chosen + 1 - self._num_open)
+        self.rows[chosen].append(span)
+        left = self._room[chosen]
+        self._room[chosen] = (left[0] - tokens, left[1] - bases)
+        return True
+
+
+def span_of(
+    index: int,
+    length: int,
+    response_start: int,
+    *,
+    row_tokens: int,
+    row_bases: int,
+    rng: np.random.Generator | None,
+) -> Span | None:
+    """Cut a text to what a row can hold.
+
+    Args:
+      index: of the text.
+      length, response_start: the text's.
+      row_tokens, row_bases: T and M. A text longer than T loses its end; of one with
+        more than M bases a run is taken.
+      rng: draws the run; None: the first.
+
+    Returns:
+      The span, or None if no base is left.
+    """
+    length = min(int(length), row_tokens)
+    there = num_bases(length, int(response_start))
+    if not there:
+        return None
+    taken = min(there, row_bases)
+    skipped = 0 if rng is None else int(rng.integers(there - taken + 1))
+    return Span(index, length, max(int(response_start) - 2, 0) + skipped, taken)
+
+
 def plan(
-    buffer: HiddenBuffer,
+    texts: Texts,
     indices: Sequence[int],
     *,
     row_tokens: int,
@@ -214,52 +312,33 @@ def plan(
     """Lay texts out over batches, each in one row, the first with room.
 
     Args:
-      buffer: the texts.
+      texts: the texts.
       indices: which of them; those without a base are left out.
-      row_tokens, row_bases: T and M. A text longer than T loses its end; of one with
-        more than M bases a random run is taken.
+      row_tokens, row_bases: T and M, see `span_of`.
       num_rows: B.
       seed: numbers of the order and of the runs; None: the order given, and first runs.
 
     Returns:
       Batches of `num_rows` rows of spans; rows of the last may be empty.
     """
-    rng = np.random.default_rng(seed)
+    rng = None if seed is None else np.random.default_rng(seed)
     order = np.asarray(indices, np.int64)
-    if seed is not None:
+    if rng is not None:
         order = rng.permutation(order)
-    lengths, starts = buffer.lengths, buffer.response_starts
-    rows: list[list[Span]] = []
-    room: list[tuple[int, int]] = []
     # Rows that are nearly full are looked at no more, so that a plan takes linear time.
-    first_open = 0
+    placed = Rows(row_tokens, row_bases, num_open=4 * num_rows)
+    sizes = {"row_tokens": row_tokens, "row_bases": row_bases}
+    lengths, starts = texts.lengths, texts.response_starts
     for index in order.tolist():
-        length = min(int(lengths[index]), row_tokens)
-        start = int(starts[index])
-        there = num_bases(length, start)
-        if not there:
-            continue
-        taken = min(there, row_bases)
-        skipped = int(rng.integers(there - taken + 1)) if seed is not None else 0
-        span = Span(index, length, max(start - 2, 0) + skipped, taken)
-        fits = (
-            i
-            for i in range(first_open, len(rows))
-            if room[i][0] >= length and room[i][1] >= taken
-        )
-        chosen = next(fits, len(rows))
-        if chosen == len(rows):
-            rows.append([])
-            room.append((row_tokens, row_bases))
-            first_open = max(first_open, len(rows) - 4 * num_rows)
-        rows[chosen].append(span)
-        room[chosen] = (room[chosen][0] - length, room[chosen][1] - taken)
-    rows += [[]] * (-len(rows) % num_rows)
+        span = span_of(index, lengths[index], starts[index], rng=rng, **sizes)
+        if span is not None:
+            placed.place(span)
+    rows = placed.rows + [[]] * (-len(placed.rows) % num_rows)
     return [rows[i : i + num_rows] for i in range(0, len(rows), num_rows)]
 
 
 def lay_out(
-    buffer: HiddenBuffer,
+    texts: Texts,
     rows: Sequence[Sequence[Span]],
     *,
     row_tokens: int,
@@ -268,35 +347,20 @@ def lay_out(
     """Make a batch of one of `plan`'s.
 
     Args:
-      buffer: the texts.
+      texts: the texts; each is read once and let go before the next one is.
       rows: of the batch.
       row_tokens, row_bases: as for `plan`.
 
     Returns:
       The batch, in host memory.
     """
-    sample = buffer.read(0)
-
-    def features(array):
-        return np.zeros((len(rows), row_tokens, array.shape[1]), array.dtype)
-
-    def ints(width, fill=0):
-        return np.full((len(rows), width), fill, np.int32)
-
-    batch = drafter_unroll.Batch(
-        tokens=ints(row_tokens),
-        positions=ints(row_tokens),
-        segment=ints(row_tokens, -1),
-        features=None if sample.features is None else features(sample.features),
-        hidden=features(sample.hidden),
-        bases=ints(row_bases),
-        valid=np.zeros((len(rows), row_bases), bool),
-        keys=np.zeros((len(rows), row_bases, 2), np.uint32),
-    )
+    batch = None
     for b, spans in enumerate(rows):
         first = base = 0
         for number, span in enumerate(spans):
-            record = buffer.read(span.index)
+            record = texts.read(span.index)
+            if batch is None:
+                batch = _empty_batch(record, len(rows), row_tokens, row_bases)
             here = (b, slice(first, first + span.num_tokens))
             batch.tokens[here] = record.tokens[: span.num_tokens]
             batch.positions[here] = np.arange(span.num_tokens)
@@ -309,10 +373,44 @@ def lay_out(
             batch.valid[there] = True
             batch.keys[there] = record.key
             first, base = first + span.num_tokens, base + span.num_bases
+    if batch is None:
+        batch = _empty_batch(texts.read(0), len(rows), row_tokens, row_bases)
     return batch
 
 
-def _check(record: Record, known: set[int]) -> None:
+def _empty_batch(
+    record: Record, num_rows: int, row_tokens: int, row_bases: int
+) -> drafter_unroll.Batch:
+    """Make a batch of padding, for features as wide as a record's."""
+
+    def features(array):
+        return np.zeros((num_rows, row_tokens, array.shape[1]), array.dtype)
+
+    def ints(width, fill=0):
+        return np.full((num_rows, width), fill, np.int32)
+
+    return drafter_unroll.Batch(
+        tokens=ints(row_tokens),
+        positions=ints(row_tokens),
+        segment=ints(row_tokens, -1),
+        features=None if record.features is None else features(record.features),
+        hidden=features(record.hidden),
+        bases=ints(row_bases),
+        valid=np.zeros((num_rows, row_bases), bool),
+        keys=np.zeros((num_rows, row_bases, 2), np.uint32),
+    )
+
+
+def check(record: Record, known: Container[int]) -> None:
+    """Refuse a record whose arrays do not fit together.
+
+    Args:
+      record: of any origin.
+      known: ids that are taken.
+
+    Raises:
+      ValueError: its id is taken, or a shape is wrong.
+    """
     length = len(record.tokens)
     if record.text_id in known:
         raise ValueError(f"text_id={record.text_id} is in the buffer already.")

@@ -1,0 +1,252 @@
+"""An endless line of drafter batches out of a buffer that is still filling.
+
+The longest texts of a step are not there while the step's drafter training runs: they
+are what it waits for. So a batch mixes the texts that this step has finished with those
+of the steps before, long ones first ("one-step offset", TLT, section on the spot
+trainer): a share `previous_frac` of the positions comes from the latter while there are
+both, and everything from the one side while the other is empty.
+
+On either side a text has the weight `num_bases ** length_power`, times `age_decay` for
+every version beyond the first that it is behind. Texts are taken in the order of their
+due times (stride scheduling): a text's first is a uniform share of 1 / weight after it
+was first seen, and 1 / weight passes between its turns. Turns are thus proportional to
+weights up to one, no text waits for ever, and one that arrives late owes nothing. The
+uniform numbers depend on seed, version and id alone, so the line is a function of the
+seed and of what was in the buffer at each batch, not of the order of arrival.
+"""
+
+import collections
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from tlt_jax.specdec import drafter_unroll, hidden_buffer, text_buffer
+
+PREVIOUS, CURRENT = 0, 1
+# Texts without room in a batch that are looked past before it is closed.
+_LOOK_PAST = 16
+
+
+class Sampler:
+    """Draws batches; one thread at a time."""
+
+    def __init__(
+        self,
+        buffer: text_buffer.TextBuffer,
+        *,
+        row_tokens: int,
+        row_bases: int,
+        num_rows: int,
+        seed: int,
+        previous_frac: float = 0.5,
+        length_power: float = 1.0,
+        age_decay: float = 0.5,
+    ):
+        """Begin a line of batches.
+
+        Args:
+          buffer: the texts.
+          row_tokens, row_bases: T and M, see `hidden_buffer.span_of`.
+          num_rows: B.
+          seed: of the line.
+          previous_frac: share of the positions from the steps before this one.
+          length_power: 0: every text alike; 1: in proportion to its positions.
+          age_decay: weight of a text two versions old against one version old.
+
+        Raises:
+          ValueError: a setting makes no sense.
+        """
+        if not 0 <= previous_frac <= 1:
+            raise ValueError(f"previous_frac={previous_frac}: give a share in [0, 1].")
+        if not 0 < age_decay <= 1 or length_power < 0:
+            raise ValueError(
+                f"age_decay={age_decay}, length_power={length_power}: give one in "
+                "(0, 1] and one of at least 0."
+            )
+        self._buffer = buffer
+        self._sizes = {"row_tokens": row_tokens, "row_bases": row_bases}
+        self._num_rows, self._seed = num_rows, seed
+        self._previous_frac = previous_frac
+        self._length_power, self._age_decay = length_power, age_decay
+        self._lock = threading.Lock()
+        self._due: dict[int, float] = {}
+        # Of the two sides: the due time of the last turn, and positions taken so far.
+        self._clock = np.zeros(2)
+        self._taken = np.zeros(2, np.int64)
+        self._owed = 0.0
+        self._version = self._num_batches = 0
+
+    @property
+    def num_taken(self) -> tuple[int, int]:
+        """Positions taken so far: of the steps before, and of the step at the time."""
+        previous, current = self._taken.tolist()
+        return previous, current
+
+    def next_batch(self, wait_s: float = 0.0) -> drafter_unroll.Batch | None:
+        """Make the next batch of what is there now.
+
+        A text is at most once in a batch, so that rows may be empty.
+
+        Args:
+          wait_s: how long to wait for a first text.
+
+        Returns:
+          The batch in host memory, or None: there is no text to learn from.
+        """
+        until = time.monotonic() + wait_s
+        with self._lock:
+            while True:
+                view = self._buffer.view()
+                self._meet(view)
+                turns = self._choose(view)
+                if turns.spans:
+                    batch = self._lay_out(view, turns)
+                    if batch is not None:
+                        return batch
+                elif (left := until - time.monotonic()) > 0:
+                    self._buffer.wait(left)
+                else:
+                    return None
+
+    def stream(
+        self, stop: threading.Event, poll_s: float = 0.05
+    ) -> Iterator[drafter_unroll.Batch]:
+        """Make batches until `stop` is set, waiting where there is no text."""
+        while not stop.is_set():
+            batch = self.next_batch(poll_s)
+            if batch is not None:
+                yield batch
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all that the line depends on besides the texts, as arrays."""
+        with self._lock:
+            ids = sorted(self._due)
+            return {
+                "ids": np.array(ids, np.int64),
+                "due": np.array([self._due[i] for i in ids], np.float64),
+                "clock": self._clock.copy(),
+                "taken": self._taken.copy(),
+                "owed": np.array(self._owed),
+                "progress": np.array([self._version, self._num_batches], np.int64),
+            }
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Go on where `state` was taken, with the same texts in the buffer."""
+        with self._lock:
+            ids, due = np.asarray(state["ids"]), np.asarray(state["due"])
+            self._due = dict(zip(ids.tolist(), due.tolist(), strict=True))
+            self._clock = np.array(state["clock"], np.float64)
+            self._taken = np.array(state["taken"], np.int64)
+            self._owed = float(state["owed"])
+            self._version, self._num_batches = np.asarray(state["progress"]).tolist()
+
+    def _meet(self, view: text_buffer.View) -> None:
+        """Give due times to texts that are new, and forget those that are gone."""
+        version = self._buffer.version
+        if version != self._version:
+            # Texts change sides and weights: everybody begins anew.
+            self._version, self._owed = version, 0.0
+            self._clock[:] = 0
+            self._due = {}
+        ids = view.text_ids.tolist()
+        self._due = {i: self._due[i] for i in ids if i in self._due}
+        self._sides = (view.versions >= version).astype(int)
+        self._strides = 1 / self._weights(view, version)
+        for index, text_id in enumerate(ids):
+            if text_id not in self._due:
+                rng = np.random.default_rng((self._seed, version, text_id))
+                begin = self._clock[self._sides[index]]
+                self._due[text_id] = begin + rng.random() * self._strides[index]
+
+    def _weights(self, view: text_buffer.View, version: int) -> np.ndarray:
+        bases = [
+            hidden_buffer.num_bases(length, start)
+            for length, start in zip(
+                view.lengths.tolist(), view.response_starts.tolist(), strict=True
+            )
+        ]
+        behind = np.maximum(version - view.versions - 1, 0)
+        return np.array(bases, float) ** self._length_power * self._age_decay**behind
+
+    def _choose(self, view: text_buffer.View) -> "_Turns":
+        """Fill rows, side by side, each in the order of due times."""
+        queues = self._queues(view)
+        mixed = all(queues)
+        turns = _Turns(
+            hidden_buffer.Rows(**self._sizes, max_rows=self._num_rows), self._owed
+        )
+        rng = np.random.default_rng((self._seed, self._num_batches))
+        num_past = 0
+        while any(queues) and num_past < _LOOK_PAST:
+            side = self._side(turns.owed) if all(queues) else int(not queues[PREVIOUS])
+            index = queues[side].popleft()
+            span = hidden_buffer.span_of(
+                index,
+                view.lengths[index],
+                view.response_starts[index],
+                rng=rng,
+                **self._sizes,
+            )
+            if span is None:
+                continue
+            if not turns.rows.place(span):
+                num_past += 1
+                continue
+            turns.spans.append(span)
+            if mixed:
+                from_previous = span.num_bases * (side == PREVIOUS)
+                turns.owed += self._previous_frac * span.num_bases - from_previous
+        return turns
+
+    def _queues(self, view: text_buffer.View) -> list[collections.deque[int]]:
+        due = np.array([self._due[i] for i in view.text_ids.tolist()])
+        order = np.lexsort((view.text_ids, due))
+        return [
+            collections.deque(order[self._sides[order] == side].tolist())
+            for side in (PREVIOUS, CURRENT)
+        ]
+
+    def _side(self, owed: float) -> int:
+        """The side that is behind its share."""
+        if owed == 0:
+            return PREVIOUS if self._previous_frac >= 0.5 else CURRENT
+        return PREVIOUS if owed > 0 else CURRENT
+
+    def _lay_out(
+        self, view: text_buffer.View, turns: "_Turns"
+    ) -> drafter_unroll.Batch | None:
+        """Read a plan's texts and count their turns; None if one has gone since."""
+        rows = turns.rows.rows
+        rows = rows + [[]] * (self._num_rows - len(rows))
+        with view.holding([span.index for span in turns.spans]) as all_there:
+            if not all_there:
+                return None
+            try:
+                batch = hidden_buffer.lay_out(view, rows, **self._sizes)
+            except text_buffer.TextGoneError:
+                return None
+        for span in turns.spans:
+            text_id, side = int(view.text_ids[span.index]), self._sides[span.index]
+            self._clock[side] = max(self._clock[side], self._due[text_id])
+            self._due[text_id] += self._strides[span.index]
+            self._taken[side] += span.num_bases
+        limit = self._num_rows * self._sizes["row_bases"]
+        self._owed = float(np.clip(turns.owed, -limit, limit))
+        self._num_batches += 1
+        return batch
+
+
+class _Turns:
+    """A plan of one batch, not yet counted.
+
+    Attributes:
+      rows: with the texts in their places.
+      spans: the texts in the order chosen.
+      owed: positions that the steps before are owed after it.
+    """
+
+    def __init__(self, rows: hidden_buffer.Rows, owed: float):
+        self.rows, self.owed = rows, owed
+        self.spans: list[hidden_buffer.Span] = []
