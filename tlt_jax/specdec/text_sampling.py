@@ -10,12 +10,14 @@ On either side a text has the weight `num_bases ** length_power`, times `age_dec
 every version beyond the first that it is behind. Texts are taken in the order of their
 due times (stride scheduling): a text's first is a uniform share of 1 / weight after it
 was first seen, and 1 / weight passes between its turns. Turns are thus proportional to
-weights up to one, no text waits for ever, and one that arrives late owes nothing. The
-uniform numbers depend on seed, version and id alone, so the line is a function of the
-seed and of what was in the buffer at each batch, not of the order of arrival.
+weights, no text waits for ever, and one that arrives late owes nothing. (A text without
+room in a batch lets a shorter one go first, and keeps its turn.) The uniform numbers
+depend on seed, version and id alone, so the line is a function of the seed and of what
+was in the buffer at each batch, not of the order of arrival.
 """
 
 import collections
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -98,11 +100,10 @@ class Sampler:
         until = time.monotonic() + wait_s
         with self._lock:
             while True:
-                view = self._buffer.view()
-                self._meet(view)
-                turns = self._choose(view)
+                listed = self._meet(self._buffer.view())
+                turns = self._choose(listed)
                 if turns.spans:
-                    batch = self._lay_out(view, turns)
+                    batch = self._lay_out(listed, turns)
                     if batch is not None:
                         return batch
                 elif (left := until - time.monotonic()) > 0:
@@ -142,7 +143,7 @@ class Sampler:
             self._owed = float(state["owed"])
             self._version, self._num_batches = np.asarray(state["progress"]).tolist()
 
-    def _meet(self, view: text_buffer.View) -> None:
+    def _meet(self, view: text_buffer.View) -> "_Listed":
         """Give due times to texts that are new, and forget those that are gone."""
         version = self._buffer.version
         if version != self._version:
@@ -152,13 +153,14 @@ class Sampler:
             self._due = {}
         ids = view.text_ids.tolist()
         self._due = {i: self._due[i] for i in ids if i in self._due}
-        self._sides = (view.versions >= version).astype(int)
-        self._strides = 1 / self._weights(view, version)
+        sides = (view.versions >= version).astype(int)
+        strides = 1 / self._weights(view, version)
         for index, text_id in enumerate(ids):
             if text_id not in self._due:
                 rng = np.random.default_rng((self._seed, version, text_id))
-                begin = self._clock[self._sides[index]]
-                self._due[text_id] = begin + rng.random() * self._strides[index]
+                begin = self._clock[sides[index]]
+                self._due[text_id] = float(begin + rng.random() * strides[index])
+        return _Listed(view, sides, strides)
 
     def _weights(self, view: text_buffer.View, version: int) -> np.ndarray:
         bases = [
@@ -170,9 +172,10 @@ class Sampler:
         behind = np.maximum(version - view.versions - 1, 0)
         return np.array(bases, float) ** self._length_power * self._age_decay**behind
 
-    def _choose(self, view: text_buffer.View) -> "_Turns":
+    def _choose(self, listed: "_Listed") -> "_Turns":
         """Fill rows, side by side, each in the order of due times."""
-        queues = self._queues(view)
+        view = listed.view
+        queues = self._queues(listed)
         mixed = all(queues)
         turns = _Turns(
             hidden_buffer.Rows(**self._sizes, max_rows=self._num_rows), self._owed
@@ -200,11 +203,12 @@ class Sampler:
                 turns.owed += self._previous_frac * span.num_bases - from_previous
         return turns
 
-    def _queues(self, view: text_buffer.View) -> list[collections.deque[int]]:
-        due = np.array([self._due[i] for i in view.text_ids.tolist()])
-        order = np.lexsort((view.text_ids, due))
+    def _queues(self, listed: "_Listed") -> list[collections.deque[int]]:
+        ids = listed.view.text_ids
+        due = np.array([self._due[i] for i in ids.tolist()])
+        order = np.lexsort((ids, due))
         return [
-            collections.deque(order[self._sides[order] == side].tolist())
+            collections.deque(order[listed.sides[order] == side].tolist())
             for side in (PREVIOUS, CURRENT)
         ]
 
@@ -215,9 +219,10 @@ class Sampler:
         return PREVIOUS if owed > 0 else CURRENT
 
     def _lay_out(
-        self, view: text_buffer.View, turns: "_Turns"
+        self, listed: "_Listed", turns: "_Turns"
     ) -> drafter_unroll.Batch | None:
         """Read a plan's texts and count their turns; None if one has gone since."""
+        view = listed.view
         rows = turns.rows.rows
         rows = rows + [[]] * (self._num_rows - len(rows))
         with view.holding([span.index for span in turns.spans]) as all_there:
@@ -228,14 +233,23 @@ class Sampler:
             except text_buffer.TextGoneError:
                 return None
         for span in turns.spans:
-            text_id, side = int(view.text_ids[span.index]), self._sides[span.index]
+            text_id, side = int(view.text_ids[span.index]), listed.sides[span.index]
             self._clock[side] = max(self._clock[side], self._due[text_id])
-            self._due[text_id] += self._strides[span.index]
+            self._due[text_id] += float(listed.strides[span.index])
             self._taken[side] += span.num_bases
         limit = self._num_rows * self._sizes["row_bases"]
         self._owed = float(np.clip(turns.owed, -limit, limit))
         self._num_batches += 1
         return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listed:
+    """The texts of a moment; for each, its side and the time between its turns."""
+
+    view: text_buffer.View
+    sides: np.ndarray
+    strides: np.ndarray
 
 
 class _Turns:
