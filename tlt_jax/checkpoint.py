@@ -52,18 +52,21 @@ class Checkpointer:
     finished then.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
-        """Open `<workdir>/checkpoints`, creating it if needed.
+    def __init__(
+        self, workdir: str | pathlib.Path, keep: int = 2, name: str = DIRECTORY
+    ):
+        """Open `<workdir>/<name>`, creating it if needed.
 
         What a killed process left half written there is removed.
 
         Args:
           workdir: the run's directory.
           keep: newest checkpoints kept on disk, at least 1.
+          name: of the directory below it.
         """
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint: at least 1.")
-        self._directory = _directory(workdir)
+        self._directory = _directory(workdir, name)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -96,6 +99,7 @@ class Checkpointer:
         opt_state: Any,
         cfg: Any,
         meta: dict[str, Any],
+        more: dict[str, Any] | None = None,
     ) -> None:
         """Start writing a checkpoint and return once the arrays are copied.
 
@@ -109,6 +113,8 @@ class Checkpointer:
           cfg: its architecture, a dataclass, so that a policy can be restored without
             the run.
           meta: anything that JSON can hold: config digest, task position, ...
+          more: further trees of arrays by name, read with `restore_item`. Orbax takes
+            no array of size zero.
 
         Raises:
           CheckpointError: this checkpoint or the one before could not be written.
@@ -130,6 +136,7 @@ class Checkpointer:
             _OPTIMIZER: ocp.args.StandardSave(opt_state),
             _META: ocp.args.JsonSave(record),
         }
+        items |= {n: ocp.args.StandardSave(tree) for n, tree in (more or {}).items()}
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except (OSError, RuntimeError, ValueError) as error:
@@ -182,6 +189,27 @@ class Checkpointer:
             }
         )
         return Restored(step, content[_POLICY], content[_OPTIMIZER], record["driver"])
+
+    def delete_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: a run goes on from `step`."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def restore_item(self, step: int, name: str, tree: Any) -> Any:
+        """Read one of the trees that `save` was given as `more`.
+
+        Args:
+          step: of the checkpoint.
+          name: of the tree.
+          tree: of arrays, NumPy's or JAX's, or of `jax.ShapeDtypeStruct`s with a
+            sharding, as saved.
+
+        Raises:
+          CheckpointError: it is damaged, or has no such tree.
+        """
+        args = {name: ocp.args.StandardRestore(_abstract(tree))}
+        return _restore(self._manager, self._directory, step, args)[name]
 
     def _write_error(self, error: Exception, step: int | None = None):
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
@@ -246,17 +274,18 @@ def restore_policy(
     return content[_POLICY], cfg, step
 
 
-def _directory(workdir: str | pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(workdir).absolute() / DIRECTORY
+def _directory(workdir: str | pathlib.Path, name: str = DIRECTORY) -> pathlib.Path:
+    return pathlib.Path(workdir).absolute() / name
 
 
 def _abstract(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
-        ),
-        tree,
-    )
+    def describe(leaf):
+        if isinstance(leaf, np.ndarray):
+            return leaf  # read back as such
+        sharding = getattr(leaf, "sharding", None)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(describe, tree)
 
 
 def _restore(

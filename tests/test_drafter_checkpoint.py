@@ -1,0 +1,180 @@
+"""Checkpoints of a drafter: what each mode writes, and that all come back."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.specdec import test_text_buffer, tiny_drafter
+from tlt_jax import checkpoint, drafter_checkpoint
+from tlt_jax.specdec import (
+    drafter_training,
+    text_buffer,
+    text_sampling,
+)
+
+OPTIMIZER = optax.adamw(1e-2)
+CFG = tiny_drafter.drafter_config()
+
+
+def made(seed):
+    """A state of random numbers."""
+    params = tiny_drafter.params_of(CFG)
+    state = drafter_training.TrainState(params, OPTIMIZER.init(params), jnp.int32(0))
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(100, size=leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(draw, state)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def size_of(directory):
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("mode", drafter_checkpoint.MODES)
+def test_every_mode_comes_back_bit_for_bit(tmp_path, mode):
+    target = tiny_drafter.target_of(CFG)
+    states = {step: made(step) for step in (3, 4)}
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path, mode) as checkpointer:
+        assert checkpointer.restore(made(0)) is None
+        waits = [
+            checkpointer.save(n, state, CFG, target=target, meta={"version": n})
+            for n, state in states.items()
+        ]
+        assert checkpointer.stall_s == sum(waits) > 0
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
+        found = checkpointer.restore(made(0))
+        assert (found.step, found.meta, found.arrays) == (4, {"version": 4}, {})
+        same(found.state, states[4])
+        if mode == "selective":
+            with pytest.raises(checkpoint.CheckpointError):
+                checkpointer.restore_target(4, target)
+        else:
+            same(checkpointer.restore_target(4, target), target)
+
+
+def test_selective_writes_what_is_trained_alone(tmp_path):
+    target = tiny_drafter.target_of(CFG)
+    target = target.replace(embed=jnp.ones((512, 256)))
+    sizes = {}
+    for mode in drafter_checkpoint.MODES:
+        folder = tmp_path / mode
+        with drafter_checkpoint.DrafterCheckpointer(folder, mode) as checkpointer:
+            checkpointer.save(1, made(1), CFG, target=target)
+        sizes[mode] = size_of(folder)
+    assert sizes["selective"] < 200_000 < target.embed.nbytes
+    assert abs(sizes["async"] - sizes["blocking"]) < 10_000
+
+
+def test_only_blocking_is_complete_when_save_returns(tmp_path, monkeypatch):
+    waited = []
+    wait = checkpoint.Checkpointer.wait
+
+    def seen(self):
+        waited.append(self)
+        wait(self)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "wait", seen)
+    for mode, expected in (("blocking", 1), ("async", 0), ("selective", 0)):
+        folder = tmp_path / mode
+        with drafter_checkpoint.DrafterCheckpointer(folder, mode) as checkpointer:
+            waited.clear()
+            checkpointer.save(1, made(1), CFG, target=tiny_drafter.target_of(CFG))
+            assert len(waited) == expected
+
+
+def test_state_may_be_given_up_right_after(tmp_path):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def overwrite(tree):
+        return jax.tree.map(lambda x: x * 0 - 1, tree)
+
+    large = made(1)
+    large = large.replace(opt_state=(large.opt_state, jnp.ones((600, 6000))))
+    wanted = jax.tree.map(np.array, large)
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, jax.tree.map(jnp.array, wanted), CFG)
+            checkpointer.wait()
+        checkpointer.save(4, large, CFG)
+        large = overwrite(large)
+        jax.block_until_ready(large)
+    like = jax.tree.map(jnp.zeros_like, large)
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
+        same(jax.tree.map(np.asarray, checkpointer.restore(like, 4).state), wanted)
+
+
+def test_buffer_and_sampler_come_back(tmp_path):
+    sizes = {"row_tokens": 32, "row_bases": 30, "num_rows": 2, "seed": 3}
+    buffer = text_buffer.TextBuffer(1_000_000)
+    for i in range(9):
+        buffer.append(test_text_buffer.made(i, 6 + i, 1 + i // 4, features=i < 0))
+    sampler = text_sampling.Sampler(buffer, **sizes)
+    sampler.next_batch()
+    parts = {"texts": buffer.state(), "sampler": sampler.state()}
+    arrays = {f"{p}/{n}": x for p, part in parts.items() for n, x in part.items()}
+    # No features: an array of width 0.
+    assert any(array.size == 0 for array in arrays.values())
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, made(1), CFG, arrays=arrays)
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
+        found = checkpointer.restore(made(0)).arrays
+    same(found, arrays)
+    again = text_buffer.TextBuffer(1_000_000)
+    again.restore({n.removeprefix("texts/"): x for n, x in found.items()})
+    resumed = text_sampling.Sampler(again, **sizes)
+    resumed.restore({n.removeprefix("sampler/"): x for n, x in found.items()})
+    for _ in range(4):
+        for one, other in zip(
+            jax.tree.leaves(sampler.next_batch()),
+            jax.tree.leaves(resumed.next_batch()),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_ahead_of_the_run_is_written_again(tmp_path):
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, made(step), CFG)
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
+        found = checkpointer.restore(made(0), at_most=2)
+        assert found.step == 2
+        same(found.state, made(2))
+        checkpointer.save(3, made(7), CFG)
+        checkpointer.wait()
+        same(checkpointer.restore(made(0)).state, made(7))
+        assert sorted(os.listdir(tmp_path / "drafter_checkpoints")) == ["1", "2", "3"]
+
+
+def test_what_is_wrong_is_told(tmp_path):
+    with pytest.raises(ValueError, match="mode='fast': use blocking, async, selective"):
+        drafter_checkpoint.DrafterCheckpointer(tmp_path, "fast")
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path, "async") as checkpointer:
+        with pytest.raises(ValueError, match="mode='async' writes the target: give it"):
+            checkpointer.save(1, made(1), CFG)
+        target = tiny_drafter.target_of(CFG)
+        checkpointer.save(1, made(1), CFG, target=target)
+        checkpointer.wait()
+        other = made(1).replace(opt_state=())
+        with pytest.raises(checkpoint.CheckpointError, match="of another model or opt"):
+            checkpointer.restore(other)
+        for path in (tmp_path / "drafter_checkpoints/1").rglob("*"):
+            if path.is_file() and "policy" in str(path):
+                path.write_bytes(b"")
+        with pytest.raises(checkpoint.CheckpointError, match="it is damaged"):
+            checkpointer.restore(made(0))

@@ -1,0 +1,200 @@
+"""Checkpoints of a drafter that is trained during a run, in three modes.
+
+What changes in drafter training is one layer and its optimizer; embedding and head are
+the target's and lie in the run's own checkpoint. `selective` writes the former alone,
+in the background: what a run uses. `async` and `blocking` write everything that the
+drafter computes with, in the background and with the caller waiting; they are what
+`experiments.checkpoint_stall` compares it with. All three are read alike.
+"""
+
+import dataclasses
+import pathlib
+import time
+import typing
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from tlt_jax import checkpoint
+from tlt_jax.models import drafter
+from tlt_jax.specdec import drafter_training, drafter_unroll
+
+DIRECTORY = "drafter_checkpoints"
+Mode = Literal["blocking", "async", "selective"]
+MODES: tuple[Mode, ...] = typing.get_args(Mode)
+_FROZEN, _ARRAYS = "frozen", "arrays"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A drafter's checkpoint.
+
+    Attributes:
+      step: RL steps done when it was taken.
+      state: the drafter and its optimizer.
+      arrays: as given to `save`, in host memory.
+      meta: as given to `save`.
+    """
+
+    step: int
+    state: drafter_training.TrainState
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+
+class DrafterCheckpointer:
+    """Writes a drafter's checkpoints and reads the one of a step.
+
+    Use as a context manager, or call `close`.
+
+    Attributes:
+      stall_s: seconds that callers of `save` have waited, in all.
+    """
+
+    def __init__(
+        self, workdir: str | pathlib.Path, mode: Mode = "selective", keep: int = 3
+    ):
+        """Open `<workdir>/drafter_checkpoints`, creating it if needed.
+
+        Args:
+          workdir: the run's directory.
+          mode: what is written, and who waits.
+          keep: newest checkpoints kept. One more than the run keeps of its own, so that
+            each of those finds the drafter's of its step.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: use {', '.join(MODES)}.")
+        self.stall_s = 0.0
+        self._mode = mode
+        self._checkpointer = checkpoint.Checkpointer(workdir, keep, DIRECTORY)
+
+    def __enter__(self) -> "DrafterCheckpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: drafter_training.TrainState,
+        cfg: drafter.DrafterConfig,
+        *,
+        target: drafter_unroll.Target | None = None,
+        arrays: dict[str, np.ndarray] | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> float:
+        """Write a checkpoint, or begin to; `state` may be donated afterwards.
+
+        Args:
+          step: RL steps done.
+          state: the drafter and its optimizer.
+          cfg: the drafter's architecture.
+          target: embedding and head; written in the modes `blocking` and `async` only,
+            and needed there.
+          arrays: what else shall be there, of any shapes: the state of a
+            `text_buffer.TextBuffer` and of a `text_sampling.Sampler`, say.
+          meta: anything that JSON can hold.
+
+        Returns:
+          The seconds that the caller waited.
+
+        Raises:
+          checkpoint.CheckpointError: this checkpoint or the one before could not be
+            written.
+        """
+        started = time.perf_counter()
+        arrays = {name: np.asarray(array) for name, array in (arrays or {}).items()}
+        more = {}
+        # Orbax takes no empty ones.
+        filled = {name: array for name, array in arrays.items() if array.size}
+        if filled:
+            more[_ARRAYS] = filled
+        if self._mode != "selective":
+            if target is None:
+                raise ValueError(f"mode={self._mode!r} writes the target: give it.")
+            more[_FROZEN] = _frozen(target)
+        record = {
+            "arrays": {
+                name: [list(array.shape), array.dtype.name]
+                for name, array in arrays.items()
+            },
+            "meta": meta or {},
+        }
+        self._checkpointer.save(
+            step,
+            state.params,
+            (state.opt_state, state.num_updates),
+            cfg,
+            record,
+            more,
+        )
+        if self._mode == "blocking":
+            self._checkpointer.wait()
+        waited = time.perf_counter() - started
+        self.stall_s += waited
+        return waited
+
+    def restore(
+        self, like: drafter_training.TrainState, at_most: int | None = None
+    ) -> Restored | None:
+        """Read the newest checkpoint.
+
+        Args:
+          like: a state of the wanted shapes and shardings.
+          at_most: the run's own step. Later checkpoints, left by a run that was killed
+            before its own was complete, are removed: they will be written again.
+
+        Returns:
+          What was saved, bit for bit, or None if there is none.
+
+        Raises:
+          checkpoint.CheckpointError: it is damaged, or of another drafter.
+        """
+        if at_most is not None:
+            self._checkpointer.delete_after(at_most)
+        found = self._checkpointer.restore_latest(
+            like.params, (like.opt_state, like.num_updates)
+        )
+        if found is None:
+            return None
+        arrays = {
+            name: np.empty(shape, jnp.dtype(dtype))
+            for name, (shape, dtype) in found.meta["arrays"].items()
+        }
+        filled = {name: array for name, array in arrays.items() if array.size}
+        if filled:
+            arrays |= self._checkpointer.restore_item(found.step, _ARRAYS, filled)
+        return Restored(
+            found.step,
+            drafter_training.TrainState(found.params, *found.opt_state),
+            arrays,
+            found.meta["meta"],
+        )
+
+    def restore_target(
+        self, step: int, like: drafter_unroll.Target
+    ) -> drafter_unroll.Target:
+        """Read embedding and head, which `selective` does not write.
+
+        Raises:
+          checkpoint.CheckpointError: they are not there.
+        """
+        frozen = self._checkpointer.restore_item(step, _FROZEN, _frozen(like))
+        return drafter_unroll.Target(**frozen)
+
+    def wait(self) -> None:
+        """Wait until every checkpoint is complete on disk."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Wait, then release the directory."""
+        self._checkpointer.close()
+
+
+def _frozen(target: drafter_unroll.Target) -> dict[str, Any]:
+    """What the target's record holds, as a tree without a missing leaf."""
+    names = [field.name for field in dataclasses.fields(target)]
+    values = {name: getattr(target, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
