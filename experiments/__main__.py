@@ -9,6 +9,7 @@ from experiments import harness
 STATUS = {
     "accept_length": "runs on CPU; needs a trained drafter",
     "ahead_of_time": "compiles for described TPU slices; needs libtpu",
+    "checkpoint_stall": "runs on CPU",
     "decode_speed": "runs on CPU",
     "grpo_step_speed": "runs on CPU",
     "speculation_speed": "runs on CPU; needs a trained drafter",

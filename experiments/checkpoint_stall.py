@@ -1,0 +1,240 @@
+"""Seconds that drafter training waits for a checkpoint, in three modes.
+
+    python -m experiments.checkpoint_stall --scale=cpu
+
+`blocking` writes the drafter with the embedding and the head that it uses, and its
+optimizer, while the caller waits; `async` writes the same in the background;
+`selective` writes the trained leaves and the optimizer, in the background (what a run
+uses). After each save one real drafter step is taken, which shows what the writing in
+the background costs it; `none` is the step without a checkpoint. Drafters have the
+sizes of those of the targets named, and random weights. Files are left to the page
+cache: no mode waits for the disk itself.
+
+The paper's figures for a 7B target on H100s: 893, 280 and 97 ms.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import pathlib
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments import harness
+from tlt_jax import drafter_checkpoint
+from tlt_jax.models import config as model_config
+from tlt_jax.models import drafter
+from tlt_jax.specdec import drafter_training, drafter_unroll
+
+SLUG = "checkpoint_stall"
+NONE = "none"
+SYSTEMS = (NONE, *drafter_checkpoint.MODES)
+METRICS = {"stall_ms": "lower", "stall_and_step_ms": "lower", "complete_ms": "lower"}
+
+# vocab_size, d_model, d_ff, num_heads, num_kv_heads, head_dim, num_layers.
+SHAPES = {
+    "smollm2-135m": (49152, 576, 1536, 9, 3, 64, 30),
+    "qwen2.5-1.5b": (151936, 1536, 8960, 12, 2, 128, 28),
+    "tiny": (64, 16, 24, 2, 1, 8, 8),
+}
+_ROW_TOKENS, _ROW_BASES = 64, 32
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    parser.add_argument(
+        "--targets",
+        default="smollm2-135m,qwen2.5-1.5b",
+        help=f"of {', '.join(SHAPES)}; separated by commas",
+    )
+    parser.add_argument("--draft-vocab", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
+    )
+    return parser.parse_args(arguments)
+
+
+class Training:
+    """A drafter in training, and a checkpointer for each mode."""
+
+    def __init__(self, name: str, draft_vocab: int, directory: pathlib.Path):
+        """Makes a drafter of random weights for the target `name`."""
+        vocab, width, d_ff, heads, kv_heads, head_dim, layers = SHAPES[name]
+        target = model_config.ModelConfig(
+            family="llama",
+            vocab_size=vocab,
+            num_layers=layers,
+            d_model=width,
+            d_ff=d_ff,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            tie_embeddings=True,
+        )
+        size = min(draft_vocab, vocab)
+        self.cfg = drafter.of_target(
+            target,
+            feature_layers=drafter.low_mid_high(layers),
+            draft_vocab_size=size,
+        )
+        keys = iter(jax.random.split(jax.random.key(0), 8))
+
+        def random(*shape):
+            return jax.random.normal(next(keys), shape)
+
+        self.target = drafter_unroll.Target(
+            random(vocab, width), random(size, width), jnp.arange(size)
+        )
+        optimizer = optax.adamw(1e-4)
+        params = jax.jit(drafter.init, static_argnums=0)(self.cfg, next(keys))
+        self.state = drafter_training.TrainState(
+            params, jax.jit(optimizer.init)(params), jnp.int32(0)
+        )
+        columns = np.arange(_ROW_TOKENS, dtype=np.int32)[None]
+        self.batch = drafter_unroll.Batch(
+            tokens=columns % vocab,
+            positions=columns,
+            segment=np.zeros_like(columns),
+            features=np.asarray(random(1, _ROW_TOKENS, 3 * width)),
+            hidden=np.asarray(random(1, _ROW_TOKENS, width)),
+            bases=columns[:, :_ROW_BASES],
+            valid=np.ones((1, _ROW_BASES), bool),
+            keys=np.zeros((1, _ROW_BASES, 2), np.uint32),
+        )
+        self._step = jax.jit(
+            functools.partial(
+                drafter_training.step,
+                cfg=drafter_unroll.ForwardConfig(self.cfg, head_chunk=_ROW_BASES),
+                objective=drafter_training.Objective(1),
+                optimizer=optimizer,
+            ),
+            donate_argnums=0,
+        )
+        self._num_saved = 0
+        self._directory = directory
+        self._checkpointers = {
+            mode: drafter_checkpoint.DrafterCheckpointer(directory / mode, mode, keep=1)
+            for mode in drafter_checkpoint.MODES
+        }
+
+    def train(self) -> float:
+        """Takes one step; returns the milliseconds it took."""
+        started = time.perf_counter()
+        self.state, outcome = self._step(self.state, self.batch, self.target)
+        jax.block_until_ready((self.state, outcome))
+        return 1e3 * (time.perf_counter() - started)
+
+    def measure(self, mode: str) -> harness.Row:
+        """Saves, trains a step, and waits for the rest of the writing."""
+        if mode == NONE:
+            step_ms = self.train()
+            return {
+                "stall_ms": None,
+                "stall_and_step_ms": step_ms,
+                "complete_ms": None,
+                "megabytes": None,
+            }
+        checkpointer = self._checkpointers[mode]
+        self._num_saved += 1
+        started = time.perf_counter()
+        waited_s = checkpointer.save(
+            self._num_saved, self.state, self.cfg, target=self.target
+        )
+        step_ms = self.train()
+        checkpointer.wait()
+        complete_ms = 1e3 * (time.perf_counter() - started)
+        files = [p for p in (self._directory / mode).rglob("*") if p.is_file()]
+        return {
+            "stall_ms": 1e3 * waited_s,
+            "stall_and_step_ms": 1e3 * waited_s + step_ms,
+            "complete_ms": complete_ms,
+            "megabytes": sum(path.stat().st_size for path in files) / 1e6,
+        }
+
+    def close(self) -> None:
+        """Ends the writing."""
+        for checkpointer in self._checkpointers.values():
+            checkpointer.close()
+
+
+def plot(summary: list[harness.Row], path: pathlib.Path) -> None:
+    """Draws the stalls, a panel for each target."""
+    targets = list(dict.fromkeys(row["target"] for row in summary))
+    modes = drafter_checkpoint.MODES
+    figure, panels = plt.subplots(
+        1, len(targets), figsize=(4 * len(targets), 3.6), layout="constrained"
+    )
+    for axes, target in zip(np.atleast_1d(panels), targets, strict=True):
+        rows = {row["system"]: row for row in summary if row["target"] == target}
+        of = {
+            what: np.array([rows[mode][f"stall_ms/{what}"] for mode in modes])
+            for what in ("median", "min", "max")
+        }
+        median = of["median"]
+        spread = [median - of["min"], of["max"] - median]
+        bars = axes.bar(modes, median, 0.6, yerr=spread, capsize=3)
+        axes.bar_label(bars, fmt="%.0f ms", fontsize=9, padding=2)
+        axes.set_title(target, loc="left")
+        axes.set_ylabel("stall, ms (median and range)")
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the experiment; returns the summary that it also writes."""
+    options = parse_arguments(arguments)
+    targets = options.targets.split(",")
+    unknown = [name for name in targets if name not in SHAPES]
+    if unknown:
+        raise ValueError(
+            f"--targets names {', '.join(unknown)}; known here are {', '.join(SHAPES)}."
+        )
+    names = ("jax", "orbax-checkpoint", "tensorstore")
+    provenance = harness.Provenance(
+        SLUG,
+        {
+            "targets": {name: SHAPES[name] for name in targets},
+            "draft_vocab": options.draft_vocab,
+            "rounds": options.rounds,
+        },
+        {name: importlib.metadata.version(name) for name in names},
+    )
+    rows = []
+    for target in targets:
+        with tempfile.TemporaryDirectory() as folder:
+            training = Training(target, options.draft_vocab, pathlib.Path(folder))
+            rows += harness.run_paired(
+                SYSTEMS,
+                [{"target": target}],
+                lambda name, case, number, training=training: training.measure(name),
+                rounds=options.rounds,
+                warmups=2,
+            )
+            training.close()
+    summary = harness.summarise(
+        rows, case_keys=["target"], metrics=METRICS, reference="selective"
+    )
+    harness.write_results(options, SLUG, rows, summary, provenance)
+    out = options.out or harness.RESULTS_DIR / options.scale
+    plot(summary, out / f"{SLUG}.png")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
