@@ -188,6 +188,7 @@ def plot(summary: list[harness.Row], path: pathlib.Path) -> None:
         spread = [median - of["min"], of["max"] - median]
         bars = axes.bar(modes, median, 0.6, yerr=spread, capsize=3)
         axes.bar_label(bars, fmt="%.0f ms", fontsize=9, padding=2)
+        axes.margins(y=0.12)
         axes.set_title(target, loc="left")
         axes.set_ylabel("stall, ms (median and range)")
         axes.spines[["top", "right"]].set_visible(False)
