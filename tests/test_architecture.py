@@ -23,7 +23,7 @@ LAYERS = (
         *("checkpoint", "plots", "policy", "speculation", "workdir", "train"),
         *("main", "generate", "export", "launch"),
         *("drafter_config", "drafter_texts", "drafter_plots", "train_drafter"),
-        "drafter_checkpoint",
+        *("drafter_checkpoint", "plot_style", "timeline"),
     ),
     ("experiments", "notebooks", "configs"),
 )

@@ -1,6 +1,5 @@
 """The plot of a drafter's training, `<workdir>/plots/drafter.png`."""
 
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib import cm, figure
 
-from tlt_jax import metrics
+from tlt_jax import metrics, plot_style
 
 _PANELS = (
     ("drafter/loss", "training loss", "step"),
@@ -33,7 +32,7 @@ def draw(workdir: str | pathlib.Path) -> pathlib.Path:
     for axes, (name, title, label) in zip(
         drawn.subplots(2, 2).flat, _PANELS, strict=True
     ):
-        _curves(axes, rows, name)
+        curves(axes, rows, name)
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
@@ -42,18 +41,24 @@ def draw(workdir: str | pathlib.Path) -> pathlib.Path:
             axes.set_ylim(0, 1)
     path = workdir / "plots" / "drafter.png"
     path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    drawn.savefig(part, format="png", dpi=130)
-    os.replace(part, path)
+    plot_style.save(drawn, path)
     return path
 
 
-def _curves(axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    points = [(row["step"], np.atleast_1d(row[name])) for row in rows if name in row]
+def curves(axes: Any, rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Draw a number over the steps, or one curve for each depth of a list.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    points = [(step, np.atleast_1d(value)) for step, value in found]
     if not points:
-        return
+        return False
     steps = [step for step, _ in points]
-    values = np.stack([value for _, value in points])
+    values = np.full((len(points), max(len(value) for _, value in points)), np.nan)
+    for i, (_, value) in enumerate(points):
+        values[i, : len(value)] = value
     colors = cm.viridis(np.linspace(0, 0.85, values.shape[1]))
     for depth, color in enumerate(colors):
         label = f"depth {depth + 1}" if len(colors) > 1 else None
@@ -69,3 +74,4 @@ def _curves(axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
         )
     if len(colors) > 1:
         axes.legend(frameon=False, fontsize=7)
+    return True

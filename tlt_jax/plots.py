@@ -3,30 +3,25 @@
 `python -m tlt_jax.plots --workdir=DIR` redraws them at any time.
 """
 
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import app, flags
-from matplotlib import figure, ticker
+from matplotlib import figure
 
-from tlt_jax import metrics
+from tlt_jax import drafter_plots, metrics, plot_style, timeline
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_PURPLE, _SKY, _GREY = "#CC79A7", "#56B4E9", "#999999"
-
 _STAGES = (
-    ("time/rollout_s", "rollout", _BLUE),
-    ("time/reward_s", "reward", _PURPLE),
-    ("time/inference_s", "inference", _SKY),
-    ("time/update_s", "update", _ORANGE),
-    ("time/sync_s", "weight sync", _GREEN),
-    ("time/compile_s", "compilation", _RED),
+    ("time/rollout_s", "rollout", plot_style.BLUE),
+    ("time/reward_s", "reward", plot_style.PURPLE),
+    ("time/inference_s", "inference", plot_style.SKY),
+    ("time/update_s", "update", plot_style.ORANGE),
+    ("time/sync_s", "weight sync", plot_style.GREEN),
+    ("time/compile_s", "compilation", plot_style.RED),
 )
 
 
@@ -44,20 +39,23 @@ def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     directory = workdir / "plots"
     directory.mkdir(exist_ok=True)
     written = []
+
+    def worker_timeline(_: Rows) -> figure.Figure | None:
+        return timeline.draw(timeline.read(workdir))
+
     for name, draw in (
         ("reward", reward),
         ("lengths", lengths),
         ("time_split", time_split),
         ("accept_length", accept_length),
         ("policy", policy),
+        ("drafter_training", drafter_training),
+        ("timeline", worker_timeline),
     ):
         drawn = draw(rows)
         if drawn is not None:
             path = directory / f"{name}.png"
-            # Replaced whole, so that a viewer never loads half a picture.
-            part = path.with_suffix(".part")
-            drawn.savefig(part, format="png", dpi=130)
-            os.replace(part, path)
+            plot_style.save(drawn, path)
             written.append(path)
     return written
 
@@ -67,7 +65,7 @@ def reward(rows: Rows) -> figure.Figure | None:
     steps, mean = _series(rows, "reward/mean")
     if not len(steps):
         return None
-    fig, axes = _figure("Reward", "reward")
+    fig, axes = plot_style.figure("Reward", "reward")
     # Rows without a deviation have a band of no width.
     by_step = dict(zip(*_series(rows, "reward/std"), strict=True))
     std = np.array([by_step.get(step, 0.0) for step in steps])
@@ -75,24 +73,41 @@ def reward(rows: Rows) -> figure.Figure | None:
         steps,
         mean - std,
         mean + std,
-        color=_BLUE,
+        color=plot_style.BLUE,
         alpha=0.12,
         linewidth=0,
         label="± 1 standard deviation",
     )
     window = max(1, min(10, len(steps) // 5))
     if window > 1:
-        axes.plot(steps, mean, color=_BLUE, alpha=0.35, linewidth=1, label="mean")
+        axes.plot(
+            steps, mean, color=plot_style.BLUE, alpha=0.35, linewidth=1, label="mean"
+        )
         axes.plot(
             steps,
             smooth(mean, window),
-            color=_BLUE,
+            color=plot_style.BLUE,
             linewidth=2,
             label=f"mean of the last {window} steps",
         )
     else:
-        axes.plot(steps, mean, color=_BLUE, linewidth=2, marker="o", ms=3, label="mean")
-    colors = (_GREEN, _ORANGE, _RED, _PURPLE, _SKY, _GREY)
+        axes.plot(
+            steps,
+            mean,
+            color=plot_style.BLUE,
+            linewidth=2,
+            marker="o",
+            ms=3,
+            label="mean",
+        )
+    colors = (
+        plot_style.GREEN,
+        plot_style.ORANGE,
+        plot_style.RED,
+        plot_style.PURPLE,
+        plot_style.SKY,
+        plot_style.GREY,
+    )
     held_out = sorted(_eval_names(rows))[: len(colors)]
     for (name, label), color in zip(held_out, colors, strict=False):
         eval_steps, values = _series(rows, name)
@@ -106,17 +121,17 @@ def reward(rows: Rows) -> figure.Figure | None:
             lw=1.2,
             color=color,
         )
-    return _finish(fig, axes)
+    return plot_style.finish(fig, axes)
 
 
 def lengths(rows: Rows) -> figure.Figure | None:
     """Draw the median, 95th percentile and maximum completion length."""
     curves = (
-        ("length/max", "longest", _RED, 1.2),
-        ("length/p95", "95th percentile", _ORANGE, 1.6),
-        ("length/p50", "median", _BLUE, 2),
+        ("length/max", "longest", plot_style.RED, 1.2),
+        ("length/p95", "95th percentile", plot_style.ORANGE, 1.6),
+        ("length/p50", "median", plot_style.BLUE, 2),
     )
-    fig, axes = _figure("Completion length", "tokens")
+    fig, axes = plot_style.figure("Completion length", "tokens")
     drawn = 0
     for name, label, color, width in curves:
         steps, values = _series(rows, name)
@@ -129,7 +144,7 @@ def lengths(rows: Rows) -> figure.Figure | None:
     if not drawn:
         return None
     axes.set_ylim(bottom=0)
-    return _finish(fig, axes)
+    return plot_style.finish(fig, axes)
 
 
 def time_split(rows: Rows) -> figure.Figure | None:
@@ -139,7 +154,7 @@ def time_split(rows: Rows) -> figure.Figure | None:
         return None
     steps = np.array([row["step"] for row in rows])
     total = np.array([row["time/step_s"] for row in rows], float)
-    fig, axes = _figure("Time per step", "seconds")
+    fig, axes = plot_style.figure("Time per step", "seconds")
     base = np.zeros(len(rows))
     for name, label, color in _STAGES:
         spent = np.array([row.get(name) or 0.0 for row in rows], float)
@@ -148,7 +163,7 @@ def time_split(rows: Rows) -> figure.Figure | None:
             base = base + spent
     rest = np.maximum(0.0, total - base)
     if rest.sum() > 0.005 * total.sum():
-        _stack(axes, steps, base, rest, "other", _GREY)
+        _stack(axes, steps, base, rest, "other", plot_style.GREY)
         base = base + rest
     ceiling = 1.15 * np.quantile(base, 0.95)
     if len(steps) >= 8 and base.max() > 2 * ceiling:
@@ -168,7 +183,7 @@ def time_split(rows: Rows) -> figure.Figure | None:
         )
     else:
         axes.set_ylim(bottom=0)
-    return _finish(fig, axes)
+    return plot_style.finish(fig, axes)
 
 
 def accept_length(rows: Rows) -> figure.Figure | None:
@@ -176,11 +191,13 @@ def accept_length(rows: Rows) -> figure.Figure | None:
     steps, values = _series(rows, "specdec/accept_length")
     if not len(steps):
         return None
-    fig, axes = _figure("Accept length", "tokens per verification")
-    axes.plot(steps, values, color=_GREEN, lw=2, marker="o", ms=3, label="mean")
-    axes.axhline(1.0, color=_GREY, lw=1, ls=":", label="plain decoding")
+    fig, axes = plot_style.figure("Accept length", "tokens per verification")
+    axes.plot(
+        steps, values, color=plot_style.GREEN, lw=2, marker="o", ms=3, label="mean"
+    )
+    axes.axhline(1.0, color=plot_style.GREY, lw=1, ls=":", label="plain decoding")
     axes.set_ylim(bottom=0)
-    return _finish(fig, axes)
+    return plot_style.finish(fig, axes)
 
 
 def policy(rows: Rows) -> figure.Figure | None:
@@ -198,9 +215,32 @@ def policy(rows: Rows) -> figure.Figure | None:
     grid = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, label) in zip(grid, panels, strict=True):
         steps, values = _series(rows, name)
-        axes.plot(steps, values, color=_BLUE, lw=1.5)
+        axes.plot(steps, values, color=plot_style.BLUE, lw=1.5)
         axes.set_title(label, loc="left", fontsize=9)
-        _style(axes)
+        plot_style.style(axes)
+    grid[-1].set_xlabel("RL step")
+    return fig
+
+
+def drafter_training(rows: Rows) -> figure.Figure | None:
+    """Draw how good the drafter is that a run trains: one panel for each number.
+
+    A list holds a number for each unrolled step.
+    """
+    panels = (
+        ("specdec/accept_length", "tokens per verification"),
+        ("drafter/top1_acc", "drafter's likeliest token is the target's"),
+        ("drafter/loss", "drafter's loss"),
+    )
+    there = [p for p in panels if any(row.get(p[0]) is not None for row in rows)]
+    if not any(name.startswith("drafter/") for name, _ in there):
+        return None
+    fig = figure.Figure(figsize=(7.5, 2.2 * len(there) + 0.4), layout="constrained")
+    grid = fig.subplots(len(there), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, label) in zip(grid, there, strict=True):
+        drafter_plots.curves(axes, rows, name)
+        axes.set_title(label, loc="left", fontsize=9)
+        plot_style.style(axes)
     grid[-1].set_xlabel("RL step")
     return fig
 
@@ -230,32 +270,6 @@ def _eval_names(rows: Rows) -> set[tuple[str, str]]:
 def _stack(axes, steps, base, spent, label, color) -> None:
     axes.bar(steps, spent, 0.9 if len(steps) < 60 else 1.0, base, color=color, lw=0)
     axes.plot([], [], color=color, lw=6, label=label)
-
-
-def _figure(title: str, ylabel: str):
-    fig = figure.Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = fig.subplots()
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    axes.set_xlabel("RL step")
-    axes.set_ylabel(ylabel)
-    return fig, axes
-
-
-def _style(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
-    low, high = axes.get_xlim()
-    if high - low < 1:
-        # A single step.
-        axes.set_xlim((low + high) / 2 - 0.5, (low + high) / 2 + 0.5)
-
-
-def _finish(fig: figure.Figure, axes) -> figure.Figure:
-    _style(axes)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return fig
 
 
 def _main(argv: Sequence[str]) -> None:

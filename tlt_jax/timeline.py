@@ -1,0 +1,133 @@
+"""The plot of what rollout workers did and when, from `<workdir>/timeline.jsonl`.
+
+One line per RL step: `{"step": 3, "workers": [{"worker": 0, "intervals":
+[["busy", 0.0, 7.5], ["training", 7.6, 11.0], ["idle", 11.0, 11.2]]}, ...]}`, in seconds
+from any moment that the step's workers share.
+"""
+
+import collections
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import figure, ticker
+
+from tlt_jax import plot_style
+
+FILE = "timeline.jsonl"
+BUSY, TRAINING, IDLE = "busy", "training", "idle"
+_LOOK = {
+    BUSY: ("decoding", plot_style.BLUE),
+    TRAINING: ("training the drafter", plot_style.GREEN),
+    IDLE: ("idle", plot_style.PALE),
+}
+# Steps shown worker by worker; all are in the panel of shares.
+_NUM_SHOWN = 3
+
+Record = Mapping[str, Any]
+
+
+def read(workdir: str | pathlib.Path) -> list[Record]:
+    """Read a run's timeline: none if there is no file.
+
+    A step that was taken again after a restart counts once, and a line that was cut off
+    does not count.
+    """
+    path = pathlib.Path(workdir) / FILE
+    if not path.is_file():
+        return []
+    records = {}
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records[record["step"]] = record
+    return [records[step] for step in sorted(records)]
+
+
+def seconds(record: Record) -> dict[str, float]:
+    """Sum a step's seconds over its workers, by state."""
+    total = collections.Counter({state: 0.0 for state in _LOOK})
+    for state, start_s, stop_s in _intervals(record):
+        total[state] += stop_s - start_s
+    return dict(total)
+
+
+def trained_frac(spent: Mapping[str, float]) -> float | None:
+    """Return the share of the time without requests that went into training."""
+    free = spent[TRAINING] + spent[IDLE]
+    return spent[TRAINING] / free if free > 0 else None
+
+
+def draw(records: Sequence[Record]) -> figure.Figure | None:
+    """Draw the states' shares of every step, and some steps worker by worker.
+
+    Args:
+      records: of `read`.
+
+    Returns:
+      The figure; None without an interval.
+    """
+    records = [record for record in records if list(_intervals(record))]
+    if not records:
+        return None
+    shown = sorted({0, len(records) // 2, len(records) - 1})[-_NUM_SHOWN:]
+    heights = [0.35 * len(records[i]["workers"]) + 0.75 for i in shown]
+    several = len(records) > 1
+    if several:
+        heights.insert(0, 2.2)
+    fig = figure.Figure(figsize=(8.5, sum(heights) + 0.6), layout="constrained")
+    panels = list(fig.subplots(len(heights), 1, height_ratios=heights, squeeze=False))
+    panels = [axes for (axes,) in panels]
+    if several:
+        _draw_shares(panels.pop(0), records)
+    for axes, index in zip(panels, shown, strict=True):
+        _draw_step(axes, records[index])
+    panels[-1].set_xlabel("seconds since the rollout's begin")
+    top = fig.axes[0]
+    for label, color in _LOOK.values():
+        top.plot([], [], color=color, lw=6, label=label)
+    plot_style.legend(top)
+    return fig
+
+
+def _draw_shares(axes, records: Sequence[Record]) -> None:
+    steps = np.array([record["step"] for record in records])
+    spent = [seconds(record) for record in records]
+    total = np.array([sum(s[state] for state in _LOOK) for s in spent])
+    base = np.zeros(len(steps))
+    for state, (_, color) in _LOOK.items():
+        share = np.array([s[state] for s in spent]) / np.maximum(total, 1e-9)
+        axes.bar(steps, share, 0.9 if len(steps) < 60 else 1.0, base, color=color, lw=0)
+        base = base + share
+    axes.set_title("Workers' time", loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel("RL step")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+    plot_style.style(axes)
+
+
+def _draw_step(axes, record: Record) -> None:
+    first = min(start for _, start, _ in _intervals(record))
+    workers = record["workers"]
+    for row, worker in enumerate(workers):
+        for state, start, stop in worker["intervals"]:
+            _, color = _LOOK.get(state, (state, plot_style.GREY))
+            span = [(start - first, stop - start)]
+            axes.broken_barh(span, (row - 0.4, 0.8), color=color, lw=0)
+    frac = trained_frac(seconds(record))
+    told = "" if frac is None else f": {frac:.0%} of the free time trained"
+    axes.set_title(f"step {record['step']}{told}", loc="left", fontsize=9)
+    axes.set_yticks(range(len(workers)), [f"worker {w['worker']}" for w in workers])
+    axes.set_ylim(len(workers) - 0.4, -0.6)
+    axes.margins(x=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _intervals(record: Record):
+    for worker in record["workers"]:
+        yield from worker["intervals"]
