@@ -39,18 +39,19 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
         return {"deterministic": logits, "coupled": logits + gumbel}
 
     # Texts are random and seldom guessed: let some tokens be what is drafted.
-    for m, name in (
-        (0, "coupled"),
-        (1, "coupled"),
-        (3, "deterministic"),
-        (6, "coupled"),
+    for m, k, name in (
+        (0, 0, "coupled"),
+        (0, 1, "coupled"),
+        (3, 0, "deterministic"),
+        (6, 0, "coupled"),
     ):
-        scores = scores_of(unroll(params, batch, target), m, 0)[name]
-        batch.tokens[0, batch.bases[0, m] + 2] = ids[np.argmax(scores)]
+        scores = scores_of(unroll(params, batch, target), m, k)[name]
+        batch.tokens[0, batch.bases[0, m] + k + 2] = ids[np.argmax(scores)]
     steps = unroll(params, batch, target)
     names = [x + y for x in ("deterministic", "coupled") for y in ("", "_chain")]
     expected = {name: np.zeros(NUM_STEPS) for name in ("count", *names)}
     ends = {0: 9, 1: 16}
+    lifetimes = np.zeros(batch.bases.shape, int)
     for m in np.flatnonzero(batch.valid[0]):
         base = int(batch.bases[0, m])
         alive = {"deterministic": True, "coupled": True}
@@ -63,6 +64,7 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
                 alive[name] &= hit
                 expected[name][k] += hit
                 expected[f"{name}_chain"][k] += alive[name]
+            lifetimes[0, m] += alive["coupled"]
     measure = jax.jit(
         functools.partial(drafter_acceptance.measure, num_steps=NUM_STEPS, cfg=FORWARD)
     )
@@ -70,6 +72,13 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
     for name, value in expected.items():
         np.testing.assert_array_equal(sums[name], value, err_msg=name)
     assert expected["count"].tolist() == [9, 7, 5]
+    found = jax.jit(
+        functools.partial(
+            drafter_acceptance.lifetimes, num_steps=NUM_STEPS, cfg=FORWARD
+        )
+    )(params, batch, target)
+    np.testing.assert_array_equal(found, lifetimes)
+    assert lifetimes.max() > 1
     assert expected["coupled"][0] >= 3 and expected["deterministic"][0] >= 1
 
 

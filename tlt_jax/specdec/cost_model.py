@@ -18,28 +18,31 @@ class CostModelConfig:
       optimism: in standard deviations of what is estimated; 0: takes estimates as they
         are.
       time_spread: relative standard deviation of a call's seconds per step.
+      time_misfit: of a kind's seconds from what others let expect, the same.
       memory: row-steps that evidence on acceptance counts for at most.
       window: calls of a kind kept for its seconds.
       target_discount: what evidence on acceptance is worth after the target changed.
       drafter_discount: the same after the drafter changed.
     """
 
-    optimism: float = 0.5
+    optimism: float = 0.3
     time_spread: float = 0.12
-    memory: float = 400.0
+    time_misfit: float = 0.3
+    memory: float = 200.0
     window: int = 15
     target_discount: float = 0.7
-    drafter_discount: float = 0.5
+    drafter_discount: float = 0.2
 
     def __post_init__(self):
         fractions = ("target_discount", "drafter_discount")
         for name in fractions:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 to 1.")
-        if not 0 < self.time_spread < 1:
-            raise ValueError(
-                f"time_spread={self.time_spread}: give more than 0, less than 1."
-            )
+        for name in ("time_spread", "time_misfit"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: give more than 0, less than 1."
+                )
         if self.optimism < 0:
             raise ValueError(f"optimism={self.optimism}: give 0 or more.")
         for name in ("memory", "window"):
@@ -58,6 +61,11 @@ class CostModel:
     again only while its doubt exceeds its distance from the best: what it is worth is
     learned within a bounded number of calls, and exploring ends until `changed`
     discounts what is known of acceptance. Nothing is random.
+
+    Two calls are owed whatever is hoped for. Plain decoding is the first call in each
+    bucket: what speculation is measured against shall be no guess. And it tells nothing
+    of the drafter, so after an update of that one call asks it, even if it was of no
+    use before.
 
     Reference: Auer, Cesa-Bianchi and Fischer, Finite-time Analysis of the Multiarmed
     Bandit Problem, 2002 (upper confidence bounds; here without the term that grows with
@@ -88,7 +96,11 @@ class CostModel:
         self._arms, self._max_rows = arms, max_rows
         self._cfg = cfg or CostModelConfig()
         self.survival = survival.Survival(memory=self._cfg.memory)
-        self.step_times = step_times.StepTimes(self._cfg.window, self._cfg.time_spread)
+        self.step_times = step_times.StepTimes(
+            self._cfg.window, self._cfg.time_spread, self._cfg.time_misfit
+        )
+        # Whether the drafter was asked since its last update.
+        self._asked = True
 
     def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
         """List the candidates, and plain decoding."""
@@ -97,9 +109,13 @@ class CostModel:
     def choose(self, num_rows: int) -> Strategy | None:
         """Choose the arm with the highest optimistic speed, the first of several."""
         arms = self.strategies(num_rows)
+        bucket = tuner.bucket_of(num_rows, self._max_rows)
+        if not self.step_times.tried(bucket, None):
+            return None
+        if not self._asked:
+            arms = tuple(s for s in arms if s is not None and s.drafts) or arms
         if len(arms) == 1:
             return arms[0]
-        bucket = tuner.bucket_of(num_rows, self._max_rows)
         return max(arms, key=lambda strategy: self.speed(bucket, strategy))
 
     def speed(
@@ -124,19 +140,21 @@ class CostModel:
         self.step_times.add(call.bucket, call.strategy, step_s)
         if call.strategy is not None:
             self.survival.add(call.strategy, call.num_accepted)
+            self._asked |= call.strategy.drafts
 
     def changed(self, what: tuner.Updated) -> None:
         """Discount what is known of acceptance; seconds stay as they are."""
-        discounts = {
-            "target": self._cfg.target_discount,
-            "drafter": self._cfg.drafter_discount,
-        }
-        self.survival.discount(discounts[what])
+        if what == "target":
+            self.survival.discount(self._cfg.target_discount)
+        else:
+            self.survival.discount(self._cfg.drafter_discount, drafted_only=True)
+            self._asked = False
 
     def state(self) -> dict[str, Any]:
         """Return the evidence."""
         return {
             "tuner": self.NAME,
+            "asked": self._asked,
             "survival": self.survival.state(),
             "step_times": self.step_times.state(),
         }
@@ -148,5 +166,6 @@ class CostModel:
           ValueError: the state is another tuner's.
         """
         tuner.check_state(state, self.NAME)
+        self._asked = bool(state["asked"])
         self.survival.restore(state["survival"])
         self.step_times.restore(state["step_times"])

@@ -1,5 +1,7 @@
 """What drafted chains would have had accepted on texts that the target drew."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,33 +45,15 @@ def measure(
       drafts among them that are the text's token, given the text's tokens before; and
       `deterministic_chain`, `coupled_chain`, those of them with no miss before.
     """
-    steps = drafter_unroll.unroll(params, batch, target, num_steps, cfg=cfg)
-    exists = drafter_unroll.step_exists(batch, num_steps)
-    drawn = (
-        drafter_unroll.take(batch.tokens, batch.bases + 2),
-        drafter_unroll.take(batch.positions, batch.bases) + 2,
-        batch.keys,
-    )
-    size = cfg.head_chunk
-    predictions = drafter_unroll.predictions(steps, exists, drawn, size)
+    bases = _predictions(params, batch, target, num_steps, cfg)
 
     def one_chunk(sums, start):
-        part = predictions.chunk(start, size)
-        drawn, positions, keys = part.laws
-        gumbel = noise.gumbel(keys, positions, target.embed.shape[0])
-        if target.draft_ids is not None:
-            gumbel = gumbel[:, target.draft_ids]
+        part = bases.chunk(start, cfg.head_chunk)
         here = {name: [] for name in sums}
         alive = dict.fromkeys(RANKINGS, True)
-        for k in range(num_steps):
-            logits = transformer.head_logits(target.head, part.hidden[k])
+        for k, hits in enumerate(_hits(part, target)):
             here["count"].append(jnp.sum(part.exists[k]))
-            scores = {"deterministic": logits, "coupled": logits + gumbel[k : k + size]}
-            for name in RANKINGS:
-                best = jnp.argmax(scores[name], axis=-1)
-                if target.draft_ids is not None:
-                    best = target.draft_ids[best]
-                hit = (best == drawn[k : k + size]) & (part.exists[k] > 0)
+            for name, hit in hits.items():
                 alive[name] = alive[name] & hit
                 here[name].append(jnp.sum(hit, dtype=jnp.float32))
                 in_chain = jnp.sum(alive[name], dtype=jnp.float32)
@@ -79,7 +63,74 @@ def measure(
 
     names = ("count", *RANKINGS, *(f"{name}_chain" for name in RANKINGS))
     zeros = {name: jnp.zeros(num_steps, jnp.float32) for name in names}
-    return lax.scan(one_chunk, zeros, predictions.starts(size))[0]
+    return lax.scan(one_chunk, zeros, bases.starts(cfg.head_chunk))[0]
+
+
+def lifetimes(
+    params: drafter.DrafterParams,
+    batch: drafter_unroll.Batch,
+    target: drafter_unroll.Target,
+    num_steps: int,
+    *,
+    cfg: drafter_unroll.ForwardConfig,
+) -> Array:
+    """Count, for every base, what a coupled chain drafted from it would have accepted.
+
+    So the accept length of every chain of up to `num_steps` levels is known at every
+    position of a text, wherever its steps begin.
+
+    Args:
+      params, batch, target, num_steps, cfg: of `measure`.
+
+    Returns:
+      `[B, M] int32`, 0 to `num_steps`: drafts accepted before the first miss or the end
+      of the text; 0 where there is no base.
+    """
+    bases = _predictions(params, batch, target, num_steps, cfg)
+
+    def one_chunk(_, start):
+        alive, total = True, 0
+        for hits in _hits(bases.chunk(start, cfg.head_chunk), target):
+            alive = alive & hits["coupled"]
+            total = total + alive.astype(jnp.int32)
+        return None, total
+
+    found = lax.scan(one_chunk, None, bases.starts(cfg.head_chunk))[1]
+    num_rows, width = batch.bases.shape
+    # As `drafter_unroll.predictions` laid them out.
+    stride = width + num_steps - 1
+    return found.reshape(-1)[: num_rows * stride].reshape(num_rows, stride)[:, :width]
+
+
+def _predictions(params, batch, target, num_steps, cfg) -> drafter_unroll.Predictions:
+    """Unroll; the laws are the tokens drawn, their positions and keys."""
+    steps = drafter_unroll.unroll(params, batch, target, num_steps, cfg=cfg)
+    exists = drafter_unroll.step_exists(batch, num_steps)
+    drawn = (
+        drafter_unroll.take(batch.tokens, batch.bases + 2),
+        drafter_unroll.take(batch.positions, batch.bases) + 2,
+        batch.keys,
+    )
+    return drafter_unroll.predictions(steps, exists, drawn, cfg.head_chunk)
+
+
+def _hits(part, target) -> Iterator[dict[str, Array]]:
+    """Yield for each level where its draft is the text's token, `[N] bool` each."""
+    num_steps, _, size = part.hidden.shape
+    drawn, positions, keys = part.laws
+    gumbel = noise.gumbel(keys, positions, target.embed.shape[0])
+    if target.draft_ids is not None:
+        gumbel = gumbel[:, target.draft_ids]
+    for k in range(num_steps):
+        logits = transformer.head_logits(target.head, part.hidden[k])
+        scores = {"deterministic": logits, "coupled": logits + gumbel[k : k + size]}
+        hits = {}
+        for name in RANKINGS:
+            best = jnp.argmax(scores[name], axis=-1)
+            if target.draft_ids is not None:
+                best = target.draft_ids[best]
+            hits[name] = (best == drawn[k : k + size]) & (part.exists[k] > 0)
+        yield hits
 
 
 def summarise(sums: dict[str, Array]) -> dict[str, list[float] | float]:

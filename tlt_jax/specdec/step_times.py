@@ -67,14 +67,15 @@ class StepTimes:
     not condemn it.
     """
 
-    def __init__(self, window: int = 15, spread: float = 0.15):
+    def __init__(self, window: int = 15, spread: float = 0.12, misfit: float = 0.3):
         """Begin with nothing tried.
 
         Args:
           window: calls of a kind that are kept.
-          spread: relative standard deviation of a call, and of the law's misfit.
+          spread: relative standard deviation of a call.
+          misfit: of what is tried from the law, the same.
         """
-        self._window, self._spread = window, spread
+        self._window, self._spread, self._misfit = window, spread, misfit
         self._seconds: dict[Kind, collections.deque[float]] = {}
         self._estimates: dict[Kind, float] = {}
         self._law: _Law | None = None
@@ -99,8 +100,12 @@ class StepTimes:
         if calls:
             return self._spread / math.sqrt(calls)
         return math.hypot(
-            self._spread, self._fitted().spread(features(bucket, strategy))
+            self._misfit, self._fitted().spread(features(bucket, strategy))
         )
+
+    def tried(self, bucket: int, strategy: Strategy | None) -> bool:
+        """Say whether there was any call of a kind."""
+        return (bucket, strategy) in self._seconds
 
     def estimate(self, bucket: int, strategy: Strategy | None) -> float:
         """Return a step's seconds; before any call at all, in arbitrary units."""

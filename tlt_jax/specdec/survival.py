@@ -51,7 +51,7 @@ class Survival:
     def __init__(
         self,
         *,
-        memory: float = 400.0,
+        memory: float = 200.0,
         prior_hazard: float = 0.7,
         prior_weight: float = 2.0,
     ):
@@ -82,9 +82,16 @@ class Survival:
             fade = min(1.0, self._memory / pair[0])
             counts[depth] = [fade * n for n in pair]
 
-    def discount(self, factor: float) -> None:
-        """Let all that was seen count `factor` of what it did."""
-        for counts in self._counts.values():
+    def discount(self, factor: float, *, drafted_only: bool = False) -> None:
+        """Let what was seen count `factor` of what it did.
+
+        Args:
+          factor: 0 to 1.
+          drafted_only: what suffix matches alone did stays as it is.
+        """
+        for (proposer, _, _), counts in self._counts.items():
+            if drafted_only and proposer == "ngram":
+                continue
             for pair in counts:
                 pair[:] = [factor * n for n in pair]
 
