@@ -12,6 +12,7 @@ STATUS = {
     "checkpoint_stall": "runs on CPU",
     "decode_speed": "runs on CPU",
     "grpo_step_speed": "runs on CPU",
+    "packing": "runs on CPU",
     "speculation_speed": "runs on CPU; needs a trained drafter",
 }
 

@@ -14,38 +14,26 @@ The paper's figures for a 7B target on H100s: 893, 280 and 97 ms.
 """
 
 import argparse
-import functools
 import importlib.metadata
 import pathlib
 import tempfile
 import time
 
-import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import optax
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments import harness
+from experiments import harness, random_drafter
 from tlt_jax import drafter_checkpoint
-from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter
-from tlt_jax.specdec import drafter_training, drafter_unroll
+from tlt_jax.specdec import drafter_unroll
 
 SLUG = "checkpoint_stall"
 NONE = "none"
 SYSTEMS = (NONE, *drafter_checkpoint.MODES)
 METRICS = {"stall_ms": "lower", "stall_and_step_ms": "lower", "complete_ms": "lower"}
 
-# vocab_size, d_model, d_ff, num_heads, num_kv_heads, head_dim, num_layers.
-SHAPES = {
-    "smollm2-135m": (49152, 576, 1536, 9, 3, 64, 30),
-    "qwen2.5-1.5b": (151936, 1536, 8960, 12, 2, 128, 28),
-    "tiny": (64, 16, 24, 2, 1, 8, 8),
-}
 _ROW_TOKENS, _ROW_BASES = 64, 32
 
 
@@ -58,7 +46,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--targets",
         default="smollm2-135m,qwen2.5-1.5b",
-        help=f"of {', '.join(SHAPES)}; separated by commas",
+        help=f"of {', '.join(random_drafter.SHAPES)}; separated by commas",
     )
     parser.add_argument("--draft-vocab", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=7)
@@ -68,62 +56,36 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-class Training:
+def one_row(vocab: int, width: int) -> drafter_unroll.Batch:
+    """Makes a small batch of noise: one text in one row."""
+    rng = np.random.default_rng(0)
+
+    def noise(num_columns):
+        shape = (1, _ROW_TOKENS, num_columns)
+        return rng.standard_normal(shape, np.float32)
+
+    columns = np.arange(_ROW_TOKENS, dtype=np.int32)[None]
+    return drafter_unroll.Batch(
+        tokens=columns % vocab,
+        positions=columns,
+        segment=np.zeros_like(columns),
+        features=noise(3 * width),
+        hidden=noise(width),
+        bases=columns[:, :_ROW_BASES],
+        valid=np.ones((1, _ROW_BASES), bool),
+        keys=np.zeros((1, _ROW_BASES, 2), np.uint32),
+    )
+
+
+class Saving:
     """A drafter in training, and a checkpointer for each mode."""
 
     def __init__(self, name: str, draft_vocab: int, directory: pathlib.Path):
         """Makes a drafter of random weights for the target `name`."""
-        vocab, width, d_ff, heads, kv_heads, head_dim, layers = SHAPES[name]
-        target = model_config.ModelConfig(
-            family="llama",
-            vocab_size=vocab,
-            num_layers=layers,
-            d_model=width,
-            d_ff=d_ff,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            tie_embeddings=True,
+        self._training = random_drafter.Training(
+            name, draft_vocab, head_chunk=_ROW_BASES
         )
-        size = min(draft_vocab, vocab)
-        self.cfg = drafter.of_target(
-            target,
-            feature_layers=drafter.low_mid_high(layers),
-            draft_vocab_size=size,
-        )
-        keys = iter(jax.random.split(jax.random.key(0), 8))
-
-        def random(*shape):
-            return jax.random.normal(next(keys), shape)
-
-        self.target = drafter_unroll.Target(
-            random(vocab, width), random(size, width), jnp.arange(size)
-        )
-        optimizer = optax.adamw(1e-4)
-        params = jax.jit(drafter.init, static_argnums=0)(self.cfg, next(keys))
-        self.state = drafter_training.TrainState(
-            params, jax.jit(optimizer.init)(params), jnp.int32(0)
-        )
-        columns = np.arange(_ROW_TOKENS, dtype=np.int32)[None]
-        self.batch = drafter_unroll.Batch(
-            tokens=columns % vocab,
-            positions=columns,
-            segment=np.zeros_like(columns),
-            features=np.asarray(random(1, _ROW_TOKENS, 3 * width)),
-            hidden=np.asarray(random(1, _ROW_TOKENS, width)),
-            bases=columns[:, :_ROW_BASES],
-            valid=np.ones((1, _ROW_BASES), bool),
-            keys=np.zeros((1, _ROW_BASES, 2), np.uint32),
-        )
-        self._step = jax.jit(
-            functools.partial(
-                drafter_training.step,
-                cfg=drafter_unroll.ForwardConfig(self.cfg, head_chunk=_ROW_BASES),
-                objective=drafter_training.Objective(1),
-                optimizer=optimizer,
-            ),
-            donate_argnums=0,
-        )
+        self._batch = one_row(*random_drafter.SHAPES[name][:2])
         self._num_saved = 0
         self._directory = directory
         self._checkpointers = {
@@ -134,8 +96,7 @@ class Training:
     def train(self) -> float:
         """Takes one step; returns the milliseconds it took."""
         started = time.perf_counter()
-        self.state, outcome = self._step(self.state, self.batch, self.target)
-        jax.block_until_ready((self.state, outcome))
+        self._training.step(self._batch)
         return 1e3 * (time.perf_counter() - started)
 
     def measure(self, mode: str) -> harness.Row:
@@ -151,8 +112,9 @@ class Training:
         checkpointer = self._checkpointers[mode]
         self._num_saved += 1
         started = time.perf_counter()
+        made = self._training
         waited_s = checkpointer.save(
-            self._num_saved, self.state, self.cfg, target=self.target
+            self._num_saved, made.state, made.cfg, target=made.target
         )
         step_ms = self.train()
         checkpointer.wait()
@@ -201,16 +163,12 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     """Runs the experiment; returns the summary that it also writes."""
     options = parse_arguments(arguments)
     targets = options.targets.split(",")
-    unknown = [name for name in targets if name not in SHAPES]
-    if unknown:
-        raise ValueError(
-            f"--targets names {', '.join(unknown)}; known here are {', '.join(SHAPES)}."
-        )
+    random_drafter.check(targets, "targets")
     names = ("jax", "orbax-checkpoint", "tensorstore")
     provenance = harness.Provenance(
         SLUG,
         {
-            "targets": {name: SHAPES[name] for name in targets},
+            "targets": {name: random_drafter.SHAPES[name] for name in targets},
             "draft_vocab": options.draft_vocab,
             "rounds": options.rounds,
         },
@@ -219,7 +177,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     rows = []
     for target in targets:
         with tempfile.TemporaryDirectory() as folder:
-            training = Training(target, options.draft_vocab, pathlib.Path(folder))
+            training = Saving(target, options.draft_vocab, pathlib.Path(folder))
             rows += harness.run_paired(
                 SYSTEMS,
                 [{"target": target}],

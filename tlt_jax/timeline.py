@@ -39,7 +39,7 @@ def read(workdir: str | pathlib.Path) -> list[Record]:
     if not path.is_file():
         return []
     records = {}
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
         except ValueError:

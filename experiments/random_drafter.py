@@ -1,0 +1,98 @@
+"""A drafter of random weights with the sizes of a real target's, and its training."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tlt_jax.models import config as model_config
+from tlt_jax.models import drafter
+from tlt_jax.specdec import drafter_training, drafter_unroll
+
+# vocab_size, d_model, d_ff, num_heads, num_kv_heads, head_dim, num_layers.
+SHAPES = {
+    "smollm2-135m": (49152, 576, 1536, 9, 3, 64, 30),
+    "qwen2.5-1.5b": (151936, 1536, 8960, 12, 2, 128, 28),
+    "tiny": (64, 16, 24, 2, 1, 8, 8),
+}
+
+
+def check(names: Sequence[str], argument: str) -> None:
+    """Refuses a target whose sizes are not known.
+
+    Raises:
+      ValueError: with those that are.
+    """
+    unknown = [name for name in names if name not in SHAPES]
+    if unknown:
+        raise ValueError(
+            f"--{argument} names {', '.join(unknown)}; known here are "
+            f"{', '.join(SHAPES)}."
+        )
+
+
+class Training:
+    """A drafter in training: three fused features, a reduced vocabulary, AdamW.
+
+    Attributes:
+      cfg: the drafter.
+      target: embedding and head, random.
+      state: what training changes.
+    """
+
+    def __init__(
+        self, name: str, draft_vocab: int, *, num_steps: int = 1, head_chunk: int = 256
+    ):
+        """Makes a drafter.
+
+        Args:
+          name: of `SHAPES`.
+          draft_vocab: tokens that can be proposed, at most.
+          num_steps: unrolled steps.
+          head_chunk: bases whose logits are held at once.
+        """
+        vocab, width, d_ff, heads, kv_heads, head_dim, layers = SHAPES[name]
+        target = model_config.ModelConfig(
+            family="llama",
+            vocab_size=vocab,
+            num_layers=layers,
+            d_model=width,
+            d_ff=d_ff,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            tie_embeddings=True,
+        )
+        size = min(draft_vocab, vocab)
+        self.cfg = drafter.of_target(
+            target,
+            feature_layers=drafter.low_mid_high(layers),
+            draft_vocab_size=size,
+        )
+        keys = iter(jax.random.split(jax.random.key(0), 3))
+        self.target = drafter_unroll.Target(
+            jax.random.normal(next(keys), (vocab, width)),
+            jax.random.normal(next(keys), (size, width)),
+            jnp.arange(size),
+        )
+        optimizer = optax.adamw(1e-4)
+        params = jax.jit(drafter.init, static_argnums=0)(self.cfg, next(keys))
+        self.state = drafter_training.TrainState(
+            params, jax.jit(optimizer.init)(params), jnp.int32(0)
+        )
+        self._step = jax.jit(
+            functools.partial(
+                drafter_training.step,
+                cfg=drafter_unroll.ForwardConfig(self.cfg, head_chunk=head_chunk),
+                objective=drafter_training.Objective(num_steps, decay=0.8),
+                optimizer=optimizer,
+            ),
+            donate_argnums=0,
+        )
+
+    def step(self, batch: drafter_unroll.Batch) -> dict[str, jax.Array]:
+        """Takes one step and waits for it; returns its metrics."""
+        self.state, outcome = self._step(self.state, batch, self.target)
+        return jax.block_until_ready((self.state, outcome))[1]
