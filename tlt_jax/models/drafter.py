@@ -68,6 +68,11 @@ class DrafterConfig:
         return max(len(self.feature_layers), 1)
 
     @property
+    def num_read(self) -> int:
+        """n x D, rows of the target's features that are read."""
+        return self.num_features * self.layer.d_model
+
+    @property
     def num_draft_tokens(self) -> int:
         """Vd, tokens that can be proposed."""
         return self.draft_vocab_size or self.layer.vocab_size

@@ -19,6 +19,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.rl import scheduler
 from tlt_jax.specdec import chain, ngram_store, propose, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec import tuner as tuner_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class DraftingConfig:
         `rejection` and `block`, for comparison, keep their law alone: the tokens are
         others, for every drafter and batch others again. They judge chains sampled
         from the drafter, to which `ranking` and `tau` mean nothing; see `chain`.
+      capture: pages keep what training the drafter needs, see `capture`.
     """
 
     table: strategy_lib.Table
@@ -68,6 +70,7 @@ class DraftingConfig:
     tau: float = 0.5
     texts: TextsConfig = TextsConfig()
     rule: str = chain.KEYED
+    capture: bool = False
 
     def check(
         self,
@@ -95,6 +98,8 @@ class DraftingConfig:
             raise ValueError(f"tau={self.tau} is not positive: try 0.5.")
         chain.check(self.rule, self.table.strategies(), sampling_cfg)
         drafting = [s for s in self.table.strategies() if s.drafts]
+        if self.capture and self.drafter_cfg is None:
+            raise ValueError("capture=True keeps features for no drafter: name one.")
         if self.drafter_cfg is None:
             if drafting:
                 raise ValueError(
@@ -146,9 +151,25 @@ class Fill:
 class Drafting:
     """How far the drafter is with the rows of an engine's run."""
 
-    def __init__(self, cfg: DraftingConfig, page_size: int):
-        """Begin without weights; `set_params` gives some."""
+    def __init__(
+        self,
+        cfg: DraftingConfig,
+        page_size: int,
+        tuner: tuner_lib.Tuner | None = None,
+        early_tuner: tuner_lib.Tuner | None = None,
+    ):
+        """Begin without weights; `set_params` gives some.
+
+        Args:
+          cfg: how to speculate.
+          page_size: positions in a page.
+          tuner: chooses among the strategies; None: the table, unchanged.
+          early_tuner: chooses while there are no drafter's weights; None: plain
+            decoding.
+        """
         self.cfg = cfg
+        self._tuner = tuner or tuner_lib.Static(cfg.table)
+        self._early_tuner = early_tuner
         self.weights: propose.DrafterWeights | None = None
         self.version = -1
         self._params: drafter.DrafterParams | None = None
@@ -187,10 +208,30 @@ class Drafting:
 
     def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
         """Choose how to decode `num_rows` rows; None: plainly."""
-        strategy = self.cfg.table.choose(num_rows)
-        # A drafter that has no weights yet is waited for.
+        chooser = self._chooser
+        strategy = chooser.choose(num_rows) if chooser else None
+        # Without a tuner for the time before, a drafter is waited for.
         ready = strategy is None or not strategy.drafts or self.weights is not None
         return strategy if ready else None
+
+    def choices(self, num_rows: int) -> tuple[strategy_lib.Strategy | None, ...]:
+        """All that `choose` may ever return for so many rows."""
+        found = self._tuner.strategies(num_rows)
+        if self._early_tuner is not None:
+            found += self._early_tuner.strategies(num_rows)
+        elif any(s is not None and s.drafts for s in found) and self.weights is None:
+            found += (None,)
+        return tuple(dict.fromkeys(found))
+
+    def record(self, call: tuner_lib.Call) -> None:
+        """Tell whoever chooses what came of it."""
+        if self._chooser is not None:
+            self._chooser.record(call)
+
+    @property
+    def _chooser(self) -> tuner_lib.Tuner | None:
+        early = self._early_tuner is not None and self.weights is None
+        return self._early_tuner if early else self._tuner
 
     def written(self, jobs: Sequence[scheduler.Prefill]) -> None:
         """Note that pages hold other positions from now on."""

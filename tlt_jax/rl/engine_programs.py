@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from tlt_jax import sharding
 from tlt_jax.cpu_kernels import choice
 from tlt_jax.models import config as model_config
-from tlt_jax.models import kv_cache
+from tlt_jax.models import drafter, kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import drafting
 from tlt_jax.specdec import decode, ngram, propose, sampling, speculate
@@ -130,6 +130,32 @@ class EnginePrograms:
         """What the cache keeps for the drafter."""
         return None if self._drafter_cfg is None else self._drafter_cfg.feature_layers
 
+    @property
+    def _keeps_hidden(self) -> bool:
+        """Whether pages keep the last features, too, for the drafter's training."""
+        return bool(self.feature_layers) and self._drafting_cfg.capture
+
+    def _drafter_weights(self, params: model_params.Params) -> propose.DrafterWeights:
+        """Describe the drafter's weights, which need not be there yet."""
+        cfg = self._drafter_cfg
+        size = cfg.draft_vocab_size
+
+        def make(target):
+            ids = jnp.zeros((size,), jnp.int32) if size else None
+            own = drafter.init(cfg, jax.random.key(0), self._dtype)
+            head = drafter.head_rows(target, ids)
+            return propose.DrafterWeights(own.replace(draft_ids=ids), target.embed, head)
+
+        made = jax.eval_shape(make, abstract_of(params))
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated),
+            made,
+        )
+        kept = {"embed": abstract_of(params.embed)}
+        if not size:
+            kept["head"] = abstract_of(params.head)
+        return placed.replace(**kept)
+
     def empty_caches(self) -> Program:
         """Make the empty `speculate.Caches`."""
 
@@ -147,6 +173,7 @@ class EnginePrograms:
                 decode.prefill,
                 cfg=self._cfg,
                 feature_layers=self.feature_layers,
+                keep_hidden=self._keeps_hidden,
                 dtype=self._dtype,
                 kernels=self._kernels,
             )
@@ -173,6 +200,7 @@ class EnginePrograms:
                 eos_ids=cfg.eos_ids,
                 max_steps=cfg.steps_per_call,
                 feature_layers=self.feature_layers,
+                keep_hidden=self._keeps_hidden,
                 dtype=self._dtype,
                 kernels=self._kernels,
             )
@@ -189,7 +217,6 @@ class EnginePrograms:
     def speculative_decode(
         self,
         params: model_params.Params,
-        weights: propose.DrafterWeights | None,
         batch: int,
         strategy: strategy_lib.Strategy,
     ) -> Program:
@@ -206,6 +233,7 @@ class EnginePrograms:
                 drafter_cfg=self._drafter_cfg,
                 ranking=self._drafting_cfg.ranking,
                 rule=self._drafting_cfg.rule,
+                keep_hidden=self._keeps_hidden,
                 dtype=cfg.dtype,
                 kernels=self._kernels,
             )
@@ -217,7 +245,7 @@ class EnginePrograms:
             draft = matching = None
             if strategy.drafts:
                 draft = speculate.Draft(
-                    abstract_of(weights),
+                    self._drafter_weights(params),
                     self._ints(dtype=jnp.float32),
                     self._ints(batch),
                     self._ints(batch, most),
@@ -248,7 +276,7 @@ class EnginePrograms:
             outcomes=self._ints(texts.longest + 1, 2, dtype=jnp.float32),
         )
 
-    def fill(self, weights: propose.DrafterWeights, batch: int) -> Program:
+    def fill(self, params: model_params.Params, batch: int) -> Program:
         """Append a chunk to `batch` rows of the drafter's cache."""
 
         def lower():
@@ -263,7 +291,7 @@ class EnginePrograms:
                 fn, donate_argnums=(2,), out_shardings=self._shardings.drafter
             )
             return jitted.lower(
-                abstract_of(weights),
+                self._drafter_weights(params),
                 self._caches.target,
                 self._caches.drafter,
                 self._ints(batch, cfg.chunk),
@@ -273,6 +301,18 @@ class EnginePrograms:
             )
 
         return ("fill", batch), lower
+
+    def read_features(self) -> Program:
+        """Read what pages keep of the target's features, `[max_pages, F, page]`."""
+
+        def lower():
+            def read(cache, pages):
+                return cache.features[0, pages, 0]
+
+            fn = jax.jit(read, out_shardings=self._replicated)
+            return fn.lower(self._caches.target, self._ints(self._engine_cfg.max_pages))
+
+        return ("read_features",), lower
 
     def copy(self) -> Program:
         """Copy up to `max_rows` pages of the target's cache."""
@@ -293,7 +333,8 @@ class EnginePrograms:
         sizes = cfg.total_pages, cfg.page_size, self._dtype
         if drafter_cfg is None:
             return speculate.Caches(kv_cache.create(self._cfg, *sizes), None)
-        feature_size = drafter_cfg.num_features * self._cfg.d_model
+        num_features = drafter_cfg.num_features + self._keeps_hidden
+        feature_size = num_features * self._cfg.d_model
         return speculate.Caches(
             target=kv_cache.create(self._cfg, *sizes, feature_size),
             drafter=kv_cache.create(drafter_cfg.layer, *sizes),

@@ -6,9 +6,7 @@ speculate or not. Tokens do not depend on any of this: noise is keyed by request
 position. (With a chain rule, `DraftingConfig.rule`, they do, and their law does not.)
 """
 
-import collections
-import dataclasses
-import itertools
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,80 +17,22 @@ from tlt_jax import sharding, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import asked, drafting, engine_programs, scheduler
-from tlt_jax.specdec import chain, decode, noise, programs
+from tlt_jax.rl import (
+    asked,
+    capture,
+    drafting,
+    engine_programs,
+    request_queue,
+    rollout_stats,
+    scheduler,
+    stopping,
+)
+from tlt_jax.specdec import decode, hidden_buffer, noise, programs
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec import tuner as tuner_lib
 
 # Prompts prefilled by one call, at most; buckets are the powers of two up to it.
 _PREFILL_ROWS = 4
-
-
-@dataclasses.dataclass
-class RolloutStats:
-    """What a run of the engine did.
-
-    Attributes:
-      num_tokens: drawn and kept.
-      num_steps: target forwards of decode calls.
-      num_row_steps: the same times the batch bucket.
-      num_calls: decode calls.
-      num_prefill_tokens: prompt positions computed.
-      num_fill_tokens: positions taken into the drafter's cache outside decode calls.
-      num_preempted: rows put back for want of pages.
-      num_accepted: over rows and speculative steps, how often at least d drafted tokens
-        were accepted; entry 0 counts the row-steps.
-      strategies: decode calls by strategy; `none` is plain decoding.
-      rule: by which drafted tokens were accepted, see `drafting.DraftingConfig`.
-      prefill_s, fill_s, decode_s: seconds on the host's clock, waiting for the device;
-        no compilation.
-      compile_s: seconds for which programs were waited for.
-      active_rows: rows alive at the start of each decode call.
-      call_s: seconds of each decode call.
-    """
-
-    num_tokens: int = 0
-    num_steps: int = 0
-    num_row_steps: int = 0
-    num_calls: int = 0
-    num_prefill_tokens: int = 0
-    num_fill_tokens: int = 0
-    num_preempted: int = 0
-    num_accepted: list[int] = dataclasses.field(default_factory=list)
-    strategies: collections.Counter = dataclasses.field(
-        default_factory=collections.Counter
-    )
-    rule: str = chain.KEYED
-    prefill_s: float = 0.0
-    fill_s: float = 0.0
-    decode_s: float = 0.0
-    compile_s: float = 0.0
-    active_rows: list[int] = dataclasses.field(default_factory=list)
-    call_s: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def accept_length(self) -> float:
-        """Tokens per row and speculative step, before limits cut them; 1 without."""
-        return accept_length(self.num_accepted)
-
-    def accept_rates(self) -> list[float]:
-        """Chance of acceptance at each depth, given that its parent was accepted."""
-        return accept_rates(self.num_accepted)
-
-    def add_accepted(self, counts: Sequence[int]) -> None:
-        """Add a call's `num_accepted`."""
-        width = max(len(counts), len(self.num_accepted))
-        both = (list(x) + [0] * (width - len(x)) for x in (counts, self.num_accepted))
-        self.num_accepted = [int(a + b) for a, b in zip(*both, strict=True)]
-
-
-def accept_length(num_accepted: Sequence[int]) -> float:
-    """Tokens per row and step, of counts as `RolloutStats` has them; 1 without."""
-    return sum(num_accepted) / num_accepted[0] if num_accepted else 1.0
-
-
-def accept_rates(num_accepted: Sequence[int]) -> list[float]:
-    """Chance of acceptance at each depth, given that its parent was accepted."""
-    return [b / a if a else 0.0 for a, b in itertools.pairwise(num_accepted)]
 
 
 class Engine:
@@ -104,6 +44,8 @@ class Engine:
         engine_cfg: engine_programs.EngineConfig,
         *,
         drafting_cfg: drafting.DraftingConfig | None = None,
+        tuner: tuner_lib.Tuner | None = None,
+        early_tuner: tuner_lib.Tuner | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
         mesh: jax.sharding.Mesh | None = None,
         rules: sharding.ShardingRules | None = None,
@@ -114,6 +56,7 @@ class Engine:
           cfg: the target.
           engine_cfg: sizes and law.
           drafting_cfg: how to speculate, once `set_drafter` gave weights; None: never.
+          tuner, early_tuner: choose strategies, see `drafting.Drafting`.
           decode_text: token ids to text; needed for stop strings.
           mesh: devices of this engine; None: the first device.
           rules: how the cache is split over the mesh.
@@ -135,7 +78,9 @@ class Engine:
         self._drafting = None
         if drafting_cfg is not None:
             drafting_cfg.check(cfg, engine_cfg.max_length, engine_cfg.sampling_cfg)
-            self._drafting = drafting.Drafting(drafting_cfg, engine_cfg.page_size)
+            self._drafting = drafting.Drafting(
+                drafting_cfg, engine_cfg.page_size, tuner, early_tuner
+            )
         self.programs = engine_programs.EnginePrograms(
             cfg,
             engine_cfg,
@@ -145,6 +90,8 @@ class Engine:
         )
         self._caches = None
         self._params = None
+        self._offer_lock = threading.Lock()
+        self._offered: tuple[drafter.DrafterParams, int] | None = None
 
     @property
     def params(self) -> model_params.Params | None:
@@ -177,10 +124,20 @@ class Engine:
         Raises:
           ValueError: the engine was made without `drafting_cfg`.
         """
+        self.offer_drafter(params, version)
+        self._swap_drafter()
+
+    def offer_drafter(self, params: drafter.DrafterParams, version: int) -> None:
+        """Speculate with these weights from the next decode call on.
+
+        Safe to call from another thread while `serve` runs; nothing is compiled anew.
+        See `set_drafter`.
+        """
         if self._drafting is None:
             raise ValueError("the engine was made without drafting_cfg: give one.")
-        params = jax.device_put(params, sharding.replicated(self.mesh))
-        self._drafting.set_params(params, self._params, version)
+        placed = jax.device_put(params, sharding.replicated(self.mesh))
+        with self._offer_lock:
+            self._offered = placed, version
 
     @property
     def drafter_version(self) -> int:
@@ -199,27 +156,27 @@ class Engine:
         for rows in scheduler.buckets(_PREFILL_ROWS):
             self.pool.prepare(*made.prefill(self._params, rows))
         self.pool.prepare(*made.copy())
-        weights = self._drafting.weights if self._drafting else None
         chosen = {}
         for num_rows in range(max_rows, 0, -1):
             bucket = scheduler.bucket_of(num_rows, max_rows)
-            chosen[bucket, self._choose(num_rows)] = None
+            chosen |= dict.fromkeys((bucket, s) for s in self._choices(num_rows))
         for bucket, strategy in chosen:
             if strategy is None:
                 self.pool.prepare(*made.plain_decode(self._params, bucket))
             else:
-                program = made.speculative_decode(
-                    self._params, weights, bucket, strategy
-                )
+                program = made.speculative_decode(self._params, bucket, strategy)
                 self.pool.prepare(*program)
         if any(strategy and strategy.drafts for _, strategy in chosen):
             for rows in scheduler.buckets(_PREFILL_ROWS):
-                self.pool.prepare(*made.fill(weights, rows))
+                self.pool.prepare(*made.fill(self._params, rows))
+        if self._drafting is not None and self._drafting.cfg.capture:
+            self.pool.prepare(*made.read_features())
         if wait:
             self.pool.wait()
 
-    def _choose(self, num_rows: int) -> strategy_lib.Strategy | None:
-        return self._drafting.choose(num_rows) if self._drafting else None
+    def _choices(self, num_rows: int) -> tuple[strategy_lib.Strategy | None, ...]:
+        """All that may ever be chosen for so many rows."""
+        return self._drafting.choices(num_rows) if self._drafting else (None,)
 
     def run(
         self,
@@ -229,7 +186,7 @@ class Engine:
         expected_lengths: Mapping[int, float] | None = None,
         on_completion: Callable[[types.Completion], None] | None = None,
         on_call: Callable[[int, int], None] | None = None,
-    ) -> tuple[list[types.Completion], RolloutStats]:
+    ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
         """Generate a completion for every request.
 
         Args:
@@ -247,46 +204,132 @@ class Engine:
             prompt is not that of its `prompt_id` or not of the vocabulary.
         """
         self._require_params()
-        asked.check(requests, self.cfg.vocab_size, self.engine_cfg.max_length)
+        self.check(requests)
+        queue = request_queue.RequestQueue(requests, expected_lengths=expected_lengths)
+        done: dict[int, types.Completion] = {}
+
+        def keep(completion):
+            done[completion.request_id] = completion
+            if on_completion:
+                on_completion(completion)
+
+        def report(num_tokens):
+            if on_call:
+                on_call(len(done), num_tokens)
+
+        stats = self.serve(queue.share(0), seed, on_completion=keep, on_call=report)
+        return [done[request.request_id] for request in requests], stats
+
+    def check(self, requests: Sequence[types.Request]) -> None:
+        """Refuse requests that this engine cannot serve; see `run`."""
+        cfg = self.engine_cfg
+        asked.check(requests, self.cfg.vocab_size, cfg.max_length)
+        for request in requests:
+            scheduler.check_fits(
+                request, num_pages=cfg.total_pages, page_size=cfg.page_size
+            )
+
+    def serve(
+        self,
+        source: request_queue.Share,
+        seed: int,
+        *,
+        on_completion: Callable[[types.Completion], None],
+        on_call: Callable[[int], None] | None = None,
+        on_text: Callable[[hidden_buffer.Record], None] | None = None,
+        capture_frac: float = 1.0,
+    ) -> rollout_stats.RolloutStats:
+        """Generate completions for requests from a queue until it gives no more.
+
+        Args:
+          source: of requests that passed `check`.
+          seed: of the noise.
+          on_completion: called with each completion as soon as it is there.
+          on_call: called after each decode call with the tokens drawn so far.
+          on_text: called with a finished text and the target's features of it, which
+            its pages keep: no forward is spent on them. Needs `DraftingConfig.capture`.
+          capture_frac: part of the texts that `on_text` gets, chosen by request id.
+
+        Returns:
+          What was done.
+        """
+        self._require_params()
         engine_cfg = self.engine_cfg
-        stats = RolloutStats()
+        stats = rollout_stats.RolloutStats()
         if self._drafting is not None:
             stats.rule = self._drafting.cfg.rule
         waited_before = self.pool.stats.waited_s
         plan = scheduler.Scheduler(
-            requests,
+            source,
             num_pages=engine_cfg.total_pages,
             page_size=engine_cfg.page_size,
             max_rows=engine_cfg.max_rows,
-            expected_lengths=expected_lengths,
         )
-        keys = dict(
-            zip(
-                (r.request_id for r in requests),
-                noise.request_keys(seed, [r.request_id for r in requests]),
-                strict=True,
-            )
-        )
-        done: dict[int, types.Completion] = {}
+        keys = _Keys(seed)
         if self._caches is None:
             self._caches = self.pool.get(*self.programs.empty_caches())()
         if self._drafting is not None:
             self._drafting.begin()
-        while plan.waiting or plan.rows:
+        while True:
             self._admit(plan, stats)
-            for completion in self._decode_call(plan, keys, stats):
-                done[completion.request_id] = completion
+            if not plan.rows:
+                break
+            self._swap_drafter(plan.rows)
+            for row, reason in self._decode_call(plan, keys, stats):
+                completion = types.Completion(
+                    row.request.request_id,
+                    np.asarray(row.tokens, np.int32),
+                    np.asarray(row.logprobs, np.float32),
+                    reason,
+                )
+                text = None
+                if on_text and capture.is_chosen(completion.request_id, capture_frac):
+                    started = time.perf_counter()
+                    text = self._captured(row, keys)
+                    stats.capture_s += time.perf_counter() - started
+                if not plan.finish(row):
+                    # Given up for lost, this worker's requests are others' by now.
+                    continue
+                if self._drafting is not None:
+                    self._drafting.finished(row.request, completion.tokens)
                 stats.num_tokens += len(completion.tokens)
-                if on_completion:
-                    on_completion(completion)
+                on_completion(completion)
+                if text is not None:
+                    on_text(text)
             if on_call:
                 alive = sum(len(row.tokens) for row in plan.rows)
-                on_call(len(done), stats.num_tokens + alive)
+                on_call(stats.num_tokens + alive)
         stats.num_preempted = plan.num_preempted
         stats.compile_s = self.pool.stats.waited_s - waited_before
-        return [done[request.request_id] for request in requests], stats
+        return stats
 
-    def _admit(self, plan: scheduler.Scheduler, stats: RolloutStats) -> None:
+    def _captured(self, row: scheduler.Row, keys: "_Keys") -> hidden_buffer.Record:
+        """Read what the row's pages keep of its text."""
+        drafter_cfg = self._drafting.cfg.drafter_cfg
+        ids = np.zeros((self.engine_cfg.max_pages,), np.int32)
+        ids[: len(row.pages)] = row.pages
+        read = self.pool.get(*self.programs.read_features())
+        columns = jax.device_get(read(self._caches.target, ids))
+        record = capture.record(
+            row,
+            columns,
+            num_fused=len(drafter_cfg.feature_layers) * self.cfg.d_model,
+            key=keys.of([row])[0],
+            version=self.version,
+        )
+        return record
+
+    def _swap_drafter(self, rows: Sequence[scheduler.Row] = ()) -> None:
+        """Take up a drafter that was offered; what `rows` have cached of it is stale."""
+        with self._offer_lock:
+            offer, self._offered = self._offered, None
+        if offer is not None:
+            params, version = offer
+            self._drafting.set_params(params, self._params, version)
+            for row in rows:
+                row.drafted = 0
+
+    def _admit(self, plan: scheduler.Scheduler, stats: rollout_stats.RolloutStats) -> None:
         """Admit waiting rows; cache their prompts."""
         admission = plan.admit(self.engine_cfg.steps_per_call)
         if not admission.any():
@@ -308,7 +351,7 @@ class Engine:
         waited = self.pool.stats.waited_s - waited
         stats.prefill_s += time.perf_counter() - started - waited
 
-    def _prefill(self, jobs: list[scheduler.Prefill], stats: RolloutStats) -> None:
+    def _prefill(self, jobs: list[scheduler.Prefill], stats: rollout_stats.RolloutStats) -> None:
         chunk = self.engine_cfg.chunk
         batch = scheduler.bucket_of(len(jobs), _PREFILL_ROWS)
         program = self.pool.get(*self.programs.prefill(self._params, batch))
@@ -331,11 +374,11 @@ class Engine:
             self._caches = self._caches.replace(target=target)
             stats.num_prefill_tokens += int(counts.sum())
 
-    def _fill(self, jobs: Sequence[drafting.Fill], stats: RolloutStats) -> None:
+    def _fill(self, jobs: Sequence[drafting.Fill], stats: rollout_stats.RolloutStats) -> None:
         """Take independent stretches of text into the drafter's cache."""
         chunk, made = self.engine_cfg.chunk, self.programs
         batch = scheduler.bucket_of(len(jobs), _PREFILL_ROWS)
-        program = self.pool.get(*made.fill(self._drafting.weights, batch))
+        program = self.pool.get(*made.fill(self._params, batch))
         table = np.zeros((batch, self.engine_cfg.max_pages), np.int32)
         for i, job in enumerate(jobs):
             table[i, : len(job.pages)] = job.pages
@@ -365,7 +408,7 @@ class Engine:
         self,
         rows: Sequence[scheduler.Row],
         strategy: strategy_lib.Strategy,
-        stats: RolloutStats,
+        stats: rollout_stats.RolloutStats,
     ) -> None:
         """Bring the drafter to where a speculative call may begin."""
         started, waited = time.perf_counter(), self.pool.stats.waited_s
@@ -379,59 +422,60 @@ class Engine:
             stats.fill_s += time.perf_counter() - started - waited
 
     def _decode_call(
-        self, plan: scheduler.Scheduler, keys: Mapping[int, np.ndarray], stats
-    ) -> list[types.Completion]:
-        """Decode once for all rows; return the completions that ended."""
+        self, plan: scheduler.Scheduler, keys: "_Keys", stats
+    ) -> list[tuple[scheduler.Row, types.FinishReason]]:
+        """Decode once for all rows; return those that finished, and why."""
         cfg = self.engine_cfg
         rows = list(plan.rows)
         batch = scheduler.bucket_of(len(rows), cfg.max_rows)
-        strategy = self._choose(len(rows))
+        strategy = self._drafting.choose(len(rows)) if self._drafting else None
         if strategy is not None and strategy.drafts:
             self._bring_up(rows, strategy, stats)
         inputs = decode.Rows(
             page_table=plan.page_table(rows, batch, cfg.max_pages),
             lengths=_padded([row.length for row in rows], batch),
             pending=_padded([row.pending for row in rows], batch),
-            keys=_padded([keys[r.request.request_id] for r in rows], batch, np.uint32),
+            keys=_padded(keys.of(rows), batch, np.uint32),
             remaining=_padded([row.remaining for row in rows], batch),
         )
-        quota = scheduler.finish_quota(len(rows), len(plan.waiting), cfg.max_rows)
+        quota = scheduler.finish_quota(len(rows), plan.num_waiting, cfg.max_rows)
         limits = np.int32(cfg.steps_per_call), np.int32(quota)
+        accepted = ()
         if strategy is None:
             emitted, elapsed = self._plain(inputs, batch, limits)
         else:
-            emitted, elapsed = self._speculate(
-                rows, inputs, batch, limits, strategy, stats
+            emitted, accepted, elapsed = self._speculate(
+                rows, inputs, batch, limits, strategy
             )
-        stats.decode_s += elapsed
-        stats.call_s.append(elapsed)
-        stats.active_rows.append(len(rows))
-        stats.strategies["none" if strategy is None else str(strategy)] += 1
-        stats.num_calls += 1
-        stats.num_steps += int(emitted.num_steps)
-        stats.num_row_steps += int(emitted.num_steps) * batch
+        call = tuner_lib.Call(
+            num_rows=len(rows),
+            bucket=batch,
+            strategy=strategy,
+            elapsed_s=elapsed,
+            num_steps=int(emitted.num_steps),
+            num_tokens=int(emitted.counts.sum()),
+            num_accepted=accepted,
+        )
+        stats.add(call)
+        if self._drafting is not None:
+            self._drafting.record(call)
 
-        completions = []
+        finished = []
         for i, row in enumerate(rows):
             count = int(emitted.counts[i])
             row.tokens.extend(emitted.tokens[i, :count].tolist())
             row.logprobs.extend(emitted.logprobs[i, :count].tolist())
             row.length += count
-            reason = self._finish_reason(row, count, bool(emitted.ended[i]))
+            reason = stopping.finish(
+                row,
+                count,
+                bool(emitted.ended[i]),
+                stop=cfg.stop,
+                decode_text=self._decode_text,
+            )
             if reason:
-                plan.finish(row)
-                if self._drafting is not None:
-                    tokens = np.asarray(row.tokens, np.int32)
-                    self._drafting.finished(row.request, tokens)
-                completions.append(
-                    types.Completion(
-                        row.request.request_id,
-                        np.asarray(row.tokens, np.int32),
-                        np.asarray(row.logprobs, np.float32),
-                        reason,
-                    )
-                )
-        return completions
+                finished.append((row, reason))
+        return finished
 
     def _plain(self, inputs, batch, limits) -> tuple[decode.Emitted, float]:
         program = self.pool.get(*self.programs.plain_decode(self._params, batch))
@@ -442,13 +486,11 @@ class Engine:
         return emitted, time.perf_counter() - started
 
     def _speculate(
-        self, rows, inputs, batch, limits, strategy, stats
-    ) -> tuple[decode.Emitted, float]:
+        self, rows, inputs, batch, limits, strategy
+    ) -> tuple[decode.Emitted, tuple[int, ...], float]:
         state, max_length = self._drafting, self.engine_cfg.max_length
         program = self.pool.get(
-            *self.programs.speculative_decode(
-                self._params, state.weights, batch, strategy
-            )
+            *self.programs.speculative_decode(self._params, batch, strategy)
         )
         draft = state.draft(rows, batch, strategy)
         matching = state.matching(rows, batch, strategy, max_length)
@@ -459,34 +501,27 @@ class Engine:
         result = jax.device_get(result)
         elapsed = time.perf_counter() - started
         state.took(rows, result)
-        stats.add_accepted(result.num_accepted)
-        return result.emitted, elapsed
-
-    def _finish_reason(
-        self, row: scheduler.Row, num_new: int, ended: bool
-    ) -> types.FinishReason | None:
-        """Say why a row is finished, if it is; cut it behind a stop string."""
-        length = self._stop_length(row.tokens, num_new)
-        if length is not None and not (ended and length == len(row.tokens)):
-            del row.tokens[length:], row.logprobs[length:]
-            return "stop"
-        if ended:
-            return "eos"
-        return None if row.remaining else "length"
-
-    def _stop_length(self, tokens: list[int], num_new: int) -> int | None:
-        """Return after how many tokens a stop string first stands in the text."""
-        stop = self.engine_cfg.stop
-        if not stop or not any(s in self._decode_text(tokens) for s in stop):
-            return None
-        for length in range(len(tokens) - num_new + 1, len(tokens) + 1):
-            if any(s in self._decode_text(tokens[:length]) for s in stop):
-                return length
-        return len(tokens)
+        return result.emitted, tuple(result.num_accepted.tolist()), elapsed
 
     def _require_params(self) -> None:
         if self._params is None:
             raise ValueError("the engine has no weights: call set_params first.")
+
+
+class _Keys:
+    """Noise keys of requests, made when they are first asked for."""
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._known: dict[int, np.ndarray] = {}
+
+    def of(self, rows: Sequence[scheduler.Row]) -> list[np.ndarray]:
+        ids = [row.request.request_id for row in rows]
+        missing = [i for i in ids if i not in self._known]
+        if missing:
+            made = noise.request_keys(self._seed, missing)
+            self._known.update(zip(missing, made, strict=True))
+        return [self._known[i] for i in ids]
 
 
 def _padded(values: list, batch: int, dtype=np.int32) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Host-side bookkeeping of a rollout: the queue, the rows, their pages.
+"""Host-side bookkeeping of an engine: the rows, their pages.
 
 Plain records and decisions, no arrays of a device. Rows of one prompt share the full
 pages of that prompt; its last, partial page is copied for each row. A row is moved
@@ -7,12 +7,13 @@ between slots, dropped or preempted by changing lists here: keys and values stay
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from tlt_jax import types
 from tlt_jax.models import kv_cache
+from tlt_jax.rl import request_queue
 
 
 class PagePool:
@@ -132,49 +133,36 @@ class Scheduler:
 
     def __init__(
         self,
-        requests: Sequence[types.Request],
+        source: request_queue.Share,
         *,
         num_pages: int,
         page_size: int,
         max_rows: int,
-        expected_lengths: Mapping[int, float] | None = None,
     ):
-        """Queue `requests`, those expected to run longest first.
+        """Begin without rows.
 
         Args:
-          requests: ids distinct; equal `prompt_id` means equal prompts.
+          source: where requests come from; equal `prompt_id` means equal prompts, and
+            each was found to `fit`.
           num_pages: of the cache, scratch page included.
           page_size: positions in a page.
           max_rows: rows decoded at once.
-          expected_lengths: by `prompt_id`; prompts without an entry keep their order
-            and come after those that are expected to be longer than the mean.
         """
+        self._source = source
         self._pool = PagePool(num_pages)
         self._page_size = page_size
         self._max_rows = max_rows
         # Cached pages of prompts without their last tokens, held while rows may join.
         self._prompts: dict[int, list[int]] = {}
-        self._num_waiting = collections.Counter(r.prompt_id for r in requests)
         self.rows: list[Row] = []
+        # Taken from the source, but without pages: put back, or not yet admitted.
+        self.waiting: collections.deque[Row] = collections.deque()
         self.num_preempted = 0
-        for request in requests:
-            if len(request.prompt) == 0:
-                raise ValueError(
-                    f"request {request.request_id} has an empty prompt: give at least "
-                    "one token, for example the tokenizer's bos."
-                )
-            needed = self._most_pages(request)
-            if needed > num_pages - 1:
-                raise ValueError(
-                    f"request {request.request_id} may grow to "
-                    f"{len(request.prompt) + request.max_new_tokens} positions and so "
-                    f"need {needed} pages of {page_size}, but the cache has "
-                    f"{num_pages - 1}: raise cache.num_pages or lower "
-                    "rollout.max_new_tokens."
-                )
-        self.waiting = collections.deque(
-            Row(request) for request in in_order(requests, expected_lengths or {})
-        )
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait here or in the source."""
+        return len(self.waiting) + self._source.num_waiting
 
     def admit(self, num_steps: int) -> Admission:
         """Give rows the pages for their next `num_steps` tokens; admit waiting rows.
@@ -195,7 +183,12 @@ class Scheduler:
         prompts: list[Prefill] = []
         returns: list[Prefill] = []
         copies: list[tuple[int, int]] = []
-        while self.waiting and len(self.rows) < self._max_rows:
+        while len(self.rows) < self._max_rows:
+            if not self.waiting:
+                request = self._source.take()
+                if request is None:
+                    break
+                self.waiting.append(Row(request))
             row = self.waiting[0]
             admitted = self._admit(row, num_steps, prompts, returns, copies)
             if not admitted and not self.rows:
@@ -205,9 +198,13 @@ class Scheduler:
             if not admitted:
                 break
             self.waiting.popleft()
-            self._num_waiting[row.request.prompt_id] -= 1
             self.rows.append(row)
-        self._drop([p for p in self._prompts if not self._num_waiting[p]])
+        awaited = {row.request.prompt_id for row in self.waiting}
+        self._drop(
+            p
+            for p in list(self._prompts)
+            if p not in awaited and not self._source.waits(p)
+        )
         return Admission(tuple(prompts), tuple(returns), tuple(copies))
 
     def finish(self, row: Row) -> None:
@@ -215,6 +212,7 @@ class Scheduler:
         self.rows.remove(row)
         self._pool.release(row.pages)
         row.pages = []
+        self._source.finish(row.request.request_id)
 
     def page_table(self, rows: Sequence[Row], batch: int, max_pages: int) -> np.ndarray:
         """Tabulate pages, `[batch, max_pages] int32`, scratch where there is none."""
@@ -274,7 +272,6 @@ class Scheduler:
         self._pool.release(row.pages)
         row.pages, row.length, row.drafted = [], 0, 0
         self.waiting.appendleft(row)
-        self._num_waiting[row.request.prompt_id] += 1
         self.num_preempted += 1
 
     def _drop(self, prompt_ids: Iterable[int]) -> None:
@@ -282,43 +279,40 @@ class Scheduler:
         for prompt_id in prompt_ids:
             self._pool.release(self._prompts.pop(prompt_id))
 
-    def _most_pages(self, request: types.Request) -> int:
-        """Return the pages that a request needs if it is the only one.
-
-        The last token drawn is never cached. A prompt that ends within a page holds
-        that page beside the row's copy.
-        """
-        prompt_length = len(request.prompt) - 1
-        partial = prompt_length % self._page_size > 0
-        return self._pages_for(prompt_length + request.max_new_tokens) + partial
-
     def _pages_for(self, length: int) -> int:
         return -(-length // self._page_size)
 
 
-def in_order(
-    requests: Sequence[types.Request], expected_lengths: Mapping[int, float]
-) -> list[types.Request]:
-    """Order requests: longest expected first, otherwise as given.
+def check_fits(request: types.Request, *, num_pages: int, page_size: int) -> None:
+    """Refuse a request that no cache of this size can hold, even alone.
 
-    A long answer that starts late decides when the rollout ends. Requests of a prompt
-    without history count as of mean expected length, so that nothing is known to be
-    shorter than they are stands before them.
+    The last token drawn is never cached. A prompt that ends within a page holds that
+    page beside the row's copy.
 
     Args:
-      requests: in the caller's order.
-      expected_lengths: tokens, by `prompt_id`.
+      request: what is asked for.
+      num_pages: of the cache, scratch page included.
+      page_size: positions in a page.
 
-    Returns:
-      The requests, a stable sort.
+    Raises:
+      ValueError: its prompt is empty, or it may grow beyond the cache.
     """
-    known = [
-        expected_lengths[r.prompt_id]
-        for r in requests
-        if r.prompt_id in expected_lengths
-    ]
-    typical = sum(known) / len(known) if known else 0.0
-    return sorted(requests, key=lambda r: -expected_lengths.get(r.prompt_id, typical))
+    if len(request.prompt) == 0:
+        raise ValueError(
+            f"request {request.request_id} has an empty prompt: give at least "
+            "one token, for example the tokenizer's bos."
+        )
+    prompt_length = len(request.prompt) - 1
+    needed = -(-(prompt_length + request.max_new_tokens) // page_size)
+    needed += prompt_length % page_size > 0
+    if needed > num_pages - 1:
+        raise ValueError(
+            f"request {request.request_id} may grow to "
+            f"{len(request.prompt) + request.max_new_tokens} positions and so "
+            f"need {needed} pages of {page_size}, but the cache has "
+            f"{num_pages - 1}: raise cache.num_pages or lower "
+            "rollout.max_new_tokens."
+        )
 
 
 def bucket_of(count: int, max_rows: int) -> int:

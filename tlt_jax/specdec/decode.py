@@ -69,6 +69,7 @@ def decode(
     eos_ids: tuple[int, ...],
     max_steps: int,
     feature_layers: tuple[int, ...] | None = None,
+    keep_hidden: bool = False,
     dtype=jnp.float32,
     kernels: str = "xla",
 ) -> tuple[kv_cache.PagedCache, Emitted]:
@@ -86,6 +87,8 @@ def decode(
       max_steps: width of the result.
       feature_layers: those that a drafter reads; empty: the last features; None: the
         cache holds none.
+      keep_hidden: the cache keeps the last features behind those of the layers, too:
+        training the drafter needs them.
       dtype: of activations.
       kernels: see `transformer.forward`.
 
@@ -145,7 +148,7 @@ def decode(
             rows.page_table,
             after(drawn, lengths),
             alive.astype(jnp.int32),
-            features=kept_features(out, feature_layers),
+            features=kept_features(out, feature_layers, keep_hidden),
         )
         column = emitted.num_steps
         lengths = lengths + alive
@@ -195,6 +198,7 @@ def prefill(
     *,
     cfg: model_config.ModelConfig,
     feature_layers: tuple[int, ...] | None = None,
+    keep_hidden: bool = False,
     dtype=jnp.float32,
     kernels: str = "xla",
 ) -> kv_cache.PagedCache:
@@ -208,7 +212,7 @@ def prefill(
       page_table: `[B, max_pages] int32`.
       lengths: `[B] int32`, cached positions, multiples of the page size.
       cfg: the model.
-      feature_layers: see `decode`.
+      feature_layers, keep_hidden: see `decode`.
       dtype: of activations.
       kernels: see `transformer.forward`.
 
@@ -235,15 +239,25 @@ def prefill(
         page_table,
         lengths,
         counts,
-        features=kept_features(out, feature_layers),
+        features=kept_features(out, feature_layers, keep_hidden),
     )
 
 
 def kept_features(
-    out: transformer.Output, feature_layers: tuple[int, ...] | None
+    out: transformer.Output,
+    feature_layers: tuple[int, ...] | None,
+    keep_hidden: bool = False,
 ) -> Array | None:
-    """Return what the cache keeps of a forward's features, `[n x D, B, T]` or None."""
-    return None if feature_layers is None else transformer.drafter_features(out)
+    """Return what the cache keeps of a forward's features, `[F, B, T]` or None.
+
+    Those that a drafter reads come first.
+    """
+    if feature_layers is None:
+        return None
+    features = transformer.drafter_features(out)
+    if keep_hidden and feature_layers:
+        features = jnp.concatenate([features, out.hidden])
+    return features
 
 
 def _put(buffer: Array, column: Array, values: Array) -> Array:

@@ -303,7 +303,7 @@ def fill(
       The drafter's pages.
     """
     width = tokens.shape[1]
-    features = kv_cache.read_features(cache, page_table, start, width)
+    features = kv_cache.read_features(cache, page_table, start, width)[: cfg.num_read]
     # Slots that were never written may hold anything.
     features = jnp.where(jnp.arange(width) < counts[:, None], features, 0)
     out = drafter.forward(

@@ -38,6 +38,7 @@ class Settings:
         both are the same. Chain rules have sampled drafts, whatever stands here.
       rule: of acceptance, one of `chain.RULES`; what a chain rule asks of strategy and
         law, `chain.check` says.
+      keep_hidden: see `decode.decode`.
       dtype: of activations.
       kernels: see `transformer.forward`.
     """
@@ -50,6 +51,7 @@ class Settings:
     drafter_cfg: drafter.DrafterConfig | None = None
     ranking: str = "coupled"
     rule: str = chain.KEYED
+    keep_hidden: bool = False
     dtype: str = "float32"
     kernels: str = "xla"
 
@@ -172,7 +174,9 @@ def run(
         lengths=rows.lengths,
         pending=rows.pending,
         alive=rows.remaining > 0,
-        accepted=_behind(caches, rows, draft) if settings.strategy.drafts else None,
+        accepted=_behind(caches, rows, draft, settings.drafter_cfg)
+        if settings.strategy.drafts
+        else None,
         matching=matching if settings.strategy.matches else None,
         emitted=decode.Emitted(
             tokens=jnp.zeros((batch, settings.max_tokens), jnp.int32),
@@ -207,13 +211,18 @@ def run(
     )
 
 
-def _behind(caches: Caches, rows: decode.Rows, draft: Draft) -> propose.Accepted:
+def _behind(
+    caches: Caches,
+    rows: decode.Rows,
+    draft: Draft,
+    drafter_cfg: drafter.DrafterConfig,
+) -> propose.Accepted:
     """What the drafter has still to take in when a call begins."""
     behind = rows.lengths - draft.lengths
     most = draft.tokens.shape[1]
     features = kv_cache.read_features(
         caches.target, rows.page_table, draft.lengths, most
-    )
+    )[: drafter_cfg.num_read]
     return propose.Accepted(
         tokens=draft.tokens,
         # Slots that were never written may hold anything.
@@ -355,8 +364,8 @@ def _advance(state, rows, candidates, proposed, read, token_limit, settings) -> 
     count = jnp.where(alive, jnp.minimum(count, first_eos + 1), 0)
     ended = alive & (first_eos < most)
 
-    keeps = settings.drafter_cfg is not None
-    features = transformer.drafter_features(read.out) if keeps else None
+    layers = settings.drafter_cfg.feature_layers if settings.drafter_cfg else None
+    features = decode.kept_features(read.out, layers, settings.keep_hidden)
     target = kv_cache.append(
         state.caches.target,
         read.out.keys,
@@ -375,7 +384,9 @@ def _advance(state, rows, candidates, proposed, read, token_limit, settings) -> 
             tokens=jnp.where(alive[:, None], walk.tokens, state.accepted.tokens),
             features=jnp.where(
                 alive[:, None],
-                jnp.take_along_axis(features, walk.path[None], axis=2),
+                jnp.take_along_axis(
+                    features[: settings.drafter_cfg.num_read], walk.path[None], axis=2
+                ),
                 state.accepted.features,
             ),
             start=jnp.where(alive, state.lengths, state.accepted.start),

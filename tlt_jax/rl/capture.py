@@ -1,0 +1,56 @@
+"""Texts for the drafter's training, read from the pages that the rollout wrote anyway.
+
+Prefill, decoding and verification leave the target's features beside the keys: a text
+that ends has all but those of its last token, which was drawn and never fed, and which
+no training position needs. No forward of the target is spent on them.
+"""
+
+import numpy as np
+
+from tlt_jax.rl import scheduler
+from tlt_jax.specdec import hidden_buffer
+
+# A multiplier of Knuth's: consecutive ids are spread evenly.
+_SPREAD = 2654435761
+
+
+def is_chosen(request_id: int, frac: float) -> bool:
+    """Tell whether a request's text is captured: `frac` of all, the same ones always."""
+    return (request_id * _SPREAD) % 2**32 < frac * 2**32
+
+
+def record(
+    row: scheduler.Row,
+    pages: np.ndarray,
+    *,
+    num_fused: int,
+    key: np.ndarray,
+    version: int,
+) -> hidden_buffer.Record:
+    """Make a record of a finished row.
+
+    Args:
+      row: it still holds its pages.
+      pages: `[>= pages of the row, F, page_size]`, what they keep of the features.
+      num_fused: rows of F that a drafter fuses; the last features are behind them. 0:
+        they are all there is.
+      key: `[2] uint32`, the noise key.
+      version: of the target's weights.
+
+    Returns:
+      The record; the last token's features are zeros.
+    """
+    tokens = row.text()
+    num_known = min(row.length, len(tokens))
+    columns = np.moveaxis(pages, 1, 2).reshape(-1, pages.shape[1])
+    known = np.zeros((len(tokens), columns.shape[1]), columns.dtype)
+    known[:num_known] = columns[:num_known]
+    return hidden_buffer.Record(
+        text_id=row.request.request_id,
+        tokens=tokens,
+        response_start=len(row.request.prompt),
+        hidden=known[:, num_fused:],
+        features=known[:, :num_fused] if num_fused else None,
+        key=key,
+        version=version,
+    )

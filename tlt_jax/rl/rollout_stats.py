@@ -1,0 +1,97 @@
+"""What an engine did in a run, counted and timed."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from tlt_jax.specdec import chain, tuner
+
+
+@dataclasses.dataclass
+class RolloutStats:
+    """What a run of the engine did.
+
+    Attributes:
+      num_tokens: drawn and kept.
+      num_steps: target forwards of decode calls.
+      num_row_steps: the same times the batch bucket.
+      num_calls: decode calls.
+      num_prefill_tokens: prompt positions computed.
+      num_fill_tokens: positions taken into the drafter's cache outside decode calls.
+      num_preempted: rows put back for want of pages.
+      num_accepted: over rows and speculative steps, how often at least d drafted tokens
+        were accepted; entry 0 counts the row-steps.
+      strategies: decode calls by strategy; `none` is plain decoding.
+      rule: by which drafted tokens were accepted, see `drafting.DraftingConfig`.
+      prefill_s, fill_s, decode_s: seconds on the host's clock, waiting for the device;
+        no compilation.
+      compile_s: seconds for which programs were waited for.
+      active_rows: rows alive at the start of each decode call.
+      call_s: seconds of each decode call.
+      capture_s: seconds for reading finished texts' features.
+    """
+
+    num_tokens: int = 0
+    num_steps: int = 0
+    num_row_steps: int = 0
+    num_calls: int = 0
+    num_prefill_tokens: int = 0
+    num_fill_tokens: int = 0
+    num_preempted: int = 0
+    num_accepted: list[int] = dataclasses.field(default_factory=list)
+    strategies: collections.Counter = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    rule: str = chain.KEYED
+    prefill_s: float = 0.0
+    fill_s: float = 0.0
+    decode_s: float = 0.0
+    compile_s: float = 0.0
+    active_rows: list[int] = dataclasses.field(default_factory=list)
+    call_s: list[float] = dataclasses.field(default_factory=list)
+    capture_s: float = 0.0
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens per row and speculative step, before limits cut them; 1 without."""
+        return accept_length(self.num_accepted)
+
+    def accept_rates(self) -> list[float]:
+        """Chance of acceptance at each depth, given that its parent was accepted."""
+        return accept_rates(self.num_accepted)
+
+    def add(self, call: tuner.Call) -> None:
+        """Count a decode call; the tokens kept of it are counted where rows end."""
+        self.decode_s += call.elapsed_s
+        self.call_s.append(call.elapsed_s)
+        self.active_rows.append(call.num_rows)
+        self.strategies["none" if call.strategy is None else str(call.strategy)] += 1
+        self.num_calls += 1
+        self.num_steps += call.num_steps
+        self.num_row_steps += call.num_steps * call.bucket
+        self.num_accepted = _sum(self.num_accepted, call.num_accepted)
+
+    def join(self, other: "RolloutStats") -> "RolloutStats":
+        """Add what another engine did; its calls come behind."""
+        values = {}
+        for field in dataclasses.fields(self):
+            mine, its = getattr(self, field.name), getattr(other, field.name)
+            values[field.name] = mine if field.name == "rule" else mine + its
+        values["num_accepted"] = _sum(self.num_accepted, other.num_accepted)
+        return RolloutStats(**values)
+
+
+def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    pairs = itertools.zip_longest(left, right, fillvalue=0)
+    return [int(a + b) for a, b in pairs]
+
+
+def accept_length(num_accepted: Sequence[int]) -> float:
+    """Tokens per row and step, of counts as `RolloutStats` has them; 1 without."""
+    return sum(num_accepted) / num_accepted[0] if num_accepted else 1.0
+
+
+def accept_rates(num_accepted: Sequence[int]) -> list[float]:
+    """Chance of acceptance at each depth, given that its parent was accepted."""
+    return [b / a if a else 0.0 for a, b in itertools.pairwise(num_accepted)]
