@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from tlt_jax import config_checks, schema
+from tlt_jax import config_checks, schema, speculation_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,32 +148,6 @@ class Cache:
 
     page_size: int = schema.number(64, 1)
     num_pages: int = schema.number(0, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Specdec:
-    """Speculative decoding.
-
-    Attributes:
-      mode: `off`, `ngram` (proposals from text seen before) or `tlt` (learned drafter,
-        adapted during the run; not built yet).
-      strategies: how to speculate, `<rows>:D<draft_depth>K<topk>V<tokens_to_verify>`
-        for up to so many active rows, the fewest first; beyond the last, plainly.
-    """
-
-    mode: Literal["off", "ngram", "tlt"] = "off"
-    strategies: tuple[str, ...] = ("2:D6K1V7-ngram", "8:D4K1V5-ngram")
-
-
-@dataclasses.dataclass(frozen=True)
-class Workers:
-    """Rollout workers.
-
-    Attributes:
-      num: how many share the rollout, at least 1. Only 1 is built yet.
-    """
-
-    num: int = schema.number(1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,8 +352,10 @@ class RunConfig:
     sampling: Sampling = Sampling()
     rollout: Rollout = Rollout()
     cache: Cache = Cache()
-    specdec: Specdec = Specdec()
-    workers: Workers = Workers()
+    specdec: speculation_config.Specdec = speculation_config.Specdec()
+    drafter: speculation_config.Drafter = speculation_config.Drafter()
+    adaptation: speculation_config.Adaptation = speculation_config.Adaptation()
+    workers: speculation_config.Workers = speculation_config.Workers()
     algorithm: Algorithm = Algorithm()
     optimizer: Optimizer = Optimizer()
     learner: Learner = Learner()

@@ -3,13 +3,10 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from tlt_jax import schema
+from tlt_jax import schema, speculation_config
 
 if TYPE_CHECKING:
     from tlt_jax import config
-
-_BUILT_SPECDEC_MODES = ("off", "ngram")
-
 
 def check(run: "config.RunConfig") -> None:
     """Check what no single field can say.
@@ -20,15 +17,11 @@ def check(run: "config.RunConfig") -> None:
     for name, value in (("model.spec", run.model.spec), ("task.name", run.task.name)):
         if not value:
             raise schema.ConfigError(f"{name} is empty: set it in the recipe.")
-    if run.specdec.mode not in _BUILT_SPECDEC_MODES:
+    speculation_config.check_shape(run.drafter)
+    if run.workers.min_idle >= run.workers.num > 1:
         raise schema.ConfigError(
-            f"specdec.mode={run.specdec.mode!r} is not built yet: use "
-            f"{' or '.join(map(repr, _BUILT_SPECDEC_MODES))}."
-        )
-    if run.workers.num != 1:
-        raise schema.ConfigError(
-            f"workers.num={run.workers.num} is not built yet: use 1 (its mesh may have "
-            "several devices)."
+            f"workers.min_idle={run.workers.min_idle} of workers.num={run.workers.num}: "
+            "the last worker never waits, so fewer must do."
         )
     longest = run.task.max_prompt_tokens + run.rollout.max_new_tokens
     if run.learner.row_tokens < longest:

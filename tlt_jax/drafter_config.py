@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from tlt_jax import config, schema
+from tlt_jax import config, schema, speculation_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,46 +37,6 @@ class Texts:
     steps_per_call: int = schema.number(32, 1)
     page_size: int = schema.number(64, 1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-
-
-@dataclasses.dataclass(frozen=True)
-class Drafter:
-    """The drafter.
-
-    Attributes:
-      features: `last` (the target's normed last feature), `low_mid_high` (three layers
-        fused) or `layers` (those named in feature_layers).
-      feature_layers: indices of the target's layers, for `layers`.
-      draft_vocab_size: tokens that can be proposed, the most frequent of the texts; 0:
-        all.
-    """
-
-    features: Literal["last", "low_mid_high", "layers"] = "low_mid_high"
-    feature_layers: tuple[int, ...] = ()
-    draft_vocab_size: int = schema.number(0, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What it learns. An unset field is what `name` prescribes.
-
-    Attributes:
-      name: a preset of `tlt_jax.specdec.drafter_training`.
-      num_steps: unrolled steps, at least 1.
-      decay: step k counts decay ** k, in (0, 1].
-      token_loss: how laws are compared.
-    """
-
-    name: Literal["eagle", "hass", "eagle3"] = "eagle3"
-    num_steps: int | None = schema.number(None, 1)
-    decay: float | None = schema.number(None, above=0.0, high=1.0)
-    token_loss: Literal["soft_ce", "kl", "tv", "lk_hybrid"] | None = None
-
-    def overrides(self) -> dict[str, Any]:
-        """Return the fields that are set, without `name`."""
-        fields = dataclasses.asdict(self)
-        del fields["name"]
-        return {key: value for key, value in fields.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +102,8 @@ class DrafterRun:
     model: config.Model = config.Model()
     pretrain: config.Pretrain = config.Pretrain()
     texts: Texts = Texts()
-    drafter: Drafter = Drafter()
-    objective: Objective = Objective()
+    drafter: speculation_config.DrafterShape = speculation_config.DrafterShape()
+    objective: speculation_config.Objective = speculation_config.Objective()
     optimizer: config.Optimizer = config.Optimizer()
     batch: Batch = Batch()
     eval: Eval = Eval()
@@ -158,12 +118,7 @@ class DrafterRun:
             raise schema.ConfigError(
                 "texts.tasks is empty: name at least one source of prompts."
             )
-        if (self.drafter.features == "layers") != bool(self.drafter.feature_layers):
-            raise schema.ConfigError(
-                f"drafter.features={self.drafter.features!r} with drafter."
-                f"feature_layers={self.drafter.feature_layers}: name layers with "
-                "features='layers', and only then."
-            )
+        speculation_config.check_shape(self.drafter)
 
 
 def default() -> ml_collections.ConfigDict:

@@ -10,13 +10,17 @@ from hypothesis import strategies as st
 
 from tlt_jax import types
 from tlt_jax.models import kv_cache
-from tlt_jax.rl import scheduler
+from tlt_jax.rl import request_queue, scheduler
 
 
 def request(request_id, prompt_id=0, prompt=3, max_new_tokens=4):
     """Make a request whose prompt of `prompt` tokens is that of its `prompt_id`."""
     tokens = 100 * prompt_id + np.arange(prompt, dtype=np.int32)
     return types.Request(request_id, prompt_id, 0, tokens, max_new_tokens)
+
+
+def plan_of(requests, **sizes):
+    return scheduler.Scheduler(request_queue.RequestQueue(requests).share(0), **sizes)
 
 
 def fewest_pages(r, page_size):
@@ -79,7 +83,7 @@ def check_pages(plan, num_pages, page_size):
     for page in range(num_pages):
         assert plan._pool._references[page] == holders[page]
     waiting = {row.request.prompt_id for row in plan.waiting}
-    assert set(plan._prompts) <= waiting
+    assert all(p in waiting or plan._source.waits(p) for p in plan._prompts)
 
 
 def sampled(request_id, index):
@@ -92,7 +96,7 @@ def run(plan, *, num_pages, page_size, num_steps, max_rows, draw_count):
     device = Device(page_size)
     finished = {}
     for call in range(10_000):
-        if not (plan.waiting or plan.rows):
+        if not (plan.num_waiting or plan.rows):
             break
         device.apply(plan.admit(num_steps))
         check_pages(plan, num_pages, page_size)
@@ -140,7 +144,7 @@ def situations(draw):
 def test_all_finish_with_their_own_pages_however_few_there_are(situation):
     requests, pace = situation["requests"], random.Random(situation["pace_seed"])
     sizes = {k: situation[k] for k in ("num_pages", "page_size", "max_rows")}
-    plan = scheduler.Scheduler(requests, **sizes)
+    plan = plan_of(requests, **sizes)
     finished, _ = run(
         plan,
         **sizes,
@@ -155,7 +159,7 @@ def test_all_finish_with_their_own_pages_however_few_there_are(situation):
 
 def test_a_groups_prompt_is_computed_once_and_its_full_pages_are_shared():
     group = [request(i, prompt=10, max_new_tokens=3) for i in range(4)]
-    plan = scheduler.Scheduler(group, num_pages=20, page_size=4, max_rows=4)
+    plan = plan_of(group, num_pages=20, page_size=4, max_rows=4)
     admission = plan.admit(2)
     # 9 positions are cached: two pages for all, and part of a third for each.
     (prefill,) = admission.prompts
@@ -177,7 +181,7 @@ def test_a_groups_prompt_is_computed_once_and_its_full_pages_are_shared():
 
 def test_a_prompt_stays_while_rows_may_still_join():
     group = [request(i, prompt=9, max_new_tokens=2) for i in range(3)]
-    plan = scheduler.Scheduler(group, num_pages=9, page_size=4, max_rows=1)
+    plan = plan_of(group, num_pages=9, page_size=4, max_rows=1)
     assert len(plan.admit(2).prompts) == 1
     for _ in range(2):
         plan.finish(plan.rows[0])
@@ -190,7 +194,7 @@ def test_a_prompt_stays_while_rows_may_still_join():
 def test_a_preempted_row_comes_back_with_what_it_had_drawn():
     sizes = dict(num_pages=8, page_size=2, max_rows=2)
     requests = [request(i, i, prompt=2, max_new_tokens=8) for i in range(2)]
-    plan = scheduler.Scheduler(requests, **sizes)
+    plan = plan_of(requests, **sizes)
     finished, device = run(plan, **sizes, num_steps=1, draw_count=lambda call, row: 1)
     assert {len(tokens) for tokens in finished.values()} == {8}
     # Two rows of three pages and a prompt page fill the seven; then the second waits
@@ -202,7 +206,7 @@ def test_a_preempted_row_comes_back_with_what_it_had_drawn():
 def test_the_row_admitted_first_goes_on_at_the_cost_of_all_others():
     requests = [request(0, 0, prompt=1, max_new_tokens=8)]
     requests += [request(i, 1, prompt=5, max_new_tokens=3) for i in (1, 2)]
-    plan = scheduler.Scheduler(requests, num_pages=5, page_size=2, max_rows=2)
+    plan = plan_of(requests, num_pages=5, page_size=2, max_rows=2)
     rows, held = [], []
     for _ in range(8):
         plan.admit(1)
@@ -216,16 +220,17 @@ def test_the_row_admitted_first_goes_on_at_the_cost_of_all_others():
     assert rows == [[0, 1]] * 2 + [[0]] * 6
     assert held == [[1]] * 4 + [[]] * 4
     assert plan.num_preempted == 1
-    assert [row.request.request_id for row in plan.waiting] == [1, 2]
-    assert [row.tokens for row in plan.waiting] == [[7, 7], []]
+    assert [row.request.request_id for row in plan.waiting] == [1]
+    assert [row.tokens for row in plan.waiting] == [[7, 7]]
+    assert plan.num_waiting == 2
 
 
 def test_rows_wait_until_there_are_pages_for_a_whole_call():
     requests = [request(i, i, prompt=1, max_new_tokens=8) for i in range(2)]
-    plan = scheduler.Scheduler(requests, num_pages=6, page_size=2, max_rows=2)
+    plan = plan_of(requests, num_pages=6, page_size=2, max_rows=2)
     plan.admit(4)
     assert len(plan.rows) == 2
-    plan = scheduler.Scheduler(requests, num_pages=6, page_size=2, max_rows=2)
+    plan = plan_of(requests, num_pages=6, page_size=2, max_rows=2)
     plan.admit(8)
     assert [row.request.request_id for row in plan.rows] == [0]
     assert plan.num_preempted == 0
@@ -233,7 +238,7 @@ def test_rows_wait_until_there_are_pages_for_a_whole_call():
 
 def test_page_table_lists_pages_in_order_and_scratch_elsewhere():
     requests = [request(i, i, prompt=3, max_new_tokens=4) for i in range(2)]
-    plan = scheduler.Scheduler(requests, num_pages=9, page_size=2, max_rows=2)
+    plan = plan_of(requests, num_pages=9, page_size=2, max_rows=2)
     plan.admit(4)
     table = plan.page_table(plan.rows, 4, 5)
     assert table.dtype == np.int32
@@ -263,8 +268,9 @@ def test_a_request_that_can_never_fit_is_refused(prompt, max_new_tokens, needed)
     r = request(7, prompt=prompt, max_new_tokens=max_new_tokens)
     assert fewest_pages(r, 4) == needed
     with pytest.raises(ValueError, match="request 7 .* raise cache.num_pages"):
-        scheduler.Scheduler([r], num_pages=needed, **sizes)
-    plan = scheduler.Scheduler([r], num_pages=needed + 1, **sizes)
+        scheduler.check_fits(r, num_pages=needed, page_size=4)
+    scheduler.check_fits(r, num_pages=needed + 1, page_size=4)
+    plan = plan_of([r], num_pages=needed + 1, **sizes)
     run(
         plan,
         num_pages=needed + 1,
@@ -276,22 +282,7 @@ def test_a_request_that_can_never_fit_is_refused(prompt, max_new_tokens, needed)
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="request 5 has an empty prompt"):
-        scheduler.Scheduler(
-            [request(5, prompt=0)], num_pages=9, page_size=4, max_rows=1
-        )
-
-
-def test_in_order_starts_the_longest_first():
-    requests = [request(i, prompt_id) for i, prompt_id in enumerate([0, 1, 2, 1, 3])]
-
-    def order(expected):
-        return [r.request_id for r in scheduler.in_order(requests, expected)]
-
-    assert order({}) == [0, 1, 2, 3, 4]
-    assert order({0: 10.0, 1: 30.0, 2: 20.0, 3: 40.0}) == [4, 1, 3, 2, 0]
-    # Prompts 0 and 3 have no history: they count as the mean of 50, 50 and 5.
-    assert order({1: 50.0, 2: 5.0}) == [1, 3, 0, 4, 2]
-    assert order({0: 9.0, 77: 1e9}) == [0, 1, 2, 3, 4]
+        scheduler.check_fits(request(5, prompt=0), num_pages=9, page_size=4)
 
 
 @pytest.mark.parametrize(

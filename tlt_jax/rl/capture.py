@@ -15,7 +15,7 @@ _SPREAD = 2654435761
 
 
 def is_chosen(request_id: int, frac: float) -> bool:
-    """Tell whether a request's text is captured: `frac` of all, the same ones always."""
+    """Tell whether a request's text is captured: `frac` of all, always the same."""
     return (request_id * _SPREAD) % 2**32 < frac * 2**32
 
 

@@ -52,7 +52,9 @@ class DraftingConfig:
     """How an engine speculates.
 
     Attributes:
-      table: which strategy at how many rows.
+      table: which strategy at how many rows, or among which a tuner chooses.
+      early: candidates for the time before there are a drafter's weights, which must
+        do without it.
       drafter_cfg: the learned drafter; None: suffix matches alone.
       ranking: of its candidates, see `propose`.
       tau: sharpness of the coupled score.
@@ -64,13 +66,14 @@ class DraftingConfig:
       capture: pages keep what training the drafter needs, see `capture`.
     """
 
-    table: strategy_lib.Table
+    table: strategy_lib.Table | strategy_lib.Arms
     drafter_cfg: drafter.DrafterConfig | None = None
     ranking: str = "coupled"
     tau: float = 0.5
     texts: TextsConfig = TextsConfig()
     rule: str = chain.KEYED
     capture: bool = False
+    early: strategy_lib.Arms | None = None
 
     def check(
         self,
@@ -97,6 +100,12 @@ class DraftingConfig:
         if not 0 < self.tau:
             raise ValueError(f"tau={self.tau} is not positive: try 0.5.")
         chain.check(self.rule, self.table.strategies(), sampling_cfg)
+        for strategy in self.early.strategies() if self.early else ():
+            if strategy.drafts:
+                raise ValueError(
+                    f"strategy {strategy} is meant for the time before there is a "
+                    f"drafter, but asks it: use {strategy}-ngram, or leave it out."
+                )
         drafting = [s for s in self.table.strategies() if s.drafts]
         if self.capture and self.drafter_cfg is None:
             raise ValueError("capture=True keeps features for no drafter: name one.")

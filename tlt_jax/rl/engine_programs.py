@@ -144,7 +144,9 @@ class EnginePrograms:
             ids = jnp.zeros((size,), jnp.int32) if size else None
             own = drafter.init(cfg, jax.random.key(0), self._dtype)
             head = drafter.head_rows(target, ids)
-            return propose.DrafterWeights(own.replace(draft_ids=ids), target.embed, head)
+            return propose.DrafterWeights(
+                own.replace(draft_ids=ids), target.embed, head
+            )
 
         made = jax.eval_shape(make, abstract_of(params))
         placed = jax.tree.map(

@@ -320,7 +320,7 @@ class Engine:
         return record
 
     def _swap_drafter(self, rows: Sequence[scheduler.Row] = ()) -> None:
-        """Take up a drafter that was offered; what `rows` have cached of it is stale."""
+        """Take up an offered drafter; what `rows` have in its cache is stale."""
         with self._offer_lock:
             offer, self._offered = self._offered, None
         if offer is not None:
@@ -329,7 +329,9 @@ class Engine:
             for row in rows:
                 row.drafted = 0
 
-    def _admit(self, plan: scheduler.Scheduler, stats: rollout_stats.RolloutStats) -> None:
+    def _admit(
+        self, plan: scheduler.Scheduler, stats: rollout_stats.RolloutStats
+    ) -> None:
         """Admit waiting rows; cache their prompts."""
         admission = plan.admit(self.engine_cfg.steps_per_call)
         if not admission.any():
@@ -351,7 +353,9 @@ class Engine:
         waited = self.pool.stats.waited_s - waited
         stats.prefill_s += time.perf_counter() - started - waited
 
-    def _prefill(self, jobs: list[scheduler.Prefill], stats: rollout_stats.RolloutStats) -> None:
+    def _prefill(
+        self, jobs: list[scheduler.Prefill], stats: rollout_stats.RolloutStats
+    ) -> None:
         chunk = self.engine_cfg.chunk
         batch = scheduler.bucket_of(len(jobs), _PREFILL_ROWS)
         program = self.pool.get(*self.programs.prefill(self._params, batch))
@@ -374,7 +378,9 @@ class Engine:
             self._caches = self._caches.replace(target=target)
             stats.num_prefill_tokens += int(counts.sum())
 
-    def _fill(self, jobs: Sequence[drafting.Fill], stats: rollout_stats.RolloutStats) -> None:
+    def _fill(
+        self, jobs: Sequence[drafting.Fill], stats: rollout_stats.RolloutStats
+    ) -> None:
         """Take independent stretches of text into the drafter's cache."""
         chunk, made = self.engine_cfg.chunk, self.programs
         batch = scheduler.bucket_of(len(jobs), _PREFILL_ROWS)

@@ -207,12 +207,16 @@ class Scheduler:
         )
         return Admission(tuple(prompts), tuple(returns), tuple(copies))
 
-    def finish(self, row: Row) -> None:
-        """Take a finished row out and free its pages."""
+    def finish(self, row: Row) -> bool:
+        """Take a finished row out and free its pages.
+
+        Returns:
+          Whether it counts, see `request_queue.RequestQueue.finish`.
+        """
         self.rows.remove(row)
         self._pool.release(row.pages)
         row.pages = []
-        self._source.finish(row.request.request_id)
+        return self._source.finish(row.request.request_id)
 
     def page_table(self, rows: Sequence[Row], batch: int, max_pages: int) -> np.ndarray:
         """Tabulate pages, `[batch, max_pages] int32`, scratch where there is none."""

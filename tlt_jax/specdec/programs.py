@@ -90,6 +90,11 @@ class ProgramPool:
         with self._lock:
             self._tasks[key] = task
 
+    def is_ready(self, key: Hashable) -> bool:
+        """Tell whether the program of `key` can be had at once."""
+        future = self._programs.get(key)
+        return future is not None and future.done() and future.exception() is None
+
     def wait(self) -> None:
         """Wait for everything that is being prepared; raise the first error of it."""
         with self._lock:

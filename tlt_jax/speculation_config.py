@@ -1,0 +1,154 @@
+"""Settings of speculation, of the drafter and of its training during a run."""
+
+import dataclasses
+from typing import Any, Literal
+
+from tlt_jax import schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Specdec:
+    """Speculative decoding.
+
+    Attributes:
+      mode: `off`, `ngram` (proposals from text seen before) or `tlt` (a learned
+        drafter, adapted during the run; proposals from text until it is better).
+      strategies: candidates for `tlt`, `<rows>:D<draft_depth>K<topk>V<tokens_to_verify>`
+        for up to so many active rows, several separated by commas, the fewest rows
+        first; beyond the last, plainly. Each costs a program per batch bucket.
+      ngram_strategies: the same for `ngram`, and for `tlt` before the drafter is ready.
+      tuner: who chooses: `static` and `threshold` (one candidate per entry),
+        `beg_mab` (the paper's bandit) or `cost_model` (ours).
+      ranking: of the learned drafter's candidates: by the noise that the target draws
+        with (`coupled`) or by probability alone (`deterministic`).
+      tau: sharpness of the coupled score, above 0.
+    """
+
+    mode: Literal["off", "ngram", "tlt"] = "off"
+    strategies: tuple[str, ...] = ("1:D7K1V8,D3K1V4", "4:D5K1V6", "16:D3K1V4")
+    ngram_strategies: tuple[str, ...] = ("2:D6K1V7-ngram", "8:D4K1V5-ngram")
+    tuner: Literal["static", "threshold", "beg_mab", "cost_model"] = "cost_model"
+    ranking: Literal["coupled", "deterministic"] = "coupled"
+    tau: float = schema.number(0.5, above=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterShape:
+    """The drafter.
+
+    Attributes:
+      features: `last` (the target's normed last feature), `low_mid_high` (three layers
+        fused) or `layers` (those named in feature_layers).
+      feature_layers: indices of the target's layers, for `layers`.
+      draft_vocab_size: tokens that can be proposed, the most frequent of the texts; 0:
+        all.
+    """
+
+    features: Literal["last", "low_mid_high", "layers"] = "low_mid_high"
+    feature_layers: tuple[int, ...] = ()
+    draft_vocab_size: int = schema.number(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafter(DrafterShape):
+    """The drafter of a run.
+
+    Attributes:
+      directory: where a trained one is read from (the workdir of
+        `tlt_jax.train_drafter`, or an export); the shape is then its own. Empty: it
+        begins with random weights.
+    """
+
+    directory: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a drafter learns. An unset field is what `name` prescribes.
+
+    Attributes:
+      name: a preset of `tlt_jax.specdec.drafter_training`.
+      num_steps: unrolled steps, at least 1.
+      decay: step k counts decay ** k, in (0, 1].
+      token_loss: how laws are compared.
+    """
+
+    name: Literal["eagle", "hass", "eagle3"] = "eagle3"
+    num_steps: int | None = schema.number(None, 1)
+    decay: float | None = schema.number(None, above=0.0, high=1.0)
+    token_loss: Literal["soft_ce", "kl", "tv", "lk_hybrid"] | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the fields that are set, without `name`."""
+        names = [field.name for field in dataclasses.fields(Objective)]
+        values = {name: getattr(self, name) for name in names if name != "name"}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation(Objective):
+    """Training of the drafter during a run, on workers that wait.
+
+    Attributes:
+      enabled: false: the drafter stays as it is.
+      learning_rate: AdamW's, constant, above 0.
+      num_rows: rows of a training step, at least 1. A step is what a rollout's end may
+        have to wait for.
+      row_tokens: columns of a row, at least 3.
+      row_bases: positions of a row that are drafted from, at least 1.
+      head_chunk: bases whose logits are held at once, at least 1.
+      capture_frac: part of the texts that are kept for it, in [0, 1].
+      buffer_mb: host memory for texts in MiB, at least 1.
+      spill_mb: disk for texts beyond that in MiB, in the workdir; 0: none.
+      max_age: updates of the policy that a text may be behind, at least 0.
+      previous_frac: share of positions from texts of the steps before, in [0, 1].
+      publish_steps: training steps after which the engines get the new weights during
+        a rollout; 0: at its end alone.
+      max_frac: with one worker nobody waits: time for training between rollout and
+        update, as a part of the rollout's, spent while it pays; 0: none.
+    """
+
+    enabled: bool = True
+    learning_rate: float = schema.number(1e-3, above=0.0)
+    num_rows: int = schema.number(1, 1)
+    row_tokens: int = schema.number(512, 3)
+    row_bases: int = schema.number(320, 1)
+    head_chunk: int = schema.number(256, 1)
+    capture_frac: float = schema.number(1.0, 0.0, 1.0)
+    buffer_mb: int = schema.number(1024, 1)
+    spill_mb: int = schema.number(0, 0)
+    max_age: int = schema.number(1, 0)
+    previous_frac: float = schema.number(0.5, 0.0, 1.0)
+    publish_steps: int = schema.number(0, 0)
+    max_frac: float = schema.number(0.2, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Rollout workers: engines on devices of their own, fed from one queue.
+
+    Attributes:
+      num: how many share the rollout, at least 1. On CPUs several are simulated
+        devices of one thread each.
+      min_idle: workers that must wait before the drafter's training begins, at least 1.
+      timeout_s: one that completes no decode call for so long is given up and its
+        requests are generated by the others, above 0.
+    """
+
+    num: int = schema.number(1, 1)
+    min_idle: int = schema.number(1, 1)
+    timeout_s: float = schema.number(900.0, above=0.0)
+
+
+def check_shape(shape: DrafterShape) -> None:
+    """Refuse a drafter's shape that contradicts itself.
+
+    Raises:
+      schema.ConfigError: layers are named and not used, or the other way round.
+    """
+    if (shape.features == "layers") != bool(shape.feature_layers):
+        raise schema.ConfigError(
+            f"drafter.features={shape.features!r} with drafter."
+            f"feature_layers={shape.feature_layers}: name layers with "
+            "features='layers', and only then."
+        )
