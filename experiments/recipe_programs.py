@@ -70,11 +70,11 @@ class Recipe:
             model, run, mesh=self.mesh, pool=pool, head_chunk=self.head_chunk
         )
         self.state = self.learner.abstract_state()
-        engine_mesh = weight_sync.engine_mesh(self.mesh)
+        (engine_mesh,) = weight_sync.engine_meshes(self.mesh)
         self.sync = weight_sync.WeightSync(
             model,
             source=self.mesh,
-            target=engine_mesh,
+            targets=[engine_mesh],
             dtype=run.precision,
             pool=pool,
         )

@@ -15,7 +15,7 @@ from tlt_jax import checkpoint, generate, policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import convert, drafter, drafter_io, tokenizer
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import engine_programs, rollout
+from tlt_jax.rl import engine_programs, rollout, rollout_stats
 from tlt_jax.specdec import sampling
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ?;:"
@@ -257,7 +257,7 @@ def test_precision_is_that_of_weights_and_engine(place, request):
 
 
 def test_the_report_keeps_compilation_apart():
-    stats = rollout.RolloutStats(
+    stats = rollout_stats.RolloutStats(
         num_tokens=90,
         num_steps=50,
         num_prefill_tokens=30,
@@ -272,7 +272,7 @@ def test_the_report_keeps_compilation_apart():
         "accept length 1.00: a token per target forward",
     ]
     assert "prefill 0 tokens in 0.00 s, nothing to do" in generate.report(
-        rollout.RolloutStats(), 1
+        rollout_stats.RolloutStats(), 1
     )
 
 

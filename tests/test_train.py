@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import metrics, progress, schema, train, workdir
+from tlt_jax import failures, metrics, progress, schema, train, workdir
 from tlt_jax.rl import experience
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -166,7 +166,10 @@ def test_tokens_do_not_depend_on_how_they_are_computed(base, model, tmp_path, ot
 def test_suffix_matches_change_nothing_but_the_number_of_forwards(
     base, model, tmp_path
 ):
-    settings = {"specdec.mode": "ngram", "specdec.strategies": ("4:D3K2V5-ngram",)}
+    settings = {
+        "specdec.mode": "ngram",
+        "specdec.ngram_strategies": ("4:D3K2V5-ngram",),
+    }
     rows = start(model, tmp_path, num_steps=4, **settings)
     expected = metrics.read(base)[:4]
     for name in ("rollout/tokens_digest", "reward/mean", "length/mean"):
@@ -230,7 +233,7 @@ def test_updates_that_are_not_finite_are_skipped_then_stop_the_run(
 
     monkeypatch.setattr(experience, "advantages_of", sometimes_nan)
     keep = {"checkpoint.every": 1, "checkpoint.keep": 9}
-    with pytest.raises(train.TrainingError) as raised:
+    with pytest.raises(failures.TrainingError) as raised:
         start(model, tmp_path, **keep)
     assert "3 updates in a row were not finite (step 6)" in str(raised.value)
     assert "checkpoint is that of step 5;" in str(raised.value)
@@ -335,7 +338,7 @@ def test_no_step_compiles_after_warm_up(model, tmp_path, changes):
     with train.Trainer(run, tmp_path, display) as trainer:
         trainer._sync_weights()
         trainer.warm_up()
-        pools = trainer.engine.pool, trainer.learner_pool
+        pools = trainer._pools
         compiled = [pool.stats.num_compiled for pool in pools]
         rows = [trainer.take_step() for _ in range(3)]
         assert [pool.stats.num_compiled for pool in pools] == compiled

@@ -8,6 +8,7 @@ from tlt_jax import schema, speculation_config
 if TYPE_CHECKING:
     from tlt_jax import config
 
+
 def check(run: "config.RunConfig") -> None:
     """Check what no single field can say.
 
@@ -20,8 +21,8 @@ def check(run: "config.RunConfig") -> None:
     speculation_config.check_shape(run.drafter)
     if run.workers.min_idle >= run.workers.num > 1:
         raise schema.ConfigError(
-            f"workers.min_idle={run.workers.min_idle} of workers.num={run.workers.num}: "
-            "the last worker never waits, so fewer must do."
+            f"workers.min_idle={run.workers.min_idle} of workers.num={run.workers.num}"
+            ": the last worker never waits, so fewer must do."
         )
     longest = run.task.max_prompt_tokens + run.rollout.max_new_tokens
     if run.learner.row_tokens < longest:

@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from tlt_jax import checkpoint, command_line, compile_cache, policy, types
 from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import tokenizer as model_tokenizer
-from tlt_jax.rl import rollout
+from tlt_jax.rl import rollout_stats
 from tlt_jax.specdec import propose, sampling
 
 _MODEL = flags.DEFINE_string(
@@ -127,7 +127,7 @@ def complete(
     stop: Sequence[str] = (),
     seed: int = 0,
     speculation: speculation_lib.Speculation | None = None,
-) -> tuple[list[types.Completion], rollout.RolloutStats]:
+) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
     """Draw completions of one prompt.
 
     Args:
@@ -176,7 +176,7 @@ def complete(
         engine.pool.close()
 
 
-def report(stats: rollout.RolloutStats, num_samples: int) -> str:
+def report(stats: rollout_stats.RolloutStats, num_samples: int) -> str:
     """Say in a few lines what was computed and how fast; compilation apart."""
 
     def line(name: str, num_tokens: int, seconds: float) -> str:
@@ -208,9 +208,9 @@ def report(stats: rollout.RolloutStats, num_samples: int) -> str:
 
 def compare(
     completions: Sequence[types.Completion],
-    stats: rollout.RolloutStats,
+    stats: rollout_stats.RolloutStats,
     plain_completions: Sequence[types.Completion],
-    plain_stats: rollout.RolloutStats,
+    plain_stats: rollout_stats.RolloutStats,
 ) -> str:
     """Say how speculation did against plain decoding of the same requests."""
     num_equal = sum(

@@ -11,6 +11,7 @@ from tlt_jax import (
     command_line,
     compile_cache,
     config,
+    failures,
     metrics,
     train,
     workdir,
@@ -35,7 +36,7 @@ def main(run: config.RunConfig) -> None:
         train.train(run, _WORKDIR.value)
     except (
         ValueError,
-        train.TrainingError,
+        failures.TrainingError,
         checkpoint.CheckpointError,
         metrics.MetricsError,
         workdir.WorkdirError,

@@ -13,9 +13,9 @@ class Specdec:
     Attributes:
       mode: `off`, `ngram` (proposals from text seen before) or `tlt` (a learned
         drafter, adapted during the run; proposals from text until it is better).
-      strategies: candidates for `tlt`, `<rows>:D<draft_depth>K<topk>V<tokens_to_verify>`
-        for up to so many active rows, several separated by commas, the fewest rows
-        first; beyond the last, plainly. Each costs a program per batch bucket.
+      strategies: candidates for `tlt`: `4:D5K1V6,D3K1V4` names two (draft_depth, topk,
+        tokens_to_verify) for up to 4 active rows; entries with few rows come first, and
+        beyond the last one decoding is plain. Each costs a program per batch bucket.
       ngram_strategies: the same for `ngram`, and for `tlt` before the drafter is ready.
       tuner: who chooses: `static` and `threshold` (one candidate per entry),
         `beg_mab` (the paper's bandit) or `cost_model` (ours).

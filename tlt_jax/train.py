@@ -7,48 +7,41 @@ checkpoint holds, so a run that was killed goes on bit for bit.
 import contextlib
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from tlt_jax import (
     checkpoint,
     config,
+    failures,
     metrics,
     plots,
     progress,
-    sharding,
+    rollout_parts,
     workdir,
 )
 from tlt_jax.models import params as model_params
 from tlt_jax.models import source as model_source
 from tlt_jax.rl import (
-    algorithms,
+    adaptation,
     clock,
     collector,
-    drafting,
-    engine_programs,
     evaluator,
     experience,
     learner,
-    packing,
     pretrain,
     prompts,
     reward_pool,
     rollout,
+    rollout_stats,
     tasks,
+    updater,
     weight_sync,
 )
-from tlt_jax.specdec import programs, sampling, strategy
+from tlt_jax.specdec import programs
 
 SCRATCH = "scratch"
-_MAX_SKIPPED_UPDATES = 3
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message names the cause and the remedy."""
 
 
 def train(run: config.RunConfig, directory: str | pathlib.Path) -> dict[str, Any]:
@@ -64,7 +57,7 @@ def train(run: config.RunConfig, directory: str | pathlib.Path) -> dict[str, Any
     Raises:
       schema.ConfigError: the directory holds a run with other settings.
       workdir.WorkdirError: it cannot be written, or another process works there.
-      TrainingError: updates are not finite any more.
+      failures.TrainingError: updates are not finite any more.
     """
     directory = pathlib.Path(directory)
     with (
@@ -108,19 +101,26 @@ class Trainer:
         self.tokenizer = source.tokenizer()
         with workdir.writing(directory / "tokenizer"):
             self.tokenizer.save(directory / "tokenizer")
-        self.algorithm = algorithms.build(
-            algorithms.preset(run.algorithm.name) | run.algorithm.overrides()
+        self.updater = updater.Updater(
+            run, self.model, self.display.stage, self._note_in_step
         )
-        self._make_learner()
-        self.engine = self._engine(run.sampling.temperature)
-        closing.callback(self.engine.pool.close)
-        closing.callback(self.learner_pool.close)
+        closing.callback(self.updater.pool.close)
+        mesh = self.updater.learner.mesh
+        meshes = weight_sync.engine_meshes(mesh, run.workers.num)
+        self.speculation = rollout_parts.make_speculation(run, self.model)
+        self.workers = rollout_parts.make_workers(
+            run, self.model, self.tokenizer, meshes, self.speculation
+        )
+        self.adaptation = self._make_adaptation()
+        if self.adaptation is not None:
+            closing.callback(self.adaptation.close)
+        closing.callback(self.workers.close)
         self.sync = weight_sync.WeightSync(
             self.model,
-            source=self.learner.mesh,
-            target=self.engine.mesh,
+            source=mesh,
+            targets=meshes,
             dtype=run.precision,
-            pool=self.learner_pool,
+            pool=self.updater.pool,
         )
         self.rewards = closing.enter_context(
             reward_pool.RewardPool(
@@ -133,20 +133,21 @@ class Trainer:
         self.collector = collector.Collector(
             run,
             self._prompts("train"),
-            self.engine,
+            self.workers,
             self.rewards,
             self.tokenizer.decode,
-            dynamic_sampling=self.algorithm.dynamic_sampling,
+            dynamic_sampling=self.updater.algorithm.dynamic_sampling,
             show=self._show,
         )
         self.evaluator: evaluator.Evaluator | None = None
         self.checkpointer = closing.enter_context(
             checkpoint.Checkpointer(directory, run.checkpoint.keep)
         )
-        self.step = self.num_skipped = 0
+        self.step = 0
         self._stage = (-1, "")
         self._restore(source)
-        self.reference = self._load(source) if self.algorithm.loss.kl_coef > 0 else None
+        if self.updater.needs_reference:
+            self.updater.reference = self._load(source)
         first_row = self.step + 1 if self.step else 0
         self.writer = closing.enter_context(
             metrics.MetricsWriter(directory, first_row, run.log.tensorboard)
@@ -161,6 +162,8 @@ class Trainer:
     def run_to_end(self) -> dict[str, Any]:
         """Take every step that is left; return the last record."""
         self._sync_weights()
+        if self.adaptation is not None:
+            self.adaptation.start()
         if self.step < self.run.num_steps:
             self.warm_up(wait=False)
         if self.run.eval.every and self.step == 0:
@@ -177,47 +180,42 @@ class Trainer:
 
     def warm_up(self, *, wait: bool = True) -> None:
         """Compile every program of the steps to come, in the background."""
-        self.engine.warm_up(wait=wait)
-        run = self.run
-        num_prompts = run.rollout.prompts_per_step // run.learner.minibatches
-        for width in self.layout.widths:
-            blank = experience.filling(width, num_prompts, run.rollout.group_size)
-            given, with_reference = blank.logprobs, self.reference is not None
-            has_old = run.learner.old_logprobs == "rollout" or self._recomputes
-            _, (micro, *_) = experience.micro_batches(
-                blank,
-                self.layout,
-                self.algorithm,
-                np.zeros(len(given), np.float32),
-                max_new_tokens=run.rollout.max_new_tokens,
-                old_logprobs=given if has_old else None,
-                ref_logprobs=given if with_reference else None,
-            )
-            passes = with_reference or self._recomputes
-            self.learner.prepare(micro, self.algorithm.loss, with_logprobs=passes)
-        if wait:
-            self.learner_pool.wait()
+        self.workers.warm_up(wait=wait)
+        self.updater.warm_up(wait=wait)
+        if self.adaptation is not None:
+            self.adaptation.warm_up(wait=wait)
 
     @property
-    def _recomputes(self) -> bool:
-        """Whether old log-probabilities take a pass: with one update none is due."""
-        cfg = self.run.learner
-        return cfg.old_logprobs == "recompute" and cfg.epochs * cfg.minibatches > 1
+    def _pools(self) -> list[programs.ProgramPool]:
+        """Of programs that a step may wait for."""
+        return [self.updater.pool, *(e.pool for e in self.workers.engines)]
 
     def take_step(self) -> dict[str, Any]:
         """Collect, update, sync; write the record and what else is due."""
         run = self.run
-        timer = clock.Clock((self.engine.pool, self.learner_pool))
+        timer = clock.Clock(self._pools)
         started = time.perf_counter()
+        if self.adaptation is not None:
+            self.adaptation.begin_rollout()
         everything, batch, row = self.collector.collect(self.step, timer)
+        if self.adaptation is not None:
+            accepted = row.get("specdec/num_accepted", ())
+            timer.time(
+                "drafter",
+                self.adaptation.end_rollout,
+                rollout_stats.accept_length(accepted),
+                timer.spent["rollout"],
+            )
+            row |= self.adaptation.row()
+        row |= self._about_workers()
         if row["reward/num_failed"]:
             self.display.note(
                 f"  step {self.step + 1}: {row['reward/num_failed']} rewards failed, "
                 f"the first: {row['reward/first_failure']}"
             )
-        if self.learner.mesh.devices.flat[0].platform != "cpu":
+        if self.updater.learner.mesh.devices.flat[0].platform != "cpu":
             # The update needs the memory, and a new cache costs nothing there.
-            self.engine.release_cache()
+            self.workers.release_caches()
         if batch is not None:
             row |= self._update(batch, timer)
             self.display.stage("sync")
@@ -228,8 +226,8 @@ class Trainer:
         row = _absent() | {"step": self.step} | row | timer.row()
         if "specdec/num_accepted" in row:
             counts = row["specdec/num_accepted"]
-            row["specdec/accept_length"] = rollout.accept_length(counts)
-            row["specdec/accept_rate_by_depth"] = rollout.accept_rates(counts)
+            row["specdec/accept_length"] = rollout_stats.accept_length(counts)
+            row["specdec/accept_rate_by_depth"] = rollout_stats.accept_rates(counts)
         row["time/step_s"] = time.perf_counter() - started
         seconds = max(row["time/rollout_s"], 1e-9)
         row["rollout/tokens_per_s"] = row["rollout/tokens"] / seconds
@@ -254,102 +252,52 @@ class Trainer:
                 temperature = self.run.sampling.temperature
             # The same law has the same programs.
             same = temperature == self.run.sampling.temperature
+            engine = self.workers.engines[0]
             self.evaluator = evaluator.Evaluator(
                 self.run,
                 self._prompts("eval"),
-                self.engine if same else self._engine(temperature),
+                engine if same else self._evaluation_engine(temperature),
                 self.rewards,
                 self.tokenizer.decode,
             )
-        return self.evaluator.evaluate(self.engine.params, self.engine.version)
+        engine = self.workers.engines[0]
+        return self.evaluator.evaluate(engine.params, engine.version)
 
     def _update(
         self, batch: experience.Experience, timer: clock.Clock
     ) -> dict[str, Any]:
-        """Train on the groups of a step; return `policy/` and `mismatch/` values."""
-        run = self.run
-        self.display.stage("inference")
-        old_logprobs = reference = None
-        if self.reference is not None:
-            reference = timer.time("inference", self._logprobs, self.reference, batch)
-        if self._recomputes:
-            old_logprobs = timer.time(
-                "inference", self._logprobs, self.state.params, batch
-            )
-        elif run.learner.old_logprobs == "rollout":
-            old_logprobs = batch.logprobs
-        advantages_n = experience.advantages_of(
-            batch, self.algorithm, run.rollout.max_new_tokens, reference
-        )
-        self.display.stage("update")
-        records, mismatch = [], None
-        num_groups = len(batch.prompts)
-        parts = np.array_split(
-            np.arange(num_groups), min(run.learner.minibatches, num_groups)
-        )
-        for _ in range(run.learner.epochs):
-            for chosen in parts:
-                rows = _rows_of(chosen, batch.group_size)
-                part = batch.select(chosen.tolist())
-                packed, micro = experience.micro_batches(
-                    part,
-                    self.layout,
-                    self.algorithm,
-                    advantages_n[rows],
-                    max_new_tokens=run.rollout.max_new_tokens,
-                    old_logprobs=_take(old_logprobs, rows),
-                    ref_logprobs=_take(reference, rows),
-                )
-                self.state, record, trained = timer.time(
-                    "update",
-                    self.learner.update,
-                    self.state,
-                    micro,
-                    self.algorithm.loss,
-                )
-                if mismatch is None:
-                    mismatch = experience.max_mismatch(part, packed, trained)
-                records.append(record)
-                self._check_skipped(record)
-        row = {
-            name: float(np.mean([record[name] for record in records]))
-            for name in records[0]
-        }
-        return row | {"mismatch/logprob_max_abs": mismatch}
-
-    def _logprobs(
-        self, params: model_params.Params, batch: experience.Experience
-    ) -> list[np.ndarray]:
-        """Log-probabilities of a batch's completions by the trainer's own forward."""
-        parts = self.layout.pack(batch)
-        return packing.scatter(parts, self.learner.logprobs(params, parts))
-
-    def _check_skipped(self, record: dict[str, float]) -> None:
-        if not record["policy/update_skipped"]:
-            self.num_skipped = 0
-            return
-        self.num_skipped += 1
-        self.display.note(
-            f"  step {self.step + 1}: loss or gradient is not finite; update skipped "
-            f"({self.num_skipped} in a row)."
-        )
-        if self.num_skipped >= _MAX_SKIPPED_UPDATES:
+        """Train on the groups of a step; return its record."""
+        try:
+            return self.updater.update(batch, timer)
+        except failures.TrainingError as error:
             self.checkpointer.wait()
             newest = self.checkpointer.latest_step()
-            raise TrainingError(
-                f"{self.num_skipped} updates in a row were not finite (step "
-                f"{self.step + 1}): lower optimizer.learning_rate or check the rewards "
-                "and the weights, and begin again in another --workdir. "
+            raise failures.TrainingError(
+                f"{error} (step {self.step + 1}): lower optimizer.learning_rate or "
+                "check the rewards and the weights, and begin again in another "
+                "--workdir. "
                 + (
                     "There is no checkpoint yet."
                     if newest is None
                     else f"The newest checkpoint is that of step {newest}; exported "
                     "(tlt_jax.export) it is a model to begin from."
                 )
-            )
+            ) from error
+
+    def _about_workers(self) -> dict[str, Any]:
+        """What the workers did in this step's last rollout; the timeline is written."""
+        c = self.workers.coordination
+        workdir.write_timeline(self.directory, self.step + 1, c.timeline())
+        row = c.metrics()
+        for worker, reason in self.workers.lost.items():
+            row.setdefault("workers/lost", {})[str(worker)] = reason
+        return row
+
+    def _note_in_step(self, text: str) -> None:
+        self.display.note(f"  step {self.step + 1}: {text}")
 
     def _sync_weights(self) -> None:
-        self.engine.set_params(*self.sync.sync(self.state.params))
+        self.workers.set_params(*self.sync.sync(self.updater.state.params))
 
     def _show(self, stage: str, done: int, total: int, detail: str) -> None:
         if self._stage != (self.step, stage):
@@ -361,45 +309,32 @@ class Trainer:
         with workdir.writing(self.directory / "plots"):
             plots.draw_all(self.directory)
 
-    def _make_learner(self) -> None:
-        run = self.run
-        mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-        self.learner_pool = programs.ProgramPool()
-        self.learner = learner.Learner(
-            self.model, run, mesh=mesh, pool=self.learner_pool
-        )
-        self.layout = experience.Layout(
-            run.learner.row_tokens, self.learner.rows_per_micro_batch
+    def _make_adaptation(self) -> adaptation.Adaptation | None:
+        run, made = self.run, self.speculation
+        if run.specdec.mode != "tlt":
+            return None
+        return adaptation.Adaptation(
+            run.adaptation,
+            made.drafting_cfg.drafter_cfg,
+            self.workers,
+            made.tuners,
+            initial=made.initial,
+            eos_ids=sorted({*self.model.eos_ids, *self.tokenizer.eos_ids}),
+            sampling_cfg=rollout_parts.law_of(run, run.sampling.temperature),
+            precision=run.precision,
+            seed=run.seed,
+            directory=self.directory,
+            note=self.display.note,
         )
 
-    def _engine(self, temperature: float) -> rollout.Engine:
-        run = self.run
-        law = sampling.SamplingConfig(
-            temperature, run.sampling.top_k, run.sampling.top_p, run.sampling.min_p
-        )
-        engine_cfg = engine_programs.EngineConfig(
-            max_rows=run.rollout.max_batch,
-            max_length=run.task.max_prompt_tokens + run.rollout.max_new_tokens,
-            page_size=run.cache.page_size,
-            num_pages=run.cache.num_pages,
-            steps_per_call=run.rollout.steps_per_call,
-            prefill_chunk=run.rollout.prefill_chunk,
-            sampling_cfg=law,
-            eos_ids=tuple(sorted({*self.model.eos_ids, *self.tokenizer.eos_ids})),
-            stop=run.rollout.stop,
-            dtype=run.precision,
-            cpu_kernels=run.rollout.cpu_kernels,
-        )
-        drafting_cfg = None
-        if run.specdec.mode == "ngram":
-            table = strategy.parse_table(run.specdec.strategies)
-            drafting_cfg = drafting.DraftingConfig(table)
-        return rollout.Engine(
+    def _evaluation_engine(self, temperature: float) -> rollout.Engine:
+        return rollout_parts.make_engine(
+            self.run,
             self.model,
-            engine_cfg,
-            drafting_cfg=drafting_cfg,
-            decode_text=self.tokenizer.decode,
-            mesh=weight_sync.engine_mesh(self.learner.mesh),
+            self.tokenizer,
+            self.workers.engines[0].mesh,
+            temperature,
+            rollout_parts.Speculation(),
         )
 
     def _prompts(self, split: str) -> prompts.PromptSet:
@@ -434,42 +369,55 @@ class Trainer:
 
     def _load(self, source: model_source.ModelSource) -> model_params.Params:
         shardings = jax.tree.map(
-            lambda leaf: leaf.sharding, self.learner.abstract_state().params
+            lambda leaf: leaf.sharding, self.updater.learner.abstract_state().params
         )
         return source.load("float32", shardings)
 
     def _restore(self, source: model_source.ModelSource) -> None:
         """Take up the newest checkpoint, or start from the source's weights."""
-        target = self.learner.abstract_state()
+        target = self.updater.learner.abstract_state()
         restored = self.checkpointer.restore_latest(
             target.params, (target.opt_state, target.num_updates)
         )
         if restored is None:
-            self.state = self.learner.init_state(self._load(source))
+            self.updater.state = self.updater.learner.init_state(self._load(source))
             return
         opt_state, num_updates = restored.opt_state
-        self.state = learner.TrainState(restored.params, opt_state, num_updates)
-        self.step = restored.step
+        self.updater.state = learner.TrainState(restored.params, opt_state, num_updates)
+        self.step, meta = restored.step, restored.meta
         self.sync.restore_version(self.step)
-        self.num_skipped = restored.meta["num_skipped"]
-        self.collector.position = restored.meta["position"]
+        self.updater.num_skipped = meta["num_skipped"]
+        self.collector.position = meta["position"]
         self.collector.expected_lengths = {
-            int(key): value for key, value in restored.meta["expected_lengths"].items()
+            int(key): value for key, value in meta["expected_lengths"].items()
         }
+        for tuner, state in zip(self.speculation.tuners, meta["tuners"], strict=True):
+            tuner.restore(state)
+        if self.adaptation is not None:
+            self.adaptation.restore(
+                self.checkpointer.read_extra(self.step), meta["drafter"]
+            )
         self.display.resume(self.step)
 
     def _save(self) -> None:
+        state = self.updater.state
+        arrays, about_drafter = None, None
+        if self.adaptation is not None:
+            arrays, about_drafter = self.adaptation.state()
         self.checkpointer.save(
             self.step,
-            self.state.params,
-            (self.state.opt_state, self.state.num_updates),
+            state.params,
+            (state.opt_state, state.num_updates),
             self.model,
             {
                 "config": config.digest(self.run),
-                "num_skipped": self.num_skipped,
+                "num_skipped": self.updater.num_skipped,
                 "position": self.collector.position,
                 "expected_lengths": self.collector.expected_lengths,
+                "tuners": [tuner.state() for tuner in self.speculation.tuners],
+                "drafter": about_drafter,
             },
+            extra=arrays,
         )
 
 
@@ -487,12 +435,3 @@ def _absent() -> dict[str, Any]:
         "workers/trained_s": 0.0,
         "workers/idle_frac": 0.0,
     }
-
-
-def _rows_of(groups: np.ndarray, group_size: int) -> np.ndarray:
-    """Indices of the completions of `groups`."""
-    return (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
-
-
-def _take(values: Sequence[np.ndarray] | None, indices: np.ndarray):
-    return None if values is None else [values[i] for i in indices]

@@ -26,6 +26,7 @@ from tlt_jax import (
     drafter_config,
     drafter_plots,
     drafter_texts,
+    failures,
     metrics,
     policy,
     progress,
@@ -44,10 +45,6 @@ SCRATCH = "scratch"
 _MAX_SKIPPED = 10
 
 
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message names the cause and the remedy."""
-
-
 def train(run: drafter_config.DrafterRun, directory: str | pathlib.Path) -> dict:
     """Do what is left of a run.
 
@@ -61,7 +58,7 @@ def train(run: drafter_config.DrafterRun, directory: str | pathlib.Path) -> dict
     Raises:
       schema.ConfigError: the directory holds a run with other settings.
       workdir.WorkdirError: it cannot be written, or another process works there.
-      TrainingError: updates are not finite any more.
+      failures.TrainingError: updates are not finite any more.
     """
     directory = pathlib.Path(directory)
     with (
@@ -342,7 +339,7 @@ class _Trainer:
             return
         self.num_skipped = self.num_skipped + 1 if int(outcome["skipped"]) else 0
         if self.num_skipped >= _MAX_SKIPPED:
-            raise TrainingError(
+            raise failures.TrainingError(
                 f"{self.num_skipped} updates in a row were not finite (step "
                 f"{self.step}): lower optimizer.learning_rate and begin again in "
                 "another --workdir; the directory texts/ can be moved there."
@@ -406,7 +403,7 @@ def main(run: drafter_config.DrafterRun) -> None:
         train(run, flags.FLAGS.workdir)
     except (
         ValueError,
-        TrainingError,
+        failures.TrainingError,
         checkpoint.CheckpointError,
         metrics.MetricsError,
         workdir.WorkdirError,

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from tlt_jax import config, metrics, schema
-from tlt_jax.rl import experience
+from tlt_jax.rl import coordinator_records, experience
 
 # Settings that may change when a run is taken up again: none decides what is computed.
 _FREE_ON_RESUME = ("log.", "checkpoint.", "eval.", "reward.workers", "reward.timeout_s")
 
-
 _LOCK = ".lock"
+TIMELINE = "timeline.jsonl"
 
 
 class WorkdirError(RuntimeError):
@@ -102,6 +102,29 @@ def write_rollouts(
                 "text": decode_text(completion.tokens),
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_timeline(
+    workdir: pathlib.Path,
+    step: int,
+    intervals: Sequence[coordinator_records.Interval],
+) -> None:
+    """Append to `timeline.jsonl` what each worker did in a step's rollout.
+
+    One line a step: `{"step", "workers": [{"worker", "intervals": [[activity, start_s,
+    stop_s], ...]}, ...]}`, times counted from the rollout's beginning.
+    """
+    found: dict[int, list] = {}
+    for one in intervals:
+        spans = found.setdefault(one.worker, [])
+        spans.append([str(one.activity), one.start_s, one.stop_s])
+    record = {
+        "step": step,
+        "workers": [{"worker": w, "intervals": found[w]} for w in sorted(found)],
+    }
+    path = workdir / TIMELINE
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def _new_file(path: pathlib.Path) -> TextIO:

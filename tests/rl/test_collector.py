@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import types
-from tlt_jax.rl import clock, collector, prompts, reward_pool, rollout
+from tlt_jax.rl import clock, collector, prompts, reward_pool, rollout_stats
 
 P, R = 4, 4  # As in `tiny_runs`.
 
@@ -25,7 +25,9 @@ class FakeEngine:
         for i in random.Random(0).sample(range(len(done)), len(done)):
             on_completion(done[i])
             on_call(i, i)
-        return done, rollout.RolloutStats(num_steps=5, num_row_steps=7, prefill_s=0.5)
+        return done, rollout_stats.RolloutStats(
+            num_steps=5, num_row_steps=7, prefill_s=0.5
+        )
 
     def complete(self, request):
         length = 1 + request.prompt_id % 3 + request.sample

@@ -42,14 +42,14 @@ def pool():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (2, 2, 2), (2, 4, 1)])
 def test_engine_gets_the_learners_weights_on_its_devices(pool, shape, dtype):
     mesh = sharding.make_mesh(*shape)
-    target = weight_sync.engine_mesh(mesh)
+    (target,) = weight_sync.engine_meshes(mesh)
     assert dict(target.shape) == {"data": 1, "fsdp": 1, "tensor": shape[2]}
     assert list(target.devices.flat) == list(mesh.devices[0, 0])
     params = place(mesh)
     sync = weight_sync.WeightSync(
-        MODEL, source=mesh, target=target, pool=pool, dtype=dtype
+        MODEL, source=mesh, targets=[target], pool=pool, dtype=dtype
     )
-    got, version = sync.sync(params)
+    (got,), version = sync.sync(params)
     assert version == sync.version == 1
     expected = model_params.unstack(jax.device_get(params))
     jax.tree.map(
@@ -67,15 +67,31 @@ def test_engine_gets_the_learners_weights_on_its_devices(pool, shape, dtype):
     assert got.embed.addressable_shards[0].data.shape == (64 // shape[2], 32)
 
 
+def test_every_worker_gets_a_copy_on_devices_of_its_own(pool):
+    mesh = sharding.make_mesh(2, 2, 2)
+    targets = weight_sync.engine_meshes(mesh, 2)
+    held = [set(target.devices.flat) for target in targets]
+    assert [len(devices) for devices in held] == [2, 2] and not held[0] & held[1]
+    params = place(mesh)
+    sync = weight_sync.WeightSync(MODEL, source=mesh, targets=targets, pool=pool)
+    copies, _ = sync.sync(params)
+    expected = model_params.unstack(jax.device_get(params))
+    for copy, devices in zip(copies, held, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, copy, expected)
+        assert all(x.sharding.device_set == devices for x in jax.tree.leaves(copy))
+    with pytest.raises(ValueError, match="workers.num=5 needs as many places"):
+        weight_sync.engine_meshes(mesh, 5)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_learner_may_give_its_buffers_up(pool, shape):
     """An update donates the masters: the engine must not read their memory."""
     mesh = sharding.make_mesh(*shape)
     params = place(mesh)
     sync = weight_sync.WeightSync(
-        MODEL, source=mesh, target=weight_sync.engine_mesh(mesh), pool=pool
+        MODEL, source=mesh, targets=weight_sync.engine_meshes(mesh), pool=pool
     )
-    got, _ = sync.sync(params)
+    (got,), _ = sync.sync(params)
     assert not addresses(got) & addresses(params)
     before = jax.tree.map(np.array, got)
     zeroed = jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p), donate_argnums=0)
@@ -86,12 +102,12 @@ def test_learner_may_give_its_buffers_up(pool, shape):
 def test_versions_count_and_nothing_recompiles(pool):
     mesh = sharding.make_mesh(1, 2, 1)
     sync = weight_sync.WeightSync(
-        MODEL, source=mesh, target=weight_sync.engine_mesh(mesh), pool=pool
+        MODEL, source=mesh, targets=weight_sync.engine_meshes(mesh), pool=pool
     )
     sync.restore_version(7)
     for seed in range(3):
         params = place(mesh, seed)
-        got, version = sync.sync(params)
+        (got,), version = sync.sync(params)
         assert version == 8 + seed
         np.testing.assert_array_equal(got.embed, params.embed)
     assert pool.stats.num_compiled == 1
@@ -102,4 +118,4 @@ def test_versions_count_and_nothing_recompiles(pool):
 def test_mesh_that_does_not_divide_is_refused_by_name(pool):
     mesh = sharding.make_mesh(1, 1, 4)
     with pytest.raises(ValueError, match="layers.qkv.*does not divide"):
-        weight_sync.WeightSync(MODEL, source=mesh, target=mesh, pool=pool)
+        weight_sync.WeightSync(MODEL, source=mesh, targets=[mesh], pool=pool)

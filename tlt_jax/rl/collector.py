@@ -13,7 +13,8 @@ from tlt_jax.rl import (
     experience,
     prompts,
     reward_pool,
-    rollout,
+    rollout_stats,
+    workers,
 )
 
 # Batches drawn at most for one step under dynamic sampling.
@@ -32,7 +33,7 @@ class Collector:
         self,
         run: config.RunConfig,
         prompt_set: prompts.PromptSet,
-        engine: rollout.Engine,
+        engine: workers.Workers,
         rewards: reward_pool.RewardPool,
         decode_text: Callable[[np.ndarray], str],
         *,
@@ -154,7 +155,7 @@ class Collector:
             self.expected_lengths[prompt.prompt_id] = float(mean)
 
 
-def _most_used(stats: rollout.RolloutStats) -> str:
+def _most_used(stats: rollout_stats.RolloutStats) -> str:
     """The strategy of most decode calls, plain ones aside."""
     calls = {name: num for name, num in stats.strategies.items() if name != "none"}
     return max(calls, key=calls.get)

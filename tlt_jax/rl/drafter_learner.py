@@ -97,18 +97,28 @@ class DrafterLearner:
           norm: `[D]`, the target's final norm: the head is made for its scale.
           seed: of random weights.
         """
-        if params is None:
-            params = drafter.init(self.cfg, jax.random.key(seed))
-            if params.norm is not None:
-                params = params.replace(norm=jnp.asarray(norm, jnp.float32))
-        else:
-            params = jax.tree.map(
-                lambda x: x.astype(jnp.float32), params.replace(draft_ids=None)
-            )
-        state = drafter_training.TrainState(
+        state = self._random_state(seed)
+        if params is not None:
+            own = params.replace(draft_ids=None)
+            own = jax.tree.map(lambda x: x.astype(jnp.float32), own)
+            state = state.replace(params=own)
+        elif state.params.norm is not None:
+            own = state.params.replace(norm=jnp.asarray(norm, jnp.float32))
+            state = state.replace(params=own)
+        return jax.device_get(state)
+
+    def _random_state(self, seed: int) -> drafter_training.TrainState:
+        params = drafter.init(self.cfg, jax.random.key(seed))
+        return drafter_training.TrainState(
             params, self._optimizer.init(params), jnp.int32(0)
         )
-        return jax.device_get(state)
+
+    def restore(self, params: Any, opt_state: Any, num_updates: Any) -> None:
+        """Take up weights and optimizer as a checkpoint has them, leaf by leaf."""
+        described = jax.eval_shape(lambda: self._random_state(0))
+        given = (params, opt_state, num_updates)
+        structure = jax.tree.structure(described)
+        self.state = jax.tree.unflatten(structure, jax.tree.leaves(given))
 
     def devices_of(self, meshes: Sequence[jax.sharding.Mesh]) -> Devices:
         """Choose what to train on: a device of each worker, as many as divide a batch.
@@ -130,10 +140,17 @@ class DrafterLearner:
         for program in self._programs(devices, target):
             self.pool.prepare(*program)
 
-    def is_ready(self, devices: Devices, target: model_params.Params) -> bool:
-        """Tell whether nothing would have to be waited for."""
-        programs_ = self._programs(devices, target)
-        return all(self.pool.is_ready(key) for key, _ in programs_)
+    def is_ready(
+        self, devices: Devices, target: model_params.Params, timeout_s: float = 0.0
+    ) -> bool:
+        """Tell whether the programs are there; wait for them for a while.
+
+        Raises an error of their compilation.
+        """
+        return all(
+            self.pool.is_ready(key, timeout_s)
+            for key, _ in self._programs(devices, target)
+        )
 
     def begin(self, devices: Devices, target: model_params.Params) -> None:
         """Move to these devices, with what is read of the target.
@@ -153,8 +170,7 @@ class DrafterLearner:
         )
         self._mesh = mesh
         self._step, self._measure = (
-            self.pool.get(*program)
-            for program in self._programs(devices, target)
+            self.pool.get(*program) for program in self._programs(devices, target)
         )
 
     def step(self, batch: drafter_unroll.Batch) -> dict[str, Array]:

@@ -1,6 +1,7 @@
 """Transfer of the policy from the learner's mesh to a rollout engine's, versioned."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,24 +13,39 @@ from tlt_jax.models import params as model_params
 from tlt_jax.specdec import programs
 
 
-def engine_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """Return the mesh of a rollout engine beside a learner on `mesh`.
+def engine_meshes(
+    mesh: jax.sharding.Mesh, num_workers: int = 1
+) -> list[jax.sharding.Mesh]:
+    """Return the meshes of rollout engines beside a learner on `mesh`.
 
-    Its devices are the learner's first ones along `tensor`, so that heads and
-    vocabulary stay where they are.
+    Each has the devices of one place along `data` and `fsdp`, split by `tensor` as the
+    learner is, so that heads and vocabulary stay where they are.
+
+    Raises:
+      ValueError: there are not as many places.
     """
-    first = list(mesh.devices[0, 0])
-    return sharding_lib.make_mesh(1, 1, len(first), devices=first)
+    groups = mesh.devices.reshape(-1, mesh.devices.shape[-1])
+    if num_workers > len(groups):
+        raise ValueError(
+            f"workers.num={num_workers} needs as many places along mesh.data and "
+            f"mesh.fsdp, but {mesh.devices.size} devices with mesh.tensor="
+            f"{groups.shape[1]} have {len(groups)}: use fewer workers or more devices."
+        )
+    stride = len(groups) // num_workers
+    return [
+        sharding_lib.make_mesh(1, 1, groups.shape[1], devices=list(group))
+        for group in groups[: stride * num_workers : stride]
+    ]
 
 
 class WeightSync:
-    """Casts, reshards and unstacks the learner's weights for a rollout engine.
+    """Casts, reshards and unstacks the learner's weights for rollout engines.
 
     The result never shares a buffer with the learner, whose next update may thus give
-    its own up. One program is compiled, on the learner's mesh; where the engine has
-    fewer devices its output is moved leaf by leaf, each given up as soon as it is
-    copied: the peak beyond the engine's weights is one copy in the engine's dtype,
-    split over the learner's mesh.
+    its own up. One program is compiled, on the learner's mesh; where an engine has
+    fewer devices its output is copied leaf by leaf, each given up as soon as all have
+    it: the peak beyond the engines' weights is one copy in their dtype, split over the
+    learner's mesh.
     """
 
     def __init__(
@@ -37,7 +53,7 @@ class WeightSync:
         model: model_config.ModelConfig,
         *,
         source: jax.sharding.Mesh,
-        target: jax.sharding.Mesh,
+        targets: Sequence[jax.sharding.Mesh],
         pool: programs.ProgramPool,
         dtype: Any = jnp.float32,
         rules: sharding_lib.ShardingRules | None = None,
@@ -47,7 +63,7 @@ class WeightSync:
         Args:
           model: the policy.
           source: the learner's mesh.
-          target: the engine's mesh.
+          targets: the engines' meshes.
           pool: of compiled programs.
           dtype: of the engine's weights.
           rules: logical to mesh axes, on both meshes; None: the default ones.
@@ -58,14 +74,15 @@ class WeightSync:
         rules = rules or sharding_lib.ShardingRules()
         self._pool = pool
         self._dtype = jnp.dtype(dtype)
-        self._key = ("weight_sync", model, source, target, rules, self._dtype)
+        self._key = ("weight_sync", model, source, *targets, rules, self._dtype)
         self._version = 0
         self._source = _shardings(model, source, rules)
         self._abstract = model_params.abstract(model)
-        self._target = _unstacked(model, target, rules)
-        self._same_devices = list(source.devices.flat) == list(target.devices.flat)
+        self._targets = [_unstacked(model, target, rules) for target in targets]
+        same = [list(source.devices.flat) == list(t.devices.flat) for t in targets]
+        self._same_devices = same == [True]
         self._middle = (
-            self._target if self._same_devices else _unstacked(model, source, rules)
+            self._targets[0] if self._same_devices else _unstacked(model, source, rules)
         )
 
     @property
@@ -79,24 +96,32 @@ class WeightSync:
             raise ValueError(f"version={version} is negative: versions count from 0.")
         self._version = version
 
-    def sync(self, params: model_params.Params) -> tuple[model_params.Params, int]:
-        """Give the engine the learner's present weights.
+    def sync(
+        self, params: model_params.Params
+    ) -> tuple[list[model_params.Params], int]:
+        """Give the engines the learner's present weights.
 
         Args:
           params: as in `learner.TrainState`; kept as they are.
 
         Returns:
-          The engine's params (a tuple of layers, on the engine's mesh, in its dtype),
-          complete when returned, and their version, counted from 1.
+          Each engine's params (a tuple of layers, on its mesh, in its dtype), complete
+          when returned, and their version, counted from 1.
         """
         program = self._pool.get(self._key, self._lower)
         leaves, treedef = jax.tree.flatten(program(params))
-        if not self._same_devices:
-            targets = jax.tree.leaves(self._target)
-            for i, target in enumerate(targets):
-                # Replacing the entry gives its predecessor up.
-                leaves[i] = jax.device_put(leaves[i], target)
-        placed = jax.block_until_ready(jax.tree.unflatten(treedef, leaves))
+        if self._same_devices:
+            copies = [leaves]
+        else:
+            wanted = [jax.tree.leaves(target) for target in self._targets]
+            copies = [[] for _ in wanted]
+            for i in range(len(leaves)):
+                for copy, shardings in zip(copies, wanted, strict=True):
+                    copy.append(jax.device_put(leaves[i], shardings[i]))
+                # All have it.
+                leaves[i] = None
+        placed = [jax.tree.unflatten(treedef, copy) for copy in copies]
+        jax.block_until_ready(placed)
         self._version += 1
         return placed, self._version
 

@@ -90,10 +90,21 @@ class ProgramPool:
         with self._lock:
             self._tasks[key] = task
 
-    def is_ready(self, key: Hashable) -> bool:
-        """Tell whether the program of `key` can be had at once."""
+    def is_ready(self, key: Hashable, timeout_s: float = 0.0) -> bool:
+        """Tell whether the program of `key` can be had at once.
+
+        Args:
+          key: of a program that was prepared; an error of its compilation is raised.
+          timeout_s: wait so long for it.
+        """
         future = self._programs.get(key)
-        return future is not None and future.done() and future.exception() is None
+        if future is None:
+            return False
+        try:
+            future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            return False
+        return True
 
     def wait(self) -> None:
         """Wait for everything that is being prepared; raise the first error of it."""

@@ -1,0 +1,303 @@
+"""The adaptive drafter of a run: its texts, its training, its versions.
+
+Finished texts go into a buffer with the features that the rollout made anyway. Workers
+that wait train on them (`spot_trainer`); with one worker, the time between rollout and
+update is used where it pays. A rollout begins with the newest version. Until a learned
+drafter is better than matching earlier text, the engines propose from text.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tlt_jax import speculation_config
+from tlt_jax.models import drafter
+from tlt_jax.rl import drafter_learner, shared_tuner, spot_trainer
+from tlt_jax.rl import workers as workers_lib
+from tlt_jax.specdec import (
+    drafter_training,
+    drafter_unroll,
+    sampling,
+    text_buffer,
+    text_sampling,
+)
+
+_BETAS, _CLIP_NORM = (0.9, 0.95), 1.0
+# Levels of which acceptance is measured on fresh texts.
+_DEPTH = 4
+_MIB = 1 << 20
+# What a text buffer writes to disk, below the workdir.
+SPILL = "spilled_texts"
+
+
+class Adaptation:
+    """The drafter of a run and everything that changes it.
+
+    Attributes:
+      cfg: the drafter.
+      version: of the weights that engines were offered last; 0: none yet.
+      is_ready: the engines may use the learned drafter.
+    """
+
+    def __init__(
+        self,
+        settings: speculation_config.Adaptation,
+        cfg: drafter.DrafterConfig,
+        workers: workers_lib.Workers,
+        tuners: Sequence[shared_tuner.SharedTuner],
+        *,
+        initial: drafter.DrafterParams | None,
+        eos_ids: Sequence[int],
+        sampling_cfg: sampling.SamplingConfig,
+        precision: str,
+        seed: int,
+        directory: Any,
+        note: Callable[[str], None],
+    ):
+        """Take the parts; `start` gives the drafter weights.
+
+        Args:
+          settings: of the training.
+          cfg: the drafter.
+          workers: engines that were made for it.
+          tuners: told of new versions.
+          initial: trained weights, or None: random ones.
+          eos_ids: always among the tokens that can be proposed.
+          sampling_cfg: the law of the rollouts.
+          precision: of activations, and of the engines' copies.
+          seed: of weights and of the order of texts.
+          directory: for what memory does not hold.
+          note: told what the user should know.
+        """
+        self.cfg, self._settings = cfg, settings
+        self._workers, self._tuners = workers, tuners
+        self._initial, self._eos_ids = initial, tuple(eos_ids)
+        self._precision, self._seed, self._note = precision, seed, note
+        self._ngram_accept_length: float | None = None
+        self.version, self.is_ready = 0, initial is not None
+        sizes = {
+            "row_tokens": settings.row_tokens,
+            "row_bases": settings.row_bases,
+            "num_rows": settings.num_rows,
+        }
+        self._sizes = sizes
+        self.buffer = text_buffer.TextBuffer(
+            settings.buffer_mb * _MIB,
+            "bfloat16" if precision == "bfloat16" else "float32",
+            max_age=settings.max_age,
+            spill_directory=directory / SPILL if settings.spill_mb else None,
+            max_spill_bytes=settings.spill_mb * _MIB,
+            on_spill_error=lambda error: note(f"{error} Texts stay in memory."),
+        )
+        self.sampler = text_sampling.Sampler(
+            self.buffer,
+            seed=seed,
+            previous_frac=settings.previous_frac,
+            **sizes,
+        )
+        objective = dataclasses.replace(
+            drafter_training.objective(settings.name), **settings.overrides()
+        )
+        self.learner = drafter_learner.DrafterLearner(
+            cfg,
+            objective,
+            optax.chain(
+                optax.clip_by_global_norm(_CLIP_NORM),
+                optax.adamw(settings.learning_rate, *_BETAS, weight_decay=0.0),
+            ),
+            batch_shape=self._batch_shape,
+            head_chunk=min(settings.head_chunk, settings.row_bases),
+            depth=_DEPTH,
+            dtype=precision,
+        )
+        # What drafts would have had accepted can be read off texts of this law alone.
+        measures = sampling_cfg == sampling.SamplingConfig()
+        self.trainer = spot_trainer.SpotTrainer(
+            self.learner,
+            self.sampler,
+            workers,
+            prepare=self._choose_vocabulary,
+            publish=self._publish,
+            publish_steps=settings.publish_steps,
+            measures=measures,
+        )
+        self._measures = measures
+
+    def start(self) -> None:
+        """Give the drafter its weights and the engines theirs; begin to follow.
+
+        The engines have the target's weights by now. After `restore` the drafter's are
+        kept.
+        """
+        if self.learner.state is None:
+            ids = None if self._initial is None else self._initial.draft_ids
+            self.learner.draft_ids = None if ids is None else np.asarray(ids)
+            norm = jax.device_get(self._workers.engines[0].params.final_norm)
+            self.learner.state = self.learner.init_state(
+                self._initial, norm, self._seed
+            )
+            if self.is_ready:
+                self._offer()
+        elif self.version:
+            self._workers.offer_drafter(
+                self.learner.weights(self._precision), self.version
+            )
+        if self._settings.enabled:
+            self._workers.on_text = self.buffer.append
+            self._workers.capture_frac = self._settings.capture_frac
+            if len(self._workers.engines) > 1:
+                self.trainer.start()
+
+    def close(self) -> None:
+        """End the trainer's thread and the buffer's; the workers are closed."""
+        self.trainer.close()
+        self.learner.pool.close()
+        self.buffer.close()
+
+    def warm_up(self, *, wait: bool) -> None:
+        """Compile the training's programs for each worker by itself."""
+        if not self._settings.enabled:
+            return
+        for engine in self._workers.engines:
+            devices = self.learner.devices_of([engine.mesh])
+            self.learner.prepare(devices, engine.params)
+        if wait:
+            self.learner.pool.wait()
+
+    def begin_rollout(self) -> None:
+        """Note that the engines have the target's newest weights."""
+        for tuner in self._tuners:
+            tuner.changed("target")
+        self.buffer.begin_step(self._workers.version)
+
+    def end_rollout(self, accept_length: float, seconds: float) -> None:
+        """Train while nobody waits, if it pays; see whether the drafter is ready.
+
+        Args:
+          accept_length: of the rollout's own proposals.
+          seconds: that it took.
+        """
+        settings = self._settings
+        if settings.enabled and len(self._workers.engines) == 1:
+            # Trained seconds are counted by the trainer's report.
+            if settings.max_frac and len(self.buffer):
+                self.trainer.train_for(settings.max_frac * seconds)
+        if not self.is_ready:
+            self._ngram_accept_length = accept_length
+            self._judge()
+
+    def row(self) -> dict[str, Any]:
+        """Values of this step by metric name."""
+        report = self.trainer.take_report()
+        for failure in report.failures:
+            self._note(
+                f"  the drafter's training failed and was undone ({failure}); the run "
+                "goes on."
+            )
+        return report.row() | {
+            "drafter/version": self.version,
+            "drafter/ready": int(self.is_ready),
+            "drafter/num_updates": self.learner.num_updates,
+            "drafter/texts": len(self.buffer),
+            "drafter/texts_bytes": self.buffer.num_bytes,
+            "drafter/texts_dropped": self.buffer.num_dropped,
+        }
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return all that a resumed run needs, as arrays and as JSON has it."""
+        state = self.learner.state
+        arrays = {
+            "params": state.params,
+            "opt_state": state.opt_state,
+            "num_updates": state.num_updates,
+            "buffer": self.buffer.state(),
+            "sampler": self.sampler.state(),
+        }
+        if self.learner.draft_ids is not None:
+            arrays["draft_ids"] = self.learner.draft_ids
+        meta = {
+            "version": self.version,
+            "is_ready": self.is_ready,
+            "ngram_accept_length": self._ngram_accept_length,
+        }
+        return arrays, meta
+
+    def restore(self, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Go on from a `state`; before `start`."""
+        self.learner.restore(
+            arrays["params"], arrays["opt_state"], arrays["num_updates"]
+        )
+        ids = arrays.get("draft_ids")
+        self.learner.draft_ids = None if ids is None else np.asarray(ids)
+        self.buffer.restore(arrays["buffer"])
+        self.sampler.restore(arrays["sampler"])
+        self.version, self.is_ready = meta["version"], meta["is_ready"]
+        self._ngram_accept_length = meta["ngram_accept_length"]
+
+    def _choose_vocabulary(self) -> bool:
+        """Choose the tokens that can be proposed once texts tell; true: it is done."""
+        if self.learner.has_vocabulary:
+            return True
+        view = self.buffer.view()
+        parts = [view.read(i) for i in range(len(view))]
+        if not parts:
+            return False
+        self.learner.draft_ids = drafter_training.draft_vocabulary(
+            np.concatenate([r.tokens[r.response_start :] for r in parts]),
+            self.cfg.draft_vocab_size,
+            self.cfg.layer.vocab_size,
+            self._eos_ids,
+        )
+        return True
+
+    def _judge(self) -> None:
+        """Let the engines use the drafter once it beats what they do without it."""
+        measured = self.trainer.report.measured
+        if not self._measures:
+            better = self.learner.num_updates > 0
+        else:
+            here = 1.0 if measured is None else measured["coupled/accept_length"]
+            better = here > max(self._ngram_accept_length, 1.0)
+        if better:
+            self.is_ready = True
+            self._offer()
+
+    def _publish(self) -> None:
+        if self.is_ready:
+            self._offer()
+
+    def _offer(self) -> None:
+        self.version += 1
+        self._workers.offer_drafter(self.learner.weights(self._precision), self.version)
+        for tuner in self._tuners:
+            tuner.changed("drafter")
+
+    def _batch_shape(self) -> drafter_unroll.Batch:
+        """Shapes and dtypes of a batch."""
+        sizes, d_model = self._sizes, self.cfg.layer.d_model
+        rows, width, bases = (
+            sizes["num_rows"],
+            sizes["row_tokens"],
+            sizes["row_bases"],
+        )
+        kept = jnp.bfloat16 if self._precision == "bfloat16" else jnp.float32
+
+        def of(shape, dtype=jnp.int32):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        fused = len(self.cfg.feature_layers) * d_model
+        return drafter_unroll.Batch(
+            tokens=of((rows, width)),
+            positions=of((rows, width)),
+            segment=of((rows, width), jnp.int32),
+            features=of((rows, width, fused), kept) if fused else None,
+            hidden=of((rows, width, d_model), kept),
+            bases=of((rows, bases)),
+            valid=of((rows, bases), bool),
+            keys=of((rows, bases, 2), jnp.uint32),
+        )

@@ -1,0 +1,234 @@
+"""Drafter training on workers that wait: a thread that follows the coordinator.
+
+It begins when the coordinator gives it workers, takes one step after another, and is
+never more than one step away from giving the devices back: each step is waited for
+before the next is begun, and programs are compiled in the background meanwhile. A
+training that fails leaves the drafter as it was before.
+"""
+
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tlt_jax.rl import coordination, drafter_learner
+from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl import workers as workers_lib
+from tlt_jax.specdec import drafter_unroll, text_sampling
+
+# Waiting for texts and programs, the thread looks so often whether it shall stop.
+_POLL_S = 0.02
+_MAX_SKIPPED = 5
+_PER_STEP = ("top1_acc", "top1_prob", "overlap", "token_loss")
+
+
+class TrainingDivergedError(ArithmeticError):
+    """Loss or gradient was not finite too often."""
+
+
+@dataclasses.dataclass
+class Report:
+    """What trainings did since the last `take`.
+
+    Attributes:
+      num_steps: taken.
+      num_skipped: of these, not finite and without effect.
+      seconds: in steps, from the first to the last's end.
+      measured: `drafter_acceptance.summarise` of fresh texts before the training, or
+        None.
+      outcome: of the last step, on the host.
+      failures: reasons of trainings that failed.
+    """
+
+    num_steps: int = 0
+    num_skipped: int = 0
+    seconds: float = 0.0
+    measured: dict[str, Any] | None = None
+    outcome: dict[str, Any] | None = None
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """Values by metric name; those of depth 1 where a step has several."""
+        row: dict[str, Any] = {
+            "drafter/num_steps": self.num_steps,
+            "drafter/num_skipped": self.num_skipped,
+            "time/drafter_s": self.seconds,
+        }
+        if self.outcome is not None:
+            row["drafter/loss"] = float(self.outcome["loss"])
+            for name in _PER_STEP:
+                row[f"drafter/{name}"] = float(self.outcome[name][0])
+        if self.measured is not None:
+            for ranking in ("coupled", "deterministic"):
+                length = self.measured[f"{ranking}/accept_length"]
+                row[f"drafter/fresh_accept_length_{ranking}"] = length
+        if self.failures:
+            row["drafter/failure"] = self.failures[-1]
+        return row
+
+
+class SpotTrainer:
+    """Trains the drafter; also, without the coordinator, when told to.
+
+    Attributes:
+      learner: the drafter.
+      report: what was done since it was last replaced.
+    """
+
+    def __init__(
+        self,
+        learner: drafter_learner.DrafterLearner,
+        sampler: text_sampling.Sampler,
+        workers: workers_lib.Workers,
+        *,
+        prepare: Callable[[], bool],
+        publish: Callable[[], None],
+        publish_steps: int,
+        measures: bool,
+    ):
+        """Take the parts; `start` makes the thread.
+
+        Args:
+          learner: the drafter.
+          sampler: of batches.
+          workers: on whose devices it trains.
+          prepare: settles what the texts decide, such as the draft vocabulary; false:
+            not yet.
+          publish: offers the learner's weights to the engines.
+          publish_steps: steps between publications within a training; 0: none.
+          measures: fresh texts say what drafts would have had accepted.
+        """
+        self.learner, self.report = learner, Report()
+        self._sampler, self._workers = sampler, workers
+        self._prepare, self._publish = prepare, publish
+        self._publish_steps, self._measures = publish_steps, measures
+        self._thread: threading.Thread | None = None
+
+    @property
+    def _coordination(self) -> coordination.Coordination:
+        return self._workers.coordination
+
+    def start(self) -> None:
+        """Begin to follow the coordinator."""
+        self._thread = threading.Thread(
+            target=self._follow, name="spot-trainer", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the thread; the coordinator must have been closed."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def take_report(self) -> Report:
+        """Return what was done since the last call."""
+        report, self.report = self.report, Report()
+        return report
+
+    def train_for(self, seconds: float) -> None:
+        """Train here and now on the first worker, which waits, for so long."""
+        until = time.perf_counter() + seconds
+        self._guarded((0,), lambda: time.perf_counter() >= until, None)
+
+    def _follow(self) -> None:
+        c = self._coordination
+        while not c.closed:
+            train = c.next_training(1.0)
+            if train is None:
+                continue
+            number = train.training
+            should_stop = functools.partial(c.should_stop, number)
+            failure = self._guarded(train.workers, should_stop, train)
+            if failure:
+                c.send(records.TrainingFailed(number, failure))
+            else:
+                c.send(records.TrainingStopped(number))
+
+    def _guarded(self, members, should_stop, train: records.Train | None) -> str:
+        """Train; return why that failed, if it did, with the drafter as it was."""
+        kept = False
+        try:
+            self._train(members, should_stop, train)
+            c = self._coordination
+            kept = train is None or c.may_publish(train.training)
+            self.learner.end(kept)
+            if kept and self.report.num_steps:
+                self._publish()
+        # A drafter that cannot be trained must not end the run.
+        except Exception as error:
+            self.learner.end(keep=False)
+            failure = f"{type(error).__name__}: {error}"
+            self.report.failures.append(failure)
+            return failure
+        return ""
+
+    def _train(self, members, should_stop, train: records.Train | None) -> None:
+        batch = self._first_batch(should_stop)
+        if batch is None or not self._move(members, should_stop, wait=True):
+            return
+        if train is not None:
+            self._coordination.send(
+                records.TrainingRuns(train.training, train.revision)
+            )
+        if self._measures and self.report.measured is None:
+            self.report.measured = self.learner.measure(batch)
+        started = time.perf_counter()
+        num_skipped = 0
+        joining: records.Train | None = None
+        while batch is not None and not should_stop():
+            outcome = self.learner.step(batch)
+            following = self._sampler.next_batch()
+            outcome = jax.device_get(outcome)
+            self._count(outcome)
+            num_skipped = num_skipped + 1 if outcome["skipped"] else 0
+            if num_skipped >= _MAX_SKIPPED:
+                raise TrainingDivergedError(
+                    f"{num_skipped} steps in a row were not finite: lower "
+                    "adaptation.learning_rate"
+                )
+            if self._publish_steps and not (
+                self.report.num_steps % self._publish_steps
+            ):
+                self._publish()
+            if train is not None:
+                joining = self._coordination.next_training(0) or joining
+            if joining and self._move(joining.workers, should_stop, wait=False):
+                self._coordination.send(
+                    records.TrainingRuns(joining.training, joining.revision)
+                )
+                joining = None
+            batch = following
+            if batch is None:
+                batch = self._first_batch(should_stop)
+        self.report.seconds += time.perf_counter() - started
+
+    def _first_batch(self, should_stop) -> drafter_unroll.Batch | None:
+        """Wait for texts."""
+        while not should_stop():
+            batch = self._sampler.next_batch(_POLL_S)
+            if batch is not None and self._prepare():
+                return batch
+        return None
+
+    def _move(self, members, should_stop, *, wait: bool) -> bool:
+        """Go to the devices of `members`, once the programs for them are there."""
+        engines = [self._workers.engines[i] for i in members]
+        devices = self.learner.devices_of([engine.mesh for engine in engines])
+        target = engines[0].params
+        self.learner.prepare(devices, target)
+        patience_s = _POLL_S if wait else 0.0
+        while not self.learner.is_ready(devices, target, patience_s):
+            if not wait or should_stop():
+                return False
+        self.learner.begin(devices, target)
+        return True
+
+    def _count(self, outcome: dict[str, np.ndarray]) -> None:
+        self.report.num_steps += 1
+        self.report.num_skipped += int(outcome["skipped"])
+        self.report.outcome = outcome

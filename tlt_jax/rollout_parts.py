@@ -1,0 +1,165 @@
+"""Makes a run's rollout workers, with whatever they need to speculate."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tlt_jax import config, speculation
+from tlt_jax.models import config as model_config
+from tlt_jax.models import drafter, drafter_io
+from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.rl import (
+    coordinator_records,
+    drafting,
+    engine_programs,
+    rollout,
+    shared_tuner,
+    workers,
+)
+from tlt_jax.specdec import drafter_training, sampling, strategy, tuners
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """How a run speculates.
+
+    Attributes:
+      drafting_cfg: for the engines; None: not at all.
+      initial: the learned drafter's weights; None: there is none, or random ones.
+      tuner: chooses among the strategies; shared by all engines.
+      early_tuner: the same before the drafter is ready.
+    """
+
+    drafting_cfg: drafting.DraftingConfig | None = None
+    initial: drafter.DrafterParams | None = None
+    tuner: shared_tuner.SharedTuner | None = None
+    early_tuner: shared_tuner.SharedTuner | None = None
+
+    @property
+    def tuners(self) -> tuple[shared_tuner.SharedTuner, ...]:
+        """Those there are."""
+        return tuple(t for t in (self.tuner, self.early_tuner) if t is not None)
+
+
+def longest_text(run: config.RunConfig) -> int:
+    """Positions of the longest text of a run."""
+    return run.task.max_prompt_tokens + run.rollout.max_new_tokens
+
+
+def law_of(run: config.RunConfig, temperature: float) -> sampling.SamplingConfig:
+    """Return the sampling law, at a temperature of one's own."""
+    cfg = run.sampling
+    return sampling.SamplingConfig(temperature, cfg.top_k, cfg.top_p, cfg.min_p)
+
+
+def make_speculation(
+    run: config.RunConfig, model: model_config.ModelConfig
+) -> Speculation:
+    """Read `specdec` and `drafter`; load the drafter if one is named.
+
+    Raises:
+      ValueError: the drafter is another target's, or a strategy cannot be built.
+    """
+    settings = run.specdec
+    if settings.mode == "off":
+        return Speculation()
+
+    def tuner_of(arms, seed):
+        made = tuners.build(
+            settings.tuner, arms, max_rows=run.rollout.max_batch, seed=seed
+        )
+        return shared_tuner.SharedTuner(made)
+
+    early = strategy.parse_arms(settings.ngram_strategies)
+    early_tuner = tuner_of(early, run.seed) if early.entries else None
+    if settings.mode == "ngram":
+        return Speculation(drafting.DraftingConfig(early), tuner=early_tuner)
+    cfg, initial = _drafter_of(run, model)
+    arms = strategy.parse_arms(settings.strategies)
+    drafting_cfg = drafting.DraftingConfig(
+        arms,
+        cfg,
+        ranking=settings.ranking,
+        tau=settings.tau,
+        capture=run.adaptation.enabled,
+        early=early,
+    )
+    return Speculation(drafting_cfg, initial, tuner_of(arms, run.seed + 1), early_tuner)
+
+
+def make_workers(
+    run: config.RunConfig,
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    meshes: list[jax.sharding.Mesh],
+    made: Speculation,
+) -> workers.Workers:
+    """Make an engine on each mesh."""
+    engines = [
+        make_engine(run, model, tokenizer, mesh, run.sampling.temperature, made)
+        for mesh in meshes
+    ]
+    limits = coordinator_records.Config(
+        min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
+    )
+    return workers.Workers(engines, limits)
+
+
+def make_engine(
+    run: config.RunConfig,
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    mesh: jax.sharding.Mesh,
+    temperature: float,
+    made: Speculation,
+) -> rollout.Engine:
+    """Make one engine that samples at a temperature."""
+    engine_cfg = engine_programs.EngineConfig(
+        max_rows=run.rollout.max_batch,
+        max_length=longest_text(run),
+        page_size=run.cache.page_size,
+        num_pages=run.cache.num_pages,
+        steps_per_call=run.rollout.steps_per_call,
+        prefill_chunk=run.rollout.prefill_chunk,
+        sampling_cfg=law_of(run, temperature),
+        eos_ids=tuple(sorted({*model.eos_ids, *tokenizer.eos_ids})),
+        stop=run.rollout.stop,
+        dtype=run.precision,
+        cpu_kernels=run.rollout.cpu_kernels,
+    )
+    return rollout.Engine(
+        model,
+        engine_cfg,
+        drafting_cfg=made.drafting_cfg,
+        tuner=made.tuner,
+        early_tuner=made.early_tuner if run.specdec.mode == "tlt" else None,
+        decode_text=tokenizer.decode,
+        mesh=mesh,
+    )
+
+
+def _drafter_of(
+    run: config.RunConfig, model: model_config.ModelConfig
+) -> tuple[drafter.DrafterConfig, drafter.DrafterParams | None]:
+    """The drafter that is named, or the description of a new one."""
+    asked, longest = run.drafter, longest_text(run)
+    if asked.directory:
+        folder = speculation.folder(asked.directory)
+        cfg, params = drafter_io.load(folder, model, jnp.dtype(run.precision))
+        if run.adaptation.enabled and 0 < cfg.max_length < longest:
+            # It will be trained on texts of this length.
+            cfg = dataclasses.replace(cfg, max_length=longest)
+        return cfg, params
+    layers = tuple(asked.feature_layers)
+    if asked.features == "low_mid_high":
+        layers = drafter.low_mid_high(model.num_layers)
+    preset = drafter_training.objective(run.adaptation.name)
+    made = drafter.of_target(
+        model,
+        feature_layers=layers,
+        output_norm=not preset.feature_weight,
+        draft_vocab_size=asked.draft_vocab_size,
+        max_length=longest,
+    )
+    return made, None
