@@ -31,6 +31,8 @@ _BETAS, _CLIP_NORM = (0.9, 0.95), 1.0
 # Levels of which acceptance is measured on fresh texts.
 _DEPTH = 4
 _MIB = 1 << 20
+# Names of what a checkpoint holds.
+_STATE, _BUFFER, _SAMPLER, _DRAFT_IDS = "state.", "buffer.", "sampler.", "draft_ids"
 # What a text buffer writes to disk, below the workdir.
 SPILL = "spilled_texts"
 
@@ -208,18 +210,14 @@ class Adaptation:
             "drafter/texts_dropped": self.buffer.num_dropped,
         }
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return all that a resumed run needs, as arrays and as JSON has it."""
-        state = self.learner.state
-        arrays = {
-            "params": state.params,
-            "opt_state": state.opt_state,
-            "num_updates": state.num_updates,
-            "buffer": self.buffer.state(),
-            "sampler": self.sampler.state(),
-        }
+        leaves = jax.tree.leaves(self.learner.state)
+        arrays = {f"{_STATE}{i:04d}": np.asarray(x) for i, x in enumerate(leaves)}
+        for prefix, part in ((_BUFFER, self.buffer), (_SAMPLER, self.sampler)):
+            arrays |= {f"{prefix}{name}": x for name, x in part.state().items()}
         if self.learner.draft_ids is not None:
-            arrays["draft_ids"] = self.learner.draft_ids
+            arrays[_DRAFT_IDS] = self.learner.draft_ids
         meta = {
             "version": self.version,
             "is_ready": self.is_ready,
@@ -227,15 +225,17 @@ class Adaptation:
         }
         return arrays, meta
 
-    def restore(self, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+    def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         """Go on from a `state`; before `start`."""
-        self.learner.restore(
-            arrays["params"], arrays["opt_state"], arrays["num_updates"]
-        )
-        ids = arrays.get("draft_ids")
-        self.learner.draft_ids = None if ids is None else np.asarray(ids)
-        self.buffer.restore(arrays["buffer"])
-        self.sampler.restore(arrays["sampler"])
+
+        def part(prefix):
+            names = sorted(name for name in arrays if name.startswith(prefix))
+            return {name.removeprefix(prefix): arrays[name] for name in names}
+
+        self.learner.restore(list(part(_STATE).values()))
+        self.learner.draft_ids = arrays.get(_DRAFT_IDS)
+        self.buffer.restore(part(_BUFFER))
+        self.sampler.restore(part(_SAMPLER))
         self.version, self.is_ready = meta["version"], meta["is_ready"]
         self._ngram_accept_length = meta["ngram_accept_length"]
 

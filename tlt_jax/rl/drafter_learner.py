@@ -113,12 +113,10 @@ class DrafterLearner:
             params, self._optimizer.init(params), jnp.int32(0)
         )
 
-    def restore(self, params: Any, opt_state: Any, num_updates: Any) -> None:
-        """Take up weights and optimizer as a checkpoint has them, leaf by leaf."""
+    def restore(self, leaves: Sequence[np.ndarray]) -> None:
+        """Take up the leaves of a `state`."""
         described = jax.eval_shape(lambda: self._random_state(0))
-        given = (params, opt_state, num_updates)
-        structure = jax.tree.structure(described)
-        self.state = jax.tree.unflatten(structure, jax.tree.leaves(given))
+        self.state = jax.tree.unflatten(jax.tree.structure(described), leaves)
 
     def devices_of(self, meshes: Sequence[jax.sharding.Mesh]) -> Devices:
         """Choose what to train on: a device of each worker, as many as divide a batch.
