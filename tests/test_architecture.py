@@ -14,6 +14,7 @@ LAYERS = (
     (
         *("types", "schema", "config", "command_line", "compile_cache", "sharding"),
         *("metrics", "progress", "config_checks"),
+        *("speculation_config", "failures", "cpu_devices"),
     ),
     ("pallas_kernels", "cpu_kernels"),
     ("models",),
@@ -23,7 +24,11 @@ LAYERS = (
         *("checkpoint", "plots", "policy", "speculation", "workdir", "train"),
         *("main", "generate", "export", "launch"),
         *("drafter_config", "drafter_texts", "drafter_plots", "train_drafter"),
+<<<<<<< HEAD
         *("drafter_checkpoint", "plot_style", "timeline"),
+=======
+        *("rollout_parts",),
+>>>>>>> b460c3b (Test workers: tokens whoever generates them, lost workers, captured features, drafters taken up)
     ),
     ("experiments", "notebooks", "configs"),
 )

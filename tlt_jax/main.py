@@ -11,6 +11,7 @@ from tlt_jax import (
     command_line,
     compile_cache,
     config,
+    cpu_devices,
     failures,
     metrics,
     train,
@@ -28,6 +29,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(run: config.RunConfig) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
+    cpu_devices.prepare(run)
     compile_cache.enable()
     if not flags.FLAGS["verbosity"].present:
         # Libraries report every file they write; the run has its own display.

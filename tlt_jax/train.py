@@ -165,7 +165,9 @@ class Trainer:
         if self.adaptation is not None:
             self.adaptation.start()
         if self.step < self.run.num_steps:
-            self.warm_up(wait=False)
+            # Beside a training drafter compilers would take several times as long.
+            self.display.stage("compiling")
+            self.warm_up(wait=self.adaptation is not None)
         if self.run.eval.every and self.step == 0:
             self.writer.write({"step": 0, **self.evaluate()})
         row: dict[str, Any] = {"step": self.step}

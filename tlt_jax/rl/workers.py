@@ -106,8 +106,6 @@ class Workers:
         self.engines[0].check(requests)
         rolling = _Rollout(self, requests, seed, expected_lengths)
         rolling.on_completion, rolling.on_call = on_completion, on_call
-        if not requests:
-            return [], rolling.stats
         rolling.drive()
         return [rolling.done[r.request_id] for r in requests], rolling.stats
 

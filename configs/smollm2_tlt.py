@@ -1,0 +1,44 @@
+"""TLT on SmolLM2-135M-Instruct: two workers, a drafter trained while one waits."""
+
+import ml_collections
+
+from tlt_jax import config as config_lib
+
+_VARIANTS = ("", "off", "ngram")
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the recipe; variants `off` and `ngram` change `specdec.mode` alone."""
+    if arg not in _VARIANTS:
+        raise ValueError(f"smollm2_tlt.py has no variant {arg!r}: use off or ngram.")
+    config = config_lib.default()
+    config.model.spec = "smollm2-135m-instruct"
+    config.model.remat = "none"
+    config.num_steps = 24
+    config.task.name = "counting"
+    config.task.size = 512
+    config.task.max_prompt_tokens = 192
+
+    config.workers.num = 2
+    config.mesh.data = 2
+    config.mesh.fsdp = 1
+    config.rollout.prompts_per_step = 4
+    config.rollout.group_size = 4
+    config.rollout.max_new_tokens = 256
+    config.rollout.max_batch = 8
+    config.specdec.mode = arg or "tlt"
+    config.specdec.strategies = ("1:D7K1V8,D11K1V12", "2:D7K1V8", "8:D7K1V8")
+    config.specdec.ngram_strategies = ("8:D4K1V5-ngram",)
+    config.drafter.features = "low_mid_high"
+    config.drafter.draft_vocab_size = 2048
+    config.adaptation.num_steps = 4
+    config.adaptation.token_loss = "lk_hybrid"
+
+    config.algorithm.name = "grpo"
+    config.algorithm.kl_coef = 0.0
+    config.optimizer.learning_rate = 1e-5
+    config.learner.row_tokens = 512
+    config.learner.rows_per_micro_batch = 1
+    config.reward.workers = 0
+    config.checkpoint.every = 8
+    return config

@@ -1,0 +1,29 @@
+"""Simulated devices on CPUs, so that several rollout workers have one each."""
+
+import os
+
+import jax
+
+from tlt_jax import config
+
+_COUNT_FLAG = "xla_force_host_platform_device_count"
+_THREADS_FLAG = "--xla_cpu_multi_thread_eigen=false"
+
+
+def prepare(run: config.RunConfig) -> None:
+    """Make as many CPU devices as the run's workers need; before JAX has any.
+
+    Each then computes with one thread of its own, as if it were a device of one core:
+    a worker that waits leaves a core idle, and nothing else. Accelerators, and devices
+    that the user has asked for, are left as they are.
+
+    Args:
+      run: its workers and its mesh are read.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    wanted = run.workers.num * max(run.mesh.tensor, 1)
+    if wanted == 1 or _COUNT_FLAG in flags or jax.config.jax_num_cpu_devices > 0:
+        return
+    jax.config.update("jax_num_cpu_devices", wanted)
+    if wanted >= (os.cpu_count() or 1):
+        os.environ["XLA_FLAGS"] = f"{flags} {_THREADS_FLAG}".strip()
