@@ -24,11 +24,8 @@ LAYERS = (
         *("checkpoint", "plots", "policy", "speculation", "workdir", "train"),
         *("main", "generate", "export", "launch"),
         *("drafter_config", "drafter_texts", "drafter_plots", "train_drafter"),
-<<<<<<< HEAD
         *("drafter_checkpoint", "plot_style", "timeline"),
-=======
         *("rollout_parts",),
->>>>>>> b460c3b (Test workers: tokens whoever generates them, lost workers, captured features, drafters taken up)
     ),
     ("experiments", "notebooks", "configs"),
 )

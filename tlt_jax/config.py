@@ -309,10 +309,14 @@ class Checkpoint:
     Attributes:
       every: RL steps between checkpoints; 0: only the last step.
       keep: newest checkpoints kept on disk, at least 1.
+      drafter: what is written of an adapted drafter: what training changes, in the
+        background (`selective`); or all that it computes with, in the background
+        (`async`) or with the run waiting (`blocking`).
     """
 
     every: int = schema.number(10, 0)
     keep: int = schema.number(2, 1)
+    drafter: Literal["selective", "async", "blocking"] = "selective"
 
 
 @dataclasses.dataclass(frozen=True)

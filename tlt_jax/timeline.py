@@ -15,8 +15,9 @@ import numpy as np
 from matplotlib import figure, ticker
 
 from tlt_jax import plot_style
+from tlt_jax import workdir as workdir_lib
 
-FILE = "timeline.jsonl"
+FILE = workdir_lib.TIMELINE
 BUSY, TRAINING, IDLE = "busy", "training", "idle"
 _LOOK = {
     BUSY: ("decoding", plot_style.BLUE),

@@ -14,6 +14,7 @@ import jax
 from tlt_jax import (
     checkpoint,
     config,
+    drafter_checkpoint,
     failures,
     metrics,
     plots,
@@ -143,6 +144,12 @@ class Trainer:
         self.checkpointer = closing.enter_context(
             checkpoint.Checkpointer(directory, run.checkpoint.keep)
         )
+        if self.adaptation is not None:
+            self.drafter_checkpointer = closing.enter_context(
+                drafter_checkpoint.DrafterCheckpointer(
+                    directory, run.checkpoint.drafter, run.checkpoint.keep + 1
+                )
+            )
         self.step = 0
         self._stage = (-1, "")
         self._restore(source)
@@ -177,6 +184,8 @@ class Trainer:
         if self.checkpointer.latest_step() != self.step:
             self._save()
         self.checkpointer.wait()
+        if self.adaptation is not None:
+            self.drafter_checkpointer.wait()
         self._draw()
         return row
 
@@ -395,17 +404,22 @@ class Trainer:
         }
         for tuner, state in zip(self.speculation.tuners, meta["tuners"], strict=True):
             tuner.restore(state)
-        if self.adaptation is not None:
-            self.adaptation.restore(
-                self.checkpointer.read_extra(self.step), meta["drafter"]
-            )
+        self._restore_drafter()
         self.display.resume(self.step)
 
     def _save(self) -> None:
         state = self.updater.state
-        arrays, about_drafter = None, None
         if self.adaptation is not None:
-            arrays, about_drafter = self.adaptation.state()
+            # Before the policy's: every one of those finds a drafter's of its step.
+            arrays, meta = self.adaptation.state()
+            self.drafter_checkpointer.save(
+                self.step,
+                self.adaptation.learner.state,
+                self.adaptation.cfg,
+                target=self.adaptation.target(),
+                arrays=arrays,
+                meta=meta,
+            )
         self.checkpointer.save(
             self.step,
             state.params,
@@ -417,10 +431,22 @@ class Trainer:
                 "position": self.collector.position,
                 "expected_lengths": self.collector.expected_lengths,
                 "tuners": [tuner.state() for tuner in self.speculation.tuners],
-                "drafter": about_drafter,
             },
-            extra=arrays,
         )
+
+    def _restore_drafter(self) -> None:
+        if self.adaptation is None:
+            return
+        found = self.drafter_checkpointer.restore(
+            self.adaptation.learner.abstract_state(), at_most=self.step
+        )
+        if found is None or found.step < self.step:
+            self.display.note(
+                f"there is no checkpoint of the drafter of step {self.step}: "
+                + ("it begins anew." if found is None else "an older one goes on.")
+            )
+        if found is not None:
+            self.adaptation.restore(found.state, found.arrays, found.meta)
 
 
 def _absent() -> dict[str, Any]:

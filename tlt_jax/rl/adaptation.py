@@ -32,7 +32,7 @@ _BETAS, _CLIP_NORM = (0.9, 0.95), 1.0
 _DEPTH = 4
 _MIB = 1 << 20
 # Names of what a checkpoint holds.
-_STATE, _BUFFER, _SAMPLER, _DRAFT_IDS = "state.", "buffer.", "sampler.", "draft_ids"
+_BUFFER, _SAMPLER, _DRAFT_IDS = "buffer.", "sampler.", "draft_ids"
 # What a text buffer writes to disk, below the workdir.
 SPILL = "spilled_texts"
 
@@ -210,10 +210,18 @@ class Adaptation:
             "drafter/texts_dropped": self.buffer.num_dropped,
         }
 
+    def target(self) -> drafter_unroll.Target:
+        """What the drafter computes with and does not change."""
+        params, ids = self._workers.engines[0].params, self.learner.draft_ids
+        return drafter_unroll.Target(params.embed, drafter.head_rows(params, ids), ids)
+
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return all that a resumed run needs, as arrays and as JSON has it."""
-        leaves = jax.tree.leaves(self.learner.state)
-        arrays = {f"{_STATE}{i:04d}": np.asarray(x) for i, x in enumerate(leaves)}
+        """Return what a resumed run needs besides the learner's state.
+
+        Returns:
+          Arrays by name, and what JSON can hold.
+        """
+        arrays = {}
         for prefix, part in ((_BUFFER, self.buffer), (_SAMPLER, self.sampler)):
             arrays |= {f"{prefix}{name}": x for name, x in part.state().items()}
         if self.learner.draft_ids is not None:
@@ -225,14 +233,19 @@ class Adaptation:
         }
         return arrays, meta
 
-    def restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        """Go on from a `state`; before `start`."""
+    def restore(
+        self,
+        state: drafter_training.TrainState,
+        arrays: dict[str, np.ndarray],
+        meta: dict[str, Any],
+    ) -> None:
+        """Go on from the learner's state and a `state`; before `start`."""
 
         def part(prefix):
             names = sorted(name for name in arrays if name.startswith(prefix))
             return {name.removeprefix(prefix): arrays[name] for name in names}
 
-        self.learner.restore(list(part(_STATE).values()))
+        self.learner.state = jax.device_get(state)
         self.learner.draft_ids = arrays.get(_DRAFT_IDS)
         self.buffer.restore(part(_BUFFER))
         self.sampler.restore(part(_SAMPLER))

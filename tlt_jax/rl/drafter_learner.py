@@ -113,10 +113,9 @@ class DrafterLearner:
             params, self._optimizer.init(params), jnp.int32(0)
         )
 
-    def restore(self, leaves: Sequence[np.ndarray]) -> None:
-        """Take up the leaves of a `state`."""
-        described = jax.eval_shape(lambda: self._random_state(0))
-        self.state = jax.tree.unflatten(jax.tree.structure(described), leaves)
+    def abstract_state(self) -> drafter_training.TrainState:
+        """Describe `state`."""
+        return jax.eval_shape(lambda: self._random_state(0))
 
     def devices_of(self, meshes: Sequence[jax.sharding.Mesh]) -> Devices:
         """Choose what to train on: a device of each worker, as many as divide a batch.
