@@ -336,7 +336,7 @@ def test_no_step_compiles_after_warm_up(model, tmp_path, changes):
     run = tiny_runs.config_of(**settings(model, num_steps=3, **changes))
     display = progress.Progress(run.num_steps, mode="off")
     with train.Trainer(run, tmp_path, display) as trainer:
-        trainer._sync_weights()
+        trainer.begin()
         trainer.warm_up()
         pools = trainer._pools
         compiled = [pool.stats.num_compiled for pool in pools]

@@ -168,13 +168,7 @@ class Trainer:
 
     def run_to_end(self) -> dict[str, Any]:
         """Take every step that is left; return the last record."""
-        self._sync_weights()
-        if self.adaptation is not None:
-            self.adaptation.start()
-        if self.step < self.run.num_steps:
-            # Beside a training drafter compilers would take several times as long.
-            self.display.stage("compiling")
-            self.warm_up(wait=self.adaptation is not None)
+        self.begin()
         if self.run.eval.every and self.step == 0:
             self.writer.write({"step": 0, **self.evaluate()})
         row: dict[str, Any] = {"step": self.step}
@@ -188,6 +182,16 @@ class Trainer:
             self.drafter_checkpointer.wait()
         self._draw()
         return row
+
+    def begin(self) -> None:
+        """Give the workers their weights, and compile what the steps need."""
+        self._sync_weights()
+        if self.adaptation is not None:
+            self.adaptation.start()
+        if self.step < self.run.num_steps:
+            # Beside a training drafter compilers would take several times as long.
+            self.display.stage("compiling")
+            self.warm_up(wait=self.adaptation is not None)
 
     def warm_up(self, *, wait: bool = True) -> None:
         """Compile every program of the steps to come, in the background."""
@@ -300,9 +304,13 @@ class Trainer:
         c = self.workers.coordination
         workdir.write_timeline(self.directory, self.step + 1, c.timeline())
         row = c.metrics()
-        for worker, reason in self.workers.lost.items():
-            row.setdefault("workers/lost", {})[str(worker)] = reason
-        return row
+        lost = {str(worker): reason for worker, reason in self.workers.lost.items()}
+        if row["workers/num_lost"]:
+            for worker, reason in lost.items():
+                self._note_in_step(
+                    f"worker {worker} is lost ({reason}); the others go on."
+                )
+        return row | ({"workers/lost": lost} if lost else {})
 
     def _note_in_step(self, text: str) -> None:
         self.display.note(f"  step {self.step + 1}: {text}")

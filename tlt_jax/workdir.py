@@ -16,7 +16,10 @@ from tlt_jax import config, metrics, schema
 from tlt_jax.rl import coordinator_records, experience
 
 # Settings that may change when a run is taken up again: none decides what is computed.
-_FREE_ON_RESUME = ("log.", "checkpoint.", "eval.", "reward.workers", "reward.timeout_s")
+_FREE_ON_RESUME = (
+    *("log.", "checkpoint.", "eval.", "reward.workers", "reward.timeout_s"),
+    *("workers.",),
+)
 
 _LOCK = ".lock"
 TIMELINE = "timeline.jsonl"

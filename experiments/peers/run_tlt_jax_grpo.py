@@ -108,7 +108,7 @@ class Peer:
         folder.mkdir()
         display = progress.Progress(self.run_cfg.num_steps, mode="off")
         self.trainer = kind(self.run_cfg, folder, display)
-        self.trainer._sync_weights()
+        self.trainer.begin()
         self.trainer.warm_up()
 
 

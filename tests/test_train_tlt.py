@@ -1,0 +1,155 @@
+"""Whole runs with workers and an adaptive drafter: the same with all of it off."""
+
+import threading
+
+import pytest
+
+from tests import tiny_runs
+from tlt_jax import drafter_checkpoint, metrics, timeline, train
+from tlt_jax.rl import adaptation, rollout
+
+values = tiny_runs.values
+BASE = {
+    "num_steps": 4,
+    "workers.num": 2,
+    "mesh.data": 2,
+    # With one update a step no log-probability of the rollout enters it.
+    "learner.old_logprobs": "recompute",
+    "drafter.features": "last",
+    "adaptation.name": "eagle",
+    "adaptation.row_tokens": 64,
+    "adaptation.row_bases": 32,
+    "specdec.tuner": "static",
+    "specdec.strategies": ("4:D2K1V3",),
+    "specdec.ngram_strategies": (),
+}
+DECIDED = ("rollout/tokens_digest", "reward/mean", "policy/loss", "policy/grad_norm")
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Drawing takes longer than training here."""
+    monkeypatch.setattr(train.plots, "draw_all", lambda directory: None)
+
+
+@pytest.fixture(scope="module")
+def off(tmp_path_factory):
+    """The run without speculation that the others must equal."""
+    directory = tmp_path_factory.mktemp("off") / "run"
+    train.train(tiny_runs.config_of(**BASE), directory)
+    return directory
+
+
+def start(directory, **overrides):
+    settings = BASE | {"specdec.mode": "tlt"} | overrides
+    train.train(tiny_runs.config_of(**settings), directory)
+    return metrics.read(directory)
+
+
+def assert_same_run(directory, off):
+    rows, wanted = metrics.read(directory), metrics.read(off)
+    for name in DECIDED:
+        assert values(rows, name) == values(wanted, name)
+    assert tiny_runs.policy(directory) == tiny_runs.policy(off)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The first worker waits for the other's last answers, long enough to train."""
+    take = rollout.Engine._decode_call
+
+    def slow(engine, plan, *rest):
+        if engine.mesh.devices.flat[0].id:
+            event.wait(0.02)
+        return take(engine, plan, *rest)
+
+    event = threading.Event()
+    monkeypatch.setattr(rollout.Engine, "_decode_call", slow)
+
+
+def test_everything_on_is_everything_off(off, tmp_path, waits):
+    rows = start(tmp_path, **{"adaptation.publish_steps": 2})
+    assert_same_run(tmp_path, off)
+    assert values(rows, "drafter/num_updates")[-1] > 4
+    versions = values(rows, "drafter/version")
+    assert versions == sorted(versions) and versions[-1] > 2
+    assert max(values(rows, "specdec/accept_length")) > 1
+    for row in rows:
+        assert metrics.NAMES <= row.keys()
+        assert 0 <= row["workers/trained_s"] <= row["workers/idle_s"]
+        # Steps there were, of every one that waited long enough.
+        assert (row["drafter/num_steps"] > 0) == (row["workers/trained_s"] > 0)
+    assert sum(values(rows, "workers/trained_s")) > 0
+    drawn = timeline.read(tmp_path)
+    assert [record["step"] for record in drawn] == [1, 2, 3, 4]
+    kinds = {i[0] for r in drawn for w in r["workers"] for i in w["intervals"]}
+    assert kinds == {"busy", "idle", "training"}
+
+
+def test_suffix_matches_alone_change_nothing_either(off, tmp_path):
+    start(
+        tmp_path,
+        **{"specdec.mode": "ngram", "specdec.ngram_strategies": ("4:D2K1V3-ngram",)},
+    )
+    assert_same_run(tmp_path, off)
+
+
+def test_one_worker_trains_between_rollout_and_update(off, tmp_path):
+    rows = start(tmp_path, **{"workers.num": 1, "adaptation.max_frac": 1.0})
+    assert_same_run(tmp_path, off)
+    assert sum(values(rows, "drafter/num_steps")) > 0
+    assert sum(values(rows, "time/drafter_s")) > 0
+    assert sum(values(rows, "workers/trained_s")) == 0
+
+
+def test_a_resumed_run_takes_the_drafter_up_bit_for_bit(
+    off, tmp_path, waits, monkeypatch
+):
+    """Also with another number of workers."""
+    first = start(tmp_path, num_steps=2)
+    restored = []
+    restore = adaptation.Adaptation.restore
+
+    def watched(self, *given):
+        restore(self, *given)
+        restored.append((self.learner.num_updates, self.version, *self.state()))
+
+    monkeypatch.setattr(adaptation.Adaptation, "restore", watched)
+    rows = start(tmp_path, **{"workers.num": 1})
+    assert_same_run(tmp_path, off)
+    num_updates, version, arrays, meta = restored[0]
+    assert num_updates == first[-1]["drafter/num_updates"] > 0
+    assert version == first[-1]["drafter/version"]
+    assert rows[2]["drafter/num_updates"] >= num_updates
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as kept:
+        assert kept.stall_s == 0
+    assert arrays.keys() and meta["is_ready"]
+
+
+def test_a_drafter_that_diverges_is_rolled_back_and_the_run_goes_on(
+    off, tmp_path, waits, capsys
+):
+    rows = start(
+        tmp_path,
+        **{"adaptation.learning_rate": 1e30, "log.progress": "plain"},
+    )
+    assert_same_run(tmp_path, off)
+    failed = [row for row in rows if "drafter/failure" in row]
+    assert failed and "not finite: lower" in failed[0]["drafter/failure"]
+    assert "was undone" in capsys.readouterr().out
+
+
+def test_a_worker_that_dies_costs_time_alone(off, tmp_path, monkeypatch, capsys):
+    decode_call = rollout.Engine._decode_call
+
+    def dying(engine, *rest):
+        if engine.version == 3 and engine.mesh.devices.flat[0].id:
+            raise MemoryError("no room")
+        return decode_call(engine, *rest)
+
+    monkeypatch.setattr(rollout.Engine, "_decode_call", dying)
+    rows = start(tmp_path, **{"log.progress": "plain"})
+    assert_same_run(tmp_path, off)
+    assert values(rows, "workers/num_lost") == [0, 0, 1, 0]
+    assert rows[-1]["workers/lost"] == {"1": "MemoryError: no room"}
+    assert "worker 1 is lost (MemoryError: no room)" in capsys.readouterr().out
