@@ -1,5 +1,4 @@
-"""TLT on SmolLM2-135M-Instruct: two workers, a drafter trained while one of them waits.
-"""
+"""TLT on SmolLM2-135M-Instruct: two workers, a drafter trained by one that waits."""
 
 import ml_collections
 

@@ -20,7 +20,8 @@ BASE = {
     "adaptation.row_tokens": 64,
     "adaptation.row_bases": 32,
     "specdec.tuner": "static",
-    "specdec.strategies": ("4:D2K1V3",),
+    "specdec.strategies": ("2:D2K1V3",),
+    "rollout.max_batch": 2,
     "specdec.ngram_strategies": (),
 }
 DECIDED = ("rollout/tokens_digest", "reward/mean", "policy/loss", "policy/grad_norm")
@@ -151,5 +152,5 @@ def test_a_worker_that_dies_costs_time_alone(off, tmp_path, monkeypatch, capsys)
     rows = start(tmp_path, **{"log.progress": "plain"})
     assert_same_run(tmp_path, off)
     assert values(rows, "workers/num_lost") == [0, 0, 1, 0]
-    assert rows[-1]["workers/lost"] == {"1": "MemoryError: no room"}
-    assert "worker 1 is lost (MemoryError: no room)" in capsys.readouterr().out
+    assert rows[-1]["workers/lost"] == "1 (MemoryError: no room)"
+    assert "step 3: lost workers: 1 (MemoryError: no room)" in capsys.readouterr().out

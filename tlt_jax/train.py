@@ -304,13 +304,10 @@ class Trainer:
         c = self.workers.coordination
         workdir.write_timeline(self.directory, self.step + 1, c.timeline())
         row = c.metrics()
-        lost = {str(worker): reason for worker, reason in self.workers.lost.items()}
+        lost = [f"{worker} ({why})" for worker, why in self.workers.lost.items()]
         if row["workers/num_lost"]:
-            for worker, reason in lost.items():
-                self._note_in_step(
-                    f"worker {worker} is lost ({reason}); the others go on."
-                )
-        return row | ({"workers/lost": lost} if lost else {})
+            self._note_in_step(f"lost workers: {', '.join(lost)}; the others go on.")
+        return row | ({"workers/lost": ", ".join(lost)} if lost else {})
 
     def _note_in_step(self, text: str) -> None:
         self.display.note(f"  step {self.step + 1}: {text}")

@@ -17,7 +17,7 @@ import optax
 
 from tlt_jax import speculation_config
 from tlt_jax.models import drafter
-from tlt_jax.rl import drafter_learner, shared_tuner, spot_trainer
+from tlt_jax.rl import drafter_budget, drafter_learner, shared_tuner, spot_trainer
 from tlt_jax.rl import workers as workers_lib
 from tlt_jax.specdec import (
     drafter_training,
@@ -44,6 +44,7 @@ class Adaptation:
       cfg: the drafter.
       version: of the weights that engines were offered last; 0: none yet.
       is_ready: the engines may use the learned drafter.
+      budget: what training between rollout and update was found to be worth.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Adaptation:
         self._initial, self._eos_ids = initial, tuple(eos_ids)
         self._precision, self._seed, self._note = precision, seed, note
         self._ngram_accept_length: float | None = None
+        self.budget = drafter_budget.Budget()
         self.version, self.is_ready = 0, initial is not None
         sizes = {
             "row_tokens": settings.row_tokens,
@@ -186,12 +188,24 @@ class Adaptation:
         """
         settings = self._settings
         if settings.enabled and len(self._workers.engines) == 1:
-            # Trained seconds are counted by the trainer's report.
-            if settings.max_frac and len(self.buffer):
-                self.trainer.train_for(settings.max_frac * seconds)
+            self._train_while_nobody_waits(seconds)
         if not self.is_ready:
             self._ngram_accept_length = accept_length
             self._judge()
+
+    def _train_while_nobody_waits(self, rollout_s: float) -> None:
+        seconds = self.budget.seconds(rollout_s, self._settings.max_frac)
+        if not seconds or not len(self.buffer):
+            self.budget = self.budget.skipped()
+            return
+        self.trainer.train_for(seconds)
+        report = self.trainer.report
+        if report.measured_after is not None and report.seconds > 0:
+            self.budget = self.budget.trained(
+                report.seconds,
+                report.measured["coupled/accept_length"],
+                report.measured_after["coupled/accept_length"],
+            )
 
     def row(self) -> dict[str, Any]:
         """Values of this step by metric name."""
@@ -230,6 +244,7 @@ class Adaptation:
             "version": self.version,
             "is_ready": self.is_ready,
             "ngram_accept_length": self._ngram_accept_length,
+            "budget": dataclasses.asdict(self.budget),
         }
         return arrays, meta
 
@@ -251,6 +266,7 @@ class Adaptation:
         self.sampler.restore(part(_SAMPLER))
         self.version, self.is_ready = meta["version"], meta["is_ready"]
         self._ngram_accept_length = meta["ngram_accept_length"]
+        self.budget = drafter_budget.Budget(**meta["budget"])
 
     def _choose_vocabulary(self) -> bool:
         """Choose the tokens that can be proposed once texts tell; true: it is done."""

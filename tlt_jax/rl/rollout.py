@@ -19,6 +19,7 @@ from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import (
     asked,
+    cache_writer,
     capture,
     drafting,
     engine_programs,
@@ -30,9 +31,6 @@ from tlt_jax.rl import (
 from tlt_jax.specdec import decode, hidden_buffer, noise, programs
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuner as tuner_lib
-
-# Prompts prefilled by one call, at most; buckets are the powers of two up to it.
-_PREFILL_ROWS = 4
 
 
 class Engine:
@@ -88,6 +86,7 @@ class Engine:
             self.mesh,
             rules or sharding.ShardingRules(),
         )
+        self._writer = cache_writer.CacheWriter(self.pool, self.programs, engine_cfg)
         self._caches = None
         self._params = None
         self._offer_lock = threading.Lock()
@@ -153,7 +152,7 @@ class Engine:
         self._require_params()
         made, max_rows = self.programs, self.engine_cfg.max_rows
         self.pool.prepare(*made.empty_caches())
-        for rows in scheduler.buckets(_PREFILL_ROWS):
+        for rows in cache_writer.BUCKETS:
             self.pool.prepare(*made.prefill(self._params, rows))
         self.pool.prepare(*made.copy())
         chosen = {}
@@ -167,7 +166,7 @@ class Engine:
                 program = made.speculative_decode(self._params, bucket, strategy)
                 self.pool.prepare(*program)
         if any(strategy and strategy.drafts for _, strategy in chosen):
-            for rows in scheduler.buckets(_PREFILL_ROWS):
+            for rows in cache_writer.BUCKETS:
                 self.pool.prepare(*made.fill(self._params, rows))
         if self._drafting is not None and self._drafting.cfg.capture:
             self.pool.prepare(*made.read_features())
@@ -271,7 +270,12 @@ class Engine:
         if self._drafting is not None:
             self._drafting.begin()
         while True:
-            self._admit(plan, stats)
+            admission = plan.admit(engine_cfg.steps_per_call)
+            self._caches = self._writer.admit(
+                self._caches, self._params, admission, stats
+            )
+            if self._drafting is not None:
+                self._drafting.written((*admission.prompts, *admission.returns))
             if not plan.rows:
                 break
             self._swap_drafter(plan.rows)
@@ -329,104 +333,6 @@ class Engine:
             for row in rows:
                 row.drafted = 0
 
-    def _admit(
-        self, plan: scheduler.Scheduler, stats: rollout_stats.RolloutStats
-    ) -> None:
-        """Admit waiting rows; cache their prompts."""
-        admission = plan.admit(self.engine_cfg.steps_per_call)
-        if not admission.any():
-            return
-        started, waited = time.perf_counter(), self.pool.stats.waited_s
-        for jobs in (admission.prompts, admission.returns):
-            for first in range(0, len(jobs), _PREFILL_ROWS):
-                self._prefill(jobs[first : first + _PREFILL_ROWS], stats)
-            if self._drafting is not None:
-                self._drafting.written(jobs)
-        width = self.engine_cfg.max_rows
-        pairs = np.zeros((width, 2), np.int32)
-        pairs[: len(admission.copies)] = np.reshape(admission.copies, (-1, 2))
-        copy = self.pool.get(*self.programs.copy())
-        target = copy(self._caches.target, pairs[:, 0], pairs[:, 1])
-        self._caches = self._caches.replace(target=target)
-        # Else the next decode call would count what is still being computed.
-        jax.block_until_ready(target)
-        waited = self.pool.stats.waited_s - waited
-        stats.prefill_s += time.perf_counter() - started - waited
-
-    def _prefill(
-        self, jobs: list[scheduler.Prefill], stats: rollout_stats.RolloutStats
-    ) -> None:
-        chunk = self.engine_cfg.chunk
-        batch = scheduler.bucket_of(len(jobs), _PREFILL_ROWS)
-        program = self.pool.get(*self.programs.prefill(self._params, batch))
-        table = np.zeros((batch, self.engine_cfg.max_pages), np.int32)
-        for i, job in enumerate(jobs):
-            table[i, : len(job.pages)] = job.pages
-        for offset in range(0, max(len(j.text) - j.start for j in jobs), chunk):
-            tokens = np.zeros((batch, chunk), np.int32)
-            counts = np.zeros((batch,), np.int32)
-            lengths = np.zeros((batch,), np.int32)
-            for i, job in enumerate(jobs):
-                part = job.text[job.start + offset :][:chunk]
-                tokens[i, : len(part)] = part
-                counts[i] = len(part)
-                # A row that is through reads nothing and writes to the scratch page.
-                lengths[i] = job.start + offset if len(part) else 0
-            target = program(
-                self._params, self._caches.target, tokens, counts, table, lengths
-            )
-            self._caches = self._caches.replace(target=target)
-            stats.num_prefill_tokens += int(counts.sum())
-
-    def _fill(
-        self, jobs: Sequence[drafting.Fill], stats: rollout_stats.RolloutStats
-    ) -> None:
-        """Take independent stretches of text into the drafter's cache."""
-        chunk, made = self.engine_cfg.chunk, self.programs
-        batch = scheduler.bucket_of(len(jobs), _PREFILL_ROWS)
-        program = self.pool.get(*made.fill(self._params, batch))
-        table = np.zeros((batch, self.engine_cfg.max_pages), np.int32)
-        for i, job in enumerate(jobs):
-            table[i, : len(job.pages)] = job.pages
-        for offset in range(0, max(j.stop - j.start for j in jobs), chunk):
-            tokens = np.zeros((batch, chunk), np.int32)
-            counts = np.zeros((batch,), np.int32)
-            starts = np.zeros((batch,), np.int32)
-            for i, job in enumerate(jobs):
-                first = job.start + offset
-                count = max(min(chunk, job.stop - first), 0)
-                tokens[i, :count] = job.text[first + 1 : first + 1 + count]
-                counts[i], starts[i] = count, first if count else 0
-            caches = self._caches
-            filled = program(
-                self._drafting.weights,
-                caches.target,
-                caches.drafter,
-                tokens,
-                counts,
-                table,
-                starts,
-            )
-            self._caches = caches.replace(drafter=filled)
-            stats.num_fill_tokens += int(counts.sum())
-
-    def _bring_up(
-        self,
-        rows: Sequence[scheduler.Row],
-        strategy: strategy_lib.Strategy,
-        stats: rollout_stats.RolloutStats,
-    ) -> None:
-        """Bring the drafter to where a speculative call may begin."""
-        started, waited = time.perf_counter(), self.pool.stats.waited_s
-        rounds = self._drafting.missing(rows, strategy)
-        for jobs in rounds:
-            for first in range(0, len(jobs), _PREFILL_ROWS):
-                self._fill(jobs[first : first + _PREFILL_ROWS], stats)
-        if rounds:
-            jax.block_until_ready(self._caches.drafter)
-            waited = self.pool.stats.waited_s - waited
-            stats.fill_s += time.perf_counter() - started - waited
-
     def _decode_call(
         self, plan: scheduler.Scheduler, keys: "_Keys", stats
     ) -> list[tuple[scheduler.Row, types.FinishReason]]:
@@ -436,7 +342,13 @@ class Engine:
         batch = scheduler.bucket_of(len(rows), cfg.max_rows)
         strategy = self._drafting.choose(len(rows)) if self._drafting else None
         if strategy is not None and strategy.drafts:
-            self._bring_up(rows, strategy, stats)
+            self._caches = self._writer.fill(
+                self._caches,
+                self._params,
+                self._drafting.weights,
+                self._drafting.missing(rows, strategy),
+                stats,
+            )
         inputs = decode.Rows(
             page_table=plan.page_table(rows, batch, cfg.max_pages),
             lengths=_padded([row.length for row in rows], batch),

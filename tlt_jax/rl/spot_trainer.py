@@ -39,8 +39,9 @@ class Report:
       num_steps: taken.
       num_skipped: of these, not finite and without effect.
       seconds: in steps, from the first to the last's end.
-      measured: `drafter_acceptance.summarise` of fresh texts before the training, or
-        None.
+      measured: `drafter_acceptance.summarise` of texts that no training has seen, at
+        its beginning; or None.
+      measured_after: the same of the same texts at its end, where that was asked for.
       outcome: of the last step, on the host.
       failures: reasons of trainings that failed.
     """
@@ -49,6 +50,7 @@ class Report:
     num_skipped: int = 0
     seconds: float = 0.0
     measured: dict[str, Any] | None = None
+    measured_after: dict[str, Any] | None = None
     outcome: dict[str, Any] | None = None
     failures: list[str] = dataclasses.field(default_factory=list)
 
@@ -131,9 +133,15 @@ class SpotTrainer:
         return report
 
     def train_for(self, seconds: float) -> None:
-        """Train here and now on the first worker, which waits, for so long."""
+        """Train here and now on the first worker, for so long and at least a step."""
         until = time.perf_counter() + seconds
-        self._guarded((0,), lambda: time.perf_counter() >= until, None)
+
+        def should_stop():
+            # Before the first step there is nothing to be given up.
+            begun = self.report.num_steps > 0
+            return begun and time.perf_counter() >= until
+
+        self._guarded((0,), should_stop, None)
 
     def _follow(self) -> None:
         c = self._coordination
@@ -175,8 +183,11 @@ class SpotTrainer:
             self._coordination.send(
                 records.TrainingRuns(train.training, train.revision)
             )
+        unseen = None
         if self._measures and self.report.measured is None:
+            unseen = batch
             self.report.measured = self.learner.measure(batch)
+            batch = self._first_batch(should_stop)
         started = time.perf_counter()
         num_skipped = 0
         joining: records.Train | None = None
@@ -206,6 +217,8 @@ class SpotTrainer:
             if batch is None:
                 batch = self._first_batch(should_stop)
         self.report.seconds += time.perf_counter() - started
+        if train is None and unseen is not None:
+            self.report.measured_after = self.learner.measure(unseen)
 
     def _first_batch(self, should_stop) -> drafter_unroll.Batch | None:
         """Wait for texts."""
