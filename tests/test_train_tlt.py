@@ -6,7 +6,7 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import drafter_checkpoint, metrics, timeline, train
-from tlt_jax.rl import adaptation, rollout
+from tlt_jax.rl import adaptation, rollout, spot_trainer
 
 values = tiny_runs.values
 BASE = {
@@ -56,16 +56,22 @@ def assert_same_run(directory, off):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The first worker waits for the other's last answers, long enough to train."""
-    take = rollout.Engine._decode_call
+    """The first worker waits for the other's answers long enough to train."""
+    decode_call, count = rollout.Engine._decode_call, spot_trainer.SpotTrainer._count
+    stepped = threading.Event()
 
     def slow(engine, plan, *rest):
         if engine.mesh.devices.flat[0].id:
-            event.wait(0.02)
-        return take(engine, plan, *rest)
+            stepped.wait(1.0)
+            stepped.clear()
+        return decode_call(engine, plan, *rest)
 
-    event = threading.Event()
+    def counted(trainer, outcome):
+        count(trainer, outcome)
+        stepped.set()
+
     monkeypatch.setattr(rollout.Engine, "_decode_call", slow)
+    monkeypatch.setattr(spot_trainer.SpotTrainer, "_count", counted)
 
 
 def test_everything_on_is_everything_off(off, tmp_path, waits):
