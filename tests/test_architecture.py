@@ -13,7 +13,7 @@ PACKAGE = ROOT / "tlt_jax"
 LAYERS = (
     (
         *("types", "schema", "config", "command_line", "compile_cache", "sharding"),
-        *("metrics", "progress", "config_checks"),
+        *("metrics", "progress", "config_checks", "channel", "distributed"),
         *("speculation_config", "failures", "cpu_devices"),
     ),
     ("pallas_kernels", "cpu_kernels"),
@@ -24,7 +24,7 @@ LAYERS = (
         *("checkpoint", "plots", "policy", "speculation", "workdir", "train"),
         *("main", "generate", "export", "launch"),
         *("drafter_config", "drafter_texts", "drafter_plots", "train_drafter"),
-        *("drafter_checkpoint", "plot_style", "timeline"),
+        *("drafter_checkpoint", "drafter_store", "plot_style", "timeline"),
         *("rollout_parts",),
     ),
     ("experiments", "notebooks", "configs"),

@@ -53,7 +53,11 @@ class Checkpointer:
     """
 
     def __init__(
-        self, workdir: str | pathlib.Path, keep: int = 2, name: str = DIRECTORY
+        self,
+        workdir: str | pathlib.Path,
+        keep: int = 2,
+        name: str = DIRECTORY,
+        alone: bool = False,
     ):
         """Open `<workdir>/<name>`, creating it if needed.
 
@@ -63,14 +67,27 @@ class Checkpointer:
           workdir: the run's directory.
           keep: newest checkpoints kept on disk, at least 1.
           name: of the directory below it.
+          alone: of several processes this one alone writes and reads here, what it
+            holds alone; otherwise all of them take part.
         """
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint: at least 1.")
         self._directory = _directory(workdir, name)
         self._directory.mkdir(parents=True, exist_ok=True)
+        processes = ocp.options.MultiprocessingOptions()
+        if alone:
+            own = jax.process_index()
+            processes = ocp.options.MultiprocessingOptions(
+                primary_host=own,
+                active_processes={own},
+                barrier_sync_key_prefix=f"{name}_{own}",
+            )
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
+                # Made above; of one of several processes Orbax would not do it.
+                create=False,
+                multiprocessing_options=processes,
                 max_to_keep=keep,
                 enable_async_checkpointing=True,
                 # Directories made in the background would leave the writers waiting

@@ -25,5 +25,12 @@ def prepare(run: config.RunConfig) -> None:
     if wanted == 1 or _COUNT_FLAG in flags or jax.config.jax_num_cpu_devices > 0:
         return
     jax.config.update("jax_num_cpu_devices", wanted)
-    if wanted >= (os.cpu_count() or 1):
+    if wanted >= _num_cores():
         os.environ["XLA_FLAGS"] = f"{flags} {_THREADS_FLAG}".strip()
+
+
+def _num_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

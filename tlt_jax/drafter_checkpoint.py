@@ -67,7 +67,9 @@ class DrafterCheckpointer:
             raise ValueError(f"mode={mode!r}: use {', '.join(MODES)}.")
         self.stall_s = 0.0
         self._mode = mode
-        self._checkpointer = checkpoint.Checkpointer(workdir, keep, DIRECTORY)
+        self._checkpointer = checkpoint.Checkpointer(
+            workdir, keep, DIRECTORY, alone=True
+        )
 
     def __enter__(self) -> "DrafterCheckpointer":
         return self

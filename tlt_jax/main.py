@@ -1,17 +1,20 @@
 """Train: `python -m tlt_jax.main --config=configs/<recipe>.py --workdir=DIR`.
 
 Any setting of the recipe is overridden by `--config.key=value`; `tlt_jax/config.py`
-lists them with their meaning. The same command on the same directory resumes.
+lists them with their meaning. The same command on the same directory resumes. Several
+processes of one machine are started by `tlt_jax.launch`.
 """
 
 from absl import flags, logging
 
 from tlt_jax import (
+    channel,
     checkpoint,
     command_line,
     compile_cache,
     config,
     cpu_devices,
+    distributed,
     failures,
     metrics,
     train,
@@ -25,19 +28,27 @@ _WORKDIR = flags.DEFINE_string(
     "Directory of the run: config, metrics, rollouts, checkpoints, plots.",
     required=True,
 )
+_CLUSTER = flags.DEFINE_boolean(
+    "cluster",
+    False,
+    "This is one of several processes that the cluster's launcher (Slurm, Open MPI, "
+    "Kubernetes, TPU pods) has started; JAX finds the others.",
+)
 
 
 def main(run: config.RunConfig) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
-    cpu_devices.prepare(run)
-    compile_cache.enable()
     if not flags.FLAGS["verbosity"].present:
         # Libraries report every file they write; the run has its own display.
         logging.set_verbosity(logging.WARNING)
     try:
+        distributed.initialize(_CLUSTER.value)
+        cpu_devices.prepare(run)
+        compile_cache.enable()
         train.train(run, _WORKDIR.value)
     except (
         ValueError,
+        channel.ProcessError,
         failures.TrainingError,
         checkpoint.CheckpointError,
         metrics.MetricsError,

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tlt_jax import config, speculation
+from tlt_jax import config, distributed, speculation
 from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter, drafter_io
 from tlt_jax.models import tokenizer as model_tokenizer
@@ -94,8 +94,9 @@ def make_workers(
     tokenizer: model_tokenizer.Tokenizer,
     meshes: list[jax.sharding.Mesh],
     made: Speculation,
+    group: distributed.Group,
 ) -> workers.Workers:
-    """Make an engine on each mesh."""
+    """Make an engine on each mesh, all of them devices of this process."""
     engines = [
         make_engine(run, model, tokenizer, mesh, run.sampling.temperature, made)
         for mesh in meshes
@@ -103,7 +104,7 @@ def make_workers(
     limits = coordinator_records.Config(
         min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
     )
-    return workers.Workers(engines, limits)
+    return workers.Workers(engines, limits, group)
 
 
 def make_engine(

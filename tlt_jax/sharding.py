@@ -152,6 +152,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def spans_processes(mesh: Mesh) -> bool:
+    """Say whether devices of other processes belong to the mesh."""
+    return any(d.process_index != jax.process_index() for d in mesh.devices.flat)
+
+
+def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Put a host array, of which every process has all, where `sharding` says."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: array[index]
+    )
+
+
 def is_axes(node: Any) -> bool:
     """Say whether `node` of a tree is one array's logical axes."""
     return type(node) is tuple and all(

@@ -14,7 +14,8 @@ import jax
 from tlt_jax import (
     checkpoint,
     config,
-    drafter_checkpoint,
+    distributed,
+    drafter_store,
     failures,
     metrics,
     plots,
@@ -59,14 +60,21 @@ def train(run: config.RunConfig, directory: str | pathlib.Path) -> dict[str, Any
       schema.ConfigError: the directory holds a run with other settings.
       workdir.WorkdirError: it cannot be written, or another process works there.
       failures.TrainingError: updates are not finite any more.
+      channel.ProcessError: another process of the run has ended.
     """
     directory = pathlib.Path(directory)
-    with (
-        workdir.claimed(directory, run),
-        progress.Progress(run.num_steps, mode=run.log.progress) as display,
-        Trainer(run, directory, display) as trainer,
-    ):
-        return trainer.run_to_end()
+    with distributed.join() as group, contextlib.ExitStack() as closing:
+        if group.is_first:
+            closing.enter_context(workdir.claimed(directory, run))
+        group.check_same("settings", config.digest(run))
+        mode = run.log.progress if group.is_first else "off"
+        display = closing.enter_context(progress.Progress(run.num_steps, mode=mode))
+        try:
+            trainer = closing.enter_context(Trainer(run, directory, display, group))
+            return trainer.run_to_end()
+        except jax.errors.JaxRuntimeError as error:
+            group.explain(error)
+            raise
 
 
 class Trainer:
@@ -77,6 +85,7 @@ class Trainer:
         run: config.RunConfig,
         directory: pathlib.Path,
         display: progress.Progress,
+        group: distributed.Group | None = None,
     ):
         """Load model, task and the newest checkpoint.
 
@@ -84,8 +93,11 @@ class Trainer:
           run: what to do.
           directory: the workdir; exists.
           display: shows what happens.
+          group: the processes that do this together; the first of them writes. None:
+            this one is alone.
         """
         self.run, self.directory, self.display = run, directory, display
+        self.group = group or distributed.alone()
         with contextlib.ExitStack() as closing:
             self._start(closing)
             self._closing = closing.pop_all()
@@ -100,8 +112,9 @@ class Trainer:
         source = self._source()
         self.model = source.config
         self.tokenizer = source.tokenizer()
-        with workdir.writing(directory / "tokenizer"):
-            self.tokenizer.save(directory / "tokenizer")
+        if self.group.is_first:
+            with workdir.writing(directory / "tokenizer"):
+                self.tokenizer.save(directory / "tokenizer")
         self.updater = updater.Updater(
             run, self.model, self.display.stage, self._note_in_step
         )
@@ -110,7 +123,7 @@ class Trainer:
         meshes = weight_sync.engine_meshes(mesh, run.workers.num)
         self.speculation = rollout_parts.make_speculation(run, self.model)
         self.workers = rollout_parts.make_workers(
-            run, self.model, self.tokenizer, meshes, self.speculation
+            run, self.model, self.tokenizer, meshes, self.speculation, self.group
         )
         self.adaptation = self._make_adaptation()
         if self.adaptation is not None:
@@ -139,15 +152,22 @@ class Trainer:
             self.tokenizer.decode,
             dynamic_sampling=self.updater.algorithm.dynamic_sampling,
             show=self._show,
+            group=self.group,
         )
         self.evaluator: evaluator.Evaluator | None = None
         self.checkpointer = closing.enter_context(
             checkpoint.Checkpointer(directory, run.checkpoint.keep)
         )
+        self.drafter_store: drafter_store.DrafterStore | None = None
         if self.adaptation is not None:
-            self.drafter_checkpointer = closing.enter_context(
-                drafter_checkpoint.DrafterCheckpointer(
-                    directory, run.checkpoint.drafter, run.checkpoint.keep + 1
+            self.drafter_store = closing.enter_context(
+                drafter_store.DrafterStore(
+                    self.adaptation,
+                    directory,
+                    run.checkpoint.drafter,
+                    run.checkpoint.keep + 1,
+                    self.group,
+                    self.display.note,
                 )
             )
         self.step = 0
@@ -155,10 +175,12 @@ class Trainer:
         self._restore(source)
         if self.updater.needs_reference:
             self.updater.reference = self._load(source)
-        first_row = self.step + 1 if self.step else 0
-        self.writer = closing.enter_context(
-            metrics.MetricsWriter(directory, first_row, run.log.tensorboard)
-        )
+        self.writer: metrics.MetricsWriter | None = None
+        if self.group.is_first:
+            first_row = self.step + 1 if self.step else 0
+            self.writer = closing.enter_context(
+                metrics.MetricsWriter(directory, first_row, run.log.tensorboard)
+            )
 
     def __enter__(self) -> "Trainer":
         return self
@@ -170,7 +192,7 @@ class Trainer:
         """Take every step that is left; return the last record."""
         self.begin()
         if self.run.eval.every and self.step == 0:
-            self.writer.write({"step": 0, **self.evaluate()})
+            self._write({"step": 0, **self.evaluate()})
         row: dict[str, Any] = {"step": self.step}
         while self.step < self.run.num_steps:
             row = self.take_step()
@@ -178,8 +200,8 @@ class Trainer:
         if self.checkpointer.latest_step() != self.step:
             self._save()
         self.checkpointer.wait()
-        if self.adaptation is not None:
-            self.drafter_checkpointer.wait()
+        if self.drafter_store is not None:
+            self.drafter_store.wait()
         self._draw()
         return row
 
@@ -192,6 +214,8 @@ class Trainer:
             # Beside a training drafter compilers would take several times as long.
             self.display.stage("compiling")
             self.warm_up(wait=self.adaptation is not None)
+            # No rollout's time shall hold what another process compiles.
+            self.group.exchange("ready", None)
 
     def warm_up(self, *, wait: bool = True) -> None:
         """Compile every program of the steps to come, in the background."""
@@ -246,11 +270,7 @@ class Trainer:
         row["time/step_s"] = time.perf_counter() - started
         seconds = max(row["time/rollout_s"], 1e-9)
         row["rollout/tokens_per_s"] = row["rollout/tokens"] / seconds
-        self.writer.write(row)
-        if run.log.rollouts_every and self.step % run.log.rollouts_every == 0:
-            workdir.write_rollouts(
-                self.directory, self.step, everything, self.tokenizer.decode
-            )
+        self._write(row, everything)
         self.display.step(row)
         if run.checkpoint.every and self.step % run.checkpoint.every == 0:
             self._save()
@@ -274,6 +294,7 @@ class Trainer:
                 engine if same else self._evaluation_engine(temperature),
                 self.rewards,
                 self.tokenizer.decode,
+                self.group,
             )
         engine = self.workers.engines[0]
         return self.evaluator.evaluate(engine.params, engine.version)
@@ -299,8 +320,23 @@ class Trainer:
                 )
             ) from error
 
+    def _write(
+        self, row: dict[str, Any], everything: experience.Experience | None = None
+    ) -> None:
+        """Write a record, and the completions if they are due."""
+        if self.writer is None:
+            return
+        self.writer.write(row)
+        every = self.run.log.rollouts_every
+        if everything is not None and every and self.step % every == 0:
+            workdir.write_rollouts(
+                self.directory, self.step, everything, self.tokenizer.decode
+            )
+
     def _about_workers(self) -> dict[str, Any]:
         """What the workers did in this step's last rollout; the timeline is written."""
+        if not self.group.is_first:
+            return {}
         c = self.workers.coordination
         workdir.write_timeline(self.directory, self.step + 1, c.timeline())
         row = c.metrics()
@@ -322,6 +358,8 @@ class Trainer:
         self.display.within(done, total, detail)
 
     def _draw(self) -> None:
+        if not self.group.is_first:
+            return
         with workdir.writing(self.directory / "plots"):
             plots.draw_all(self.directory)
 
@@ -329,6 +367,9 @@ class Trainer:
         run, made = self.run, self.speculation
         if run.specdec.mode != "tlt":
             return None
+        directory = self.directory
+        if not self.group.is_first:
+            directory /= f"processes/{self.group.index}"
         return adaptation.Adaptation(
             run.adaptation,
             made.drafting_cfg.drafter_cfg,
@@ -339,7 +380,7 @@ class Trainer:
             sampling_cfg=rollout_parts.law_of(run, run.sampling.temperature),
             precision=run.precision,
             seed=run.seed,
-            directory=self.directory,
+            directory=directory,
             note=self.display.note,
         )
 
@@ -373,13 +414,12 @@ class Trainer:
             return model_source.resolve(self.run.model.spec)
         directory = self.directory / "initial_model"
         self.display.stage("making the model")
-        pretrain.make(
-            self.run,
-            self.task,
-            directory,
-            lambda done, total, loss: self.display.within(
-                done, total, f"loss {loss:.3f}"
-            ),
+
+        def show(done, total, loss):
+            self.display.within(done, total, f"loss {loss:.3f}")
+
+        self.group.first(
+            "model", lambda: pretrain.make(self.run, self.task, directory, show)
         )
         return model_source.resolve(str(directory))
 
@@ -409,22 +449,15 @@ class Trainer:
         }
         for tuner, state in zip(self.speculation.tuners, meta["tuners"], strict=True):
             tuner.restore(state)
-        self._restore_drafter()
+        if self.drafter_store is not None:
+            self.drafter_store.restore(self.step)
         self.display.resume(self.step)
 
     def _save(self) -> None:
         state = self.updater.state
-        if self.adaptation is not None:
+        if self.drafter_store is not None:
             # Before the policy's: every one of those finds a drafter's of its step.
-            arrays, meta = self.adaptation.state()
-            self.drafter_checkpointer.save(
-                self.step,
-                self.adaptation.learner.state,
-                self.adaptation.cfg,
-                target=self.adaptation.target(),
-                arrays=arrays,
-                meta=meta,
-            )
+            self.drafter_store.save(self.step)
         self.checkpointer.save(
             self.step,
             state.params,
@@ -438,20 +471,6 @@ class Trainer:
                 "tuners": [tuner.state() for tuner in self.speculation.tuners],
             },
         )
-
-    def _restore_drafter(self) -> None:
-        if self.adaptation is None:
-            return
-        found = self.drafter_checkpointer.restore(
-            self.adaptation.learner.abstract_state(), at_most=self.step
-        )
-        if found is None or found.step < self.step:
-            self.display.note(
-                f"there is no checkpoint of the drafter of step {self.step}: "
-                + ("it begins anew." if found is None else "an older one goes on.")
-            )
-        if found is not None:
-            self.adaptation.restore(found.state, found.arrays, found.meta)
 
 
 def _absent() -> dict[str, Any]:

@@ -167,6 +167,8 @@ class World:
         self.network = Network(rng, self.loss)
         self.state = records.State()
         self.workers = {n: Generator(n, rng) for n in range(rng.randint(1, 4))}
+        # The simulation has one trainer, wherever its workers are.
+        self.num_places = rng.choice((1, 1, 2)) if faults else 1
         self.trainer = Trainer(rng, self.fault)
         self.now = 0
         self.queue = Queue(0, 0)
@@ -181,7 +183,8 @@ class World:
             if not living:
                 return
             chosen = self.rng.sample(living, self.rng.randint(1, len(living)))
-            asked = records.RolloutAsked(generation, tuple(chosen))
+            places = tuple(n % self.num_places for n in chosen)
+            asked = records.RolloutAsked(generation, tuple(chosen), places)
             self.queue = Queue(generation, self.rng.randint(0, 6))
             self.over = set()
             self.num_failures = 0
@@ -309,6 +312,7 @@ def check_state(state: records.State) -> None:
     for worker in state.workers if state.rolling else ():
         if worker.activity == records.Activity.TRAINING:
             joined = dict(training.joined)[worker.number]
+            assert worker.place == training.place, "its process does not train"
             assert joined <= training.running, "it trains before the trainer says so"
         if worker.activity == records.Activity.BUSY:
             assert worker.number not in members, "a busy worker is to train"

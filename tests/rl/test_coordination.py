@@ -141,6 +141,31 @@ def test_a_new_rollout_drops_what_the_old_driver_has_left():
     assert shared.next_command(0) == records.Generate(2, 0, 0)
 
 
+def test_commands_go_to_the_process_that_carries_them_out():
+    shared = coordination.Coordination(records.Config())
+    shared.begin([0, 1, 2], [0, 1, 1])
+    assert shared.next_command(0) == records.Generate(1, 0, 0)
+    for worker in (1, 2):
+        assert shared.next_command(0, place=1) == records.Generate(1, worker, 0)
+    shared.send(records.WorkerDone(1, 1, 0))
+    assert shared.next_training(0) is None
+    assert shared.next_training(0, place=1) == records.Train(1, 0, (1,))
+    shared.send(records.WorkerFailed(1, 2, "died"))
+    assert shared.next_command(0, place=1) is None
+    assert shared.next_command(0) == records.ReturnRequests(1, 2)
+    shared.send(records.RequestsReturned(1, 2))
+    shared.send(records.WorkerDone(1, 0, 0))
+    shared.send(records.TrainingStopped(1))
+    for worker in (0, 1):
+        shared.send(records.WorkerDone(1, worker, 1))
+    ends = []
+    for place in (0, 1):
+        while (command := shared.next_command(0, place)) is not None:
+            last = command
+        ends.append(last)
+    assert ends == [records.EndRollout(1)] * 2
+
+
 def test_closing_lets_all_go():
     shared = coordination.Coordination(records.Config())
     shared.begin([0, 1])

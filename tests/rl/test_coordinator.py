@@ -192,9 +192,28 @@ def test_asking_for_what_is_over_tells_so_again():
     assert commands[-1] == commands[-2] and isinstance(commands[-1], records.Abort)
 
 
+def test_a_training_has_workers_of_one_process():
+    """That with the most who wait; the others of it join later, those of others not."""
+    asked = 0, records.RolloutAsked(1, (0, 1, 2, 3, 4, 5), (0, 0, 0, 1, 1, 1))
+    events = asked, done(1, 0), done(2, 3), done(3, 4), done(4, 5), done(5, 1)
+    _, commands = play(records.Config(min_idle=2), *events)
+    assert commands[6:] == [records.Train(1, 0, (3, 4)), records.Train(1, 1, (3, 4, 5))]
+    # Should it fail, another process may have its turn.
+    cfg = records.Config(min_idle=2, max_restarts=1)
+    _, commands = play(
+        cfg,
+        *events,
+        (6, records.WorkerFailed(1, 4, "")),
+        (7, records.TrainingStopped(1)),
+    )
+    assert commands[-1] == records.Train(2, 0, (0, 1))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"workers=\(1, 1\): give at least one"):
         play(CFG, (0, records.RolloutAsked(1, (1, 1))))
+    with pytest.raises(ValueError, match=r"places=\(1,\) of workers=\(1, 2\)"):
+        play(CFG, (0, records.RolloutAsked(1, (1, 2), (1,))))
     with pytest.raises(TypeError, match="is not an event"):
         play(CFG, (0, "stop"))
     with pytest.raises(ValueError, match="min_idle=0 is out of range"):
@@ -354,6 +373,11 @@ MUTATIONS = {
     "does not write down what was done last": (
         "intervals=state.intervals + last,",
         "",
+    ),
+    "trains on several processes": (
+        "late = [w for w in idle.get(training.place, ()) if w not in training.members]",
+        "late = [w for w in state.which(records.Activity.IDLE) if w not in "
+        "training.members]",
     ),
     "counts members before the trainer knows them": (
         "joining = [w for w, since in training.joined if since <= revision]",

@@ -37,6 +37,15 @@ _BUFFER, _SAMPLER, _DRAFT_IDS = "buffer.", "sampler.", "draft_ids"
 SPILL = "spilled_texts"
 
 
+def without_texts(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Leave out of `Adaptation.state` the texts, which are the larger part."""
+    return {
+        name: array
+        for name, array in arrays.items()
+        if not name.startswith((_BUFFER, _SAMPLER))
+    }
+
+
 class Adaptation:
     """The drafter of a run and everything that changes it.
 
@@ -154,7 +163,7 @@ class Adaptation:
         if self._settings.enabled:
             self._workers.on_text = self.buffer.append
             self._workers.capture_frac = self._settings.capture_frac
-            if len(self._workers.engines) > 1:
+            if self._workers.num > 1:
                 self.trainer.start()
 
     def close(self) -> None:
@@ -182,13 +191,18 @@ class Adaptation:
     def end_rollout(self, accept_length: float, seconds: float) -> None:
         """Train while nobody waits, if it pays; see whether the drafter is ready.
 
+        Of several processes one trained, on its own workers and texts: the others take
+        its drafter over.
+
         Args:
           accept_length: of the rollout's own proposals.
           seconds: that it took.
         """
         settings = self._settings
-        if settings.enabled and len(self._workers.engines) == 1:
+        if settings.enabled and self._workers.num == 1:
             self._train_while_nobody_waits(seconds)
+        if settings.enabled and self._workers.group.num > 1:
+            self._share()
         if not self.is_ready:
             self._ngram_accept_length = accept_length
             self._judge()
@@ -206,6 +220,21 @@ class Adaptation:
                 report.measured["coupled/accept_length"],
                 report.measured_after["coupled/accept_length"],
             )
+
+    def _share(self) -> None:
+        """Let all processes have the drafter of the one that trained, if one did."""
+        learner, report = self.learner, self.trainer.report
+        trained = None
+        if report.num_steps:
+            trained = learner.state, learner.draft_ids
+        found = self._workers.group.exchange("drafter", (report, self.version, trained))
+        leader = max(range(len(found)), key=lambda i: found[i][0].num_steps)
+        self.version = max(version for _, version, _ in found)
+        self.trainer.report, _, trained = found[leader]
+        if trained is None:
+            return
+        learner.state, learner.draft_ids = trained
+        self._publish()
 
     def row(self) -> dict[str, Any]:
         """Values of this step by metric name."""
@@ -254,7 +283,10 @@ class Adaptation:
         arrays: dict[str, np.ndarray],
         meta: dict[str, Any],
     ) -> None:
-        """Go on from the learner's state and a `state`; before `start`."""
+        """Go on from the learner's state and a `state`; before `start`.
+
+        Of `arrays` the texts may be missing: then there are none yet.
+        """
 
         def part(prefix):
             names = sorted(name for name in arrays if name.startswith(prefix))
@@ -262,8 +294,9 @@ class Adaptation:
 
         self.learner.state = jax.device_get(state)
         self.learner.draft_ids = arrays.get(_DRAFT_IDS)
-        self.buffer.restore(part(_BUFFER))
-        self.sampler.restore(part(_SAMPLER))
+        if texts := part(_BUFFER):
+            self.buffer.restore(texts)
+            self.sampler.restore(part(_SAMPLER))
         self.version, self.is_ready = meta["version"], meta["is_ready"]
         self._ngram_accept_length = meta["ngram_accept_length"]
         self.budget = drafter_budget.Budget(**meta["budget"])

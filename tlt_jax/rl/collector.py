@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tlt_jax import config
+from tlt_jax import config, distributed
 from tlt_jax.rl import (
     advantages,
     clock,
@@ -39,6 +39,7 @@ class Collector:
         *,
         dynamic_sampling: bool,
         show: Callable[[str, int, int, str], None],
+        group: distributed.Group | None = None,
     ):
         """Take the parts; nothing is drawn yet.
 
@@ -50,7 +51,10 @@ class Collector:
           decode_text: token ids to the text that is judged.
           dynamic_sampling: sample until every group carries signal.
           show: called with stage, completions done, completions in all, and a detail.
+          group: the processes among which `engine` divides a rollout; each judges what
+            it has generated. None: this one is alone.
         """
+        self._group = group or distributed.alone()
         self.position = 0
         self.expected_lengths: dict[int, float] = {}
         self._run = run
@@ -127,6 +131,9 @@ class Collector:
             on_call=show,
         )
         scores = timer.time("reward", self._rewards.gather)
+        parts = timer.time("reward", self._group.exchange, "rewards", (judged, scores))
+        judged = [index for indices, _ in parts for index in indices]
+        scores = reward_pool.joined([part for _, part in parts])
         row = scores.metrics()
         # The timer has it, for all rounds.
         del row["time/reward_s"]

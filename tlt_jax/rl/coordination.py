@@ -1,4 +1,4 @@
-"""The coordinator within a process: one state, a lock, a clock, two mailboxes.
+"""The coordinator's home: one state, a lock, a clock, mailboxes for commands.
 
 Threads give events with `send`. The rollout's driver, which owns engines and queue:
 
@@ -19,7 +19,9 @@ The trainer:
         if c.may_publish(train.training): give the drafter to the engines
         c.send(TrainingStopped(train.training)), or TrainingFailed after an error
 
-Whoever waits here takes in the passage of time, so time-outs need no further thread.
+A run of several processes has one, in process 0, whose drivers and trainers name their
+`place`: their process. Whoever waits here takes in the passage of time, so time-outs
+need no further thread.
 """
 
 import collections
@@ -48,9 +50,12 @@ class Coordination:
         self._cfg, self._clock = cfg, clock
         self._changed = threading.Condition()
         self._state = records.State(now_s=clock())
-        self._for_rollout: collections.deque[records.Command] = collections.deque()
-        # The latest only: it names all members.
-        self._for_trainer: records.Train | None = None
+        # Commands for the driver of each place.
+        self._for_rollout: dict[int, collections.deque[records.Command]]
+        self._for_rollout = collections.defaultdict(collections.deque)
+        self._places = {0}
+        # By place; the latest only: it names all members.
+        self._for_trainer: dict[int, records.Train] = {}
         # The last training that the trainer has heard of.
         self._heard_of = 0
         self._closed = False
@@ -65,7 +70,7 @@ class Coordination:
         """Whether `close` was called: threads shall end."""
         return self._closed
 
-    def begin(self, workers: Sequence[int]) -> int:
+    def begin(self, workers: Sequence[int], places: Sequence[int] = ()) -> int:
         """Ask for the next rollout.
 
         It begins, with a `Generate` for each worker, at once or when the training that
@@ -73,6 +78,7 @@ class Coordination:
 
         Args:
           workers: numbers of those that take part.
+          places: the process of each; empty: all are of process 0.
 
         Returns:
           The rollout's generation, to be given back in events.
@@ -85,7 +91,10 @@ class Coordination:
             generation = 1 + (state.asked or state).generation
             # What the last rollout's driver has left, is of no use to this one.
             self._for_rollout.clear()
-            self._handle(records.RolloutAsked(generation, tuple(workers)))
+            self._places = {0, *places}
+            self._handle(
+                records.RolloutAsked(generation, tuple(workers), tuple(places))
+            )
         return generation
 
     def send(self, event: object) -> None:
@@ -93,18 +102,26 @@ class Coordination:
         with self._changed:
             self._handle(event)
 
-    def next_command(self, timeout_s: float | None = None) -> records.Command | None:
+    def next_command(
+        self, timeout_s: float | None = None, place: int = 0
+    ) -> records.Command | None:
         """Wait for the next command to the rollout's driver.
+
+        `Generate` goes to the worker's process, `ReturnRequests` to process 0, the
+        others to all.
 
         Args:
           timeout_s: None: as long as it takes.
+          place: the driver's process.
 
         Returns:
           The oldest command not taken yet; None after the time, or once closed.
         """
-        return self._wait(self._take_command, timeout_s)
+        return self._wait(self._take_command, place, timeout_s)
 
-    def next_training(self, timeout_s: float | None = None) -> records.Train | None:
+    def next_training(
+        self, timeout_s: float | None = None, place: int = 0
+    ) -> records.Train | None:
         """Wait for a training to begin, or for more workers to join it.
 
         That it shall end is told by `should_stop`. A training that was called off
@@ -112,11 +129,12 @@ class Coordination:
 
         Args:
           timeout_s: None: as long as it takes; 0 just looks.
+          place: the trainer's process.
 
         Returns:
           The newest `Train`, each once; None after the time, or once closed.
         """
-        return self._wait(self._take_training, timeout_s)
+        return self._wait(self._take_training, place, timeout_s)
 
     def should_stop(self, training: int) -> bool:
         """Say whether the trainer must not begin another step; costs no lock."""
@@ -156,32 +174,41 @@ class Coordination:
         for command in commands:
             match command:
                 case records.Train():
-                    self._for_trainer = command
+                    self._for_trainer[self._state.training.place] = command
                 case records.Stop(training):
-                    self._for_trainer = None
+                    self._for_trainer.clear()
                     if training > self._heard_of:
                         self._heard_of = training
                         self._handle(records.TrainingStopped(training))
+                case records.Generate(_, worker, _):
+                    place = self._state.worker(worker).place
+                    self._for_rollout[place].append(command)
+                case records.ReturnRequests():
+                    self._for_rollout[0].append(command)
                 case _:
-                    self._for_rollout.append(command)
+                    for place in sorted(self._places):
+                        self._for_rollout[place].append(command)
         if commands:
             self._changed.notify_all()
 
-    def _take_command(self) -> records.Command | None:
-        return self._for_rollout.popleft() if self._for_rollout else None
+    def _take_command(self, place: int) -> records.Command | None:
+        waiting = self._for_rollout[place]
+        return waiting.popleft() if waiting else None
 
-    def _take_training(self) -> records.Train | None:
-        command, self._for_trainer = self._for_trainer, None
+    def _take_training(self, place: int) -> records.Train | None:
+        command = self._for_trainer.pop(place, None)
         if command is not None:
             self._heard_of = command.training
         return command
 
-    def _wait(self, take: Callable, timeout_s: float | None) -> records.Command | None:
+    def _wait(
+        self, take: Callable, place: int, timeout_s: float | None
+    ) -> records.Command | None:
         """Wait for what `take` finds; time-outs of the coordinator pass meanwhile."""
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while not self._closed:
-                if (command := take()) is not None:
+                if (command := take(place)) is not None:
                     return command
                 left_s = _LONGEST_WAIT_S
                 if until_s is not None:

@@ -126,6 +126,11 @@ def _asked(
             raise ValueError(
                 f"workers={event.workers}: give at least one, each of them once."
             )
+        if event.places and len(event.places) != len(event.workers):
+            raise ValueError(
+                f"places={event.places} of workers={event.workers}: give one for each, "
+                "or none."
+            )
         if state.asked is None or event.generation > state.asked.generation:
             return dataclasses.replace(state, asked=event)
     elif event.generation < state.generation or not state.rolling:
@@ -270,8 +275,12 @@ def _settle(state: records.State, cfg: records.Config, commands: list) -> record
 def _begin(state: records.State, commands: list) -> records.State:
     asked, now_s = state.asked, state.now_s
     workers = tuple(
-        records.Worker(number, records.Activity.BUSY, since_s=now_s, heard_s=now_s)
-        for number in asked.workers
+        records.Worker(
+            number, place, records.Activity.BUSY, since_s=now_s, heard_s=now_s
+        )
+        for number, place in zip(
+            asked.workers, asked.places or [0] * len(asked.workers), strict=True
+        )
     )
     commands.extend(
         records.Generate(asked.generation, w.number, w.round) for w in workers
@@ -335,15 +344,22 @@ def _promote(
     state: records.State, cfg: records.Config, commands: list
 ) -> records.State:
     """Begin a training with the waiting workers, or let them join the one there is."""
-    training, idle = state.training, state.which(records.Activity.IDLE)
+    training = state.training
+    idle: dict[int, list[int]] = {}
+    for worker in state.workers:
+        if worker.activity == records.Activity.IDLE:
+            idle.setdefault(worker.place, []).append(worker.number)
     if training is None:
         usable = not state.given_up and state.num_restarts <= cfg.max_restarts
-        if not usable or len(idle) < cfg.min_idle:
+        place = max(idle, key=lambda p: (len(idle[p]), -p), default=0)
+        members = idle.get(place, ())
+        if not usable or len(members) < cfg.min_idle:
             return state
         number = state.num_trainings + 1
-        training = records.Training(number, 0, tuple((w, 0) for w in idle))
+        joined = tuple((w, 0) for w in members)
+        training = records.Training(number, place, 0, joined)
     else:
-        late = [w for w in idle if w not in training.members]
+        late = [w for w in idle.get(training.place, ()) if w not in training.members]
         if training.stop_asked_s is not None or not late:
             return state
         revision = training.revision + 1

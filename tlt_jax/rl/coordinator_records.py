@@ -19,7 +19,8 @@ class Config:
     """Thresholds and time-outs.
 
     Attributes:
-      min_idle: waiting workers that begin a training; those who finish later join it.
+      min_idle: waiting workers of a process that begin a training; those of it who
+        finish later join.
       heartbeat_timeout_s: a generating worker that says nothing for longer is lost.
       stop_timeout_s: a trainer that was asked to stop and does not answer for longer
         is given up: its drafter is void, and it gets no work until it answers.
@@ -47,10 +48,14 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutAsked:
-    """The driver wants rollout number `generation` (rising) on these workers."""
+    """The driver wants rollout number `generation` (rising) on these workers.
+
+    `places` names for each the process that it belongs to; empty: all to process 0.
+    """
 
     generation: int
     workers: tuple[int, ...]
+    places: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +167,8 @@ class Abort:
 class Train:
     """The trainer shall work on these workers; a higher revision has more of them.
 
+    They are all of one process.
+
     `TrainingRuns` answers, or `TrainingFailed`. A trainer ignores what is not above the
     last number and revision it heard, and numbers it was told to stop.
     """
@@ -190,6 +197,7 @@ class Worker:
 
     Attributes:
       number: its name.
+      place: the process that it belongs to.
       activity: what it does.
       since_s: the time at which it began that.
       round: how many times it was asked to generate in this rollout, less one.
@@ -199,6 +207,7 @@ class Worker:
     """
 
     number: int
+    place: int
     activity: Activity
     since_s: float
     round: int = 0
@@ -213,6 +222,7 @@ class Training:
 
     Attributes:
       number: of the training; rises over the run.
+      place: the process whose trainer works; all members belong to it.
       revision: of the list of members.
       joined: revision by worker, as pairs: the one with which it was asked to join.
       running: last revision that the trainer says it works with; -1: none.
@@ -220,6 +230,7 @@ class Training:
     """
 
     number: int
+    place: int
     revision: int
     joined: tuple[tuple[int, int], ...]
     running: int = -1

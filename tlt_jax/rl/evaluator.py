@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tlt_jax import config
+from tlt_jax import config, distributed
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import evaluation, prompts, reward_pool, rollout
 
@@ -24,8 +24,20 @@ class Evaluator:
         engine: rollout.Engine,
         rewards: reward_pool.RewardPool,
         decode_text: Callable[[np.ndarray], str],
+        group: distributed.Group | None = None,
     ):
-        """Take the parts; `engine` samples by the law of evaluation."""
+        """Take the parts.
+
+        Args:
+          run: sections rollout and eval, and the seed, are read.
+          prompt_set: of the held-out split.
+          engine: samples by the law of evaluation.
+          rewards: judges completions.
+          decode_text: token ids to the text that is judged.
+          group: the processes that evaluate together, a part of the prompts each; None:
+            this one is alone.
+        """
+        self._group = group or distributed.alone()
         self._run = run
         self._prompts = prompt_set
         self.engine = engine
@@ -51,14 +63,22 @@ class Evaluator:
             self._prompts.prompts, samples, self._run.rollout.max_new_tokens, 0
         )
         self.engine.set_params(params, version)
-        completions, _ = self.engine.run(requests, _SEED_OFFSET + self._run.seed)
+        group, count = self._group, len(requests)
+        own = [i for i in range(count) if i // samples % group.num == group.index]
+        completions = []
+        if own:
+            completions, _ = self.engine.run(
+                [requests[i] for i in own], _SEED_OFFSET + self._run.seed
+            )
         self.engine.release_cache()
         scores = self._rewards.score(
             (examples[i // samples], self._decode_text(completion.tokens))
-            for i, completion in enumerate(completions)
+            for i, completion in zip(own, completions, strict=True)
         )
-        rewards = scores.rewards.reshape(-1, samples)
-        return self._row(rewards)
+        rewards = np.empty(count, np.float32)
+        for indices, found in group.exchange("evaluation", (own, scores.rewards)):
+            rewards[indices] = found
+        return self._row(rewards.reshape(-1, samples))
 
     def _row(self, rewards: np.ndarray) -> dict[str, float]:
         samples = rewards.shape[1]

@@ -363,7 +363,7 @@ class Learner:
         """Put arrays `[B, ...]` on the mesh, rows split over its batch axes."""
 
         def one(array):
-            return jax.device_put(
+            return sharding_lib.place(
                 array,
                 sharding_lib.named(self.mesh, self.rules, ("batch",), array.shape),
             )
@@ -393,7 +393,10 @@ class Learner:
     def _apply_program(self):
         return (*self._step_key, "apply"), self._lower_apply
 
-    def _by_rows(self):
+    def _fetched(self):
+        """Where a value per row is left: by rows, unless others hold some of them."""
+        if sharding_lib.spans_processes(self.mesh):
+            return self._replicated
         return sharding_lib.named(self.mesh, self.rules, ("batch",))
 
     def _lower_logprobs(self, rows: policy_gradient.Rows) -> jax.stages.Lowered:
@@ -402,7 +405,7 @@ class Learner:
                 params, rows, cfg=self.forward_cfg, constrain=self._constrain
             )[0]
 
-        return jax.jit(compute, out_shardings=self._by_rows()).lower(
+        return jax.jit(compute, out_shardings=self._fetched()).lower(
             self._state.params, rows
         )
 
@@ -420,7 +423,7 @@ class Learner:
             num_sequences=num_sequences,
             constrain=self._constrain,
         )
-        outputs = (_shardings(self._gradient), self._replicated, self._by_rows())
+        outputs = (_shardings(self._gradient), self._replicated, self._fetched())
         jitted = jax.jit(compute, donate_argnums=1, out_shardings=outputs)
         return jitted.lower(self._state.params, self._gradient, rows, columns)
 

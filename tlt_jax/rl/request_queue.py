@@ -45,6 +45,17 @@ class RequestQueue:
         """Requests that nobody has taken."""
         return self._num_waiting
 
+    @property
+    def num_left(self) -> int:
+        """Requests that are waiting or being decoded."""
+        with self._lock:
+            return self._num_waiting + sum(map(len, self._held))
+
+    def prompts_waiting(self) -> frozenset[int]:
+        """Return the prompts of which requests are waiting."""
+        with self._lock:
+            return frozenset(self._waiting)
+
     def share(self, worker: int) -> "Share":
         """Return what `worker` sees of the queue."""
         return Share(self, worker)

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import connection
 from typing import Any, Literal
 
@@ -93,6 +93,12 @@ class Scores:
     def first_failure(self) -> str:
         """Returns the message of the first call that failed, or nothing."""
         return next((item.message for item in self.items if item.message), "")
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Puts scores of several processes together, one part behind the other."""
+    items = tuple(item for part in parts for item in part.items)
+    return Scores(items, max(part.wait_s for part in parts))
 
 
 class RewardPool:

@@ -141,7 +141,7 @@ class SpotTrainer:
             begun = self.report.num_steps > 0
             return begun and time.perf_counter() >= until
 
-        self._guarded((0,), should_stop, None)
+        self._guarded((self._workers.first,), should_stop, None)
 
     def _follow(self) -> None:
         c = self._coordination
@@ -230,7 +230,8 @@ class SpotTrainer:
 
     def _move(self, members, should_stop, *, wait: bool) -> bool:
         """Go to the devices of `members`, once the programs for them are there."""
-        engines = [self._workers.engines[i] for i in members]
+        first = self._workers.first
+        engines = [self._workers.engines[i - first] for i in members]
         devices = self.learner.devices_of([engine.mesh for engine in engines])
         target = engines[0].params
         self.learner.prepare(devices, target)

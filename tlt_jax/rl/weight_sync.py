@@ -1,5 +1,6 @@
 """Transfer of the policy from the learner's mesh to a rollout engine's, versioned."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from tlt_jax.specdec import programs
 def engine_meshes(
     mesh: jax.sharding.Mesh, num_workers: int = 1
 ) -> list[jax.sharding.Mesh]:
-    """Return the meshes of rollout engines beside a learner on `mesh`.
+    """Return the meshes of this process's rollout engines beside a learner on `mesh`.
 
     Each has the devices of one place along `data` and `fsdp`, split by `tensor` as the
     learner is, so that heads and vocabulary stay where they are.
@@ -24,16 +25,20 @@ def engine_meshes(
     Raises:
       ValueError: there are not as many places.
     """
-    groups = mesh.devices.reshape(-1, mesh.devices.shape[-1])
+    everywhere = mesh.devices.reshape(-1, mesh.devices.shape[-1])
+    own = jax.process_index()
+    groups = [g for g in everywhere if all(d.process_index == own for d in g)]
     if num_workers > len(groups):
+        num_own = sum(d.process_index == own for d in mesh.devices.flat)
         raise ValueError(
             f"workers.num={num_workers} needs as many places along mesh.data and "
-            f"mesh.fsdp, but {mesh.devices.size} devices with mesh.tensor="
-            f"{groups.shape[1]} have {len(groups)}: use fewer workers or more devices."
+            f"mesh.fsdp, but {num_own} devices of this process with mesh.tensor="
+            f"{everywhere.shape[1]} have {len(groups)}: use fewer workers or more "
+            "devices."
         )
     stride = len(groups) // num_workers
     return [
-        sharding_lib.make_mesh(1, 1, groups.shape[1], devices=list(group))
+        sharding_lib.make_mesh(1, 1, len(group), devices=list(group))
         for group in groups[: stride * num_workers : stride]
     ]
 
@@ -45,7 +50,8 @@ class WeightSync:
     its own up. One program is compiled, on the learner's mesh; where an engine has
     fewer devices its output is copied leaf by leaf, each given up as soon as all have
     it: the peak beyond the engines' weights is one copy in their dtype, split over the
-    learner's mesh.
+    learner's mesh. If that spans several processes, all take part at the same time, and
+    each gets the whole weights for its own engines.
     """
 
     def __init__(
@@ -81,9 +87,15 @@ class WeightSync:
         self._targets = [_unstacked(model, target, rules) for target in targets]
         same = [list(source.devices.flat) == list(t.devices.flat) for t in targets]
         self._same_devices = same == [True]
-        self._middle = (
-            self._targets[0] if self._same_devices else _unstacked(model, source, rules)
-        )
+        self._spans_processes = sharding_lib.spans_processes(source)
+        if self._same_devices:
+            self._middle = self._targets[0]
+        elif self._spans_processes:
+            # Every process gets what its engines need.
+            gathered = dataclasses.replace(rules, embed=())
+            self._middle = _unstacked(model, source, gathered)
+        else:
+            self._middle = _unstacked(model, source, rules)
 
     @property
     def version(self) -> int:
@@ -113,11 +125,12 @@ class WeightSync:
         if self._same_devices:
             copies = [leaves]
         else:
+            move = _take_own if self._spans_processes else jax.device_put
             wanted = [jax.tree.leaves(target) for target in self._targets]
             copies = [[] for _ in wanted]
             for i in range(len(leaves)):
                 for copy, shardings in zip(copies, wanted, strict=True):
-                    copy.append(jax.device_put(leaves[i], shardings[i]))
+                    copy.append(move(leaves[i], shardings[i]))
                 # All have it.
                 leaves[i] = None
         placed = [jax.tree.unflatten(treedef, copy) for copy in copies]
@@ -135,6 +148,21 @@ class WeightSync:
         )
         convert = functools.partial(_convert, dtype=self._dtype)
         return jax.jit(convert, out_shardings=self._middle).lower(params)
+
+
+def _take_own(leaf: jax.Array, target: jax.sharding.NamedSharding) -> jax.Array:
+    """Make an array of this process of its parts of an array of several."""
+    parts = {_bounds(s.index, leaf.shape): s.data for s in leaf.addressable_shards}
+    wanted = target.addressable_devices_indices_map(leaf.shape)
+    own = [
+        jax.device_put(parts[_bounds(index, leaf.shape)], device)
+        for device, index in wanted.items()
+    ]
+    return jax.make_array_from_single_device_arrays(leaf.shape, target, own)
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
 def _convert(params: model_params.Params, *, dtype: Any) -> model_params.Params:

@@ -1,0 +1,143 @@
+import concurrent.futures
+import os
+import threading
+import time
+from multiprocessing import connection
+
+import pytest
+
+from tlt_jax import channel
+
+SECRET = b"a secret"
+
+
+@pytest.fixture
+def server():
+    made = channel.Server(3, "127.0.0.1", SECRET)
+    yield made
+    made.close(failed=True)
+
+
+@pytest.fixture
+def pool():
+    with concurrent.futures.ThreadPoolExecutor() as made:
+        yield made
+
+
+def clients(server):
+    return [channel.Client(i, server.address, SECRET) for i in (1, 2)]
+
+
+class Counter:
+    def __init__(self):
+        self.count, self.closed = 0, threading.Event()
+
+    def add(self, amount):
+        self.count += amount
+        return self.count
+
+    def wait(self):
+        self.closed.wait(10)
+
+    def fail(self):
+        raise KeyError("no such thing")
+
+    def close(self):
+        self.closed.set()
+
+
+def test_all_get_what_all_bring(server, pool):
+    links = [server, *clients(server)]
+    for number in (1, 2):
+        waiting = [
+            pool.submit(link.meet, number, "greeting", i, {"from": i * number})
+            for i, link in enumerate(links)
+        ]
+        for found in waiting:
+            assert found.result(10) == [{"from": i * number} for i in range(3)]
+    for link in links[1:]:
+        link.close()
+    started = time.monotonic()
+    server.close()
+    assert time.monotonic() - started < 5
+
+
+def test_a_meeting_waits_for_the_last(server, pool):
+    one, two = clients(server)
+    waiting = [
+        pool.submit(server.meet, 1, "a", 0, 0),
+        pool.submit(one.meet, 1, "a", 1, 1),
+    ]
+    _, not_done = concurrent.futures.wait(waiting, timeout=0.1)
+    assert len(not_done) == 2
+    two.meet(1, "a", 2, 2)
+    assert waiting[0].result(10) == [0, 1, 2]
+
+
+def test_offered_objects_are_called(server, pool):
+    one, two = clients(server)
+    # Asked for before it is there.
+    first = pool.submit(one.call, "counter", "add", 1)
+    time.sleep(0.05)
+    counter = Counter()
+    server.offer("counter", counter)
+    assert first.result(10) == 1
+    # One that waits holds up nobody.
+    waits = pool.submit(one.call, "counter", "wait")
+    assert one.call("counter", "add", 2) == 3 and two.call("counter", "add", 3) == 6
+    with pytest.raises(KeyError, match="no such thing"):
+        two.call("counter", "fail")
+    assert two.call("counter", "add", 0) == 6
+    counter.close()
+    waits.result(10)
+
+
+def test_who_leaves_without_goodbye_breaks_it(server, pool):
+    one, two = clients(server)
+    counter = Counter()
+    server.offer("counter", counter)
+    waiting = [
+        pool.submit(server.meet, 1, "a", 0, 0),
+        pool.submit(two.meet, 1, "a", 2, 2),
+    ]
+    time.sleep(0.05)
+    one.close(failed=True)
+    for found in waiting:
+        with pytest.raises(channel.ProcessError, match="process 1 has ended. The same"):
+            found.result(10)
+    assert counter.closed.wait(10)
+    with pytest.raises(channel.ProcessError, match="process 1"):
+        server.check()
+
+
+def test_the_end_of_process_0_is_told(server, pool):
+    one, _ = clients(server)
+    address = server.address
+    waiting = pool.submit(one.meet, 1, "a", 1, 1)
+    time.sleep(0.05)
+    server.close(failed=True)
+    with pytest.raises(channel.ProcessError, match="process 0 has"):
+        waiting.result(10)
+    with pytest.raises(channel.ProcessError, match="process 0"):
+        channel.Client(2, address, SECRET).meet(1, "a", 2, 2)
+
+
+def test_processes_that_diverge_are_told(server, pool):
+    one, _ = clients(server)
+    waiting = pool.submit(server.meet, 1, "rewards", 0, 0)
+    time.sleep(0.05)
+    with pytest.raises(channel.ProcessError, match="process 1 came to 'weights' while"):
+        one.meet(1, "weights", 1, 1)
+    with pytest.raises(channel.ProcessError, match="same settings"):
+        waiting.result(10)
+
+
+def test_strangers_are_not_heard(server, pool):
+    with pytest.raises(connection.AuthenticationError):
+        connection.Client(server.address, authkey=os.urandom(8))
+    one, two = clients(server)
+    waiting = [
+        pool.submit(link.meet, 1, "a", i, i)
+        for i, link in enumerate((server, one, two))
+    ]
+    assert waiting[0].result(10) == [0, 1, 2]

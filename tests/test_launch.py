@@ -1,0 +1,206 @@
+"""Real processes that find each other, share a run, die, and are started again."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from tests import tiny_runs
+from tlt_jax import channel, distributed, launch, metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MEMBER = """
+import json, jax
+from tlt_jax import distributed, sharding
+distributed.initialize()
+with distributed.join() as group:
+    mesh = sharding.make_mesh()
+    assert sharding.spans_processes(mesh)
+    named = sharding.named(mesh, sharding.ShardingRules(), ("batch",))
+    import numpy as np
+    whole = sharding.place(np.arange(4.0), named)
+    total = float(jax.jit(lambda x: (x * x).sum())(whole))
+    group.check_same("settings", {"a": 1})
+    try:
+        group.check_same("settings", group.index)
+    except ValueError as error:
+        told = str(error)
+    made = group.first("thing", lambda: f"made by {group.index}")
+    indices = group.exchange("index", group.index)
+    print(json.dumps([group.index, indices, made, total, told]))
+"""
+
+
+def environment(index, num, port):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        distributed.COORDINATOR: f"127.0.0.1:{port}",
+        distributed.NUM_PROCESSES: str(num),
+        distributed.PROCESS: str(index),
+    }
+
+
+def test_processes_join_and_share_arrays():
+    port = launch.free_port()
+    members = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER],
+            cwd=ROOT,
+            env=environment(i, 2, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for i, member in enumerate(members):
+        out, err = member.communicate(timeout=60)
+        assert member.returncode == 0, err
+        found = json.loads(out.splitlines()[-1])
+        told = found.pop()
+        assert found == [i, [0, 1], "made by 0", 14.0]
+        assert told.startswith("the processes have different settings: start all")
+
+
+def test_without_a_launcher_a_process_is_alone(monkeypatch):
+    monkeypatch.delenv(distributed.COORDINATOR, raising=False)
+    distributed.initialize()
+    with distributed.join() as group:
+        assert group.is_first and group.num == 1
+        assert group.exchange("anything", 7) == [7]
+        assert group.first("anything", lambda: 8) == 8
+        group.check_same("anything", 9)
+        group.explain(RuntimeError())
+
+
+def test_processes_that_cannot_join_say_so(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("nobody answers")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(channel.ProcessError, match="could not be joined .nobody answ"):
+        distributed.initialize(on_cluster=True)
+
+
+def test_cores_are_shared_without_overlap():
+    assert launch.shares([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
+    assert launch.shares([3, 5], 2) == [[3], [5]]
+    assert launch.shares([3, 5], 3) == [[3, 5]] * 3
+    assert launch.shares([], 2) == [[], []]
+
+
+@pytest.mark.parametrize(
+    "arguments,told",
+    [
+        (["--", "--workdir=x"], "--processes"),
+        (["--processes=0", "--", "--workdir=x"], "--processes=0: give at least 1"),
+        (["--processes=2", "--", "--config=x"], "--workdir=DIR is missing behind --"),
+        (["--processes=2", "--workdir=x"], "unrecognized arguments: --workdir=x"),
+        (["--processes=2", "--", "--workdir=/proc/no"], "/proc/no cannot be written"),
+    ],
+)
+def test_bad_command_lines(arguments, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.main(arguments)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def command(directory, processes, *more):
+    return [
+        *(sys.executable, "-m", "tlt_jax.launch", f"--processes={processes}", "--"),
+        *("--config=tests/tiny_runs.py", f"--workdir={directory}", *more),
+    ]
+
+
+def start(directory, processes, *more, **variables):
+    return subprocess.Popen(
+        command(directory, processes, *more),
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(directory, processes, *more, **variables):
+    started = start(directory, processes, *more, **variables)
+    output, _ = started.communicate(timeout=240)
+    return started.returncode, output
+
+
+def children(pid):
+    found = {}
+    text = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    for child in map(int, text.split()):
+        variables = pathlib.Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        name = f"{distributed.PROCESS}=".encode()
+        for variable in variables:
+            if variable.startswith(name):
+                found[int(variable.removeprefix(name))] = child
+    return found
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_the_settings_is_said_once(tmp_path):
+    status, output = run(tmp_path, 2, "--config.num_step=3")
+    assert status == 2
+    errors = [line for line in output.splitlines() if "error" in line]
+    assert errors == ["error: unknown config key 'num_step': did you mean 'num_steps'?"]
+
+
+@pytest.mark.slow
+def test_processes_share_a_run_that_survives_the_death_of_one(tmp_path):
+    """Two processes, or one with two devices: every bit of the policy is the same."""
+    settings = (
+        *("--config.num_steps=40", "--config.mesh.data=-1", "--config.mesh.fsdp=1"),
+        *("--config.checkpoint.every=5", "--config.eval.every=20"),
+        *("--config.reward.function=tests.judges:odd", "--config.log.plots_every=0"),
+    )
+    first = run(tmp_path / "model", 1, "--config.num_steps=1")
+    assert first[0] == 0, first[1]
+    settings += (f"--config.model.spec={tmp_path / 'model' / 'initial_model'}",)
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    status, output = run(tmp_path / "one", 1, *settings, **devices)
+    assert status == 0, output
+
+    started = start(tmp_path / "killed", 2, *settings)
+    record = tmp_path / "killed" / metrics.FILE
+    until = time.monotonic() + 200
+    while not (record.exists() and record.read_text().count("\n") > 11):
+        assert started.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(children(started.pid)[1], signal.SIGKILL)
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 1
+    assert "error: process 1 of 2 ended with signal SIGKILL, and the run" in output
+    assert "The same command resumes from the newest checkpoint." in output
+    assert tiny_runs.policy(tmp_path / "killed")
+    assert len(metrics.read(tmp_path / "killed")) < 40
+
+    shutil.copytree(tmp_path / "killed", tmp_path / "by_one")
+    for directory, processes in (("killed", 2), ("by_one", 1)):
+        variables = devices if processes == 1 else {}
+        status, output = run(tmp_path / directory, processes, *settings, **variables)
+        assert status == 0, output
+    names = ("step", "rollout/tokens_digest", "reward/mean", "policy/loss")
+    expected = metrics.read(tmp_path / "one")
+    assert len(expected) == 41 and any(n.startswith("eval/") for n in expected[0])
+    for directory in ("killed", "by_one"):
+        for row, wanted in zip(
+            metrics.read(tmp_path / directory), expected, strict=True
+        ):
+            same = [n for n in wanted if n in names or n.startswith("eval/")]
+            assert [row[n] for n in same] == [wanted[n] for n in same]
+        assert tiny_runs.policy(tmp_path / directory) == tiny_runs.policy(
+            tmp_path / "one"
+        )

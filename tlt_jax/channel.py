@@ -1,0 +1,270 @@
+"""A channel between the processes of a run: meetings, and calls of offered objects.
+
+Process 0 listens; the others connect with a secret that they were given. What is sent
+is pickled, as between parts of one program. Who ends without saying goodbye breaks the
+channel: all who wait are told which process is gone.
+"""
+
+import contextlib
+import os
+import pickle
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection
+from typing import Any
+
+_GOODBYE = "goodbye"
+_REMEDY = "The same command resumes from the newest checkpoint."
+
+
+class ProcessError(RuntimeError):
+    """Another process of the run has ended or does something else."""
+
+
+class Server:
+    """The end of process 0. Objects that are offered here are called by the others."""
+
+    def __init__(self, num_processes: int, host: str, secret: bytes):
+        """Listen on a free port of `host`.
+
+        Args:
+          num_processes: of the run, this one included.
+          host: an address of this machine that the others can reach.
+          secret: what a caller must know.
+        """
+        self._num = num_processes
+        self._listener = connection.Listener(
+            (host, 0), backlog=4 * num_processes, authkey=secret
+        )
+        self._objects: dict[str, Any] = {}
+        self._changed = threading.Condition()
+        self._meetings: dict[int, _Meeting] = {}
+        self._gone: set[int] = set()
+        self._callers: set[connection.Connection] = set()
+        self._broken: str | None = None
+        self._closed = False
+        threading.Thread(target=self._accept, daemon=True, name="channel").start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        return self._listener.address
+
+    def offer(self, name: str, target: Any) -> None:
+        """Let the others call methods of `target`; its `close` tells it of the end."""
+        with self._changed:
+            self._objects[name] = target
+            self._changed.notify_all()
+
+    def meet(self, number: int, topic: str, index: int, value: Any) -> list[Any]:
+        """Wait until every process has come to a meeting; return what all brought.
+
+        Args:
+          number: of the meeting; counted alike by all processes.
+          topic: what they do there, so that it is seen where they do not.
+          index: whose value it is.
+          value: anything.
+
+        Raises:
+          ProcessError: a process is gone, or came for something else.
+        """
+        with self._changed:
+            meeting = self._meetings.setdefault(number, _Meeting(topic))
+            if meeting.topic != topic:
+                self._break(
+                    f"process {index} came to {topic!r} while others came to "
+                    f"{meeting.topic!r}: all processes must run the same program with "
+                    "the same settings."
+                )
+            meeting.values[index] = value
+            self._changed.notify_all()
+            while len(meeting.values) < self._num:
+                self._check()
+                self._changed.wait()
+            meeting.num_left += 1
+            if meeting.num_left == self._num:
+                del self._meetings[number]
+            return [meeting.values[i] for i in range(self._num)]
+
+    def check(self) -> None:
+        """Raise a `ProcessError` if a process is gone."""
+        with self._changed:
+            self._check()
+
+    def close(self, failed: bool = False) -> None:
+        """Leave when the others have; after a failure at once, and tell them."""
+        with self._changed:
+            if failed:
+                self._break("process 0 has failed.")
+            self._changed.wait_for(
+                lambda: self._broken or len(self._gone) == self._num - 1, timeout=10.0
+            )
+            self._closed = True
+            for caller in self._callers:
+                _hang_up(caller)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                caller = self._listener.accept()
+            except (OSError, EOFError, connection.AuthenticationError):
+                # Closed by us, or somebody who does not belong here.
+                continue
+            if self._closed:
+                caller.close()
+                return
+            threading.Thread(target=self._serve, args=(caller,), daemon=True).start()
+
+    def _serve(self, caller: connection.Connection) -> None:
+        """Answer one caller until it leaves."""
+        index, is_life_line = None, False
+        with self._changed:
+            self._callers.add(caller)
+        try:
+            _send_at_once(caller)
+            index, is_life_line = caller.recv()
+            while (message := caller.recv()) != _GOODBYE:
+                caller.send(self._answer(*message))
+            is_life_line = False
+            with self._changed:
+                self._gone.add(index)
+                self._changed.notify_all()
+        except (EOFError, OSError):
+            if is_life_line and not self._closed:
+                with self._changed:
+                    self._break(f"process {index} has ended.")
+        finally:
+            with self._changed:
+                self._callers.remove(caller)
+            caller.close()
+
+    def _answer(self, name: str | None, method: str, args: tuple) -> tuple[bool, Any]:
+        try:
+            if name is None:
+                return True, getattr(self, method)(*args)
+            return True, getattr(self._object(name), method)(*args)
+        # Whatever it is, it is the caller's to raise.
+        except Exception as error:
+            try:
+                pickle.loads(pickle.dumps(error))
+            except (pickle.PicklingError, TypeError, AttributeError):
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            return False, error
+
+    def _object(self, name: str) -> Any:
+        with self._changed:
+            while name not in self._objects:
+                self._check()
+                self._changed.wait()
+            return self._objects[name]
+
+    def _check(self) -> None:
+        if self._broken:
+            raise ProcessError(f"{self._broken} {_REMEDY}")
+
+    def _break(self, reason: str) -> None:
+        self._broken = self._broken or reason
+        self._changed.notify_all()
+        for target in self._objects.values():
+            if hasattr(target, "close"):
+                target.close()
+
+
+class _Meeting:
+    def __init__(self, topic: str):
+        self.topic = topic
+        self.values: dict[int, Any] = {}
+        self.num_left = 0
+
+
+class Client:
+    """The end of another process. Calls by several threads go side by side."""
+
+    def __init__(self, index: int, address: Sequence, secret: bytes):
+        """Connect.
+
+        Args:
+          index: of this process, above 0.
+          address: `Server.address`.
+          secret: as the server's.
+
+        Raises:
+          ProcessError: process 0 cannot be reached.
+        """
+        self._index, self._address, self._secret = index, tuple(address), secret
+        self._lock = threading.Lock()
+        self._free: list[connection.Connection] = []
+        # Its end is this process's end to the server.
+        self._life_line = self._connect(True)
+
+    def call(self, name: str | None, method: str, *args: Any) -> Any:
+        """Call a method of an object that process 0 offers, or of its `Server`.
+
+        Raises:
+          ProcessError: process 0 has ended, or says that another one has.
+        """
+        with self._connection() as link:
+            link.send((name, method, args))
+            succeeded, value = link.recv()
+        if not succeeded:
+            raise value
+        return value
+
+    def meet(self, number: int, topic: str, index: int, value: Any) -> list[Any]:
+        """See `Server.meet`."""
+        return self.call(None, "meet", number, topic, index, value)
+
+    def check(self) -> None:
+        """See `Server.check`."""
+        self.call(None, "check")
+
+    def close(self, failed: bool = False) -> None:
+        """Leave; after a failure without a goodbye, so that the others are told."""
+        with self._lock, contextlib.suppress(OSError):
+            if not failed:
+                self._life_line.send(_GOODBYE)
+            for link in (self._life_line, *self._free):
+                link.close()
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[connection.Connection]:
+        """Lend a connection that no other thread uses."""
+        with self._lock:
+            link = self._free.pop() if self._free else None
+        try:
+            link = link or self._connect(False)
+            yield link
+        except (EOFError, OSError) as error:
+            raise ProcessError(f"process 0 has ended. {_REMEDY}") from error
+        with self._lock:
+            self._free.append(link)
+
+    def _connect(self, is_life_line: bool) -> connection.Connection:
+        try:
+            link = connection.Client(self._address, authkey=self._secret)
+            _send_at_once(link)
+            link.send((self._index, is_life_line))
+        except OSError as error:
+            raise ProcessError(
+                f"process 0 cannot be reached at {self._address} ({error})."
+            ) from error
+        return link
+
+
+def _send_at_once(link: connection.Connection) -> None:
+    """Keep messages of several parts from waiting for each part's acknowledgement."""
+    with _socket_of(link) as same:
+        same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _hang_up(link: connection.Connection) -> None:
+    """Let both ends of a connection find that it is over."""
+    with contextlib.suppress(OSError), _socket_of(link) as same:
+        same.shutdown(socket.SHUT_RDWR)
+
+
+def _socket_of(link: connection.Connection) -> socket.socket:
+    """Return a second handle of the connection's socket."""
+    return socket.socket(fileno=os.dup(link.fileno()))

@@ -1,0 +1,209 @@
+"""The processes of a run: how they find each other and what they tell each other.
+
+Every process runs the same program with the same settings. `initialize` joins them
+through `jax.distributed`, so that a mesh may span their devices; a `Group` carries what
+is not an array of such a mesh. A program of one process has a group of one.
+"""
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from tlt_jax import channel
+
+# What a launcher says to the processes that it starts.
+COORDINATOR = "TLT_JAX_COORDINATOR"
+NUM_PROCESSES = "TLT_JAX_NUM_PROCESSES"
+PROCESS = "TLT_JAX_PROCESS"
+DEVICES = "TLT_JAX_DEVICES"
+# Where the channel listens; for machines whose name is not the address to use.
+HOST = "TLT_JAX_HOST"
+
+_LOCAL = ("localhost", "127.0.0.1")
+_SHUTDOWN_LIMIT_S = 30
+_TOLD_S = 1.0
+
+
+def initialize(on_cluster: bool = False) -> None:
+    """Join the run's other processes, if there are any; before any array is made.
+
+    Args:
+      on_cluster: let JAX find out from the cluster's own launcher (Slurm, Open MPI,
+        Kubernetes, TPU pods) who takes part. Otherwise the environment variables of
+        `tlt_jax.launch` are read; without them this process is alone.
+
+    Raises:
+      channel.ProcessError: the others could not be joined.
+    """
+    if not on_cluster and COORDINATOR not in os.environ:
+        return
+    settings = {} if on_cluster else _settings()
+    # Between processes CPUs need a library for what one process does by itself.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would keep SIGTERM from ending a process.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **settings, shutdown_timeout_seconds=_SHUTDOWN_LIMIT_S
+        )
+    except (RuntimeError, ValueError) as error:
+        raise channel.ProcessError(
+            f"the other processes could not be joined ({error}): start all of them, "
+            "with tlt_jax.launch or your cluster's launcher."
+        ) from error
+
+
+def _settings() -> dict[str, Any]:
+    """Read what a launcher has said."""
+    coordinator, devices = os.environ[COORDINATOR], os.environ.get(DEVICES)
+    settings: dict[str, Any] = {
+        "coordinator_address": coordinator,
+        "num_processes": int(os.environ[NUM_PROCESSES]),
+        "process_id": int(os.environ[PROCESS]),
+    }
+    if devices:
+        settings["local_device_ids"] = [int(i) for i in devices.split(",")]
+    if _is_local():
+        settings["coordinator_bind_address"] = coordinator
+    return settings
+
+
+class Group:
+    """What the processes of a run have in common. Use as a context manager.
+
+    Attributes:
+      index: of this process.
+      num: of processes.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        num: int = 1,
+        link: channel.Server | channel.Client | None = None,
+    ):
+        """Take the link; `alone` and `join` make groups."""
+        self.index, self.num = index, num
+        self._link = link
+        self._num_meetings = 0
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._link is not None:
+            self._link.close(failed=kind is not None)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for the run: it writes, shows and serves."""
+        return self.index == 0
+
+    def exchange(self, topic: str, value: Any) -> list[Any]:
+        """Give `value` to all and get everyone's, in order of processes.
+
+        All processes call this, in the same order and for the same topic. It waits for
+        the last of them as long as that takes.
+
+        Raises:
+          channel.ProcessError: a process has ended, or came for another topic.
+        """
+        if self._link is None:
+            return [value]
+        self._num_meetings += 1
+        return self._link.meet(self._num_meetings, topic, self.index, value)
+
+    def first(self, topic: str, make: Callable[[], Any]) -> Any:
+        """Let process 0 make what all get; the others wait. See `exchange`."""
+        return self.exchange(topic, make() if self.is_first else None)[0]
+
+    def check_same(self, topic: str, value: Any) -> None:
+        """Make sure that all processes have the same `value`.
+
+        Raises:
+          ValueError: they have not.
+        """
+        found = self.exchange(topic, value)
+        if any(other != found[0] for other in found):
+            raise ValueError(
+                f"the processes have different {topic}: start all of them with the "
+                "same command line and files."
+            )
+
+    def explain(self, error: Exception) -> None:
+        """Raise a `ProcessError` in place of `error` if a process has ended.
+
+        What JAX says of a collective whose other side is gone, helps nobody.
+        """
+        if self._link is None:
+            return
+        # The end of a process is told by other means, a moment later.
+        time.sleep(_TOLD_S)
+        try:
+            self._link.check()
+        except channel.ProcessError as cause:
+            raise cause from error
+
+    def offer(self, name: str, target: Any) -> None:
+        """In process 0: let the others call `target`'s methods."""
+        if self._link is not None:
+            self._link.offer(name, target)
+
+    def call(self, name: str, method: str, *args: Any) -> Any:
+        """In another process: call a method of what process 0 offers by `name`."""
+        return self._link.call(name, method, *args)
+
+
+def alone() -> Group:
+    """Return the group of a program of one process."""
+    return Group()
+
+
+def join() -> Group:
+    """Make the group of all processes that `initialize` has joined.
+
+    The channel's address and secret travel through a collective of JAX.
+    """
+    index, num = jax.process_index(), jax.process_count()
+    if num == 1:
+        return alone()
+    if index == 0:
+        secret = secrets.token_bytes(32)
+        server = channel.Server(num, _host(), secret)
+        logging.info("listening at %s for %d processes", server.address, num - 1)
+        host, port = server.address
+        _broadcast(b"\n".join([secret.hex().encode(), host.encode(), b"%d" % port]))
+        return Group(0, num, server)
+    secret, host, port = _broadcast(b"").split(b"\n")
+    address = host.decode(), int(port)
+    return Group(
+        index, num, channel.Client(index, address, bytes.fromhex(secret.decode()))
+    )
+
+
+def _host() -> str:
+    """Return the address of this machine at which the other processes find it."""
+    if HOST in os.environ:
+        return os.environ[HOST]
+    if _is_local():
+        return "127.0.0.1"
+    return socket.gethostbyname(socket.gethostname())
+
+
+def _is_local() -> bool:
+    return os.environ.get(COORDINATOR, "").rpartition(":")[0] in _LOCAL
+
+
+def _broadcast(message: bytes) -> bytes:
+    """Give process 0's message to all."""
+    padded = np.zeros(512, np.uint8)
+    padded[: len(message)] = np.frombuffer(message, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0")

@@ -1,0 +1,211 @@
+"""Run several processes here: `python -m tlt_jax.launch --processes=N -- ...`.
+
+What follows `--` is the command line of `tlt_jax.main`. The processes join through
+`jax.distributed` at a free port. On CPUs each gets its share of the cores. Process 0
+speaks here; the others write to `WORKDIR/processes/N.log`. If one fails, all are ended;
+the same command resumes, with any number of processes.
+
+On clusters start `tlt_jax.main --cluster` in every task of your launcher instead.
+"""
+
+import argparse
+import ctypes
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tlt_jax import distributed
+
+_POLL_S = 0.1
+# How long processes that were asked to end may take.
+_GRACE_S = 10.0
+_PR_SET_PDEATHSIG = 1
+_TAIL_LINES = 12
+# What `tlt_jax.main` returns for what a user can mend, with a line that says so.
+_USER_ERROR = 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Start the processes and wait for them; return the exit status."""
+    own, program = _split(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m tlt_jax.launch",
+        description="Run tlt_jax.main in several processes of this machine.",
+        usage="%(prog)s --processes=N [...] -- --config=FILE --workdir=DIR [...]",
+    )
+    parser.add_argument("--processes", type=int, required=True, help="how many")
+    parser.add_argument(
+        "--devices_per_process",
+        type=int,
+        default=1,
+        help="accelerators of each; without meaning on CPUs (default: 1)",
+    )
+    options = parser.parse_args(own)
+    if options.processes < 1:
+        parser.error(f"--processes={options.processes}: give at least 1.")
+    directory = _workdir(program)
+    if directory is None:
+        parser.error("--workdir=DIR is missing behind --.")
+    try:
+        children = _Children(options, program, directory / "processes")
+    except OSError as error:
+        parser.error(f"{directory} cannot be written ({error.strerror}).")
+    return children.wait()
+
+
+class _Children:
+    """The processes that were started."""
+
+    def __init__(self, options, program: Sequence[str], logs: pathlib.Path):
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = logs
+        port = free_port()
+        cores = shares(_cores(), options.processes)
+        self._processes: list[subprocess.Popen] = []
+        signal.signal(signal.SIGTERM, _interrupt)
+        for index in range(options.processes):
+            first = index * options.devices_per_process
+            devices = range(first, first + options.devices_per_process)
+            environment = os.environ | {
+                distributed.COORDINATOR: f"127.0.0.1:{port}",
+                distributed.NUM_PROCESSES: str(options.processes),
+                distributed.PROCESS: str(index),
+                distributed.DEVICES: ",".join(map(str, devices)),
+            }
+            log = None if index == 0 else open(self._log(index), "ab")
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tlt_jax.main", *program],
+                    env=environment,
+                    stdin=None if index == 0 else subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log and subprocess.STDOUT,
+                    preexec_fn=_before_start(cores[index]),
+                )
+            )
+            if log:
+                log.close()
+
+    def wait(self) -> int:
+        """Wait for all to end, or for one to fail."""
+        try:
+            while True:
+                codes = [process.poll() for process in self._processes]
+                if any(codes):
+                    return self._fail()
+                if all(code == 0 for code in codes):
+                    return 0
+                time.sleep(_POLL_S)
+        except KeyboardInterrupt:
+            # A terminal has told the processes as well.
+            print("interrupted: the same command resumes.", file=sys.stderr)
+            return 130
+        finally:
+            self._end()
+
+    def _fail(self) -> int:
+        """End the others and say which process was the first to fail."""
+        # What one process finds wrong, others may find and say as well.
+        time.sleep(_GRACE_S / 5)
+        codes = [process.poll() for process in self._processes]
+        self._end()
+        failed = [i for i, code in enumerate(codes) if code]
+        # One that was killed is the cause of what others report.
+        index = min(failed, key=lambda i: (codes[i] > 0, i))
+        code = codes[index]
+        if index == 0 and code == _USER_ERROR:
+            return code  # It has said all.
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+        print(
+            f"error: process {index} of {len(codes)} ended with {how}, and the run "
+            "with it. The same command resumes from the newest checkpoint.",
+            file=sys.stderr,
+        )
+        if index:
+            print(f"The end of {self._log(index)}:", file=sys.stderr)
+            text = self._log(index).read_text(errors="replace")
+            print("\n".join(text.splitlines()[-_TAIL_LINES:]), file=sys.stderr)
+        return code if code > 0 else 1
+
+    def _end(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.terminate()
+        until = time.monotonic() + _GRACE_S
+        for process in self._processes:
+            try:
+                process.wait(max(until - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _log(self, index: int) -> pathlib.Path:
+        return self._logs / f"{index}.log"
+
+
+def shares(cores: Sequence[int], count: int) -> list[list[int]]:
+    """Divide cores into `count` shares without overlap; too few: all for everybody."""
+    if count > len(cores):
+        return [list(cores)] * count
+    bounds = [len(cores) * i // count for i in range(count + 1)]
+    return [list(cores[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line at `--`."""
+    argv = list(argv)
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def _workdir(program: Sequence[str]) -> pathlib.Path | None:
+    """Return what the last `--workdir` names."""
+    found = None
+    for argument, after in zip(program, [*program[1:], ""], strict=False):
+        name, equals, value = argument.partition("=")
+        if name in ("--workdir", "-workdir"):
+            found = value if equals else after
+    return pathlib.Path(found) if found else None
+
+
+def _cores() -> list[int]:
+    """Return the cores that this process may use; empty where nobody can say."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))
+
+
+def free_port() -> int:
+    """Find a port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _before_start(cores: Sequence[int]):
+    """Return what a child does first: keep to its cores, and end with its parent."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if cores:
+            os.sched_setaffinity(0, cores)
+        if libc:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    return prepare
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,207 @@
+"""One rollout by the workers of several processes: queue and coordinator of process 0.
+
+Process 0 holds both and offers them to the others, whose workers take requests from the
+same queue and whose drivers and trainers hear the same coordinator. Only numbers of
+requests travel: every process has drawn the same requests.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from tlt_jax import channel, distributed, types
+from tlt_jax.rl import coordination, coordinator, request_queue
+from tlt_jax.rl import coordinator_records as records
+
+_COORDINATION, _QUEUE = "coordination", "queue"
+
+
+class Home:
+    """What process 0 has: the coordinator, and the queue of the present rollout.
+
+    Attributes:
+      coordination: of all workers.
+    """
+
+    def __init__(self, shared: coordination.Coordination, group: distributed.Group):
+        """Offer both to the other processes."""
+        self.coordination = shared
+        self._lock = threading.Lock()
+        self._queue: request_queue.RequestQueue | None = None
+        self._generation = 0
+        group.offer(_COORDINATION, shared)
+        group.offer(_QUEUE, self)
+
+    def state(self) -> records.State:
+        """Return what the coordinator knows now."""
+        return self.coordination.state
+
+    def begin(
+        self,
+        queue: request_queue.RequestQueue,
+        workers: Sequence[int],
+        places: Sequence[int],
+    ) -> int:
+        """Begin a rollout with this queue; see `Coordination.begin`."""
+        with self._lock:
+            self._queue = queue
+            self._generation = self.coordination.begin(workers, places)
+            return self._generation
+
+    def share(self, generation: int, worker: int) -> request_queue.Share:
+        """Return what a worker of this process sees of the queue."""
+        del generation
+        return self._queue.share(worker)
+
+    def take(
+        self, generation: int, worker: int
+    ) -> tuple[int | None, frozenset[int], int]:
+        """Take a request for a worker of another process.
+
+        Returns:
+          The request's id or None, prompts of which requests wait, and how many wait.
+        """
+        with self._lock:
+            if generation != self._generation:
+                return None, frozenset(), 0
+            queue = self._queue
+        request = queue.take(worker)
+        taken = None if request is None else request.request_id
+        return taken, queue.prompts_waiting(), queue.num_waiting
+
+    def finish(self, generation: int, worker: int, request_id: int) -> bool:
+        """See `RequestQueue.finish`; nothing of an earlier rollout counts."""
+        with self._lock:
+            if generation != self._generation:
+                return False
+            queue = self._queue
+        return queue.finish(worker, request_id)
+
+
+class Guest:
+    """What another process has of the same.
+
+    Attributes:
+      coordination: answers like that of process 0.
+    """
+
+    def __init__(self, group: distributed.Group):
+        """Find them through the group's channel."""
+        self.coordination = RemoteCoordination(group)
+        self._group = group
+        self._requests: Mapping[int, types.Request] = {}
+        self._generation = 0
+
+    def begin(self, requests: Sequence[types.Request]) -> int:
+        """Take part in the next rollout; returns its generation."""
+        self._requests = {request.request_id: request for request in requests}
+        self._generation += 1
+        return self._generation
+
+    def share(self, generation: int, worker: int) -> "RemoteShare":
+        """Return what a worker of this process sees of the queue."""
+        return RemoteShare(self._group, generation, worker, self._requests)
+
+
+class RemoteShare:
+    """What a worker of another process sees of the queue, as of its last look.
+
+    A queue that was found empty is not asked again: of requests that a lost worker
+    gives back the coordinator tells those who are done.
+    """
+
+    def __init__(
+        self,
+        group: distributed.Group,
+        generation: int,
+        worker: int,
+        requests: Mapping[int, types.Request],
+    ):
+        """See `Guest.share`."""
+        self._group, self._requests = group, requests
+        self._worker = generation, worker
+        self._prompts: frozenset[int] = frozenset()
+        self._num_waiting = len(requests)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that nobody had taken."""
+        return self._num_waiting
+
+    def take(self) -> types.Request | None:
+        """Take a request, see `RequestQueue.take`."""
+        if not self._num_waiting:
+            return None
+        taken, self._prompts, self._num_waiting = self._group.call(
+            _QUEUE, "take", *self._worker
+        )
+        return None if taken is None else self._requests[taken]
+
+    def finish(self, request_id: int) -> bool:
+        """Note that a request is done, see `RequestQueue.finish`."""
+        return self._group.call(_QUEUE, "finish", *self._worker, request_id)
+
+    def waits(self, prompt_id: int) -> bool:
+        """Tell whether a request of this prompt was waiting."""
+        return prompt_id in self._prompts
+
+
+class RemoteCoordination:
+    """The coordinator of process 0, for a driver and a trainer of another process.
+
+    See `coordination.Coordination`. Where process 0 is gone it is closed.
+    """
+
+    def __init__(self, group: distributed.Group):
+        """Find it through the group's channel."""
+        self._group = group
+        self._closed = False
+
+    @property
+    def state(self) -> records.State:
+        """What process 0 knows now."""
+        return self._call("state", name=_QUEUE) or records.State()
+
+    @property
+    def closed(self) -> bool:
+        """Whether threads shall end."""
+        return self._closed
+
+    def send(self, event: object) -> None:
+        """Give an event."""
+        self._call("send", event)
+
+    def next_command(self, timeout_s: float | None = None) -> records.Command | None:
+        """Wait for the next command to this process's driver."""
+        return self._call("next_command", timeout_s, self._group.index)
+
+    def next_training(self, timeout_s: float | None = None) -> records.Train | None:
+        """Wait for a training on this process's workers, or for more to join it."""
+        return self._call("next_training", timeout_s, self._group.index)
+
+    def should_stop(self, training: int) -> bool:
+        """Say whether the trainer must not begin another step."""
+        return self._closed or self._call("should_stop", training) is not False
+
+    def may_publish(self, training: int) -> bool:
+        """Say whether the training's drafter counts."""
+        return bool(self._call("may_publish", training))
+
+    def metrics(self) -> dict[str, float]:
+        """Return `workers/` values of the last rollout."""
+        return coordinator.metrics(self.state)
+
+    def timeline(self) -> tuple[records.Interval, ...]:
+        """Return what each worker did."""
+        return self._call("timeline") or ()
+
+    def close(self) -> None:
+        """Let this process's threads go when they next look."""
+        self._closed = True
+
+    def _call(self, method: str, *args, name: str = _COORDINATION):
+        """Call it; None where process 0 is gone, which the next meeting tells."""
+        try:
+            return self._group.call(name, method, *args)
+        except channel.ProcessError:
+            self._closed = True
+            return None
