@@ -28,6 +28,7 @@ class CountingTask(tiny_tasks.GeneratedTask):
       alpha: the tail's exponent, above 0; the smaller, the heavier.
       max_start: the first number is drawn evenly from 1 to it.
       num_shots: answered examples before the question, at most 3.
+      exact: only a whole right answer scores, with 1.
       seed, size, eval_size, holdout_frac: as in `tasks.ReasoningGymTask`.
     """
 
@@ -39,6 +40,7 @@ class CountingTask(tiny_tasks.GeneratedTask):
         alpha: float = 1.0,
         max_start: int = 40,
         num_shots: int = 2,
+        exact: bool = False,
         seed: int = 0,
         size: int = 1000,
         eval_size: int = 64,
@@ -62,7 +64,7 @@ class CountingTask(tiny_tasks.GeneratedTask):
             for shot in _SHOTS[:num_shots]
             for role, text in zip(("user", "assistant"), _count(*shot), strict=True)
         ]
-        self._seed = seed
+        self._exact, self._seed = exact, seed
 
     def _example(self, split: tiny_tasks.Split, index: int) -> types.Example:
         rng = random.Random(f"{self._seed}/{split}/{index}")
@@ -82,7 +84,7 @@ class CountingTask(tiny_tasks.GeneratedTask):
     def score(self, example: types.Example, text: str) -> float:
         """Scores right leading numbers by the longer of answer and text, in numbers.
 
-        So neither stopping early nor going on is free; words between numbers are.
+        With `exact` that is 1 or nothing. So neither stopping early nor going on is free; words between numbers are.
         """
         if example.answer is None:
             raise ValueError(f"example {example.example_id!r} has no answer.")
@@ -91,7 +93,8 @@ class CountingTask(tiny_tasks.GeneratedTask):
         right = 0
         while right < min(len(wanted), len(got)) and wanted[right] == got[right]:
             right += 1
-        return right / max(len(wanted), len(got))
+        longer = max(len(wanted), len(got))
+        return float(right == longer) if self._exact else right / longer
 
 
 def _count(start: int, stop: int) -> tuple[str, str]:
