@@ -1,4 +1,7 @@
-"""TLT on SmolLM2-135M-Instruct: two workers, a drafter trained by one that waits."""
+"""TLT on SmolLM2-135M-Instruct: two workers, a drafter trained by one that waits.
+
+Command: python -m tlt_jax.main --config=configs/smollm2_tlt.py --workdir=workdirs/tlt
+"""
 
 import ml_collections
 

@@ -11,6 +11,7 @@ STATUS = {
     "ahead_of_time": "compiles for described TPU slices; needs libtpu",
     "checkpoint_stall": "runs on CPU",
     "decode_speed": "runs on CPU",
+    "end_to_end": "runs on CPU, an hour or so",
     "grpo_step_speed": "runs on CPU",
     "packing": "runs on CPU",
     "speculation_speed": "runs on CPU; needs a trained drafter",

@@ -85,6 +85,11 @@ def command_of(options: argparse.Namespace, mode: str, workdir: pathlib.Path):
     return [*command, f"--workdir={workdir}", *flags]
 
 
+def start(command: list[str]) -> None:
+    """Runs a command to its end."""
+    subprocess.run(command, check=True)
+
+
 def rows_of(system: str, workdir: pathlib.Path) -> list[harness.Row]:
     """Reads what is compared of a run's record."""
     found = []
@@ -205,7 +210,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         for system in systems:
             workdir = folder / system
             print(f"Running {system} ...", flush=True)
-            subprocess.run(command_of(options, system, workdir), check=True)
+            start(command_of(options, system, workdir))
             rows += rows_of(system, workdir)
             drawn = workdir / "plots" / "timeline.png"
             if drawn.exists():

@@ -105,7 +105,9 @@ def test_one_worker_trains_between_rollout_and_update(off, tmp_path):
     rows = start(tmp_path, **{"workers.num": 1, "adaptation.max_frac": 1.0})
     assert_same_run(tmp_path, off)
     assert sum(values(rows, "drafter/num_steps")) > 0
-    assert sum(values(rows, "time/drafter_s")) > 0
+    assert (
+        0 < sum(values(rows, "drafter/train_s")) < sum(values(rows, "time/drafter_s"))
+    )
     assert sum(values(rows, "workers/trained_s")) == 0
 
 
@@ -157,6 +159,6 @@ def test_a_worker_that_dies_costs_time_alone(off, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(rollout.Engine, "_decode_call", dying)
     rows = start(tmp_path, **{"log.progress": "plain"})
     assert_same_run(tmp_path, off)
-    assert values(rows, "workers/num_lost") == [0, 0, 1, 0]
+    assert values(rows, "workers/num_lost") == [0, 0, 1, 1]
     assert rows[-1]["workers/lost"] == "1 (MemoryError: no room)"
     assert "step 3: lost workers: 1 (MemoryError: no room)" in capsys.readouterr().out

@@ -29,6 +29,7 @@ from tlt_jax.rl import (
     adaptation,
     clock,
     collector,
+    coordinator,
     evaluator,
     experience,
     learner,
@@ -171,6 +172,7 @@ class Trainer:
                 )
             )
         self.step = 0
+        self.num_lost = 0
         self._stage = (-1, "")
         self._restore(source)
         if self.updater.needs_reference:
@@ -334,14 +336,16 @@ class Trainer:
             )
 
     def _about_workers(self) -> dict[str, Any]:
-        """What the workers did in this step's last rollout; the timeline is written."""
+        """What the workers did in this step's rollouts; the timeline is written."""
         if not self.group.is_first:
             return {}
-        c = self.workers.coordination
-        workdir.write_timeline(self.directory, self.step + 1, c.timeline())
-        row = c.metrics()
+        intervals = self.workers.take_intervals()
+        workdir.write_timeline(self.directory, self.step + 1, intervals)
+        row = coordinator.sums(intervals)
+        row["workers/num_lost"] = len(self.workers.lost)
         lost = [f"{worker} ({why})" for worker, why in self.workers.lost.items()]
-        if row["workers/num_lost"]:
+        if len(lost) > self.num_lost:
+            self.num_lost = len(lost)
             self._note_in_step(f"lost workers: {', '.join(lost)}; the others go on.")
         return row | ({"workers/lost": ", ".join(lost)} if lost else {})
 

@@ -46,6 +46,8 @@ def test_prompts_and_answers():
 def test_scores(text, score):
     example = types.Example("counting/train/0", (), "3, 4, 5, 6")
     assert counting.CountingTask().score(example, text) == score
+    exact = counting.CountingTask(exact=True).score(example, text)
+    assert exact == (1.0 if score == 1.0 else 0.0)
 
 
 def test_bad_settings():

@@ -100,13 +100,23 @@ def metrics(state: records.State) -> dict[str, float]:
     """Sum up the rollout that has ended, or the one that runs up to `state.now_s`.
 
     Returns:
+      What `sums` gives, and `workers/num_lost`.
+    """
+    return sums(timeline(state)) | {
+        "workers/num_lost": len(state.which(records.Activity.LOST))
+    }
+
+
+def sums(intervals: Iterable[records.Interval]) -> dict[str, float]:
+    """Add up what workers did.
+
+    Returns:
       `workers/idle_s`: seconds of all workers without generation, those used for
       training among them; `workers/trained_s`: of these, the ones used for training;
-      `workers/idle_frac`: idle seconds per second of all workers that were not lost;
-      `workers/num_lost`.
+      `workers/idle_frac`: idle seconds per second of all workers that were not lost.
     """
     spent = dict.fromkeys(records.Activity, 0.0)
-    for interval in timeline(state):
+    for interval in intervals:
         spent[interval.activity] += interval.stop_s - interval.start_s
     idle_s = spent[records.Activity.IDLE] + spent[records.Activity.TRAINING]
     present_s = idle_s + spent[records.Activity.BUSY]
@@ -114,7 +124,6 @@ def metrics(state: records.State) -> dict[str, float]:
         "workers/idle_s": idle_s,
         "workers/trained_s": spent[records.Activity.TRAINING],
         "workers/idle_frac": idle_s / present_s if present_s else 0.0,
-        "workers/num_lost": len(state.which(records.Activity.LOST)),
     }
 
 

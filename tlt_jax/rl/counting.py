@@ -84,7 +84,8 @@ class CountingTask(tiny_tasks.GeneratedTask):
     def score(self, example: types.Example, text: str) -> float:
         """Scores right leading numbers by the longer of answer and text, in numbers.
 
-        With `exact` that is 1 or nothing. So neither stopping early nor going on is free; words between numbers are.
+        So neither stopping early nor going on is free; words between numbers are.
+        With `exact` only the whole counts.
         """
         if example.answer is None:
             raise ValueError(f"example {example.example_id!r} has no answer.")

@@ -59,7 +59,7 @@ class Report:
         row: dict[str, Any] = {
             "drafter/num_steps": self.num_steps,
             "drafter/num_skipped": self.num_skipped,
-            "time/drafter_s": self.seconds,
+            "drafter/train_s": self.seconds,
         }
         if self.outcome is not None:
             row["drafter/loss"] = float(self.outcome["loss"])
