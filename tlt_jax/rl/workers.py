@@ -156,7 +156,8 @@ class Workers:
     def take_intervals(self) -> list[records.Interval]:
         """Return what every worker did in the runs since the last call.
 
-        The first process knows; others have nothing. Times are counted from the first run's beginning; between runs nobody is listed.
+        The first process knows; others have nothing. Times are counted from the first
+        run's beginning; between runs nobody is listed.
         """
         intervals, self._intervals, self._began_s = self._intervals, [], None
         return intervals
