@@ -110,6 +110,18 @@ def test_who_leaves_without_goodbye_breaks_it(server, pool):
         server.check()
 
 
+def test_who_is_silent_is_given_up(pool, monkeypatch):
+    server = channel.Server(3, "127.0.0.1", SECRET, silent_s=0.5)
+    monkeypatch.setattr(channel, "_BEAT_S", 0.1)
+    one = channel.Client(1, server.address, SECRET)
+    monkeypatch.setattr(channel.Client, "_beat", lambda self: None)
+    two = channel.Client(2, server.address, SECRET)
+    with pytest.raises(channel.ProcessError, match="process 2 was silent for 0.5 s"):
+        server.meet(1, "a", 0, 0)
+    for link in (one, two, server):
+        link.close(failed=True)
+
+
 def test_the_end_of_process_0_is_told(server, pool):
     one, _ = clients(server)
     address = server.address

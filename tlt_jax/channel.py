@@ -1,8 +1,8 @@
 """A channel between the processes of a run: meetings, and calls of offered objects.
 
 Process 0 listens; the others connect with a secret that they were given. What is sent
-is pickled, as between parts of one program. Who ends without saying goodbye breaks the
-channel: all who wait are told which process is gone.
+is pickled, as between parts of one program. Who ends without saying goodbye, or hangs,
+breaks the channel: all who wait are told which process is gone.
 """
 
 import contextlib
@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
-_GOODBYE = "goodbye"
+_GOODBYE, _BEAT = "goodbye", "beat"
+_BEAT_S = 5.0
+# JAX gives a process up after 100 s, and then ends all without a word for users.
+_SILENT_S = 60.0
 _REMEDY = "The same command resumes from the newest checkpoint."
 
 
@@ -25,14 +28,22 @@ class ProcessError(RuntimeError):
 class Server:
     """The end of process 0. Objects that are offered here are called by the others."""
 
-    def __init__(self, num_processes: int, host: str, secret: bytes):
+    def __init__(
+        self,
+        num_processes: int,
+        host: str,
+        secret: bytes,
+        silent_s: float = _SILENT_S,
+    ):
         """Listen on a free port of `host`.
 
         Args:
           num_processes: of the run, this one included.
           host: an address of this machine that the others can reach.
           secret: what a caller must know.
+          silent_s: a process of which nothing is heard for so long is gone.
         """
+        self._silent_s = silent_s
         self._num = num_processes
         self._listener = connection.Listener(
             (host, 0), backlog=4 * num_processes, authkey=secret
@@ -125,12 +136,11 @@ class Server:
         try:
             _send_at_once(caller)
             index, is_life_line = caller.recv()
-            while (message := caller.recv()) != _GOODBYE:
-                caller.send(self._answer(*message))
-            is_life_line = False
-            with self._changed:
-                self._gone.add(index)
-                self._changed.notify_all()
+            if is_life_line:
+                self._watch(index, caller)
+                return
+            while True:
+                caller.send(self._answer(*caller.recv()))
         except (EOFError, OSError):
             if is_life_line and not self._closed:
                 with self._changed:
@@ -139,6 +149,17 @@ class Server:
             with self._changed:
                 self._callers.remove(caller)
             caller.close()
+
+    def _watch(self, index: int, caller: connection.Connection) -> None:
+        """Follow a process's life line until it says goodbye."""
+        while caller.poll(self._silent_s):
+            if caller.recv() == _GOODBYE:
+                with self._changed:
+                    self._gone.add(index)
+                    self._changed.notify_all()
+                return
+        with self._changed:
+            self._break(f"process {index} was silent for {self._silent_s:g} s.")
 
     def _answer(self, name: str | None, method: str, args: tuple) -> tuple[bool, Any]:
         try:
@@ -198,6 +219,8 @@ class Client:
         self._free: list[connection.Connection] = []
         # Its end is this process's end to the server.
         self._life_line = self._connect(True)
+        self._left = threading.Event()
+        threading.Thread(target=self._beat, daemon=True, name="beat").start()
 
     def call(self, name: str | None, method: str, *args: Any) -> Any:
         """Call a method of an object that process 0 offers, or of its `Server`.
@@ -222,11 +245,19 @@ class Client:
 
     def close(self, failed: bool = False) -> None:
         """Leave; after a failure without a goodbye, so that the others are told."""
+        self._left.set()
         with self._lock, contextlib.suppress(OSError):
             if not failed:
                 self._life_line.send(_GOODBYE)
             for link in (self._life_line, *self._free):
                 link.close()
+
+    def _beat(self) -> None:
+        """Say from time to time that this process lives."""
+        while not self._left.wait(_BEAT_S):
+            with self._lock, contextlib.suppress(OSError):
+                if not self._left.is_set():
+                    self._life_line.send(_BEAT)
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[connection.Connection]:
