@@ -122,6 +122,37 @@ def test_who_is_silent_is_given_up(pool, monkeypatch):
         link.close(failed=True)
 
 
+def test_who_cannot_leave_by_itself_is_told(monkeypatch):
+    """It may wait for an array that nobody will send."""
+    monkeypatch.setattr(channel, "_LEAVE_S", 0.3)
+    told = [[], [], []]
+    server = channel.Server(3, "127.0.0.1", SECRET, on_gone=told[0].append)
+    one, two = (
+        channel.Client(i, server.address, SECRET, told[i].append) for i in (1, 2)
+    )
+    server.offer("counter", Counter())
+    one.call("counter", "add", 1)
+    two.close(failed=True)
+    until = time.monotonic() + 10
+    while not (told[0] and told[1]) and time.monotonic() < until:
+        time.sleep(0.01)
+    reason = "process 2 has ended. The same command resumes from the newest checkpoint."
+    assert told == [[reason], [reason], []]
+    one.close(failed=True)
+    server.close(failed=True)
+
+
+def test_who_leaves_in_time_is_left_alone(monkeypatch):
+    monkeypatch.setattr(channel, "_LEAVE_S", 0.2)
+    told = []
+    server = channel.Server(2, "127.0.0.1", SECRET, on_gone=told.append)
+    one = channel.Client(1, server.address, SECRET, told.append)
+    server.close(failed=True)
+    one.close(failed=True)
+    time.sleep(0.4)
+    assert told == []
+
+
 def test_the_end_of_process_0_is_told(server, pool):
     one, _ = clients(server)
     address = server.address

@@ -10,7 +10,7 @@ import os
 import pickle
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
@@ -18,6 +18,8 @@ _GOODBYE, _BEAT = "goodbye", "beat"
 _BEAT_S = 5.0
 # JAX gives a process up after 100 s, and then ends all without a word for users.
 _SILENT_S = 60.0
+# What waits for a process that is gone has so long to find out by itself.
+_LEAVE_S = 10.0
 _REMEDY = "The same command resumes from the newest checkpoint."
 
 
@@ -34,6 +36,7 @@ class Server:
         host: str,
         secret: bytes,
         silent_s: float = _SILENT_S,
+        on_gone: Callable[[str], None] | None = None,
     ):
         """Listen on a free port of `host`.
 
@@ -42,8 +45,12 @@ class Server:
           host: an address of this machine that the others can reach.
           secret: what a caller must know.
           silent_s: a process of which nothing is heard for so long is gone.
+          on_gone: called with the reason when a process is gone and this one has not
+            closed the channel some seconds later: it may wait where nothing wakes it.
         """
-        self._silent_s = silent_s
+        self._silent_s, self._on_gone = silent_s, on_gone
+        self._left = threading.Event()
+        self._life_lines: set[connection.Connection] = set()
         self._num = num_processes
         self._listener = connection.Listener(
             (host, 0), backlog=4 * num_processes, authkey=secret
@@ -105,6 +112,7 @@ class Server:
 
     def close(self, failed: bool = False) -> None:
         """Leave when the others have; after a failure at once, and tell them."""
+        self._left.set()
         with self._changed:
             if failed:
                 self._break("process 0 has failed.")
@@ -152,9 +160,12 @@ class Server:
 
     def _watch(self, index: int, caller: connection.Connection) -> None:
         """Follow a process's life line until it says goodbye."""
+        with self._changed:
+            self._life_lines.add(caller)
         while caller.poll(self._silent_s):
             if caller.recv() == _GOODBYE:
                 with self._changed:
+                    self._life_lines.remove(caller)
                     self._gone.add(index)
                     self._changed.notify_all()
                 return
@@ -186,8 +197,15 @@ class Server:
             raise ProcessError(f"{self._broken} {_REMEDY}")
 
     def _break(self, reason: str) -> None:
-        self._broken = self._broken or reason
+        if self._broken:
+            return
+        self._broken = reason
         self._changed.notify_all()
+        told = f"{reason} {_REMEDY}"
+        for life_line in self._life_lines:
+            with contextlib.suppress(OSError):
+                life_line.send(told)
+        _leave_later(self._left, self._on_gone, told)
         for target in self._objects.values():
             if hasattr(target, "close"):
                 target.close()
@@ -203,13 +221,19 @@ class _Meeting:
 class Client:
     """The end of another process. Calls by several threads go side by side."""
 
-    def __init__(self, index: int, address: Sequence, secret: bytes):
+    def __init__(
+        self,
+        index: int,
+        address: Sequence,
+        secret: bytes,
+        on_gone: Callable[[str], None] | None = None,
+    ):
         """Connect.
 
         Args:
           index: of this process, above 0.
           address: `Server.address`.
-          secret: as the server's.
+          secret, on_gone: as the server's.
 
         Raises:
           ProcessError: process 0 cannot be reached.
@@ -219,7 +243,7 @@ class Client:
         self._free: list[connection.Connection] = []
         # Its end is this process's end to the server.
         self._life_line = self._connect(True)
-        self._left = threading.Event()
+        self._left, self._on_gone = threading.Event(), on_gone
         threading.Thread(target=self._beat, daemon=True, name="beat").start()
 
     def call(self, name: str | None, method: str, *args: Any) -> Any:
@@ -249,15 +273,22 @@ class Client:
         with self._lock, contextlib.suppress(OSError):
             if not failed:
                 self._life_line.send(_GOODBYE)
-            for link in (self._life_line, *self._free):
+            # Another thread reads from it: closing it would not be told.
+            _hang_up(self._life_line)
+            for link in self._free:
                 link.close()
 
     def _beat(self) -> None:
-        """Say from time to time that this process lives."""
-        while not self._left.wait(_BEAT_S):
-            with self._lock, contextlib.suppress(OSError):
-                if not self._left.is_set():
+        """Say from time to time that this process lives; hear of those that do not."""
+        told = f"process 0 has ended. {_REMEDY}"
+        with contextlib.suppress(EOFError, OSError):
+            while not self._life_line.poll(_BEAT_S):
+                with self._lock:
+                    if self._left.is_set():
+                        return
                     self._life_line.send(_BEAT)
+            told = self._life_line.recv()
+        _leave_later(self._left, self._on_gone, told)
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[connection.Connection]:
@@ -299,3 +330,16 @@ def _hang_up(link: connection.Connection) -> None:
 def _socket_of(link: connection.Connection) -> socket.socket:
     """Return a second handle of the connection's socket."""
     return socket.socket(fileno=os.dup(link.fileno()))
+
+
+def _leave_later(
+    left: threading.Event, on_gone: Callable[[str], None] | None, told: str
+) -> None:
+    """Call `on_gone` unless the channel is left meanwhile."""
+
+    def wait():
+        if not left.wait(_LEAVE_S):
+            on_gone(told)
+
+    if on_gone is not None:
+        threading.Thread(target=wait, daemon=True, name="leave").start()

@@ -8,6 +8,7 @@ is not an array of such a mesh. A program of one process has a group of one.
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -177,16 +178,20 @@ def join() -> Group:
         return alone()
     if index == 0:
         secret = secrets.token_bytes(32)
-        server = channel.Server(num, _host(), secret)
+        server = channel.Server(num, _host(), secret, on_gone=_leave)
         logging.info("listening at %s for %d processes", server.address, num - 1)
         host, port = server.address
         _broadcast(b"\n".join([secret.hex().encode(), host.encode(), b"%d" % port]))
         return Group(0, num, server)
     secret, host, port = _broadcast(b"").split(b"\n")
-    address = host.decode(), int(port)
-    return Group(
-        index, num, channel.Client(index, address, bytes.fromhex(secret.decode()))
-    )
+    address, key = (host.decode(), int(port)), bytes.fromhex(secret.decode())
+    return Group(index, num, channel.Client(index, address, key, on_gone=_leave))
+
+
+def _leave(reason: str) -> None:
+    """End this process, which waits in a collective for one that is gone."""
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _host() -> str:
