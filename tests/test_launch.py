@@ -204,3 +204,38 @@ def test_processes_share_a_run_that_survives_the_death_of_one(tmp_path):
         assert tiny_runs.policy(tmp_path / directory) == tiny_runs.policy(
             tmp_path / "one"
         )
+
+
+@pytest.mark.slow
+def test_processes_share_a_drafter_that_one_of_them_trains(tmp_path):
+    """The tokens are those without it; it goes on where a resumed run goes on."""
+    settings = (
+        *(
+            "--config.mesh.data=-1",
+            "--config.mesh.fsdp=1",
+            "--config.log.plots_every=0",
+        ),
+        *("--config.reward.function=tests.judges:odd", "--config.num_steps=12"),
+    )
+    adapted = (
+        *("--config.specdec.mode=tlt", "--config.drafter.features=last"),
+        *("--config.specdec.strategies=1:D2K1V3", "--config.adaptation.num_rows=2"),
+        *("--config.specdec.ngram_strategies=1:D2K1V3-ngram",),
+        *("--config.adaptation.row_tokens=32", "--config.adaptation.row_bases=16"),
+        *("--config.adaptation.head_chunk=16",),
+    )
+    status, output = run(tmp_path / "model", 1, "--config.num_steps=1")
+    assert status == 0, output
+    settings += (f"--config.model.spec={tmp_path / 'model' / 'initial_model'}",)
+    status, output = run(tmp_path / "off", 2, *settings)
+    assert status == 0, output
+    for num_steps in (8, 12):
+        more = (*settings, *adapted, f"--config.num_steps={num_steps}")
+        status, output = run(tmp_path / "tlt", 2, *more)
+        assert status == 0, output
+    rows, expected = (metrics.read(tmp_path / name) for name in ("tlt", "off"))
+    for name in ("step", "rollout/tokens_digest", "reward/mean"):
+        assert tiny_runs.values(rows, name) == tiny_runs.values(expected, name)
+    updates = tiny_runs.values(rows, "drafter/num_updates")
+    assert updates == sorted(updates) and 0 < updates[7] <= updates[8]
+    assert sum(tiny_runs.values(rows, "workers/trained_s")) > 0

@@ -16,8 +16,8 @@ from typing import Any
 
 _GOODBYE, _BEAT = "goodbye", "beat"
 _BEAT_S = 5.0
-# JAX gives a process up after 100 s, and then ends all without a word for users.
-_SILENT_S = 60.0
+# JAX gives a process up a little later, and then ends all without a word for users.
+_SILENT_S = 45.0
 # What waits for a process that is gone has so long to find out by itself.
 _LEAVE_S = 10.0
 _REMEDY = "The same command resumes from the newest checkpoint."
@@ -117,7 +117,7 @@ class Server:
             if failed:
                 self._break("process 0 has failed.")
             self._changed.wait_for(
-                lambda: self._broken or len(self._gone) == self._num - 1, timeout=10.0
+                lambda: self._broken or len(self._gone) == self._num - 1, timeout=120.0
             )
             self._closed = True
             for caller in self._callers:
