@@ -46,8 +46,9 @@ def test_prompts_and_answers():
 def test_scores(text, score):
     example = types.Example("counting/train/0", (), "3, 4, 5, 6")
     assert counting.CountingTask().score(example, text) == score
-    exact = counting.CountingTask(exact=True).score(example, text)
-    assert exact == (1.0 if score == 1.0 else 0.0)
+    for mark in (0.5, 1.0):
+        passed = counting.CountingTask(pass_mark=mark).score(example, text)
+        assert passed == (1.0 if score >= mark else 0.0)
 
 
 def test_bad_settings():
@@ -57,5 +58,7 @@ def test_bad_settings():
         counting.CountingTask(max_start=0)
     with pytest.raises(ValueError, match="num_shots=4: there are 0 to 3"):
         counting.CountingTask(num_shots=4)
+    with pytest.raises(ValueError, match="pass_mark=2"):
+        counting.CountingTask(pass_mark=2)
     with pytest.raises(ValueError, match="has no answer"):
         counting.CountingTask().score(types.Example("a", (), None), "1")

@@ -28,7 +28,8 @@ class CountingTask(tiny_tasks.GeneratedTask):
       alpha: the tail's exponent, above 0; the smaller, the heavier.
       max_start: the first number is drawn evenly from 1 to it.
       num_shots: answered examples before the question, at most 3.
-      exact: only a whole right answer scores, with 1.
+      pass_mark: in [0, 1]; above 0 an answer passes, with 1, if it has so many of the
+        numbers right, and else scores 0.
       seed, size, eval_size, holdout_frac: as in `tasks.ReasoningGymTask`.
     """
 
@@ -40,7 +41,7 @@ class CountingTask(tiny_tasks.GeneratedTask):
         alpha: float = 1.0,
         max_start: int = 40,
         num_shots: int = 2,
-        exact: bool = False,
+        pass_mark: float = 0.0,
         seed: int = 0,
         size: int = 1000,
         eval_size: int = 64,
@@ -52,6 +53,8 @@ class CountingTask(tiny_tasks.GeneratedTask):
                 f"{max_start}: 1 <= min_num <= max_num, alpha above 0 and max_start of "
                 "at least 1 are accepted."
             )
+        if not 0 <= pass_mark <= 1:
+            raise ValueError(f"pass_mark={pass_mark} is not in [0, 1].")
         if not 0 <= num_shots <= len(_SHOTS):
             raise ValueError(
                 f"num_shots={num_shots}: there are 0 to {len(_SHOTS)} examples."
@@ -64,7 +67,7 @@ class CountingTask(tiny_tasks.GeneratedTask):
             for shot in _SHOTS[:num_shots]
             for role, text in zip(("user", "assistant"), _count(*shot), strict=True)
         ]
-        self._exact, self._seed = exact, seed
+        self._pass_mark, self._seed = pass_mark, seed
 
     def _example(self, split: tiny_tasks.Split, index: int) -> types.Example:
         rng = random.Random(f"{self._seed}/{split}/{index}")
@@ -85,7 +88,6 @@ class CountingTask(tiny_tasks.GeneratedTask):
         """Scores right leading numbers by the longer of answer and text, in numbers.
 
         So neither stopping early nor going on is free; words between numbers are.
-        With `exact` only the whole counts.
         """
         if example.answer is None:
             raise ValueError(f"example {example.example_id!r} has no answer.")
@@ -94,8 +96,8 @@ class CountingTask(tiny_tasks.GeneratedTask):
         right = 0
         while right < min(len(wanted), len(got)) and wanted[right] == got[right]:
             right += 1
-        longer = max(len(wanted), len(got))
-        return float(right == longer) if self._exact else right / longer
+        score = right / max(len(wanted), len(got))
+        return float(score >= self._pass_mark) if self._pass_mark else score
 
 
 def _count(start: int, stop: int) -> tuple[str, str]:
