@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.num_steps = 16
     # Long-tailed by itself: most answers are short, some count on up to the limit.
     config.task.name = "counting"
-    config.task.options = dict(pass_mark=0.9)
+    config.task.options = dict(pass_mark=0.6)
     config.task.size = 512
     config.task.max_prompt_tokens = 192
 
@@ -30,10 +30,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.rollout.prompts_per_step = 4
     config.rollout.group_size = 4
     config.rollout.max_new_tokens = 512
-    config.rollout.max_batch = 8
+    # One core is bound by its memory up to about so many rows, as a large accelerator is
+    # up to a hundred: beyond it guesses cost as much as they bring.
+    config.rollout.max_batch = 2
     config.specdec.mode = arg or "tlt"
-    # Chains, one a bucket: each costs half a minute of compiling, for each worker.
-    config.specdec.strategies = ("2:D7K1V8", "8:D5K1V6")
+    # Each candidate costs half a minute of compiling, per bucket and worker.
+    config.specdec.strategies = ("2:D7K1V8",)
     config.specdec.ngram_strategies = ()
     config.drafter.features = "low_mid_high"
     config.drafter.draft_vocab_size = 2048
