@@ -27,8 +27,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.workers.num = 2
     config.mesh.data = 1
     config.mesh.fsdp = 2
-    config.rollout.prompts_per_step = 4
-    config.rollout.group_size = 4
+    config.rollout.prompts_per_step = 2
+    config.rollout.group_size = 8
+    config.rollout.prefill_chunk = 192
     config.rollout.max_new_tokens = 512
     # One core is bound by its memory up to about so many rows, as a large accelerator is
     # up to a hundred: beyond it guesses cost as much as they bring.
