@@ -268,7 +268,9 @@ class Trainer:
         if "specdec/num_accepted" in row:
             counts = row["specdec/num_accepted"]
             row["specdec/accept_length"] = rollout_stats.accept_length(counts)
-            row["specdec/accept_rate_by_depth"] = rollout_stats.accept_rates(counts)
+            row["specdec/accept_rate_by_depth"] = rollout_stats.accept_rates(
+                counts, row["specdec/num_tried"]
+            )
         row["time/step_s"] = time.perf_counter() - started
         seconds = max(row["time/rollout_s"], 1e-9)
         row["rollout/tokens_per_s"] = row["rollout/tokens"] / seconds

@@ -153,6 +153,7 @@ class Collector:
         }
         if stats.num_accepted:
             row["specdec/num_accepted"] = stats.num_accepted
+            row["specdec/num_tried"] = stats.num_tried
             row["specdec/strategy"] = _most_used(stats)
         return batch, row
 

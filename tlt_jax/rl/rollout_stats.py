@@ -22,6 +22,8 @@ class RolloutStats:
       num_preempted: rows put back for want of pages.
       num_accepted: over rows and speculative steps, how often at least d drafted tokens
         were accepted; entry 0 counts the row-steps.
+      num_tried: the same of drafts at depth d + 1 whose parent was accepted, whether
+        they were, too, or not: strategies differ in depth.
       strategies: decode calls by strategy; `none` is plain decoding.
       rule: by which drafted tokens were accepted, see `drafting.DraftingConfig`.
       prefill_s, fill_s, decode_s: seconds on the host's clock, waiting for the device;
@@ -40,6 +42,7 @@ class RolloutStats:
     num_fill_tokens: int = 0
     num_preempted: int = 0
     num_accepted: list[int] = dataclasses.field(default_factory=list)
+    num_tried: list[int] = dataclasses.field(default_factory=list)
     strategies: collections.Counter = dataclasses.field(
         default_factory=collections.Counter
     )
@@ -59,7 +62,7 @@ class RolloutStats:
 
     def accept_rates(self) -> list[float]:
         """Chance of acceptance at each depth, given that its parent was accepted."""
-        return accept_rates(self.num_accepted)
+        return accept_rates(self.num_accepted, self.num_tried)
 
     def add(self, call: tuner.Call) -> None:
         """Count a decode call; the tokens kept of it are counted where rows end."""
@@ -71,6 +74,7 @@ class RolloutStats:
         self.num_steps += call.num_steps
         self.num_row_steps += call.num_steps * call.bucket
         self.num_accepted = _sum(self.num_accepted, call.num_accepted)
+        self.num_tried = _sum(self.num_tried, call.num_accepted[:-1])
 
     def join(self, other: "RolloutStats") -> "RolloutStats":
         """Add what another engine did; its calls come behind."""
@@ -78,7 +82,8 @@ class RolloutStats:
         for field in dataclasses.fields(self):
             mine, its = getattr(self, field.name), getattr(other, field.name)
             values[field.name] = mine if field.name == "rule" else mine + its
-        values["num_accepted"] = _sum(self.num_accepted, other.num_accepted)
+        for name in ("num_accepted", "num_tried"):
+            values[name] = _sum(getattr(self, name), getattr(other, name))
         return RolloutStats(**values)
 
 
@@ -92,6 +97,7 @@ def accept_length(num_accepted: Sequence[int]) -> float:
     return sum(num_accepted) / num_accepted[0] if num_accepted else 1.0
 
 
-def accept_rates(num_accepted: Sequence[int]) -> list[float]:
+def accept_rates(num_accepted: Sequence[int], num_tried: Sequence[int]) -> list[float]:
     """Chance of acceptance at each depth, given that its parent was accepted."""
-    return [b / a if a else 0.0 for a, b in itertools.pairwise(num_accepted)]
+    pairs = zip(num_accepted[1:], num_tried, strict=True)
+    return [accepted / tried if tried else 0.0 for accepted, tried in pairs]
