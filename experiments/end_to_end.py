@@ -94,10 +94,11 @@ def start(command: list[str]) -> None:
     subprocess.run(command, check=True, env=ENVIRONMENT | os.environ)
 
 
-def rows_of(system: str, workdir: pathlib.Path) -> list[harness.Row]:
-    """Reads what is compared of a run's record."""
+def rows_of(system: str, workdir: pathlib.Path, steps: int) -> list[harness.Row]:
+    """Reads what is compared of a run's first steps."""
     found = []
-    for number, row in enumerate(r for r in metrics.read(workdir) if r["step"]):
+    rows = (row for row in metrics.read(workdir) if 0 < row["step"] <= steps)
+    for number, row in enumerate(rows):
         found.append({"system": system, "round": number} | columns(row))
     return found
 
@@ -216,7 +217,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
             workdir = folder / system
             print(f"Running {system} ...", flush=True)
             start(command_of(options, system, workdir))
-            rows += rows_of(system, workdir)
+            rows += rows_of(system, workdir, options.steps)
             drawn = workdir / "plots" / "timeline.png"
             if drawn.exists():
                 out.mkdir(parents=True, exist_ok=True)
