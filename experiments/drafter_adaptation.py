@@ -1,4 +1,4 @@
-"""Accept length over RL steps: a drafter that goes on learning against one that stopped.
+"""Accept length over RL steps: a drafter that goes on learning, and one that stopped.
 
     python -m experiments.drafter_adaptation --scale=cpu
 
