@@ -14,6 +14,7 @@ kind and not in size.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import pathlib
 import runpy
@@ -27,6 +28,7 @@ import matplotlib.pyplot as plt
 
 from experiments import harness
 from tlt_jax import compile_cache, config, progress, train
+from tlt_jax.rl import drafter_budget
 
 SLUG = "drafter_adaptation"
 ADAPTED, FROZEN = "adapted", "frozen"
@@ -48,6 +50,20 @@ SETTINGS = {
     "log.progress": "off",
     "log.tensorboard": False,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Always(drafter_budget.Budget):
+    """Trains as long as it may, whether that pays or not: here nobody is in a hurry."""
+
+    def seconds(self, rollout_s: float, max_frac: float) -> float:
+        """Returns the limit."""
+        return max_frac * rollout_s
+
+    def trained(self, seconds: float, before: float, after: float) -> "Always":
+        """Learns nothing."""
+        del seconds, before, after
+        return self
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -160,6 +176,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
             display = progress.Progress(run.num_steps, mode="off")
             made = train.Trainer(run, folder / name, display)
             trainers[name] = closing.enter_context(made)
+            made.adaptation.budget = Always()
             made.begin()
 
         def measure(name, case, number):

@@ -10,6 +10,7 @@ def test_run(tmp_path, monkeypatch):
     monkeypatch.setitem(drafter_adaptation.SETTINGS, "rollout.group_size", 4)
     monkeypatch.setitem(drafter_adaptation.SETTINGS, "rollout.max_batch", 2)
     monkeypatch.setitem(drafter_adaptation.SETTINGS, "mesh.fsdp", 1)
+    monkeypatch.setitem(drafter_adaptation.SETTINGS, "adaptation.max_frac", 3.0)
     summary = drafter_adaptation.main(
         [
             *("--config=configs/tiny.py:arithmetic", "--steps=4", "--warm-steps=2"),
