@@ -1,6 +1,23 @@
 """TLT on SmolLM2-135M-Instruct: two workers, a drafter trained by one that waits.
 
+Counting in words with a pass mark, by DAPO: groups of eight are drawn until two carry
+signal, so that rollouts are most of a step, as they are with reasoning models. Two
+workers of one core each (simulated devices) take two rows at a time; who has none left
+trains the drafter until the other is through, on the texts of this step and the last.
+The drafter begins with random weights and is used once its drafts would have more
+accepted than plain decoding. To begin with a trained one, train it with
+configs/smollm2_drafter.py:counting and name its workdir as drafter.directory.
+
 Command: python -m tlt_jax.main --config=configs/smollm2_tlt.py --workdir=workdirs/tlt
+
+Variants: `off`, the same run without speculation: same tokens, rewards and weights;
+`ngram`, proposals from earlier text alone.
+
+Expected outcome (seed 0, drafter.directory set): rollouts 1.9 times and whole steps
+1.5 times as fast as `off`, accept length 4.7, four fifths of the idle time trained
+(experiments/results/cpu/end_to_end*); rewards between 0.02 and 0.25 over the first
+steps. Cost: 25 to 50 seconds a step on two idle cores, after six to ten minutes of
+compiling that the compilation cache keeps; 14 GB of memory.
 """
 
 import ml_collections

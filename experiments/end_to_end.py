@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     out = options.out or harness.RESULTS_DIR / options.scale
     settings = {
         "config": options.config,
-        "set": options.set,
+        "set": harness.without_paths(options.set),
         "steps": options.steps,
         "systems": systems,
         "warm_steps": options.warm_steps,

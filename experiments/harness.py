@@ -328,8 +328,13 @@ class Provenance:
 
 def public_command(experiment: str, arguments: collections.abc.Sequence[str]) -> str:
     """Returns the command line with every absolute path replaced by `PATH`."""
-    told = [re.sub(r"(^|[=,])[/~][^,=]*", r"\1PATH", a) for a in arguments]
+    told = [without_paths(argument) for argument in arguments]
     return shlex.join(["python", "-m", f"experiments.{experiment}", *told])
+
+
+def without_paths(argument: str) -> str:
+    """Replaces every absolute path of an argument by `PATH`."""
+    return re.sub(r"(^|[=,])[/~][^,=]*", r"\1PATH", argument)
 
 
 def config_hash(settings: Row) -> str:
