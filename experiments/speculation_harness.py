@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.metadata
+import json
 import pathlib
 
 import numpy as np
@@ -15,7 +16,7 @@ from tlt_jax.specdec import chain, hidden_buffer, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 
 MAX_PROMPT_TOKENS = 192
-_PAGE_SIZE = 64
+PAGE_SIZE = 64
 
 
 def argument_parser(text: str) -> argparse.ArgumentParser:
@@ -47,8 +48,8 @@ class Setting:
         self.options = options
         self.policy = policy.load(options.model)
         self.drafter = speculation.load(options.drafter, self.policy.config)
-        held_out = self._held_out(pathlib.Path(options.drafter))
-        fitting = [p for p in held_out if len(p) <= MAX_PROMPT_TOKENS]
+        found = self._held_out(pathlib.Path(options.drafter))
+        fitting = [p for p in found if len(p) <= MAX_PROMPT_TOKENS]
         self.prompts = fitting[: options.num_prompts]
 
     def _held_out(self, workdir: pathlib.Path) -> list[np.ndarray]:
@@ -56,18 +57,12 @@ class Setting:
 
         Where the drafter came without its workdir: the fixed chat prompts.
         """
-        folder = workdir / "texts"
-        if not folder.is_dir():
+        if not (workdir / "texts").is_dir():
             encode = self.policy.tokenizer.encode_prompt
             return [encode(prompts.as_messages(text)) for text in prompts.CHAT]
-        texts = hidden_buffer.HiddenBuffer(folder)
-        held_out = [
-            texts.read(i)
-            for i, text_id in enumerate(texts.text_ids)
-            if text_id >= drafter_texts.HELD_OUT
-        ]
-        held_out.sort(key=lambda record: record.text_id)
-        return [record.tokens[: record.response_start] for record in held_out]
+        texts = texts_of(workdir)
+        records = [texts.read(i) for i in held_out(texts)]
+        return [record.tokens[: record.response_start] for record in records]
 
     def engine(
         self,
@@ -93,17 +88,20 @@ class Setting:
                 ),
                 self.drafter.params,
             )
-        longest = MAX_PROMPT_TOKENS + self.options.new_tokens
-        pages = -(-longest // _PAGE_SIZE) + 1
         return self.policy.engine(
             max_rows=batch,
-            max_length=longest,
+            max_length=MAX_PROMPT_TOKENS + self.options.new_tokens,
             speculation=chosen,
-            page_size=_PAGE_SIZE,
-            num_pages=1 + max(batch, most_rows) * pages,
+            page_size=PAGE_SIZE,
+            num_pages=self.num_pages(max(batch, most_rows)),
             steps_per_call=64,
             sampling_cfg=sampling.SamplingConfig(temperature),
         )
+
+    def num_pages(self, num_rows: int) -> int:
+        """Returns the size of a cache for so many rows."""
+        longest = MAX_PROMPT_TOKENS + self.options.new_tokens
+        return 1 + num_rows * (-(-longest // PAGE_SIZE) + 1)
 
     def requests(self, count: int) -> list[types.Request]:
         """Makes requests of the held-out prompts in order, as often as needed."""
@@ -137,3 +135,27 @@ class Setting:
             "new_tokens": self.options.new_tokens,
         }
         return harness.Provenance(slug, about | settings, versions)
+
+
+def texts_of(workdir: pathlib.Path) -> hidden_buffer.HiddenBuffer:
+    """Opens the texts that a drafter was trained and measured on.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if not (workdir / "texts").is_dir():
+        raise ValueError(
+            f"--drafter={workdir} has no folder texts: name the workdir of "
+            "tlt_jax.train_drafter, with the texts that it was measured on."
+        )
+    settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    return hidden_buffer.HiddenBuffer(workdir / "texts", settings["texts"]["dtype"])
+
+
+def held_out(texts: hidden_buffer.HiddenBuffer) -> list[int]:
+    """Lists the indices of the texts that the drafter never saw."""
+    return [
+        i
+        for i, text_id in enumerate(texts.text_ids)
+        if text_id >= drafter_texts.HELD_OUT
+    ]

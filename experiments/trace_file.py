@@ -1,0 +1,86 @@
+"""Traces of real engines on disk: seconds of steps, and what drafts had accepted."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from experiments import arm_replay
+from tlt_jax.specdec import strategy as strategy_lib
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+MOST_LEVELS = len(_DIGITS) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What was measured once and can be replayed under any tuner.
+
+    Attributes:
+      step_s: seconds of a step of each observed call, by (batch bucket, strategy).
+      lifetimes: by drafter, and then by text, `[n] int` as `arm_replay.Text` has them.
+      max_levels: where they were cut.
+    """
+
+    step_s: Mapping[arm_replay.Kind, tuple[float, ...]]
+    lifetimes: Mapping[str, Sequence[np.ndarray]]
+    max_levels: int
+
+
+def write(trace: Trace, path: pathlib.Path) -> None:
+    """Writes a line of JSON for each kind of step and for each text."""
+    lines: list[dict] = [{"kind": "trace", "max_levels": trace.max_levels}]
+    for (bucket, strategy), seconds in sorted(
+        trace.step_s.items(), key=lambda item: (item[0][0], str(item[0][1]))
+    ):
+        lines.append(
+            {
+                "kind": "steps",
+                "bucket": bucket,
+                "strategy": None if strategy is None else str(strategy),
+                "step_s": [round(s, 6) for s in seconds],
+            }
+        )
+    for drafter, texts in trace.lifetimes.items():
+        for number, text in enumerate(texts):
+            digits = "".join(_DIGITS[n] for n in text)
+            lines.append(
+                {
+                    "kind": "text",
+                    "drafter": drafter,
+                    "text": number,
+                    "lifetimes": digits,
+                }
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
+def read(path: pathlib.Path) -> Trace:
+    """Reads what `write` wrote.
+
+    Raises:
+      ValueError: it is no trace.
+    """
+    step_s, lifetimes, max_levels = {}, {}, 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        match row.get("kind"):
+            case "trace":
+                max_levels = row["max_levels"]
+            case "steps":
+                text = row["strategy"]
+                strategy = None if text is None else strategy_lib.parse(text)
+                step_s[row["bucket"], strategy] = tuple(row["step_s"])
+            case "text":
+                digits = [_DIGITS.index(digit) for digit in row["lifetimes"]]
+                lifetimes.setdefault(row["drafter"], []).append(np.array(digits, int))
+            case other:
+                raise ValueError(
+                    f"{path} has a line of kind {other!r}: name a file that "
+                    "experiments.tuner_trace wrote."
+                )
+    return Trace(step_s, lifetimes, max_levels)

@@ -1,0 +1,317 @@
+"""Trace of a real engine and drafter, against which tuners are replayed.
+
+    python -m experiments.tuner_trace --scale=cpu --drafter=WORKDIR
+
+Two things are measured. The seconds of a step of every arm at every batch bucket: an
+engine answers held-out prompts and takes the arm with the fewest calls so far at each
+call. And what drafted chains would have had accepted at every position of the held-out
+texts: for the drafter as trained, and for drafters between its initial weights and
+these, linear in the weights, which stand for the course of its training.
+`experiments.tuner_regret` replays it.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from experiments import harness, speculation_harness, trace_file
+from tlt_jax import types
+from tlt_jax.models import drafter
+from tlt_jax.rl import engine_programs, rollout, scheduler
+from tlt_jax.specdec import drafter_acceptance, drafter_unroll, hidden_buffer
+from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec import tuner as tuner_lib
+
+SLUG = "tuner_trace"
+ARMS = "1:D3K1V4,D7K1V8,D11K1V12,D15K1V16 8:D3K1V4,D7K1V8,D11K1V12"
+BLENDS = "0,0.6,0.75,0.85,0.92,1"
+# As many rows as the cache of `experiments.speculation_speed` has room for: programs
+# that it compiled are found again.
+CACHE_ROWS = 16
+_ROWS_OF_TEXTS = 4
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = speculation_harness.argument_parser(__doc__)
+    parser.add_argument("--arms", default=ARMS, help="entries, by spaces")
+    parser.add_argument("--max-rows", type=int, default=8)
+    parser.add_argument(
+        "--calls", type=int, default=5, help="fewest calls of every arm and bucket"
+    )
+    parser.add_argument("--steps-per-call", type=int, default=64)
+    parser.add_argument("--max-levels", type=int, default=15)
+    parser.add_argument(
+        "--blends", default=BLENDS, help="shares of the trained weights, by commas"
+    )
+    return parser.parse_args(arguments)
+
+
+class RoundRobin:
+    """A tuner that tries every arm of a bucket equally often, and keeps the calls."""
+
+    def __init__(self, arms: strategy_lib.Arms, max_rows: int):
+        """Begins with no call."""
+        self._arms, self._max_rows = arms, max_rows
+        self.calls: list[tuner_lib.Call] = []
+        self.tried: collections.Counter = collections.Counter()
+
+    def strategies(self, num_rows: int) -> tuple[strategy_lib.Strategy | None, ...]:
+        """Lists the candidates, and plain decoding."""
+        return *self._arms.of(num_rows), None
+
+    def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
+        """Chooses the arm with the fewest calls."""
+        bucket = tuner_lib.bucket_of(num_rows, self._max_rows)
+        arms = self.strategies(num_rows)
+        return min(arms, key=lambda arm: self.tried[bucket, arm])
+
+    def record(self, call: tuner_lib.Call) -> None:
+        """Keeps the call."""
+        self.calls.append(call)
+        self.tried[call.bucket, call.strategy] += 1
+
+    def fewest(self, bucket: int) -> int:
+        """Says how often the least tried arm of a bucket was tried."""
+        return min(self.tried[bucket, arm] for arm in self.strategies(bucket))
+
+
+class TunedEngine(rollout.Engine):
+    """An engine whose calls a tuner chooses and is told of."""
+
+    def __init__(self, *arguments, tuner: RoundRobin, **settings):
+        """Makes the engine; see `rollout.Engine`."""
+        super().__init__(*arguments, **settings)
+        self.tuner = tuner
+
+    def _choose(self, num_rows):
+        return self.tuner.choose(num_rows)
+
+    def _plain(self, inputs, batch, limits):
+        emitted, elapsed = super()._plain(inputs, batch, limits)
+        self._tell(inputs, batch, None, emitted, elapsed, ())
+        return emitted, elapsed
+
+    def _speculate(self, rows, inputs, batch, limits, strategy, stats):
+        here = rollout.RolloutStats()
+        emitted, elapsed = super()._speculate(
+            rows, inputs, batch, limits, strategy, here
+        )
+        stats.add_accepted(here.num_accepted)
+        accepted = tuple(here.num_accepted)
+        self._tell(inputs, batch, strategy, emitted, elapsed, accepted)
+        return emitted, elapsed
+
+    def _tell(self, inputs, batch, strategy, emitted, elapsed, accepted):
+        self.tuner.record(
+            tuner_lib.Call(
+                num_rows=int(np.sum(inputs.remaining > 0)),
+                bucket=batch,
+                strategy=strategy,
+                elapsed_s=elapsed,
+                num_steps=int(emitted.num_steps),
+                num_tokens=int(np.sum(emitted.counts)),
+                num_accepted=accepted,
+            )
+        )
+
+
+def tuned_engine(
+    setting: speculation_harness.Setting, tuner: RoundRobin, arms: strategy_lib.Arms
+) -> TunedEngine:
+    """Makes an engine that `tuner` guides."""
+    policy, options = setting.policy, setting.options
+    drafting_cfg = dataclasses.replace(
+        setting.drafter.drafting_cfg,
+        table=strategy_lib.Table(
+            tuple(
+                (limit, strategy)
+                for limit, strategy in enumerate(arms.strategies(), start=1)
+            )
+        ),
+    )
+    engine = TunedEngine(
+        policy.config,
+        engine_programs.EngineConfig(
+            max_rows=options.max_rows,
+            max_length=speculation_harness.MAX_PROMPT_TOKENS + options.new_tokens,
+            num_pages=setting.num_pages(max(options.max_rows, CACHE_ROWS)),
+            page_size=speculation_harness.PAGE_SIZE,
+            steps_per_call=options.steps_per_call,
+            eos_ids=policy.eos_ids,
+            dtype=policy.precision,
+        ),
+        drafting_cfg=drafting_cfg,
+        decode_text=policy.tokenizer.decode,
+        tuner=tuner,
+    )
+    engine.set_params(policy.params, version=0)
+    engine.set_drafter(setting.drafter.params, version=0)
+    return engine
+
+
+def requests_of(
+    texts: hidden_buffer.HiddenBuffer, count: int, new_tokens: int
+) -> list[types.Request]:
+    """Asks the prompts with the longest answers again."""
+    lengths = texts.lengths - texts.response_starts
+    longest = sorted(speculation_harness.held_out(texts), key=lambda i: -lengths[i])
+    records = [texts.read(i) for i in longest[:count]]
+    return [
+        types.Request(r.text_id, r.text_id, 0, r.tokens[: r.response_start], new_tokens)
+        for r in records
+    ]
+
+
+def record_steps(
+    engine: TunedEngine,
+    texts: hidden_buffer.HiddenBuffer,
+    *,
+    fewest_calls: int,
+    new_tokens: int,
+    seed: int,
+) -> list[tuner_lib.Call]:
+    """Answers prompts until every arm of every bucket has its calls."""
+    tuner, max_rows = engine.tuner, engine.engine_cfg.max_rows
+    for bucket in reversed(scheduler.buckets(max_rows)):
+        number = 0
+        while tuner.fewest(bucket) <= fewest_calls:
+            requests = requests_of(texts, bucket, new_tokens)
+            started = time.perf_counter()
+            engine.run(requests, seed + number)
+            took = time.perf_counter() - started
+            print(f"bucket {bucket}, run {number}: {took:.1f} s", flush=True)
+            number += 1
+    return tuner.calls
+
+
+def step_seconds(
+    calls: list[tuner_lib.Call],
+) -> dict[tuple[int, strategy_lib.Strategy | None], tuple[float, ...]]:
+    """Collects seconds per step by kind; the first call of each is warm-up."""
+    found = collections.defaultdict(list)
+    for call in calls:
+        if call.num_steps:
+            kind = call.bucket, call.strategy
+            found[kind].append(call.elapsed_s / call.num_steps)
+    return {kind: tuple(seconds[1:]) for kind, seconds in found.items()}
+
+
+def lifetimes(
+    params: drafter.DrafterParams,
+    cfg: drafter.DrafterConfig,
+    target: drafter_unroll.Target,
+    texts: hidden_buffer.HiddenBuffer,
+    indices: list[int],
+    max_levels: int,
+) -> list[np.ndarray]:
+    """Counts accepted drafts at every position of texts; see `arm_replay.Text`."""
+    row_tokens = int(max(texts.lengths[i] for i in indices))
+    sizes = {"row_tokens": row_tokens, "row_bases": row_tokens}
+    measure = jax.jit(
+        functools.partial(
+            drafter_acceptance.lifetimes,
+            num_steps=max_levels,
+            cfg=drafter_unroll.ForwardConfig(cfg, head_chunk=128),
+        )
+    )
+    found = {}
+    for rows in hidden_buffer.plan(
+        texts, indices, num_rows=_ROWS_OF_TEXTS, seed=None, **sizes
+    ):
+        batch = hidden_buffer.lay_out(texts, rows, **sizes)
+        counts = np.asarray(measure(params, batch, target))
+        for row, spans in enumerate(rows):
+            first = 0
+            for span in spans:
+                here = counts[row, first : first + span.num_bases]
+                length = texts.lengths[span.index] - texts.response_starts[span.index]
+                # A prompt of one token has no base for the first step.
+                found[span.index] = np.pad(here, (int(length) - len(here), 0))
+                first += span.num_bases
+    return [found[i] for i in indices if i in found]
+
+
+def blended(
+    setting: speculation_harness.Setting, share: float, seed: int
+) -> drafter.DrafterParams:
+    """Makes a drafter between the initial weights (share 0) and the trained (1)."""
+    trained = setting.drafter.params
+    cfg = setting.drafter.drafting_cfg.drafter_cfg
+    initial = drafter.init(cfg, jax.random.key(seed))
+    if initial.norm is not None:
+        initial = initial.replace(norm=setting.policy.params.final_norm)
+    initial = initial.replace(draft_ids=None)
+    mixed = jax.tree.map(
+        lambda a, b: (1 - share) * a + share * b,
+        initial,
+        trained.replace(draft_ids=None),
+    )
+    return mixed.replace(draft_ids=trained.draft_ids)
+
+
+def main(arguments: list[str] | None = None) -> trace_file.Trace:
+    """Records a trace; returns what it also writes."""
+    options = parse_arguments(arguments)
+    setting = speculation_harness.Setting(options)
+    workdir = pathlib.Path(options.drafter)
+    texts = speculation_harness.texts_of(workdir)
+    arms = strategy_lib.parse_arms(options.arms.split())
+    provenance = setting.provenance(
+        SLUG,
+        {
+            "arms": options.arms,
+            "max_rows": options.max_rows,
+            "steps_per_call": options.steps_per_call,
+            "max_levels": options.max_levels,
+            "blends": options.blends,
+            "calls": options.calls,
+        },
+    )
+    shares = [float(x) for x in options.blends.split(",")]
+    cfg = setting.drafter.drafting_cfg.drafter_cfg
+    params = setting.policy.params
+    target = drafter_unroll.Target(
+        embed=params.embed,
+        head=drafter.head_rows(params, setting.drafter.params.draft_ids),
+        draft_ids=setting.drafter.params.draft_ids,
+    )
+    found = {}
+    for share in shares:
+        found[f"{share:g}"] = lifetimes(
+            blended(setting, share, seed=0),
+            cfg,
+            target,
+            texts,
+            speculation_harness.held_out(texts),
+            options.max_levels,
+        )
+        every = np.concatenate(found[f"{share:g}"])
+        print(f"drafter {share:g}: {every.mean():.2f} accepted", flush=True)
+    tuner = RoundRobin(arms, options.max_rows)
+    engine = tuned_engine(setting, tuner, arms)
+    try:
+        calls = record_steps(
+            engine,
+            texts,
+            fewest_calls=options.calls,
+            new_tokens=options.new_tokens,
+            seed=1000,
+        )
+    finally:
+        engine.pool.close()
+    trace = trace_file.Trace(step_seconds(calls), found, options.max_levels)
+    out = options.out or harness.RESULTS_DIR / options.scale
+    trace_file.write(trace, out / f"{SLUG}.jsonl")
+    provenance.write(out / f"{SLUG}.json")
+    return trace
+
+
+if __name__ == "__main__":
+    main()
