@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import pathlib
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -30,7 +31,7 @@ from tlt_jax.specdec import tuner as tuner_lib
 
 SLUG = "tuner_trace"
 ARMS = "1:D3K1V4,D7K1V8,D11K1V12,D15K1V16 8:D3K1V4,D7K1V8,D11K1V12"
-BLENDS = "0,0.6,0.75,0.85,0.92,1"
+BLENDS = "0,0.3,0.45,1"
 # As many rows as the cache of `experiments.speculation_speed` has room for: programs
 # that it compiled are found again.
 CACHE_ROWS = 16
@@ -203,17 +204,28 @@ def step_seconds(
     return {kind: tuple(seconds[1:]) for kind, seconds in found.items()}
 
 
-def lifetimes(
-    params: drafter.DrafterParams,
+def measure_lifetimes(
+    versions: Mapping[str, drafter.DrafterParams],
     cfg: drafter.DrafterConfig,
     target: drafter_unroll.Target,
     texts: hidden_buffer.HiddenBuffer,
     indices: list[int],
     max_levels: int,
-) -> list[np.ndarray]:
-    """Counts accepted drafts at every position of texts; see `arm_replay.Text`."""
-    row_tokens = int(max(texts.lengths[i] for i in indices))
-    sizes = {"row_tokens": row_tokens, "row_bases": row_tokens}
+) -> dict[str, list[np.ndarray]]:
+    """Counts accepted drafts at every position of texts; see `arm_replay.Text`.
+
+    Args:
+      versions: drafters by name.
+      cfg, target: of all of them.
+      texts: read at `indices`.
+      indices: of texts with a response.
+      max_levels: drafted.
+    """
+    lengths = texts.lengths - texts.response_starts
+    sizes = {
+        "row_tokens": int(max(texts.lengths[indices])),
+        "row_bases": int(max(lengths[indices])),
+    }
     measure = jax.jit(
         functools.partial(
             drafter_acceptance.lifetimes,
@@ -221,21 +233,22 @@ def lifetimes(
             cfg=drafter_unroll.ForwardConfig(cfg, head_chunk=128),
         )
     )
-    found = {}
+    found: dict[str, dict] = {name: {} for name in versions}
     for rows in hidden_buffer.plan(
         texts, indices, num_rows=_ROWS_OF_TEXTS, seed=None, **sizes
     ):
         batch = hidden_buffer.lay_out(texts, rows, **sizes)
-        counts = np.asarray(measure(params, batch, target))
-        for row, spans in enumerate(rows):
-            first = 0
-            for span in spans:
-                here = counts[row, first : first + span.num_bases]
-                length = texts.lengths[span.index] - texts.response_starts[span.index]
-                # A prompt of one token has no base for the first step.
-                found[span.index] = np.pad(here, (int(length) - len(here), 0))
-                first += span.num_bases
-    return [found[i] for i in indices if i in found]
+        for name, params in versions.items():
+            counts = np.asarray(measure(params, batch, target))
+            for row, spans in enumerate(rows):
+                first = 0
+                for span in spans:
+                    here = counts[row, first : first + span.num_bases]
+                    # A prompt of one token has no base for the first step.
+                    missing = int(lengths[span.index]) - len(here)
+                    found[name][span.index] = np.pad(here, (missing, 0))
+                    first += span.num_bases
+    return {name: [by[i] for i in indices if i in by] for name, by in found.items()}
 
 
 def blended(
@@ -274,26 +287,31 @@ def main(arguments: list[str] | None = None) -> trace_file.Trace:
             "calls": options.calls,
         },
     )
-    shares = [float(x) for x in options.blends.split(",")]
-    cfg = setting.drafter.drafting_cfg.drafter_cfg
     params = setting.policy.params
-    target = drafter_unroll.Target(
-        embed=params.embed,
-        head=drafter.head_rows(params, setting.drafter.params.draft_ids),
-        draft_ids=setting.drafter.params.draft_ids,
+    draft_ids = setting.drafter.params.draft_ids
+    started = time.perf_counter()
+    found = measure_lifetimes(
+        {
+            share: blended(setting, float(share), seed=0)
+            for share in options.blends.split(",")
+        },
+        setting.drafter.drafting_cfg.drafter_cfg,
+        drafter_unroll.Target(
+            embed=params.embed,
+            head=drafter.head_rows(params, draft_ids),
+            draft_ids=draft_ids,
+        ),
+        texts,
+        speculation_harness.held_out(texts),
+        options.max_levels,
     )
-    found = {}
-    for share in shares:
-        found[f"{share:g}"] = lifetimes(
-            blended(setting, share, seed=0),
-            cfg,
-            target,
-            texts,
-            speculation_harness.held_out(texts),
-            options.max_levels,
-        )
-        every = np.concatenate(found[f"{share:g}"])
-        print(f"drafter {share:g}: {every.mean():.2f} accepted", flush=True)
+    means = {share: np.concatenate(of).mean() for share, of in found.items()}
+    print(
+        "accepted by share of the trained weights:",
+        ", ".join(f"{share}: {mean:.2f}" for share, mean in means.items()),
+        f"({time.perf_counter() - started:.0f} s)",
+        flush=True,
+    )
     tuner = RoundRobin(arms, options.max_rows)
     engine = tuned_engine(setting, tuner, arms)
     try:
