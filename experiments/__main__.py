@@ -15,6 +15,8 @@ STATUS = {
     "grpo_step_speed": "runs on CPU",
     "packing": "runs on CPU",
     "speculation_speed": "runs on CPU; needs a trained drafter",
+    "tuner_regret": "runs on CPU; replays the recorded trace",
+    "tuner_trace": "runs on CPU; needs a trained drafter",
 }
 
 

@@ -1,0 +1,367 @@
+"""Regret of tuners against an oracle, on a recorded trace and under simulated drift.
+
+    python -m experiments.tuner_regret --scale=cpu
+
+Every tuner goes through the same rollouts (`experiments.arm_replay` says how a call is
+replayed and what regret is), each an RL step of its own with a target and a drafter
+that changed. Compared are plain decoding; one strategy always; the same one from a
+threshold of rows on downwards, with hysteresis; a table by rows; BEG-MAB, as published
+and with a window that forgets sooner; and our cost model. The recorded trace is that of
+`experiments.tuner_trace`; on it the drafters change from the untrained to the trained
+one, fall back once, and recover.
+
+Target: our regret is below half of BEG-MAB's on the recorded trace.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments import arm_replay, harness, simulated_arms, trace_file
+from tlt_jax.specdec import cost_model, tuner, tuners
+from tlt_jax.specdec import strategy as strategy_lib
+
+SLUG = "tuner_regret"
+TRACE = "tuner_trace.jsonl"
+REFERENCE, FORGETFUL, OURS = "beg_mab", "beg_mab, window 20", "cost_model"
+CPU_ARMS = ("1:D3K1V4,D7K1V8,D11K1V12,D15K1V16", "8:D3K1V4,D7K1V8,D11K1V12")
+ACCELERATOR_ARMS = (
+    "4:D3K1V4,D7K1V8,D11K1V12,D15K1V16",
+    "16:D3K1V4,D7K1V8,D11K1V12",
+    "64:D1K1V2,D3K1V4,D7K1V8",
+)
+# Of the drafters in a trace, by the part of the run that is over.
+_SCHEDULE = ((0.0, 0), (0.1, 1), (0.2, 2), (0.3, 3), (0.6, 1), (0.7, 2), (0.8, 3))
+_COLORS = {
+    "plain": "#999999",
+    "static": "#CC79A7",
+    "threshold": "#56B4E9",
+    "table": "#E69F00",
+    REFERENCE: "#D55E00",
+    FORGETFUL: "#009E73",
+    OURS: "#0072B2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Something that tuners are replayed against.
+
+    Attributes:
+      name: as it stands in the tables.
+      arms: candidates by rows.
+      static: a strategy for always; every bucket's arms have it.
+      threshold: rows at which the threshold rule begins with it.
+      table: entries, one strategy each, chosen before the run.
+      make: seed to machine and rollouts.
+    """
+
+    name: str
+    arms: tuple[str, ...]
+    static: str
+    threshold: int
+    table: tuple[str, ...]
+    make: Callable[[int], tuple[arm_replay.Machine, Sequence[arm_replay.Rollout]]]
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the engine: the last entry's."""
+        return strategy_lib.parse_arms(self.arms).entries[-1][0]
+
+    def tuners(self, seed: int) -> dict[str, tuner.Tuner]:
+        """Builds one of each."""
+        sizes = {"max_rows": self.max_rows, "seed": seed}
+        arms = strategy_lib.parse_arms(self.arms)
+        always = strategy_lib.parse_arms((f"{self.max_rows}:{self.static}",))
+        table = strategy_lib.parse_arms(self.table)
+        return {
+            "plain": tuners.build("static", strategy_lib.Arms(()), **sizes),
+            "static": tuners.build("static", always, **sizes),
+            "threshold": tuners.build(
+                "threshold",
+                always,
+                threshold=self.threshold,
+                hysteresis=self.threshold // 4,
+                **sizes,
+            ),
+            "table": tuners.build("static", table, **sizes),
+            REFERENCE: tuners.build(REFERENCE, arms, **sizes),
+            FORGETFUL: tuners.build(REFERENCE, arms, window=20, **sizes),
+            OURS: tuners.build(OURS, arms, **sizes),
+        }
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    parser.add_argument(
+        "--trace", type=pathlib.Path, help="default results/<scale>/tuner_trace.jsonl"
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rollouts", type=int, default=30)
+    parser.add_argument("--texts", type=int, default=24, help="of a rollout")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
+    )
+    return parser.parse_args(arguments)
+
+
+def recorded(trace: trace_file.Trace, options: argparse.Namespace) -> World:
+    """Makes the world of a trace: its first bucket's arms and the others'."""
+    by_bucket: dict[int, list[strategy_lib.Strategy]] = {}
+    for bucket, strategy in trace.step_s:
+        by_bucket.setdefault(bucket, [])
+        if strategy is not None:
+            by_bucket[bucket].append(strategy)
+    entries = []
+    for bucket, strategies in sorted(by_bucket.items()):
+        strategies.sort(key=lambda s: s.draft_depth)
+        entries.append(f"{bucket}:{','.join(map(str, strategies))}")
+    widest = sorted(by_bucket[max(by_bucket)], key=lambda s: s.draft_depth)
+    middle, shallow = str(widest[len(widest) // 2]), str(widest[0])
+    max_rows = max(by_bucket)
+
+    def make(seed):
+        machine = arm_replay.Machine(
+            dict(trace.step_s), strategy_lib.parse_arms(entries), max_rows, 32
+        )
+        return machine, recorded_rollouts(trace, options, seed)
+
+    few = max(max_rows // 4, 1)
+    table = (f"{few}:{middle}", f"{max_rows}:{shallow}")
+    return World("recorded", tuple(entries), middle, max_rows // 2, table, make)
+
+
+def recorded_rollouts(
+    trace: trace_file.Trace, options: argparse.Namespace, seed: int
+) -> list[arm_replay.Rollout]:
+    """Draws texts of the drafter that each part of the run has."""
+    rng = np.random.default_rng((seed, 3))
+    versions = [
+        [arm_replay.Text(lifetimes) for lifetimes in texts]
+        for texts in trace.lifetimes.values()
+    ]
+    rollouts = []
+    for number in range(options.rollouts):
+        over = number / options.rollouts
+        (version,) = [v for start, v in _SCHEDULE if start <= over][-1:]
+        texts = versions[min(version, len(versions) - 1)]
+        chosen = rng.integers(len(texts), size=options.texts)
+        changed = ("target", "drafter") if number else ()
+        rollouts.append(arm_replay.Rollout(tuple(texts[i] for i in chosen), changed))
+    return rollouts
+
+
+def simulated(
+    name: str,
+    costs: simulated_arms.Costs,
+    arms: tuple[str, ...],
+    threshold: int,
+    table: tuple[str, ...],
+    drift: simulated_arms.Drift,
+    options: argparse.Namespace,
+) -> World:
+    """Makes a world that is made up."""
+    parsed = strategy_lib.parse_arms(arms)
+    max_rows = parsed.entries[-1][0]
+
+    def make(seed):
+        machine = simulated_arms.machine(costs, parsed, max_rows, 32, seed)
+        rollouts = simulated_arms.rollouts(
+            drift,
+            num_rollouts=options.rollouts,
+            num_texts=options.texts * max(max_rows // 8, 1),
+            median_tokens=80,
+            max_tokens=512,
+            max_levels=max(s.draft_depth for s in parsed.strategies()),
+            seed=seed,
+        )
+        return machine, rollouts
+
+    return World(name, arms, "D7K1V8", threshold, table, make)
+
+
+def worlds(options: argparse.Namespace) -> list[World]:
+    """Lists what tuners are replayed against."""
+    path = options.trace or harness.RESULTS_DIR / options.scale / TRACE
+    drift = simulated_arms.Drift()
+    return [
+        recorded(trace_file.read(path), options),
+        simulated(
+            "simulated CPU",
+            simulated_arms.CPU,
+            CPU_ARMS,
+            4,
+            ("2:D7K1V8", "8:D3K1V4"),
+            drift,
+            options,
+        ),
+        simulated(
+            "simulated accelerator",
+            simulated_arms.ACCELERATOR,
+            ACCELERATOR_ARMS,
+            32,
+            ("16:D7K1V8", "64:D3K1V4"),
+            drift,
+            options,
+        ),
+    ]
+
+
+def run(world: World, seed: int) -> tuple[list[harness.Row], dict[str, np.ndarray]]:
+    """Replays all tuners; returns a row and the cumulative regret of each."""
+    machine, rollouts = world.make(seed)
+    oracle = list(arm_replay.replay(machine, rollouts, None, seed))
+    oracle_s = sum(choice.seconds for choice in oracle)
+    rows, curves = [], {}
+    for name, made in world.tuners(seed).items():
+        timed = Timed(made)
+        choices = list(arm_replay.replay(machine, rollouts, timed, seed))
+        regret_s = np.cumsum([choice.regret_s for choice in choices])
+        total_s = sum(choice.seconds for choice in choices)
+        curves[name] = by_rollout(choices)
+        rows.append(
+            {
+                "world": world.name,
+                "tuner": name,
+                "seed": seed,
+                "num_calls": len(choices),
+                "num_tokens": sum(choice.call.num_tokens for choice in choices),
+                "regret_s": float(regret_s[-1]),
+                "total_s": total_s,
+                "oracle_s": oracle_s,
+                "times_oracle": total_s / oracle_s,
+                "best_frac": float(
+                    np.mean([c.call.strategy == c.best for c in choices])
+                ),
+                "think_us": 1e6 * timed.seconds / len(choices),
+            }
+        )
+    return rows, curves
+
+
+class Timed:
+    """A tuner whose own time on the host is taken."""
+
+    def __init__(self, made: tuner.Tuner):
+        """Wraps `made`."""
+        self._made, self.seconds = made, 0.0
+        self.changed = made.changed
+
+    def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
+        """Lets it choose."""
+        started = time.perf_counter()
+        chosen = self._made.choose(num_rows)
+        self.seconds += time.perf_counter() - started
+        return chosen
+
+    def record(self, call: tuner.Call) -> None:
+        """Tells it."""
+        started = time.perf_counter()
+        self._made.record(call)
+        self.seconds += time.perf_counter() - started
+
+
+def by_rollout(choices: Sequence[arm_replay.Choice]) -> np.ndarray:
+    """Adds regret up over rollouts, from 0 on."""
+    sums = np.zeros(choices[-1].rollout + 2)
+    for choice in choices:
+        sums[choice.rollout + 1] += choice.regret_s
+    return np.cumsum(sums)
+
+
+def summarise(rows: Sequence[harness.Row]) -> list[harness.Row]:
+    """Reduces seeds to means; `of_beg_mab` is the ratio of regrets seed by seed."""
+    regrets = {(r["world"], r["tuner"], r["seed"]): r["regret_s"] for r in rows}
+    groups: dict[tuple, list[harness.Row]] = {}
+    for row in rows:
+        groups.setdefault((row["world"], row["tuner"]), []).append(row)
+    summary = []
+    for (world, name), same in groups.items():
+        ratios = [r["regret_s"] / regrets[world, REFERENCE, r["seed"]] for r in same]
+
+        def mean(key, same=same):
+            return float(np.mean([row[key] for row in same]))
+
+        summary.append(
+            {
+                "world": world,
+                "tuner": name,
+                "seeds": len(same),
+                "regret_s": mean("regret_s"),
+                "regret_frac": mean("regret_s") / mean("total_s"),
+                "of_beg_mab": float(np.mean(ratios)),
+                "of_beg_mab_max": max(ratios),
+                "times_oracle": mean("times_oracle"),
+                "best_frac": mean("best_frac"),
+                "think_us": mean("think_us"),
+            }
+        )
+    return summary
+
+
+def plot(curves: dict[str, dict[str, list[np.ndarray]]], path: pathlib.Path) -> None:
+    """Draws the regret over a run: the mean of the seeds, and their range."""
+    figure, panels = plt.subplots(
+        1, len(curves), figsize=(4.2 * len(curves), 3.8), layout="constrained"
+    )
+    for axes, (world, of) in zip(np.atleast_1d(panels), curves.items(), strict=True):
+        for name, seeds in of.items():
+            stacked = np.stack(seeds)
+            steps = np.arange(stacked.shape[1])
+            color = _COLORS[name]
+            axes.plot(steps, stacked.mean(axis=0), color=color, label=name)
+            low, high = stacked.min(axis=0), stacked.max(axis=0)
+            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        # Plain decoding is far off where speculation is worth anything.
+        shown = [s[-1] for name, seeds in of.items() if name != "plain" for s in seeds]
+        axes.set_ylim(0, 1.08 * max(shown))
+        axes.set_title(world)
+        axes.set_xlabel("rollouts")
+        axes.grid(alpha=0.25)
+    first = np.atleast_1d(panels)[0]
+    first.set_ylabel("regret against the oracle of each call (s)")
+    first.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the experiment; returns the summary that it also writes."""
+    options = parse_arguments(arguments)
+    settings = {
+        "seeds": options.seeds,
+        "rollouts": options.rollouts,
+        "texts": options.texts,
+        "cost_model": dataclasses.asdict(cost_model.CostModelConfig()),
+    }
+    provenance = harness.Provenance(SLUG, settings, {})
+    rows, curves = [], {}
+    for world in worlds(options):
+        of = curves.setdefault(world.name, {})
+        for seed in range(options.seeds):
+            found, curves_of_seed = run(world, seed)
+            rows += found
+            for name, curve in curves_of_seed.items():
+                of.setdefault(name, []).append(curve)
+    summary = summarise(rows)
+    harness.write_results(options, SLUG, rows, summary, provenance)
+    out = options.out or harness.RESULTS_DIR / options.scale
+    plot(curves, out / f"{SLUG}.png")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
