@@ -195,6 +195,11 @@ def simulated(
 def worlds(options: argparse.Namespace) -> list[World]:
     """Lists what tuners are replayed against."""
     path = options.trace or harness.RESULTS_DIR / options.scale / TRACE
+    if not path.is_file():
+        raise ValueError(
+            f"--trace={path} is no file: make one with python -m "
+            "experiments.tuner_trace, or name another."
+        )
     drift = simulated_arms.Drift()
     return [
         recorded(trace_file.read(path), options),

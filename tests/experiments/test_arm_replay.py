@@ -91,7 +91,8 @@ def test_changes_are_told():
 
 
 def test_regret_is_what_the_best_arm_would_have_saved():
-    text = arm_replay.Text([3, 2, 1, 0] * 3)
+    # What comes after the stretch is another matter.
+    text = arm_replay.Text([3, 2, 1, 0] * 3 + [0] * 8)
     rollout = arm_replay.Rollout((text,))
     # Tokens of a step from anywhere in a stretch of four: 1, 1.75 and 2.5.
     [first, *_] = arm_replay.replay(machine_of(), [rollout], Always(None), 0)
@@ -103,6 +104,8 @@ def test_regret_is_what_the_best_arm_would_have_saved():
     assert first.regret_s == pytest.approx(
         first.seconds * (1 - speeds[D1] / speeds[D3])
     )
+    *_, last = arm_replay.replay(machine_of(), [rollout], Always(D3), 0)
+    assert last.best is None and last.regret_s == pytest.approx(last.seconds / 2)
     assert all(
         choice.regret_s == 0
         for choice in arm_replay.replay(machine_of(), [rollout], None, 0)
@@ -213,3 +216,8 @@ def test_the_recorded_world_has_the_arms_of_its_trace(trace):
     ]
     assert means[0] < 0.2 and means[-1] > 3 and max(means[:15]) > 3
     assert min(means[18:21]) < 2
+
+
+def test_a_trace_is_needed(tmp_path):
+    with pytest.raises(ValueError, match="is no file: make one with python -m exper"):
+        tuner_regret.main([f"--trace={tmp_path / 'x.jsonl'}"])
