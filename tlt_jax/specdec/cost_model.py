@@ -15,23 +15,27 @@ class CostModelConfig:
     """How the cost model learns.
 
     Attributes:
-      optimism: in standard deviations of what is estimated; 0: takes estimates as they
-        are.
-      time_spread: relative standard deviation of a call's seconds per step.
+      optimism: of acceptance, in standard deviations; 0: takes estimates as they are.
+      time_optimism: of seconds, the same.
+      time_spread: relative standard deviation of a call's seconds per step, until it
+        can be measured.
       time_misfit: of a kind's seconds from what others let expect, the same.
       memory: row-steps that evidence on acceptance counts for at most.
+      shared_weight: row-steps that all buckets' acceptance counts for in each.
       window: calls of a kind kept for its seconds.
       target_discount: what evidence on acceptance is worth after the target changed.
       drafter_discount: the same after the drafter changed.
     """
 
-    optimism: float = 0.3
+    optimism: float = 0.1
+    time_optimism: float = 0.5
     time_spread: float = 0.12
-    time_misfit: float = 0.3
+    time_misfit: float = 0.15
     memory: float = 200.0
+    shared_weight: float = 20.0
     window: int = 15
     target_discount: float = 0.7
-    drafter_discount: float = 0.2
+    drafter_discount: float = 0.1
 
     def __post_init__(self):
         fractions = ("target_discount", "drafter_discount")
@@ -43,8 +47,9 @@ class CostModelConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: give more than 0, less than 1."
                 )
-        if self.optimism < 0:
-            raise ValueError(f"optimism={self.optimism}: give 0 or more.")
+        for name in ("optimism", "time_optimism", "shared_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: give 0 or more.")
         for name in ("memory", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more.")
@@ -95,7 +100,9 @@ class CostModel:
             raise ValueError(f"max_rows={max_rows}: an engine has at least one row.")
         self._arms, self._max_rows = arms, max_rows
         self._cfg = cfg or CostModelConfig()
-        self.survival = survival.Survival(memory=self._cfg.memory)
+        self.survival = survival.Survival(
+            memory=self._cfg.memory, shared_weight=self._cfg.shared_weight
+        )
         self.step_times = step_times.StepTimes(
             self._cfg.window, self._cfg.time_spread, self._cfg.time_misfit
         )
@@ -125,11 +132,10 @@ class CostModel:
         optimism = self._cfg.optimism if optimistic else 0.0
         tokens = 1.0
         if strategy is not None:
-            tokens = self.survival.accept_length(strategy, optimism)
-        seconds = self.step_times.estimate(bucket, strategy)
+            tokens = self.survival.accept_length(strategy, optimism, bucket)
+        seconds, doubt = self.step_times.estimate(bucket, strategy)
         if optimistic:
-            doubt = self.step_times.doubt(bucket, strategy)
-            seconds *= math.exp(-self._cfg.optimism * doubt)
+            seconds *= math.exp(-self._cfg.time_optimism * doubt)
         return tokens / seconds
 
     def record(self, call: tuner.Call) -> None:
@@ -139,7 +145,7 @@ class CostModel:
         step_s = call.elapsed_s / call.num_steps
         self.step_times.add(call.bucket, call.strategy, step_s)
         if call.strategy is not None:
-            self.survival.add(call.strategy, call.num_accepted)
+            self.survival.add(call.strategy, call.num_accepted, call.bucket)
             self._asked |= call.strategy.drafts
 
     def changed(self, what: tuner.Updated) -> None:

@@ -19,6 +19,8 @@ _PRIOR_SPREAD = 1.0
 # Calls that a kind counts for at most in the law.
 _MOST_CALLS = 4
 _SWEEPS = 40
+# Calls of kinds with three or more of them, from which noise can be told.
+_ENOUGH_CALLS = 12
 # Least coefficient, of the prior: nothing is for nothing.
 _LEAST = 0.01
 
@@ -58,27 +60,33 @@ class _Law:
 class StepTimes:
     """Running estimates of a step's seconds for each (bucket, strategy).
 
-    Tried kinds have the median of their last calls: single slow calls do not move it. A
-    kind that is untried is predicted by a linear law of all that were tried (ridge
-    regression of relative errors), with coefficients that are positive, so that
-    neither more tokens nor more levels nor more rows seem cheaper. Up to the second
-    call of a kind its prediction from the others stands among its calls as one more,
-    the lower middle of which is taken: a first call that something else delayed does
-    not condemn it.
+    A kind has the median of its last calls, which single slow calls do not move, and
+    what the other kinds let expect: a linear law of all that were tried (ridge
+    regression of relative errors) with positive coefficients, so that neither more
+    tokens nor more levels nor more rows seem cheaper. Each counts by its precision, so
+    untried kinds have the law's word, and the noisier the calls are the longer it
+    weighs. The noise is measured. Up to the second call of a kind the law's word stands
+    among its calls, too, the lower middle of which is taken: a first call that
+    something else delayed does not condemn it.
     """
 
-    def __init__(self, window: int = 15, spread: float = 0.12, misfit: float = 0.3):
+    def __init__(self, window: int = 15, spread: float = 0.12, misfit: float = 0.15):
         """Begin with nothing tried.
 
         Args:
           window: calls of a kind that are kept.
-          spread: relative standard deviation of a call.
-          misfit: of what is tried from the law, the same.
+          spread: relative standard deviation of a call, until it can be measured.
+          misfit: of a kind from the law, the same.
         """
-        self._window, self._spread, self._misfit = window, spread, misfit
+        self._window, self._prior_spread, self._misfit = window, spread, misfit
         self._seconds: dict[Kind, collections.deque[float]] = {}
-        self._estimates: dict[Kind, float] = {}
-        self._law: _Law | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what follows from the calls."""
+        self._estimates: dict[Kind, tuple[float, float]] = {}
+        self._laws: dict[Kind | None, _Law] = {}
+        self._spread: float | None = None
 
     def add(self, bucket: int, strategy: Strategy | None, step_s: float) -> None:
         """Add a call's seconds per step."""
@@ -87,51 +95,63 @@ class StepTimes:
         if kind not in self._seconds:
             self._seconds[kind] = collections.deque(maxlen=self._window)
         self._seconds[kind].append(step_s)
-        self._estimates.clear()
-        self._law = None
-
-    def doubt(self, bucket: int, strategy: Strategy | None) -> float:
-        """Return the relative standard deviation of an estimate.
-
-        It falls with the square root of a kind's calls; of untried kinds it is large
-        where the law is asked for what no call has told of.
-        """
-        calls = len(self._seconds.get((bucket, strategy), ()))
-        if calls:
-            return self._spread / math.sqrt(calls)
-        return math.hypot(
-            self._misfit, self._fitted().spread(features(bucket, strategy))
-        )
+        self._forget()
 
     def tried(self, bucket: int, strategy: Strategy | None) -> bool:
         """Say whether there was any call of a kind."""
         return (bucket, strategy) in self._seconds
 
-    def estimate(self, bucket: int, strategy: Strategy | None) -> float:
-        """Return a step's seconds; before any call at all, in arbitrary units."""
+    def estimate(self, bucket: int, strategy: Strategy | None) -> tuple[float, float]:
+        """Return a step's seconds, and their relative standard deviation.
+
+        Before any call at all the seconds are in arbitrary units.
+        """
         kind = bucket, strategy
         if kind not in self._estimates:
-            calls = list(self._seconds.get(kind, ()))
-            if len(calls) < 3:
-                # Not from its own calls, which are in doubt.
-                law = self._fitted() if not calls else self._fit(without=kind)
-                calls.append(law.seconds(features(*kind)))
-            self._estimates[kind] = statistics.median_low(calls)
+            self._estimates[kind] = self._estimate(kind)
         return self._estimates[kind]
 
-    def _fitted(self) -> _Law:
-        if self._law is None:
-            self._law = self._fit(without=None)
-        return self._law
+    def _estimate(self, kind: Kind) -> tuple[float, float]:
+        calls = list(self._seconds.get(kind, ()))
+        few = 0 < len(calls) < 3 and len(self._seconds) > 1
+        # Of few calls the law is not made: they are in doubt.
+        law = self._law(without=kind if few else None)
+        expected_s = law.seconds(features(*kind))
+        doubt = math.hypot(self._misfit, law.spread(features(*kind)))
+        if not calls:
+            return expected_s, doubt
+        own_s = statistics.median_low(calls + [expected_s] if few else calls)
+        own_weight = len(calls) / self.spread() ** 2
+        weight = doubt**-2
+        total = own_weight + weight
+        log_s = own_weight * math.log(own_s) + weight * math.log(expected_s)
+        return math.exp(log_s / total), total**-0.5
 
-    def _fit(self, without: Kind | None) -> _Law:
-        tried = [
-            (features(*kind), statistics.median_low(calls), len(calls))
-            for kind, calls in self._seconds.items()
-            if kind != without
-        ]
-        # The only kind tried may be slow or not: nothing says which.
-        return _fit(tried, self._spread) if tried or not without else self._fitted()
+    def spread(self) -> float:
+        """Return the relative standard deviation of a call, robustly."""
+        if self._spread is None:
+            errors = [
+                abs(s / statistics.median_low(calls) - 1)
+                for calls in self._seconds.values()
+                if len(calls) > 2
+                for s in calls
+            ]
+            self._spread = self._prior_spread
+            if len(errors) >= _ENOUGH_CALLS:
+                # Three in four absolute errors are below 1.15 standard deviations.
+                measured = sorted(errors)[3 * len(errors) // 4] / 1.15
+                self._spread = min(max(measured, 0.02), 1.0)
+        return self._spread
+
+    def _law(self, without: Kind | None) -> _Law:
+        if without not in self._laws:
+            tried = [
+                (features(*kind), statistics.median_low(calls), len(calls))
+                for kind, calls in self._seconds.items()
+                if kind != without
+            ]
+            self._laws[without] = _fit(tried, self.spread())
+        return self._laws[without]
 
     def state(self) -> list[Any]:
         """Return the calls kept, as JSON has them."""
@@ -148,7 +168,7 @@ class StepTimes:
             )
             for bucket, text, calls in state
         }
-        self._estimates, self._law = {}, None
+        self._forget()
 
 
 def _fit(tried: list[tuple[tuple[float, ...], float, int]], spread: float) -> _Law:
