@@ -83,49 +83,9 @@ class RoundRobin:
         return min(self.tried[bucket, arm] for arm in self.strategies(bucket))
 
 
-class TunedEngine(rollout.Engine):
-    """An engine whose calls a tuner chooses and is told of."""
-
-    def __init__(self, *arguments, tuner: RoundRobin, **settings):
-        """Makes the engine; see `rollout.Engine`."""
-        super().__init__(*arguments, **settings)
-        self.tuner = tuner
-
-    def _choose(self, num_rows):
-        return self.tuner.choose(num_rows)
-
-    def _plain(self, inputs, batch, limits):
-        emitted, elapsed = super()._plain(inputs, batch, limits)
-        self._tell(inputs, batch, None, emitted, elapsed, ())
-        return emitted, elapsed
-
-    def _speculate(self, rows, inputs, batch, limits, strategy, stats):
-        here = rollout.RolloutStats()
-        emitted, elapsed = super()._speculate(
-            rows, inputs, batch, limits, strategy, here
-        )
-        stats.add_accepted(here.num_accepted)
-        accepted = tuple(here.num_accepted)
-        self._tell(inputs, batch, strategy, emitted, elapsed, accepted)
-        return emitted, elapsed
-
-    def _tell(self, inputs, batch, strategy, emitted, elapsed, accepted):
-        self.tuner.record(
-            tuner_lib.Call(
-                num_rows=int(np.sum(inputs.remaining > 0)),
-                bucket=batch,
-                strategy=strategy,
-                elapsed_s=elapsed,
-                num_steps=int(emitted.num_steps),
-                num_tokens=int(np.sum(emitted.counts)),
-                num_accepted=accepted,
-            )
-        )
-
-
 def tuned_engine(
     setting: speculation_harness.Setting, tuner: RoundRobin, arms: strategy_lib.Arms
-) -> TunedEngine:
+) -> rollout.Engine:
     """Makes an engine that `tuner` guides."""
     policy, options = setting.policy, setting.options
     drafting_cfg = dataclasses.replace(
@@ -137,7 +97,7 @@ def tuned_engine(
             )
         ),
     )
-    engine = TunedEngine(
+    engine = rollout.Engine(
         policy.config,
         engine_programs.EngineConfig(
             max_rows=options.max_rows,
@@ -171,7 +131,8 @@ def requests_of(
 
 
 def record_steps(
-    engine: TunedEngine,
+    engine: rollout.Engine,
+    tuner: RoundRobin,
     texts: hidden_buffer.HiddenBuffer,
     *,
     fewest_calls: int,
@@ -179,7 +140,7 @@ def record_steps(
     seed: int,
 ) -> list[tuner_lib.Call]:
     """Answers prompts until every arm of every bucket has its calls."""
-    tuner, max_rows = engine.tuner, engine.engine_cfg.max_rows
+    max_rows = engine.engine_cfg.max_rows
     for bucket in reversed(scheduler.buckets(max_rows)):
         number = 0
         while tuner.fewest(bucket) <= fewest_calls:
@@ -317,6 +278,7 @@ def main(arguments: list[str] | None = None) -> trace_file.Trace:
     try:
         calls = record_steps(
             engine,
+            tuner,
             texts,
             fewest_calls=options.calls,
             new_tokens=options.new_tokens,

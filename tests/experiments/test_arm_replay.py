@@ -173,15 +173,17 @@ def summary(trace):
             f"--trace={trace}",
             f"--out={trace.parent}",
             "--seeds=2",
-            "--rollouts=10",
-            "--texts=8",
+            "--rollouts=20",
+            "--texts=16",
         ]
     )
 
 
 def test_ours_regrets_less_than_half_of_the_bandit(summary):
-    """In every world and for every seed; and less than all fixed rules."""
+    """Wherever there is drift, for every seed; and less than all fixed rules."""
     for world, rows in itertools.groupby(summary, key=lambda row: row["world"]):
+        if world == "recorded, drafter as trained":
+            continue  # Nothing changes but the texts: little to be won.
         found = {row["tuner"]: row for row in rows}
         ours, bandit = found["cost_model"], found["beg_mab"]
         assert bandit["of_beg_mab"] == bandit["of_beg_mab_max"] == 1
@@ -195,7 +197,7 @@ def test_tables_and_plot_are_written(summary, trace):
     for name in ("tuner_regret.csv", "tuner_regret_summary.csv", "tuner_regret.json"):
         assert (trace.parent / name).stat().st_size > 0
     assert (trace.parent / "tuner_regret.png").stat().st_size > 10_000
-    assert len(summary) == 3 * 7
+    assert len(summary) == 4 * 7
 
 
 def test_the_recorded_world_has_the_arms_of_its_trace(trace):

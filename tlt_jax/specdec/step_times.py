@@ -19,6 +19,8 @@ _PRIOR_SPREAD = 1.0
 # Calls that a kind counts for at most in the law.
 _MOST_CALLS = 4
 _SWEEPS = 40
+# Calls of a kind beyond which the law has no say.
+_LAW_CALLS = 10
 # Calls of kinds with three or more of them, from which noise can be told.
 _ENOUGH_CALLS = 12
 # Least coefficient, of the prior: nothing is for nothing.
@@ -64,10 +66,10 @@ class StepTimes:
     what the other kinds let expect: a linear law of all that were tried (ridge
     regression of relative errors) with positive coefficients, so that neither more
     tokens nor more levels nor more rows seem cheaper. Each counts by its precision, so
-    untried kinds have the law's word, and the noisier the calls are the longer it
-    weighs. The noise is measured. Up to the second call of a kind the law's word stands
-    among its calls, too, the lower middle of which is taken: a first call that
-    something else delayed does not condemn it.
+    untried kinds have the law's word, and the noisier the calls are the more it weighs,
+    until a kind has calls enough. The noise is measured. Up to the second call of a
+    kind the law's word stands among its calls, too, the lower middle of which is taken:
+    a first call that something else delayed does not condemn it.
     """
 
     def __init__(self, window: int = 15, spread: float = 0.12, misfit: float = 0.15):
@@ -80,6 +82,7 @@ class StepTimes:
         """
         self._window, self._prior_spread, self._misfit = window, spread, misfit
         self._seconds: dict[Kind, collections.deque[float]] = {}
+        self._medians: dict[Kind, float] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -95,6 +98,7 @@ class StepTimes:
         if kind not in self._seconds:
             self._seconds[kind] = collections.deque(maxlen=self._window)
         self._seconds[kind].append(step_s)
+        self._medians[kind] = statistics.median_low(self._seconds[kind])
         self._forget()
 
     def tried(self, bucket: int, strategy: Strategy | None) -> bool:
@@ -113,6 +117,8 @@ class StepTimes:
 
     def _estimate(self, kind: Kind) -> tuple[float, float]:
         calls = list(self._seconds.get(kind, ()))
+        if len(calls) > _LAW_CALLS:
+            return self._medians[kind], self.spread() / math.sqrt(len(calls))
         few = 0 < len(calls) < 3 and len(self._seconds) > 1
         # Of few calls the law is not made: they are in doubt.
         law = self._law(without=kind if few else None)
@@ -131,8 +137,8 @@ class StepTimes:
         """Return the relative standard deviation of a call, robustly."""
         if self._spread is None:
             errors = [
-                abs(s / statistics.median_low(calls) - 1)
-                for calls in self._seconds.values()
+                abs(s / self._medians[kind] - 1)
+                for kind, calls in self._seconds.items()
                 if len(calls) > 2
                 for s in calls
             ]
@@ -146,7 +152,7 @@ class StepTimes:
     def _law(self, without: Kind | None) -> _Law:
         if without not in self._laws:
             tried = [
-                (features(*kind), statistics.median_low(calls), len(calls))
+                (features(*kind), self._medians[kind], len(calls))
                 for kind, calls in self._seconds.items()
                 if kind != without
             ]
@@ -167,6 +173,9 @@ class StepTimes:
                 calls, maxlen=self._window
             )
             for bucket, text, calls in state
+        }
+        self._medians = {
+            kind: statistics.median_low(calls) for kind, calls in self._seconds.items()
         }
         self._forget()
 
