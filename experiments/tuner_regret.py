@@ -325,25 +325,24 @@ def summarise(rows: Sequence[harness.Row]) -> list[harness.Row]:
 def plot(curves: dict[str, dict[str, list[np.ndarray]]], path: pathlib.Path) -> None:
     """Draws the regret over a run: the mean of the seeds, and their range."""
     figure, panels = plt.subplots(
-        1, len(curves), figsize=(3.9 * len(curves), 3.8), layout="constrained"
+        1, len(curves), figsize=(3.9 * len(curves), 4.2), layout="constrained"
     )
     for axes, (world, of) in zip(np.atleast_1d(panels), curves.items(), strict=True):
         for name, seeds in of.items():
-            stacked = np.stack(seeds)
-            steps = np.arange(stacked.shape[1])
-            color = _COLORS[name]
-            axes.plot(steps, stacked.mean(axis=0), color=color, label=name)
+            stacked = np.stack(seeds)[:, 1:]
+            steps = np.arange(stacked.shape[1]) + 1
+            color, style = _COLORS[name], "--" if name == FORGETFUL else "-"
+            axes.plot(steps, stacked.mean(axis=0), style, color=color, label=name)
             low, high = stacked.min(axis=0), stacked.max(axis=0)
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        # Plain decoding is far off where speculation is worth anything.
-        shown = [s[-1] for name, seeds in of.items() if name != "plain" for s in seeds]
-        axes.set_ylim(0, 1.08 * max(shown))
-        axes.set_title(world)
+        axes.set_yscale("log")
+        axes.set_title(world, fontsize=10)
         axes.set_xlabel("rollouts")
         axes.grid(alpha=0.25)
     first = np.atleast_1d(panels)[0]
     first.set_ylabel("regret against the oracle of each call (s)")
-    first.legend(fontsize=8)
+    names = first.get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=len(_COLORS), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
