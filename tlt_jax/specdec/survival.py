@@ -47,7 +47,7 @@ class Survival:
     tree is not scored by a larger one. And where a text alternates between easy and
     hard stretches, the steps of shallow chains begin in easy ones more often than those
     of deep chains, so that each scores the other with a small bias (on a recorded
-    trace 6 % at most; what is extrapolated was 13 % and more too high).
+    trace 7 % at most; what is extrapolated was up to 49 % too high).
 
     Reference: Kaplan and Meier, Nonparametric Estimation from Incomplete Observations,
     1958 (the product of hazards).
