@@ -193,7 +193,7 @@ class Recipe:
                 leaf.shape, leaf.dtype, sharding=where
             ),
             abstract,
-            self.sync._target,
+            self.sync._targets[0],
         )
 
 

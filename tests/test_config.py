@@ -146,12 +146,10 @@ def test_unset_algorithm_fields_are_left_to_the_preset():
         ("algorithm__clip_low", 1.1, "algorithm.clip_low=1.1"),
         ("precision", "bf16", "precision='bf16' is not one of float32, bfloat16; did"),
         ("algorithm__name", "grop", "did you mean 'grpo'"),
-        (
-            "specdec__mode",
-            "tlt",
-            "specdec.mode='tlt' is not built yet: use 'off' or 'ngram'",
-        ),
-        ("workers__num", 2, "workers.num=2 is not built yet"),
+        ("specdec__mode", "tlr", "specdec.mode='tlr' is not one of off, ngram, tlt"),
+        ("specdec__tuner", "ucb", "specdec.tuner='ucb' is not one of static"),
+        ("workers__num", 0, "workers.num=0"),
+        ("drafter__features", "layers", "name layers with features='layers'"),
         ("model__spec", "", "model.spec is empty"),
         ("learner__row_tokens", 1023, "give at least 1024"),
         ("learner__minibatches", 3, "does not divide rollout.prompts_per_step=8"),
@@ -196,7 +194,7 @@ def test_wrong_plain_values_are_refused(values, message):
         ("optimzer.learning_rate", "did you mean 'optimizer.learning_rate'?"),
         ("optimizer.lr", "keys in 'optimizer' are beta1, beta2,"),
         ("seed.x", "'seed' is not a section."),
-        ("qqq", "keys at the top are algorithm,"),
+        ("qqq", "keys at the top are adaptation, algorithm,"),
     ],
 )
 def test_nearest_key(key, hint):

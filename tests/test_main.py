@@ -31,9 +31,13 @@ MISTAKES = {
         ["--config=configs/tiny.py:cont", WORKDIR],
         "has no variant 'cont': use arithmetic (the default) or count.",
     ),
-    "not built": (
+    "too few layers": (
         [TINY, WORKDIR, "--config.specdec.mode=tlt"],
-        "error: specdec.mode='tlt' is not built yet: use 'off' or 'ngram'.",
+        "error: drafter.features='low_mid_high': num_layers=2 has no layers 2 < N/2",
+    ),
+    "no worker ever waits": (
+        [TINY, WORKDIR, "--config.workers.num=2", "--config.workers.min_idle=2"],
+        "error: workers.min_idle=2 of workers.num=2: the last worker never waits",
     ),
     "no model": (
         [TINY, WORKDIR, "--config.model.spec=somewhere"],

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tlt_jax import config, distributed, speculation
+from tlt_jax import config, distributed, schema, speculation
 from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter, drafter_io
 from tlt_jax.models import tokenizer as model_tokenizer
@@ -67,7 +67,14 @@ def make_speculation(
 
     def tuner_of(arms, seed):
         made = tuners.build(
-            settings.tuner, arms, max_rows=run.rollout.max_batch, seed=seed
+            settings.tuner,
+            arms,
+            max_rows=run.rollout.max_batch,
+            seed=seed,
+            threshold=settings.threshold,
+            hysteresis=settings.hysteresis,
+            epsilon=settings.epsilon,
+            window=settings.window,
         )
         return shared_tuner.SharedTuner(made)
 
@@ -154,7 +161,13 @@ def _drafter_of(
         return cfg, params
     layers = tuple(asked.feature_layers)
     if asked.features == "low_mid_high":
-        layers = drafter.low_mid_high(model.num_layers)
+        try:
+            layers = drafter.low_mid_high(model.num_layers)
+        except ValueError as error:
+            raise schema.ConfigError(
+                f"drafter.features={asked.features!r}: {error} Set drafter.features to "
+                "'last' or 'layers'."
+            ) from error
     preset = drafter_training.objective(run.adaptation.name)
     made = drafter.of_target(
         model,

@@ -19,6 +19,11 @@ class Specdec:
       ngram_strategies: the same for `ngram`, and for `tlt` before the drafter is ready.
       tuner: who chooses: `static` and `threshold` (one candidate per entry),
         `beg_mab` (the paper's bandit) or `cost_model` (ours).
+      threshold: of `threshold`: most rows at which speculation begins; 0: those of the
+        last entry.
+      hysteresis: of `threshold`: rows above it at which it still goes on.
+      epsilon: of `beg_mab`: how often a candidate is chosen at random, in [0, 1].
+      window: of `beg_mab`: calls of a candidate that count, at least 1.
       ranking: of the learned drafter's candidates: by the noise that the target draws
         with (`coupled`) or by probability alone (`deterministic`).
       tau: sharpness of the coupled score, above 0.
@@ -28,6 +33,10 @@ class Specdec:
     strategies: tuple[str, ...] = ("1:D7K1V8,D3K1V4", "4:D5K1V6", "16:D3K1V4")
     ngram_strategies: tuple[str, ...] = ("2:D6K1V7-ngram", "8:D4K1V5-ngram")
     tuner: Literal["static", "threshold", "beg_mab", "cost_model"] = "cost_model"
+    threshold: int = schema.number(0, 0)
+    hysteresis: int = schema.number(0, 0)
+    epsilon: float = schema.number(0.1, 0.0, 1.0)
+    window: int = schema.number(300, 1)
     ranking: Literal["coupled", "deterministic"] = "coupled"
     tau: float = schema.number(0.5, above=0.0)
 
@@ -57,6 +66,7 @@ class Drafter(DrafterShape):
       directory: where a trained one is read from (the workdir of
         `tlt_jax.train_drafter`, or an export); the shape is then its own. Empty: it
         begins with random weights.
+      features, feature_layers, draft_vocab_size: see `DrafterShape`.
     """
 
     directory: str = ""
@@ -90,6 +100,7 @@ class Adaptation(Objective):
     """Training of the drafter during a run, on workers that wait.
 
     Attributes:
+      name, num_steps, decay, token_loss: see `Objective`.
       enabled: false: the drafter stays as it is.
       learning_rate: AdamW's, constant, above 0.
       num_rows: rows of a training step, at least 1. A step is what a rollout's end may

@@ -184,8 +184,9 @@ class Adaptation:
 
     def begin_rollout(self) -> None:
         """Note that the engines have the target's newest weights."""
-        for tuner in self._tuners:
-            tuner.changed("target")
+        if self._workers.version > self.buffer.version:
+            for tuner in self._tuners:
+                tuner.changed("target")
         self.buffer.begin_step(self._workers.version)
 
     def end_rollout(self, accept_length: float, seconds: float) -> None:

@@ -159,13 +159,13 @@ class SpotTrainer:
 
     def _guarded(self, members, should_stop, train: records.Train | None) -> str:
         """Train; return why that failed, if it did, with the drafter as it was."""
-        kept = False
+        kept, before = False, self.report.num_steps
         try:
             self._train(members, should_stop, train)
             c = self._coordination
             kept = train is None or c.may_publish(train.training)
             self.learner.end(kept)
-            if kept and self.report.num_steps:
+            if kept and self.report.num_steps > before:
                 self._publish()
         # A drafter that cannot be trained must not end the run.
         except Exception as error:

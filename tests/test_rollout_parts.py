@@ -1,0 +1,58 @@
+"""What a run's settings become: strategies, tuners, drafter."""
+
+import pytest
+
+from tests import tiny_runs
+from tests.rl import engines
+from tlt_jax import rollout_parts
+from tlt_jax.models import drafter, drafter_io
+from tlt_jax.specdec import strategy
+
+TLT = {"specdec.mode": "tlt", "drafter.features": "last"}
+
+
+def made(**overrides):
+    run = tiny_runs.config_of(**TLT | overrides)
+    return rollout_parts.make_speculation(run, engines.CFG)
+
+
+def test_off_has_nothing():
+    assert made(**{"specdec.mode": "off"}) == rollout_parts.Speculation()
+
+
+def test_settings_reach_the_tuners():
+    one = {"specdec.strategies": ("2:D2K1V3",), "specdec.ngram_strategies": ()}
+    found = made(**one, **{"specdec.tuner": "threshold", "specdec.hysteresis": 1})
+    (tuner,) = found.tuners
+    assert tuner.state()["tuner"] == "threshold"
+    chain = strategy.parse("D2K1V3")
+    # It begins at two rows and goes on at three.
+    assert [tuner.choose(n) for n in (4, 3, 2, 3, 4)] == [
+        None,
+        None,
+        chain,
+        chain,
+        None,
+    ]
+    found = made(**one, **{"specdec.tuner": "beg_mab", "specdec.epsilon": 0.0})
+    assert found.tuner.choose(1) == chain
+    with pytest.raises(ValueError, match="has 2 candidates"):
+        made(**{"specdec.tuner": "static", "specdec.strategies": ("2:D2K1V3,D3K1V4",)})
+
+
+def test_a_drafter_of_its_own_or_a_new_one(tmp_path):
+    new = made().drafting_cfg
+    assert new.capture and new.drafter_cfg.max_length == 14
+    assert made().initial is None and made().early_tuner is not None
+    cfg = drafter.of_target(engines.CFG, max_length=4)
+    params = drafter.init(cfg, engines.jax.random.key(0))
+    drafter_io.save(tmp_path / "drafter", params, cfg)
+    named = {"drafter.directory": str(tmp_path)}
+    found = made(**named)
+    assert found.initial is not None
+    # It will be trained on the run's texts, or else it must fit them as it is.
+    assert found.drafting_cfg.drafter_cfg.max_length == 14
+    kept = made(**named, **{"adaptation.enabled": False}).drafting_cfg
+    assert kept.drafter_cfg.max_length == 4 and not kept.capture
+    with pytest.raises(ValueError, match="trained for 4"):
+        kept.check(engines.CFG, 14, rollout_parts.law_of(tiny_runs.config_of(), 1.0))
