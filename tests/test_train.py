@@ -169,6 +169,7 @@ def test_suffix_matches_change_nothing_but_the_number_of_forwards(
     settings = {
         "specdec.mode": "ngram",
         "specdec.ngram_strategies": ("4:D3K2V5-ngram",),
+        "specdec.tuner": "static",
     }
     rows = start(model, tmp_path, num_steps=4, **settings)
     expected = metrics.read(base)[:4]

@@ -136,8 +136,9 @@ def test_a_resumed_run_takes_the_drafter_up_bit_for_bit(
 
 
 def test_a_drafter_that_diverges_is_rolled_back_and_the_run_goes_on(
-    off, tmp_path, waits, capsys
+    off, tmp_path, waits, capsys, monkeypatch
 ):
+    monkeypatch.setattr(spot_trainer, "_MAX_SKIPPED", 1)
     rows = start(
         tmp_path,
         **{"adaptation.learning_rate": 1e30, "log.progress": "plain"},

@@ -41,6 +41,7 @@ from tlt_jax.rl import (
     tasks,
     updater,
     weight_sync,
+    workers,
 )
 from tlt_jax.specdec import programs
 
@@ -123,9 +124,7 @@ class Trainer:
         mesh = self.updater.learner.mesh
         meshes = weight_sync.engine_meshes(mesh, run.workers.num)
         self.speculation = rollout_parts.make_speculation(run, self.model)
-        self.workers = rollout_parts.make_workers(
-            run, self.model, self.tokenizer, meshes, self.speculation, self.group
-        )
+        self.workers = self._make_workers(meshes)
         self.adaptation = self._make_adaptation()
         if self.adaptation is not None:
             closing.callback(self.adaptation.close)
@@ -368,6 +367,12 @@ class Trainer:
             return
         with workdir.writing(self.directory / "plots"):
             plots.draw_all(self.directory)
+
+    def _make_workers(self, meshes: list[jax.sharding.Mesh]) -> workers.Workers:
+        made = self.speculation
+        return rollout_parts.make_workers(
+            self.run, self.model, self.tokenizer, meshes, made, self.group
+        )
 
     def _make_adaptation(self) -> adaptation.Adaptation | None:
         run, made = self.run, self.speculation

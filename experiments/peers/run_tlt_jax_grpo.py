@@ -19,16 +19,18 @@ import protocol
 
 from tlt_jax import config, progress, train
 from tlt_jax.models import source
-from tlt_jax.rl import rollout
+from tlt_jax.rl import rollout, workers
 
 
 class FixedLengthTrainer(train.Trainer):
     """A trainer in whose rollouts no token ends a text."""
 
-    def _engine(self, temperature: float) -> rollout.Engine:
-        made = super()._engine(temperature)
-        endless = dataclasses.replace(made.engine_cfg, eos_ids=())
-        return rollout.Engine(self.model, endless, mesh=made.mesh)
+    def _make_workers(self, meshes: list) -> workers.Workers:
+        made = super()._make_workers(meshes)
+        endless = dataclasses.replace(made.engines[0].engine_cfg, eos_ids=())
+        return workers.Workers(
+            [rollout.Engine(self.model, endless, mesh=mesh) for mesh in meshes]
+        )
 
 
 class Peer:

@@ -2,9 +2,12 @@
 
 import csv
 
+import pytest
+
 from experiments import drafter_adaptation
 
 
+@pytest.mark.slow
 def test_run(tmp_path, monkeypatch):
     monkeypatch.setitem(drafter_adaptation.SETTINGS, "rollout.prompts_per_step", 4)
     monkeypatch.setitem(drafter_adaptation.SETTINGS, "rollout.group_size", 4)

@@ -64,6 +64,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_accept_length(arguments):
     given, out = arguments
     accept_length.main(

@@ -92,7 +92,7 @@ def test_a_worker_that_dies_is_replaced_by_the_others(first, expected):
 
 
 def test_a_worker_that_hangs_is_given_up(first, expected):
-    team = workers_of(first, 2, heartbeat_timeout_s=1.0)
+    team = workers_of(first, 2, heartbeat_timeout_s=6.0)
     woken, ended = threading.Event(), threading.Event()
     decode_call, serve = rollout.Engine._decode_call, rollout.Engine.serve
 
