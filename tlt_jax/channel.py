@@ -177,7 +177,8 @@ class Server:
             if name is None:
                 return True, getattr(self, method)(*args)
             return True, getattr(self._object(name), method)(*args)
-        # Whatever it is, it is the caller's to raise.
+        # All of them: the object may raise anything, this thread knows none of it, and
+        # the caller in the other process, who waits for an answer, raises it there.
         except Exception as error:
             try:
                 pickle.loads(pickle.dumps(error))

@@ -167,7 +167,9 @@ class SpotTrainer:
             self.learner.end(kept)
             if kept and self.report.num_steps > before:
                 self._publish()
-        # A drafter that cannot be trained must not end the run.
+        # All of them: the coordinator waits for this thread's answer, so an error that
+        # left it would hold up the rollout's end, and the run can do without a drafter
+        # that cannot be trained. The record names the error.
         except Exception as error:
             self.learner.end(keep=False)
             failure = f"{type(error).__name__}: {error}"
