@@ -6,7 +6,7 @@ pages keep.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -54,9 +54,7 @@ class CacheWriter:
             return caches
         started, waited = time.perf_counter(), self._pool.stats.waited_s
         for jobs in (admission.prompts, admission.returns):
-            for first in range(0, len(jobs), _MOST_ROWS):
-                chosen = jobs[first : first + _MOST_ROWS]
-                caches = self._prefill(caches, params, chosen, stats)
+            caches = self._prefill(caches, params, jobs, stats)
         width = self._cfg.max_rows
         pairs = np.zeros((width, 2), np.int32)
         pairs[: len(admission.copies)] = np.reshape(admission.copies, (-1, 2))
@@ -92,44 +90,43 @@ class CacheWriter:
             return caches
         started, waited = time.perf_counter(), self._pool.stats.waited_s
         for jobs in rounds:
-            for first in range(0, len(jobs), _MOST_ROWS):
-                chosen = jobs[first : first + _MOST_ROWS]
-                caches = self._fill(caches, params, weights, chosen, stats)
+            caches = self._fill(caches, params, weights, jobs, stats)
         jax.block_until_ready(caches.drafter)
         waited = self._pool.stats.waited_s - waited
         stats.fill_s += time.perf_counter() - started - waited
         return caches
 
     def _prefill(self, caches, params, jobs, stats) -> speculate.Caches:
-        chunk, batch, table = self._cfg.chunk, *self._table(jobs)
-        program = self._pool.get(*self._programs.prefill(params, batch))
-        for offset in range(0, max(len(j.text) - j.start for j in jobs), chunk):
+        chunk = self._cfg.chunk
+        for call in _calls([len(job.text) - job.start for job in jobs], chunk):
+            batch, table = self._table([jobs[i] for i, _ in call])
             tokens = np.zeros((batch, chunk), np.int32)
             counts = np.zeros((batch,), np.int32)
             lengths = np.zeros((batch,), np.int32)
-            for i, job in enumerate(jobs):
-                part = job.text[job.start + offset :][:chunk]
-                tokens[i, : len(part)] = part
-                counts[i] = len(part)
-                # A row that is through reads nothing and writes to the scratch page.
-                lengths[i] = job.start + offset if len(part) else 0
+            for row, (i, offset) in enumerate(call):
+                first = jobs[i].start + offset
+                part = jobs[i].text[first:][:chunk]
+                tokens[row, : len(part)] = part
+                counts[row], lengths[row] = len(part), first
+            program = self._pool.get(*self._programs.prefill(params, batch))
             target = program(params, caches.target, tokens, counts, table, lengths)
             caches = caches.replace(target=target)
             stats.num_prefill_tokens += int(counts.sum())
         return caches
 
     def _fill(self, caches, params, weights, jobs, stats) -> speculate.Caches:
-        chunk, batch, table = self._cfg.chunk, *self._table(jobs)
-        program = self._pool.get(*self._programs.fill(params, batch))
-        for offset in range(0, max(j.stop - j.start for j in jobs), chunk):
+        chunk = self._cfg.chunk
+        for call in _calls([job.stop - job.start for job in jobs], chunk):
+            batch, table = self._table([jobs[i] for i, _ in call])
             tokens = np.zeros((batch, chunk), np.int32)
             counts = np.zeros((batch,), np.int32)
             starts = np.zeros((batch,), np.int32)
-            for i, job in enumerate(jobs):
-                first = job.start + offset
-                count = max(min(chunk, job.stop - first), 0)
-                tokens[i, :count] = job.text[first + 1 : first + 1 + count]
-                counts[i], starts[i] = count, first if count else 0
+            for row, (i, offset) in enumerate(call):
+                first = jobs[i].start + offset
+                count = min(chunk, jobs[i].stop - first)
+                tokens[row, :count] = jobs[i].text[first + 1 : first + 1 + count]
+                counts[row], starts[row] = count, first
+            program = self._pool.get(*self._programs.fill(params, batch))
             filled = program(
                 weights, caches.target, caches.drafter, tokens, counts, table, starts
             )
@@ -144,3 +141,17 @@ class CacheWriter:
         for i, job in enumerate(jobs):
             table[i, : len(job.pages)] = job.pages
         return batch, table
+
+
+def _calls(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield each call's (job, offset of its part): what is left most goes first.
+
+    Every call computes whole chunks, so a job that is through takes no part any more.
+    """
+    done = [0] * len(lengths)
+    while left := [i for i, length in enumerate(lengths) if done[i] < length]:
+        left.sort(key=lambda i: done[i] - lengths[i])
+        call = [(i, done[i]) for i in left[:_MOST_ROWS]]
+        yield call
+        for i, offset in call:
+            done[i] = offset + chunk
