@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlt_jax.rl import packing
+from tlt_jax.rl import packing, row_filling
 
 
 def make_groups(sizes, seed=0):
@@ -169,9 +169,9 @@ def test_scatter_pads_what_no_part_holds():
 
 
 def test_first_fit_decreasing_fills_rows():
-    # Trees of 9, 5, 4 and 2 columns: {9} and, where 11 fit, {9, 2} and {5, 4}.
+    # Trees of 9, 5, 4 and 2 columns: {9, 2} and {5, 4} where rows are of 11.
     groups = make_groups([(2, [2]), (4, [5]), (1, [1]), (2, [3])])
-    packed = packing.pack(groups, row_tokens=11, rounding=1)
+    packed = packing.pack(groups, row_tokens=11, rounding=11)
     assert packed.tokens.shape == (2, 11)
     np.testing.assert_array_equal((packed.segment >= 0).sum(axis=1), [11, 9])
 
@@ -185,10 +185,63 @@ def test_large_group_is_split_with_its_prompt_copied():
         np.testing.assert_array_equal(row[:4], groups[0].prompt)
 
 
+@pytest.mark.parametrize(
+    "sizes,width,rows",
+    [
+        # Whole groups fill two of the widest rows by half: three quarters are enough.
+        ([(4, [4, 4]), (4, [4, 4])], 12, [[(0, 2)], [(1, 2)]]),
+        # Whole groups would take three rows of 12; spread out they fill two of 16.
+        (
+            [(1, [4, 3, 3]), (1, [4, 3, 3]), (1, [3, 3])],
+            16,
+            [[(0, 3), (1, 1)], [(1, 2), (2, 2)]],
+        ),
+        # A long prompt is not copied where that costs more than it fills.
+        ([(8, [2, 2, 2]), (8, [2, 2, 2])], 16, [[(0, 3)], [(1, 3)]]),
+    ],
+)
+def test_the_layout_with_the_fewest_columns_is_chosen(sizes, width, rows):
+    groups = make_groups(sizes)
+    packed = packing.pack(groups, row_tokens=16, rounding=4)
+    found = []
+    for tokens, prefix, segment in zip(
+        packed.tokens, packed.prefix, packed.segment, strict=True
+    ):
+        trees = []
+        for first in sorted(set(prefix[prefix >= 0].tolist())):
+            here = prefix == first
+            prompt = tokens[here & (segment == first)]
+            (group,) = (
+                i for i, g in enumerate(groups) if np.array_equal(g.prompt, prompt)
+            )
+            trees.append((group, len(set(segment[here].tolist())) - 1))
+        found.append(trees)
+    assert (packed.tokens.shape[1], sorted(found)) == (width, sorted(rows))
+
+
+@random_cases
+@given(batches, st.integers(0, 40), st.sampled_from([1, 4, 8]), st.integers(1, 3))
+def test_no_layout_has_more_columns_than_whole_groups_take(
+    sizes, slack, rounding, multiple
+):
+    groups = make_groups(sizes)
+    kept = [(len(g.prompt), [len(r) for r in g.responses]) for g in groups]
+    row_tokens = slack + max(p + sum(rs) for p, rs in kept if sum(rs))
+    packed = packing.pack(
+        groups, row_tokens=row_tokens, rounding=rounding, rows_multiple=multiple
+    )
+    trees = [p + sum(rs) for p, rs in kept if sum(rs)]
+    bins = row_filling.first_fit_decreasing(trees, row_tokens)
+    longest = max(sum(trees[i] for i in members) for members in bins)
+    width = min(-(-longest // rounding) * rounding, row_tokens)
+    num_rows = -(-len(bins) // multiple) * multiple
+    assert packed.tokens.size <= num_rows * width
+
+
 def test_shapes_are_rounded():
     groups = make_groups([(5, [6, 2]), (5, [6, 2])])
     packed = packing.pack(groups, row_tokens=64, rounding=8, rows_multiple=4)
-    assert packed.tokens.shape == (4, 32) and packed.target.shape == (4, 16)
+    assert packed.tokens.shape == (4, 16) and packed.target.shape == (4, 8)
     packed = packing.pack(groups, row_tokens=30, rounding="power_of_two")
     assert packed.tokens.shape == (1, 30) and packed.target.shape == (1, 16)
 

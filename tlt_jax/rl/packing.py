@@ -16,11 +16,10 @@ the columns that make them (`source`, `target`).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
-Rounding = int | Literal["power_of_two"]
+from tlt_jax.rl import row_filling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,35 +76,19 @@ class Packed:
         return self.tokens.shape[0] * self.row_sequences
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tree:
-    """A prompt with those of its responses that share a row, as (number, tokens)."""
-
-    prompt: np.ndarray
-    responses: tuple[tuple[int, np.ndarray], ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.prompt) + self.num_predictions
-
-    @property
-    def num_predictions(self) -> int:
-        return sum(len(tokens) for _, tokens in self.responses)
-
-
 def pack(
     groups: Sequence[Group],
     *,
     row_tokens: int,
-    rows_multiple: Rounding = 1,
-    rounding: Rounding = "power_of_two",
+    rows_multiple: row_filling.Rounding = 1,
+    rounding: row_filling.Rounding = "power_of_two",
     uniform: bool = False,
 ) -> Packed:
-    """Packs groups into few rows, each prompt computed once per row it appears in.
+    """Packs groups into few columns, each prompt computed once per row it appears in.
 
-    First fit decreasing: the largest tree goes first, each into the first row with
-    room. A group that fits no row is split, responses kept whole, by the same rule; its
-    parts have a copy of the prompt each. Deterministic in its input.
+    Rows and their width are those of `row_filling.choose`: a group may be split,
+    responses kept whole, and its parts then have a copy of the prompt each.
+    Deterministic in its input.
 
     Args:
       groups: at least one with a response that is not empty.
@@ -123,23 +106,25 @@ def pack(
       ValueError: a prompt with one response exceeds `row_tokens`, a prompt is empty,
         tokens are not 1-D integers, nothing is there to pack, or a rounding is below 1.
     """
-    trees: list[_Tree] = []
+    trees = []
     for group_index, tree in _trees(groups):
         _check_fits(group_index, tree, row_tokens)
-        trees += _split_tree(tree, row_tokens)
-    rows = [
-        [trees[i] for i in row]
-        for row in _first_fit_decreasing([tree.size for tree in trees], row_tokens)
-    ]
-    return _lay_out(rows, groups, row_tokens, rows_multiple, rounding, uniform)
+        trees.append(tree)
+    rows, width = row_filling.choose(
+        trees,
+        row_tokens=row_tokens,
+        rows_multiple=rows_multiple,
+        rounding=rounding,
+    )
+    return _lay_out(rows, groups, width, rows_multiple, rounding, uniform)
 
 
 def pad(
     groups: Sequence[Group],
     *,
     row_tokens: int,
-    rows_multiple: Rounding = 1,
-    rounding: Rounding = "power_of_two",
+    rows_multiple: row_filling.Rounding = 1,
+    rounding: row_filling.Rounding = "power_of_two",
 ) -> Packed:
     """Lays out one row per response, each with its own copy of the prompt.
 
@@ -157,8 +142,12 @@ def pad(
     rows = []
     for group_index, tree in _trees(groups):
         _check_fits(group_index, tree, row_tokens)
-        rows += [[_Tree(tree.prompt, (response,))] for response in tree.responses]
-    return _lay_out(rows, groups, row_tokens, rows_multiple, rounding)
+        rows += [
+            [row_filling.Tree(tree.prompt, (response,))] for response in tree.responses
+        ]
+    longest = max(tree.size for (tree,) in rows)
+    width = min(row_filling.round_up("rounding", longest, rounding), row_tokens)
+    return _lay_out(rows, groups, width, rows_multiple, rounding)
 
 
 def split(packed: Packed, rows_per_micro_batch: int) -> list[Packed]:
@@ -285,7 +274,7 @@ def visible(packed: Packed) -> np.ndarray:
     )
 
 
-def _trees(groups: Sequence[Group]) -> list[tuple[int, _Tree]]:
+def _trees(groups: Sequence[Group]) -> list[tuple[int, row_filling.Tree]]:
     """Numbers the completions and drops the empty ones; (group's index, tree)."""
     trees = []
     number = 0
@@ -303,7 +292,9 @@ def _trees(groups: Sequence[Group]) -> list[tuple[int, _Tree]]:
                 responses.append((number, np.asarray(tokens)))
             number += 1
         if responses:
-            trees.append((index, _Tree(np.asarray(group.prompt), tuple(responses))))
+            trees.append(
+                (index, row_filling.Tree(np.asarray(group.prompt), tuple(responses)))
+            )
     if not trees:
         raise ValueError(
             f"the {len(groups)} groups hold no response token: there is nothing to "
@@ -312,9 +303,9 @@ def _trees(groups: Sequence[Group]) -> list[tuple[int, _Tree]]:
     return trees
 
 
-def _check_fits(index: int, tree: _Tree, row_tokens: int) -> None:
-    longest = max(len(tokens) for _, tokens in tree.responses)
-    if len(tree.prompt) + longest > row_tokens:
+def _check_fits(index: int, tree: row_filling.Tree, row_tokens: int) -> None:
+    if tree.least_width > row_tokens:
+        longest = tree.least_width - len(tree.prompt)
         raise ValueError(
             f"row_tokens={row_tokens} is less than the {len(tree.prompt)} prompt and "
             f"{longest} response tokens in groups[{index}]: raise row_tokens or limit "
@@ -322,54 +313,27 @@ def _check_fits(index: int, tree: _Tree, row_tokens: int) -> None:
         )
 
 
-def _split_tree(tree: _Tree, row_tokens: int) -> list[_Tree]:
-    """Parts of the tree that fit a row each; the tree itself where it fits."""
-    sizes = [len(tokens) for _, tokens in tree.responses]
-    bins = _first_fit_decreasing(sizes, row_tokens - len(tree.prompt))
-    return [
-        _Tree(tree.prompt, tuple(tree.responses[i] for i in sorted(members)))
-        for members in bins
-    ]
-
-
-def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the items in each bin; ties go in the order given."""
-    bins: list[list[int]] = []
-    room = np.zeros(len(sizes), np.int64)
-    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fits = np.flatnonzero(room[: len(bins)] >= sizes[item])
-        if len(fits):
-            chosen = int(fits[0])
-        else:
-            chosen = len(bins)
-            bins.append([])
-            room[chosen] = capacity
-        bins[chosen].append(item)
-        room[chosen] -= sizes[item]
-    return bins
-
-
 def _lay_out(
-    rows: Sequence[Sequence[_Tree]],
+    rows: Sequence[Sequence[row_filling.Tree]],
     groups: Sequence[Group],
-    row_tokens: int,
-    rows_multiple: Rounding,
-    rounding: Rounding,
+    num_columns: int,
+    rows_multiple: row_filling.Rounding,
+    rounding: row_filling.Rounding,
     uniform: bool = False,
 ) -> Packed:
-    """Writes the trees of each row into arrays of rounded shape."""
+    """Writes the trees of each row into arrays of this width and rounded shape."""
     lengths = np.array([len(r) for g in groups for r in g.responses], np.int32)
     starts = np.cumsum(lengths) - lengths
-    longest = max(sum(tree.size for tree in row) for row in rows)
-    num_columns = min(_round_up("rounding", longest, rounding), row_tokens)
     if uniform:
         num_predictions, most_sequences = num_columns, len(lengths)
     else:
         most = max(sum(tree.num_predictions for tree in row) for row in rows)
-        num_predictions = min(_round_up("rounding", most, rounding), num_columns)
+        num_predictions = min(
+            row_filling.round_up("rounding", most, rounding), num_columns
+        )
         most_sequences = max(sum(len(tree.responses) for tree in row) for row in rows)
-    num_rows = _round_up("rows_multiple", len(rows), rows_multiple)
-    row_sequences = _round_up("rounding", most_sequences, "power_of_two")
+    num_rows = row_filling.round_up("rows_multiple", len(rows), rows_multiple)
+    row_sequences = row_filling.round_up("rounding", most_sequences, "power_of_two")
 
     arrays = {
         name: np.full((num_rows, width), fill, np.int32)
@@ -396,7 +360,7 @@ def _lay_out(
 
 
 def _row(
-    row: Sequence[_Tree], first_sequence: int, starts: np.ndarray
+    row: Sequence[row_filling.Tree], first_sequence: int, starts: np.ndarray
 ) -> dict[str, np.ndarray]:
     """One row's arrays, without padding."""
     names = "tokens positions segment prefix source target sequence index".split()
@@ -434,16 +398,6 @@ def _row(
             segment += 1
             sequence += 1
     return {name: np.concatenate(values) for name, values in pieces.items()}
-
-
-def _round_up(name: str, value: int, rounding: Rounding) -> int:
-    if rounding == "power_of_two":
-        return 1 << (value - 1).bit_length()
-    if isinstance(rounding, str) or rounding < 1:
-        raise ValueError(
-            f"{name}={rounding!r}: give a multiple of at least 1 or 'power_of_two'."
-        )
-    return -(-value // rounding) * rounding
 
 
 def _check_tokens(name: str, tokens: np.ndarray) -> None:

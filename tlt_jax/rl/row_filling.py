@@ -1,0 +1,171 @@
+"""Which responses lie in which packed row, and how wide the rows are.
+
+A row costs what its width says, full or not, so the layout with the fewest columns in
+all is sought: over the widths there may be, with groups kept whole, and with groups
+spread over rows to fill them, at the price of a copy of the prompt in each.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+Rounding = int | Literal["power_of_two"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A prompt with those of its responses that share a row, as (number, tokens)."""
+
+    prompt: np.ndarray
+    responses: tuple[tuple[int, np.ndarray], ...]
+
+    @property
+    def size(self) -> int:
+        """Columns."""
+        return len(self.prompt) + self.num_predictions
+
+    @property
+    def num_predictions(self) -> int:
+        """Response tokens."""
+        return sum(len(tokens) for _, tokens in self.responses)
+
+    @property
+    def least_width(self) -> int:
+        """Columns that the prompt takes with its longest response."""
+        return len(self.prompt) + max(len(tokens) for _, tokens in self.responses)
+
+
+Rows = list[list[Tree]]
+
+
+def choose(
+    trees: Sequence[Tree],
+    *,
+    row_tokens: int,
+    rows_multiple: Rounding,
+    rounding: Rounding,
+) -> tuple[Rows, int]:
+    """Choose the rows that cost least.
+
+    Args:
+      trees: of at most `row_tokens` columns for a prompt and one response.
+      row_tokens: most columns in a row.
+      rows_multiple: the number of rows is rounded up to it.
+      rounding: the width is rounded up to it, but not beyond `row_tokens`.
+
+    Returns:
+      The trees of every row, and the rows' width. Of equally cheap layouts the one with
+      the fewest rows, and then with whole groups.
+    """
+    best = None
+    for width in _widths(max(t.least_width for t in trees), row_tokens, rounding):
+        for rows in (_whole(trees, width), _filled(trees, width)):
+            # Rows narrower than what was asked for cost less still.
+            longest = max(sum(tree.size for tree in row) for row in rows)
+            needed = min(round_up("rounding", longest, rounding), row_tokens)
+            num_rows = round_up("rows_multiple", len(rows), rows_multiple)
+            if best is None or (num_rows * needed, num_rows) < best[0]:
+                best = (num_rows * needed, num_rows), rows, needed
+    _, rows, width = best
+    return rows, width
+
+
+def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return indices of the items in each bin; ties go in the order given."""
+    bins: list[list[int]] = []
+    room = np.zeros(len(sizes), np.int64)
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = np.flatnonzero(room[: len(bins)] >= sizes[item])
+        if len(fits):
+            chosen = int(fits[0])
+        else:
+            chosen = len(bins)
+            bins.append([])
+            room[chosen] = capacity
+        bins[chosen].append(item)
+        room[chosen] -= sizes[item]
+    return bins
+
+
+def round_up(name: str, value: int, rounding: Rounding) -> int:
+    """Round up to a multiple or a power of two.
+
+    Raises:
+      ValueError: the rounding is neither.
+    """
+    if rounding == "power_of_two":
+        return 1 << (value - 1).bit_length()
+    if isinstance(rounding, str) or rounding < 1:
+        raise ValueError(
+            f"{name}={rounding!r}: give a multiple of at least 1 or 'power_of_two'."
+        )
+    return -(-value // rounding) * rounding
+
+
+# Layouts are tried for so many widths at most; a rounding of few tokens has many.
+_MOST_WIDTHS = 8
+
+
+def _widths(least: int, row_tokens: int, rounding: Rounding) -> list[int]:
+    """Rounded widths from `least` on, the widest first."""
+    found = []
+    width = round_up("rounding", least, rounding)
+    while width < row_tokens:
+        found.append(width)
+        width = round_up("rounding", width + 1, rounding)
+    step = -(-len(found) // _MOST_WIDTHS) or 1
+    return [row_tokens, *reversed(found[::step])]
+
+
+def _whole(trees: Sequence[Tree], width: int) -> Rows:
+    """First fit decreasing of groups; what is wider than a row is split likewise."""
+    parts = [part for tree in trees for part in _split(tree, width)]
+    rows = first_fit_decreasing([part.size for part in parts], width)
+    return [[parts[i] for i in row] for row in rows]
+
+
+def _split(tree: Tree, width: int) -> list[Tree]:
+    """Parts of the tree that fit a row each; the tree itself where it fits."""
+    sizes = [len(tokens) for _, tokens in tree.responses]
+    bins = first_fit_decreasing(sizes, width - len(tree.prompt))
+    return [
+        Tree(tree.prompt, tuple(tree.responses[i] for i in sorted(members)))
+        for members in bins
+    ]
+
+
+def _filled(trees: Sequence[Tree], width: int) -> Rows:
+    """First fit of responses, the largest group first and in it the longest.
+
+    Rows that have the prompt come before those that need a copy.
+    """
+    room = np.zeros(sum(len(tree.responses) for tree in trees), np.int64)
+    members: list[dict[int, list[int]]] = []
+    for index in sorted(range(len(trees)), key=lambda i: -trees[i].size):
+        tree = trees[index]
+        has_prompt = np.zeros(len(room), bool)
+        sizes = [len(tokens) for _, tokens in tree.responses]
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            lacking = np.where(has_prompt, 0, len(tree.prompt))
+            fits = room[: len(members)] >= (sizes[i] + lacking)[: len(members)]
+            chosen = np.flatnonzero(fits & has_prompt[: len(members)])
+            if not len(chosen):
+                chosen = np.flatnonzero(fits)
+            if len(chosen):
+                row = int(chosen[0])
+            else:
+                row = len(members)
+                members.append({})
+                room[row] = width
+            room[row] -= sizes[i] + lacking[row]
+            has_prompt[row] = True
+            members[row].setdefault(index, []).append(i)
+    return [
+        [
+            Tree(trees[t].prompt, tuple(trees[t].responses[i] for i in sorted(chosen)))
+            for t, chosen in row.items()
+        ]
+        for row in members
+    ]
