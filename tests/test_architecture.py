@@ -14,7 +14,7 @@ LAYERS = (
     (
         *("types", "schema", "config", "command_line", "compile_cache", "sharding"),
         *("metrics", "progress", "config_checks", "channel", "distributed"),
-        *("speculation_config", "failures", "cpu_devices"),
+        *("speculation_config", "failures", "cpu_devices", "host_memory"),
     ),
     ("pallas_kernels", "cpu_kernels"),
     ("models",),

@@ -16,6 +16,7 @@ from tlt_jax import (
     cpu_devices,
     distributed,
     failures,
+    host_memory,
     metrics,
     train,
     workdir,
@@ -41,6 +42,8 @@ def main(run: config.RunConfig) -> None:
     if not flags.FLAGS["verbosity"].present:
         # Libraries report every file they write; the run has its own display.
         logging.set_verbosity(logging.WARNING)
+    # First of all, as others begin threads.
+    host_memory.keep_freed()
     try:
         distributed.initialize(_CLUSTER.value)
         cpu_devices.prepare(run)

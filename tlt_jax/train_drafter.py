@@ -27,6 +27,7 @@ from tlt_jax import (
     drafter_plots,
     drafter_texts,
     failures,
+    host_memory,
     metrics,
     policy,
     progress,
@@ -92,6 +93,7 @@ class _Trainer:
             checkpoint.Checkpointer(directory, run.checkpoint.keep)
         )
         self.step = self.num_skipped = 0
+        self.sharpness: float | None = None
         self._restore()
         first_row = self.step + 1 if self.step else 0
         self.writer = closing.enter_context(
@@ -307,6 +309,7 @@ class _Trainer:
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         self.display.stage("training")
         found = drafter_acceptance.summarise(jax.device_get(total))
+        self.sharpness = found["sharpness"]
         return {f"eval/{name.replace('/', '_')}": x for name, x in found.items()}
 
     def _about_texts(self) -> dict[str, Any]:
@@ -381,10 +384,14 @@ class _Trainer:
         )
 
     def _export(self) -> None:
+        if self.sharpness is None:
+            self._measure()
         with workdir.writing(self.directory / "drafter"):
             drafter_io.save(
                 self.directory / "drafter",
-                self.state.params.replace(draft_ids=self.draft_ids),
+                self.state.params.replace(
+                    draft_ids=self.draft_ids, sharpness=jnp.float32(self.sharpness)
+                ),
                 self.cfg,
                 {
                     "target": self.policy.identity,
@@ -396,6 +403,7 @@ class _Trainer:
 
 def main(run: drafter_config.DrafterRun) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
+    host_memory.keep_freed()
     compile_cache.enable()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
