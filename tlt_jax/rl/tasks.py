@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from tlt_jax import data, types
-from tlt_jax.rl import counting, rewards, tiny_tasks
+from tlt_jax.rl import counting, random_numbers, rewards, tiny_tasks
 
 if typing.TYPE_CHECKING:
     from tlt_jax import config
@@ -358,7 +358,8 @@ def build(task: "config.Task", *, reward: str = "", eval_size: int = 64) -> Task
     """Makes the task of a run.
 
     Args:
-      task: `name` is `arithmetic`, `count`, `counting`, a reasoning-gym generator, or
+      task: `name` is `arithmetic`, `count`, `counting`, `random_numbers`, a
+        reasoning-gym generator, or
         the path of a .jsonl or .parquet file. `options` are the arguments of
         `ArithmeticTask`, `CountTask`, `CountingTask` or `FileTask`; for a generator
         they are those of `ReasoningGymTask` together with its own. `seed` and `size`
@@ -413,4 +414,5 @@ _BUILT_IN: dict[str, Callable[..., Task]] = {
     "arithmetic": tiny_tasks.ArithmeticTask,
     "count": tiny_tasks.CountTask,
     "counting": counting.CountingTask,
+    "random_numbers": random_numbers.RandomNumbersTask,
 }
