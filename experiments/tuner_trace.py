@@ -221,13 +221,12 @@ def blended(
     initial = drafter.init(cfg, jax.random.key(seed))
     if initial.norm is not None:
         initial = initial.replace(norm=setting.policy.params.final_norm)
-    initial = initial.replace(draft_ids=None)
     mixed = jax.tree.map(
         lambda a, b: (1 - share) * a + share * b,
-        initial,
-        trained.replace(draft_ids=None),
+        initial.replace(draft_ids=None),
+        trained.replace(draft_ids=None, sharpness=None),
     )
-    return mixed.replace(draft_ids=trained.draft_ids)
+    return mixed.replace(draft_ids=trained.draft_ids, sharpness=trained.sharpness)
 
 
 def main(arguments: list[str] | None = None) -> trace_file.Trace:

@@ -33,6 +33,17 @@ def test_saved_drafter_is_loaded(saved):
     assert [path.name for path in directory.parent.iterdir()] == ["drafter"]
 
 
+def test_sharpness_comes_back_and_must_be_positive(saved):
+    directory, params = saved
+    for value in (np.float32(1.25), np.float32(0)):
+        drafter_io.save(directory, params.replace(sharpness=value), CFG)
+        if value:
+            _, loaded = drafter_io.load(directory, tiny_drafter.TARGET, "bfloat16")
+            assert loaded.sharpness.dtype == np.float32 and loaded.sharpness == value
+    with pytest.raises(ValueError, match="sharpness 0.0, which should be positive"):
+        drafter_io.load(directory, tiny_drafter.TARGET)
+
+
 def test_drafter_of_another_target_is_refused(saved):
     for field, value in (("vocab_size", 25), ("num_layers", 5), ("d_model", 32)):
         other = dataclasses.replace(tiny_drafter.TARGET, **{field: value})

@@ -10,7 +10,7 @@ from tests.rl import engines
 from tlt_jax import sharding
 from tlt_jax.models import drafter
 from tlt_jax.rl import drafter_learner
-from tlt_jax.specdec import drafter_training, drafter_unroll
+from tlt_jax.specdec import drafter_acceptance, drafter_training, drafter_unroll
 
 CFG = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=12)
 ROWS, TOKENS, BASES = 2, 24, 16
@@ -109,7 +109,11 @@ def test_a_device_of_each_worker_as_many_as_divide_a_batch(learner):
 def test_what_drafts_would_have_had_accepted_is_measured(learner):
     fresh(learner)
     learner.begin((jax.devices()[0],), target())
+    learner.sharpness = 7.0
     found = learner.measure(batch_of(0))
     learner.end()
+    assert found["sharpness"] in drafter_acceptance.SHARPNESSES
+    assert learner.sharpness == learner.weights("float32").sharpness
+    assert learner.sharpness == found["sharpness"]
     assert 1 <= found["coupled/accept_length"] <= 3
     assert len(found["coupled/rate_by_depth"]) == 2

@@ -183,6 +183,19 @@ def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
     engine.pool.close()
 
 
+def test_a_drafters_sharpness_is_told_with_every_call():
+    table = strategy.parse_table(TABLES["chain"])
+    made = drafting.Drafting(drafting.DraftingConfig(table, EAGLE), page_size=2)
+    params = drafter_params(EAGLE)
+    for given, told in ((np.float32(1.5), 1.5), (None, 1.0)):
+        made.set_params(params.replace(sharpness=given), engines.PARAMS, version=0)
+        call = made.draft([], 1, table.choose(1))
+        assert call.sharpness == told
+        # Else programs would have been compiled for other weights.
+        assert call.weights.params.sharpness is None
+    assert made.draft([], 1, table.choose(1)).sharpness.dtype == np.float32
+
+
 def test_shared_prompt_pages_are_filled_once():
     request = engines.REQUESTS[0]
     group = [

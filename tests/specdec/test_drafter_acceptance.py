@@ -1,5 +1,6 @@
 """Accepted drafts against a slow count, and against what the engine would draw."""
 
+import collections
 import functools
 
 import jax
@@ -36,35 +37,44 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
         position = batch.positions[0, batch.bases[0, m]] + k + 2
         gumbel = noise.gumbel(batch.keys[:, m], position[None], vocab)
         gumbel = np.asarray(gumbel)[0, ids]
-        return {"deterministic": logits, "coupled": logits + gumbel}
+        by_sharpness = {
+            ("coupled", i): logits * x + gumbel
+            for i, x in enumerate(drafter_acceptance.SHARPNESSES)
+        }
+        return {"deterministic": logits, **by_sharpness}
 
     # Texts are random and seldom guessed: let some tokens be what is drafted.
     for m, k, name in (
-        (0, 0, "coupled"),
-        (0, 1, "coupled"),
+        (0, 0, ("coupled", 0)),
+        (0, 1, ("coupled", 0)),
         (3, 0, "deterministic"),
-        (6, 0, "coupled"),
+        (6, 0, ("coupled", 4)),
     ):
         scores = scores_of(unroll(params, batch, target), m, k)[name]
         batch.tokens[0, batch.bases[0, m] + k + 2] = ids[np.argmax(scores)]
     steps = unroll(params, batch, target)
-    names = [x + y for x in ("deterministic", "coupled") for y in ("", "_chain")]
-    expected = {name: np.zeros(NUM_STEPS) for name in ("count", *names)}
+    num = len(drafter_acceptance.SHARPNESSES)
+    expected = {"count": np.zeros(NUM_STEPS)}
+    for end in ("", "_chain"):
+        expected["deterministic" + end] = np.zeros(NUM_STEPS)
+        expected["coupled" + end] = np.zeros((NUM_STEPS, num))
     ends = {0: 9, 1: 16}
     lifetimes = np.zeros(batch.bases.shape, int)
     for m in np.flatnonzero(batch.valid[0]):
         base = int(batch.bases[0, m])
-        alive = {"deterministic": True, "coupled": True}
+        alive = collections.defaultdict(lambda: True)
         for k in range(NUM_STEPS):
             if base + k + 2 >= ends[int(batch.segment[0, base])]:
                 break
             expected["count"][k] += 1
-            for name, scores in scores_of(steps, m, k).items():
+            for key, scores in scores_of(steps, m, k).items():
                 hit = ids[np.argmax(scores)] == batch.tokens[0, base + k + 2]
-                alive[name] &= hit
-                expected[name][k] += hit
-                expected[f"{name}_chain"][k] += alive[name]
-            lifetimes[0, m] += alive["coupled"]
+                alive[key] &= hit
+                name, *rest = (key,) if key == "deterministic" else key
+                place = (k, *rest)
+                expected[name][place] += hit
+                expected[f"{name}_chain"][place] += alive[key]
+            lifetimes[0, m] += alive["coupled", 1]
     measure = jax.jit(
         functools.partial(drafter_acceptance.measure, num_steps=NUM_STEPS, cfg=FORWARD)
     )
@@ -76,10 +86,11 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
         functools.partial(
             drafter_acceptance.lifetimes, num_steps=NUM_STEPS, cfg=FORWARD
         )
-    )(params, batch, target)
+    )(params.replace(sharpness=np.float32(1.25)), batch, target)
     np.testing.assert_array_equal(found, lifetimes)
     assert lifetimes.max() > 1
-    assert expected["coupled"][0] >= 3 and expected["deterministic"][0] >= 1
+    assert expected["coupled"][0, 0] >= 2 and expected["deterministic"][0] >= 1
+    assert len({tuple(x) for x in expected["coupled"].T}) > 1
 
 
 def test_summary():
@@ -87,11 +98,15 @@ def test_summary():
         "count": np.array([4.0, 2.0]),
         "deterministic": np.array([2.0, 1.0]),
         "deterministic_chain": np.array([2.0, 0.0]),
-        "coupled": np.array([3.0, 2.0]),
-        "coupled_chain": np.array([3.0, 2.0]),
+        # At depths 1 and 2, by sharpness: the second does best.
+        "coupled": np.array([[4.0, 3.0, 3.0, 2.0, 2.0], [1.0, 2.0, 2.0, 0.0, 0.0]]),
+        "coupled_chain": np.array(
+            [[4.0, 3.0, 3.0, 2.0, 2.0], [0.0, 2.0, 2.0, 0.0, 0.0]]
+        ),
     }
     found = drafter_acceptance.summarise(sums)
     assert found == {
+        "sharpness": drafter_acceptance.SHARPNESSES[1],
         "deterministic/rate_by_depth": [0.5, 0.5],
         "deterministic/accept_length": 1.5,
         "coupled/rate_by_depth": [0.75, 1.0],

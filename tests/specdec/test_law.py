@@ -228,7 +228,13 @@ class Rollouts:
                     target(),
                     speculate.Caches(cache, draft_cache),
                     inputs,
-                    speculate.Draft(self.weights, jnp.float32(0.5), drafted, behind),
+                    speculate.Draft(
+                        self.weights,
+                        jnp.float32(0.5),
+                        jnp.float32(1.25),
+                        drafted,
+                        behind,
+                    ),
                     None,
                     *limits,
                 )

@@ -51,7 +51,7 @@ def texts_and_features():
     return tokens, rng.normal(size=shape).astype(np.float32)
 
 
-def slow_draft(row, noise, tau, temperature):
+def slow_draft(row, noise, tau, sharpness, temperature):
     """Children of each expanded path: `{path: [(token, score), ...]}`."""
     tokens, raw = texts_and_features()
     fused = np.array(drafter.fuse(weights().params, CFG, raw))[:, row]
@@ -70,7 +70,8 @@ def slow_draft(row, noise, tau, temperature):
         scores = np.asarray(logits)[length - 1 + len(path)].astype(np.float64)
         scores = scores / (temperature or 1)
         if noise is not None:
-            scores = (scores + np.asarray(noise)[row, len(path)][ids]) / tau
+            chance = np.asarray(noise)[row, len(path)][ids]
+            scores = (scores * sharpness + chance) / tau
         scores = scores - np.log(np.sum(np.exp(scores - scores.max()))) - scores.max()
         best = np.argsort(-scores)[: STRATEGY.topk]
         return [(int(ids[i]), scores[i]) for i in best]
@@ -87,7 +88,7 @@ def slow_draft(row, noise, tau, temperature):
 
 @functools.cache
 def draft_program(coupled, temperature):
-    def fn(weights, cache, table, accepted, noise, tau):
+    def fn(weights, cache, table, accepted, noise, tau, sharpness):
         return propose.draft(
             weights,
             cache,
@@ -95,6 +96,7 @@ def draft_program(coupled, temperature):
             accepted,
             noise if coupled else None,
             tau,
+            sharpness,
             cfg=CFG,
             strategy=STRATEGY,
             temperature=temperature,
@@ -104,9 +106,10 @@ def draft_program(coupled, temperature):
 
 
 @pytest.mark.parametrize(
-    "coupled,temperature", [(True, 1.0), (True, 0.7), (False, 1.0)]
+    "coupled,temperature,sharpness",
+    [(True, 1.0, 1.0), (True, 0.7, 1.5), (False, 1.0, 1.5)],
 )
-def test_drafts_are_those_of_whole_paths(coupled, temperature):
+def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
     tokens, raw = texts_and_features()
     num_pages = 1 + NUM * MOST // PAGE
     table = 1 + np.arange(num_pages - 1, dtype=np.int32).reshape(NUM, -1)
@@ -146,12 +149,19 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature):
     )
     noise = jax.random.gumbel(jax.random.key(3), (NUM, 4, hosts.CFG.vocab_size))
     made = draft_program(coupled, temperature)(
-        weights(), cache, table, accepted, noise, jnp.float32(0.6)
+        weights(),
+        cache,
+        table,
+        accepted,
+        noise,
+        jnp.float32(0.6),
+        jnp.float32(sharpness),
     )
     found = jax.device_get(made.candidates)
     assert made.keys.shape == made.values.shape == (2, 6, NUM, width)
     for row in range(NUM):
-        wanted = slow_draft(row, noise if coupled else None, 0.6, temperature)
+        chance = noise if coupled else None
+        wanted = slow_draft(row, chance, 0.6, sharpness, temperature)
         paths = {-1: ((), 0.0)}
         children = {}
         for i in range(STRATEGY.num_drafted):

@@ -166,6 +166,7 @@ class Host(hosts.Host):
         draft = speculate.Draft(
             weights(self.drafter_cfg),
             jnp.float32(0.5),
+            jnp.float32(1.0),
             self.pad(self.drafted),
             self.pad(tokens),
         )

@@ -88,6 +88,7 @@ class DrafterParams:
       fuse: `[D, n * D]`, or None where the feature is the target's last one.
       norm: `[D]` or None.
       draft_ids: `[Vd] int32`, rising target ids that can be proposed, or None: all.
+      sharpness: float32 scalar, see `propose.draft`; measured and not trained. None: 1.
     """
 
     join: jax.Array
@@ -95,6 +96,7 @@ class DrafterParams:
     fuse: jax.Array | None = None
     norm: jax.Array | None = None
     draft_ids: jax.Array | None = None
+    sharpness: jax.Array | None = None
 
 
 @struct.dataclass
@@ -195,7 +197,8 @@ def describe(cfg: DrafterConfig) -> DrafterParams:
     """Describe every trained leaf.
 
     Returns:
-      `DrafterParams` whose leaves are `params.Weight`s, without `draft_ids`.
+      `DrafterParams` whose leaves are `params.Weight`s, without `draft_ids` and
+      `sharpness`.
     """
     d, n = cfg.layer.d_model, cfg.num_features
     stacked = model_params.describe(cfg.layer).layers

@@ -32,7 +32,8 @@ def save(
 
     Args:
       directory: where.
-      params: the weights, with `draft_ids` where the vocabulary is reduced.
+      params: the weights, with `draft_ids` where the vocabulary is reduced, and
+        `sharpness` where it was measured.
       cfg: the drafter.
       about: what else shall stand in `config.json`: objective, target version, ...
 
@@ -56,7 +57,7 @@ def save(
         made.mkdir()
         (made / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
         arrays = {
-            name: np.ascontiguousarray(leaf) for name, leaf in _named(params).items()
+            name: np.asarray(leaf, order="C") for name, leaf in _named(params).items()
         }
         safetensors.numpy.save_file(arrays, made / WEIGHTS_FILE)
         if directory.exists():
@@ -90,6 +91,8 @@ def load(
     if cfg.draft_vocab_size:
         wanted = wanted.replace(draft_ids=np.zeros(cfg.draft_vocab_size, np.int32))
     arrays = _read_weights(directory / WEIGHTS_FILE)
+    if "sharpness" in arrays:
+        wanted = wanted.replace(sharpness=np.float32(1))
     shapes = {name: tuple(leaf.shape) for name, leaf in _named(wanted).items()}
     found = {name: array.shape for name, array in arrays.items()}
     if found != shapes:
@@ -103,11 +106,12 @@ def load(
             f"({len(names)} tensors differ). Export the drafter again."
         )
     _check_ids(directory, arrays.get("draft_ids"), target.vocab_size)
+    _check_sharpness(directory, arrays.get("sharpness"))
 
     def place(path, _):
         array = arrays[_name(path)]
-        is_ids = array.dtype.kind == "i"
-        return jax.device_put(array if is_ids else array.astype(dtype), sharding)
+        is_kept = _name(path) in ("draft_ids", "sharpness")
+        return jax.device_put(array if is_kept else array.astype(dtype), sharding)
 
     return cfg, jax.tree_util.tree_map_with_path(place, wanted)
 
@@ -181,6 +185,14 @@ def _check_ids(directory, ids: np.ndarray | None, vocab_size: int) -> None:
         raise ValueError(
             f"{directory} has draft_ids from {ids[0]} to {ids[-1]}, outside the "
             f"target's vocabulary of {vocab_size}: export the drafter again."
+        )
+
+
+def _check_sharpness(directory, sharpness: np.ndarray | None) -> None:
+    if sharpness is not None and not 0 < sharpness < np.inf:
+        raise ValueError(
+            f"{directory} has sharpness {sharpness}, which should be positive: export "
+            "the drafter again."
         )
 
 

@@ -227,14 +227,14 @@ class Adaptation:
         learner, report = self.learner, self.trainer.report
         trained = None
         if report.num_steps:
-            trained = learner.state, learner.draft_ids
+            trained = learner.state, learner.draft_ids, learner.sharpness
         found = self._workers.group.exchange("drafter", (report, self.version, trained))
         leader = max(range(len(found)), key=lambda i: found[i][0].num_steps)
         self.version = max(version for _, version, _ in found)
         self.trainer.report, _, trained = found[leader]
         if trained is None:
             return
-        learner.state, learner.draft_ids = trained
+        learner.state, learner.draft_ids, learner.sharpness = trained
         self._publish()
 
     def row(self) -> dict[str, Any]:
@@ -274,6 +274,7 @@ class Adaptation:
             "version": self.version,
             "is_ready": self.is_ready,
             "ngram_accept_length": self._ngram_accept_length,
+            "sharpness": self.learner.sharpness,
             "budget": dataclasses.asdict(self.budget),
         }
         return arrays, meta
@@ -300,6 +301,7 @@ class Adaptation:
             self.sampler.restore(part(_SAMPLER))
         self.version, self.is_ready = meta["version"], meta["is_ready"]
         self._ngram_accept_length = meta["ngram_accept_length"]
+        self.learner.sharpness = meta["sharpness"]
         self.budget = drafter_budget.Budget(**meta["budget"])
 
     def _choose_vocabulary(self) -> bool:

@@ -34,6 +34,7 @@ class DrafterLearner:
       cfg: the drafter.
       state: float32, without `draft_ids`; in host memory between trainings.
       draft_ids: `[Vd] int32` in host memory, or None: all tokens, or not yet chosen.
+      sharpness: of coupled drafts, as last measured.
       pool: of compiled programs.
     """
 
@@ -61,6 +62,7 @@ class DrafterLearner:
         """
         self.cfg = cfg
         self.draft_ids: np.ndarray | None = None
+        self.sharpness = 1.0
         self.pool = programs.ProgramPool()
         self._objective, self._optimizer = objective, optimizer
         self._batch_shape, self._depth = batch_shape, depth
@@ -99,7 +101,9 @@ class DrafterLearner:
         """
         state = self._random_state(seed)
         if params is not None:
-            own = params.replace(draft_ids=None)
+            if params.sharpness is not None:
+                self.sharpness = float(params.sharpness)
+            own = params.replace(draft_ids=None, sharpness=None)
             own = jax.tree.map(lambda x: x.astype(jnp.float32), own)
             state = state.replace(params=own)
         elif state.params.norm is not None:
@@ -181,9 +185,14 @@ class DrafterLearner:
         return outcome
 
     def measure(self, batch: drafter_unroll.Batch) -> dict[str, Any]:
-        """Say what drafts along a batch's texts would have had accepted."""
+        """Say what drafts along a batch's texts would have had accepted.
+
+        The sharpness that would have been the best one is used from now on.
+        """
         sums = self._measure(self._placed.params, self._place(batch), self._target)
-        return drafter_acceptance.summarise(jax.device_get(sums))
+        found = drafter_acceptance.summarise(jax.device_get(sums))
+        self.sharpness = found["sharpness"]
+        return found
 
     def end(self, keep: bool = True) -> None:
         """Leave the devices, with what was learned there or without it."""
@@ -192,11 +201,13 @@ class DrafterLearner:
         self._placed = self._target = None
 
     def weights(self, dtype: str) -> drafter.DrafterParams:
-        """Return a copy for engines, `draft_ids` included."""
+        """Return a copy for engines, with `draft_ids` and sharpness."""
         state = self._placed if self._placed is not None else self.state
         params = jax.device_get(state.params)
         cast = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
-        return cast.replace(draft_ids=self.draft_ids)
+        return cast.replace(
+            draft_ids=self.draft_ids, sharpness=np.float32(self.sharpness)
+        )
 
     def _place(self, batch: drafter_unroll.Batch) -> drafter_unroll.Batch:
         return jax.device_put(batch, self._by_rows(self._mesh))

@@ -57,7 +57,7 @@ class DraftingConfig:
         do without it.
       drafter_cfg: the learned drafter; None: suffix matches alone.
       ranking: of its candidates, see `propose`.
-      tau: sharpness of the coupled score.
+      tau: temperature of the coupled score.
       texts: of suffix matches.
       rule: of acceptance. `keyed` is ours: the tokens are those of plain decoding.
         `rejection` and `block`, for comparison, keep their law alone: the tokens are
@@ -182,6 +182,7 @@ class Drafting:
         self.weights: propose.DrafterWeights | None = None
         self.version = -1
         self._params: drafter.DrafterParams | None = None
+        self._sharpness = np.float32(1.0)
         self._page_size = page_size
         texts = cfg.texts
         self.store = ngram_store.NgramStore(texts.kept_per_prompt, texts.kept_tokens)
@@ -196,7 +197,11 @@ class Drafting:
         version: int,
     ) -> None:
         """Use these weights from the next decode call on; what is cached is stale."""
-        self._params, self.version = params, version
+        self.version = version
+        given = params.sharpness
+        self._sharpness = np.float32(1.0 if given is None else given)
+        # It is told anew in every call, and no weight that programs are made for.
+        self._params = params.replace(sharpness=None)
         self._filled.clear()
         if target is not None:
             self.set_target(target)
@@ -302,7 +307,9 @@ class Drafting:
             rest = row.tail(row.length - row.drafted)
             lengths[i] = row.drafted
             tokens[i, : len(rest)] = rest
-        return speculate.Draft(self.weights, np.float32(self.cfg.tau), lengths, tokens)
+        return speculate.Draft(
+            self.weights, np.float32(self.cfg.tau), self._sharpness, lengths, tokens
+        )
 
     def matching(
         self,

@@ -249,6 +249,7 @@ class EnginePrograms:
                 draft = speculate.Draft(
                     self._drafter_weights(params),
                     self._ints(dtype=jnp.float32),
+                    self._ints(dtype=jnp.float32),
                     self._ints(batch),
                     self._ints(batch, most),
                 )

@@ -69,6 +69,7 @@ class Report:
             for ranking in ("coupled", "deterministic"):
                 length = self.measured[f"{ranking}/accept_length"]
                 row[f"drafter/fresh_accept_length_{ranking}"] = length
+            row["drafter/sharpness"] = self.measured["sharpness"]
         if self.failures:
             row["drafter/failure"] = self.failures[-1]
         return row

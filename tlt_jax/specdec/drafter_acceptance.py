@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tlt_jax.models import drafter, transformer
@@ -11,6 +12,8 @@ from tlt_jax.specdec import drafter_unroll, noise
 from tlt_jax.types import Array
 
 RANKINGS = ("deterministic", "coupled")
+# Sharpnesses that are tried; see `propose.draft`.
+SHARPNESSES = (1.0, 1.25, 1.5, 2.0, 3.0)
 
 
 def measure(
@@ -25,10 +28,10 @@ def measure(
 
     A text's token was the argmax of the target's log-probabilities plus the noise of
     its key and position. A deterministic draft is the drafter's likeliest token; a
-    coupled one the argmax of the drafter's log-probabilities plus the same noise.
-    Either is accepted where it is the text's token: this is no estimate of what the
-    engine does, but the same. (Temperature 1 without truncation; texts drawn
-    otherwise need their own law here.)
+    coupled one the argmax of the drafter's log-probabilities, times a sharpness, plus
+    the same noise. Either is accepted where it is the text's token: this is no estimate
+    of what the engine does, but the same. (Temperature 1 without truncation; texts
+    drawn otherwise need their own law here.)
 
     Reference: Daliri et al., Coupling without Communication and Drafter-Invariant
     Speculative Decoding, 2024 (draft and target share the noise).
@@ -43,7 +46,8 @@ def measure(
     Returns:
       Sums `[K] float32`: `count` of the predictions; `deterministic` and `coupled`, the
       drafts among them that are the text's token, given the text's tokens before; and
-      `deterministic_chain`, `coupled_chain`, those of them with no miss before.
+      `deterministic_chain`, `coupled_chain`, those of them with no miss before. The
+      coupled ones are `[K, n]`, by `SHARPNESSES`.
     """
     bases = _predictions(params, batch, target, num_steps, cfg)
 
@@ -51,18 +55,20 @@ def measure(
         part = bases.chunk(start, cfg.head_chunk)
         here = {name: [] for name in sums}
         alive = dict.fromkeys(RANKINGS, True)
-        for k, hits in enumerate(_hits(part, target)):
+        for k, hits in enumerate(_hits(part, target, SHARPNESSES)):
             here["count"].append(jnp.sum(part.exists[k]))
             for name, hit in hits.items():
                 alive[name] = alive[name] & hit
-                here[name].append(jnp.sum(hit, dtype=jnp.float32))
-                in_chain = jnp.sum(alive[name], dtype=jnp.float32)
+                here[name].append(jnp.sum(hit, axis=0, dtype=jnp.float32))
+                in_chain = jnp.sum(alive[name], axis=0, dtype=jnp.float32)
                 here[f"{name}_chain"].append(in_chain)
         sums = {name: sums[name] + jnp.stack(here[name]) for name in sums}
         return sums, None
 
-    names = ("count", *RANKINGS, *(f"{name}_chain" for name in RANKINGS))
-    zeros = {name: jnp.zeros(num_steps, jnp.float32) for name in names}
+    zeros = {"count": jnp.zeros(num_steps, jnp.float32)}
+    for name, rest in zip(RANKINGS, ((), (len(SHARPNESSES),)), strict=True):
+        zero = jnp.zeros((num_steps, *rest), jnp.float32)
+        zeros |= {name: zero, f"{name}_chain": zero}
     return lax.scan(one_chunk, zeros, bases.starts(cfg.head_chunk))[0]
 
 
@@ -77,7 +83,7 @@ def lifetimes(
     """Count, for every base, what a coupled chain drafted from it would have accepted.
 
     So the accept length of every chain of up to `num_steps` levels is known at every
-    position of a text, wherever its steps begin.
+    position of a text, wherever its steps begin. The sharpness is the drafter's own.
 
     Args:
       params, batch, target, num_steps, cfg: of `measure`.
@@ -86,12 +92,14 @@ def lifetimes(
       `[B, M] int32`, 0 to `num_steps`: drafts accepted before the first miss or the end
       of the text; 0 where there is no base.
     """
+    sharpness = 1.0 if params.sharpness is None else params.sharpness
     bases = _predictions(params, batch, target, num_steps, cfg)
 
     def one_chunk(_, start):
         alive, total = True, 0
-        for hits in _hits(bases.chunk(start, cfg.head_chunk), target):
-            alive = alive & hits["coupled"]
+        part = bases.chunk(start, cfg.head_chunk)
+        for hits in _hits(part, target, (sharpness,)):
+            alive = alive & hits["coupled"][:, 0]
             total = total + alive.astype(jnp.int32)
         return None, total
 
@@ -114,8 +122,11 @@ def _predictions(params, batch, target, num_steps, cfg) -> drafter_unroll.Predic
     return drafter_unroll.predictions(steps, exists, drawn, cfg.head_chunk)
 
 
-def _hits(part, target) -> Iterator[dict[str, Array]]:
-    """Yield for each level where its draft is the text's token, `[N] bool` each."""
+def _hits(part, target, sharpnesses) -> Iterator[dict[str, Array]]:
+    """Yield for each level where its draft is the text's token.
+
+    `deterministic [N] bool`, and `coupled [N, n] bool` by sharpness.
+    """
     num_steps, _, size = part.hidden.shape
     drawn, positions, keys = part.laws
     gumbel = noise.gumbel(keys, positions, target.embed.shape[0])
@@ -123,14 +134,14 @@ def _hits(part, target) -> Iterator[dict[str, Array]]:
         gumbel = gumbel[:, target.draft_ids]
     for k in range(num_steps):
         logits = transformer.head_logits(target.head, part.hidden[k])
-        scores = {"deterministic": logits, "coupled": logits + gumbel[k : k + size]}
-        hits = {}
-        for name in RANKINGS:
-            best = jnp.argmax(scores[name], axis=-1)
-            if target.draft_ids is not None:
-                best = target.draft_ids[best]
-            hits[name] = (best == drawn[k : k + size]) & (part.exists[k] > 0)
-        yield hits
+        here = gumbel[k : k + size]
+        best = [jnp.argmax(logits, axis=-1)]
+        best += [jnp.argmax(logits * x + here, axis=-1) for x in sharpnesses]
+        guessed = jnp.stack(best, axis=-1)
+        if target.draft_ids is not None:
+            guessed = target.draft_ids[guessed]
+        hit = (guessed == drawn[k : k + size, None]) & (part.exists[k] > 0)[:, None]
+        yield {"deterministic": hit[:, 0], "coupled": hit[:, 1:]}
 
 
 def summarise(sums: dict[str, Array]) -> dict[str, list[float] | float]:
@@ -142,14 +153,21 @@ def summarise(sums: dict[str, Array]) -> dict[str, list[float] | float]:
     Returns:
       `<ranking>/rate_by_depth`: of the drafts at each depth, given the text's tokens
       before; `<ranking>/accept_length`: drafts accepted from a base on before the first
-      miss, plus the token that the target adds.
+      miss, plus the token that the target adds; `sharpness`: the best one for coupled
+      drafts, with which theirs are given.
     """
     counts = [float(x) for x in sums["count"]]
-    out: dict[str, list[float] | float] = {}
+    chains = np.sum(np.asarray(sums["coupled_chain"]), axis=0)
+    # Of equally good ones the one that changes least.
+    best = int(np.argmax(chains))
+    out: dict[str, list[float] | float] = {"sharpness": SHARPNESSES[best]}
     for name in RANKINGS:
-        rates = zip(sums[name], counts, strict=True)
+        hits, chain = (np.asarray(sums[x]) for x in (name, f"{name}_chain"))
+        if name == "coupled":
+            hits, chain = hits[:, best], chain[:, best]
+        rates = zip(hits, counts, strict=True)
         out[f"{name}/rate_by_depth"] = [float(x) / max(n, 1.0) for x, n in rates]
-        accepted = sum(float(x) for x in sums[f"{name}_chain"])
+        accepted = float(np.sum(chain))
         out[f"{name}/accept_length"] = 1.0 + accepted / max(counts[0], 1.0)
     return out
 

@@ -7,9 +7,11 @@ drafter's cache, to its own ancestors and to itself.
 Coupled ranking orders candidates by the same Gumbel noise with which the target will
 draw that position, so that it guesses the sample and not the mode. A child's score
 estimates the chance that it is the target's draw: softmax over the vocabulary of
-(draft_logprobs + noise) / tau, multiplied along the path. Deterministic ranking, the
-paper's, takes the drafter's probabilities themselves. With one child a node, tau 1 and
-noise that is not the target's, the tree is a chain sampled from the drafter's laws.
+(sharpness x draft_logprobs + noise) / tau, multiplied along the path. A drafter is less
+certain than its target, as a rule; then the noise would outweigh what it knows, and a
+sharpness above 1 makes up for it. Deterministic ranking, the paper's, takes the
+drafter's probabilities themselves. With one child a node, tau and sharpness 1 and noise
+that is not the target's, the tree is a chain sampled from the drafter's laws.
 
 Reference: Li et al., EAGLE-2, 2024, section 4; Daliri, Musco and Suresh, Coupling
 without Communication and Drafter-Invariant Speculative Decoding, 2024.
@@ -89,6 +91,7 @@ def draft(
     accepted: Accepted,
     noise: Array | None,
     tau: Array,
+    sharpness: Array,
     *,
     cfg: drafter.DrafterConfig,
     strategy: strategy_lib.Strategy,
@@ -106,7 +109,9 @@ def draft(
       accepted: what to take in first.
       noise: `[B, >= draft_depth, V]` of the positions of depth 1 on; None: rank
         deterministically.
-      tau: float32 scalar, sharpness of the coupled score, at least about 0.1.
+      tau: float32 scalar, temperature of the coupled score, at least about 0.1.
+      sharpness: float32 scalar, what the drafter's log-probabilities count for beside
+        the noise; 1: as they are.
       cfg: the drafter.
       strategy: depth and width.
       temperature: of the sampling law; 0 counts as 1, which keeps the order.
@@ -148,7 +153,7 @@ def draft(
             here = lax.dynamic_index_in_dim(noise, level - 1, axis=1, keepdims=True)
             if weights.params.draft_ids is not None:
                 here = here[..., weights.params.draft_ids]
-            scores = (scores + here) / tau
+            scores = (scores * sharpness + here) / tau
         best, ids = best_of(scores, topk)
         if weights.params.draft_ids is not None:
             ids = weights.params.draft_ids[ids]

@@ -85,13 +85,14 @@ class Draft:
 
     Attributes:
       weights: what it computes with.
-      tau: float32 scalar, see `propose.draft`.
+      tau, sharpness: float32 scalars, see `propose.draft`.
       lengths: `[B] int32`, positions in its cache, 1 to A fewer than in the target's.
       tokens: `[B, A] int32`, of positions `lengths + 1` on: the rest of the text.
     """
 
     weights: propose.DrafterWeights
     tau: Array
+    sharpness: Array
     lengths: Array
     tokens: Array
 
@@ -275,9 +276,10 @@ def _propose(
     drafted = matched = keys = values = match_lengths = draft_probs = None
     if strategy.drafts:
         if settings.keyed:
-            gumbel, tau = chance if settings.coupled else None, draft.tau
+            gumbel = chance if settings.coupled else None
+            tau, sharpness = draft.tau, draft.sharpness
         else:
-            gumbel, tau = chance.draft, 1.0
+            gumbel, tau, sharpness = chance.draft, 1.0, 1.0
         made = propose.draft(
             draft.weights,
             state.caches.drafter,
@@ -285,6 +287,7 @@ def _propose(
             state.accepted,
             gumbel,
             tau,
+            sharpness,
             cfg=settings.drafter_cfg,
             strategy=strategy,
             temperature=settings.sampling_cfg.temperature,
