@@ -1,0 +1,67 @@
+"""The look of the experiments' plots: `tlt_jax.plot_style`, and where it was measured."""
+
+import pathlib
+from collections.abc import Mapping
+
+from matplotlib import axes as axes_lib
+from matplotlib import figure as figure_lib
+
+from tlt_jax import plot_style
+
+COLORS = (
+    plot_style.BLUE,
+    plot_style.ORANGE,
+    plot_style.GREEN,
+    plot_style.RED,
+    plot_style.PURPLE,
+    plot_style.SKY,
+    plot_style.GREY,
+)
+PALE, GREY = plot_style.PALE, plot_style.GREY
+
+
+def stamp(record: Mapping[str, object], scale: str = "cpu") -> str:
+    """Returns the line that says where a plot's figures come from.
+
+    Args:
+      record: of `harness.Provenance`.
+      scale: of the experiment.
+    """
+    commit = str(record.get("commit") or "no commit")[:8]
+    changed = "+" if record.get("uncommitted_changes") else ""
+    device = record.get("cpu_model") or record["device"]
+    return f"scale {scale} · {device} · {commit}{changed}"
+
+
+def panels(
+    title: str, count: int, stamp_text: str, *, width: float = 4.6, height: float = 4.0
+) -> tuple[figure_lib.Figure, list[axes_lib.Axes]]:
+    """Makes a figure of panels side by side, with its stamp."""
+    fig = figure_lib.Figure(figsize=(width * count, height), layout="constrained")
+    fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    found = fig.subplots(1, count, squeeze=False)[0]
+    fig.supxlabel(stamp_text, x=0.99, ha="right", fontsize=7, color=GREY)
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=PALE, linewidth=0.8)
+        axes.set_axisbelow(True)
+    return fig, list(found)
+
+
+def figure(
+    title: str, xlabel: str, ylabel: str, stamp_text: str
+) -> tuple[figure_lib.Figure, axes_lib.Axes]:
+    """Makes a figure of one panel, with its stamp."""
+    fig, (axes,) = panels(title, 1, stamp_text, width=7.5, height=4.4)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    return fig, axes
+
+
+def save(fig: figure_lib.Figure, path: pathlib.Path) -> None:
+    """Gives panels with labels a legend, and writes the figure."""
+    for axes in fig.axes:
+        if axes.get_legend_handles_labels()[1] and axes.get_legend() is None:
+            axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_style.save(fig, path)

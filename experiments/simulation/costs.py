@@ -1,0 +1,276 @@
+"""What the parts of a step take, from measured seconds or from a machine's figures.
+
+Seconds are of one worker; tokens of one row unless said otherwise.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Protocol
+
+from tlt_jax.specdec import strategy as strategy_lib
+
+Strategy = strategy_lib.Strategy
+Kind = tuple[int, Strategy | None]
+
+
+class Costs(Protocol):
+    """Seconds of a worker's work."""
+
+    def step_s(self, bucket: int, strategy: Strategy | None, context: float) -> float:
+        """Returns seconds of a decode step at a batch bucket.
+
+        Args:
+          bucket: rows of the program.
+          strategy: None: plain.
+          context: cached tokens of all rows together.
+        """
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """Returns seconds to cache so many prompt tokens."""
+
+    def fill_s(self, num_tokens: int) -> float:
+        """Returns seconds to take so many positions into the drafter's cache."""
+
+    def finish_s(self) -> float:
+        """Returns seconds spent on a finished response: features read, text kept."""
+
+    def drafter_step_s(self, num_members: int) -> float:
+        """Returns seconds of a drafter's training step on so many workers."""
+
+    def training_start_s(self) -> float:
+        """Returns seconds from the order to train to the first step."""
+
+    def publish_s(self) -> float:
+        """Returns seconds to give a trained drafter to the engines."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TableCosts:
+    """Measured seconds.
+
+    Attributes:
+      steps: seconds of a decode step by batch bucket and strategy.
+      prefill_token_s, fill_token_s: of a token.
+      finished_s: of a finished response.
+      drafter_s, start_s, sync_s: of a drafter's step, of its beginning, of publishing.
+    """
+
+    steps: Mapping[Kind, float]
+    prefill_token_s: float = 0.0
+    fill_token_s: float = 0.0
+    finished_s: float = 0.0
+    drafter_s: float = 0.0
+    start_s: float = 0.0
+    sync_s: float = 0.0
+
+    def step_s(self, bucket: int, strategy: Strategy | None, context: float) -> float:
+        """Looks the kind up.
+
+        Raises:
+          ValueError: it was not measured.
+        """
+        del context
+        try:
+            return self.steps[bucket, strategy]
+        except KeyError:
+            known = ", ".join(f"{b}:{s or 'plain'}" for b, s in self.steps)
+            raise ValueError(
+                f"bucket {bucket} with {strategy or 'plain decoding'} has no measured "
+                f"seconds; there are {known}: measure it, or leave it out."
+            ) from None
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """Returns seconds to cache prompt tokens."""
+        return self.prefill_token_s * num_tokens
+
+    def fill_s(self, num_tokens: int) -> float:
+        """Returns seconds to fill the drafter's cache."""
+        return self.fill_token_s * num_tokens
+
+    def finish_s(self) -> float:
+        """Returns seconds spent on a finished response."""
+        return self.finished_s
+
+    def drafter_step_s(self, num_members: int) -> float:
+        """Returns seconds of a drafter's step; members share the rows of the batch."""
+        del num_members  # Each member brings its own rows along.
+        return self.drafter_s
+
+    def training_start_s(self) -> float:
+        """Returns seconds before the first step."""
+        return self.start_s
+
+    def publish_s(self) -> float:
+        """Returns seconds to hand the drafter over."""
+        return self.sync_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """An accelerator's published figures.
+
+    Attributes:
+      bandwidth: bytes per second of its memory.
+      flops: dense bf16 operations per second.
+      memory_bytes: of it.
+    """
+
+    bandwidth: float
+    flops: float
+    memory_bytes: float
+
+
+# Vendors' data sheets, dense bf16.
+DEVICES = {
+    "a100": Device(2.039e12, 312e12, 80e9),
+    "h100": Device(3.35e12, 989e12, 80e9),
+    "h200": Device(4.8e12, 989e12, 141e9),
+    "b200": Device(8.0e12, 2250e12, 192e9),
+    "v5p": Device(2.765e12, 459e12, 95e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A target's sizes.
+
+    Attributes:
+      num_params: of it.
+      num_layers, d_model, kv_heads, head_dim, vocab_size: as its configuration says.
+    """
+
+    num_params: float
+    num_layers: int
+    d_model: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a cached token, bf16."""
+        return 4 * self.num_layers * self.kv_heads * self.head_dim
+
+    @property
+    def drafter_params(self) -> float:
+        """One layer, the fusing product, and the target's head that it reads."""
+        layer = (self.num_params - 2 * self.vocab_size * self.d_model) / self.num_layers
+        return max(layer, 0) + 2 * self.d_model**2 + self.vocab_size * self.d_model
+
+
+# The models' published configurations.
+MODELS = {
+    "qwen2.5-1.5b": Model(1.54e9, 28, 1536, 2, 128, 151936),
+    "qwen2.5-7b": Model(7.62e9, 28, 3584, 4, 128, 152064),
+    "qwen2.5-32b": Model(32.8e9, 64, 5120, 8, 128, 152064),
+    "llama-3.3-70b": Model(70.6e9, 80, 8192, 8, 128, 128256),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RooflineCosts:
+    """Seconds of a worker of `tensor` devices, from bandwidth and operations.
+
+    A forward over n tokens takes the larger of reading weights and cache and of
+    computing, and `layer_s` of each layer for launches and collectives. A step of a
+    strategy costs a forward over all nodes, and per level drafted a forward of the
+    drafter, which has one layer and the target's head; `level_s` comes on top.
+
+    Attributes:
+      device, model, tensor: what runs on what.
+      bandwidth_frac, flops_frac: of the published figures that are reached.
+      layer_s: of a layer, beyond the roofline.
+      level_s: of a drafted level, beyond the drafter's own roofline.
+      training_flops_frac: of the figures, when training.
+      drafter_rows, row_tokens: a drafter step's batch of each member.
+    """
+
+    device: Device
+    model: Model
+    tensor: int
+    bandwidth_frac: float = 0.75
+    flops_frac: float = 0.5
+    layer_s: float = 2e-5
+    level_s: float = 2e-4
+    training_flops_frac: float = 0.35
+    drafter_rows: int = 4
+    row_tokens: int = 8192
+
+    def _forward_s(
+        self, params: float, layers: int, tokens: float, cache_bytes: float
+    ) -> float:
+        reading = (2 * params + cache_bytes) / (
+            self.device.bandwidth * self.bandwidth_frac
+        )
+        computing = 2 * params * tokens / (self.device.flops * self.flops_frac)
+        return max(reading, computing) / self.tensor + layers * self.layer_s
+
+    @functools.cached_property
+    def _known(self) -> dict:
+        return {}
+
+    def step_s(self, bucket: int, strategy: Strategy | None, context: float) -> float:
+        """Returns seconds of a decode step."""
+        verified = strategy.tokens_to_verify if strategy else 1
+        model = self.model
+        total = self._forward_s(
+            model.num_params,
+            model.num_layers,
+            bucket * verified,
+            context * model.kv_bytes,
+        )
+        if strategy is not None and strategy.drafts:
+            level = self._forward_s(
+                model.drafter_params,
+                1,
+                bucket * strategy.topk,
+                context * model.kv_bytes / model.num_layers,
+            )
+            total += strategy.draft_depth * (level + self.level_s)
+        return total
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """Returns seconds to cache prompt tokens."""
+        model = self.model
+        return self._forward_s(model.num_params, model.num_layers, num_tokens, 0.0)
+
+    def fill_s(self, num_tokens: int) -> float:
+        """Returns seconds to take positions into the drafter's cache."""
+        return self._forward_s(self.model.drafter_params, 1, num_tokens, 0.0)
+
+    def finish_s(self) -> float:
+        """Returns nothing: features leave the device beside the next step."""
+        return 0.0
+
+    def drafter_step_s(self, num_members: int) -> float:
+        """Returns seconds of a drafter's step, each member with rows of its own."""
+        del num_members
+        tokens = self.drafter_rows * self.row_tokens
+        operations = 6 * self.model.drafter_params * tokens
+        speed = self.tensor * self.device.flops * self.training_flops_frac
+        return operations / speed + 6 * self.layer_s
+
+    def training_start_s(self) -> float:
+        """Returns what a compiled program's first batch waits for."""
+        return 0.5
+
+    def publish_s(self) -> float:
+        """Returns seconds to broadcast the drafter's weights at 50 GB/s."""
+        return 2 * self.model.drafter_params / 50e9
+
+    def update_s(
+        self, num_tokens: float, num_devices: int, *, passes: float, exchange_s: float
+    ) -> float:
+        """Returns seconds of inference or training over all tokens of a step.
+
+        Args:
+          num_tokens: prompts included.
+          num_devices: of the whole cluster.
+          passes: forward passes' worth of operations: 1 for a forward, 3 with its
+            gradient.
+          exchange_s: constant.
+        """
+        operations = 2 * passes * self.model.num_params * num_tokens
+        speed = num_devices * self.device.flops * self.training_flops_frac
+        return operations / speed + exchange_s
