@@ -1,46 +1,73 @@
-"""Lists the experiments: `python -m experiments`."""
+"""Lists the experiments, checks claims, writes the README's tables.
 
-import ast
-import pathlib
+    python -m experiments
+    python -m experiments check
+    python -m experiments tables
 
-from experiments import harness
+The first lists every figure and table with its status: `fresh`, `stale` (its code is
+another by now), `undated` (nothing tells), `unrun` at this scale, or `missing` (no
+module yet). `check` reads the tables and says of each claim whether it holds; with
+`--strict` it fails unless all that have data hold. `tables` writes the tables of
+README.md from the CSVs.
+"""
 
-# What holds today; the figures behind each line are in results/ and LOG.md.
-STATUS = {
-    "accept_length": "runs on CPU; needs a trained drafter",
-    "ahead_of_time": "compiles for described TPU slices; needs libtpu",
-    "checkpoint_stall": "runs on CPU",
-    "decode_speed": "runs on CPU",
-    "drafter_adaptation": "runs on CPU",
-    "end_to_end": "runs on CPU, half an hour",
-    "grpo_step_speed": "runs on CPU",
-    "packing": "runs on CPU",
-    "speculation_speed": "runs on CPU; needs a trained drafter",
-    "tuner_regret": "runs on CPU; replays the recorded trace",
-    "tuner_trace": "runs on CPU; needs a trained drafter",
-}
+import argparse
+import collections
+import sys
+
+from experiments import catalogue, claims, harness, readme_tables
 
 
-def first_line(path: pathlib.Path) -> str:
-    """Returns the first docstring line of a module, without importing it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return (ast.get_docstring(tree) or "").partition("\n")[0]
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "what", nargs="?", choices=["list", "check", "tables"], default="list"
+    )
+    parser.add_argument("--scale", choices=catalogue.SCALES, default="cpu")
+    parser.add_argument("--strict", action="store_true", help="of `check`")
+    return parser.parse_args(arguments)
 
 
-def main() -> list[harness.Row]:
-    """Prints and returns one row per experiment."""
-    folder = pathlib.Path(__file__).parent
-    rows = [
-        {
-            "experiment": slug,
-            "status": status,
-            "what": first_line(folder / f"{slug}.py"),
-        }
-        for slug, status in STATUS.items()
-    ]
+def show_list(scale: str) -> list[harness.Row]:
+    """Prints and returns the experiments."""
+    rows = catalogue.listing(scale)
     for row in rows:
-        print(f"{row['experiment']}  [{row['status']}]\n    {row['what']}")
-    print("Start one with: python -m experiments.<experiment> --scale=cpu")
+        told = f" (paper: {row['published']})" if row["published"] else ""
+        print(f"[{row['status']:>7}] {row['experiment']}: {row['what']}{told}")
+        if row["command"]:
+            print(f"          {row['command']}")
+    counts = collections.Counter(row["status"] for row in rows)
+    told = ", ".join(f"{num} {status}" for status, num in counts.items())
+    print(f"At scale {scale}: {told}.")
+    return rows
+
+
+def show_claims(scale: str) -> list[harness.Row]:
+    """Prints and returns the claims."""
+    rows = claims.check(harness.RESULTS_DIR / scale)
+    for row in rows:
+        print(f"[{row['verdict']:>7}] {row['experiment']}: {row['claim']}")
+        print(f"          {row['found']}")
+    counts = collections.Counter(row["verdict"] for row in rows)
+    print(", ".join(f"{num} {verdict}" for verdict, num in counts.items()) + ".")
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Does what is asked; returns what it printed."""
+    options = parse_arguments(arguments)
+    if options.what == "tables":
+        return readme_tables.write()
+    if options.what == "list":
+        return show_list(options.scale)
+    rows = show_claims(options.scale)
+    if options.strict and any(row["verdict"] == claims.FAILS for row in rows):
+        sys.exit(1)
     return rows
 
 

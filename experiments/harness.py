@@ -26,6 +26,8 @@ import sys
 import threading
 import time
 
+from experiments import freshness
+
 PEERS_DIR = pathlib.Path(__file__).parent / "peers"
 RESULTS_DIR = pathlib.Path(__file__).parent / "results"
 
@@ -305,6 +307,8 @@ class Provenance:
             "uncommitted_changes": bool(_git("status", "--porcelain", "-uno")),
             "settings": settings,
             "config_hash": config_hash(settings),
+            "source_hash": freshness.source_hash(experiment),
+            "repeats": settings.get("rounds", settings.get("seeds", 1)),
             "device": "cpu",
             "cpu_model": cpu_model(),
             "num_cpus": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""The look of the experiments' plots: `tlt_jax.plot_style`, and where it was measured."""
+"""The look of the experiments' plots, and a stamp that says where they come from."""
 
 import pathlib
 from collections.abc import Mapping

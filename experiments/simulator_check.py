@@ -165,7 +165,9 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     summary = []
     cases = dict.fromkeys((row["system"], row["acceptance"]) for row in rows)
     for system, acceptance in cases:
-        its = [r for r in rows if (r["system"], r["acceptance"]) == (system, acceptance)]
+        its = [
+            r for r in rows if (r["system"], r["acceptance"]) == (system, acceptance)
+        ]
         entry: harness.Row = {
             "system": system,
             "acceptance": acceptance,
@@ -175,9 +177,7 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
             entry[f"{name}/run"] = sum(r[f"{name}/run"] for r in its)
             entry[name] = sum(r[name] for r in its)
         entry["ratio"] = entry["rollout_s"] / entry["rollout_s/run"]
-        entry["median_step_error"] = statistics.median(
-            abs(r["ratio"] - 1) for r in its
-        )
+        entry["median_step_error"] = statistics.median(abs(r["ratio"] - 1) for r in its)
         entry["worst_step_error"] = max(abs(r["ratio"] - 1) for r in its)
         entry["within_tolerance"] = abs(entry["ratio"] - 1) <= TOLERANCE
         summary.append(entry)

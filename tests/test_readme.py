@@ -9,6 +9,7 @@ import shlex
 
 import pytest
 
+from experiments import catalogue, readme_tables
 from tests import command_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -143,15 +144,18 @@ def test_every_recipe_prints_its_command():
 
 
 def test_every_experiment_prints_its_command():
-    listed = ast.parse((ROOT / "experiments" / "__main__.py").read_text())
-    (status,) = [
-        ast.literal_eval(node.value)
-        for node in listed.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "STATUS"
-    ]
-    for slug in status:
-        printed = commands(DOCUMENTS[f"experiments/{slug}.py"])
-        assert any(f"experiments.{slug}" in words for words in printed), slug
+    for item in catalogue.ITEMS:
+        if item.exists:
+            printed = commands(DOCUMENTS[f"experiments/{item.slug}.py"])
+            name = f"experiments.{item.slug}"
+            assert any(name in words for words in printed), item.slug
+
+
+def test_tables_of_the_readme_are_those_of_the_results():
+    """`python -m experiments tables` writes them."""
+    text = DOCUMENTS["README.md"]
+    assert "<!-- table: " in text
+    assert readme_tables.rendered(text) == text
 
 
 def extras() -> dict[str, str]:

@@ -268,7 +268,7 @@ class _Rollout:
         self.act()
 
     def act(self) -> None:
-        """Carries out what the coordinator has commanded, as drivers and trainers do."""
+        """Does what the coordinator has commanded, as drivers and trainers do."""
         c = self.cluster.coordination
         for place in range(self.cluster.num_places):
             while (command := c.next_command(0, place)) is not None:
@@ -359,9 +359,7 @@ class _Serving:
         if strategy is not None:
             own = [rolling._accept_lengths[r.request.request_id] for r in rows]
             lifetimes = cluster.lifetimes(own, cfg.steps_per_call, strategy)
-        num_steps, counts, accepted = decode(
-            left, lifetimes, cfg.steps_per_call, quota
-        )
+        num_steps, counts, accepted = decode(left, lifetimes, cfg.steps_per_call, quota)
         context = sum(row.length for row in rows) + counts.sum() / 2
         elapsed_s = num_steps * costs.step_s(bucket, strategy, context)
         if not np.isfinite(elapsed_s) or elapsed_s <= 0:
@@ -411,7 +409,7 @@ class _Serving:
         return self._cluster.costs.fill_s(sum(missing)) if missing else 0.0
 
     def _decoded(self, rows, counts, call, finished) -> None:
-        rolling, cluster = self._rolling, self._cluster
+        cluster = self._cluster
         if cluster.tuner is not None:
             cluster.tuner.record(call)
         speculated = call.strategy is not None

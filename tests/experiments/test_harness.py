@@ -266,8 +266,11 @@ def test_the_listing_names_every_experiment(capsys):
         for path in folder.glob("*.py")
         if f"python -m experiments.{path.stem}" in (_docstring(path) or "")
     }
-    assert {row["experiment"] for row in listing.main()} == runnable
+    rows = listing.main([])
+    assert {row["experiment"] for row in rows if row["command"]} == runnable
     assert "decode_speed" in capsys.readouterr().out
+    unrun = listing.main(["--scale=paper"])
+    assert {row["status"] for row in unrun} == {"unrun", "missing", "a tool"}
 
 
 def _docstring(path):

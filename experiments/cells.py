@@ -1,0 +1,126 @@
+"""A table that is measured cell by cell and continued where it stopped.
+
+A cell is a set of dotted settings and a seed. Its rows are written, with the
+provenance, as soon as they are there. Another run with the same settings and the same
+code skips the cells that the table has; rows of other settings or of other code are
+refused, so that no table mixes them.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+from experiments import harness
+
+_CELL = "cell"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is measured at once.
+
+    Attributes:
+      overrides: settings that differ from the experiment's others, by dotted name.
+      seed: of the run.
+    """
+
+    overrides: Mapping[str, object]
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """How it is called in the table."""
+        parts = [f"{key}={value}" for key, value in self.overrides.items()]
+        return " ".join([*parts, f"seed={self.seed}"])
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what all such experiments understand."""
+    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="measure every cell, and drop the table that is there",
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
+    )
+
+
+def folder_of(options: argparse.Namespace) -> pathlib.Path:
+    """Returns where tables go."""
+    return options.out or harness.RESULTS_DIR / options.scale
+
+
+def run(
+    options: argparse.Namespace,
+    slug: str,
+    provenance: harness.Provenance,
+    cells: Sequence[Cell],
+    measure: Callable[[Cell], Sequence[harness.Row]],
+) -> list[harness.Row]:
+    """Measures the cells that the table lacks; returns all rows, in order of the cells.
+
+    Args:
+      options: with `again`, `scale` and `out`.
+      slug: of the experiment.
+      provenance: of this run; its hashes decide what may be continued.
+      cells: wanted; their names distinct.
+      measure: returns a cell's rows.
+
+    Raises:
+      ValueError: the table that is there has rows of other settings or code.
+    """
+    path = folder_of(options) / f"{slug}.csv"
+    found: dict[str, list[harness.Row]] = {}
+    if path.exists() and not options.again:
+        _check(path, provenance)
+        for row in read(path):
+            found.setdefault(str(row[_CELL]), []).append(row)
+    for cell in cells:
+        if cell.name in found:
+            print(f"{cell.name}: there already", flush=True)
+            continue
+        print(f"{cell.name} ...", flush=True)
+        found[cell.name] = [{_CELL: cell.name, **row} for row in measure(cell)]
+        rows = [row for other in cells for row in found.get(other.name, ())]
+        harness.write_csv(path, rows)
+        provenance.write(path.with_suffix(".json"))
+    return [row for cell in cells for row in found[cell.name]]
+
+
+def _check(path: pathlib.Path, provenance: harness.Provenance) -> None:
+    record = path.with_suffix(".json")
+    old = json.loads(record.read_text("utf-8")) if record.exists() else {}
+    for name, what in (("config_hash", "settings"), ("source_hash", "code")):
+        if old.get(name) != provenance.record[name]:
+            raise ValueError(
+                f"{path.name} has rows of other {what} ({name} {old.get(name)}, now "
+                f"{provenance.record[name]}): measure all of it with --again, or "
+                "elsewhere with --out=DIR."
+            )
+
+
+def read(path: pathlib.Path) -> list[harness.Row]:
+    """Reads a table; numbers become numbers, empty entries None."""
+    with path.open(newline="", encoding="utf-8") as lines:
+        return [
+            {name: _value(text) for name, text in row.items()}
+            for row in csv.DictReader(lines)
+        ]
+
+
+def _value(text: str) -> object:
+    if text == "":
+        return None
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,353 @@
+"""What adaptive speculation would bring on your cluster: simulated, before you rent it.
+
+    python -m experiments.planner --device=h100 --devices=64 --model=qwen2.5-7b \
+        --tensor=2
+    python -m experiments.planner --device=v5p --devices=128 --model=HF_DIR --tensor=4 \
+        --lengths=WORKDIR --accept-length=4.5 --max-tokens=16384
+
+Simulates RL steps with everything off, with the paper's rule and with our tuner, by the
+system's own queue, scheduler, coordinator and tuners (`experiments.simulation`), and
+prints seconds, idle share and speedup. The model is one of those listed by `--help`, or
+a Hugging Face directory with `config.json`. Lengths are log-normal, or those of a run's
+workdir (`rollouts/`). `--accept-length` is what your drafter reaches when it drafts
+`--accept-depth` levels; other depths follow from a constant chance per level. Where
+step times were measured, `--step-times=FILE` replaces the computed ones: a CSV with
+columns `rows,strategy,seconds`, strategy `plain` or such as D7K1V8.
+
+All is a prediction; `--assumptions` prints what it rests on.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from experiments import cluster_size, harness
+from experiments.simulation import cluster, costs, published, rl_step, workload
+from tlt_jax.rl import scheduler
+from tlt_jax.specdec import strategy as strategy_lib
+
+ASSUMPTIONS = """\
+- a forward takes the larger of reading weights and cache at 75 % of the data sheet's
+  bandwidth and of computing at the share that fits the paper's published speedups; each
+  layer 20 us on top; a drafted level the drafter's own forward and a fitted constant;
+- accept lengths hold for all rows, lengths and RL steps; the drafter stays adapted (the
+  table says how many drafter steps idle workers could take);
+- after a rollout: five forwards' operations at 35 % of the data sheet, and 5 s;
+- no failures, stragglers, slow rewards or checkpoints; all workers alike;
+- checked against recorded runs of two workers on a CPU only (simulator_check).
+"""
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", default="h100", help=", ".join(costs.DEVICES))
+    add("--devices", type=int, default=64, help="of the whole cluster")
+    add("--tensor", type=int, default=1, help="devices of a worker")
+    add("--per-host", type=int, default=8, help="devices of a host")
+    add(
+        "--model",
+        default="qwen2.5-7b",
+        help=f"{', '.join(costs.MODELS)}, or a directory with config.json",
+    )
+    add("--num-prompts", type=int, default=128, help="of an RL step")
+    add("--group-size", type=int, default=8, help="responses of a prompt")
+    add("--prompt-tokens", type=int, default=512)
+    add("--max-tokens", type=int, default=32768, help="limit of a response")
+    add("--median", type=float, default=2000.0, help="tokens, of log-normal lengths")
+    add("--sigma", type=float, default=1.2, help="of their logarithms")
+    add("--lengths", default="", help="workdir whose rollouts' lengths are drawn")
+    add("--accept-length", type=float, default=0.0, help="default: as published")
+    add("--accept-depth", type=int, default=8, help="levels at which it is reached")
+    add("--strategies", default="", help="ROWS:S,S;ROWS:S, for example 4:D7K1V8,D3K1V4")
+    add("--step-times", default="", help="CSV of measured seconds")
+    add("--max-rows", type=int, default=256, help="of a worker")
+    add("--steps", type=int, default=2, help="RL steps simulated")
+    add("--seed", type=int, default=0)
+    add("--assumptions", action="store_true", help="print what it rests on")
+    add("--out", type=pathlib.Path, help="a CSV of the table")
+    return parser.parse_args(arguments)
+
+
+def device_of(name: str) -> costs.Device:
+    """Returns a device's figures.
+
+    Raises:
+      ValueError: it is not known.
+    """
+    if name not in costs.DEVICES:
+        raise ValueError(
+            f"--device={name} is not known: use one of {', '.join(costs.DEVICES)}."
+        )
+    return costs.DEVICES[name]
+
+
+def model_of(name: str) -> costs.Model:
+    """Returns a model's sizes, by name or from a Hugging Face configuration.
+
+    Raises:
+      ValueError: there is no such model, or the configuration lacks a size.
+    """
+    if name in costs.MODELS:
+        return costs.MODELS[name]
+    path = pathlib.Path(name) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"--model={name} is neither one of {', '.join(costs.MODELS)} nor a "
+            "directory with a config.json."
+        )
+    try:
+        read = json.loads(path.read_text("utf-8"))
+        heads = read["num_attention_heads"]
+        width, layers = read["hidden_size"], read["num_hidden_layers"]
+        inner, vocabulary = read["intermediate_size"], read["vocab_size"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"--model={name}: config.json does not describe a decoder "
+            f"({type(error).__name__}: {error})."
+        ) from None
+    kv_heads = read.get("num_key_value_heads") or heads
+    head_dim = read.get("head_dim") or width // heads
+    attention = width * head_dim * (2 * heads + 2 * kv_heads)
+    embeddings = 1 if read.get("tie_word_embeddings") else 2
+    params = layers * (attention + 3 * width * inner) + embeddings * vocabulary * width
+    return costs.Model(params, layers, width, kv_heads, head_dim, vocabulary)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredCosts(costs.RooflineCosts):
+    """Measured seconds of decode steps; the rest computed.
+
+    Attributes:
+      steps: seconds by batch bucket and strategy.
+    """
+
+    steps: tuple[tuple[costs.Kind, float], ...] = ()
+
+    def step_s(self, bucket, strategy, context) -> float:
+        """Looks the seconds up: they hold for any cache length."""
+        return costs.TableCosts(dict(self.steps)).step_s(bucket, strategy, context)
+
+
+def read_step_times(path: str) -> dict[costs.Kind, float]:
+    """Reads measured seconds.
+
+    Raises:
+      ValueError: the file is missing, lacks a column, or a line cannot be read.
+    """
+    try:
+        with pathlib.Path(path).open(newline="", encoding="utf-8") as opened:
+            lines = list(csv.DictReader(opened))
+    except OSError as error:
+        raise ValueError(f"--step-times={path} cannot be read: {error}.") from None
+    wanted = {"rows", "strategy", "seconds"}
+    if not lines or not wanted <= lines[0].keys():
+        raise ValueError(
+            f"--step-times={path}: the columns rows,strategy,seconds are needed, and "
+            f"a line below them; found {', '.join(lines[0]) if lines else 'nothing'}."
+        )
+    found = {}
+    for number, line in enumerate(lines, 2):
+        try:
+            name = line["strategy"]
+            strategy = None if name == "plain" else strategy_lib.parse(name)
+            seconds = float(line["seconds"])
+            found[int(line["rows"]), strategy] = seconds
+        except ValueError as error:
+            raise ValueError(f"--step-times={path}, line {number}: {error}") from None
+        if not 0 < seconds < float("inf"):
+            raise ValueError(
+                f"--step-times={path}, line {number}: seconds={seconds} of a step; "
+                "give more than 0."
+            )
+    return found
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses numbers that describe no cluster.
+
+    Raises:
+      ValueError: one does not.
+    """
+    for name in (
+        *("devices", "tensor", "per_host", "num_prompts", "group_size"),
+        *("prompt_tokens", "max_tokens", "max_rows", "steps", "accept_depth"),
+    ):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}={getattr(options, name)}: at least 1.")
+    if options.devices % options.tensor:
+        raise ValueError(
+            f"--devices={options.devices} cannot be divided into workers of "
+            f"--tensor={options.tensor}: choose a divisor."
+        )
+    if options.median <= 0 or options.sigma < 0:
+        raise ValueError(
+            f"--median={options.median:g} --sigma={options.sigma:g}: a median above 0 "
+            "and a sigma of at least 0."
+        )
+
+
+def acceptance_of(
+    options: argparse.Namespace, every: strategy_lib.Arms
+) -> workload.Acceptance:
+    """Returns how drafts fare: as the user says, or as published."""
+    if not options.accept_length:
+        return published.acceptance(every, cluster_size.SCALE_7B)
+    hazard = workload.hazard_of(options.accept_length, options.accept_depth)
+    return workload.Acceptance({None: (hazard,)})
+
+
+def strategies_of(
+    options: argparse.Namespace,
+) -> tuple[strategy_lib.Arms, strategy_lib.Arms]:
+    """Returns the candidates of our tuner, and the paper's rule's table."""
+    if not options.strategies:
+        arms = strategy_lib.parse_arms(cluster_size.ARMS)
+        return arms, strategy_lib.parse_arms(cluster_size.TABLE)
+    arms = strategy_lib.parse_arms(options.strategies.split(";"))
+    firsts = tuple((limit, found[:1]) for limit, found in arms.entries)
+    return arms, strategy_lib.Arms(firsts)
+
+
+def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
+    """Builds what is simulated.
+
+    Raises:
+      ValueError: an option cannot be; the message names it.
+    """
+    check(options)
+    fit = published.fit()
+    machine = costs.RooflineCosts(
+        device_of(options.device),
+        model_of(options.model),
+        options.tensor,
+        level_s=fit.level_s,
+        flops_frac=fit.flops_frac,
+    )
+    arms, table = strategies_of(options)
+    every = strategy_lib.Arms(((1, tuple({*arms.strategies(), *table.strategies()})),))
+    if options.step_times:
+        steps = read_step_times(options.step_times)
+        lacking = [
+            f"{bucket}:{strategy or 'plain'}"
+            for bucket in scheduler.buckets(options.max_rows)
+            for strategy in (None, *arms.of(bucket), *table.of(bucket))
+            if (bucket, strategy) not in steps
+        ]
+        if lacking:
+            raise ValueError(
+                f"--step-times={options.step_times} lacks {', '.join(lacking[:6])}"
+                f"{' and others' if len(lacking) > 6 else ''}: measure them, lower "
+                f"--max-rows={options.max_rows}, or name fewer --strategies."
+            )
+        fields = {f.name: getattr(machine, f.name) for f in dataclasses.fields(machine)}
+        machine = MeasuredCosts(**fields, steps=tuple(steps.items()))
+    lengths = None
+    if options.lengths:
+        found = workload.read_lengths(pathlib.Path(options.lengths))
+        lengths = np.concatenate([np.asarray(n) for n in found.values()])
+        if lengths.max() > options.max_tokens:
+            raise ValueError(
+                f"--lengths={options.lengths} has a response of {lengths.max()} "
+                f"tokens, more than --max-tokens={options.max_tokens}: raise that."
+            )
+    count = options.num_prompts * options.group_size
+
+    def responses(step):
+        rng = np.random.default_rng((options.seed, step))
+        if lengths is not None:
+            drawn = rng.choice(lengths, size=count)
+        else:
+            drawn = workload.log_normal(
+                rng,
+                count,
+                median=options.median,
+                sigma=options.sigma,
+                most=options.max_tokens,
+            )
+        return workload.grouped(drawn, options.group_size, options.prompt_tokens)
+
+    def rest_s(tokens):
+        return machine.update_s(
+            tokens,
+            options.devices,
+            passes=cluster_size.PASSES,
+            exchange_s=cluster_size.EXCHANGE_S,
+        )
+
+    return rl_step.Scenario(
+        cfg=cluster.ClusterConfig(
+            num_workers=options.devices // options.tensor,
+            workers_per_place=max(options.per_host // options.tensor, 1),
+            max_rows=options.max_rows,
+            num_pages=cluster_size.num_pages_of(machine),
+            page_size=cluster_size.PAGE_SIZE,
+            steps_per_call=cluster_size.STEPS_PER_CALL,
+            max_new_tokens=options.max_tokens,
+        ),
+        costs=machine,
+        acceptance=acceptance_of(options, every),
+        arms=arms,
+        table=table,
+        threshold=cluster_size.THRESHOLD,
+        responses=responses,
+        rest_s=rest_s,
+    )
+
+
+def plan(options: argparse.Namespace) -> list[harness.Row]:
+    """Simulates every system; returns a row for each."""
+    scenario = scenario_of(options)
+    summary, reference = [], []
+    for system in (rl_step.OFF, rl_step.PAPER, rl_step.OURS):
+        rows = rl_step.run(scenario, system, options.steps, options.seed)
+        reference = reference or rows
+        summary.append({"system": system, **rl_step.totals(rows, reference)})
+    return summary
+
+
+def verdict(summary: list[harness.Row]) -> str:
+    """Says it in a sentence."""
+    off, best = summary[0], max(summary, key=lambda row: row["times_faster"])
+    bound = off["step_s"] / (off["step_s"] - off["rollout_s"])
+    if best["times_faster"] < 1.05:
+        gain = "speculation brings less than 5 % here: leave it off"
+    else:
+        gain = (
+            f"speculation makes an RL step {best['times_faster']:.2f} times as fast "
+            f"(rollout {best['rollout_times_faster']:.2f} times)"
+        )
+    return (
+        f"Predicted: {gain}. With everything off the rollout takes "
+        f"{off['rollout_frac']:.0%} of a step, so without any rollout time it would be "
+        f"{bound:.1f} times; workers wait {off['idle_frac']:.0%} of the rollout."
+    )
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Plans; prints and returns the table."""
+    options = parse_arguments(arguments)
+    try:
+        summary = plan(options)
+    except ValueError as error:
+        sys.exit(f"planner: {error}")
+    print(harness.format_table(summary))
+    print(verdict(summary))
+    if options.assumptions:
+        print(f"\nIt rests on this:\n{ASSUMPTIONS}")
+    if options.out:
+        harness.write_csv(options.out, summary)
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""RL steps of a simulated cluster: rollout, then inference, update and weight sync."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from experiments.simulation import cluster, costs, workload
+from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec import tuners
+
+# What is compared: the tuner's name, and whether idle workers train.
+OFF, PAPER, OURS = "off", "threshold", "cost_model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """A cluster with its work.
+
+    Attributes:
+      cfg: sizes.
+      costs: of a worker.
+      acceptance: of drafts.
+      arms: candidates of the tuner `cost_model`.
+      table: one strategy for each number of rows, for the tuner `threshold`.
+      threshold: rows of a worker at which that one begins.
+      responses: of an RL step, by its number.
+      rest_s: seconds after a rollout of so many tokens, prompts included: inference,
+        update and sync.
+      drafter: its state at the beginning.
+    """
+
+    cfg: cluster.ClusterConfig
+    costs: costs.Costs
+    acceptance: workload.Acceptance
+    arms: strategy_lib.Arms
+    table: strategy_lib.Arms
+    threshold: int
+    responses: Callable[[int], Sequence[workload.Response]]
+    rest_s: Callable[[int], float]
+    drafter: cluster.Drafter = dataclasses.field(default_factory=cluster.Drafter)
+
+
+def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict]:
+    """Takes RL steps; returns a row for each.
+
+    Args:
+      scenario: what is simulated.
+      system: `off`, `threshold` (the paper's rule) or `cost_model` (ours).
+      num_steps: RL steps; the tuner goes on learning over them.
+      seed: of acceptance.
+
+    Raises:
+      ValueError: the system is unknown.
+    """
+    if system not in (OFF, PAPER, OURS):
+        raise ValueError(f"system={system!r}: use one of {OFF}, {PAPER}, {OURS}.")
+    on = system != OFF
+    tuner = None
+    if on:
+        arms = scenario.arms if system == OURS else scenario.table
+        tuner = tuners.build(
+            system,
+            arms,
+            max_rows=scenario.cfg.max_rows,
+            seed=seed,
+            threshold=scenario.threshold,
+        )
+    simulated = cluster.Cluster(
+        dataclasses.replace(scenario.cfg, trains=on),
+        scenario.costs,
+        scenario.acceptance if on else None,
+        tuner,
+        seed=seed,
+        drafter=dataclasses.replace(scenario.drafter),
+    )
+    rows = []
+    for step in range(num_steps):
+        if step:
+            simulated.changed_target()
+        responses = scenario.responses(step)
+        report = simulated.roll_out(responses)
+        tokens = sum(r.prompt_tokens + r.num_tokens for r in responses)
+        rest_s = scenario.rest_s(tokens)
+        simulated.pass_time(rest_s)
+        step_s = report.makespan_s + rest_s
+        idle_s = report.sums["workers/idle_s"]
+        rows.append(
+            {
+                "system": system,
+                "step": step,
+                "step_s": step_s,
+                "rollout_s": report.makespan_s,
+                "rest_s": rest_s,
+                "rollout_frac": report.makespan_s / step_s,
+                "tokens": report.num_tokens,
+                "accept_length": report.accept_length,
+                "idle_frac": report.sums["workers/idle_frac"],
+                "trained_of_idle": report.sums["workers/trained_s"] / idle_s
+                if idle_s
+                else 0.0,
+                "drafter_steps": report.num_drafter_steps,
+                "quality": simulated.drafter.quality,
+                "preempted": report.num_preempted,
+            }
+        )
+    return rows
+
+
+def totals(rows: Sequence[dict], reference: Sequence[dict]) -> dict:
+    """Sums a system's steps up beside those of everything off."""
+
+    def total(which, name):
+        return sum(row[name] for row in which)
+
+    def mean(name):
+        return float(np.mean([row[name] for row in rows]))
+
+    step_s = total(rows, "step_s")
+    return {
+        "step_s": step_s / len(rows),
+        "rollout_s": mean("rollout_s"),
+        "rollout_frac": total(rows, "rollout_s") / step_s,
+        "times_faster": total(reference, "step_s") / step_s,
+        "rollout_times_faster": total(reference, "rollout_s")
+        / total(rows, "rollout_s"),
+        "accept_length": mean("accept_length"),
+        "idle_frac": mean("idle_frac"),
+        "trained_of_idle": mean("trained_of_idle"),
+        "drafter_steps": mean("drafter_steps"),
+        "preempted": mean("preempted"),
+    }

@@ -1,0 +1,135 @@
+"""Listings, continued tables and claims tell the truth about their tables."""
+
+import argparse
+import json
+
+import pytest
+
+from experiments import catalogue, cells, claims, freshness, harness, readme_tables
+
+
+def options(out, again=False):
+    return argparse.Namespace(out=out, again=again, scale="cpu")
+
+
+class Record:
+    """Stands for a provenance."""
+
+    def __init__(self, config_hash="c", source_hash="s"):
+        self.record = {"config_hash": config_hash, "source_hash": source_hash}
+
+    def write(self, path):
+        path.write_text(json.dumps(self.record))
+
+
+def measured(calls):
+    def measure(cell):
+        calls.append(cell.name)
+        return [{"value": cell.overrides["x"] * 2.5, "told": None}]
+
+    return measure
+
+
+CELLS = [cells.Cell({"x": n}, seed=7) for n in (1, 2, 3)]
+
+
+def test_finished_cells_are_skipped(tmp_path):
+    calls = []
+    with pytest.raises(RuntimeError, match="lights out"):
+        cells.run(options(tmp_path), "e", Record(), CELLS, failing_at(2, calls))
+    assert calls == ["x=1 seed=7", "x=2 seed=7"]
+    rows = cells.run(options(tmp_path), "e", Record(), CELLS, measured(calls))
+    assert calls[2:] == ["x=2 seed=7", "x=3 seed=7"]
+    assert [row["value"] for row in rows] == [2.5, 5.0, 7.5]
+    assert cells.read(tmp_path / "e.csv") == rows
+    again = cells.run(
+        options(tmp_path, again=True), "e", Record(), CELLS[:1], measured(calls)
+    )
+    assert len(calls) == 5 and len(again) == 1
+
+
+def failing_at(x, calls):
+    def measure(cell):
+        calls.append(cell.name)
+        if cell.overrides["x"] == x:
+            raise RuntimeError("lights out")
+        return [{"value": cell.overrides["x"] * 2.5, "told": None}]
+
+    return measure
+
+
+@pytest.mark.parametrize("other", [{"config_hash": "d"}, {"source_hash": "t"}])
+def test_stale_rows_are_refused(tmp_path, other):
+    cells.run(options(tmp_path), "e", Record(), CELLS, measured([]))
+    with pytest.raises(ValueError, match="rows of other .*--again"):
+        cells.run(options(tmp_path), "e", Record(**other), CELLS, measured([]))
+
+
+def test_the_source_hash_is_of_the_code_and_what_it_imports(tmp_path, monkeypatch):
+    root = tmp_path / "experiments"
+    (root / "parts").mkdir(parents=True)
+    module, part = root / "made.py", root / "parts" / "a.py"
+    module.write_text('"""Made."""\nfrom experiments.parts import a\n')
+    part.write_text("X = 1\n")
+    monkeypatch.setattr(freshness, "FOLDER", root)
+    first = freshness.source_hash("made")
+    module.write_text(
+        '"""Other words."""\n# A comment.\nfrom experiments.parts import a\n'
+    )
+    assert freshness.source_hash("made") == first
+    part.write_text("X = 2\n")
+    changed = freshness.source_hash("made")
+    assert changed != first
+    results = tmp_path / "results"
+    results.mkdir()
+    assert freshness.status("made", results) == freshness.UNRUN
+    (results / "made.csv").write_text("a\n1\n")
+    assert freshness.status("made", results) == freshness.UNDATED
+    (results / "made.json").write_text(json.dumps({"source_hash": changed}))
+    assert freshness.status("made", results) == freshness.FRESH
+    part.write_text("X = 3\n")
+    assert freshness.status("made", results) == freshness.STALE
+
+
+def test_every_claim_names_an_experiment_and_reads_its_table():
+    slugs = {item.slug for item in catalogue.ITEMS if item.exists}
+    assert {claim.slug for claim in claims.CLAIMS} <= slugs
+    for row in claims.check(harness.RESULTS_DIR / "cpu"):
+        assert row["verdict"] in (claims.HOLDS, claims.FAILS), row
+
+
+def test_claims_are_decided_by_the_tables(tmp_path):
+    (tmp_path / "end_to_end_summary.csv").write_text(
+        "system,times_faster,trained_of_idle,steps_differing\ntlt,1.6,0.5,0\n"
+    )
+    found = {r["claim"]: r for r in claims.check(tmp_path)}
+    on = "everything on is at least 1.5 times everything off on a CPU"
+    assert found[on]["verdict"] == claims.HOLDS
+    idle = "at least 80 % of the workers' idle time is used for training"
+    assert found[idle]["verdict"] == claims.FAILS
+    rest = [r for r in found.values() if r["experiment"] == "packing"]
+    assert rest[0]["verdict"] == claims.NO_DATA
+    (tmp_path / "packing_summary.csv").write_text("system\nlongest\n")
+    told = {r["experiment"]: r for r in claims.check(tmp_path)}["packing"]
+    assert told["verdict"] == claims.NO_DATA and "does not tell" in told["found"]
+
+
+def test_a_table_of_the_readme_follows_its_csv(monkeypatch, tmp_path):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "t.csv").write_text("a,b\n1,0.25\n2,\n")
+    monkeypatch.setattr(harness, "RESULTS_DIR", tmp_path)
+    table = readme_tables.Table("t.csv", {"A": "a", "B": "b"})
+    monkeypatch.setattr(readme_tables, "TABLES", {"mine": table})
+    text = "x\n<!-- table: mine -->\nold\n<!-- end of table -->\ny\n"
+    new = readme_tables.rendered(text)
+    assert "| A | B |\n| --- | --- |\n| 1 | 0.25 |\n| 2 | - |\n" in new
+    assert readme_tables.rendered(new) == new
+    with pytest.raises(ValueError, match="'gone'; made here are mine"):
+        readme_tables.rendered(text.replace("mine", "gone"))
+
+
+def test_results_are_of_experiments_and_tell_where_they_come_from():
+    for path in (harness.RESULTS_DIR / "cpu").glob("*.json"):
+        record = json.loads(path.read_text())
+        assert {"command", "settings", "config_hash", "versions"} <= record.keys(), path
+        assert record["experiment"] == path.stem

@@ -1,0 +1,293 @@
+"""The simulated cluster: against loops by hand, its laws, and recorded runs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import cells, cluster_size, planner, simulator_check
+from experiments.simulation import cluster, costs, published, rl_step, workload
+from tlt_jax.rl import coordination
+from tlt_jax.rl import coordinator_records as records
+from tlt_jax.specdec import strategy, tuners
+
+CHAIN = strategy.parse("D3K1V4")
+TABLE = costs.TableCosts(
+    {
+        (b, s): 1.0 + 0.1 * b + (0.5 if s else 0)
+        for b in (1, 2, 4)
+        for s in (None, CHAIN)
+    },
+    prefill_token_s=0.01,
+    drafter_s=2.0,
+    start_s=0.5,
+    sync_s=0.25,
+)
+SIZES = {
+    "num_workers": 1,
+    "workers_per_place": 8,
+    "max_rows": 2,
+    "num_pages": 40,
+    "page_size": 4,
+    "steps_per_call": 8,
+    "max_new_tokens": 40,
+}
+
+
+def made(tuner=None, chance=0.7, seed=0, drafter=None, **changes):
+    """Returns a cluster."""
+    acceptance = workload.Acceptance({None: (chance,)}) if tuner else None
+    cfg = cluster.ClusterConfig(**SIZES | changes)
+    return cluster.Cluster(cfg, TABLE, acceptance, tuner, seed=seed, drafter=drafter)
+
+
+def static():
+    return tuners.build("static", strategy.Arms(((4, (CHAIN,)),)), max_rows=4, seed=0)
+
+
+def decode_slowly(left, lifetimes, limit, quota):
+    """Decodes row by row and step by step."""
+    counts, lived, steps = [0] * len(left), [], 0
+    while (
+        max(counts) < limit
+        and sum(c == n for c, n in zip(counts, left, strict=True)) < quota
+    ):
+        for i, most in enumerate(left):
+            if counts[i] < most:
+                accepted = 0 if lifetimes is None else int(lifetimes[i][steps])
+                lived.append(accepted)
+                counts[i] = min(counts[i] + accepted + 1, most, limit)
+        steps += 1
+    if lifetimes is None:
+        return steps, counts, ()
+    deepest = max(lived)
+    return steps, counts, tuple(sum(n >= d for n in lived) for d in range(deepest + 1))
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+def test_a_call_is_what_steps_one_by_one_are(speculates):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows, limit = rng.integers(1, 5), int(rng.integers(1, 9))
+        left = rng.integers(1, 20, rows)
+        quota = int(rng.integers(1, rows + 1))
+        lifetimes = rng.integers(0, 4, (rows, limit)) if speculates else None
+        steps, counts, accepted = cluster.decode(left, lifetimes, limit, quota)
+        expected = decode_slowly(left, lifetimes, limit, quota)
+        assert (steps, counts.tolist(), accepted) == expected
+
+
+def test_a_rollout_by_hand():
+    """Two rows of 5 and 12 tokens: prefill, 5 steps at two rows, then 7 at one."""
+    report = made().roll_out(workload.grouped([5, 12], 2, 5))
+    # The call comes back when one row has ended: the rest fits the smaller bucket.
+    assert report.steps_by_kind == {(2, None): 5, (1, None): 7}
+    assert report.makespan_s == pytest.approx(4 * 0.01 + 5 * 1.2 + 7 * 1.1)
+    assert report.num_tokens == 17
+    assert report.prefill_s == pytest.approx(0.04)  # The prompt is shared.
+
+
+def test_accepted_drafts_shorten_it_as_their_chance_says():
+    lengths = [40] * 64
+    report = made(static()).roll_out(workload.grouped(lengths, 8, 5))
+    chain = 1 + 0.7 + 0.7**2 + 0.7**3
+    assert report.accept_length == pytest.approx(chain, rel=0.03)
+    plain = made().roll_out(workload.grouped(lengths, 8, 5))
+    assert report.num_steps < plain.num_steps / 2
+    assert report.num_tokens == plain.num_tokens == 40 * 64
+
+
+def test_what_is_known_of_a_response_holds_for_it():
+    responses = workload.grouped([40] * 32, 8, 5, [1.0] * 32)
+    assert made(static(), chance=1.0).roll_out(responses).accept_length == 1
+
+
+def test_waiting_workers_train_and_delay_the_end_by_a_step_at_most():
+    lengths = [40, 3, 3, 3, 3, 3, 3, 3]
+    trained = made(static(), num_workers=2, trains=True)
+    report = trained.roll_out(workload.grouped(lengths, 4, 5))
+    idle = made(static(), num_workers=2, trains=False)
+    without = idle.roll_out(workload.grouped(lengths, 4, 5))
+    assert report.num_drafter_steps > 0 and without.num_drafter_steps == 0
+    assert report.sums["workers/trained_s"] > 0
+    late = report.makespan_s - without.makespan_s
+    assert 0 <= late <= TABLE.drafter_s + TABLE.start_s + TABLE.sync_s
+    assert trained.drafter.version == 1
+    doing = {i.activity for i in report.intervals}
+    assert doing >= {records.Activity.BUSY, records.Activity.TRAINING}
+
+
+def test_the_drafter_learns_while_workers_wait_and_falls_behind_at_updates():
+    state = cluster.Drafter(quality=0.5, learned=0.2, lost=0.1)
+    simulated = made(static(), num_workers=2, drafter=state)
+    simulated.roll_out(workload.grouped([40, 3, 3, 3], 4, 5))
+    learned = simulated.drafter.quality
+    assert learned > 0.5
+    simulated.changed_target()
+    assert simulated.drafter.quality == pytest.approx(0.9 * learned)
+
+
+def test_rows_without_pages_come_back():
+    report = made(num_pages=14, max_rows=4).roll_out(
+        workload.grouped([40, 38, 36, 30], 2, 5)
+    )
+    assert report.num_preempted > 0
+    assert report.num_tokens == 40 + 38 + 36 + 30
+
+
+def test_all_is_generated_once_by_many_workers():
+    lengths = np.random.default_rng(1).integers(1, 41, 96)
+    report = made(static(), num_workers=8, workers_per_place=2).roll_out(
+        workload.grouped(lengths, 4, 5)
+    )
+    assert report.num_tokens == lengths.sum()
+    spent = sum(i.stop_s - i.start_s for i in report.intervals)
+    assert spent == pytest.approx(8 * report.makespan_s)
+
+
+def test_the_same_seed_gives_the_same():
+    responses = workload.grouped([40, 30, 20, 10], 2, 5)
+    first, again, other = (
+        made(static(), seed=seed).roll_out(responses).makespan_s for seed in (3, 3, 4)
+    )
+    assert first == again != other
+
+
+def test_the_system_decides(monkeypatch):
+    """Without the coordinator's word nobody trains, whatever the simulator thinks."""
+    monkeypatch.setattr(
+        coordination.Coordination, "should_stop", lambda self, training: True
+    )
+    report = made(static(), num_workers=2).roll_out(
+        workload.grouped([40, 3, 3, 3], 4, 5)
+    )
+    assert report.num_drafter_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: made(max_rows=0), "max_rows=0 is out of range"),
+        (lambda: made().roll_out(workload.grouped([41], 1, 5)), "num_tokens=41"),
+        (lambda: made().roll_out(workload.grouped([3], 1, 200)), "raise cache"),
+        (lambda: TABLE.step_s(8, None, 0), "bucket 8 with plain decoding"),
+        (lambda: workload.Acceptance({None: (1.2,)}), "chance"),
+        (lambda: workload.hazard_of(9.0, 4), "accept_length=9"),
+    ],
+)
+def test_what_cannot_be_is_refused(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()
+
+
+def test_hazards_give_the_accept_length_asked_for():
+    for depth, wanted in ((3, 2.5), (12, 9.06), (8, 1.0), (4, 5.0)):
+        hazard = workload.hazard_of(wanted, depth)
+        assert sum(hazard**d for d in range(depth + 1)) == pytest.approx(wanted)
+
+
+def test_published_accept_lengths_are_met_between_and_at_their_ends():
+    assert published.accept_length(strategy.parse("D12K8V16")) == pytest.approx(7.02)
+    assert published.accept_length(strategy.parse("D8K8V128")) == pytest.approx(7.51)
+    assert 7.02 < published.accept_length(strategy.parse("D12K8V64")) < 9.06
+    for found, told in zip(
+        published.fit().predicted, published.SPEEDUPS.values(), strict=True
+    ):
+        assert found == pytest.approx(told, rel=0.3)
+
+
+def test_makespans_agree_with_the_recorded_runs(tmp_path):
+    """Within a tenth in all; plain decode calls are scheduled as they were, exactly."""
+    summary = simulator_check.main([f"--out={tmp_path}", "--seeds=2"])
+    assert all(row["within_tolerance"] for row in summary)
+    rows = cells.read(tmp_path / "simulator_check.csv")
+    off = [r for r in rows if r["system"] == "off"]
+    exact = [r["decode_steps"] == r["decode_steps/run"] for r in off]
+    assert sum(exact) >= len(exact) - 1
+    assert (tmp_path / "simulator_check.png").stat().st_size > 10_000
+    record = json.loads((tmp_path / "simulator_check.json").read_text())
+    assert record["config_hash"]
+
+
+def test_clusters_by_size(tmp_path):
+    summary = cluster_size.main(
+        [f"--out={tmp_path}", "--devices=8,16", "--models=qwen2.5-7b", "--steps=1"]
+        + ["--num-prompts=6"]
+    )
+    by_system = {(r["devices"], r["system"]): r for r in summary}
+    assert by_system[8, rl_step.OFF]["times_faster"] == 1
+    for devices in (8, 16):
+        assert by_system[devices, rl_step.PAPER]["times_faster"] > 1
+        assert by_system[devices, rl_step.PAPER]["published"]
+    assert (tmp_path / "cluster_size.png").stat().st_size > 10_000
+    told = cells.read(tmp_path / "cluster_size_assumptions.csv")
+    assert {"what", "value", "from"} == set(told[0])
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run's workdir, as far as lengths go."""
+    folder = tmp_path / "run" / "rollouts"
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"num_tokens": n}) + "\n" for n in (20, 30, 500, 40)]
+    (folder / "step_000001.jsonl").write_text("".join(lines))
+    return folder.parent
+
+
+SMALL = ["--num-prompts=4", "--steps=1", "--max-rows=4", "--max-tokens=600"]
+
+
+def test_the_planner_reads_lengths_models_and_times(tmp_path, workdir, capsys):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "num_attention_heads": 8,
+                "num_key_value_heads": 2,
+                "hidden_size": 512,
+                "num_hidden_layers": 4,
+                "intermediate_size": 1024,
+                "vocab_size": 1000,
+            }
+        )
+    )
+    times = tmp_path / "times.csv"
+    rows = [f"{b},{s},0.0{b}" for b in (1, 2, 4) for s in ("plain", "D3K1V4")]
+    times.write_text("\n".join(["rows,strategy,seconds", *rows]) + "\n")
+    summary = planner.main(
+        [
+            *SMALL,
+            *("--devices=2", f"--model={tmp_path}", f"--lengths={workdir}"),
+            *("--accept-length=3", "--accept-depth=3", "--strategies=4:D3K1V4"),
+            *(f"--step-times={times}", f"--out={tmp_path / 'plan.csv'}"),
+        ]
+    )
+    # As measured a step costs the same with drafts: their tokens are the speedup.
+    assert summary[1]["rollout_times_faster"] == pytest.approx(3, rel=0.25)
+    assert "Predicted: speculation makes" in capsys.readouterr().out
+    assert (tmp_path / "plan.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device=abacus"], "--device=abacus is not known: use one of a100"),
+        (["--model=nowhere"], "--model=nowhere is neither"),
+        (["--devices=10", "--tensor=4"], "cannot be divided"),
+        (["--num-prompts=0"], "--num-prompts=0: at least 1"),
+        (["--sigma=-1"], "--sigma=-1"),
+        (["--lengths=nowhere"], "has no rollouts"),
+        (["--step-times=nowhere.csv"], "cannot be read"),
+        (["--accept-length=20"], "accept_length=20 cannot come of draft_depth=8"),
+        (["--strategies=4:D3K1"], "is not of the form"),
+        (["--model=llama-3.3-70b"], "do not hold the model's weights"),
+    ],
+)
+def test_the_planner_says_what_is_wrong(flags, message):
+    with pytest.raises(SystemExit, match=message) as raised:
+        planner.main(flags)
+    assert "Traceback" not in str(raised.value)
+
+
+def test_lengths_beyond_the_limit_are_refused(workdir):
+    with pytest.raises(SystemExit, match="500 tokens, more than --max-tokens=300"):
+        planner.main([f"--lengths={workdir}", "--max-tokens=300"])
