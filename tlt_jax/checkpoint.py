@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -21,6 +23,7 @@ from tlt_jax.models import params as params_lib
 
 DIRECTORY = "checkpoints"
 _POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
+_Tree = TypeVar("_Tree")
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -254,30 +257,88 @@ def restore_policy(
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    directory = _directory(workdir)
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{workdir} holds no checkpoints: give the --workdir of a run."
-        )
-    # Neither creates nor deletes, so it may look at a run that is still going on.
-    options = ocp.CheckpointManagerOptions(create=False, max_to_keep=None)
-    with ocp.CheckpointManager(directory, options=options) as manager:
-        steps = sorted(manager.all_steps())
-        if not steps:
+    with _Reader(workdir, DIRECTORY, step) as reader:
+        cfg = model_config.ModelConfig.from_json(reader.meta["model"])
+        abstract = params_lib.abstract(cfg, reader.meta["param_dtype"])
+        return reader.params(abstract, sharding), cfg, reader.step
+
+
+def restore_trained(
+    workdir: str | pathlib.Path,
+    name: str,
+    step: int | None,
+    describe: Callable[[dict[str, Any], str], _Tree],
+    item: str | None = None,
+) -> tuple[_Tree, dict[str, Any], dict[str, np.ndarray]]:
+    """Read what was trained of a checkpoint that is no policy's.
+
+    Args:
+      workdir: the run's directory.
+      name: of the directory below it.
+      step: which checkpoint; None: the newest.
+      describe: takes the architecture's JSON form and a dtype, and returns a tree of
+        `jax.ShapeDtypeStruct`s.
+      item: of `save`'s `more`: arrays whose shapes and dtypes stand in the driver's
+        record as `arrays`. None: they are left out.
+
+    Returns:
+      The tree, the record with `step`, `model` and `driver`, and the item's arrays.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    with _Reader(workdir, name, step) as reader:
+        abstract = describe(reader.meta["model"], reader.meta["param_dtype"])
+        arrays = {
+            key: np.empty(shape, jnp.dtype(dtype))
+            for key, (shape, dtype) in reader.meta["driver"].get("arrays", {}).items()
+        }
+        filled = {key: array for key, array in arrays.items() if array.size}
+        if item is not None and filled:
+            args = ocp.args.StandardRestore(filled)
+            arrays |= reader.read({item: args})[item]
+        return reader.params(abstract), reader.meta, arrays
+
+
+class _Reader:
+    """Looks at a checkpoint of a run that may still be going on."""
+
+    def __init__(self, workdir: str | pathlib.Path, name: str, step: int | None):
+        directory = _directory(workdir, name)
+        if not directory.is_dir():
             raise CheckpointError(
-                f"{directory} holds no complete checkpoint: let the run reach one "
-                "(checkpoint.every RL steps)."
+                f"{workdir} holds no {name}: give the --workdir of a run."
             )
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise CheckpointError(
-                f"step={step} has no checkpoint in {directory}: there are "
-                f"{', '.join(map(str, steps))}."
-            )
-        read = functools.partial(_restore, manager, directory, step)
-        meta = read({_META: ocp.args.JsonRestore()})[_META]
-        cfg = _model_config(meta["model"])
-        abstract = params_lib.abstract(cfg, meta["param_dtype"])
+        # Neither creates nor deletes.
+        options = ocp.CheckpointManagerOptions(create=False, max_to_keep=None)
+        self._manager = ocp.CheckpointManager(directory, options=options)
+        try:
+            steps = sorted(self._manager.all_steps())
+            if not steps:
+                raise CheckpointError(
+                    f"{directory} holds no complete checkpoint: let the run reach one "
+                    "(checkpoint.every RL steps)."
+                )
+            self.step = steps[-1] if step is None else step
+            if self.step not in steps:
+                raise CheckpointError(
+                    f"step={step} has no checkpoint in {directory}: there are "
+                    f"{', '.join(map(str, steps))}."
+                )
+            self.read = functools.partial(_restore, self._manager, directory, self.step)
+            self.meta = self.read({_META: ocp.args.JsonRestore()})[_META]
+        except BaseException:
+            self._manager.close()
+            raise
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def params(self, abstract: _Tree, sharding: Any = None) -> _Tree:
+        """Read what is trained, onto the first device unless told otherwise."""
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         if isinstance(sharding, jax.sharding.Sharding):
@@ -287,8 +348,7 @@ def restore_policy(
             abstract,
             sharding,
         )
-        content = read({_POLICY: ocp.args.StandardRestore(target)})
-    return content[_POLICY], cfg, step
+        return self.read({_POLICY: ocp.args.StandardRestore(target)})[_POLICY]
 
 
 def _directory(workdir: str | pathlib.Path, name: str = DIRECTORY) -> pathlib.Path:
@@ -348,13 +408,3 @@ def _summary(error: Exception) -> str:
     """Return the first line of an error; of a long one the end, where the cause is."""
     line = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {line if len(line) < 300 else '...' + line[-240:]}"
-
-
-def _model_config(fields: dict[str, Any]) -> model_config.ModelConfig:
-    """Rebuild the architecture from its JSON form."""
-    fields = dict(fields)
-    if fields["rope_scaling"] is not None:
-        fields["rope_scaling"] = model_config.RopeScaling(**fields["rope_scaling"])
-    for name in ("windowed_layers", "eos_ids"):
-        fields[name] = tuple(fields[name])
-    return model_config.ModelConfig(**fields)

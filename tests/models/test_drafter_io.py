@@ -76,8 +76,8 @@ def test_damaged_drafters_are_refused(saved, tmp_path):
     edit(directory, feature_layers="all")
     with pytest.raises(ValueError):
         load()
-    edit(directory, feature_layers=[0, 1, 3], format=2)
-    with pytest.raises(ValueError, match="format 2, and 1 is read here"):
+    edit(directory, feature_layers=[0, 1, 3], format=3)
+    with pytest.raises(ValueError, match="format 3, and 1 and 2 are read here"):
         load()
     (directory / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not a drafter's"):

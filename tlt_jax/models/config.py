@@ -1,7 +1,8 @@
 """The decoder architectures this package computes, as one frozen description."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 Family = Literal["llama", "qwen2", "qwen3"]
 
@@ -103,6 +104,16 @@ class ModelConfig:
             raise ValueError(
                 f"eos_ids contains {bad}, outside the vocabulary of {self.vocab_size}."
             )
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+        """Rebuild a description from what JSON made of `dataclasses.asdict`."""
+        given = dict(fields)
+        if given["rope_scaling"] is not None:
+            given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+        for name in ("windowed_layers", "eos_ids"):
+            given[name] = tuple(given[name])
+        return cls(**given)
 
     @property
     def heads_per_kv(self) -> int:

@@ -1,5 +1,6 @@
 """Weights between Hugging Face directories and `Params`, tensor by tensor."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -116,6 +117,29 @@ def save(
     if str(dtype) not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; accepted: {', '.join(DTYPES)}.")
     config = hf_config.to_hf(cfg, dtype)
+    num_bytes = model_params.count(cfg) * jnp.dtype(dtype).itemsize
+    with writing(directory, num_bytes) as temporary:
+        _write_weights(params, cfg, temporary, jnp.dtype(dtype), max_shard_bytes)
+        write_json(temporary, "config.json", config)
+        write_json(temporary, "generation_config.json", hf_config.to_hf_generation(cfg))
+        for file in TOKENIZER_FILES if tokenizer_source is not None else ():
+            path = os.path.join(tokenizer_source, file)
+            if os.path.exists(path):
+                shutil.copyfile(path, os.path.join(temporary, file))
+
+
+@contextlib.contextmanager
+def writing(directory: str | os.PathLike, num_bytes: int) -> Iterator[str]:
+    """Give a temporary sibling that becomes `directory` if all goes well.
+
+    Args:
+      directory: absent or empty.
+      num_bytes: that will be written.
+
+    Raises:
+      ValueError: if `directory` is not empty.
+      OSError: if the disk is full or not writable.
+    """
     directory = os.path.abspath(directory)
     if os.path.exists(directory) and (
         not os.path.isdir(directory) or os.listdir(directory)
@@ -125,7 +149,6 @@ def save(
         )
     parent = os.path.dirname(directory)
     os.makedirs(parent, exist_ok=True)
-    num_bytes = model_params.count(cfg) * jnp.dtype(dtype).itemsize
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise OSError(
@@ -135,15 +158,7 @@ def save(
     name = os.path.basename(directory)
     temporary = tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent)
     try:
-        _write_weights(params, cfg, temporary, jnp.dtype(dtype), max_shard_bytes)
-        _write_json(temporary, "config.json", config)
-        _write_json(
-            temporary, "generation_config.json", hf_config.to_hf_generation(cfg)
-        )
-        for file in TOKENIZER_FILES if tokenizer_source is not None else ():
-            path = os.path.join(tokenizer_source, file)
-            if os.path.exists(path):
-                shutil.copyfile(path, os.path.join(temporary, file))
+        yield temporary
         os.chmod(temporary, 0o755)
         os.rename(temporary, directory)
     except (OSError, safetensors.SafetensorError) as error:
@@ -201,8 +216,8 @@ class _Safetensors:
     def __init__(self, directory: str | os.PathLike):
         self._files = {}
         self._shapes = {}
-        for path, listed in _files(os.fspath(directory)).items():
-            file = _open(path)
+        for path, listed in weight_files(os.fspath(directory)).items():
+            file = open_safetensors(path)
             present = set(file.keys())
             if listed is not None and listed != present:
                 raise ValueError(
@@ -233,7 +248,7 @@ class _Safetensors:
         del self._shapes[name]
 
 
-def _files(directory: str) -> dict[str, set[str] | None]:
+def weight_files(directory: str) -> dict[str, set[str] | None]:
     """Paths of the weight files, each with the names that the index lists for it."""
     single = os.path.join(directory, "model.safetensors")
     index = os.path.join(directory, "model.safetensors.index.json")
@@ -260,7 +275,8 @@ def _files(directory: str) -> dict[str, set[str] | None]:
     return files
 
 
-def _open(path: str):
+def open_safetensors(path: str):
+    """Open a file; `ValueError` if it is damaged."""
     try:
         return safetensors.safe_open(path, "np")
     except safetensors.SafetensorError as error:
@@ -318,7 +334,7 @@ def _write_weights(params, cfg, directory: str, dtype, max_shard_bytes: int) -> 
             i: f"model-{i:05d}-of-{shards:05d}.safetensors"
             for i in range(1, shards + 1)
         }
-        _write_json(
+        write_json(
             directory,
             "model.safetensors.index.json",
             {
@@ -333,7 +349,8 @@ def _write_weights(params, cfg, directory: str, dtype, max_shard_bytes: int) -> 
             os.fsync(handle.fileno())
 
 
-def _write_json(directory: str, name: str, value: Mapping) -> None:
+def write_json(directory: str, name: str, value: Mapping) -> None:
+    """Write a JSON object as the file `name`."""
     with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")

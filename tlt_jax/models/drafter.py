@@ -4,13 +4,18 @@ Alignment, here and everywhere: position t takes the target's feature of positio
 the token of position t + 1, is rotated by t, and predicts the token of position t + 2.
 A row with n cached positions and its pending token x_n has inputs t = 0 .. n - 1, and
 the output at n - 1 predicts x_{n+1}. Drafting goes on with the drafter's own output as
-the feature. Embedding and LM head are the target's; the drafter holds neither.
+the feature. Embedding and LM head are the target's; some imported drafters bring a head.
+
+Of three architectures `tlt`, ours, divides everything that it joins by its root mean
+square; `eagle` and `eagle3` are what published checkpoints mean (`drafter_layouts`).
 
 References: Li et al., EAGLE, 2024, section 4.1; Li et al., EAGLE-3, 2025, section 3.1.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +26,28 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.types import Array
 
+Architecture = Literal["tlt", "eagle", "eagle3"]
+ARCHITECTURES: tuple[Architecture, ...] = typing.get_args(Architecture)
+
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
     """A drafter: what is computed, and for which target.
 
     Attributes:
-      layer: the one layer, of the target's own type, as a model of one layer.
+      layer: the one layer as a model of one layer; ours is of the target's own type.
       target: what the target is, see `identify`.
       feature_layers: indices of the target's layers whose outputs are fused; empty: the
         feature is the target's last one, after its final norm.
-      output_norm: the layer's output is normed before it is the drafter's feature. Not
-        where it shall be the target's normed feature itself (EAGLE).
+      output_norm: `tlt`: the layer's output is normed before it is the drafter's
+        feature. Not where it shall be the target's normed feature itself (EAGLE).
+        `eagle3` norms it for the head alone, `eagle` never.
       draft_vocab_size: Vd, tokens that can be proposed; 0: all.
       max_length: positions of a text that the drafter was trained for; 0: any.
+      architecture: see the module.
+      join_bias: `eagle`: the product that joins token and feature has a bias.
+      norm_before_residual: `eagle3`: the normed feature is what the layer adds to.
+      own_head: `eagle3`: the drafter brings a head, and does not use the target's.
     """
 
     layer: model_config.ModelConfig
@@ -43,6 +56,10 @@ class DrafterConfig:
     output_norm: bool = True
     draft_vocab_size: int = 0
     max_length: int = 0
+    architecture: Architecture = "tlt"
+    join_bias: bool = False
+    norm_before_residual: bool = False
+    own_head: bool = False
 
     def __post_init__(self):
         if self.layer.num_layers != 1 or any(self.layer.windowed_layers):
@@ -57,9 +74,17 @@ class DrafterConfig:
                 f"vocabulary of {self.layer.vocab_size}: 0 stands for all of it."
             )
         if self.max_length < 0:
+            raise ValueError(f"max_length={self.max_length} is negative: 0 is any.")
+        if self.architecture not in ARCHITECTURES:
             raise ValueError(
-                f"max_length={self.max_length} is negative: give positions, or 0 for "
-                "any length."
+                f"architecture={self.architecture!r}: use {', '.join(ARCHITECTURES)}."
+            )
+        num, wanted = len(self.feature_layers), {"eagle": (0,), "eagle3": (3,)}
+        if num not in wanted.get(self.architecture, (num,)):
+            raise ValueError(
+                f"architecture={self.architecture!r} with feature_layers="
+                f"{self.feature_layers}: EAGLE reads the target's last feature "
+                "(features='last'), EAGLE-3 three layers ('low_mid_high')."
             )
 
     @property
@@ -83,20 +108,27 @@ class DrafterParams:
     """A drafter's weights.
 
     Attributes:
-      join: `[D, 2D]`, takes the token's embedding over the feature.
-      layer: one layer, unstacked.
+      join: `[D, 2D]`, takes the token's embedding over the feature; None in `eagle3`.
+      layer: one layer, unstacked. In `eagle` it has no `attn_norm`; in `eagle3` that
+        is the embedding's, and `qkv` is `[K, G + 2, H, 2D]`.
       fuse: `[D, n * D]`, or None where the feature is the target's last one.
       norm: `[D]` or None.
       draft_ids: `[Vd] int32`, rising target ids that can be proposed, or None: all.
       sharpness: float32 scalar, see `propose.draft`; measured and not trained. None: 1.
+      join_bias: `[D]` or None.
+      feature_norm: `[D]`, `eagle3` alone.
+      head: `[Vd, D]` or None: the target's.
     """
 
-    join: jax.Array
+    join: jax.Array | None
     layer: model_params.LayerParams
     fuse: jax.Array | None = None
     norm: jax.Array | None = None
     draft_ids: jax.Array | None = None
     sharpness: jax.Array | None = None
+    join_bias: jax.Array | None = None
+    feature_norm: jax.Array | None = None
+    head: jax.Array | None = None
 
 
 @struct.dataclass
@@ -140,7 +172,8 @@ def identify(target: model_config.ModelConfig) -> str:
 def low_mid_high(num_layers: int) -> tuple[int, int, int]:
     """Choose the three layers that EAGLE-3 fuses.
 
-    Reference: Li et al., EAGLE-3, 2025; indices 2, N/2 and N - 3 as in its release.
+    Reference: Li et al., EAGLE-3, 2025; indices 2, N/2 and N - 3 are those of its
+    release, which however reads what goes into these layers, see `published_layers`.
 
     Raises:
       ValueError: the target has too few layers for three different ones.
@@ -154,6 +187,18 @@ def low_mid_high(num_layers: int) -> tuple[int, int, int]:
     return chosen
 
 
+def published_layers(num_layers: int) -> tuple[int, int, int]:
+    """Choose the layers whose outputs EAGLE-3 checkpoints read that name none.
+
+    SGLang, vLLM and the release take the inputs of layers 2, N/2 and N - 3.
+
+    Raises:
+      ValueError: the target has too few layers for three different ones.
+    """
+    low, mid, high = low_mid_high(num_layers)
+    return low - 1, mid - 1, high - 1
+
+
 def of_target(
     target: model_config.ModelConfig,
     *,
@@ -161,12 +206,17 @@ def of_target(
     output_norm: bool = True,
     draft_vocab_size: int = 0,
     max_length: int = 0,
+    architecture: Architecture = "tlt",
 ) -> DrafterConfig:
     """Describe a drafter for `target`.
 
+    That of a published architecture is a Llama layer of the target's sizes, which is
+    what engines compute under its name.
+
     Args:
       target: the model that verifies.
-      feature_layers, output_norm, draft_vocab_size, max_length: see `DrafterConfig`.
+      feature_layers, output_norm, draft_vocab_size, max_length, architecture: see
+        `DrafterConfig`.
 
     Returns:
       The description.
@@ -183,6 +233,10 @@ def of_target(
     layer = dataclasses.replace(
         target, num_layers=1, sliding_window=None, windowed_layers=()
     )
+    if architecture != "tlt":
+        plain = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "qk_norm"), False)
+        layer = dataclasses.replace(layer, family="llama", **plain)
+        output_norm = architecture == "eagle3"
     return DrafterConfig(
         layer=layer,
         target=identify(target),
@@ -190,6 +244,7 @@ def of_target(
         output_norm=output_norm,
         draft_vocab_size=draft_vocab_size,
         max_length=max_length,
+        architecture=architecture,
     )
 
 
@@ -208,15 +263,34 @@ def describe(cfg: DrafterConfig) -> DrafterParams:
             (d, num_inputs), ("embed", None), "normal", num_inputs
         )
 
-    return DrafterParams(
-        join=table(2 * d),
-        layer=jax.tree.map(
-            lambda w: dataclasses.replace(w, shape=w.shape[1:], axes=w.axes[1:]),
-            stacked,
-        ),
-        fuse=table(n * d) if cfg.feature_layers else None,
-        norm=model_params.Weight((d,), (None,), "ones") if cfg.output_norm else None,
+    def vector(init):
+        return model_params.Weight((d,), (None,), init)
+
+    layer = jax.tree.map(
+        lambda w: dataclasses.replace(w, shape=w.shape[1:], axes=w.axes[1:]), stacked
     )
+    described = DrafterParams(
+        join=table(2 * d),
+        layer=layer,
+        fuse=table(n * d) if cfg.feature_layers else None,
+        norm=vector("ones") if cfg.output_norm else None,
+    )
+    if cfg.architecture == "eagle":
+        bias = vector("zeros") if cfg.join_bias else None
+        return described.replace(layer=layer.replace(attn_norm=None), join_bias=bias)
+    if cfg.architecture == "eagle3":
+        wide = (*layer.qkv.shape[:-1], 2 * d)
+        qkv = dataclasses.replace(layer.qkv, shape=wide, fan_in=2 * d)
+        head = model_params.Weight(
+            (cfg.num_draft_tokens, d), ("vocab", "embed"), "normal", d
+        )
+        return described.replace(
+            join=None,
+            layer=layer.replace(qkv=qkv),
+            feature_norm=vector("ones"),
+            head=head if cfg.own_head else None,
+        )
+    return described
 
 
 def init(cfg: DrafterConfig, key: jax.Array, dtype=jnp.float32) -> DrafterParams:
@@ -242,13 +316,19 @@ def head_rows(target: model_params.Params, draft_ids: Array | None) -> Array:
     return target.head if draft_ids is None else target.head[draft_ids]
 
 
+def head_of(params: DrafterParams, head: Array) -> Array:
+    """Return the drafter's own head, or that of its target where it has none."""
+    return head if params.head is None else params.head
+
+
 def fuse(
     params: DrafterParams, cfg: DrafterConfig, features: Array, kernels: str = "xla"
 ) -> Array:
     """Make one feature of the target's n.
 
     Each of several is divided by its root mean square first: the outputs of different
-    layers differ by orders of magnitude, and single positions do, too.
+    layers differ by orders of magnitude, and single positions do, too. EAGLE-3 takes
+    them as they are.
 
     Args:
       params: the weights.
@@ -261,9 +341,10 @@ def fuse(
     """
     if params.fuse is None:
         return features
-    parts = jnp.split(features, cfg.num_features)
-    normed = jnp.concatenate([_unit(part, cfg) for part in parts])
-    return layers.product(params.fuse.astype(features.dtype), normed, kernels)
+    if cfg.architecture == "tlt":
+        parts = jnp.split(features, cfg.num_features)
+        features = jnp.concatenate([_unit(part, cfg) for part in parts])
+    return layers.product(params.fuse.astype(features.dtype), features, kernels)
 
 
 def forward(
@@ -281,8 +362,8 @@ def forward(
 ) -> Output:
     """Compute the drafter's features of one level or of a run of positions.
 
-    Cache filling, extension by accepted tokens and tree levels are this one function;
-    it reads the cache, and the caller appends the keys of what was accepted.
+    Cache filling, extension and tree levels are this one function; it reads the cache,
+    and the caller appends the keys of what was accepted.
 
     Args:
       params: the weights.
@@ -342,8 +423,10 @@ def apply(
 ) -> Output:
     """Compute the drafter's features under any attention.
 
-    Both halves of the input are divided by their root mean square: embeddings and
-    features have scales of their own, and the drafter's features another one.
+    In `tlt` both halves of the input are divided by their root mean square: embeddings
+    and features have scales of their own, and the drafter's features another one.
+    `eagle` joins them as they are and has no norm before the attention. In `eagle3` the
+    attention reads both, normed, side by side, and the layer adds to the feature.
 
     Args:
       params, cfg, embedded, features, positions, dtype, kernels: as for `forward`.
@@ -352,15 +435,43 @@ def apply(
     Returns:
       `Output`.
     """
-    halves = [_unit(x.astype(dtype), cfg) for x in (embedded, features)]
-    x_DBT = layers.product(params.join.astype(dtype), jnp.concatenate(halves), kernels)
-    rope = layers.rope_tables(cfg.layer, positions)
+    embedded, features = embedded.astype(dtype), features.astype(dtype)
+    eps = cfg.layer.rms_norm_eps
+    seen = None
+    if cfg.architecture == "eagle3":
+        token = layers.rms_norm(embedded, params.layer.attn_norm, eps)
+        normed = layers.rms_norm(features, params.feature_norm, eps)
+        seen = jnp.concatenate([token, normed])
+        x_DBT = normed if cfg.norm_before_residual else features
+    else:
+        halves = [embedded, features]
+        if cfg.architecture == "tlt":
+            halves = [_unit(x, cfg) for x in halves]
+        x_DBT = jnp.concatenate(halves)
+        x_DBT = layers.product(params.join.astype(dtype), x_DBT, kernels)
+        if params.join_bias is not None:
+            x_DBT = x_DBT + params.join_bias.astype(dtype)[:, None, None]
+        if cfg.architecture == "eagle":
+            seen = x_DBT
     x_DBT, keys, values = transformer.decoder_layer(
-        params.layer, x_DBT, cfg.layer, rope, attend, kernels
+        params.layer,
+        x_DBT,
+        cfg.layer,
+        layers.rope_tables(cfg.layer, positions),
+        attend,
+        kernels,
+        attention_input=seen,
     )
-    if params.norm is not None:
-        x_DBT = layers.rms_norm(x_DBT, params.norm, cfg.layer.rms_norm_eps)
+    if cfg.architecture == "tlt" and params.norm is not None:
+        x_DBT = layers.rms_norm(x_DBT, params.norm, eps)
     return Output(hidden=x_DBT, keys=keys, values=values)
+
+
+def for_head(params: DrafterParams, cfg: DrafterConfig, hidden: Array) -> Array:
+    """Turn the drafter's features `[D, ...]` into what its head multiplies."""
+    if cfg.architecture != "eagle3":
+        return hidden
+    return layers.rms_norm(hidden, params.norm, cfg.layer.rms_norm_eps)
 
 
 def logits(
@@ -373,16 +484,15 @@ def logits(
     """Multiply the drafter's features by the frozen head.
 
     Args:
-      params, cfg: the drafter; the head is the target's.
-      head: `[Vd, D]`, see `head_rows`.
+      params, cfg: the drafter.
+      head: `[Vd, D]`, see `head_rows` and `head_of`.
       hidden: `[D, B, T]`.
       kernels: see `transformer.forward`.
 
     Returns:
       `[B, T, Vd] float32`; entry i is token `draft_ids[i]`.
     """
-    del params, cfg
-    return transformer.head_logits(head, hidden, kernels)
+    return transformer.head_logits(head, for_head(params, cfg, hidden), kernels)
 
 
 def _unit(x: Array, cfg: DrafterConfig) -> Array:

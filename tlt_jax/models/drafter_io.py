@@ -1,5 +1,9 @@
-"""A drafter as a directory: `config.json` and `drafter.safetensors`."""
+"""A drafter as a directory: `config.json` and `drafter.safetensors`.
 
+Directories in the layouts of other projects are read as well (`drafter_hf`).
+"""
+
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,10 +19,11 @@ import safetensors
 import safetensors.numpy
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter
+from tlt_jax.models import drafter, drafter_hf
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "drafter.safetensors"
-_FORMAT = 1
+# The second says what the layer is, too; the first is that of architecture `tlt`.
+_FORMAT, _FORMAT_WITH_LAYER = 1, 2
 _SETTINGS = ("feature_layers", "output_norm", "draft_vocab_size", "max_length")
 
 
@@ -45,12 +50,12 @@ def save(
         raise ValueError(
             f"{directory} holds something that is no drafter: name another directory."
         )
-    record = {
-        "format": _FORMAT,
-        "target": cfg.target,
-        **{name: getattr(cfg, name) for name in _SETTINGS},
-        "about": dict(about or {}),
-    }
+    if cfg.architecture == "tlt":
+        settings = {name: getattr(cfg, name) for name in ("target", *_SETTINGS)}
+        record = {"format": _FORMAT, **settings}
+    else:
+        record = {"format": _FORMAT_WITH_LAYER, **dataclasses.asdict(cfg)}
+    record["about"] = dict(about or {})
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".drafter.") as temp:
         made = pathlib.Path(temp) / "made"
@@ -74,7 +79,7 @@ def load(
     """Read a drafter for `target`.
 
     Args:
-      directory: of `save`.
+      directory: of `save`, or of another project: EAGLE, EAGLE-3, speculators.
       target: the model that shall verify.
       dtype: of the weights.
       sharding: of every leaf; None: the first device holds them.
@@ -86,6 +91,8 @@ def load(
       ValueError: there is none, it is damaged, or of another target or vocabulary.
     """
     directory = pathlib.Path(directory)
+    if drafter_hf.layout_of(directory) is not None:
+        return drafter_hf.load(directory, target, dtype, sharding)
     cfg = read_config(directory, target)
     wanted = drafter.describe(cfg)
     if cfg.draft_vocab_size:
@@ -125,23 +132,24 @@ def read_config(
       ValueError: as `load`.
     """
     path = pathlib.Path(directory) / CONFIG_FILE
+    if not path.exists():
+        raise ValueError(
+            f"{directory} holds no drafter ({CONFIG_FILE} is missing): give the "
+            "directory that `python -m tlt_jax.train_drafter` exported, or one with a "
+            "published EAGLE, EAGLE-3 or speculators drafter."
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         given = {name: record[name] for name in ("format", "target", *_SETTINGS)}
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{directory} holds no drafter ({CONFIG_FILE} is missing): give the "
-            "directory that `python -m tlt_jax.train_drafter` exported."
-        ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is not a drafter's ({type(error).__name__}: {error}): export the "
             "drafter again."
         ) from error
-    if given["format"] != _FORMAT:
+    if given["format"] not in (_FORMAT, _FORMAT_WITH_LAYER):
         raise ValueError(
-            f"{path} has format {given['format']!r}, and {_FORMAT} is read here: "
-            "export the drafter with this version."
+            f"{path} has format {given['format']!r}, and {_FORMAT} and "
+            f"{_FORMAT_WITH_LAYER} are read here: export the drafter with this version."
         )
     if given["target"] != drafter.identify(target):
         raise ValueError(
@@ -151,10 +159,22 @@ def read_config(
         )
     settings = {name: given[name] for name in _SETTINGS}
     try:
+        if given["format"] == _FORMAT_WITH_LAYER:
+            names = [field.name for field in dataclasses.fields(drafter.DrafterConfig)]
+            return from_json({name: record[name] for name in names})
         settings["feature_layers"] = tuple(int(i) for i in settings["feature_layers"])
         return drafter.of_target(target, **settings)
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a drafter's: {error}.") from error
+
+
+def from_json(fields: Mapping[str, Any]) -> drafter.DrafterConfig:
+    """Rebuild a description from what JSON made of `dataclasses.asdict`."""
+    layer = model_config.ModelConfig.from_json(fields["layer"])
+    layers = tuple(int(i) for i in fields["feature_layers"])
+    return drafter.DrafterConfig(
+        **dict(fields) | {"layer": layer, "feature_layers": layers}
+    )
 
 
 def about(directory: str | os.PathLike) -> dict[str, Any]:

@@ -183,10 +183,9 @@ def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, An
       ValueError: if no class of `transformers` computes this combination.
     """
     _check_exportable(cfg)
-    architecture = next(name for name, f in ARCHITECTURES.items() if f == cfg.family)
     rope = hf_rope.to_hf(cfg.rope_scaling)
     config = {
-        "architectures": [architecture],
+        "architectures": [architecture(cfg)],
         "model_type": cfg.family,
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model,
@@ -225,6 +224,11 @@ def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, An
             "sliding_attention" if w else "full_attention" for w in windowed
         ],
     }
+
+
+def architecture(cfg: model_config.ModelConfig) -> str:
+    """Name the Hugging Face class that computes a model of this family."""
+    return next(name for name, f in ARCHITECTURES.items() if f == cfg.family)
 
 
 def to_hf_generation(cfg: model_config.ModelConfig) -> dict[str, Any]:

@@ -233,6 +233,7 @@ def decoder_layer(
     rope: tuple[Array, Array],
     attend: Callable[[Array, Array, Array], attention.Partial],
     kernels: str = "xla",
+    attention_input: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Compute one layer: attention and feed-forward block, each behind its norm.
 
@@ -244,11 +245,15 @@ def decoder_layer(
       attend: what the queries see: takes queries `[B, K, G, T, H]`, fresh keys and
         values `[B, K, H, T]`, and returns the attention over M = G x T queries.
       kernels: see `forward`.
+      attention_input: `[in, B, T]`, what queries, keys and values are projected from;
+        None: the normed `x_DBT`.
 
     Returns:
       The layer's output `[D, B, T]` and its keys and values `[K, H, B, T]`.
     """
-    normed = layers.rms_norm(x_DBT, layer.attn_norm, cfg.rms_norm_eps)
+    normed = attention_input
+    if normed is None:
+        normed = layers.rms_norm(x_DBT, layer.attn_norm, cfg.rms_norm_eps)
     attended, keys, values = _self_attention(layer, normed, cfg, rope, attend, kernels)
     x_DBT = x_DBT + attended
     normed = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)

@@ -210,10 +210,7 @@ class Drafting:
         """Take embedding and head of the target."""
         if self._params is None:
             return
-        ids = self._params.draft_ids
-        self.weights = propose.DrafterWeights(
-            self._params, target.embed, drafter.head_rows(target, ids)
-        )
+        self.weights = propose.weights_of(self._params, target)
 
     def begin(self) -> None:
         """Begin a run: nothing is cached, and what matches did counts less."""

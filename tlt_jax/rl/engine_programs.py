@@ -143,10 +143,7 @@ class EnginePrograms:
         def make(target):
             ids = jnp.zeros((size,), jnp.int32) if size else None
             own = drafter.init(cfg, jax.random.key(0), self._dtype)
-            head = drafter.head_rows(target, ids)
-            return propose.DrafterWeights(
-                own.replace(draft_ids=ids), target.embed, head
-            )
+            return propose.weights_of(own.replace(draft_ids=ids), target)
 
         made = jax.eval_shape(make, abstract_of(params))
         placed = jax.tree.map(
@@ -154,7 +151,7 @@ class EnginePrograms:
             made,
         )
         kept = {"embed": abstract_of(params.embed)}
-        if not size:
+        if not size and not cfg.own_head:
             kept["head"] = abstract_of(params.head)
         return placed.replace(**kept)
 

@@ -55,7 +55,7 @@ def measure(
         part = bases.chunk(start, cfg.head_chunk)
         here = {name: [] for name in sums}
         alive = dict.fromkeys(RANKINGS, True)
-        for k, hits in enumerate(_hits(part, target, SHARPNESSES)):
+        for k, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
             here["count"].append(jnp.sum(part.exists[k]))
             for name, hit in hits.items():
                 alive[name] = alive[name] & hit
@@ -98,7 +98,7 @@ def lifetimes(
     def one_chunk(_, start):
         alive, total = True, 0
         part = bases.chunk(start, cfg.head_chunk)
-        for hits in _hits(part, target, (sharpness,)):
+        for hits in _hits(part, params, target, (sharpness,)):
             alive = alive & hits["coupled"][:, 0]
             total = total + alive.astype(jnp.int32)
         return None, total
@@ -113,6 +113,7 @@ def lifetimes(
 def _predictions(params, batch, target, num_steps, cfg) -> drafter_unroll.Predictions:
     """Unroll; the laws are the tokens drawn, their positions and keys."""
     steps = drafter_unroll.unroll(params, batch, target, num_steps, cfg=cfg)
+    steps = tuple(drafter.for_head(params, cfg.drafter, x) for x in steps)
     exists = drafter_unroll.step_exists(batch, num_steps)
     drawn = (
         drafter_unroll.take(batch.tokens, batch.bases + 2),
@@ -122,7 +123,7 @@ def _predictions(params, batch, target, num_steps, cfg) -> drafter_unroll.Predic
     return drafter_unroll.predictions(steps, exists, drawn, cfg.head_chunk)
 
 
-def _hits(part, target, sharpnesses) -> Iterator[dict[str, Array]]:
+def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
     """Yield for each level where its draft is the text's token.
 
     `deterministic [N] bool`, and `coupled [N, n] bool` by sharpness.
@@ -133,7 +134,8 @@ def _hits(part, target, sharpnesses) -> Iterator[dict[str, Array]]:
     if target.draft_ids is not None:
         gumbel = gumbel[:, target.draft_ids]
     for k in range(num_steps):
-        logits = transformer.head_logits(target.head, part.hidden[k])
+        head = drafter.head_of(params, target.head)
+        logits = transformer.head_logits(head, part.hidden[k])
         here = gumbel[k : k + size]
         best = [jnp.argmax(logits, axis=-1)]
         best += [jnp.argmax(logits * x + here, axis=-1) for x in sharpnesses]

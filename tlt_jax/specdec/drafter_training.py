@@ -143,11 +143,12 @@ def loss(
     ahead = jnp.minimum(batch.bases + 1, batch.tokens.shape[1] - 1)
     law_BMD = jnp.take_along_axis(batch.hidden, ahead[..., None], axis=1)
     law_BMD = law_BMD.astype(cfg.dtype)
+    finished = tuple(drafter.for_head(params, cfg.drafter, x) for x in steps)
     sums = _head_sums(
         objective.token_loss,
         cfg.head_chunk,
-        target.head,
-        drafter_unroll.predictions(steps, exists, law_BMD, cfg.head_chunk),
+        (target.head, drafter.head_of(params, target.head)),
+        drafter_unroll.predictions(finished, exists, law_BMD, cfg.head_chunk),
     )
     sums["feature_loss"] = jnp.zeros(num_steps)
     if objective.feature_weight:
@@ -214,17 +215,18 @@ def _feature_sums(steps, exists, law_BMD):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _head_sums(token_loss, chunk, head, predictions):
+def _head_sums(token_loss, chunk, heads, predictions):
     """Sum what needs logits over all predictions, a chunk of bases at a time.
 
     A chunk's gradient is computed with its loss, so that logits are neither kept nor
-    made twice; the target's are shared by all steps. Only features have a gradient.
+    made twice; the target's are shared by all steps. Only features have a gradient: of
+    the two heads, the target's and the drafter's, neither learns.
     """
-    return _walk(token_loss, chunk, head, predictions, with_grads=False)[0]
+    return _walk(token_loss, chunk, heads, predictions, with_grads=False)[0]
 
 
-def _head_sums_forward(token_loss, chunk, head, predictions):
-    sums, grads = _walk(token_loss, chunk, head, predictions, with_grads=True)
+def _head_sums_forward(token_loss, chunk, heads, predictions):
+    sums, grads = _walk(token_loss, chunk, heads, predictions, with_grads=True)
     return sums, grads
 
 
@@ -237,12 +239,12 @@ def _head_sums_backward(token_loss, chunk, grads, slopes):
 _head_sums.defvjp(_head_sums_forward, _head_sums_backward)
 
 
-def _walk(token_loss, chunk, head, predictions, with_grads):
+def _walk(token_loss, chunk, heads, predictions, with_grads):
     """Sums over all chunks, and gradients `[K, D, N]` of the summed token losses."""
 
     def one_chunk(sums, start):
         part = predictions.chunk(start, chunk)
-        compute = functools.partial(_chunk_sums, token_loss, head, part)
+        compute = functools.partial(_chunk_sums, token_loss, heads, part)
         grads = None
         if with_grads:
             grads, here = jax.grad(compute, has_aux=True)(part.hidden)
@@ -259,14 +261,14 @@ def _walk(token_loss, chunk, head, predictions, with_grads):
     return sums, grads
 
 
-def _chunk_sums(token_loss, head, part, hidden):
+def _chunk_sums(token_loss, heads, part, hidden):
     """Scalar sum of all token losses, and all sums `[K]`, of one chunk."""
     num_steps, _, size = hidden.shape
-    target_logits = transformer.head_logits(head, part.laws.T)
+    target_logits = transformer.head_logits(heads[0], part.laws.T)
     sums = {name: [] for name in ("token_loss", "top1_acc", "top1_prob", "overlap")}
     for k in range(num_steps):
         law = target_logits[k : k + size]
-        logits = transformer.head_logits(head, hidden[k])
+        logits = transformer.head_logits(heads[1], hidden[k])
         probs, draft_probs = jax.nn.softmax(law), jax.nn.softmax(logits)
         best = jnp.argmax(logits, axis=-1)
         values = {

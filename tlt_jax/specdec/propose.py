@@ -22,6 +22,7 @@ from flax import struct
 from jax import lax
 
 from tlt_jax.models import attention, drafter, kv_cache, transformer
+from tlt_jax.models import params as model_params
 from tlt_jax.specdec import candidates as candidates_lib
 from tlt_jax.specdec import sampling
 from tlt_jax.specdec import strategy as strategy_lib
@@ -35,14 +36,24 @@ class DrafterWeights:
     """What programs read of a drafter.
 
     Attributes:
-      params: its own weights.
+      params: its own weights, without a head.
       embed: `[V, D]`, the target's embedding.
-      head: `[Vd, D]`, the target's head rows of the draft vocabulary.
+      head: `[Vd, D]`, the target's head rows of the draft vocabulary, or its own.
     """
 
     params: drafter.DrafterParams
     embed: Array
     head: Array
+
+
+def weights_of(
+    params: drafter.DrafterParams, target: model_params.Params
+) -> DrafterWeights:
+    """Put a drafter's weights together with what it reads of its target."""
+    head = params.head
+    if head is None:
+        head = drafter.head_rows(target, params.draft_ids)
+    return DrafterWeights(params.replace(head=None), target.embed, head)
 
 
 @struct.dataclass
