@@ -1,5 +1,6 @@
 """Prompts in, text out: of a model, of a run, and with one line where it cannot be."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from absl.testing import flagsaver
 
 from tlt_jax import checkpoint, generate, policy, types
 from tlt_jax.models import config as model_config
-from tlt_jax.models import convert, drafter, drafter_io, tokenizer
+from tlt_jax.models import convert, drafter, drafter_hf, drafter_io, tokenizer
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import engine_programs, rollout, rollout_stats
 from tlt_jax.specdec import sampling
@@ -90,6 +91,24 @@ def drafter_directory(tmp_path_factory):
     params = drafter.init(cfg, jax.random.key(0))
     drafter_io.save(directory / "drafter", params, cfg)
     return str(directory)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Random drafters of `model` as others compute them, one in another's layout."""
+    directory = tmp_path_factory.mktemp("published")
+    cfg = drafter.of_target(CFG, architecture="eagle")
+    params = drafter.init(cfg, jax.random.key(0))
+    drafter_hf.save(directory / "eagle", params, cfg, "eagle", CFG)
+    # The one layer three times.
+    cfg = drafter.of_target(
+        CFG, architecture="eagle3", feature_layers=(0, 0, 0), draft_vocab_size=20
+    )
+    cfg = dataclasses.replace(cfg, own_head=True, norm_before_residual=True)
+    ids = jnp.arange(20, dtype=jnp.int32) * 2
+    params = drafter.init(cfg, jax.random.key(0)).replace(draft_ids=ids)
+    drafter_io.save(directory / "eagle3", params, cfg)
+    return directory
 
 
 @pytest.fixture
@@ -287,23 +306,26 @@ def test_the_command_runs_as_a_module(model):
     assert done.stderr.startswith("[1] ")
 
 
-@pytest.mark.parametrize("kind", ["learned", "ngram"])
-def test_speculation_gives_the_same_text(command, model, drafter_directory, kind):
+@pytest.mark.parametrize("kind", ["learned", "eagle", "eagle3", "ngram"])
+def test_speculation_gives_the_same_text(
+    command, model, drafter_directory, published, kind
+):
     _, plain, _ = command(f"--model={model}", *SHORT, "--num_samples=2")
-    where = drafter_directory if kind == "learned" else "ngram"
+    named = {"learned": drafter_directory, "ngram": "ngram"}
+    where = named.get(kind, published / kind)
+    used = {"ngram": "D5K1V6-ngram", "eagle": "D1K1V2"}.get(kind, "D2K2V4")
     status, text, errors = command(
         f"--model={model}",
         *SHORT,
         "--num_samples=2",
         f"--drafter={where}",
         "--compare",
-        *(("--strategy=4:D2K2V4",) if kind == "learned" else ()),
+        *((f"--strategy=4:{used}",) if kind != "ngram" else ()),
     )
     assert status == 0, errors
     assert text == plain
     assert "tokens equal in 2 of 2" in errors and "times as fast" in errors
     assert "accepted by depth:" in errors
-    used = "D2K2V4" if kind == "learned" else "D5K1V6-ngram"
     assert f"calls by strategy: {used}" in errors
 
 

@@ -5,7 +5,7 @@ import pytest
 from tests import tiny_runs
 from tests.rl import engines
 from tlt_jax import rollout_parts
-from tlt_jax.models import drafter, drafter_io
+from tlt_jax.models import drafter, drafter_hf, drafter_io
 from tlt_jax.specdec import strategy
 
 TLT = {"specdec.mode": "tlt", "drafter.features": "last"}
@@ -54,5 +54,12 @@ def test_a_drafter_of_its_own_or_a_new_one(tmp_path):
     assert found.drafting_cfg.drafter_cfg.max_length == 14
     kept = made(**named, **{"adaptation.enabled": False}).drafting_cfg
     assert kept.drafter_cfg.max_length == 4 and not kept.capture
+    # Of another project's layout, whose texts may have any length.
+    cfg = drafter.of_target(engines.CFG, architecture="eagle")
+    eagle = drafter.init(cfg, engines.jax.random.key(1))
+    drafter_hf.save(tmp_path / "hf", eagle, cfg, "eagle", engines.CFG)
+    found = made(**{"drafter.directory": str(tmp_path / "hf")})
+    assert found.drafting_cfg.drafter_cfg.architecture == "eagle"
+    assert found.initial.join.shape == eagle.join.shape
     with pytest.raises(ValueError, match="trained for 4"):
         kept.check(engines.CFG, 14, rollout_parts.law_of(tiny_runs.config_of(), 1.0))

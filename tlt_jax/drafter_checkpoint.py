@@ -13,17 +13,25 @@ import time
 import typing
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax import checkpoint
-from tlt_jax.models import drafter
+from tlt_jax.models import drafter, drafter_io
 from tlt_jax.specdec import drafter_training, drafter_unroll
 
 DIRECTORY = "drafter_checkpoints"
 Mode = Literal["blocking", "async", "selective"]
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
 _FROZEN, _ARRAYS = "frozen", "arrays"
+# What checkpoints of earlier versions do not say of a drafter.
+_DEFAULTS = {
+    "architecture": "tlt",
+    "join_bias": False,
+    "norm_before_residual": False,
+    "own_head": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +201,39 @@ class DrafterCheckpointer:
     def close(self) -> None:
         """Wait, then release the directory."""
         self._checkpointer.close()
+
+
+def restore_weights(
+    workdir: str | pathlib.Path, step: int | None = None
+) -> tuple[drafter.DrafterConfig, drafter.DrafterParams, int, int]:
+    """Read a run's drafter and nothing else of its training; the run may go on.
+
+    Args:
+      workdir: the run's directory.
+      step: RL steps done; None: the newest checkpoint.
+
+    Returns:
+      The drafter, its weights with `draft_ids`, the step, and its version: how often
+      it was given to the engines, 0: never.
+
+    Raises:
+      checkpoint.CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+
+    def describe(fields, dtype):
+        cfg = drafter_io.from_json(_DEFAULTS | fields)
+        return jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype)),
+            drafter.describe(cfg),
+        )
+
+    params, record, arrays = checkpoint.restore_trained(
+        workdir, DIRECTORY, step, describe, _ARRAYS
+    )
+    cfg = drafter_io.from_json(_DEFAULTS | record["model"])
+    version = record["driver"]["meta"].get("version", 0)
+    params = params.replace(draft_ids=arrays.get("draft_ids"))
+    return cfg, params, record["step"], version
 
 
 def _frozen(target: drafter_unroll.Target) -> dict[str, Any]:

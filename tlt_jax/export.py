@@ -1,18 +1,35 @@
-r"""Write a run's policy as a Hugging Face directory.
+r"""Write a run's policy, or its drafter, for other programs.
 
     python -m tlt_jax.export --workdir=DIR --out=DIR [--step=N] [--dtype=bfloat16]
+    python -m tlt_jax.export --workdir=DIR --drafter_layout=LAYOUT --out=DIR
 
-The directory holds config.json, generation_config.json, safetensors and the tokenizer;
-transformers and the usual serving engines load it by its path.
+The policy's directory holds config.json, generation_config.json, safetensors and the
+tokenizer; transformers and the usual serving engines load it by its path.
+
+LAYOUT says who shall load the drafter: eagle or eagle3 (SGLang), speculators (vLLM), or
+tlt: this package, by --drafter=DIR and drafter.directory. The workdir is that of a run
+with specdec.mode=tlt, or of tlt_jax.train_drafter. Engines compute what the layout's
+name means and nothing else: drafters of ours that shall go there are trained with
+drafter.architecture=eagle or eagle3.
 """
 
+import dataclasses
+import json
 import os
 import sys
 
 from absl import app, flags, logging
 
-from tlt_jax import checkpoint
-from tlt_jax.models import convert
+from tlt_jax import checkpoint, drafter_checkpoint, policy
+from tlt_jax.models import config as model_config
+from tlt_jax.models import (
+    convert,
+    drafter,
+    drafter_hf,
+    drafter_io,
+    drafter_layouts,
+)
+from tlt_jax.models import params as model_params
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write; absent or empty.")
@@ -22,8 +39,38 @@ _STEP = flags.DEFINE_integer(
 _DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", list(convert.DTYPES), "Type of the weights written."
 )
+_OWN = "tlt"
+_LAYOUT = flags.DEFINE_enum(
+    "drafter_layout",
+    None,
+    [*drafter_layouts.LAYOUTS, _OWN],
+    "Write the drafter in this layout, and not the policy.",
+)
+_VERIFIER = flags.DEFINE_string(
+    "verifier",
+    "",
+    "Name or directory of the model that verifies, by which vLLM finds it (speculators "
+    "alone); default: the run's model.spec.",
+)
+_NUM_SPECULATIVE_TOKENS = flags.DEFINE_integer(
+    "num_speculative_tokens",
+    5,
+    "Tokens that vLLM shall draft (speculators alone).",
+    lower_bound=1,
+)
 
 TOKENIZER_DIRECTORY = "tokenizer"
+# A training of a drafter leaves the model that it made here, its result there.
+_MADE_TARGET, _TRAINED = "target", "drafter"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """The model that a drafter was made for."""
+
+    config: model_config.ModelConfig
+    params: model_params.Params
+    identity: str
 
 
 def export(workdir: str, out: str, step: int | None = None, dtype="bfloat16") -> int:
@@ -54,17 +101,129 @@ def export(workdir: str, out: str, step: int | None = None, dtype="bfloat16") ->
     return step
 
 
+def export_drafter(
+    workdir: str,
+    out: str,
+    layout: str,
+    step: int | None = None,
+    dtype: str = "bfloat16",
+    verifier: str = "",
+    num_speculative_tokens: int = 5,
+) -> str:
+    """Write a run's drafter.
+
+    Args:
+      workdir: of a run with specdec.mode=tlt, or of a training of a drafter.
+      out: absent or empty; complete or absent afterwards.
+      layout: one of `drafter_layouts.LAYOUTS`, or `tlt`.
+      step: RL step of the checkpoint, None for the newest.
+      dtype: of the weights written; `tlt` keeps their own.
+      verifier: for `speculators`; empty: the run's model.spec.
+      num_speculative_tokens: for `speculators`.
+
+    Returns:
+      Which drafter was written, for people to read.
+
+    Raises:
+      CheckpointError: if there is no such checkpoint or it is damaged.
+      ValueError: if the workdir holds no drafter, the layout has no place for what it
+        computes, or `out` is not empty.
+      OSError: if the disk is full or not writable.
+    """
+    cfg, params, target, what = _drafter(workdir, step)
+    if layout == _OWN:
+        if os.path.exists(out) and os.listdir(out):
+            raise ValueError(f"out={out} is not empty: name another or remove it.")
+        drafter_io.save(out, params, cfg, {"from": what})
+        return what
+    drafter_hf.save(
+        out,
+        params,
+        cfg,
+        layout,
+        target.config,
+        head=drafter.head_rows(target.params, params.draft_ids),
+        dtype=dtype,
+        verifier=verifier or target.identity,
+        num_speculative_tokens=num_speculative_tokens,
+    )
+    return what
+
+
+def _drafter(workdir: str, step: int | None):
+    """Find a workdir's drafter: description, weights, target, and what to call it."""
+    if os.path.isdir(os.path.join(workdir, drafter_checkpoint.DIRECTORY)):
+        cfg, params, step, version = drafter_checkpoint.restore_weights(workdir, step)
+        if not version:
+            logging.warning(
+                "the drafter of step %d was never good enough to be used: the run had "
+                "not trained it long enough.",
+                step,
+            )
+        if cfg.draft_vocab_size and params.draft_ids is None:
+            raise ValueError(
+                f"the drafter of step {step} has not chosen the tokens that it "
+                "proposes yet: let the run train it first."
+            )
+        target_params, target_cfg, _ = checkpoint.restore_policy(workdir, step)
+        target = _Target(target_cfg, target_params, _spec(workdir))
+        return cfg, params, target, f"the drafter of step {step}"
+    directory = os.path.join(workdir, _TRAINED)
+    if not os.path.isdir(directory):
+        raise ValueError(
+            f"{workdir} holds no drafter: give the --workdir of a run with "
+            "specdec.mode=tlt that reached a checkpoint, or of a finished "
+            "tlt_jax.train_drafter."
+        )
+    if step is not None:
+        raise ValueError(
+            f"--step={step} is for RL runs: {workdir} holds one trained drafter."
+        )
+    made = os.path.join(workdir, _MADE_TARGET)
+    spec = made if os.path.isdir(made) else _spec(workdir)
+    loaded = policy.load(spec)
+    cfg, params = drafter_io.load(directory, loaded.config)
+    target = _Target(loaded.config, loaded.params, spec)
+    steps = drafter_io.about(directory).get("num_steps")
+    return cfg, params, target, f"the drafter trained for {steps} steps"
+
+
+def _spec(workdir: str) -> str:
+    """The model that a run was started with."""
+    path = os.path.join(workdir, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)["model"]["spec"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} does not say which model the run has ({error!r}): give the "
+            "--workdir of a run."
+        ) from error
+
+
 def main(argv: list[str]) -> None:
     """Export as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
-        step = export(_WORKDIR.value, _OUT.value, _STEP.value, _DTYPE.value)
+        if _LAYOUT.value is None:
+            step = export(_WORKDIR.value, _OUT.value, _STEP.value, _DTYPE.value)
+            what = f"the policy of step {step}"
+        else:
+            what = export_drafter(
+                _WORKDIR.value,
+                _OUT.value,
+                _LAYOUT.value,
+                _STEP.value,
+                _DTYPE.value,
+                _VERIFIER.value,
+                _NUM_SPECULATIVE_TOKENS.value,
+            )
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
         # What a user can repair needs no traceback.
         logging.error("%s", error)
         sys.exit(1)
-    print(f"wrote the policy of step {step} to {_OUT.value}")
+    print(f"wrote {what} to {_OUT.value}")
 
 
 def run() -> None:

@@ -162,7 +162,9 @@ def _drafter_of(
     layers = tuple(asked.feature_layers)
     if asked.features == "low_mid_high":
         try:
-            layers = drafter.low_mid_high(model.num_layers)
+            published = asked.architecture == "eagle3"
+            choose = drafter.published_layers if published else drafter.low_mid_high
+            layers = choose(model.num_layers)
         except ValueError as error:
             raise schema.ConfigError(
                 f"drafter.features={asked.features!r}: {error} Set drafter.features to "
@@ -175,5 +177,6 @@ def _drafter_of(
         output_norm=not preset.feature_weight,
         draft_vocab_size=asked.draft_vocab_size,
         max_length=longest,
+        architecture=asked.architecture,
     )
     return made, None

@@ -46,6 +46,8 @@ class DrafterShape:
     """The drafter.
 
     Attributes:
+      architecture: what is computed: `tlt`, ours; or what SGLang and vLLM load: `eagle`
+        (with features `last`) and `eagle3` (three layers fused).
       features: `last` (the target's normed last feature), `low_mid_high` (three layers
         fused) or `layers` (those named in feature_layers).
       feature_layers: indices of the target's layers, for `layers`.
@@ -53,6 +55,7 @@ class DrafterShape:
         all.
     """
 
+    architecture: Literal["tlt", "eagle", "eagle3"] = "tlt"
     features: Literal["last", "low_mid_high", "layers"] = "low_mid_high"
     feature_layers: tuple[int, ...] = ()
     draft_vocab_size: int = schema.number(0, 0)
@@ -64,9 +67,9 @@ class Drafter(DrafterShape):
 
     Attributes:
       directory: where a trained one is read from (the workdir of
-        `tlt_jax.train_drafter`, or an export); the shape is then its own. Empty: it
-        begins with random weights.
-      features, feature_layers, draft_vocab_size: see `DrafterShape`.
+        `tlt_jax.train_drafter`, an export, or a published EAGLE, EAGLE-3 or speculators
+        drafter); the shape is then its own. Empty: it begins with random weights.
+      architecture, features, feature_layers, draft_vocab_size: see `DrafterShape`.
     """
 
     directory: str = ""
@@ -162,4 +165,11 @@ def check_shape(shape: DrafterShape) -> None:
             f"drafter.features={shape.features!r} with drafter."
             f"feature_layers={shape.feature_layers}: name layers with "
             "features='layers', and only then."
+        )
+    num = {"last": 0, "low_mid_high": 3}.get(shape.features, len(shape.feature_layers))
+    if {"eagle": num != 0, "eagle3": num != 3}.get(shape.architecture, False):
+        raise schema.ConfigError(
+            f"drafter.architecture={shape.architecture!r} with drafter.features="
+            f"{shape.features!r}, feature_layers={shape.feature_layers}: eagle reads "
+            "the last feature (features='last'), eagle3 three layers ('low_mid_high')."
         )

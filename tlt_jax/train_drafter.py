@@ -172,7 +172,9 @@ class _Trainer:
         run, target = self.run, self.policy
         self.feature_layers = run.drafter.feature_layers
         if run.drafter.features == "low_mid_high":
-            self.feature_layers = drafter.low_mid_high(target.config.num_layers)
+            published = run.drafter.architecture == "eagle3"
+            choose = drafter.published_layers if published else drafter.low_mid_high
+            self.feature_layers = choose(target.config.num_layers)
         with workdir.writing(self.directory / "texts"):
             drafter_texts.claim(
                 self.directory / "texts",
@@ -220,6 +222,7 @@ class _Trainer:
                 run.batch.row_tokens,
                 run.texts.max_prompt_tokens + run.texts.max_new_tokens,
             ),
+            architecture=run.drafter.architecture,
         )
         self.draft_ids = None
         if run.drafter.draft_vocab_size:

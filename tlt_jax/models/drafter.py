@@ -28,6 +28,8 @@ from tlt_jax.types import Array
 
 Architecture = Literal["tlt", "eagle", "eagle3"]
 ARCHITECTURES: tuple[Architecture, ...] = typing.get_args(Architecture)
+# What a published drafter's layer lacks.
+_FAMILIES_OWN = ("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +212,7 @@ def of_target(
 ) -> DrafterConfig:
     """Describe a drafter for `target`.
 
-    That of a published architecture is a Llama layer of the target's sizes, which is
-    what engines compute under its name.
+    That of a published architecture is a Llama layer of the target's sizes.
 
     Args:
       target: the model that verifies.
@@ -234,7 +235,7 @@ def of_target(
         target, num_layers=1, sliding_window=None, windowed_layers=()
     )
     if architecture != "tlt":
-        plain = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "qk_norm"), False)
+        plain = dict.fromkeys(_FAMILIES_OWN, False)
         layer = dataclasses.replace(layer, family="llama", **plain)
         output_norm = architecture == "eagle3"
     return DrafterConfig(

@@ -131,6 +131,8 @@ def read_config(
     Raises:
       ValueError: as `load`.
     """
+    if drafter_hf.layout_of(directory) is not None:
+        return drafter_hf.read_config(directory, target)
     path = pathlib.Path(directory) / CONFIG_FILE
     if not path.exists():
         raise ValueError(

@@ -215,6 +215,8 @@ def _check_layer(layer, target, outer) -> None:
     for name in ("qkv_bias", "mlp_bias"):
         if getattr(layer, name):
             wrong.append(f"{name} (layers of drafters have none here)")
+    if layer.tie_embeddings and not target.tie_embeddings:
+        wrong.append("tie_word_embeddings=True (the target has a head of its own)")
     if layer.vocab_size != target.vocab_size:
         wrong.append(f"vocab_size={layer.vocab_size} (target: {target.vocab_size})")
     width = outer.get("target_hidden_size") or layer.d_model

@@ -1,11 +1,11 @@
-"""The published layouts of drafters: tensors, their names and shapes, and what they mean.
+"""The published layouts of drafters: names, shapes and meaning of their tensors.
 
 Facts, looked up in the loaders that read these layouts (November 2026):
 
 - `eagle`: SGLang's `LlamaForCausalLMEagle`. The join has a bias that is random unless
   the file sets it, so it is always written. Embedding and head are the target's. (vLLM
   computes the same without the bias, and refuses a file that has one.)
-- `eagle3`: SGLang's `LlamaForCausalLMEagle3`, and vLLM's `Eagle3LlamaForCausalLM`. `d2t`
+- `eagle3`: SGLang's `LlamaForCausalLMEagle3`, vLLM's `Eagle3LlamaForCausalLM`. `d2t`
   holds target id minus draft id, `t2d` marks the proposed tokens among the target's.
 - `speculators`: vLLM's format; EAGLE-3 with the layer called `layers.0` and its config
   below `transformer_layer_config`.
@@ -135,7 +135,7 @@ def check_expressible(
             "architecture='tlt' divides token and features by their root mean square "
             "before they are joined, which no layout has a place for: train one with "
             f"drafter.architecture={wanted!r}, or give it out as it is "
-            "(--drafter=tlt)"
+            "(--drafter_layout=tlt)"
         )
     elif cfg.architecture != wanted:
         fitting = [x for x in LAYOUTS if ARCHITECTURE_OF[x] == cfg.architecture]
