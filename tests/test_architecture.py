@@ -25,7 +25,7 @@ LAYERS = (
         *("main", "generate", "export", "launch"),
         *("drafter_config", "drafter_texts", "drafter_plots", "train_drafter"),
         *("drafter_checkpoint", "drafter_store", "plot_style", "timeline"),
-        *("rollout_parts",),
+        *("rollout_parts", "wandb_log", "check_data"),
     ),
     ("experiments", "notebooks", "configs"),
 )

@@ -325,6 +325,9 @@ class Log:
 
     Attributes:
       tensorboard: write event files.
+      wandb: copy the record to Weights & Biases: `online`, or `offline` into files that
+        `wandb sync` sends later. Needs the package wandb.
+      wandb_project: where there.
       plots_every: RL steps between redrawings of plots/; 0: only at the end.
       rollouts_every: RL steps between steps whose completions are written to
         rollouts/; 0: never.
@@ -332,6 +335,8 @@ class Log:
     """
 
     tensorboard: bool = True
+    wandb: Literal["off", "online", "offline"] = "off"
+    wandb_project: str = "tlt_jax"
     plots_every: int = schema.number(10, 0)
     rollouts_every: int = schema.number(1, 0)
     progress: Literal["auto", "plain", "off"] = "auto"

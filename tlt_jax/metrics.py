@@ -1,4 +1,6 @@
-"""The record of a run: `metrics.jsonl`, one JSON object per RL step, and TensorBoard.
+"""The record of a run: `metrics.jsonl`, one JSON object per RL step, and copies of it.
+
+Copies go to TensorBoard and wherever a `Copy` takes them (`wandb_log`).
 
 Lines are complete or absent: each is one append, forced to disk before `write` returns.
 JSON has no words for non-finite numbers; they are written as the strings "NaN",
@@ -12,8 +14,8 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
@@ -49,6 +51,16 @@ class MetricsError(RuntimeError):
     """The record cannot be written or read; the message names the remedy."""
 
 
+class Copy(Protocol):
+    """Another place where rows go."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Take a row's numbers; of sequences each item has its own name."""
+
+    def close(self) -> None:
+        """Complete it."""
+
+
 class MetricsWriter:
     """Appends rows to a run's record. Use as a context manager, or call `close`."""
 
@@ -57,6 +69,7 @@ class MetricsWriter:
         workdir: str | pathlib.Path,
         first_step: int = 0,
         tensorboard: bool = True,
+        copies: Sequence[Copy] = (),
     ):
         """Open `<workdir>/metrics.jsonl` to go on at `first_step`.
 
@@ -68,6 +81,7 @@ class MetricsWriter:
           workdir: the run's directory.
           first_step: `step` of the first row to be written.
           tensorboard: write event files to `<workdir>/tensorboard` as well.
+          copies: get every row that is on disk; closed with this.
 
         Raises:
           MetricsError: another process writes here, or the file is damaged.
@@ -81,6 +95,7 @@ class MetricsWriter:
         except MetricsError:
             os.close(self._file)
             raise
+        self._copies = tuple(copies)
         self._events = None
         if tensorboard:
             self._events = event_file_writer.EventFileWriter(str(workdir / TENSORBOARD))
@@ -115,8 +130,11 @@ class MetricsWriter:
         line = json.dumps({k: _encode(v) for k, v in values.items()}, allow_nan=False)
         self._append(line.encode() + b"\n")
         self._last_step = step
+        numbers = _numbers(values)
         if self._events:
-            self._add_event(event_pb2.Event(step=step, summary=_summary(values)))
+            self._add_event(event_pb2.Event(step=step, summary=_summary(numbers)))
+        for copy in self._copies:
+            copy.write(step, numbers)
 
     def close(self) -> None:
         """Close the files."""
@@ -126,6 +144,9 @@ class MetricsWriter:
         if self._events:
             self._events.close()
             self._events = None
+        copies, self._copies = self._copies, ()
+        for copy in copies:
+            copy.close()
 
     def _append(self, data: bytes) -> None:
         size = os.fstat(self._file).st_size
@@ -259,13 +280,19 @@ def _decode(value: Any) -> Value:
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-def _summary(values: Mapping[str, Value]) -> summary_pb2.Summary:
-    """Return the numbers of a row; of sequences each item has its own tag."""
-    out = summary_pb2.Summary()
+def _numbers(values: Mapping[str, Value]) -> dict[str, float]:
+    """Return the numbers of a row; of sequences each item has its own name."""
+    out = {}
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
         for i, item in enumerate(items):
             if isinstance(item, bool | int | float) and name != "step":
-                tag = f"{name}/{i}" if isinstance(value, list) else name
-                out.value.add(tag=tag, simple_value=float(item))
+                out[f"{name}/{i}" if isinstance(value, list) else name] = float(item)
+    return out
+
+
+def _summary(numbers: Mapping[str, float]) -> summary_pb2.Summary:
+    out = summary_pb2.Summary()
+    for tag, number in numbers.items():
+        out.value.add(tag=tag, simple_value=number)
     return out

@@ -21,6 +21,7 @@ from tlt_jax import (
     plots,
     progress,
     rollout_parts,
+    wandb_log,
     workdir,
 )
 from tlt_jax.models import params as model_params
@@ -178,10 +179,9 @@ class Trainer:
             self.updater.reference = self._load(source)
         self.writer: metrics.MetricsWriter | None = None
         if self.group.is_first:
-            first_row = self.step + 1 if self.step else 0
-            self.writer = closing.enter_context(
-                metrics.MetricsWriter(directory, first_row, run.log.tensorboard)
-            )
+            first = self.step + 1 if self.step else 0
+            opened = wandb_log.open_writer(directory, first, run)
+            self.writer = closing.enter_context(opened)
 
     def __enter__(self) -> "Trainer":
         return self
