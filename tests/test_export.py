@@ -134,7 +134,7 @@ def test_the_drafter_of_a_run_is_given_out(workdir, tmp_path):
                 state,
                 EAGLE,
                 arrays={"buffer.tokens": np.arange(5)},
-                meta={"version": 2},
+                meta={"version": 2, "sharpness": 1.5},
             )
     for layout, step in (("eagle", None), ("eagle", 3), ("tlt", None)):
         out = str(tmp_path / f"{layout}{step}")
@@ -142,9 +142,12 @@ def test_the_drafter_of_a_run_is_given_out(workdir, tmp_path):
         assert said == f"the drafter of step {step or 7}"
         cfg, params = drafter_io.load(out, CFG)
         assert (cfg.architecture, cfg.max_length) == ("eagle", 40)
-        wanted = weights[step or 7]
+        # Engines of others have no place for it.
+        assert params.sharpness == (1.5 if layout == "tlt" else None)
         jax.tree.map(
-            np.testing.assert_array_equal, params.replace(join_bias=None), wanted
+            np.testing.assert_array_equal,
+            params.replace(join_bias=None, sharpness=None),
+            weights[step or 7],
         )
     with pytest.raises(ValueError, match="use the layout eagle"):
         export.export_drafter(str(run), str(tmp_path / "no"), "speculators")
@@ -193,7 +196,7 @@ def test_the_command_explains_itself_and_its_failures(tmp_path):
 
     shown = command("--help")
     assert "--workdir" in shown.stdout and "--dtype" in shown.stdout
-    assert "Write a run's policy as a Hugging Face directory" in shown.stdout
+    assert "Write a run's policy, or its drafter, for other programs" in shown.stdout
     failed = command(f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}")
     assert failed.returncode == 1
     assert "holds no checkpoints" in failed.stderr

@@ -213,8 +213,8 @@ def restore_weights(
       step: RL steps done; None: the newest checkpoint.
 
     Returns:
-      The drafter, its weights with `draft_ids`, the step, and its version: how often
-      it was given to the engines, 0: never.
+      The drafter, its weights with `draft_ids` and `sharpness`, the step, and its
+      version: how often it was given to the engines, 0: never.
 
     Raises:
       checkpoint.CheckpointError: there is no such checkpoint, or it is damaged.
@@ -232,7 +232,8 @@ def restore_weights(
     )
     cfg = drafter_io.from_json(_DEFAULTS | record["model"])
     version = record["driver"]["meta"].get("version", 0)
-    params = params.replace(draft_ids=arrays.get("draft_ids"))
+    sharpness = np.float32(record["driver"]["meta"].get("sharpness", 1.0))
+    params = params.replace(draft_ids=arrays.get("draft_ids"), sharpness=sharpness)
     return cfg, params, record["step"], version
 
 

@@ -275,7 +275,7 @@ def weight_files(directory: str) -> dict[str, set[str] | None]:
     return files
 
 
-def open_safetensors(path: str):
+def open_safetensors(path: str) -> safetensors.safe_open:
     """Open a file; `ValueError` if it is damaged."""
     try:
         return safetensors.safe_open(path, "np")

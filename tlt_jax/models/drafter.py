@@ -4,7 +4,7 @@ Alignment, here and everywhere: position t takes the target's feature of positio
 the token of position t + 1, is rotated by t, and predicts the token of position t + 2.
 A row with n cached positions and its pending token x_n has inputs t = 0 .. n - 1, and
 the output at n - 1 predicts x_{n+1}. Drafting goes on with the drafter's own output as
-the feature. Embedding and LM head are the target's; some imported drafters bring a head.
+the feature. Embedding and head are the target's; some imported drafters bring a head.
 
 Of three architectures `tlt`, ours, divides everything that it joins by its root mean
 square; `eagle` and `eagle3` are what published checkpoints mean (`drafter_layouts`).
@@ -28,7 +28,6 @@ from tlt_jax.types import Array
 
 Architecture = Literal["tlt", "eagle", "eagle3"]
 ARCHITECTURES: tuple[Architecture, ...] = typing.get_args(Architecture)
-# What a published drafter's layer lacks.
 _FAMILIES_OWN = ("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm")
 
 

@@ -27,9 +27,11 @@ _PICKLED = "pytorch_model.bin"
 def layout_of(directory: str | os.PathLike) -> drafter_layouts.Layout | None:
     """Tell the layout of a directory; None: it has none of the published ones."""
     path = os.path.join(directory, "config.json")
-    if not os.path.exists(path):
+    try:
+        config = hf_config.read_json(path)
+    except ValueError:
         return None
-    return drafter_layout_config.layout_of(hf_config.read_json(path))
+    return drafter_layout_config.layout_of(config)
 
 
 def read_config(
