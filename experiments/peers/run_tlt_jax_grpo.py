@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import jax
 import protocol
 
-from tlt_jax import config, progress, train
+from tlt_jax import config, host_memory, progress, train
 from tlt_jax.models import source
 from tlt_jax.rl import rollout, workers
 
@@ -50,7 +50,8 @@ class Peer:
         self.run_cfg = config.load(
             {
                 "num_steps": request["max_steps"],
-                "model": {"spec": request["model"]},
+                # With freed memory kept, computing nothing twice is the faster way.
+                "model": {"spec": request["model"], "remat": "none"},
                 "task": {
                     "name": str(task),
                     "options": {"holdout_frac": 0.0},
@@ -115,5 +116,6 @@ class Peer:
 
 
 if __name__ == "__main__":
+    host_memory.keep_freed()
     peer = Peer()
     protocol.serve({"load": peer.load, "run": peer.run})

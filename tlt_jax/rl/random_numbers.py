@@ -29,7 +29,7 @@ class RandomNumbersTask(tiny_tasks.GeneratedTask):
         self,
         *,
         min_num: int = 10,
-        max_num: int = 40,
+        max_num: int = 30,
         max_top: int = 100,
         num_shots: int = 2,
         seed: int = 0,
