@@ -1,20 +1,23 @@
 """Accept length of a drafter: coupled against deterministic, over depth and budget.
 
-    python -m experiments.accept_length --scale=cpu --drafter=WORKDIR
+    python -m experiments.accept_length --scale=cpu --drafter=WORKDIR[,WORKDIR]
 
-Held-out prompts of the drafter's own texts are answered at temperatures 0 and 1 under
-each strategy. The tokens are the same in all of them, so that accept lengths compare;
-not so under the standard chain rules (`rejection`, `block`), whose tokens are other
-samples of the same law.
+Held-out prompts of each drafter's own texts are answered at temperatures 0 and 1 under
+each strategy. How uncertain the texts are is told by `nats_per_token`, the mean of
+-log p of the tokens drawn. The tokens are the same under all strategies, so that accept
+lengths compare; not so under the standard chain rules (`rejection`, `block`), whose
+tokens are other samples of the same law.
 Accept length: tokens per target forward and row, recovered or bonus token included.
 What it is worth in time is `experiments.speculation_speed`.
 
 Target: coupled drafting at temperature 1 has at least 1.4 times the accept length of
-deterministic top-k at equal drafter and budget.
+deterministic top-k at equal drafter and budget. Where the text is nearly certain both
+guess nearly all of it, so this is a matter of the text.
 """
 
 import argparse
 import pathlib
+import statistics
 
 import matplotlib
 
@@ -45,7 +48,7 @@ def measure(
     temperature: float,
     ranking: str,
     strategy: strategy_lib.Strategy,
-    tokens: dict[float, list],
+    tokens: dict[tuple[str, float], list],
 ) -> harness.Row:
     """Answers the prompts under one strategy; returns what was accepted."""
     rule = ranking if ranking in CHAIN_RULES else chain.KEYED
@@ -56,13 +59,16 @@ def measure(
     completions, stats = engine.run(setting.requests(setting.options.num_prompts), 0)
     engine.pool.close()
     drawn = [completion.tokens.tolist() for completion in completions]
-    first = tokens.setdefault(temperature, drawn)
+    first = tokens.setdefault((setting.texts, temperature), drawn)
     rates = {
         f"accepted/{depth}": round(rate, 4)
         for depth, rate in enumerate(stats.accept_rates(), start=1)
     }
+    surprise = [-x for completion in completions for x in completion.logprobs.tolist()]
     return {
+        "texts": setting.texts,
         "temperature": temperature,
+        "nats_per_token": round(statistics.mean(surprise), 3),
         "ranking": ranking,
         "strategy": str(strategy),
         "draft_depth": strategy.draft_depth,
@@ -78,22 +84,39 @@ def measure(
 
 def compare(rows: list[harness.Row]) -> list[harness.Row]:
     """Adds to coupled rows how many times longer they accept than deterministic."""
+    case = ("texts", "temperature", "strategy")
     lengths = {
-        (row["temperature"], row["strategy"], row["ranking"]): row["accept_length"]
+        (*(row[key] for key in case), row["ranking"]): row["accept_length"]
         for row in rows
     }
     for row in rows:
-        other = (row["temperature"], row["strategy"], "deterministic")
+        other = (*(row[key] for key in case), "deterministic")
         if row["ranking"] == "coupled" and other in lengths:
             row["times_deterministic"] = row["accept_length"] / lengths[other]
     return rows
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
-    """Draws accept length by strategy, one group of bars each."""
+    """Draws accept length by strategy, a panel for each kind of text."""
+    kinds_of_text = list(dict.fromkeys(row["texts"] for row in rows))
+    figure, panels = plt.subplots(
+        len(kinds_of_text),
+        figsize=(8, 0.6 + 3.2 * len(kinds_of_text)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, texts in zip(panels[:, 0], kinds_of_text, strict=True):
+        _plot_panel(axes, [row for row in rows if row["texts"] == texts])
+        axes.set_title(texts, loc="left")
+    axes.set_xlabel("strategy: draft_depth D, topk K, tokens_to_verify V")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _plot_panel(axes: plt.Axes, rows: list[harness.Row]) -> None:
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     kinds = list(dict.fromkeys((r["temperature"], r["ranking"]) for r in rows))
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     width = 0.8 / len(kinds)
     for i, kind in enumerate(kinds):
         points = [
@@ -107,34 +130,40 @@ def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.set_xticks(range(len(strategies)), strategies)
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_ylabel("accept length (tokens per target forward)")
-    axes.set_xlabel("strategy: draft_depth D, topk K, tokens_to_verify V")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axes.set_ylabel("accept length\n(tokens per target forward)")
+    axes.legend(fontsize=7)
 
 
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
     """Runs the experiment; returns the rows that it also writes."""
     options = parse_arguments(arguments)
-    setting = speculation_harness.Setting(options)
     strategies = [strategy_lib.parse(s) for s in options.strategies.split(",")]
     temperatures = [float(t) for t in options.temperatures.split(",")]
-    provenance = setting.provenance(
-        SLUG, {"strategies": options.strategies, "temperatures": temperatures}
+    rows, tokens, about = [], {}, []
+    for directory in options.drafter.split(","):
+        setting = speculation_harness.Setting(
+            argparse.Namespace(**vars(options) | {"drafter": directory})
+        )
+        about.append(setting.about())
+        for temperature in temperatures:
+            for strategy in strategies:
+                # Greedily there is no noise to couple by.
+                rankings = ["coupled", "deterministic"] if temperature else [GREEDY]
+                if temperature and strategy.topk == 1:
+                    rankings += CHAIN_RULES
+                for ranking in rankings:
+                    row = measure(setting, temperature, ranking, strategy, tokens)
+                    rows.append(row)
+                    print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+    provenance = harness.Provenance(
+        SLUG,
+        {
+            "drafters": about,
+            "strategies": options.strategies,
+            "temperatures": temperatures,
+        },
+        speculation_harness.versions(),
     )
-    rows, tokens = [], {}
-    for temperature in temperatures:
-        # Greedily there is no noise to couple by.
-        for strategy in strategies:
-            rankings = ["coupled", "deterministic"] if temperature else [GREEDY]
-            if temperature and strategy.topk == 1:
-                rankings += CHAIN_RULES
-            for ranking in rankings:
-                row = measure(setting, temperature, ranking, strategy, tokens)
-                rows.append(row)
-                print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
     compare(rows)
     out = options.out or harness.RESULTS_DIR / options.scale
     harness.write_csv(out / f"{SLUG}.csv", rows)

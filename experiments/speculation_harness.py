@@ -15,7 +15,7 @@ from tlt_jax.rl import rollout
 from tlt_jax.specdec import chain, hidden_buffer, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 
-MAX_PROMPT_TOKENS = 192
+MAX_PROMPT_TOKENS = 320
 PAGE_SIZE = 64
 
 
@@ -116,25 +116,43 @@ class Setting:
             for i in range(count)
         ]
 
-    def provenance(self, slug: str, settings: harness.Row) -> harness.Provenance:
-        """Makes the record of a run."""
-        names = ("jax", "llvmlite")
-        versions = {name: importlib.metadata.version(name) for name in names}
+    @property
+    def texts(self) -> str:
+        """What the prompts are of: the tasks of the drafter's texts."""
+        path = pathlib.Path(self.options.drafter) / "config.json"
+        if not (path.parent / "texts").is_dir():
+            return "chat"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return " ".join(dict.fromkeys(settings["texts"]["tasks"]))
+
+    def about(self) -> harness.Row:
+        """Returns what stands in the record of a run."""
         cfg = self.drafter.drafting_cfg.drafter_cfg
         made = drafter_io.about(speculation.folder(self.options.drafter))
         # It may be a path; what the target is, its fingerprint says.
         made.pop("target", None)
-        about = {
+        sharpness = self.drafter.params.sharpness
+        return {
             "target": cfg.target,
             "drafter": {
                 "feature_layers": cfg.feature_layers,
                 "draft_vocab_size": cfg.draft_vocab_size,
+                "sharpness": None if sharpness is None else float(sharpness),
                 "about": made,
             },
+            "texts": self.texts,
             "prompts": len(self.prompts),
             "new_tokens": self.options.new_tokens,
         }
-        return harness.Provenance(slug, about | settings, versions)
+
+    def provenance(self, slug: str, settings: harness.Row) -> harness.Provenance:
+        """Makes the record of a run."""
+        return harness.Provenance(slug, self.about() | settings, versions())
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what computes."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")}
 
 
 def texts_of(workdir: pathlib.Path) -> hidden_buffer.HiddenBuffer:
