@@ -137,6 +137,37 @@ def _within_tolerance(rows: Rows) -> Finding:
     return all(r["within_tolerance"] for r in rows), told
 
 
+def _coincide(rows: Rows) -> Finding:
+    gap = max(row["reward_gap_max"] for row in rows)
+    differing = sum(row["steps_differing"] for row in rows)
+    steps = sum(row["steps"] for row in rows)
+    return not differing, f"{differing} of {steps} steps differ; largest gap {gap:g}"
+
+
+def _arms_equal(rows: Rows) -> Finding:
+    differing = sum(row["steps_differing"] for row in rows)
+    tokens = sum(row["tokens"] for row in rows)
+    return not differing, (
+        f"{len(rows)} arms, {tokens} tokens: {differing} steps differ"
+    )
+
+
+def _in_order(column: str, key: str, names: Sequence[str]) -> Callable[[Rows], Finding]:
+    """Decides whether an entry rises along the named rows."""
+
+    def decide(rows):
+        values = [only(rows, **{key: name})[column] for name in names]
+        told = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, values, strict=True))
+        return values == sorted(values), told
+
+    return decide
+
+
+def _timeline_case(rows: Rows) -> Finding:
+    value = only(rows, world="timeline", threshold=32)["times_faster"]
+    return abs(value / 2.44 - 1) <= 0.1, f"simulated {value:.2f}, published 2.44"
+
+
 def _ahead_of_peers(peer: str, batch: int, least: float) -> Callable[[Rows], Finding]:
     return at_least(
         "tokens_per_s/times", least, batch=batch, system=peer, temperature=0
@@ -163,6 +194,39 @@ CLAIMS = (
         "end_to_end",
         "paper: whole steps 1.7 times as fast",
         at_least("times_faster", 1.7, system="tlt"),
+    ),
+    Claim(
+        "reward_curves",
+        "paper: reward curves lie on each other; ours coincide exactly",
+        _coincide,
+    ),
+    Claim("losslessness", "every arm draws the tokens of plain decoding", _arms_equal),
+    Claim(
+        "active_batch",
+        "the simulated timeline case is within 10 % of the paper's 2.44",
+        _timeline_case,
+    ),
+    Claim(
+        "objectives",
+        "paper: EAGLE-3 ahead of HASS ahead of EAGLE (here at equal cost)",
+        _in_order("accept_length/coupled", "case", ("eagle", "hass", "eagle3")),
+    ),
+    Claim(
+        "ngram_start",
+        "before the drafter is ready suffix matches give more tokens a step than none",
+        _in_order(
+            "early_tokens_per_row_step", "system", ("drafter", "matches, then drafter")
+        ),
+    ),
+    Claim(
+        "program_pool",
+        "paper: bucketed strategies cost less than all at all batches, more than one",
+        _in_order(
+            "code_bytes",
+            "case",
+            ("one strategy", "four, bucketed", "four, at all batches"),
+        ),
+        "program_pool.csv",
     ),
     Claim("speculation_speed", "no row's tokens differ from plain's", _no_row_differs),
     Claim(

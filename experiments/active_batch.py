@@ -1,0 +1,238 @@
+"""At how many active rows speculation should begin, and the paper's timeline case.
+
+    python -m experiments.active_batch --scale=cpu
+
+Two parts, neither of which runs a model:
+
+- `recorded`: rollouts of SmolLM2 and its drafter, replayed from the trace of
+  `experiments.tuner_trace` with every threshold (0: never), with our tuner, which has
+  none, and with the oracle. Seconds are those recorded.
+- `timeline`: 128 requests on one worker of four H100 (Qwen2.5-32B), simulated as in
+  `experiments.cluster_size`, thresholds 0 to 128; the paper tells 2.44 times with 32.
+
+Reproduces: the paper's threshold of 32 rows and its timeline case, as a prediction.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import pathlib
+import statistics
+
+import numpy as np
+
+from experiments import arm_replay, cells, cluster_size, harness, plotting, trace_file
+from experiments.simulation import cluster, published, workload
+from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec import tuner as tuner_lib
+from tlt_jax.specdec import tuners
+
+SLUG = "active_batch"
+TRACE = "tuner_trace.jsonl"
+RECORDED, TIMELINE = "recorded", "timeline"
+NUM_REQUESTS, MODEL = 128, "qwen2.5-32b"
+THRESHOLDS = {RECORDED: (0, 1, 2, 4, 8), TIMELINE: (0, 1, 4, 8, 16, 32, 64, 128)}
+# By rows; as the paper's best, and 16 nodes beyond.
+TABLE = ("1:D12K8V64", "4:D12K8V48", "128:D8K8V16")
+PUBLISHED = {(TIMELINE, "32"): 2.44}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--trace", type=pathlib.Path, help=f"default results/<scale>/{TRACE}"
+    )
+    parser.add_argument("--rollouts", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    cells.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def threshold_tuner(
+    table: strategy_lib.Arms, start: int, max_rows: int
+) -> tuner_lib.Tuner:
+    """Returns the paper's rule; a threshold of 0 never speculates."""
+    if not start:
+        return tuner_lib.Static(strategy_lib.Table(()))
+    return tuners.build("threshold", table, max_rows=max_rows, seed=0, threshold=start)
+
+
+@functools.cache
+def read_trace(path: pathlib.Path) -> trace_file.Trace:
+    """Reads the trace once.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"--trace={path} is no file: make one with python -m "
+            "experiments.tuner_trace, or name another."
+        )
+    return trace_file.read(path)
+
+
+def replayed(trace: trace_file.Trace, case: str, rollouts: int, seed: int) -> float:
+    """Returns the seconds of rollouts of the trained drafter's texts."""
+    kinds = sorted(trace.step_s, key=lambda kind: (kind[0], str(kind[1])))
+    by_rows: dict[int, list[strategy_lib.Strategy]] = {}
+    for bucket, strategy in kinds:
+        if strategy is not None:
+            by_rows.setdefault(bucket, []).append(strategy)
+    arms = strategy_lib.Arms(
+        tuple((rows, tuple(found)) for rows, found in sorted(by_rows.items()))
+    )
+    max_rows = max(by_rows)
+    machine = arm_replay.Machine(dict(trace.step_s), arms, max_rows, 32)
+    # For each number of rows the best of the recording: a table as made by hand.
+    texts = [arm_replay.Text(t) for t in list(trace.lifetimes.values())[-1]]
+    best = []
+    for rows, found in arms.entries:
+        means = {
+            s: np.mean([t.accept_length(s.draft_depth, 0, len(t)) for t in texts])
+            / machine.typical_s[rows, s]
+            for s in found
+        }
+        best.append((rows, (max(means, key=means.get),)))
+    table = strategy_lib.Arms(tuple(best))
+    rng = np.random.default_rng((seed, 3))
+    work = [
+        arm_replay.Rollout(tuple(texts[i] for i in rng.integers(len(texts), size=24)))
+        for _ in range(rollouts)
+    ]
+    if case == "oracle":
+        tuner = None
+    elif case == "tuner":
+        tuner = tuners.build("cost_model", arms, max_rows=max_rows, seed=seed)
+    else:
+        tuner = threshold_tuner(table, int(case), max_rows)
+    choices = arm_replay.replay(machine, work, tuner, seed)
+    return sum(choice.seconds for choice in choices)
+
+
+def simulated(case: str, seed: int) -> float:
+    """Returns the makespan of the timeline case."""
+    machine = cluster_size.machine_of(MODEL)
+    table = strategy_lib.parse_arms(TABLE)
+    arms = strategy_lib.parse_arms((*cluster_size.ARMS[:1], "128:D8K8V16,D4K8V16"))
+    every = strategy_lib.Arms(((1, tuple({*arms.strategies(), *table.strategies()})),))
+    if case == "tuner":
+        tuner = tuners.build("cost_model", arms, max_rows=NUM_REQUESTS, seed=seed)
+    else:
+        tuner = threshold_tuner(table, int(case), NUM_REQUESTS)
+    cfg = cluster.ClusterConfig(
+        num_workers=1,
+        workers_per_place=1,
+        max_rows=NUM_REQUESTS,
+        num_pages=cluster_size.num_pages_of(machine),
+        page_size=cluster_size.PAGE_SIZE,
+        steps_per_call=64,
+        max_new_tokens=cluster_size.MAX_NEW_TOKENS,
+    )
+    lengths = cluster_size.lengths_of(0, NUM_REQUESTS, seed)
+    made = cluster.Cluster(cfg, machine, published.acceptance(every), tuner, seed=seed)
+    responses = workload.grouped(
+        lengths, cluster_size.GROUP_SIZE, cluster_size.PROMPT_TOKENS
+    )
+    return made.roll_out(responses).makespan_s
+
+
+def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+    """Puts each case beside no speculation at all, seed by seed."""
+    off = {(r["world"], r["seed"]): r["seconds"] for r in rows if r["threshold"] == "0"}
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        times = off[row["world"], row["seed"]] / row["seconds"]
+        groups.setdefault((row["world"], row["threshold"]), []).append(times)
+    return [
+        {
+            "world": world,
+            "threshold": threshold,
+            "seeds": len(times),
+            "times_faster": statistics.median(times),
+            "times_faster/min": min(times),
+            "times_faster/max": max(times),
+            "published": PUBLISHED.get((world, threshold)),
+        }
+        for (world, threshold), times in groups.items()
+    ]
+
+
+def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+    """Draws the gain by threshold."""
+    titles = {
+        RECORDED: "replayed: SmolLM2 on two cores",
+        TIMELINE: "simulated: 128 requests, 32B on 4 H100",
+    }
+    fig, panels = plotting.panels(
+        "Speculation from how many active rows on?", len(titles), stamp
+    )
+    for axes, (world, title) in zip(panels, titles.items(), strict=True):
+        its = {r["threshold"]: r for r in summary if r["world"] == world}
+        names = [str(n) for n in THRESHOLDS[world]]
+        values = [its[n]["times_faster"] for n in names]
+        axes.plot(names, values, "o-", color=plotting.COLORS[0], label="threshold")
+        for name, color in (("tuner", plotting.COLORS[1]), ("oracle", plotting.GREY)):
+            if name in its:
+                axes.axhline(
+                    its[name]["times_faster"], color=color, linestyle="--", label=name
+                )
+        for (where, name), value in PUBLISHED.items():
+            if where == world:
+                axes.plot([name], [value], "s", color=plotting.COLORS[3], label="paper")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("speculates up to so many rows (0: never)")
+        axes.set_ylabel("times no speculation")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    plotting.save(fig, path)
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the experiment; returns the summary that it also writes."""
+    options = parse_arguments(arguments)
+    path = options.trace or harness.RESULTS_DIR / options.scale / TRACE
+    settings = {
+        "rollouts": options.rollouts,
+        "seeds": options.seeds,
+        "thresholds": {world: list(found) for world, found in THRESHOLDS.items()},
+        "table": TABLE,
+    }
+    provenance = harness.Provenance(
+        SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
+    )
+    wanted = [
+        cells.Cell({"world": world, "threshold": case}, seed)
+        for world, found in THRESHOLDS.items()
+        for case in (
+            *map(str, found),
+            "tuner",
+            *(["oracle"] if world == RECORDED else []),
+        )
+        for seed in range(options.seeds)
+    ]
+
+    def measure(cell):
+        world, case = cell.overrides["world"], cell.overrides["threshold"]
+        if world == RECORDED:
+            seconds = replayed(read_trace(path), case, options.rollouts, cell.seed)
+        else:
+            seconds = simulated(case, cell.seed)
+        row = {"world": world, "threshold": case, "seed": cell.seed}
+        return [{**row, "seconds": seconds}]
+
+    rows = cells.run(options, SLUG, provenance, wanted, measure)
+    rows = [{**row, "threshold": str(row["threshold"])} for row in rows]
+    summary = summary_of(rows)
+    out = cells.folder_of(options)
+    harness.write_csv(out / f"{SLUG}_summary.csv", summary)
+    print(harness.format_table(summary))
+    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The first RL steps, before a learned drafter is any good: what suffix matches bring.
+
+    python -m experiments.ngram_start --scale=cpu
+
+A small recipe (`configs/tiny.py:count`) with a drafter that begins with random weights,
+four ways: plain decoding; suffix matches alone (the paper's model-free drafter,
+"TLT-Base"); a drafter, and plain decoding until it is ready; a drafter, and suffix
+matches until then. Tokens are the same in all. Counted, not timed: how many steps each
+row takes for a token (1 without speculation).
+
+Reproduces: the paper's TLT-Base and its start with the model-free drafter, in kind.
+"""
+
+import argparse
+import importlib.metadata
+import pathlib
+
+from experiments import cells, harness, plotting, small_runs
+
+SLUG = "ngram_start"
+RECIPE = "configs/tiny.py:count"
+MATCHES = ("32:D4K1V5-ngram",)
+SYSTEMS = {
+    "plain": {"specdec.mode": "off"},
+    "matches alone": {"specdec.mode": "ngram", "specdec.ngram_strategies": MATCHES},
+    "drafter": small_runs.DRAFTER,
+    "matches, then drafter": {
+        **small_runs.DRAFTER,
+        "specdec.ngram_strategies": MATCHES,
+    },
+}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default=RECIPE)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=1)
+    cells.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+    """Sums row-steps by system, in all and before any drafter was ready."""
+    ready = {(r["seed"], r["step"]) for r in rows if r["ready"]}
+    early = [r for r in rows if (r["seed"], r["step"]) not in ready]
+    plain = {
+        (r["seed"], r["step"]): r["tokens_digest"]
+        for r in rows
+        if r["system"] == "plain"
+    }
+    summary = []
+    for system in SYSTEMS:
+        its = [r for r in rows if r["system"] == system]
+        first = [r for r in early if r["system"] == system]
+        summary.append(
+            {
+                "system": system,
+                "steps": len(its),
+                "steps_differing": sum(
+                    r["tokens_digest"] != plain[r["seed"], r["step"]] for r in its
+                ),
+                "tokens_per_row_step": _rate(its),
+                "early_steps": len(first),
+                "early_tokens_per_row_step": _rate(first),
+            }
+        )
+    return summary
+
+
+def _rate(rows: list[harness.Row]) -> float | None:
+    steps = sum(r["row_steps"] for r in rows)
+    return sum(r["tokens"] for r in rows) / steps if steps else None
+
+
+def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+    """Draws tokens per row-step over RL steps."""
+    fig, axes = plotting.figure(
+        "Before the drafter is ready", "RL step", "tokens per row and step", stamp
+    )
+    for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
+        its = [r for r in rows if r["system"] == system and not r["seed"]]
+        axes.plot(
+            [r["step"] for r in its],
+            [r["tokens"] / r["row_steps"] for r in its],
+            "o-",
+            markersize=3,
+            color=color,
+            label=system,
+        )
+    axes.set_ylim(bottom=0)
+    plotting.save(fig, path)
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the experiment; returns the summary that it also writes."""
+    options = parse_arguments(arguments)
+    settings = {"config": options.config, "steps": options.steps, "systems": SYSTEMS}
+    versions = {"jax": importlib.metadata.version("jax")}
+    provenance = harness.Provenance(SLUG, settings, versions)
+
+    def measure(cell):
+        system = cell.overrides["system"]
+        overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
+        return [
+            {
+                "system": system,
+                "seed": cell.seed,
+                "step": row["step"],
+                "tokens": row["rollout/tokens"],
+                "tokens_digest": row["rollout/tokens_digest"],
+                "row_steps": row["rollout/row_steps"],
+                "accept_length": row["specdec/accept_length"],
+                "ready": row.get("drafter/ready", 0),
+            }
+            for row in small_runs.run(options.config, overrides)
+        ]
+
+    wanted = [
+        cells.Cell({"system": system}, seed)
+        for seed in range(options.seeds)
+        for system in SYSTEMS
+    ]
+    rows = cells.run(options, SLUG, provenance, wanted, measure)
+    summary = summary_of(rows)
+    out = cells.folder_of(options)
+    harness.write_csv(out / f"{SLUG}_summary.csv", summary)
+    print(harness.format_table(summary))
+    plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
+    return summary
+
+
+if __name__ == "__main__":
+    main()
