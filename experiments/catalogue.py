@@ -69,6 +69,7 @@ PAPER_ITEMS = (
     Item(
         "cluster_size", "end to end by cluster size", "7B 1.21 to 1.76; 32B 1.83, 2.12"
     ),
+    Item("cluster_sensitivity", "the same, one assumption changed at a time"),
     Item("reward_curves", "reward curves, on against off", "they lie on each other"),
     Item(
         "length_tail",

@@ -94,8 +94,11 @@ def test_the_source_hash_is_of_the_code_and_what_it_imports(tmp_path, monkeypatc
 def test_every_claim_names_an_experiment_and_reads_its_table():
     slugs = {item.slug for item in catalogue.ITEMS if item.exists}
     assert {claim.slug for claim in claims.CLAIMS} <= slugs
-    for row in claims.check(harness.RESULTS_DIR / "cpu"):
-        assert row["verdict"] in (claims.HOLDS, claims.FAILS), row
+    folder = harness.RESULTS_DIR / "cpu"
+    found = claims.check(folder)
+    for claim, row in zip(claims.CLAIMS, found, strict=True):
+        decided = row["verdict"] in (claims.HOLDS, claims.FAILS)
+        assert decided == (folder / claim.file).exists(), row
 
 
 def test_claims_are_decided_by_the_tables(tmp_path):

@@ -5,7 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from experiments import cells, cluster_size, planner, simulator_check
+from experiments import (
+    cells,
+    cluster_sensitivity,
+    cluster_size,
+    planner,
+    simulator_check,
+)
 from experiments.simulation import cluster, costs, published, rl_step, workload
 from tlt_jax.rl import coordination
 from tlt_jax.rl import coordinator_records as records
@@ -222,6 +228,21 @@ def test_clusters_by_size(tmp_path):
     assert (tmp_path / "cluster_size.png").stat().st_size > 10_000
     told = cells.read(tmp_path / "cluster_size_assumptions.csv")
     assert {"what", "value", "from"} == set(told[0])
+
+
+def test_what_is_assumed_can_be_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_sensitivity, "CLUSTERS", (("qwen2.5-7b", 16),))
+    options = [f"--out={tmp_path}", "--num-prompts=6"]
+    changes = "update twice as long;drafts 20 % fewer;2048 responses"
+    rows = cluster_sensitivity.main([*options, f"--changes={changes}"])
+    found = {row["change"]: row for row in rows}
+    base = found["as assumed"]
+    assert found["update twice as long"]["times_faster"] < base["times_faster"]
+    assert found["drafts 20 % fewer"]["times_faster"] < base["times_faster"]
+    assert found["2048 responses"]["off_step_s"] > base["off_step_s"]
+    assert base["published"] == 1.45
+    with pytest.raises(ValueError, match="gone"):
+        cluster_sensitivity.main([*options, "--changes=gone"])
 
 
 @pytest.fixture

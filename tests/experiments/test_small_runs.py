@@ -15,18 +15,30 @@ from experiments import (
     reward_curves,
     small_runs,
 )
+from tlt_jax import train_drafter
 
 RECIPE = "tests/tiny_runs.py"
 
 
-def test_tokens_are_compared_over_arms(tmp_path, monkeypatch):
-    monkeypatch.setattr(losslessness, "TEMPERATURES", {1.0: ()})
-    options = [f"--out={tmp_path}", f"--config={RECIPE}", "--steps=2", "--arms=ngram"]
-    summary = losslessness.main(options)
+def lossless(options):
+    """Compares matches with nothing."""
+    summary = losslessness.main([*options, "--steps=2", "--arms=ngram"])
     assert [row["arm"] for row in summary] == ["off", "ngram"]
     off, ngram = summary
     assert off["steps_differing"] == ngram["steps_differing"] == 0
     assert off["tokens"] == ngram["tokens"] > 0
+
+
+@pytest.mark.slow
+def test_tokens_of_real_runs_are_equal(tmp_path, monkeypatch):
+    monkeypatch.setattr(losslessness, "TEMPERATURES", {1.0: ()})
+    lossless([f"--out={tmp_path}", f"--config={RECIPE}"])
+
+
+def test_tokens_are_compared_over_arms(tmp_path, monkeypatch, runs):
+    monkeypatch.setattr(losslessness, "TEMPERATURES", {1.0: ()})
+    options = [f"--out={tmp_path}"]
+    lossless(options)
     rows = cells.read(tmp_path / "losslessness.csv")
     rows[-1]["tokens_digest"] = "another"
     assert losslessness.summary_of(rows)[1]["steps_differing"] == 1
@@ -48,6 +60,8 @@ def runs(monkeypatch):
                 "policy/loss": 0.5,
                 "rollout/tokens": 100,
                 "rollout/tokens_digest": f"{overrides['seed']}/{step}",
+                "rollout/decode_steps": 10,
+                "mismatch/logprob_max_abs": 1e-6,
                 "rollout/row_steps": 50 if on and (matches or step > 1) else 100,
                 "specdec/accept_length": 2.0 if on else 1.0,
                 "drafter/ready": int(on and step > 1),
@@ -110,20 +124,34 @@ def get_config():
 
 
 def test_objectives_get_updates_by_their_cost(tmp_path, monkeypatch):
+    asked = {}
+
+    def train(run, directory):
+        asked[run.objective.name, run.objective.token_loss, run.seed] = run.num_steps
+        return {
+            "eval/coupled_accept_length": 2.0 + run.seed,
+            "eval/deterministic_accept_length": 1.5,
+        }
+
+    monkeypatch.setattr(train_drafter, "train", train)
+    summary = objectives.main([f"--out={tmp_path}", "--unrolled=21", "--seeds=3"])
+    assert asked["eagle", None, 0] == 21 and asked["hass", None, 0] == 7
+    assert asked["eagle3", None, 0] == asked["eagle3", "tv", 2] == 3
+    assert summary[0]["accept_length/coupled"] == 3.0
+    assert summary[0]["accept_length/coupled/max"] == 4.0
+    assert {row["unrolled"] for row in summary} == {21}
+    assert (tmp_path / "objectives.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_an_objective_is_trained_and_measured(tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(TINY_DRAFTER)
-    options = objectives.parse_arguments([f"--config={recipe}", "--unrolled=21"])
-    steps = {
-        case: objectives.run_of(options, cells.Cell({"case": case})).num_steps
-        for case in objectives.CASES
-    }
-    assert (steps["eagle"], steps["hass"], steps["eagle3, tv"]) == (21, 7, 3)
     monkeypatch.setattr(objectives, "CASES", {"eagle": objectives.CASES["eagle"]})
     summary = objectives.main(
         [f"--out={tmp_path}", f"--config={recipe}", "--unrolled=1", "--seeds=1"]
     )
     assert 1 <= summary[0]["accept_length/coupled"] <= 3
-    assert (tmp_path / "objectives.png").exists()
 
 
 def test_programs_are_counted(tmp_path, monkeypatch):

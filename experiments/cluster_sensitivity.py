@@ -1,0 +1,185 @@
+"""How far the prediction by cluster size hangs on what it assumes.
+
+    python -m experiments.cluster_sensitivity --scale=cpu
+
+Of `experiments.cluster_size` a few clusters are simulated again with one assumption
+changed at a time: how long responses are and how long their tail is, how many there
+are, what a layer and a drafted level cost beyond the roofline, how much of the memory's
+bandwidth is reached, what comes after the rollout, and how many drafts are accepted.
+The published figure beside a range says more than beside a single prediction.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import pathlib
+
+import numpy as np
+
+from experiments import cells, cluster_size, harness, plotting
+from experiments.simulation import published, rl_step, workload
+from tlt_jax.specdec import strategy as strategy_lib
+
+SLUG = "cluster_sensitivity"
+CLUSTERS = (("qwen2.5-7b", 8), ("qwen2.5-7b", 64), ("qwen2.5-32b", 64))
+AS_ASSUMED = "as assumed"
+# What is changed, and to what.
+CHANGES: dict[str, dict[str, float]] = {
+    AS_ASSUMED: {},
+    "median 1000": {"median": 1000},
+    "median 4000": {"median": 4000},
+    "sigma 0.8": {"sigma": 0.8},
+    "sigma 1.5": {"sigma": 1.5},
+    "512 responses": {"responses": 512},
+    "2048 responses": {"responses": 2048},
+    "10 us a layer": {"layer_s": 1e-5},
+    "40 us a layer": {"layer_s": 4e-5},
+    "a level half as much": {"level_factor": 0.5},
+    "a level twice as much": {"level_factor": 2.0},
+    "bandwidth 60 %": {"bandwidth_frac": 0.6},
+    "bandwidth 90 %": {"bandwidth_frac": 0.9},
+    "update twice as long": {"rest_factor": 2.0},
+    "drafts 20 % fewer": {"accept_factor": 0.8},
+}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--changes", default="", help="names, separated by semicolons")
+    parser.add_argument("--num-prompts", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    cells.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def changed(
+    model: str, num_devices: int, num_prompts: int, seed: int, change: dict
+) -> rl_step.Scenario:
+    """Returns a cluster with an assumption changed."""
+    scenario = cluster_size.scenario_of(model, num_devices, num_prompts, seed)
+    machine = scenario.costs
+    machine = dataclasses.replace(
+        machine,
+        layer_s=change.get("layer_s", machine.layer_s),
+        level_s=machine.level_s * change.get("level_factor", 1.0),
+        bandwidth_frac=change.get("bandwidth_frac", machine.bandwidth_frac),
+    )
+    size = cluster_size.GROUP_SIZE
+    count = int(change.get("responses", 128 * size) / (128 * size) * num_prompts) * size
+
+    def responses(step):
+        rng = np.random.default_rng((seed, step))
+        lengths = workload.log_normal(
+            rng,
+            count,
+            median=change.get("median", cluster_size.MEDIAN_TOKENS),
+            sigma=change.get("sigma", cluster_size.SIGMA),
+            most=cluster_size.MAX_NEW_TOKENS,
+        )
+        return workload.grouped(lengths, size, cluster_size.PROMPT_TOKENS)
+
+    def rest_s(tokens):
+        return change.get("rest_factor", 1.0) * scenario.rest_s(tokens)
+
+    scale = cluster_size.SCALE_7B if model == "qwen2.5-7b" else 1.0
+    every = strategy_lib.Arms(((1, scenario.table.strategies()),))
+    return dataclasses.replace(
+        scenario,
+        costs=machine,
+        responses=responses,
+        rest_s=rest_s,
+        acceptance=published.acceptance(
+            every, scale * change.get("accept_factor", 1.0)
+        ),
+    )
+
+
+def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
+    """Simulates one change on one cluster."""
+    model, num_devices = cell.overrides["model"], cell.overrides["devices"]
+    scenario = changed(
+        model,
+        num_devices,
+        options.num_prompts,
+        options.seed,
+        CHANGES[cell.overrides["change"]],
+    )
+    off, on = (
+        rl_step.run(scenario, system, 1, options.seed)
+        for system in (rl_step.OFF, rl_step.PAPER)
+    )
+    nodes = num_devices // cluster_size.DEVICES_PER_NODE
+    return [
+        {
+            "model": model,
+            "devices": num_devices,
+            "change": cell.overrides["change"],
+            "times_faster": rl_step.totals(on, off)["times_faster"],
+            "off_step_s": off[0]["step_s"],
+            "off_rollout_frac": off[0]["rollout_frac"],
+            "published": published.CLUSTER_SIZE.get((model, nodes)),
+        }
+    ]
+
+
+def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+    """Draws the speedup under every change."""
+    found = list(dict.fromkeys((row["model"], row["devices"]) for row in rows))
+    fig, panels = plotting.panels(
+        "Predicted speedup if one assumption were another", len(found), stamp
+    )
+    names = list(dict.fromkeys(row["change"] for row in rows))[::-1]
+    for axes, (model, devices) in zip(panels, found, strict=True):
+        its = {
+            row["change"]: row
+            for row in rows
+            if (row["model"], row["devices"]) == (model, devices)
+        }
+        base = its[AS_ASSUMED]["times_faster"]
+        values = [its[name]["times_faster"] - base for name in names]
+        axes.barh(names, values, 0.6, base, color=plotting.COLORS[0])
+        told = its[AS_ASSUMED]["published"]
+        if told:
+            axes.axvline(told, color=plotting.COLORS[3], label="published")
+        axes.axvline(base, color=plotting.GREY, linewidth=0.8)
+        axes.set_title(f"{model}, {devices} H100", loc="left", fontsize=10)
+        axes.set_xlabel("times everything off")
+        axes.tick_params(axis="y", labelsize=7)
+    plotting.save(fig, path)
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the simulation; returns the table that it also writes."""
+    options = parse_arguments(arguments)
+    names = list(filter(None, options.changes.split(";"))) or list(CHANGES)
+    unknown = [name for name in names if name not in CHANGES]
+    if unknown:
+        raise ValueError(f"--changes names {unknown}; known: {'; '.join(CHANGES)}.")
+    names = [AS_ASSUMED, *(name for name in names if name != AS_ASSUMED)]
+    settings = {
+        "changes": {name: CHANGES[name] for name in names},
+        "num_prompts": options.num_prompts,
+        "seed": options.seed,
+    }
+    provenance = harness.Provenance(
+        SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
+    )
+    wanted = [
+        cells.Cell({"model": model, "devices": devices, "change": name}, options.seed)
+        for model, devices in CLUSTERS
+        for name in names
+    ]
+    rows = cells.run(
+        options, SLUG, provenance, wanted, lambda cell: measure(options, cell)
+    )
+    print(harness.format_table([{k: r[k] for k in r if k != "cell"} for r in rows]))
+    path = cells.folder_of(options) / f"{SLUG}.png"
+    plot(rows, path, plotting.stamp(provenance.record))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
