@@ -19,7 +19,7 @@ LAYERS = (
     ("pallas_kernels", "cpu_kernels"),
     ("models",),
     ("specdec",),
-    ("rl", "data"),
+    ("rl", "data", "data_files"),
     (
         *("checkpoint", "plots", "policy", "speculation", "workdir", "train"),
         *("main", "generate", "export", "launch"),

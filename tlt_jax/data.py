@@ -1,16 +1,17 @@
 """Examples from files, and the order in which training visits them."""
 
+import dataclasses
 import functools
 import json
 import logging
 import operator
-import pathlib
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 
-from tlt_jax import types
+from tlt_jax import data_files, types
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -19,79 +20,102 @@ class _BadRow(ValueError):
     """A row that is no example; the message says what came and what is accepted."""
 
 
-def read_examples(
-    path: str | pathlib.Path,
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What became of a row.
+
+    Attributes:
+      where: file and line, or row.
+      example: None: it is no example.
+      problem: what came and what is accepted, if it is none.
+    """
+
+    where: str
+    example: types.Example | None
+    problem: str = ""
+
+
+def scan(
+    name: str | os.PathLike,
     *,
+    split: str | None = None,
+    subset: str | None = None,
     prompt_key: str = "prompt",
     answer_key: str = "answer",
     id_key: str = "id",
+) -> Iterator[Found]:
+    """Yields every row of a data set, good or bad; see `read_examples`."""
+    keys = (prompt_key, answer_key, id_key)
+    first_seen: dict[str, str] = {}
+    for path in data_files.find(name, split, subset):
+        unit = data_files.unit(path)
+        for number, row in data_files.rows(path):
+            here = f"{unit} {number}"
+            try:
+                example = _to_example(row, f"{path.stem}:{number}", *keys)
+                if example.example_id in first_seen:
+                    raise _BadRow(
+                        f"the id {example.example_id!r} is that of "
+                        f"{first_seen[example.example_id]}, too: ids must be distinct "
+                        f"(change them, or name another column than {id_key!r})"
+                    )
+            except _BadRow as error:
+                yield Found(f"{path}, {here}", None, str(error))
+                continue
+            first_seen[example.example_id] = here
+            yield Found(f"{path}, {here}", example)
+
+
+def read_examples(
+    name: str | os.PathLike,
+    *,
     on_bad: Literal["error", "skip"] = "error",
+    **options: str | None,
 ) -> list[types.Example]:
-    """Reads a JSONL or Parquet file of prompts.
+    """Reads a data set of prompts.
 
     A row holds a prompt (text, or a list of messages `{"role", "content"}` that ends
     with the user's), perhaps an answer (text or a number) and perhaps an id (text or
-    an integer). Rows without an id are named after the file and their number. All
+    an integer). Rows without an id are named after their file and their number. All
     other columns become metadata. A key `a.b` reads field `b` of column `a` unless
     there is a column `a.b`.
 
     Args:
-      path: a file with suffix `.jsonl` (one JSON object a line, UTF-8; blank lines are
-        passed over) or `.parquet`.
-      prompt_key: column of the prompt.
-      answer_key: column of the reference answer; may be missing or null.
-      id_key: column of the id; may be missing or null.
+      name: a file with suffix `.jsonl` (one JSON object a line, UTF-8; blank lines are
+        passed over) or `.parquet`, a directory, or `hub:NAME`; see `data_files.find`.
       on_bad: `error` stops at the first row that is no example; `skip` leaves such
         rows out, and logs how many they were and what was wrong with the first.
+      **options: `split` and `subset` of `data_files.find`; `prompt_key`, column of the
+        prompt; `answer_key`, of the reference answer, and `id_key`, of the id, both of
+        which may be missing or null.
 
     Returns:
-      The examples in the file's order; their ids are distinct.
+      The examples in the files' order; their ids are distinct.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the suffix is unknown, a row is no example (the message names file
-        and line), two ids are equal, or nothing is left.
+      ValueError: the name is of no known kind, a row is no example (the message names
+        file and line), two ids are equal, or nothing is left.
     """
-    path = pathlib.Path(path)
     if on_bad not in ("error", "skip"):
         raise ValueError(f"on_bad={on_bad!r} is not one of error, skip.")
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        raise ValueError(
-            f"{path} has the suffix {path.suffix!r}: give a .jsonl file (one JSON "
-            "object a line) or a .parquet file."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not a file (current directory: {pathlib.Path.cwd()})."
-        )
-    unit = "line" if path.suffix == ".jsonl" else "row"
-    keys = (prompt_key, answer_key, id_key)
     examples: list[types.Example] = []
-    first_seen: dict[str, int] = {}
     bad: list[str] = []
-    for number, row in readers[path.suffix](path):
-        try:
-            example = _to_example(row, f"{path.stem}:{number}", *keys)
-            if example.example_id in first_seen:
-                raise _BadRow(
-                    f"the id {example.example_id!r} is that of {unit} "
-                    f"{first_seen[example.example_id]}, too: ids must be distinct "
-                    f"(change them, or name another column than {id_key!r})"
-                )
-        except _BadRow as error:
-            bad.append(f"{path}, {unit} {number}: {error}.")
-            if on_bad == "error":
-                raise ValueError(
-                    f"{bad[0]} Correct it, or leave such rows out with on_bad='skip'."
-                ) from error
+    for found in scan(name, **options):
+        if found.example is not None:
+            examples.append(found.example)
             continue
-        first_seen[example.example_id] = number
-        examples.append(example)
+        bad.append(f"{found.where}: {found.problem}.")
+        if on_bad == "error":
+            raise ValueError(
+                f"{bad[0]} Correct it, or leave such rows out with on_bad='skip'; "
+                f"`python -m tlt_jax.check_data {name}` names them all."
+            )
+    unit = "line" if os.fspath(name).endswith(".jsonl") else "row"
     if bad:
         logging.warning(
             "%s: skipped %d of %d %ss; the first: %s",
-            path,
+            name,
             len(bad),
             len(bad) + len(examples),
             unit,
@@ -99,36 +123,10 @@ def read_examples(
         )
     if not examples:
         raise ValueError(
-            f"{path} holds no examples: "
+            f"{name} holds no examples: "
             + (f"all {len(bad)} {unit}s were skipped." if bad else "it is empty.")
         )
     return examples
-
-
-def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, line
-
-
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    # Here, because reward workers and JSONL users do without it.
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}.") from error
-    number = 0
-    with file:
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
 
 
 def _to_example(

@@ -2,7 +2,7 @@
 
 `build` makes a task from its name: a built-in one for tiny models (`arithmetic`,
 `count`), any generator of the reasoning-gym library (`products`, `chain_sum`, ...), or
-the path of a JSONL or Parquet file.
+a data set of one's own: a JSONL or Parquet file, a directory, `hub:NAME`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from tlt_jax import data, types
+from tlt_jax import data, data_files, types
 from tlt_jax.rl import counting, random_numbers, rewards, tiny_tasks
 
 if typing.TYPE_CHECKING:
@@ -21,7 +21,6 @@ if typing.TYPE_CHECKING:
 
 Style = Literal["plain", "cot", "two_shot"]
 
-_FILE_SUFFIXES = (".jsonl", ".parquet")
 _COT = "Think step by step, then end with a line 'Answer: ' followed by the answer."
 
 
@@ -210,7 +209,7 @@ def _check_generator(name: str) -> None:
             f"unknown task {name!r}"
             + (f": did you mean {near[0]!r}?" if near else ".")
             + f" There are {', '.join(_BUILT_IN)}, the generators of reasoning-gym "
-            "(products, chain_sum, ...), and paths of .jsonl or .parquet files."
+            f"(products, chain_sum, ...), and data: {data_files.ACCEPTED}."
         )
 
 
@@ -240,15 +239,17 @@ def _create_dataset(name: str, options: Mapping[str, Any], **sizes: int) -> Any:
 
 
 class FileTask:
-    """Prompts and answers from a JSONL or Parquet file (`data.read_examples`).
+    """Prompts and answers from a data set (`data.read_examples`).
 
     Args:
-      path: the file.
+      path: a file, a directory, or `hub:NAME`.
       reward: see `rewards.named`.
-      eval_path: a file of evaluation examples; None: the fraction `holdout_frac` of
-        all prompts is held out.
+      split, subset: of a set that has several, see `data_files.find`.
+      eval_path: a data set of evaluation examples, read like this one; None: the
+        fraction `holdout_frac` of all prompts is held out.
+      eval_split: a split of evaluation examples, in the place of `eval_path`.
       eval_size: at most so many evaluation examples, the first ones.
-      holdout_frac: see `tiny_tasks`; unused with `eval_path`.
+      holdout_frac: see `tiny_tasks`; unused with `eval_path` or `eval_split`.
       limit: at most so many training examples, the first ones; None: all.
       prompt_key, answer_key, id_key, on_bad: see `data.read_examples`.
 
@@ -262,7 +263,10 @@ class FileTask:
         path: str,
         *,
         reward: str = "math_verify",
+        split: str | None = None,
+        subset: str | None = None,
         eval_path: str | None = None,
+        eval_split: str | None = None,
         eval_size: int = 64,
         holdout_frac: float = 0.1,
         limit: int | None = None,
@@ -280,10 +284,19 @@ class FileTask:
             "answer_key": answer_key,
             "id_key": id_key,
             "on_bad": on_bad,
+            "subset": subset,
         }
-        train = _read_answered(path, reward, reading)
+        if eval_path is not None and eval_split is not None:
+            raise ValueError(
+                f"eval_path={eval_path!r} and eval_split={eval_split!r} both name "
+                "evaluation examples: give one of them."
+            )
+        train = _read_answered(path, reward, reading | {"split": split})
         if eval_path is not None:
-            held_out = _read_answered(eval_path, reward, reading)
+            own = {"split": None, "subset": None}
+            held_out = _read_answered(eval_path, reward, reading | own)
+        elif eval_split is not None:
+            held_out = _read_answered(path, reward, reading | {"split": eval_split})
         else:
             parts: dict[bool, list[types.Example]] = {True: [], False: []}
             for example in train:
@@ -360,7 +373,7 @@ def build(task: "config.Task", *, reward: str = "", eval_size: int = 64) -> Task
     Args:
       task: `name` is `arithmetic`, `count`, `counting`, `random_numbers`, a
         reasoning-gym generator, or
-        the path of a .jsonl or .parquet file. `options` are the arguments of
+        a data set (`data_files.find`). `options` are the arguments of
         `ArithmeticTask`, `CountTask`, `CountingTask` or `FileTask`; for a generator
         they are those of `ReasoningGymTask` together with its own. `seed` and `size`
         are those of generated examples (files are used whole, see `FileTask`'s
@@ -373,12 +386,12 @@ def build(task: "config.Task", *, reward: str = "", eval_size: int = 64) -> Task
     """
     name, options = task.name, dict(task.options)
     sizes = {"seed": task.seed, "size": task.size, "eval_size": eval_size}
-    if name.endswith(_FILE_SUFFIXES):
+    if name in _BUILT_IN:
+        made = _make(_BUILT_IN[name], name, options, sizes)
+    elif data_files.is_data(name):
         if reward:
             options["reward"] = reward
         made, reward = _make(FileTask, name, options, {"eval_size": eval_size}), ""
-    elif name in _BUILT_IN:
-        made = _make(_BUILT_IN[name], name, options, sizes)
     else:
         ours = ("style", "chat", "raw_score", "holdout_frac")
         sizes |= {key: options.pop(key) for key in ours if key in options}

@@ -1,0 +1,177 @@
+r"""Check data sets before a run: name every bad line, say how it is mended.
+
+    python -m tlt_jax.check_data NAME ...
+
+NAME is a .jsonl file (one JSON object a line, UTF-8), a .parquet file, a directory of
+such or one that datasets' save_to_disk wrote, or hub:ORGANISATION/NAME. What a row
+holds:
+
+    prompt   text, or a list of messages {"role": ..., "content": ...} that ends with
+             the user's; roles are system, user, assistant, tool
+    answer   text or a number; may be missing, but rewards compare with it
+    id       text or an integer, distinct within the set; may be missing
+    others   kept for the reward function
+
+--prompt_key and its like name other columns; a.b is field b of column a. With --reward
+every row must have an answer that this reward takes for right itself; with
+--tokenizer_of and --max_prompt_tokens prompts must fit. Ends with status 1 if any row
+is bad.
+"""
+
+import collections
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from absl import app, flags, logging
+
+from tlt_jax import command_line, data, data_files, types
+from tlt_jax.models import source
+from tlt_jax.rl import rewards
+
+_SPLIT = flags.DEFINE_string("split", None, "Split of a set that has several.")
+_SUBSET = flags.DEFINE_string("subset", None, "Subset of a set on the hub.")
+_KEYS = {
+    "prompt_key": flags.DEFINE_string("prompt_key", "prompt", "Column of prompts."),
+    "answer_key": flags.DEFINE_string("answer_key", "answer", "Column of answers."),
+    "id_key": flags.DEFINE_string("id_key", "id", "Column of ids."),
+}
+_REWARD = flags.DEFINE_string(
+    "reward", None, "Reward that the run will have: math_verify, exact or number."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer_of", None, "Model whose tokenizer and chat template measure prompts."
+)
+_MAX_PROMPT_TOKENS = flags.DEFINE_integer(
+    "max_prompt_tokens",
+    None,
+    "Longest prompt, template included; needs --tokenizer_of.",
+    lower_bound=1,
+)
+_SHOWN = flags.DEFINE_integer(
+    "shown", 20, "Bad rows printed of each set; all are counted.", lower_bound=0
+)
+
+Check = Callable[[types.Example], str | None]
+
+
+def answers(reward: str) -> Check:
+    """Make the check of a row's answer: the reward must take it for right.
+
+    Raises:
+      ValueError: there is no such reward, or it compares with no answer.
+    """
+    if not rewards.needs_answer(reward):
+        raise ValueError(
+            f"--reward={reward}: name one that compares with an answer: math_verify, "
+            "exact or number."
+        )
+    score = rewards.named(reward)
+
+    def check(example: types.Example) -> str | None:
+        if example.answer is None:
+            return (
+                f"no answer, which the reward {reward} compares with: add it, or name "
+                "its column with answer_key"
+            )
+        try:
+            right = score(example, f"Answer: {example.answer}") == 1.0
+        except ValueError as error:
+            return str(error).removesuffix(".")
+        if not right:
+            return (
+                f"the reward {reward} does not take the answer {example.answer!r} for "
+                "right itself: give the bare result, or use another reward"
+            )
+        return None
+
+    return check
+
+
+def lengths(spec: str, max_tokens: int) -> Check:
+    """Make the check of a prompt's length with the tokenizer of a model.
+
+    Raises:
+      ValueError: there is no such model.
+    """
+    tokenizer = source.resolve(spec).tokenizer()
+
+    def check(example: types.Example) -> str | None:
+        num = len(tokenizer.encode_prompt(example.prompt))
+        if num <= max_tokens:
+            return None
+        return (
+            f"the prompt has {num} tokens, more than {max_tokens}: shorten it, raise "
+            "task.max_prompt_tokens, or leave such prompts out "
+            "(task.long_prompts=skip)"
+        )
+
+    return check
+
+
+def problems(
+    found: Iterable[data.Found], checks: Sequence[Check], counts: collections.Counter
+) -> Iterator[str]:
+    """Yield what is wrong, a line for each bad row, counting rows on the way."""
+    for row in found:
+        counts["rows"] += 1
+        if row.example is None:
+            counts["bad"] += 1
+            yield f"{row.where}: {row.problem}"
+            continue
+        counts["answers"] += row.example.answer is not None
+        wrong = next(filter(None, (check(row.example) for check in checks)), None)
+        if wrong:
+            counts["bad"] += 1
+            yield f"{row.where}: {wrong}"
+
+
+def run(names: Sequence[str]) -> bool:
+    """Check as the flags say; true: everything is good."""
+    if (_TOKENIZER.value is None) != (_MAX_PROMPT_TOKENS.value is None):
+        raise ValueError("--tokenizer_of and --max_prompt_tokens belong together.")
+    checks = []
+    if _REWARD.value is not None:
+        checks.append(answers(_REWARD.value))
+    if _TOKENIZER.value is not None:
+        checks.append(lengths(_TOKENIZER.value, _MAX_PROMPT_TOKENS.value))
+    keys = {name: flag.value for name, flag in _KEYS.items()}
+    good = True
+    for name in names:
+        counts: collections.Counter = collections.Counter()
+        rows = data.scan(name, split=_SPLIT.value, subset=_SUBSET.value, **keys)
+        try:
+            wrong = problems(rows, checks, counts)
+            for line in itertools.islice(wrong, _SHOWN.value):
+                print(line)
+            # The rest is counted.
+            collections.deque(wrong, maxlen=0)
+        except (ValueError, OSError) as error:
+            print(error)
+            good = False
+            continue
+        num, bad = counts["rows"], counts["bad"]
+        print(
+            f"{name}: {num} rows, {counts['answers']} with an answer, {bad} bad"
+            + (f" ({_SHOWN.value} shown)" if bad > _SHOWN.value else "")
+            + ("" if num else ": it is empty")
+        )
+        good = good and num > 0 and not bad
+    return good
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check; status 1: a row is bad, status 2: the command line is."""
+    if len(argv) < 2:
+        command_line.fail(f"name at least one data set: {data_files.ACCEPTED}.")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        good = run(argv[1:])
+    except ValueError as error:
+        command_line.fail(error)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    app.run(main)
