@@ -205,6 +205,9 @@ def main(argv: list[str]) -> None:
     """Export as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not flags.FLAGS["verbosity"].present:
+        # Orbax reports every file that it reads.
+        logging.set_verbosity(logging.WARNING)
     try:
         if _LAYOUT.value is None:
             step = export(_WORKDIR.value, _OUT.value, _STEP.value, _DTYPE.value)
