@@ -124,6 +124,10 @@ class Rollout:
       cpu_kernels: on CPUs, `native` computes products of few columns by kernels of our
         own, `xla` leaves all to XLA; `auto`: native where it can be, which is on one
         CPU device in float32.
+      attention: over the cache: `auto` takes the Pallas kernel on TPUs and GPUs and
+        the portable walk over pages on CPUs; `portable`, `mosaic_tpu` and `triton_gpu`
+        take one by name; `mosaic_tpu_interpreted` and `triton_gpu_interpreted` run a
+        kernel's program on CPUs, slowly.
     """
 
     prompts_per_step: int = schema.number(8, 1)
@@ -134,6 +138,14 @@ class Rollout:
     steps_per_call: int = schema.number(32, 1)
     prefill_chunk: int = schema.number(128, 1)
     cpu_kernels: Literal["auto", "xla", "native"] = "auto"
+    attention: Literal[
+        "auto",
+        "portable",
+        "mosaic_tpu",
+        "triton_gpu",
+        "mosaic_tpu_interpreted",
+        "triton_gpu_interpreted",
+    ] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,6 +135,7 @@ def make_engine(
         stop=run.rollout.stop,
         dtype=run.precision,
         cpu_kernels=run.rollout.cpu_kernels,
+        attention=run.rollout.attention,
     )
     return rollout.Engine(
         model,

@@ -19,7 +19,7 @@ from tlt_jax.models import layers as model_layers
 from tlt_jax.types import Array
 
 # Scores of invisible keys: finite, so that a query that sees nothing yields no NaN.
-_HIDDEN = -1e30
+HIDDEN = -1e30
 
 # Fresh parts of more blocks than this are walked in loops: compilers take minutes over
 # a hundred unrolled blocks, and seconds over a loop.
@@ -40,11 +40,13 @@ class Visibility:
       segment: `[B, T] int32` or None; -1 is padding, which nobody sees.
       prefix: `[B, T] int32` or None; the segment of the query's prompt.
       ancestors: `[B, T, T] bool` or None; query t sees key s where [b, t, s] holds.
+      words: `[B, T, ceil(T / 32)] uint32` or None; `ancestors` as bits, for kernels.
     """
 
     segment: Array | None = None
     prefix: Array | None = None
     ancestors: Array | None = None
+    words: Array | None = None
 
     def block(self, start: int, stop: int) -> Array:
         """Mask of queries `start:stop` over keys `0:stop`, `[B or 1, T', S'] bool`."""
@@ -114,7 +116,7 @@ def finish(partial: Partial) -> Array:
 
 def _part(scores: Array, visible: Array, values: Array, spec: str) -> Partial:
     """Reduce masked scores `[B, K, M, S]` against values by the einsum `spec`."""
-    scores = jnp.where(visible, scores, _HIDDEN)
+    scores = jnp.where(visible, scores, HIDDEN)
     maximum = lax.stop_gradient(jnp.max(scores, axis=-1))
     weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0.0)
     total = jnp.einsum(
@@ -183,7 +185,7 @@ def attend_cached(
 
     empty = Partial(
         total=jnp.zeros((batch, num_kv, num_queries, head_dim), jnp.float32),
-        maximum=jnp.full((batch, num_kv, num_queries), _HIDDEN, jnp.float32),
+        maximum=jnp.full((batch, num_kv, num_queries), HIDDEN, jnp.float32),
         normaliser=jnp.zeros((batch, num_kv, num_queries), jnp.float32),
     )
     _, partial = lax.while_loop(
@@ -227,7 +229,7 @@ def attend_fresh(
     if num_tokens > _MAX_UNROLLED_BLOCKS * block:
         tiles = _Tiles(visibility, positions, window)
         size = _TILE_BLOCKS * block
-        return _merge_queries(_attend_tiles(query, keys, values, tiles, scale, size))
+        return merge_queries(_attend_tiles(query, keys, values, tiles, scale, size))
 
     def one_block(query, keys, values, mask):
         scores = jnp.einsum(
@@ -259,7 +261,7 @@ def attend_fresh(
         if len(parts) == 1
         else jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=3), *parts)
     )
-    return _merge_queries(whole)
+    return merge_queries(whole)
 
 
 def attend_masked(
@@ -285,7 +287,7 @@ def attend_masked(
     )
     visible = mask[:, None, None]
     part = _part(scores * scale, visible, values, "bkgts,bkhs->bkgth")
-    return _merge_queries(part)
+    return merge_queries(part)
 
 
 def attend_same(query: Array, keys: Array, values: Array, *, scale: float) -> Partial:
@@ -304,10 +306,10 @@ def attend_same(query: Array, keys: Array, values: Array, *, scale: float) -> Pa
     scores = jnp.sum(products, axis=-1) * scale
     total = jnp.broadcast_to(values_BKTH.astype(jnp.float32), query.shape)
     # One key weighs exp(0), whatever its score.
-    return _merge_queries(Partial(total, scores, jnp.ones_like(scores)))
+    return merge_queries(Partial(total, scores, jnp.ones_like(scores)))
 
 
-def _merge_queries(partial: Partial) -> Partial:
+def merge_queries(partial: Partial) -> Partial:
     """Turn a part over `[B, K, G, T]` queries into one over `[B, K, M]`."""
     batch, num_kv, group, num_tokens = partial.maximum.shape
     merged = (batch, num_kv, group * num_tokens)
@@ -402,7 +404,7 @@ def _tiled(
         shape = (batch, num_kv, group, size)
         empty = Partial(
             total=jnp.zeros((*shape, head_dim), jnp.float32),
-            maximum=jnp.full(shape, _HIDDEN, jnp.float32),
+            maximum=jnp.full(shape, HIDDEN, jnp.float32),
             normaliser=jnp.zeros(shape, jnp.float32),
         )
         return lax.fori_loop(0, row // size + 1, add, empty)

@@ -23,6 +23,7 @@ from flax import struct
 
 from tlt_jax.models import attention, layers, transformer
 from tlt_jax.models import config as model_config
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
 from tlt_jax.types import Array
 
@@ -322,7 +323,10 @@ def head_of(params: DrafterParams, head: Array) -> Array:
 
 
 def fuse(
-    params: DrafterParams, cfg: DrafterConfig, features: Array, kernels: str = "xla"
+    params: DrafterParams,
+    cfg: DrafterConfig,
+    features: Array,
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Array:
     """Make one feature of the target's n.
 
@@ -358,7 +362,7 @@ def forward(
     view: transformer.CacheView | None = None,
     past: Past | None = None,
     dtype=jnp.float32,
-    kernels: str = "xla",
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Output:
     """Compute the drafter's features of one level or of a run of positions.
 
@@ -385,7 +389,15 @@ def forward(
 
     def attend(query, keys, values):
         partial = transformer.attend_parts(
-            query, keys, values, positions, visible, view, 0
+            query,
+            keys,
+            values,
+            positions,
+            visible,
+            view,
+            0,
+            kernel=kernels.attention,
+            with_log_normaliser=past is not None,
         )
         if past is None:
             return partial
@@ -419,7 +431,7 @@ def apply(
     attend: Callable[[Array, Array, Array], attention.Partial],
     *,
     dtype=jnp.float32,
-    kernels: str = "xla",
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Output:
     """Compute the drafter's features under any attention.
 
@@ -479,7 +491,7 @@ def logits(
     cfg: DrafterConfig,
     head: Array,
     hidden: Array,
-    kernels: str = "xla",
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Array:
     """Multiply the drafter's features by the frozen head.
 

@@ -9,6 +9,7 @@ from jax import lax
 
 from tlt_jax.cpu_kernels import product as cpu_product
 from tlt_jax.models import config as model_config
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
 from tlt_jax.types import Array
 
@@ -21,14 +22,16 @@ def precision(dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def product(weight: Array, x: Array, kernels: str = "xla") -> Array:
+def product(
+    weight: Array, x: Array, kernels: kernels_lib.Kernels = kernels_lib.PORTABLE
+) -> Array:
     """Multiply columns by a weight.
 
     Args:
       weight: `[*out, in]`.
       x: `[in, B, T]`, of the same dtype.
-      kernels: `native` takes the kernel for few columns on CPUs, which has no
-        derivative and cannot be partitioned; see `cpu_kernels.product`.
+      kernels: whose native products take the kernel for few columns on CPUs, which
+        has no derivative and cannot be partitioned; see `cpu_kernels.product`.
 
     Returns:
       `[*out, B, T]`.
@@ -38,9 +41,11 @@ def product(weight: Array, x: Array, kernels: str = "xla") -> Array:
     return _product(weight, x)
 
 
-def takes_native(kernels: str, x: Array) -> bool:
+def takes_native(kernels: kernels_lib.Kernels, x: Array) -> bool:
     """Tell whether columns `[in, ...]` are few enough for the native product."""
-    return kernels == "native" and math.prod(x.shape[1:]) <= _MOST_NATIVE_COLUMNS
+    return (
+        kernels.products == "native" and math.prod(x.shape[1:]) <= _MOST_NATIVE_COLUMNS
+    )
 
 
 @jax.custom_vjp
@@ -183,7 +188,11 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return turned.astype(x.dtype)
 
 
-def mlp(layer: model_params.LayerParams, x: Array, kernels: str = "xla") -> Array:
+def mlp(
+    layer: model_params.LayerParams,
+    x: Array,
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+) -> Array:
     """Apply the gated feed-forward block, down(silu(gate x) * up x).
 
     Reference: Shazeer, GLU Variants Improve Transformer, 2020, section 2.

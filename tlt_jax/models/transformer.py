@@ -13,9 +13,11 @@ from flax import struct
 from jax import lax
 
 from tlt_jax.cpu_kernels import product as cpu_product
-from tlt_jax.models import attention, kv_cache, layers
+from tlt_jax.models import attention, kernel_attention, kv_cache, layers
 from tlt_jax.models import config as model_config
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
+from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.types import Array
 
 REMAT_POLICIES = ("none", "full", "dots")
@@ -71,7 +73,7 @@ def forward(
     remat: str = "none",
     attention_block: int = 256,
     constrain: Callable[[Array], Array] = lambda x: x,
-    kernels: str = "xla",
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Output:
     """Compute features of `tokens`, given the cached past of their rows.
 
@@ -89,8 +91,8 @@ def forward(
         pass) or `dots` (products are kept, the rest computed again).
       attention_block: queries per block over the fresh part.
       constrain: applied to `[D, B, T]` activations between layers (their sharding).
-      kernels: `xla`, or `native` for programs on one CPU device in float32, without
-        derivatives; see `cpu_kernels.choice`.
+      kernels: what computes products and attention; the portable ones have
+        derivatives.
 
     Returns:
       `Output`.
@@ -124,6 +126,7 @@ def forward(
                 index,
                 window=window,
                 block=attention_block,
+                kernel=kernels.attention,
             )
 
         x_DBT, keys, values = decoder_layer(layer, x_DBT, cfg, rope, attend, kernels)
@@ -151,12 +154,18 @@ def drafter_features(out: Output) -> Array:
     return jnp.concatenate(out.features) if out.features else out.hidden
 
 
-def logits(params: model_params.Params, hidden: Array, kernels: str = "xla") -> Array:
+def logits(
+    params: model_params.Params,
+    hidden: Array,
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+) -> Array:
     """Multiply features by the LM head; see `head_logits`."""
     return head_logits(params.head, hidden, kernels)
 
 
-def head_logits(head: Array, hidden: Array, kernels: str = "xla") -> Array:
+def head_logits(
+    head: Array, hidden: Array, kernels: kernels_lib.Kernels = kernels_lib.PORTABLE
+) -> Array:
     """Multiply features by rows of an LM head.
 
     Args:
@@ -232,7 +241,7 @@ def decoder_layer(
     cfg: model_config.ModelConfig,
     rope: tuple[Array, Array],
     attend: Callable[[Array, Array, Array], attention.Partial],
-    kernels: str = "xla",
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
     attention_input: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Compute one layer: attention and feed-forward block, each behind its norm.
@@ -271,6 +280,8 @@ def attend_parts(
     *,
     window: Array | int | None = None,
     block: int = 256,
+    kernel: verify_attention.Implementation | None = None,
+    with_log_normaliser: bool = False,
 ) -> attention.Partial:
     """Attend over the fresh part and, where there is one, a layer's cached past.
 
@@ -283,12 +294,29 @@ def attend_parts(
       index: the layer in the cache.
       window: see only keys at distance below this, or None.
       block: queries per block over the fresh part.
+      kernel: what computes where there is a cached past; None: the portable walk.
+      with_log_normaliser: the part will be joined with attention over more keys.
 
     Returns:
       The part over M = G x T queries, G outermost.
     """
     batch, num_kv, group, num_tokens, head_dim = query.shape
     options = dict(scale=head_dim**-0.5, window=window)
+    if view is not None and kernel is not None:
+        return kernel_attention.attend(
+            query,
+            keys,
+            values,
+            view.cache,
+            index,
+            view.page_table,
+            view.lengths,
+            positions,
+            visibility,
+            with_log_normaliser=with_log_normaliser,
+            kernel=kernel,
+            **options,
+        )
     partial = attention.attend_fresh(
         query, keys, values, visibility, positions=positions, block=block, **options
     )

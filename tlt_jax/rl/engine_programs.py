@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from tlt_jax import sharding
-from tlt_jax.cpu_kernels import choice
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter, kv_cache
+from tlt_jax.models import drafter, kernels, kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import drafting
 from tlt_jax.specdec import decode, ngram, propose, sampling, speculate
@@ -44,6 +43,7 @@ class EngineConfig:
       stop: strings that end a completion; the token that completes one is kept.
       dtype: of activations and cache.
       cpu_kernels: `auto`, `xla` or `native`, see `cpu_kernels.choice`.
+      attention: `auto`, `portable` or a kernel, see `models.kernels.choose`.
     """
 
     max_rows: int
@@ -57,6 +57,7 @@ class EngineConfig:
     stop: tuple[str, ...] = ()
     dtype: str = "float32"
     cpu_kernels: str = "auto"
+    attention: str = "auto"
 
     @property
     def max_pages(self) -> int:
@@ -95,14 +96,16 @@ class EnginePrograms:
           rules: how the caches are split over them.
 
         Raises:
-          ValueError: `engine_cfg.cpu_kernels` cannot be had.
+          ValueError: `engine_cfg.cpu_kernels` or `.attention` cannot be had.
         """
         self._cfg, self._engine_cfg = cfg, engine_cfg
         self._drafting_cfg = drafting_cfg
         self._drafter_cfg = drafting_cfg and drafting_cfg.drafter_cfg
         self._replicated = sharding.replicated(mesh)
         self._dtype = jnp.dtype(engine_cfg.dtype)
-        self._kernels = choice.choose(engine_cfg.cpu_kernels, mesh.devices, self._dtype)
+        self._kernels = kernels.choose(
+            engine_cfg.cpu_kernels, engine_cfg.attention, mesh, rules, self._dtype
+        )
         abstract = jax.eval_shape(self._empty)
         axes = (None, "page", "kv_heads", None, None)
 

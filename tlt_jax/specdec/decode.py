@@ -13,6 +13,7 @@ from flax import struct
 from jax import lax
 
 from tlt_jax.models import config as model_config
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import noise, sampling
@@ -71,7 +72,7 @@ def decode(
     feature_layers: tuple[int, ...] | None = None,
     keep_hidden: bool = False,
     dtype=jnp.float32,
-    kernels: str = "xla",
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> tuple[kv_cache.PagedCache, Emitted]:
     """Decode until `step_limit` steps, `finish_quota` finished rows, or none alive.
 
@@ -200,7 +201,7 @@ def prefill(
     feature_layers: tuple[int, ...] | None = None,
     keep_hidden: bool = False,
     dtype=jnp.float32,
-    kernels: str = "xla",
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> kv_cache.PagedCache:
     """Append a chunk of each row's prompt to the cache.
 

@@ -22,6 +22,7 @@ from flax import struct
 from jax import lax
 
 from tlt_jax.models import attention, drafter, kv_cache, transformer
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import candidates as candidates_lib
 from tlt_jax.specdec import sampling
@@ -109,7 +110,7 @@ def draft(
     temperature: float,
     keep_laws: bool = False,
     dtype=jnp.float32,
-    kernels: str = "xla",
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Drafted:
     """Expand the tree of every row.
 
@@ -298,7 +299,7 @@ def fill(
     *,
     cfg: drafter.DrafterConfig,
     dtype=jnp.float32,
-    kernels: str = "xla",
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> kv_cache.PagedCache:
     """Extend the drafter's cache by a chunk, from the target's features in the pages.
 

@@ -15,6 +15,7 @@ from jax import lax
 
 from tlt_jax.models import attention, drafter, kv_cache, transformer
 from tlt_jax.models import config as model_config
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import candidates as candidates_lib
 from tlt_jax.specdec import chain, decode, ngram, noise, propose, sampling, verify
@@ -53,7 +54,7 @@ class Settings:
     rule: str = chain.KEYED
     keep_hidden: bool = False
     dtype: str = "float32"
-    kernels: str = "xla"
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE
 
     @property
     def coupled(self) -> bool:
@@ -336,7 +337,7 @@ def _verify(params, state, rows, candidates, proposed, chance, settings) -> _Rea
         settings.cfg,
         tree.tokens,
         state.lengths[:, None] + tree.depths,
-        attention.Visibility(ancestors=mask),
+        attention.Visibility(ancestors=mask, words=words),
         transformer.CacheView(state.caches.target, rows.page_table, state.lengths),
         dtype=jnp.dtype(settings.dtype),
         kernels=settings.kernels,

@@ -1,0 +1,268 @@
+"""Every implementation of verification attention on the same arguments.
+
+Kernels are interpreted on the CPU. With `-m device` the same suite runs them on the
+accelerator that is there.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from tlt_jax import sharding
+from tlt_jax.pallas_kernels.verify_attention import api, arg_specs
+
+INTERPRETED = {
+    "mosaic_tpu": api.Implementation("mosaic_tpu", interpret=True),
+    "triton_gpu": api.Implementation("triton_gpu", interpret=True),
+}
+REFERENCE = api.Implementation("reference")
+TREE = arg_specs.by_name("tree")
+# For programs that run once: compiling them is what takes time.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+def run(spec, implementation, arguments, log=True, jit=quick_jit):
+    """Output `[B, K, G, T, H]` and log normalisers in float32."""
+    call = functools.partial(
+        api.verify_attention,
+        scale=spec.scale,
+        window=spec.window,
+        soft_cap=spec.soft_cap,
+        with_log_normaliser=log,
+        implementation=implementation,
+    )
+    out, log_normaliser = jit(call)(**arguments)
+    return np.asarray(out, np.float32), log_normaliser
+
+
+def mask_of(words, num_tokens):
+    """Unpack words bit by bit."""
+    mask = np.zeros((*words.shape[:-1], num_tokens), bool)
+    for s in range(num_tokens):
+        mask[..., s] = (words[..., s // 32] >> (s % 32)) & 1
+    return mask
+
+
+def expected(spec, arguments):
+    """The twin: one query at a time over the keys that it sees, in float64."""
+    a = {k: np.asarray(v, np.float64) for k, v in arguments.items() if k != "words"}
+    out = np.zeros(spec.query_shape)
+    logs = np.full(spec.query_shape[:4], -1e30)
+    causal = np.tril(np.ones((spec.num_tokens, spec.num_tokens), bool))
+    for b, length in enumerate(spec.lengths):
+        mask = causal
+        if spec.kind == "tree":
+            mask = mask_of(arguments["words"][b], spec.num_tokens)
+        slots = np.arange(length)
+        pages = arguments["page_table"][b, slots // spec.page_size]
+        past = [
+            a[f"cache_{name}"][-1, pages, :, :, slots % spec.page_size]
+            for name in ("keys", "values")
+        ]
+        at = np.concatenate([slots, a["positions"][b]])
+        for k, t in np.ndindex(spec.num_kv, spec.num_tokens):
+            seen = np.concatenate([np.ones(length, bool), mask[t]])
+            if spec.window is not None:
+                seen &= a["positions"][b, t] - at < spec.window
+            keys, values = (
+                np.concatenate([old[:, k], a[name][b, k].T])[seen]
+                for old, name in zip(past, ("keys", "values"), strict=True)
+            )
+            scores = a["query"][b, k, :, t] @ keys.T * spec.scale
+            if spec.soft_cap is not None:
+                scores = np.tanh(scores / spec.soft_cap) * spec.soft_cap
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            normaliser = weights.sum(axis=1)
+            out[b, k, :, t] = weights @ values / normaliser[:, None]
+            logs[b, k, :, t] = scores.max(axis=1) + np.log(normaliser)
+    return out, logs
+
+
+def assert_right(spec, implementation):
+    arguments = arg_specs.make(spec)
+    out, logs = run(spec, implementation, arguments)
+    exact, exact_logs = expected(spec, arguments)
+    # Weights and the output are rounded to bfloat16.
+    tolerance = 5e-6 if spec.dtype == "float32" else 6e-3
+    np.testing.assert_allclose(out, exact, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(logs, exact_logs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("spec", arg_specs.SUITE, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("name", ["reference", *INTERPRETED])
+def test_attention_is_that_of_one_query_at_a_time(name, spec):
+    assert_right(spec, INTERPRETED.get(name, REFERENCE))
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("spec", arg_specs.SUITE, ids=lambda spec: spec.name)
+def test_attention_on_the_device(spec):
+    name = api.for_platform(jax.default_backend())
+    if name is None:
+        pytest.skip("JAX_PLATFORMS names no accelerator that has a kernel")
+    try:
+        assert_right(spec, api.Implementation(name))
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", ["tree", "decode_window"])
+def test_a_simulated_tpu_sees_no_race_and_reads_nothing_that_it_must_not(name, capfd):
+    """Memory that was never written is NaN, and reads beyond an array raise."""
+    spec = arg_specs.by_name(name)
+    simulated = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait"
+    )
+    assert_right(spec, api.Implementation("mosaic_tpu", interpret=simulated))
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_a_rows_numbers_do_not_depend_on_the_batch(name):
+    arguments = arg_specs.make(TREE)
+    jit = functools.cache(quick_jit)
+    out, logs = run(TREE, INTERPRETED[name], arguments, jit=jit)
+    of_rows = ("query", "keys", "values", "page_table", "lengths", "positions", "words")
+    # Elsewhere in the batch, beside rows of other lengths and numbers.
+    order = np.array([2, 0, 1])
+    moved = arguments | {k: arguments[k][order] for k in of_rows}
+    moved["lengths"] = moved["lengths"] * [1, 0, 1]
+    moved["query"][1] = np.nan
+    again, again_logs = run(TREE, INTERPRETED[name], moved, jit=jit)
+    for now, before in ((0, 2), (2, 1)):
+        np.testing.assert_array_equal(again[now], out[before])
+        np.testing.assert_array_equal(again_logs[now], logs[before])
+    assert np.isnan(again[1]).all()
+    # And alone.
+    alone = arguments | {k: arguments[k][:1] for k in of_rows}
+    np.testing.assert_array_equal(run(TREE, INTERPRETED[name], alone)[0][0], out[0])
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_a_node_depends_on_no_key_but_its_ancestors(name):
+    """Kernels have no derivative: any change to other keys must change no bit."""
+    arguments = arg_specs.make(TREE)
+    mask = mask_of(arguments["words"], TREE.num_tokens)
+    jit = functools.cache(quick_jit)
+    out, _ = run(TREE, INTERPRETED[name], arguments, jit=jit)
+    for node in range(TREE.num_tokens):
+        changed = {k: arguments[k].copy() for k in ("keys", "values")}
+        for fresh in changed.values():
+            fresh[..., node] *= -30
+        again, _ = run(TREE, INTERPRETED[name], arguments | changed, jit=jit)
+        same = (again == out).all(axis=(1, 2, 4))
+        np.testing.assert_array_equal(same, ~mask[:, :, node])
+
+
+def test_a_nodes_gradient_is_zero_but_for_its_ancestors_and_the_past():
+    arguments = arg_specs.make(TREE)
+    mask = mask_of(arguments["words"], TREE.num_tokens)
+    direction = np.random.default_rng(1).normal(size=TREE.query_shape)
+
+    def outputs(fresh):
+        out, _ = api.verify_attention(
+            **arguments | fresh, scale=TREE.scale, implementation=REFERENCE
+        )
+        return jnp.sum(out * direction, axis=(1, 2, 4))  # [B, T]
+
+    names = ("keys", "values", "cache_keys", "cache_values")
+    slopes = quick_jit(jax.jacrev(outputs))({name: arguments[name] for name in names})
+    for name in names[:2]:
+        size = np.abs(slopes[name]).max(axis=(3, 4))  # [B, T, B, T]
+        for b, other in np.ndindex(TREE.batch, TREE.batch):
+            seen = mask[b] if b == other else np.zeros_like(mask[b])
+            assert (size[b, :, other][~seen] == 0).all()
+            # A node that sees itself alone weighs itself 1, whatever its key.
+            few = (mask[b].sum(axis=1) + TREE.lengths[b]) == 1
+            if name == "values" or not few.any():
+                assert (size[b, :, other][seen] > 0).all()
+    for name in names[2:]:
+        readable = np.isfinite(arguments[name])
+        slope = np.asarray(slopes[name])
+        assert (slope[:, :, ~readable] == 0).all()
+        assert (np.abs(slope).max(axis=(0, 1))[readable] > 0).all()
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_heads_are_spread_over_devices(name):
+    mesh = sharding.make_mesh(1, 1, 2, devices=jax.devices()[:2])
+    arguments = arg_specs.make(TREE)
+    spread = api.Implementation(name, interpret=True, mesh=mesh)
+    out, logs = run(TREE, spread, arguments)
+    whole, whole_logs = run(TREE, INTERPRETED[name], arguments)
+    np.testing.assert_array_equal(out, whole)
+    np.testing.assert_array_equal(logs, whole_logs)
+    assert run(TREE, spread, arguments, log=False)[1] is None
+
+
+def with_bit(words, node, bit, value):
+    words = words.copy()
+    words[0, node, bit // 32] &= ~np.uint32(1 << bit % 32)
+    words[0, node, bit // 32] |= np.uint32(value << bit % 32)
+    return words
+
+
+def at(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: dict(query=a["query"][0]), "query has shape"),
+        (lambda a: dict(keys=a["keys"][:, :1]), "keys has shape .* ask for"),
+        (lambda a: dict(words=a["words"][..., :0]), "words has shape"),
+        (lambda a: dict(lengths=a["lengths"].astype(np.float32)), "lengths is float32"),
+        (lambda a: dict(query=a["query"].astype(np.float16)), "keys is float32"),
+        (lambda a: dict(layer=2), "layer=2 of 2"),
+        (lambda a: dict(lengths=at(a["lengths"], 1, 999)), r"lengths\[1\]=999 .* 64"),
+        (lambda a: dict(page_table=at(a["page_table"], (0, 1), 77)), r"\[0, 1\]=77"),
+        (lambda a: dict(positions=a["positions"] - 1), r"positions\[0\] .* below"),
+        (lambda a: dict(words=with_bit(a["words"], 3, 3, 0)), "node 3 itself"),
+        (lambda a: dict(words=with_bit(a["words"], 3, 5, 1)), "behind node 3"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    arguments = arg_specs.make(TREE)
+    with pytest.raises(ValueError, match=message):
+        api.verify_attention(
+            **arguments | change(arguments), scale=1.0, implementation=REFERENCE
+        )
+
+
+def test_what_a_kernel_cannot_do_is_refused_by_name():
+    def shapes(spec, num_tokens=None):
+        spec = dataclasses.replace(spec, num_tokens=num_tokens or spec.num_tokens)
+        made = arg_specs.shapes(spec)
+        return jax.eval_shape(
+            lambda a: api.verify_attention(
+                **a, scale=1.0, implementation=api.Implementation("mosaic_tpu")
+            ),
+            made,
+        )
+
+    with pytest.raises(NotImplementedError, match="set cache.page_size=128"):
+        shapes(TREE)
+    prefill = arg_specs.by_name("prefill_b4_8k_t1024")
+    with pytest.raises(NotImplementedError, match="rollout.prefill_chunk"):
+        shapes(prefill, 2**15)
+    with pytest.raises(ValueError, match="more than 128: verify fewer"):
+        shapes(arg_specs.by_name("verify_b4_32k_w64"), 160)
+    with pytest.raises(ValueError, match="'cuda' is not known"):
+        api.Implementation("cuda")
+
+
+def test_names_of_arguments_are_unique_and_known():
+    names = [spec.name for spec in (*arg_specs.SUITE, *arg_specs.LARGE)]
+    assert len(set(names)) == len(names)
+    with pytest.raises(ValueError, match="no arguments are called 'x': use one of dec"):
+        arg_specs.by_name("x")

@@ -1,0 +1,87 @@
+"""Attention over cached and fresh keys by an accelerator's kernel.
+
+The same result as the portable walk over pages in `attention`, which is for CPUs and
+for training.
+"""
+
+import jax.numpy as jnp
+
+from tlt_jax.models import attention, kv_cache
+from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
+from tlt_jax.types import Array
+
+
+def attend(
+    query: Array,
+    keys: Array,
+    values: Array,
+    cache: kv_cache.PagedCache,
+    layer: Array | int,
+    page_table: Array,
+    lengths: Array,
+    positions: Array,
+    visibility: attention.Visibility,
+    *,
+    scale: float,
+    window: Array | int | None = None,
+    with_log_normaliser: bool,
+    kernel: verify_attention.Implementation,
+) -> attention.Partial:
+    """Attend over cached and fresh keys with an accelerator's kernel.
+
+    Args:
+      query, keys, values: see `attention.attend_fresh`; not more than 128 tokens where the
+        visibility names ancestors.
+      cache, layer, page_table, lengths: see `attention.attend_cached`.
+      positions: `[B, T] int32`.
+      visibility: causal, or by ancestors.
+      scale, window: see `attention.attend_fresh`.
+      with_log_normaliser: the part will be joined with others; else only
+        `attention.finish` may take it.
+      kernel: what computes.
+
+    Returns:
+      The part over M = G x T queries, G outermost, normalised already.
+
+    Raises:
+      NotImplementedError: the kernel cannot do this.
+    """
+    if visibility.segment is not None:
+        raise NotImplementedError(
+            f"visibility by segments has no kernel ({kernel.name!r}): packed rows are "
+            "for training; use attention='portable'."
+        )
+    words = visibility.words
+    if words is None and visibility.ancestors is not None:
+        words = _words_of(visibility.ancestors)
+    out, log = verify_attention.verify_attention(
+        query,
+        keys,
+        values,
+        cache.keys,
+        cache.values,
+        layer,
+        page_table,
+        lengths,
+        positions,
+        words,
+        scale=scale,
+        window=window,
+        with_log_normaliser=with_log_normaliser,
+        implementation=kernel,
+    )
+    if log is None:
+        log = jnp.zeros(out.shape[:-1], jnp.float32)
+    # What was normalised weighs as one key of that score.
+    weight = jnp.where(log > attention.HIDDEN, 1.0, 0.0)
+    return attention.merge_queries(
+        attention.Partial(out.astype(jnp.float32), log, weight)
+    )
+
+
+def _words_of(mask: Array) -> Array:
+    """Pack a mask `[B, T, S] bool` into words `[B, T, ceil(S / 32)] uint32`."""
+    num_keys = mask.shape[-1]
+    padded = jnp.pad(mask, [(0, 0), (0, 0), (0, -num_keys % 32)])
+    bits = padded.reshape(*mask.shape[:2], -1, 32).astype(jnp.uint32)
+    return jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)

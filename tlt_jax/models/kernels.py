@@ -1,0 +1,92 @@
+"""Which kernels a program computes with, settled before it is traced."""
+
+import dataclasses
+
+import jax
+
+from tlt_jax import sharding
+from tlt_jax.cpu_kernels import choice
+from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
+
+_INTERPRETED = "_interpreted"
+ATTENTION_CHOICES = (
+    "auto",
+    "portable",
+    "mosaic_tpu",
+    "triton_gpu",
+    "mosaic_tpu_interpreted",
+    "triton_gpu_interpreted",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Kernels of a program; what has a kernel has no derivative.
+
+    Attributes:
+      products: of weights and few columns: `xla`, or `native` for programs on one CPU
+        device in float32, see `cpu_kernels.choice`.
+      attention: over a paged cache; None: the portable walk over pages.
+    """
+
+    products: str = "xla"
+    attention: verify_attention.Implementation | None = None
+
+
+PORTABLE = Kernels()
+
+
+def choose(
+    cpu_kernels: str,
+    attention: str,
+    mesh: jax.sharding.Mesh,
+    rules: sharding.ShardingRules,
+    dtype,
+) -> Kernels:
+    """Settle the kernels of a program.
+
+    Args:
+      cpu_kernels: see `cpu_kernels.choice.choose`.
+      attention: `auto`: the kernel of the devices' platform, where it has one, else
+        `portable`; or one by name. A name with `_interpreted` behind it runs a kernel's
+        program step by step on CPUs, for tests.
+      mesh: devices that the program runs on.
+      rules: which mesh axes split kv heads.
+      dtype: of weights and activations.
+
+    Returns:
+      The kernels.
+
+    Raises:
+      ValueError: a choice is not known, or cannot be had on these devices.
+    """
+    return Kernels(
+        products=choice.choose(cpu_kernels, mesh.devices, dtype),
+        attention=_choose_attention(attention, mesh, rules),
+    )
+
+
+def _choose_attention(
+    asked: str, mesh: jax.sharding.Mesh, rules: sharding.ShardingRules
+) -> verify_attention.Implementation | None:
+    if asked not in ATTENTION_CHOICES:
+        raise ValueError(
+            f"attention={asked!r}: use one of {', '.join(ATTENTION_CHOICES)}."
+        )
+    device = mesh.devices.flat[0]
+    available = verify_attention.for_platform(device.platform)
+    name = available or "portable" if asked == "auto" else asked
+    if name == "portable":
+        return None
+    interpret = name.endswith(_INTERPRETED)
+    name = name.removesuffix(_INTERPRETED)
+    if interpret != (device.platform == "cpu") or not interpret and name != available:
+        works = [available] if available else [f"{n}{_INTERPRETED}" for n in _KERNELS]
+        raise ValueError(
+            f"attention={asked!r} was asked for on {device.device_kind}, where "
+            f"'auto', 'portable' and {', '.join(map(repr, works))} work."
+        )
+    return verify_attention.Implementation(name, interpret, mesh, rules)
+
+
+_KERNELS = ("mosaic_tpu", "triton_gpu")

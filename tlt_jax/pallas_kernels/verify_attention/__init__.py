@@ -1,0 +1,1 @@
+"""Attention of fresh queries over a paged cache and over the fresh keys they see."""
