@@ -14,7 +14,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from tlt_jax import sharding
-from tlt_jax.pallas_kernels.verify_attention import api, arg_specs
+from tlt_jax.pallas_kernels.verify_attention import (
+    api,
+    arg_specs,
+    pallas_gpu,
+    pallas_mosaic_tpu,
+)
 
 INTERPRETED = {
     "mosaic_tpu": api.Implementation("mosaic_tpu", interpret=True),
@@ -28,17 +33,23 @@ quick_jit = functools.partial(
 )
 
 
-def run(spec, implementation, arguments, log=True, jit=quick_jit):
-    """Output `[B, K, G, T, H]` and log normalisers in float32."""
-    call = functools.partial(
-        api.verify_attention,
-        scale=spec.scale,
-        window=spec.window,
-        soft_cap=spec.soft_cap,
-        with_log_normaliser=log,
-        implementation=implementation,
+@functools.cache
+def program(spec, implementation, log):
+    return quick_jit(
+        functools.partial(
+            api.verify_attention,
+            scale=spec.scale,
+            window=spec.window,
+            soft_cap=spec.soft_cap,
+            with_log_normaliser=log,
+            implementation=implementation,
+        )
     )
-    out, log_normaliser = jit(call)(**arguments)
+
+
+def run(spec, implementation, arguments, log=True):
+    """Output `[B, K, G, T, H]` and log normalisers in float32."""
+    out, log_normaliser = program(spec, implementation, log)(**arguments)
     return np.asarray(out, np.float32), log_normaliser
 
 
@@ -113,10 +124,17 @@ def test_attention_on_the_device(spec):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("name", ["tree", "decode_window"])
-def test_a_simulated_tpu_sees_no_race_and_reads_nothing_that_it_must_not(name, capfd):
-    """Memory that was never written is NaN, and reads beyond an array raise."""
-    spec = arg_specs.by_name(name)
+def test_a_simulated_tpu_sees_no_race_and_reads_nothing_that_it_must_not(
+    monkeypatch, capfd
+):
+    """Memory that was never written is NaN, and reads beyond an array raise.
+
+    Pages arrive in blocks of the fewest, so that rows have several.
+    """
+    monkeypatch.setattr(pallas_mosaic_tpu, "_BLOCK_BYTES", 1)
+    spec = arg_specs.ArgSpec("simulated", (90, 0, 33), 2, num_kv=1, window=60)
+    cut = pallas_mosaic_tpu.plan(spec.query_shape, "float32", 16, spec.max_pages)
+    assert spec.max_pages > cut.pages
     simulated = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait"
     )
@@ -127,15 +145,14 @@ def test_a_simulated_tpu_sees_no_race_and_reads_nothing_that_it_must_not(name, c
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_a_rows_numbers_do_not_depend_on_the_batch(name):
     arguments = arg_specs.make(TREE)
-    jit = functools.cache(quick_jit)
-    out, logs = run(TREE, INTERPRETED[name], arguments, jit=jit)
+    out, logs = run(TREE, INTERPRETED[name], arguments)
     of_rows = ("query", "keys", "values", "page_table", "lengths", "positions", "words")
     # Elsewhere in the batch, beside rows of other lengths and numbers.
     order = np.array([2, 0, 1])
     moved = arguments | {k: arguments[k][order] for k in of_rows}
     moved["lengths"] = moved["lengths"] * [1, 0, 1]
     moved["query"][1] = np.nan
-    again, again_logs = run(TREE, INTERPRETED[name], moved, jit=jit)
+    again, again_logs = run(TREE, INTERPRETED[name], moved)
     for now, before in ((0, 2), (2, 1)):
         np.testing.assert_array_equal(again[now], out[before])
         np.testing.assert_array_equal(again_logs[now], logs[before])
@@ -150,13 +167,12 @@ def test_a_node_depends_on_no_key_but_its_ancestors(name):
     """Kernels have no derivative: any change to other keys must change no bit."""
     arguments = arg_specs.make(TREE)
     mask = mask_of(arguments["words"], TREE.num_tokens)
-    jit = functools.cache(quick_jit)
-    out, _ = run(TREE, INTERPRETED[name], arguments, jit=jit)
+    out, _ = run(TREE, INTERPRETED[name], arguments)
     for node in range(TREE.num_tokens):
         changed = {k: arguments[k].copy() for k in ("keys", "values")}
         for fresh in changed.values():
             fresh[..., node] *= -30
-        again, _ = run(TREE, INTERPRETED[name], arguments | changed, jit=jit)
+        again, _ = run(TREE, INTERPRETED[name], arguments | changed)
         same = (again == out).all(axis=(1, 2, 4))
         np.testing.assert_array_equal(same, ~mask[:, :, node])
 
@@ -167,13 +183,15 @@ def test_a_nodes_gradient_is_zero_but_for_its_ancestors_and_the_past():
     direction = np.random.default_rng(1).normal(size=TREE.query_shape)
 
     def outputs(fresh):
+        given = jax.tree.map(jnp.asarray, arguments) | fresh
         out, _ = api.verify_attention(
-            **arguments | fresh, scale=TREE.scale, implementation=REFERENCE
+            **given, scale=TREE.scale, implementation=REFERENCE
         )
         return jnp.sum(out * direction, axis=(1, 2, 4))  # [B, T]
 
     names = ("keys", "values", "cache_keys", "cache_values")
-    slopes = quick_jit(jax.jacrev(outputs))({name: arguments[name] for name in names})
+    given = {name: jnp.asarray(arguments[name]) for name in names}
+    slopes = quick_jit(jax.jacrev(outputs))(given)
     for name in names[:2]:
         size = np.abs(slopes[name]).max(axis=(3, 4))  # [B, T, B, T]
         for b, other in np.ndindex(TREE.batch, TREE.batch):
@@ -200,6 +218,30 @@ def test_heads_are_spread_over_devices(name):
     np.testing.assert_array_equal(out, whole)
     np.testing.assert_array_equal(logs, whole_logs)
     assert run(TREE, spread, arguments, log=False)[1] is None
+
+
+def test_the_suite_reaches_every_way_to_cut_a_call():
+    plans = [
+        [
+            backend.plan(s.query_shape, s.dtype, s.page_size, s.max_pages)
+            for s in arg_specs.SUITE
+        ]
+        for backend in (pallas_mosaic_tpu, pallas_gpu)
+    ]
+    of_tpu, of_gpu = plans
+    for field in ("num_blocks", "num_tiles", "turned", "cores", "pages_at_once"):
+        assert len({getattr(plan, field) for plan in of_tpu}) > 1, field
+    for field in ("num_blocks", "num_stretches", "tile", "tiles_at_once"):
+        assert len({getattr(plan, field) for plan in of_gpu}) > 1, field
+
+
+def test_a_rows_stretches_do_not_depend_on_the_batch():
+    spec = arg_specs.by_name("verify_b32_8k_w16")
+    plans = {
+        pallas_gpu.plan((batch, *spec.query_shape[1:]), spec.dtype, 128, 65)
+        for batch in (1, 3, 256)
+    }
+    assert len(plans) == 1
 
 
 def with_bit(words, node, bit, value):

@@ -30,7 +30,7 @@ def attend(
     """Attend over cached and fresh keys with an accelerator's kernel.
 
     Args:
-      query, keys, values: see `attention.attend_fresh`; not more than 128 tokens where the
+      query, keys, values: see `attention.attend_fresh`; at most 128 tokens where the
         visibility names ancestors.
       cache, layer, page_table, lengths: see `attention.attend_cached`.
       positions: `[B, T] int32`.

@@ -84,18 +84,27 @@ _decode = dict(num_tokens=1, kind="causal")
 _prefill = dict(kind="causal")
 SUITE = (
     ArgSpec("decode", (0, 5, 16, 33), **_decode),
-    ArgSpec("decode_80", (17, 40, 1), head_dim=80, group=3, page_size=32, **_decode),
-    ArgSpec("decode_bf16", (100, 130), page_size=128, dtype="bfloat16", **_decode),
-    ArgSpec("decode_window", (70, 9, 33), window=20, **_decode),
+    ArgSpec("decode_long", (1100, 40, 700), num_kv=1, page_size=128, **_decode),
+    ArgSpec("decode_bf16", (70, 130), page_size=128, dtype="bfloat16", **_decode),
     ArgSpec("tree", (31, 0, 48), 7),
-    ArgSpec("tree_bf16", (90, 64), 16, head_dim=128, page_size=64, dtype="bfloat16"),
-    ArgSpec("tree_wide", (20,), 128, num_kv=1, group=1),
-    ArgSpec("tree_capped", (33, 2), 33, soft_cap=2.0, head_dim=80, page_size=128),
-    ArgSpec("tree_window", (300, 3), 9, window=70, page_size=128),
-    ArgSpec("tree_256", (40, 16), 5, head_dim=256, group=1, num_kv=1),
-    ArgSpec("prefill", (0, 48, 16), 32, **_prefill),
-    ArgSpec("prefill_window", (64, 0), 48, window=10, **_prefill),
-    ArgSpec("prefill_long", (128,), 160, num_kv=1, page_size=128, **_prefill),
+    ArgSpec(
+        "tree_bf16",
+        (90, 64),
+        16,
+        num_kv=1,
+        head_dim=128,
+        page_size=64,
+        dtype="bfloat16",
+    ),
+    ArgSpec("tree_wide", (20,), 128, num_kv=1, group=1, page_size=32),
+    ArgSpec(
+        *("tree_capped", (33, 2), 33),
+        **dict(num_kv=1, group=3, head_dim=80, page_size=128, soft_cap=2.0),
+    ),
+    ArgSpec("tree_window", (1300, 3), 9, num_kv=1, page_size=128, window=70),
+    ArgSpec("tree_256", (40, 16), 5, num_kv=1, group=1, head_dim=256),
+    ArgSpec("prefill_window", (64, 0), 48, num_kv=1, window=10, **_prefill),
+    ArgSpec("prefill_long", (128,), 160, num_kv=1, group=8, page_size=128, **_prefill),
 )
 
 _qwen_7b = dict(group=7, num_kv=4, head_dim=128, page_size=128, dtype="bfloat16")

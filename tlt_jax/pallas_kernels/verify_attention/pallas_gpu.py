@@ -357,11 +357,11 @@ def _kernel(
             scores = _dot(query, fresh_keys_ref[row, head, :, at])
             return update(carry, [scores], [mask], [fresh_values_ref[row, head, :, at]])
 
-        num_tiles = pl.cdiv(num_tokens, _FRESH)
+        num_tiles = jnp.int32(pl.cdiv(num_tokens, _FRESH))
         if causal:
             last_token = ((block + 1) * cut.rows - 1) // group
             num_tiles = jnp.minimum(last_token // _FRESH + 1, num_tiles)
-        num_tiles = jnp.where(stretch == last_stretch, num_tiles, 0)
+        num_tiles = jnp.where(stretch == last_stretch, num_tiles, jnp.int32(0))
         total, maximum, normaliser = lax.fori_loop(0, num_tiles, fresh_tile, carry)
 
         if len(out_refs) == 2:
