@@ -95,6 +95,7 @@ class Recipe:
                 ),
                 eos_ids=model.eos_ids,
                 dtype=run.precision,
+                attention=run.rollout.attention,
             ),
             mesh=engine_mesh,
         )

@@ -83,7 +83,8 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
     width = pl.next_power_of_2(head_dim)
     rows = min(max(pl.next_power_of_2(num_rows), _MIN_ROWS), _MAX_ROWS)
     itemsize = jnp.dtype(dtype).itemsize
-    if width * itemsize > 512:
+    if width * itemsize >= 512:
+        # More do not fit into the registers.
         rows = min(rows, 32)
     tile = min(page_size, _SLOTS, max(_TILE_BYTES // (width * itemsize), 16))
     at_once = max(_SLOTS // tile if width * itemsize <= 256 else 1, 1)
@@ -101,7 +102,7 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
         tiles_at_once=at_once,
         stretch=stretch,
         num_stretches=pl.cdiv(num_slots, stretch),
-        num_warps=8 if rows * width >= 64 * 256 else 4,
+        num_warps=8 if itemsize == 4 else 4,
         num_stages=2 if itemsize == 4 else 3,
     )
 

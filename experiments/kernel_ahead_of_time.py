@@ -1,0 +1,136 @@
+"""Compiles the attention kernels for chips that are not there: what do they move?
+
+    python -m experiments.kernel_ahead_of_time
+    python -m experiments.kernel_ahead_of_time --chips=v5e --arguments=decode_b32_8k
+
+Every named argument set of `verify_attention/arg_specs.py` with the shapes of a real
+model is compiled for TPUs of three generations by the TPU compiler (libtpu), which
+needs no TPU. `bytes_accessed` and `flops` are the compiler's: the kernel's own estimate
+for rows that fill their page table (one page more than the row needs), and whatever the
+compiler does around it. `bytes_ratio` divides by the least that must be moved, cached
+and fresh columns, queries and output once. `temp_bytes` would tell a copy of the cache.
+No time is measured: `bound_us` is that least by the chip's bandwidth.
+"""
+
+import argparse
+import csv
+import functools
+import importlib.metadata
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments import ahead_of_time, harness
+from tlt_jax import sharding
+from tlt_jax.pallas_kernels.verify_attention import api, arg_specs, bench
+
+SLUG = "kernel_ahead_of_time"
+# A described slice, and the kind of its devices.
+CHIPS = {
+    "v5e": ("v5e:2x2", "TPU v5 lite"),
+    "v5p": ("v5p:2x2x1", "TPU v5"),
+    "v6e": ("v6e:2x2", "TPU v6 lite"),
+}
+
+
+def compiled(spec: arg_specs.ArgSpec, chip: str) -> jax.stages.Compiled:
+    """Compiles the TPU kernel for one device of a described slice."""
+    device = ahead_of_time.described_devices(CHIPS[chip][0])[0]
+    mesh = Mesh(np.array([device]), ("x",))
+    where = sharding.replicated(mesh)
+    arguments = {
+        name: leaf and jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        for name, leaf in arg_specs.shapes(spec).items()
+    }
+    call = functools.partial(
+        api.verify_attention,
+        scale=spec.scale,
+        window=spec.window,
+        soft_cap=spec.soft_cap,
+        implementation=api.Implementation("mosaic_tpu"),
+    )
+    # The kernel's compiler asks which chip it is for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(lambda given: call(**given)[0]).lower(arguments)
+        return lowered.compile()
+
+
+def measure(spec: arg_specs.ArgSpec, chip: str) -> harness.Row:
+    """Compiles one argument set for one chip; returns its row of the table."""
+    used = time.process_time()
+    program = compiled(spec, chip)
+    used = time.process_time() - used
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    bandwidth = bench.BANDWIDTH[CHIPS[chip][1]]
+    return {
+        "chip": chip,
+        "arguments": spec.name,
+        "shape": "x".join(map(str, spec.query_shape)),
+        "dtype": spec.dtype,
+        "minimal_bytes": spec.minimal_bytes,
+        "bytes_accessed": int(cost["bytes accessed"]),
+        "bytes_ratio": round(cost["bytes accessed"] / spec.minimal_bytes, 3),
+        "minimal_flops": spec.minimal_flops,
+        "flops": int(cost["flops"]),
+        "flops_ratio": round(cost["flops"] / spec.minimal_flops, 3),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "bound_us": round(spec.minimal_bytes / bandwidth * 1e6, 1),
+        "compile_cpu_s": round(used, 1),
+    }
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    """Returns the rows of a table that was written before."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the experiment; returns the rows that it made."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    parser.add_argument("--chips", default=",".join(CHIPS))
+    named = ",".join(spec.name for spec in arg_specs.LARGE)
+    parser.add_argument("--arguments", default=named, help="names of arg_specs")
+    parser.add_argument("--out", type=pathlib.Path, help="default results/<scale>")
+    options = parser.parse_args(arguments)
+    chips = options.chips.split(",")
+    unknown = [chip for chip in chips if chip not in CHIPS]
+    if unknown:
+        parser.error(f"--chips names {', '.join(unknown)}; known: {', '.join(CHIPS)}.")
+    specs = [arg_specs.by_name(name) for name in options.arguments.split(",")]
+    # Nothing runs; without this jax would look for the TPU that libtpu promises.
+    jax.config.update("jax_platforms", "cpu")
+    ahead_of_time.use_compilation_cache(False)
+    ahead_of_time.described_devices(CHIPS[chips[0]][0])
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
+    }
+    out = options.out or harness.RESULTS_DIR / options.scale
+    settings = {"chips": chips, "arguments": [spec.name for spec in specs]}
+    provenance = harness.Provenance(SLUG, settings, versions)
+    rows = []
+    for chip in chips:
+        for spec in specs:
+            rows.append(measure(spec, chip))
+            harness.write_csv(out / f"{SLUG}.csv", rows)
+            provenance.write(out / f"{SLUG}.json")
+    shown = ("chip", "arguments", "bytes_ratio", "flops_ratio", "temp_bytes")
+    print(harness.format_table([{k: row[k] for k in shown} for row in rows]))
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ahead_of_time.NoCompilerError as error:
+        sys.exit(f"error: {error}")
