@@ -113,6 +113,7 @@ OUR_ITEMS = (
     Item("decode_speed", "plain decoding beside peers"),
     Item("grpo_step_speed", "a GRPO step beside peers"),
     Item("ahead_of_time", "large recipes compiled for TPU slices"),
+    Item("kernel_ahead_of_time", "attention kernels compiled for TPUs"),
     Item(
         "tuner_trace",
         "trace for the tuners' replay",

@@ -42,10 +42,10 @@ def compiled(spec: arg_specs.ArgSpec, chip: str) -> jax.stages.Compiled:
     device = ahead_of_time.described_devices(CHIPS[chip][0])[0]
     mesh = Mesh(np.array([device]), ("x",))
     where = sharding.replicated(mesh)
-    arguments = {
-        name: leaf and jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        for name, leaf in arg_specs.shapes(spec).items()
-    }
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        arg_specs.shapes(spec),
+    )
     call = functools.partial(
         api.verify_attention,
         scale=spec.scale,

@@ -225,10 +225,6 @@ def test_a_cut_compiles_for_a_slice_that_is_not_there(no_cache):
 
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(1200)
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="kv_cache.append writes columns, for which a TPU copies all pages",
-)
 def test_decoding_does_not_copy_the_cache(no_cache):
     recipe = cut("qwen2.5-7b", ahead_of_time.described_devices("v5p:2x2x1"))
     cache = recipe_programs.device_bytes(recipe.engine.programs.abstract_caches)

@@ -61,6 +61,28 @@ def test_append_writes_the_first_columns_of_each_row(page_size, form):
         )
 
 
+@pytest.mark.parametrize("page_size,width", [(1, 2), (4, 1), (4, 6)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_writing_through_pages_as_on_tpus_gives_the_same_cache(page_size, width, dtype):
+    rng = np.random.default_rng(2)
+    before, columns = some_cache(page_size), some_columns(8)
+    # Columns that are not taken may hold anything.
+    columns[..., 7] = np.nan
+    through, straight = map(
+        jax.jit, (kv_cache._append_through_pages, kv_cache._append_columns)
+    )
+    for _ in range(6):
+        cache = jax.tree.map(lambda x: x.astype(dtype), as_cache(before))
+        lengths = rng.integers(0, 3 * page_size - width + 1, B).astype(np.int32)
+        counts = rng.integers(0, width + 1, B).astype(np.int32)
+        sources = rng.integers(0, 7, (B, width)).astype(np.int32)
+        given = (cache, as_cache(columns), TABLE, lengths, counts, sources)
+        after, wanted = through(*given), straight(*given)
+        assert after.keys.dtype == dtype
+        np.testing.assert_array_equal(without_scratch(after), without_scratch(wanted))
+    assert (without_scratch(after) != without_scratch(cache)).any()
+
+
 def test_rows_that_drop_everything_need_no_pages():
     before, columns = some_cache(4), some_columns(3)
     after = kv_cache.append(

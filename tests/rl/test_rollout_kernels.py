@@ -32,7 +32,7 @@ CFG = model_config.ModelConfig(
 )
 DRAFTER = drafter.of_target(CFG)
 SIZES = engine_programs.EngineConfig(
-    max_rows=2,
+    max_rows=1,
     max_length=40,
     page_size=16,
     steps_per_call=8,
@@ -49,7 +49,7 @@ def weights():
 
 def requests():
     rng = np.random.default_rng(0)
-    for i, (length, limit) in enumerate(((19, 12), (1, 20), (6, 20))):
+    for i, (length, limit) in enumerate(((19, 8), (6, 20))):
         prompt = rng.integers(3, CFG.vocab_size, length).astype(np.int32)
         yield types.Request(7 * i, i, 0, prompt, limit)
 
@@ -76,7 +76,7 @@ def expected():
 
 @pytest.mark.parametrize(
     ("attention", "table"),
-    [("mosaic_tpu_interpreted", ("2:D3K2V6",)), ("triton_gpu_interpreted", None)],
+    [("mosaic_tpu_interpreted", ("1:D2K2V4",)), ("triton_gpu_interpreted", None)],
 )
 def test_an_engine_with_kernels_draws_the_same_tokens(expected, attention, table):
     completions, stats = run(attention, table)
