@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from tlt_jax.cpu_kernels import choice, ffi, product
-from tlt_jax.models import layers
+from tlt_jax.models import kernels, layers
 
 pytestmark = pytest.mark.skipif(
     not ffi.is_supported(), reason="no native kernels on this machine"
@@ -182,10 +182,11 @@ def test_fresh_processes_load_it_from_the_cache_and_need_no_threads(tmp_path):
 
 
 def test_layers_take_it_for_few_columns_only():
+    native = kernels.Kernels(products="native")
     weight = draw(12, 8)
     for columns, is_native in ((256, True), (257, False)):
         x = draw(8, columns, 1)
-        text = jax.jit(lambda w, x: layers.product(w, x, "native")).lower(weight, x)
+        text = jax.jit(lambda w, x: layers.product(w, x, native)).lower(weight, x)
         assert ("tlt_jax_product" in text.as_text()) == is_native
     assert "tlt_jax" not in jax.jit(layers.product).lower(weight, x[:, :1]).as_text()
 

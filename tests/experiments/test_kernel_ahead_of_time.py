@@ -57,10 +57,10 @@ def test_the_table_has_every_chip_and_no_copy_of_the_cache():
     for row in rows:
         spec = arg_specs.by_name(row["arguments"])
         assert int(row["minimal_bytes"]) == spec.minimal_bytes
-        assert int(row["temp_bytes"]) < spec.minimal_bytes / 10, row
-        # Blocks of a prefill's queries read the past once each.
-        if spec.kind == "tree" or spec.num_tokens == 1:
-            assert 1 <= float(row["bytes_ratio"]) < 1.35, row
+        # Blocks of a prefill's queries read the past once each, and queries count.
+        few = spec.kind == "tree" or spec.num_tokens == 1
+        assert int(row["temp_bytes"]) < spec.minimal_bytes * (0.1 if few else 0.9)
+        assert 1 <= float(row["bytes_ratio"]) < (1.4 if few else 10), row
 
 
 @pytest.fixture

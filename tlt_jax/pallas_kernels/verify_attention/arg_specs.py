@@ -65,19 +65,21 @@ class ArgSpec:
     @property
     def minimal_bytes(self) -> int:
         """What has to be moved: cached and fresh columns, queries and output, once."""
-        near = [
-            length if self.window is None else min(length, self.window)
-            for length in self.lengths
-        ]
-        columns = self.num_kv * (sum(near) + self.batch * self.num_tokens)
+        columns = self.num_kv * (self._num_near + self.batch * self.num_tokens)
         queries = self.batch * self.num_kv * self.group * self.num_tokens
         return 2 * (columns + queries) * self.head_dim * jnp.dtype(self.dtype).itemsize
 
     @property
     def minimal_flops(self) -> int:
         """Products of queries with cached keys and of weights with cached values."""
-        scores = sum(self.lengths) * self.num_kv * self.group * self.num_tokens
+        scores = self._num_near * self.num_kv * self.group * self.num_tokens
         return 4 * scores * self.head_dim
+
+    @property
+    def _num_near(self) -> int:
+        """Cached positions that some query of their row sees."""
+        most = max(self.lengths) if self.window is None else self.window
+        return sum(min(length, most) for length in self.lengths)
 
 
 _decode = dict(num_tokens=1, kind="causal")
