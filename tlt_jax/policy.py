@@ -61,12 +61,15 @@ class Policy:
         Returns:
           A `rollout.Engine`; it compiles what it needs when it needs it.
         """
+        # On TPUs the attention kernel takes pages of a whole tile.
+        page_size = 128 if jax.default_backend() == "tpu" else 64
+        defaults = dict(eos_ids=self.eos_ids, dtype=self.precision, page_size=page_size)
         engine = rollout.Engine(
             self.config,
             engine_programs.EngineConfig(
                 max_rows=max_rows,
                 max_length=max_length,
-                **{"eos_ids": self.eos_ids, "dtype": self.precision} | settings,
+                **defaults | settings,
             ),
             drafting_cfg=speculation and speculation.drafting_cfg,
             decode_text=self.tokenizer.decode,

@@ -9,13 +9,10 @@ from tlt_jax.cpu_kernels import choice
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 
 _INTERPRETED = "_interpreted"
+_KERNELS = ("mosaic_tpu", "triton_gpu")
 ATTENTION_CHOICES = (
-    "auto",
-    "portable",
-    "mosaic_tpu",
-    "triton_gpu",
-    "mosaic_tpu_interpreted",
-    "triton_gpu_interpreted",
+    *("auto", "portable", *_KERNELS),
+    *(name + _INTERPRETED for name in _KERNELS),
 )
 
 
@@ -87,6 +84,3 @@ def _choose_attention(
             f"'auto', 'portable' and {', '.join(map(repr, works))} work."
         )
     return verify_attention.Implementation(name, interpret, mesh, rules)
-
-
-_KERNELS = ("mosaic_tpu", "triton_gpu")

@@ -129,7 +129,8 @@ def obstacle(query_shape, dtype, page_size: int, max_pages: int) -> str | None:
     if page_size % _LANES and query_shape[4] % _LANES:
         return (
             f"pages of {page_size} slots of {query_shape[4]} features would be copied "
-            "into another layout at every call: set cache.page_size=128"
+            "into another layout at every call: set cache.page_size=128 (texts."
+            "page_size where a drafter is trained)"
         )
     if query_shape[3] > 1:
         needed = plan(query_shape, dtype, page_size, max_pages).vmem_bytes
