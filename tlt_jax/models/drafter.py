@@ -305,15 +305,7 @@ def embed(target: model_params.Params, tokens: Array, dtype=jnp.float32) -> Arra
 
 
 def head_rows(target: model_params.Params, draft_ids: Array | None) -> Array:
-    """Take the rows of the target's head that the drafter proposes from.
-
-    Args:
-      target: the target's weights.
-      draft_ids: `[Vd] int32` or None: all.
-
-    Returns:
-      `[Vd, D]`.
-    """
+    """Take the rows `[Vd, D]` of the target's head that `draft_ids [Vd]` name, or all."""
     return target.head if draft_ids is None else target.head[draft_ids]
 
 
@@ -388,16 +380,9 @@ def forward(
     visible = attention.Visibility() if visibility is None else visibility
 
     def attend(query, keys, values):
+        options = dict(kernel=kernels.attention, with_log_normaliser=past is not None)
         partial = transformer.attend_parts(
-            query,
-            keys,
-            values,
-            positions,
-            visible,
-            view,
-            0,
-            kernel=kernels.attention,
-            with_log_normaliser=past is not None,
+            query, keys, values, positions, visible, view, 0, **options
         )
         if past is None:
             return partial
