@@ -305,7 +305,7 @@ def embed(target: model_params.Params, tokens: Array, dtype=jnp.float32) -> Arra
 
 
 def head_rows(target: model_params.Params, draft_ids: Array | None) -> Array:
-    """Take the rows `[Vd, D]` of the target's head that `draft_ids [Vd]` name, or all."""
+    """Take the rows `[Vd, D]` of the head that `draft_ids [Vd]` name; None: all."""
     return target.head if draft_ids is None else target.head[draft_ids]
 
 
