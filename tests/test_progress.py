@@ -89,6 +89,46 @@ def test_live_display_shows_steps_and_stage():
         assert part in text
 
 
+TLT_ROW = ROW | {
+    "specdec/num_accepted": [10, 9],
+    "specdec/accept_length": 1.9,
+    "drafter/version": 12,
+    "workers/idle_s": 4.0,
+    "workers/trained_s": 3.0,
+    "workers/idle_frac": 0.25,
+}
+
+
+def test_speculation_and_workers_have_cells_where_there_are_any():
+    text = progress.line(TLT_ROW, 4, 10)
+    assert "| accept 1.90 | drafter v12 | idle (trained) 25% (75%) |" in text
+    out = console(terminal=True)
+    with progress.Progress(10, console=out) as shown:
+        for row in (ROW, TLT_ROW | {"reward/mean": 0.5}):
+            shown.step(row)
+        shown.stage("rollout")
+        shown.watch(lambda: progress.Workers(["busy", "training", "busy"], 12))
+        with out.capture() as capture:
+            out.print(shown._render())
+        shown.watch(lambda: None)
+        with out.capture() as later:
+            out.print(shown._render())
+    text = capture.get()
+    for part in ("1.90", "v12", "25% (75%)", "▁█", "0.406 to 0.500", "●"):
+        assert part in text, part
+    assert "2 busy, 1 training, 0 idle, drafter v12" in text
+    assert "busy" not in later.get()
+    plain = progress.Workers(["lost", "idle"])
+    assert str(plain) == "0 busy, 0 training, 1 idle, 1 lost"
+
+
+def test_curve_has_means_of_neighbours():
+    assert progress.curve([0.0, 1.0, 2.0, 3.0], 4) == "▁▃▆█"
+    assert progress.curve([0.0, 2.0, 4.0, 6.0], 2) == "▁█"
+    assert progress.curve([1.0, float("nan"), 1.0], 8) == "▁▁"
+    assert progress.curve([], 8) == ""
+
+
 def test_off_prints_nothing():
     out = console(terminal=True)
     with progress.Progress(10, mode="off", console=out) as shown:

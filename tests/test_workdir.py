@@ -125,7 +125,9 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 def batch():
     made = [
-        types.Completion(7, np.array([5, 6], np.int32), np.zeros(2), "eos"),
+        types.Completion(
+            7, np.array([5, 6], np.int32), np.zeros(2), "eos", np.array([False, True])
+        ),
         types.Completion(8, np.array([9], np.int32), np.zeros(1), "length"),
     ]
     example = types.Example("sums/1", "1+1=", "2")
@@ -138,7 +140,7 @@ def test_completions_are_written_a_line_each(tmp_path):
         workdir.write_rollouts(tmp_path, 12, batch(), lambda tokens: f"≈{len(tokens)}")
     text = (tmp_path / "rollouts" / "step_000012.jsonl").read_text("utf-8")
     assert "≈2" in text
-    shared = {"example_id": "sums/1", "answer": "2"}
+    shared = {"example_id": "sums/1", "prompt": "1+1=", "answer": "2"}
     assert [json.loads(line) for line in text.splitlines()] == [
         shared
         | {
@@ -147,6 +149,8 @@ def test_completions_are_written_a_line_each(tmp_path):
             "num_tokens": 2,
             "finish_reason": "eos",
             "text": "≈2",
+            "tokens": [5, 6],
+            "drafted": [[1, 2]],
         },
         shared
         | {
@@ -155,5 +159,16 @@ def test_completions_are_written_a_line_each(tmp_path):
             "num_tokens": 1,
             "finish_reason": "length",
             "text": "≈1",
+            "tokens": [9],
+            "drafted": None,
         },
     ]
+
+
+def test_runs_of_drafted_tokens():
+    assert workdir._runs(np.array([1, 1, 0, 1, 0, 0, 1, 1], bool)) == [
+        [0, 2],
+        [3, 4],
+        [6, 8],
+    ]
+    assert workdir._runs(np.zeros(3, bool)) == []

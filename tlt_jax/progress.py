@@ -1,9 +1,11 @@
 """What a person sees while a run goes on: a live display, or one line per RL step."""
 
 import collections
+import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import rich.box
@@ -16,14 +18,46 @@ _SHOWN_STEPS = 10
 _PLAIN_EVERY_S = 30.0
 _BAR = 24
 _SPLIT = ("rollout", "reward", "inference", "update", "sync", "compile")
+# What workers do, as the coordinator names it, with its mark and colour.
+_LOOK = {
+    "busy": ("●", "blue"),
+    "training": ("◆", "green"),
+    "idle": ("○", "dim"),
+    "lost": ("✗", "red"),
+}
+_MANY_WORKERS = 32
+_LEVELS = "▁▂▃▄▅▆▇█"
+_CURVE = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """What the rollout workers do at a moment.
+
+    Attributes:
+      activities: of each worker: busy, training, idle or lost.
+      drafter_version: of the drafter that they speculate with; -1: none.
+    """
+
+    activities: Sequence[str]
+    drafter_version: int = -1
+
+    def __str__(self) -> str:
+        counts = collections.Counter(self.activities)
+        shown = [name for name in _LOOK if counts[name] or name != "lost"]
+        parts = [f"{counts[name]} {name}" for name in shown]
+        if self.drafter_version >= 0:
+            parts.append(f"drafter v{self.drafter_version}")
+        return ", ".join(parts)
 
 
 class Progress:
     """Shows a run. Use as a context manager, or call `close`.
 
     On a terminal a display is redrawn in place: the run's bar and remaining time, the
-    current step's stage, the latest steps. Elsewhere each step prints one line, and a
-    long stage a line every 30 s.
+    reward so far, the current step's stage and what the workers do at this moment, the
+    latest steps. Elsewhere each step prints one line, and a long stage a line every
+    30 s.
     """
 
     def __init__(
@@ -46,6 +80,8 @@ class Progress:
         self._num_steps, self._done = num_steps, first_step
         self._clock = clock
         self._rows: collections.deque = collections.deque(maxlen=_SHOWN_STEPS)
+        self._rewards: list[float] = []
+        self._look: Callable[[], Workers | None] | None = None
         self._stage, self._detail, self._fraction = "starting", "", None
         self._stage_since = self._printed_at = clock()
         self._plain = mode == "plain" or not self._console.is_terminal
@@ -77,6 +113,15 @@ class Progress:
         self._done = step
         self.note(f"resuming after step {step} of {self._num_steps}")
 
+    def watch(self, look: Callable[[], Workers | None]) -> None:
+        """Show what the workers do.
+
+        Args:
+          look: says it; None while they have nothing to do with the run. Called from
+            the display's thread, several times a second.
+        """
+        self._look = look
+
     def stage(self, name: str) -> None:
         """Say what the run does now: rollout, reward, update, ..."""
         self._stage, self._detail, self._fraction = name, "", None
@@ -89,9 +134,11 @@ class Progress:
         now = self._clock()
         if self._plain and not self._off and now - self._printed_at > _PLAIN_EVERY_S:
             self._printed_at = now
+            seen = self._seen()
             self._print(
                 f"  step {self._done + 1}: {self._stage} {self._detail} after "
                 f"{duration(now - self._stage_since)}"
+                + (f"; workers: {seen}" if seen else "")
             )
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -102,6 +149,8 @@ class Progress:
         """
         self._done += 1
         self._rows.append(dict(row))
+        if row.get("reward/mean") is not None:
+            self._rewards.append(float(row["reward/mean"]))
         self.stage("next step" if self._done < self._num_steps else "finishing")
         if self._plain and not self._off:
             self._print(line(row, self._done, self._num_steps, self.remaining_s()))
@@ -122,6 +171,9 @@ class Progress:
             return None
         return max(0.0, statistics.median(times)) * (self._num_steps - self._done)
 
+    def _seen(self) -> Workers | None:
+        return self._look() if self._look is not None else None
+
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
@@ -132,12 +184,22 @@ class Progress:
         head.append(_bar(self._done / max(1, self._num_steps)), "cyan")
         if remaining is not None and self._done < self._num_steps:
             head.append(f"  {duration(remaining)} left")
+        if len(self._rewards) > 1:
+            low, high = min(self._rewards), max(self._rewards)
+            head.append("\nreward ")
+            head.append(curve(self._rewards, _CURVE), "cyan")
+            head.append(f"  {low:.3f} to {high:.3f}", "dim")
         if self._stage:
             spent = duration(self._clock() - self._stage_since)
             head.append(f"\n{self._stage} {spent} ", "dim")
             if self._fraction is not None:
                 head.append(_bar(self._fraction), "green")
             head.append(f" {self._detail}", "dim")
+        if (seen := self._seen()) is not None:
+            head.append("\nworkers ")
+            for activity in seen.activities[:_MANY_WORKERS]:
+                head.append(*_LOOK[activity])
+            head.append(f"  {seen}", "dim")
         return rich.console.Group(_table(list(self._rows)), head)
 
 
@@ -152,6 +214,22 @@ def line(
     if remaining_s is not None and done < num_steps:
         cells.append(f"{duration(remaining_s)} left")
     return " | ".join(cells)
+
+
+def curve(values: Sequence[float], width: int) -> str:
+    """Draw values as a line of bars, means of neighbours where there are too many."""
+    values = [value for value in values if math.isfinite(value)]
+    count = min(width, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)] if count else []
+    means = [
+        statistics.fmean(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    low = min(means, default=0.0)
+    span = max(means, default=0.0) - low
+    top = len(_LEVELS) - 1
+    return "".join(
+        _LEVELS[round((mean - low) / span * top) if span else 0] for mean in means
+    )
 
 
 def duration(seconds: float) -> str:
@@ -178,9 +256,21 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         seconds = row.get(f"time/{part}_s")
         if total and seconds and seconds / total >= 0.01:
             split.append(f"{part} {seconds / total:.0%}")
+    version, idle = row.get("drafter/version"), row.get("workers/idle_frac")
+    free_s, trained_s = row.get("workers/idle_s"), row.get("workers/trained_s")
+    waited = ""
+    if free_s:
+        # Of the time without requests, what the drafter was trained in.
+        waited = f"{idle:.0%} ({(trained_s or 0.0) / free_s:.0%})"
     return {
         "reward": f"{reward} ± {std}" if std else reward,
         "length": "/".join(lengths) if all(lengths) else lengths[0],
+        # Without speculation the record has a 1, which would tell nothing.
+        "accept": number("specdec/accept_length", ".2f")
+        if row.get("specdec/num_accepted")
+        else "",
+        "drafter": "" if version is None else f"v{version}",
+        "idle (trained)": waited,
         "tok/s": number("rollout/tokens_per_s", ",.0f"),
         "time": "" if total is None else duration(total),
         "of it": ", ".join(split),
@@ -189,11 +279,19 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _table(rows) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    names = ("step", "reward", "length mean/p95/max", "tok/s", "time", "of it")
-    for name in names:
-        table.add_column(name, justify="left" if name == "of it" else "right")
-    for row in rows:
-        table.add_row(str(row.get("step", "")), *_cells(row).values())
+    cells = [_cells(row) for row in rows]
+    optional = ("accept", "drafter", "idle (trained)")
+    names = [
+        name
+        for name in _cells({})
+        if name not in optional or any(cell[name] for cell in cells)
+    ]
+    for name in ("step", *names):
+        title = "length mean/p95/max" if name == "length" else name
+        last = name == "of it"
+        table.add_column(title, justify="left" if last else "right", no_wrap=not last)
+    for row, cell in zip(rows, cells, strict=True):
+        table.add_row(str(row.get("step", "")), *(cell[name] for name in names))
     return table
 
 

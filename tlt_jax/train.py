@@ -21,6 +21,7 @@ from tlt_jax import (
     plots,
     progress,
     rollout_parts,
+    step_record,
     wandb_log,
     workdir,
 )
@@ -126,6 +127,7 @@ class Trainer:
         meshes = weight_sync.engine_meshes(mesh, run.workers.num)
         self.speculation = rollout_parts.make_speculation(run, self.model)
         self.workers = self._make_workers(meshes)
+        self.display.watch(self._seen)
         self.adaptation = self._make_adaptation()
         if self.adaptation is not None:
             closing.callback(self.adaptation.close)
@@ -263,16 +265,8 @@ class Trainer:
         self.step += 1
         if run.eval.every and self.step % run.eval.every == 0:
             row |= timer.time("eval", self.evaluate)
-        row = _absent() | {"step": self.step} | row | timer.row()
-        if "specdec/num_accepted" in row:
-            counts = row["specdec/num_accepted"]
-            row["specdec/accept_length"] = rollout_stats.accept_length(counts)
-            row["specdec/accept_rate_by_depth"] = rollout_stats.accept_rates(
-                counts, row["specdec/num_tried"]
-            )
-        row["time/step_s"] = time.perf_counter() - started
-        seconds = max(row["time/rollout_s"], 1e-9)
-        row["rollout/tokens_per_s"] = row["rollout/tokens"] / seconds
+        elapsed_s = time.perf_counter() - started
+        row = step_record.complete(row, self.step, timer.row(), elapsed_s)
         self._write(row, everything)
         self.display.step(row)
         if run.checkpoint.every and self.step % run.checkpoint.every == 0:
@@ -361,6 +355,14 @@ class Trainer:
             self._stage = (self.step, stage)
             self.display.stage(stage)
         self.display.within(done, total, detail)
+
+    def _seen(self) -> progress.Workers | None:
+        """What the workers do at this moment; None between rollouts."""
+        state = self.workers.coordination.state
+        if not state.rolling:
+            return None
+        activities = tuple(str(worker.activity) for worker in state.workers)
+        return progress.Workers(activities, self.workers.drafter_version)
 
     def _draw(self) -> None:
         if not self.group.is_first:
@@ -482,19 +484,3 @@ class Trainer:
                 "tuners": [tuner.state() for tuner in self.speculation.tuners],
             },
         )
-
-
-def _absent() -> dict[str, Any]:
-    """Return a record of all names, with what holds where nothing else is known.
-
-    That is: no speculation, no idle workers, and no update (of a step in which no group
-    carried signal).
-    """
-    return dict.fromkeys(sorted(metrics.NAMES)) | {
-        "specdec/accept_length": 1.0,
-        "specdec/accept_rate_by_depth": [],
-        "specdec/strategy": "none",
-        "workers/idle_s": 0.0,
-        "workers/trained_s": 0.0,
-        "workers/idle_frac": 0.0,
-    }

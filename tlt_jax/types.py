@@ -77,12 +77,16 @@ class Completion:
       logprobs: `[n] float32`, natural log of the probability of each token under the
         sampling law (after temperature, top-k, top-p and min-p).
       finish_reason: `eos`, `stop` (a stop string appeared) or `length`.
+      was_drafted: `[n] bool`: the token had been drafted, and the target accepted it.
+        It says how the text was found and not what it is: another batch or drafter has
+        others. None: nobody noted it.
     """
 
     request_id: int
     tokens: np.ndarray
     logprobs: np.ndarray
     finish_reason: FinishReason
+    was_drafted: np.ndarray | None = None
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,11 @@ def write_rollouts(
     batch: experience.Experience,
     decode_text: Callable[[Sequence[int]], str],
 ) -> None:
-    """Write a step's completions to `rollouts/step_N.jsonl`, one line each."""
+    """Write a step's completions to `rollouts/step_N.jsonl`, one line each.
+
+    `drafted` lists the runs of tokens that a draft had guessed, as `[first, end)`
+    indices of `tokens`; null where it was not noted.
+    """
     path = workdir / "rollouts" / f"step_{step:06d}.jsonl"
     rewards = batch.rewards.reshape(-1)
     with writing(path), _new_file(path) as file:
@@ -101,8 +105,11 @@ def write_rollouts(
                 "reward": float(rewards[i]),
                 "num_tokens": len(completion.tokens),
                 "finish_reason": completion.finish_reason,
+                "prompt": prompt.example.prompt,
                 "answer": prompt.example.answer,
                 "text": decode_text(completion.tokens),
+                "tokens": [int(token) for token in completion.tokens],
+                "drafted": _runs(completion.was_drafted),
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -128,6 +135,19 @@ def write_timeline(
     path = workdir / TIMELINE
     with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def _runs(flags: Sequence[bool] | None) -> list[list[int]] | None:
+    """Return where runs of true values begin and end."""
+    if flags is None:
+        return None
+    runs: list[list[int]] = []
+    for index, flag in enumerate(flags):
+        if flag and runs and runs[-1][1] == index:
+            runs[-1][1] += 1
+        elif flag:
+            runs.append([index, index + 1])
+    return runs
 
 
 def _new_file(path: pathlib.Path) -> TextIO:

@@ -67,6 +67,15 @@ def assert_equal(completions, expected):
         np.testing.assert_allclose(completion.logprobs, wanted.logprobs, atol=1e-5)
 
 
+def assert_notes_what_was_drafted(completions, stats):
+    """As many as the steps say, but for what limits cut off the last step of a row."""
+    noted = sum(int(c.was_drafted.sum()) for c in completions)
+    assert all(len(c.was_drafted) == len(c.tokens) for c in completions)
+    most = max(len(stats.num_accepted) - 1, 1)
+    accepted = sum(stats.num_accepted[1:])
+    assert 0 < noted <= accepted and accepted - noted <= most * len(completions)
+
+
 @pytest.mark.parametrize(
     "table,changes",
     [
@@ -88,6 +97,7 @@ def test_tokens_are_those_of_plain_decoding(expected, table, changes):
     assert used and used <= {entry.split(":")[1] for entry in TABLES[table]}
     assert stats.num_accepted[0] > 0 and stats.accept_length > 1
     assert all(0 <= rate <= 1 for rate in stats.accept_rates())
+    assert_notes_what_was_drafted(completions, stats)
     if changes.get("max_rows") == 3:
         assert stats.num_preempted > 0
     # Once more: nothing that the first run left behind shows.

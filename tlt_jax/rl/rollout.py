@@ -28,7 +28,7 @@ from tlt_jax.rl import (
     scheduler,
     stopping,
 )
-from tlt_jax.specdec import decode, hidden_buffer, noise, programs
+from tlt_jax.specdec import decode, hidden_buffer, noise, programs, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuner as tuner_lib
 
@@ -285,6 +285,7 @@ class Engine:
                     np.asarray(row.tokens, np.int32),
                     np.asarray(row.logprobs, np.float32),
                     reason,
+                    np.asarray(row.was_drafted, bool),
                 )
                 text = None
                 if on_text and capture.is_chosen(completion.request_id, capture_frac):
@@ -358,13 +359,13 @@ class Engine:
         )
         quota = scheduler.finish_quota(len(rows), plan.num_waiting, cfg.max_rows)
         limits = np.int32(cfg.steps_per_call), np.int32(quota)
-        accepted = ()
         if strategy is None:
             emitted, elapsed = self._plain(inputs, batch, limits)
+            accepted, was_drafted = (), np.zeros(emitted.tokens.shape, bool)
         else:
-            emitted, accepted, elapsed = self._speculate(
-                rows, inputs, batch, limits, strategy
-            )
+            result, elapsed = self._speculate(rows, inputs, batch, limits, strategy)
+            emitted, was_drafted = result.emitted, result.was_drafted
+            accepted = tuple(result.num_accepted.tolist())
         call = tuner_lib.Call(
             num_rows=len(rows),
             bucket=batch,
@@ -383,6 +384,7 @@ class Engine:
             count = int(emitted.counts[i])
             row.tokens.extend(emitted.tokens[i, :count].tolist())
             row.logprobs.extend(emitted.logprobs[i, :count].tolist())
+            row.was_drafted.extend(was_drafted[i, :count].tolist())
             row.length += count
             reason = stopping.finish(
                 row,
@@ -405,7 +407,7 @@ class Engine:
 
     def _speculate(
         self, rows, inputs, batch, limits, strategy
-    ) -> tuple[decode.Emitted, tuple[int, ...], float]:
+    ) -> tuple[speculate.Speculated, float]:
         state, max_length = self._drafting, self.engine_cfg.max_length
         program = self.pool.get(
             *self.programs.speculative_decode(self._params, batch, strategy)
@@ -419,7 +421,7 @@ class Engine:
         result = jax.device_get(result)
         elapsed = time.perf_counter() - started
         state.took(rows, result)
-        return result.emitted, tuple(result.num_accepted.tolist()), elapsed
+        return result, elapsed
 
     def _require_params(self) -> None:
         if self._params is None:

@@ -58,6 +58,7 @@ class Row:
     Attributes:
       request: what is asked for.
       tokens, logprobs: drawn so far.
+      was_drafted: for each of those whether a draft had guessed it.
       pages: held, in order of position; empty while waiting.
       length: cached positions.
       drafted: positions in the drafter's cache.
@@ -66,6 +67,7 @@ class Row:
     request: types.Request
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    was_drafted: list[bool] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     length: int = 0
     drafted: int = 0

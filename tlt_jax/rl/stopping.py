@@ -28,7 +28,7 @@ def finish(
     """
     length = _stop_length(row.tokens, num_new, stop, decode_text)
     if length is not None and not (ended and length == len(row.tokens)):
-        del row.tokens[length:], row.logprobs[length:]
+        del row.tokens[length:], row.logprobs[length:], row.was_drafted[length:]
         return "stop"
     if ended:
         return "eos"

@@ -58,6 +58,17 @@ class Emitted:
     num_steps: Array
 
 
+def nothing(batch: int, max_steps: int) -> Emitted:
+    """Make what a call of `batch` rows has drawn when it begins."""
+    return Emitted(
+        tokens=jnp.zeros((batch, max_steps), jnp.int32),
+        logprobs=jnp.zeros((batch, max_steps), jnp.float32),
+        counts=jnp.zeros((batch,), jnp.int32),
+        ended=jnp.zeros((batch,), bool),
+        num_steps=jnp.int32(0),
+    )
+
+
 def decode(
     params: model_params.Params,
     cache: kv_cache.PagedCache,
@@ -102,13 +113,7 @@ def decode(
         rows.lengths,
         rows.pending,
         rows.remaining > 0,
-        Emitted(
-            tokens=jnp.zeros((batch, max_steps), jnp.int32),
-            logprobs=jnp.zeros((batch, max_steps), jnp.float32),
-            counts=jnp.zeros((batch,), jnp.int32),
-            ended=jnp.zeros((batch,), bool),
-            num_steps=jnp.int32(0),
-        ),
+        nothing(batch, max_steps),
     )
     num_alive = jnp.sum(rows.remaining > 0)
 

@@ -121,14 +121,35 @@ class Speculated:
       emitted: tokens, as of plain decoding.
       num_accepted: `[A] int32`: how often, over live rows and steps, at least d drafted
         tokens were accepted; entry 0 counts the row-steps.
+      was_drafted: `[B, max_tokens] bool`: the token had been drafted, and accepted.
       draft_lengths: `[B] int32`, positions in the drafter's cache now, or None.
       outcomes: what became of suffix matches, added to what was given; or None.
     """
 
     emitted: decode.Emitted
     num_accepted: Array
+    was_drafted: Array
     draft_lengths: Array | None
     outcomes: Array | None
+
+
+@struct.dataclass
+class Step:
+    """One step with all that it saw.
+
+    Attributes:
+      tree: what the target read.
+      logprobs: `[B, W, V] float32`, its law behind every node.
+      noise: `[B, A, V] float32`, of the tokens behind depths 0 to A - 1.
+      walk: the path that its draws took.
+      result: as of a call.
+    """
+
+    tree: tree_lib.DraftTree
+    logprobs: Array
+    noise: Array
+    walk: verify.Walk
+    result: Speculated
 
 
 @struct.dataclass
@@ -141,6 +162,7 @@ class _State:
     matching: Matching | None
     emitted: decode.Emitted
     num_accepted: Array
+    was_drafted: Array
 
 
 def run(
@@ -169,9 +191,44 @@ def run(
     Returns:
       The caches, and what was drawn.
     """
-    batch, most = rows.lengths.shape[0], settings.strategy.max_accept_length
     num_alive = jnp.sum(rows.remaining > 0)
-    start = _State(
+
+    def keep_on(state):
+        still = jnp.sum(state.alive)
+        going = (still > 0) & (num_alive - still < finish_quota)
+        return going & (jnp.max(state.emitted.counts) < token_limit)
+
+    def step(state):
+        return _step(params, state, rows, draft, token_limit, settings)[0]
+
+    start = _begin(caches, rows, draft, matching, settings)
+    state = lax.while_loop(keep_on, step, start)
+    return state.caches, _result(state)
+
+
+def run_step(
+    params: model_params.Params,
+    caches: Caches,
+    rows: decode.Rows,
+    draft: Draft | None,
+    matching: Matching | None,
+    *,
+    settings: Settings,
+) -> tuple[Caches, Step]:
+    """Take one step of `run`, and show it.
+
+    The arguments are those of `run`, with the rule `keyed` and a temperature above 0.
+    """
+    assert settings.keyed and settings.sampling_cfg.temperature > 0, settings
+    start, limit = _begin(caches, rows, draft, matching, settings), settings.max_tokens
+    state, chance, read = _step(params, start, rows, draft, limit, settings)
+    laws = read.law.logprobs()
+    return state.caches, Step(read.tree, laws, chance, read.walk, _result(state))
+
+
+def _begin(caches, rows, draft, matching, settings) -> _State:
+    batch, most = rows.lengths.shape[0], settings.strategy.max_accept_length
+    return _State(
         caches=caches,
         lengths=rows.lengths,
         pending=rows.pending,
@@ -180,34 +237,26 @@ def run(
         if settings.strategy.drafts
         else None,
         matching=matching if settings.strategy.matches else None,
-        emitted=decode.Emitted(
-            tokens=jnp.zeros((batch, settings.max_tokens), jnp.int32),
-            logprobs=jnp.zeros((batch, settings.max_tokens), jnp.float32),
-            counts=jnp.zeros((batch,), jnp.int32),
-            ended=jnp.zeros((batch,), bool),
-            num_steps=jnp.int32(0),
-        ),
+        emitted=decode.nothing(batch, settings.max_tokens),
         num_accepted=jnp.zeros((most,), jnp.int32),
+        was_drafted=jnp.zeros((batch, settings.max_tokens), bool),
     )
 
-    def keep_on(state):
-        still = jnp.sum(state.alive)
-        return (
-            (jnp.max(state.emitted.counts) < token_limit)
-            & (still > 0)
-            & (num_alive - still < finish_quota)
-        )
 
-    def step(state):
-        chance = _chance(rows.keys, state.lengths, settings)
-        candidates, proposed = _propose(state, rows, draft, chance, settings)
-        read = _verify(params, state, rows, candidates, proposed, chance, settings)
-        return _advance(state, rows, candidates, proposed, read, token_limit, settings)
+def _step(params, state, rows, draft, token_limit, settings):
+    """Propose, verify, keep; second and third the noise and what was read."""
+    chance = _chance(rows.keys, state.lengths, settings)
+    candidates, proposed = _propose(state, rows, draft, chance, settings)
+    read = _verify(params, state, rows, candidates, proposed, chance, settings)
+    state = _advance(state, rows, candidates, proposed, read, token_limit, settings)
+    return state, chance, read
 
-    state = lax.while_loop(keep_on, step, start)
-    return state.caches, Speculated(
+
+def _result(state: _State) -> Speculated:
+    return Speculated(
         emitted=state.emitted,
         num_accepted=state.num_accepted,
+        was_drafted=state.was_drafted,
         draft_lengths=None if state.accepted is None else state.accepted.start,
         outcomes=None if state.matching is None else state.matching.outcomes,
     )
@@ -319,8 +368,10 @@ def _propose(
 
 @struct.dataclass
 class _Read:
-    """What the target made of the trees: its pass, and the walk."""
+    """What the target made of the trees: its pass, its laws, and the walk."""
 
+    tree: tree_lib.DraftTree
+    law: sampling.Law
     out: transformer.Output
     walk: verify.Walk
     logprobs: Array  # [B, A], of the tokens walked
@@ -353,7 +404,7 @@ def _verify(params, state, rows, candidates, proposed, chance, settings) -> _Rea
         # In a chain depth and node are one.
         drawn = walk.tokens
     logprobs = jnp.take_along_axis(law.logprob_of(drawn), walk.path, axis=1)
-    return _Read(out, walk, logprobs)
+    return _Read(tree, law, out, walk, logprobs)
 
 
 def _advance(state, rows, candidates, proposed, read, token_limit, settings) -> _State:
@@ -413,6 +464,7 @@ def _advance(state, rows, candidates, proposed, read, token_limit, settings) -> 
     last = jnp.maximum(count - 1, 0)[:, None]
     drawn_last = jnp.take_along_axis(walk.tokens, last, axis=1)[:, 0]
     reached = (walk.num_accepted[:, None] >= steps) & alive[:, None]
+    was_drafted = steps < walk.num_accepted[:, None]
     return _State(
         caches=caches,
         lengths=state.lengths + count,
@@ -422,6 +474,7 @@ def _advance(state, rows, candidates, proposed, read, token_limit, settings) -> 
         matching=matching,
         emitted=emitted,
         num_accepted=state.num_accepted + jnp.sum(reached, axis=0),
+        was_drafted=state.was_drafted.at[row, columns].set(was_drafted, mode="drop"),
     )
 
 

@@ -1,0 +1,44 @@
+"""The record of an RL step, completed from what its parts have said of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tlt_jax import metrics
+from tlt_jax.rl import rollout_stats
+
+
+def complete(
+    row: Mapping[str, Any], step: int, seconds: Mapping[str, float], elapsed_s: float
+) -> dict[str, Any]:
+    """Complete a step's record: every name that stays, and what follows from counts.
+
+    Args:
+      row: what the step's parts have said, by metric name.
+      step: RL steps done, this one included.
+      seconds: `time/<stage>_s`, of `clock.Clock.row`.
+      elapsed_s: of the whole step.
+
+    Returns:
+      The record. Where nothing else is known it says: no speculation, no idle workers,
+      and no update (of a step in which no group carried signal).
+    """
+    row = _absent() | {"step": step} | dict(row) | dict(seconds)
+    if "specdec/num_accepted" in row:
+        counts, tried = row["specdec/num_accepted"], row["specdec/num_tried"]
+        row["specdec/accept_length"] = rollout_stats.accept_length(counts)
+        row["specdec/accept_rate_by_depth"] = rollout_stats.accept_rates(counts, tried)
+    row["time/step_s"] = elapsed_s
+    rollout_s = max(row["time/rollout_s"], 1e-9)
+    row["rollout/tokens_per_s"] = row["rollout/tokens"] / rollout_s
+    return row
+
+
+def _absent() -> dict[str, Any]:
+    return dict.fromkeys(sorted(metrics.NAMES)) | {
+        "specdec/accept_length": 1.0,
+        "specdec/accept_rate_by_depth": [],
+        "specdec/strategy": "none",
+        "workers/idle_s": 0.0,
+        "workers/trained_s": 0.0,
+        "workers/idle_frac": 0.0,
+    }
