@@ -103,7 +103,7 @@ def _stop_after_parsing(module: str) -> None:
 
     from absl import app, flags
 
-    from tlt_jax import train
+    from tlt_jax import distributed, train
 
     def begin(run, directory):
         print(f"would train {run.num_steps} steps in {directory}")
@@ -122,6 +122,8 @@ def _stop_after_parsing(module: str) -> None:
 
     if module == "tlt_jax.main":
         train.train = begin
+        # No cluster is there to be joined.
+        distributed.initialize = lambda on_cluster=False: None
     else:
         app.run = parse
         argparse.ArgumentParser.parse_args = parse_and_exit

@@ -48,13 +48,36 @@ def environment(index, num, port):
     }
 
 
-def test_processes_join_and_share_arrays():
+def task_of_slurm(index, num, port):
+    """What `srun` says to a task; the job's number gives the port."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "SLURM_JOB_ID": str(port),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(num),
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+    }
+
+
+@pytest.mark.parametrize(
+    "environment_of,initialize",
+    [
+        (environment, "initialize()"),
+        pytest.param(
+            task_of_slurm, "initialize(on_cluster=True)", marks=pytest.mark.slow
+        ),
+    ],
+    ids=["launch", "slurm"],
+)
+def test_processes_join_and_share_arrays(environment_of, initialize):
     port = launch.free_port()
     members = [
         subprocess.Popen(
-            [sys.executable, "-c", MEMBER],
+            [sys.executable, "-c", MEMBER.replace("initialize()", initialize)],
             cwd=ROOT,
-            env=environment(i, 2, port),
+            env=environment_of(i, 2, port),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

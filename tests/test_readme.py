@@ -59,14 +59,22 @@ def commands(text: str) -> list[list[str]]:
 
 
 def split(line: str) -> list[list[str]]:
-    """Splits a shell line into the words of its commands."""
+    """Splits a shell line into the words of its commands.
+
+    Of what a cluster's launcher starts, the command behind the launcher.
+    """
     words, found = shlex.split(line, comments=True), [[]]
+    if words[:1] == ["gcloud"]:
+        started = [w for w in words if w.startswith("--command=")]
+        assert started, line
+        return split(started[0].removeprefix("--command="))
     for word in words:
         if word in ("&&", ";"):
             found.append([])
         else:
             found[-1].append(word)
-    return [command for command in found if command]
+    found = [command for command in found if command and command[0] != "cd"]
+    return [c[c.index("python") :] if c[0] == "srun" else c for c in found]
 
 
 DOCUMENTS = documents()
@@ -219,6 +227,30 @@ def test_files_that_the_readme_names_exist():
     assert named
     missing = sorted(name for name in named if not (ROOT / name).exists())
     assert not missing, f"README.md names {missing}, which are not there"
+
+
+def told_by_the_code() -> str:
+    """All texts in the package, with a gap where a value stands."""
+    texts = []
+    for path in sorted((ROOT / "tlt_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_messages_that_the_readme_explains_are_told():
+    """Every part of a quoted message between the values that stand in it."""
+    table = DOCUMENTS["README.md"].partition("## Troubleshooting")[2]
+    rows = re.findall(r"^\| (.*?) \|", table, re.M)[2:]
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    code = told_by_the_code()
+    assert len(quoted) > 15
+    for text in quoted:
+        parts = re.split(r"\.\.\.|\b[A-Z]+\b", text)
+        parts = [part.strip(" ,") for part in parts]
+        missing = [part for part in parts if len(part) > 3 and part not in code]
+        assert not missing, f"README explains {text!r}, but nothing says {missing}"
 
 
 def test_every_command_of_the_readme_is_of_a_kind_that_is_checked():

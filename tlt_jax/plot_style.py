@@ -1,5 +1,7 @@
 """The look of all plots: colours, axes, legends, and files replaced whole."""
 
+import dataclasses
+import io
 import os
 import pathlib
 
@@ -46,6 +48,27 @@ def finish(fig: figure_lib.Figure, axes: axes_lib.Axes) -> figure_lib.Figure:
     style(axes)
     legend(axes)
     return fig
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure as PNG; notebooks show it where it is the value of a cell.
+
+    Attributes:
+      png: the file's content.
+    """
+
+    png: bytes
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+
+def picture(drawn: figure_lib.Figure, dpi: int = 80) -> Picture:
+    """Render a figure."""
+    content = io.BytesIO()
+    drawn.savefig(content, format="png", dpi=dpi)
+    return Picture(content.getvalue())
 
 
 def save(drawn: figure_lib.Figure, path: pathlib.Path) -> None:

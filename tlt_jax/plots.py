@@ -34,15 +34,29 @@ def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     Returns:
       The files written.
     """
-    workdir = pathlib.Path(workdir)
-    rows = metrics.read(workdir)
-    directory = workdir / "plots"
+    drawn = figures(workdir)
+    directory = pathlib.Path(workdir) / "plots"
     directory.mkdir(exist_ok=True)
     written = []
+    for name, one in drawn.items():
+        written.append(directory / f"{name}.png")
+        plot_style.save(one, written[-1])
+    return written
+
+
+def figures(workdir: str | pathlib.Path) -> dict[str, figure.Figure]:
+    """Make every plot that the run's record has data for, by name.
+
+    Raises:
+      metrics.MetricsError: there is no record, or it is damaged.
+    """
+    workdir = pathlib.Path(workdir)
+    rows = metrics.read(workdir)
 
     def worker_timeline(_: Rows) -> figure.Figure | None:
         return timeline.draw(timeline.read(workdir))
 
+    made = {}
     for name, draw in (
         ("reward", reward),
         ("lengths", lengths),
@@ -54,10 +68,8 @@ def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     ):
         drawn = draw(rows)
         if drawn is not None:
-            path = directory / f"{name}.png"
-            plot_style.save(drawn, path)
-            written.append(path)
-    return written
+            made[name] = drawn
+    return made
 
 
 def reward(rows: Rows) -> figure.Figure | None:

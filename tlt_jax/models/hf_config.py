@@ -177,6 +177,7 @@ def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, An
     """Write a `config.json` that `transformers` 4 and 5 load as the same model.
 
     Args:
+      cfg: the model.
       dtype: of the weights beside it, `float32`, `bfloat16` or `float16`.
 
     Raises:

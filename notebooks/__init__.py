@@ -1,0 +1,1 @@
+"""Notebooks to be read, run and changed; `python -m notebooks` executes them."""

@@ -1,0 +1,274 @@
+"""A run's report: one HTML file that needs no server and loads nothing.
+
+`python -m tlt_jax.report --workdir=DIR [--out=FILE]` writes it at any time, while the
+run goes on too: reward, lengths, time split, accept length, what the workers did, and
+sample answers in which the tokens that a draft had guessed are coloured.
+"""
+
+import codecs
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from tlt_jax import command_line, metrics, plot_style, plots, progress, report_page
+from tlt_jax.models import tokenizer as model_tokenizer
+
+FILE = "report.html"
+_CAPTIONS = {
+    "reward": "Mean reward of a step's completions, and its spread.",
+    "lengths": "Tokens of a step's completions; the longest decide when it ends.",
+    "time_split": "Where a step's seconds go. Compilation stands apart.",
+    "accept_length": "Tokens that a pass of the target yields per row, on average.",
+    "policy": "Entropy, gradient norm, and how far the rollout's log-probabilities "
+    "are from the trainer's own.",
+    "drafter_training": "How good the drafter becomes that is trained in the run.",
+    "timeline": "What every worker did: all steps as shares, some of them in full.",
+}
+_COLUMNS = (
+    ("step", "step", "d"),
+    ("reward", "reward/mean", ".3f"),
+    ("length", "length/mean", ".0f"),
+    ("95 %", "length/p95", ".0f"),
+    ("longest", "length/max", ".0f"),
+    ("accept", "specdec/accept_length", ".2f"),
+    ("strategy", "specdec/strategy", "s"),
+    ("drafter", "drafter/version", "d"),
+    ("idle", "workers/idle_frac", ".0%"),
+    ("rollout s", "time/rollout_s", ".2f"),
+    ("update s", "time/update_s", ".2f"),
+    ("compile s", "time/compile_s", ".2f"),
+    ("step s", "time/step_s", ".2f"),
+    ("tokens/s", "rollout/tokens_per_s", ",.0f"),
+    ("mismatch", "mismatch/logprob_max_abs", ".1e"),
+)
+_SHOWN_ROWS = 100
+_DRAFTED = (
+    "Green: tokens that a draft had guessed and the target accepted. The others the "
+    "target drew itself. Without drafts the text would be the same."
+)
+
+
+def write(
+    workdir: str | pathlib.Path,
+    out: str | pathlib.Path | None = None,
+    num_answers: int = 8,
+) -> pathlib.Path:
+    """Write the report of a run.
+
+    Args:
+      workdir: a run's directory with at least one recorded step.
+      out: the file; None: `report.html` in the workdir. It is replaced whole.
+      num_answers: sample answers of the newest step whose completions were kept.
+
+    Returns:
+      The file.
+
+    Raises:
+      metrics.MetricsError: there is no record, or it is damaged.
+      OSError: the file cannot be written.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / FILE if out is None else pathlib.Path(out)
+    part = path.with_name(path.name + ".part")
+    part.write_text(page(workdir, num_answers), encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def page(workdir: pathlib.Path, num_answers: int = 8) -> str:
+    """Make the report's HTML; see `write`."""
+    rows = metrics.read(workdir)
+    if not rows:
+        raise metrics.MetricsError(
+            f"{workdir / metrics.FILE} has no step yet: wait for the first one."
+        )
+    config = _config(workdir)
+    pictures = [
+        (name, plot_style.picture(drawn, dpi=110).png, _CAPTIONS[name])
+        for name, drawn in plots.figures(workdir).items()
+    ]
+    parts = [
+        report_page.tiles(summary(rows)),
+        report_page.section("Plots", report_page.plots(pictures)),
+    ]
+    step, answers = sample_answers(workdir, num_answers)
+    if answers:
+        shown = "".join(map(report_page.answer, answers))
+        drafted = any(flag for one in answers for _, flag in one.pieces)
+        note = _DRAFTED if drafted else ""
+        parts.append(report_page.section(f"Answers of step {step}", shown, note))
+    names, cells = _table(rows)
+    left_out = len(rows) - len(cells)
+    told = f"The last {len(cells)} of {len(rows)} records." if left_out else ""
+    parts.append(report_page.section("Steps", report_page.table(names, cells), told))
+    if config:
+        parts.append(report_page.folded("Settings", json.dumps(config, indent=2)))
+    return report_page.page(
+        f"tlt_jax: {workdir.resolve().name}", _subtitle(rows, config), parts
+    )
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Say the run's most telling numbers, by what they are."""
+    steps = [row for row in rows if row.get("time/step_s") is not None]
+    told: dict[str, str] = {}
+    rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+    if rewards:
+        few = rewards[-min(10, max(len(rewards) // 5, 1)) :]
+        told["reward, first step"] = f"{rewards[0]:.3f}"
+        told[f"reward, last {len(few)}"] = f"{statistics.fmean(few):.3f}"
+    tokens = sum(row.get("rollout/tokens") or 0 for row in steps)
+    if tokens:
+        told["tokens drawn"] = f"{tokens:,}"
+    if steps:
+        times = [row["time/step_s"] - (row.get("time/compile_s") or 0) for row in steps]
+        told["a step, median, without compiling"] = progress.duration(
+            statistics.median(times)
+        )
+        told["compiling"] = progress.duration(
+            sum(row.get("time/compile_s") or 0 for row in steps)
+        )
+    drafted = [row for row in steps if row.get("specdec/num_accepted")]
+    if drafted:
+        passes = sum(row["specdec/num_accepted"][0] for row in drafted)
+        yielded = sum(sum(row["specdec/num_accepted"]) for row in drafted)
+        told["accept length"] = f"{yielded / passes:.2f}"
+    idle_s = sum(row.get("workers/idle_s") or 0 for row in steps)
+    if idle_s:
+        trained_s = sum(row.get("workers/trained_s") or 0 for row in steps)
+        told["of the workers' idle time, trained"] = f"{trained_s / idle_s:.0%}"
+    return told
+
+
+def sample_answers(
+    workdir: str | pathlib.Path, num: int
+) -> tuple[int, list[report_page.Answer]]:
+    """Choose completions of the newest step whose completions were kept.
+
+    Args:
+      workdir: the run's directory.
+      num: at most so many: the longest, then best to worst in even steps.
+
+    Returns:
+      The step, and the answers; none where no completions were kept.
+    """
+    files = sorted(pathlib.Path(workdir).glob("rollouts/step_*.jsonl"))
+    if not files or num < 1:
+        return 0, []
+    lines = files[-1].read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    tokenizer = model_tokenizer.from_directory(pathlib.Path(workdir) / "tokenizer")
+    longest = max(range(len(records)), key=lambda i: records[i]["num_tokens"])
+    ranked = sorted(
+        (i for i in range(len(records)) if i != longest),
+        key=lambda i: (-records[i]["reward"], i),
+    )
+    few = min(num - 1, len(ranked))
+    even = [ranked[i * (len(ranked) - 1) // max(few - 1, 1)] for i in range(few)]
+    chosen = [longest, *dict.fromkeys(even)]
+    step = int(files[-1].stem.removeprefix("step_"))
+    return step, [_answer(records[i], tokenizer, i == longest) for i in chosen]
+
+
+def pieces(
+    record: Mapping[str, Any], tokenizer: model_tokenizer.Tokenizer
+) -> list[tuple[str, bool]]:
+    """Cut a kept completion where tokens that were drafted begin and end.
+
+    A character whose bytes lie on both sides of a cut goes to the right.
+    """
+    tokens, drafted = record.get("tokens"), record.get("drafted")
+    if not tokens or drafted is None:
+        return [(record["text"], False)]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    cut: list[tuple[str, bool]] = []
+    at = 0
+    for first, end in [*drafted, (len(tokens), len(tokens))]:
+        for part, flag in ((tokens[at:first], False), (tokens[first:end], True)):
+            data = b"".join(tokenizer.token_bytes(token) for token in part)
+            if text := decoder.decode(data):
+                cut.append((text, flag))
+        at = end
+    if rest := decoder.decode(b"", final=True):
+        cut.append((rest, False))
+    return cut
+
+
+def _answer(record, tokenizer, is_longest) -> report_page.Answer:
+    drafted = record.get("drafted")
+    count = sum(end - first for first, end in drafted or ())
+    about = [
+        f"{record['num_tokens']} tokens",
+        f"ended by {record['finish_reason']}",
+    ]
+    if is_longest:
+        about.insert(0, "the longest")
+    if drafted is not None:
+        about.append(f"{count} drafted")
+    prompt = record.get("prompt", record["example_id"])
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return report_page.Answer(
+        ", ".join(about),
+        record["reward"],
+        prompt,
+        record["answer"],
+        pieces(record, tokenizer),
+    )
+
+
+def _table(rows) -> tuple[list[str], list[list[str]]]:
+    shown = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
+    last = rows[-_SHOWN_ROWS:]
+    cells = [[_cell(row.get(name), spec) for _, name, spec in shown] for row in last]
+    return [title for title, _, _ in shown], cells
+
+
+def _cell(value: Any, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def _config(workdir: pathlib.Path) -> dict[str, Any]:
+    path = workdir / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _subtitle(rows, config: Mapping[str, Any]) -> str:
+    told = [f"step {rows[-1]['step']} of {config.get('num_steps', '?')}"]
+    for name, section, key in (
+        ("model", "model", "spec"),
+        ("task", "task", "name"),
+        ("algorithm", "algorithm", "name"),
+        ("speculation", "specdec", "mode"),
+        ("workers", "workers", "num"),
+    ):
+        if section in config:
+            told.append(f"{name} {config[section][key]}")
+    if "seed" in config:
+        told.append(f"seed {config['seed']}")
+    return " · ".join(told)
+
+
+def _main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        command_line.fail(
+            f"unexpected argument {argv[1]!r}: every setting is a --flag."
+        )
+    try:
+        values = flags.FLAGS
+        print(write(values.workdir, values.out, values.num_answers))
+    except (metrics.MetricsError, OSError, ValueError) as error:
+        command_line.fail(error)
+
+
+if __name__ == "__main__":
+    # Here, because the run's program defines a flag of this name too.
+    flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+    flags.DEFINE_string("out", None, "The file; by default report.html in the workdir.")
+    flags.DEFINE_integer("num_answers", 8, "Sample answers shown.", lower_bound=0)
+    app.run(_main)

@@ -1,0 +1,275 @@
+"""One text decoded speculatively, a step at a time, with all that each step saw.
+
+For pictures and for looking at a drafter: the steps are those of the engine's programs,
+which take many of them on the device without a word.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tlt_jax import policy, speculation
+from tlt_jax.models import drafter, kv_cache
+from tlt_jax.specdec import decode, noise, propose, sampling, speculate, tree
+from tlt_jax.specdec import strategy as strategy_lib
+
+_PAGE_SIZE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of one row.
+
+    Attributes:
+      text: `[n] int32`, the row's tokens before the step; the last is the tree's root.
+      tokens: `[W] int32`, of the tree's nodes; the root first.
+      parents: `[W] int32`, of each node; the root is its own.
+      depths: `[W] int32`, 0 for the root.
+      valid: `[W] bool`, nodes that there are.
+      sees: `[W, W] bool`, which nodes each node attends to, beside the text.
+      logprobs: `[W, V] float32`, the target's law behind each node.
+      noise: `[A, V] float32`, Gumbel noise of the tokens behind depths 0 to A - 1.
+      drawn: `[W] int32`, the target's draw at each node.
+      path: `[A'] int32`, nodes accepted, the root first.
+      emitted: `[A'] int32`, tokens that the step adds to the text.
+    """
+
+    text: np.ndarray
+    tokens: np.ndarray
+    parents: np.ndarray
+    depths: np.ndarray
+    valid: np.ndarray
+    sees: np.ndarray
+    logprobs: np.ndarray
+    noise: np.ndarray
+    drawn: np.ndarray
+    path: np.ndarray
+    emitted: np.ndarray
+
+    @property
+    def num_accepted(self) -> int:
+        """Drafted tokens that were accepted; the last one emitted is not among them."""
+        return len(self.path) - 1
+
+
+class Tracer:
+    """Decodes texts of one target with one drafter; its programs are compiled once."""
+
+    def __init__(
+        self,
+        asked: policy.Policy,
+        drafting: speculation.Speculation,
+        strategy: strategy_lib.Strategy,
+        *,
+        max_length: int,
+        sampling_cfg: sampling.SamplingConfig | None = None,
+        ranking: str = "coupled",
+    ):
+        """Make caches for one row.
+
+        Args:
+          asked: the target.
+          drafting: a learned drafter; its own strategies are not looked at.
+          strategy: of every step; it asks the drafter alone.
+          max_length: longest text in tokens, prompt and completion.
+          sampling_cfg: the law; None: temperature 1.
+          ranking: of the drafter's candidates, see `propose`.
+
+        Raises:
+          ValueError: there is no learned drafter, the strategy or the law has no trees
+            to show, or the ranking does not exist.
+        """
+        law = sampling_cfg or sampling.SamplingConfig()
+        if drafting.params is None or strategy.matches:
+            raise ValueError(
+                f"strategy {strategy} without a learned drafter: give a drafter's "
+                "directory to speculation.load, and a strategy like D3K2V6."
+            )
+        if law.temperature == 0:
+            raise ValueError(
+                "temperature=0 draws nothing, so there is no noise to show: use a "
+                "temperature above 0."
+            )
+        if ranking not in propose.RANKINGS:
+            raise ValueError(
+                f"ranking={ranking!r}: use one of {', '.join(propose.RANKINGS)}."
+            )
+        self._asked, self._strategy, self._max_length = asked, strategy, max_length
+        self._tau = np.float32(drafting.drafting_cfg.tau)
+        cfg, drafter_cfg = asked.config, drafting.drafting_cfg.drafter_cfg
+        dtype = jnp.dtype(asked.precision)
+        num_pages = -(-(max_length + strategy.max_accept_length) // _PAGE_SIZE)
+        self._width = num_pages * _PAGE_SIZE
+        self._table = np.arange(1, num_pages + 1, dtype=np.int32)[None]
+        self._caches = speculate.Caches(
+            target=kv_cache.create(
+                cfg, num_pages + 1, _PAGE_SIZE, dtype, drafter_cfg.num_read
+            ),
+            drafter=kv_cache.create(
+                drafter_cfg.layer, num_pages + 1, _PAGE_SIZE, dtype
+            ),
+        )
+        given = drafting.params.sharpness
+        self._sharpness = np.float32(1.0 if given is None else given)
+        params = drafting.params.replace(sharpness=None)
+        head = drafter.head_rows(asked.params, params.draft_ids)
+        self._weights = propose.DrafterWeights(params, asked.params.embed, head)
+        settings = speculate.Settings(
+            cfg=cfg,
+            strategy=strategy,
+            sampling_cfg=law,
+            eos_ids=asked.eos_ids,
+            max_tokens=strategy.max_accept_length,
+            drafter_cfg=drafter_cfg,
+            ranking=ranking,
+            dtype=asked.precision,
+        )
+        self._step = jax.jit(functools.partial(speculate.run_step, settings=settings))
+        self._prefill = jax.jit(
+            functools.partial(
+                decode.prefill,
+                cfg=cfg,
+                feature_layers=drafter_cfg.feature_layers,
+                dtype=dtype,
+            )
+        )
+        self._fill = jax.jit(
+            functools.partial(propose.fill, cfg=drafter_cfg, dtype=dtype)
+        )
+
+    def steps(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        request_id: int = 0,
+    ) -> list[Step]:
+        """Decode a completion, and show every step of it.
+
+        Args:
+          prompt: `[n] int32`, at least one token.
+          max_new_tokens: longest completion, EOS included.
+          seed, request_id: of the noise.
+
+        Returns:
+          The steps. The tokens are those of plain decoding with the same noise.
+
+        Raises:
+          ValueError: the prompt is empty, or the text may not fit.
+        """
+        limit = len(prompt) + max_new_tokens
+        if not len(prompt) or limit > self._max_length:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} "
+                f"need 1 to {self._max_length} tokens: give some text, or a larger "
+                "max_length."
+            )
+        text, drafted = np.asarray(prompt, np.int32), max(len(prompt) - 2, 0)
+        keys = noise.request_keys(seed, [request_id])
+        self._begin(text, drafted)
+        steps, ended = [], False
+        while len(text) < limit and not ended:
+            step, drafted, ended = self._advance(text, drafted, limit, keys)
+            steps.append(step)
+            text = np.concatenate([text, step.emitted])
+        return steps
+
+    def first_steps(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        request_id: int = 0,
+    ) -> list[Step]:
+        """Decode a completion; show the step that begins at each of its tokens.
+
+        Where `steps` goes on behind what was accepted, here every position is drafted
+        from, so that different ways of drafting can be compared on one text. See
+        `steps` for the arguments.
+        """
+        passes = self.steps(
+            prompt, max_new_tokens=max_new_tokens, seed=seed, request_id=request_id
+        )
+        limit = len(prompt) + max_new_tokens
+        text = np.concatenate([prompt, *(step.emitted for step in passes)])
+        text = text.astype(np.int32)
+        keys = noise.request_keys(seed, [request_id])
+        found = []
+        for length in range(len(prompt), len(text)):
+            drafted = max(length - 2, 0)
+            self._begin(text[:length], drafted)
+            found.append(self._advance(text[:length], drafted, limit, keys)[0])
+        return found
+
+    def _begin(self, text, drafted) -> None:
+        """Cache all but the last token, and what the drafter makes of them."""
+        zero = np.zeros((1,), np.int32)
+        target = self._prefill(
+            self._asked.params,
+            self._caches.target,
+            self._padded(text[:-1]),
+            np.array([len(text) - 1], np.int32),
+            self._table,
+            zero,
+        )
+        draft_cache = self._fill(
+            self._weights,
+            target,
+            self._caches.drafter,
+            self._padded(text[1 : drafted + 1]),
+            np.array([drafted], np.int32),
+            self._table,
+            zero,
+        )
+        self._caches = speculate.Caches(target, draft_cache)
+
+    def _advance(self, text, drafted, limit, keys) -> tuple[Step, int, bool]:
+        rest = text[drafted + 1 :]
+        tokens = np.zeros((1, self._strategy.max_accept_length), np.int32)
+        tokens[0, : len(rest)] = rest
+        draft = speculate.Draft(
+            self._weights,
+            self._tau,
+            self._sharpness,
+            np.array([drafted], np.int32),
+            tokens,
+        )
+        rows = decode.Rows(
+            page_table=self._table,
+            lengths=np.array([len(text) - 1], np.int32),
+            pending=text[-1:],
+            keys=keys,
+            remaining=np.array([limit - len(text)], np.int32),
+        )
+        self._caches, made = self._step(
+            self._asked.params, self._caches, rows, draft, None
+        )
+        words = tree.ancestor_words(made.tree, self._strategy.draft_depth)
+        sees = tree.unpack_words(words, self._strategy.tokens_to_verify)
+        made, sees = jax.device_get((made, sees))
+        result, nodes, walk = made.result, made.tree, made.walk
+        depths = nodes.depths[0]
+        step = Step(
+            text=text,
+            tokens=nodes.tokens[0],
+            parents=nodes.parents[0],
+            depths=depths,
+            valid=nodes.valid[0],
+            sees=sees[0],
+            logprobs=made.logprobs[0],
+            noise=made.noise[0],
+            drawn=np.argmax(made.logprobs[0] + made.noise[0][depths], axis=-1),
+            path=walk.path[0, : walk.num_accepted[0] + 1],
+            emitted=result.emitted.tokens[0, : result.emitted.counts[0]],
+        )
+        return step, int(result.draft_lengths[0]), bool(result.emitted.ended[0])
+
+    def _padded(self, tokens: np.ndarray) -> np.ndarray:
+        """Fill up to the longest text, `[1, T]`: every text has the same programs."""
+        return np.pad(tokens, (0, self._width - len(tokens)))[None]
