@@ -85,6 +85,8 @@ def packed(part: packing.Packed) -> figure.Figure:
     row_axes.set_xlabel("column")
     row_axes.set_ylabel("row")
     row_axes.set_yticks(range(len(part.tokens)))
+    # A single row need not fill the panel.
+    row_axes.set_ylim(max(len(part.tokens), 4) - 0.5, -0.5)
     used = int((part.segment[0] >= 0).sum())
     width = min(used, 96)
     seen = packing.visible(part)[0][:width, :width]
