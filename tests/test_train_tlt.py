@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import drafter_checkpoint, metrics, timeline, train
+from tlt_jax import drafter_checkpoint, metrics, progress, timeline, train
 from tlt_jax.rl import adaptation, rollout, spot_trainer
 
 values = tiny_runs.values
@@ -74,8 +74,25 @@ def waits(monkeypatch):
     monkeypatch.setattr(spot_trainer.SpotTrainer, "_count", counted)
 
 
-def test_everything_on_is_everything_off(off, tmp_path, waits):
+@pytest.fixture
+def seen(monkeypatch):
+    """What a display would have shown of the workers."""
+    found, within = [], progress.Progress.within
+
+    def watched(display, *given):
+        found.append(display._seen())
+        within(display, *given)
+
+    monkeypatch.setattr(progress.Progress, "within", watched)
+    return found
+
+
+def test_everything_on_is_everything_off(off, tmp_path, waits, seen):
     rows = start(tmp_path, **{"adaptation.publish_steps": 2})
+    shown = {str(workers) for workers in seen if workers is not None}
+    assert any(text.startswith("2 busy, 0 training, 0 idle") for text in shown)
+    drafted = tiny_runs.rollouts(tmp_path, 4)
+    assert any(one["drafted"] for one in drafted)
     assert_same_run(tmp_path, off)
     assert values(rows, "drafter/num_updates")[-1] > 4
     versions = values(rows, "drafter/version")
