@@ -278,7 +278,8 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _table(rows) -> rich.table.Table:
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    box = rich.box.SIMPLE_HEAD
+    table = rich.table.Table(box=box, pad_edge=False, collapse_padding=True)
     cells = [_cells(row) for row in rows]
     optional = ("accept", "drafter", "idle (trained)")
     names = [
