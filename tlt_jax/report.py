@@ -262,7 +262,12 @@ def _main(argv: Sequence[str]) -> None:
     try:
         values = flags.FLAGS
         print(write(values.workdir, values.out, values.num_answers))
-    except (metrics.MetricsError, OSError, ValueError) as error:
+    except OSError as error:
+        command_line.fail(
+            f"--out={error.filename} could not be written ({error.strerror}): name a "
+            "file in a directory that is there and may be written."
+        )
+    except (metrics.MetricsError, ValueError) as error:
         command_line.fail(error)
 
 

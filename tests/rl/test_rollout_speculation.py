@@ -149,6 +149,7 @@ def test_stop_strings_and_limits_inside_an_accepted_run(expected):
     for engine in (engines.engine_of(stop=(stop,)), engine_of("by rows", stop=(stop,))):
         completions, _ = engine.run(engines.REQUESTS, engines.SEED)
         outcomes.append([(c.tokens.tolist(), c.finish_reason) for c in completions])
+        assert all(len(c.was_drafted) == len(c.tokens) for c in completions)
         engine.pool.close()
     assert outcomes[0] == outcomes[1]
     assert any(reason == "stop" for _, reason in outcomes[0])
