@@ -1,7 +1,8 @@
 """Notebooks: that they run, show pictures, hold what they show, and define nothing.
 
-Here cells run one after the other in this process, with small settings. The slow test
-runs each as Jupyter does, in a process of its own and with the settings it has.
+Cells run one after the other in this process, with small settings; the longer notebooks
+among the slow tests. One of these runs each as Jupyter does, in a process of its own
+and with the settings it has.
 """
 
 import ast
@@ -59,6 +60,7 @@ def drafter_directory(tmp_path_factory):
     return str(tmp_path_factory.mktemp("drafter"))
 
 
+@pytest.mark.slow
 def test_trees(drafter_directory):
     few = {"TARGET_STEPS": 2, "DRAFTER_STEPS": 1, "WORKDIR": drafter_directory}
     space, pictures = run("1_draft_tree", **few)
@@ -78,6 +80,7 @@ def test_one_step(tmp_path):
     assert space["version"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_and_what_it_leaves(tmp_path):
     small = {"NUM_STEPS": 2, "TARGET_STEPS": 2, "WORKDIR": str(tmp_path)}
     space, pictures = run("4_tlt_run", **small)
