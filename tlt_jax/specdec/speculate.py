@@ -215,10 +215,7 @@ def run_step(
     *,
     settings: Settings,
 ) -> tuple[Caches, Step]:
-    """Take one step of `run`, and show it.
-
-    The arguments are those of `run`, with the rule `keyed` and a temperature above 0.
-    """
+    """Take one step of `run`, keyed and at a temperature above 0, and show it."""
     assert settings.keyed and settings.sampling_cfg.temperature > 0, settings
     start, limit = _begin(caches, rows, draft, matching, settings), settings.max_tokens
     state, chance, read = _step(params, start, rows, draft, limit, settings)
