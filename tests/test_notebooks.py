@@ -61,6 +61,7 @@ def drafter_directory(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_trees(drafter_directory):
     few = {"TARGET_STEPS": 2, "DRAFTER_STEPS": 1, "WORKDIR": drafter_directory}
     space, pictures = run("1_draft_tree", **few)
@@ -81,6 +82,7 @@ def test_one_step(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_and_what_it_leaves(tmp_path):
     small = {"NUM_STEPS": 2, "TARGET_STEPS": 2, "WORKDIR": str(tmp_path)}
     space, pictures = run("4_tlt_run", **small)
@@ -101,7 +103,7 @@ def test_it_imports_and_defines_no_algorithm(name):
                 assert used <= {"tempfile", "json", "statistics", "numpy"}, used
             if isinstance(node, ast.ImportFrom):
                 assert node.module.split(".")[0] in ("tlt_jax", "configs")
-            assert not isinstance(node, ast.ClassDef | ast.While | ast.Lambda)
+            assert not isinstance(node, ast.ClassDef | ast.While)
     text = "\n".join(sources)
     assert "plot_style.picture(" in text
 
