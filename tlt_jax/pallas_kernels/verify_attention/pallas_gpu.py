@@ -85,7 +85,7 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
     itemsize = jnp.dtype(dtype).itemsize
     if width * itemsize >= 512:
         # More do not fit into the registers.
-        rows = min(rows, 32)
+        rows = min(rows, 16 if itemsize == 4 else 32)
     tile = min(page_size, _SLOTS, max(_TILE_BYTES // (width * itemsize), 16))
     at_once = max(_SLOTS // tile if width * itemsize <= 256 else 1, 1)
     unit = tile * at_once
@@ -102,7 +102,7 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
         tiles_at_once=at_once,
         stretch=stretch,
         num_stretches=pl.cdiv(num_slots, stretch),
-        num_warps=8 if itemsize == 4 else 4,
+        num_warps=4,
         num_stages=2 if itemsize == 4 else 3,
     )
 
@@ -172,6 +172,7 @@ def verify_attention(
         _pad(_pad(x.astype(query.dtype), 2, cut.width), 3, num_fresh)
         for x in (keys, values)
     )
+    fresh_values = fresh_values.swapaxes(2, 3)
 
     only = cut.num_stretches == 1
     grid = (cut.num_blocks, cut.num_stretches, batch * num_kv)
@@ -291,7 +292,7 @@ def _kernel(
         lanes = jnp.arange(cut.tile)
 
         def update(carry, scores, visible, values):
-            """Add parts of the keys: scores and masks `[R, s]`, values `[H, s]`."""
+            """Add parts of the keys: scores and masks `[R, s]`, values `[s, H]`."""
             total, maximum, normaliser = carry
             scores = [
                 jnp.where(mask, reference.cap(part * scale, soft_cap), _HIDDEN)
@@ -305,28 +306,32 @@ def _kernel(
             for part, mask, value in zip(scores, visible, values, strict=True):
                 weights = jnp.where(mask, jnp.exp(part - new[:, None]), 0.0)
                 normaliser += jnp.sum(weights, axis=1)
-                total += _dot(weights.astype(value.dtype), value.T)
+                total += _dot(weights.astype(value.dtype), value)
             return total, new, normaliser
 
-        def tiles(n, carry):
+        def tiles(is_end, n, carry):
             scores, visible, read = [], [], []
             for j in range(cut.tiles_at_once):
-                first = (n * cut.tiles_at_once + j) * cut.tile
-                # Behind the row's end its last tile is read again, and not seen.
-                near = jnp.minimum(first, (length - 1) // cut.tile * cut.tile)
-                page = table_ref[row, near // page_size]
-                slots = near % page_size + lanes
+                first = near = (n * cut.tiles_at_once + j) * cut.tile
+                if is_end:
+                    # Behind the row's end its last tile is read again, and not seen.
+                    near = jnp.minimum(first, (length - 1) // cut.tile * cut.tile)
+                page = table_ref[row, lax.div(near, page_size)]
+                slots = pl.multiple_of(lax.rem(near, page_size), cut.tile) + lanes
                 at = (layer, page, head, features[:, None], slots[None, :])
                 key = plgpu.load(keys_ref.at[at]).astype(query.dtype)
+                # Turned by its addresses: loads behind which the compiler finds a
+                # transposition it does by two bytes, and none ahead.
+                at = (layer, page, head, features[None, :], slots[:, None])
                 value = plgpu.load(values_ref.at[at]).astype(query.dtype)
                 slots = first + lanes
-                readable = slots < length
-                mask = jnp.broadcast_to(readable[None, :], (cut.rows, cut.tile))
+                mask = jnp.broadcast_to((slots < length)[None], (cut.rows, cut.tile))
                 if windowed:
                     mask = mask & (position[:, None] - slots[None, :] < window_ref[0])
-                # NaN in a slot that nobody sees would survive its weight of zero.
-                still = near + lanes < length
-                value = jnp.where(still[None, :], value, jnp.zeros_like(value))
+                if is_end:
+                    # NaN in a slot that nobody sees would survive its weight of zero.
+                    still = near + lanes < length
+                    value = jnp.where(still[:, None], value, jnp.zeros_like(value))
                 scores.append(_dot(query, key))
                 visible.append(mask)
                 read.append(value)
@@ -340,7 +345,10 @@ def _kernel(
         unit = cut.tile * cut.tiles_at_once
         begin = jnp.maximum(stretch * cut.stretch, start) // unit
         end = jnp.minimum((stretch + 1) * cut.stretch, length)
-        carry = lax.fori_loop(begin, pl.cdiv(end, unit), tiles, carry)
+        whole = jnp.maximum(end // unit, begin)
+        carry = lax.fori_loop(begin, whole, functools.partial(tiles, False), carry)
+        ends = functools.partial(tiles, True)
+        carry = lax.fori_loop(whole, pl.cdiv(end, unit), ends, carry)
 
         def fresh_tile(n, carry):
             at = pl.ds(n * _FRESH, _FRESH)
@@ -356,7 +364,7 @@ def _kernel(
                 near = position[:, None] - of_keys[None, :] < window_ref[0]
                 mask = mask & near
             scores = _dot(query, fresh_keys_ref[row, head, :, at])
-            return update(carry, [scores], [mask], [fresh_values_ref[row, head, :, at]])
+            return update(carry, [scores], [mask], [fresh_values_ref[row, head, at, :]])
 
         num_tiles = jnp.int32(pl.cdiv(num_tokens, _FRESH))
         if causal:
