@@ -155,8 +155,13 @@ def test_public_functions_are_documented_and_typed(path):
 
 
 def undocumented_arguments(function: ast.FunctionDef) -> list[str]:
-    """Return arguments that a docstring with `Args:` leaves out."""
-    text = (ast.get_docstring(function) or "").partition("Args:")[2]
+    """Return arguments that a docstring with `Args:` leaves out.
+
+    Unless it says where the others stand.
+    """
+    head, _, text = (ast.get_docstring(function) or "").partition("Args:")
+    if "for the arguments" in head:
+        return []
     given = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
     names = [a.arg for a in given if a.arg not in ("self", "cls")]
     return [n for n in names if text and not re.search(rf"\b{n}\b", text)]
