@@ -161,9 +161,12 @@ def verify_attention(
     with_log_normaliser: bool,
     interpret,
 ) -> tuple[Array, Array | None]:
-    """Run the kernel; see `api.verify_attention` for the arguments.
+    """Run the kernel on arguments that were checked.
 
     Args:
+      query, keys, values, cache_keys, cache_values, layer: see `api.verify_attention`.
+      page_table, lengths, positions, words, scale, window, soft_cap: likewise.
+      with_log_normaliser: likewise.
       interpret: False, True, or `pltpu.InterpretParams`.
 
     Returns:
