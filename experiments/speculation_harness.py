@@ -49,8 +49,17 @@ class Setting:
         self.policy = policy.load(options.model)
         self.drafter = speculation.load(options.drafter, self.policy.config)
         found = self._held_out(pathlib.Path(options.drafter))
-        fitting = [p for p in found if len(p) <= MAX_PROMPT_TOKENS]
-        self.prompts = fitting[: options.num_prompts]
+        most = MAX_PROMPT_TOKENS
+        if trained_for := self.drafter.drafting_cfg.drafter_cfg.max_length:
+            most = min(most, trained_for - options.new_tokens)
+        self.prompts = [p for p in found if len(p) <= most][: options.num_prompts]
+        if not self.prompts:
+            raise ValueError(
+                f"no prompt of {options.drafter} has at most {most} tokens, which "
+                f"--new-tokens={options.new_tokens} leaves of what the drafter was "
+                "trained for: ask for fewer."
+            )
+        self.max_length = max(map(len, self.prompts)) + options.new_tokens
 
     def _held_out(self, workdir: pathlib.Path) -> list[np.ndarray]:
         """Prompts of the texts that the drafter was measured on, never trained on.
@@ -90,7 +99,7 @@ class Setting:
             )
         return self.policy.engine(
             max_rows=batch,
-            max_length=MAX_PROMPT_TOKENS + self.options.new_tokens,
+            max_length=self.max_length,
             speculation=chosen,
             page_size=PAGE_SIZE,
             num_pages=self.num_pages(max(batch, most_rows)),
@@ -100,8 +109,7 @@ class Setting:
 
     def num_pages(self, num_rows: int) -> int:
         """Returns the size of a cache for so many rows."""
-        longest = MAX_PROMPT_TOKENS + self.options.new_tokens
-        return 1 + num_rows * (-(-longest // PAGE_SIZE) + 1)
+        return 1 + num_rows * (-(-self.max_length // PAGE_SIZE) + 1)
 
     def requests(self, count: int) -> list[types.Request]:
         """Makes requests of the held-out prompts in order, as often as needed."""
