@@ -101,7 +101,7 @@ def tuned_engine(
         policy.config,
         engine_programs.EngineConfig(
             max_rows=options.max_rows,
-            max_length=speculation_harness.MAX_PROMPT_TOKENS + options.new_tokens,
+            max_length=setting.max_length,
             num_pages=setting.num_pages(max(options.max_rows, CACHE_ROWS)),
             page_size=speculation_harness.PAGE_SIZE,
             steps_per_call=options.steps_per_call,
