@@ -5,10 +5,10 @@
     python -m experiments tables
 
 The first lists every figure and table with its status: `fresh`, `stale` (its code is
-another by now), `undated` (nothing tells), `unrun` at this scale, or `missing` (no
-module yet). `check` reads the tables and says of each claim whether it holds; with
-`--strict` it fails unless all that have data hold. `tables` writes the tables of
-README.md from the CSVs.
+another by now), `partial` (cells are lacking: the command goes on), `undated` (nothing
+tells), `unrun` at this scale, or `missing` (no module yet). `check` reads the tables
+and says of each claim whether it holds; with `--strict` it fails unless all that have
+data hold. `tables` writes the tables of README.md from the CSVs.
 """
 
 import argparse

@@ -88,6 +88,8 @@ def run(
         found[cell.name] = [{_CELL: cell.name, **row} for row in measure(cell)]
         rows = [row for other in cells for row in found.get(other.name, ())]
         harness.write_csv(path, rows)
+        done = sum(other.name in found for other in cells)
+        provenance.record["cells"] = {"wanted": len(cells), "done": done}
         provenance.write(path.with_suffix(".json"))
     return [row for cell in cells for row in found[cell.name]]
 

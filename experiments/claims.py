@@ -163,6 +163,12 @@ def _in_order(column: str, key: str, names: Sequence[str]) -> Callable[[Rows], F
     return decide
 
 
+def _devices(rows: Rows) -> Finding:
+    errors = {r["device"]: r["times_faster"] / r["published"] - 1 for r in rows}
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    return abs(errors[worst]) <= 0.1, f"worst: {worst}, off by {errors[worst]:+.0%}"
+
+
 def _timeline_case(rows: Rows) -> Finding:
     value = only(rows, world="timeline", threshold=32)["times_faster"]
     return abs(value / 2.44 - 1) <= 0.1, f"simulated {value:.2f}, published 2.44"
@@ -205,6 +211,12 @@ CLAIMS = (
         "active_batch",
         "the simulated timeline case is within 10 % of the paper's 2.44",
         _timeline_case,
+    ),
+    Claim(
+        "devices",
+        "predicted speedups by device are within 10 % of the paper's",
+        _devices,
+        "devices.csv",
     ),
     Claim(
         "objectives",

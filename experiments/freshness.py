@@ -15,7 +15,7 @@ FOLDER = pathlib.Path(__file__).parent
 # How tables and plots are written, for all.
 SHARED = {"harness", "plotting", "freshness", "cells"}
 
-FRESH, STALE, UNDATED, UNRUN = "fresh", "stale", "undated", "unrun"
+FRESH, STALE, PARTIAL, UNDATED, UNRUN = "fresh stale partial undated unrun".split()
 
 
 def source_hash(slug: str) -> str:
@@ -28,7 +28,7 @@ def source_hash(slug: str) -> str:
 
 
 def status(slug: str, folder: pathlib.Path) -> str:
-    """Tells of a table in a folder: fresh, stale, undated (no hash) or unrun."""
+    """Tells of a table: fresh, stale, partial, undated (no hash) or unrun."""
     return of_table(slug, folder, f"{slug}.csv")
 
 
@@ -40,7 +40,10 @@ def of_table(slug: str, folder: pathlib.Path, table: str) -> str:
     record = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if "source_hash" not in record:
         return UNDATED
-    return FRESH if record["source_hash"] == source_hash(slug) else STALE
+    if record["source_hash"] != source_hash(slug):
+        return STALE
+    cells = record.get("cells", {"done": 0, "wanted": 0})
+    return PARTIAL if cells["done"] < cells["wanted"] else FRESH
 
 
 def _sources(path: pathlib.Path, found: set[pathlib.Path]) -> set[pathlib.Path]:

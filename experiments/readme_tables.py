@@ -58,6 +58,14 @@ TABLES = {
         },
         keep=lambda row: row["system"] == "threshold",
     ),
+    "devices": Table(
+        "devices.csv",
+        {
+            "device": "device",
+            "predicted": _times("times_faster"),
+            "paper": _times("published"),
+        },
+    ),
     "simulator_check": Table(
         "simulator_check_summary.csv",
         {

@@ -38,6 +38,8 @@ def test_finished_cells_are_skipped(tmp_path):
     with pytest.raises(RuntimeError, match="lights out"):
         cells.run(options(tmp_path), "e", Record(), CELLS, failing_at(2, calls))
     assert calls == ["x=1 seed=7", "x=2 seed=7"]
+    told = json.loads((tmp_path / "e.json").read_text())
+    assert told["cells"] == {"wanted": 3, "done": 1}
     rows = cells.run(options(tmp_path), "e", Record(), CELLS, measured(calls))
     assert calls[2:] == ["x=2 seed=7", "x=3 seed=7"]
     assert [row["value"] for row in rows] == [2.5, 5.0, 7.5]
@@ -87,6 +89,9 @@ def test_the_source_hash_is_of_the_code_and_what_it_imports(tmp_path, monkeypatc
     assert freshness.status("made", results) == freshness.UNDATED
     (results / "made.json").write_text(json.dumps({"source_hash": changed}))
     assert freshness.status("made", results) == freshness.FRESH
+    record = {"source_hash": changed, "cells": {"wanted": 3, "done": 2}}
+    (results / "made.json").write_text(json.dumps(record))
+    assert freshness.status("made", results) == freshness.PARTIAL
     part.write_text("X = 3\n")
     assert freshness.status("made", results) == freshness.STALE
 

@@ -9,6 +9,7 @@ from experiments import (
     cells,
     cluster_sensitivity,
     cluster_size,
+    devices,
     planner,
     simulator_check,
 )
@@ -222,12 +223,20 @@ def test_clusters_by_size(tmp_path):
     )
     by_system = {(r["devices"], r["system"]): r for r in summary}
     assert by_system[8, rl_step.OFF]["times_faster"] == 1
-    for devices in (8, 16):
-        assert by_system[devices, rl_step.PAPER]["times_faster"] > 1
-        assert by_system[devices, rl_step.PAPER]["published"]
+    for number in (8, 16):
+        assert by_system[number, rl_step.PAPER]["times_faster"] > 1
+        assert by_system[number, rl_step.PAPER]["published"]
     assert (tmp_path / "cluster_size.png").stat().st_size > 10_000
     told = cells.read(tmp_path / "cluster_size_assumptions.csv")
     assert {"what", "value", "from"} == set(told[0])
+
+
+def test_slower_memory_gains_more(tmp_path):
+    rows = devices.main([f"--out={tmp_path}"])
+    found = {row["device"]: row["times_faster"] for row in rows}
+    assert found["b200"] < found["h100"] < found["a100"] < found["rtx 3090"]
+    for row in rows:
+        assert row["times_faster"] == pytest.approx(row["published"], rel=0.2)
 
 
 def test_what_is_assumed_can_be_changed(tmp_path, monkeypatch):

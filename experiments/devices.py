@@ -1,0 +1,113 @@
+"""Speculation at batch 1 on seven devices: the paper's table beside a prediction.
+
+    python -m experiments.devices --scale=cpu
+
+Nothing here is measured on any of these devices. Seconds of plain and speculative steps
+of Qwen2.5-7B follow from data sheets, as in `experiments.cluster_size`, with the two
+numbers that were fitted to other published figures (32B on H100); accept lengths are
+the published ones of 32B in proportion to the 7B's 6.53. For each device the best of
+some strategies is taken.
+
+Reproduces: the paper's speedups by device, 7B, batch 1, as a prediction.
+"""
+
+import argparse
+import importlib.metadata
+import pathlib
+
+from experiments import cells, cluster_size, harness, plotting
+from experiments.simulation import costs, published
+from tlt_jax.specdec import strategy as strategy_lib
+
+SLUG = "devices"
+MODEL = "qwen2.5-7b"
+# Vendors' data sheets: bytes per second, dense bf16 operations per second, bytes.
+DEVICES = {
+    "b200": costs.DEVICES["b200"],
+    "h100": costs.DEVICES["h100"],
+    "a100": costs.DEVICES["a100"],
+    "rtx 5090": costs.Device(1.792e12, 209.5e12, 32e9),
+    "rtx 4090": costs.Device(1.008e12, 165.2e12, 24e9),
+    "rtx 3090": costs.Device(0.936e12, 71.2e12, 24e9),
+}
+PUBLISHED = {
+    "b200": 2.33,
+    "h100": 2.61,
+    "a100": 2.79,
+    "rtx 5090": 2.91,
+    "rtx 4090": 2.87,
+    "rtx 3090": 3.22,
+}
+STRATEGIES = ("D4K8V16", "D8K8V16", "D8K8V32", "D8K8V64", "D12K8V48", "D12K8V64")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cells.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def predict(device: str) -> harness.Row:
+    """Returns a device's best strategy and speedup."""
+    fit = published.fit()
+    machine = costs.RooflineCosts(
+        DEVICES[device],
+        costs.MODELS[MODEL],
+        1,
+        level_s=fit.level_s,
+        flops_frac=fit.flops_frac,
+    )
+    plain_s = machine.step_s(1, None, published.CONTEXT)
+    speedups = {}
+    for name in STRATEGIES:
+        strategy = strategy_lib.parse(name)
+        length = published.accept_length(strategy, cluster_size.SCALE_7B)
+        step_s = machine.step_s(1, strategy, published.CONTEXT)
+        speedups[name] = length * plain_s / step_s
+    best = max(speedups, key=speedups.get)
+    return {
+        "device": device,
+        "strategy": best,
+        "plain_ms": 1e3 * plain_s,
+        "times_faster": speedups[best],
+        "published": PUBLISHED[device],
+    }
+
+
+def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+    """Draws predicted and published speedups."""
+    fig, axes = plotting.figure(
+        "Qwen2.5-7B at batch 1, by device (prediction)",
+        "",
+        "times plain decoding",
+        stamp,
+    )
+    names = [row["device"] for row in rows]
+    values = [row["times_faster"] for row in rows]
+    axes.bar(names, values, 0.6, color=plotting.COLORS[0], label="predicted")
+    told = [row["published"] for row in rows]
+    axes.plot(names, told, "s", color=plotting.COLORS[3], label="published")
+    plotting.save(fig, path)
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Predicts; returns the table that it also writes."""
+    options = parse_arguments(arguments)
+    settings = {"model": MODEL, "strategies": STRATEGIES}
+    provenance = harness.Provenance(
+        SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
+    )
+    rows = [predict(device) for device in DEVICES]
+    out = cells.folder_of(options)
+    harness.write_csv(out / f"{SLUG}.csv", rows)
+    provenance.write(out / f"{SLUG}.json")
+    print(harness.format_table(rows))
+    plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
