@@ -1,8 +1,8 @@
 """Every figure and table of the paper, and of ours beyond it, with what makes it.
 
 `experiments/results/<scale>/<table>` is the result. Scale `cpu` runs on two cores,
-`one_gpu` needs one accelerator, `paper` what the paper used; where nobody ran a scale
-it is listed as unrun, and where no module exists as missing.
+`one_gpu` needs one accelerator, `paper` what the paper used. No module has the larger
+two yet: they are listed as unrun; where there is no module at all, as missing.
 """
 
 import ast
@@ -41,11 +41,11 @@ class Item:
         return (freshness.FOLDER / f"{self.slug}.py").exists()
 
     def command(self, scale: str) -> str:
-        """Returns the command that makes the result."""
-        if not self.exists:
-            return ""
+        """Returns the command that makes the result; empty: there is none yet."""
         if self.slug == "planner":
             return f"python -m experiments.planner {self.needs}"
+        if not self.exists or scale != "cpu":
+            return ""
         flags = " ".join(filter(None, [f"--scale={scale}", self.needs]))
         return f"python -m experiments.{self.slug} {flags}"
 

@@ -14,6 +14,11 @@ workdir (`rollouts/`). `--accept-length` is what your drafter reaches when it dr
 step times were measured, `--step-times=FILE` replaces the computed ones: a CSV with
 columns `rows,strategy,seconds`, strategy `plain` or such as D7K1V8.
 
+A drafter that must keep up: `--stale-accept-length` is what it reaches when it was left
+behind, `--lost` how much of what it learned an update of the target takes, `--learned`
+how much of the way back a training step of one worker covers; so the table shows
+whether the workers' idle time is enough (`drafter_quality`, 1: adapted).
+
 All is a prediction; `--assumptions` prints what it rests on.
 """
 
@@ -35,8 +40,8 @@ ASSUMPTIONS = """\
 - a forward takes the larger of reading weights and cache at 75 % of the data sheet's
   bandwidth and of computing at the share that fits the paper's published speedups; each
   layer 20 us on top; a drafted level the drafter's own forward and a fitted constant;
-- accept lengths hold for all rows, lengths and RL steps; the drafter stays adapted (the
-  table says how many drafter steps idle workers could take);
+- accept lengths hold for all rows, lengths and RL steps; unless --stale-accept-length
+  says otherwise the drafter stays adapted (the table has the steps it could take);
 - after a rollout: five forwards' operations at 35 % of the data sheet, and 5 s;
 - no failures, stragglers, slow rewards or checkpoints; all workers alike;
 - checked against recorded runs of two workers on a CPU only (simulator_check).
@@ -67,6 +72,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--lengths", default="", help="workdir whose rollouts' lengths are drawn")
     add("--accept-length", type=float, default=0.0, help="default: as published")
     add("--accept-depth", type=int, default=8, help="levels at which it is reached")
+    add("--stale-accept-length", type=float, default=0.0, help="0: it stays adapted")
+    add("--learned", type=float, default=0.01, help="0 to 1, of a drafter step")
+    add("--lost", type=float, default=0.2, help="0 to 1, of an update of the target")
     add("--strategies", default="", help="ROWS:S,S;ROWS:S, for example 4:D7K1V8,D3K1V4")
     add("--step-times", default="", help="CSV of measured seconds")
     add("--max-rows", type=int, default=256, help="of a worker")
@@ -189,6 +197,9 @@ def check(options: argparse.Namespace) -> None:
             f"--devices={options.devices} cannot be divided into workers of "
             f"--tensor={options.tensor}: choose a divisor."
         )
+    for name in ("learned", "lost"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"--{name}={getattr(options, name):g}: 0 to 1.")
     if options.median <= 0 or options.sigma < 0:
         raise ValueError(
             f"--median={options.median:g} --sigma={options.sigma:g}: a median above 0 "
@@ -200,10 +211,21 @@ def acceptance_of(
     options: argparse.Namespace, every: strategy_lib.Arms
 ) -> workload.Acceptance:
     """Returns how drafts fare: as the user says, or as published."""
+    adapted = options.accept_length or published.ADAPTED
+    stale = options.stale_accept_length or adapted
+    if stale > adapted:
+        raise ValueError(
+            f"--stale-accept-length={stale:g} is more than that of the adapted "
+            f"drafter, {adapted:g}: lower it."
+        )
     if not options.accept_length:
-        return published.acceptance(every, cluster_size.SCALE_7B)
-    hazard = workload.hazard_of(options.accept_length, options.accept_depth)
-    return workload.Acceptance({None: (hazard,)})
+        scale = cluster_size.SCALE_7B
+        return published.acceptance(every, scale, scale * (stale - 1) / (adapted - 1))
+    hazards = [
+        (workload.hazard_of(length, options.accept_depth),)
+        for length in (adapted, stale)
+    ]
+    return workload.Acceptance({None: hazards[0]}, {None: hazards[1]})
 
 
 def strategies_of(
@@ -301,6 +323,10 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
         threshold=cluster_size.THRESHOLD,
         responses=responses,
         rest_s=rest_s,
+        drafter=cluster.Drafter(
+            learned=options.learned if options.stale_accept_length else 0.0,
+            lost=options.lost if options.stale_accept_length else 0.0,
+        ),
     )
 
 

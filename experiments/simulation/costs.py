@@ -4,7 +4,6 @@ Seconds are of one worker; tokens of one row unless said otherwise.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -205,10 +204,6 @@ class RooflineCosts:
         )
         computing = 2 * params * tokens / (self.device.flops * self.flops_frac)
         return max(reading, computing) / self.tensor + layers * self.layer_s
-
-    @functools.cached_property
-    def _known(self) -> dict:
-        return {}
 
     def step_s(self, bucket: int, strategy: Strategy | None, context: float) -> float:
         """Returns seconds of a decode step."""

@@ -128,5 +128,6 @@ def totals(rows: Sequence[dict], reference: Sequence[dict]) -> dict:
         "idle_frac": mean("idle_frac"),
         "trained_of_idle": mean("trained_of_idle"),
         "drafter_steps": mean("drafter_steps"),
+        "drafter_quality": rows[-1]["quality"],
         "preempted": mean("preempted"),
     }

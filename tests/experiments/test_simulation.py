@@ -297,6 +297,17 @@ def test_the_planner_reads_lengths_models_and_times(tmp_path, workdir, capsys):
     assert (tmp_path / "plan.csv").exists()
 
 
+def test_the_planner_tells_whether_idle_time_keeps_the_drafter_adapted():
+    flags = [*SMALL, "--steps=2", "--devices=16", "--tensor=2", "--median=100"]
+    fast, slow = (
+        planner.main([*flags, "--stale-accept-length=2", f"--learned={learned}"])[1]
+        for learned in (0.5, 0.0)
+    )
+    assert fast["drafter_quality"] > 0.95 and fast["drafter_steps"] > 0
+    assert slow["drafter_quality"] == pytest.approx(0.8)
+    assert slow["accept_length"] < fast["accept_length"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -305,6 +316,8 @@ def test_the_planner_reads_lengths_models_and_times(tmp_path, workdir, capsys):
         (["--devices=10", "--tensor=4"], "cannot be divided"),
         (["--num-prompts=0"], "--num-prompts=0: at least 1"),
         (["--sigma=-1"], "--sigma=-1"),
+        (["--learned=2"], "--learned=2: 0 to 1"),
+        (["--stale-accept-length=7"], "more than that of the adapted"),
         (["--lengths=nowhere"], "has no rollouts"),
         (["--step-times=nowhere.csv"], "cannot be read"),
         (["--accept-length=20"], "accept_length=20 cannot come of draft_depth=8"),
