@@ -144,6 +144,35 @@ VALUE_AND_SLOPES = jax.jit(
 )
 
 
+def test_imported_head_and_norm_enter_the_drafters_law_alone(buffer):
+    """The target's law has the target's head; the drafter's own head stays as it is."""
+    cfg = tiny_drafter.drafter_config(architecture="eagle3")
+    cfg = dataclasses.replace(cfg, own_head=True)
+    params, target = tiny_drafter.params_of(cfg), tiny_drafter.target_of(CFG)
+    params = params.replace(norm=params.norm * jnp.linspace(0.5, 1.5, 16))
+    batch = batch_of(buffer, [[0, 1]])
+    forward = dataclasses.replace(PLAIN, drafter=cfg)
+    objective = drafter_training.Objective(1)
+    (_, metrics), slopes = VALUE_AND_SLOPES(
+        params, batch, target, cfg=forward, objective=objective
+    )
+    (step,) = unroll(params, batch, target, num_steps=1, cfg=forward)
+    x = np.asarray(step[:, 0], np.float64)
+    x = x / np.sqrt((x**2).mean(0) + cfg.layer.rms_norm_eps)
+    x = x * np.asarray(params.norm)[:, None]
+    logits = np.asarray(params.head, np.float64) @ x
+    draft = np.exp(logits) / np.exp(logits).sum(0)
+    ahead = np.asarray(batch.hidden)[0, np.asarray(batch.bases)[0] + 1]
+    law = np.exp(np.asarray(target.head) @ ahead.T)
+    law = law / law.sum(0)
+    valid = np.asarray(batch.valid)[0]
+    loss = -(law * np.log(draft)).sum(0)[valid].mean()
+    np.testing.assert_allclose(metrics["token_loss"], [loss], rtol=1e-4)
+    overlap = np.minimum(law, draft).sum(0)[valid].mean()
+    np.testing.assert_allclose(metrics["overlap"], [overlap], rtol=1e-4)
+    assert not np.any(slopes.head) and np.abs(slopes.norm).max() > 1e-4
+
+
 @pytest.mark.parametrize("name", ["hass", "eagle3"])
 def test_texts_in_one_row_have_the_losses_of_two_rows(buffer, tmp_path, name):
     objective = dataclasses.replace(drafter_training.objective(name), num_steps=2)
