@@ -1,4 +1,4 @@
-"""Examples from files, and the order in which training visits them."""
+"""Examples of data sets, and the order in which training visits them."""
 
 import dataclasses
 import functools

@@ -60,7 +60,8 @@ _PRECISION = flags.DEFINE_enum(
 _DRAFTER = flags.DEFINE_string(
     "drafter",
     None,
-    "Directory of a learned drafter, or ngram: guess from what the texts hold already.",
+    "Directory of a learned drafter, ours or a published EAGLE, EAGLE-3 or speculators "
+    "one; or ngram: guess from what the texts hold already.",
 )
 _STRATEGY = flags.DEFINE_multi_string(
     "strategy",

@@ -47,7 +47,8 @@ def load(
     """Load the drafter that `spec` names.
 
     Args:
-      spec: a drafter's directory, or `ngram` for suffix matches alone.
+      spec: a drafter's directory, ours or in a published layout, or `ngram` for suffix
+        matches alone.
       target: the model that verifies.
       table: entries as of `strategy.parse_table`; empty: the default.
       ranking, tau: see `propose`.
