@@ -6,7 +6,6 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from tests import command_lines
 from tlt_jax import check_data
 from tlt_jax.models import tokenizer
 
@@ -110,14 +109,3 @@ def test_files_that_are_not_there(check, tmp_path):
     assert status == 1 and "0 bad: it is empty" in out
     status, out = check()
     assert status == 2 and "name at least one data set" in out
-
-
-def test_the_command_runs_as_a_module(tmp_path):
-    good = write(tmp_path / "a.jsonl", GOOD)
-    bad = write(tmp_path / "b.jsonl", ["{"])
-    done = command_lines.start(
-        [["tlt_jax.check_data", str(good)], ["tlt_jax.check_data", str(bad)]],
-        stop=False,
-    )
-    assert [one.status for one in done] == [0, 1], done
-    assert "line 1: came '{'" in done[1].output
