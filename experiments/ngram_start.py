@@ -22,7 +22,11 @@ RECIPE = "configs/tiny.py:count"
 MATCHES = ("32:D4K1V5-ngram",)
 SYSTEMS = {
     "plain": {"specdec.mode": "off"},
-    "matches alone": {"specdec.mode": "ngram", "specdec.ngram_strategies": MATCHES},
+    "matches alone": {
+        "specdec.mode": "ngram",
+        "specdec.tuner": "static",
+        "specdec.ngram_strategies": MATCHES,
+    },
     "drafter": small_runs.DRAFTER,
     "matches, then drafter": {
         **small_runs.DRAFTER,
@@ -105,19 +109,23 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     def measure(cell):
         system = cell.overrides["system"]
         overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
-        return [
-            {
-                "system": system,
-                "seed": cell.seed,
-                "step": row["step"],
-                "tokens": row["rollout/tokens"],
-                "tokens_digest": row["rollout/tokens_digest"],
-                "row_steps": row["rollout/row_steps"],
-                "accept_length": row["specdec/accept_length"],
-                "ready": row.get("drafter/ready", 0),
-            }
-            for row in small_runs.run(options.config, overrides)
-        ]
+        rows, ready = [], 0
+        for row in small_runs.run(options.config, overrides):
+            rows.append(
+                {
+                    "system": system,
+                    "seed": cell.seed,
+                    "step": row["step"],
+                    "tokens": row["rollout/tokens"],
+                    "tokens_digest": row["rollout/tokens_digest"],
+                    "row_steps": row["rollout/row_steps"],
+                    "accept_length": row["specdec/accept_length"],
+                    "ready": ready,
+                }
+            )
+            # Known at the end of a step, it holds for the next one's rollout.
+            ready = row.get("drafter/ready", 0)
+        return rows
 
     wanted = [
         cells.Cell({"system": system}, seed)

@@ -64,7 +64,7 @@ def runs(monkeypatch):
                 "mismatch/logprob_max_abs": 1e-6,
                 "rollout/row_steps": 50 if on and (matches or step > 1) else 100,
                 "specdec/accept_length": 2.0 if on else 1.0,
-                "drafter/ready": int(on and step > 1),
+                "drafter/ready": int(on),
             }
             for step in range(1, overrides["num_steps"] + 1)
         ]
