@@ -23,7 +23,9 @@ task, as RL training has it. Held-out accept length 6.8 coupled, 7.1 determinist
         --workdir=DIR
 
 160 prompts of the task `random_numbers`: text whose next token nobody can foresee, and
-whose law is easily learned. There coupling pays most.
+whose law is easily learned. There coupling pays most: held-out accept length 4.06
+coupled, 1.89 deterministic (depth 8); 20 minutes for the texts and 12 for the steps on
+two cores under heavy other load.
 """
 
 import ml_collections
