@@ -57,7 +57,8 @@ def recorded(tmp_path_factory):
         feature_layers=(),
         seed=1000,
     )
-    (workdir / "config.json").write_text(json.dumps({"texts": {"dtype": "float32"}}))
+    texts = {"dtype": "float32", "tasks": ["count"]}
+    (workdir / "config.json").write_text(json.dumps({"texts": texts}))
     calls = []
     keep = tuner_trace.step_seconds
 
