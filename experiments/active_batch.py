@@ -227,9 +227,8 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     rows = cells.run(options, SLUG, provenance, wanted, measure)
     rows = [{**row, "threshold": str(row["threshold"])} for row in rows]
     summary = summary_of(rows)
-    out = cells.folder_of(options)
-    harness.write_csv(out / f"{SLUG}_summary.csv", summary)
-    print(harness.format_table(summary))
+    out = harness.folder_of(options)
+    harness.write_summary(options, SLUG, summary)
     plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     return summary
 

@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     # Nothing runs; without this jax would look for the TPU that libtpu promises.
     jax.config.update("jax_platforms", "cpu")
     use_compilation_cache(False)
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     path = out / f"{SLUG}.csv"
     settings = {
         "models": options.models,
@@ -287,10 +287,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument("--models", default=",".join(ARCHITECTURES))
     parser.add_argument("--programs", default="", help="such as accumulate,decode_64")
-    parser.add_argument("--out", type=pathlib.Path, help="default results/<scale>")
     options = parser.parse_args(arguments)
     options.models = options.models.split(",")
     options.programs = list(filter(None, options.programs.split(",")))

@@ -39,20 +39,12 @@ class Cell:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds what all such experiments understand."""
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument(
         "--again",
         action="store_true",
         help="measure every cell, and drop the table that is there",
     )
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
-    )
-
-
-def folder_of(options: argparse.Namespace) -> pathlib.Path:
-    """Returns where tables go."""
-    return options.out or harness.RESULTS_DIR / options.scale
 
 
 def run(
@@ -62,7 +54,10 @@ def run(
     cells: Sequence[Cell],
     measure: Callable[[Cell], Sequence[harness.Row]],
 ) -> list[harness.Row]:
-    """Measures the cells that the table lacks; returns all rows, in order of the cells.
+    """Measures the cells that the table lacks; returns all rows that it then has.
+
+    Those of the wanted cells stand first, in their order; others of the same settings
+    and code are kept.
 
     Args:
       options: with `again`, `scale` and `out`.
@@ -74,7 +69,7 @@ def run(
     Raises:
       ValueError: the table that is there has rows of other settings or code.
     """
-    path = folder_of(options) / f"{slug}.csv"
+    path = harness.folder_of(options) / f"{slug}.csv"
     found: dict[str, list[harness.Row]] = {}
     if path.exists() and not options.again:
         _check(path, provenance)
@@ -86,12 +81,18 @@ def run(
             continue
         print(f"{cell.name} ...", flush=True)
         found[cell.name] = [{_CELL: cell.name, **row} for row in measure(cell)]
-        rows = [row for other in cells for row in found.get(other.name, ())]
-        harness.write_csv(path, rows)
-        done = sum(other.name in found for other in cells)
-        provenance.record["cells"] = {"wanted": len(cells), "done": done}
+        harness.write_csv(path, _in_order(cells, found))
+        wanted = {other.name for other in cells} | found.keys()
+        provenance.record["cells"] = {"wanted": len(wanted), "done": len(found)}
         provenance.write(path.with_suffix(".json"))
-    return [row for cell in cells for row in found[cell.name]]
+    return _in_order(cells, found)
+
+
+def _in_order(
+    cells: Sequence[Cell], found: Mapping[str, list[harness.Row]]
+) -> list[harness.Row]:
+    names = dict.fromkeys([*(cell.name for cell in cells), *found])
+    return [row for name in names for row in found.get(name, ())]
 
 
 def _check(path: pathlib.Path, provenance: harness.Provenance) -> None:

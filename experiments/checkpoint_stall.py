@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument(
         "--targets",
         default="smollm2-135m,qwen2.5-1.5b",
@@ -50,9 +50,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--draft-vocab", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
-    )
     return parser.parse_args(arguments)
 
 
@@ -190,7 +187,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         rows, case_keys=["target"], metrics=METRICS, reference="selective"
     )
     harness.write_results(options, SLUG, rows, summary, provenance)
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     plot(summary, out / f"{SLUG}.png")
     return summary
 

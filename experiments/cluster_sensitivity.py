@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         options, SLUG, provenance, wanted, lambda cell: measure(options, cell)
     )
     print(harness.format_table([{k: r[k] for k in r if k != "cell"} for r in rows]))
-    path = cells.folder_of(options) / f"{SLUG}.png"
+    path = harness.folder_of(options) / f"{SLUG}.png"
     plot(rows, path, plotting.stamp(provenance.record))
     return rows
 

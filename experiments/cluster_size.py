@@ -88,7 +88,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument(
         "--devices", default="8,16,32,64,128,256,512,1024", help="numbers of devices"
     )
@@ -96,9 +96,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2, help="RL steps simulated")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
-    )
     return parser.parse_args(arguments)
 
 
@@ -300,7 +297,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
     )
     summary = measure(options)
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     harness.write_csv(out / f"{SLUG}_assumptions.csv", assumptions())
     harness.write_csv(out / f"{SLUG}.csv", summary)
     provenance.write(out / f"{SLUG}.json")

@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
     )
     rows = [predict(device) for device in DEVICES]
-    out = cells.folder_of(options)
+    out = harness.folder_of(options)
     harness.write_csv(out / f"{SLUG}.csv", rows)
     provenance.write(out / f"{SLUG}.json")
     print(harness.format_table(rows))

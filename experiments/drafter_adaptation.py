@@ -71,13 +71,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument("--config", default="configs/tiny.py:count")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm-steps", type=int, default=12)
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
-    )
     return parser.parse_args(arguments)
 
 
@@ -189,7 +186,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         )
     summary = summary_of(rows, options.warm_steps)
     harness.write_results(options, SLUG, rows, summary, provenance)
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     plot(rows, options.warm_steps, out / f"{SLUG}.png")
     return summary
 

@@ -271,6 +271,19 @@ def format_table(rows: collections.abc.Sequence[Row]) -> str:
     )
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what all experiments understand."""
+    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
+    )
+
+
+def folder_of(options: argparse.Namespace) -> pathlib.Path:
+    """Returns where tables go."""
+    return options.out or RESULTS_DIR / options.scale
+
+
 def write_results(
     options: argparse.Namespace,
     slug: str,
@@ -279,10 +292,16 @@ def write_results(
     provenance: "Provenance",
 ) -> None:
     """Writes both tables with their provenance, and prints the summary."""
-    out = options.out or RESULTS_DIR / options.scale
-    write_csv(out / f"{slug}.csv", rows)
-    write_csv(out / f"{slug}_summary.csv", summary)
-    provenance.write(out / f"{slug}.json")
+    write_csv(folder_of(options) / f"{slug}.csv", rows)
+    provenance.write(folder_of(options) / f"{slug}.json")
+    write_summary(options, slug, summary)
+
+
+def write_summary(
+    options: argparse.Namespace, slug: str, summary: collections.abc.Sequence[Row]
+) -> None:
+    """Writes the table that others are reduced to, and prints it."""
+    write_csv(folder_of(options) / f"{slug}_summary.csv", summary)
     print(format_table(summary))
 
 
@@ -385,7 +404,7 @@ def argument_parser(text: str, peers: dict[str, str]) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    add_options(parser)
     parser.add_argument(
         "--peers", default="", help=f"of {', '.join(peers)}; separated by commas"
     )
@@ -396,9 +415,6 @@ def argument_parser(text: str, peers: dict[str, str]) -> argparse.ArgumentParser
         "--model-dir",
         default="",
         help="made by experiments.peers.prepare_smollm2; peers need it",
-    )
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
     )
     return parser
 

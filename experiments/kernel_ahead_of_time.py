@@ -97,11 +97,10 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument("--chips", default=",".join(CHIPS))
     named = ",".join(spec.name for spec in arg_specs.LARGE)
     parser.add_argument("--arguments", default=named, help="names of arg_specs")
-    parser.add_argument("--out", type=pathlib.Path, help="default results/<scale>")
     options = parser.parse_args(arguments)
     chips = options.chips.split(",")
     unknown = [chip for chip in chips if chip not in CHIPS]
@@ -115,7 +114,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     versions = {
         name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
     }
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     settings = {"chips": chips, "arguments": [spec.name for spec in specs]}
     provenance = harness.Provenance(SLUG, settings, versions)
     rows = []

@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     for name, folder in given.items():
         row, lengths[name] = columns_of(name, pathlib.Path(folder), options.steps)
         rows.append(row)
-    out = cells.folder_of(options)
+    out = harness.folder_of(options)
     harness.write_csv(out / f"{SLUG}.csv", rows)
     provenance.write(out / f"{SLUG}.json")
     plot(rows, lengths, out / f"{SLUG}.png", plotting.stamp(provenance.record))

@@ -134,8 +134,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     ]
     rows = cells.run(options, SLUG, provenance, wanted, measure)
     summary = summary_of(rows)
-    harness.write_csv(cells.folder_of(options) / f"{SLUG}_summary.csv", summary)
-    print(harness.format_table(summary))
+    harness.write_summary(options, SLUG, summary)
     return summary
 
 

@@ -134,9 +134,8 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     ]
     rows = cells.run(options, SLUG, provenance, wanted, measure)
     summary = summary_of(rows)
-    out = cells.folder_of(options)
-    harness.write_csv(out / f"{SLUG}_summary.csv", summary)
-    print(harness.format_table(summary))
+    out = harness.folder_of(options)
+    harness.write_summary(options, SLUG, summary)
     plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     return summary
 

@@ -157,9 +157,8 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         options, SLUG, provenance, wanted, lambda cell: measure(options, cell)
     )
     summary = summary_of(rows)
-    out = cells.folder_of(options)
-    harness.write_csv(out / f"{SLUG}_summary.csv", summary)
-    print(harness.format_table(summary))
+    out = harness.folder_of(options)
+    harness.write_summary(options, SLUG, summary)
     plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     return summary
 

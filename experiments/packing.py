@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft-vocab", type=int, default=8192)
     parser.add_argument("--num-texts", type=int, default=48)
@@ -46,9 +46,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--round-to", type=int, default=128)
     parser.add_argument("--unroll", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
-    )
     return parser.parse_args(arguments)
 
 
@@ -200,7 +197,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         rows, case_keys=["target"], metrics=metrics, reference="packed"
     )
     harness.write_results(options, SLUG, rows, summary, provenance)
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     plot(summary, out / f"{SLUG}.png")
     return summary
 

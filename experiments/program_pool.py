@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
 
     rows = cells.run(options, SLUG, provenance, wanted, measured)
     print(harness.format_table(rows))
-    path = cells.folder_of(options) / f"{SLUG}.png"
+    path = harness.folder_of(options) / f"{SLUG}.png"
     plot(rows, path, plotting.stamp(provenance.record))
     return rows
 

@@ -49,16 +49,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument(
         "--workdirs",
         default="",
         help="off=DIR,tlt=DIR: runs to write down and to check against",
     )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
-    )
     return parser.parse_args(arguments)
 
 
@@ -236,7 +233,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     ]
     summary = summary_of(rows)
     harness.write_results(options, SLUG, rows, summary, provenance)
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     return summary
 

@@ -24,7 +24,7 @@ def argument_parser(text: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument("--model", default=harness.DEFAULT_MODEL)
     parser.add_argument(
         "--drafter",
@@ -33,9 +33,6 @@ def argument_parser(text: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--num-prompts", type=int, default=16)
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
-    )
     return parser
 
 

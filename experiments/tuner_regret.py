@@ -104,16 +104,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    harness.add_options(parser)
     parser.add_argument(
         "--trace", type=pathlib.Path, help="default results/<scale>/tuner_trace.jsonl"
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rollouts", type=int, default=30)
     parser.add_argument("--texts", type=int, default=24, help="of a rollout")
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
-    )
     return parser.parse_args(arguments)
 
 
@@ -368,7 +365,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
                 of.setdefault(name, []).append(curve)
     summary = summarise(rows)
     harness.write_results(options, SLUG, rows, summary, provenance)
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     plot(curves, out / f"{SLUG}.png")
     return summary
 

@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> trace_file.Trace:
     finally:
         engine.pool.close()
     trace = trace_file.Trace(step_seconds(calls), found, options.max_levels)
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     trace_file.write(trace, out / f"{SLUG}.jsonl")
     provenance.write(out / f"{SLUG}.json")
     return trace

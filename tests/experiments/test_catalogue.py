@@ -96,6 +96,42 @@ def test_the_source_hash_is_of_the_code_and_what_it_imports(tmp_path, monkeypatc
     assert freshness.status("made", results) == freshness.STALE
 
 
+DRAWN = """
+from experiments.parts import a
+def plot(rows, path):
+    rows.draw(path)
+def main():
+    rows = a.measure()
+    out = a.folder()
+    a.write(rows)
+    plot(rows, out / "made.png")
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("rows.draw(path)", "rows.draw(path, color=1)", True),
+        ('plot(rows, out / "made.png")', 'plotting.write(rows, plot, "made")', True),
+        ("from experiments.parts", "import plotting\nfrom experiments.parts", True),
+        ("    out = a.folder()\n", "", True),
+        ("a.measure()", "a.measure(2)", False),
+        ("a.write(rows)", "a.write(rows[1:])", False),
+    ],
+)
+def test_drawing_is_not_hashed(tmp_path, monkeypatch, old, new, same):
+    root = tmp_path / "experiments"
+    (root / "parts").mkdir(parents=True)
+    (root / "parts" / "a.py").write_text("X = 1\n")
+    monkeypatch.setattr(freshness, "FOLDER", root)
+    path = root / "made.py"
+    path.write_text(DRAWN)
+    first = freshness.source_hash("made")
+    assert DRAWN.count(old) == 1
+    path.write_text(DRAWN.replace(old, new))
+    assert (freshness.source_hash("made") == first) == same
+
+
 def test_every_claim_names_an_experiment_and_reads_its_table():
     slugs = {item.slug for item in catalogue.ITEMS if item.exists}
     assert {claim.slug for claim in claims.CLAIMS} <= slugs
