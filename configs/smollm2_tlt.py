@@ -54,7 +54,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.specdec.mode = arg or "tlt"
     # Each candidate costs half a minute of compiling, per bucket and worker.
     config.specdec.strategies = ("2:D7K1V8",)
-    config.specdec.ngram_strategies = ()
+    # Before the drafter is ready decoding is plain.
+    config.specdec.ngram_strategies = ("2:D6K1V7-ngram",) if arg == "ngram" else ()
     config.drafter.features = "low_mid_high"
     config.drafter.draft_vocab_size = 2048
     config.adaptation.num_steps = 4

@@ -164,6 +164,14 @@ def test_values_out_of_range_are_refused(key, value, message):
         load(**{key: value})
 
 
+@pytest.mark.parametrize(
+    ("mode", "name"), [("ngram", "ngram_strategies"), ("tlt", "strategies")]
+)
+def test_speculation_that_would_do_nothing_is_refused(mode, name):
+    with pytest.raises(schema.ConfigError, match=rf"{mode}' with specdec\.{name}=\(\)"):
+        load(**{"specdec__mode": mode, f"specdec__{name}": ()})
+
+
 def test_direct_construction_is_checked_too():
     with pytest.raises(schema.ConfigError, match=r"rollout\.max_batch=0"):
         dataclasses.replace(load(), rollout=config.Rollout(max_batch=0))

@@ -19,6 +19,12 @@ def check(run: "config.RunConfig") -> None:
         if not value:
             raise schema.ConfigError(f"{name} is empty: set it in the recipe.")
     speculation_config.check_shape(run.drafter)
+    asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)
+    if asked and not getattr(run.specdec, asked):
+        raise schema.ConfigError(
+            f"specdec.mode={run.specdec.mode!r} with specdec.{asked}=(): nothing would "
+            "be speculated. Name a strategy, such as 4:D4K1V5, or set specdec.mode=off."
+        )
     if run.workers.min_idle >= run.workers.num > 1:
         raise schema.ConfigError(
             f"workers.min_idle={run.workers.min_idle} of workers.num={run.workers.num}"
