@@ -1,21 +1,23 @@
-"""Lists the experiments, checks claims, writes the README's tables.
+"""Lists the experiments, checks claims, draws plots, writes the README's tables.
 
     python -m experiments
     python -m experiments check
     python -m experiments tables
+    python -m experiments plots
 
 The first lists every figure and table with its status: `fresh`, `stale` (its code is
 another by now), `partial` (cells are lacking: the command goes on), `undated` (nothing
 tells), `unrun` at this scale, or `missing` (no module yet). `check` reads the tables
 and says of each claim whether it holds; with `--strict` it fails unless all that have
-data hold. `tables` writes the tables of README.md from the CSVs.
+data hold. `tables` writes the tables of README.md from the CSVs, `plots` draws
+every plot again from them.
 """
 
 import argparse
 import collections
 import sys
 
-from experiments import catalogue, claims, harness, readme_tables
+from experiments import catalogue, claims, harness, readme_tables, redrawing
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -26,7 +28,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "what", nargs="?", choices=["list", "check", "tables"], default="list"
+        "what", nargs="?", choices=["list", "check", "tables", "plots"], default="list"
     )
     parser.add_argument("--scale", choices=catalogue.SCALES, default="cpu")
     parser.add_argument("--strict", action="store_true", help="of `check`")
@@ -58,11 +60,21 @@ def show_claims(scale: str) -> list[harness.Row]:
     return rows
 
 
+def show_plots(scale: str) -> list[harness.Row]:
+    """Draws the plots; prints and returns what became of each."""
+    rows = redrawing.redraw_all(scale)
+    for row in rows:
+        print(f"{row['experiment']}: {row['plot']}")
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
     """Does what is asked; returns what it printed."""
     options = parse_arguments(arguments)
     if options.what == "tables":
         return readme_tables.write()
+    if options.what == "plots":
+        return show_plots(options.scale)
     if options.what == "list":
         return show_list(options.scale)
     rows = show_claims(options.scale)

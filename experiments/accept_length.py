@@ -19,12 +19,9 @@ import argparse
 import pathlib
 import statistics
 
-import matplotlib
+from matplotlib import axes as axes_lib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from experiments import harness, speculation_harness
+from experiments import harness, plotting, speculation_harness
 from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -96,42 +93,40 @@ def compare(rows: list[harness.Row]) -> list[harness.Row]:
     return rows
 
 
-def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
+def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     """Draws accept length by strategy, a panel for each kind of text."""
     kinds_of_text = list(dict.fromkeys(row["texts"] for row in rows))
-    figure, panels = plt.subplots(
+    strategies = len({row["strategy"] for row in rows})
+    fig, panels = plotting.panels(
+        "Tokens per target forward, by strategy and ranking",
         len(kinds_of_text),
-        figsize=(8, 0.6 + 3.2 * len(kinds_of_text)),
-        layout="constrained",
-        squeeze=False,
+        stamp,
+        width=max(5.0, 1.3 * strategies),
+        height=4.4,
     )
-    for axes, texts in zip(panels[:, 0], kinds_of_text, strict=True):
+    for axes, texts in zip(panels, kinds_of_text, strict=True):
         _plot_panel(axes, [row for row in rows if row["texts"] == texts])
-        axes.set_title(texts, loc="left")
-    axes.set_xlabel("strategy: draft_depth D, topk K, tokens_to_verify V")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        axes.set_title(texts, loc="left", fontsize=10)
+        axes.set_xlabel("draft_depth D, topk K, tokens_to_verify V")
+    panels[0].set_ylabel("accept length")
+    plotting.save(fig, path)
 
 
-def _plot_panel(axes: plt.Axes, rows: list[harness.Row]) -> None:
+def _plot_panel(axes: axes_lib.Axes, rows: list[harness.Row]) -> None:
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     kinds = list(dict.fromkeys((r["temperature"], r["ranking"]) for r in rows))
     width = 0.8 / len(kinds)
-    for i, kind in enumerate(kinds):
-        points = [
-            (strategies.index(row["strategy"]) + (i - len(kinds) / 2 + 0.5) * width,)
-            + (row["accept_length"],)
-            for row in rows
-            if (row["temperature"], row["ranking"]) == kind
-        ]
+    for i, (kind, color) in enumerate(zip(kinds, plotting.COLORS, strict=False)):
+        shift = (i - len(kinds) / 2 + 0.5) * width
+        its = [row for row in rows if (row["temperature"], row["ranking"]) == kind]
+        places = [strategies.index(row["strategy"]) + shift for row in its]
         label = f"T={kind[0]:g}, {kind[1]}" if kind[0] else "T=0"
-        bars = axes.bar(*zip(*points, strict=True), width=width, label=label)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    axes.set_xticks(range(len(strategies)), strategies)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_ylabel("accept length\n(tokens per target forward)")
-    axes.legend(fontsize=7)
+        lengths = [row["accept_length"] for row in its]
+        bars = axes.bar(places, lengths, width, color=color, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
+    axes.set_xticks(range(len(strategies)), strategies, fontsize=8)
+    axes.axhline(1, color=plotting.GREY, linewidth=0.8)
+    axes.margins(y=0.2)
 
 
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
@@ -139,12 +134,23 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     options = parse_arguments(arguments)
     strategies = [strategy_lib.parse(s) for s in options.strategies.split(",")]
     temperatures = [float(t) for t in options.temperatures.split(",")]
-    rows, tokens, about = [], {}, []
-    for directory in options.drafter.split(","):
-        setting = speculation_harness.Setting(
+    settings = [
+        speculation_harness.Setting(
             argparse.Namespace(**vars(options) | {"drafter": directory})
         )
-        about.append(setting.about())
+        for directory in options.drafter.split(",")
+    ]
+    provenance = harness.Provenance(
+        SLUG,
+        {
+            "drafters": [setting.about() for setting in settings],
+            "strategies": options.strategies,
+            "temperatures": temperatures,
+        },
+        speculation_harness.versions(),
+    )
+    rows, tokens = [], {}
+    for setting in settings:
         for temperature in temperatures:
             for strategy in strategies:
                 # Greedily there is no noise to couple by.
@@ -155,20 +161,11 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
                     row = measure(setting, temperature, ranking, strategy, tokens)
                     rows.append(row)
                     print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-    provenance = harness.Provenance(
-        SLUG,
-        {
-            "drafters": about,
-            "strategies": options.strategies,
-            "temperatures": temperatures,
-        },
-        speculation_harness.versions(),
-    )
     compare(rows)
-    out = options.out or harness.RESULTS_DIR / options.scale
+    out = harness.folder_of(options)
     harness.write_csv(out / f"{SLUG}.csv", rows)
     provenance.write(out / f"{SLUG}.json")
-    plot(rows, out / f"{SLUG}.png")
+    plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     print(harness.format_table(rows))
     return rows
 

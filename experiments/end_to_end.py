@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     }
     versions = {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")}
     provenance = harness.Provenance(SLUG, settings, versions)
-    out = cells.folder_of(options)
+    out = harness.folder_of(options)
 
     def measure(cell):
         model, system = models[cell.overrides["model"]], cell.overrides["system"]
@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     ]
     rows = cells.run(options, SLUG, provenance, wanted, measure)
     summary = summary_of(rows, options.warm_steps)
-    cells.write_summary(options, SLUG, summary)
+    harness.write_summary(options, SLUG, summary)
     stamp = plotting.stamp(provenance.record)
     plot(rows, options.warm_steps, out / f"{SLUG}.png", stamp)
     return summary

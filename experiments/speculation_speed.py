@@ -18,12 +18,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+from matplotlib import axes as axes_lib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from experiments import harness, speculation_harness
+from experiments import harness, plotting, speculation_harness
 from tlt_jax.specdec import noise
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -124,33 +121,40 @@ def add_bounds(rows: list[harness.Row], summary: list[harness.Row]) -> None:
             entry.pop("tokens_per_s/times_min")
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path) -> None:
-    """Draws the best speedup and its bound against the batch size."""
+def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+    """Draws speedups and their bounds: at batch 1 by strategy, then by batch size."""
+    chosen = [row for row in summary if row["system"] != PLAIN]
+    fig, (left, right) = plotting.panels(
+        "Speculation against plain decoding of the same tokens", 2, stamp
+    )
+    fewest = min(row["batch"] for row in chosen)
+    few = [row for row in chosen if row["batch"] == fewest]
+    _plot_bounded(left, [row["system"] for row in few], few)
+    left.set_xlabel(f"strategy, at batch {fewest}")
     best: dict[int, harness.Row] = {}
-    for row in summary:
-        if row["system"] != PLAIN:
-            other = best.get(row["batch"])
-            if other is None or row["speedup"] > other["speedup"]:
-                best[row["batch"]] = row
+    for row in chosen:
+        other = best.setdefault(row["batch"], row)
+        if row["speedup"] > other["speedup"]:
+            best[row["batch"]] = row
     batches = sorted(best)
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    speedups = [best[b]["speedup"] for b in batches]
-    axes.plot(batches, speedups, "o-", label="measured")
-    bounds = [best[b]["accept_length"] for b in batches]
-    axes.plot(batches, bounds, "--", color="grey", label="accept length (bound)")
-    for b, value in zip(batches, speedups, strict=True):
-        label = f"{value:.2f}\n{best[b]['system']}"
-        axes.annotate(label, (b, value), fontsize=7, ha="left", va="bottom")
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(batches, [str(b) for b in batches])
-    axes.set_xlabel("batch")
-    axes.set_ylabel("times plain decoding")
+    names = [f"{batch}\n{best[batch]['system']}" for batch in batches]
+    _plot_bounded(right, names, [best[batch] for batch in batches])
+    right.set_xlabel("batch, and the best strategy at it")
+    left.set_ylabel("times plain decoding")
+    plotting.save(fig, path)
+
+
+def _plot_bounded(axes: axes_lib.Axes, names: list[str], rows: list[harness.Row]):
+    speedups = [row["speedup"] for row in rows]
+    lengths = [row["accept_length"] for row in rows]
+    places = range(len(names))
+    axes.plot(places, lengths, "--", color=plotting.GREY, label="accept length (bound)")
+    axes.plot(places, speedups, "o-", color=plotting.COLORS[0], label="measured")
+    for place, value in zip(places, speedups, strict=True):
+        axes.annotate(f"{value:.2f}", (place, value), fontsize=8, va="top", ha="center")
+    axes.axhline(1, color=plotting.GREY, linewidth=0.8)
+    axes.set_xticks(places, names, fontsize=8)
     axes.set_ylim(bottom=0)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
@@ -196,8 +200,8 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         most = 1 if name == PLAIN else strategy_lib.parse(name).max_accept_length
         row["noise_ms"] = noise_ms(row["batch"], most, setting.policy.config.vocab_size)
     harness.write_results(options, SLUG, rows, summary, provenance)
-    out = options.out or harness.RESULTS_DIR / options.scale
-    plot(summary, out / f"{SLUG}.png")
+    out = harness.folder_of(options)
+    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     return summary
 
 
