@@ -249,13 +249,19 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     }
     provenance = harness.Provenance(SLUG, settings, versions)
     commit = (provenance.record["commit"] or "unknown")[:10]
+    # Rows of whole models replace all that there were: recipes change.
+    old = [
+        row
+        for row in _read(path)
+        if options.programs or row["model"] not in options.models
+    ]
     made: list[harness.Row] = []
     for name in options.models:
         for row in run_model(
             name, lambda p: not options.programs or p in options.programs
         ):
             made.append(row | {"commit": commit})
-            harness.write_csv(path, merged(_read(path), made))
+            harness.write_csv(path, merged(old, made))
             provenance.write(out / f"{SLUG}.json")
     print(harness.format_table([_in_short(row) for row in made]))
     return made

@@ -70,7 +70,7 @@ class Recipe:
             model, run, mesh=self.mesh, pool=pool, head_chunk=self.head_chunk
         )
         self.state = self.learner.abstract_state()
-        (engine_mesh,) = weight_sync.engine_meshes(self.mesh)
+        (engine_mesh,) = weight_sync.engine_meshes(self.mesh, tensor=run.rollout.tensor)
         self.sync = weight_sync.WeightSync(
             model,
             source=self.mesh,
@@ -106,29 +106,31 @@ class Recipe:
         """Returns the largest programs of a step, those of the update first.
 
         Log-probabilities of the reference are `accumulate` without its backward pass,
-        and smaller buckets decode like the largest: both need less.
+        and smaller buckets decode like the largest: both need less. The cache is given
+        up before the update, and the last layer to be synchronised finds all others.
         """
         # What is lowered is what the run lowers, hence the private names.
         engine, state = self.engine, self.state
         params, weights = device_bytes(state.params), device_bytes(self.weights)
         moments = device_bytes(state.opt_state)
-        cache = device_bytes(engine.programs.abstract_caches)
         loss = self._algorithm().loss
         reference = params if loss.kl_coef > 0 else 0
         rows, columns, num_sequences = self.micro_batch()
-        on_worker = weights + cache
         made = [
             Program(
                 "accumulate",
                 lambda: self.learner._lower_accumulate(
                     rows, columns, loss, num_sequences
                 ),
-                moments + reference + on_worker,
+                moments + reference + weights,
             ),
-            Program("apply", self.learner._lower_apply, reference + on_worker),
-            # The engine holds its old weights until the new ones are there.
+            Program("apply", self.learner._lower_apply, reference + weights),
+            # The engine holds its old weights until the new ones are there. What has
+            # the embedding is larger than a layer, and holds no learner's layers.
             Program(
-                "sync", self.sync._lower, moments + reference + on_worker + weights
+                "sync",
+                self.sync.lower_others,
+                params + moments + reference + 2 * weights,
             ),
         ]
         recorder = _Recorder()
@@ -194,7 +196,7 @@ class Recipe:
                 leaf.shape, leaf.dtype, sharding=where
             ),
             abstract,
-            self.sync._targets[0],
+            self.sync.placed[0],
         )
 
 

@@ -34,6 +34,26 @@ def test_mesh_shapes():
     assert list(sharding.make_mesh(1, 2, 1, devices).devices.flat) == devices[:2]
 
 
+class Chip:
+    """A device of another process, as far as a mesh looks."""
+
+    platform = device_kind = "none"
+
+    def __init__(self, index, process_index):
+        self.id, self.process_index = index, process_index
+
+
+def test_devices_of_a_process_stand_side_by_side():
+    """As an engine needs them, whatever the order in which they come."""
+    chips = [Chip(i, (i // 2) % 4) for i in range(16)]
+    mesh = sharding.make_mesh(1, -1, 8, chips)
+    processes = [[d.process_index for d in group] for group in mesh.devices[0]]
+    assert processes == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
+    places = sharding.regrouped(mesh, 4)
+    assert places.devices.shape == (1, 4, 4)
+    assert list(places.devices.flat) == list(mesh.devices.flat)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

@@ -128,6 +128,8 @@ class Rollout:
         the portable walk over pages on CPUs; `portable`, `mosaic_tpu` and `triton_gpu`
         take one by name; `mosaic_tpu_interpreted` and `triton_gpu_interpreted` run a
         kernel's program on CPUs, slowly.
+      tensor: devices of one process over which an engine splits heads and vocabulary;
+        0: as many as `mesh.tensor`. Divides the model's key/value heads.
     """
 
     prompts_per_step: int = schema.number(8, 1)
@@ -146,6 +148,7 @@ class Rollout:
         "mosaic_tpu_interpreted",
         "triton_gpu_interpreted",
     ] = "auto"
+    tensor: int = schema.number(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

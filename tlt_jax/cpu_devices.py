@@ -21,7 +21,10 @@ def prepare(run: config.RunConfig) -> None:
       run: its workers and its mesh are read.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    wanted = run.workers.num * max(run.mesh.tensor, 1)
+    tensor = max(run.mesh.tensor, 1)
+    wanted = run.workers.num * (run.rollout.tensor or tensor)
+    # Whole groups of the learner's.
+    wanted = -(-wanted // tensor) * tensor
     if wanted == 1 or _COUNT_FLAG in flags or jax.config.jax_num_cpu_devices > 0:
         return
     jax.config.update("jax_num_cpu_devices", wanted)

@@ -34,6 +34,7 @@ class ShardingRules:
       vocab: V.
       layer: L.
       batch: rows of any batch.
+      sequence: T, of the activations between layers that training keeps.
       page: pages of the cache.
     """
 
@@ -43,6 +44,7 @@ class ShardingRules:
     vocab: tuple[str, ...] = ("tensor",)
     layer: tuple[str, ...] = ()
     batch: tuple[str, ...] = ("data", "fsdp")
+    sequence: tuple[str, ...] = ("tensor",)
     page: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -74,6 +76,8 @@ def make_mesh(
 ) -> Mesh:
     """Arrange devices as a (data, fsdp, tensor) mesh.
 
+    Those of one process stand side by side, `tensor` first.
+
     Args:
       data, fsdp, tensor: devices along each axis, at least 1; at most one is -1 and
         takes all that remain.
@@ -101,10 +105,20 @@ def make_mesh(
             f"{asked} needs {total} devices, but there are {len(devices)}: lower a "
             "size or set one to -1."
         )
-    if total == len(jax.devices()) and devices == jax.devices():
+    if len({device.process_index for device in devices}) > 1:
+        # Process by process: neighbours along `tensor` can then be one engine's, whose
+        # devices must be of one process. By their links a line of chips would be.
+        devices.sort(key=lambda device: device.process_index)
+    elif total == len(jax.devices()) and devices == jax.devices():
         # Lets the backend order the devices by their links.
         return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     grid = np.array(devices[:total]).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def regrouped(mesh: Mesh, tensor: int) -> Mesh:
+    """Return the mesh of the same devices, in their order, in groups of `tensor`."""
+    grid = mesh.devices.reshape(1, -1, tensor)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -124,7 +124,7 @@ class Trainer:
         )
         closing.callback(self.updater.pool.close)
         mesh = self.updater.learner.mesh
-        meshes = weight_sync.engine_meshes(mesh, run.workers.num)
+        meshes = weight_sync.engine_meshes(mesh, run.workers.num, run.rollout.tensor)
         self.speculation = rollout_parts.make_speculation(run, self.model)
         self.workers = self._make_workers(meshes)
         self.display.watch(self._seen)

@@ -59,6 +59,12 @@ def test_weights_and_cache_divide_over_the_recipes_mesh(name):
         ]
         assert min(split) == math.prod(dims)  # no large weight is held whole
     assert model.num_kv_heads % run.mesh.tensor == 0
+    # An engine's devices are one process's, which on a host of v5p has four.
+    assert (run.rollout.tensor or run.mesh.tensor) <= 4
+    # All responses of a step are decoded at once.
+    num_engines = math.prod(sizes) // 4 * run.workers.num
+    responses = run.rollout.prompts_per_step * run.rollout.group_size
+    assert num_engines * run.rollout.max_batch == responses
     assert run.cache.page_size % 128 == 0
 
 
@@ -75,7 +81,7 @@ def lowered():
     return {
         program.name: (program, program.lower())
         for program in recipe.programs()
-        if program.name in ("accumulate", "apply", "decode_16")
+        if program.name in ("accumulate", "apply", "sync", "decode_16")
     }
 
 
@@ -85,6 +91,8 @@ def test_a_cut_of_a_recipe_lowers_at_full_length():
     assert rows_of_32k in text
     # Heads over tensor, features over fsdp, as the default rules say.
     assert '{"tensor"}, {}, {}, {"fsdp"}' in text
+    # What is kept of every layer is split by columns, too.
+    assert '[{}, {"fsdp"}, {"tensor"}]' in text
     # The layers and the tiles of attention are loops: their number does not count.
     assert text.count("\n") < 6000
     assert '{"tensor"}' in lowered()["decode_16"][1].as_text()
@@ -99,12 +107,12 @@ def test_what_a_run_holds_beside_a_program_is_added_up():
     assert count * 4 / 8 <= params < count * 4 / 8 * 1.001  # norms are not split
     weights = recipe_programs.device_bytes(recipe.weights)
     assert count * 2 / 4 <= weights < count * 2 / 4 * 1.001
-    page = 2 * 2 * 2 * 128 * 128 * 2  # keys and values, layers, heads, H, slots, bytes
-    cache = (1 + 16 * 257) * page
     moments = 2 * params + 8  # with two counters of 4 bytes
     assert programs["decode_16"].beside_bytes == 2 * params + moments
-    assert programs["apply"].beside_bytes == params + weights + cache
-    assert programs["accumulate"].beside_bytes == params + moments + weights + cache
+    # The cache is given up before the update.
+    assert programs["apply"].beside_bytes == params + weights
+    assert programs["accumulate"].beside_bytes == params + moments + weights
+    assert programs["sync"].beside_bytes == 2 * (params + weights) + moments
 
 
 def test_a_program_is_compiled_and_judged():
@@ -185,6 +193,18 @@ def no_cache():
     ahead_of_time.use_compilation_cache(False)
     yield
     ahead_of_time.use_compilation_cache(True)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("name", grpo.VARIANTS)
+def test_every_host_of_a_slice_has_its_engine(name):
+    run = run_of(name)
+    devices = ahead_of_time.described_devices(ahead_of_time.SLICES[name])
+    mesh = sharding.make_mesh(*dataclasses.astuple(run.mesh), devices=devices)
+    places = sharding.regrouped(mesh, run.rollout.tensor or run.mesh.tensor)
+    hosts = [{chip.process_index for chip in place} for place in places.devices[0]]
+    assert all(len(host) == 1 for host in hosts)
+    assert len(set.union(*hosts)) == len(devices) // 4
 
 
 @pytest.mark.tpu_compile

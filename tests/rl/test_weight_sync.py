@@ -83,6 +83,41 @@ def test_every_worker_gets_a_copy_on_devices_of_its_own(pool):
         weight_sync.engine_meshes(mesh, 5)
 
 
+@pytest.mark.parametrize("spans_processes", [False, True])
+@pytest.mark.parametrize("shape,tensor", [((1, 2, 2), 1), ((1, 4, 1), 2)])
+def test_engines_may_be_split_otherwise_than_the_learner(
+    pool, monkeypatch, shape, tensor, spans_processes
+):
+    """Also as if other processes had the rest: each takes what its devices hold."""
+    mesh = sharding.make_mesh(*shape)
+    monkeypatch.setattr(sharding, "spans_processes", lambda mesh: spans_processes)
+    targets = weight_sync.engine_meshes(mesh, 2, tensor)
+    assert [target.devices.shape for target in targets] == [(1, 1, tensor)] * 2
+    sync = weight_sync.WeightSync(
+        MODEL, source=mesh, targets=targets, pool=pool, dtype=jnp.bfloat16
+    )
+    params = place(mesh)
+    expected = model_params.unstack(jax.device_get(params))
+    for copy, target in zip(sync.sync(params)[0], targets, strict=True):
+        assert copy.embed.sharding.device_set == set(target.devices.flat)
+        assert copy.embed.addressable_shards[0].data.shape == (64 // tensor, 32)
+        jax.tree.map(
+            lambda got, exact: np.testing.assert_array_equal(
+                got, exact.astype(jnp.bfloat16)
+            ),
+            copy,
+            expected,
+        )
+
+
+def test_places_of_engines_that_cannot_be_had_are_refused():
+    mesh = sharding.make_mesh(1, 2, 3, devices=jax.devices()[:6])
+    with pytest.raises(ValueError, match="rollout.tensor=4 does not divide the mesh's"):
+        weight_sync.engine_meshes(mesh, 1, 4)
+    with pytest.raises(ValueError, match="workers.num=4 needs .* 2 devices .* are 3"):
+        weight_sync.engine_meshes(mesh, 4, 2)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_learner_may_give_its_buffers_up(pool, shape):
     """An update donates the masters: the engine must not read their memory."""
@@ -110,7 +145,8 @@ def test_versions_count_and_nothing_recompiles(pool):
         (got,), version = sync.sync(params)
         assert version == 8 + seed
         np.testing.assert_array_equal(got.embed, params.embed)
-    assert pool.stats.num_compiled == 1
+    # A layer, whichever, and the rest.
+    assert pool.stats.num_compiled == 2
     with pytest.raises(ValueError, match="version=-1"):
         sync.restore_version(-1)
 

@@ -371,9 +371,15 @@ class Learner:
         return jax.tree.map(one, tree)
 
     def _constrain(self, x_DBT: Array) -> Array:
-        return lax.with_sharding_constraint(
-            x_DBT, sharding_lib.named(self.mesh, self.rules, (None, "batch", None))
+        """Split what is kept of every layer over all devices, not by rows alone."""
+        where = sharding_lib.named(
+            self.mesh,
+            self.rules,
+            (None, "batch", "sequence"),
+            x_DBT.shape,
+            replicate=True,
         )
+        return lax.with_sharding_constraint(x_DBT, where)
 
     def _logprobs_program(self, rows):
         """The program's key in the pool, and what lowers it; so with the others."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from tlt_jax import sharding as sharding_lib
 from tlt_jax.models import config as model_config
@@ -15,31 +17,43 @@ from tlt_jax.specdec import programs
 
 
 def engine_meshes(
-    mesh: jax.sharding.Mesh, num_workers: int = 1
+    mesh: jax.sharding.Mesh, num_workers: int = 1, tensor: int = 0
 ) -> list[jax.sharding.Mesh]:
     """Return the meshes of this process's rollout engines beside a learner on `mesh`.
 
-    Each has the devices of one place along `data` and `fsdp`, split by `tensor` as the
-    learner is, so that heads and vocabulary stay where they are.
+    Each has `tensor` devices that stand side by side in the learner's mesh and belong
+    to this process.
+
+    Args:
+      mesh: the learner's.
+      num_workers: engines of this process.
+      tensor: devices of an engine, over which heads and vocabulary are split; 0: as
+        many as the learner splits them over.
 
     Raises:
-      ValueError: there are not as many places.
+      ValueError: there are not as many places, or the mesh does not divide into them.
     """
-    everywhere = mesh.devices.reshape(-1, mesh.devices.shape[-1])
+    tensor = tensor or mesh.devices.shape[-1]
+    if mesh.size % tensor:
+        raise ValueError(
+            f"rollout.tensor={tensor} does not divide the mesh's {mesh.size} devices: "
+            "give each engine a number that does."
+        )
     own = jax.process_index()
-    groups = [g for g in everywhere if all(d.process_index == own for d in g)]
-    if num_workers > len(groups):
+    places = mesh.devices.reshape(-1, tensor)
+    places = [p for p in places if all(d.process_index == own for d in p)]
+    if num_workers > len(places):
         num_own = sum(d.process_index == own for d in mesh.devices.flat)
         raise ValueError(
-            f"workers.num={num_workers} needs as many places along mesh.data and "
-            f"mesh.fsdp, but {num_own} devices of this process with mesh.tensor="
-            f"{everywhere.shape[1]} have {len(groups)}: use fewer workers or more "
-            "devices."
+            f"workers.num={num_workers} needs as many places of {tensor} devices for "
+            f"engines, but the {num_own} devices that this process has in the mesh are "
+            f"{len(places)}: use fewer workers, fewer devices for each (rollout.tensor)"
+            " or more devices."
         )
-    stride = len(groups) // num_workers
+    stride = len(places) // num_workers
     return [
-        sharding_lib.make_mesh(1, 1, len(group), devices=list(group))
-        for group in groups[: stride * num_workers : stride]
+        sharding_lib.make_mesh(1, 1, tensor, devices=list(place))
+        for place in places[: stride * num_workers : stride]
     ]
 
 
@@ -47,11 +61,12 @@ class WeightSync:
     """Casts, reshards and unstacks the learner's weights for rollout engines.
 
     The result never shares a buffer with the learner, whose next update may thus give
-    its own up. One program is compiled, on the learner's mesh; where an engine has
-    fewer devices its output is copied leaf by leaf, each given up as soon as all have
-    it: the peak beyond the engines' weights is one copy in their dtype, split over the
-    learner's mesh. If that spans several processes, all take part at the same time, and
-    each gets the whole weights for its own engines.
+    its own up. Weights go layer by layer: a program on the learner's mesh makes one
+    layer, whichever; where an engine has fewer devices its output is copied leaf by
+    leaf, each given up as soon as all have it. So the peak beyond the engines' weights
+    is one layer, or the embedding and the head. If the learner's mesh spans several
+    processes, all take part at the same time, and each gets the whole weights for its
+    own engines.
     """
 
     def __init__(
@@ -69,7 +84,7 @@ class WeightSync:
         Args:
           model: the policy.
           source: the learner's mesh.
-          targets: the engines' meshes.
+          targets: the engines' meshes, all of one size.
           pool: of compiled programs.
           dtype: of the engine's weights.
           rules: logical to mesh axes, on both meshes; None: the default ones.
@@ -82,8 +97,15 @@ class WeightSync:
         self._dtype = jnp.dtype(dtype)
         self._key = ("weight_sync", model, source, *targets, rules, self._dtype)
         self._version = 0
-        self._source = _shardings(model, source, rules)
-        self._abstract = model_params.abstract(model)
+        self._num_layers = model.num_layers
+        self._replicated = sharding_lib.replicated(source)
+        self._learners = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=where
+            ),
+            model_params.abstract(model),
+            _shardings(model, source, rules),
+        )
         self._targets = [_unstacked(model, target, rules) for target in targets]
         same = [list(source.devices.flat) == list(t.devices.flat) for t in targets]
         self._same_devices = same == [True]
@@ -93,7 +115,8 @@ class WeightSync:
         elif self._spans_processes:
             # Every process gets what its engines need.
             gathered = dataclasses.replace(rules, embed=())
-            self._middle = _unstacked(model, source, gathered)
+            places = sharding_lib.regrouped(source, targets[0].size)
+            self._middle = _unstacked(model, places, gathered)
         else:
             self._middle = _unstacked(model, source, rules)
 
@@ -101,6 +124,11 @@ class WeightSync:
     def version(self) -> int:
         """Transfers made so far; the version of the newest weights."""
         return self._version
+
+    @property
+    def placed(self) -> list[model_params.Params]:
+        """The engines' shardings."""
+        return self._targets
 
     def restore_version(self, version: int) -> None:
         """Go on counting from `version`, after a restart."""
@@ -120,34 +148,64 @@ class WeightSync:
           Each engine's params (a tuple of layers, on its mesh, in its dtype), complete
           when returned, and their version, counted from 1.
         """
-        program = self._pool.get(self._key, self._lower)
-        leaves, treedef = jax.tree.flatten(program(params))
-        if self._same_devices:
-            copies = [leaves]
-        else:
-            move = _take_own if self._spans_processes else jax.device_put
-            wanted = [jax.tree.leaves(target) for target in self._targets]
-            copies = [[] for _ in wanted]
-            for i in range(len(leaves)):
-                for copy, shardings in zip(copies, wanted, strict=True):
-                    copy.append(move(leaves[i], shardings[i]))
-                # All have it.
-                leaves[i] = None
-        placed = [jax.tree.unflatten(treedef, copy) for copy in copies]
+        one_layer = self._pool.get((*self._key, "layer"), self.lower_layer)
+        others = self._pool.get((*self._key, "others"), self.lower_others)
+        copies = self._give(
+            others(_without_layers(params)),
+            [_without_layers(target) for target in self._targets],
+        )
+        layers: list[list] = [[] for _ in copies]
+        for i in range(self._num_layers):
+            index = sharding_lib.place(np.int32(i), self._replicated)
+            wanted = [target.layers[i] for target in self._targets]
+            given = self._give(one_layer(params.layers, index), wanted)
+            for own, layer in zip(layers, given, strict=True):
+                own.append(layer)
+        placed = [
+            copy.replace(layers=tuple(own))
+            for copy, own in zip(copies, layers, strict=True)
+        ]
         jax.block_until_ready(placed)
         self._version += 1
         return placed, self._version
 
-    def _lower(self) -> jax.stages.Lowered:
-        params = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=sharding
-            ),
-            self._abstract,
-            self._source,
+    def lower_layer(self) -> jax.stages.Lowered:
+        """Lower what makes one layer of the engines' weights."""
+
+        def make(layers, index):
+            layer = jax.tree.map(
+                lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False),
+                layers,
+            )
+            return _cast(layer, self._dtype)
+
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
+        jitted = jax.jit(make, out_shardings=self._middle.layers[0])
+        return jitted.lower(self._learners.layers, index)
+
+    def lower_others(self) -> jax.stages.Lowered:
+        """Lower what makes the rest of them: embedding, final norm, head."""
+        jitted = jax.jit(
+            functools.partial(_cast, dtype=self._dtype),
+            out_shardings=_without_layers(self._middle),
         )
-        convert = functools.partial(_convert, dtype=self._dtype)
-        return jax.jit(convert, out_shardings=self._middle).lower(params)
+        return jitted.lower(_without_layers(self._learners))
+
+    def _give(self, made: Any, wanted: list[Any]) -> list[Any]:
+        """Copy a tree to every engine, each leaf given up when all have it."""
+        if self._same_devices:
+            return [made]
+        leaves, treedef = jax.tree.flatten(made)
+        del made
+        shardings = [jax.tree.leaves(target) for target in wanted]
+        move = _take_own if self._spans_processes else jax.device_put
+        copies: list[list] = [[] for _ in wanted]
+        for i in range(len(leaves)):
+            for copy, where in zip(copies, shardings, strict=True):
+                copy.append(move(leaves[i], where[i]))
+            # All have it.
+            leaves[i] = None
+        return [jax.tree.unflatten(treedef, copy) for copy in copies]
 
 
 def _take_own(leaf: jax.Array, target: jax.sharding.NamedSharding) -> jax.Array:
@@ -165,10 +223,12 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
-def _convert(params: model_params.Params, *, dtype: Any) -> model_params.Params:
-    """Cast and unstack into fresh buffers."""
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return model_params.unstack(cast)
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def _without_layers(params: model_params.Params) -> model_params.Params:
+    return params.replace(layers=())
 
 
 def _axes(model: model_config.ModelConfig) -> model_params.Params:
