@@ -126,8 +126,9 @@ class Rollout:
         where it can be, which is on one CPU device in float32.
       attention: over the cache: `auto` takes the Pallas kernel on TPUs and GPUs, and on
         CPUs the native one where `cpu_kernels` are native, else the portable walk over
-        pages; `portable`, `native_cpu`, `mosaic_tpu` and `triton_gpu` take one by name; `mosaic_tpu_interpreted` and `triton_gpu_interpreted` run a
-        kernel's program on CPUs, slowly.
+        pages; `portable`, `native_cpu`, `mosaic_tpu` and `triton_gpu` take one by name;
+        `mosaic_tpu_interpreted` and `triton_gpu_interpreted` run a kernel's program on
+        CPUs, slowly.
     """
 
     prompts_per_step: int = schema.number(8, 1)

@@ -16,9 +16,11 @@ from llvmlite import ir
 
 from tlt_jax.cpu_kernels import code as code_lib
 from tlt_jax.cpu_kernels import ffi
-from tlt_jax.cpu_kernels.code import F32, F32V, I8, I32, I64, LANES, POINTER, VOID
 
 HANDLER = "tlt_jax_attention"
+LANES = code_lib.LANES
+F32, I8, I32, I64 = code_lib.F32, code_lib.I8, code_lib.I32, code_lib.I64
+F32V, POINTER, VOID = code_lib.F32V, code_lib.POINTER, code_lib.VOID
 # Queries whose scores are computed together.
 _QUERIES = 4
 # Below any score; it is never read, since what is not visible weighs nothing.
