@@ -5,7 +5,7 @@ Variables live in stack slots until LLVM's optimiser puts them into registers
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from llvmlite import ir
 
@@ -142,11 +142,15 @@ class Code(ir.IRBuilder):
         right = self.number(right)
         return self.select(self.icmp_signed("<", left, right), left, right)
 
-    def at(self, base: ir.Value, *terms: int | ir.Value, kind: ir.Type = F32):
+    def at(
+        self, base: ir.Value, *terms: int | ir.Value, kind: ir.Type = F32
+    ) -> ir.Value:
         """Point to the element of `base` at the sum of `terms`."""
         return self.gep(base, [self.plus(*terms)], source_etype=kind)
 
-    def get(self, base: ir.Value, *terms: int | ir.Value, kind: ir.Type = F32):
+    def get(
+        self, base: ir.Value, *terms: int | ir.Value, kind: ir.Type = F32
+    ) -> ir.Value:
         """Load the element at the sum of `terms`; 32-bit integers become 64-bit."""
         place = self.at(base, *terms, kind=kind)
         value = self.load(place, typ=kind, align=_SIZES[kind])
@@ -161,7 +165,9 @@ class Code(ir.IRBuilder):
         """Load a vector of floats from the sum of `terms` on."""
         return self.load(self.at(base, *terms), typ=F32V, align=4)
 
-    def put_vector(self, value: ir.Value, base: ir.Value, *terms) -> None:
+    def put_vector(
+        self, value: ir.Value, base: ir.Value, *terms: int | ir.Value
+    ) -> None:
         """Store a vector of floats from the sum of `terms` on."""
         self.store(value, self.at(base, *terms), align=4)
 
@@ -182,7 +188,9 @@ class Code(ir.IRBuilder):
         zeros = ir.Constant(I32V, [0] * LANES)
         return self.shuffle_vector(one, ir.Constant(F32V, ir.Undefined), zeros)
 
-    def shuffled(self, left: ir.Value, right: ir.Value, lanes: Sequence[int]):
+    def shuffled(
+        self, left: ir.Value, right: ir.Value, lanes: Sequence[int]
+    ) -> ir.Value:
         """Take lanes of two vectors, those of the second from `LANES` on."""
         return self.shuffle_vector(left, right, ir.Constant(I32V, list(lanes)))
 
@@ -198,7 +206,9 @@ class Code(ir.IRBuilder):
         """Take the larger of each lane; neither is NaN."""
         return self.select(self.fcmp_ordered(">", left, right), left, right)
 
-    def reduced(self, vector: ir.Value, join) -> ir.Value:
+    def reduced(
+        self, vector: ir.Value, join: Callable[[ir.Value, ir.Value], ir.Value]
+    ) -> ir.Value:
         """Join all lanes in a tree; every lane of the result holds it."""
         step = LANES // 2
         while step:
