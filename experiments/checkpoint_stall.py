@@ -19,13 +19,9 @@ import pathlib
 import tempfile
 import time
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from experiments import harness, random_drafter
+from experiments import harness, plotting, random_drafter
 from tlt_jax import drafter_checkpoint
 from tlt_jax.specdec import drafter_unroll
 
@@ -130,30 +126,19 @@ class Saving:
             checkpointer.close()
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path) -> None:
+def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     """Draws the stalls, a panel for each target."""
     targets = list(dict.fromkeys(row["target"] for row in summary))
-    modes = drafter_checkpoint.MODES
-    figure, panels = plt.subplots(
-        1, len(targets), figsize=(4 * len(targets), 3.6), layout="constrained"
+    fig, panels = plotting.panels(
+        "Drafter training waits for a checkpoint", len(targets), stamp
     )
-    for axes, target in zip(np.atleast_1d(panels), targets, strict=True):
+    for axes, target in zip(panels, targets, strict=True):
         rows = {row["system"]: row for row in summary if row["target"] == target}
-        of = {
-            what: np.array([rows[mode][f"stall_ms/{what}"] for mode in modes])
-            for what in ("median", "min", "max")
-        }
-        median = of["median"]
-        spread = [median - of["min"], of["max"] - median]
-        bars = axes.bar(modes, median, 0.6, yerr=spread, capsize=3)
-        axes.bar_label(bars, fmt="%.0f ms", fontsize=9, padding=2)
-        axes.margins(y=0.12)
-        axes.set_title(target, loc="left")
-        axes.set_ylabel("stall, ms (median and range)")
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        modes = drafter_checkpoint.MODES
+        plotting.bars(axes, modes, [rows[m] for m in modes], "stall_ms", "%.0f ms")
+        axes.set_title(target, loc="left", fontsize=10)
+    panels[0].set_ylabel("stall, ms (median and range)")
+    plotting.save(fig, path)
 
 
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
@@ -188,7 +173,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     )
     harness.write_results(options, SLUG, rows, summary, provenance)
     out = harness.folder_of(options)
-    plot(summary, out / f"{SLUG}.png")
+    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     return summary
 
 

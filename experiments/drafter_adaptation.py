@@ -2,68 +2,28 @@
 
     python -m experiments.drafter_adaptation --scale=cpu
 
-Two runs of one recipe take their steps in turns in this process. In both the drafter
-learns from random weights for `--warm-steps` RL steps; then one of them gets no more
-texts. Tokens and policies are the same in both, since speculation changes none, so what
-differs between the curves is the drafter alone: how far the policy has moved away from
-the one that it knew. Accept lengths are the engine's own, of one fixed strategy.
+Two runs of one small recipe (`configs/tiny.py:count`). In both the drafter learns from
+random weights for `--warm-steps` RL steps, the same number of updates after each
+rollout; then one of them learns no more. Tokens and policies are the same in both,
+since speculation changes none, so what differs between the curves is the drafter alone:
+how far the policy has moved away from the one that it knew. Accept lengths are the
+engine's own, of one fixed strategy. `experiments.drafter_cadence` compares at equal
+cost.
 
 Reproduces: the paper's accept length 4.59 -> 6.53 by adaptation (Qwen2.5-7B, H100), in
 kind and not in size.
 """
 
 import argparse
-import contextlib
-import dataclasses
 import importlib.metadata
 import pathlib
-import runpy
 import statistics
-import tempfile
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from experiments import harness
-from tlt_jax import compile_cache, config, progress, train
-from tlt_jax.rl import drafter_budget
+from experiments import cells, drafter_runs, harness, plotting
 
 SLUG = "drafter_adaptation"
+RECIPE = "configs/tiny.py:count"
 ADAPTED, FROZEN = "adapted", "frozen"
-# One worker: the drafter trains between rollout and update, as long as the rollout
-# took at most.
-SETTINGS = {
-    "specdec.mode": "tlt",
-    "specdec.tuner": "static",
-    "specdec.strategies": ("32:D4K1V5",),
-    "specdec.ngram_strategies": (),
-    "drafter.features": "last",
-    "adaptation.num_steps": 4,
-    "adaptation.row_tokens": 128,
-    "adaptation.row_bases": 96,
-    "adaptation.num_rows": 4,
-    "adaptation.max_frac": 1.0,
-    "learner.old_logprobs": "recompute",
-    "checkpoint.every": 0,
-    "log.progress": "off",
-    "log.tensorboard": False,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Always(drafter_budget.Budget):
-    """Trains as long as it may, whether that pays or not: here nobody is in a hurry."""
-
-    def seconds(self, rollout_s: float, max_frac: float) -> float:
-        """Returns the limit."""
-        return max_frac * rollout_s
-
-    def trained(self, seconds: float, before: float, after: float) -> "Always":
-        """Learns nothing."""
-        del seconds, before, after
-        return self
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -71,123 +31,130 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    harness.add_options(parser)
-    parser.add_argument("--config", default="configs/tiny.py:count")
+    parser.add_argument("--config", default=RECIPE)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm-steps", type=int, default=12)
+    parser.add_argument(
+        "--updates", type=int, default=12, help="of the drafter, after a rollout"
+    )
+    parser.add_argument("--seeds", type=int, default=2)
+    cells.add_options(parser)
     return parser.parse_args(arguments)
 
 
-def run_of(options: argparse.Namespace) -> config.RunConfig:
-    """Returns the recipe of both runs."""
-    path, _, argument = options.config.partition(":")
-    recipe = runpy.run_path(path)["get_config"](argument)
-    recipe.update_from_flattened_dict(SETTINGS | {"num_steps": options.steps})
-    return config.load(recipe)
+def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
+    """Runs the recipe with one of the drafters."""
+    system = cell.overrides["system"]
+    settings = drafter_runs.settings_of(
+        options.config,
+        {"num_steps": options.steps, "seed": cell.seed},
+        options.updates,
+    )
 
+    def trains(number):
+        return system == ADAPTED or number < options.warm_steps
 
-def take_step(trainer: train.Trainer, frozen: bool) -> harness.Row:
-    """Takes a step; a frozen drafter gets no text and forgets those it had."""
-    if frozen:
-        trainer.workers.capture_frac = 0.0
-        trainer.adaptation.buffer.drop_older_than(trainer.run.num_steps + 2)
-    row = trainer.take_step()
-    return {
-        "accept_length": row["specdec/accept_length"],
-        "ready": row["drafter/ready"],
-        "num_updates": row["drafter/num_updates"],
-        "reward": row["reward/mean"],
-        "rollout_tokens": row["rollout/tokens"],
-        "tokens_digest": row["rollout/tokens_digest"],
-        "policy_loss": row["policy/loss"],
-    }
+    return [
+        {
+            "system": system,
+            "seed": cell.seed,
+            "step": row["step"],
+            "accept_length": row["specdec/accept_length"],
+            "num_updates": row["drafter/num_updates"],
+            "reward": row["reward/mean"],
+            "rollout_tokens": row["rollout/tokens"],
+            "tokens_digest": row["rollout/tokens_digest"],
+            "policy_loss": row["policy/loss"],
+        }
+        for row in drafter_runs.run(settings, trains)
+    ]
 
 
 def summary_of(rows: list[harness.Row], warm_steps: int) -> list[harness.Row]:
-    """Averages the steps after the warm-up, and their last quarter."""
+    """Takes means over the steps in which the drafters differ, and over seeds."""
+    last = max(row["step"] for row in rows)
+    adapted = {(r["seed"], r["step"]): r for r in rows if r["system"] == ADAPTED}
     summary = []
-    for system in (ADAPTED, FROZEN):
+    for system in dict.fromkeys(row["system"] for row in rows):
         its = [row for row in rows if row["system"] == system]
-        after = [row["accept_length"] for row in its if row["round"] >= warm_steps]
-        tail = after[-max(len(after) // 4, 1) :]
+        after = [row for row in its if row["step"] > warm_steps]
+        tail = [row for row in after if row["step"] > last - (last - warm_steps) // 4]
         summary.append(
             {
                 "system": system,
+                "seeds": len({row["seed"] for row in its}),
                 "steps": len(after),
-                "accept_length": statistics.mean(after),
-                "accept_length/last_quarter": statistics.mean(tail),
-                "num_updates": its[-1]["num_updates"],
-                "reward_first": its[0]["reward"],
-                "reward_last": its[-1]["reward"],
+                "accept_length": statistics.mean(r["accept_length"] for r in after),
+                "accept_length/last_quarter": statistics.mean(
+                    row["accept_length"] for row in tail
+                ),
+                "num_updates": max(row["num_updates"] for row in its),
+                "reward_first": statistics.mean(
+                    row["reward"] for row in its if row["step"] == 1
+                ),
+                "reward_last": statistics.mean(
+                    row["reward"] for row in its if row["step"] == last
+                ),
+                "steps_differing": sum(
+                    row[name] != adapted[row["seed"], row["step"]][name]
+                    for row in its
+                    for name in ("tokens_digest", "policy_loss")
+                ),
             }
         )
-    pairs: dict[int, set] = {}
-    for row in rows:
-        same = row["tokens_digest"], row["policy_loss"]
-        pairs.setdefault(row["round"], set()).add(same)
-    differing = sum(len(found) > 1 for found in pairs.values())
-    for entry in summary:
-        entry["steps_differing"] = differing
     return summary
 
 
-def plot(rows: list[harness.Row], warm_steps: int, path: pathlib.Path) -> None:
+def plot(
+    rows: list[harness.Row], warm_steps: int, path: pathlib.Path, stamp: str
+) -> None:
     """Draws both accept lengths, and the reward that moves the policy."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for system, style in ((ADAPTED, "-"), (FROZEN, "--")):
-        its = [row for row in rows if row["system"] == system]
-        steps = [row["round"] + 1 for row in its]
-        axes.plot(steps, [row["accept_length"] for row in its], style, label=system)
-    axes.axvline(warm_steps + 0.5, color="grey", linewidth=0.8)
-    axes.set_xlabel("RL step (the frozen drafter stops learning at the line)")
-    axes.set_ylabel("accept length")
-    axes.set_ylim(bottom=1)
-    rewards = axes.twinx()
-    its = [row for row in rows if row["system"] == ADAPTED]
-    values = [row["reward"] for row in its]
-    rewards.plot(steps, values, ":", color="grey", label="reward (same in both)")
-    rewards.set_ylabel("mean reward")
-    rewards.set_ylim(0, 1)
-    figure.legend(loc="outside upper center", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    fig, (left, right) = plotting.panels(
+        "A drafter that goes on learning, and one that stopped", 2, stamp
+    )
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    for seed, color in zip(seeds, plotting.COLORS, strict=False):
+        for system, style in ((ADAPTED, "-"), (FROZEN, "--")):
+            its = [r for r in rows if (r["system"], r["seed"]) == (system, seed)]
+            steps = [row["step"] for row in its]
+            lengths = [row["accept_length"] for row in its]
+            label = f"{system}, seed {seed}"
+            left.plot(steps, lengths, style, color=color, label=label)
+        rewards = [row["reward"] for row in its]
+        right.plot(steps, rewards, color=color, label=f"seed {seed}")
+    left.axvline(warm_steps + 0.5, color=plotting.GREY, linewidth=0.8)
+    left.set_xlabel("RL step (at the line the frozen one stops)")
+    left.set_ylabel("accept length")
+    left.set_ylim(bottom=1)
+    right.set_xlabel("RL step")
+    right.set_ylabel("mean reward, the same with both")
+    right.set_ylim(0, 1)
+    plotting.save(fig, path)
 
 
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
     """Runs the experiment; returns the summary that it also writes."""
     options = parse_arguments(arguments)
-    compile_cache.enable()
-    run = run_of(options)
     settings = {
-        "config": config.to_dict(run),
+        "config": options.config,
+        "steps": options.steps,
         "warm_steps": options.warm_steps,
+        "updates": options.updates,
     }
     versions = {"jax": importlib.metadata.version("jax")}
     provenance = harness.Provenance(SLUG, settings, versions)
-    with contextlib.ExitStack() as closing:
-        folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
-        trainers = {}
-        for name in (ADAPTED, FROZEN):
-            (folder / name).mkdir()
-            display = progress.Progress(run.num_steps, mode="off")
-            made = train.Trainer(run, folder / name, display)
-            trainers[name] = closing.enter_context(made)
-            made.adaptation.budget = Always()
-            made.begin()
-
-        def measure(name, case, number):
-            del case
-            frozen = name == FROZEN and number >= options.warm_steps
-            return take_step(trainers[name], frozen)
-
-        rows = harness.run_paired(
-            [ADAPTED, FROZEN], [{}], measure, rounds=options.steps, warmups=0
-        )
+    wanted = [
+        cells.Cell({"system": system}, seed)
+        for seed in range(options.seeds)
+        for system in (ADAPTED, FROZEN)
+    ]
+    rows = cells.run(
+        options, SLUG, provenance, wanted, lambda cell: measure(options, cell)
+    )
     summary = summary_of(rows, options.warm_steps)
-    harness.write_results(options, SLUG, rows, summary, provenance)
-    out = harness.folder_of(options)
-    plot(rows, options.warm_steps, out / f"{SLUG}.png")
+    harness.write_summary(options, SLUG, summary)
+    path = harness.folder_of(options) / f"{SLUG}.png"
+    plot(rows, options.warm_steps, path, plotting.stamp(provenance.record))
     return summary
 
 

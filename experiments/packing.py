@@ -18,13 +18,9 @@ import pathlib
 import time
 from collections.abc import Iterator
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from experiments import harness, random_drafter
+from experiments import harness, plotting, random_drafter
 from tlt_jax.specdec import drafter_unroll, hidden_buffer, text_buffer
 
 SLUG = "packing"
@@ -147,23 +143,18 @@ class Epochs:
         return span
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path) -> None:
+def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     """Draws texts per second."""
+    fig, axes = plotting.figure(
+        "Drafter training, packed against padded",
+        "rows of texts",
+        "texts per second (median and range)",
+        stamp,
+    )
     rows = {row["system"]: row for row in summary}
-    figure, axes = plt.subplots(figsize=(4.5, 3.6), layout="constrained")
-    of = {
-        what: np.array([rows[name][f"texts_per_s/{what}"] for name in SYSTEMS])
-        for what in ("median", "min", "max")
-    }
-    spread = [of["median"] - of["min"], of["max"] - of["median"]]
-    bars = axes.bar(SYSTEMS, of["median"], 0.6, yerr=spread, capsize=3)
-    axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
-    axes.margins(y=0.12)
-    axes.set_ylabel("texts per second (median and range)")
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    names = [name for name in SYSTEMS if name in rows]
+    plotting.bars(axes, names, [rows[n] for n in names], "texts_per_s", "%.1f")
+    plotting.save(fig, path)
 
 
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
@@ -198,7 +189,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     )
     harness.write_results(options, SLUG, rows, summary, provenance)
     out = harness.folder_of(options)
-    plot(summary, out / f"{SLUG}.png")
+    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     return summary
 
 

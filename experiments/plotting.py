@@ -1,7 +1,7 @@
 """The look of the experiments' plots, and a stamp that says where they come from."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from matplotlib import axes as axes_lib
 from matplotlib import figure as figure_lib
@@ -56,6 +56,34 @@ def figure(
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     return fig, axes
+
+
+def bars(
+    axes: axes_lib.Axes,
+    names: Sequence[str],
+    rows: Sequence[Mapping[str, object]],
+    metric: str,
+    label: str = "%.3g",
+) -> None:
+    """Draws medians with their ranges, as `harness.summarise` gives them.
+
+    Args:
+      axes: a panel.
+      names: of the bars.
+      rows: one for each.
+      metric: the column before `/median`, `/min`, `/max`.
+      label: how a median is written.
+    """
+    medians, lows, highs = (
+        [row[f"{metric}/{what}"] for row in rows] for what in ("median", "min", "max")
+    )
+    below = [a - b for a, b in zip(medians, lows, strict=True)]
+    above = [b - a for a, b in zip(medians, highs, strict=True)]
+    drawn = axes.bar(
+        names, medians, 0.6, yerr=[below, above], capsize=3, color=COLORS[0]
+    )
+    axes.bar_label(drawn, fmt=label, fontsize=8, padding=2)
+    axes.margins(y=0.12)
 
 
 def save(fig: figure_lib.Figure, path: pathlib.Path) -> None:

@@ -13,7 +13,12 @@ import pathlib
 
 from experiments import catalogue, cells, harness, plotting
 
-_TABLES = {"rows": ["{slug}.csv"], "summary": ["{slug}_summary.csv", "{slug}.csv"]}
+_TABLES = {
+    "rows": ["{slug}.csv"],
+    "summary": ["{slug}_summary.csv", "{slug}.csv"],
+    "curves": ["{slug}_curves.csv"],
+    "lengths": ["{slug}_lengths.csv"],
+}
 
 
 def redraw(slug: str, folder: pathlib.Path, scale: str) -> str:

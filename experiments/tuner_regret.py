@@ -19,13 +19,9 @@ import pathlib
 import time
 from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from experiments import arm_replay, harness, simulated_arms, trace_file
+from experiments import arm_replay, harness, plotting, simulated_arms, trace_file
 from tlt_jax.specdec import cost_model, tuner, tuners
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -40,15 +36,13 @@ ACCELERATOR_ARMS = (
 )
 # Of the drafters in a trace, by the part of the run that is over.
 _SCHEDULE = ((0.0, 0), (0.1, 1), (0.2, 2), (0.3, 3), (0.6, 1), (0.7, 2), (0.8, 3))
-_COLORS = {
-    "plain": "#999999",
-    "static": "#CC79A7",
-    "threshold": "#56B4E9",
-    "table": "#E69F00",
-    REFERENCE: "#D55E00",
-    FORGETFUL: "#009E73",
-    OURS: "#0072B2",
-}
+_COLORS = dict(
+    zip(
+        (OURS, "table", FORGETFUL, REFERENCE, "static", "threshold", "plain"),
+        plotting.COLORS,
+        strict=True,
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,23 +221,25 @@ def worlds(options: argparse.Namespace) -> list[World]:
     ]
 
 
-def run(world: World, seed: int) -> tuple[list[harness.Row], dict[str, np.ndarray]]:
-    """Replays all tuners; returns a row and the cumulative regret of each."""
+def run(world: World, seed: int) -> tuple[list[harness.Row], list[harness.Row]]:
+    """Replays all tuners; returns a row of each, and its regret after each rollout."""
     machine, rollouts = world.make(seed)
     oracle = list(arm_replay.replay(machine, rollouts, None, seed))
     oracle_s = sum(choice.seconds for choice in oracle)
-    rows, curves = [], {}
+    rows, curves = [], []
     for name, made in world.tuners(seed).items():
         timed = Timed(made)
         choices = list(arm_replay.replay(machine, rollouts, timed, seed))
         regret_s = np.cumsum([choice.regret_s for choice in choices])
         total_s = sum(choice.seconds for choice in choices)
-        curves[name] = by_rollout(choices)
+        about = {"world": world.name, "tuner": name, "seed": seed}
+        curves += [
+            about | {"rollout": number, "regret_s": round(float(value), 3)}
+            for number, value in enumerate(by_rollout(choices))
+        ]
         rows.append(
-            {
-                "world": world.name,
-                "tuner": name,
-                "seed": seed,
+            about
+            | {
                 "num_calls": len(choices),
                 "num_tokens": sum(choice.call.num_tokens for choice in choices),
                 "regret_s": float(regret_s[-1]),
@@ -319,30 +315,31 @@ def summarise(rows: Sequence[harness.Row]) -> list[harness.Row]:
     return summary
 
 
-def plot(curves: dict[str, dict[str, list[np.ndarray]]], path: pathlib.Path) -> None:
+def plot(curves: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     """Draws the regret over a run: the mean of the seeds, and their range."""
-    figure, panels = plt.subplots(
-        1, len(curves), figsize=(3.9 * len(curves), 4.2), layout="constrained"
+    names = list(dict.fromkeys(row["world"] for row in curves))
+    fig, panels = plotting.panels(
+        "Regret against the oracle of each call", len(names), stamp, height=4.4
     )
-    for axes, (world, of) in zip(np.atleast_1d(panels), curves.items(), strict=True):
-        for name, seeds in of.items():
-            stacked = np.stack(seeds)[:, 1:]
+    for axes, world in zip(panels, names, strict=True):
+        its = [row for row in curves if row["world"] == world]
+        for name, color in _COLORS.items():
+            seeds: dict[int, list[float]] = {}
+            for row in its:
+                if row["tuner"] == name and row["rollout"]:
+                    seeds.setdefault(row["seed"], []).append(row["regret_s"])
+            stacked = np.array(list(seeds.values()))
             steps = np.arange(stacked.shape[1]) + 1
-            color, style = _COLORS[name], "--" if name == FORGETFUL else "-"
-            axes.plot(steps, stacked.mean(axis=0), style, color=color, label=name)
+            style = "--" if name == FORGETFUL else "-"
+            label = name if axes is panels[0] else None
+            axes.plot(steps, stacked.mean(axis=0), style, color=color, label=label)
             low, high = stacked.min(axis=0), stacked.max(axis=0)
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         axes.set_yscale("log")
-        axes.set_title(world, fontsize=10)
+        axes.set_title(world, loc="left", fontsize=10)
         axes.set_xlabel("rollouts")
-        axes.grid(alpha=0.25)
-    first = np.atleast_1d(panels)[0]
-    first.set_ylabel("regret against the oracle of each call (s)")
-    names = first.get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower center", ncols=len(_COLORS), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    panels[0].set_ylabel("regret, s")
+    plotting.save(fig, path)
 
 
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
@@ -355,18 +352,17 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         "cost_model": dataclasses.asdict(cost_model.CostModelConfig()),
     }
     provenance = harness.Provenance(SLUG, settings, {})
-    rows, curves = [], {}
+    rows, curves = [], []
     for world in worlds(options):
-        of = curves.setdefault(world.name, {})
         for seed in range(options.seeds):
-            found, curves_of_seed = run(world, seed)
+            found, made = run(world, seed)
             rows += found
-            for name, curve in curves_of_seed.items():
-                of.setdefault(name, []).append(curve)
+            curves += made
     summary = summarise(rows)
     harness.write_results(options, SLUG, rows, summary, provenance)
     out = harness.folder_of(options)
-    plot(curves, out / f"{SLUG}.png")
+    harness.write_csv(out / f"{SLUG}_curves.csv", curves)
+    plot(curves, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     return summary
 
 

@@ -128,6 +128,14 @@ def test_one_worker_trains_between_rollout_and_update(off, tmp_path):
     assert sum(values(rows, "workers/trained_s")) == 0
 
 
+def test_steps_between_rollout_and_update_can_be_counted(off, tmp_path):
+    settings = {"adaptation.max_frac": 1e6, "adaptation.max_steps": 3}
+    rows = start(tmp_path, **{"workers.num": 1, **settings})
+    assert_same_run(tmp_path, off)
+    # Or none, where training does not pay.
+    assert {3} <= set(values(rows, "drafter/num_steps")) <= {0, 3}
+
+
 def test_a_resumed_run_takes_the_drafter_up_bit_for_bit(
     off, tmp_path, waits, monkeypatch
 ):

@@ -121,13 +121,14 @@ class Rollout:
       max_batch: rows decoded at once, at least 1; batches are powers of two up to it.
       steps_per_call: decode steps per jitted call, at least 1.
       prefill_chunk: prompt tokens per prefill call, at least 1.
-      cpu_kernels: on CPUs, `native` computes products of few columns by kernels of our
-        own, `xla` leaves all to XLA; `auto`: native where it can be, which is on one
-        CPU device in float32.
-      attention: over the cache: `auto` takes the Pallas kernel on TPUs and GPUs and
-        the portable walk over pages on CPUs; `portable`, `mosaic_tpu` and `triton_gpu`
-        take one by name; `mosaic_tpu_interpreted` and `triton_gpu_interpreted` run a
-        kernel's program on CPUs, slowly.
+      cpu_kernels: on CPUs, `native` computes products of few columns, and attention of
+        few queries, by kernels of our own, `xla` leaves all to XLA; `auto`: native
+        where it can be, which is on one CPU device in float32.
+      attention: over the cache: `auto` takes the Pallas kernel on TPUs and GPUs, and on
+        CPUs the native one where `cpu_kernels` are native, else the portable walk over
+        pages; `portable`, `native_cpu`, `mosaic_tpu` and `triton_gpu` take one by name;
+        `mosaic_tpu_interpreted` and `triton_gpu_interpreted` run a kernel's program on
+        CPUs, slowly.
       tensor: devices of one process over which an engine splits heads and vocabulary;
         0: as many as `mesh.tensor`. Divides the model's key/value heads.
     """
@@ -143,6 +144,7 @@ class Rollout:
     attention: Literal[
         "auto",
         "portable",
+        "native_cpu",
         "mosaic_tpu",
         "triton_gpu",
         "mosaic_tpu_interpreted",

@@ -120,6 +120,9 @@ class Adaptation(Objective):
         a rollout; 0: at its end alone.
       max_frac: with one worker nobody waits: time for training between rollout and
         update, as a part of the rollout's, spent while it pays; 0: none.
+      max_steps: with one worker: most training steps between rollout and update; 0: as
+        many as the time allows. With time to spare it makes the drafter, too, a
+        function of the settings.
     """
 
     enabled: bool = True
@@ -135,6 +138,7 @@ class Adaptation(Objective):
     previous_frac: float = schema.number(0.5, 0.0, 1.0)
     publish_steps: int = schema.number(0, 0)
     max_frac: float = schema.number(0.2, 0.0)
+    max_steps: int = schema.number(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -270,7 +270,13 @@ def has_fma(features: frozenset[str]) -> bool:
     return "fma" in features or "neon" in features
 
 
-def register(text: str, handlers: Mapping[str, str], cpu: str | None = None) -> None:
+def register(
+    text: str,
+    handlers: Mapping[str, str],
+    cpu: str | None = None,
+    *,
+    optimise: bool = False,
+) -> None:
     """Compile a kernel and register its handlers for XLA's programs on CPUs.
 
     The machine code stays until the process ends: programs, and threads of XLA that
@@ -281,6 +287,8 @@ def register(text: str, handlers: Mapping[str, str], cpu: str | None = None) -> 
       handlers: names of its functions, by the target's name in programs; a target is
         registered once in a process.
       cpu: what LLVM calls the CPU to compile for; None: the host's.
+      optimise: run LLVM's passes before code is generated; for IR that keeps its
+        variables in memory, as `code` writes it.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -292,6 +300,12 @@ def register(text: str, handlers: Mapping[str, str], cpu: str | None = None) -> 
     )
     module = llvm.parse_assembly(RUNTIME + text)
     module.verify()
+    if optimise:
+        options = llvm.create_pipeline_tuning_options(speed_level=2)
+        # Vectors are the kernel's own business.
+        options.loop_vectorization = options.slp_vectorization = False
+        passes = llvm.create_pass_builder(machine, options)
+        passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     addresses = {

@@ -5,13 +5,15 @@ import dataclasses
 import jax
 
 from tlt_jax import sharding
+from tlt_jax.cpu_kernels import attention as cpu_attention
 from tlt_jax.cpu_kernels import choice
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 
 _INTERPRETED = "_interpreted"
 _KERNELS = ("mosaic_tpu", "triton_gpu")
+_NATIVE = "native_cpu"
 ATTENTION_CHOICES = (
-    *("auto", "portable", *_KERNELS),
+    *("auto", "portable", _NATIVE, *_KERNELS),
     *(name + _INTERPRETED for name in _KERNELS),
 )
 
@@ -24,10 +26,13 @@ class Kernels:
       products: of weights and few columns: `xla`, or `native` for programs on one CPU
         device in float32, see `cpu_kernels.choice`.
       attention: over a paged cache; None: the portable walk over pages.
+      native_attention: where shapes allow it, by the native kernel instead, for the
+        same programs as native products; see `cpu_kernels.attention`.
     """
 
     products: str = "xla"
     attention: verify_attention.Implementation | None = None
+    native_attention: bool = False
 
 
 PORTABLE = Kernels()
@@ -44,8 +49,9 @@ def choose(
 
     Args:
       cpu_kernels: see `cpu_kernels.choice.choose`.
-      attention: `auto`: the kernel of the devices' platform, where it has one, else
-        `portable`; or one by name. A name with `_interpreted` behind it runs a kernel's
+      attention: `auto`: the kernel of the devices' platform, where it has one (on CPUs
+        `native_cpu`, with native products only), else `portable`; or one by name. A
+        name with `_interpreted` behind it runs a kernel's
         program step by step on CPUs, for tests.
       mesh: devices that the program runs on.
       rules: which mesh axes split kv heads.
@@ -57,10 +63,18 @@ def choose(
     Raises:
       ValueError: a choice is not known, or cannot be had on these devices.
     """
-    return Kernels(
-        products=choice.choose(cpu_kernels, mesh.devices, dtype),
-        attention=_choose_attention(attention, mesh, rules),
-    )
+    products = choice.choose(cpu_kernels, mesh.devices, dtype)
+    is_native = products == "native" and attention in ("auto", _NATIVE)
+    if attention == _NATIVE and not is_native:
+        raise ValueError(
+            f"attention={_NATIVE!r} goes with native products, which this program "
+            f"does not have (cpu_kernels={cpu_kernels!r}, {dtype}, "
+            f"{mesh.devices.size} devices): use 'auto'."
+        )
+    if is_native:
+        cpu_attention.register()
+        return Kernels(products=products, native_attention=True)
+    return Kernels(products, _choose_attention(attention, mesh, rules))
 
 
 def _choose_attention(

@@ -4,6 +4,7 @@ It reads the cache and returns the new keys and values; the caller appends what 
 accepted, so nothing is ever rolled back and the layer loop carries no cache.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from tlt_jax.cpu_kernels import attention as cpu_attention
 from tlt_jax.cpu_kernels import product as cpu_product
 from tlt_jax.models import attention, kernel_attention, kv_cache, layers
 from tlt_jax.models import config as model_config
@@ -129,7 +131,15 @@ def forward(
                 kernel=kernels.attention,
             )
 
-        x_DBT, keys, values = decoder_layer(layer, x_DBT, cfg, rope, attend, kernels)
+        native = None
+        if _takes_native(kernels, cfg, x_DBT, visibility, view, window):
+            mask = _mask(visibility, *tokens.shape)
+            native = functools.partial(
+                _attend_native, mask=mask, view=view, layer=index
+            )
+        x_DBT, keys, values = decoder_layer(
+            layer, x_DBT, cfg, rope, attend, kernels, attend_columns=native
+        )
         x_DBT = constrain(x_DBT)
         return x_DBT, (keys, values) if with_cache_columns else (None, None)
 
@@ -243,6 +253,7 @@ def decoder_layer(
     attend: Callable[[Array, Array, Array], attention.Partial],
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
     attention_input: Array | None = None,
+    attend_columns: Callable[..., tuple[Array, Array, Array]] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Compute one layer: attention and feed-forward block, each behind its norm.
 
@@ -256,6 +267,9 @@ def decoder_layer(
       kernels: see `forward`.
       attention_input: `[in, B, T]`, what queries, keys and values are projected from;
         None: the normed `x_DBT`.
+      attend_columns: takes the place of `attend` and of rotation: takes queries, keys
+        and values `[K, G + 2, H, B, T]` and `rope`, returns heads `[K, G, H, B, T]`,
+        and rotated keys and values `[K, H, B, T]`.
 
     Returns:
       The layer's output `[D, B, T]` and its keys and values `[K, H, B, T]`.
@@ -263,7 +277,9 @@ def decoder_layer(
     normed = attention_input
     if normed is None:
         normed = layers.rms_norm(x_DBT, layer.attn_norm, cfg.rms_norm_eps)
-    attended, keys, values = _self_attention(layer, normed, cfg, rope, attend, kernels)
+    attended, keys, values = _self_attention(
+        layer, normed, cfg, rope, attend, kernels, attend_columns
+    )
     x_DBT = x_DBT + attended
     normed = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)
     return x_DBT + layers.mlp(layer, normed, kernels), keys, values
@@ -334,28 +350,57 @@ def attend_parts(
     return attention.join(cached, partial)
 
 
-def _self_attention(layer, x_DBT, cfg, rope, attend, kernels):
+def _takes_native(kernels, cfg, x_DBT, visibility, view, window) -> bool:
+    """Tell whether the native kernel for CPUs computes a layer's attention."""
+    return (
+        kernels.native_attention
+        and view is not None
+        and window is None
+        and visibility.segment is None
+        and layers.takes_native(kernels, x_DBT)
+        and cpu_attention.takes(x_DBT.shape[2], cfg.head_dim, view.cache.page_size)
+    )
+
+
+def _mask(visibility: attention.Visibility, batch: int, num_tokens: int) -> Array:
+    """Say which fresh keys a query sees, `[B, T, T] bool`."""
+    mask = visibility.block(0, num_tokens)
+    return jnp.broadcast_to(mask, (batch, num_tokens, num_tokens))
+
+
+def _attend_native(qkv, cos, sin, *, mask, view, layer):
+    """Rotate and attend by the native kernel for CPUs."""
+    return cpu_attention.attend(
+        qkv,
+        cos,
+        sin,
+        view.cache.keys,
+        view.cache.values,
+        view.page_table,
+        view.lengths,
+        mask,
+        layer,
+        qkv.shape[2] ** -0.5,
+    )
+
+
+def _self_attention(layer, x_DBT, cfg, rope, attend, kernels, attend_columns):
     """Project, rotate, attend, project back."""
     dtype = x_DBT.dtype
-    group, head_dim = cfg.heads_per_kv, cfg.head_dim
+    group = cfg.heads_per_kv
     _, batch, num_tokens = x_DBT.shape
     qkv = layers.product(layer.qkv.astype(dtype), x_DBT, kernels)
     if layer.qkv_bias is not None:
         qkv = qkv + layer.qkv_bias.astype(dtype)[..., None, None]
     query, key, value = jnp.split(qkv, [group, group + 1], axis=1)
-    key, value = key[:, 0], value[:, 0]
     if layer.q_norm is not None:
         query = layers.rms_norm(query, layer.q_norm, cfg.rms_norm_eps, axis=2)
-        key = layers.rms_norm(key, layer.k_norm, cfg.rms_norm_eps, axis=1)
-    query, key = layers.rotate(query, *rope), layers.rotate(key, *rope)
-
-    query_BKGTH = query.transpose(3, 0, 1, 4, 2)
-    key_BKHT, value_BKHT = key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3)
-    partial = attend(query_BKGTH, key_BKHT, value_BKHT)
-    heads = attention.finish(partial).astype(dtype)
-    heads_KGHBT = heads.reshape(
-        batch, cfg.num_kv_heads, group, num_tokens, head_dim
-    ).transpose(1, 2, 4, 0, 3)
+        key = layers.rms_norm(key, layer.k_norm, cfg.rms_norm_eps, axis=2)
+        qkv = jnp.concatenate([query, key, value], axis=1)
+    if attend_columns is not None:
+        heads_KGHBT, key, value = attend_columns(qkv, *rope)
+    else:
+        heads_KGHBT, key, value = _rotate_and_attend(query, key, value, rope, attend)
     # As a plain product: with the heads' axes kept the compiler reorders the weight.
     attended = layers.product(
         layer.out.astype(dtype).reshape(layer.out.shape[0], -1),
@@ -365,3 +410,16 @@ def _self_attention(layer, x_DBT, cfg, rope, attend, kernels):
     if layer.out_bias is not None:
         attended = attended + layer.out_bias.astype(dtype)[:, None, None]
     return attended, key, value
+
+
+def _rotate_and_attend(query, key, value, rope, attend):
+    """Attend by `attend`, which has tokens before elements; see `decoder_layer`."""
+    num_kv, group, head_dim, batch, num_tokens = query.shape
+    key, value = key[:, 0], value[:, 0]
+    query, key = layers.rotate(query, *rope), layers.rotate(key, *rope)
+    query_BKGTH = query.transpose(3, 0, 1, 4, 2)
+    key_BKHT, value_BKHT = key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3)
+    partial = attend(query_BKGTH, key_BKHT, value_BKHT)
+    heads = attention.finish(partial).astype(query.dtype)
+    heads_BKGTH = heads.reshape(batch, num_kv, group, num_tokens, head_dim)
+    return heads_BKGTH.transpose(1, 2, 4, 0, 3), key, value

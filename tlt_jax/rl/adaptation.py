@@ -213,7 +213,7 @@ class Adaptation:
         if not seconds or not len(self.buffer):
             self.budget = self.budget.skipped()
             return
-        self.trainer.train_for(seconds)
+        self.trainer.train_for(seconds, self._settings.max_steps)
         report = self.trainer.report
         if report.measured_after is not None and report.seconds > 0:
             self.budget = self.budget.trained(

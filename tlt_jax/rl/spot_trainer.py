@@ -133,14 +133,21 @@ class SpotTrainer:
         report, self.report = self.report, Report()
         return report
 
-    def train_for(self, seconds: float) -> None:
-        """Train here and now on the first worker, for so long and at least a step."""
+    def train_for(self, seconds: float, max_steps: int = 0) -> None:
+        """Train here and now on the first worker, for so long and at least a step.
+
+        Args:
+          seconds: most of them.
+          max_steps: most steps; 0: as many as the time allows.
+        """
         until = time.perf_counter() + seconds
 
         def should_stop():
             # Before the first step there is nothing to be given up.
-            begun = self.report.num_steps > 0
-            return begun and time.perf_counter() >= until
+            num_steps = self.report.num_steps
+            if max_steps and num_steps >= max_steps:
+                return True
+            return num_steps > 0 and time.perf_counter() >= until
 
         self._guarded((self._workers.first,), should_stop, None)
 

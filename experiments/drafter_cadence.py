@@ -1,0 +1,209 @@
+"""How often a drafter should learn while its target moves, at equal cost.
+
+    python -m experiments.drafter_cadence --scale=cpu
+
+Runs of one small recipe (`configs/tiny.py:count`) with drafters that begin with random
+weights and take the same number of updates in all, each of the same size: some after
+every rollout, after every fourth or every eighth, four or eight times as many then; all
+of them in the first four RL steps (one good warm-up), and then no more; or half of them
+then and half later. Texts are those of the last two rollouts. Tokens and policies are
+the same in all, since speculation changes none, so that accept lengths compare; they
+are the engine's own, of one fixed strategy. How far the target drifts is swept by its
+learning rate and told by `policy_distance`, how far its weights have gone in the run,
+as a part of their length.
+
+Settles, at this size: whether updates along the way pay against one good warm-up.
+"""
+
+import argparse
+import importlib.metadata
+import pathlib
+import statistics
+
+from experiments import cells, drafter_runs, harness, plotting
+
+SLUG = "drafter_cadence"
+RECIPE = "configs/tiny.py:count"
+WARM_UP = "one warm-up"
+# RL steps of the warm-up.
+WARM_STEPS = 4
+# When a drafter learns: after so many first RL steps; then from one on, each so manyth.
+SYSTEMS = {
+    "every step": (0, 0, 1),
+    "every 4th": (0, 0, 4),
+    "every 8th": (0, 0, 8),
+    "warm-up, then every 6th": (WARM_STEPS, 8, 6),
+    WARM_UP: (WARM_STEPS, 0, 0),
+}
+# The target's learning rates; the recipe's is 5e-4.
+DRIFTS = {"small": 5e-5, "the recipe's": 5e-4, "large": 2e-3}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default=RECIPE)
+    parser.add_argument("--steps", type=int, default=32, help="RL steps of a run")
+    parser.add_argument(
+        "--updates", type=int, default=384, help="of a drafter, in a whole run"
+    )
+    parser.add_argument("--seeds", type=int, default=2)
+    cells.add_options(parser)
+    options = parser.parse_args(arguments)
+    trainings = {name: num_trainings(name, options.steps) for name in SYSTEMS}
+    if any(not num or options.updates % num for num in trainings.values()):
+        raise ValueError(
+            f"--updates={options.updates} in --steps={options.steps} cannot be shared "
+            f"evenly among the trainings of each drafter ({trainings}): give a "
+            "multiple of all."
+        )
+    return options
+
+
+def trains(system: str, number: int) -> bool:
+    """Tells whether a drafter learns after the rollout of a step, counted from 0."""
+    warm, first, every = SYSTEMS[system]
+    later = bool(every) and number >= first and (number - first) % every == 0
+    return number < warm or later
+
+
+def num_trainings(system: str, steps: int) -> int:
+    """Counts the steps after which a drafter learns."""
+    return sum(trains(system, number) for number in range(steps))
+
+
+def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
+    """Runs the recipe with one drafter."""
+    system, drift = cell.overrides["system"], cell.overrides["drift"]
+    settings = drafter_runs.settings_of(
+        options.config,
+        {
+            "num_steps": options.steps,
+            "seed": cell.seed,
+            "optimizer.learning_rate": DRIFTS[drift],
+        },
+        options.updates // num_trainings(system, options.steps),
+    )
+    rows = drafter_runs.run(settings, lambda number: trains(system, number))
+    return [
+        {
+            "drift": drift,
+            "system": system,
+            "seed": cell.seed,
+            "step": row["step"],
+            "accept_length": row["specdec/accept_length"],
+            "tokens": row["rollout/tokens"],
+            "row_steps": row["rollout/row_steps"],
+            "num_updates": row["drafter/num_updates"],
+            "reward": row["reward/mean"],
+            "policy_distance": row["policy_distance"],
+            "tokens_digest": row["rollout/tokens_digest"],
+        }
+        for row in rows
+    ]
+
+
+def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+    """Takes means over steps and seeds, and compares with the warm-up, seed by seed."""
+    last = max(row["step"] for row in rows)
+    parts = {
+        "after_warm_up": lambda row: row["step"] > WARM_STEPS,
+        "last_quarter": lambda row: row["step"] > last - last // 4,
+    }
+    found: dict[tuple, dict[str, float]] = {}
+    for key in dict.fromkeys((r["drift"], r["system"], r["seed"]) for r in rows):
+        its = [r for r in rows if (r["drift"], r["system"], r["seed"]) == key]
+        found[key] = {
+            part: statistics.mean(r["accept_length"] for r in its if chosen(r))
+            for part, chosen in parts.items()
+        }
+    warm = {
+        (r["drift"], r["seed"], r["step"]): r["tokens_digest"]
+        for r in rows
+        if r["system"] == WARM_UP
+    }
+    summary = []
+    for drift, system in dict.fromkeys((r["drift"], r["system"]) for r in rows):
+        its = [r for r in rows if (r["drift"], r["system"]) == (drift, system)]
+        ends = [r for r in its if r["step"] == last]
+        seeds = [r["seed"] for r in ends]
+        entry: harness.Row = {
+            "drift": drift,
+            "system": system,
+            "seeds": len(seeds),
+            "updates": ends[0]["num_updates"],
+            "policy_distance": statistics.mean(r["policy_distance"] for r in ends),
+            "steps_differing": sum(
+                r["tokens_digest"] != warm[drift, r["seed"], r["step"]] for r in its
+            ),
+        }
+        for part in parts:
+            values = [found[drift, system, seed][part] for seed in seeds]
+            others = [found[drift, WARM_UP, seed][part] for seed in seeds]
+            ratios = [a / b for a, b in zip(values, others, strict=True)]
+            entry[f"accept_length/{part}"] = statistics.mean(values)
+            entry[f"of_warm_up/{part}"] = statistics.mean(ratios)
+            entry[f"of_warm_up/{part}/min"] = min(ratios)
+        summary.append(entry)
+    return summary
+
+
+def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+    """Draws accept lengths over RL steps, a panel for each size of drift."""
+    drifts = list(dict.fromkeys(row["drift"] for row in rows))
+    fig, panels = plotting.panels(
+        "A drafter's updates, the same number at another cadence", len(drifts), stamp
+    )
+    last = max(row["step"] for row in rows)
+    for axes, drift in zip(panels, drifts, strict=True):
+        its = [row for row in rows if row["drift"] == drift]
+        for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
+            steps: dict[int, list[float]] = {}
+            for row in its:
+                if row["system"] == system:
+                    steps.setdefault(row["step"], []).append(row["accept_length"])
+            style = "--" if system == WARM_UP else "-"
+            means = [statistics.mean(values) for values in steps.values()]
+            axes.plot(list(steps), means, style, color=color, label=system)
+        ends = [row["policy_distance"] for row in its if row["step"] == last]
+        told = f"drift: {drift} (weights moved {statistics.mean(ends):.1%})"
+        axes.set_title(told, loc="left", fontsize=10)
+        axes.axvline(WARM_STEPS + 0.5, color=plotting.GREY, linewidth=0.8)
+        axes.set_xlabel("RL step")
+        axes.set_ylim(bottom=1)
+    panels[0].set_ylabel("accept length, mean of the seeds")
+    plotting.save(fig, path)
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the experiment; returns the summary that it also writes."""
+    options = parse_arguments(arguments)
+    settings = {
+        "config": options.config,
+        "steps": options.steps,
+        "updates": options.updates,
+        "systems": SYSTEMS,
+        "drifts": DRIFTS,
+    }
+    versions = {"jax": importlib.metadata.version("jax")}
+    provenance = harness.Provenance(SLUG, settings, versions)
+    wanted = [
+        cells.Cell({"drift": drift, "system": system}, seed)
+        for seed in range(options.seeds)
+        for drift in DRIFTS
+        for system in SYSTEMS
+    ]
+    rows = cells.run(
+        options, SLUG, provenance, wanted, lambda cell: measure(options, cell)
+    )
+    summary = summary_of(rows)
+    harness.write_summary(options, SLUG, summary)
+    path = harness.folder_of(options) / f"{SLUG}.png"
+    plot(rows, path, plotting.stamp(provenance.record))
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The native attention: right for every shape, the same bits for every batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlt_jax import sharding
+from tlt_jax.cpu_kernels import attention, attention_code, ffi
+from tlt_jax.models import kernels
+
+pytestmark = pytest.mark.skipif(
+    not ffi.is_supported(), reason="no native kernels on this machine"
+)
+
+LESSER_CPUS = {
+    "haswell": frozenset({"avx2", "fma"}),
+    "x86-64": frozenset(),
+}
+LAYER = 1
+# kv heads, queries of each, head dimension, tokens, page size, cached lengths.
+CASES = {
+    "decode": (3, 3, 64, 1, 64, (5,)),
+    "nothing cached": (1, 1, 16, 1, 16, (0, 0)),
+    "ragged": (2, 2, 32, 1, 32, (0, 1, 31, 32, 33, 95, 200)),
+    "tree": (2, 3, 64, 9, 64, (64, 63, 1)),
+    "many tokens": (1, 4, 32, 32, 16, (7, 40)),
+    "wide heads": (1, 2, 128, 3, 128, (130, 250)),
+}
+
+
+def draw(case, seed=0):
+    """Draw the arguments of a case; what must not be read is NaN."""
+    num_kv, group, head_dim, tokens, page_size, lengths = case
+    rng = np.random.default_rng(seed)
+    normal = functools.partial(rng.standard_normal, dtype=np.float32)
+    batch, lengths = len(lengths), np.array(lengths, np.int32)
+    max_pages = int(lengths.max()) // page_size + 1
+    table = 1 + rng.permutation(batch * max_pages).reshape(batch, max_pages)
+    cache = normal((2, 2, 2 + batch * max_pages, num_kv, head_dim, page_size))
+    cache[:, 1 - LAYER] = np.nan
+    cache[:, :, 0] = np.nan
+    for row, length in enumerate(lengths):
+        for number, page in enumerate(table[row]):
+            cache[:, :, page, ..., max(length - number * page_size, 0) :] = np.nan
+    mask = np.tril(rng.random((batch, tokens, tokens)) < 0.6)
+    mask |= np.eye(tokens, dtype=bool)
+    angles = normal((head_dim // 2, batch, tokens))
+    return dict(
+        qkv=normal((num_kv, group + 2, head_dim, batch, tokens)),
+        cos=np.cos(angles),
+        sin=np.sin(angles),
+        cache_keys=cache[0],
+        cache_values=cache[1],
+        page_table=table.astype(np.int32),
+        lengths=lengths,
+        mask=mask,
+    )
+
+
+def turned(x, cos, sin):
+    """Rotate the two halves of every head, `[..., H, B, T]`."""
+    first, second = np.split(x.astype(np.float64), 2, axis=-3)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -3)
+
+
+def slow_twin(args, scale):
+    """Attend one query and one head at a time, in float64."""
+    qkv, table, lengths = args["qkv"], args["page_table"], args["lengths"]
+    page_size = args["cache_keys"].shape[-1]
+    num_kv, heads, head_dim, batch, tokens = qkv.shape
+    queries = turned(qkv[:, :-2], args["cos"], args["sin"])
+    keys = turned(qkv[:, -2], args["cos"], args["sin"])
+    values = qkv[:, -1].astype(np.float64)
+    out = np.zeros((num_kv, heads - 2, head_dim, batch, tokens))
+    for k, b, t in np.ndindex(num_kv, batch, tokens):
+        old = [
+            (table[b, position // page_size], position % page_size)
+            for position in range(lengths[b])
+        ]
+        fresh = [s for s in range(tokens) if args["mask"][b, t, s]]
+
+        def column(cache, new, k=k, b=b, old=old, fresh=fresh):
+            held = [args[cache][LAYER, page, k, :, slot] for page, slot in old]
+            return np.array(held + [new[k, :, b, s] for s in fresh], np.float64)
+
+        seen_keys, seen_values = (
+            column("cache_keys", keys),
+            column("cache_values", values),
+        )
+        for g in range(heads - 2):
+            scores = seen_keys @ queries[k, g, :, b, t] * scale
+            weights = np.exp(scores - scores.max())
+            out[k, g, :, b, t] = weights @ seen_values / weights.sum()
+    return out, keys, values
+
+
+def attend(args, scale=0.3):
+    return [np.asarray(x) for x in attention.attend(**args, layer=LAYER, scale=scale)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_attention_and_reads_nothing_else(name):
+    args = draw(CASES[name])
+    for found, expected in zip(attend(args), slow_twin(args, 0.3), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_a_query_has_the_same_bits_whatever_else_there_is():
+    """Rows alone, and the first tokens alone, have the numbers they have in company."""
+    args = draw((2, 3, 32, 6, 32, (40, 3, 64, 100)))
+    heads, keys, values = attend(args)
+    for row in range(4):
+        for tokens in (1, 4, 6):
+            alone = {
+                name: args[name][row : row + 1]
+                for name in ("page_table", "lengths", "mask")
+            }
+            alone["mask"] = alone["mask"][:, :tokens, :tokens]
+            for name in ("qkv", "cos", "sin"):
+                alone[name] = args[name][..., row : row + 1, :tokens]
+            found = attend(args | alone)
+            for whole, its in zip((heads, keys, values), found, strict=True):
+                np.testing.assert_array_equal(its[..., 0, :], whole[..., row, :tokens])
+
+
+def test_what_is_not_visible_among_fresh_keys_may_be_anything():
+    args = draw((1, 2, 16, 5, 16, (20,)))
+    args["mask"][:] = np.eye(5, dtype=bool)
+    expected = attend(args)[0][..., :1]
+    args["qkv"][..., 1:] = np.nan
+    np.testing.assert_array_equal(attend(args)[0][..., :1], expected)
+
+
+def test_large_scores_neither_overflow_nor_lose_the_smaller():
+    args = draw((1, 1, 32, 2, 32, (70,)))
+    args["qkv"][:, :2] *= 40
+    found, expected = attend(args, 1.0)[0], slow_twin(args, 1.0)[0]
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    "sse2" not in ffi.host_features(), reason="code for another kind of CPU"
+)
+@pytest.mark.parametrize("cpu", LESSER_CPUS)
+def test_lesser_cpus_compute_the_same(cpu):
+    features = LESSER_CPUS[cpu]
+    if not features <= ffi.host_features():
+        pytest.skip(f"the host is no {cpu}")
+    fused = ffi.has_fma(features)
+    text = attention_code.module(fused).text()
+    name = f"test_attention_{cpu}"
+    ffi.register(text, {name: attention_code.HANDLER}, cpu, optimise=True)
+    args = draw(CASES["tree"])
+    expected = attend(args)
+    kinds = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in expected]
+    numbers = np.int32(LAYER), np.float32(0.3)
+    found = jax.ffi.ffi_call(name, kinds)(*args.values(), *numbers)
+    for ours, theirs in zip(found, expected, strict=True):
+        if fused:
+            np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_code_for_arm_is_valid():
+    llvm = pytest.importorskip("llvmlite.binding")
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+    machine = target.create_target_machine(cpu="neoverse-n1")
+    module = llvm.parse_assembly(ffi.RUNTIME + attention_code.module(True).text())
+    module.verify()
+    assert "fmla" in machine.emit_assembly(module)
+
+
+def test_unfit_operands_and_choices_are_refused():
+    args = draw(CASES["decode"])
+    with pytest.raises(ValueError, match="mask is float32"):
+        attend(args | {"mask": args["mask"].astype(np.float32)})
+    with pytest.raises(ValueError, match="lengths is int32\\[2\\]"):
+        attend(args | {"lengths": np.zeros((2,), np.int32)})
+    with pytest.raises(ValueError, match="page_size=8.*multiples of 16"):
+        attend(draw((1, 1, 16, 1, 8, (3,))))
+    assert not attention.takes(attention.MOST_TOKENS + 1, 64, 64)
+    assert not attention.takes(1, 40, 64) and not attention.takes(1, 64, 8)
+    assert attention.takes(attention.MOST_TOKENS, 80, 16)
+
+    def choose(cpu_kernels, asked, dtype=jnp.float32):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+        rules = sharding.ShardingRules()
+        return kernels.choose(cpu_kernels, asked, mesh, rules, dtype)
+
+    assert choose("auto", "auto").native_attention
+    assert not choose("auto", "portable").native_attention
+    assert not choose("xla", "auto").native_attention
+    with pytest.raises(ValueError, match="native_cpu.*goes with native products"):
+        choose("xla", "native_cpu")
+    with pytest.raises(ValueError, match="native_cpu.*goes with native products"):
+        choose("auto", "native_cpu", jnp.bfloat16)

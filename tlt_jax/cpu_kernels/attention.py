@@ -1,0 +1,116 @@
+"""Attention of few queries a row over a paged cache and their own keys, on CPUs.
+
+One call rotates queries and keys, attends, and returns the fresh columns for the cache:
+what XLA does in some twenty operations a layer, gathering every page. Rows and heads
+are dealt out to the program's threads. See `attention_code` for the loops.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from tlt_jax.cpu_kernels import attention_code, ffi
+from tlt_jax.types import Array
+
+# Tokens of a row beyond which XLA's large products win.
+MOST_TOKENS = 32
+
+
+def takes(num_tokens: int, head_dim: int, page_size: int) -> bool:
+    """Tell whether the kernel computes these shapes, and is worth it.
+
+    Args:
+      num_tokens: fresh tokens of a row.
+      head_dim: elements of a head.
+      page_size: slots of a page.
+    """
+    lanes = attention_code.LANES
+    whole = head_dim % lanes == 0 and page_size % lanes == 0
+    return whole and num_tokens <= MOST_TOKENS
+
+
+@functools.cache
+def register() -> None:
+    """Compile the kernel and make it known to XLA, once in a process.
+
+    See `product.register`.
+    """
+    features = ffi.host_features()
+    text = attention_code.module(ffi.has_fma(features)).text()
+    name = attention_code.HANDLER
+    ffi.register(text, {name: name}, optimise=True)
+
+
+def attend(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    cache_keys: Array,
+    cache_values: Array,
+    page_table: Array,
+    lengths: Array,
+    mask: Array,
+    layer: Array | int,
+    scale: float,
+) -> tuple[Array, Array, Array]:
+    """Rotate queries and keys, and attend over the cached and the fresh ones.
+
+    For programs on one CPU device: it cannot be partitioned or differentiated. A
+    query's result does not depend on other rows, nor on how many there are.
+
+    Args:
+      qkv: `[K, G + 2, H, B, T] float32`, queries, key and value of each kv head.
+      cos, sin: `[H / 2, B, T] float32`, see `layers.rope_tables`.
+      cache_keys, cache_values: `[L, P, K, H, S] float32`.
+      page_table: `[B, max_pages] int32`.
+      lengths: `[B] int32`, cached positions; others are not read into the result.
+      mask: `[B, T, T] bool`, which fresh keys a query sees.
+      layer: which layer's pages.
+      scale: multiplies the scores.
+
+    Returns:
+      Heads `[K, G, H, B, T]`; rotated keys and values `[K, H, B, T]`.
+
+    Raises:
+      ValueError: a shape or dtype is not of those.
+    """
+    num_kv, heads, head_dim, batch, num_tokens = qkv.shape
+    page_size = cache_keys.shape[-1]
+    expected = {
+        "cos": (cos, (head_dim // 2, batch, num_tokens), jnp.float32),
+        "sin": (sin, (head_dim // 2, batch, num_tokens), jnp.float32),
+        "cache_values": (cache_values, cache_keys.shape, jnp.float32),
+        "cache_keys": (
+            cache_keys,
+            (*cache_keys.shape[:2], num_kv, head_dim, page_size),
+            jnp.float32,
+        ),
+        "page_table": (page_table, (batch, page_table.shape[-1]), jnp.int32),
+        "lengths": (lengths, (batch,), jnp.int32),
+        "mask": (mask, (batch, num_tokens, num_tokens), jnp.bool_),
+        "qkv": (qkv, qkv.shape, jnp.float32),
+    }
+    for name, (array, shape, dtype) in expected.items():
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)}, but the native attention "
+                f"takes {jnp.dtype(dtype)}{list(shape)} beside qkv {list(qkv.shape)}."
+            )
+    lanes = attention_code.LANES
+    if head_dim % lanes or page_size % lanes:
+        raise ValueError(
+            f"head_dim={head_dim} and page_size={page_size}: the native attention "
+            f"takes multiples of {lanes}; use the portable one."
+        )
+    register()
+    columns = (num_kv, head_dim, batch, num_tokens)
+    results = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((num_kv, heads - 2, *columns[1:]), columns, columns)
+    ]
+    arguments = (qkv, cos, sin, cache_keys, cache_values, page_table, lengths, mask)
+    layer = jnp.asarray(layer, jnp.int32)
+    return jax.ffi.ffi_call(attention_code.HANDLER, results)(
+        *arguments, layer, jnp.float32(scale)
+    )
