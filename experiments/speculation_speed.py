@@ -151,7 +151,15 @@ def _plot_bounded(axes: axes_lib.Axes, names: list[str], rows: list[harness.Row]
     axes.plot(places, lengths, "--", color=plotting.GREY, label="accept length (bound)")
     axes.plot(places, speedups, "o-", color=plotting.COLORS[0], label="measured")
     for place, value in zip(places, speedups, strict=True):
-        axes.annotate(f"{value:.2f}", (place, value), fontsize=8, va="top", ha="center")
+        axes.annotate(
+            f"{value:.2f}",
+            (place, value),
+            xytext=(0, -6),
+            textcoords="offset points",
+            fontsize=8,
+            va="top",
+            ha="center",
+        )
     axes.axhline(1, color=plotting.GREY, linewidth=0.8)
     axes.set_xticks(places, names, fontsize=8)
     axes.set_ylim(bottom=0)
