@@ -106,6 +106,11 @@ PAPER_ITEMS = (
         ),
     ),
     Item(
+        "trainer_makespan",
+        "what the spot trainer costs a rollout",
+        needs="--drafter=DIR",
+    ),
+    Item(
         "cluster_size", "end to end by cluster size", "7B 1.21 to 1.76; 32B 1.83, 2.12"
     ),
     Item("cluster_sensitivity", "the same, one assumption changed at a time"),

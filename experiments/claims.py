@@ -235,6 +235,11 @@ CLAIMS = (
         at_least("times_faster", 1.7, system="tlt"),
     ),
     Claim(
+        "trainer_makespan",
+        "rollouts last at most 2 % longer beside a drafter in training",
+        at_most("times_as_long", 1.02, system="with trainer"),
+    ),
+    Claim(
         "reward_curves",
         "paper: reward curves lie on each other; ours coincide exactly",
         _coincide,

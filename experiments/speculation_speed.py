@@ -28,10 +28,11 @@ SLUG = "speculation_speed"
 PLAIN = "plain"
 CASES = (
     *("1:D3K1V4", "1:D7K1V8", "1:D11K1V12", "1:D15K1V16"),
-    *("2:D7K1V8", "4:D7K1V8", "8:D7K1V8"),
+    *("2:D7K1V8", "4:D7K1V8", "8:D7K1V8", "16:D7K1V8"),
+    *("32:D3K1V4", "32:D7K1V8", "64:D3K1V4"),
 )
 # Rows that every engine's cache has room for, so that they share compiled programs.
-CACHE_ROWS = 16
+CACHE_ROWS = 64
 # Requests of a case: its batch, or so many one after the other.
 FEWEST_REQUESTS = 8
 
