@@ -30,7 +30,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "what", nargs="?", choices=["list", "check", "tables", "plots"], default="list"
     )
-    parser.add_argument("--scale", choices=catalogue.SCALES, default="cpu")
+    parser.add_argument("--scale", choices=harness.SCALES, default="cpu")
     parser.add_argument("--strict", action="store_true", help="of `check`")
     return parser.parse_args(arguments)
 

@@ -171,7 +171,7 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         "Speculation from how many active rows on?", len(titles), stamp
     )
     for axes, (world, title) in zip(panels, titles.items(), strict=True):
-        its = {r["threshold"]: r for r in summary if r["world"] == world}
+        its = {str(r["threshold"]): r for r in summary if r["world"] == world}
         names = [str(n) for n in THRESHOLDS[world]]
         values = [its[n]["times_faster"] for n in names]
         axes.plot(names, values, "o-", color=plotting.COLORS[0], label="threshold")

@@ -169,6 +169,39 @@ def _devices(rows: Rows) -> Finding:
     return abs(errors[worst]) <= 0.1, f"worst: {worst}, off by {errors[worst]:+.0%}"
 
 
+def _adapted_to(own: bool, least: float) -> Callable[[Rows], Finding]:
+    """Decides by drafters adapted to one task, on that task or on the others."""
+
+    def decide(rows):
+        tasks = {row["measured_on"] for row in rows}
+        found = {
+            f"{r['trained_on']} on {r['measured_on']}": r["of_start"]
+            for r in rows
+            if r["trained_on"] in tasks and (r["trained_on"] == r["measured_on"]) == own
+        }
+        told = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        return min(found.values()) >= least, f"times the start's: {told}"
+
+    return decide
+
+
+def _of_warm_up(drifts: Sequence[str], least: float, most: float = float("inf")):
+    """Decides whether updates after every rollout end where claimed."""
+
+    def decide(rows):
+        values = {
+            drift: only(rows, drift=drift, system="every step")[
+                "of_warm_up/last_quarter"
+            ]
+            for drift in drifts
+        }
+        told = ", ".join(f"{drift} {value:.3f}" for drift, value in values.items())
+        ok = all(least <= value <= most for value in values.values())
+        return ok, f"of one warm-up's accept length in the last quarter: {told}"
+
+    return decide
+
+
 def _timeline_case(rows: Rows) -> Finding:
     value = only(rows, world="timeline", threshold=32)["times_faster"]
     return abs(value / 2.44 - 1) <= 0.1, f"simulated {value:.2f}, published 2.44"
@@ -200,6 +233,11 @@ CLAIMS = (
         "end_to_end",
         "paper: whole steps 1.7 times as fast",
         at_least("times_faster", 1.7, system="tlt"),
+    ),
+    Claim(
+        "trainer_makespan",
+        "rollouts last at most 2 % longer beside a drafter in training",
+        at_most("times_as_long", 1.02, system="with trainer"),
     ),
     Claim(
         "reward_curves",
@@ -253,6 +291,27 @@ CLAIMS = (
         "drafter_adaptation",
         "paper: an adapted drafter has more accepted than a frozen one",
         _adapted_is_ahead,
+    ),
+    Claim(
+        "drafter_cadence",
+        "where the target moves, updates along the way end ahead of one warm-up of "
+        "equal cost (5 % or more)",
+        _of_warm_up(("the recipe's", "large"), 1.05),
+    ),
+    Claim(
+        "drafter_cadence",
+        "where it hardly moves, one warm-up does as well (within 2 %)",
+        _of_warm_up(("small",), 0.98, 1.02),
+    ),
+    Claim(
+        "transfer",
+        "paper: adapting to a task brings 1.42 times the accept length on it",
+        _adapted_to(True, 1.42),
+    ),
+    Claim(
+        "transfer",
+        "paper: it brings more on other tasks, too",
+        _adapted_to(False, 1.0),
     ),
     Claim(
         "tuner_regret",

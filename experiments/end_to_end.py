@@ -275,12 +275,13 @@ def plot(rows: list[harness.Row], warm_steps: int, path: pathlib.Path, stamp: st
         present = {row["system"] for row in its}
         systems = [name for name in SYSTEMS if name in present]
         floor = [0.0] * len(systems)
-        for stage, color in zip(STAGES, plotting.COLORS, strict=False):
+        for stage in STAGES:
             heights = [
                 statistics.mean(r[f"{stage}_s"] for r in its if r["system"] == name)
                 for name in systems
             ]
             if sum(heights):
+                color = plotting.STAGE_COLORS[stage]
                 axes.bar(systems, heights, 0.6, floor, color=color, label=stage)
             floor = [a + b for a, b in zip(floor, heights, strict=True)]
         off = dict(zip(systems, floor, strict=True)).get(OFF)

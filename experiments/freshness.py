@@ -15,7 +15,7 @@ import pathlib
 
 FOLDER = pathlib.Path(__file__).parent
 # How tables and plots are written, for all.
-SHARED = {"harness", "plotting", "freshness", "cells"}
+SHARED = {"harness", "plotting", "freshness", "cells", "machine"}
 # How calls begin that show what was found, or ask where to write it.
 _SHOWING = (
     *("plot", "print", "matplotlib.", "harness.write_"),

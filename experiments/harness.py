@@ -26,12 +26,14 @@ import sys
 import threading
 import time
 
-from experiments import freshness
+from experiments import freshness, machine
 
 PEERS_DIR = pathlib.Path(__file__).parent / "peers"
 RESULTS_DIR = pathlib.Path(__file__).parent / "results"
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # as tlt_jax.models.source names it
+# `cpu` runs on two cores, `one_gpu` needs one accelerator, `paper` what the paper used.
+SCALES = ("cpu", "one_gpu", "paper")
 
 Row = dict[str, object]
 
@@ -273,7 +275,7 @@ def format_table(rows: collections.abc.Sequence[Row]) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds what all experiments understand."""
-    parser.add_argument("--scale", choices=["cpu"], default="cpu")
+    parser.add_argument("--scale", choices=SCALES, default=SCALES[0])
     parser.add_argument(
         "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
     )
@@ -322,14 +324,14 @@ class Provenance:
         self.record = {
             "experiment": experiment,
             "command": public_command(experiment, sys.argv[1:]),
-            "commit": _git("rev-parse", "HEAD"),
-            "uncommitted_changes": bool(_git("status", "--porcelain", "-uno")),
+            "commit": machine.git("rev-parse", "HEAD"),
+            "uncommitted_changes": bool(machine.git("status", "--porcelain", "-uno")),
             "settings": settings,
             "config_hash": config_hash(settings),
             "source_hash": freshness.source_hash(experiment),
             "repeats": settings.get("rounds", settings.get("seeds", 1)),
-            "device": "cpu",
-            "cpu_model": cpu_model(),
+            "device": machine.device_name(),
+            "cpu_model": machine.cpu_model(),
             "num_cpus": os.cpu_count(),
             "platform": platform.platform(),
             "versions": {"python": platform.python_version(), **versions},
@@ -364,16 +366,6 @@ def config_hash(settings: Row) -> str:
     """Returns 12 hex digits that change with any setting."""
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def cpu_model() -> str:
-    """Returns the processor's own name, where the system tells it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
 
 
 def parse_pairs(text: str, argument: str) -> dict[str, str]:
@@ -470,12 +462,3 @@ def _short(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _git(*arguments: str) -> str | None:
-    where = {"cwd": PEERS_DIR, "capture_output": True, "text": True}
-    try:
-        done = subprocess.run(["git", *arguments], check=True, **where)
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
-    return done.stdout.strip()

@@ -11,6 +11,7 @@ long responses keep most devices waiting; here of whatever was run.
 """
 
 import argparse
+import collections
 import importlib.metadata
 import pathlib
 
@@ -65,20 +66,30 @@ def columns_of(
     return row, lengths
 
 
+def counted(lengths: dict[str, list[int]]) -> list[harness.Row]:
+    """Counts the responses of each length, run by run."""
+    return [
+        {"run": name, "tokens": tokens, "responses": count}
+        for name, found in lengths.items()
+        for tokens, count in sorted(collections.Counter(found).items())
+    ]
+
+
 def plot(
-    rows: list[harness.Row],
-    lengths: dict[str, list[int]],
-    path: pathlib.Path,
-    stamp: str,
+    rows: list[harness.Row], lengths: list[harness.Row], path: pathlib.Path, stamp: str
 ) -> None:
     """Draws who is left after how many tokens, and the stages' shares."""
     fig, (left, right) = plotting.panels(
         "Long tails, and where a step's time goes", 2, stamp
     )
-    for (name, found), color, dash in zip(
-        lengths.items(), plotting.COLORS, ("-", "--", ":", "-.") * 2, strict=False
+    names = list(dict.fromkeys(row["run"] for row in lengths))
+    for name, color, dash in zip(
+        names, plotting.COLORS, ("-", "--", ":", "-.") * 2, strict=False
     ):
-        ordered = np.sort(found)
+        its = [row for row in lengths if row["run"] == name]
+        ordered = np.repeat(
+            *([row[key] for row in its] for key in ("tokens", "responses"))
+        )
         alive = 1 - np.arange(len(ordered)) / len(ordered)
         left.step(ordered, alive, dash, where="post", color=color, label=name)
     left.set_xlabel("tokens")
@@ -87,11 +98,12 @@ def plot(
     left.set_ylim(0, 1)
     floor = np.zeros(len(rows))
     names = [row["run"] for row in rows]
-    for stage, color in zip(STAGES, plotting.COLORS, strict=False):
+    for stage in STAGES:
         values = np.array([row[f"time/{stage}_s"] for row in rows])
         if values.sum() >= 0.005 * sum(
             sum(r[f"time/{s}_s"] for s in STAGES) for r in rows
         ):
+            color = plotting.STAGE_COLORS[stage]
             right.bar(names, values, 0.6, floor, color=color, label=stage)
         floor += values
     right.set_ylabel("seconds of an RL step")
@@ -113,7 +125,9 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     out = harness.folder_of(options)
     harness.write_csv(out / f"{SLUG}.csv", rows)
     provenance.write(out / f"{SLUG}.json")
-    plot(rows, lengths, out / f"{SLUG}.png", plotting.stamp(provenance.record))
+    told = counted(lengths)
+    harness.write_csv(out / f"{SLUG}_lengths.csv", told)
+    plot(rows, told, out / f"{SLUG}.png", plotting.stamp(provenance.record))
     print(harness.format_table(rows))
     return rows
 

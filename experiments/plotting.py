@@ -1,6 +1,7 @@
 """The look of the experiments' plots, and a stamp that says where they come from."""
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 from matplotlib import axes as axes_lib
@@ -18,19 +19,30 @@ COLORS = (
     plot_style.GREY,
 )
 PALE, GREY = plot_style.PALE, plot_style.GREY
+# Of the stages of an RL step, in all plots.
+STAGE_COLORS = {
+    "rollout": plot_style.BLUE,
+    "drafter": plot_style.GREEN,
+    "reward": plot_style.GREY,
+    "inference": plot_style.SKY,
+    "update": plot_style.ORANGE,
+    "sync": plot_style.PURPLE,
+}
 
 
-def stamp(record: Mapping[str, object], scale: str = "cpu") -> str:
+def stamp(record: Mapping[str, object]) -> str:
     """Returns the line that says where a plot's figures come from.
 
     Args:
       record: of `harness.Provenance`.
-      scale: of the experiment.
     """
-    commit = str(record.get("commit") or "no commit")[:8]
+    scale = re.search(r"--scale=(\w+)", str(record.get("command")))
+    commit = str(record.get("commit") or "")[:8] or "no commit"
     changed = "+" if record.get("uncommitted_changes") else ""
-    device = record.get("cpu_model") or record["device"]
-    return f"scale {scale} · {device} · {commit}{changed}"
+    device = record["device"]
+    if device == "cpu":
+        device = record.get("cpu_model") or device
+    return f"scale {scale[1] if scale else 'cpu'} · {device} · {commit}{changed}"
 
 
 def panels(

@@ -12,6 +12,7 @@ from experiments import cells, harness
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
 _BLOCK = re.compile(r"(<!-- table: ([\w]+) -->\n).*?(<!-- end of table -->)", re.S)
+Rows = list[harness.Row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Table:
       file: under results/cpu.
       columns: heading -> a column's name, or what makes an entry of a row.
       keep: which rows.
+      prepare: what is made of all rows before.
     """
 
     file: str
     columns: Mapping[str, str | Callable[[harness.Row], object]]
     keep: Callable[[harness.Row], bool] = lambda row: True
+    prepare: Callable[[Rows], Rows] = lambda rows: rows
 
 
 def _times(name: str) -> Callable[[harness.Row], str]:
@@ -37,15 +40,225 @@ def _percent(name: str) -> Callable[[harness.Row], str]:
     return lambda row: f"{row[name]:.0%}" if row[name] is not None else "-"
 
 
+def _fixed(name: str, digits: int) -> Callable[[harness.Row], str]:
+    return lambda row: "-" if row[name] is None else f"{row[name]:.{digits}f}"
+
+
+def _range(name: str, digits: int) -> Callable[[harness.Row], str]:
+    """The median, and what the rounds lay between."""
+
+    def entry(row):
+        median, low, high = (row[f"{name}/{what}"] for what in ("median", "min", "max"))
+        if median is None:
+            return "-"
+        return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    return entry
+
+
 _SYSTEMS = {
     "off": "everything off",
+    "ngram": "matches alone",
+    "frozen": "a frozen drafter",
     "tlt": "everything on",
     "threshold": "paper's rule",
     "cost_model": "our tuner",
 }
+_PEERS = {
+    "tlt_jax": "ours",
+    "transformers": "transformers",
+    "llamacpp": "llama.cpp, f32",
+    "vllm": "vLLM CPU",
+    "trl": "TRL",
+    "tunix": "Tunix",
+}
+
+
+def _clusters(rows: Rows) -> Rows:
+    """Puts what other systems had into each row of a cluster."""
+    found = {(r["model"], r["devices"], r["system"]): r for r in rows}
+    return [
+        row
+        | {
+            "ours": found[*key, "cost_model"]["times_faster"],
+            "off_rollout_frac": found[*key, "off"]["rollout_frac"],
+        }
+        for row in rows
+        for key in [(row["model"], row["devices"])]
+    ]
+
+
+def _by_batch(rows: Rows) -> Rows:
+    """Puts a system's batch sizes into one row, greedy decoding only."""
+    greedy = [row for row in rows if row["temperature"] == 0]
+    made = []
+    for system in dict.fromkeys(row["system"] for row in greedy):
+        entry: harness.Row = {"system": system}
+        for row in greedy:
+            if row["system"] == system:
+                told = f"{row['tokens_per_s/median']:.0f}"
+                if times := row["tokens_per_s/times"]:
+                    told += f" (ours {times:.2f}x)"
+                entry[f"batch {row['batch']}"] = told
+        made.append(entry)
+    return made
+
+
+def _batch(number: int) -> Callable[[harness.Row], object]:
+    return lambda row: row.get(f"batch {number}")
+
+
+def _drafters(rows: Rows) -> Rows:
+    """Puts the tasks that a drafter was measured on into one row."""
+    made = []
+    for trained_on in dict.fromkeys(row["trained_on"] for row in rows):
+        its = [row for row in rows if row["trained_on"] == trained_on]
+        name = "start" if trained_on == "start" else f"then on {trained_on}"
+        entry: harness.Row = {"drafter": name}
+        for row in its:
+            told = f"{row['accept_length']:.2f}"
+            if trained_on != "start":
+                told += f" ({row['of_start']:.2f}x)"
+            entry[row["measured_on"]] = told
+        made.append(entry)
+    return made
 
 
 TABLES = {
+    "end_to_end": Table(
+        "end_to_end_summary.csv",
+        {
+            # Tables from before there were several models are of the first.
+            "model": lambda row: row.get("model", "smollm2"),
+            "": lambda row: _SYSTEMS[row["system"]],
+            "RL steps": "steps",
+            "rollout, drafter, update, sync": lambda row: f"{row['seconds']:.0f} s",
+            "times as fast": _times("times_faster"),
+            "worst step": _times("times_faster/worst_step"),
+            "rollout alone": _times("rollout_times_faster"),
+            "accept length": _fixed("accept_length", 1),
+            "workers idle": _percent("idle_frac"),
+            "of it trained": _percent("trained_of_idle"),
+        },
+    ),
+    "speculation_speed": Table(
+        "speculation_speed_summary.csv",
+        {
+            "batch": "batch",
+            "strategy": "system",
+            "accept length": _fixed("accept_length", 1),
+            "a step costs, in plain steps": _fixed("step_cost", 2),
+            "times plain": _times("speedup"),
+            "noise, of a step": lambda row: f"{row['noise_ms'] / row['step_ms']:.0%}",
+        },
+        keep=lambda row: row["system"] != "plain",
+    ),
+    "accept_length": Table(
+        "accept_length.csv",
+        {
+            "text": "texts",
+            "temperature": "temperature",
+            "nats a token": _fixed("nats_per_token", 2),
+            "strategy": "strategy",
+            "ranking or rule": "ranking",
+            "accept length": _fixed("accept_length", 2),
+            "of deterministic": _times("times_deterministic"),
+        },
+    ),
+    "drafter_adaptation": Table(
+        "drafter_adaptation_summary.csv",
+        {
+            "drafter": "system",
+            "updates": "num_updates",
+            "accept length, steps in which they differ": _fixed("accept_length", 2),
+            "last quarter of them": _fixed("accept_length/last_quarter", 2),
+        },
+    ),
+    "drafter_cadence": Table(
+        "drafter_cadence_summary.csv",
+        {
+            "drift": lambda row: (
+                f"{row['drift']} (weights moved {row['policy_distance']:.1%})"
+            ),
+            "updates": "system",
+            "accept length after the warm-up": _fixed("accept_length/after_warm_up", 2),
+            "last quarter": _fixed("accept_length/last_quarter", 2),
+            "of one warm-up's": _times("of_warm_up/last_quarter"),
+        },
+    ),
+    "transfer": Table(
+        "transfer_summary.csv",
+        {
+            "drafter": "drafter",
+            "counting up": "up",
+            "counting down": "down",
+            "alphabet": "letters",
+        },
+        prepare=_drafters,
+    ),
+    "objectives": Table(
+        "objectives_summary.csv",
+        {
+            "objective": "case",
+            "seeds": "seeds",
+            "updates": "updates",
+            "unrolled steps": "unrolled",
+            "accept length, coupled": _fixed("accept_length/coupled", 2),
+            "deterministic": _fixed("accept_length/deterministic", 2),
+        },
+    ),
+    "tuner_regret": Table(
+        "tuner_regret_summary.csv",
+        {
+            "trace": "world",
+            "tuner": "tuner",
+            "regret": lambda row: f"{row['regret_s']:.1f} s",
+            "of BEG-MAB's": _fixed("of_beg_mab", 2),
+            "worst seed": _fixed("of_beg_mab_max", 2),
+            "time, of the oracle's": _times("times_oracle"),
+        },
+        keep=lambda row: str(row["world"]).startswith("recorded"),
+    ),
+    "checkpoint_stall": Table(
+        "checkpoint_stall_summary.csv",
+        {
+            "drafter of": "target",
+            "mode": "system",
+            "stall, ms": _range("stall_ms", 0),
+            "stall and the next step, ms": _range("stall_and_step_ms", 0),
+        },
+    ),
+    "packing": Table(
+        "packing_summary.csv",
+        {
+            "layout": "system",
+            "texts per second": _range("texts_per_s", 1),
+            "columns that hold a token": _percent("fill_frac/median"),
+            "packed is": _times("texts_per_s/times"),
+        },
+    ),
+    "decode_speed": Table(
+        "decode_speed_summary.csv",
+        {
+            "": lambda row: _PEERS.get(row["system"], row["system"]),
+            "batch 1": _batch(1),
+            "batch 8": _batch(8),
+            "batch 32": _batch(32),
+        },
+        prepare=_by_batch,
+    ),
+    "grpo_step_speed": Table(
+        "grpo_step_speed_summary.csv",
+        {
+            "lengths": "lengths",
+            "": lambda row: _PEERS.get(row["system"], row["system"]),
+            "a step, s": _range("steady_step_s", 1),
+            "generation, s": _fixed("generate_s/median", 1),
+            "update, s": _fixed("update_s/median", 1),
+            "ours is": _times("steady_step_s/times"),
+            "worst round": _times("steady_step_s/times_min"),
+        },
+    ),
     "cluster_size": Table(
         "cluster_size.csv",
         {
@@ -57,6 +270,7 @@ TABLES = {
             "rollout, of a step with everything off": _percent("off_rollout_frac"),
         },
         keep=lambda row: row["system"] == "threshold",
+        prepare=_clusters,
     ),
     "devices": Table(
         "devices.csv",
@@ -91,9 +305,7 @@ def render(name: str) -> str:
             f"README.md has a table {name!r}; made here are {', '.join(TABLES)}."
         )
     table = TABLES[name]
-    rows = cells.read(harness.RESULTS_DIR / "cpu" / table.file)
-    if name == "cluster_size":
-        rows = _side_by_side(rows)
+    rows = table.prepare(cells.read(harness.RESULTS_DIR / "cpu" / table.file))
     lines = [list(table.columns), ["---"] * len(table.columns)]
     for row in filter(table.keep, rows):
         entries = [
@@ -102,20 +314,6 @@ def render(name: str) -> str:
         ]
         lines.append([_text(entry) for entry in entries])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _side_by_side(rows: list[harness.Row]) -> list[harness.Row]:
-    """Puts what other systems had into each row of a cluster."""
-    found = {(r["model"], r["devices"], r["system"]): r for r in rows}
-    return [
-        row
-        | {
-            "ours": found[*key, "cost_model"]["times_faster"],
-            "off_rollout_frac": found[*key, "off"]["rollout_frac"],
-        }
-        for row in rows
-        for key in [(row["model"], row["devices"])]
-    ]
 
 
 def _text(entry: object) -> str:

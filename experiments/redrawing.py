@@ -21,13 +21,12 @@ _TABLES = {
 }
 
 
-def redraw(slug: str, folder: pathlib.Path, scale: str) -> str:
+def redraw(slug: str, folder: pathlib.Path) -> str:
     """Draws an experiment's plot; returns what became of it.
 
     Args:
       slug: of the experiment.
       folder: of tables and plots.
-      scale: for the stamp.
     """
     record_path = folder / f"{slug}.json"
     plot = getattr(importlib.import_module(f"experiments.{slug}"), "plot", None)
@@ -39,7 +38,7 @@ def redraw(slug: str, folder: pathlib.Path, scale: str) -> str:
     found = {
         **record["settings"],
         "path": folder / f"{slug}.png",
-        "stamp": plotting.stamp(record, scale),
+        "stamp": plotting.stamp(record),
     }
     for name, files in _TABLES.items():
         paths = [folder / file.format(slug=slug) for file in files]
@@ -48,7 +47,10 @@ def redraw(slug: str, folder: pathlib.Path, scale: str) -> str:
     wanted = list(inspect.signature(plot).parameters)
     if missing := [name for name in wanted if name not in found]:
         return f"its tables do not hold {', '.join(missing)}: run it again"
-    plot(**{name: found[name] for name in wanted})
+    try:
+        plot(**{name: found[name] for name in wanted})
+    except KeyError as error:
+        return f"its table is of other code and lacks {error}: run it again"
     return "drawn"
 
 
@@ -56,7 +58,7 @@ def redraw_all(scale: str, folder: pathlib.Path | None = None) -> list[harness.R
     """Draws all plots that there are tables of; returns what became of each."""
     folder = folder or harness.RESULTS_DIR / scale
     return [
-        {"experiment": item.slug, "plot": redraw(item.slug, folder, scale)}
+        {"experiment": item.slug, "plot": redraw(item.slug, folder)}
         for item in catalogue.ITEMS
         if item.exists
     ]

@@ -28,10 +28,11 @@ SLUG = "speculation_speed"
 PLAIN = "plain"
 CASES = (
     *("1:D3K1V4", "1:D7K1V8", "1:D11K1V12", "1:D15K1V16"),
-    *("2:D7K1V8", "4:D7K1V8", "8:D7K1V8"),
+    *("2:D7K1V8", "4:D7K1V8", "8:D7K1V8", "16:D7K1V8"),
+    *("32:D3K1V4", "32:D7K1V8", "64:D3K1V4"),
 )
 # Rows that every engine's cache has room for, so that they share compiled programs.
-CACHE_ROWS = 16
+CACHE_ROWS = 64
 # Requests of a case: its batch, or so many one after the other.
 FEWEST_REQUESTS = 8
 
@@ -151,7 +152,15 @@ def _plot_bounded(axes: axes_lib.Axes, names: list[str], rows: list[harness.Row]
     axes.plot(places, lengths, "--", color=plotting.GREY, label="accept length (bound)")
     axes.plot(places, speedups, "o-", color=plotting.COLORS[0], label="measured")
     for place, value in zip(places, speedups, strict=True):
-        axes.annotate(f"{value:.2f}", (place, value), fontsize=8, va="top", ha="center")
+        axes.annotate(
+            f"{value:.2f}",
+            (place, value),
+            xytext=(0, -6),
+            textcoords="offset points",
+            fontsize=8,
+            va="top",
+            ha="center",
+        )
     axes.axhline(1, color=plotting.GREY, linewidth=0.8)
     axes.set_xticks(places, names, fontsize=8)
     axes.set_ylim(bottom=0)

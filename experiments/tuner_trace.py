@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments import harness, speculation_harness, trace_file
 from tlt_jax import types
-from tlt_jax.models import drafter
+from tlt_jax.models import drafter, drafter_head
 from tlt_jax.rl import engine_programs, rollout, scheduler
 from tlt_jax.specdec import drafter_acceptance, drafter_unroll, hidden_buffer
 from tlt_jax.specdec import strategy as strategy_lib
@@ -34,7 +34,7 @@ ARMS = "1:D3K1V4,D7K1V8,D11K1V12,D15K1V16 8:D3K1V4,D7K1V8,D11K1V12"
 BLENDS = "0,0.3,0.45,1"
 # As many rows as the cache of `experiments.speculation_speed` has room for: programs
 # that it compiled are found again.
-CACHE_ROWS = 16
+CACHE_ROWS = 64
 _ROWS_OF_TEXTS = 4
 
 
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> trace_file.Trace:
         setting.drafter.drafting_cfg.drafter_cfg,
         drafter_unroll.Target(
             embed=params.embed,
-            head=drafter.head_rows(params, draft_ids),
+            head=drafter_head.head_rows(params, draft_ids),
             draft_ids=draft_ids,
         ),
         texts,

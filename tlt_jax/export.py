@@ -24,7 +24,7 @@ from tlt_jax import checkpoint, drafter_checkpoint, policy
 from tlt_jax.models import config as model_config
 from tlt_jax.models import (
     convert,
-    drafter,
+    drafter_head,
     drafter_hf,
     drafter_io,
     drafter_layouts,
@@ -142,7 +142,7 @@ def export_drafter(
         cfg,
         layout,
         target.config,
-        head=drafter.head_rows(target.params, params.draft_ids),
+        head=drafter_head.head_rows(target.params, params.draft_ids),
         dtype=dtype,
         verifier=verifier or target.identity,
         num_speculative_tokens=num_speculative_tokens,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax import policy, speculation
-from tlt_jax.models import drafter, kv_cache
+from tlt_jax.models import drafter_head, kv_cache
 from tlt_jax.specdec import decode, noise, propose, sampling, speculate, tree
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -116,7 +116,7 @@ class Tracer:
         given = drafting.params.sharpness
         self._sharpness = np.float32(1.0 if given is None else given)
         params = drafting.params.replace(sharpness=None)
-        head = drafter.head_rows(asked.params, params.draft_ids)
+        head = drafter_head.head_rows(asked.params, params.draft_ids)
         self._weights = propose.DrafterWeights(params, asked.params.embed, head)
         settings = speculate.Settings(
             cfg=cfg,

@@ -33,7 +33,7 @@ from tlt_jax import (
     progress,
     workdir,
 )
-from tlt_jax.models import drafter, drafter_io
+from tlt_jax.models import drafter, drafter_head, drafter_io
 from tlt_jax.rl import learner, pretrain, tasks
 from tlt_jax.specdec import (
     drafter_acceptance,
@@ -237,7 +237,7 @@ class _Trainer:
         weights = self.policy.params
         self.target = drafter_unroll.Target(
             embed=weights.embed,
-            head=drafter.head_rows(weights, self.draft_ids),
+            head=drafter_head.head_rows(weights, self.draft_ids),
             draft_ids=self.draft_ids,
         )
         forward = drafter_unroll.ForwardConfig(

@@ -20,7 +20,8 @@ LESSER_CPUS = {
     "x86-64": frozenset(),
 }
 LAYER = 1
-# kv heads, queries of each, head dimension, tokens, page size, cached lengths.
+# kv heads, queries of each, head dimension, tokens, page size, cached lengths; and keys
+# of earlier calls that are in no page.
 CASES = {
     "decode": (3, 3, 64, 1, 64, (5,)),
     "nothing cached": (1, 1, 16, 1, 16, (0, 0)),
@@ -28,12 +29,15 @@ CASES = {
     "tree": (2, 3, 64, 9, 64, (64, 63, 1)),
     "many tokens": (1, 4, 32, 32, 16, (7, 40)),
     "wide heads": (1, 2, 128, 3, 128, (130, 250)),
+    "level of a draft": (2, 3, 32, 2, 32, (33, 0, 64), 21),
+    "chain of drafts": (3, 1, 16, 1, 16, (17,), 11),
 }
 
 
 def draw(case, seed=0):
     """Draw the arguments of a case; what must not be read is NaN."""
-    num_kv, group, head_dim, tokens, page_size, lengths = case
+    num_kv, group, head_dim, tokens, page_size, lengths, *past = case
+    (past,) = past or (0,)
     rng = np.random.default_rng(seed)
     normal = functools.partial(rng.standard_normal, dtype=np.float32)
     batch, lengths = len(lengths), np.array(lengths, np.int32)
@@ -47,6 +51,7 @@ def draw(case, seed=0):
             cache[:, :, page, ..., max(length - number * page_size, 0) :] = np.nan
     mask = np.tril(rng.random((batch, tokens, tokens)) < 0.6)
     mask |= np.eye(tokens, dtype=bool)
+    mask = np.concatenate([rng.random((batch, tokens, past)) < 0.6, mask], 2)
     angles = normal((head_dim // 2, batch, tokens))
     return dict(
         qkv=normal((num_kv, group + 2, head_dim, batch, tokens)),
@@ -57,6 +62,8 @@ def draw(case, seed=0):
         page_table=table.astype(np.int32),
         lengths=lengths,
         mask=mask,
+        past_keys=normal((num_kv, head_dim, batch, past)),
+        past_values=normal((num_kv, head_dim, batch, past)),
     )
 
 
@@ -74,22 +81,25 @@ def slow_twin(args, scale):
     queries = turned(qkv[:, :-2], args["cos"], args["sin"])
     keys = turned(qkv[:, -2], args["cos"], args["sin"])
     values = qkv[:, -1].astype(np.float64)
+    in_no_page = [
+        np.concatenate([args[f"past_{name}"], fresh], axis=3)
+        for name, fresh in (("keys", keys), ("values", values))
+    ]
     out = np.zeros((num_kv, heads - 2, head_dim, batch, tokens))
     for k, b, t in np.ndindex(num_kv, batch, tokens):
         old = [
             (table[b, position // page_size], position % page_size)
             for position in range(lengths[b])
         ]
-        fresh = [s for s in range(tokens) if args["mask"][b, t, s]]
+        fresh = np.flatnonzero(args["mask"][b, t])
 
-        def column(cache, new, k=k, b=b, old=old, fresh=fresh):
-            held = [args[cache][LAYER, page, k, :, slot] for page, slot in old]
-            return np.array(held + [new[k, :, b, s] for s in fresh], np.float64)
+        def column(name, own, k=k, b=b, old=old, fresh=fresh):
+            cache = args[f"cache_{name}"]
+            held = [cache[LAYER, page, k, :, slot] for page, slot in old]
+            return np.array(held + [own[k, :, b, s] for s in fresh], np.float64)
 
-        seen_keys, seen_values = (
-            column("cache_keys", keys),
-            column("cache_values", values),
-        )
+        seen_keys = column("keys", in_no_page[0])
+        seen_values = column("values", in_no_page[1])
         for g in range(heads - 2):
             scores = seen_keys @ queries[k, g, :, b, t] * scale
             weights = np.exp(scores - scores.max())
@@ -110,7 +120,7 @@ def test_it_is_attention_and_reads_nothing_else(name):
 
 def test_a_query_has_the_same_bits_whatever_else_there_is():
     """Rows alone, and the first tokens alone, have the numbers they have in company."""
-    args = draw((2, 3, 32, 6, 32, (40, 3, 64, 100)))
+    args = draw((2, 3, 32, 6, 32, (40, 3, 64, 100), 3))
     heads, keys, values = attend(args)
     for row in range(4):
         for tokens in (1, 4, 6):
@@ -118,7 +128,9 @@ def test_a_query_has_the_same_bits_whatever_else_there_is():
                 name: args[name][row : row + 1]
                 for name in ("page_table", "lengths", "mask")
             }
-            alone["mask"] = alone["mask"][:, :tokens, :tokens]
+            alone["mask"] = alone["mask"][:, :tokens, : 3 + tokens]
+            for name in ("past_keys", "past_values"):
+                alone[name] = args[name][:, :, row : row + 1]
             for name in ("qkv", "cos", "sin"):
                 alone[name] = args[name][..., row : row + 1, :tokens]
             found = attend(args | alone)

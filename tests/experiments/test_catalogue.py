@@ -2,10 +2,24 @@
 
 import argparse
 import json
+import pathlib
+import runpy
 
 import pytest
 
-from experiments import catalogue, cells, claims, freshness, harness, readme_tables
+from experiments import (
+    catalogue,
+    cells,
+    claims,
+    freshness,
+    harness,
+    peers_side_by_side,
+    plotting,
+    readme_tables,
+)
+from tests import command_lines
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def options(out, again=False):
@@ -177,3 +191,73 @@ def test_results_are_of_experiments_and_tell_where_they_come_from():
         record = json.loads(path.read_text())
         assert {"command", "settings", "config_hash", "versions"} <= record.keys(), path
         assert record["experiment"] == path.stem
+
+
+def test_every_item_is_listed_at_every_scale_with_its_command():
+    for scale in harness.SCALES:
+        for item, row in zip(catalogue.ITEMS, catalogue.listing(scale), strict=True):
+            command = row["command"]
+            assert command.startswith(f"python -m experiments.{item.slug} ")
+            if item.is_tool:
+                continue
+            if scale == "cpu" or not item.larger:
+                assert "--scale=cpu" in command
+                assert scale == "cpu" or row["status"] == catalogue.AS_CPU
+            else:
+                assert f"--scale={scale}" in command
+                assert row["status"] != catalogue.AS_CPU
+
+
+def test_listed_commands_start():
+    """At the larger scales, too, where nobody has run them."""
+    commands = {
+        item.command(scale) for item in catalogue.ITEMS for scale in harness.SCALES
+    }
+    words = [command.split()[2:] for command in sorted(commands)]
+    for command, found in zip(
+        words, command_lines.start(words, stop=True), strict=True
+    ):
+        assert found.status == 0, (command, found.errors)
+
+
+def test_recipes_of_the_larger_scales_are_there():
+    parser = {"--config": lambda text: [text], "--models": lambda text: text.split(",")}
+    for item in catalogue.ITEMS:
+        for flags in item.larger.values():
+            for flag in flags.split():
+                name, _, value = flag.partition("=")
+                for recipe in parser.get(name, lambda text: [])(value):
+                    path, _, variant = recipe.rpartition("=")[2].partition(":")
+                    made = runpy.run_path(str(ROOT / path))["get_config"]
+                    made(*filter(None, [variant]))
+
+
+def test_a_stamp_tells_scale_and_device():
+    record = {"command": "python -m experiments.e --scale=one_gpu", "commit": "a" * 40}
+    gpu = plotting.stamp(record | {"device": "1 x H100", "cpu_model": "Zen"})
+    assert gpu == "scale one_gpu · 1 x H100 · aaaaaaaa"
+    cpu = {"command": "python -m experiments.e", "device": "cpu", "cpu_model": "Zen"}
+    assert plotting.stamp(cpu) == "scale cpu · Zen · no commit"
+
+
+def test_peers_of_two_experiments_stand_side_by_side(tmp_path, monkeypatch):
+    (tmp_path / "cpu").mkdir()
+    monkeypatch.setattr(harness, "RESULTS_DIR", tmp_path)
+    with pytest.raises(ValueError, match="decode_speed_summary.csv is not in results"):
+        peers_side_by_side.main([])
+    for slug, case, metric in (
+        ("decode_speed", "batch", "tokens_per_s"),
+        ("grpo_step_speed", "lengths", "steady_step_s"),
+    ):
+        names = [case, "temperature", "system", "rounds"]
+        names += [f"{metric}/{what}" for what in ("median", "times", "times_min")]
+        lines = [",".join(names), "1,0.0,tlt_jax,2,9.0,,", "1,0.0,peer,2,4.5,2.0,1.5"]
+        lines.append("1,1.0,peer,2,3,3.0,3.0" if case == "batch" else "")
+        (tmp_path / "cpu" / f"{slug}_summary.csv").write_text("\n".join(lines))
+        record = {"commit": slug, "config_hash": "c"}
+        (tmp_path / "cpu" / f"{slug}.json").write_text(json.dumps(record))
+    rows = peers_side_by_side.main([])
+    assert [row["experiment"] for row in rows] == ["decode_speed", "grpo_step_speed"]
+    assert rows[0]["case"] == "batch 1" and rows[1]["times_faster/min"] == 1.5
+    assert (rows[0]["ours"], rows[0]["theirs"]) == (9, 4.5)
+    assert (tmp_path / "cpu" / "peers_side_by_side.png").stat().st_size > 10_000

@@ -56,7 +56,7 @@ def test_a_frozen_drafter_learns_no_more(tmp_path, runs):
     assert drafter_adaptation.summary_of(rows, 4)[1]["steps_differing"] == 1
     path = tmp_path / "drafter_adaptation.png"
     path.unlink()
-    assert redrawing.redraw("drafter_adaptation", tmp_path, "cpu") == "drawn"
+    assert redrawing.redraw("drafter_adaptation", tmp_path) == "drawn"
     assert path.stat().st_size > 10_000
 
 

@@ -71,7 +71,7 @@ def test_ratio_and_commands(workdirs):
     drawn = folder / "out" / "end_to_end.png"
     assert drawn.stat().st_size > 10_000
     drawn.unlink()
-    assert redrawing.redraw("end_to_end", folder / "out", "cpu") == "drawn"
+    assert redrawing.redraw("end_to_end", folder / "out") == "drawn"
     assert drawn.stat().st_size > 10_000
 
 

@@ -12,6 +12,7 @@ from experiments import (
     ngram_start,
     objectives,
     program_pool,
+    redrawing,
     reward_curves,
     small_runs,
 )
@@ -199,6 +200,10 @@ def test_tails_and_time_are_read_from_a_workdir(tmp_path):
     )
     assert row["responses"] == 4 and row["length/max"] == 94
     assert row["length/mean"] == 25 and row["frac/rollout"] == 0.75
+    counts = cells.read(tmp_path / "length_tail_lengths.csv")
+    assert {(r["tokens"], r["responses"]) for r in counts} >= {(94, 1), (1, 1)}
+    (tmp_path / "length_tail.png").unlink()
+    assert redrawing.redraw("length_tail", tmp_path) == "drawn"
     assert (tmp_path / "length_tail.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="has no rollouts"):
         length_tail.main([f"--out={tmp_path}", f"--workdirs=mine={tmp_path}"])

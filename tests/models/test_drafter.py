@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.specdec import tiny_drafter
-from tlt_jax.models import attention, drafter, kv_cache, transformer
+from tlt_jax.models import attention, drafter, drafter_head, kv_cache, transformer
 from tlt_jax.models import config as model_config
 
 CFG = tiny_drafter.drafter_config()
@@ -99,8 +99,8 @@ def test_logits_are_rows_of_the_targets_head():
     target, hidden = tiny_drafter.target_params(), inputs(3)[0]
     whole = transformer.logits(target, hidden)
     params = tiny_drafter.params_of(CFG)
-    head = drafter.head_rows(target, tiny_drafter.DRAFT_IDS)
-    some = drafter.logits(params, CFG, head, hidden)
+    head = drafter_head.head_rows(target, tiny_drafter.DRAFT_IDS)
+    some = drafter_head.logits(params, CFG, head, hidden)
     np.testing.assert_allclose(some, whole[..., tiny_drafter.DRAFT_IDS], atol=1e-6)
 
 

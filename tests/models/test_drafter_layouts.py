@@ -12,7 +12,13 @@ import safetensors.numpy
 import torch
 
 from tests.models import published_drafters as published
-from tlt_jax.models import drafter, drafter_hf, drafter_io, drafter_layouts
+from tlt_jax.models import (
+    drafter,
+    drafter_head,
+    drafter_hf,
+    drafter_io,
+    drafter_layouts,
+)
 
 TARGET = published.TARGET
 LAYOUTS = ("eagle", "eagle3", "speculators")
@@ -134,8 +140,8 @@ def test_forward_is_that_of_the_published_architecture(layout, tmp_path):
         values = jnp.concatenate([values, out.values], axis=-1)
     ours = jnp.concatenate(ours, axis=-1)
     np.testing.assert_allclose(ours[:, 0].T, wanted.numpy(), rtol=2e-4, atol=2e-5)
-    head = drafter.head_of(params, jnp.asarray(target_head.numpy()))
-    found = drafter.logits(params, cfg, head, ours)[0]
+    head = drafter_head.head_of(params, jnp.asarray(target_head.numpy()))
+    found = drafter_head.logits(params, cfg, head, ours)[0]
     np.testing.assert_allclose(found, logits, rtol=2e-4, atol=5e-5)
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests import mutation
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter, kv_cache, transformer
+from tlt_jax.models import drafter, drafter_head, kv_cache, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import decode, noise, propose, sampling, speculate, verify
 from tlt_jax.specdec import strategy as strategy_lib
@@ -138,7 +138,7 @@ class Rollouts:
         params = jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(5))
         params = params.replace(draft_ids=draft_ids)
         self.weights = propose.DrafterWeights(
-            params, target().embed, drafter.head_rows(target(), draft_ids)
+            params, target().embed, drafter_head.head_rows(target(), draft_ids)
         )
         num = len(volumes)
         self.keys = np.stack([np.zeros(num), np.arange(num)], axis=1).astype(np.uint32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.specdec import hosts
-from tlt_jax.models import drafter, kv_cache
+from tlt_jax.models import drafter, drafter_head, kv_cache
 from tlt_jax.specdec import propose
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -26,7 +26,7 @@ def weights():
     params = params.replace(draft_ids=jnp.asarray(ids, jnp.int32))
     target = hosts.weights()
     return propose.DrafterWeights(
-        params, target.embed, drafter.head_rows(target, params.draft_ids)
+        params, target.embed, drafter_head.head_rows(target, params.draft_ids)
     )
 
 
@@ -40,7 +40,7 @@ def whole(tokens, features):
         features[:, None],
         jnp.arange(MOST)[None],
     )
-    logits = drafter.logits(weights().params, CFG, weights().head, out.hidden)
+    logits = drafter_head.logits(weights().params, CFG, weights().head, out.hidden)
     return out.hidden[:, 0], logits[0]
 
 

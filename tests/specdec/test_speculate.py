@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.specdec import hosts
-from tlt_jax.models import drafter, kv_cache, transformer
+from tlt_jax.models import drafter, drafter_head, kv_cache, transformer
 from tlt_jax.specdec import decode, propose, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -29,7 +29,7 @@ def weights(cfg):
         ids = np.sort(ids[: cfg.draft_vocab_size]).astype(np.int32)
         params = params.replace(draft_ids=jnp.asarray(ids))
     target = hosts.weights()
-    head = drafter.head_rows(target, params.draft_ids)
+    head = drafter_head.head_rows(target, params.draft_ids)
     return propose.DrafterWeights(params, target.embed, head)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter, transformer
+from tlt_jax.models import drafter, drafter_head, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import drafter_unroll, hidden_buffer
 
@@ -42,7 +42,7 @@ def params_of(cfg: drafter.DrafterConfig) -> drafter.DrafterParams:
 
 def target_of(cfg: drafter.DrafterConfig) -> drafter_unroll.Target:
     ids = DRAFT_IDS if cfg.draft_vocab_size else None
-    head = drafter.head_rows(target_params(), ids)
+    head = drafter_head.head_rows(target_params(), ids)
     return drafter_unroll.Target(target_params().embed, head, ids)
 
 

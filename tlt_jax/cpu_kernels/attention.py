@@ -53,8 +53,10 @@ def attend(
     mask: Array,
     layer: Array | int,
     scale: float,
+    past_keys: Array | None = None,
+    past_values: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Rotate queries and keys, and attend over the cached and the fresh ones.
+    """Rotate queries and keys, and attend over cached, earlier and fresh ones.
 
     For programs on one CPU device: it cannot be partitioned or differentiated. A
     query's result does not depend on other rows, nor on how many there are.
@@ -65,9 +67,11 @@ def attend(
       cache_keys, cache_values: `[L, P, K, H, S] float32`.
       page_table: `[B, max_pages] int32`.
       lengths: `[B] int32`, cached positions; others are not read into the result.
-      mask: `[B, T, T] bool`, which fresh keys a query sees.
+      mask: `[B, T, S' + T] bool`, which earlier and which fresh keys a query sees.
       layer: which layer's pages.
       scale: multiplies the scores.
+      past_keys, past_values: `[K, H, B, S'] float32`, of earlier calls and in no page
+        yet, keys rotated; finite; None: there are none.
 
     Returns:
       Heads `[K, G, H, B, T]`; rotated keys and values `[K, H, B, T]`.
@@ -77,7 +81,13 @@ def attend(
     """
     num_kv, heads, head_dim, batch, num_tokens = qkv.shape
     page_size = cache_keys.shape[-1]
+    if past_keys is None:
+        past_keys = past_values = jnp.zeros((num_kv, head_dim, batch, 0), jnp.float32)
+    num_past = past_keys.shape[-1]
+    past_shape = (num_kv, head_dim, batch, num_past)
     expected = {
+        "past_keys": (past_keys, past_shape, jnp.float32),
+        "past_values": (past_values, past_shape, jnp.float32),
         "cos": (cos, (head_dim // 2, batch, num_tokens), jnp.float32),
         "sin": (sin, (head_dim // 2, batch, num_tokens), jnp.float32),
         "cache_values": (cache_values, cache_keys.shape, jnp.float32),
@@ -88,7 +98,7 @@ def attend(
         ),
         "page_table": (page_table, (batch, page_table.shape[-1]), jnp.int32),
         "lengths": (lengths, (batch,), jnp.int32),
-        "mask": (mask, (batch, num_tokens, num_tokens), jnp.bool_),
+        "mask": (mask, (batch, num_tokens, num_past + num_tokens), jnp.bool_),
         "qkv": (qkv, qkv.shape, jnp.float32),
     }
     for name, (array, shape, dtype) in expected.items():
@@ -109,8 +119,7 @@ def attend(
         jax.ShapeDtypeStruct(shape, jnp.float32)
         for shape in ((num_kv, heads - 2, *columns[1:]), columns, columns)
     ]
-    arguments = (qkv, cos, sin, cache_keys, cache_values, page_table, lengths, mask)
-    layer = jnp.asarray(layer, jnp.int32)
     return jax.ffi.ffi_call(attention_code.HANDLER, results)(
-        *arguments, layer, jnp.float32(scale)
+        *(qkv, cos, sin, cache_keys, cache_values, page_table, lengths, mask),
+        *(past_keys, past_values, jnp.asarray(layer, jnp.int32), jnp.float32(scale)),
     )

@@ -1,10 +1,10 @@
 """The loops of the native attention over a paged cache, as LLVM IR.
 
 A unit of work is a row's queries of one kv head. It rotates them, walks the row's pages
-of the cache and then the fresh keys in tiles, with an online softmax for every query,
-and divides at the end. Slots are lanes: pages hold columns, so that scores of 16 slots
-are products of a query's elements with vectors of the page, and of 16 elements of the
-result the sums over lanes are taken together.
+of the cache and then the keys that are in no page in tiles, with an online softmax for
+every query, and divides at the end. Slots are lanes: pages hold columns, so that scores
+of 16 slots are products of a query's elements with vectors of the page, and of 16
+elements of the result the sums over lanes are taken together.
 
 A query's numbers are the same whatever other rows and queries there are.
 """
@@ -29,11 +29,12 @@ _HIDDEN = -1e30
 # What a job holds behind the runtime's header, eight bytes each.
 _POINTERS = (
     *("qkv", "cos", "sin", "cache_keys", "cache_values", "table", "lengths", "mask"),
-    *("heads", "keys", "values"),
+    *("past_keys", "past_values", "heads", "keys", "values"),
 )
+_NUM_RESULTS = 3
 _NUMBERS = (
-    *("batch", "tokens", "num_kv", "group", "head_dim", "page_size", "max_pages"),
-    *("layer_offset", "scale_bits"),
+    *("batch", "tokens", "past", "num_kv", "group", "head_dim", "page_size"),
+    *("max_pages", "layer_offset", "scale_bits"),
 )
 _FIELDS = _POINTERS + _NUMBERS
 
@@ -203,10 +204,12 @@ def _write_unit(made: code_lib.Module) -> None:
     columns = code.times(its["batch"], tokens)
     first_column = code.times(row, tokens)
     count = code.times(group, tokens)
-    padded, wide = code.up(count, _QUERIES), code.up(tokens, LANES)
+    past = its["past"]
+    own_slots = code.plus(past, tokens)
+    padded, wide = code.up(count, _QUERIES), code.up(own_slots, LANES)
     width = code.select(code.icmp_signed("<", page_size, wide), wide, page_size)
 
-    # Queries, sums, scores, and the fresh keys and values; then two masks.
+    # Queries, sums, scores, and keys and values that are in no page; then the masks.
     per_query = code.plus(head_dim, head_dim, width, 2)
     floats = code.plus(
         code.times(padded, per_query), code.times(2, head_dim, wide), 2 * LANES
@@ -272,15 +275,22 @@ def _write_unit(made: code_lib.Module) -> None:
             for element, value in rotated(source, i, token):
                 place = code.plus(code.times(query, head_dim), element)
                 code.put(code.fmul(value, scale), queries.query, place)
+    # What is in no page: keys of earlier calls first, [K, H, B, past], then the fresh.
+    earlier = code.times(code.times(head, head_dim, its["batch"]), past)
+    for name, target in (("past_keys", fresh_keys), ("past_values", fresh_values)):
+        source = code.at(its[name], earlier, code.times(row, past))
+        with code.loop(head_dim) as i, code.loop(past) as slot:
+            place = code.times(i, its["batch"], past)
+            code.put(code.get(source, place, slot), target, code.times(i, wide), slot)
     source = code.at(own, code.times(group, head_size))
     with code.loop(half) as i, code.loop(tokens) as token:
         for element, value in rotated(source, i, token):
-            code.put(value, fresh_keys, code.times(element, wide), token)
+            code.put(value, fresh_keys, code.times(element, wide), past, token)
             code.put(value, results["keys"], code.times(element, columns), token)
     source = code.at(own, code.times(code.plus(group, 1), head_size))
     with code.loop(head_dim) as i, code.loop(tokens) as token:
         value = code.get(source, code.times(i, columns), token)
-        code.put(value, fresh_values, code.times(i, wide), token)
+        code.put(value, fresh_values, code.times(i, wide), past, token)
         code.put(value, results["values"], code.times(i, columns), token)
 
     # The cached past, page by page; of the last page some slots are nobody's.
@@ -312,13 +322,13 @@ def _write_unit(made: code_lib.Module) -> None:
         )
         code.call(made.runtime("attend_tile"), _values(queries) + _values(tile))
 
-    # The fresh part, as a tile of its own.
-    own_mask = code.at(its["mask"], code.times(row, tokens, tokens), kind=I8)
+    # These keys are a tile of their own.
+    own_mask = code.at(its["mask"], code.times(row, tokens, own_slots), kind=I8)
     with code.loop(tokens) as token, code.loop(wide) as slot:
-        is_fresh = code.icmp_signed("<", slot, tokens)
-        inside = code.select(is_fresh, slot, code.number(0))
-        seen_here = code.get(own_mask, code.times(token, tokens), inside, kind=I8)
-        seen_here = code.select(is_fresh, seen_here, none)
+        is_there = code.icmp_signed("<", slot, own_slots)
+        inside = code.select(is_there, slot, code.number(0))
+        seen_here = code.get(own_mask, code.times(token, own_slots), inside, kind=I8)
+        seen_here = code.select(is_there, seen_here, none)
         code.put(seen_here, fresh_mask, code.times(token, wide), slot)
     tile = _Tile(
         keys=fresh_keys,
@@ -392,21 +402,26 @@ def _write_handler(made: code_lib.Module) -> None:
     num_kv, heads, head_dim, batch, tokens = dims(0, 5)
     _, num_pages, *_, page_size = dims(3, 5)
     _, max_pages = dims(5, 2)
-    layer = code.get(data("argument", 8), 0, kind=I32)
-    values = dict(
-        zip(_POINTERS[:8], (data("argument", i) for i in range(8)), strict=True)
-    )
-    values |= zip(_POINTERS[8:], (data("result", i) for i in range(3)), strict=True)
+    *_, past = dims(8, 4)
+    num_arguments = len(_POINTERS) - _NUM_RESULTS
+    layer = code.get(data("argument", num_arguments), 0, kind=I32)
+    values = {
+        name: data("argument", i) for i, name in enumerate(_POINTERS[:num_arguments])
+    }
+    values |= {
+        name: data("result", i) for i, name in enumerate(_POINTERS[num_arguments:])
+    }
     values |= dict(
         batch=batch,
         tokens=tokens,
+        past=past,
         num_kv=num_kv,
         group=code.plus(heads, -2),
         head_dim=head_dim,
         page_size=page_size,
         max_pages=max_pages,
         layer_offset=code.times(layer, num_pages, num_kv, head_dim, page_size),
-        scale_bits=code.get(data("argument", 9), 0, kind=I32),
+        scale_bits=code.get(data("argument", num_arguments + 1), 0, kind=I32),
     )
     units = code.times(batch, num_kv)
     with code.if_then(code.icmp_signed("==", units, code.number(0))):

@@ -13,6 +13,7 @@ References: Li et al., EAGLE, 2024, section 4.1; Li et al., EAGLE-3, 2025, secti
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 from typing import Literal
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax.models import attention, layers, transformer
+from tlt_jax.models import attention, layers, native_attention, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
@@ -304,16 +305,6 @@ def embed(target: model_params.Params, tokens: Array, dtype=jnp.float32) -> Arra
     return jnp.moveaxis(target.embed[tokens].astype(dtype), -1, 0)
 
 
-def head_rows(target: model_params.Params, draft_ids: Array | None) -> Array:
-    """Take the rows `[Vd, D]` of the head that `draft_ids [Vd]` name; None: all."""
-    return target.head if draft_ids is None else target.head[draft_ids]
-
-
-def head_of(params: DrafterParams, head: Array) -> Array:
-    """Return the drafter's own head, or that of its target where it has none."""
-    return head if params.head is None else params.head
-
-
 def fuse(
     params: DrafterParams,
     cfg: DrafterConfig,
@@ -395,6 +386,18 @@ def forward(
         )
         return attention.join(earlier, partial)
 
+    native, head_dim = None, cfg.layer.head_dim
+    cache = None if view is None else view.cache
+    if native_attention.takes(kernels, embedded, head_dim, cache, visible):
+        native = functools.partial(
+            native_attention.attend,
+            cache=cache,
+            page_table=view.page_table,
+            lengths=view.lengths,
+            layer=0,
+            visibility=visible,
+            past=None if past is None else (past.keys, past.values, past.mask),
+        )
     return apply(
         params,
         cfg,
@@ -404,6 +407,7 @@ def forward(
         attend,
         dtype=dtype,
         kernels=kernels,
+        attend_columns=native,
     )
 
 
@@ -417,6 +421,7 @@ def apply(
     *,
     dtype=jnp.float32,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+    attend_columns: Callable[..., tuple[Array, Array, Array]] | None = None,
 ) -> Output:
     """Compute the drafter's features under any attention.
 
@@ -427,7 +432,7 @@ def apply(
 
     Args:
       params, cfg, embedded, features, positions, dtype, kernels: as for `forward`.
-      attend: see `transformer.decoder_layer`.
+      attend, attend_columns: see `transformer.decoder_layer`.
 
     Returns:
       `Output`.
@@ -458,38 +463,11 @@ def apply(
         attend,
         kernels,
         attention_input=seen,
+        attend_columns=attend_columns,
     )
     if cfg.architecture == "tlt" and params.norm is not None:
         x_DBT = layers.rms_norm(x_DBT, params.norm, eps)
     return Output(hidden=x_DBT, keys=keys, values=values)
-
-
-def for_head(params: DrafterParams, cfg: DrafterConfig, hidden: Array) -> Array:
-    """Turn the drafter's features `[D, ...]` into what its head multiplies."""
-    if cfg.architecture != "eagle3":
-        return hidden
-    return layers.rms_norm(hidden, params.norm, cfg.layer.rms_norm_eps)
-
-
-def logits(
-    params: DrafterParams,
-    cfg: DrafterConfig,
-    head: Array,
-    hidden: Array,
-    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
-) -> Array:
-    """Multiply the drafter's features by the frozen head.
-
-    Args:
-      params, cfg: the drafter.
-      head: `[Vd, D]`, see `head_rows` and `head_of`.
-      hidden: `[D, B, T]`.
-      kernels: see `transformer.forward`.
-
-    Returns:
-      `[B, T, Vd] float32`; entry i is token `draft_ids[i]`.
-    """
-    return transformer.head_logits(head, for_head(params, cfg, hidden), kernels)
 
 
 def _unit(x: Array, cfg: DrafterConfig) -> Array:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from tlt_jax.models import drafter
+from tlt_jax.models import drafter, drafter_head
 from tlt_jax.models import params as model_params
 
 Layout = Literal["eagle", "eagle3", "speculators"]
@@ -200,7 +200,7 @@ def to_tensors(
         "attn_norm": layer.attn_norm,
         **{n: getattr(params, n) for n in ("join", "fuse", "norm", "feature_norm")},
         "join_bias": params.join_bias,
-        "head": drafter.head_of(params, head),
+        "head": drafter_head.head_of(params, head),
     }
     if layout == "eagle" and params.join_bias is None:
         values["join_bias"] = np.zeros(c.d_model, np.asarray(params.join).dtype)

@@ -13,9 +13,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from tlt_jax.cpu_kernels import attention as cpu_attention
 from tlt_jax.cpu_kernels import product as cpu_product
-from tlt_jax.models import attention, kernel_attention, kv_cache, layers
+from tlt_jax.models import (
+    attention,
+    kernel_attention,
+    kv_cache,
+    layers,
+    native_attention,
+)
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
@@ -131,11 +136,18 @@ def forward(
                 kernel=kernels.attention,
             )
 
+        cache = None if view is None else view.cache
         native = None
-        if _takes_native(kernels, cfg, x_DBT, visibility, view, window):
-            mask = _mask(visibility, *tokens.shape)
+        if native_attention.takes(
+            kernels, x_DBT, cfg.head_dim, cache, visibility, window
+        ):
             native = functools.partial(
-                _attend_native, mask=mask, view=view, layer=index
+                native_attention.attend,
+                cache=cache,
+                page_table=view.page_table,
+                lengths=view.lengths,
+                layer=index,
+                visibility=visibility,
             )
         x_DBT, keys, values = decoder_layer(
             layer, x_DBT, cfg, rope, attend, kernels, attend_columns=native
@@ -348,40 +360,6 @@ def attend_parts(
         **options,
     )
     return attention.join(cached, partial)
-
-
-def _takes_native(kernels, cfg, x_DBT, visibility, view, window) -> bool:
-    """Tell whether the native kernel for CPUs computes a layer's attention."""
-    return (
-        kernels.native_attention
-        and view is not None
-        and window is None
-        and visibility.segment is None
-        and layers.takes_native(kernels, x_DBT)
-        and cpu_attention.takes(x_DBT.shape[2], cfg.head_dim, view.cache.page_size)
-    )
-
-
-def _mask(visibility: attention.Visibility, batch: int, num_tokens: int) -> Array:
-    """Say which fresh keys a query sees, `[B, T, T] bool`."""
-    mask = visibility.block(0, num_tokens)
-    return jnp.broadcast_to(mask, (batch, num_tokens, num_tokens))
-
-
-def _attend_native(qkv, cos, sin, *, mask, view, layer):
-    """Rotate and attend by the native kernel for CPUs."""
-    return cpu_attention.attend(
-        qkv,
-        cos,
-        sin,
-        view.cache.keys,
-        view.cache.values,
-        view.page_table,
-        view.lengths,
-        mask,
-        layer,
-        qkv.shape[2] ** -0.5,
-    )
 
 
 def _self_attention(layer, x_DBT, cfg, rope, attend, kernels, attend_columns):

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from tlt_jax import speculation_config
-from tlt_jax.models import drafter
+from tlt_jax.models import drafter, drafter_head
 from tlt_jax.rl import drafter_budget, drafter_learner, shared_tuner, spot_trainer
 from tlt_jax.rl import workers as workers_lib
 from tlt_jax.specdec import (
@@ -257,7 +257,9 @@ class Adaptation:
     def target(self) -> drafter_unroll.Target:
         """What the drafter computes with and does not change."""
         params, ids = self._workers.engines[0].params, self.learner.draft_ids
-        return drafter_unroll.Target(params.embed, drafter.head_rows(params, ids), ids)
+        return drafter_unroll.Target(
+            params.embed, drafter_head.head_rows(params, ids), ids
+        )
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return what a resumed run needs besides the learner's state.

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from tlt_jax import sharding
-from tlt_jax.models import drafter
+from tlt_jax.models import drafter, drafter_head
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import (
     drafter_acceptance,
@@ -166,7 +166,9 @@ class DrafterLearner:
         self._placed = jax.device_put(state, everywhere)
         ids = None if self.draft_ids is None else jnp.asarray(self.draft_ids)
         self._target = jax.device_put(
-            drafter_unroll.Target(target.embed, drafter.head_rows(target, ids), ids),
+            drafter_unroll.Target(
+                target.embed, drafter_head.head_rows(target, ids), ids
+            ),
             everywhere,
         )
         self._mesh = mesh

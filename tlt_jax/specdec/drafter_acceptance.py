@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tlt_jax.models import drafter, transformer
+from tlt_jax.models import drafter, drafter_head, transformer
 from tlt_jax.specdec import drafter_unroll, noise
 from tlt_jax.types import Array
 
@@ -113,7 +113,7 @@ def lifetimes(
 def _predictions(params, batch, target, num_steps, cfg) -> drafter_unroll.Predictions:
     """Unroll; the laws are the tokens drawn, their positions and keys."""
     steps = drafter_unroll.unroll(params, batch, target, num_steps, cfg=cfg)
-    steps = tuple(drafter.for_head(params, cfg.drafter, x) for x in steps)
+    steps = tuple(drafter_head.for_head(params, cfg.drafter, x) for x in steps)
     exists = drafter_unroll.step_exists(batch, num_steps)
     drawn = (
         drafter_unroll.take(batch.tokens, batch.bases + 2),
@@ -134,7 +134,7 @@ def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
     if target.draft_ids is not None:
         gumbel = gumbel[:, target.draft_ids]
     for k in range(num_steps):
-        head = drafter.head_of(params, target.head)
+        head = drafter_head.head_of(params, target.head)
         logits = transformer.head_logits(head, part.hidden[k])
         here = gumbel[k : k + size]
         best = [jnp.argmax(logits, axis=-1)]

@@ -12,7 +12,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from tlt_jax.models import drafter, transformer
+from tlt_jax.models import drafter, drafter_head, transformer
 from tlt_jax.specdec import drafter_losses, drafter_unroll
 from tlt_jax.types import Array
 
@@ -143,11 +143,11 @@ def loss(
     ahead = jnp.minimum(batch.bases + 1, batch.tokens.shape[1] - 1)
     law_BMD = jnp.take_along_axis(batch.hidden, ahead[..., None], axis=1)
     law_BMD = law_BMD.astype(cfg.dtype)
-    finished = tuple(drafter.for_head(params, cfg.drafter, x) for x in steps)
+    finished = tuple(drafter_head.for_head(params, cfg.drafter, x) for x in steps)
     sums = _head_sums(
         objective.token_loss,
         cfg.head_chunk,
-        (target.head, drafter.head_of(params, target.head)),
+        (target.head, drafter_head.head_of(params, target.head)),
         drafter_unroll.predictions(finished, exists, law_BMD, cfg.head_chunk),
     )
     sums["feature_loss"] = jnp.zeros(num_steps)

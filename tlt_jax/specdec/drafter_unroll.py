@@ -52,7 +52,7 @@ class Target:
 
     Attributes:
       embed: `[V, D]`.
-      head: `[Vd, D]`, see `drafter.head_rows`.
+      head: `[Vd, D]`, see `drafter_head.head_rows`.
       draft_ids: `[Vd] int32` or None: all.
     """
 

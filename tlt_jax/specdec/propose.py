@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from tlt_jax.models import attention, drafter, kv_cache, transformer
+from tlt_jax.models import attention, drafter, drafter_head, kv_cache, transformer
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import candidates as candidates_lib
@@ -53,7 +53,7 @@ def weights_of(
     """Put a drafter's weights together with what it reads of its target."""
     head = params.head
     if head is None:
-        head = drafter.head_rows(target, params.draft_ids)
+        head = drafter_head.head_rows(target, params.draft_ids)
     return DrafterWeights(params.replace(head=None), target.embed, head)
 
 
@@ -156,7 +156,7 @@ def draft(
 
         Third the law behind the first node, `[B, Vd]`, where it is asked for.
         """
-        logits = drafter.logits(weights.params, cfg, weights.head, hidden, kernels)
+        logits = drafter_head.logits(weights.params, cfg, weights.head, hidden, kernels)
         scores = logits if temperature in (0, 1) else logits / temperature
         probs = None
         if keep_laws:

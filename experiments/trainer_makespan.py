@@ -1,0 +1,152 @@
+"""What training the drafter on idle workers costs those that still generate.
+
+    python -m experiments.trainer_makespan --scale=cpu --drafter=DIR
+
+The recipe is run with a drafter that learns nothing, once without training at all and
+once with training at a learning rate so small that no weight moves (1e-30): the same
+tokens by the same drafts, so that rollouts differ by what training does to them alone.
+Runs take turns. A rollout lasts until its last answer, and until the drafter step that
+was under way then.
+
+Target: rollouts last at most 2 % longer with the trainer than without.
+"""
+
+import argparse
+import importlib.metadata
+import pathlib
+import sys
+import tempfile
+
+from experiments import end_to_end, harness, plotting
+from tlt_jax import metrics
+
+SLUG = "trainer_makespan"
+WITHOUT, WITH = "without trainer", "with trainer"
+SETTINGS = {
+    WITHOUT: {"adaptation.enabled": "false"},
+    WITH: {"adaptation.learning_rate": "1e-30"},
+}
+# The same in both: what is drafted shall not hang on measured times.
+SHARED = {"specdec.mode": "tlt", "specdec.tuner": "static", "checkpoint.every": "0"}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/smollm2_tlt.py")
+    parser.add_argument(
+        "--drafter", required=True, help="what drafter.directory takes: a trained one"
+    )
+    parser.add_argument(
+        "--set", default="", help="settings of all: KEY=VALUE, separated by commas"
+    )
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
+    harness.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def command_of(
+    options: argparse.Namespace, system: str, workdir: pathlib.Path
+) -> list[str]:
+    """Returns the command of one run."""
+    settings = {
+        "drafter.directory": options.drafter,
+        "num_steps": str(options.steps),
+        **harness.parse_pairs(options.set, "set"),
+        **SHARED,
+        **SETTINGS[system],
+    }
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "tlt_jax.main", f"--config={options.config}"]
+    return [*command, f"--workdir={workdir}", *flags]
+
+
+def reduced(workdir: pathlib.Path, steps: int) -> harness.Row:
+    """Sums what a run's records say of its rollouts."""
+    rows = [row for row in metrics.read(workdir) if 0 < row["step"] <= steps]
+    digests = "".join(row["rollout/tokens_digest"][:4] for row in rows)
+    return {
+        "rollout_s": sum(row["time/rollout_s"] for row in rows),
+        "idle_s": sum(row["workers/idle_s"] for row in rows),
+        "trained_s": sum(row["workers/trained_s"] for row in rows),
+        "drafter_steps": sum(row.get("drafter/num_steps", 0) for row in rows),
+        "tokens": sum(row["rollout/tokens"] for row in rows),
+        "accept_length": sum(row["specdec/accept_length"] for row in rows) / len(rows),
+        "digests": digests,
+    }
+
+
+def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+    """Adds to each system's rollouts how much longer they last than without training.
+
+    Raises:
+      ValueError: the runs drew different tokens, so that they do not compare.
+    """
+    if len({row["digests"] for row in rows}) > 1:
+        raise ValueError(
+            "the runs drew different tokens, so their rollouts do not compare: is a "
+            "setting among --set that makes tokens depend on time?"
+        )
+    by_round = {(row["system"], row["round"]): row["rollout_s"] for row in rows}
+    summary = harness.summarise(
+        rows, case_keys=(), metrics={"rollout_s": "lower"}, reference=WITHOUT
+    )
+    for entry in summary:
+        same = [row for row in rows if row["system"] == entry["system"]]
+        ratios = [row["rollout_s"] / by_round[WITHOUT, row["round"]] for row in same]
+        entry["times_as_long"] = sum(ratios) / len(ratios)
+        entry["times_as_long_max"] = max(ratios)
+        idle_s = sum(row["idle_s"] for row in same)
+        trained_s = sum(row["trained_s"] for row in same)
+        entry["trained_of_idle"] = trained_s / idle_s if idle_s else None
+        entry["drafter_steps"] = sum(row["drafter_steps"] for row in same)
+    return summary
+
+
+def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+    """Draws how long rollouts last."""
+    fig, axes = plotting.figure(
+        "Rollouts beside a drafter in training", "", "seconds of rollouts", stamp
+    )
+    rows = {row["system"]: row for row in summary}
+    plotting.bars(axes, list(rows), list(rows.values()), "rollout_s", "%.1f s")
+    plotting.save(fig, path)
+
+
+def main(arguments: list[str] | None = None) -> list[harness.Row]:
+    """Runs the experiment; returns the summary that it also writes."""
+    options = parse_arguments(arguments)
+    changes = harness.parse_pairs(options.set, "set")
+    provenance = harness.Provenance(
+        SLUG,
+        {
+            "config": options.config,
+            "set": {k: harness.without_paths(v) for k, v in changes.items()},
+            "steps": options.steps,
+            "rounds": options.rounds,
+            "environment": end_to_end.ENVIRONMENT,
+        },
+        {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")},
+    )
+
+    def measure(name: str, case: harness.Row, number: int) -> harness.Row:
+        with tempfile.TemporaryDirectory() as folder:
+            workdir = pathlib.Path(folder)
+            end_to_end.start(command_of(options, name, workdir))
+            return reduced(workdir, options.steps)
+
+    rows = harness.run_paired(
+        list(SETTINGS), [{}], measure, rounds=options.rounds, warmups=0
+    )
+    summary = summary_of(rows)
+    harness.write_results(options, SLUG, rows, summary, provenance)
+    out = harness.folder_of(options)
+    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
+    return summary
+
+
+if __name__ == "__main__":
+    main()

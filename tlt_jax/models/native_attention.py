@@ -1,0 +1,79 @@
+"""A layer's attention by the native kernel for CPUs, where it can be had.
+
+The same result as the portable walk over pages in `attention`, to rounding.
+"""
+
+import jax.numpy as jnp
+
+from tlt_jax.cpu_kernels import attention as cpu_attention
+from tlt_jax.models import attention, kv_cache, layers
+from tlt_jax.models import kernels as kernels_lib
+from tlt_jax.types import Array
+
+
+def takes(
+    kernels: kernels_lib.Kernels,
+    x_DBT: Array,
+    head_dim: int,
+    cache: kv_cache.PagedCache | None,
+    visibility: attention.Visibility,
+    window: Array | int | None = None,
+) -> bool:
+    """Tell whether the kernel computes a layer's attention.
+
+    Args:
+      kernels: of the program.
+      x_DBT: the layer's input.
+      head_dim: of its heads.
+      cache: the cached past; None: there is none.
+      visibility: which fresh keys a query sees.
+      window: of the layer.
+    """
+    return (
+        kernels.native_attention
+        and cache is not None
+        and window is None
+        and visibility.segment is None
+        and layers.takes_native(kernels, x_DBT)
+        and cpu_attention.takes(x_DBT.shape[2], head_dim, cache.page_size)
+    )
+
+
+def attend(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    cache: kv_cache.PagedCache,
+    page_table: Array,
+    lengths: Array,
+    layer: Array | int,
+    visibility: attention.Visibility,
+    past: tuple[Array, Array, Array] | None = None,
+) -> tuple[Array, Array, Array]:
+    """Rotate and attend, as `transformer.decoder_layer` asks of `attend_columns`.
+
+    Args:
+      qkv: `[K, G + 2, H, B, T]`.
+      cos, sin: `[H / 2, B, T]`.
+      cache, page_table, lengths, layer: see `attention.attend_cached`.
+      visibility: causal, or by ancestors.
+      past: keys and values `[K, H, B, S]` of earlier calls, and who sees them,
+        `[B, T, S] bool`.
+
+    Returns:
+      Heads `[K, G, H, B, T]`; keys and values `[K, H, B, T]`.
+    """
+    _, _, head_dim, batch, num_tokens = qkv.shape
+    mask = visibility.block(0, num_tokens)
+    mask = jnp.broadcast_to(mask, (batch, num_tokens, num_tokens))
+    keys = values = None
+    if past is not None:
+        keys, values, seen = past
+        mask = jnp.concatenate([seen, mask], axis=2)
+    return cpu_attention.attend(
+        *(qkv, cos, sin, cache.keys, cache.values, page_table, lengths, mask, layer),
+        scale=head_dim**-0.5,
+        past_keys=keys,
+        past_values=values,
+    )
