@@ -26,7 +26,12 @@ from jax.sharding import Mesh
 
 from experiments import ahead_of_time, harness
 from tlt_jax import sharding
-from tlt_jax.pallas_kernels.verify_attention import api, arg_specs, bench
+from tlt_jax.pallas_kernels.verify_attention import (
+    api,
+    arg_specs,
+    bench,
+    page_layout,
+)
 
 SLUG = "kernel_ahead_of_time"
 # A described slice, and the kind of its devices.
@@ -44,13 +49,14 @@ def compiled(spec: arg_specs.ArgSpec, chip: str) -> jax.stages.Compiled:
     where = sharding.replicated(mesh)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        arg_specs.shapes(spec),
+        arg_specs.shapes(spec, "mosaic_tpu"),
     )
     call = functools.partial(
         api.verify_attention,
         scale=spec.scale,
         window=spec.window,
         soft_cap=spec.soft_cap,
+        packing=page_layout.packing("mosaic_tpu", spec.page_size, spec.head_dim),
         implementation=api.Implementation("mosaic_tpu"),
     )
     # The kernel's compiler asks which chip it is for.

@@ -251,3 +251,37 @@ def test_decoding_does_not_copy_the_cache(no_cache):
     (decode,) = [p for p in recipe.programs() if p.name == "decode_64"]
     row = ahead_of_time.measure(decode, ahead_of_time.HBM_BYTES["v5p"])
     assert row["temp_bytes"] < cache / 2
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 64), (64, 16), (80, 32)])
+def test_small_pages_are_not_copied_either(no_cache, head_dim, page_size):
+    """Packed, which pages of 64 slots, the default, are for models such as SmolLM2."""
+    model = dataclasses.replace(
+        ahead_of_time.ARCHITECTURES["qwen2.5-7b"],
+        num_layers=2,
+        vocab_size=4096,
+        eos_ids=(1,),
+        d_model=512,
+        d_ff=1024,
+        num_heads=8,
+        head_dim=head_dim,
+    )
+    changes = {
+        "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+        "rollout.max_batch": 16,
+        "rollout.max_new_tokens": 3072,
+        "learner.row_tokens": 4096,
+        "cache.page_size": page_size,
+        # More than the compiler could hold in a chip's vector memory.
+        "cache.num_pages": 2**18 // page_size,
+    }
+    devices = ahead_of_time.described_devices("v5e:2x2")
+    recipe = recipe_programs.Recipe(model, run_of("qwen2.5-7b", **changes), devices)
+    target = recipe.engine.programs.abstract_caches.target
+    assert target.packing == 128 // page_size and target.page_size == page_size
+    (decode,) = [p for p in recipe.programs() if p.name == "decode_16"]
+    row = ahead_of_time.measure(decode, ahead_of_time.HBM_BYTES["v5e"])
+    assert row["temp_bytes"] < recipe_programs.device_bytes(target) / 20

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from experiments import ahead_of_time, harness, kernel_ahead_of_time
-from tlt_jax.pallas_kernels.verify_attention import api, arg_specs
+from tlt_jax.pallas_kernels.verify_attention import api, arg_specs, page_layout
 
 TABLE = harness.RESULTS_DIR / "cpu" / "kernel_ahead_of_time.csv"
 GOLDEN = ("minimal_bytes", "bytes_accessed", "minimal_flops", "flops", "temp_bytes")
@@ -23,14 +23,20 @@ def lowered(spec, name, kind, platform):
         scale=spec.scale,
         window=spec.window,
         soft_cap=spec.soft_cap,
+        packing=page_layout.packing(name, spec.page_size, spec.head_dim),
         implementation=api.Implementation(name),
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(lambda given: call(**given)[0]).trace(arg_specs.shapes(spec))
+        traced = jax.jit(lambda given: call(**given)[0]).trace(
+            arg_specs.shapes(spec, name)
+        )
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("name", [AGAIN, "verify_b32_8k_w16_page16"])
+PACKED = "verify_b32_8k_w16_h64_page64"
+
+
+@pytest.mark.parametrize("name", [AGAIN, "verify_b32_8k_w16_page16", PACKED])
 def test_the_kernel_lowers_for_tpus(name):
     text = lowered(arg_specs.by_name(name), "mosaic_tpu", "TPU v5 lite", "tpu")
     assert text.count("tpu_custom_call") == 1
@@ -60,7 +66,9 @@ def test_the_table_has_every_chip_and_no_copy_of_the_cache():
         # Blocks of a prefill's queries read the past once each, and queries count.
         few = spec.kind == "tree" or spec.num_tokens == 1
         assert int(row["temp_bytes"]) < spec.minimal_bytes * (0.1 if few else 0.9)
-        assert 1 <= float(row["bytes_ratio"]) < (1.4 if few else 10), row
+        # Packed pages may have room for more features: 96 for 80.
+        most = 1.7 if "_h80_page" in spec.name else 1.4
+        assert 1 <= float(row["bytes_ratio"]) < (most if few else 10), row
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kv_cache
+from tlt_jax.pallas_kernels.verify_attention import page_layout
 
 L, K, H, B, NUM_PAGES = 2, 2, 4, 3, 9
 TABLE = np.array([[5, 2, 0], [1, 8, 3], [7, 4, 6]], np.int32)
@@ -81,6 +82,54 @@ def test_writing_through_pages_as_on_tpus_gives_the_same_cache(page_size, width,
         assert after.keys.dtype == dtype
         np.testing.assert_array_equal(without_scratch(after), without_scratch(wanted))
     assert (without_scratch(after) != without_scratch(cache)).any()
+
+
+def packed(cache, packing):
+    """The same columns, with room for more features, as TPUs hold small pages."""
+
+    def one(pages):
+        room = page_layout.padded(pages.shape[3], packing) - pages.shape[3]
+        pages = jnp.pad(pages, [(0, 0)] * 3 + [(0, room), (0, 0)])
+        return page_layout.pack(pages, packing)
+
+    return kv_cache.PagedCache(
+        one(cache.keys),
+        one(cache.values),
+        page_layout.pack(cache.features, packing),
+        packing,
+    )
+
+
+def test_packed_pages_are_written_and_read_as_columns():
+    page_size, width, packing = 4, 8, 2
+    pages = as_cache(some_cache(page_size))
+    features = jnp.asarray(some_columns(NUM_PAGES * page_size))[0, :1]
+    cache = pages.replace(
+        features=features.reshape(1, NUM_PAGES, 1, -1, page_size)[..., :6, :]
+    )
+    num_features = cache.features.shape[3]
+    rng = np.random.default_rng(3)
+    columns = some_columns(width)
+    fresh = jnp.asarray(rng.normal(size=(num_features, B, width)), jnp.float32)
+    lengths = np.array([4, 0, 4], np.int32)
+    counts = np.array([3, 8, 7], np.int32)
+    both = cache, packed(cache, packing)
+    assert both[1].page_size == page_size and both[1].num_pages == NUM_PAGES
+    for append in (kv_cache.append, kv_cache.append_pages):
+        both = [
+            jax.jit(append)(one, *columns, TABLE, lengths, counts, features=fresh)
+            for one in both
+        ]
+        wanted = packed(both[0], packing)
+        for name in ("keys", "values", "features"):
+            got = getattr(both[1], name)
+            np.testing.assert_array_equal(got[:, 1:], getattr(wanted, name)[:, 1:])
+        lengths = np.array([8, 0, 4], np.int32)
+    start = np.array([1, 3, 0], np.int32)
+    read = [kv_cache.read_features(one, TABLE, start, 7) for one in both]
+    np.testing.assert_array_equal(*read)
+    read = [kv_cache.read_feature_pages(one, jnp.array([5, 2])) for one in both]
+    np.testing.assert_array_equal(*read)
 
 
 def test_rows_that_drop_everything_need_no_pages():

@@ -17,6 +17,7 @@ from tlt_jax import sharding
 from tlt_jax.pallas_kernels.verify_attention import (
     api,
     arg_specs,
+    page_layout,
     pallas_gpu,
     pallas_mosaic_tpu,
 )
@@ -27,6 +28,10 @@ INTERPRETED = {
 }
 REFERENCE = api.Implementation("reference")
 TREE = arg_specs.by_name("tree")
+# Pages of 64 slots and 16 features, so that pages are packed in twos.
+SIMULATED = arg_specs.ArgSpec(
+    "simulated", (300, 0, 33), 2, num_kv=1, head_dim=16, page_size=64, window=290
+)
 # For programs that run once: compiling them is what takes time.
 quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
@@ -132,14 +137,43 @@ def test_a_simulated_tpu_sees_no_race_and_reads_nothing_that_it_must_not(
     Pages arrive in blocks of the fewest, so that rows have several.
     """
     monkeypatch.setattr(pallas_mosaic_tpu, "_BLOCK_BYTES", 1)
-    spec = arg_specs.ArgSpec("simulated", (90, 0, 33), 2, num_kv=1, window=60)
-    cut = pallas_mosaic_tpu.plan(spec.query_shape, "float32", 16, spec.max_pages)
-    assert spec.max_pages > cut.pages
+    spec = SIMULATED
+    sizes = spec.query_shape, spec.dtype, spec.page_size, spec.max_pages
+    cut = pallas_mosaic_tpu.plan(*sizes)
+    assert spec.max_pages > cut.pages and cut.packing > 1
     simulated = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait"
     )
     assert_right(spec, api.Implementation("mosaic_tpu", interpret=simulated))
     assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["reference", *INTERPRETED])
+def test_packed_pages_hold_the_same(name):
+    """As a cache for TPUs gives them, with room for more features than there are."""
+    spec = arg_specs.ArgSpec("packed", (31, 0, 48), 3, num_kv=1, head_dim=80)
+    arguments = arg_specs.make(spec)
+    implementation = INTERPRETED.get(name, REFERENCE)
+    out, logs = run(spec, implementation, arguments)
+    packing = page_layout.packing("mosaic_tpu", spec.page_size, spec.head_dim)
+    assert (packing, page_layout.padded(80, packing)) == (8, 128)
+    packed = arguments.copy()
+    for pages in ("cache_keys", "cache_values"):
+        more = np.pad(arguments[pages], [(0, 0)] * 3 + [(0, 48), (0, 0)])
+        packed[pages] = page_layout.pack(more, packing)
+        np.testing.assert_array_equal(page_layout.unpack(packed[pages], packing), more)
+    assert packed["cache_keys"].shape[3:] == (16, 128)
+    again, again_logs = api.verify_attention(
+        **jax.tree.map(jnp.asarray, packed),
+        scale=spec.scale,
+        packing=packing,
+        with_log_normaliser=True,
+        implementation=implementation,
+    )
+    np.testing.assert_allclose(again, out, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(again_logs, logs, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"cache_keys has shape .*128\), but"):
+        api.verify_attention(**packed, scale=spec.scale, implementation=implementation)
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
@@ -229,7 +263,7 @@ def test_the_suite_reaches_every_way_to_cut_a_call():
         for backend in (pallas_mosaic_tpu, pallas_gpu)
     ]
     of_tpu, of_gpu = plans
-    for field in ("num_blocks", "num_tiles", "turned", "cores", "pages_at_once"):
+    for field in ("num_blocks", "num_tiles", "turned", "packing", "pages_at_once"):
         assert len({getattr(plan, field) for plan in of_tpu}) > 1, field
     for field in ("num_blocks", "num_stretches", "tile", "tiles_at_once"):
         assert len({getattr(plan, field) for plan in of_gpu}) > 1, field
@@ -292,7 +326,7 @@ def test_what_a_kernel_cannot_do_is_refused_by_name():
             made,
         )
 
-    with pytest.raises(NotImplementedError, match="set cache.page_size=128"):
+    with pytest.raises(NotImplementedError, match="give them with packing=8"):
         shapes(TREE)
     prefill = arg_specs.by_name("prefill_b4_8k_t1024")
     with pytest.raises(NotImplementedError, match="rollout.prefill_chunk"):

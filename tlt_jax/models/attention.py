@@ -163,8 +163,10 @@ def attend_cached(
     def body(state):
         j, partial = state
         pages = lax.dynamic_index_in_dim(page_table, j, axis=1, keepdims=False)
-        keys_BKHS = cache.keys[layer, pages]
-        values_BKHS = cache.values[layer, pages]
+        keys_BKHS, values_BKHS = (
+            cache.columns(x[layer, pages])[..., :head_dim, :]
+            for x in (cache.keys, cache.values)
+        )
         scores = jnp.einsum(
             "bkmh,bkhs->bkms",
             query,

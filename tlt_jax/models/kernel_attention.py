@@ -67,6 +67,7 @@ def attend(
         words,
         scale=scale,
         window=window,
+        packing=cache.packing,
         with_log_normaliser=with_log_normaliser,
         implementation=kernel,
     )

@@ -8,6 +8,7 @@ from tlt_jax import sharding
 from tlt_jax.cpu_kernels import attention as cpu_attention
 from tlt_jax.cpu_kernels import choice
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
+from tlt_jax.pallas_kernels.verify_attention import page_layout
 
 _INTERPRETED = "_interpreted"
 _KERNELS = ("mosaic_tpu", "triton_gpu")
@@ -33,6 +34,11 @@ class Kernels:
     products: str = "xla"
     attention: verify_attention.Implementation | None = None
     native_attention: bool = False
+
+    def packing(self, page_size: int, head_dim: int) -> int:
+        """Say how pages must lie for the attention; see `page_layout.packing`."""
+        name = None if self.attention is None else self.attention.name
+        return page_layout.packing(name, page_size, head_dim)
 
 
 PORTABLE = Kernels()

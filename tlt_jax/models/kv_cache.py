@@ -3,6 +3,7 @@
 A page holds `page_size` positions of one row in every layer. Pages hold columns like
 the activations: `[L, num_pages, K, H, page_size]`. A row's `page_table` lists its pages
 in order; several rows may list the same page (the full pages of a group's prompt).
+For the TPU's kernel small pages lie packed, see `verify_attention.page_layout`.
 Page 0 is nobody's: table entries without a page point at it, and writes that must not
 land anywhere go there. A slot beyond a row's length holds anything and is never read.
 
@@ -14,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.experimental import layout
 
 from tlt_jax.models import config as model_config
+from tlt_jax.pallas_kernels.verify_attention import page_layout
 from tlt_jax.types import Array
 
 SCRATCH_PAGE = 0
@@ -31,11 +34,13 @@ class PagedCache:
     Attributes:
       keys, values: `[L, num_pages, K, H, page_size]`.
       features: `[1, num_pages, 1, n x D, page_size]` or None, what a drafter reads.
+      packing: features that lie side by side in each of these; 1: columns.
     """
 
     keys: Array
     values: Array
     features: Array | None = None
+    packing: int = struct.field(pytree_node=False, default=1)
 
     @property
     def num_pages(self) -> int:
@@ -45,7 +50,11 @@ class PagedCache:
     @property
     def page_size(self) -> int:
         """Positions in a page."""
-        return self.keys.shape[4]
+        return self.keys.shape[4] // self.packing
+
+    def columns(self, pages: Array) -> Array:
+        """Return pages read from one of the arrays as columns, `[.., page_size]`."""
+        return page_layout.unpack(pages, self.packing)
 
 
 def create(
@@ -54,6 +63,7 @@ def create(
     page_size: int,
     dtype,
     feature_size: int = 0,
+    packing: int = 1,
 ) -> PagedCache:
     """Make an empty cache.
 
@@ -63,18 +73,22 @@ def create(
       page_size: positions in a page.
       dtype: of everything in it.
       feature_size: n x D, features kept of each position; 0: none.
+      packing: see `page_layout`; divides `feature_size`.
 
     Returns:
       The cache, zeros.
     """
-    shape = (cfg.num_layers, num_pages, cfg.num_kv_heads, cfg.head_dim, page_size)
-    features = None
-    if feature_size:
-        features = jnp.zeros((1, num_pages, 1, feature_size, page_size), dtype)
+
+    def zeros(*shape):
+        return page_layout.pack(jnp.zeros((*shape, page_size), dtype), packing)
+
+    num_features = page_layout.padded(cfg.head_dim, packing)
+    shape = (cfg.num_layers, num_pages, cfg.num_kv_heads, num_features)
     return PagedCache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
-        features=features,
+        keys=zeros(*shape),
+        values=zeros(*shape),
+        features=zeros(1, num_pages, 1, feature_size) if feature_size else None,
+        packing=packing,
     )
 
 
@@ -116,7 +130,8 @@ def append(
     return lax.platform_dependent(
         *(cache, fresh, page_table, lengths, counts, sources),
         tpu=_append_through_pages,
-        default=_append_columns,
+        # Columns of packed pages are scattered.
+        default=_append_columns if cache.packing == 1 else _append_through_pages,
     )
 
 
@@ -175,13 +190,16 @@ def _append_through_pages(
 
         def put(pages, fresh):
             sizes = (*pages.shape[:1], 1, *pages.shape[2:])
-            new = lax.dynamic_slice(pages, (0, page, 0, 0, 0), sizes)
+            new = cache.columns(lax.dynamic_slice(pages, (0, page, 0, 0, 0), sizes))
             for t in range(width):
                 from_column = (0, 0, 0, row, sources[row, t])
                 block = lax.dynamic_slice(fresh, from_column, (*fresh.shape[:3], 1, 1))
-                block = block[:, None, :, :, 0].astype(pages.dtype)
+                block = _padded(block[:, None, :, :, 0], new.shape[3])
+                block = block.astype(pages.dtype)
                 new = jnp.where(wanted & (column == t), block, new)
-            return lax.dynamic_update_slice(pages, new, (0, page, 0, 0, 0))
+            new = page_layout.pack(new, cache.packing)
+            pages = lax.dynamic_update_slice(pages, new, (0, page, 0, 0, 0))
+            return _as_it_lies(pages)
 
         return jax.tree.map(put, cache, fresh)
 
@@ -270,11 +288,42 @@ def read_features(
     Returns:
       `[n x D, B, T]`; of positions beyond a row's length anything.
     """
-    positions = start[:, None] + jnp.arange(count)
-    index = jnp.minimum(positions // cache.page_size, page_table.shape[1] - 1)
-    pages = jnp.take_along_axis(page_table, index, axis=1)
-    columns = cache.features[0, pages, 0, :, positions % cache.page_size]
-    return jnp.moveaxis(columns, -1, 0)
+    last = page_table.shape[1] - 1
+    if cache.packing == 1:
+        positions = start[:, None] + jnp.arange(count)
+        index = jnp.minimum(positions // cache.page_size, last)
+        pages = jnp.take_along_axis(page_table, index, axis=1)
+        columns = cache.features[0, pages, 0, :, positions % cache.page_size]
+        return jnp.moveaxis(columns, -1, 0)
+    # Columns are scattered: whole pages, and what is wanted of them.
+    num_pages = (count - 1) // cache.page_size + 2
+    index = start[:, None] // cache.page_size + jnp.arange(num_pages)
+    pages = jnp.take_along_axis(page_table, jnp.minimum(index, last), axis=1)
+    columns = jax.vmap(read_feature_pages, in_axes=(None, 0))(cache, pages)
+    columns = jnp.moveaxis(columns, 2, 1)
+    columns = columns.reshape(*columns.shape[:2], -1)  # [B, n x D, slots]
+    cut = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, count, axis=1))
+    return jnp.moveaxis(cut(columns, start % cache.page_size), 0, 1)
+
+
+def read_feature_pages(cache: PagedCache, pages: Array) -> Array:
+    """Read what whole pages `[n] int32` keep, `[n, n x D, page_size]`."""
+    return cache.columns(cache.features[0, pages, 0])
+
+
+def _as_it_lies(pages: Array) -> Array:
+    """Keep the compiler from laying pages out otherwise between the kernel's calls."""
+    by_lanes = [axis for axis in (4, 3) if pages.shape[axis] % page_layout.LANES == 0]
+    if not by_lanes:
+        return pages
+    order = (0, 1, 2, 7 - by_lanes[0], by_lanes[0])
+    return layout.with_layout_constraint(pages, layout.Layout(major_to_minor=order))
+
+
+def _padded(block: Array, num_features: int) -> Array:
+    """Give columns `[L, 1, K, H, n]` as many features as pages have room for."""
+    spare = num_features - block.shape[3]
+    return jnp.pad(block, [(0, spare if i == 3 else 0) for i in range(block.ndim)])
 
 
 def _stacked(columns: Fresh) -> Array:
@@ -291,10 +340,12 @@ def _fresh(cache, keys: Fresh, values: Fresh, features: Array | None) -> PagedCa
         )
     if features is not None:
         features = features[None, None]
-    return PagedCache(_stacked(keys), _stacked(values), features)
+    return PagedCache(_stacked(keys), _stacked(values), features, cache.packing)
 
 
 def _write_columns(cache, fresh, row, t, page, slot, width=1) -> PagedCache:
+    """Write neighbouring columns into a page; whole pages where they are packed."""
+
     def put(pages, fresh):
         num_layers, num_heads, head_dim = fresh.shape[:3]
         columns = lax.dynamic_slice(
@@ -303,6 +354,8 @@ def _write_columns(cache, fresh, row, t, page, slot, width=1) -> PagedCache:
             (num_layers, num_heads, head_dim, 1, width),
         )
         block = columns.reshape(num_layers, 1, num_heads, head_dim, width)
+        block = _padded(block, pages.shape[3] * cache.packing)
+        block = page_layout.pack(block, cache.packing)
         return lax.dynamic_update_slice(
             pages, block.astype(pages.dtype), (0, page, 0, 0, slot)
         )

@@ -310,7 +310,7 @@ class EnginePrograms:
 
         def lower():
             def read(cache, pages):
-                return cache.features[0, pages, 0]
+                return kv_cache.read_feature_pages(cache, pages)
 
             fn = jax.jit(read, out_shardings=self._replicated)
             return fn.lower(self._caches.target, self._ints(self._engine_cfg.max_pages))
@@ -332,15 +332,27 @@ class EnginePrograms:
         return ("copy",), lower
 
     def _empty(self) -> speculate.Caches:
-        cfg, drafter_cfg = self._engine_cfg, self._drafter_cfg
-        sizes = cfg.total_pages, cfg.page_size, self._dtype
+        drafter_cfg = self._drafter_cfg
         if drafter_cfg is None:
-            return speculate.Caches(kv_cache.create(self._cfg, *sizes), None)
+            return speculate.Caches(self._cache(self._cfg), None)
         num_features = drafter_cfg.num_features + self._keeps_hidden
-        feature_size = num_features * self._cfg.d_model
         return speculate.Caches(
-            target=kv_cache.create(self._cfg, *sizes, feature_size),
-            drafter=kv_cache.create(drafter_cfg.layer, *sizes),
+            target=self._cache(self._cfg, num_features * self._cfg.d_model),
+            drafter=self._cache(drafter_cfg.layer),
+        )
+
+    def _cache(
+        self, model: model_config.ModelConfig, feature_size: int = 0
+    ) -> kv_cache.PagedCache:
+        """Make a cache as the attention kernel reads it."""
+        cfg = self._engine_cfg
+        return kv_cache.create(
+            model,
+            cfg.total_pages,
+            cfg.page_size,
+            self._dtype,
+            feature_size,
+            self._kernels.packing(cfg.page_size, model.head_dim),
         )
 
     def _rows(self, batch: int) -> decode.Rows:

@@ -17,6 +17,7 @@ import numpy as np
 
 from tlt_jax import sharding
 from tlt_jax.pallas_kernels.verify_attention import (
+    page_layout,
     pallas_gpu,
     pallas_mosaic_tpu,
     reference,
@@ -76,6 +77,7 @@ def verify_attention(
     scale: float,
     window: Array | int | None = None,
     soft_cap: float | None = None,
+    packing: int = 1,
     with_log_normaliser: bool = False,
     implementation: Implementation,
 ) -> tuple[Array, Array | None]:
@@ -92,8 +94,8 @@ def verify_attention(
     Args:
       query: `[B, K, G, T, H]`.
       keys, values: `[B, K, H, T]`, fresh, in the query's dtype; finite.
-      cache_keys, cache_values: `[L, num_pages, K, H, page_size]`; slots that no row
-        may read hold anything, NaN as well.
+      cache_keys, cache_values: `[L, num_pages, K, H, page_size]`, or these packed, see
+        `page_layout`; slots that no row may read hold anything, NaN as well.
       layer: int32 scalar, whose pages.
       page_table: `[B, max_pages] int32`; entries behind a row's last page are not used.
       lengths: `[B] int32`, cached positions.
@@ -103,6 +105,7 @@ def verify_attention(
       scale: multiplies the scores.
       window: see only keys at distance below this, or None; may be traced.
       soft_cap: scores become soft_cap x tanh(score / soft_cap), or None.
+      packing: features side by side in the pages given, see `page_layout`; 1: columns.
       with_log_normaliser: return it, too: needed to join with attention over more keys.
       implementation: what computes.
 
@@ -117,14 +120,21 @@ def verify_attention(
     """
     arrays = (query, keys, values, cache_keys, cache_values)
     rows = (page_table, lengths, positions, words)
-    check_shapes(*arrays, *rows)
-    check_implementation(implementation, query, cache_keys, page_table.shape[1])
+    check_shapes(*arrays, *rows, packing)
+    max_pages = page_table.shape[1]
+    check_implementation(implementation, query, cache_keys, max_pages, packing)
     if not any(isinstance(x, jax.core.Tracer) for x in (cache_keys, *rows, layer)):
-        check_values(cache_keys.shape, layer, *rows)
+        sizes = (*cache_keys.shape[:2], cache_keys.shape[4] // packing)
+        check_values(sizes, layer, *rows)
     options = dict(scale=scale, soft_cap=soft_cap)
 
     def run(layer, window, *given):
-        given = (*given[:5], layer, *given[5:])
+        pages = given[3:5]
+        if implementation.name != "mosaic_tpu" and packing > 1:
+            pages = tuple(
+                page_layout.unpack(x, packing)[..., : query.shape[4], :] for x in pages
+            )
+        given = (*given[:3], *pages, layer, *given[5:])
         if implementation.name == "reference":
             out, log = reference.verify_attention(*given, window=window, **options)
             return (out, log) if with_log_normaliser else (out, None)
@@ -138,6 +148,7 @@ def verify_attention(
             with_log_normaliser=with_log_normaliser,
             interpret=implementation.interpret,
             **options,
+            **(dict(packing=packing) if implementation.name == "mosaic_tpu" else {}),
         )
 
     if implementation.mesh is None or implementation.mesh.size == 1:
@@ -170,6 +181,7 @@ def check_shapes(
     lengths: Array,
     positions: Array,
     words: Array | None,
+    packing: int = 1,
 ) -> None:
     """Check what shapes and types tell; see `verify_attention` for the arguments.
 
@@ -182,7 +194,9 @@ def check_shapes(
             "[B, K, G, T, H] and [L, num_pages, K, H, page_size]."
         )
     batch, num_kv, _, num_tokens, head_dim = query.shape
-    pages = (*cache_keys.shape[:2], num_kv, head_dim, cache_keys.shape[4])
+    num_features = page_layout.padded(head_dim, packing)
+    lanes = cache_keys.shape[4] // packing * packing
+    pages = (*cache_keys.shape[:2], num_kv, num_features // packing, lanes)
     fresh = (batch, num_kv, head_dim, num_tokens)
     num_words = -(-num_tokens // 32)
     wanted = {
@@ -215,7 +229,7 @@ def check_shapes(
 
 
 def check_values(
-    cache_shape: tuple[int, ...],
+    sizes: tuple[int, int, int],
     layer: Array | int,
     page_table: Array,
     lengths: Array,
@@ -225,13 +239,13 @@ def check_values(
     """Check what values tell, on the host; every eager call does.
 
     Args:
-      cache_shape: `(L, num_pages, K, H, page_size)`.
+      sizes: of the cache, `(L, num_pages, page_size)`.
       layer, page_table, lengths, positions, words: see `verify_attention`.
 
     Raises:
       ValueError: a length, page, position or bit is out of its range.
     """
-    num_layers, num_pages, page_size = cache_shape[0], cache_shape[1], cache_shape[4]
+    num_layers, num_pages, page_size = sizes
     table, lengths = np.asarray(page_table), np.asarray(lengths)
     most = table.shape[1] * page_size
     if not 0 <= int(layer) < num_layers:
@@ -279,7 +293,11 @@ def check_values(
 
 
 def check_implementation(
-    implementation: Implementation, query: Array, cache_keys: Array, max_pages: int
+    implementation: Implementation,
+    query: Array,
+    cache_keys: Array,
+    max_pages: int,
+    packing: int = 1,
 ) -> None:
     """Check that an implementation can compute this, whatever the values.
 
@@ -287,6 +305,7 @@ def check_implementation(
       implementation: what is to compute.
       query, cache_keys: see `verify_attention`.
       max_pages: columns of the page table.
+      packing: see `verify_attention`.
 
     Raises:
       NotImplementedError: it cannot; the message says what can.
@@ -294,15 +313,16 @@ def check_implementation(
     name = implementation.name
     if name == "reference":
         return
-    page_size, head_dim = cache_keys.shape[4], query.shape[4]
+    head_dim = query.shape[4]
+    page_size = cache_keys.shape[4] // packing
     reasons = []
     if head_dim not in _HEAD_DIMS:
         reasons.append(f"has head dimensions 16, 32, 48, ... 256, not {head_dim}")
     if page_size not in _PAGE_SIZES:
         reasons.append(f"has page sizes {_PAGE_SIZES}, not {page_size}")
     if name == "mosaic_tpu" and not reasons and not implementation.interpret:
-        backend = pallas_mosaic_tpu
-        told = backend.obstacle(query.shape, query.dtype, page_size, max_pages)
+        sizes = query.shape, query.dtype, page_size, max_pages
+        told = pallas_mosaic_tpu.obstacle(*sizes, packing)
         reasons += [f"cannot take this: {told}"] if told else []
     if reasons:
         raise NotImplementedError(

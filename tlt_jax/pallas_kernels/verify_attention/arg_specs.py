@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from tlt_jax.pallas_kernels.verify_attention import page_layout
+
 
 @dataclasses.dataclass(frozen=True)
 class ArgSpec:
@@ -143,6 +145,25 @@ LARGE = (
         16,
         **_qwen_7b | dict(page_size=16),
     ),
+    # Packed on TPUs; the first with the default page size.
+    ArgSpec(
+        "verify_b32_8k_w16_h64_page64",
+        (8192,) * 32,
+        16,
+        **_smollm2 | dict(page_size=64),
+    ),
+    ArgSpec(
+        "verify_b32_8k_w16_h64_page16",
+        (8192,) * 32,
+        16,
+        **_smollm2 | dict(page_size=16),
+    ),
+    ArgSpec(
+        "verify_b8_8k_w16_h80_page32_fp32",
+        (8192,) * 8,
+        16,
+        **_smollm2 | dict(head_dim=80, page_size=32, dtype="float32"),
+    ),
 )
 
 
@@ -159,18 +180,24 @@ def by_name(name: str) -> ArgSpec:
     raise ValueError(f"no arguments are called {name!r}: use one of {known}.")
 
 
-def shapes(spec: ArgSpec) -> dict[str, jax.ShapeDtypeStruct | None]:
+def shapes(
+    spec: ArgSpec, implementation: str | None = None
+) -> dict[str, jax.ShapeDtypeStruct | None]:
     """Describe the arguments that `make` would draw.
 
     Args:
       spec: the sizes.
+      implementation: pages lie as its kernel reads them; None: as columns.
 
     Returns:
       Shapes and dtypes by name.
     """
     dtype, batch, num_tokens = jnp.dtype(spec.dtype), spec.batch, spec.num_tokens
     num_pages = 1 + sum(-(-length // spec.page_size) for length in spec.lengths)
-    pages = (spec.num_layers, num_pages, spec.num_kv, spec.head_dim, spec.page_size)
+    packing = page_layout.packing(implementation, spec.page_size, spec.head_dim)
+    num_rows = page_layout.padded(spec.head_dim, packing) // packing
+    pages = (spec.num_layers, num_pages, spec.num_kv, num_rows)
+    pages = (*pages, spec.page_size * packing)
     fresh = (batch, spec.num_kv, spec.head_dim, num_tokens)
     words = (batch, num_tokens, -(-num_tokens // 32))
     described = {

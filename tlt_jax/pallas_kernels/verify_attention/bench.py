@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tlt_jax.pallas_kernels.verify_attention import api, arg_specs
+from tlt_jax.pallas_kernels.verify_attention import api, arg_specs, page_layout
 
 # Bytes per second of the memory, as the vendors publish it.
 BANDWIDTH = {
@@ -59,15 +59,15 @@ def cold(spec: arg_specs.ArgSpec) -> arg_specs.ArgSpec:
     return dataclasses.replace(spec, num_layers=min(max(layers, 2), 64))
 
 
-def arguments(spec: arg_specs.ArgSpec) -> dict[str, jax.Array | None]:
-    """Draw arguments on the device; pages stand in no order."""
+def arguments(spec: arg_specs.ArgSpec, name: str) -> dict[str, jax.Array | None]:
+    """Draw an implementation's arguments on the device; pages stand in no order."""
     rng = np.random.default_rng(0)
     made = {}
-    for name, leaf in arg_specs.shapes(spec).items():
+    for argument, leaf in arg_specs.shapes(spec, name).items():
         if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
             key = jax.random.key(len(made))
             draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
-            made[name] = draw(key, leaf.shape, leaf.dtype)
+            made[argument] = draw(key, leaf.shape, leaf.dtype)
     num_pages = made["cache_keys"].shape[1]
     filled = [-(-length // spec.page_size) for length in spec.lengths]
     order = 1 + rng.permutation(num_pages - 1)
@@ -98,11 +98,12 @@ def our_call(spec: arg_specs.ArgSpec, name: str) -> Call:
             scale=spec.scale,
             window=spec.window,
             soft_cap=spec.soft_cap,
+            packing=page_layout.packing(name, spec.page_size, spec.head_dim),
             implementation=api.Implementation(name),
         )
         return out.astype(query.dtype)
 
-    return arguments(spec), call
+    return arguments(spec, name), call
 
 
 def peer_call(spec: arg_specs.ArgSpec, name: str) -> Call:

@@ -5,8 +5,9 @@ and is copied as it lies. With 128 slots these are the lanes: scores are `query 
 keys [H, slots]` without a transposition, and head dimensions of 64 or 80 pad nothing.
 Arrays of smaller pages the compiler lays out with whole multiples of 128 features as
 lanes, and the kernel then takes them as `[K, page_size, H]`, which moves nothing. Where
-neither is a multiple of 128 all pages would be copied into another layout at every
-call: this is refused.
+neither is a multiple of 128 pages lie packed (`page_layout`): `packing` features of a
+slot stand in a row of lanes. Products are then made for each of these parts of the
+features, and 128 scores of as many pages are brought together by moving lanes.
 
 A grid step takes one block of one row's queries: R = tokens x group rows, packed so
 that all query heads of a kv head share its pages. It walks the row's pages in blocks of
@@ -24,11 +25,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tlt_jax.pallas_kernels.verify_attention import reference
+from tlt_jax.pallas_kernels.verify_attention import page_layout, reference
 from tlt_jax.types import Array
 
 _HIDDEN = reference.HIDDEN
-_LANES = 128
+_LANES = page_layout.LANES
 # Bytes of pages that are on their way at once: about bandwidth times latency.
 _BLOCK_BYTES = 2 * 2**20
 # Slots whose scores are worked on at once.
@@ -51,6 +52,7 @@ class Plan:
       pages: in a block of pages.
       pages_at_once: of those, how many are worked on together.
       turned: features are the lanes of a page, and not slots.
+      packing: parts of the features, side by side in packed pages; else 1.
       cores: into how many parts the batch is cut for chips of two cores.
       vmem_bytes: that the kernel asks for.
     """
@@ -63,6 +65,7 @@ class Plan:
     pages: int
     pages_at_once: int
     turned: bool
+    packing: int
     cores: int
     vmem_bytes: int
 
@@ -82,11 +85,13 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
     batch, num_kv, group, num_tokens, head_dim = query_shape
     itemsize = jnp.dtype(dtype).itemsize
     sublanes = 32 // itemsize
-    lanes = _round_up(head_dim, _LANES)
+    packing = page_layout.packing("mosaic_tpu", page_size, head_dim)
+    part_dim = page_layout.padded(head_dim, packing) // packing
+    lanes = packing * _round_up(part_dim, _LANES)
     # Query and output twice, for the pipeline; the sum; maximum and normaliser.
     row_bytes = num_kv * (4 * lanes * itemsize + 4 * lanes + 2 * 4 * _LANES)
     most = max(_MAX_ROW_BYTES // row_bytes, 1)
-    tokens = min(most, _MAX_ROWS) // group
+    tokens = max(min(most, _MAX_ROWS // packing) // group, 1)
     if tokens >= num_tokens:
         tokens = num_tokens
     else:
@@ -101,14 +106,17 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
     if turned:
         page_bytes = 2 * column_bytes * _round_up(page_size, sublanes) * head_dim
     else:
-        page_bytes = 2 * column_bytes * _round_up(head_dim, sublanes)
+        page_bytes = 2 * column_bytes * _round_up(part_dim, sublanes)
         page_bytes *= _round_up(page_size, _LANES)
-    at_once = min(_SLOTS // page_size, max_pages) if turned else min(4, max_pages)
+    if turned:
+        at_once = min(_SLOTS // page_size, max_pages)
+    else:
+        at_once = min(max(4 // packing, 1), -(-max_pages // packing)) * packing
     at_once = max(at_once, 1)
     pages = max(_BLOCK_BYTES // page_bytes // at_once, 1) * at_once
     pages = min(pages, _round_up(max_pages, at_once))
     fresh_bytes = 4 * num_kv * num_tiles * tile * lanes * itemsize
-    scores_bytes = 6 * rows * max(_SLOTS, tile) * 4
+    scores_bytes = 6 * packing * rows * max(_SLOTS, tile) * 4
     vmem = rows * row_bytes + 2 * pages * page_bytes + fresh_bytes + scores_bytes
     return Plan(
         tokens=tokens,
@@ -119,26 +127,29 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
         pages=pages,
         pages_at_once=at_once,
         turned=turned,
+        packing=packing,
         cores=1 if batch % 2 else 2,
         vmem_bytes=vmem + 4 * 2**20,
     )
 
 
-def obstacle(query_shape, dtype, page_size: int, max_pages: int) -> str | None:
+def obstacle(
+    query_shape, dtype, page_size: int, max_pages: int, packing: int
+) -> str | None:
     """Say what of these shapes the kernel cannot do, and the remedy; None: nothing."""
-    if page_size % _LANES and query_shape[4] % _LANES:
+    cut = plan(query_shape, dtype, page_size, max_pages)
+    if packing != cut.packing:
         return (
-            f"pages of {page_size} slots of {query_shape[4]} features would be copied "
-            "into another layout at every call: set cache.page_size=128 (texts."
-            "page_size where a drafter is trained)"
+            f"pages of {page_size} slots of {query_shape[4]} features, "
+            f"{packing} side by side, would be copied into another layout at every "
+            f"call: give them with packing={cut.packing} (page_layout.pack)"
         )
     if query_shape[3] > 1:
-        needed = plan(query_shape, dtype, page_size, max_pages).vmem_bytes
-        if needed > VMEM_BYTES:
+        if cut.vmem_bytes > VMEM_BYTES:
             return (
-                f"T={query_shape[3]} fresh tokens need {needed / 2**20:.0f} MiB of "
-                f"vector memory, more than {VMEM_BYTES / 2**20:.0f}: give fewer at once"
-                " (rollout.prefill_chunk)"
+                f"T={query_shape[3]} fresh tokens need {cut.vmem_bytes / 2**20:.0f} MiB"
+                f" of vector memory, more than {VMEM_BYTES / 2**20:.0f}: give fewer at "
+                "once (rollout.prefill_chunk)"
             )
     return None
 
@@ -158,6 +169,7 @@ def verify_attention(
     scale: float,
     window: Array | int | None,
     soft_cap: float | None,
+    packing: int,
     with_log_normaliser: bool,
     interpret,
 ) -> tuple[Array, Array | None]:
@@ -166,7 +178,7 @@ def verify_attention(
     Args:
       query, keys, values, cache_keys, cache_values, layer: see `api.verify_attention`.
       page_table, lengths, positions, words, scale, window, soft_cap: likewise.
-      with_log_normaliser: likewise.
+      packing, with_log_normaliser: likewise.
       interpret: False, True, or `pltpu.InterpretParams`.
 
     Returns:
@@ -174,8 +186,11 @@ def verify_attention(
       `[B, K, G, T] float32`.
     """
     batch, num_kv, group, num_tokens, head_dim = query.shape
-    page_size, max_pages = cache_keys.shape[-1], page_table.shape[1]
+    page_size, max_pages = cache_keys.shape[-1] // packing, page_table.shape[1]
     cut = plan(query.shape, query.dtype, page_size, max_pages)
+    parts = cut.packing
+    num_features = page_layout.padded(head_dim, parts)
+    part_dim = num_features // parts
     padded_tokens = cut.num_blocks * cut.tokens
 
     def packed(x):
@@ -185,7 +200,14 @@ def verify_attention(
         x = x.reshape(*lead, cut.num_blocks, cut.tokens * group, last)
         return _pad(x, -2, cut.rows)
 
-    query_rows = packed(jnp.swapaxes(query, 2, 3))
+    def in_parts(x):
+        """Split features that lie side by side, `[..., parts, n, H / parts]`."""
+        x = _pad(x, -1, num_features)
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], part_dim, parts), -1, -3)
+
+    # The rows of each part under those of the one before.
+    query_rows = in_parts(packed(jnp.swapaxes(query, 2, 3)))
+    query_rows = query_rows.reshape(*query_rows.shape[:3], parts * cut.rows, part_dim)
     # What each row of queries sees: its position, then its words or its own index.
     index = jnp.broadcast_to(jnp.arange(num_tokens), (batch, num_tokens))[..., None]
     seen = index if words is None else lax.bitcast_convert_type(words, jnp.int32)
@@ -197,7 +219,8 @@ def verify_attention(
     # Fresh columns become rows: few of them would be padded to 128 lanes.
     num_fresh = cut.num_tiles * cut.tile
     fresh_keys, fresh_values = (
-        _pad(x.swapaxes(2, 3).astype(query.dtype), 2, num_fresh) for x in (keys, values)
+        in_parts(_pad(x.swapaxes(2, 3).astype(query.dtype), 2, num_fresh))
+        for x in (keys, values)
     )
     key_positions = _pad(positions, 1, num_fresh)[:, None]
 
@@ -210,6 +233,12 @@ def verify_attention(
     if cut.turned:
         cache_keys, cache_values = (
             x.swapaxes(3, 4) for x in (cache_keys, cache_values)
+        )
+    elif packing != parts:
+        # Interpreted; on a TPU this copies all pages and is refused.
+        cache_keys, cache_values = (
+            page_layout.pack(_pad(x, 3, num_features), parts)
+            for x in (cache_keys, cache_values)
         )
     kernel = functools.partial(
         _kernel,
@@ -231,20 +260,16 @@ def verify_attention(
         return row(core, i), 0, j, 0, 0
 
     def per_row(core, i, j, *_):
-        return row(core, i), 0, 0, 0
+        return row(core, i), 0, 0, 0, 0
 
-    row_shape = (1, num_kv, 1, cut.rows)
-    out_shape = [
-        jax.ShapeDtypeStruct(
-            (batch, num_kv, cut.num_blocks, cut.rows, head_dim), query.dtype
-        )
-    ]
-    out_specs = [pl.BlockSpec((*row_shape, head_dim), per_block)]
+    row_shape, rows_shape = (1, num_kv, 1, cut.rows), (1, num_kv, 1, parts * cut.rows)
+    out_shape = [jax.ShapeDtypeStruct(query_rows.shape, query.dtype)]
+    out_specs = [pl.BlockSpec((*rows_shape, part_dim), per_block)]
     if with_log_normaliser:
         shape = (batch, num_kv, cut.num_blocks, cut.rows, _LANES)
         out_shape.append(jax.ShapeDtypeStruct(shape, jnp.float32))
         out_specs.append(pl.BlockSpec((*row_shape, _LANES), per_block))
-    fresh_spec = pl.BlockSpec((1, num_kv, num_fresh, head_dim), per_row)
+    fresh_spec = pl.BlockSpec((1, num_kv, parts, num_fresh, part_dim), per_row)
     buffer = pltpu.VMEM((2, cut.pages, *cache_keys.shape[2:]), cache_keys.dtype)
     call = pl.pallas_call(
         kernel,
@@ -253,7 +278,7 @@ def verify_attention(
             num_scalar_prefetch=5,
             grid=steps,
             in_specs=[
-                pl.BlockSpec((*row_shape, head_dim), per_block),
+                pl.BlockSpec((*rows_shape, part_dim), per_block),
                 pl.BlockSpec(
                     (1, 1, cut.rows, sight.shape[-1]),
                     lambda core, i, j, *_: (row(core, i), j, 0, 0),
@@ -272,7 +297,7 @@ def verify_attention(
                 buffer,
                 pltpu.VMEM((num_kv, cut.rows, _LANES), jnp.float32),
                 pltpu.VMEM((num_kv, cut.rows, _LANES), jnp.float32),
-                pltpu.VMEM((num_kv, cut.rows, head_dim), jnp.float32),
+                pltpu.VMEM((num_kv, parts * cut.rows, part_dim), jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2, 2)),
             ],
@@ -305,7 +330,9 @@ def verify_attention(
         x = x.reshape(batch, num_kv, padded_tokens, group, x.shape[-1])
         return jnp.swapaxes(x[:, :, :num_tokens], 2, 3)
 
-    out = unpacked(outputs[0])
+    out = outputs[0].reshape(*outputs[0].shape[:3], parts, cut.rows, part_dim)
+    out = jnp.moveaxis(out, 3, -1).reshape(*out.shape[:3], cut.rows, num_features)
+    out = unpacked(out)[..., :head_dim]
     return out, unpacked(outputs[1])[..., 0] if with_log_normaliser else None
 
 
@@ -371,8 +398,9 @@ def _kernel(
     step = i * cut.num_blocks + block
     num_steps = rows_per_core * cut.num_blocks
     num_kv = keys_hbm.shape[2]
-    # Pages that are one array of keys: slots follow each other along sublanes only.
-    joined = cut.pages_at_once if cut.turned else 1
+    # Pages whose scores are one array: slots follow each other along sublanes, or along
+    # the lanes that packed pages leave.
+    joined = cut.pages_at_once if cut.turned else cut.packing
     row = core * rows_per_core + i
     # Heads side by side hide each other's latency; large ones have enough of their own.
     unroll = num_kv if num_kv * cut.rows <= 1024 else 1
@@ -419,8 +447,9 @@ def _kernel(
     acc_ref[...] = jnp.zeros_like(acc_ref)
     position = sight_ref[0, 0, :, 0:1]
 
-    def update(head, scores, visible, values, contract):
-        """Add parts of the keys of one head: scores, masks and values, as lists."""
+    def update(head, scores, visible, weigh):
+        """Add parts of the keys of one head, as lists: scores, masks, and what weighs
+        the values."""
         scores = [
             jnp.where(mask, reference.cap(part * scale, soft_cap), _HIDDEN)
             for part, mask in zip(scores, visible, strict=True)
@@ -430,12 +459,12 @@ def _kernel(
         for part in scores:
             new = jnp.maximum(new, jnp.max(part, axis=1, keepdims=True))
         kept = jnp.exp(old - new)
-        total = acc_ref[head] * kept
+        total = acc_ref[head] * _stack(kept, cut.packing)
         normaliser = sum_ref[head, :, 0:1] * kept
-        for part, mask, value in zip(scores, visible, values, strict=True):
+        for part, mask, add in zip(scores, visible, weigh, strict=True):
             weights = jnp.where(mask, jnp.exp(part - new), 0.0)
             normaliser += jnp.sum(weights, axis=1, keepdims=True)
-            total += _dot(weights.astype(value.dtype), value, contract)
+            total += add(weights)
         acc_ref[head] = total
         max_ref[head] = jnp.broadcast_to(new, max_ref.shape[1:])
         sum_ref[head] = jnp.broadcast_to(normaliser, sum_ref.shape[1:])
@@ -454,6 +483,8 @@ def _kernel(
 
         def position_of(j, shape, axis):
             lane = lax.broadcasted_iota(jnp.int32, shape, axis)
+            if cut.packing > 1 and len(shape) == 3:
+                lane = lane % page_size
             return (first_page + j) * page_size + lane
 
         @pl.when((first_page + cut.pages_at_once) * page_size > length)
@@ -476,16 +507,24 @@ def _kernel(
 
         def one_head(head, _):
             query = query_ref[0, head, 0]
-            scores, values = [], []
+            scores, weigh = [], []
             for j in range(0, cut.pages_at_once, joined):
                 at = (turn, pl.ds(first_slot + j, joined), head)
                 key, value = (
-                    buf[at].reshape(-1, buf.shape[-1]).astype(query.dtype)
-                    for buf in (keys_buf, values_buf)
+                    buf[at].astype(query.dtype) for buf in (keys_buf, values_buf)
                 )
-                scores.append(_dot(query, key, (1, 1 if cut.turned else 0)))
-                values.append(value)
-            update(head, scores, visible, values, (1, 0 if cut.turned else 1))
+                if cut.packing > 1:
+                    scores.append(_packed_scores(query, key, cut, page_size))
+                    add = functools.partial(
+                        _packed_sum, value=value, cut=cut, page_size=page_size
+                    )
+                else:
+                    key, value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
+                    scores.append(_dot(query, key, (1, 1 if cut.turned else 0)))
+                    contract = (1, 0 if cut.turned else 1)
+                    add = functools.partial(_weighted, value=value, contract=contract)
+                weigh.append(add)
+            update(head, scores, visible, weigh)
 
         lax.fori_loop(0, num_kv, one_head, None, unroll=unroll)
 
@@ -529,9 +568,26 @@ def _kernel(
             mask = mask & (position - key_positions_ref[0, :, here] < window_ref[0])
 
         def one_head(head, _):
-            key, value = fresh_keys_ref[0, head, here], fresh_values_ref[0, head, here]
-            scores = _dot(query_ref[0, head, 0], key, (1, 1))
-            update(head, [scores], [mask], [value], (1, 0))
+            scores = sum(
+                _dot(
+                    query_ref[0, head, 0, pl.ds(part * cut.rows, cut.rows)],
+                    fresh_keys_ref[0, head, part, here],
+                    (1, 1),
+                )
+                for part in range(cut.packing)
+            )
+
+            def add(weights):
+                return jnp.concatenate(
+                    [
+                        _weighted(
+                            weights, fresh_values_ref[0, head, part, here], (1, 0)
+                        )
+                        for part in range(cut.packing)
+                    ]
+                )
+
+            update(head, [scores], [mask], [add])
 
         lax.fori_loop(0, num_kv, one_head, None, unroll=unroll)
 
@@ -544,10 +600,102 @@ def _kernel(
         normaliser = sum_ref[head, :, 0:1]
         seen = normaliser > 0
         safe = jnp.where(seen, normaliser, 1.0)
-        out_ref[0, head, 0] = (acc_ref[head] / safe).astype(out_ref.dtype)
+        out = acc_ref[head] / _stack(safe, cut.packing)
+        out_ref[0, head, 0] = out.astype(out_ref.dtype)
         for log_ref in log_refs:
             log = jnp.where(seen, max_ref[head, :, 0:1] + jnp.log(safe), _HIDDEN)
             log_ref[0, head, 0] = jnp.broadcast_to(log, log_ref.shape[3:])
+
+
+def _packed_scores(query: Array, keys: Array, cut: Plan, page_size: int) -> Array:
+    """Multiply queries by the keys of `packing` packed pages.
+
+    The product with a page has part i of the features right in rows of part i and the
+    i-th stretch of lanes alone. The sums over the parts come together in the page's own
+    stretch: at each step, pages of one half of the stretches hand over what they hold
+    in the other half, and take what belongs to them.
+
+    Args:
+      query: `[packing x R, H / packing]`, parts one under the other.
+      keys: `[packing, H / packing, 128]`, a page each.
+      cut: of the call.
+      page_size: lanes of a stretch.
+
+    Returns:
+      Products `[R, 128]`, the pages' slots side by side.
+    """
+    stretch = _stretches((cut.rows, _LANES), page_size)
+    pages = []
+    for page in range(cut.packing):
+        product = _dot(query, keys[page], (1, 0))
+        right = product[: cut.rows]
+        for part in range(1, cut.packing):
+            rows = product[part * cut.rows : (part + 1) * cut.rows]
+            right = jnp.where(stretch == part, rows, right)
+        pages.append(right)
+    while len(pages) > 1:
+        half = len(pages) // 2
+        upper = stretch & half > 0
+        pages = [
+            jnp.where(upper, high, low)
+            + _exchange(jnp.where(upper, low, high), upper, half * page_size)
+            for low, high in zip(pages[:half], pages[half:], strict=True)
+        ]
+    return pages[0]
+
+
+def _packed_sum(weights: Array, *, value: Array, cut: Plan, page_size: int) -> Array:
+    """Weigh the values of `packing` packed pages: the way of the scores, backwards.
+
+    Args:
+      weights: `[R, 128] float32`, the pages' slots side by side.
+      value: `[packing, H / packing, 128]`, a page each.
+      cut: of the call.
+      page_size: lanes of a stretch.
+
+    Returns:
+      Sums `[packing x R, H / packing] float32`, parts one under the other.
+    """
+    stretch = _stretches((cut.rows, _LANES), page_size)
+    pages, half = [weights], cut.packing // 2
+    # Each page's weights come to stand in all stretches.
+    while half:
+        upper = stretch & half > 0
+        others = [_exchange(page, upper, half * page_size) for page in pages]
+        pairs = list(zip(pages, others, strict=True))
+        pages = [
+            jnp.where(upper, *pair)
+            for low, high in pairs
+            for pair in ((high, low), (low, high))
+        ]
+        half //= 2
+    total = 0.0
+    for page, of_page in enumerate(pages):
+        parts = [
+            jnp.where(stretch == part, of_page, 0.0) for part in range(cut.packing)
+        ]
+        total += _weighted(jnp.concatenate(parts), value[page], (1, 1))
+    return total
+
+
+def _stretches(shape: tuple[int, int], page_size: int) -> Array:
+    return lax.broadcasted_iota(jnp.int32, shape, 1) // page_size
+
+
+def _exchange(x: Array, upper: Array, distance: int) -> Array:
+    """Swap stretches of lanes that are `distance` apart; `upper` are the later ones."""
+    from_below = pltpu.roll(x, distance, 1)
+    if 2 * distance == _LANES:
+        return from_below
+    return jnp.where(upper, from_below, pltpu.roll(x, _LANES - distance, 1))
+
+
+def _stack(x: Array, count: int) -> Array:
+    return jnp.concatenate([x] * count) if count > 1 else x
+
+
+def _weighted(weights: Array, value: Array, contract: tuple[int, int]) -> Array:
+    return _dot(weights.astype(value.dtype), value, contract)
 
 
 def _dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
