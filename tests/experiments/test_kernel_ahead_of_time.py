@@ -65,7 +65,7 @@ def test_the_table_has_every_chip_and_no_copy_of_the_cache():
         assert int(row["minimal_bytes"]) == spec.minimal_bytes
         # Blocks of a prefill's queries read the past once each, and queries count.
         few = spec.kind == "tree" or spec.num_tokens == 1
-        assert int(row["temp_bytes"]) < spec.minimal_bytes * (0.1 if few else 0.9)
+        assert int(row["temp_bytes"]) < spec.minimal_bytes * (0.2 if few else 0.9)
         # Packed pages may have room for more features: 96 for 80.
         most = 1.7 if "_h80_page" in spec.name else 1.4
         assert 1 <= float(row["bytes_ratio"]) < (most if few else 10), row

@@ -163,13 +163,15 @@ def test_packed_pages_hold_the_same(name):
         packed[pages] = page_layout.pack(more, packing)
         np.testing.assert_array_equal(page_layout.unpack(packed[pages], packing), more)
     assert packed["cache_keys"].shape[3:] == (16, 128)
-    again, again_logs = api.verify_attention(
-        **jax.tree.map(jnp.asarray, packed),
-        scale=spec.scale,
-        packing=packing,
-        with_log_normaliser=True,
-        implementation=implementation,
-    )
+    again, again_logs = quick_jit(
+        functools.partial(
+            api.verify_attention,
+            scale=spec.scale,
+            packing=packing,
+            with_log_normaliser=True,
+            implementation=implementation,
+        )
+    )(**packed)
     np.testing.assert_allclose(again, out, atol=1e-6, rtol=0)
     np.testing.assert_allclose(again_logs, logs, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"cache_keys has shape .*128\), but"):
