@@ -105,7 +105,11 @@ class Adaptation(Objective):
     Attributes:
       name, num_steps, decay, token_loss: see `Objective`.
       enabled: false: the drafter stays as it is.
-      learning_rate: AdamW's, constant, above 0.
+      learning_rate: AdamW's, constant after `warmup_steps`, above 0; unset: 1e-3 for a
+        drafter that began with random weights, 1e-4 for one trained before, which
+        larger steps spoil.
+      warmup_steps: training steps over which the rate rises to it: Adam's first steps
+        are as large as the rate, whatever the gradient.
       num_rows: rows of a training step, at least 1. A step is what a rollout's end may
         have to wait for.
       row_tokens: columns of a row, at least 3.
@@ -126,7 +130,8 @@ class Adaptation(Objective):
     """
 
     enabled: bool = True
-    learning_rate: float = schema.number(1e-3, above=0.0)
+    learning_rate: float | None = schema.number(None, above=0.0)
+    warmup_steps: int = schema.number(20, 0)
     num_rows: int = schema.number(1, 1)
     row_tokens: int = schema.number(512, 3)
     row_bases: int = schema.number(320, 1)

@@ -28,6 +28,7 @@ from tlt_jax.specdec import (
 )
 
 _BETAS, _CLIP_NORM = (0.9, 0.95), 1.0
+_RATE_RANDOM, _RATE_TRAINED = 1e-3, 1e-4
 # Levels of which acceptance is measured on fresh texts.
 _DEPTH = 4
 _MIB = 1 << 20
@@ -35,6 +36,20 @@ _MIB = 1 << 20
 _BUFFER, _SAMPLER, _DRAFT_IDS = "buffer.", "sampler.", "draft_ids"
 # What a text buffer writes to disk, below the workdir.
 SPILL = "spilled_texts"
+
+
+def _optimizer(
+    settings: speculation_config.Adaptation, *, is_trained: bool
+) -> optax.GradientTransformation:
+    """Make AdamW whose rate rises to a constant."""
+    rate = settings.learning_rate or (_RATE_TRAINED if is_trained else _RATE_RANDOM)
+    # The first step, too, shall have some effect.
+    start = rate / (settings.warmup_steps + 1)
+    schedule = optax.linear_schedule(start, rate, settings.warmup_steps)
+    return optax.chain(
+        optax.clip_by_global_norm(_CLIP_NORM),
+        optax.adamw(schedule, *_BETAS, weight_decay=0.0),
+    )
 
 
 def without_texts(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -119,10 +134,7 @@ class Adaptation:
         self.learner = drafter_learner.DrafterLearner(
             cfg,
             objective,
-            optax.chain(
-                optax.clip_by_global_norm(_CLIP_NORM),
-                optax.adamw(settings.learning_rate, *_BETAS, weight_decay=0.0),
-            ),
+            _optimizer(settings, is_trained=initial is not None),
             batch_shape=self._batch_shape,
             head_chunk=min(settings.head_chunk, settings.row_bases),
             depth=_DEPTH,
