@@ -325,7 +325,7 @@ class Provenance:
             "experiment": experiment,
             "command": public_command(experiment, sys.argv[1:]),
             "commit": machine.git("rev-parse", "HEAD"),
-            "uncommitted_changes": bool(machine.git("status", "--porcelain", "-uno")),
+            "uncommitted_changes": _is_changed(),
             "settings": settings,
             "config_hash": config_hash(settings),
             "source_hash": freshness.source_hash(experiment),
@@ -452,6 +452,12 @@ def choose_peers(known: dict[str, str], chosen: str, interpreters: str) -> list[
     if left_out:
         print(f"Not compared (see --peers): {', '.join(left_out)}.")
     return [System(n, pythons.get(n, sys.executable), known[n]) for n in names]
+
+
+def _is_changed() -> bool:
+    """Whether the code is another than the commit's; results are no code."""
+    where = ("--", ":(top)", ":(top,exclude)experiments/results")
+    return bool(machine.git("status", "--porcelain", "-uno", *where))
 
 
 def _columns(rows: collections.abc.Sequence[Row]) -> list[str]:
