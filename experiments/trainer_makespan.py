@@ -26,8 +26,14 @@ SETTINGS = {
     WITHOUT: {"adaptation.enabled": "false"},
     WITH: {"adaptation.learning_rate": "1e-30"},
 }
-# The same in both: what is drafted shall not hang on measured times.
-SHARED = {"specdec.mode": "tlt", "specdec.tuner": "static", "checkpoint.every": "0"}
+# The same in both: what is drafted shall not hang on measured times. Only with training
+# would a drafter be used for longer texts than it was made for.
+SHARED = {
+    "specdec.mode": "tlt",
+    "specdec.tuner": "static",
+    "checkpoint.every": "0",
+    "drafter.max_length": "1000000",
+}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -54,6 +54,9 @@ def test_a_drafter_of_its_own_or_a_new_one(tmp_path):
     assert found.drafting_cfg.drafter_cfg.max_length == 14
     kept = made(**named, **{"adaptation.enabled": False}).drafting_cfg
     assert kept.drafter_cfg.max_length == 4 and not kept.capture
+    # Or it is used beyond what it was trained for, if that is asked for.
+    longer = {"adaptation.enabled": False, "drafter.max_length": 20}
+    assert made(**named, **longer).drafting_cfg.drafter_cfg.max_length == 20
     # Of another project's layout, whose texts may have any length.
     cfg = drafter.of_target(engines.CFG, architecture="eagle")
     eagle = drafter.init(cfg, engines.jax.random.key(1))

@@ -156,9 +156,10 @@ def _drafter_of(
     if asked.directory:
         folder = speculation.folder(asked.directory)
         cfg, params = drafter_io.load(folder, model, jnp.dtype(run.precision))
-        if run.adaptation.enabled and 0 < cfg.max_length < longest:
-            # It will be trained on texts of this length.
-            cfg = dataclasses.replace(cfg, max_length=longest)
+        # Going on, it will be trained on texts of this length.
+        wanted = longest if run.adaptation.enabled else asked.max_length
+        if 0 < cfg.max_length < wanted:
+            cfg = dataclasses.replace(cfg, max_length=wanted)
         return cfg, params
     layers = tuple(asked.feature_layers)
     if asked.features == "low_mid_high":

@@ -70,9 +70,13 @@ class Drafter(DrafterShape):
         `tlt_jax.train_drafter`, an export, or a published EAGLE, EAGLE-3 or speculators
         drafter); the shape is then its own. Empty: it begins with random weights.
       architecture, features, feature_layers, draft_vocab_size: see `DrafterShape`.
+      max_length: positions of texts that a trained drafter is used for although it was
+        trained for fewer, where it may be of less use; 0: what it was trained for, or,
+        where it goes on learning, the longest text.
     """
 
     directory: str = ""
+    max_length: int = schema.number(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,7 +129,8 @@ class DraftingConfig:
             raise ValueError(
                 f"texts may grow to max_length={max_length} positions, but the drafter "
                 f"was trained for {trained}: train one on longer texts (its recipe's "
-                "max_length), or lower the prompt and completion limits."
+                "max_length), or lower the prompt and completion limits; a training "
+                "run uses it all the same with drafter.max_length."
             )
         num_tokens = self.drafter_cfg.num_draft_tokens
         for strategy in drafting:
