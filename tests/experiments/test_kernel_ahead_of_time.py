@@ -88,3 +88,15 @@ def test_compiled_again_the_figures_are_those_of_the_table(chip, no_cache):
         if (row["chip"], row["arguments"]) == (chip, AGAIN)
     ]
     assert {k: str(row[k]) for k in GOLDEN} == {k: golden[k] for k in GOLDEN}
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("chip", kernel_ahead_of_time.CHIPS)
+def test_what_is_interpreted_in_tests_compiles_too(chip, no_cache):
+    windowed = arg_specs.ArgSpec(
+        *("decode_window", (300, 40), 1, "causal"),
+        **dict(page_size=128, dtype="bfloat16", window=70),
+    )
+    for spec in (*arg_specs.SUITE, windowed):
+        row = kernel_ahead_of_time.measure(spec, chip)
+        assert row["bytes_ratio"] >= 1, spec.name
