@@ -79,17 +79,19 @@ def measure(config: str, case: str) -> harness.Row:
 
 def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     """Draws the three beside each other."""
-    fig, panels = plotting.panels("Compiled programs of an engine", 3, stamp, width=3.6)
+    told = [
+        ("programs", "programs", 1),
+        ("code_bytes", "code, MB", 1e6),
+        ("scratch_bytes", "scratch memory, MB", 1e6),
+        ("compile_s", "compiling, s (busy machine)", 1),
+    ]
+    # Compilers for CPUs do not tell the size of their code.
+    told = [entry for entry in told if any(row[entry[0]] for row in rows)]
+    fig, panels = plotting.panels(
+        "Compiled programs of an engine", len(told), stamp, width=3.6
+    )
     names = [row["case"].replace(", ", ",\n") for row in rows]
-    for axes, (column, label, scale) in zip(
-        panels,
-        (
-            ("programs", "programs", 1),
-            ("code_bytes", "code, MB", 1e6),
-            ("compile_s", "compiling, s (busy machine)", 1),
-        ),
-        strict=True,
-    ):
+    for axes, (column, label, scale) in zip(panels, told, strict=True):
         values = [row[column] / scale for row in rows]
         axes.bar(names, values, 0.6, color=plotting.COLORS[0])
         axes.set_ylabel(label)
