@@ -19,7 +19,7 @@ from tlt_jax.pallas_kernels.verify_attention import (
     arg_specs,
     page_layout,
     pallas_gpu,
-    pallas_mosaic_tpu,
+    tpu_plan,
 )
 
 INTERPRETED = {
@@ -147,10 +147,10 @@ def test_a_simulated_tpu_sees_no_race_and_reads_nothing_that_it_must_not(
 
     Pages arrive in blocks of the fewest, so that rows have several.
     """
-    monkeypatch.setattr(pallas_mosaic_tpu, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(tpu_plan, "_BLOCK_BYTES", 1)
     spec = SIMULATED
     sizes = spec.query_shape, spec.dtype, spec.page_size, spec.max_pages
-    cut = pallas_mosaic_tpu.plan(*sizes)
+    cut = tpu_plan.plan(*sizes)
     assert spec.max_pages > cut.pages and cut.packing > 1
     simulated = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait"
@@ -177,7 +177,7 @@ def test_a_missing_wait_is_seen(monkeypatch, capfd, mode):
     made when they are waited for never arrive. Where only one of a page's two copies
     is waited for the detector tells nothing, and the numbers alone are wrong.
     """
-    monkeypatch.setattr(pallas_mosaic_tpu, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(tpu_plan, "_BLOCK_BYTES", 1)
     real = pltpu.make_async_copy
     monkeypatch.setattr(
         pltpu, "make_async_copy", lambda *given: Forgetful(real(*given))
@@ -300,7 +300,7 @@ def test_the_suite_reaches_every_way_to_cut_a_call():
             backend.plan(s.query_shape, s.dtype, s.page_size, s.max_pages)
             for s in arg_specs.SUITE
         ]
-        for backend in (pallas_mosaic_tpu, pallas_gpu)
+        for backend in (tpu_plan, pallas_gpu)
     ]
     of_tpu, of_gpu = plans
     for field in ("num_blocks", "num_tiles", "turned", "packing", "pages_at_once"):

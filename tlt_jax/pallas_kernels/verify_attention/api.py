@@ -21,6 +21,7 @@ from tlt_jax.pallas_kernels.verify_attention import (
     pallas_gpu,
     pallas_mosaic_tpu,
     reference,
+    tpu_plan,
 )
 from tlt_jax.types import Array
 
@@ -322,7 +323,7 @@ def check_implementation(
         reasons.append(f"has page sizes {_PAGE_SIZES}, not {page_size}")
     if name == "mosaic_tpu" and not reasons and not implementation.interpret:
         sizes = query.shape, query.dtype, page_size, max_pages
-        told = pallas_mosaic_tpu.obstacle(*sizes, packing)
+        told = tpu_plan.obstacle(*sizes, packing)
         reasons += [f"cannot take this: {told}"] if told else []
     if reasons:
         raise NotImplementedError(

@@ -15,9 +15,7 @@ megabytes, which is what hides the latency of HBM: while one is worked on, the n
 on its way, be it the row's or the next row's first. Then come the fresh keys.
 """
 
-import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -25,133 +23,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tlt_jax.pallas_kernels.verify_attention import page_layout, reference
+from tlt_jax.pallas_kernels.verify_attention import (
+    page_layout,
+    reference,
+    tpu_plan,
+    tpu_products,
+)
 from tlt_jax.types import Array
 
 _HIDDEN = reference.HIDDEN
 _LANES = page_layout.LANES
-# Bytes of pages that are on their way at once: about bandwidth times latency.
-_BLOCK_BYTES = 2 * 2**20
-# Slots whose scores are worked on at once.
-_SLOTS = 512
-# Rows of queries in a block, and what they may take of the vector memory.
-_MAX_ROWS, _MAX_ROW_BYTES = 1024, 24 * 2**20
-VMEM_BYTES = 64 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a call is cut up; follows from its shapes alone.
-
-    Attributes:
-      tokens: of a query block.
-      num_blocks: query blocks of a row.
-      rows: R, of a query block, padded to whole tiles.
-      tile: fresh keys that are worked on at once.
-      num_tiles: of a row.
-      pages: in a block of pages.
-      pages_at_once: of those, how many are worked on together.
-      turned: features are the lanes of a page, and not slots.
-      packing: parts of the features, side by side in packed pages; else 1.
-      cores: into how many parts the batch is cut for chips of two cores.
-      vmem_bytes: that the kernel asks for.
-    """
-
-    tokens: int
-    num_blocks: int
-    rows: int
-    tile: int
-    num_tiles: int
-    pages: int
-    pages_at_once: int
-    turned: bool
-    packing: int
-    cores: int
-    vmem_bytes: int
-
-
-def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) -> Plan:
-    """Cut a call up.
-
-    Args:
-      query_shape: `(B, K, G, T, H)`.
-      dtype: of query and cache.
-      page_size: slots of a page.
-      max_pages: pages of the longest row.
-
-    Returns:
-      The plan.
-    """
-    batch, num_kv, group, num_tokens, head_dim = query_shape
-    itemsize = jnp.dtype(dtype).itemsize
-    sublanes = 32 // itemsize
-    packing = page_layout.packing("mosaic_tpu", page_size, head_dim)
-    part_dim = page_layout.padded(head_dim, packing) // packing
-    lanes = packing * _round_up(part_dim, _LANES)
-    # Query and output twice, for the pipeline; the sum; maximum and normaliser.
-    row_bytes = num_kv * (4 * lanes * itemsize + 4 * lanes + 2 * 4 * _LANES)
-    most = max(_MAX_ROW_BYTES // row_bytes, 1)
-    tokens = max(min(most, _MAX_ROWS // packing) // group, 1)
-    if tokens >= num_tokens:
-        tokens = num_tokens
-    else:
-        tokens = max(tokens // 16, 1) * 16
-    num_blocks = -(-num_tokens // tokens)
-    rows = _round_up(tokens * group, sublanes)
-    tile = min(_LANES, _round_up(num_tokens, sublanes))
-    num_tiles = -(-num_blocks * tokens // tile)
-
-    turned = page_size % _LANES > 0 and head_dim % _LANES == 0
-    column_bytes = num_kv * itemsize
-    if turned:
-        page_bytes = 2 * column_bytes * _round_up(page_size, sublanes) * head_dim
-    else:
-        page_bytes = 2 * column_bytes * _round_up(part_dim, sublanes)
-        page_bytes *= _round_up(page_size, _LANES)
-    if turned:
-        at_once = min(_SLOTS // page_size, max_pages)
-    else:
-        at_once = min(max(4 // packing, 1), -(-max_pages // packing)) * packing
-    at_once = max(at_once, 1)
-    pages = max(_BLOCK_BYTES // page_bytes // at_once, 1) * at_once
-    pages = min(pages, _round_up(max_pages, at_once))
-    fresh_bytes = 4 * num_kv * num_tiles * tile * lanes * itemsize
-    scores_bytes = 6 * packing * rows * max(_SLOTS, tile) * 4
-    vmem = rows * row_bytes + 2 * pages * page_bytes + fresh_bytes + scores_bytes
-    return Plan(
-        tokens=tokens,
-        num_blocks=num_blocks,
-        rows=rows,
-        tile=tile,
-        num_tiles=num_tiles,
-        pages=pages,
-        pages_at_once=at_once,
-        turned=turned,
-        packing=packing,
-        cores=1 if batch % 2 else 2,
-        vmem_bytes=vmem + 4 * 2**20,
-    )
-
-
-def obstacle(
-    query_shape, dtype, page_size: int, max_pages: int, packing: int
-) -> str | None:
-    """Say what of these shapes the kernel cannot do, and the remedy; None: nothing."""
-    cut = plan(query_shape, dtype, page_size, max_pages)
-    if packing != cut.packing:
-        return (
-            f"pages of {page_size} slots of {query_shape[4]} features, "
-            f"{packing} side by side, would be copied into another layout at every "
-            f"call: give them with packing={cut.packing} (page_layout.pack)"
-        )
-    if query_shape[3] > 1:
-        if cut.vmem_bytes > VMEM_BYTES:
-            return (
-                f"T={query_shape[3]} fresh tokens need {cut.vmem_bytes / 2**20:.0f} MiB"
-                f" of vector memory, more than {VMEM_BYTES / 2**20:.0f}: give fewer at "
-                "once (rollout.prefill_chunk)"
-            )
-    return None
 
 
 def verify_attention(
@@ -187,7 +68,7 @@ def verify_attention(
     """
     batch, num_kv, group, num_tokens, head_dim = query.shape
     page_size, max_pages = cache_keys.shape[-1] // packing, page_table.shape[1]
-    cut = plan(query.shape, query.dtype, page_size, max_pages)
+    cut = tpu_plan.plan(query.shape, query.dtype, page_size, max_pages)
     parts = cut.packing
     num_features = page_layout.padded(head_dim, parts)
     part_dim = num_features // parts
@@ -306,7 +187,9 @@ def verify_attention(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=max(cut.vmem_bytes, 16 * 2**20),
         ),
-        cost_estimate=cost(query.shape, query.dtype, page_size, max_pages, window),
+        cost_estimate=tpu_plan.cost(
+            query.shape, query.dtype, page_size, max_pages, window
+        ),
         interpret=interpret,
         name="verify_attention",
     )
@@ -336,38 +219,6 @@ def verify_attention(
     return out, unpacked(outputs[1])[..., 0] if with_log_normaliser else None
 
 
-def cost(
-    query_shape: tuple[int, ...],
-    dtype,
-    page_size: int,
-    max_pages: int,
-    window: Array | int | None = None,
-) -> pl.CostEstimate:
-    """Estimate a call whose rows are as long as the page table allows.
-
-    Args:
-      query_shape, dtype, page_size, max_pages: see `plan`.
-      window: see `api.verify_attention`; a traced one may be as wide as the row.
-
-    Returns:
-      What the kernel computes and moves.
-    """
-    batch, num_kv, group, num_tokens, head_dim = query_shape
-    cut = plan(query_shape, dtype, page_size, max_pages)
-    itemsize = jnp.dtype(dtype).itemsize
-    num_slots = max_pages * page_size
-    if isinstance(window, int):
-        num_slots = min(num_slots, window + page_size)
-    scores = batch * num_kv * group * num_tokens * (num_slots + num_tokens)
-    columns = batch * (cut.num_blocks * num_slots + num_tokens) * num_kv
-    queries = batch * num_kv * cut.num_blocks * cut.rows
-    return pl.CostEstimate(
-        flops=4 * scores * head_dim,
-        transcendentals=scores,
-        bytes_accessed=2 * (columns + queries) * head_dim * itemsize,
-    )
-
-
 def _kernel(
     layer_ref,
     lengths_ref,
@@ -383,7 +234,7 @@ def _kernel(
     values_hbm,
     out_ref,
     *rest,
-    cut: Plan,
+    cut: tpu_plan.Plan,
     batch: int,
     max_pages: int,
     page_size: int,
@@ -514,15 +365,24 @@ def _kernel(
                     buf[at].astype(query.dtype) for buf in (keys_buf, values_buf)
                 )
                 if cut.packing > 1:
-                    scores.append(_packed_scores(query, key, cut, page_size))
+                    scores.append(
+                        tpu_products.packed_scores(query, key, cut, page_size)
+                    )
                     add = functools.partial(
-                        _packed_sum, value=value, cut=cut, page_size=page_size
+                        tpu_products.packed_sum,
+                        value=value,
+                        cut=cut,
+                        page_size=page_size,
                     )
                 else:
                     key, value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
-                    scores.append(_dot(query, key, (1, 1 if cut.turned else 0)))
+                    scores.append(
+                        tpu_products.dot(query, key, (1, 1 if cut.turned else 0))
+                    )
                     contract = (1, 0 if cut.turned else 1)
-                    add = functools.partial(_weighted, value=value, contract=contract)
+                    add = functools.partial(
+                        tpu_products.weighted, value=value, contract=contract
+                    )
                 weigh.append(add)
             update(head, scores, visible, weigh)
 
@@ -569,7 +429,7 @@ def _kernel(
 
         def one_head(head, _):
             scores = sum(
-                _dot(
+                tpu_products.dot(
                     query_ref[0, head, 0, pl.ds(part * cut.rows, cut.rows)],
                     fresh_keys_ref[0, head, part, here],
                     (1, 1),
@@ -580,7 +440,7 @@ def _kernel(
             def add(weights):
                 return jnp.concatenate(
                     [
-                        _weighted(
+                        tpu_products.weighted(
                             weights, fresh_values_ref[0, head, part, here], (1, 0)
                         )
                         for part in range(cut.packing)
@@ -608,106 +468,8 @@ def _kernel(
             log_ref[0, head, 0] = jnp.broadcast_to(log, log_ref.shape[3:])
 
 
-def _packed_scores(query: Array, keys: Array, cut: Plan, page_size: int) -> Array:
-    """Multiply queries by the keys of `packing` packed pages.
-
-    The product with a page has part i of the features right in rows of part i and the
-    i-th stretch of lanes alone. The sums over the parts come together in the page's own
-    stretch: at each step, pages of one half of the stretches hand over what they hold
-    in the other half, and take what belongs to them.
-
-    Args:
-      query: `[packing x R, H / packing]`, parts one under the other.
-      keys: `[packing, H / packing, 128]`, a page each.
-      cut: of the call.
-      page_size: lanes of a stretch.
-
-    Returns:
-      Products `[R, 128]`, the pages' slots side by side.
-    """
-    stretch = _stretches((cut.rows, _LANES), page_size)
-    pages = []
-    for page in range(cut.packing):
-        product = _dot(query, keys[page], (1, 0))
-        right = product[: cut.rows]
-        for part in range(1, cut.packing):
-            rows = product[part * cut.rows : (part + 1) * cut.rows]
-            right = jnp.where(stretch == part, rows, right)
-        pages.append(right)
-    while len(pages) > 1:
-        half = len(pages) // 2
-        upper = stretch & half > 0
-        pages = [
-            jnp.where(upper, high, low)
-            + _exchange(jnp.where(upper, low, high), upper, half * page_size)
-            for low, high in zip(pages[:half], pages[half:], strict=True)
-        ]
-    return pages[0]
-
-
-def _packed_sum(weights: Array, *, value: Array, cut: Plan, page_size: int) -> Array:
-    """Weigh the values of `packing` packed pages: the way of the scores, backwards.
-
-    Args:
-      weights: `[R, 128] float32`, the pages' slots side by side.
-      value: `[packing, H / packing, 128]`, a page each.
-      cut: of the call.
-      page_size: lanes of a stretch.
-
-    Returns:
-      Sums `[packing x R, H / packing] float32`, parts one under the other.
-    """
-    stretch = _stretches((cut.rows, _LANES), page_size)
-    pages, half = [weights], cut.packing // 2
-    # Each page's weights come to stand in all stretches.
-    while half:
-        upper = stretch & half > 0
-        others = [_exchange(page, upper, half * page_size) for page in pages]
-        pairs = list(zip(pages, others, strict=True))
-        pages = [
-            jnp.where(upper, *pair)
-            for low, high in pairs
-            for pair in ((high, low), (low, high))
-        ]
-        half //= 2
-    total = 0.0
-    for page, of_page in enumerate(pages):
-        parts = [
-            jnp.where(stretch == part, of_page, 0.0) for part in range(cut.packing)
-        ]
-        total += _weighted(jnp.concatenate(parts), value[page], (1, 1))
-    return total
-
-
-def _stretches(shape: tuple[int, int], page_size: int) -> Array:
-    return lax.broadcasted_iota(jnp.int32, shape, 1) // page_size
-
-
-def _exchange(x: Array, upper: Array, distance: int) -> Array:
-    """Swap stretches of lanes that are `distance` apart; `upper` are the later ones."""
-    from_below = pltpu.roll(x, distance, 1)
-    if 2 * distance == _LANES:
-        return from_below
-    return jnp.where(upper, from_below, pltpu.roll(x, _LANES - distance, 1))
-
-
 def _stack(x: Array, count: int) -> Array:
     return jnp.concatenate([x] * count) if count > 1 else x
-
-
-def _weighted(weights: Array, value: Array, contract: tuple[int, int]) -> Array:
-    return _dot(weights.astype(value.dtype), value, contract)
-
-
-def _dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
-    exact = left.dtype == jnp.float32
-    return lax.dot_general(
-        left,
-        right,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _pad(x: Array, axis: int, size: int, mode: str = "constant") -> Array:
@@ -716,7 +478,3 @@ def _pad(x: Array, axis: int, size: int, mode: str = "constant") -> Array:
         return x
     widths = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
     return jnp.pad(x, widths, mode=mode)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return math.ceil(n / multiple) * multiple
