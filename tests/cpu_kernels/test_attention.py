@@ -7,18 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cpu_kernels import hosts
 from tlt_jax import sharding
 from tlt_jax.cpu_kernels import attention, attention_code, ffi
 from tlt_jax.models import kernels
 
-pytestmark = pytest.mark.skipif(
-    not ffi.is_supported(), reason="no native kernels on this machine"
-)
+pytestmark = hosts.needs_native
 
-LESSER_CPUS = {
-    "haswell": frozenset({"avx2", "fma"}),
-    "x86-64": frozenset(),
-}
 LAYER = 1
 # kv heads, queries of each, head dimension, tokens, page size, cached lengths; and keys
 # of earlier calls that are in no page.
@@ -153,14 +148,10 @@ def test_large_scores_neither_overflow_nor_lose_the_smaller():
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(
-    "sse2" not in ffi.host_features(), reason="code for another kind of CPU"
-)
-@pytest.mark.parametrize("cpu", LESSER_CPUS)
+@hosts.needs_x86
+@pytest.mark.parametrize("cpu", hosts.LESSER_CPUS)
 def test_lesser_cpus_compute_the_same(cpu):
-    features = LESSER_CPUS[cpu]
-    if not features <= ffi.host_features():
-        pytest.skip(f"the host is no {cpu}")
+    features = hosts.features_of(cpu)
     fused = ffi.has_fma(features)
     text = attention_code.module(fused).text()
     name = f"test_attention_{cpu}"

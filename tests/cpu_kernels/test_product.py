@@ -11,18 +11,11 @@ import numpy as np
 import pytest
 from jax import lax
 
+from tests.cpu_kernels import hosts
 from tlt_jax.cpu_kernels import choice, ffi, product
 from tlt_jax.models import kernels, layers
 
-pytestmark = pytest.mark.skipif(
-    not ffi.is_supported(), reason="no native kernels on this machine"
-)
-
-# CPUs that run the code on any x86-64 machine of this decade, and their features.
-LESSER_CPUS = {
-    "haswell": frozenset({"avx2", "fma"}),
-    "x86-64": frozenset(),
-}
+pytestmark = hosts.needs_native
 
 
 def draw(*shape, seed=0):
@@ -88,14 +81,10 @@ def test_what_lies_beyond_a_column_does_not_matter():
     np.testing.assert_array_equal(found, np.asarray(product.product(weight, x))[:, 0])
 
 
-@pytest.mark.skipif(
-    "sse2" not in ffi.host_features(), reason="code for another kind of CPU"
-)
-@pytest.mark.parametrize("cpu", LESSER_CPUS)
+@hosts.needs_x86
+@pytest.mark.parametrize("cpu", hosts.LESSER_CPUS)
 def test_lesser_cpus_compute_the_same(cpu):
-    features = LESSER_CPUS[cpu]
-    if not features <= ffi.host_features():
-        pytest.skip(f"the host is no {cpu}")
+    features = hosts.features_of(cpu)
     ffi.register(product.ir(features), {f"test_product_{cpu}": "tlt_jax_product"}, cpu)
     for rows, size, columns in ((5, 9, 1), (33, 40, 3), (29, 31, 17), (64, 50, 70)):
         weight, x = draw(rows, size), draw(size, columns, seed=1)

@@ -1,0 +1,27 @@
+"""Which machines the native kernels' tests need, and lesser CPUs to compile for."""
+
+import pytest
+
+from tlt_jax.cpu_kernels import ffi
+
+# Windows and 32-bit machines have no native kernels: `choice` leaves them to XLA.
+needs_native = pytest.mark.skipif(
+    not ffi.is_supported(), reason="no native kernels on this machine"
+)
+# Code for x86 cannot be run elsewhere; that for Arm is compiled everywhere.
+needs_x86 = pytest.mark.skipif(
+    "sse2" not in ffi.host_features(), reason="code for another kind of CPU"
+)
+# CPUs that run the code on any x86-64 machine of this decade, and their features.
+LESSER_CPUS = {
+    "haswell": frozenset({"avx2", "fma"}),
+    "x86-64": frozenset(),
+}
+
+
+def features_of(cpu: str) -> frozenset[str]:
+    """Look up a lesser CPU's features; skip where the host cannot run its code."""
+    features = LESSER_CPUS[cpu]
+    if not features <= ffi.host_features():
+        pytest.skip(f"the host is no {cpu}")
+    return features
