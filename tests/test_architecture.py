@@ -31,8 +31,7 @@ LAYERS = (
     ),
     ("experiments", "notebooks", "configs"),
 )
-# A kernel's file may be longer if it holds one kernel.
-MAX_LINES, MAX_KERNEL_LINES = 500, 800
+MAX_LINES = 500
 
 
 def modules() -> list[pathlib.Path]:
@@ -103,8 +102,7 @@ def test_modules_are_imported_not_names(path):
 @pytest.mark.parametrize("path", modules(), ids=ids)
 def test_size_and_docstring(path):
     lines = path.read_text().count("\n")
-    kernel = {"pallas_kernels", "cpu_kernels"} & set(path.parts)
-    assert lines <= (MAX_KERNEL_LINES if kernel else MAX_LINES)
+    assert lines <= MAX_LINES
     assert ast.get_docstring(parse(path)), "a module says its purpose"
 
 
