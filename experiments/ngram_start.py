@@ -5,8 +5,9 @@
 A small recipe (`configs/tiny.py:count`) with a drafter that begins with random weights,
 four ways: plain decoding; suffix matches alone (the paper's model-free drafter,
 "TLT-Base"); a drafter, and plain decoding until it is ready; a drafter, and suffix
-matches until then. Tokens are the same in all. Counted, not timed: how many steps each
-row takes for a token (1 without speculation).
+matches until then. Tokens are the same in all; the drafters take the same number of
+updates after every rollout. Counted, not timed: how many steps each row takes for a
+token (1 without speculation).
 
 Reproduces: the paper's TLT-Base and its start with the model-free drafter, in kind.
 """
@@ -15,7 +16,7 @@ import argparse
 import importlib.metadata
 import pathlib
 
-from experiments import cells, harness, plotting, small_runs
+from experiments import cells, drafter_runs, harness, plotting, small_runs
 
 SLUG = "ngram_start"
 RECIPE = "configs/tiny.py:count"
@@ -42,9 +43,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", default=RECIPE)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--updates", type=int, default=12, help="of the drafter, after a rollout"
+    )
+    parser.add_argument("--seeds", type=int, default=2)
     cells.add_options(parser)
     return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, overrides: dict[str, object]) -> list[harness.Row]:
+    """Runs the recipe; a drafter learns after every rollout."""
+    if overrides["specdec.mode"] != "tlt":
+        return small_runs.run(options.config, overrides)
+    settings = drafter_runs.settings_of(options.config, overrides, options.updates)
+    return drafter_runs.run(settings, lambda number: True)
 
 
 def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
@@ -102,7 +114,12 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
     """Runs the experiment; returns the summary that it also writes."""
     options = parse_arguments(arguments)
-    settings = {"config": options.config, "steps": options.steps, "systems": SYSTEMS}
+    settings = {
+        "config": options.config,
+        "steps": options.steps,
+        "updates": options.updates,
+        "systems": SYSTEMS,
+    }
     versions = {"jax": importlib.metadata.version("jax")}
     provenance = harness.Provenance(SLUG, settings, versions)
 
@@ -110,7 +127,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         system = cell.overrides["system"]
         overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
         rows, ready = [], 0
-        for row in small_runs.run(options.config, overrides):
+        for row in run(options, overrides):
             rows.append(
                 {
                     "system": system,

@@ -7,6 +7,7 @@ import pytest
 from experiments import (
     active_batch,
     cells,
+    drafter_runs,
     length_tail,
     losslessness,
     ngram_start,
@@ -70,7 +71,18 @@ def runs(monkeypatch):
             for step in range(1, overrides["num_steps"] + 1)
         ]
 
+    def planned(settings, trains):
+        del trains
+        specdec = settings.specdec
+        asked = {
+            "specdec.mode": specdec.mode,
+            "specdec.ngram_strategies": specdec.ngram_strategies,
+        }
+        asked |= {"seed": settings.seed, "num_steps": settings.num_steps}
+        return run("", asked)
+
     monkeypatch.setattr(small_runs, "run", run)
+    monkeypatch.setattr(drafter_runs, "run", planned)
     return run
 
 
@@ -87,7 +99,7 @@ def test_reward_curves_are_compared_step_by_step(tmp_path, runs, monkeypatch):
 
 
 def test_suffix_matches_count_before_the_drafter_is_ready(tmp_path, runs):
-    summary = ngram_start.main([f"--out={tmp_path}", "--steps=3"])
+    summary = ngram_start.main([f"--out={tmp_path}", "--steps=3", "--seeds=1"])
     found = {row["system"]: row for row in summary}
     assert found["drafter"]["early_steps"] == 1
     assert found["drafter"]["early_tokens_per_row_step"] == 1
