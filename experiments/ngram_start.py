@@ -6,8 +6,8 @@ A small recipe (`configs/tiny.py:count`) with a drafter that begins with random 
 four ways: plain decoding; suffix matches alone (the paper's model-free drafter,
 "TLT-Base"); a drafter, and plain decoding until it is ready; a drafter, and suffix
 matches until then. Tokens are the same in all; the drafters take the same number of
-updates after every rollout. Counted, not timed: how many steps each row takes for a
-token (1 without speculation).
+updates after every rollout. Counted, not timed: tokens for each row of each step. (Less
+than 1 without speculation: rows that have ended stay in a call until it returns.)
 
 Reproduces: the paper's TLT-Base and its start with the model-free drafter, in kind.
 """
@@ -15,6 +15,7 @@ Reproduces: the paper's TLT-Base and its start with the model-free drafter, in k
 import argparse
 import importlib.metadata
 import pathlib
+import statistics
 
 from experiments import cells, drafter_runs, harness, plotting, small_runs
 
@@ -46,7 +47,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--updates", type=int, default=12, help="of the drafter, after a rollout"
     )
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     cells.add_options(parser)
     return parser.parse_args(arguments)
 
@@ -60,7 +61,10 @@ def run(options: argparse.Namespace, overrides: dict[str, object]) -> list[harne
 
 
 def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
-    """Sums row-steps by system, in all and before any drafter was ready."""
+    """Sums row-steps by system, in all and before any drafter was ready.
+
+    `/min` and `/max` are those of single seeds.
+    """
     ready = {(r["seed"], r["step"]) for r in rows if r["ready"]}
     early = [r for r in rows if (r["seed"], r["step"]) not in ready]
     plain = {
@@ -75,16 +79,29 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
         summary.append(
             {
                 "system": system,
+                "seeds": len({r["seed"] for r in its}),
                 "steps": len(its),
                 "steps_differing": sum(
                     r["tokens_digest"] != plain[r["seed"], r["step"]] for r in its
                 ),
-                "tokens_per_row_step": _rate(its),
+                **_rates("tokens_per_row_step", its),
                 "early_steps": len(first),
-                "early_tokens_per_row_step": _rate(first),
+                **_rates("early_tokens_per_row_step", first),
             }
         )
     return summary
+
+
+def _rates(name: str, rows: list[harness.Row]) -> harness.Row:
+    """Of all rows, and of the seed with the least and with the most."""
+    seeds = dict.fromkeys(r["seed"] for r in rows)
+    each = [_rate([r for r in rows if r["seed"] == seed]) for seed in seeds]
+    found = [rate for rate in each if rate is not None]
+    return {
+        name: _rate(rows),
+        f"{name}/min": min(found, default=None),
+        f"{name}/max": max(found, default=None),
+    }
 
 
 def _rate(rows: list[harness.Row]) -> float | None:
@@ -98,15 +115,16 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         "Before the drafter is ready", "RL step", "tokens per row and step", stamp
     )
     for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
-        its = [r for r in rows if r["system"] == system and not r["seed"]]
-        axes.plot(
-            [r["step"] for r in its],
-            [r["tokens"] / r["row_steps"] for r in its],
-            "o-",
-            markersize=3,
-            color=color,
-            label=system,
-        )
+        by_step: dict[int, list[float]] = {}
+        for r in rows:
+            if r["system"] == system:
+                rate = r["tokens"] / r["row_steps"]
+                by_step.setdefault(r["step"], []).append(rate)
+        steps, rates = list(by_step), list(by_step.values())
+        means = [statistics.mean(values) for values in rates]
+        axes.plot(steps, means, "o-", markersize=3, color=color, label=system)
+        least, most = [min(values) for values in rates], [max(v) for v in rates]
+        axes.fill_between(steps, least, most, color=color, alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0)
     plotting.save(fig, path)
 

@@ -99,13 +99,20 @@ def test_reward_curves_are_compared_step_by_step(tmp_path, runs, monkeypatch):
 
 
 def test_suffix_matches_count_before_the_drafter_is_ready(tmp_path, runs):
-    summary = ngram_start.main([f"--out={tmp_path}", "--steps=3", "--seeds=1"])
+    summary = ngram_start.main([f"--out={tmp_path}", "--steps=3", "--seeds=2"])
     found = {row["system"]: row for row in summary}
-    assert found["drafter"]["early_steps"] == 1
+    assert found["drafter"]["early_steps"] == found["drafter"]["seeds"] == 2
     assert found["drafter"]["early_tokens_per_row_step"] == 1
     assert found["matches, then drafter"]["early_tokens_per_row_step"] == 2
     assert found["drafter"]["tokens_per_row_step"] == pytest.approx(300 / 200)
     assert (tmp_path / "ngram_start.png").stat().st_size > 10_000
+    rows = cells.read(tmp_path / "ngram_start.csv")
+    for row in rows:
+        row["row_steps"] *= 1 + row["seed"]
+    plain = ngram_start.summary_of(rows)[0]
+    assert plain["tokens_per_row_step"] == pytest.approx(600 / 900)
+    assert plain["tokens_per_row_step/min"] == pytest.approx(300 / 600)
+    assert plain["tokens_per_row_step/max"] == pytest.approx(300 / 300)
 
 
 def test_a_run_is_the_recipe_with_settings():
