@@ -22,7 +22,7 @@ import statistics
 import numpy as np
 
 from experiments import arm_replay, cells, cluster_size, harness, plotting, trace_file
-from experiments.simulation import cluster, published, workload
+from experiments.simulation import cluster, cluster_records, published, workload
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuner as tuner_lib
 from tlt_jax.specdec import tuners
@@ -123,7 +123,7 @@ def simulated(case: str, seed: int) -> float:
         tuner = tuners.build("cost_model", arms, max_rows=NUM_REQUESTS, seed=seed)
     else:
         tuner = threshold_tuner(table, int(case), NUM_REQUESTS)
-    cfg = cluster.ClusterConfig(
+    cfg = cluster_records.ClusterConfig(
         num_workers=1,
         workers_per_place=1,
         max_rows=NUM_REQUESTS,

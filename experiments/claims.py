@@ -129,9 +129,9 @@ def _grows_with_devices(rows: Rows) -> Finding:
 
 
 def _within_tolerance(rows: Rows) -> Finding:
-    told = ", ".join(
-        f"{r['system']}/{r['acceptance']} {r['ratio']:.2f} (worst step off by "
-        f"{r['worst_step_error']:.0%})"
+    told = "; ".join(
+        f"{r['system']}, given {r['given']}: {r['ratio']:.2f} "
+        f"({r['steps_within_tolerance']} of {r['steps']} single RL steps, too)"
         for r in rows
     )
     return all(r["within_tolerance"] for r in rows), told

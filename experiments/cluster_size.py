@@ -23,7 +23,7 @@ import time
 import numpy as np
 
 from experiments import harness, plotting
-from experiments.simulation import cluster, costs, published, rl_step, workload
+from experiments.simulation import cluster_records, costs, published, rl_step, workload
 from tlt_jax.specdec import strategy as strategy_lib
 
 SLUG = "cluster_size"
@@ -158,7 +158,7 @@ def scenario_of(
         )
 
     return rl_step.Scenario(
-        cfg=cluster.ClusterConfig(
+        cfg=cluster_records.ClusterConfig(
             num_workers=num_devices // machine.tensor,
             workers_per_place=max(DEVICES_PER_NODE // machine.tensor, 1),
             max_rows=MAX_ROWS,

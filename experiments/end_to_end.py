@@ -280,7 +280,7 @@ def plot(rows: list[harness.Row], warm_steps: int, path: pathlib.Path, stamp: st
                 statistics.mean(r[f"{stage}_s"] for r in its if r["system"] == name)
                 for name in systems
             ]
-            if sum(heights):
+            if sum(heights) > 1e-3:  # seconds that can be seen
                 color = plotting.STAGE_COLORS[stage]
                 axes.bar(systems, heights, 0.6, floor, color=color, label=stage)
             floor = [a + b for a, b in zip(floor, heights, strict=True)]

@@ -65,8 +65,8 @@ def rows_of(
 def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     """Draws a panel for each experiment, a row for each peer and case."""
     titles = {
-        DECODE: "greedy decoding, tokens per second",
-        STEP: "a GRPO step, seconds",
+        DECODE: "greedy decoding, by tokens per second",
+        STEP: "a GRPO step, by its seconds",
     }
     present = [name for name in titles if any(r["experiment"] == name for r in rows)]
     fig, panels = plotting.panels(
@@ -90,6 +90,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         axes.grid(visible=False)
         axes.margins(x=0.15)
         axes.set_title(titles[name], loc="left", fontsize=10)
+        axes.set_xlabel("times the peer's speed (black: down to the worst round)")
     plotting.save(fig, path)
 
 

@@ -32,7 +32,7 @@ import sys
 import numpy as np
 
 from experiments import cluster_size, harness
-from experiments.simulation import cluster, costs, published, rl_step, workload
+from experiments.simulation import cluster_records, costs, published, rl_step, workload
 from tlt_jax.rl import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -307,7 +307,7 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
         )
 
     return rl_step.Scenario(
-        cfg=cluster.ClusterConfig(
+        cfg=cluster_records.ClusterConfig(
             num_workers=options.devices // options.tensor,
             workers_per_place=max(options.per_host // options.tensor, 1),
             max_rows=options.max_rows,
@@ -323,7 +323,7 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
         threshold=cluster_size.THRESHOLD,
         responses=responses,
         rest_s=rest_s,
-        drafter=cluster.Drafter(
+        drafter=cluster_records.Drafter(
             learned=options.learned if options.stale_accept_length else 0.0,
             lost=options.lost if options.stale_accept_length else 0.0,
         ),

@@ -1,35 +1,50 @@
 """The simulator against recorded runs: makespans predicted from other steps' costs.
 
     python -m experiments.simulator_check --scale=cpu
-    python -m experiments.simulator_check --scale=cpu --workdirs=off=DIR,tlt=DIR
+    python -m experiments.simulator_check --scale=cpu --workdirs=off=DIR,frozen=DIR,...
 
-Two runs of `experiments.end_to_end` on two cores (SmolLM2-135M, two workers of one core
-and two rows each; everything off, and everything on) are simulated RL step by RL step.
-Given to the simulator, as the workload: how long each response is. Calibrated on the
-other RL steps of the run: what a decode step takes at one and at two rows, a prompt's
-token, a finished response, a drafter's step and its beginning; and how many drafts are
-accepted in responses that end and in those cut at the limit. So no step helps to
-predict itself. Rollouts are compared, compilation left out; update and sync are not.
+Three runs of `experiments.end_to_end` on two cores (SmolLM2-135M, two workers of one
+core and two rows each; everything off, a frozen drafter, everything on) are simulated
+RL step by RL step, by one cluster and one tuner from the first step to the last.
+Rollouts are compared, compilation left out; update and sync are not. The first RL step,
+in which programs compile and the tuner tries plain decoding, is simulated and not
+compared. `given` says what the simulator is told of the step that it predicts:
 
-`acceptance=recorded` also takes the step's own mean accept length as part of the
-workload (its own seconds are still not used); `calibrated` does not.
+- `lengths`: how long each response is. Calibrated on the other RL steps of the run:
+  what decoding at one and at two rows takes, a prompt's token, a finished response, a
+  drafter's step, examining and publishing it; and how drafts fare, by drawing for each
+  response one of the other steps' that ended alike (at the limit, or before, at about
+  the same length). So no step helps to predict itself.
+- `drafts`: also which tokens of each response a draft had guessed.
+- `speed`: also one factor, how fast the machine was during this step: the seconds that
+  it spent decoding in those that its decode steps take at the other steps' speed. The
+  machine is a shared one: plain decode steps of one run took between 20 and 34 ms.
+
+What is off with `lengths` and not with `drafts` is what drafts will bring, which
+nobody knows before; what is off with `drafts` and not with `speed` is the machine; and
+what is off with all is the simulator.
 
 With `--workdirs` the runs are read from there and written down beside the results.
 """
 
 import argparse
+import collections
+import dataclasses
 import importlib.metadata
 import pathlib
 import statistics
 
+import numpy as np
+
 from experiments import harness, plotting
-from experiments.simulation import cluster, costs, recorded, workload
+from experiments.simulation import cluster, cluster_records, costs, recorded, workload
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuners
 
 SLUG = "simulator_check"
 TOLERANCE = 0.10
-SYSTEMS = ("off", "tlt")
+SYSTEMS = ("off", "frozen", "tlt")
+LENGTHS, DRAFTS, SPEED = GIVEN = ("lengths", "drafts", "speed")
 # Of the recipe that was recorded.
 GROUP_SIZE, PROMPT_TOKENS, MAX_NEW_TOKENS = 8, 160, 512
 STRATEGY = strategy_lib.Strategy(7, 1, 8)
@@ -42,6 +57,8 @@ SIZES = {
     "steps_per_call": 32,
     "max_new_tokens": MAX_NEW_TOKENS,
 }
+# Of seconds at one row in those at two; the best is found by the workers' idle time.
+RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -53,7 +70,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workdirs",
         default="",
-        help="off=DIR,tlt=DIR: runs to write down and to check against",
+        help="off=DIR,frozen=DIR,tlt=DIR: runs to write down and to check against",
     )
     parser.add_argument("--seeds", type=int, default=5)
     return parser.parse_args(arguments)
@@ -68,13 +85,13 @@ def read_runs(workdirs: str) -> dict[str, list[recorded.Step]]:
     """Reads the recorded runs, or writes them down first.
 
     Raises:
-      ValueError: `--workdirs` names something else than the two systems.
+      ValueError: `--workdirs` names something else than the systems.
     """
     given = harness.parse_pairs(workdirs, "workdirs")
     unknown = [name for name in given if name not in SYSTEMS]
     if unknown or (given and len(given) < len(SYSTEMS)):
         raise ValueError(
-            f"--workdirs={workdirs}: name off=DIR and tlt=DIR, both of "
+            f"--workdirs={workdirs}: name {'=DIR,'.join(SYSTEMS)}=DIR, all of "
             "experiments.end_to_end."
         )
     for system, folder in given.items():
@@ -84,34 +101,46 @@ def read_runs(workdirs: str) -> dict[str, list[recorded.Step]]:
 
 
 def simulate(
-    step: recorded.Step,
-    table: costs.TableCosts,
-    lengths: recorded.AcceptLengths | None,
-    hazards: tuple[float, ...],
+    system: str,
+    steps: list[recorded.Step],
+    tables: list[costs.TableCosts],
+    drafted: list[list[list[workload.Drafted]]],
     seed: int,
-) -> harness.Row:
-    """Simulates a step's rollouts; `lengths` None: everything off."""
+) -> list[harness.Row]:
+    """Simulates the rollouts of a run's steps, one after the other.
+
+    Args:
+      system: whose.
+      steps: of the run.
+      tables: of each step, what it costs.
+      drafted: of each step, by round, how drafts fare in the responses.
+      seed: of the tuner.
+    """
     tuner = acceptance = None
-    if lengths is not None:
-        acceptance = workload.Acceptance({None: hazards})
+    if system != "off":
+        # All responses are known; so nothing is drawn of this.
+        acceptance = workload.Acceptance({None: (1.0,)})
         arms = strategy_lib.Arms(((SIZES["max_rows"], (STRATEGY,)),))
-        tuner = tuners.build("static", arms, max_rows=SIZES["max_rows"], seed=seed)
-    cfg = cluster.ClusterConfig(**SIZES, trains=lengths is not None)
-    simulated = cluster.Cluster(cfg, table, acceptance, tuner, seed=seed)
-    row = dict.fromkeys(
-        ("rollout_s", "decode_steps", "idle_s", "trained_s", "drafter_steps"), 0.0
-    )
-    for found in step.rounds:
-        own = lengths.of(found) if lengths is not None else ()
-        report = simulated.roll_out(
-            workload.grouped(found, GROUP_SIZE, PROMPT_TOKENS, own)
-        )
-        row["rollout_s"] += report.makespan_s
-        row["decode_steps"] += report.num_steps
-        row["idle_s"] += report.sums["workers/idle_s"]
-        row["trained_s"] += report.sums["workers/trained_s"]
-        row["drafter_steps"] += report.num_drafter_steps
-    return row
+        tuner = tuners.build("cost_model", arms, max_rows=SIZES["max_rows"], seed=seed)
+    cfg = cluster_records.ClusterConfig(**SIZES, trains=system == "tlt")
+    simulated = cluster.Cluster(cfg, tables[0], acceptance, tuner, seed=seed)
+    rows = []
+    for step, table, texts in zip(steps, tables, drafted, strict=True):
+        simulated.costs = table
+        row = collections.Counter()
+        for number, lengths in enumerate(step.rounds):
+            known = texts[number] if texts else ()
+            report = simulated.roll_out(
+                workload.grouped(lengths, GROUP_SIZE, PROMPT_TOKENS, known)
+            )
+            row["rollout_s"] += report.makespan_s
+            row["decode_steps"] += report.num_steps
+            row["idle_s"] += report.sums["workers/idle_s"]
+            row["trained_s"] += report.sums["workers/trained_s"]
+            row["drafter_steps"] += report.num_drafter_steps
+        rows.append(dict(row))
+        simulated.changed_target()
+    return rows
 
 
 def observed(step: recorded.Step) -> harness.Row:
@@ -126,32 +155,115 @@ def observed(step: recorded.Step) -> harness.Row:
     }
 
 
-def compare(system: str, steps: list[recorded.Step], seeds: int) -> list[harness.Row]:
-    """Predicts each step from the others."""
+def table_of(
+    system: str,
+    steps: list[recorded.Step],
+    ratio: float,
+    plain: costs.TableCosts | None = None,
+) -> costs.TableCosts:
+    """Calibrates costs on steps; those of plain steps are of a run with all off."""
     strategy = None if system == "off" else STRATEGY
+    table = recorded.calibrated(steps, strategy, ratio)
+    if plain is not None:
+        table = dataclasses.replace(table, steps={**plain.steps, **table.steps})
+    return table
+
+
+def at_its_speed(
+    table: costs.TableCosts, system: str, step: recorded.Step
+) -> costs.TableCosts:
+    """Returns the costs of a machine as fast as it was during the step."""
+    strategy = None if system == "off" else STRATEGY
+    one_s, two_s = (table.steps[rows, strategy] for rows in (1, 2))
+    expected_s = recorded.decode_s(step, one_s, two_s)
+    return table.times(step.values["rollout/decode_s"] / expected_s)
+
+
+def others_of(steps: list[recorded.Step]) -> list[list[recorded.Step]]:
+    """Returns for each step all others that are compared: all but the first."""
+    return [[other for other in steps[1:] if other is not step] for step in steps]
+
+
+def ratios(
+    system: str, steps: list[recorded.Step], plain: costs.TableCosts | None
+) -> list[float]:
+    """Estimates seconds at one row, in those at two, for each step from the others.
+
+    How much of the decoding's seconds was spent at one row is not recorded. But workers
+    decode one row when there are no more, and so the other worker waits the longer, the
+    more that takes: with drafts and speed as they were, the ratio is taken that makes
+    the squared error of the other steps' idle time least.
+    """
+    errors = []
+    for ratio in RATIOS:
+        tables = [
+            at_its_speed(table_of(system, others, ratio, plain), system, step)
+            for step, others in zip(steps, others_of(steps), strict=True)
+        ]
+        found = simulate(system, steps, tables, [s.drafted for s in steps], 0)
+        errors.append(
+            [
+                (row["idle_s"] - step.values["workers/idle_s"]) ** 2
+                for row, step in zip(found, steps, strict=True)
+            ]
+        )
+    table = np.asarray(errors)
+    # The first step, which is not compared, is nowhere among the others.
+    table[:, 0] = 0.0
+    best = [np.argmin(table.sum(axis=1) - of_step) for of_step in table.T]
+    return [RATIOS[int(n)] for n in best]
+
+
+def compare(
+    system: str,
+    steps: list[recorded.Step],
+    plain: costs.TableCosts | None,
+    seeds: int,
+) -> list[harness.Row]:
+    """Predicts each step but the first from the others.
+
+    Args:
+      system: whose run.
+      steps: of it.
+      plain: costs of plain steps; None: of the run itself.
+      seeds: repetitions, with other texts drawn.
+    """
+    others = others_of(steps)
+    tables = [
+        table_of(system, its, ratio, plain)
+        for its, ratio in zip(others, ratios(system, steps, plain), strict=True)
+    ]
+    own_speed = [
+        at_its_speed(table, system, step)
+        for table, step in zip(tables, steps, strict=True)
+    ]
+    recorded_texts = [step.drafted for step in steps]
+    known_of = [recorded.Texts(its, MAX_NEW_TOKENS) for its in others]
     rows = []
-    for step in steps:
-        others = [other for other in steps if other is not step]
-        table = recorded.calibrated(others, strategy)
-        variants: dict[str, recorded.AcceptLengths | None] = {"none": None}
-        hazards: tuple[float, ...] = (1.0,)
-        if strategy is not None:
-            known = recorded.accept_lengths(
-                others, MAX_NEW_TOKENS, strategy.max_accept_length
-            )
-            hazards = recorded.hazards(others)
-            variants = {"calibrated": known, "recorded": known.scaled_to(step)}
-        for acceptance, lengths in variants.items():
-            runs = [simulate(step, table, lengths, hazards, n) for n in range(seeds)]
+    for given in GIVEN:
+        if system == "off" and given == DRAFTS:
+            continue
+        runs = []
+        for seed in range(seeds):
+            rng = np.random.default_rng(seed)
+            texts = recorded_texts
+            if given == LENGTHS and system != "off":
+                texts = [
+                    [known.draw(lengths, rng) for lengths in step.rounds]
+                    for step, known in zip(steps, known_of, strict=True)
+                ]
+            chosen = own_speed if given == SPEED else tables
+            runs.append(simulate(system, steps, chosen, texts, seed))
+        for number, step in enumerate(steps[1:], 1):
             row: harness.Row = {
                 "system": system,
-                "acceptance": acceptance,
+                "given": given,
                 "step": step.step,
                 "responses": step.num_responses,
             }
             for name, value in observed(step).items():
                 row[f"{name}/run"] = value
-                row[name] = statistics.mean(run[name] for run in runs)
+                row[name] = statistics.mean(run[number][name] for run in runs)
             row["ratio"] = row["rollout_s"] / row["rollout_s/run"]
             rows.append(row)
     return rows
@@ -160,62 +272,48 @@ def compare(system: str, steps: list[recorded.Step], seeds: int) -> list[harness
 def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     """Sums makespans over the steps; each was predicted from the others."""
     summary = []
-    cases = dict.fromkeys((row["system"], row["acceptance"]) for row in rows)
-    for system, acceptance in cases:
-        its = [
-            r for r in rows if (r["system"], r["acceptance"]) == (system, acceptance)
-        ]
-        entry: harness.Row = {
-            "system": system,
-            "acceptance": acceptance,
-            "steps": len(its),
-        }
+    cases = dict.fromkeys((row["system"], row["given"]) for row in rows)
+    for system, given in cases:
+        its = [r for r in rows if (r["system"], r["given"]) == (system, given)]
+        entry: harness.Row = {"system": system, "given": given, "steps": len(its)}
         for name in ("rollout_s", "decode_steps", "idle_s", "trained_s"):
             entry[f"{name}/run"] = sum(r[f"{name}/run"] for r in its)
             entry[name] = sum(r[name] for r in its)
         entry["ratio"] = entry["rollout_s"] / entry["rollout_s/run"]
         entry["median_step_error"] = statistics.median(abs(r["ratio"] - 1) for r in its)
         entry["worst_step_error"] = max(abs(r["ratio"] - 1) for r in its)
+        close = [abs(r["ratio"] - 1) <= TOLERANCE for r in its]
+        entry["steps_within_tolerance"] = sum(close)
         entry["within_tolerance"] = abs(entry["ratio"] - 1) <= TOLERANCE
         summary.append(entry)
     return summary
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
-    """Draws predicted against recorded makespans."""
-    figure, axes = plotting.figure(
-        "Simulated against recorded rollouts",
-        "recorded, seconds",
-        "simulated, seconds",
-        stamp,
+    """Draws simulated against recorded makespans, by what was given."""
+    titles = {LENGTHS: "given: lengths", SPEED: "given: lengths, drafts, speed"}
+    names = {"off": "everything off", "frozen": "a frozen drafter", "tlt": "all on"}
+    fig, panels = plotting.panels(
+        "Simulated against recorded rollouts, RL step by RL step", len(titles), stamp
     )
-    shown = {
-        ("off", "none"): "everything off",
-        ("tlt", "recorded"): "everything on, mean acceptance given",
-        ("tlt", "calibrated"): "everything on, acceptance calibrated, too",
-    }
-    most = 1.1 * max(row["rollout_s/run"] for row in rows)
-    axes.fill_between(
-        [0, most],
-        [0, most * (1 - TOLERANCE)],
-        [0, most * (1 + TOLERANCE)],
-        color=plotting.PALE,
-        label="within 10 %",
-    )
-    for (case, label), color, marker in zip(
-        shown.items(), plotting.COLORS, "osx", strict=False
-    ):
-        its = [r for r in rows if (r["system"], r["acceptance"]) == case]
-        axes.plot(
-            [r["rollout_s/run"] for r in its],
-            [r["rollout_s"] for r in its],
-            marker,
-            color=color,
-            label=label,
-        )
-    axes.set_xlim(0, most)
-    axes.set_ylim(0, most)
-    plotting.save(figure, path)
+    most = 1.1 * max(max(row["rollout_s/run"], row["rollout_s"]) for row in rows)
+    for axes, (given, title) in zip(panels, titles.items(), strict=True):
+        bounds = [[0, most * (1 + sign * TOLERANCE)] for sign in (-1, 1)]
+        color = plotting.PALE
+        axes.fill_between([0, most], *bounds, color=color, label="within 10 %")
+        for (system, name), color, marker in zip(
+            names.items(), plotting.COLORS, "osx", strict=False
+        ):
+            its = [r for r in rows if (r["system"], r["given"]) == (system, given)]
+            found = [r["rollout_s"] for r in its]
+            recorded_s = [r["rollout_s/run"] for r in its]
+            axes.plot(recorded_s, found, marker, color=color, label=name)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("recorded, seconds")
+        axes.set_ylabel("simulated, seconds")
+        axes.set_xlim(0, most)
+        axes.set_ylim(0, most)
+    plotting.save(fig, path)
 
 
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
@@ -226,10 +324,14 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     provenance = harness.Provenance(
         SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
     )
+    off = runs["off"][1:]
+    plain = table_of("off", off, statistics.median(ratios("off", runs["off"], None)))
     rows = [
         row
         for system, steps in runs.items()
-        for row in compare(system, steps, options.seeds)
+        for row in compare(
+            system, steps, None if system == "off" else plain, options.seeds
+        )
     ]
     summary = summary_of(rows)
     harness.write_results(options, SLUG, rows, summary, provenance)

@@ -4,106 +4,23 @@ What decides is the system itself: `request_queue.RequestQueue` hands requests o
 `scheduler.Scheduler` admits rows and gives them pages, `coordination.Coordination`
 (under a simulated clock) says who generates, trains and stops, and a `tuner.Tuner`
 chooses strategies. Made up are only the devices: how long something takes (`costs`) and
-how many drafts are accepted (`workload.Acceptance`). The loops below are those of
+how many drafts are accepted (`decoding.lifetimes`). The loops below are those of
 `rollout.Engine.serve`, `workers.Workers` and `spot_trainer.SpotTrainer`, with an event
 where those wait.
 """
 
-import dataclasses
-import functools
 import heapq
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from experiments.simulation import cluster_records, decoding, workload
 from experiments.simulation import costs as costs_lib
-from experiments.simulation import workload
 from tlt_jax import types
 from tlt_jax.rl import coordination, coordinator, request_queue, scheduler
 from tlt_jax.rl import coordinator_records as records
 from tlt_jax.specdec import tuner as tuner_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class ClusterConfig:
-    """Sizes of a cluster and its engines.
-
-    Attributes:
-      num_workers: rollout workers.
-      workers_per_place: those of one process, which train together.
-      max_rows: rows that a worker decodes at once.
-      num_pages, page_size: of a worker's cache, scratch page included.
-      steps_per_call: tokens of a row in a decode call.
-      max_new_tokens: length limit, for which pages are reserved.
-      trains: whether waiting workers train the drafter.
-      min_idle: waiting workers that begin a training.
-    """
-
-    num_workers: int
-    workers_per_place: int
-    max_rows: int
-    num_pages: int
-    page_size: int
-    steps_per_call: int
-    max_new_tokens: int
-    trains: bool = True
-    min_idle: int = 1
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.name != "trains" and getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"{field.name}={getattr(self, field.name)} is out of range: at "
-                    "least 1."
-                )
-
-
-@dataclasses.dataclass
-class Drafter:
-    """The state of the drafter.
-
-    Attributes:
-      quality: 0 to 1, see `workload.Acceptance`.
-      learned: share of the distance to 1 that one worker's training step covers.
-      lost: share of `quality` that an update of the target takes.
-      version: counts publications.
-    """
-
-    quality: float = 1.0
-    learned: float = 0.0
-    lost: float = 0.0
-    version: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What came of a rollout.
-
-    Attributes:
-      makespan_s: from its begin to its end, drafter's last step included.
-      num_tokens, num_calls, num_steps: of decoding, over all workers.
-      decode_s, prefill_s: seconds of workers.
-      accept_length: tokens per row and speculative step; 1 without.
-      steps_by_kind: decode steps by (bucket, strategy).
-      num_drafter_steps: taken on waiting workers, each worker's counted.
-      num_preempted: rows put back for want of pages.
-      intervals: what each worker did.
-      sums: `workers/` values, as the coordinator gives them.
-    """
-
-    makespan_s: float
-    num_tokens: int
-    num_calls: int
-    num_steps: int
-    decode_s: float
-    prefill_s: float
-    accept_length: float
-    steps_by_kind: Mapping[costs_lib.Kind, int]
-    num_drafter_steps: int
-    num_preempted: int
-    intervals: tuple[records.Interval, ...]
-    sums: Mapping[str, float]
 
 
 class Cluster:
@@ -111,13 +28,13 @@ class Cluster:
 
     def __init__(
         self,
-        cfg: ClusterConfig,
+        cfg: cluster_records.ClusterConfig,
         costs: costs_lib.Costs,
         acceptance: workload.Acceptance | None,
         tuner: tuner_lib.Tuner | None,
         *,
         seed: int,
-        drafter: Drafter | None = None,
+        drafter: cluster_records.Drafter | None = None,
     ):
         """Begins at time 0 with nothing to do.
 
@@ -135,7 +52,9 @@ class Cluster:
             acceptance,
             tuner,
         )
-        self.drafter = drafter or Drafter()
+        self.drafter = drafter or cluster_records.Drafter()
+        # Whether a training of this version of the target has examined the drafter.
+        self.is_measured = False
         self.now_s = 0.0
         self.coordination = coordination.Coordination(
             records.Config(
@@ -145,7 +64,7 @@ class Cluster:
             ),
             clock=lambda: self.now_s,
         )
-        self._rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
 
@@ -156,6 +75,7 @@ class Cluster:
 
     def changed_target(self) -> None:
         """Notes that the policy was updated: the drafter falls behind."""
+        self.is_measured = False
         self.drafter.quality *= 1 - self.drafter.lost
         if self.tuner is not None:
             self.tuner.changed("target")
@@ -164,7 +84,7 @@ class Cluster:
         self,
         responses: Sequence[workload.Response],
         expected_lengths: Mapping[int, float] | None = None,
-    ) -> Report:
+    ) -> cluster_records.Report:
         """Generates responses; returns what that took.
 
         Args:
@@ -191,32 +111,6 @@ class Cluster:
         assert seconds >= 0, seconds
         heapq.heappush(self._events, (self.now_s + seconds, next(self._order), act))
 
-    def lifetimes(
-        self, own: Sequence[float | None], num_steps: int, strategy
-    ) -> np.ndarray:
-        """Draws how many drafts are accepted, `[rows, num_steps]`.
-
-        Args:
-          own: of each row the accept length that is known of it, or None.
-          num_steps: drawn of each row.
-          strategy: what is drafted.
-        """
-        survival = self.acceptance.survival(strategy, self.drafter.quality)
-        draws = self._rng.random((len(own), num_steps))
-        # At least d where the draw is below the chance of that.
-        found = np.searchsorted(-survival, -draws, side="left")
-        for i, accept_length in enumerate(own):
-            if accept_length is not None:
-                survival = _survival(accept_length, strategy.draft_depth)
-                found[i] = np.searchsorted(-survival, -draws[i], side="left")
-        return found
-
-
-@functools.cache
-def _survival(accept_length: float, depth: int) -> np.ndarray:
-    hazard = workload.hazard_of(min(max(accept_length, 1.0), depth + 1.0), depth)
-    return np.cumprod(np.full(depth, hazard))
-
 
 class _Rollout:
     """One rollout while it runs."""
@@ -227,7 +121,7 @@ class _Rollout:
         prompts: dict[int, np.ndarray] = {}
         requests, samples = [], {}
         self._lengths: dict[int, int] = {}
-        self._accept_lengths: dict[int, float | None] = {}
+        self._drafted: dict[int, workload.Drafted | None] = {}
         for number, response in enumerate(responses):
             text = prompts.setdefault(
                 response.prompt, np.zeros(response.prompt_tokens, np.int32)
@@ -246,7 +140,7 @@ class _Rollout:
                 )
             requests.append(request)
             self._lengths[number] = response.num_tokens
-            self._accept_lengths[number] = response.accept_length
+            self._drafted[number] = response.drafted
         self._queue = request_queue.RequestQueue(
             requests,
             num_workers=cfg.num_workers,
@@ -295,11 +189,11 @@ class _Rollout:
         self.cluster.coordination.send(event)
         self.act()
 
-    def report(self) -> Report:
+    def report(self) -> cluster_records.Report:
         """Sums the rollout up."""
         c = self.cluster.coordination
         rows, tokens = self.accepted
-        return Report(
+        return cluster_records.Report(
             makespan_s=c.state.ended_s - c.state.began_s,
             num_tokens=self.num_tokens,
             num_calls=self.num_calls,
@@ -357,9 +251,15 @@ class _Serving:
         )
         lifetimes = None
         if strategy is not None:
-            own = [rolling._accept_lengths[r.request.request_id] for r in rows]
-            lifetimes = cluster.lifetimes(own, cfg.steps_per_call, strategy)
-        num_steps, counts, accepted = decode(left, lifetimes, cfg.steps_per_call, quota)
+            lifetimes = decoding.lifetimes(
+                cluster.rng,
+                cluster.acceptance.survival(strategy, cluster.drafter.quality),
+                [(rolling._drafted[r.request.request_id], len(r.tokens)) for r in rows],
+                cfg.steps_per_call,
+            )
+        num_steps, counts, accepted = decoding.decode(
+            left, lifetimes, cfg.steps_per_call, quota
+        )
         context = sum(row.length for row in rows) + counts.sum() / 2
         elapsed_s = num_steps * costs.step_s(bucket, strategy, context)
         if not np.isfinite(elapsed_s) or elapsed_s <= 0:
@@ -444,8 +344,18 @@ class _Training:
         self._cluster.after(self._cluster.costs.training_start_s(), self._begun)
 
     def _begun(self) -> None:
+        if self._stopped():
+            return
+        self._runs(self._order)
+        if self._cluster.is_measured:
+            self._step()
+            return
+        # An RL step's first training begins with what drafts would have had accepted.
+        self._cluster.is_measured = True
+        self._cluster.after(self._cluster.costs.measure_s(), self._measured)
+
+    def _measured(self) -> None:
         if not self._stopped():
-            self._runs(self._order)
             self._step()
 
     def _runs(self, order: records.Train) -> None:
@@ -457,9 +367,13 @@ class _Training:
             joining, self._joining = self._joining, None
             self._runs(joining)
         members = len(self._order.workers)
-        self._cluster.after(
-            self._cluster.costs.drafter_step_s(members), lambda: self._stepped(members)
-        )
+        seconds = self._cluster.costs.drafter_step_s(members)
+        if not seconds > 0:
+            raise ValueError(
+                f"a drafter's step takes {seconds:g} s: where workers train it takes "
+                "more than 0."
+            )
+        self._cluster.after(seconds, lambda: self._stepped(members))
 
     def _stepped(self, members: int) -> None:
         drafter = self._cluster.drafter
@@ -489,37 +403,3 @@ class _Training:
             if self._cluster.tuner is not None:
                 self._cluster.tuner.changed("drafter")
         self._rolling.send(records.TrainingStopped(self._order.training))
-
-
-def decode(
-    left: np.ndarray, lifetimes: np.ndarray | None, limit: int, quota: int
-) -> tuple[int, np.ndarray, tuple[int, ...]]:
-    """Decodes rows once, as the engine's program does.
-
-    Steps are taken until a row has drawn `limit` tokens or `quota` rows have ended.
-
-    Args:
-      left: `[n] int`, tokens until each row ends.
-      lifetimes: `[n, limit] int`, drafts accepted by each step; None: plain steps.
-      limit: tokens of a row.
-      quota: rows.
-
-    Returns:
-      Steps; tokens of each row, `[n] int`; `num_accepted` as of `tuner.Call`, up to
-      the deepest draft that was accepted.
-    """
-    most = np.minimum(left, limit)
-    if lifetimes is None:
-        ended = np.sort(left)
-        num_steps = int(min(ended[min(quota, len(left)) - 1], limit))
-        return num_steps, np.minimum(left, num_steps), ()
-    totals = np.minimum(np.cumsum(1 + lifetimes, axis=1), most[:, None])
-    stops = (totals.max(axis=0) >= limit) | (
-        (totals >= left[:, None]).sum(axis=0) >= quota
-    )
-    num_steps = int(np.argmax(stops)) + 1
-    before = np.concatenate([np.zeros((len(left), 1), int), totals], axis=1)
-    alive = before[:, :num_steps] < left[:, None]
-    lived = np.bincount(lifetimes[:, :num_steps][alive])
-    accepted = tuple(int(n) for n in np.cumsum(lived[::-1])[::-1])
-    return num_steps, totals[:, num_steps - 1], accepted

@@ -34,6 +34,9 @@ class Costs(Protocol):
     def finish_s(self) -> float:
         """Returns seconds spent on a finished response: features read, text kept."""
 
+    def measure_s(self) -> float:
+        """Returns seconds in which an RL step's first training examines the drafter."""
+
     def drafter_step_s(self, num_members: int) -> float:
         """Returns seconds of a drafter's training step on so many workers."""
 
@@ -52,13 +55,15 @@ class TableCosts:
       steps: seconds of a decode step by batch bucket and strategy.
       prefill_token_s, fill_token_s: of a token.
       finished_s: of a finished response.
-      drafter_s, start_s, sync_s: of a drafter's step, of its beginning, of publishing.
+      measured_s, drafter_s: of examining the drafter, of a step of its training.
+      start_s, sync_s: of a training's beginning, of publishing.
     """
 
     steps: Mapping[Kind, float]
     prefill_token_s: float = 0.0
     fill_token_s: float = 0.0
     finished_s: float = 0.0
+    measured_s: float = 0.0
     drafter_s: float = 0.0
     start_s: float = 0.0
     sync_s: float = 0.0
@@ -91,6 +96,10 @@ class TableCosts:
         """Returns seconds spent on a finished response."""
         return self.finished_s
 
+    def measure_s(self) -> float:
+        """Returns seconds in which the drafter is examined."""
+        return self.measured_s
+
     def drafter_step_s(self, num_members: int) -> float:
         """Returns seconds of a drafter's step; members share the rows of the batch."""
         del num_members  # Each member brings its own rows along.
@@ -103,6 +112,16 @@ class TableCosts:
     def publish_s(self) -> float:
         """Returns seconds to hand the drafter over."""
         return self.sync_s
+
+    def times(self, factor: float) -> "TableCosts":
+        """Returns them of a machine that takes so many times as long for everything."""
+        seconds = {
+            field.name: factor * getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "steps"
+        }
+        steps = {kind: factor * value for kind, value in self.steps.items()}
+        return TableCosts(steps, **seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +256,10 @@ class RooflineCosts:
     def finish_s(self) -> float:
         """Returns nothing: features leave the device beside the next step."""
         return 0.0
+
+    def measure_s(self) -> float:
+        """Returns seconds of a forward over a drafter step's batch."""
+        return self.drafter_step_s(1) / 3
 
     def drafter_step_s(self, num_members: int) -> float:
         """Returns seconds of a drafter's step, each member with rows of its own."""

@@ -1,7 +1,8 @@
 """Recorded runs: what a workdir tells of its rollouts, in a small file.
 
 Of each RL step: the lengths of its responses by round (dynamic sampling takes several
-rollouts), what was decoded in how many seconds, and what the workers did when.
+rollouts), how drafts fared in them, what was decoded in how many seconds, and what the
+workers did when.
 """
 
 import dataclasses
@@ -23,15 +24,19 @@ class Step:
     Attributes:
       step: its number.
       rounds: lengths of the responses of each rollout.
+      missed: of each the tokens that no draft had guessed; nothing of a run without.
       values: of the run's record, by name.
       starts: trainings begun, by the timeline.
+      published: versions of the drafter that they gave to the engines.
       busy_s: seconds of all workers with requests.
     """
 
     step: int
     rounds: tuple[tuple[int, ...], ...]
+    missed: tuple[tuple[tuple[int, ...], ...], ...]
     values: dict
     starts: int
+    published: int
     busy_s: float
 
     @property
@@ -39,14 +44,21 @@ class Step:
         """Responses of all rounds."""
         return sum(map(len, self.rounds))
 
+    @property
+    def drafted(self) -> list[list[workload.Drafted]]:
+        """How drafts fared, by round; of a run without any, no rounds."""
+        return [
+            list(map(workload.Drafted, lengths, missed))
+            for lengths, missed in zip(self.rounds, self.missed, strict=False)
+        ]
+
 
 _KEPT = (
     *("rollout/decode_steps", "rollout/row_steps", "rollout/decode_s"),
     *("rollout/prefill_tokens", "rollout/prefill_s", "rollout/tokens"),
     *("time/rollout_s", "time/compile_s", "time/update_s", "time/sync_s"),
     *("workers/idle_s", "workers/trained_s"),
-    *("drafter/num_steps", "drafter/train_s"),
-    *("specdec/num_accepted", "specdec/num_tried", "specdec/strategy"),
+    *("drafter/num_steps", "drafter/train_s", "specdec/accept_length"),
 )
 
 
@@ -56,13 +68,16 @@ def from_workdir(workdir: pathlib.Path) -> list[Step]:
     Raises:
       ValueError: it has no rollouts, or steps of it lack records.
     """
-    lengths = workload.read_lengths(workdir)
+    texts = workload.read_rollouts(workdir)
     spent = {record["step"]: record for record in timeline.read(workdir)}
     steps = []
+    version: int | None = None
     for row in metrics.read(workdir):
-        if row["step"] not in lengths:
+        before, version = version, row.get("drafter/version")
+        published = version - before if version and before is not None else 0
+        if row["step"] not in texts:
             continue
-        found = lengths[row["step"]]
+        found = texts[row["step"]]
         rounds = int(row.get("rollout/rounds", 1))
         if len(found) % rounds:
             raise ValueError(
@@ -70,6 +85,8 @@ def from_workdir(workdir: pathlib.Path) -> list[Step]:
                 f"{rounds} rounds: its rollouts are not whole."
             )
         each = len(found) // rounds
+        starts = range(0, len(found), each)
+        drafts = any(len(text.missed) < text.num_tokens for text in found)
         intervals = [
             interval
             for worker in spent.get(row["step"], {"workers": []})["workers"]
@@ -78,9 +95,13 @@ def from_workdir(workdir: pathlib.Path) -> list[Step]:
         steps.append(
             Step(
                 row["step"],
-                tuple(tuple(found[i : i + each]) for i in range(0, len(found), each)),
+                tuple(tuple(t.num_tokens for t in found[i : i + each]) for i in starts),
+                tuple(tuple(t.missed for t in found[i : i + each]) for i in starts)
+                if drafts
+                else (),
                 {name: row[name] for name in _KEPT if name in row},
                 sum(state == timeline.TRAINING for state, _, _ in intervals),
+                published,
                 sum(b - a for state, a, b in intervals if state == timeline.BUSY),
             )
         )
@@ -90,7 +111,8 @@ def from_workdir(workdir: pathlib.Path) -> list[Step]:
 def write(steps: Sequence[Step], path: pathlib.Path) -> None:
     """Writes a line of JSON for each step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dataclasses.asdict(step)) + "\n" for step in steps]
+    rows = [dataclasses.asdict(step) for step in steps]
+    lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -104,7 +126,10 @@ def read(path: pathlib.Path) -> list[Step]:
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            row["rounds"] = tuple(tuple(lengths) for lengths in row["rounds"])
+            row["rounds"] = tuple(map(tuple, row["rounds"]))
+            row["missed"] = tuple(
+                tuple(map(tuple, texts)) for texts in row.get("missed", ())
+            )
             steps.append(Step(**row))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -114,122 +139,96 @@ def read(path: pathlib.Path) -> list[Step]:
     return steps
 
 
-def step_seconds(
-    steps: Sequence[Step], strategy: strategy_lib.Strategy | None
-) -> dict[costs.Kind, float]:
-    """Estimates seconds of a decode step at one and two rows by least squares.
+def decode_s(step: Step, one_s: float, two_s: float) -> float:
+    """Returns the seconds of a step's decode steps at one row and at two.
 
     A run of two rows a worker has two batch buckets, and its record says how many steps
-    each had: `row_steps` counts a step of bucket 2 twice. All steps are taken to be of
-    one strategy. Relative errors are minimised.
-
-    Raises:
-      ValueError: the steps tell too little.
+    each had: `row_steps` counts a step of bucket 2 twice.
     """
-    rows, right = [], []
-    for step in steps:
-        total = step.values["rollout/decode_steps"]
-        twos = step.values["rollout/row_steps"] - total
-        seconds = step.values["rollout/decode_s"]
-        rows.append([(total - twos) / seconds, twos / seconds])
-        right.append(1.0)
-    matrix = np.asarray(rows)
-    if len(steps) < 2 or np.linalg.matrix_rank(matrix) < 2:
-        raise ValueError(
-            f"{len(steps)} steps cannot tell the seconds at one row from those at two: "
-            "calibrate with more."
-        )
-    found, *_ = np.linalg.lstsq(matrix, np.asarray(right), rcond=None)
-    if min(found) <= 0:
-        raise ValueError(f"a step would take {found} s at one and two rows.")
-    return {(1, strategy): float(found[0]), (2, strategy): float(found[1])}
+    total = step.values["rollout/decode_steps"]
+    twos = step.values["rollout/row_steps"] - total
+    return (total - twos) * one_s + twos * two_s
 
 
 def calibrated(
-    steps: Sequence[Step], strategy: strategy_lib.Strategy | None
+    steps: Sequence[Step], strategy: strategy_lib.Strategy | None, one_by_two: float
 ) -> costs.TableCosts:
-    """Makes a table of costs from steps of a run of two rows a worker."""
+    """Makes a table of costs from steps of a run of two rows a worker.
+
+    Args:
+      steps: of the run; all decoding of theirs is taken to be of one strategy.
+      strategy: that one.
+      one_by_two: seconds of a decode step at one row, in those at two.
+    """
 
     def total(name):
         return sum(step.values.get(name, 0.0) for step in steps)
 
+    two_s = total("rollout/decode_s") / sum(decode_s(s, one_by_two, 1.0) for s in steps)
     drafter_steps = total("drafter/num_steps")
-    starts = sum(step.starts for step in steps)
     working_s = total("rollout/decode_s") + total("rollout/prefill_s")
     # What compiling took stands in the workers' time and not in the rest.
     other_s = sum(step.busy_s for step in steps) - working_s
     responses = sum(step.num_responses for step in steps)
+    measured_s, sync_s = _around_training(steps)
     return costs.TableCosts(
-        steps=step_seconds(steps, strategy),
+        steps={(1, strategy): one_by_two * two_s, (2, strategy): two_s},
         prefill_token_s=total("rollout/prefill_s") / total("rollout/prefill_tokens"),
         finished_s=max(other_s, 0.0) / responses,
+        measured_s=measured_s,
         drafter_s=total("drafter/train_s") / drafter_steps if drafter_steps else 0.0,
-        start_s=max(total("workers/trained_s") - total("drafter/train_s"), 0.0)
-        / max(starts, 1),
+        sync_s=sync_s,
     )
 
 
-def hazards(steps: Sequence[Step]) -> tuple[float, ...]:
-    """Returns chances of acceptance by depth, over all steps."""
-    depth = max(len(step.values["specdec/num_tried"]) for step in steps)
-    accepted, tried = np.zeros(depth), np.zeros(depth)
-    for step in steps:
-        its = step.values["specdec/num_tried"]
-        tried[: len(its)] += its
-        accepted[: len(its)] += step.values["specdec/num_accepted"][1:]
-    pairs = zip(accepted, tried, strict=True)
-    return tuple(float(a / t) if t else 0.0 for a, t in pairs)
+def _around_training(steps: Sequence[Step]) -> tuple[float, float]:
+    """Seconds of examining the drafter and of publishing it, by least squares.
+
+    Trainings last longer than their steps: an RL step's first one examines the drafter
+    before, and those with steps publish it afterwards.
+    """
+    its = [step for step in steps if step.starts]
+    if not its:
+        return 0.0, 0.0
+    matrix = np.asarray([[1.0, step.published] for step in its])
+    spent_s = [s.values["workers/trained_s"] - s.values["drafter/train_s"] for s in its]
+    measured_s, sync_s = np.linalg.lstsq(matrix, np.asarray(spent_s), rcond=None)[0]
+    return max(float(measured_s), 0.0), max(float(sync_s), 0.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class AcceptLengths:
-    """Mean accept lengths of responses that end, and of those cut at the limit.
+class Texts:
+    """How drafts fared in the texts of recorded steps, to be drawn from by length.
 
     Texts that find no end ramble, and drafts fare badly in them; since they are the
-    longest, they decide when a rollout ends. One mean for all would hide that.
+    longest, they decide when a rollout ends. So for one that is cut at the limit one is
+    drawn that was; for one that ends, one of about its length: short ones end before
+    anything can be drafted.
     """
 
-    ended: float
-    cut: float
-    limit: int
+    def __init__(self, steps: Sequence[Step], limit: int, num_nearest: int = 8):
+        """Keeps the texts.
 
-    def of(self, lengths: Sequence[int]) -> list[float]:
-        """Returns each response's."""
-        return [self.cut if n >= self.limit else self.ended for n in lengths]
+        Args:
+          steps: of a run that drafted.
+          limit: length at which texts were cut.
+          num_nearest: texts of nearest length, of which one is drawn.
+        """
+        texts = [text for step in steps for texts in step.drafted for text in texts]
+        ended = [text for text in texts if text.num_tokens < limit]
+        # Where nothing was cut nothing is known of that: as of the longest.
+        self._cut = [text for text in texts if text.num_tokens >= limit] or ended
+        self._ended = ended or texts
+        self._limit, self._num_nearest = limit, num_nearest
 
-    def row_steps(self, step: Step) -> float:
-        """Returns how many row-steps a step would have taken."""
-        return sum(
-            n / own
-            for lengths in step.rounds
-            for n, own in zip(lengths, self.of(lengths), strict=True)
-        )
-
-    def scaled_to(self, step: Step) -> "AcceptLengths":
-        """Returns them in proportion, so that a step's row-steps are those recorded."""
-        factor = self.row_steps(step) / step.values["rollout/row_steps"]
-        return AcceptLengths(
-            max(self.ended * factor, 1.0), max(self.cut * factor, 1.0), self.limit
-        )
-
-
-def accept_lengths(steps: Sequence[Step], limit: int, most: int) -> AcceptLengths:
-    """Estimates accept lengths from steps' tokens and row-steps, by least squares.
-
-    Args:
-      steps: speculative ones.
-      limit: length at which responses are cut.
-      most: tokens of a step, which no mean exceeds.
-    """
-    rows = []
-    for step in steps:
-        lengths = np.concatenate([np.asarray(r) for r in step.rounds])
-        cut = lengths[lengths >= limit].sum()
-        num = step.values["rollout/row_steps"]
-        rows.append([cut / num, (lengths.sum() - cut) / num])
-    matrix = np.asarray(rows)
-    found, *_ = np.linalg.lstsq(matrix, np.ones(len(rows)), rcond=None)
-    # Where nothing was cut nothing is known of that: as of the others.
-    ended = 1 / np.clip(found[1], 1 / most, 1.0)
-    cut = 1 / np.clip(found[0], 1 / most, 1.0) if matrix[:, 0].any() else ended
-    return AcceptLengths(float(ended), float(cut), limit)
+    def draw(
+        self, lengths: Sequence[int], rng: np.random.Generator
+    ) -> list[workload.Drafted]:
+        """Draws a text for each length."""
+        found = []
+        for length in lengths:
+            pool = self._cut if length >= self._limit else self._ended
+            distance = np.abs([text.num_tokens - length for text in pool])
+            last = np.sort(distance)[: self._num_nearest][-1]
+            nearest = np.flatnonzero(distance <= last)
+            found.append(pool[int(rng.choice(nearest))])
+        return found

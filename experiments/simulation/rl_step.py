@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments.simulation import cluster, costs, workload
+from experiments.simulation import cluster, cluster_records, costs, workload
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuners
 
@@ -30,7 +30,7 @@ class Scenario:
       drafter: its state at the beginning.
     """
 
-    cfg: cluster.ClusterConfig
+    cfg: cluster_records.ClusterConfig
     costs: costs.Costs
     acceptance: workload.Acceptance
     arms: strategy_lib.Arms
@@ -38,7 +38,9 @@ class Scenario:
     threshold: int
     responses: Callable[[int], Sequence[workload.Response]]
     rest_s: Callable[[int], float]
-    drafter: cluster.Drafter = dataclasses.field(default_factory=cluster.Drafter)
+    drafter: cluster_records.Drafter = dataclasses.field(
+        default_factory=cluster_records.Drafter
+    )
 
 
 def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict]:

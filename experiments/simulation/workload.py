@@ -4,6 +4,7 @@ Lengths come from a law (long-tailed by default) or from a run's own `rollouts/`
 way a response is as long as it is whatever decodes it, as in the real system.
 """
 
+import bisect
 import dataclasses
 import json
 import math
@@ -16,6 +17,38 @@ from tlt_jax.specdec import strategy as strategy_lib
 
 
 @dataclasses.dataclass(frozen=True)
+class Drafted:
+    """How drafts fared in a text when a real run decoded it.
+
+    Attributes:
+      num_tokens: of the text.
+      missed: places, in order, of tokens that no draft had guessed.
+    """
+
+    num_tokens: int
+    missed: tuple[int, ...]
+
+    def accepted(self, start: int, depth: int, num_steps: int) -> list[int]:
+        """Returns what each step from `start` on has accepted: all up to the next miss.
+
+        A text that was shorter than what is asked for begins again. Steps after
+        `num_steps` tokens, where a call ends, have 0.
+        """
+        found, limit = [0] * num_steps, start + num_steps
+        for step in range(num_steps):
+            place = start % self.num_tokens
+            following = bisect.bisect_left(self.missed, place)
+            stop = self.num_tokens
+            if following < len(self.missed):
+                stop = self.missed[following]
+            found[step] = min(stop - place, depth)
+            start += found[step] + 1
+            if start >= limit:
+                break
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
 class Response:
     """One completion to come.
 
@@ -23,13 +56,13 @@ class Response:
       prompt: number of its prompt; responses of a prompt share its pages.
       prompt_tokens: of the prompt.
       num_tokens: of the completion, at least 1.
-      accept_length: of drafts in it, where that is known of it; None: as of all.
+      drafted: how drafts fare in it, where that is known of it; None: as in all.
     """
 
     prompt: int
     prompt_tokens: int
     num_tokens: int
-    accept_length: float | None = None
+    drafted: Drafted | None = None
 
 
 class Acceptance:
@@ -122,18 +155,18 @@ def grouped(
     lengths: Sequence[int],
     group_size: int,
     prompt_tokens: int,
-    accept_lengths: Sequence[float | None] = (),
+    drafted: Sequence[Drafted | None] = (),
 ) -> list[Response]:
     """Makes responses of lengths, `group_size` to a prompt."""
-    known = accept_lengths or [None] * len(lengths)
+    known = drafted or [None] * len(lengths)
     return [
         Response(i // group_size, prompt_tokens, int(n), own)
         for i, (n, own) in enumerate(zip(lengths, known, strict=True))
     ]
 
 
-def read_lengths(workdir: pathlib.Path) -> dict[int, list[int]]:
-    """Reads the completions' lengths of a run, by RL step, in order of the requests.
+def read_rollouts(workdir: pathlib.Path) -> dict[int, list[Drafted]]:
+    """Reads the completions of a run, by RL step, in order of the requests.
 
     Raises:
       ValueError: there are none, or a line is not of a rollout.
@@ -141,23 +174,35 @@ def read_lengths(workdir: pathlib.Path) -> dict[int, list[int]]:
     found = {}
     paths = sorted((pathlib.Path(workdir) / "rollouts").glob("step_*.jsonl"))
     for path in paths:
-        lengths = []
+        texts = []
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             try:
-                lengths.append(int(json.loads(line)["num_tokens"]))
+                row = json.loads(line)
+                total = int(row["num_tokens"])
+                guessed = {i for span in row.get("drafted", ()) for i in range(*span)}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path.name}, line {number} is no completion's record "
                     f"({type(error).__name__}: {error}): give a workdir of "
                     "tlt_jax.main."
                 ) from None
-        found[int(path.stem.removeprefix("step_"))] = lengths
+            missed = tuple(i for i in range(total) if i not in guessed)
+            texts.append(Drafted(total, missed))
+        found[int(path.stem.removeprefix("step_"))] = texts
     if not any(found.values()):
         raise ValueError(
             f"{workdir} has no rollouts/step_*.jsonl with completions: give a workdir "
             "of tlt_jax.main that ran with log.rollouts_every above 0."
         )
     return found
+
+
+def read_lengths(workdir: pathlib.Path) -> dict[int, list[int]]:
+    """Reads the completions' lengths of a run, as `read_rollouts` its texts."""
+    return {
+        step: [text.num_tokens for text in texts]
+        for step, texts in read_rollouts(workdir).items()
+    }
 
 
 def tail(lengths: Sequence[int]) -> dict[str, float]:
