@@ -45,12 +45,13 @@ def _fixed(name: str, digits: int) -> Callable[[harness.Row], str]:
 
 
 def _range(name: str, digits: int) -> Callable[[harness.Row], str]:
-    """The median, and what the rounds lay between."""
+    """What rounds or seeds have in the middle, and what they lie between."""
 
     def entry(row):
-        median, low, high = (row[f"{name}/{what}"] for what in ("median", "min", "max"))
+        median = row[f"{name}/median"] if f"{name}/median" in row else row[name]
         if median is None:
             return "-"
+        low, high = row[f"{name}/min"], row[f"{name}/max"]
         return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
     return entry
@@ -203,8 +204,17 @@ TABLES = {
             "seeds": "seeds",
             "updates": "updates",
             "unrolled steps": "unrolled",
-            "accept length, coupled": _fixed("accept_length/coupled", 2),
-            "deterministic": _fixed("accept_length/deterministic", 2),
+            "accept length, coupled": _range("accept_length/coupled", 2),
+            "deterministic": _range("accept_length/deterministic", 2),
+        },
+    ),
+    "ngram_start": Table(
+        "ngram_start_summary.csv",
+        {
+            "": "system",
+            "RL steps": "steps",
+            "tokens per row and step": _range("tokens_per_row_step", 2),
+            "before the drafter is ready": _range("early_tokens_per_row_step", 2),
         },
     ),
     "tuner_regret": Table(

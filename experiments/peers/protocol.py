@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 
 _PR_SET_PDEATHSIG = 1
@@ -41,6 +42,48 @@ class Conversation:
         """Sends one answer."""
         self._replies.write(json.dumps(answer) + "\n")
         self._replies.flush()
+
+
+class StepClock:
+    """Times a peer's generation within its own training loop, and answers a step."""
+
+    def __init__(self, conversation: Conversation):
+        self._conversation = conversation
+        self._generate_s = 0.0
+        self._lengths: list[int] = []
+
+    def timed(
+        self,
+        generate: collections.abc.Callable,
+        ids_of: collections.abc.Callable[[object], collections.abc.Iterable],
+    ) -> collections.abc.Callable:
+        """Returns `generate`, which is from now on timed.
+
+        Args:
+          generate: the peer's function.
+          ids_of: finds each completion's token ids in what it returns.
+        """
+
+        def wrapped(*args, **kwargs):
+            start = time.perf_counter()
+            result = generate(*args, **kwargs)
+            self._generate_s = time.perf_counter() - start
+            self._lengths = [len(ids) for ids in ids_of(result)]
+            return result
+
+        return wrapped
+
+    def answer(self, step_s: float) -> None:
+        """Answers a `run` request with what its step took."""
+        self._conversation.reply(
+            {
+                "step_s": step_s,
+                "generate_s": self._generate_s,
+                "update_s": step_s - self._generate_s,
+                "completion_tokens": sum(self._lengths),
+                "length_max": max(self._lengths),
+            }
+        )
 
 
 def serve(

@@ -25,25 +25,16 @@ class StepGate(transformers.TrainerCallback):
     """Lets one step through for each `run` request."""
 
     def __init__(self, conversation: protocol.Conversation, requests):
-        self.conversation = conversation
+        self.clock = protocol.StepClock(conversation)
         self.requests = requests
         self.trainer = None
-        self.generate_s = 0.0
-        self.lengths = []
 
     def watch(self, trainer: trl.GRPOTrainer) -> None:
         """Times the trainer's generation and notes the completion lengths."""
         self.trainer = trainer
-        inner = trainer._generate_single_turn
-
-        def timed(*args, **kwargs):
-            start = time.perf_counter()
-            result = inner(*args, **kwargs)
-            self.generate_s = time.perf_counter() - start
-            self.lengths = [len(ids) for ids in result[0]]
-            return result
-
-        trainer._generate_single_turn = timed
+        trainer._generate_single_turn = self.clock.timed(
+            trainer._generate_single_turn, lambda result: result[0]
+        )
 
     def on_step_begin(self, args, state, control, **kwargs):
         request = next(self.requests, None)
@@ -56,16 +47,7 @@ class StepGate(transformers.TrainerCallback):
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        step_s = time.perf_counter() - self.start
-        self.conversation.reply(
-            {
-                "step_s": step_s,
-                "generate_s": self.generate_s,
-                "update_s": step_s - self.generate_s,
-                "completion_tokens": sum(self.lengths),
-                "length_max": max(self.lengths),
-            }
-        )
+        self.clock.answer(time.perf_counter() - self.start)
 
 
 def make_trainer(request: dict, gate: StepGate) -> trl.GRPOTrainer:

@@ -64,28 +64,19 @@ class StepGate:
     """The data set: one batch of prompts for each `run` request."""
 
     def __init__(self, conversation, requests, texts, config, eos_id):
-        self.conversation = conversation
+        self.clock = protocol.StepClock(conversation)
         self.requests = requests
         self.texts = texts
         self.config = config
         self.eos_id = eos_id
         self.cluster = None
-        self.generate_s = 0.0
-        self.lengths = []
 
     def watch(self, cluster: rl_cluster.RLCluster) -> None:
         """Times the cluster's generation and notes the completion lengths."""
         self.cluster = cluster
-        inner = cluster.generate
-
-        def timed(*args, **kwargs):
-            start = time.perf_counter()
-            result = inner(*args, **kwargs)
-            self.generate_s = time.perf_counter() - start
-            self.lengths = [len(ids) for ids in result.tokens]
-            return result
-
-        cluster.generate = timed
+        cluster.generate = self.clock.timed(
+            cluster.generate, lambda result: result.tokens
+        )
 
     def __iter__(self):
         for request in self.requests:
@@ -95,16 +86,7 @@ class StepGate:
             start = time.perf_counter()
             yield {"prompts": np.array(self.texts)}
             jax.block_until_ready(nnx.state(self.cluster.actor_trainer.model))
-            step_s = time.perf_counter() - start
-            self.conversation.reply(
-                {
-                    "step_s": step_s,
-                    "generate_s": self.generate_s,
-                    "update_s": step_s - self.generate_s,
-                    "completion_tokens": sum(self.lengths),
-                    "length_max": max(self.lengths),
-                }
-            )
+            self.clock.answer(time.perf_counter() - start)
 
 
 def make_learner(request: dict, conversation, requests):

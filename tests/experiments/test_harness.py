@@ -280,3 +280,19 @@ def _docstring(path):
 @pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux")
 def test_the_processor_has_a_name():
     assert machine.cpu_model() not in ("", "unknown")
+
+
+def test_a_peers_step_is_answered_with_its_generation_apart():
+    answers = []
+
+    class Conversation:
+        reply = staticmethod(answers.append)
+
+    clock = protocol.StepClock(Conversation())
+    generate = clock.timed(lambda n: {"ids": [[1] * n, [2]]}, lambda made: made["ids"])
+    assert generate(3) == {"ids": [[1, 1, 1], [2]]}
+    clock.answer(2.0)
+    (answer,) = answers
+    assert answer["completion_tokens"] == 4 and answer["length_max"] == 3
+    assert 0 < answer["generate_s"] < 1
+    assert answer["generate_s"] + answer["update_s"] == answer["step_s"] == 2.0
