@@ -65,6 +65,7 @@ _SYSTEMS = {
     "threshold": "paper's rule",
     "cost_model": "our tuner",
 }
+_GIVEN = {"lengths": "lengths", "drafts": "and drafts", "speed": "and speed"}
 _PEERS = {
     "tlt_jax": "ours",
     "transformers": "transformers",
@@ -294,10 +295,10 @@ TABLES = {
         "simulator_check_summary.csv",
         {
             "run": lambda row: _SYSTEMS[row["system"]],
-            "given": "given",
+            "given": lambda row: _GIVEN[row["given"]],
             "recorded s": "rollout_s/run",
             "simulated s": "rollout_s",
-            "ratio": "ratio",
+            "ratio": _fixed("ratio", 2),
             "a single RL step is off by": _percent("median_step_error"),
             "the worst": _percent("worst_step_error"),
             "within 10 %": lambda row: (

@@ -296,11 +296,11 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     fig, panels = plotting.panels(
         "Simulated against recorded rollouts, RL step by RL step", len(titles), stamp
     )
-    most = 1.1 * max(max(row["rollout_s/run"], row["rollout_s"]) for row in rows)
+    seconds = [row[name] for row in rows for name in ("rollout_s/run", "rollout_s")]
+    ends = [min(seconds) / 1.2, max(seconds) * 1.2]
     for axes, (given, title) in zip(panels, titles.items(), strict=True):
-        bounds = [[0, most * (1 + sign * TOLERANCE)] for sign in (-1, 1)]
-        color = plotting.PALE
-        axes.fill_between([0, most], *bounds, color=color, label="within 10 %")
+        bounds = [[end * (1 + sign * TOLERANCE) for end in ends] for sign in (-1, 1)]
+        axes.fill_between(ends, *bounds, color=plotting.PALE, label="within 10 %")
         for (system, name), color, marker in zip(
             names.items(), plotting.COLORS, "osx", strict=False
         ):
@@ -311,8 +311,10 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("recorded, seconds")
         axes.set_ylabel("simulated, seconds")
-        axes.set_xlim(0, most)
-        axes.set_ylim(0, most)
+        axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks([1, 2, 5, 10, 20, 40], list("125") + ["10", "20", "40"])
+            axis.set_ticks([], minor=True)
     plotting.save(fig, path)
 
 

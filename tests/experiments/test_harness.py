@@ -13,6 +13,7 @@ import pytest
 
 from experiments import __main__ as listing
 from experiments import harness, machine
+from experiments.peers import protocol
 
 FAKE = f"""
 import sys, threading, time
