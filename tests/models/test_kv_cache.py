@@ -64,13 +64,18 @@ def test_append_writes_the_first_columns_of_each_row(page_size, form):
 
 @pytest.mark.parametrize("page_size,width", [(1, 2), (4, 1), (4, 6)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_writing_through_pages_as_on_tpus_gives_the_same_cache(page_size, width, dtype):
+def test_writing_as_on_accelerators_gives_the_same_cache(page_size, width, dtype):
     rng = np.random.default_rng(2)
     before, columns = some_cache(page_size), some_columns(8)
     # Columns that are not taken may hold anything.
     columns[..., 7] = np.nan
-    through, straight = map(
-        jax.jit, (kv_cache._append_through_pages, kv_cache._append_columns)
+    straight, on_tpu, on_gpu = map(
+        jax.jit,
+        (
+            kv_cache._append_columns,
+            kv_cache._append_through_pages,
+            kv_cache._append_by_scatter,
+        ),
     )
     for _ in range(6):
         cache = jax.tree.map(lambda x: x.astype(dtype), as_cache(before))
@@ -78,10 +83,25 @@ def test_writing_through_pages_as_on_tpus_gives_the_same_cache(page_size, width,
         counts = rng.integers(0, width + 1, B).astype(np.int32)
         sources = rng.integers(0, 7, (B, width)).astype(np.int32)
         given = (cache, as_cache(columns), TABLE, lengths, counts, sources)
-        after, wanted = through(*given), straight(*given)
-        assert after.keys.dtype == dtype
-        np.testing.assert_array_equal(without_scratch(after), without_scratch(wanted))
-    assert (without_scratch(after) != without_scratch(cache)).any()
+        wanted = straight(*given)
+        for after in (on_tpu(*given), on_gpu(*given)):
+            assert after.keys.dtype == dtype
+            np.testing.assert_array_equal(
+                without_scratch(after), without_scratch(wanted)
+            )
+    assert (without_scratch(wanted) != without_scratch(cache)).any()
+
+
+@pytest.mark.parametrize(
+    ("platform", "num_scatters", "num_loops"), [("cuda", 2, 0), ("cpu", 0, 1)]
+)
+def test_a_gpu_appends_without_a_loop(platform, num_scatters, num_loops):
+    given = (as_cache(some_cache(4)), *map(jnp.asarray, some_columns(3)), TABLE)
+    rows = np.zeros(B, np.int32), np.ones(B, np.int32)
+    traced = jax.jit(kv_cache.append).trace(*given, *rows)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('"stablehlo.scatter"') == num_scatters
+    assert text.count("stablehlo.while") == num_loops
 
 
 def packed(cache, packing):

@@ -127,11 +127,13 @@ def append(
     if sources is None:
         num_rows, width = fresh.keys.shape[3:]
         sources = jnp.broadcast_to(jnp.arange(width), (num_rows, width))
+    # Columns of packed pages are no columns in memory.
+    columns = cache.packing == 1
     return lax.platform_dependent(
         *(cache, fresh, page_table, lengths, counts, sources),
         tpu=_append_through_pages,
-        # Columns of packed pages are scattered.
-        default=_append_columns if cache.packing == 1 else _append_through_pages,
+        cuda=_append_by_scatter if columns else _append_through_pages,
+        default=_append_columns if columns else _append_through_pages,
     )
 
 
@@ -157,6 +159,40 @@ def _append_columns(
         return _write_columns(cache, fresh, row, sources[row, t], page, slot)
 
     return lax.fori_loop(0, num_rows * width, write, cache)
+
+
+def _append_by_scatter(
+    cache: PagedCache,
+    fresh: PagedCache,
+    page_table: Array,
+    lengths: Array,
+    counts: Array,
+    sources: Array,
+) -> PagedCache:
+    """Write all columns of all rows at once, one kernel for each array of pages.
+
+    A loop over columns starts a kernel for each: at batch 32 that costs a GPU a tenth
+    of a 7B model's step. The compiler for CPUs makes this a loop over single numbers.
+    """
+    page_size = cache.page_size
+    column = jnp.arange(sources.shape[1])
+    position = lengths[:, None] + column
+    index = jnp.minimum(position // page_size, page_table.shape[1] - 1)
+    page = jnp.take_along_axis(page_table, index, axis=1)
+    # What is not wanted goes to pages that are not there, each to its own: so that no
+    # two writes meet, and the compiler needs no atomic ones.
+    absent = cache.num_pages + jnp.arange(sources.size).reshape(sources.shape)
+    page = jnp.where(column < counts[:, None], page, absent).ravel()
+    slot = (position % page_size).ravel()
+    row = jnp.repeat(jnp.arange(sources.shape[0]), sources.shape[1])
+
+    def put(pages, fresh):
+        block = jnp.moveaxis(fresh[:, :, :, row, sources.ravel()], 3, 0)
+        return pages.at[:, page, :, :, slot].set(
+            block.astype(pages.dtype), mode="drop", unique_indices=True
+        )
+
+    return jax.tree.map(put, cache, fresh)
 
 
 def _append_through_pages(
