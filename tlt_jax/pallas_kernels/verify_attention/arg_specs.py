@@ -105,6 +105,16 @@ SUITE = (
         *("tree_capped", (33, 2), 33),
         **dict(num_kv=1, group=3, head_dim=80, page_size=128, soft_cap=2.0),
     ),
+    ArgSpec(
+        *("tree_capped_bf16", (150, 0), 5),
+        **dict(num_kv=1, page_size=128, soft_cap=2.0, dtype="bfloat16"),
+    ),
+    # What `verify_b32_8k_w16_h256_window` is at the size of a model.
+    ArgSpec(
+        *("tree_capped_window_bf16", (200, 40), 3),
+        **dict(num_kv=1, head_dim=256, page_size=128, dtype="bfloat16"),
+        **dict(soft_cap=1.5, window=90),
+    ),
     ArgSpec("tree_window", (1300, 3), 9, num_kv=1, page_size=128, window=70),
     ArgSpec("tree_256", (40, 16), 5, num_kv=1, group=1, head_dim=256),
     ArgSpec("prefill_window", (64, 0), 48, num_kv=1, window=10, **_prefill),
