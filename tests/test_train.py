@@ -142,6 +142,7 @@ def test_a_killed_run_goes_on_bit_for_bit(base, model, tmp_path):
                 "cache.page_size": 16,
                 "rollout.steps_per_call": 5,
                 "rollout.prefill_chunk": 1,
+                "rollout.check_kernels": True,
                 "reward.workers": 2,
             },
             id="narrow",

@@ -129,6 +129,9 @@ class Rollout:
         pages; `portable`, `native_cpu`, `mosaic_tpu` and `triton_gpu` take one by name;
         `mosaic_tpu_interpreted` and `triton_gpu_interpreted` run a kernel's program on
         CPUs, slowly.
+      check_kernels: look for errors: in every forward the host checks page tables,
+        lengths, positions and ancestors before attention reads by them, and a wrong one
+        ends the rollout by its name. The device waits for it each time.
       tensor: devices of one process over which an engine splits heads and vocabulary;
         0: as many as `mesh.tensor`. Divides the model's key/value heads.
     """
@@ -150,6 +153,7 @@ class Rollout:
         "mosaic_tpu_interpreted",
         "triton_gpu_interpreted",
     ] = "auto"
+    check_kernels: bool = False
     tensor: int = schema.number(0, 0)
 
 

@@ -136,6 +136,7 @@ def make_engine(
         dtype=run.precision,
         cpu_kernels=run.rollout.cpu_kernels,
         attention=run.rollout.attention,
+        check_kernels=run.rollout.check_kernels,
     )
     return rollout.Engine(
         model,

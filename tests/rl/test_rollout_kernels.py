@@ -11,7 +11,7 @@ from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import drafting, engine_programs, rollout
+from tlt_jax.rl import drafting, engine_programs, rollout, scheduler
 from tlt_jax.specdec import strategy
 
 # As small as kernels take it.
@@ -93,3 +93,30 @@ def test_a_kernel_that_cannot_be_had_is_refused(attention):
     sizes = dataclasses.replace(SIZES, attention=attention)
     with pytest.raises(ValueError, match=f"attention='{attention}'.*portable"):
         rollout.Engine(CFG, sizes)
+
+
+def test_a_broken_page_table_ends_the_rollout_by_its_name(monkeypatch):
+    made = scheduler.Scheduler.page_table
+
+    def broken(self, *given):
+        table = made(self, *given)
+        table[0, 1] = 77
+        return table
+
+    monkeypatch.setattr(scheduler.Scheduler, "page_table", broken)
+    engine = rollout.Engine(CFG, dataclasses.replace(SIZES, check_kernels=True))
+    engine.set_params(weights(), version=0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"page_table\[0, 1\]=77 is"):
+        engine.run(list(requests()), engines.SEED)
+    engine.pool.close()
+
+
+def test_nothing_is_checked_where_nobody_asks():
+    texts = []
+    for check in (False, True):
+        sizes = dataclasses.replace(SIZES, check_kernels=check)
+        engine = rollout.Engine(CFG, sizes)
+        _, lower = engine.programs.plain_decode(weights(), 1)
+        texts.append(lower().as_text())
+        engine.pool.close()
+    assert ["callback" in text for text in texts] == [False, True]

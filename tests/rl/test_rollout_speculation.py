@@ -81,7 +81,7 @@ def assert_notes_what_was_drafted(completions, stats):
     [
         ("chain", dict(cfg=EAGLE)),
         ("by rows", {}),
-        ("by rows", SMALL),
+        ("by rows", SMALL | dict(check_kernels=True)),
         ("ngram", dict(cfg=None)),
         ("both", SMALL),
     ],

@@ -369,6 +369,8 @@ def forward(
       `Output`.
     """
     visible = attention.Visibility() if visibility is None else visibility
+    if view is not None and kernels.checked:
+        view = transformer.checked_view(view, positions, visible)
 
     def attend(query, keys, values):
         options = dict(kernel=kernels.attention, with_log_normaliser=past is not None)

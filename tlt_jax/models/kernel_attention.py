@@ -51,9 +51,7 @@ def attend(
             f"visibility by segments has no kernel ({kernel.name!r}): packed rows are "
             "for training; use attention='portable'."
         )
-    words = visibility.words
-    if words is None and visibility.ancestors is not None:
-        words = _words_of(visibility.ancestors)
+    words = words_of(visibility)
     out, log = verify_attention.verify_attention(
         query,
         keys,
@@ -80,8 +78,11 @@ def attend(
     )
 
 
-def _words_of(mask: Array) -> Array:
-    """Pack a mask `[B, T, S] bool` into words `[B, T, ceil(S / 32)] uint32`."""
+def words_of(visibility: attention.Visibility) -> Array | None:
+    """Return ancestors as words `[B, T, ceil(T / 32)] uint32`; None: all are causal."""
+    mask = visibility.ancestors
+    if visibility.words is not None or mask is None:
+        return visibility.words
     num_keys = mask.shape[-1]
     padded = jnp.pad(mask, [(0, 0), (0, 0), (0, -num_keys % 32)])
     bits = padded.reshape(*mask.shape[:2], -1, 32).astype(jnp.uint32)

@@ -29,11 +29,14 @@ class Kernels:
       attention: over a paged cache; None: the portable walk over pages.
       native_attention: where shapes allow it, by the native kernel instead, for the
         same programs as native products; see `cpu_kernels.attention`.
+      checked: page tables, lengths, positions and ancestors are checked by the host in
+        every forward, before attention reads by them; slow, for looking for errors.
     """
 
     products: str = "xla"
     attention: verify_attention.Implementation | None = None
     native_attention: bool = False
+    checked: bool = False
 
     def packing(self, page_size: int, head_dim: int) -> int:
         """Say how pages must lie for the attention; see `page_layout.packing`."""
@@ -50,6 +53,8 @@ def choose(
     mesh: jax.sharding.Mesh,
     rules: sharding.ShardingRules,
     dtype,
+    *,
+    checked: bool = False,
 ) -> Kernels:
     """Settle the kernels of a program.
 
@@ -62,6 +67,7 @@ def choose(
       mesh: devices that the program runs on.
       rules: which mesh axes split kv heads.
       dtype: of weights and activations.
+      checked: see `Kernels`.
 
     Returns:
       The kernels.
@@ -79,8 +85,9 @@ def choose(
         )
     if is_native:
         cpu_attention.register()
-        return Kernels(products=products, native_attention=True)
-    return Kernels(products, _choose_attention(attention, mesh, rules))
+        return Kernels(products=products, native_attention=True, checked=checked)
+    chosen = _choose_attention(attention, mesh, rules)
+    return Kernels(products, chosen, checked=checked)
 
 
 def _choose_attention(

@@ -25,6 +25,7 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
+from tlt_jax.pallas_kernels.verify_attention import validators
 from tlt_jax.types import Array
 
 REMAT_POLICIES = ("none", "full", "dots")
@@ -117,6 +118,8 @@ def forward(
         )
     if visibility is None:
         visibility = attention.Visibility()
+    if view is not None and kernels.checked:
+        view = checked_view(view, positions, visibility)
     rope = layers.rope_tables(cfg, positions)
     x_DBT = jnp.moveaxis(params.embed[tokens].astype(dtype), -1, 0)
     x_DBT = constrain(x_DBT)
@@ -166,6 +169,31 @@ def forward(
     x_DBT, (keys, values), kept = run(params, cfg, one_layer, x_DBT, features)
     hidden = layers.rms_norm(x_DBT, params.final_norm, cfg.rms_norm_eps)
     return Output(hidden=hidden, keys=keys, values=values, features=kept)
+
+
+def checked_view(
+    view: CacheView, positions: Array, visibility: attention.Visibility
+) -> CacheView:
+    """Have the host check what attention reads by, before it does; all layers' at once.
+
+    Args:
+      view: the cached past.
+      positions: `[B, T] int32`, of the fresh tokens.
+      visibility: which of them see which.
+
+    Returns:
+      The view; using it fails where a value is wrong, see `validators.checked_lengths`.
+    """
+    cache = view.cache
+    lengths = validators.checked_lengths(
+        (cache.keys.shape[0], cache.num_pages, cache.page_size),
+        view.page_table,
+        view.lengths,
+        positions,
+        kernel_attention.words_of(visibility),
+        first_page=kv_cache.SCRATCH_PAGE + 1,
+    )
+    return view.replace(lengths=lengths)
 
 
 def drafter_features(out: Output) -> Array:

@@ -44,6 +44,7 @@ class EngineConfig:
       dtype: of activations and cache.
       cpu_kernels: `auto`, `xla` or `native`, see `cpu_kernels.choice`.
       attention: `auto`, `portable` or a kernel, see `models.kernels.choose`.
+      check_kernels: check what attention reads by, see `models.kernels.Kernels`.
     """
 
     max_rows: int
@@ -58,6 +59,7 @@ class EngineConfig:
     dtype: str = "float32"
     cpu_kernels: str = "auto"
     attention: str = "auto"
+    check_kernels: bool = False
 
     @property
     def max_pages(self) -> int:
@@ -104,7 +106,9 @@ class EnginePrograms:
         self._replicated = sharding.replicated(mesh)
         self._dtype = jnp.dtype(engine_cfg.dtype)
         self._kernels = kernels.choose(
-            engine_cfg.cpu_kernels, engine_cfg.attention, mesh, rules, self._dtype
+            *(engine_cfg.cpu_kernels, engine_cfg.attention),
+            *(mesh, rules, self._dtype),
+            checked=engine_cfg.check_kernels,
         )
         abstract = jax.eval_shape(self._empty)
         axes = (None, "page", "kv_heads", None, None)
