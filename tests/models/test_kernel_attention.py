@@ -60,6 +60,8 @@ def test_what_is_packed_for_training_is_refused():
         parts(visible, KERNEL, arg_specs.make(SPEC), None)
 
 
+# Which of them says it depends on how jax called the program.
+STOPPED = (jax.errors.JaxRuntimeError, ValueError)
 LENGTHS, NUM_PAGES, PAGE_SIZE = [20, 0], 4, 16
 
 
@@ -98,7 +100,7 @@ def test_a_program_stops_where_a_value_is_wrong(change, message):
     given |= dict(positions=[[40, 41]] * 2, mask=[[1, 0], [1, 1]]) | change
     given = {k: np.array(v, np.int32) for k, v in given.items()}
     given["mask"] = np.broadcast_to(given["mask"] == 1, (2, 2, 2))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+    with pytest.raises(STOPPED, match=message):
         jax.block_until_ready(checked(**given))
 
 

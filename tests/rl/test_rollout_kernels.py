@@ -95,6 +95,10 @@ def test_a_kernel_that_cannot_be_had_is_refused(attention):
         rollout.Engine(CFG, sizes)
 
 
+# Which of them says it depends on how jax called the program.
+STOPPED = (jax.errors.JaxRuntimeError, ValueError)
+
+
 def test_a_broken_page_table_ends_the_rollout_by_its_name(monkeypatch):
     made = scheduler.Scheduler.page_table
 
@@ -106,7 +110,7 @@ def test_a_broken_page_table_ends_the_rollout_by_its_name(monkeypatch):
     monkeypatch.setattr(scheduler.Scheduler, "page_table", broken)
     engine = rollout.Engine(CFG, dataclasses.replace(SIZES, check_kernels=True))
     engine.set_params(weights(), version=0)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"page_table\[0, 1\]=77 is"):
+    with pytest.raises(STOPPED, match=r"page_table\[0, 1\]=77 is"):
         engine.run(list(requests()), engines.SEED)
     engine.pool.close()
 

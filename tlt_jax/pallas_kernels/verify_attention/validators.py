@@ -161,8 +161,9 @@ def checked_lengths(
       sizes, page_table, lengths, positions, words, first_page: see `check_values`.
 
     Returns:
-      The lengths. Where values are wrong the program fails (`JaxRuntimeError`, raised
-      to whoever waits for its results) with the message of `check_values`.
+      The lengths. Where values are wrong the program fails with the message of
+      `check_values` (in a `JaxRuntimeError` or ValueError, as jax called it), at the
+      latest for whoever waits for its results.
     """
 
     def check(*given):
