@@ -216,6 +216,13 @@ OUR_ITEMS = (
         _both("--model-dir=DIR --peers=transformers,vllm --batches=1,8,32,128"),
     ),
     Item(
+        "decode_bandwidth",
+        "plain decoding at batch 1 against the memory's bandwidth",
+        larger=_both(
+            "--model=qwen2.5-7b --dtype=bfloat16 --contexts=512,8192 --steps=256"
+        ),
+    ),
+    Item(
         "grpo_step_speed",
         "a GRPO step beside peers",
         "",

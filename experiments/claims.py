@@ -202,6 +202,15 @@ def _of_warm_up(drifts: Sequence[str], least: float, most: float = float("inf"))
     return decide
 
 
+def _reaches_the_bandwidth(rows: Rows) -> Finding:
+    """Decides by the temperature of rollouts, whose draws take noise."""
+    found = [row for row in rows if row["temperature"] == 1]
+    shares = {row["context"]: row["bandwidth_frac/median"] for row in found}
+    told = ", ".join(f"{share:.0%} at {n} cached" for n, share in shares.items())
+    model, dtype, device = (found[0][name] for name in ("model", "dtype", "device"))
+    return min(shares.values()) >= 0.85, f"{model}, {dtype}, {device}: {told}"
+
+
 def _timeline_case(rows: Rows) -> Finding:
     value = only(rows, world="timeline", threshold=32)["times_faster"]
     return abs(value / 2.44 - 1) <= 0.1, f"simulated {value:.2f}, published 2.44"
@@ -348,6 +357,12 @@ CLAIMS = (
             ("vllm", 8, 1.0),
             ("vllm", 32, 1.0),
         )
+    ),
+    Claim(
+        "decode_bandwidth",
+        "plain decoding at batch 1 reaches 85 % of the memory's bandwidth (the target "
+        "is of one H200, 7B in bf16)",
+        _reaches_the_bandwidth,
     ),
     Claim(
         "grpo_step_speed",

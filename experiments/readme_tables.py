@@ -258,6 +258,17 @@ TABLES = {
         },
         prepare=_by_batch,
     ),
+    "decode_bandwidth": Table(
+        "decode_bandwidth_summary.csv",
+        {
+            "cached": "context",
+            "temperature": "temperature",
+            "tokens per second": _fixed("tokens_per_s/median", 1),
+            "least bytes a token": lambda row: f"{row['minimal_bytes'] / 1e6:.0f} MB",
+            "bandwidth limit": lambda row: f"{row['limit_gb_per_s/median']:.1f} GB/s",
+            "share of it": _percent("bandwidth_frac/median"),
+        },
+    ),
     "grpo_step_speed": Table(
         "grpo_step_speed_summary.csv",
         {
