@@ -1,11 +1,13 @@
-"""Position-keyed Gumbel noise on CPUs, and the draw that adds it to scores.
+"""Position-keyed Gumbel noise on CPUs, and the draws that add it to scores.
 
 `specdec.noise` says what the noise is; here the generator and both logarithms of an
 entry stay in vector registers, and nothing but the noise itself goes through memory.
-The draw adds a row of noise to a row of scores on the way to the largest entry, so that
-neither the sums nor copies of the noise for every node of a tree are written.
+A draw adds a row of noise to a row of scores on the way to the largest entry, so that
+neither the sums nor copies of the noise for every node of a tree are written; a chain's
+drafter ranks by the same sums.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,7 +19,7 @@ from tlt_jax.cpu_kernels import ffi
 from tlt_jax.cpu_kernels import job as job_lib
 from tlt_jax.types import Array
 
-NOISE, DRAW = "tlt_jax_gumbel", "tlt_jax_draw"
+NOISE, DRAW, RANK = "tlt_jax_gumbel", "tlt_jax_draw", "tlt_jax_rank"
 _LANES = code_lib.LANES
 _I32, _I64, _F32V, _I32V = code_lib.I32, code_lib.I64, code_lib.F32V, code_lib.I32V
 # Counters of a unit of work; each gives two entries.
@@ -41,6 +43,11 @@ _DRAW_FIELDS = job_lib.Fields(
     results=("drawn",),
     numbers=("vocab_size",),
 )
+_RANK_FIELDS = job_lib.Fields(
+    arguments=(*_DRAW_FIELDS.arguments, "sharpness", "tau"),
+    results=("ids", "shares"),
+    numbers=("vocab_size",),
+)
 
 
 @functools.cache
@@ -50,7 +57,7 @@ def register() -> None:
     See `product.register`.
     """
     text = module(ffi.has_fma(ffi.host_features())).text()
-    ffi.register(text, {name: name for name in (NOISE, DRAW)}, optimise=True)
+    ffi.register(text, {name: name for name in (NOISE, DRAW, RANK)}, optimise=True)
 
 
 def gumbel(keys: Array, positions: Array, vocab_size: int) -> Array:
@@ -87,13 +94,38 @@ def draw(scores: Array, noise: Array, which: Array) -> Array:
     Returns:
       `[N] int32`; V - 1 where an entry is NaN.
     """
+    _check_rows(scores, noise, which)
+    register()
+    result = jax.ShapeDtypeStruct(which.shape, jnp.int32)
+    return jax.ffi.ffi_call(DRAW, result)(scores, noise, which)
+
+
+def rank(
+    scores: Array, noise: Array, which: Array, sharpness: Array, tau: Array
+) -> tuple[Array, Array]:
+    """Find the first largest entry of `scores x sharpness + noise`, and its share.
+
+    For programs on one CPU device: it cannot be partitioned.
+
+    Args:
+      scores, noise, which: see `draw`; finite.
+      sharpness, tau: float32 scalars, tau positive.
+
+    Returns:
+      Indices `[N] int32`; and `[N] float32`, log of softmax(sums / tau) at them.
+    """
+    _check_rows(scores, noise, which)
+    register()
+    results = [jax.ShapeDtypeStruct(which.shape, kind) for kind in ("int32", "float32")]
+    numbers = [jnp.asarray(number, jnp.float32) for number in (sharpness, tau)]
+    return tuple(jax.ffi.ffi_call(RANK, results)(scores, noise, which, *numbers))
+
+
+def _check_rows(scores: Array, noise: Array, which: Array) -> None:
     num_rows, vocab_size = scores.shape
     _check("scores", scores, (num_rows, vocab_size), jnp.float32)
     _check("noise", noise, (noise.shape[0], vocab_size), jnp.float32)
     _check("which", which, (num_rows,), jnp.int32)
-    register()
-    result = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
-    return jax.ffi.ffi_call(DRAW, result)(scores, noise, which)
 
 
 def _check(name: str, array: Array, shape: tuple[int, ...], dtype) -> None:
@@ -109,8 +141,10 @@ def module(fused: bool) -> code_lib.Module:
     made = code_lib.Module(fused)
     _write_block(made)
     _write_row(made)
+    _write_ranking(made)
     job_lib.write_handler(made, NOISE, "noise_block", _NOISE_FIELDS, _noise_numbers)
-    job_lib.write_handler(made, DRAW, "draw_row", _DRAW_FIELDS, _draw_numbers)
+    job_lib.write_handler(made, DRAW, "draw_row", _DRAW_FIELDS, _row_numbers)
+    job_lib.write_handler(made, RANK, "rank_row", _RANK_FIELDS, _row_numbers)
     return made
 
 
@@ -122,7 +156,7 @@ def _noise_numbers(code: code_lib.Code, call: job_lib.Call):
     return numbers, code.times(rows, blocks)
 
 
-def _draw_numbers(code: code_lib.Code, call: job_lib.Call):
+def _row_numbers(code: code_lib.Code, call: job_lib.Call):
     rows, vocab_size = call.dims(0, 2)
     return dict(vocab_size=vocab_size), rows
 
@@ -201,17 +235,94 @@ def _put_first(code, value, base, column, stop) -> None:
             code.put(one, base, column, lane)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """A row's scores with its noise: score x factor + noise."""
+
+    code: code_lib.Code
+    scores: ir.Value
+    noise: ir.Value
+    vocab_size: ir.Value
+    factor: ir.Value | None = None
+
+    @property
+    def whole(self) -> ir.Value:
+        """Entries that fill vectors."""
+        return self.code.and_(self.vocab_size, self.code.number(-_LANES))
+
+    def vector(self, column: ir.Value) -> ir.Value:
+        """The sums from `column` on."""
+        added = self.code.get_vector(self.noise, column)
+        return self._sum(self.code.get_vector(self.scores, column), added)
+
+    def rest(self) -> ir.Value:
+        """The sums behind the whole vectors, and -inf."""
+        code = self.code
+        rest = code.variable(_F32V, code.splat(float("-inf")))
+        with code.loop(code.sub(self.vocab_size, self.whole)) as lane:
+            added = code.get(self.noise, self.whole, lane)
+            one = self._sum(code.get(self.scores, self.whole, lane), added)
+            filled = code.insert_element(code.load(rest, typ=_F32V), one, lane)
+            code.store(filled, rest)
+        return code.load(rest, typ=_F32V)
+
+    def _sum(self, score, added) -> ir.Value:
+        if self.factor is None:
+            return self.code.fadd(score, added)
+        factor = self.factor
+        if score.type == _F32V:
+            factor = self.code.splat(factor)
+        return self.code.multiply_add(score, factor, added)
+
+
 def _write_row(made: code_lib.Module) -> None:
     """Draw for one row: a chunk of a job."""
     code, (job, row) = made.function("draw_row", code_lib.VOID, code_lib.POINTER, _I64)
     its = _DRAW_FIELDS.load(code, job)
+    drawn, _ = _write_search(code, _sums_of(code, its, row))
+    code.put(drawn, its["drawn"], row)
+    code.ret_void()
+
+
+def _write_ranking(made: code_lib.Module) -> None:
+    """Find one row's best child and its share: a chunk of a job."""
+    code, (job, row) = made.function("rank_row", code_lib.VOID, code_lib.POINTER, _I64)
+    its = _RANK_FIELDS.load(code, job)
+    sharpness, tau = (code.get(its[name], 0) for name in ("sharpness", "tau"))
+    sums = _sums_of(code, its, row, sharpness)
+    best, highest = _write_search(code, sums)
+    code.put(best, its["ids"], row)
+    each = code.splat(code.fdiv(ir.Constant(code_lib.F32, 1.0), tau))
+
+    def weights(total):
+        return code.exponential(code.fmul(code.fsub(total, highest), each))
+
+    # Two sums: each waits for its own additions.
+    parts = [code.variable(_F32V, code.splat(0.0)) for _ in range(2)]
+    with code.loop(sums.whole, _LANES) as column:
+        code.store(
+            code.fadd(code.load(parts[0], typ=_F32V), weights(sums.vector(column))),
+            parts[0],
+        )
+    code.store(weights(sums.rest()), parts[1])
+    total = code.fadd(*(code.load(part, typ=_F32V) for part in parts))
+    share = code.fsub(code.splat(-0.0), code.logarithm(code.reduced(total, code.fadd)))
+    code.put(code.extract_element(share, ir.Constant(_I32, 0)), its["shares"], row)
+    code.ret_void()
+
+
+def _sums_of(code, its, row, factor=None) -> _Sums:
     vocab_size = its["vocab_size"]
     which = code.get(its["which"], row, kind=_I32)
     scores = code.at(its["scores"], code.times(row, vocab_size))
     noise = code.at(its["noise"], code.times(which, vocab_size))
+    return _Sums(code, scores, noise, vocab_size, factor)
+
+
+def _write_search(code, sums: _Sums) -> tuple[ir.Value, ir.Value]:
+    """Find the first largest sum: its index, and in all lanes itself."""
     lanes = ir.Constant(_I32V, list(range(_LANES)))
-    lowest = float("-inf")
-    best = code.variable(_F32V, code.splat(lowest))
+    best = code.variable(_F32V, code.splat(float("-inf")))
     place = code.variable(_I32V, lanes)
     mask_kind = ir.VectorType(code_lib.I1, _LANES)
     broken = code.variable(mask_kind, ir.Constant(mask_kind, [0] * _LANES))
@@ -226,17 +337,9 @@ def _write_row(made: code_lib.Module) -> None:
         is_nan = code.fcmp_unordered("uno", total, total)
         code.store(code.or_(code.load(broken, typ=mask_kind), is_nan), broken)
 
-    whole = code.and_(vocab_size, code.number(-_LANES))
-    with code.loop(whole, _LANES) as column:
-        added = code.get_vector(noise, column)
-        join(column, code.fadd(code.get_vector(scores, column), added))
-    rest = code.variable(_F32V, code.splat(lowest))
-    with code.loop(code.sub(vocab_size, whole)) as lane:
-        one = code.fadd(code.get(scores, whole, lane), code.get(noise, whole, lane))
-        total = code.insert_element(code.load(rest, typ=_F32V), one, lane)
-        code.store(total, rest)
-    join(whole, code.load(rest, typ=_F32V))
-
+    with code.loop(sums.whole, _LANES) as column:
+        join(column, sums.vector(column))
+    join(sums.whole, sums.rest())
     values, places = code.load(best, typ=_F32V), code.load(place, typ=_I32V)
     highest = code.reduced(values, code.largest)
     is_best = code.fcmp_ordered("==", values, highest)
@@ -245,6 +348,5 @@ def _write_row(made: code_lib.Module) -> None:
     drawn = code.extract_element(first, ir.Constant(_I32, 0))
     any_nan = code.bitcast(code.load(broken, typ=mask_kind), ir.IntType(_LANES))
     is_fine = code.icmp_unsigned("==", any_nan, ir.Constant(ir.IntType(_LANES), 0))
-    last = code.trunc(code.plus(vocab_size, -1), _I32)
-    code.put(code.select(is_fine, drawn, last), its["drawn"], row)
-    code.ret_void()
+    last = code.trunc(code.plus(sums.vocab_size, -1), _I32)
+    return code.select(is_fine, drawn, last), highest
