@@ -6,7 +6,8 @@ Each round decodes the same requests plainly and under every strategy, in turns,
 temperature 1 by default; filling the drafter's cache counts, prefill and compilation do
 not. The bound beside a figure is what the accept length would give if drafting, noise
 and bookkeeping cost nothing and the target's pass over the tree cost a plain step.
-`noise_ms` is what the noise of one step's positions takes by itself.
+`noise_ms` is what the noise of a step's positions takes by itself, in a step of the
+mean size: a batch shrinks as its answers end.
 
 Target: at least twice plain decoding at batch 1 on CPU.
 """
@@ -18,9 +19,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from matplotlib import axes as axes_lib
 
 from experiments import harness, plotting, speculation_harness
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.specdec import noise
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -75,6 +78,7 @@ def measurement(engines: dict, requests: dict, tokens: dict):
             "fill_s": stats.fill_s,
             "tokens_per_s": stats.num_tokens / took,
             "step_ms": 1e3 * stats.decode_s / stats.num_steps,
+            "mean_rows": stats.num_row_steps / stats.num_steps,
             "accept_length": stats.accept_length,
             "rows_differing": sum(
                 a != b for a, b in zip(drawn, reference, strict=True)
@@ -84,16 +88,28 @@ def measurement(engines: dict, requests: dict, tokens: dict):
     return measure
 
 
-def noise_ms(batch: int, num_positions: int, vocab_size: int) -> float:
-    """Times the noise of one step, median of twenty."""
-    keys = jnp.ones((batch * num_positions, 2), jnp.uint32)
-    positions = jnp.arange(batch * num_positions)
-    draw = jax.jit(noise.gumbel, static_argnums=2)
+def noise_ms(
+    num_positions: int, vocab_size: int, kernels: kernels_lib.Kernels
+) -> float:
+    """Times the noise of so many positions within a program, median of nine loops."""
+    loops = 10
+    keys = jnp.ones((num_positions, 2), jnp.uint32)
+    positions = jnp.arange(num_positions)
+
+    @jax.jit
+    def draw():
+        def step(i, total):
+            made = noise.gumbel(keys, positions + i, vocab_size, kernels)
+            # All of it is made, and kept, before a little of it is read.
+            return total + jnp.sum(lax.optimization_barrier(made)[:, ::4096])
+
+        return lax.fori_loop(0, loops, step, 0.0)
+
     times = []
-    for _ in range(21):
+    for _ in range(10):
         started = time.perf_counter()
-        jax.block_until_ready(draw(keys, positions, vocab_size))
-        times.append(time.perf_counter() - started)
+        jax.block_until_ready(draw())
+        times.append((time.perf_counter() - started) / loops)
     return 1e3 * statistics.median(times[1:])
 
 
@@ -112,6 +128,7 @@ def add_bounds(rows: list[harness.Row], summary: list[harness.Row]) -> None:
             if row["batch"] == entry["batch"] and row["system"] == PLAIN
         }
         costs = sorted(row["step_ms"] / plain[row["round"]] for row in same)
+        entry["mean_rows"] = sum(row["mean_rows"] for row in same) / len(same)
         entry["step_ms"] = sorted(row["step_ms"] for row in same)[len(same) // 2]
         entry["step_cost"] = costs[len(costs) // 2]
         entry["num_tokens"] = sum(row["num_tokens"] for row in same)
@@ -197,6 +214,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         )
         for engine in engines.values():
             engine.pool.close()
+            kernels = engine.programs.kernels
     summary = harness.summarise(
         rows,
         case_keys=("batch",),
@@ -207,7 +225,8 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     for row in summary:
         name = row["system"]
         most = 1 if name == PLAIN else strategy_lib.parse(name).max_accept_length
-        row["noise_ms"] = noise_ms(row["batch"], most, setting.policy.config.vocab_size)
+        num = round(row["mean_rows"] * most)
+        row["noise_ms"] = noise_ms(num, setting.policy.config.vocab_size, kernels)
     harness.write_results(options, SLUG, rows, summary, provenance)
     out = harness.folder_of(options)
     plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))

@@ -122,8 +122,11 @@ def cells(cfg, most):
     return rows[..., 0], rows[..., 1].prod(axis=1)
 
 
-def draw_by_distribution(law, noise):
+def draw_by_distribution(law, noise, which=None, kernels=None):
     """The token at which the distribution function passes `noise[..., 0]`."""
+    del kernels
+    if which is not None:
+        noise = jnp.take_along_axis(noise, which[..., None], axis=1)
     below = jnp.cumsum(jnp.exp(law.logprobs()), axis=-1)
     passed = jnp.sum(below < noise[..., :1] * (1 - 1e-6), axis=-1)
     return jnp.minimum(passed, law.scores.shape[-1] - 1).astype(jnp.int32)
@@ -254,7 +257,8 @@ class Case(Rollouts):
         u, volumes = cells(sampling_cfg, most)
         table = jnp.asarray(u, jnp.float32)
 
-        def keyed(keys, positions, vocab_size):
+        def keyed(keys, positions, vocab_size, kernels):
+            del kernels
             # A request's key is its row of the table.
             row = keys[:, 1].astype(jnp.int32)
             step = jnp.clip(positions - len(PROMPT), 0, most - 1)
@@ -333,7 +337,7 @@ MUTATIONS = {
         "",
     ),
     "drafted token taken, not the target's": (
-        "drawn = verify.draw(law, chance, tree)",
+        "drawn = verify.draw(law, chance, tree, settings.kernels)",
         "drawn = jnp.roll(tree.tokens, -1, axis=1)",
     ),
 }
@@ -357,8 +361,8 @@ IN_THE_WALK = {
         "is_child",
     ),
     "the root's noise at every depth": (
-        "tree.depths[..., None], axis=1",
-        "0 * tree.depths[..., None], axis=1",
+        "law.draw(noise, tree.depths, kernels)",
+        "law.draw(noise, 0 * tree.depths, kernels)",
     ),
 }
 

@@ -10,12 +10,11 @@ A query's numbers are the same whatever other rows and queries there are.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 from llvmlite import ir
 
 from tlt_jax.cpu_kernels import code as code_lib
-from tlt_jax.cpu_kernels import ffi
+from tlt_jax.cpu_kernels import job as job_lib
 
 HANDLER = "tlt_jax_attention"
 LANES = code_lib.LANES
@@ -26,17 +25,17 @@ _QUERIES = 4
 # Below any score; it is never read, since what is not visible weighs nothing.
 _HIDDEN = -1e30
 
-# What a job holds behind the runtime's header, eight bytes each.
-_POINTERS = (
-    *("qkv", "cos", "sin", "cache_keys", "cache_values", "table", "lengths", "mask"),
-    *("past_keys", "past_values", "heads", "keys", "values"),
+_FIELDS = job_lib.Fields(
+    arguments=(
+        *("qkv", "cos", "sin", "cache_keys", "cache_values", "table", "lengths"),
+        *("mask", "past_keys", "past_values"),
+    ),
+    results=("heads", "keys", "values"),
+    numbers=(
+        *("batch", "tokens", "past", "num_kv", "group", "head_dim", "page_size"),
+        *("max_pages", "layer_offset", "scale_bits"),
+    ),
 )
-_NUM_RESULTS = 3
-_NUMBERS = (
-    *("batch", "tokens", "past", "num_kv", "group", "head_dim", "page_size"),
-    *("max_pages", "layer_offset", "scale_bits"),
-)
-_FIELDS = _POINTERS + _NUMBERS
 
 
 def module(fused: bool) -> code_lib.Module:
@@ -44,7 +43,7 @@ def module(fused: bool) -> code_lib.Module:
     made = code_lib.Module(fused)
     _write_tile(made)
     _write_unit(made)
-    _write_handler(made)
+    job_lib.write_handler(made, HANDLER, "attention_unit", _FIELDS, _numbers)
     return made
 
 
@@ -197,7 +196,7 @@ def _write_softmax(code, of: _Queries, tile: _Tile, query) -> None:
 def _write_unit(made: code_lib.Module) -> None:
     """Attend for one row and kv head: a chunk of a job."""
     code, (job, chunk) = made.function("attention_unit", VOID, POINTER, I64)
-    its = {name: _field(code, job, name) for name in _FIELDS}
+    its = _FIELDS.load(code, job)
     tokens, head_dim, group = its["tokens"], its["head_dim"], its["group"]
     page_size = its["page_size"]
     row, head = code.udiv(chunk, its["num_kv"]), code.urem(chunk, its["num_kv"])
@@ -368,50 +367,15 @@ class _Cutter:
         return piece
 
 
-def _field(code: code_lib.Code, job: ir.Value, name: str) -> ir.Value:
-    kind = POINTER if name in _POINTERS else I64
-    return code.load(_place(code, job, name), typ=kind, align=8)
-
-
-def _place(code: code_lib.Code, job: ir.Value, name: str) -> ir.Value:
-    return code.at(job, ffi.JOB_HEADER + 8 * _FIELDS.index(name), kind=I8)
-
-
-def _write_handler(made: code_lib.Module) -> None:
-    """Read a call's buffers, make the job, run its units on the program's threads."""
-    code, (frame,) = made.function(HANDLER, POINTER, POINTER, exported=True)
-    null = ir.Constant(POINTER, None)
-    with code.if_then(code.call(made.runtime("tlt_metadata"), [frame])):
-        code.ret(null)
-
-    def buffer(kind: str, index: int) -> ir.Value:
-        return code.call(made.runtime(f"tlt_{kind}"), [frame, code.number(index)])
-
-    def data(kind: str, index: int) -> ir.Value:
-        return code.call(made.runtime("tlt_data"), [buffer(kind, index)])
-
-    def dims(index: int, count: int) -> Sequence[ir.Value]:
-        found = buffer("argument", index)
-        return [
-            code.call(
-                made.runtime("tlt_count"), [found, code.number(i), code.number(i + 1)]
-            )
-            for i in range(count)
-        ]
-
-    num_kv, heads, head_dim, batch, tokens = dims(0, 5)
-    _, num_pages, *_, page_size = dims(3, 5)
-    _, max_pages = dims(5, 2)
-    *_, past = dims(8, 4)
-    num_arguments = len(_POINTERS) - _NUM_RESULTS
-    layer = code.get(data("argument", num_arguments), 0, kind=I32)
-    values = {
-        name: data("argument", i) for i, name in enumerate(_POINTERS[:num_arguments])
-    }
-    values |= {
-        name: data("result", i) for i, name in enumerate(_POINTERS[num_arguments:])
-    }
-    values |= dict(
+def _numbers(code: code_lib.Code, call: job_lib.Call):
+    """Read a call's shapes, layer and scale; a unit is a row's queries of a kv head."""
+    num_kv, heads, head_dim, batch, tokens = call.dims(0, 5)
+    _, num_pages, *_, page_size = call.dims(3, 5)
+    _, max_pages = call.dims(5, 2)
+    *_, past = call.dims(8, 4)
+    num_pointers = len(_FIELDS.arguments)
+    layer = code.get(call.argument(num_pointers), 0, kind=I32)
+    numbers = dict(
         batch=batch,
         tokens=tokens,
         past=past,
@@ -421,18 +385,6 @@ def _write_handler(made: code_lib.Module) -> None:
         page_size=page_size,
         max_pages=max_pages,
         layer_offset=code.times(layer, num_pages, num_kv, head_dim, page_size),
-        scale_bits=code.get(data("argument", num_arguments + 1), 0, kind=I32),
+        scale_bits=code.get(call.argument(num_pointers + 1), 0, kind=I32),
     )
-    units = code.times(batch, num_kv)
-    with code.if_then(code.icmp_signed("==", units, code.number(0))):
-        code.ret(null)
-    num_bytes = ffi.JOB_HEADER + 8 * len(_FIELDS)
-    job = code.call(made.runtime("malloc"), [code.number(num_bytes)])
-    for name in _FIELDS:
-        code.store(values[name], _place(code, job, name), align=8)
-    threads = code.call(made.runtime("tlt_threads"), [frame])
-    threads = code.least(threads, units)
-    # The runtime frees the job.
-    unit = made.runtime("attention_unit")
-    code.call(made.runtime("tlt_run"), [frame, job, unit, units, threads])
-    code.ret(null)
+    return numbers, code.times(batch, num_kv)

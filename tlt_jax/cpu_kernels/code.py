@@ -91,6 +91,12 @@ class Code(ir.IRBuilder):
         self._end_of_slots = self.block.instructions[-1]
         self.position_at_end(self._first.block)
 
+    def module_function(
+        self, name: str, result: ir.Type, *kinds: ir.Type
+    ) -> ir.Function:
+        """Find a function of the module or of LLVM, see `Module.declare`."""
+        return self._own.declare(name, result, *kinds)
+
     def number(self, value: int | ir.Value) -> ir.Value:
         """Make a constant of a Python number."""
         return ir.Constant(I64, value) if isinstance(value, int) else value
@@ -178,15 +184,22 @@ class Code(ir.IRBuilder):
             "!=", self.load(place, typ=I8V, align=1), ir.Constant(I8V, [0] * LANES)
         )
 
-    def splat(self, value: ir.Value | float) -> ir.Value:
+    def splat(self, value: ir.Value | float, lanes: int = LANES) -> ir.Value:
         """Put a float into all lanes."""
-        if isinstance(value, float):
-            return ir.Constant(F32V, [value] * LANES)
-        one = self.insert_element(
-            ir.Constant(F32V, ir.Undefined), value, ir.Constant(I32, 0)
-        )
-        zeros = ir.Constant(I32V, [0] * LANES)
-        return self.shuffle_vector(one, ir.Constant(F32V, ir.Undefined), zeros)
+        return self._spread(F32, value, lanes)
+
+    def splat_integer(self, value: ir.Value | int, lanes: int = LANES) -> ir.Value:
+        """Put a 32-bit integer into all lanes."""
+        return self._spread(I32, value, lanes)
+
+    def _spread(self, kind, value, lanes) -> ir.Value:
+        vector = ir.VectorType(kind, lanes)
+        if not isinstance(value, ir.Value):
+            return ir.Constant(vector, [value] * lanes)
+        nothing = ir.Constant(vector, ir.Undefined)
+        one = self.insert_element(nothing, value, ir.Constant(I32, 0))
+        zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+        return self.shuffle_vector(one, nothing, zeros)
 
     def shuffled(
         self, left: ir.Value, right: ir.Value, lanes: Sequence[int]
@@ -199,12 +212,16 @@ class Code(ir.IRBuilder):
         if not self._own.fused:
             return self.fadd(self.fmul(a, b), acc)
         kind = acc.type
-        name = "llvm.fma.f32" if kind == F32 else f"llvm.fma.v{LANES}f32"
+        name = "llvm.fma.f32" if kind == F32 else f"llvm.fma.v{kind.count}f32"
         return self.call(self._own.declare(name, kind, kind, kind, kind), [a, b, acc])
 
     def largest(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """Take the larger of each lane; neither is NaN."""
         return self.select(self.fcmp_ordered(">", left, right), left, right)
+
+    def smallest(self, left: ir.Value, right: ir.Value) -> ir.Value:
+        """Take the smaller integer of each lane."""
+        return self.select(self.icmp_signed("<", left, right), left, right)
 
     def reduced(
         self, vector: ir.Value, join: Callable[[ir.Value, ir.Value], ir.Value]
@@ -212,8 +229,8 @@ class Code(ir.IRBuilder):
         """Join all lanes in a tree; every lane of the result holds it."""
         step = LANES // 2
         while step:
-            lanes = [i ^ step for i in range(LANES)]
-            vector = join(vector, self.shuffled(vector, vector, lanes))
+            lanes = ir.Constant(I32V, [i ^ step for i in range(LANES)])
+            vector = join(vector, self.shuffle_vector(vector, vector, lanes))
             step //= 2
         return vector
 
@@ -257,3 +274,43 @@ class Code(ir.IRBuilder):
         bits = self.add(bits, ir.Constant(I32V, [127] * LANES))
         bits = self.shl(bits, ir.Constant(I32V, [23] * LANES))
         return self.fmul(value, self.bitcast(bits, F32V))
+
+    def logarithm(self, x: ir.Value, less: ir.Value | None = None) -> ir.Value:
+        """Compute log of a vector of normal positive numbers, within 2 units.
+
+        Args:
+          x: the numbers; each is 1 - `less` to rounding, if that is given.
+          less: 1 - x, exact where x is near 1.
+
+        Reference: range and coefficients are those of the Cephes library's logf.
+        """
+        lanes = x.type.count
+        integers = ir.VectorType(I32, lanes)
+
+        def number(value):
+            return self.splat(value, lanes)
+
+        def integer(value):
+            return self.splat_integer(value, lanes)
+
+        bits = self.bitcast(x, integers)
+        from_root = self.sub(bits, integer(0x3F3504F3))  # of the root of 1/2
+        exponent = self.ashr(from_root, integer(23))
+        bits = self.sub(bits, self.shl(exponent, integer(23)))
+        rest = self.fsub(self.bitcast(bits, x.type), number(1.0))
+        if less is not None:
+            is_near = self.icmp_signed("==", exponent, integer(0))
+            rest = self.select(is_near, self.fsub(number(-0.0), less), rest)
+        square = self.fmul(rest, rest)
+        value = number(7.0376836292e-2)
+        for coefficient in (
+            *(-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
+            *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
+        ):
+            value = self.multiply_add(value, rest, number(coefficient))
+        value = self.fmul(self.fmul(value, rest), square)
+        exponent = self.sitofp(exponent, x.type)
+        value = self.multiply_add(exponent, number(-2.12194440e-4), value)
+        value = self.multiply_add(square, number(-0.5), value)
+        value = self.fadd(rest, value)
+        return self.multiply_add(exponent, number(0.693359375), value)

@@ -38,6 +38,11 @@ class Kernels:
     native_attention: bool = False
     checked: bool = False
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the program takes native kernels for CPUs where there are some."""
+        return self.products == "native"
+
     def packing(self, page_size: int, head_dim: int) -> int:
         """Say how pages must lie for the attention; see `page_layout.packing`."""
         name = None if self.attention is None else self.attention.name

@@ -43,9 +43,7 @@ def product(
 
 def takes_native(kernels: kernels_lib.Kernels, x: Array) -> bool:
     """Tell whether columns `[in, ...]` are few enough for the native product."""
-    return (
-        kernels.products == "native" and math.prod(x.shape[1:]) <= _MOST_NATIVE_COLUMNS
-    )
+    return kernels.is_native and math.prod(x.shape[1:]) <= _MOST_NATIVE_COLUMNS
 
 
 @jax.custom_vjp

@@ -78,7 +78,11 @@ class EngineConfig:
 
 
 class EnginePrograms:
-    """Lowers the programs of one engine on one mesh."""
+    """Lowers the programs of one engine on one mesh.
+
+    Attributes:
+      kernels: that they compute with.
+    """
 
     def __init__(
         self,
@@ -105,7 +109,7 @@ class EnginePrograms:
         self._drafter_cfg = drafting_cfg and drafting_cfg.drafter_cfg
         self._replicated = sharding.replicated(mesh)
         self._dtype = jnp.dtype(engine_cfg.dtype)
-        self._kernels = kernels.choose(
+        self.kernels = kernels.choose(
             *(engine_cfg.cpu_kernels, engine_cfg.attention),
             *(mesh, rules, self._dtype),
             checked=engine_cfg.check_kernels,
@@ -181,7 +185,7 @@ class EnginePrograms:
                 feature_layers=self.feature_layers,
                 keep_hidden=self._keeps_hidden,
                 dtype=self._dtype,
-                kernels=self._kernels,
+                kernels=self.kernels,
             )
             return decode.donated(fn, self._shardings.target).lower(
                 abstract_of(params),
@@ -208,7 +212,7 @@ class EnginePrograms:
                 feature_layers=self.feature_layers,
                 keep_hidden=self._keeps_hidden,
                 dtype=self._dtype,
-                kernels=self._kernels,
+                kernels=self.kernels,
             )
             return decode.donated(fn, self._shardings.target, self._replicated).lower(
                 abstract_of(params),
@@ -241,7 +245,7 @@ class EnginePrograms:
                 rule=self._drafting_cfg.rule,
                 keep_hidden=self._keeps_hidden,
                 dtype=cfg.dtype,
-                kernels=self._kernels,
+                kernels=self.kernels,
             )
             jitted = jax.jit(
                 functools.partial(speculate.run, settings=settings),
@@ -292,7 +296,7 @@ class EnginePrograms:
                 propose.fill,
                 cfg=self._drafter_cfg,
                 dtype=self._dtype,
-                kernels=self._kernels,
+                kernels=self.kernels,
             )
             jitted = jax.jit(
                 fn, donate_argnums=(2,), out_shardings=self._shardings.drafter
@@ -356,7 +360,7 @@ class EnginePrograms:
             cfg.page_size,
             self._dtype,
             feature_size,
-            self._kernels.packing(cfg.page_size, model.head_dim),
+            self.kernels.packing(cfg.page_size, model.head_dim),
         )
 
     def _rows(self, batch: int) -> decode.Rows:

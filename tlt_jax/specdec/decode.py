@@ -144,9 +144,10 @@ def decode(
             transformer.logits(params, out.hidden[:, :, 0], kernels), sampling_cfg
         )
         if sampling_cfg.temperature == 0:
-            drawn = law.draw(0.0)
+            drawn = law.draw(jnp.zeros((1,)))
         else:
-            drawn = law.draw(noise.gumbel(rows.keys, lengths + 1, cfg.vocab_size))
+            chance = noise.gumbel(rows.keys, lengths + 1, cfg.vocab_size, kernels)
+            drawn = law.draw(chance, kernels=kernels)
         cache = kv_cache.append(
             cache,
             out.keys,

@@ -11,6 +11,8 @@ Reference: Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1,
 import jax.numpy as jnp
 import numpy as np
 
+from tlt_jax.cpu_kernels import gumbel as native
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.types import Array
 
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
@@ -77,7 +79,12 @@ def request_keys(seed: int, request_ids) -> np.ndarray:
     return np.stack(words, axis=-1)
 
 
-def gumbel(keys: Array, positions: Array, vocab_size: int) -> Array:
+def gumbel(
+    keys: Array,
+    positions: Array,
+    vocab_size: int,
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+) -> Array:
     """Draw the standard Gumbel noise of every vocabulary entry.
 
     With u uniform on a grid of 2**-31, -log1p(-u) is exponential with a fine lower
@@ -89,10 +96,14 @@ def gumbel(keys: Array, positions: Array, vocab_size: int) -> Array:
       positions: `[N] int32`, index in the row's text (prompt included) of the token
         that is drawn.
       vocab_size: V.
+      kernels: whose native ones make the noise on CPUs, from the same bits and with
+        other roundings of the logarithms (at most 1e-6 apart).
 
     Returns:
       `[N, V] float32`.
     """
+    if kernels.is_native:
+        return native.gumbel(keys, positions, vocab_size)
     half = (vocab_size + 1) // 2
     counter = (
         positions.astype(jnp.uint32)[:, None],

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from tlt_jax.cpu_kernels import gumbel as native
 from tlt_jax.models import attention, drafter, drafter_head, kv_cache, transformer
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
@@ -151,6 +152,20 @@ def draft(
     last = (accepted.counts - 1)[None, :, None]
     root = jnp.take_along_axis(out.hidden, last, axis=2)
 
+    def rank_natively(scores, level):
+        if weights.params.draft_ids is None:
+            rows = noise.reshape(-1, noise.shape[-1])
+            which = jnp.arange(batch) * noise.shape[1] + level - 1
+        else:
+            rows = lax.dynamic_index_in_dim(noise, level - 1, axis=1, keepdims=False)
+            rows = rows[:, weights.params.draft_ids]
+            which = jnp.arange(batch)
+        which = which.astype(jnp.int32)
+        ids, shares = native.rank(scores[:, 0], rows, which, sharpness, tau)
+        if weights.params.draft_ids is not None:
+            ids = weights.params.draft_ids[ids]
+        return ids[:, None, None], shares[:, None, None]
+
     def rank(hidden, level):
         """Children of nodes `hidden [D, B, E']`: `[B, E', topk]` ids and scores.
 
@@ -158,6 +173,8 @@ def draft(
         """
         logits = drafter_head.logits(weights.params, cfg, weights.head, hidden, kernels)
         scores = logits if temperature in (0, 1) else logits / temperature
+        if noise is not None and topk == 1 and kernels.is_native and not keep_laws:
+            return *rank_natively(scores, level), None
         probs = None
         if keep_laws:
             probs = jnp.exp(scores - sampling.log_sum_exp(scores)[..., None])[:, 0]

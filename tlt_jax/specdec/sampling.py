@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from tlt_jax.cpu_kernels import gumbel as native
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.types import Array
 
 
@@ -85,9 +87,36 @@ class Law:
         safe = jnp.where(inside, logprobs, 0.0)
         return -jnp.sum(jnp.where(inside, jnp.exp(safe) * safe, 0.0), axis=-1)
 
-    def draw(self, noise: Array) -> Array:
-        """Draw tokens `[...] int32` with Gumbel noise `[..., V]`."""
+    def draw(
+        self,
+        noise: Array,
+        which: Array | None = None,
+        kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+    ) -> Array:
+        """Draw tokens `[...] int32`.
+
+        Args:
+          noise: Gumbel noise, one row `[..., V]` for each of the law's; or `[B, A, V]`
+            of which the laws, `[B, W, V]`, take what `which` says. One column stands
+            for V equal ones.
+          which: `[B, W] int32`, within [0, A).
+          kernels: whose native ones add and compare in one go on CPUs.
+        """
+        if kernels.is_native and noise.shape[-1] == self.scores.shape[-1]:
+            return self._draw_natively(noise, which)
+        if which is not None:
+            noise = jnp.take_along_axis(noise, which[..., None], axis=1)
         return argmax(self.scores + noise)
+
+    def _draw_natively(self, noise, which) -> Array:
+        shape = self.scores.shape
+        if which is None:
+            rows = jnp.arange(math.prod(shape[:-1]), dtype=jnp.int32)
+        else:
+            first = noise.shape[1] * jnp.arange(shape[0], dtype=jnp.int32)
+            rows = (first[:, None] + which).reshape(-1)
+        scores, noise = (x.reshape(-1, shape[-1]) for x in (self.scores, noise))
+        return native.draw(scores, noise, rows).reshape(shape[:-1])
 
 
 def law(logits: Array, cfg: SamplingConfig) -> Law:

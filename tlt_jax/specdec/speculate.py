@@ -292,10 +292,9 @@ def _chance(keys, lengths, settings) -> Array | chain.Chance:
     if settings.sampling_cfg.temperature == 0:
         return jnp.zeros((batch, num, 1), jnp.float32)
     positions = lengths[:, None] + 1 + jnp.arange(num)
-    drawn = noise.gumbel(
-        jnp.repeat(keys, num, axis=0), positions.reshape(-1), settings.cfg.vocab_size
-    )
-    return drawn.reshape(batch, num, settings.cfg.vocab_size)
+    keys, vocab_size = jnp.repeat(keys, num, axis=0), settings.cfg.vocab_size
+    drawn = noise.gumbel(keys, positions.reshape(-1), vocab_size, settings.kernels)
+    return drawn.reshape(batch, num, vocab_size)
 
 
 @struct.dataclass
@@ -394,7 +393,7 @@ def _verify(params, state, rows, candidates, proposed, chance, settings) -> _Rea
     logits = transformer.logits(params, out.hidden, settings.kernels)
     law = sampling.law(logits, settings.sampling_cfg)
     if settings.keyed:
-        drawn = verify.draw(law, chance, tree)
+        drawn = verify.draw(law, chance, tree, settings.kernels)
         walk = verify.walk(tree, drawn, strategy.max_accept_length)
     else:
         walk = chain.judge(settings.rule, law, tree, proposed.draft_probs, chance)

@@ -9,6 +9,7 @@ the tokens that come out are those of plain decoding, whatever was proposed.
 import jax.numpy as jnp
 from flax import struct
 
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.specdec import sampling
 from tlt_jax.specdec import tree as tree_lib
 from tlt_jax.types import Array
@@ -30,19 +31,24 @@ class Walk:
     num_accepted: Array
 
 
-def draw(law: sampling.Law, noise: Array, tree: tree_lib.DraftTree) -> Array:
+def draw(
+    law: sampling.Law,
+    noise: Array,
+    tree: tree_lib.DraftTree,
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+) -> Array:
     """Draw the target's token at every node.
 
     Args:
       law: of the tokens behind each node, `[B, W, V]`.
       noise: `[B, A, V]`, Gumbel noise of the positions behind depth 0 to A - 1.
       tree: the trees.
+      kernels: see `sampling.Law.draw`.
 
     Returns:
       `[B, W] int32`.
     """
-    of_node = jnp.take_along_axis(noise, tree.depths[..., None], axis=1)
-    return law.draw(of_node)
+    return law.draw(noise, tree.depths, kernels)
 
 
 def walk(tree: tree_lib.DraftTree, drawn: Array, max_accept_length: int) -> Walk:

@@ -1,0 +1,352 @@
+"""Position-keyed Gumbel noise on CPUs, and the draws that add it to scores.
+
+`specdec.noise` says what the noise is; here the generator and both logarithms of an
+entry stay in vector registers, and nothing but the noise itself goes through memory.
+A draw adds a row of noise to a row of scores on the way to the largest entry, so that
+neither the sums nor copies of the noise for every node of a tree are written; a chain's
+drafter ranks by the same sums.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from llvmlite import ir
+
+from tlt_jax.cpu_kernels import code as code_lib
+from tlt_jax.cpu_kernels import ffi
+from tlt_jax.cpu_kernels import job as job_lib
+from tlt_jax.types import Array
+
+NOISE, DRAW, RANK = "tlt_jax_gumbel", "tlt_jax_draw", "tlt_jax_rank"
+_LANES = code_lib.LANES
+_I32, _I64, _F32V, _I32V = code_lib.I32, code_lib.I64, code_lib.F32V, code_lib.I32V
+# Counters of a unit of work; each gives two entries.
+_BLOCK = 2048
+# Counters whose noise is made together: several registers, so that the chains of
+# dependent operations of one fill the waiting times of another's.
+_WIDE = 8 * _LANES
+
+# Threefry-2x32.
+_ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+_PARITY = 0x1BD11BDA
+_ROUNDS = 13
+
+_NOISE_FIELDS = job_lib.Fields(
+    arguments=("keys", "positions"),
+    results=("noise",),
+    numbers=("vocab_size", "half", "blocks"),
+)
+_DRAW_FIELDS = job_lib.Fields(
+    arguments=("scores", "noise", "which"),
+    results=("drawn",),
+    numbers=("vocab_size",),
+)
+_RANK_FIELDS = job_lib.Fields(
+    arguments=(*_DRAW_FIELDS.arguments, "sharpness", "tau"),
+    results=("ids", "shares"),
+    numbers=("vocab_size",),
+)
+
+
+@functools.cache
+def register() -> None:
+    """Compile the kernels and make them known to XLA, once in a process.
+
+    See `product.register`.
+    """
+    text = module(ffi.has_fma(ffi.host_features())).text()
+    ffi.register(text, {name: name for name in (NOISE, DRAW, RANK)}, optimise=True)
+
+
+def gumbel(keys: Array, positions: Array, vocab_size: int) -> Array:
+    """Compute `specdec.noise.gumbel`, to rounding.
+
+    For programs on one CPU device: it cannot be partitioned. An entry is the same bits
+    whatever else is computed.
+
+    Args:
+      keys: `[N, 2] uint32`.
+      positions: `[N] int32`.
+      vocab_size: V.
+
+    Returns:
+      `[N, V] float32`.
+    """
+    _check("keys", keys, (positions.shape[0], 2), jnp.uint32)
+    _check("positions", positions, positions.shape[:1], jnp.int32)
+    register()
+    result = jax.ShapeDtypeStruct((positions.shape[0], vocab_size), jnp.float32)
+    return jax.ffi.ffi_call(NOISE, result)(keys, positions)
+
+
+def draw(scores: Array, noise: Array, which: Array) -> Array:
+    """Find the first largest entry of scores with noise added, a row at a time.
+
+    For programs on one CPU device: it cannot be partitioned.
+
+    Args:
+      scores: `[N, V] float32`, V at least 1.
+      noise: `[M, V] float32`.
+      which: `[N] int32`, the row of noise that each row of scores gets, within [0, M).
+
+    Returns:
+      `[N] int32`; V - 1 where an entry is NaN.
+    """
+    _check_rows(scores, noise, which)
+    register()
+    result = jax.ShapeDtypeStruct(which.shape, jnp.int32)
+    return jax.ffi.ffi_call(DRAW, result)(scores, noise, which)
+
+
+def rank(
+    scores: Array, noise: Array, which: Array, sharpness: Array, tau: Array
+) -> tuple[Array, Array]:
+    """Find the first largest entry of `scores x sharpness + noise`, and its share.
+
+    For programs on one CPU device: it cannot be partitioned.
+
+    Args:
+      scores, noise, which: see `draw`; finite.
+      sharpness, tau: float32 scalars, tau positive.
+
+    Returns:
+      Indices `[N] int32`; and `[N] float32`, log of softmax(sums / tau) at them.
+    """
+    _check_rows(scores, noise, which)
+    register()
+    results = [jax.ShapeDtypeStruct(which.shape, kind) for kind in ("int32", "float32")]
+    numbers = [jnp.asarray(number, jnp.float32) for number in (sharpness, tau)]
+    return tuple(jax.ffi.ffi_call(RANK, results)(scores, noise, which, *numbers))
+
+
+def _check_rows(scores: Array, noise: Array, which: Array) -> None:
+    num_rows, vocab_size = scores.shape
+    _check("scores", scores, (num_rows, vocab_size), jnp.float32)
+    _check("noise", noise, (noise.shape[0], vocab_size), jnp.float32)
+    _check("which", which, (num_rows,), jnp.int32)
+
+
+def _check(name: str, array: Array, shape: tuple[int, ...], dtype) -> None:
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(
+            f"{name} is {array.dtype}{list(array.shape)}: the native kernel takes "
+            f"{jnp.dtype(dtype)}{list(shape)}."
+        )
+
+
+def module(fused: bool) -> code_lib.Module:
+    """Write the kernels; `fused`: the CPU multiplies and adds in one rounding."""
+    made = code_lib.Module(fused)
+    _write_block(made)
+    _write_row(made)
+    _write_ranking(made)
+    job_lib.write_handler(made, NOISE, "noise_block", _NOISE_FIELDS, _noise_numbers)
+    job_lib.write_handler(made, DRAW, "draw_row", _DRAW_FIELDS, _row_numbers)
+    job_lib.write_handler(made, RANK, "rank_row", _RANK_FIELDS, _row_numbers)
+    return made
+
+
+def _noise_numbers(code: code_lib.Code, call: job_lib.Call):
+    rows, vocab_size = call.result_dims(0, 2)
+    half = code.udiv(code.plus(vocab_size, 1), code.number(2))
+    blocks = code.udiv(code.plus(half, _BLOCK - 1), code.number(_BLOCK))
+    numbers = dict(vocab_size=vocab_size, half=half, blocks=blocks)
+    return numbers, code.times(rows, blocks)
+
+
+def _row_numbers(code: code_lib.Code, call: job_lib.Call):
+    rows, vocab_size = call.dims(0, 2)
+    return dict(vocab_size=vocab_size), rows
+
+
+def _write_block(made: code_lib.Module) -> None:
+    """Make the noise of a block of counters of one row: a chunk of a job."""
+    code, (job, chunk) = made.function(
+        "noise_block", code_lib.VOID, code_lib.POINTER, _I64
+    )
+    its = _NOISE_FIELDS.load(code, job)
+    row, block = code.udiv(chunk, its["blocks"]), code.urem(chunk, its["blocks"])
+    half, vocab_size = its["half"], its["vocab_size"]
+
+    def word(name, *place):
+        value = code.at(its[name], *place, kind=_I32)
+        return code.splat_integer(code.load(value, typ=_I32, align=4), _WIDE)
+
+    key = [word("keys", code.times(2, row), i) for i in range(2)]
+    parity = code.splat_integer(_PARITY, _WIDE)
+    schedule = (*key, code.xor(code.xor(*key), parity))
+    first_word = code.add(word("positions", row), schedule[0])
+    lanes = ir.Constant(ir.VectorType(_I32, _WIDE), list(range(_WIDE)))
+    target = code.at(its["noise"], code.times(row, vocab_size))
+    second = code.at(target, half)
+    start = code.times(block, _BLOCK)
+    stop = code.least(code.plus(start, _BLOCK), half)
+    with code.loop(code.sub(stop, start), _WIDE) as i:
+        column = code.plus(start, i)
+        first = code.splat_integer(code.trunc(column, _I32), _WIDE)
+        words = _threefry(code, schedule, first_word, code.add(first, lanes))
+        low, high = (_gumbel_of(code, bits) for bits in words)
+        _put_first(code, low, target, column, half)
+        _put_first(code, high, second, column, code.sub(vocab_size, half))
+    code.ret_void()
+
+
+def _threefry(code, schedule, x0, counter) -> tuple[ir.Value, ir.Value]:
+    """Encrypt; the first word of the counter has its key already."""
+    kind = counter.type
+    turned = code.module_function(f"llvm.fshl.v{_WIDE}i32", kind, kind, kind, kind)
+    x1 = code.add(counter, schedule[1])
+    for i in range(_ROUNDS):
+        x0 = code.add(x0, x1)
+        turn = code.splat_integer(_ROTATIONS[i % 8], _WIDE)
+        x1 = code.xor(code.call(turned, [x1, x1, turn]), x0)
+        if i % 4 == 3:
+            step = i // 4 + 1
+            x0 = code.add(x0, schedule[step % 3])
+            x1 = code.add(x1, schedule[(step + 1) % 3])
+            x1 = code.add(x1, code.splat_integer(step, _WIDE))
+    return x0, x1
+
+
+def _gumbel_of(code, bits: ir.Value) -> ir.Value:
+    """Turn uniform words into noise, as `specdec.noise.gumbel` does."""
+    kind = ir.VectorType(code_lib.F32, _WIDE)
+    kept = code.lshr(bits, code.splat_integer(1, _WIDE))
+    u = code.fadd(code.sitofp(kept, kind), code.splat(0.5, _WIDE))
+    u = code.fmul(u, code.splat(2.0**-31, _WIDE))
+    most = code.splat(1.0 - 2.0**-24, _WIDE)
+    u = code.select(code.fcmp_ordered("<", u, most), u, most)
+    minus = code.logarithm(code.fsub(code.splat(1.0, _WIDE), u), less=u)
+    sign = code.splat(-0.0, _WIDE)
+    return code.fsub(sign, code.logarithm(code.fsub(sign, minus)))
+
+
+def _put_first(code, value, base, column, stop) -> None:
+    """Store the lanes of a vector at `column` that lie before `stop`."""
+    room = code.sub(stop, column)
+    is_whole = code.icmp_signed(">=", room, code.number(_WIDE))
+    with code.if_else(is_whole) as (whole, part):
+        with whole:
+            code.put_vector(value, base, column)
+        with part, code.loop(room) as lane:
+            one = code.extract_element(value, lane)
+            code.put(one, base, column, lane)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """A row's scores with its noise: score x factor + noise."""
+
+    code: code_lib.Code
+    scores: ir.Value
+    noise: ir.Value
+    vocab_size: ir.Value
+    factor: ir.Value | None = None
+
+    @property
+    def whole(self) -> ir.Value:
+        """Entries that fill vectors."""
+        return self.code.and_(self.vocab_size, self.code.number(-_LANES))
+
+    def vector(self, column: ir.Value) -> ir.Value:
+        """The sums from `column` on."""
+        added = self.code.get_vector(self.noise, column)
+        return self._sum(self.code.get_vector(self.scores, column), added)
+
+    def rest(self) -> ir.Value:
+        """The sums behind the whole vectors, and -inf."""
+        code = self.code
+        rest = code.variable(_F32V, code.splat(float("-inf")))
+        with code.loop(code.sub(self.vocab_size, self.whole)) as lane:
+            added = code.get(self.noise, self.whole, lane)
+            one = self._sum(code.get(self.scores, self.whole, lane), added)
+            filled = code.insert_element(code.load(rest, typ=_F32V), one, lane)
+            code.store(filled, rest)
+        return code.load(rest, typ=_F32V)
+
+    def _sum(self, score, added) -> ir.Value:
+        if self.factor is None:
+            return self.code.fadd(score, added)
+        factor = self.factor
+        if score.type == _F32V:
+            factor = self.code.splat(factor)
+        return self.code.multiply_add(score, factor, added)
+
+
+def _write_row(made: code_lib.Module) -> None:
+    """Draw for one row: a chunk of a job."""
+    code, (job, row) = made.function("draw_row", code_lib.VOID, code_lib.POINTER, _I64)
+    its = _DRAW_FIELDS.load(code, job)
+    drawn, _ = _write_search(code, _sums_of(code, its, row))
+    code.put(drawn, its["drawn"], row)
+    code.ret_void()
+
+
+def _write_ranking(made: code_lib.Module) -> None:
+    """Find one row's best child and its share: a chunk of a job."""
+    code, (job, row) = made.function("rank_row", code_lib.VOID, code_lib.POINTER, _I64)
+    its = _RANK_FIELDS.load(code, job)
+    sharpness, tau = (code.get(its[name], 0) for name in ("sharpness", "tau"))
+    sums = _sums_of(code, its, row, sharpness)
+    best, highest = _write_search(code, sums)
+    code.put(best, its["ids"], row)
+    each = code.splat(code.fdiv(ir.Constant(code_lib.F32, 1.0), tau))
+
+    def weights(total):
+        return code.exponential(code.fmul(code.fsub(total, highest), each))
+
+    # Two sums: each waits for its own additions.
+    parts = [code.variable(_F32V, code.splat(0.0)) for _ in range(2)]
+    with code.loop(sums.whole, _LANES) as column:
+        code.store(
+            code.fadd(code.load(parts[0], typ=_F32V), weights(sums.vector(column))),
+            parts[0],
+        )
+    code.store(weights(sums.rest()), parts[1])
+    total = code.fadd(*(code.load(part, typ=_F32V) for part in parts))
+    share = code.fsub(code.splat(-0.0), code.logarithm(code.reduced(total, code.fadd)))
+    code.put(code.extract_element(share, ir.Constant(_I32, 0)), its["shares"], row)
+    code.ret_void()
+
+
+def _sums_of(code, its, row, factor=None) -> _Sums:
+    vocab_size = its["vocab_size"]
+    which = code.get(its["which"], row, kind=_I32)
+    scores = code.at(its["scores"], code.times(row, vocab_size))
+    noise = code.at(its["noise"], code.times(which, vocab_size))
+    return _Sums(code, scores, noise, vocab_size, factor)
+
+
+def _write_search(code, sums: _Sums) -> tuple[ir.Value, ir.Value]:
+    """Find the first largest sum: its index, and in all lanes itself."""
+    lanes = ir.Constant(_I32V, list(range(_LANES)))
+    best = code.variable(_F32V, code.splat(float("-inf")))
+    place = code.variable(_I32V, lanes)
+    mask_kind = ir.VectorType(code_lib.I1, _LANES)
+    broken = code.variable(mask_kind, ir.Constant(mask_kind, [0] * _LANES))
+
+    def join(column, total):
+        here = code.add(code.splat_integer(code.trunc(column, _I32)), lanes)
+        before = code.load(best, typ=_F32V)
+        is_more = code.fcmp_ordered(">", total, before)
+        code.store(code.select(is_more, total, before), best)
+        kept = code.select(is_more, here, code.load(place, typ=_I32V))
+        code.store(kept, place)
+        is_nan = code.fcmp_unordered("uno", total, total)
+        code.store(code.or_(code.load(broken, typ=mask_kind), is_nan), broken)
+
+    with code.loop(sums.whole, _LANES) as column:
+        join(column, sums.vector(column))
+    join(sums.whole, sums.rest())
+    values, places = code.load(best, typ=_F32V), code.load(place, typ=_I32V)
+    highest = code.reduced(values, code.largest)
+    is_best = code.fcmp_ordered("==", values, highest)
+    beyond = code.splat_integer(2**31 - 1)
+    first = code.reduced(code.select(is_best, places, beyond), code.smallest)
+    drawn = code.extract_element(first, ir.Constant(_I32, 0))
+    any_nan = code.bitcast(code.load(broken, typ=mask_kind), ir.IntType(_LANES))
+    is_fine = code.icmp_unsigned("==", any_nan, ir.Constant(ir.IntType(_LANES), 0))
+    last = code.trunc(code.plus(sums.vocab_size, -1), _I32)
+    return code.select(is_fine, drawn, last), highest
