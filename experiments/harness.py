@@ -135,26 +135,88 @@ class Runner:
         self._process.stdout.close()
 
 
+class Visitor:
+    """A runner that is loaded for each request and gone after it.
+
+    So systems that do not fit into memory beside each other take turns all the same.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        log_dir: pathlib.Path,
+        request: Row,
+        timeout_s: float,
+        versions: dict,
+    ):
+        """Starts nothing yet.
+
+        Args:
+          system: what is loaded.
+          log_dir: of its log.
+          request: for `load`.
+          timeout_s: for that.
+          versions: takes up what the first load reports.
+        """
+        self._system, self._log_dir = system, log_dir
+        self._request, self._timeout_s = request, timeout_s
+        self._versions = versions
+
+    def ask(self, command: str, *, timeout_s: float, **fields) -> dict:
+        """Loads, asks twice, and returns the second answer: the first one warms up.
+
+        Raises:
+          RunnerError: as `Runner.ask`.
+        """
+        runner = Runner(self._system, self._log_dir)
+        try:
+            answer = runner.ask("load", timeout_s=self._timeout_s, **self._request)
+            self._versions.update(answer)
+            runner.ask(command, timeout_s=timeout_s, **fields)
+            return runner.ask(command, timeout_s=timeout_s, **fields)
+        finally:
+            runner.close()
+
+    def close(self) -> None:
+        """Does nothing: between requests there is no process."""
+
+
 @contextlib.contextmanager
 def loaded(
     systems: collections.abc.Sequence[System],
     log_dir: pathlib.Path,
     request: Row,
     timeout_s: float,
-) -> collections.abc.Iterator[tuple[dict[str, Runner], dict[str, dict]]]:
+    *,
+    one_at_a_time: bool = False,
+) -> collections.abc.Iterator[tuple[dict[str, Runner | Visitor], dict[str, dict]]]:
     """Starts and loads the systems one after the other; ends them all on leaving.
 
+    Args:
+      systems: to be measured.
+      log_dir: of their logs.
+      request: for `load`.
+      timeout_s: for that.
+      one_at_a_time: load each for its own requests only, see `Visitor`.
+
     Yields:
-      The runners by name, and the versions that each reports.
+      The runners by name, and the versions that each reports, once it has.
     """
-    runners: dict[str, Runner] = {}
-    versions = {}
+    runners: dict[str, Runner | Visitor] = {}
+    versions: dict[str, dict] = {system.name: {} for system in systems}
     try:
         for system in systems:
-            print(f"Loading {system.name} ...", flush=True)
-            runners[system.name] = Runner(system, log_dir)
-            answer = runners[system.name].ask("load", timeout_s=timeout_s, **request)
-            versions[system.name] = answer
+            name = system.name
+            if one_at_a_time:
+                runners[name] = Visitor(
+                    system, log_dir, request, timeout_s, versions[name]
+                )
+                continue
+            print(f"Loading {name} ...", flush=True)
+            runners[name] = Runner(system, log_dir)
+            versions[name].update(
+                runners[name].ask("load", timeout_s=timeout_s, **request)
+            )
         yield runners, versions
     finally:
         for runner in runners.values():
@@ -323,7 +385,7 @@ class Provenance:
         self._start = time.monotonic()
         self.record = {
             "experiment": experiment,
-            "command": public_command(experiment, sys.argv[1:]),
+            "command": public_command(started_module(experiment), sys.argv[1:]),
             "commit": machine.git("rev-parse", "HEAD"),
             "uncommitted_changes": _is_changed(),
             "settings": settings,
@@ -349,6 +411,14 @@ class Provenance:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.record, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
+
+
+def started_module(experiment: str) -> str:
+    """Returns the experiment that was started: it may have started this one."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    folder, _, name = (spec.name if spec else "").rpartition(".")
+    is_other = folder == __package__ and not name.startswith("__")
+    return name if is_other else experiment
 
 
 def public_command(experiment: str, arguments: collections.abc.Sequence[str]) -> str:

@@ -4,12 +4,10 @@
     python -m experiments.peers_side_by_side --scale=cpu --model-dir=DIR \
         --peers=transformers,vllm,trl,tunix --peer-python=transformers=PATH,...
 
-With `--peers` all of them are measured in this one run: first decoding, then a GRPO
-step, each in interleaved rounds with ours (`experiments.decode_speed`,
-`experiments.grpo_step_speed`; their tables go to a folder of this experiment's name).
-Steps are of 64 new tokens, for which ours, TRL and Tunix fit into 24 GB beside each
-other; at the 128 of `grpo_step_speed` each of them needs 10. Without `--peers` the
-tables that those experiments made in their own runs are read.
+With `--peers` all of them are measured in this one run, in interleaved rounds with
+ours: first a GRPO step by `experiments.grpo_step_speed`, a system at a time in memory,
+then decoding by `experiments.decode_speed`; both write their tables anew. Without
+`--peers` the tables that are there are read.
 
 A figure is how many times as fast ours is: tokens per second of greedy decoding with
 prefill, by batch, against transformers, llama.cpp and vLLM; seconds of a GRPO step,
@@ -26,17 +24,18 @@ from experiments import cells, decode_speed, grpo_step_speed, harness, plotting
 SLUG = "peers_side_by_side"
 OURS = "tlt_jax"
 DECODE, STEP = decode_speed.SLUG, grpo_step_speed.SLUG
-MEASURED = {DECODE: decode_speed, STEP: grpo_step_speed}
+# Steps first: of theirs nobody knows beforehand whether memory will do.
+MEASURED = {STEP: grpo_step_speed, DECODE: decode_speed}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     known = {**decode_speed.PEERS, **grpo_step_speed.PEERS}
     parser = harness.argument_parser(__doc__, known)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of decoding")
+    parser.add_argument("--step-rounds", type=int, default=2, help="of GRPO steps")
     parser.add_argument("--batches", default="1,8,32", help="of decoding")
     parser.add_argument("--lengths", default="fixed,natural", help="of GRPO steps")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of GRPO steps")
     options = parser.parse_args(arguments)
     if options.peers:
         # Refuses names that neither experiment knows.
@@ -44,15 +43,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def commands_of(options: argparse.Namespace, out: pathlib.Path) -> dict[str, list[str]]:
+def commands_of(options: argparse.Namespace) -> dict[str, list[str]]:
     """Returns what the experiments that measure are told, by name."""
     asked = options.peers.split(",")
     pythons = harness.parse_pairs(options.peer_python, "peer-python")
     own = {
-        DECODE: [f"--batches={options.batches}", "--temperatures=0"],
+        DECODE: [f"--batches={options.batches}", f"--rounds={options.rounds}"],
         STEP: [
             f"--lengths={options.lengths}",
-            f"--max-new-tokens={options.max_new_tokens}",
+            f"--rounds={options.step_rounds}",
+            "--one-at-a-time",
         ],
     }
     commands = {}
@@ -60,8 +60,8 @@ def commands_of(options: argparse.Namespace, out: pathlib.Path) -> dict[str, lis
         peers = [peer for peer in asked if peer in module.PEERS]
         chosen = ",".join(f"{p}={pythons[p]}" for p in peers if p in pythons)
         commands[name] = [
-            *(f"--scale={options.scale}", f"--out={out}"),
-            *(f"--model-dir={options.model_dir}", f"--rounds={options.rounds}"),
+            *(f"--scale={options.scale}", f"--out={harness.folder_of(options)}"),
+            f"--model-dir={options.model_dir}",
             *(f"--peers={','.join(peers)}", f"--peer-python={chosen}"),
             *own[name],
         ]
@@ -141,12 +141,12 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     options = parse_arguments(arguments)
     source, measured = harness.RESULTS_DIR / options.scale, {}
     if options.peers:
-        source = harness.folder_of(options) / SLUG
-        for name, command in commands_of(options, source).items():
+        source = harness.folder_of(options)
+        for name, command in commands_of(options).items():
             MEASURED[name].main(command)
         measured = {
             name: getattr(options, name)
-            for name in ("rounds", "batches", "lengths", "max_new_tokens")
+            for name in ("rounds", "step_rounds", "batches", "lengths")
         }
     tables, records = {}, {}
     for name in (DECODE, STEP):

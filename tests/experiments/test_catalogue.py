@@ -263,10 +263,11 @@ def test_peers_are_measured_in_one_run_each_where_it_belongs(tmp_path, monkeypat
                 {name: parse(flags)}
             ),
         )
-    write_peers_tables(tmp_path / "peers_side_by_side")
+    write_peers_tables(tmp_path)
     rows = peers_side_by_side.main(
         [
-            *(f"--out={tmp_path}", "--model-dir=DIR", "--rounds=2", "--batches=8"),
+            *(f"--out={tmp_path}", "--model-dir=DIR", "--rounds=2", "--step-rounds=1"),
+            "--batches=8",
             *("--peers=vllm,trl,tunix", "--peer-python=trl=a,vllm=b"),
         ]
     )
@@ -274,8 +275,8 @@ def test_peers_are_measured_in_one_run_each_where_it_belongs(tmp_path, monkeypat
     decode, step = told["decode_speed"], told["grpo_step_speed"]
     assert (decode.peers, decode.peer_python, decode.batches) == ("vllm", "vllm=b", "8")
     assert (step.peers, step.peer_python) == ("trl,tunix", "trl=a")
-    assert decode.rounds == step.rounds == 2 and step.max_new_tokens == 64
-    assert decode.out == step.out == tmp_path / "peers_side_by_side"
+    assert (decode.rounds, step.rounds, step.one_at_a_time) == (2, 1, True)
+    assert decode.out == step.out == tmp_path
     record = json.loads((tmp_path / "peers_side_by_side.json").read_text())
     assert record["repeats"] == 2
     with pytest.raises(ValueError, match="--peers names verl; known here are"):
