@@ -12,6 +12,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import sys
 import threading
 import time
 
-from experiments import freshness, machine
+from experiments import freshness, machine, visitor
 
 PEERS_DIR = pathlib.Path(__file__).parent / "peers"
 RESULTS_DIR = pathlib.Path(__file__).parent / "results"
@@ -135,52 +136,6 @@ class Runner:
         self._process.stdout.close()
 
 
-class Visitor:
-    """A runner that is loaded for each request and gone after it.
-
-    So systems that do not fit into memory beside each other take turns all the same.
-    """
-
-    def __init__(
-        self,
-        system: System,
-        log_dir: pathlib.Path,
-        request: Row,
-        timeout_s: float,
-        versions: dict,
-    ):
-        """Starts nothing yet.
-
-        Args:
-          system: what is loaded.
-          log_dir: of its log.
-          request: for `load`.
-          timeout_s: for that.
-          versions: takes up what the first load reports.
-        """
-        self._system, self._log_dir = system, log_dir
-        self._request, self._timeout_s = request, timeout_s
-        self._versions = versions
-
-    def ask(self, command: str, *, timeout_s: float, **fields) -> dict:
-        """Loads, asks twice, and returns the second answer: the first one warms up.
-
-        Raises:
-          RunnerError: as `Runner.ask`.
-        """
-        runner = Runner(self._system, self._log_dir)
-        try:
-            answer = runner.ask("load", timeout_s=self._timeout_s, **self._request)
-            self._versions.update(answer)
-            runner.ask(command, timeout_s=timeout_s, **fields)
-            return runner.ask(command, timeout_s=timeout_s, **fields)
-        finally:
-            runner.close()
-
-    def close(self) -> None:
-        """Does nothing: between requests there is no process."""
-
-
 @contextlib.contextmanager
 def loaded(
     systems: collections.abc.Sequence[System],
@@ -189,7 +144,9 @@ def loaded(
     timeout_s: float,
     *,
     one_at_a_time: bool = False,
-) -> collections.abc.Iterator[tuple[dict[str, Runner | Visitor], dict[str, dict]]]:
+) -> collections.abc.Iterator[
+    tuple[dict[str, Runner | visitor.Visitor], dict[str, dict]]
+]:
     """Starts and loads the systems one after the other; ends them all on leaving.
 
     Args:
@@ -197,19 +154,20 @@ def loaded(
       log_dir: of their logs.
       request: for `load`.
       timeout_s: for that.
-      one_at_a_time: load each for its own requests only, see `Visitor`.
+      one_at_a_time: load each for its own requests only, see `visitor`.
 
     Yields:
       The runners by name, and the versions that each reports, once it has.
     """
-    runners: dict[str, Runner | Visitor] = {}
+    runners: dict[str, Runner | visitor.Visitor] = {}
     versions: dict[str, dict] = {system.name: {} for system in systems}
     try:
         for system in systems:
             name = system.name
             if one_at_a_time:
-                runners[name] = Visitor(
-                    system, log_dir, request, timeout_s, versions[name]
+                start = functools.partial(Runner, system, log_dir)
+                runners[name] = visitor.Visitor(
+                    start, request, timeout_s, versions[name]
                 )
                 continue
             print(f"Loading {name} ...", flush=True)
