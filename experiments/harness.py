@@ -144,9 +144,7 @@ def loaded(
     timeout_s: float,
     *,
     one_at_a_time: bool = False,
-) -> collections.abc.Iterator[
-    tuple[dict[str, Runner | visitor.Visitor], dict[str, dict]]
-]:
+) -> collections.abc.Iterator[tuple[dict[str, visitor.Runner], dict[str, dict]]]:
     """Starts and loads the systems one after the other; ends them all on leaving.
 
     Args:
@@ -159,7 +157,7 @@ def loaded(
     Yields:
       The runners by name, and the versions that each reports, once it has.
     """
-    runners: dict[str, Runner | visitor.Visitor] = {}
+    runners: dict[str, visitor.Runner] = {}
     versions: dict[str, dict] = {system.name: {} for system in systems}
     try:
         for system in systems:
