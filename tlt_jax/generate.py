@@ -79,8 +79,8 @@ _RULE = flags.DEFINE_enum(
     "rule",
     chain.KEYED,
     list(chain.RULES),
-    "What accepts drafted tokens. keyed keeps the tokens of plain decoding; the standard "
-    "rules for sampled chains, for comparison, keep only their law.",
+    "What accepts drafted tokens. keyed keeps the tokens of plain decoding; the "
+    "standard rules for sampled chains, for comparison, keep only their law.",
 )
 _COMPARE = flags.DEFINE_bool(
     "compare", False, "Decode plainly as well; keyed tokens must be equal."
