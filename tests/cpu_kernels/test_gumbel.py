@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 
 from tests.cpu_kernels import hosts
-from tlt_jax.cpu_kernels import ffi, gumbel
+from tlt_jax.cpu_kernels import choice, ffi, gumbel
 from tlt_jax.models import kernels
 from tlt_jax.specdec import noise, sampling
 
@@ -164,3 +164,15 @@ def test_unfit_operands_are_refused():
         gumbel.draw(scores, scores[:1, :7], np.zeros(2, np.int32))
     with pytest.raises(ValueError, match=r"which is int32\[3\]"):
         gumbel.draw(scores, scores, np.zeros(3, np.int32))
+
+
+def test_it_is_registered_before_programs_are_traced():
+    """Threads that traced side by side would register it twice."""
+    gumbel.register()  # What the kernel is for others stays as it is.
+    gumbel.register.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        names = []
+        patch.setattr(ffi, "register", lambda text, found, **_: names.extend(found))
+        choice.choose("native", jax.devices()[:1], jnp.float32)
+        assert gumbel.NOISE in names
+    assert gumbel.register.cache_info().currsize == 1
