@@ -229,7 +229,12 @@ OUR_ITEMS = (
         "--model-dir=DIR --peers=trl,tunix",
         _both("--model-dir=DIR --peers=trl,tunix --max-new-tokens=1024"),
     ),
-    Item("peers_side_by_side", "ours beside transformers, vLLM, TRL, Tunix"),
+    Item(
+        "peers_side_by_side",
+        "ours beside transformers, vLLM, TRL, Tunix in one run",
+        "",
+        "--model-dir=DIR --peers=transformers,llamacpp,vllm,trl,tunix",
+    ),
     Item("ahead_of_time", "large recipes compiled for TPU slices"),
     Item("kernel_ahead_of_time", "attention kernels compiled for TPUs"),
     Item(

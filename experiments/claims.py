@@ -90,6 +90,11 @@ def _falls_with_batch(rows: Rows) -> Finding:
     )
 
 
+def _noise_is_cheap(rows: Rows) -> Finding:
+    shares = [row["noise_ms"] / row["step_ms"] for row in rows]
+    return max(shares) < 0.1, f"at most {max(shares):.1%}"
+
+
 def _adapted_is_ahead(rows: Rows) -> Finding:
     name = "accept_length/last_quarter"
     adapted = only(rows, system="adapted")[name]
@@ -293,6 +298,11 @@ CLAIMS = (
         "speculation_speed",
         "at least 2 times plain decoding at batch 1 on a CPU",
         at_least("speedup", 2.0, batch=1, system="D11K1V12"),
+    ),
+    Claim(
+        "speculation_speed",
+        "noise takes less than a tenth of a step, at every batch",
+        _noise_is_cheap,
     ),
     Claim(
         "speculation_speed", "paper: the gain falls with the batch", _falls_with_batch

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import sys
 import threading
 import time
 
-from experiments import freshness, machine
+from experiments import freshness, machine, visitor
 
 PEERS_DIR = pathlib.Path(__file__).parent / "peers"
 RESULTS_DIR = pathlib.Path(__file__).parent / "results"
@@ -141,20 +142,37 @@ def loaded(
     log_dir: pathlib.Path,
     request: Row,
     timeout_s: float,
-) -> collections.abc.Iterator[tuple[dict[str, Runner], dict[str, dict]]]:
+    *,
+    one_at_a_time: bool = False,
+) -> collections.abc.Iterator[tuple[dict[str, visitor.Runner], dict[str, dict]]]:
     """Starts and loads the systems one after the other; ends them all on leaving.
 
+    Args:
+      systems: to be measured.
+      log_dir: of their logs.
+      request: for `load`.
+      timeout_s: for that.
+      one_at_a_time: load each for its own requests only, see `visitor`.
+
     Yields:
-      The runners by name, and the versions that each reports.
+      The runners by name, and the versions that each reports, once it has.
     """
-    runners: dict[str, Runner] = {}
-    versions = {}
+    runners: dict[str, visitor.Runner] = {}
+    versions: dict[str, dict] = {system.name: {} for system in systems}
     try:
         for system in systems:
-            print(f"Loading {system.name} ...", flush=True)
-            runners[system.name] = Runner(system, log_dir)
-            answer = runners[system.name].ask("load", timeout_s=timeout_s, **request)
-            versions[system.name] = answer
+            name = system.name
+            if one_at_a_time:
+                start = functools.partial(Runner, system, log_dir)
+                runners[name] = visitor.Visitor(
+                    start, request, timeout_s, versions[name]
+                )
+                continue
+            print(f"Loading {name} ...", flush=True)
+            runners[name] = Runner(system, log_dir)
+            versions[name].update(
+                runners[name].ask("load", timeout_s=timeout_s, **request)
+            )
         yield runners, versions
     finally:
         for runner in runners.values():
@@ -323,7 +341,7 @@ class Provenance:
         self._start = time.monotonic()
         self.record = {
             "experiment": experiment,
-            "command": public_command(experiment, sys.argv[1:]),
+            "command": public_command(started_module(experiment), sys.argv[1:]),
             "commit": machine.git("rev-parse", "HEAD"),
             "uncommitted_changes": _is_changed(),
             "settings": settings,
@@ -349,6 +367,14 @@ class Provenance:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.record, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
+
+
+def started_module(experiment: str) -> str:
+    """Returns the experiment that was started: it may have started this one."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    folder, _, name = (spec.name if spec else "").rpartition(".")
+    is_other = folder == __package__ and not name.startswith("__")
+    return name if is_other else experiment
 
 
 def public_command(experiment: str, arguments: collections.abc.Sequence[str]) -> str:

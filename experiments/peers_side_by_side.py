@@ -1,12 +1,17 @@
 """Ours beside its peers in one picture: decoding, and a whole GRPO step.
 
     python -m experiments.peers_side_by_side --scale=cpu
+    python -m experiments.peers_side_by_side --scale=cpu --model-dir=DIR \
+        --peers=transformers,vllm,trl,tunix --peer-python=transformers=PATH,...
 
-Reads what `experiments.decode_speed` and `experiments.grpo_step_speed` found in paired,
-interleaved rounds; nothing is measured here. A figure is how many times as fast ours
-is: tokens per second of greedy decoding with prefill, by batch, against transformers,
-llama.cpp and vLLM; seconds of a GRPO step, compilation apart, against TRL and Tunix.
-The range is that of the rounds' worst.
+With `--peers` all of them are measured in this one run, in interleaved rounds with
+ours: first a GRPO step by `experiments.grpo_step_speed`, a system at a time in memory,
+then decoding by `experiments.decode_speed`; both write their tables anew. Without
+`--peers` the tables that are there are read.
+
+A figure is how many times as fast ours is: tokens per second of greedy decoding with
+prefill, by batch, against transformers, llama.cpp and vLLM; seconds of a GRPO step,
+compilation apart, against TRL and Tunix. The range is that of the rounds' worst.
 """
 
 import argparse
@@ -14,20 +19,53 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from experiments import cells, harness, plotting
+from experiments import cells, decode_speed, grpo_step_speed, harness, plotting
 
 SLUG = "peers_side_by_side"
 OURS = "tlt_jax"
-DECODE, STEP = "decode_speed", "grpo_step_speed"
+DECODE, STEP = decode_speed.SLUG, grpo_step_speed.SLUG
+# Steps first: of theirs nobody knows beforehand whether memory will do.
+MEASURED = {STEP: grpo_step_speed, DECODE: decode_speed}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    harness.add_options(parser)
-    return parser.parse_args(arguments)
+    known = {**decode_speed.PEERS, **grpo_step_speed.PEERS}
+    parser = harness.argument_parser(__doc__, known)
+    parser.add_argument("--rounds", type=int, default=3, help="of decoding")
+    parser.add_argument("--step-rounds", type=int, default=2, help="of GRPO steps")
+    parser.add_argument("--batches", default="1,8,32", help="of decoding")
+    parser.add_argument("--lengths", default="fixed,natural", help="of GRPO steps")
+    options = parser.parse_args(arguments)
+    if options.peers:
+        # Refuses names that neither experiment knows.
+        harness.choose_peers(known, options.peers, options.peer_python)
+    return options
+
+
+def commands_of(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Returns what the experiments that measure are told, by name."""
+    asked = options.peers.split(",")
+    pythons = harness.parse_pairs(options.peer_python, "peer-python")
+    own = {
+        DECODE: [f"--batches={options.batches}", f"--rounds={options.rounds}"],
+        STEP: [
+            f"--lengths={options.lengths}",
+            f"--rounds={options.step_rounds}",
+            "--one-at-a-time",
+        ],
+    }
+    commands = {}
+    for name, module in MEASURED.items():
+        peers = [peer for peer in asked if peer in module.PEERS]
+        chosen = ",".join(f"{p}={pythons[p]}" for p in peers if p in pythons)
+        commands[name] = [
+            *(f"--scale={options.scale}", f"--out={harness.folder_of(options)}"),
+            f"--model-dir={options.model_dir}",
+            *(f"--peers={','.join(peers)}", f"--peer-python={chosen}"),
+            *own[name],
+        ]
+    return commands
 
 
 def rows_of(
@@ -95,19 +133,27 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Reads both summaries; returns the table that it also writes.
+    """Measures if asked to, and reads both summaries; returns the table that it writes.
 
     Raises:
       ValueError: one of them is not there.
     """
     options = parse_arguments(arguments)
-    source = harness.RESULTS_DIR / options.scale
+    source, measured = harness.RESULTS_DIR / options.scale, {}
+    if options.peers:
+        source = harness.folder_of(options)
+        for name, command in commands_of(options).items():
+            MEASURED[name].main(command)
+        measured = {
+            name: getattr(options, name)
+            for name in ("rounds", "step_rounds", "batches", "lengths")
+        }
     tables, records = {}, {}
     for name in (DECODE, STEP):
         path = source / f"{name}_summary.csv"
         if not path.exists():
             raise ValueError(
-                f"{path.name} is not in results/{options.scale}: make it with python "
+                f"{path.name} is not in {source.name}: make it with python "
                 f"-m experiments.{name} --scale={options.scale} --peers=..."
             )
         tables[name] = cells.read(path)
@@ -116,7 +162,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     greedy = [row for row in tables[DECODE] if row["temperature"] == 0]
     rows = rows_of(DECODE, greedy, "tokens_per_s", "batch")
     rows += rows_of(STEP, tables[STEP], "steady_step_s", "lengths")
-    provenance = harness.Provenance(SLUG, {"tables": records}, {})
+    provenance = harness.Provenance(SLUG, {"tables": records, **measured}, {})
     out = harness.folder_of(options)
     harness.write_csv(out / f"{SLUG}.csv", rows)
     provenance.write(out / f"{SLUG}.json")

@@ -151,7 +151,7 @@ TABLES = {
             "accept length": _fixed("accept_length", 1),
             "a step costs, in plain steps": _fixed("step_cost", 2),
             "times plain": _times("speedup"),
-            "noise, of a step": lambda row: f"{row['noise_ms'] / row['step_ms']:.0%}",
+            "noise, of a step": lambda row: f"{row['noise_ms'] / row['step_ms']:.1%}",
         },
         keep=lambda row: row["system"] != "plain",
     ),

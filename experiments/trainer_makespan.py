@@ -5,20 +5,26 @@
 The recipe is run with a drafter that learns nothing, once without training at all and
 once with training at a learning rate so small that no weight moves (1e-30): the same
 tokens by the same drafts, so that rollouts differ by what training does to them alone.
-Runs take turns. A rollout lasts until its last answer, and until the drafter step that
-was under way then.
+Runs take turns. A rollout lasts until its last answer, and until the piece of a drafter
+step that was under way then.
+
+What rollouts last longer is told apart: waiting for the trainer behind the last answer;
+decode steps that take longer; and the rest, such as reading the texts' features. Beside
+it stands what the machine itself imposes: a decode step of one row on one core, while
+another core does nothing, computes, or streams memory (`experiments.decode_beside`).
 
 Target: rollouts last at most 2 % longer with the trainer than without.
 """
 
 import argparse
 import importlib.metadata
+import json
 import pathlib
 import sys
 import tempfile
 
 from experiments import end_to_end, harness, plotting
-from tlt_jax import metrics
+from tlt_jax import metrics, timeline
 
 SLUG = "trainer_makespan"
 WITHOUT, WITH = "without trainer", "with trainer"
@@ -54,10 +60,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def command_of(
-    options: argparse.Namespace, system: str, workdir: pathlib.Path
-) -> list[str]:
-    """Returns the command of one run."""
+def flags_of(options: argparse.Namespace, system: str) -> list[str]:
+    """Returns recipe and settings of a system."""
     settings = {
         "drafter.directory": options.drafter,
         "num_steps": str(options.steps),
@@ -66,8 +70,45 @@ def command_of(
         **SETTINGS[system],
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "tlt_jax.main", f"--config={options.config}"]
-    return [*command, f"--workdir={workdir}", *flags]
+    return [f"--config={options.config}", *flags]
+
+
+def command_of(
+    options: argparse.Namespace, system: str, workdir: pathlib.Path
+) -> list[str]:
+    """Returns the command of one run."""
+    command = [sys.executable, "-m", "tlt_jax.main", f"--workdir={workdir}"]
+    return [*command, *flags_of(options, system)]
+
+
+def bound_of(options: argparse.Namespace) -> harness.Row:
+    """Measures a decode step of one worker beside what other cores may do.
+
+    Returns:
+      Milliseconds, as `step_ms_alone` and so on.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "found.json"
+        command = [sys.executable, "-m", "experiments.decode_beside", f"--json={path}"]
+        end_to_end.start([*command, *flags_of(options, WITHOUT)])
+        found = json.loads(path.read_text("utf-8"))
+    return {f"step_ms_{name}": value for name, value in found.items()}
+
+
+def waited_s(record: timeline.Record) -> float:
+    """Sums seconds from a rollout's last answer to its end, over a step's rollouts."""
+    busy, others = [], []
+    for worker in record["workers"]:
+        for activity, start_s, stop_s in worker["intervals"]:
+            (busy if activity == timeline.BUSY else others).append((start_s, stop_s))
+    total, last_s = 0.0, 0.0
+    for start_s, stop_s in [*sorted(busy), (float("inf"), 0.0)]:
+        if start_s > last_s:
+            # Nobody decodes from the last answer until the next rollout.
+            ends = [stop for _, stop in others if last_s < stop <= start_s]
+            total += max(ends, default=last_s) - last_s
+        last_s = max(last_s, stop_s)
+    return total
 
 
 def reduced(workdir: pathlib.Path, steps: int) -> harness.Row:
@@ -76,6 +117,11 @@ def reduced(workdir: pathlib.Path, steps: int) -> harness.Row:
     digests = "".join(row["rollout/tokens_digest"][:4] for row in rows)
     return {
         "rollout_s": sum(row["time/rollout_s"] for row in rows),
+        "waited_s": sum(
+            waited_s(r) for r in timeline.read(workdir) if r["step"] <= steps
+        ),
+        "decode_s": sum(row["rollout/decode_s"] for row in rows),
+        "decode_steps": sum(row["rollout/decode_steps"] for row in rows),
         "idle_s": sum(row["workers/idle_s"] for row in rows),
         "trained_s": sum(row["workers/trained_s"] for row in rows),
         "drafter_steps": sum(row.get("drafter/num_steps", 0) for row in rows),
@@ -96,20 +142,39 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
             "the runs drew different tokens, so their rollouts do not compare: is a "
             "setting among --set that makes tokens depend on time?"
         )
-    by_round = {(row["system"], row["round"]): row["rollout_s"] for row in rows}
+    by_round = {(row["system"], row["round"]): row for row in rows}
     summary = harness.summarise(
         rows, case_keys=(), metrics={"rollout_s": "lower"}, reference=WITHOUT
     )
     for entry in summary:
         same = [row for row in rows if row["system"] == entry["system"]]
-        ratios = [row["rollout_s"] / by_round[WITHOUT, row["round"]] for row in same]
+        pairs = [(row, by_round[WITHOUT, row["round"]]) for row in same]
+        ratios = [row["rollout_s"] / other["rollout_s"] for row, other in pairs]
         entry["times_as_long"] = sum(ratios) / len(ratios)
         entry["times_as_long_max"] = max(ratios)
+        found = [_excess(row, other) for row, other in pairs]
+        for name in found[0]:
+            entry[name] = sum(part[name] for part in found) / len(found)
         idle_s = sum(row["idle_s"] for row in same)
         trained_s = sum(row["trained_s"] for row in same)
         entry["trained_of_idle"] = trained_s / idle_s if idle_s else None
         entry["drafter_steps"] = sum(row["drafter_steps"] for row in same)
     return summary
+
+
+def _excess(row: harness.Row, other: harness.Row) -> harness.Row:
+    """Tells apart why a run's rollouts last longer, in parts of those without."""
+    step_ms, other_ms = (1e3 * r["decode_s"] / r["decode_steps"] for r in (row, other))
+    answering_s = other["rollout_s"] - other["waited_s"]
+    waiting = (row["waited_s"] - other["waited_s"]) / other["rollout_s"]
+    slower = (step_ms / other_ms - 1) * answering_s / other["rollout_s"]
+    excess = row["rollout_s"] / other["rollout_s"] - 1
+    return {
+        "step_ms": step_ms,
+        "excess_waiting": waiting,
+        "excess_slower_steps": slower,
+        "excess_rest": excess - waiting - slower,
+    }
 
 
 def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
@@ -144,10 +209,11 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
             end_to_end.start(command_of(options, name, workdir))
             return reduced(workdir, options.steps)
 
+    bound = bound_of(options)
     rows = harness.run_paired(
         list(SETTINGS), [{}], measure, rounds=options.rounds, warmups=0
     )
-    summary = summary_of(rows)
+    summary = [entry | bound for entry in summary_of(rows)]
     harness.write_results(options, SLUG, rows, summary, provenance)
     out = harness.folder_of(options)
     plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))

@@ -224,6 +224,8 @@ def test_prompts_come_from_files_and_standard_input(
         (["--model=M", "--prompt_file=absent.txt"], "absent.txt cannot be read"),
         (["--model=M", "--prompt=A"], "cannot encode"),
         (["--model=M", "--prompt=a", "--compare"], "name a drafter with --drafter"),
+        (["--model=M", "--prompt=a", "--rule=block"], "name a drafter with --drafter"),
+        (["--model=M", "--prompt=a", "--rule=greedy"], "keyed|rejection|block"),
         (["--model=M", "--prompt=a", "--top_p=2"], r"top_p=2.0 is outside (0, 1]"),
         (["--model=M", "--prompt=a", "--num_samples=0"], "--num_samples=0"),
         (["--model=M", "--prompt=a", "--sed=0"], "Did you mean: seed"),
@@ -329,6 +331,17 @@ def test_speculation_gives_the_same_text(
     assert f"calls by strategy: {used}" in errors
 
 
+def test_a_chain_rule_draws_other_tokens_and_says_so(command, model, drafter_directory):
+    arguments = (f"--model={model}", *SHORT, f"--drafter={drafter_directory}")
+    several = ("--num_samples=4", "--strategy=4:D3K1V4", "--rule=rejection")
+    status, text, errors = command(*arguments, *several, "--compare")
+    assert status == 0, errors
+    assert "(rule rejection draws others from the same law)" in errors
+    _, plain, _ = command(*arguments[:-1], "--num_samples=4")
+    assert text != plain
+    assert command(*arguments, *several)[1] == text
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -336,8 +349,9 @@ def test_speculation_gives_the_same_text(
         (["--drafter=ngram", "--strategy=D2K2V4"], "is not <largest number of rows>"),
         (["--drafter=ngram", "--strategy=1:D2K2V9"], "exceeds the tree's 7 nodes"),
         (["--drafter=ngram", "--strategy=1:D2K2V4"], "asks the learned drafter"),
+        (["--drafter=ngram", "--rule=block"], "judges whole chains"),
     ],
-    ids="absent entry nodes ngram".split(),
+    ids="absent entry nodes ngram rule".split(),
 )
 def test_what_cannot_speculate_is_refused(command, model, arguments, message):
     status, _, errors = command(f"--model={model}", *SHORT, *arguments)

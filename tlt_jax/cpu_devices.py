@@ -14,7 +14,8 @@ def prepare(run: config.RunConfig) -> None:
     """Make as many CPU devices as the run's workers need; before JAX has any.
 
     Each then computes with one thread of its own, as if it were a device of one core:
-    a worker that waits leaves a core idle, and nothing else. Accelerators, and devices
+    a worker that waits leaves a core idle, and nothing else. (Native kernels see to it
+    themselves, see `cpu_kernels.ffi`.) Accelerators, and devices
     that the user has asked for, are left as they are.
 
     Args:

@@ -23,7 +23,7 @@ from tlt_jax import checkpoint, command_line, compile_cache, policy, types
 from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import tokenizer as model_tokenizer
 from tlt_jax.rl import rollout_stats
-from tlt_jax.specdec import propose, sampling
+from tlt_jax.specdec import chain, propose, sampling
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Hugging Face directory, gguf:FILE, hub name, or a run's workdir."
@@ -75,8 +75,15 @@ _RANKING = flags.DEFINE_enum(
     list(propose.RANKINGS),
     "Guess the sample by its own noise, or the likeliest tokens.",
 )
+_RULE = flags.DEFINE_enum(
+    "rule",
+    chain.KEYED,
+    list(chain.RULES),
+    "What accepts drafted tokens. keyed keeps the tokens of plain decoding; the "
+    "standard rules for sampled chains, for comparison, keep only their law.",
+)
 _COMPARE = flags.DEFINE_bool(
-    "compare", False, "Decode plainly as well; the tokens must be equal."
+    "compare", False, "Decode plainly as well; keyed tokens must be equal."
 )
 
 _MAX_ROWS = 64
@@ -220,20 +227,24 @@ def compare(
     )
     num_tokens, plain_s = plain_stats.num_tokens, plain_stats.decode_s
     ratio = plain_s / (stats.decode_s + stats.fill_s)
+    why = ""
+    if stats.rule != chain.KEYED:
+        why = f" (rule {stats.rule} draws others from the same law)"
     return (
         f"plain   {num_tokens} tokens in {plain_s:.2f} s, "
         f"{num_tokens / plain_s:.1f} tokens/s\n"
         f"speculation: {ratio:.2f} times as fast, tokens equal in {num_equal} of "
-        f"{len(completions)}"
+        f"{len(completions)}{why}"
     )
 
 
 def run() -> None:
     """Generate as the flags say."""
-    if _DRAFTER.value is None and (_COMPARE.value or _STRATEGY.value):
+    is_keyed = _RULE.value == chain.KEYED
+    if _DRAFTER.value is None and (_COMPARE.value or _STRATEGY.value or not is_keyed):
         raise ValueError(
-            "--compare and --strategy are about speculation: name a drafter with "
-            "--drafter=DIR, or --drafter=ngram."
+            "--compare, --strategy and --rule are about speculation: name a drafter "
+            "with --drafter=DIR, or --drafter=ngram."
         )
     if _MODEL.value is None:
         raise ValueError(
@@ -253,6 +264,7 @@ def run() -> None:
             asked.config,
             _STRATEGY.value,
             ranking=_RANKING.value,
+            rule=_RULE.value,
             dtype=_PRECISION.value,
         )
     prompt = encode(asked.tokenizer, text, _SYSTEM.value, _RAW.value)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter, drafter_io
 from tlt_jax.rl import drafting
+from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
 
 NGRAM = "ngram"
@@ -42,6 +43,7 @@ def load(
     *,
     ranking: str = "coupled",
     tau: float = 0.5,
+    rule: str = chain.KEYED,
     dtype=jnp.float32,
 ) -> Speculation:
     """Load the drafter that `spec` names.
@@ -52,6 +54,7 @@ def load(
       target: the model that verifies.
       table: entries as of `strategy.parse_table`; empty: the default.
       ranking, tau: see `propose`.
+      rule: of acceptance, see `drafting.DraftingConfig`.
       dtype: of the drafter's weights.
 
     Raises:
@@ -65,7 +68,7 @@ def load(
     elif not table:
         entries = tuple(f"{entry}-{NGRAM}" for entry in entries)
     made = drafting.DraftingConfig(
-        strategy_lib.parse_table(entries), cfg, ranking=ranking, tau=tau
+        strategy_lib.parse_table(entries), cfg, ranking=ranking, tau=tau, rule=rule
     )
     return Speculation(made, params)
 

@@ -114,11 +114,13 @@ class Adaptation(Objective):
         larger steps spoil.
       warmup_steps: training steps over which the rate rises to it: Adam's first steps
         are as large as the rate, whatever the gradient.
-      num_rows: rows of a training step, at least 1. A step is what a rollout's end may
-        have to wait for.
+      num_rows: rows of a training step, at least 1.
       row_tokens: columns of a row, at least 3.
       row_bases: positions of a row that are drafted from, at least 1.
       head_chunk: bases whose logits are held at once, at least 1.
+      piece_bases: positions of each row that are drafted from in one piece of a step; a
+        rollout's end waits for the piece that is being computed, and the rest of the
+        step is given up. 0: all, as one piece.
       capture_frac: part of the texts that are kept for it, in [0, 1].
       buffer_mb: host memory for texts in MiB, at least 1.
       spill_mb: disk for texts beyond that in MiB, in the workdir; 0: none.
@@ -140,6 +142,7 @@ class Adaptation(Objective):
     row_tokens: int = schema.number(512, 3)
     row_bases: int = schema.number(320, 1)
     head_chunk: int = schema.number(256, 1)
+    piece_bases: int = schema.number(64, 0)
     capture_frac: float = schema.number(1.0, 0.0, 1.0)
     buffer_mb: int = schema.number(1024, 1)
     spill_mb: int = schema.number(0, 0)

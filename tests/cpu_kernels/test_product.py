@@ -103,23 +103,31 @@ def test_code_for_arm_is_valid():
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
     machine = target.create_target_machine(cpu="neoverse-n1")
-    module = llvm.parse_assembly(ffi.RUNTIME + product.ir(frozenset({"neon"})))
+    module = llvm.parse_assembly(ffi.runtime(2) + product.ir(frozenset({"neon"})))
     module.verify()
     assert "fmla" in machine.emit_assembly(module)
 
 
 def chain(weight, x, steps):
-    """Multiply over and over in a loop on the device."""
+    """Multiply over and over in a loop on the device, which has all threads."""
+    multiply = jax.ffi.ffi_call(
+        "test_product_all_threads", jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    )
 
     def step(state):
         i, x = state
-        return i + 1, jnp.tanh(product.product(weight, x))
+        return i + 1, jnp.tanh(multiply(weight, x))
 
     return lax.while_loop(lambda state: state[0] < steps, step, (0, x))[1]
 
 
 def test_threads_at_once_in_loops():
     """Programs that share the threads of the pool disturb each other in nothing."""
+    ffi.register(
+        product.ir(ffi.host_features()),
+        {"test_product_all_threads": "tlt_jax_product"},
+        num_devices=1,
+    )
     weight = draw(256, 256)
     columns = [draw(256, n, seed=n) for n in (1, 3, 8, 20)]
     run = jax.jit(chain)
@@ -129,6 +137,37 @@ def test_threads_at_once_in_loops():
             found = pool.map(lambda x: np.asarray(run(weight, x, 40)), columns)
             for ours, theirs in zip(found, expected, strict=True):
                 np.testing.assert_array_equal(ours, theirs)
+
+
+THREADS = """
+define ptr @threads(ptr %frame) {
+  %asked = call i1 @tlt_metadata(ptr %frame)
+  br i1 %asked, label %end, label %tell
+tell:
+  %threads = call i64 @tlt_threads(ptr %frame)
+  %result = call ptr @tlt_result(ptr %frame, i64 0)
+  %data = call ptr @tlt_data(ptr %result)
+  %short = trunc i64 %threads to i32
+  store i32 %short, ptr %data
+  br label %end
+end:
+  ret ptr null
+}
+"""
+
+
+def test_each_device_has_its_share_of_the_threads():
+    def count(num_devices):
+        name = f"test_threads_{num_devices}"
+        ffi.register(THREADS, {name: "threads"}, num_devices=num_devices)
+        call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((), jnp.int32))
+        return int(call())
+
+    whole = count(1)
+    assert whole > 1
+    assert count(2) == max(whole // 2, 1) and count(1000) == 1
+    # As kernels are registered: what all of them use at a time is no more than that.
+    assert count(None) == max(whole // len(jax.devices("cpu")), 1)
 
 
 PROGRAM = """

@@ -243,8 +243,49 @@ def test_a_stamp_tells_scale_and_device():
 def test_peers_of_two_experiments_stand_side_by_side(tmp_path, monkeypatch):
     (tmp_path / "cpu").mkdir()
     monkeypatch.setattr(harness, "RESULTS_DIR", tmp_path)
-    with pytest.raises(ValueError, match="decode_speed_summary.csv is not in results"):
+    with pytest.raises(ValueError, match="decode_speed_summary.csv is not in cpu"):
         peers_side_by_side.main([])
+    write_peers_tables(tmp_path / "cpu")
+    rows = peers_side_by_side.main([])
+    assert [row["experiment"] for row in rows] == ["decode_speed", "grpo_step_speed"]
+    assert rows[0]["case"] == "batch 1" and rows[1]["times_faster/min"] == 1.5
+    assert (rows[0]["ours"], rows[0]["theirs"]) == (9, 4.5)
+    assert (tmp_path / "cpu" / "peers_side_by_side.png").stat().st_size > 10_000
+
+
+def test_peers_are_measured_in_one_run_each_where_it_belongs(tmp_path, monkeypatch):
+    told = {}
+    for name, module in peers_side_by_side.MEASURED.items():
+        monkeypatch.setattr(
+            module,
+            "main",
+            lambda flags, name=name, parse=module.parse_arguments: told.update(
+                {name: parse(flags)}
+            ),
+        )
+    write_peers_tables(tmp_path)
+    rows = peers_side_by_side.main(
+        [
+            *(f"--out={tmp_path}", "--model-dir=DIR", "--rounds=2", "--step-rounds=1"),
+            "--batches=8",
+            *("--peers=vllm,trl,tunix", "--peer-python=trl=a,vllm=b"),
+        ]
+    )
+    assert len(rows) == 2 and (tmp_path / "peers_side_by_side.csv").exists()
+    decode, step = told["decode_speed"], told["grpo_step_speed"]
+    assert (decode.peers, decode.peer_python, decode.batches) == ("vllm", "vllm=b", "8")
+    assert (step.peers, step.peer_python) == ("trl,tunix", "trl=a")
+    assert (decode.rounds, step.rounds, step.one_at_a_time) == (2, 1, True)
+    assert decode.out == step.out == tmp_path
+    record = json.loads((tmp_path / "peers_side_by_side.json").read_text())
+    assert record["repeats"] == 2
+    with pytest.raises(ValueError, match="--peers names verl; known here are"):
+        peers_side_by_side.main([f"--out={tmp_path}", "--peers=verl"])
+
+
+def write_peers_tables(folder):
+    """Writes what the two experiments make, as far as they are read."""
+    folder.mkdir(exist_ok=True)
     for slug, case, metric in (
         ("decode_speed", "batch", "tokens_per_s"),
         ("grpo_step_speed", "lengths", "steady_step_s"),
@@ -253,11 +294,6 @@ def test_peers_of_two_experiments_stand_side_by_side(tmp_path, monkeypatch):
         names += [f"{metric}/{what}" for what in ("median", "times", "times_min")]
         lines = [",".join(names), "1,0.0,tlt_jax,2,9.0,,", "1,0.0,peer,2,4.5,2.0,1.5"]
         lines.append("1,1.0,peer,2,3,3.0,3.0" if case == "batch" else "")
-        (tmp_path / "cpu" / f"{slug}_summary.csv").write_text("\n".join(lines))
+        (folder / f"{slug}_summary.csv").write_text("\n".join(lines))
         record = {"commit": slug, "config_hash": "c"}
-        (tmp_path / "cpu" / f"{slug}.json").write_text(json.dumps(record))
-    rows = peers_side_by_side.main([])
-    assert [row["experiment"] for row in rows] == ["decode_speed", "grpo_step_speed"]
-    assert rows[0]["case"] == "batch 1" and rows[1]["times_faster/min"] == 1.5
-    assert (rows[0]["ours"], rows[0]["theirs"]) == (9, 4.5)
-    assert (tmp_path / "cpu" / "peers_side_by_side.png").stat().st_size > 10_000
+        (folder / f"{slug}.json").write_text(json.dumps(record))

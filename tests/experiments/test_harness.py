@@ -2,12 +2,14 @@
 
 import ast
 import csv
+import importlib.machinery
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -128,6 +130,46 @@ def test_loaded_ends_every_runner_even_after_an_error(system, tmp_path):
             assert versions == {"fake": {"versions": {"fake": "1"}, "model": "m"}}
             raise KeyError("from the experiment")
     assert process.returncode is not None
+
+
+def test_a_visitor_is_there_for_its_request_only_and_has_warmed_up(
+    system, tmp_path, monkeypatch
+):
+    asked = []
+
+    class Watched(harness.Runner):
+        def ask(self, command, **fields):
+            answer = super().ask(command, **fields)
+            asked.append((self._process, command, answer))
+            return answer
+
+    monkeypatch.setattr(harness, "Runner", Watched)
+    with harness.loaded([system], tmp_path, {"model": "m"}, 30, one_at_a_time=True) as (
+        visitors,
+        versions,
+    ):
+        assert not asked and versions == {"fake": {}}
+        answer = visitors["fake"].ask("run", timeout_s=30)
+        processes, commands, answers = zip(*asked, strict=True)
+        assert commands == ("load", "run", "run") and answer == answers[2]
+        assert versions["fake"]["versions"] == {"fake": "1"}
+        # Ended by now, and at the next request there is another.
+        assert processes[0].returncode is not None
+        with pytest.raises(harness.RunnerError, match="the peer's own words"):
+            visitors["fake"].ask("run", timeout_s=30, fail=True)
+    assert asked[3][0] is not processes[0] and asked[3][0].returncode is not None
+
+
+def test_a_record_names_the_command_that_was_given(monkeypatch):
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    for name, told in (
+        ("experiments.peers_side_by_side", "peers_side_by_side"),
+        ("experiments.__main__", "decode_speed"),
+        ("pytest.__main__", "decode_speed"),
+    ):
+        main.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        assert harness.started_module("decode_speed") == told
 
 
 def test_systems_take_turns_and_warm_up_is_not_kept():

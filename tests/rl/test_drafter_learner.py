@@ -41,6 +41,7 @@ def learner():
         optax.adam(1e-2),
         batch_shape=lambda: batch_of(0),
         head_chunk=8,
+        piece_bases=6,
         depth=2,
         dtype="float32",
     )
@@ -59,13 +60,18 @@ def fresh(learner):
     np.testing.assert_array_equal(learner.state.params.norm, norm)
 
 
+def last(pieces):
+    *_, found = pieces
+    return jax.device_get(found)
+
+
 def train(learner, places):
     """Take a step on each of `places`."""
     fresh(learner)
     outcomes = []
     for number, devices in enumerate(places):
         learner.begin(devices, target())
-        outcomes.append(jax.device_get(learner.step(batch_of(number))))
+        outcomes.append(last(learner.step(batch_of(number))))
         held = jax.tree.leaves(learner._placed)[0].sharding.device_set
         assert held == set(devices)
     learner.end()
@@ -89,7 +95,7 @@ def test_the_devices_do_not_matter(learner):
 def test_a_training_that_is_not_kept_changes_nothing(learner):
     before, _ = train(learner, [(jax.devices()[0],)])
     learner.begin((jax.devices()[0],), target())
-    learner.step(batch_of(5))
+    last(learner.step(batch_of(5)))
     learner.end(keep=False)
     assert learner.state is before
     weights = learner.weights("bfloat16")
@@ -110,7 +116,7 @@ def test_what_drafts_would_have_had_accepted_is_measured(learner):
     fresh(learner)
     learner.begin((jax.devices()[0],), target())
     learner.sharpness = 7.0
-    found = learner.measure(batch_of(0))
+    found = last(learner.measure(batch_of(0)))
     learner.end()
     assert found["sharpness"] in drafter_acceptance.SHARPNESSES
     assert learner.sharpness == learner.weights("float32").sharpness

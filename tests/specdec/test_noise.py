@@ -231,3 +231,12 @@ def test_the_largest_score_is_a_sample_of_the_law(vary):
     # Successive draws are independent.
     pairs = np.histogram2d(drawn[1:] == 0, drawn[:-1] == 0, bins=2)[0]
     assert scipy.stats.chi2_contingency(pairs).pvalue > 0.01
+
+
+@pytest.mark.parametrize("vocab_size", [10, 11])
+def test_some_entries_are_those_of_the_whole(vocab_size):
+    keys, positions = noise.request_keys(3, [0, 5]), jnp.array([4, 9])
+    ids = jnp.array([0, 4, 5, 6, 9])
+    found = noise.gumbel_at(keys, positions, ids, vocab_size)
+    whole = noise.gumbel(keys, positions, vocab_size)
+    np.testing.assert_array_equal(found, whole[:, ids])

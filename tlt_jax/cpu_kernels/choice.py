@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax.cpu_kernels import ffi, product
+from tlt_jax.cpu_kernels import ffi, gumbel, product
 
 CHOICES = ("auto", "xla", "native")
 
@@ -34,7 +34,9 @@ def choose(asked: str, devices: Iterable[jax.Device], dtype) -> str:
         raise ValueError(f"cpu_kernels='native' {obstacle}: use 'auto' or 'xla'.")
     if obstacle:
         return "xla"
+    # Here, and not by the threads that trace programs: a target is registered once.
     product.register()
+    gumbel.register()
     return "native"
 
 

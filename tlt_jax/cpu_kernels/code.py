@@ -16,7 +16,7 @@ F32V, I8V, I32V = (ir.VectorType(kind, LANES) for kind in (F32, I8, I32))
 
 _SIZES = {F32: 4, I8: 1, I32: 4, I64: 8, POINTER: 8}
 
-# What `ffi.RUNTIME` defines or declares.
+# What `ffi.runtime` defines or declares.
 _RUNTIME = {
     "tlt_metadata": (I1, POINTER),
     "tlt_argument": (POINTER, POINTER, I64),

@@ -5,6 +5,9 @@ A kernel is a text of LLVM IR with one handler of XLA's typed foreign-function i
 frames, and running the chunks of a job on the program's own threads. A job is taken
 chunk by chunk from a counter, by the calling thread as well, so that it ends whether or
 not any other thread is free; a thread that starts too late finds no chunk left.
+
+All CPU devices of a process have one pool of threads. A program of one device takes its
+device's share of them and no more, so that devices do not slow one another down.
 """
 
 import ctypes
@@ -117,7 +120,7 @@ define internal void @tlt_destroy(ptr %frame, ptr %error) {
   ret void
 }
 
-; How many threads the program has; 1 where it says that it has no pool.
+; How many threads the program has, its device's share; 1 where it has no pool.
 define internal i64 @tlt_threads(ptr %frame) {
   %count = alloca i64
   store i64 1, ptr %count
@@ -143,7 +146,11 @@ failed:
   ret i64 1
 known:
   %found = load i64, ptr %count
-  ret i64 %found
+  %devices = call i64 @tlt_devices()
+  %share = udiv i64 %found, %devices
+  %some = icmp sgt i64 %share, 1
+  %threads = select i1 %some, i64 %share, i64 1
+  ret i64 %threads
 }
 
 ; Drops one reference to the job; the last one frees it.
@@ -255,6 +262,13 @@ finish:
 """
 
 
+def runtime(num_devices: int) -> str:
+    """Write what kernels may call, for so many devices that share the threads."""
+    return RUNTIME + (
+        f"\ndefine internal i64 @tlt_devices() {{\n  ret i64 {num_devices}\n}}\n"
+    )
+
+
 def is_supported() -> bool:
     """Tell whether kernels can be compiled and called on this machine at all."""
     return sys.platform != "win32" and ctypes.sizeof(ctypes.c_void_p) == 8
@@ -276,6 +290,7 @@ def register(
     cpu: str | None = None,
     *,
     optimise: bool = False,
+    num_devices: int | None = None,
 ) -> None:
     """Compile a kernel and register its handlers for XLA's programs on CPUs.
 
@@ -289,7 +304,10 @@ def register(
       cpu: what LLVM calls the CPU to compile for; None: the host's.
       optimise: run LLVM's passes before code is generated; for IR that keeps its
         variables in memory, as `code` writes it.
+      num_devices: that share the threads; None: the process's CPU devices.
     """
+    if num_devices is None:
+        num_devices = len(jax.local_devices(backend="cpu"))
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
@@ -298,7 +316,7 @@ def register(
         opt=3,
         jit=True,
     )
-    module = llvm.parse_assembly(RUNTIME + text)
+    module = llvm.parse_assembly(runtime(num_devices) + text)
     module.verify()
     if optimise:
         options = llvm.create_pipeline_tuning_options(speed_level=2)

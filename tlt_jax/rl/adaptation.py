@@ -2,8 +2,9 @@
 
 Finished texts go into a buffer with the features that the rollout made anyway. Workers
 that wait train on them (`spot_trainer`); with one worker, the time between rollout and
-update is used where it pays. A rollout begins with the newest version. Until a learned
-drafter is better than matching earlier text, the engines propose from text.
+update is used where it pays. A step's first rollout begins with the newest version, its
+further ones take it up as it comes. Until a learned drafter is better than matching
+earlier text, the engines propose from text.
 """
 
 import dataclasses
@@ -137,6 +138,7 @@ class Adaptation:
             _optimizer(settings, is_trained=initial is not None),
             batch_shape=self._batch_shape,
             head_chunk=min(settings.head_chunk, settings.row_bases),
+            piece_bases=settings.piece_bases,
             depth=_DEPTH,
             dtype=precision,
         )
@@ -212,6 +214,7 @@ class Adaptation:
           seconds: that it took.
         """
         settings = self._settings
+        self.trainer.settle()
         if settings.enabled and self._workers.num == 1:
             self._train_while_nobody_waits(seconds)
         if settings.enabled and self._workers.group.num > 1:

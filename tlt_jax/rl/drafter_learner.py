@@ -1,11 +1,12 @@
 """The drafter while it learns: its weights on whatever devices are free, step by step.
 
 One copy of the weights exists. A training moves it to the devices of the workers that
-wait, data-parallel over them, and takes steps there; engines get copies with a version.
+wait, data-parallel over them, and takes steps there, each in pieces, between which it
+can be given up; engines get copies with a version.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from tlt_jax.models import drafter, drafter_head
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import (
     drafter_acceptance,
+    drafter_pieces,
     drafter_training,
     drafter_unroll,
     programs,
@@ -25,6 +27,9 @@ from tlt_jax.specdec import (
 from tlt_jax.types import Array
 
 Devices = tuple[jax.Device, ...]
+# Programs of a training, by name.
+_BEGIN, _ADD, _CLOSE, _UPDATE, _MEASURE = "begin", "add", "close", "update", "measure"
+_NAMES = _BEGIN, _ADD, _CLOSE, _UPDATE, _MEASURE
 
 
 class DrafterLearner:
@@ -46,6 +51,7 @@ class DrafterLearner:
         *,
         batch_shape: Callable[[], drafter_unroll.Batch],
         head_chunk: int,
+        piece_bases: int,
         depth: int,
         dtype: str,
     ):
@@ -57,6 +63,7 @@ class DrafterLearner:
           optimizer: as is.
           batch_shape: makes a batch's shapes and dtypes.
           head_chunk: bases whose logits are held at once.
+          piece_bases: bases of each row that a piece takes; 0: all of them.
           depth: levels of which acceptance is measured.
           dtype: of activations and products.
         """
@@ -66,6 +73,7 @@ class DrafterLearner:
         self.pool = programs.ProgramPool()
         self._objective, self._optimizer = objective, optimizer
         self._batch_shape, self._depth = batch_shape, depth
+        self._piece_bases = piece_bases
         self._forward = drafter_unroll.ForwardConfig(
             cfg, dtype=jnp.dtype(dtype), head_chunk=head_chunk
         )
@@ -73,6 +81,7 @@ class DrafterLearner:
         self._placed: drafter_training.TrainState | None = None
         self._target: drafter_unroll.Target | None = None
         self._mesh: jax.sharding.Mesh | None = None
+        self._compiled: dict[str, Callable] = {}
 
     @property
     def num_rows(self) -> int:
@@ -137,8 +146,8 @@ class DrafterLearner:
         return tuple(first[:count])
 
     def prepare(self, devices: Devices, target: model_params.Params) -> None:
-        """Compile the step and the measurement for devices, in the background."""
-        for program in self._programs(devices, target):
+        """Compile step and measurement for devices, in the background."""
+        for program in self._programs(devices, target).values():
             self.pool.prepare(*program)
 
     def is_ready(
@@ -150,7 +159,7 @@ class DrafterLearner:
         """
         return all(
             self.pool.is_ready(key, timeout_s)
-            for key, _ in self._programs(devices, target)
+            for key, _ in self._programs(devices, target).values()
         )
 
     def begin(self, devices: Devices, target: model_params.Params) -> None:
@@ -172,29 +181,53 @@ class DrafterLearner:
             everywhere,
         )
         self._mesh = mesh
-        self._step, self._measure = (
-            self.pool.get(*program) for program in self._programs(devices, target)
-        )
+        self._compiled = {
+            name: self.pool.get(*program)
+            for name, program in self._programs(devices, target).items()
+        }
 
-    def step(self, batch: drafter_unroll.Batch) -> dict[str, Array]:
-        """Take a step; what comes back is on its way.
+    def step(self, batch: drafter_unroll.Batch) -> Iterator[dict[str, Array] | None]:
+        """Take a step piece by piece; given up before its end it changes nothing.
 
-        Returns:
-          See `drafter_training.step`.
+        Yields:
+          None when a piece of it has been computed, and at the end what
+          `drafter_training.step` returns, which is on its way.
         """
+        run, params, given = self._compiled, self._placed.params, self._target
         placed = self._place(batch)
-        self._placed, outcome = self._step(self._placed, placed, self._target)
-        return outcome
+        under_way = run[_BEGIN](params, placed, given)
+        yield _computed(under_way.seen.keys)
+        for start in self._starts(batch):
+            under_way = run[_ADD](under_way, params, placed, given, np.int32(start))
+            yield _computed(under_way.sums)
+        sums = under_way.sums
+        grads = run[_CLOSE](
+            under_way.grads, under_way.seen_grads, params, placed, given
+        )
+        yield _computed(grads)
+        self._placed, outcome = run[_UPDATE](self._placed, grads, sums, placed)
+        yield outcome
 
-    def measure(self, batch: drafter_unroll.Batch) -> dict[str, Any]:
+    def measure(self, batch: drafter_unroll.Batch) -> Iterator[dict[str, Any] | None]:
         """Say what drafts along a batch's texts would have had accepted.
 
         The sharpness that would have been the best one is used from now on.
+
+        Yields:
+          None when a part has been computed, and at the end what was found.
         """
-        sums = self._measure(self._placed.params, self._place(batch), self._target)
-        found = drafter_acceptance.summarise(jax.device_get(sums))
+        run, params, given = self._compiled, self._placed.params, self._target
+        placed = self._place(batch)
+        seen = run[_BEGIN](params, placed, given).seen
+        yield _computed(seen.keys)
+        sums = drafter_acceptance.nothing(self._depth)
+        for start in self._starts(batch):
+            here = run[_MEASURE](params, placed, given, seen, np.int32(start))
+            sums = jax.tree.map(np.add, sums, jax.device_get(here))
+            yield None
+        found = drafter_acceptance.summarise(sums)
         self.sharpness = found["sharpness"]
-        return found
+        yield found
 
     def end(self, keep: bool = True) -> None:
         """Leave the devices, with what was learned there or without it."""
@@ -217,59 +250,111 @@ class DrafterLearner:
     def _by_rows(self, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
         return sharding.named(mesh, sharding.ShardingRules(), ("batch",))
 
+    @property
+    def _piece_size(self) -> int:
+        num_bases = self._batch_shape().bases.shape[1]
+        return min(self._piece_bases or num_bases, num_bases)
+
+    def _starts(self, batch: drafter_unroll.Batch) -> range:
+        return drafter_pieces.starts(batch.bases.shape[1], self._piece_size)
+
     def _programs(self, devices: Devices, target: model_params.Params):
-        """Keys and lowerings of the step and the measurement."""
+        """Keys and lowerings of a training's programs, by name."""
         key = tuple(device.id for device in devices)
 
-        def arguments():
-            mesh = _mesh(devices)
-            everywhere = sharding.replicated(mesh)
-            state = _described(self.state, everywhere)
-            batch = _described(self._batch_shape(), self._by_rows(mesh))
-            size = self.cfg.num_draft_tokens
-            ids = None
-            if self.cfg.draft_vocab_size:
-                ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=everywhere)
-            given = _described((target.embed, target.head), everywhere)
-            head = jax.ShapeDtypeStruct(
-                (size, given[1].shape[1]), given[1].dtype, sharding=everywhere
-            )
-            return state, batch, drafter_unroll.Target(given[0], head, ids), everywhere
+        def program(name: str) -> tuple[Hashable, Callable]:
+            return ("drafter", name, key), lambda: self._lower(name, devices, target)
 
-        def lower_step():
-            state, batch, given, everywhere = arguments()
-            step = functools.partial(
-                drafter_training.step,
-                cfg=self._forward,
-                objective=self._objective,
-                optimizer=self._optimizer,
-            )
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-            return jitted.lower(state, batch, given)
+        return {name: program(name) for name in _NAMES}
 
-        def lower_measure():
-            state, batch, given, everywhere = arguments()
-            measure = functools.partial(
-                drafter_acceptance.measure, num_steps=self._depth, cfg=self._forward
-            )
-            jitted = jax.jit(measure, out_shardings=everywhere)
-            return jitted.lower(state.params, batch, given)
-
-        programs_: tuple[tuple[Hashable, Callable], ...] = (
-            (("drafter_step", key), lower_step),
-            (("drafter_measure", key), lower_measure),
+    def _lower(self, name: str, devices: Devices, target: model_params.Params):
+        """Trace a program of a training."""
+        state, batch, given, everywhere = self._arguments(devices, target)
+        how = {"cfg": self._forward, "objective": self._objective}
+        start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        size = self._piece_size
+        begin = functools.partial(drafter_pieces.begin, **how)
+        under_way = jax.eval_shape(begin, state.params, batch, given)
+        by_rows = self._by_rows(_mesh(devices))
+        split = sharding.named(by_rows.mesh, sharding.ShardingRules(), (None, "batch"))
+        seen = drafter_unroll.Seen(split, by_rows, by_rows)
+        where = drafter_pieces.UnderWay(seen, everywhere, seen, everywhere)
+        under_way = _described(under_way, _spread(where, under_way))
+        given_now = state.params, batch, given
+        match name:
+            case "begin":
+                jitted = jax.jit(begin, out_shardings=where)
+                return jitted.lower(*given_now)
+            case "add":
+                add = functools.partial(drafter_pieces.add, size=size, **how)
+                jitted = jax.jit(add, donate_argnums=0, out_shardings=where)
+                return jitted.lower(under_way, *given_now, start)
+            case "close":
+                close = functools.partial(drafter_pieces.close, cfg=self._forward)
+                jitted = jax.jit(close, donate_argnums=0, out_shardings=everywhere)
+                return jitted.lower(under_way.grads, under_way.seen_grads, *given_now)
+            case "update":
+                update = functools.partial(
+                    drafter_pieces.update,
+                    objective=self._objective,
+                    optimizer=self._optimizer,
+                )
+                jitted = jax.jit(update, donate_argnums=0, out_shardings=everywhere)
+                return jitted.lower(state, under_way.grads, under_way.sums, batch)
+        measure = functools.partial(
+            drafter_acceptance.measure,
+            num_steps=self._depth,
+            cfg=self._forward,
+            size=size,
         )
-        return programs_
+
+        def measure_part(params, batch, given, seen, start):
+            return measure(params, batch, given, seen=seen, start=start)
+
+        jitted = jax.jit(measure_part, out_shardings=everywhere)
+        return jitted.lower(*given_now, under_way.seen, start)
+
+    def _arguments(self, devices: Devices, target: model_params.Params):
+        """Describe state, batch and target on devices; and the replicated sharding."""
+        mesh = _mesh(devices)
+        everywhere = sharding.replicated(mesh)
+        state = _described(self.state, everywhere)
+        batch = _described(self._batch_shape(), self._by_rows(mesh))
+        size = self.cfg.num_draft_tokens
+        ids = None
+        if self.cfg.draft_vocab_size:
+            ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=everywhere)
+        given = _described((target.embed, target.head), everywhere)
+        head = jax.ShapeDtypeStruct(
+            (size, given[1].shape[1]), given[1].dtype, sharding=everywhere
+        )
+        return state, batch, drafter_unroll.Target(given[0], head, ids), everywhere
 
 
 def _mesh(devices: Devices) -> jax.sharding.Mesh:
     return sharding.make_mesh(len(devices), 1, 1, devices)
 
 
-def _described(tree: Any, where: jax.sharding.Sharding) -> Any:
+def _computed(x: Any) -> None:
+    """Wait for it: what follows shall not begin before others had their say."""
+    jax.block_until_ready(x)
+
+
+def _described(tree: Any, where: Any) -> Any:
+    """Shapes and dtypes of a tree's leaves, at one sharding or a tree of them."""
+    if isinstance(where, jax.sharding.Sharding):
+        where = jax.tree.map(lambda _: where, tree)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            jnp.shape(leaf), jnp.result_type(leaf), sharding=where
+        lambda leaf, here: jax.ShapeDtypeStruct(
+            jnp.shape(leaf), jnp.result_type(leaf), sharding=here
         ),
         tree,
+        where,
+    )
+
+
+def _spread(where: Any, tree: Any) -> Any:
+    """Give each leaf of `tree` the sharding that stands at its place or above it."""
+    return jax.tree.map(
+        lambda here, part: jax.tree.map(lambda _: here, part), where, tree
     )

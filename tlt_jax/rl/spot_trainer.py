@@ -1,17 +1,20 @@
 """Drafter training on workers that wait: a thread that follows the coordinator.
 
 It begins when the coordinator gives it workers, takes one step after another, and is
-never more than one step away from giving the devices back: each step is waited for
-before the next is begun, and programs are compiled in the background meanwhile. A
-training that fails leaves the drafter as it was before.
+never more than one piece of a step away from giving the devices back: each piece is
+waited for before the next is begun, and programs are compiled in the background
+meanwhile. A step that is given up changes nothing, and its texts have their turn again.
+What was learned is taken over and published after the devices were given back, so the
+rollout's end does not wait for it. A training that fails leaves the drafter as it was
+before.
 """
 
 import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,7 +26,10 @@ from tlt_jax.specdec import drafter_unroll, text_sampling
 
 # Waiting for texts and programs, the thread looks so often whether it shall stop.
 _POLL_S = 0.02
+# Waiting for the trainer, others look so often whether it was given up.
+_LOOK_S = 0.1
 _MAX_SKIPPED = 5
+_T = TypeVar("_T")
 _PER_STEP = ("top1_acc", "top1_prob", "overlap", "token_loss")
 
 
@@ -111,6 +117,8 @@ class SpotTrainer:
         self._prepare, self._publish = prepare, publish
         self._publish_steps, self._measures = publish_steps, measures
         self._thread: threading.Thread | None = None
+        self._settled = threading.Event()
+        self._settled.set()
 
     @property
     def _coordination(self) -> coordination.Coordination:
@@ -127,6 +135,15 @@ class SpotTrainer:
         """Wait for the thread; the coordinator must have been closed."""
         if self._thread is not None:
             self._thread.join()
+
+    def settle(self) -> None:
+        """Wait until what ended with the last rollout was taken over and published.
+
+        Only a trainer that was given up is not waited for.
+        """
+        while not self._settled.wait(_LOOK_S):
+            if self._coordination.closed or self._coordination.state.given_up:
+                return
 
     def take_report(self) -> Report:
         """Return what was done since the last call."""
@@ -157,52 +174,66 @@ class SpotTrainer:
             train = c.next_training(1.0)
             if train is None:
                 continue
-            number = train.training
-            should_stop = functools.partial(c.should_stop, number)
-            failure = self._guarded(train.workers, should_stop, train)
-            if failure:
-                c.send(records.TrainingFailed(number, failure))
-            else:
-                c.send(records.TrainingStopped(number))
+            self._settled.clear()
+            should_stop = functools.partial(c.should_stop, train.training)
+            self._guarded(train.workers, should_stop, train)
+            self._settled.set()
 
-    def _guarded(self, members, should_stop, train: records.Train | None) -> str:
-        """Train; return why that failed, if it did, with the drafter as it was."""
-        kept, before = False, self.report.num_steps
+    def _guarded(self, members, should_stop, train: records.Train | None) -> None:
+        """Train, give the devices back, publish; undo what fails."""
+        before, kept, reason = self.report.num_steps, False, ""
         try:
             self._train(members, should_stop, train)
-            c = self._coordination
-            kept = train is None or c.may_publish(train.training)
-            self.learner.end(kept)
-            if kept and self.report.num_steps > before:
-                self._publish()
+            kept = train is None or self._coordination.may_publish(train.training)
         # All of them: the coordinator waits for this thread's answer, so an error that
         # left it would hold up the rollout's end, and the run can do without a drafter
         # that cannot be trained. The record names the error.
         except Exception as error:
+            reason = self._failed(error)
+        if train is not None and reason:
+            self._coordination.send(records.TrainingFailed(train.training, reason))
+        elif train is not None:
+            self._coordination.send(records.TrainingStopped(train.training))
+        try:
+            self.learner.end(kept)
+            if kept and self.report.num_steps > before:
+                self._publish()
+        # As above: the run goes on.
+        except Exception as error:
             self.learner.end(keep=False)
-            failure = f"{type(error).__name__}: {error}"
-            self.report.failures.append(failure)
-            return failure
-        return ""
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> str:
+        self.report.failures.append(f"{type(error).__name__}: {error}")
+        return self.report.failures[-1]
 
     def _train(self, members, should_stop, train: records.Train | None) -> None:
+        unused = self._sampler.state()
         batch = self._first_batch(should_stop)
         if batch is None or not self._move(members, should_stop, wait=True):
+            self._sampler.restore(unused)
             return
         if train is not None:
             self._coordination.send(
                 records.TrainingRuns(train.training, train.revision)
             )
         unseen = None
+        # By itself nobody asks for the devices in the midst of a step.
+        interrupted = should_stop if train is not None else lambda: False
         if self._measures and self.report.measured is None:
             unseen = batch
-            self.report.measured = self.learner.measure(batch)
-            batch = self._first_batch(should_stop)
+            self.report.measured = _last(self.learner.measure(batch), interrupted)
+            if self.report.measured is not None:
+                unused = self._sampler.state()
+                batch = self._first_batch(should_stop)
         started = time.perf_counter()
         num_skipped = 0
         joining: records.Train | None = None
         while batch is not None and not should_stop():
-            outcome = self.learner.step(batch)
+            outcome = _last(self.learner.step(batch), interrupted)
+            if outcome is None:
+                break
+            unused = self._sampler.state()
             following = self._sampler.next_batch()
             outcome = jax.device_get(outcome)
             self._count(outcome)
@@ -226,9 +257,13 @@ class SpotTrainer:
             batch = following
             if batch is None:
                 batch = self._first_batch(should_stop)
+        # A batch that made no step is drawn again.
+        self._sampler.restore(unused)
         self.report.seconds += time.perf_counter() - started
         if train is None and unseen is not None:
-            self.report.measured_after = self.learner.measure(unseen)
+            self.report.measured_after = _last(
+                self.learner.measure(unseen), interrupted
+            )
 
     def _first_batch(self, should_stop) -> drafter_unroll.Batch | None:
         """Wait for texts."""
@@ -256,3 +291,12 @@ class SpotTrainer:
         self.report.num_steps += 1
         self.report.num_skipped += int(outcome["skipped"])
         self.report.outcome = outcome
+
+
+def _last(pieces: Iterator[_T | None], interrupted: Callable[[], bool]) -> _T | None:
+    """Compute piece after piece; return what comes last, or None: it was given up."""
+    found = None
+    for found in pieces:
+        if found is None and interrupted():
+            break
+    return found

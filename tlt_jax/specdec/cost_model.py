@@ -28,7 +28,7 @@ class CostModelConfig:
     """
 
     optimism: float = 0.1
-    time_optimism: float = 0.5
+    time_optimism: float = 0.25
     time_spread: float = 0.12
     time_misfit: float = 0.15
     memory: float = 200.0

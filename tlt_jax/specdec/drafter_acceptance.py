@@ -23,6 +23,9 @@ def measure(
     num_steps: int,
     *,
     cfg: drafter_unroll.ForwardConfig,
+    seen: drafter_unroll.Seen | None = None,
+    start: Array | int = 0,
+    size: int | None = None,
 ) -> dict[str, Array]:
     """Count what chains drafted from every base would have had accepted.
 
@@ -42,6 +45,9 @@ def measure(
       target: embedding and head.
       num_steps: K, levels drafted.
       cfg: how.
+      seen: of `drafter_unroll.see`, where it was computed before.
+      start, size: which bases of each row; by themselves all. The sums over all are
+        those of any parts.
 
     Returns:
       Sums `[K] float32`: `count` of the predictions; `deterministic` and `coupled`, the
@@ -49,10 +55,12 @@ def measure(
       `deterministic_chain`, `coupled_chain`, those of them with no miss before. The
       coupled ones are `[K, n]`, by `SHARPNESSES`.
     """
-    bases = _predictions(params, batch, target, num_steps, cfg)
+    bases, chunk = _predictions(
+        params, batch, target, num_steps, cfg, seen, start, size
+    )
 
     def one_chunk(sums, start):
-        part = bases.chunk(start, cfg.head_chunk)
+        part = bases.chunk(start, chunk)
         here = {name: [] for name in sums}
         alive = dict.fromkeys(RANKINGS, True)
         for k, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
@@ -65,11 +73,16 @@ def measure(
         sums = {name: sums[name] + jnp.stack(here[name]) for name in sums}
         return sums, None
 
-    zeros = {"count": jnp.zeros(num_steps, jnp.float32)}
+    return lax.scan(one_chunk, nothing(num_steps), bases.starts(chunk))[0]
+
+
+def nothing(num_steps: int) -> dict[str, np.ndarray]:
+    """Return the sums of `measure` over no base."""
+    zeros = {"count": np.zeros(num_steps, np.float32)}
     for name, rest in zip(RANKINGS, ((), (len(SHARPNESSES),)), strict=True):
-        zero = jnp.zeros((num_steps, *rest), jnp.float32)
+        zero = np.zeros((num_steps, *rest), np.float32)
         zeros |= {name: zero, f"{name}_chain": zero}
-    return lax.scan(one_chunk, zeros, bases.starts(cfg.head_chunk))[0]
+    return zeros
 
 
 def lifetimes(
@@ -93,34 +106,45 @@ def lifetimes(
       of the text; 0 where there is no base.
     """
     sharpness = 1.0 if params.sharpness is None else params.sharpness
-    bases = _predictions(params, batch, target, num_steps, cfg)
+    bases, chunk = _predictions(params, batch, target, num_steps, cfg)
 
     def one_chunk(_, start):
         alive, total = True, 0
-        part = bases.chunk(start, cfg.head_chunk)
+        part = bases.chunk(start, chunk)
         for hits in _hits(part, params, target, (sharpness,)):
             alive = alive & hits["coupled"][:, 0]
             total = total + alive.astype(jnp.int32)
         return None, total
 
-    found = lax.scan(one_chunk, None, bases.starts(cfg.head_chunk))[1]
+    found = lax.scan(one_chunk, None, bases.starts(chunk))[1]
     num_rows, width = batch.bases.shape
     # As `drafter_unroll.predictions` laid them out.
     stride = width + num_steps - 1
     return found.reshape(-1)[: num_rows * stride].reshape(num_rows, stride)[:, :width]
 
 
-def _predictions(params, batch, target, num_steps, cfg) -> drafter_unroll.Predictions:
-    """Unroll; the laws are the tokens drawn, their positions and keys."""
-    steps = drafter_unroll.unroll(params, batch, target, num_steps, cfg=cfg)
+def _predictions(
+    params, batch, target, num_steps, cfg, seen=None, start=0, size=None
+) -> tuple[drafter_unroll.Predictions, int]:
+    """Unroll; the laws are the tokens drawn, their positions and keys.
+
+    Returns:
+      The predictions, and how many of them are looked at at once.
+    """
+    if size is None:
+        size = batch.bases.shape[1]
+    wide = drafter_unroll.bases_from(batch, start, size + num_steps - 1)
+    narrow = drafter_unroll.bases_from(wide, 0, size)
+    steps = drafter_unroll.unroll(params, narrow, target, num_steps, cfg=cfg, seen=seen)
     steps = tuple(drafter_head.for_head(params, cfg.drafter, x) for x in steps)
-    exists = drafter_unroll.step_exists(batch, num_steps)
     drawn = (
-        drafter_unroll.take(batch.tokens, batch.bases + 2),
-        drafter_unroll.take(batch.positions, batch.bases) + 2,
-        batch.keys,
+        drafter_unroll.take(batch.tokens, wide.bases + 2),
+        drafter_unroll.take(batch.positions, wide.bases) + 2,
+        wide.keys,
     )
-    return drafter_unroll.predictions(steps, exists, drawn, cfg.head_chunk)
+    chunk = min(cfg.head_chunk, wide.bases.size)
+    exists = drafter_unroll.step_exists(wide, num_steps)[..., :size]
+    return drafter_unroll.predictions(steps, exists, drawn, chunk), chunk
 
 
 def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
@@ -130,9 +154,11 @@ def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
     """
     num_steps, _, size = part.hidden.shape
     drawn, positions, keys = part.laws
-    gumbel = noise.gumbel(keys, positions, target.embed.shape[0])
-    if target.draft_ids is not None:
-        gumbel = gumbel[:, target.draft_ids]
+    vocab_size = target.embed.shape[0]
+    if target.draft_ids is None:
+        gumbel = noise.gumbel(keys, positions, vocab_size)
+    else:
+        gumbel = noise.gumbel_at(keys, positions, target.draft_ids, vocab_size)
     for k in range(num_steps):
         head = drafter_head.head_of(params, target.head)
         logits = transformer.head_logits(head, part.hidden[k])

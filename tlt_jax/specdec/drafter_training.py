@@ -135,24 +135,72 @@ def loss(
       accepted), `overlap`, and `count`, the predictions. Probabilities are those of the
       laws over the draft vocabulary.
     """
-    num_steps = objective.num_steps
-    steps = drafter_unroll.unroll(
-        params, batch, target, num_steps, cfg=cfg, detach=objective.detach
+    seen = drafter_unroll.see(params, batch, target, cfg=cfg)
+    num_bases = batch.bases.shape[1]
+    sums = sums_of(
+        params, seen, batch, target, 0, num_bases, cfg=cfg, objective=objective
     )
-    exists = drafter_unroll.step_exists(batch, num_steps)
-    ahead = jnp.minimum(batch.bases + 1, batch.tokens.shape[1] - 1)
+    return total_of(sums, batch, objective)
+
+
+def sums_of(
+    params: drafter.DrafterParams,
+    seen: drafter_unroll.Seen,
+    batch: drafter_unroll.Batch,
+    target: drafter_unroll.Target,
+    start: Array | int,
+    size: int,
+    *,
+    cfg: drafter_unroll.ForwardConfig,
+    objective: Objective,
+) -> dict[str, Array]:
+    """Sum losses and metrics over the predictions of some bases of each row.
+
+    Those of all bases are the sums of any parts.
+
+    Args:
+      params, batch, target, cfg, objective: of `loss`.
+      seen: of `drafter_unroll.see`.
+      start, size: which bases.
+
+    Returns:
+      `[K] float32` by name, as `total_of` takes them.
+    """
+    num_steps = objective.num_steps
+    wide = drafter_unroll.bases_from(batch, start, size + num_steps - 1)
+    steps = drafter_unroll.unroll(
+        params,
+        drafter_unroll.bases_from(wide, 0, size),
+        target,
+        num_steps,
+        cfg=cfg,
+        detach=objective.detach,
+        seen=seen,
+    )
+    exists = drafter_unroll.step_exists(wide, num_steps)[..., :size]
+    ahead = jnp.minimum(wide.bases + 1, batch.tokens.shape[1] - 1)
     law_BMD = jnp.take_along_axis(batch.hidden, ahead[..., None], axis=1)
     law_BMD = law_BMD.astype(cfg.dtype)
     finished = tuple(drafter_head.for_head(params, cfg.drafter, x) for x in steps)
+    chunk = min(cfg.head_chunk, law_BMD.shape[0] * law_BMD.shape[1])
     sums = _head_sums(
         objective.token_loss,
-        cfg.head_chunk,
+        chunk,
         (target.head, drafter_head.head_of(params, target.head)),
-        drafter_unroll.predictions(finished, exists, law_BMD, cfg.head_chunk),
+        drafter_unroll.predictions(finished, exists, law_BMD, chunk),
     )
     sums["feature_loss"] = jnp.zeros(num_steps)
     if objective.feature_weight:
         sums["feature_loss"] = _feature_sums(steps, exists, law_BMD)
+    return sums
+
+
+def total_of(
+    sums: dict[str, Array], batch: drafter_unroll.Batch, objective: Objective
+) -> tuple[Array, dict[str, Array]]:
+    """Turn the sums over all bases into what `loss` returns; linear in them."""
+    num_steps = objective.num_steps
+    exists = drafter_unroll.step_exists(batch, num_steps)
     counts = jnp.sum(exists, axis=(1, 2), dtype=jnp.float32)
     means = {name: value / jnp.maximum(counts, 1) for name, value in sums.items()}
     per_step = (
@@ -189,6 +237,17 @@ def step(
     (value, metrics), grads = jax.value_and_grad(compute, has_aux=True)(
         state.params, batch, target
     )
+    return apply(state, grads, value, metrics, optimizer)
+
+
+def apply(
+    state: TrainState,
+    grads: drafter.DrafterParams,
+    value: Array,
+    metrics: dict[str, Array],
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Give the gradient to the optimizer; see `step` for what comes back."""
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -205,8 +264,7 @@ def step(
 def _feature_sums(steps, exists, law_BMD):
     """Sum each step's feature loss over the predictions that exist, `[K]`."""
     law_DBM = jnp.moveaxis(law_BMD, -1, 0)
-    width = law_DBM.shape[2]
-    law_DBM = jnp.pad(law_DBM, [(0, 0), (0, 0), (0, len(steps) - 1)])
+    width = law_DBM.shape[2] - len(steps) + 1
     sums = []
     for k, hidden in enumerate(steps):
         distance = drafter_losses.smooth_l1(law_DBM[..., k : k + width], hidden)

@@ -80,6 +80,44 @@ class ForwardConfig:
     remat: bool = False
 
 
+@struct.dataclass
+class Seen:
+    """What the bases of a row see of its columns, the same for all bases.
+
+    Attributes:
+      features: `[D, B, T]`, fused.
+      keys, values: `[B, K, H, T]` of step 0.
+    """
+
+    features: Array
+    keys: Array
+    values: Array
+
+
+def see(
+    params: drafter.DrafterParams, batch: Batch, target: Target, *, cfg: ForwardConfig
+) -> Seen:
+    """Compute what every base may attend to; see `unroll` for the arguments."""
+    features = batch.hidden if batch.features is None else batch.features
+    features_DBT = jnp.moveaxis(features, -1, 0).astype(cfg.dtype)
+    fused = drafter.fuse(params, cfg.drafter, features_DBT)
+    columns = jnp.arange(batch.tokens.shape[1])
+    # Nobody asks here what a column itself attends to.
+    output = drafter.apply(
+        params,
+        cfg.drafter,
+        _embed_ahead(batch, target, columns, 1, cfg.dtype),
+        fused,
+        batch.positions,
+        lambda query, keys, values: attention.attend_same(
+            query, keys, values, scale=1.0
+        ),
+        dtype=cfg.dtype,
+    )
+    keys, values = (jnp.moveaxis(x, 2, 0) for x in (output.keys, output.values))
+    return Seen(fused, keys, values)
+
+
 def unroll(
     params: drafter.DrafterParams,
     batch: Batch,
@@ -88,12 +126,14 @@ def unroll(
     *,
     cfg: ForwardConfig,
     detach: bool = False,
+    seen: Seen | None = None,
 ) -> tuple[Array, ...]:
     """Compute the features of every base's unrolled steps.
 
-    Step 0 is computed for all columns, since later ones see their keys, and further
-    steps for the bases alone: each attends to the former under a mask and to its own
-    base's further steps at its own index.
+    Keys of step 0 are those of all columns, since later steps see them; everything
+    else is computed for the bases alone: each attends to the former under a mask and
+    to its own base's further steps at its own index. So bases may be computed part by
+    part.
 
     Args:
       params: the drafter.
@@ -102,39 +142,23 @@ def unroll(
       num_steps: K.
       cfg: how.
       detach: gradients end between steps.
+      seen: of `see`, where it was computed before.
 
     Returns:
       K arrays `[D, B, M]`. A step that reaches beyond its text has no meaning.
     """
     model, scale = cfg.drafter, cfg.drafter.layer.head_dim**-0.5
-    features = batch.hidden if batch.features is None else batch.features
-    features_DBT = jnp.moveaxis(features, -1, 0).astype(cfg.dtype)
-
-    def embed_ahead(columns, ahead):
-        tokens = take(batch.tokens, columns + ahead)
-        return jnp.moveaxis(target.embed[tokens].astype(cfg.dtype), -1, 0)
-
-    every_column = jnp.broadcast_to(
-        jnp.arange(batch.tokens.shape[1]), batch.tokens.shape
-    )
-    first = drafter.forward(
-        params,
-        model,
-        embed_ahead(every_column, 1),
-        drafter.fuse(params, model, features_DBT),
-        batch.positions,
-        visibility=attention.Visibility(segment=batch.segment, prefix=batch.segment),
-        dtype=cfg.dtype,
-    )
-    base_keys, base_values = (jnp.moveaxis(x, 2, 0) for x in (first.keys, first.values))
+    if seen is None:
+        seen = see(params, batch, target, cfg=cfg)
     base_positions = take(batch.positions, batch.bases)
 
     def one_step(params, features, earlier, k):
         def attend(query, keys, values):
             partial = _attend_bases(
-                query, base_keys, base_values, batch, scale, cfg.attention_block
+                query, seen.keys, seen.values, batch, scale, cfg.attention_block
             )
-            for own in (*earlier, (keys, values)):
+            # A base's own column is among those of step 0.
+            for own in (*earlier, (keys, values)) if k else ():
                 here = attention.attend_same(query, *own, scale=scale)
                 partial = attention.join(partial, here)
             return partial
@@ -142,7 +166,7 @@ def unroll(
         output = drafter.apply(
             params,
             model,
-            embed_ahead(batch.bases, k + 1),
+            _embed_ahead(batch, target, batch.bases, k + 1, cfg.dtype),
             features,
             base_positions + k,
             attend,
@@ -153,14 +177,28 @@ def unroll(
 
     if cfg.remat:
         one_step = jax.checkpoint(one_step, static_argnums=3)
-    steps = [take(first.hidden, batch.bases[None])]
+    steps: list[Array] = []
+    features = take(seen.features, batch.bases[None])
     earlier: tuple[tuple[Array, Array], ...] = ()
-    for k in range(1, num_steps):
-        features = lax.stop_gradient(steps[-1]) if detach else steps[-1]
+    for k in range(num_steps):
         hidden, own = one_step(params, features, earlier, k)
+        features = lax.stop_gradient(hidden) if detach else hidden
         steps.append(hidden)
-        earlier = (*earlier, own)
+        if k:
+            earlier = (*earlier, own)
     return tuple(steps)
+
+
+def bases_from(batch: Batch, start: Array | int, size: int) -> Batch:
+    """Take `size` bases of each row from `start` on; there are none behind the last."""
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, size)] + [(0, 0)] * (x.ndim - 2))
+        return lax.dynamic_slice_in_dim(x, start, size, 1)
+
+    return batch.replace(
+        bases=cut(batch.bases), valid=cut(batch.valid), keys=cut(batch.keys)
+    )
 
 
 def step_exists(batch: Batch, num_steps: int) -> Array:
@@ -221,7 +259,8 @@ def predictions(
     Args:
       steps: of `unroll`.
       exists: of `step_exists`.
-      laws: arrays `[B, M, ...]`, of the law that step 0 of each base predicts from.
+      laws: arrays `[B, M + K - 1, ...]`, of the law that step 0 of each base predicts
+        from, and of the bases behind: see `bases_from`.
       chunk: N is a multiple of it.
 
     Returns:
@@ -235,7 +274,7 @@ def predictions(
     def flatten(x, axis, extra=0):
         """Turn axes `axis` and `axis + 1`, rows and bases, into one."""
         pads = [(0, 0)] * x.ndim
-        pads[axis + 1] = (0, more)
+        pads[axis + 1] = (0, width + more - x.shape[axis + 1])
         x = jnp.pad(x, pads)
         x = x.reshape(*x.shape[:axis], total, *x.shape[axis + 2 :])
         pads = [(0, 0)] * x.ndim
@@ -252,6 +291,13 @@ def predictions(
 def take(x: Array, columns: Array) -> Array:
     """Take columns `[..., M]` of the last axis; those beyond it are its last one."""
     return jnp.take_along_axis(x, jnp.minimum(columns, x.shape[-1] - 1), axis=-1)
+
+
+def _embed_ahead(batch, target, columns, ahead, dtype):
+    """Embed the tokens `ahead` of columns `[..., M]`, `[D, B, M]`."""
+    columns = jnp.broadcast_to(columns, (len(batch.tokens), columns.shape[-1]))
+    tokens = take(batch.tokens, columns + ahead)
+    return jnp.moveaxis(target.embed[tokens].astype(dtype), -1, 0)
 
 
 def _attend_bases(query, keys, values, batch, scale, block):

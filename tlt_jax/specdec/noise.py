@@ -111,6 +111,29 @@ def gumbel(
     )
     words = threefry2x32((keys[:, :1], keys[:, 1:]), counter)
     bits = jnp.concatenate(words, axis=1)[:, :vocab_size]
+    return _gumbel_of(bits)
+
+
+def gumbel_at(keys: Array, positions: Array, ids: Array, vocab_size: int) -> Array:
+    """Draw the same noise as `gumbel`, of some entries alone.
+
+    Args:
+      keys, positions, vocab_size: see `gumbel`.
+      ids: `[n] int32`, entries of the vocabulary.
+
+    Returns:
+      `[N, n] float32`.
+    """
+    half = (vocab_size + 1) // 2
+    counter = (
+        positions.astype(jnp.uint32)[:, None],
+        (ids % half).astype(jnp.uint32)[None, :],
+    )
+    words = threefry2x32((keys[:, :1], keys[:, 1:]), counter)
+    return _gumbel_of(jnp.where(ids < half, *words))
+
+
+def _gumbel_of(bits: Array) -> Array:
     # 31 bits fit a signed integer, whose conversion every vector unit has.
     u = ((bits >> np.uint32(1)).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-31
     u = jnp.minimum(u, 1.0 - 2.0**-24)

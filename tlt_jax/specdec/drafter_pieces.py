@@ -1,0 +1,119 @@
+"""A drafter's training step in pieces, between which it can be given up.
+
+The same step as `drafter_training.step`, to the rounding of sums:
+
+    under_way = begin(params, batch, target)
+    for start in starts(batch, size):
+        under_way = add(under_way, params, batch, target, start, size=size)
+    grads = close(under_way.grads, under_way.seen_grads, params, batch, target)
+    state, outcome = update(state, grads, under_way.sums, batch)
+
+Bases see the columns of their row through `drafter_unroll.Seen` and nothing of one
+another, so their losses and gradients add up, those with respect to what was seen as
+well: `close` takes them back to the weights. Nothing changes the state but `update`.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from tlt_jax.models import drafter
+from tlt_jax.specdec import drafter_training, drafter_unroll
+from tlt_jax.types import Array
+
+_SUMS = ("token_loss", "top1_acc", "top1_prob", "overlap", "feature_loss")
+
+
+@struct.dataclass
+class UnderWay:
+    """A step of which some bases are done.
+
+    Attributes:
+      seen: what all bases see.
+      grads: with respect to the weights, seen apart.
+      seen_grads: with respect to `seen`.
+      sums: of `drafter_training.sums_of`.
+    """
+
+    seen: drafter_unroll.Seen
+    grads: drafter.DrafterParams
+    seen_grads: drafter_unroll.Seen
+    sums: dict[str, Array]
+
+
+def starts(num_bases: int, size: int) -> range:
+    """First bases of the pieces."""
+    return range(0, num_bases, size)
+
+
+def begin(
+    params: drafter.DrafterParams,
+    batch: drafter_unroll.Batch,
+    target: drafter_unroll.Target,
+    *,
+    cfg: drafter_unroll.ForwardConfig,
+    objective: drafter_training.Objective,
+) -> UnderWay:
+    """Begin a step; see `drafter_training.loss` for the arguments."""
+    seen = drafter_unroll.see(params, batch, target, cfg=cfg)
+    grads, seen_grads = jax.tree.map(jnp.zeros_like, (params, seen))
+    zero = jnp.zeros(objective.num_steps, jnp.float32)
+    return UnderWay(seen, grads, seen_grads, dict.fromkeys(_SUMS, zero))
+
+
+def add(
+    under_way: UnderWay,
+    params: drafter.DrafterParams,
+    batch: drafter_unroll.Batch,
+    target: drafter_unroll.Target,
+    start: Array,
+    *,
+    size: int,
+    cfg: drafter_unroll.ForwardConfig,
+    objective: drafter_training.Objective,
+) -> UnderWay:
+    """Do the bases from `start` on, `size` of each row."""
+
+    def compute(params, seen):
+        sums = drafter_training.sums_of(
+            params, seen, batch, target, start, size, cfg=cfg, objective=objective
+        )
+        return drafter_training.total_of(sums, batch, objective)[0], sums
+
+    here, sums = jax.grad(compute, argnums=(0, 1), has_aux=True)(params, under_way.seen)
+    before = under_way.grads, under_way.seen_grads, under_way.sums
+    grads, seen_grads, sums = jax.tree.map(jnp.add, before, (*here, sums))
+    return UnderWay(under_way.seen, grads, seen_grads, sums)
+
+
+def close(
+    grads: drafter.DrafterParams,
+    seen_grads: drafter_unroll.Seen,
+    params: drafter.DrafterParams,
+    batch: drafter_unroll.Batch,
+    target: drafter_unroll.Target,
+    *,
+    cfg: drafter_unroll.ForwardConfig,
+) -> drafter.DrafterParams:
+    """Take the gradient with respect to what was seen back to the weights, and add."""
+
+    def see(params):
+        return drafter_unroll.see(params, batch, target, cfg=cfg)
+
+    (through_seen,) = jax.vjp(see, params)[1](seen_grads)
+    return jax.tree.map(jnp.add, grads, through_seen)
+
+
+def update(
+    state: drafter_training.TrainState,
+    grads: drafter.DrafterParams,
+    sums: dict[str, Array],
+    batch: drafter_unroll.Batch,
+    *,
+    objective: drafter_training.Objective,
+    optimizer: optax.GradientTransformation,
+) -> tuple[drafter_training.TrainState, dict[str, Array]]:
+    """Take the step; returns what `drafter_training.step` does."""
+    value, metrics = drafter_training.total_of(sums, batch, objective)
+    return drafter_training.apply(state, grads, value, metrics, optimizer)
