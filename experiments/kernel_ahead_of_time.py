@@ -9,6 +9,7 @@ needs no TPU. `bytes_accessed` and `flops` are the compiler's: the kernel's own 
 for rows that fill their page table (one page more than the row needs), and whatever the
 compiler does around it. `bytes_ratio` divides by the least that must be moved, cached
 and fresh columns, queries and output once. `temp_bytes` would tell a copy of the cache.
+jax's own kernels stand beside ours where they take the arguments (`kernel_peers`).
 No time is measured: `bound_us` is that least by the chip's bandwidth.
 """
 
@@ -19,12 +20,14 @@ import importlib.metadata
 import pathlib
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import ahead_of_time, harness
+from experiments import ahead_of_time, harness, kernel_peers
 from tlt_jax import sharding
 from tlt_jax.pallas_kernels.verify_attention import (
     api,
@@ -34,6 +37,11 @@ from tlt_jax.pallas_kernels.verify_attention import (
 )
 
 SLUG = "kernel_ahead_of_time"
+OURS = "ours"
+UNMEASURED = (
+    "Bytes and operations are by the compiler's account (for jax's own kernels partly "
+    "by their source), beside the least that there can be. Device time is unmeasured."
+)
 # A described slice, and the kind of its devices.
 CHIPS = {
     "v5e": ("v5e:2x2", "TPU v5 lite"),
@@ -42,15 +50,22 @@ CHIPS = {
 }
 
 
-def compiled(spec: arg_specs.ArgSpec, chip: str) -> jax.stages.Compiled:
-    """Compiles the TPU kernel for one device of a described slice."""
+def compiled(call: Callable[..., Any], shapes: Any, chip: str) -> jax.stages.Compiled:
+    """Compiles a call of some shapes for one device of a described slice."""
     device = ahead_of_time.described_devices(CHIPS[chip][0])[0]
     mesh = Mesh(np.array([device]), ("x",))
     where = sharding.replicated(mesh)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        arg_specs.shapes(spec, "mosaic_tpu"),
+        shapes,
     )
+    # The kernel's compiler asks which chip it is for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(call).lower(*arguments).compile()
+
+
+def our_call(spec: arg_specs.ArgSpec) -> tuple[Callable[..., Any], Any]:
+    """Returns a call of our kernel, and the shapes that it takes."""
     call = functools.partial(
         api.verify_attention,
         scale=spec.scale,
@@ -59,30 +74,45 @@ def compiled(spec: arg_specs.ArgSpec, chip: str) -> jax.stages.Compiled:
         packing=page_layout.packing("mosaic_tpu", spec.page_size, spec.head_dim),
         implementation=api.Implementation("mosaic_tpu"),
     )
-    # The kernel's compiler asks which chip it is for.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(lambda given: call(**given)[0]).lower(arguments)
-        return lowered.compile()
+    return lambda given: call(**given)[0], (arg_specs.shapes(spec, "mosaic_tpu"),)
 
 
-def measure(spec: arg_specs.ArgSpec, chip: str) -> harness.Row:
-    """Compiles one argument set for one chip; returns its row of the table."""
+def measure(
+    spec: arg_specs.ArgSpec, chip: str, implementation: str = OURS
+) -> harness.Row | None:
+    """Compiles one argument set for one chip; returns its row of the table.
+
+    None: the implementation does not take the arguments.
+    """
+    inside = 0
+    if implementation == OURS:
+        call, shapes = our_call(spec)
+    else:
+        peer = kernel_peers.PEERS[implementation](spec)
+        if peer is None:
+            return None
+        call, shapes, inside = peer.call, peer.shapes, peer.kernel_bytes
     used = time.process_time()
-    program = compiled(spec, chip)
+    program = compiled(call, shapes, chip)
     used = time.process_time() - used
     memory, cost = program.memory_analysis(), program.cost_analysis()
     bandwidth = bench.BANDWIDTH[CHIPS[chip][1]]
-    return {
+    moved = cost["bytes accessed"] + inside
+    row = {
         "chip": chip,
         "arguments": spec.name,
+        "implementation": implementation,
         "shape": "x".join(map(str, spec.query_shape)),
         "dtype": spec.dtype,
         "minimal_bytes": spec.minimal_bytes,
-        "bytes_accessed": int(cost["bytes accessed"]),
-        "bytes_ratio": round(cost["bytes accessed"] / spec.minimal_bytes, 3),
+        "bytes_accessed": int(moved),
+        "bytes_ratio": round(moved / spec.minimal_bytes, 3),
         "minimal_flops": spec.minimal_flops,
-        "flops": int(cost["flops"]),
-        "flops_ratio": round(cost["flops"] / spec.minimal_flops, 3),
+    }
+    if implementation == OURS:
+        row["flops"] = int(cost["flops"])
+        row["flops_ratio"] = round(cost["flops"] / spec.minimal_flops, 3)
+    return row | {
         "temp_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
         "bound_us": round(spec.minimal_bytes / bandwidth * 1e6, 1),
@@ -126,11 +156,15 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     rows = []
     for chip in chips:
         for spec in specs:
-            rows.append(measure(spec, chip))
+            for implementation in (OURS, *kernel_peers.PEERS):
+                made = measure(spec, chip, implementation)
+                rows += [made] if made else []
             harness.write_csv(out / f"{SLUG}.csv", rows)
             provenance.write(out / f"{SLUG}.json")
-    shown = ("chip", "arguments", "bytes_ratio", "flops_ratio", "temp_bytes")
-    print(harness.format_table([{k: row[k] for k in shown} for row in rows]))
+    shown = ("chip", "arguments", "implementation", "minimal_bytes", "bytes_accessed")
+    shown += ("bytes_ratio", "minimal_flops", "flops", "flops_ratio", "temp_bytes")
+    print(harness.format_table([{k: row.get(k) for k in shown} for row in rows]))
+    print(UNMEASURED)
     return rows
 
 

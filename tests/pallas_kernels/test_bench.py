@@ -50,3 +50,28 @@ def test_without_an_accelerator_the_remedy_is_told(capsys):
     with pytest.raises(SystemExit):
         bench.main([])
     assert "--implementations" in capsys.readouterr().err
+
+
+def test_targets_are_told_reached_or_missed():
+    def row(name, implementation, median_us, **more):
+        named = dict(arguments=name, implementation=implementation)
+        return named | dict(median_us=median_us, bandwidth_frac=None) | more
+
+    slow = dict(arguments="decode_b1_8k", implementation="paged_attention", failed="no")
+    rows = [
+        row(bench.TARGET_ARGUMENTS, "triton_gpu", 120.0, bandwidth_frac=0.81),
+        row(bench.TARGET_ARGUMENTS, "dot_product_attention_xla", 150.0),
+        row(bench.TARGET_ARGUMENTS, "dot_product_attention_cudnn", 110.0),
+        row("decode_b1_8k", "triton_gpu", 9.0),
+        row("decode_b1_8k", "dot_product_attention_xla", 9.5),
+        slow,
+    ]
+    assert bench.verdicts(rows) == [
+        "reached: 80% of the bandwidth on verify_b32_8k_w16 (81.0%)",
+        "missed: jax's own speed on verify_b32_8k_w16 (120.0 us; "
+        "dot_product_attention_cudnn 110.0 us)",
+        "reached: jax's own speed on decode_b1_8k (9.0 us; "
+        "dot_product_attention_xla 9.5 us)",
+    ]
+    # The reference is no kernel, and a row that failed says nothing.
+    assert bench.verdicts([row("decode_b1_8k", "reference", 9.0), slow]) == []
