@@ -1,12 +1,11 @@
 """What a worker's decoding costs while the rest of the machine does something else.
 
-    python -m experiments.decode_beside --config=FILE [--config.KEY=VALUE] --json=FILE
-
 One worker of a recipe, on its simulated device, decodes one row over and over, by turns
 with the other cores idle, beside a process that computes in registers and caches alone,
 and beside one that streams memory: what training on another core may cost at least, and
-at most. `experiments.trainer_makespan` starts this and prints it beside what a training
-does cost.
+at most. `experiments.trainer_makespan` runs this module as a process of its own, with a
+recipe's flags and --json=FILE, and prints what it finds beside what a training does
+cost.
 """
 
 import contextlib
