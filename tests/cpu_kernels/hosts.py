@@ -1,5 +1,6 @@
 """Which machines the native kernels' tests need, and lesser CPUs to compile for."""
 
+import llvmlite.binding as llvm
 import pytest
 
 from tlt_jax.cpu_kernels import ffi
@@ -23,5 +24,16 @@ def features_of(cpu: str) -> frozenset[str]:
     """Look up a lesser CPU's features; skip where the host cannot run its code."""
     features = LESSER_CPUS[cpu]
     if not features <= ffi.host_features():
-        pytest.skip(f"the host is no {cpu}")
+        pytest.skip(f"code for {cpu} uses instructions that this host lacks")
     return features
+
+
+def arm_assembly(text: str) -> str:
+    """Compile a kernel for a CPU of Arm's, which any host can; it is not run."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+    machine = target.create_target_machine(cpu="neoverse-n1")
+    module = llvm.parse_assembly(ffi.runtime(2) + text)
+    module.verify()
+    return machine.emit_assembly(module)

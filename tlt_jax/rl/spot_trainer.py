@@ -198,7 +198,8 @@ class SpotTrainer:
             self.learner.end(kept)
             if kept and self.report.num_steps > before:
                 self._publish()
-        # As above: the run goes on.
+        # As above: the RL step waits for this thread in `settle`, and the run can do
+        # with the drafter as it was.
         except Exception as error:
             self.learner.end(keep=False)
             self._failed(error)
