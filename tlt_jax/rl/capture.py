@@ -41,10 +41,13 @@ def record(
       The record; the last token's features are zeros.
     """
     tokens = row.text()
-    num_known = min(row.length, len(tokens))
-    columns = np.moveaxis(pages, 1, 2).reshape(-1, pages.shape[1])
-    known = np.zeros((len(tokens), columns.shape[1]), columns.dtype)
-    known[:num_known] = columns[:num_known]
+    num_known, size = min(row.length, len(tokens)), pages.shape[2]
+    known = np.empty((len(tokens), pages.shape[1]), pages.dtype)
+    # Page by page and once: the worker's next decode call waits for this.
+    for start, page in zip(range(0, num_known, size), pages, strict=False):
+        part = known[start : min(start + size, num_known)]
+        part[:] = page.T[: len(part)]
+    known[num_known:] = 0
     return hidden_buffer.Record(
         text_id=row.request.request_id,
         tokens=tokens,
