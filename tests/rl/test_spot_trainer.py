@@ -1,4 +1,4 @@
-"""A rollout's end waits for one piece of a drafter step, and for nothing else."""
+"""A rollout's end waits for no piece of a drafter step, and none is begun after it."""
 
 import types
 
@@ -11,6 +11,17 @@ from tlt_jax.rl import coordinator_records as records
 PIECES = 4
 
 
+class Piece:
+    """Work that is done once it was looked at so often; -1: never."""
+
+    def __init__(self, num_looks):
+        self.num_looks = num_looks
+
+    def is_ready(self):
+        self.num_looks -= 1
+        return self.num_looks == -1
+
+
 class Learner:
     """Counts pieces, calls `looked` after each, and writes down what happens."""
 
@@ -18,6 +29,12 @@ class Learner:
         self.events, self.num_done, self.num_updates = events, 0, 0
         self.looked = lambda: None
         self.failing = None
+        self.endless = None
+
+    def piece(self):
+        self.num_done += 1
+        self.looked()
+        return Piece(-1 if self.num_done == self.endless else 2)
 
     def devices_of(self, meshes):
         return tuple(meshes)
@@ -31,18 +48,14 @@ class Learner:
 
     def step(self, batch):
         for _ in range(PIECES):
-            self.num_done += 1
-            self.looked()
-            yield None
+            yield self.piece()
         self.num_updates += 1
-        yield dict.fromkeys(("loss", "skipped"), np.float32(0))
+        return dict.fromkeys(("loss", "skipped"), np.float32(0))
 
     def measure(self, batch):
         for _ in range(PIECES):
-            self.num_done += 1
-            self.looked()
-            yield None
-        yield {"coupled/accept_length": 2.0, "sharpness": 1.0}
+            yield self.piece()
+        return {"coupled/accept_length": 2.0, "sharpness": 1.0}
 
     def end(self, keep=True):
         self.events.append(("end", keep))
@@ -114,10 +127,12 @@ class Setting:
     def follow(self):
         """Run the trainer's thread until it has nothing to do any more."""
         self.trainer.start()
-        while self.coordination.next_command(5.0) != records.EndRollout(
-            self.generation
+        commands = [self.coordination.next_command(5.0)]
+        while commands[-1] is not None and not isinstance(
+            commands[-1], records.EndRollout
         ):
-            pass
+            commands.append(self.coordination.next_command(5.0))
+        assert commands[-1] == records.EndRollout(self.generation)
         num_done = self.learner.num_done
         self.trainer.settle()
         self.coordination.close()
@@ -138,6 +153,16 @@ def test_no_piece_is_begun_after_the_last_worker_is_through(num_pieces):
     stopped = setting.events.index(records.TrainingStopped(1))
     after = setting.events[stopped + 1 :]
     assert after == [("end", True)] + ["publish"] * (whole > 0)
+
+
+def test_nobody_waits_for_the_piece_that_is_under_way():
+    setting = Setting()
+    setting.learner.endless = PIECES + 3
+    setting.stop_at(PIECES + 3)
+    assert setting.follow() == PIECES + 3
+    # The step before it was ended, and is kept.
+    assert setting.learner.num_updates == setting.sampler.next == 1
+    assert setting.events[-2:] == [("end", True), "publish"]
 
 
 def test_a_measurement_is_given_up_as_well():

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from tests.specdec import tiny_drafter
 from tlt_jax.specdec import (
@@ -112,3 +113,29 @@ def test_summary():
         "coupled/rate_by_depth": [0.75, 1.0],
         "coupled/accept_length": 2.25,
     }
+
+
+@pytest.mark.parametrize(
+    ("accepted", "used", "chosen"),
+    [
+        ((90, 102, 100, 90, 90), 1.5, 1.5),
+        ((90, 100, 104, 90, 90), 1.25, 1.5),
+        ((104, 100, 90, 90, 90), 1.25, 1.0),
+        # One that was never tried is no match for any.
+        ((90, 100, 101, 90, 90), 7.0, 1.5),
+    ],
+)
+def test_chance_changes_no_sharpness(accepted, used, chosen):
+    chains = np.array([accepted], np.float64)
+    plain = np.array([50.0])
+    sums = {
+        "count": np.array([120.0]),
+        "deterministic": plain,
+        "deterministic_chain": plain,
+        "coupled": chains,
+        "coupled_chain": chains,
+    }
+    found = drafter_acceptance.summarise(sums, used)
+    assert found["sharpness"] == chosen
+    hits = accepted[drafter_acceptance.SHARPNESSES.index(chosen)]
+    assert found["coupled/accept_length"] == pytest.approx(1 + hits / 120)

@@ -1,13 +1,13 @@
 """The drafter while it learns: its weights on whatever devices are free, step by step.
 
 One copy of the weights exists. A training moves it to the devices of the workers that
-wait, data-parallel over them, and takes steps there, each in pieces, between which it
-can be given up; engines get copies with a version.
+wait, data-parallel over them, and takes steps there, each in pieces, so that it can be
+given up; engines get copies with a version.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Hashable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from tlt_jax.specdec import (
 from tlt_jax.types import Array
 
 Devices = tuple[jax.Device, ...]
+_T = TypeVar("_T")
+# Work of which each piece is begun when it is asked for, and that ends with a result.
+Pieces = Generator[Array, None, _T]
 # Programs of a training, by name.
 _BEGIN, _ADD, _CLOSE, _UPDATE, _MEASURE = "begin", "add", "close", "update", "measure"
 _NAMES = _BEGIN, _ADD, _CLOSE, _UPDATE, _MEASURE
@@ -39,7 +42,7 @@ class DrafterLearner:
       cfg: the drafter.
       state: float32, without `draft_ids`; in host memory between trainings.
       draft_ids: `[Vd] int32` in host memory, or None: all tokens, or not yet chosen.
-      sharpness: of coupled drafts, as last measured.
+      sharpness: of coupled drafts.
       pool: of compiled programs.
     """
 
@@ -186,48 +189,53 @@ class DrafterLearner:
             for name, program in self._programs(devices, target).items()
         }
 
-    def step(self, batch: drafter_unroll.Batch) -> Iterator[dict[str, Array] | None]:
+    def step(self, batch: drafter_unroll.Batch) -> Pieces[dict[str, Array]]:
         """Take a step piece by piece; given up before its end it changes nothing.
 
         Yields:
-          None when a piece of it has been computed, and at the end what
-          `drafter_training.step` returns, which is on its way.
+          A result of each piece, which is on its way.
+
+        Returns:
+          What `drafter_training.step` does, on its way too.
         """
         run, params, given = self._compiled, self._placed.params, self._target
         placed = self._place(batch)
         under_way = run[_BEGIN](params, placed, given)
-        yield _computed(under_way.seen.keys)
+        yield under_way.seen.keys
         for start in self._starts(batch):
             under_way = run[_ADD](under_way, params, placed, given, np.int32(start))
-            yield _computed(under_way.sums)
+            yield under_way.sums["token_loss"]
         sums = under_way.sums
         grads = run[_CLOSE](
             under_way.grads, under_way.seen_grads, params, placed, given
         )
-        yield _computed(grads)
+        yield grads.layer.down
         self._placed, outcome = run[_UPDATE](self._placed, grads, sums, placed)
-        yield outcome
+        return outcome
 
-    def measure(self, batch: drafter_unroll.Batch) -> Iterator[dict[str, Any] | None]:
+    def measure(self, batch: drafter_unroll.Batch) -> Pieces[dict[str, Any]]:
         """Say what drafts along a batch's texts would have had accepted.
 
-        The sharpness that would have been the best one is used from now on.
+        A sharpness that would have been clearly better than the one in use replaces it.
 
         Yields:
-          None when a part has been computed, and at the end what was found.
+          A result of each part, which is on its way.
+
+        Returns:
+          What was found.
         """
         run, params, given = self._compiled, self._placed.params, self._target
         placed = self._place(batch)
         seen = run[_BEGIN](params, placed, given).seen
-        yield _computed(seen.keys)
+        yield seen.keys
         sums = drafter_acceptance.nothing(self._depth)
         for start in self._starts(batch):
             here = run[_MEASURE](params, placed, given, seen, np.int32(start))
+            yield here["count"]
             sums = jax.tree.map(np.add, sums, jax.device_get(here))
-            yield None
-        found = drafter_acceptance.summarise(sums)
+        found = drafter_acceptance.summarise(sums, self.sharpness)
         self.sharpness = found["sharpness"]
-        yield found
+        return found
 
     def end(self, keep: bool = True) -> None:
         """Leave the devices, with what was learned there or without it."""
@@ -333,11 +341,6 @@ class DrafterLearner:
 
 def _mesh(devices: Devices) -> jax.sharding.Mesh:
     return sharding.make_mesh(len(devices), 1, 1, devices)
-
-
-def _computed(x: Any) -> None:
-    """Wait for it: what follows shall not begin before others had their say."""
-    jax.block_until_ready(x)
 
 
 def _described(tree: Any, where: Any) -> Any:

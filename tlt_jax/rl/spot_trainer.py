@@ -1,9 +1,11 @@
 """Drafter training on workers that wait: a thread that follows the coordinator.
 
-It begins when the coordinator gives it workers, takes one step after another, and is
-never more than one piece of a step away from giving the devices back: each piece is
+It begins when the coordinator gives it workers, takes one step after another, and gives
+the devices back with never more than one piece of a step in their queues: each piece is
 waited for before the next is begun, and programs are compiled in the background
-meanwhile. A step that is given up changes nothing, and its texts have their turn again.
+meanwhile. Nobody waits for the piece that is under way then: it leaves the device by
+itself, and its result is dropped. A step that is given up changes nothing, and its
+texts have their turn again.
 What was learned is taken over and published after the devices were given back, so the
 rollout's end does not wait for it. A training that fails leaves the drafter as it was
 before.
@@ -13,7 +15,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -26,6 +28,8 @@ from tlt_jax.specdec import drafter_unroll, text_sampling
 
 # Waiting for texts and programs, the thread looks so often whether it shall stop.
 _POLL_S = 0.02
+# Waiting for a piece, it looks so often.
+_PIECE_POLL_S = 0.001
 # Waiting for the trainer, others look so often whether it was given up.
 _LOOK_S = 0.1
 _MAX_SKIPPED = 5
@@ -294,10 +298,21 @@ class SpotTrainer:
         self.report.outcome = outcome
 
 
-def _last(pieces: Iterator[_T | None], interrupted: Callable[[], bool]) -> _T | None:
-    """Compute piece after piece; return what comes last, or None: it was given up."""
-    found = None
-    for found in pieces:
-        if found is None and interrupted():
-            break
-    return found
+def _last(
+    pieces: drafter_learner.Pieces[_T], interrupted: Callable[[], bool]
+) -> _T | None:
+    """Compute piece after piece; return what they end with, or None: it was given up.
+
+    What is under way then is left to itself, and nothing changed.
+    """
+    while True:
+        try:
+            under_way = next(pieces)
+        except StopIteration as end:
+            return end.value
+        while not under_way.is_ready():
+            if interrupted():
+                return None
+            time.sleep(_PIECE_POLL_S)
+        if interrupted():
+            return None
