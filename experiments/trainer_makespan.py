@@ -5,8 +5,9 @@
 The recipe is run with a drafter that learns nothing, once without training at all and
 once with training at a learning rate so small that no weight moves (1e-30): the same
 tokens by the same drafts, so that rollouts differ by what training does to them alone.
-Runs take turns. A rollout lasts until its last answer, and until the piece of a drafter
-step that was under way then.
+Runs take turns. A rollout lasts until its last answer and until the trainer gave its
+devices back. The piece of a drafter step that is under way then leaves its device by
+itself, into the update if need be: so whole RL steps, rewards apart, are compared, too.
 
 What rollouts last longer is told apart: waiting for the trainer behind the last answer;
 decode steps that take longer; and the rest, such as reading the texts' features. Beside
@@ -95,6 +96,11 @@ def bound_of(options: argparse.Namespace) -> harness.Row:
     return {f"step_ms_{name}": value for name, value in found.items()}
 
 
+def _stages(row: harness.Row) -> list[float]:
+    """Seconds of a step's parts that the trainer can hold up."""
+    return [row.get(f"time/{name}_s", 0.0) for name in end_to_end.STAGES]
+
+
 def waited_s(record: timeline.Record) -> float:
     """Sums seconds from a rollout's last answer to its end, over a step's rollouts."""
     busy, others = [], []
@@ -117,6 +123,7 @@ def reduced(workdir: pathlib.Path, steps: int) -> harness.Row:
     digests = "".join(row["rollout/tokens_digest"][:4] for row in rows)
     return {
         "rollout_s": sum(row["time/rollout_s"] for row in rows),
+        "step_s": sum(sum(_stages(row)) for row in rows),
         "waited_s": sum(
             waited_s(r) for r in timeline.read(workdir) if r["step"] <= steps
         ),
@@ -152,6 +159,8 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
         ratios = [row["rollout_s"] / other["rollout_s"] for row, other in pairs]
         entry["times_as_long"] = sum(ratios) / len(ratios)
         entry["times_as_long_max"] = max(ratios)
+        ratios = [row["step_s"] / other["step_s"] for row, other in pairs]
+        entry["step_times_as_long"] = sum(ratios) / len(ratios)
         found = [_excess(row, other) for row, other in pairs]
         for name in found[0]:
             entry[name] = sum(part[name] for part in found) / len(found)

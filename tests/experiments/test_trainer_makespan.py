@@ -24,6 +24,8 @@ def run(monkeypatch, tmp_path, digest_with="ab" * 32):
         row = dict.fromkeys(metrics.NAMES, 0.0) | {
             "step": 1,
             "time/rollout_s": 10.5 if trains else 10.0,
+            "time/update_s": 6.0,
+            "time/reward_s": 50.0,
             "rollout/tokens_digest": digest_with if trains else "ab" * 32,
             "workers/idle_s": 2.0,
             "workers/trained_s": 1.8 if trains else 0.0,
@@ -56,6 +58,7 @@ def test_rollouts_with_and_without_the_trainer_are_compared(monkeypatch, tmp_pat
     without, beside = summary
     assert beside["times_as_long"] == pytest.approx(1.05)
     assert without["times_as_long"] == 1.0 and without["trained_of_idle"] == 0.0
+    assert beside["step_times_as_long"] == pytest.approx(16.5 / 16.0)
     assert beside["trained_of_idle"] == pytest.approx(0.9)
     # Half a second of ten: a tenth behind each rollout's end, and decoding.
     parts = {k: v for k, v in beside.items() if k.startswith("excess_")}
