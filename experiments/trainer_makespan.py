@@ -10,7 +10,8 @@ devices back. The piece of a drafter step that is under way then leaves its devi
 itself, into the update if need be: so whole RL steps, rewards apart, are compared, too.
 
 What rollouts last longer is told apart: waiting for the trainer behind the last answer;
-decode steps that take longer; and the rest, such as reading the texts' features. Beside
+decode steps that take longer; further decode steps (a training measures the sharpness
+of drafts, and may change it); and the rest, such as reading the texts' features. Beside
 it stands what the machine itself imposes: a decode step of one row on one core, while
 another core does nothing, computes, or streams memory (`experiments.decode_beside`).
 
@@ -176,13 +177,16 @@ def _excess(row: harness.Row, other: harness.Row) -> harness.Row:
     step_ms, other_ms = (1e3 * r["decode_s"] / r["decode_steps"] for r in (row, other))
     answering_s = other["rollout_s"] - other["waited_s"]
     waiting = (row["waited_s"] - other["waited_s"]) / other["rollout_s"]
-    slower = (step_ms / other_ms - 1) * answering_s / other["rollout_s"]
+    answering = answering_s / other["rollout_s"]
+    slower = (step_ms / other_ms - 1) * answering
+    further = (row["decode_steps"] / other["decode_steps"] - 1) * answering
     excess = row["rollout_s"] / other["rollout_s"] - 1
     return {
         "step_ms": step_ms,
         "excess_waiting": waiting,
         "excess_slower_steps": slower,
-        "excess_rest": excess - waiting - slower,
+        "excess_further_steps": further,
+        "excess_rest": excess - waiting - slower - further,
     }
 
 

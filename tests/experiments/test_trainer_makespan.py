@@ -29,8 +29,8 @@ def run(monkeypatch, tmp_path, digest_with="ab" * 32):
             "rollout/tokens_digest": digest_with if trains else "ab" * 32,
             "workers/idle_s": 2.0,
             "workers/trained_s": 1.8 if trains else 0.0,
-            "rollout/decode_s": 17.0 if trains else 16.0,
-            "rollout/decode_steps": 400,
+            "rollout/decode_s": 17.17 if trains else 16.0,
+            "rollout/decode_steps": 404 if trains else 400,
         }
         # Two rollouts; in each the first worker is through sooner.
         waits = 0.1 if trains else 0.0
@@ -64,6 +64,7 @@ def test_rollouts_with_and_without_the_trainer_are_compared(monkeypatch, tmp_pat
     parts = {k: v for k, v in beside.items() if k.startswith("excess_")}
     assert parts["excess_waiting"] == pytest.approx(0.02)
     assert parts["excess_slower_steps"] == pytest.approx(1 / 16)
+    assert parts["excess_further_steps"] == pytest.approx(0.01)
     assert sum(parts.values()) == pytest.approx(0.05)
     assert beside["step_ms"] == pytest.approx(42.5)
     assert beside["step_ms_alone"] == without["step_ms_alone"] == 30.0
