@@ -284,17 +284,21 @@ class Trainer:
                 temperature = self.run.sampling.temperature
             # The same law has the same programs.
             same = temperature == self.run.sampling.temperature
-            engine = self.workers.engines[0]
+            engines = self.workers.engines
             self.evaluator = evaluator.Evaluator(
                 self.run,
                 self._prompts("eval"),
-                engine if same else self._evaluation_engine(temperature),
+                engines if same else self._evaluation_engines(temperature),
                 self.rewards,
                 self.tokenizer.decode,
                 self.group,
             )
-        engine = self.workers.engines[0]
-        return self.evaluator.evaluate(engine.params, engine.version)
+        used = self.workers
+        params = [
+            None if number in used.lost else engine.params
+            for number, engine in enumerate(used.engines, used.first)
+        ]
+        return self.evaluator.evaluate(params, used.version)
 
     def _update(
         self, batch: experience.Experience, timer: clock.Clock
@@ -397,15 +401,19 @@ class Trainer:
             note=self.display.note,
         )
 
-    def _evaluation_engine(self, temperature: float) -> rollout.Engine:
-        return rollout_parts.make_engine(
-            self.run,
-            self.model,
-            self.tokenizer,
-            self.workers.engines[0].mesh,
-            temperature,
-            rollout_parts.Speculation(),
-        )
+    def _evaluation_engines(self, temperature: float) -> list[rollout.Engine]:
+        """Engines of another law, one beside each worker's."""
+        return [
+            rollout_parts.make_engine(
+                self.run,
+                self.model,
+                self.tokenizer,
+                worker.mesh,
+                temperature,
+                rollout_parts.Speculation(),
+            )
+            for worker in self.workers.engines
+        ]
 
     def _prompts(self, split: str) -> prompts.PromptSet:
         made = prompts.PromptSet(

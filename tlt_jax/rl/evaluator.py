@@ -1,12 +1,13 @@
 """Evaluation during a run: completions of held-out prompts, judged."""
 
-from collections.abc import Callable
+import concurrent.futures
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tlt_jax import config, distributed
+from tlt_jax import config, distributed, types
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import evaluation, prompts, reward_pool, rollout
+from tlt_jax.rl import evaluation, prompts, request_queue, reward_pool, rollout
 
 # Evaluation noise never coincides with a rollout's: seeds of runs are below this.
 _SEED_OFFSET = 2**63
@@ -15,13 +16,13 @@ _RIGHT = 1.0 - 1e-6
 
 
 class Evaluator:
-    """Held-out prompts with the engine that answers them."""
+    """Held-out prompts with the engines that answer them."""
 
     def __init__(
         self,
         run: config.RunConfig,
         prompt_set: prompts.PromptSet,
-        engine: rollout.Engine,
+        engines: Sequence[rollout.Engine],
         rewards: reward_pool.RewardPool,
         decode_text: Callable[[np.ndarray], str],
         group: distributed.Group | None = None,
@@ -31,7 +32,7 @@ class Evaluator:
         Args:
           run: sections rollout and eval, and the seed, are read.
           prompt_set: of the held-out split.
-          engine: samples by the law of evaluation.
+          engines: sample by the law of evaluation, side by side.
           rewards: judges completions.
           decode_text: token ids to the text that is judged.
           group: the processes that evaluate together, a part of the prompts each; None:
@@ -40,18 +41,20 @@ class Evaluator:
         self._group = group or distributed.alone()
         self._run = run
         self._prompts = prompt_set
-        self.engine = engine
+        self.engines = tuple(engines)
         self._rewards = rewards
         self._decode_text = decode_text
 
-    def evaluate(self, params: model_params.Params, version: int) -> dict[str, float]:
+    def evaluate(
+        self, params: Sequence[model_params.Params | None], version: int
+    ) -> dict[str, float]:
         """Judge the policy.
 
         The noise is the same at every evaluation, so that two policies differ by what
         they say and not by luck.
 
         Args:
-          params: on the engine's mesh.
+          params: on each engine's mesh; None: that engine has no part in it.
           version: of the policy.
 
         Returns:
@@ -62,15 +65,14 @@ class Evaluator:
         requests = prompts.requests_of(
             self._prompts.prompts, samples, self._run.rollout.max_new_tokens, 0
         )
-        self.engine.set_params(params, version)
+        engines = []
+        for engine, own in zip(self.engines, params, strict=True):
+            if own is not None:
+                engine.set_params(own, version)
+                engines.append(engine)
         group, count = self._group, len(requests)
         own = [i for i in range(count) if i // samples % group.num == group.index]
-        completions = []
-        if own:
-            completions, _ = self.engine.run(
-                [requests[i] for i in own], _SEED_OFFSET + self._run.seed
-            )
-        self.engine.release_cache()
+        completions = self._answers(engines, [requests[i] for i in own])
         scores = self._rewards.score(
             (examples[i // samples], self._decode_text(completion.tokens))
             for i, completion in zip(own, completions, strict=True)
@@ -79,6 +81,28 @@ class Evaluator:
         for indices, found in group.exchange("evaluation", (own, scores.rewards)):
             rewards[indices] = found
         return self._row(rewards.reshape(-1, samples))
+
+    def _answers(
+        self, engines: Sequence[rollout.Engine], requests: Sequence[types.Request]
+    ) -> list[types.Completion]:
+        """Let the engines share the requests; completions in the requests' order."""
+        if not requests:
+            return []
+        engines[0].check(requests)
+        queue = request_queue.RequestQueue(requests, num_workers=len(engines))
+        done: dict[int, types.Completion] = {}
+
+        def serve(worker):
+            engines[worker].serve(
+                queue.share(worker),
+                _SEED_OFFSET + self._run.seed,
+                on_completion=lambda c: done.__setitem__(c.request_id, c),
+            )
+            engines[worker].release_cache()
+
+        with concurrent.futures.ThreadPoolExecutor(len(engines), "evaluate") as pool:
+            list(pool.map(serve, range(len(engines))))
+        return [done[request.request_id] for request in requests]
 
     def _row(self, rewards: np.ndarray) -> dict[str, float]:
         samples = rewards.shape[1]

@@ -1,0 +1,86 @@
+"""An evaluation says the same, however many engines share it."""
+
+import types
+
+import numpy as np
+import pytest
+
+from tests.rl import engines
+from tlt_jax.rl import evaluator, prompts
+
+SAMPLES = 3
+
+
+class Rewards:
+    """Judges by the text's length; keeps what it was asked."""
+
+    def __init__(self):
+        self.judged = []
+
+    def score(self, pairs):
+        self.judged = [(example, tuple(text)) for example, text in pairs]
+        found = [len(text) % 2 for _, text in self.judged]
+        return types.SimpleNamespace(rewards=np.array(found, np.float32))
+
+
+def evaluator_of(some_engines, rewards):
+    rng = np.random.default_rng(7)
+    asked = [
+        prompts.Prompt(i, f"example {i}", rng.integers(3, 32, 4 + i).astype(np.int32))
+        for i in range(5)
+    ]
+    run = types.SimpleNamespace(
+        eval=types.SimpleNamespace(samples=SAMPLES, k=(1, 2)),
+        rollout=types.SimpleNamespace(max_new_tokens=12),
+        seed=3,
+    )
+    prompt_set = types.SimpleNamespace(prompts=asked)
+    return evaluator.Evaluator(run, prompt_set, some_engines, rewards, tuple)
+
+
+@pytest.fixture(scope="module")
+def first():
+    made = engines.engine_of()
+    yield made
+    made.pool.close()
+
+
+def evaluate(first, used):
+    """Judge by so many engines; return row, texts, and the engines at work."""
+    team = [first, *(engines.engine_of(first.pool) for _ in used[1:])]
+    at_work = set()
+    for number, engine in enumerate(team):
+
+        def serve(*args, engine=engine, number=number, **options):
+            stats = type(engine).serve(engine, *args, **options)
+            if stats.num_tokens:
+                at_work.add(number)
+            return stats
+
+        engine.serve = serve
+    rewards = Rewards()
+    params = [engines.PARAMS if use else None for use in used]
+    row = evaluator_of(team, rewards).evaluate(params, version=4)
+    del first.serve
+    return row, rewards.judged, at_work
+
+
+def test_engines_share_the_prompts_and_change_no_answer(first):
+    row, judged, at_work = evaluate(first, [True])
+    assert at_work == {0} and len(judged) == 5 * SAMPLES
+    assert set(row) == {f"eval/avg@{SAMPLES}", "eval/pass@1", "eval/pass@2"}
+    assert 0 < row["eval/avg@3"] < 1
+    assert evaluate(first, [True] * 3) == (row, judged, {0, 1, 2})
+    # An engine that is lost has no part.
+    assert evaluate(first, [True, False, True]) == (row, judged, {0, 2})
+
+
+def test_an_engine_that_fails_ends_the_evaluation(first):
+    other = engines.engine_of(first.pool)
+
+    def fail(*_, **__):
+        raise OSError("the device is gone")
+
+    other.serve = fail
+    with pytest.raises(OSError, match="the device is gone"):
+        evaluator_of([first, other], Rewards()).evaluate([engines.PARAMS] * 2, 4)
