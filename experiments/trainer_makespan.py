@@ -15,6 +15,8 @@ of drafts, and may change it); and the rest, such as reading the texts' features
 it stands what the machine itself imposes: a decode step of one row on one core, while
 another core does nothing, computes, or streams memory (`experiments.decode_beside`).
 
+Everything is compared at its median over the rounds.
+
 Target: rollouts last at most 2 % longer with the trainer than without.
 """
 
@@ -22,6 +24,7 @@ import argparse
 import importlib.metadata
 import json
 import pathlib
+import statistics
 import sys
 import tempfile
 
@@ -150,26 +153,26 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
             "the runs drew different tokens, so their rollouts do not compare: is a "
             "setting among --set that makes tokens depend on time?"
         )
-    by_round = {(row["system"], row["round"]): row for row in rows}
     summary = harness.summarise(
         rows, case_keys=(), metrics={"rollout_s": "lower"}, reference=WITHOUT
     )
+    other = _medians(rows, WITHOUT)
     for entry in summary:
-        same = [row for row in rows if row["system"] == entry["system"]]
-        pairs = [(row, by_round[WITHOUT, row["round"]]) for row in same]
-        ratios = [row["rollout_s"] / other["rollout_s"] for row, other in pairs]
-        entry["times_as_long"] = sum(ratios) / len(ratios)
-        entry["times_as_long_max"] = max(ratios)
-        ratios = [row["step_s"] / other["step_s"] for row, other in pairs]
-        entry["step_times_as_long"] = sum(ratios) / len(ratios)
-        found = [_excess(row, other) for row, other in pairs]
-        for name in found[0]:
-            entry[name] = sum(part[name] for part in found) / len(found)
-        idle_s = sum(row["idle_s"] for row in same)
-        trained_s = sum(row["trained_s"] for row in same)
+        row = _medians(rows, entry["system"])
+        entry["times_as_long"] = row["rollout_s"] / other["rollout_s"]
+        entry["step_times_as_long"] = row["step_s"] / other["step_s"]
+        entry |= _excess(row, other)
+        idle_s, trained_s = row["idle_s"], row["trained_s"]
         entry["trained_of_idle"] = trained_s / idle_s if idle_s else None
-        entry["drafter_steps"] = sum(row["drafter_steps"] for row in same)
+        entry["drafter_steps"] = row["drafter_steps"]
     return summary
+
+
+def _medians(rows: list[harness.Row], system: str) -> harness.Row:
+    """A system's columns, each at its median over rounds: the machine has its moods."""
+    own = [row for row in rows if row["system"] == system]
+    numbers = [name for name in own[0] if isinstance(own[0][name], int | float)]
+    return {name: statistics.median(row[name] for row in own) for name in numbers}
 
 
 def _excess(row: harness.Row, other: harness.Row) -> harness.Row:

@@ -118,9 +118,9 @@ class Adaptation(Objective):
       row_tokens: columns of a row, at least 3.
       row_bases: positions of a row that are drafted from, at least 1.
       head_chunk: bases whose logits are held at once, at least 1.
-      piece_bases: positions of each row that are drafted from in one piece of a step; a
-        rollout's end waits for the piece that is being computed, and the rest of the
-        step is given up. 0: all, as one piece.
+      piece_bases: positions of each row that are drafted from in one piece of a step;
+        at a rollout's end no further piece is begun, and the step is given up. 0: all,
+        as one piece.
       capture_frac: part of the texts that are kept for it, in [0, 1].
       buffer_mb: host memory for texts in MiB, at least 1.
       spill_mb: disk for texts beyond that in MiB, in the workdir; 0: none.
