@@ -15,7 +15,7 @@ def prepare(run: config.RunConfig) -> None:
     They have one pool of threads in common. Native kernels, where decoding spends its
     time, take their device's share of it (`cpu_kernels.ffi`), as if it were a device of
     so many cores; what XLA computes itself may use any core that idles. (No setting of
-    XLA prevents that: `xla_cpu_multi_thread_eigen` is without effect in jax 0.10.)
+    XLA prevents that: `xla_cpu_multi_thread_eigen` is without effect, jax 0.10, 0.11.)
     Accelerators, and devices that the user has asked for, are left as they are.
 
     Args:
