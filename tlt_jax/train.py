@@ -294,8 +294,10 @@ class Trainer:
                 self.group,
             )
         used = self.workers
+        # Only the first process knows of all that are lost.
+        lost = self.group.first("lost workers", lambda: frozenset(used.lost))
         params = [
-            None if number in used.lost else engine.params
+            None if number in lost else engine.params
             for number, engine in enumerate(used.engines, used.first)
         ]
         return self.evaluator.evaluate(params, used.version)

@@ -13,19 +13,15 @@ needs_native = pytest.mark.skipif(
 needs_x86 = pytest.mark.skipif(
     "sse2" not in ffi.host_features(), reason="code for another kind of CPU"
 )
-# CPUs that run the code on any x86-64 machine of this decade, and their features.
+# CPUs whose code this host runs as well, and their features: what they have, it has.
 LESSER_CPUS = {
-    "haswell": frozenset({"avx2", "fma"}),
-    "x86-64": frozenset(),
+    cpu: features
+    for cpu, features in (
+        ("haswell", frozenset({"avx2", "fma"})),
+        ("x86-64", frozenset()),
+    )
+    if features <= ffi.host_features()
 }
-
-
-def features_of(cpu: str) -> frozenset[str]:
-    """Look up a lesser CPU's features; skip where the host cannot run its code."""
-    features = LESSER_CPUS[cpu]
-    if not features <= ffi.host_features():
-        pytest.skip(f"code for {cpu} uses instructions that this host lacks")
-    return features
 
 
 def arm_assembly(text: str) -> str:

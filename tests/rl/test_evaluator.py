@@ -23,7 +23,21 @@ class Rewards:
         return types.SimpleNamespace(rewards=np.array(found, np.float32))
 
 
-def evaluator_of(some_engines, rewards):
+class Group:
+    """Two processes, of which the other one was left without workers, or this one."""
+
+    num = 2
+
+    def __init__(self, index, others):
+        self.index, self.others = index, others
+
+    def exchange(self, name, own):
+        found = [self.others[name]] * 2
+        found[self.index] = own
+        return found
+
+
+def evaluator_of(some_engines, rewards, group=None):
     rng = np.random.default_rng(7)
     asked = [
         prompts.Prompt(i, f"example {i}", rng.integers(3, 32, 4 + i).astype(np.int32))
@@ -35,7 +49,7 @@ def evaluator_of(some_engines, rewards):
         seed=3,
     )
     prompt_set = types.SimpleNamespace(prompts=asked)
-    return evaluator.Evaluator(run, prompt_set, some_engines, rewards, tuple)
+    return evaluator.Evaluator(run, prompt_set, some_engines, rewards, tuple, group)
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +98,22 @@ def test_an_engine_that_fails_ends_the_evaluation(first):
     other.serve = fail
     with pytest.raises(OSError, match="the device is gone"):
         evaluator_of([first, other], Rewards()).evaluate([engines.PARAMS] * 2, 4)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_without_engines_leaves_its_prompts_to_the_others(first, index):
+    alone = Rewards()
+    expected = evaluator_of([first], alone).evaluate([engines.PARAMS], 4)
+    nothing = ([], np.zeros(0, np.float32))
+    group = Group(index, {"evaluators": False, "evaluation": nothing})
+    rewards = Rewards()
+    made = evaluator_of([first], rewards, group)
+    assert made.evaluate([engines.PARAMS], 4) == expected
+    assert rewards.judged == alone.judged
+    # The other way round: what is judged elsewhere is all there is.
+    scores = np.array([len(text) % 2 for _, text in alone.judged], np.float32)
+    everything = (list(range(len(scores))), scores)
+    group = Group(index, {"evaluators": True, "evaluation": everything})
+    rewards = Rewards()
+    made = evaluator_of([first], rewards, group)
+    assert made.evaluate([None], 4) == expected and not rewards.judged

@@ -71,7 +71,12 @@ class Evaluator:
                 engine.set_params(own, version)
                 engines.append(engine)
         group, count = self._group, len(requests)
-        own = [i for i in range(count) if i // samples % group.num == group.index]
+        # A process whose workers are all lost has no part either.
+        able = group.exchange("evaluators", bool(engines))
+        places = [place for place, is_able in enumerate(able) if is_able]
+        own = [
+            i for i in range(count) if places[i // samples % len(places)] == group.index
+        ]
         completions = self._answers(engines, [requests[i] for i in own])
         scores = self._rewards.score(
             (examples[i // samples], self._decode_text(completion.tokens))
@@ -92,12 +97,12 @@ class Evaluator:
         queue = request_queue.RequestQueue(requests, num_workers=len(engines))
         done: dict[int, types.Completion] = {}
 
+        def keep(completion):
+            done[completion.request_id] = completion
+
         def serve(worker):
-            engines[worker].serve(
-                queue.share(worker),
-                _SEED_OFFSET + self._run.seed,
-                on_completion=lambda c: done.__setitem__(c.request_id, c),
-            )
+            seed = _SEED_OFFSET + self._run.seed
+            engines[worker].serve(queue.share(worker), seed, on_completion=keep)
             engines[worker].release_cache()
 
         with concurrent.futures.ThreadPoolExecutor(len(engines), "evaluate") as pool:

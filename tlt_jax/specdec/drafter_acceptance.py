@@ -16,7 +16,7 @@ RANKINGS = ("deterministic", "coupled")
 SHARPNESSES = (1.0, 1.25, 1.5, 2.0, 3.0)
 # Share of drafts that another sharpness must have accepted more than the one in use. A
 # batch of some hundred bases tells them apart to one or two percent.
-_CLEARLY = 0.03
+_LEAST_GAIN = 0.03
 
 
 def measure(
@@ -197,7 +197,7 @@ def summarise(
     best = int(np.argmax(chains))
     if sharpness in SHARPNESSES:
         used = SHARPNESSES.index(sharpness)
-        best = best if chains[best] > (1 + _CLEARLY) * chains[used] else used
+        best = best if chains[best] > (1 + _LEAST_GAIN) * chains[used] else used
     out: dict[str, list[float] | float] = {"sharpness": SHARPNESSES[best]}
     for name in RANKINGS:
         hits, chain = (np.asarray(sums[x]) for x in (name, f"{name}_chain"))
