@@ -177,6 +177,44 @@ def test_requests_of_an_earlier_rollout_count_no_more(groups):
     assert again.num_left == 4
 
 
+def eventually(holds, timeout_s):
+    until_s = time.monotonic() + timeout_s
+    while time.monotonic() < until_s:
+        if holds():
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def test_a_trainer_that_asks_all_the_time_is_no_burden(groups, monkeypatch):
+    """Process 0 decodes while another trains: it is asked a handful of times."""
+    teams = teams_of(groups, engines_each=1)
+    shared, remote = teams[0].coordination, teams[1].coordination
+    asked, call = [], groups[1].call
+    monkeypatch.setattr(
+        groups[1], "call", lambda *args: asked.append(args) or call(*args)
+    )
+    queue = request_queue.RequestQueue(REQUESTS, num_workers=3)
+    teams[0].home.begin(queue, [0, 1], [0, 1])
+    remote.send(records.WorkerDone(1, 1, 0))
+    assert remote.next_training(1).training == 1
+    asked.clear()
+    assert not any(remote.should_stop(1) for _ in range(1000))
+    assert len(asked) <= 2
+    shared.send(records.WorkerDone(1, 0, 0))
+    assert eventually(lambda: remote.should_stop(1), 0.5)
+    assert remote.next_command(1) is not None
+    remote.send(records.TrainingStopped(1))
+    # The next training is another one; what is over is told at once.
+    teams[0].home.begin(queue, [0, 1], [0, 1])
+    remote.send(records.WorkerDone(2, 1, 0))
+    assert remote.next_training(1).training == 2
+    assert not remote.should_stop(2)
+    remote.send(records.TrainingStopped(2))
+    assert eventually(lambda: remote.should_stop(2), 2.0)
+    assert remote.should_stop(1)
+
+
 def test_the_trainer_of_another_process_hears_its_commands(groups):
     teams = teams_of(groups, engines_each=1)
     shared, remote = teams[0].coordination, teams[1].coordination
@@ -189,7 +227,7 @@ def test_the_trainer_of_another_process_hears_its_commands(groups):
     assert not remote.should_stop(1) and remote.may_publish(1)
     shared.send(records.WorkerDone(1, 0, 0))
     shared.send(records.WorkerDone(1, 2, 0))
-    assert remote.should_stop(1)
+    assert eventually(lambda: remote.should_stop(1), 0.5)
     remote.send(records.TrainingStopped(1))
     assert not remote.may_publish(1)
     assert shared.metrics()["workers/idle_s"] > 0

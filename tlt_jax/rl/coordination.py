@@ -25,14 +25,17 @@ need no further thread.
 """
 
 import collections
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from tlt_jax.rl import coordinator
 from tlt_jax.rl import coordinator_records as records
 
 _LONGEST_WAIT_S = 1.0
+_T = TypeVar("_T")
 
 
 class Coordination:
@@ -117,7 +120,7 @@ class Coordination:
         Returns:
           The oldest command not taken yet; None after the time, or once closed.
         """
-        return self._wait(self._take_command, place, timeout_s)
+        return self._wait(functools.partial(self._take_command, place), timeout_s)
 
     def next_training(
         self, timeout_s: float | None = None, place: int = 0
@@ -134,11 +137,16 @@ class Coordination:
         Returns:
           The newest `Train`, each once; None after the time, or once closed.
         """
-        return self._wait(self._take_training, place, timeout_s)
+        return self._wait(functools.partial(self._take_training, place), timeout_s)
 
     def should_stop(self, training: int) -> bool:
         """Say whether the trainer must not begin another step; costs no lock."""
         return self._closed or not coordinator.may_train(self._state, training)
+
+    def wait_to_stop(self, training: int, timeout_s: float) -> bool:
+        """Wait for so long until `should_stop`; return what it says then."""
+        self._wait(lambda: self.should_stop(training) or None, timeout_s)
+        return self.should_stop(training)
 
     def may_publish(self, training: int) -> bool:
         """Say whether the training's drafter counts; ask before `TrainingStopped`."""
@@ -202,14 +210,14 @@ class Coordination:
         return command
 
     def _wait(
-        self, take: Callable, place: int, timeout_s: float | None
-    ) -> records.Command | None:
+        self, take: Callable[[], _T | None], timeout_s: float | None
+    ) -> _T | None:
         """Wait for what `take` finds; time-outs of the coordinator pass meanwhile."""
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while not self._closed:
-                if (command := take(place)) is not None:
-                    return command
+                if (found := take()) is not None:
+                    return found
                 left_s = _LONGEST_WAIT_S
                 if until_s is not None:
                     left_s = min(left_s, until_s - time.monotonic())

@@ -13,6 +13,8 @@ from tlt_jax.rl import coordination, coordinator, request_queue
 from tlt_jax.rl import coordinator_records as records
 
 _COORDINATION, _QUEUE = "coordination", "queue"
+# A wait for the end of a training is renewed so often.
+_WATCH_S = 1.0
 
 
 class Home:
@@ -149,12 +151,16 @@ class RemoteCoordination:
     """The coordinator of process 0, for a driver and a trainer of another process.
 
     See `coordination.Coordination`. Where process 0 is gone it is closed.
+
+    A trainer asks a thousand times a second whether it shall stop, while process 0
+    decodes: a thread waits there for the answer instead, of one training at a time.
     """
 
     def __init__(self, group: distributed.Group):
         """Find it through the group's channel."""
         self._group = group
         self._closed = False
+        self._watched: tuple[int, threading.Event] = 0, threading.Event()
 
     @property
     def state(self) -> records.State:
@@ -180,7 +186,23 @@ class RemoteCoordination:
 
     def should_stop(self, training: int) -> bool:
         """Say whether the trainer must not begin another step."""
-        return self._closed or self._call("should_stop", training) is not False
+        watched, stop = self._watched
+        if training != watched:
+            stop = threading.Event()
+            self._watched = training, stop
+            if self._call("should_stop", training) is not False:
+                stop.set()
+            else:
+                threading.Thread(
+                    target=self._watch, args=(training, stop), daemon=True
+                ).start()
+        return self._closed or stop.is_set()
+
+    def _watch(self, training: int, stop: threading.Event) -> None:
+        """Wait until a training shall stop, or nobody asks for it any more."""
+        while not stop.is_set() and self._watched[1] is stop and not self._closed:
+            if self._call("wait_to_stop", training, _WATCH_S) is not False:
+                stop.set()
 
     def may_publish(self, training: int) -> bool:
         """Say whether the training's drafter counts."""
