@@ -2,20 +2,24 @@
 
     python -m experiments.trainer_makespan --scale=cpu --drafter=DIR
 
-The recipe is run with a drafter that learns nothing, once without training at all and
-once with training at a learning rate so small that no weight moves (1e-30): the same
-tokens by the same drafts, so that rollouts differ by what training does to them alone.
-Runs take turns. A rollout lasts until its last answer and until the trainer gave its
-devices back. The piece of a drafter step that is under way then leaves its device by
-itself, into the update if need be: so whole RL steps, rewards apart, are compared, too.
+The rollouts of a recipe's first RL steps, by turns without training and with training
+at a learning rate so small that no weight moves (1e-30): the same tokens by the same
+drafts, so that rollouts differ by what training does to them alone. A rollout lasts
+until its last answer and until the trainer gave its devices back; the piece of a
+drafter step that is under way then leaves its device by itself. Turns follow one
+another in one program (`experiments.rollout_turns`), each kind first in every other
+pair, and a round compares sums over the RL steps: the machine's own speed moves by more
+in the minutes between two runs than what is to be measured.
+
+With `--processes=2` each worker is a process with cores of its own (`tlt_jax.launch`),
+as on a cluster; with 1 the workers are threads of a process on simulated devices, which
+share XLA's pool of threads.
 
 What rollouts last longer is told apart: waiting for the trainer behind the last answer;
-decode steps that take longer; further decode steps (a training measures the sharpness
-of drafts, and may change it); and the rest, such as reading the texts' features. Beside
-it stands what the machine itself imposes: a decode step of one row on one core, while
-another core does nothing, computes, or streams memory (`experiments.decode_beside`).
-
-Everything is compared at its median over the rounds.
+decode steps that take longer; further decode steps; and the rest, such as prefilling
+and reading the texts' features. Beside it stands what the machine itself imposes: a
+decode step of one row on one core, while another core does nothing, computes, or
+streams memory (`experiments.decode_beside`).
 
 Target: rollouts last at most 2 % longer with the trainer than without.
 """
@@ -24,31 +28,36 @@ import argparse
 import importlib.metadata
 import json
 import pathlib
+import runpy
 import statistics
 import sys
 import tempfile
 
-from experiments import end_to_end, harness, plotting
-from tlt_jax import metrics, timeline
+from experiments import end_to_end, harness, plotting, rollout_turns
+from tlt_jax import timeline
 
 SLUG = "trainer_makespan"
 WITHOUT, WITH = "without trainer", "with trainer"
-SETTINGS = {
-    WITHOUT: {"adaptation.enabled": "false"},
-    WITH: {"adaptation.learning_rate": "1e-30"},
-}
-# The same in both: what is drafted shall not hang on measured times. Only with training
-# would a drafter be used for longer texts than it was made for.
-SHARED = {
+# What is drafted shall not hang on measured times. Only with training would a drafter
+# be used for longer texts than it was made for.
+FIXED = {
     "specdec.mode": "tlt",
     "specdec.tuner": "static",
+    "adaptation.learning_rate": "1e-30",
     "checkpoint.every": "0",
     "drafter.max_length": "1000000",
 }
+# Columns that are sums over a round's rollouts.
+_SUMS = ("rollout_s", "waited_s", "decode_s", "decode_steps", "idle_s", "trained_s")
+_SUMS += ("drafter_steps", "tokens")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Reads the command line.
+
+    Raises:
+      ValueError: the recipe's workers cannot be divided among so many processes.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,31 +68,60 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", default="", help="settings of all: KEY=VALUE, separated by commas"
     )
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--processes",
+        default="2,1",
+        help="among how many the workers are divided: numbers, separated by commas",
+    )
+    parser.add_argument("--steps", type=int, default=3, help="RL steps of a round")
+    parser.add_argument("--rounds", type=int, default=6)
     harness.add_options(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.processes = [int(number) for number in options.processes.split(",")]
+    workers = num_workers(options)
+    if any(count < 1 or workers % count for count in options.processes):
+        raise ValueError(
+            f"--processes={options.processes}: each must divide workers.num={workers}."
+        )
+    return options
 
 
-def flags_of(options: argparse.Namespace, system: str) -> list[str]:
-    """Returns recipe and settings of a system."""
+def num_workers(options: argparse.Namespace) -> int:
+    """Returns how many workers the recipe has, with --set."""
+    path, _, argument = options.config.partition(":")
+    recipe = runpy.run_path(path)["get_config"](argument)
+    settings = harness.parse_pairs(options.set, "set")
+    return int(settings.get("workers.num", recipe.workers.num))
+
+
+def flags_of(options: argparse.Namespace, **more: str) -> list[str]:
+    """Returns recipe and settings, `more` among them by dotted key."""
     settings = {
         "drafter.directory": options.drafter,
         "num_steps": str(options.steps),
         **harness.parse_pairs(options.set, "set"),
-        **SHARED,
-        **SETTINGS[system],
+        **FIXED,
+        **more,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     return [f"--config={options.config}", *flags]
 
 
 def command_of(
-    options: argparse.Namespace, system: str, workdir: pathlib.Path
+    options: argparse.Namespace, processes: int, workdir: pathlib.Path
 ) -> list[str]:
-    """Returns the command of one run."""
-    command = [sys.executable, "-m", "tlt_jax.main", f"--workdir={workdir}"]
-    return [*command, *flags_of(options, system)]
+    """Returns the command that takes the turns."""
+    own = {"workers.num": str(num_workers(options) // processes)}
+    program = [
+        f"--workdir={workdir}",
+        f"--rounds={options.rounds}",
+        *flags_of(options, **own),
+    ]
+    module = rollout_turns.__name__
+    if processes == 1:
+        return [sys.executable, "-m", module, *program]
+    launch = [sys.executable, "-m", "tlt_jax.launch", f"--processes={processes}"]
+    return [*launch, f"--module={module}", "--", *program]
 
 
 def bound_of(options: argparse.Namespace) -> harness.Row:
@@ -95,14 +133,9 @@ def bound_of(options: argparse.Namespace) -> harness.Row:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "found.json"
         command = [sys.executable, "-m", "experiments.decode_beside", f"--json={path}"]
-        end_to_end.start([*command, *flags_of(options, WITHOUT)])
+        end_to_end.start([*command, *flags_of(options)])
         found = json.loads(path.read_text("utf-8"))
     return {f"step_ms_{name}": value for name, value in found.items()}
-
-
-def _stages(row: harness.Row) -> list[float]:
-    """Seconds of a step's parts that the trainer can hold up."""
-    return [row.get(f"time/{name}_s", 0.0) for name in end_to_end.STAGES]
 
 
 def waited_s(record: timeline.Record) -> float:
@@ -121,62 +154,87 @@ def waited_s(record: timeline.Record) -> float:
     return total
 
 
-def reduced(workdir: pathlib.Path, steps: int) -> harness.Row:
-    """Sums what a run's records say of its rollouts."""
-    rows = [row for row in metrics.read(workdir) if 0 < row["step"] <= steps]
-    digests = "".join(row["rollout/tokens_digest"][:4] for row in rows)
-    return {
-        "rollout_s": sum(row["time/rollout_s"] for row in rows),
-        "step_s": sum(sum(_stages(row)) for row in rows),
-        "waited_s": sum(
-            waited_s(r) for r in timeline.read(workdir) if r["step"] <= steps
-        ),
-        "decode_s": sum(row["rollout/decode_s"] for row in rows),
-        "decode_steps": sum(row["rollout/decode_steps"] for row in rows),
-        "idle_s": sum(row["workers/idle_s"] for row in rows),
-        "trained_s": sum(row["workers/trained_s"] for row in rows),
-        "drafter_steps": sum(row.get("drafter/num_steps", 0) for row in rows),
-        "tokens": sum(row["rollout/tokens"] for row in rows),
-        "accept_length": sum(row["specdec/accept_length"] for row in rows) / len(rows),
-        "digests": digests,
-    }
+def turns_of(workdir: pathlib.Path, processes: int) -> list[harness.Row]:
+    """Reads what came of the turns."""
+    lines = (workdir / rollout_turns.FILE).read_text("utf-8").splitlines()
+    records = {record["step"]: record for record in timeline.read(workdir)}
+    rows = []
+    for turn in map(json.loads, lines):
+        system = WITH if turn.pop("trains") else WITHOUT
+        number = turn.pop("turn")
+        waited = {"waited_s": waited_s(records[number])}
+        rows.append({"processes": processes, "system": system} | turn | waited)
+    return rows
+
+
+def rounds_of(rows: list[harness.Row]) -> list[harness.Row]:
+    """Sums the rollouts of each round.
+
+    Raises:
+      ValueError: turns of one RL step drew different tokens: they do not compare.
+    """
+    drawn: dict[object, object] = {}
+    for row in rows:
+        if drawn.setdefault(row["step"], row["digest"]) != row["digest"]:
+            raise ValueError(
+                "turns of one RL step drew different tokens, so their rollouts do not "
+                "compare: is a setting among --set that makes tokens depend on time?"
+            )
+    rounds: dict[tuple, harness.Row] = {}
+    for row in rows:
+        key = {name: row[name] for name in ("processes", "round", "system")}
+        one = rounds.setdefault(tuple(key.values()), key | dict.fromkeys(_SUMS, 0))
+        for name in _SUMS:
+            one[name] += row[name]
+    return list(rounds.values())
 
 
 def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     """Adds to each system's rollouts how much longer they last than without training.
 
-    Raises:
-      ValueError: the runs drew different tokens, so that they do not compare.
+    `times_as_long` is of the sums over all rounds, `times_as_long_error` the standard
+    error of a mean of the rounds' own ratios.
     """
-    if len({row["digests"] for row in rows}) > 1:
-        raise ValueError(
-            "the runs drew different tokens, so their rollouts do not compare: is a "
-            "setting among --set that makes tokens depend on time?"
-        )
+    rounds = rounds_of(rows)
     summary = harness.summarise(
-        rows, case_keys=(), metrics={"rollout_s": "lower"}, reference=WITHOUT
+        rounds,
+        case_keys=("processes",),
+        metrics={"rollout_s": "lower"},
+        reference=WITHOUT,
     )
-    other = _medians(rows, WITHOUT)
     for entry in summary:
-        row = _medians(rows, entry["system"])
-        entry["times_as_long"] = row["rollout_s"] / other["rollout_s"]
-        entry["step_times_as_long"] = row["step_s"] / other["step_s"]
-        entry |= _excess(row, other)
-        idle_s, trained_s = row["idle_s"], row["trained_s"]
-        entry["trained_of_idle"] = trained_s / idle_s if idle_s else None
-        entry["drafter_steps"] = row["drafter_steps"]
+        own, other = (
+            [
+                row
+                for row in rounds
+                if (row["processes"], row["system"]) == (entry["processes"], system)
+            ]
+            for system in (entry["system"], WITHOUT)
+        )
+        entry |= _compared(own, other)
     return summary
 
 
-def _medians(rows: list[harness.Row], system: str) -> harness.Row:
-    """A system's columns, each at its median over rounds: the machine has its moods."""
-    own = [row for row in rows if row["system"] == system]
-    numbers = [name for name in own[0] if isinstance(own[0][name], int | float)]
-    return {name: statistics.median(row[name] for row in own) for name in numbers}
+def _compared(own: list[harness.Row], other: list[harness.Row]) -> harness.Row:
+    """Compares two systems of the same rounds."""
+    ratios = [a["rollout_s"] / b["rollout_s"] for a, b in zip(own, other, strict=True)]
+    row, reference = (
+        {name: sum(one[name] for one in rounds) for name in _SUMS}
+        for rounds in (own, other)
+    )
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None
+    idle_s = row["idle_s"]
+    return {
+        "times_as_long": row["rollout_s"] / reference["rollout_s"],
+        "times_as_long_error": error,
+        **_excess(row, reference),
+        "trained_of_idle": row["trained_s"] / idle_s if idle_s else None,
+        "drafter_steps": row["drafter_steps"],
+    }
 
 
 def _excess(row: harness.Row, other: harness.Row) -> harness.Row:
-    """Tells apart why a run's rollouts last longer, in parts of those without."""
+    """Tells apart why rollouts last longer, in parts of those without."""
     step_ms, other_ms = (1e3 * r["decode_s"] / r["decode_steps"] for r in (row, other))
     answering_s = other["rollout_s"] - other["waited_s"]
     waiting = (row["waited_s"] - other["waited_s"]) / other["rollout_s"]
@@ -198,8 +256,12 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     fig, axes = plotting.figure(
         "Rollouts beside a drafter in training", "", "seconds of rollouts", stamp
     )
-    rows = {row["system"]: row for row in summary}
-    plotting.bars(axes, list(rows), list(rows.values()), "rollout_s", "%.1f s")
+    names = [
+        f"{row['system']},\n{row['processes']} process"
+        + ("es" if row["processes"] > 1 else "")
+        for row in summary
+    ]
+    plotting.bars(axes, names, summary, "rollout_s", "%.1f s")
     plotting.save(fig, path)
 
 
@@ -212,23 +274,20 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         {
             "config": options.config,
             "set": {k: harness.without_paths(v) for k, v in changes.items()},
+            "processes": options.processes,
             "steps": options.steps,
             "rounds": options.rounds,
             "environment": end_to_end.ENVIRONMENT,
         },
         {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")},
     )
-
-    def measure(name: str, case: harness.Row, number: int) -> harness.Row:
+    bound = bound_of(options)
+    rows: list[harness.Row] = []
+    for processes in options.processes:
         with tempfile.TemporaryDirectory() as folder:
             workdir = pathlib.Path(folder)
-            end_to_end.start(command_of(options, name, workdir))
-            return reduced(workdir, options.steps)
-
-    bound = bound_of(options)
-    rows = harness.run_paired(
-        list(SETTINGS), [{}], measure, rounds=options.rounds, warmups=0
-    )
+            end_to_end.start(command_of(options, processes, workdir))
+            rows += turns_of(workdir, processes)
     summary = [entry | bound for entry in summary_of(rows)]
     harness.write_results(options, SLUG, rows, summary, provenance)
     out = harness.folder_of(options)

@@ -137,6 +137,13 @@ def test_bad_command_lines(arguments, told, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_another_program_can_be_started(tmp_path):
+    program = ["--processes=2", "--module=platform", "--", f"--workdir={tmp_path}"]
+    start = [sys.executable, "-m", "tlt_jax.launch", *program]
+    assert subprocess.run(start, cwd=ROOT, timeout=60).returncode == 0
+    assert "-" in (tmp_path / "processes" / "1.log").read_text()
+
+
 def command(directory, processes, *more):
     return [
         *(sys.executable, "-m", "tlt_jax.launch", f"--processes={processes}", "--"),

@@ -46,6 +46,12 @@ def main(argv: Sequence[str]) -> int:
         default=1,
         help="accelerators of each; without meaning on CPUs (default: 1)",
     )
+    parser.add_argument(
+        "--module",
+        default="tlt_jax.main",
+        help="a program that joins the processes as this one does (default: "
+        "tlt_jax.main)",
+    )
     options = parser.parse_args(own)
     if options.processes < 1:
         parser.error(f"--processes={options.processes}: give at least 1.")
@@ -81,7 +87,7 @@ class _Children:
             log = None if index == 0 else open(self._log(index), "ab")
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tlt_jax.main", *program],
+                    [sys.executable, "-m", options.module, *program],
                     env=environment,
                     stdin=None if index == 0 else subprocess.DEVNULL,
                     stdout=log,
