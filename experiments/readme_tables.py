@@ -57,6 +57,16 @@ def _range(name: str, digits: int) -> Callable[[harness.Row], str]:
     return entry
 
 
+def _with_error(name: str, digits: int) -> Callable[[harness.Row], str]:
+    """A figure and its standard error, where it has one."""
+
+    def entry(row):
+        told, error = f"{row[name]:.{digits}f}", row[f"{name}_error"]
+        return f"{told} ± {error:.{digits}f}" if error else told
+
+    return entry
+
+
 _SYSTEMS = {
     "off": "everything off",
     "ngram": "matches alone",
@@ -165,6 +175,17 @@ TABLES = {
             "ranking or rule": "ranking",
             "accept length": _fixed("accept_length", 2),
             "of deterministic": _times("times_deterministic"),
+        },
+    ),
+    "trainer_makespan": Table(
+        "trainer_makespan_summary.csv",
+        {
+            "processes": "processes",
+            "": "system",
+            "rollouts of a round, s": _range("rollout_s", 1),
+            "times as long": _with_error("times_as_long", 3),
+            "decode step, ms": _fixed("step_ms", 1),
+            "idle time trained": _percent("trained_of_idle"),
         },
     ),
     "drafter_adaptation": Table(

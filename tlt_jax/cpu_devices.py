@@ -14,8 +14,10 @@ def prepare(run: config.RunConfig) -> None:
 
     They have one pool of threads in common. Native kernels, where decoding spends its
     time, take their device's share of it (`cpu_kernels.ffi`), as if it were a device of
-    so many cores; what XLA computes itself may use any core that idles. (No setting of
-    XLA prevents that: `xla_cpu_multi_thread_eigen` is without effect, jax 0.10, 0.11.)
+    so many cores; what XLA computes itself, a drafter's training among it, may use any
+    core. (No setting of XLA prevents that: `xla_cpu_multi_thread_eigen` is without
+    effect, jax 0.10, 0.11.) Workers in processes of their own share no threads, see
+    `launch`.
     Accelerators, and devices that the user has asked for, are left as they are.
 
     Args:

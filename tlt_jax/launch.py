@@ -1,7 +1,8 @@
 """Run several processes here: `python -m tlt_jax.launch --processes=N -- ...`.
 
-What follows `--` is the command line of `tlt_jax.main`. The processes join through
-`jax.distributed` at a free port. On CPUs each gets its share of the cores. Process 0
+What follows `--` is the command line of `tlt_jax.main`, or of what `--module` names.
+The processes join through `jax.distributed` at a free port. On CPUs each gets its share
+of the cores, and XLA's threads with it. Process 0
 speaks here; the others write to `WORKDIR/processes/N.log`. If one fails, all are ended;
 the same command resumes, with any number of processes.
 

@@ -155,6 +155,7 @@ class Trainer:
             self.tokenizer.decode,
             dynamic_sampling=self.updater.algorithm.dynamic_sampling,
             show=self._show,
+            between=self.adaptation and self.adaptation.hand_over,
             group=self.group,
         )
         self.evaluator: evaluator.Evaluator | None = None

@@ -18,7 +18,13 @@ import optax
 
 from tlt_jax import speculation_config
 from tlt_jax.models import drafter, drafter_head
-from tlt_jax.rl import drafter_budget, drafter_learner, shared_tuner, spot_trainer
+from tlt_jax.rl import (
+    drafter_budget,
+    drafter_learner,
+    drafter_sharing,
+    shared_tuner,
+    spot_trainer,
+)
 from tlt_jax.rl import workers as workers_lib
 from tlt_jax.specdec import (
     drafter_training,
@@ -124,6 +130,7 @@ class Adaptation:
         self._precision, self._seed, self._note = precision, seed, note
         self._ngram_accept_length: float | None = None
         self.budget = drafter_budget.Budget()
+        self._sharing = drafter_sharing.Sharing(workers.group)
         self.version, self.is_ready = 0, initial is not None
         sizes = {
             "row_tokens": settings.row_tokens,
@@ -222,19 +229,14 @@ class Adaptation:
     def end_rollout(self, accept_length: float, seconds: float) -> None:
         """Train while nobody waits, if it pays; see whether the drafter is ready.
 
-        Of several processes one trained, on its own workers and texts: the others take
-        its drafter over.
-
         Args:
           accept_length: of the rollout's own proposals.
           seconds: that it took.
         """
-        settings = self._settings
         self.trainer.settle()
-        if settings.enabled and self._workers.num == 1:
+        if self._settings.enabled and self._workers.num == 1:
             self._train_while_nobody_waits(seconds)
-        if settings.enabled and self._workers.group.num > 1:
-            self._share()
+        self.hand_over()
         if not self.is_ready:
             self._ngram_accept_length = accept_length
             self._judge()
@@ -253,24 +255,32 @@ class Adaptation:
                 report.measured_after["coupled/accept_length"],
             )
 
+    def hand_over(self) -> None:
+        """Between the rollouts of an RL step: let all processes have the same drafter.
+
+        See `drafter_sharing`; where one process has all workers nothing is waited for.
+        """
+        if self._settings.enabled and self._workers.group.num > 1:
+            self.trainer.settle()
+            self._share()
+
     def _share(self) -> None:
-        """Let all processes have the drafter of the one that trained, if one did."""
-        learner, report = self.learner, self.trainer.report
-        trained = None
-        if report.num_steps:
-            trained = learner.state, learner.draft_ids, learner.sharpness
-        found = self._workers.group.exchange("drafter", (report, self.version, trained))
-        leader = max(range(len(found)), key=lambda i: found[i][0].num_steps)
-        self.version = max(version for _, version, _ in found)
-        self.trainer.report, _, trained = found[leader]
-        if trained is None:
-            return
-        learner.state, learner.draft_ids, learner.sharpness = trained
-        self._publish()
+        """Take over what another process has learned, if one has."""
+        learner = self.learner
+
+        def learned():
+            return learner.state, learner.draft_ids, learner.sharpness
+
+        shared = self._sharing.meet(self.trainer.report, self.version, learned)
+        self.trainer.report, self.version, found = shared
+        if found is not None:
+            learner.state, learner.draft_ids, learner.sharpness = found
+            self._publish()
 
     def row(self) -> dict[str, Any]:
         """Values of this step by metric name."""
         report = self.trainer.take_report()
+        self._sharing.begin_step()
         for failure in report.failures:
             self._note(
                 f"  the drafter's training failed and was undone ({failure}); the run "

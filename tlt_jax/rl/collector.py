@@ -39,6 +39,7 @@ class Collector:
         *,
         dynamic_sampling: bool,
         show: Callable[[str, int, int, str], None],
+        between: Callable[[], None] | None = None,
         group: distributed.Group | None = None,
     ):
         """Take the parts; nothing is drawn yet.
@@ -51,6 +52,7 @@ class Collector:
           decode_text: token ids to the text that is judged.
           dynamic_sampling: sample until every group carries signal.
           show: called with stage, completions done, completions in all, and a detail.
+          between: called between two rollouts of a step, its seconds the drafter's.
           group: the processes among which `engine` divides a rollout; each judges what
             it has generated. None: this one is alone.
         """
@@ -64,6 +66,7 @@ class Collector:
         self._decode_text = decode_text
         self._dynamic_sampling = dynamic_sampling
         self._show = show
+        self._between = between
 
     def collect(
         self, step: int, timer: clock.Clock
@@ -75,7 +78,8 @@ class Collector:
 
         Args:
           step: RL steps done; it keys the requests.
-          timer: stages `rollout` and `reward` are added to it.
+          timer: stages `rollout` and `reward` are added to it, and `drafter` for what
+            is called between rollouts.
 
         Returns:
           All that was sampled; the groups to train on, or None if none carries signal;
@@ -87,6 +91,8 @@ class Collector:
         if self._dynamic_sampling:
             kept = _useful(everything)
             while len(kept.prompts) < wanted and num_rounds < _MAX_ROUNDS:
+                if self._between is not None:
+                    timer.time("drafter", self._between)
                 batch, more = self._roll_out(step, num_rounds, timer)
                 everything, kept = everything.join(batch), kept.join(_useful(batch))
                 row, num_rounds = _merge(row, more), num_rounds + 1

@@ -1,0 +1,65 @@
+"""One drafter for all processes: what one of them learned, the others take over.
+
+Of several processes at most one trains beside a rollout, on its own workers and texts.
+After every rollout they meet, so that the next one begins with the same drafter
+everywhere, and a training of another process with what the last one learned.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+from tlt_jax import distributed
+from tlt_jax.rl import spot_trainer
+
+_T = TypeVar("_T")
+
+
+class Shared(NamedTuple, Generic[_T]):
+    """What all processes have after a meeting.
+
+    Attributes:
+      report: of all trainings of the RL step.
+      version: newest of the drafter's.
+      learned: what the process that trained has learned; None: none has.
+    """
+
+    report: spot_trainer.Report
+    version: int
+    learned: _T | None
+
+
+class Sharing:
+    """A process's part in the meetings."""
+
+    def __init__(self, group: distributed.Group):
+        """Begin an RL step."""
+        self._group = group
+        self._num_known = 0
+
+    def begin_step(self) -> None:
+        """Begin the next RL step, with an empty report."""
+        self._num_known = 0
+
+    def meet(
+        self, report: spot_trainer.Report, version: int, learned: Callable[[], _T]
+    ) -> Shared[_T]:
+        """Exchange what was learned since the last meeting; all processes call this.
+
+        Args:
+          report: of the RL step so far: the one of the last meeting, or an empty one,
+            with what this process has trained since.
+          version: of the drafter, as this process has it.
+          learned: gives what this process has learned; asked only if it has trained.
+        """
+        own = learned() if report.num_steps > self._num_known else None
+        found = self._group.exchange("drafter", (report, version, own))
+        # Reports grow from a common one: the longest is the one that has trained.
+        newest, _, learned_there = max(found, key=lambda one: one[0].num_steps)
+        self._num_known = newest.num_steps
+        failures = dict.fromkeys(text for one, _, _ in found for text in one.failures)
+        return Shared(
+            dataclasses.replace(newest, failures=list(failures)),
+            max(version for _, version, _ in found),
+            learned_there,
+        )
