@@ -1,13 +1,28 @@
 """The trainer's cost for a rollout: what is started, and what is made of it."""
 
+import importlib
 import json
+from unittest import mock
 
 import pytest
+from absl import flags
 
-from experiments import rollout_turns, trainer_makespan
 from tests import tiny_runs
-from tlt_jax import progress, timeline, train
+from tlt_jax import command_line, progress, timeline, train
 
+
+def program(name):
+    """Imports a program without its flags, of which other programs have the same."""
+    defining = dict.fromkeys(("DEFINE_string", "DEFINE_integer"), mock.DEFAULT)
+    with (
+        mock.patch.multiple(flags, **defining),
+        mock.patch.object(command_line, "define_config_flag"),
+    ):
+        return importlib.import_module(name)
+
+
+rollout_turns = program("experiments.rollout_turns")
+trainer_makespan = program("experiments.trainer_makespan")
 SECONDS = {True: (10.8, 10.6), False: (10.0, 10.2)}
 
 
