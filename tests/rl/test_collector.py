@@ -56,7 +56,7 @@ def signal_in(*prompt_ids):
     return judge
 
 
-def make(judge, dynamic_sampling=False):
+def make(judge, dynamic_sampling=False, between=None):
     examples = [types.Example(f"e{i}", "", None, {"prompt_id": i}) for i in range(10)]
     prompt_set = prompts.PromptSet(
         examples,
@@ -73,6 +73,7 @@ def make(judge, dynamic_sampling=False):
         words,
         dynamic_sampling=dynamic_sampling,
         show=lambda *what: shown.append(what),
+        between=between,
     )
     return made, engine, prompt_set, shown
 
@@ -214,3 +215,16 @@ def test_waiting_for_compilers_is_counted_apart():
     assert timer.time("eval", lambda: None) is None
     assert row.keys() | {"time/eval_s"} == timer.row().keys()
     assert timer.row()["time/eval_s"] == pytest.approx(0.0, abs=1.0)
+
+
+def test_what_is_done_between_rollouts_is_done_there_alone():
+    """Processes meet there: as often as there are further rollouts."""
+    calls = []
+
+    def between():
+        calls.append(len(engine.calls))
+
+    made, engine, _, _ = make(lambda *_: 1.0, dynamic_sampling=True, between=between)
+    _, batch, row = collect(made)
+    assert batch is None and row["rollout/rounds"] == 4
+    assert calls == [1, 2, 3]
