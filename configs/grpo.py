@@ -123,8 +123,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.algorithm.kl_estimator = "k3"
     config.algorithm.kl_placement = "loss"
     config.optimizer.learning_rate = 1e-6
-    # The rollout's bfloat16 forward rounds otherwise than the trainer's own.
-    config.learner.old_logprobs = "recompute"
     config.learner.row_tokens = 32 * 1024
     config.learner.rows_per_micro_batch = 1
     config.mesh.data = 1

@@ -69,9 +69,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 5e-6
     config.learner.row_tokens = 1024
     config.learner.rows_per_micro_batch = 1
-    # One update a step: no log-probability of the rollout enters it, so that the policy
-    # is the same, bit for bit, however the tokens were found.
-    config.learner.old_logprobs = "recompute"
     config.reward.workers = 0
     config.checkpoint.every = 8
     return config

@@ -297,7 +297,6 @@ ALGORITHMS = {
     "minibatches": {
         "learner.epochs": 2,
         "learner.minibatches": 2,
-        "learner.old_logprobs": "recompute",
         "algorithm.importance_cap": 2.0,
     },
 }
@@ -329,7 +328,6 @@ def test_every_algorithm_takes_steps(base, model, tmp_path, changes):
         {
             "algorithm.kl_coef": 0.1,
             "learner.minibatches": 2,
-            "learner.old_logprobs": "recompute",
         },
     ],
     ids=["one update", "two updates and a reference"],
@@ -364,6 +362,24 @@ def test_old_logprobs_recorded_or_recomputed_are_the_same(model, tmp_path):
     ]
     for name in ("policy/loss", "policy/ratio_mean", "policy/grad_norm"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_weights_depend_on_tokens_and_on_no_recorded_logprob(
+    model, tmp_path, monkeypatch, updates
+):
+    """Those differ in last bits with the batches that a row was decoded in."""
+    changes = {"num_steps": 2, "learner.epochs": updates}
+    start(model, tmp_path / "run", **changes)
+    recorded = experience.Experience.logprobs.fget
+    rounded = property(lambda self: [x + np.float32(1e-5) for x in recorded(self)])
+    monkeypatch.setattr(experience.Experience, "logprobs", rounded)
+    start(model, tmp_path / "again", **changes)
+    assert policy(tmp_path / "again") == policy(tmp_path / "run")
+    # The change is one that would be seen.
+    told = {"learner.old_logprobs": "rollout"}
+    start(model, tmp_path / "recorded", **changes, **told)
+    assert policy(tmp_path / "recorded") != policy(tmp_path / "run")
 
 
 def test_dynamic_sampling_replaces_groups_without_signal(model, tmp_path):

@@ -13,8 +13,6 @@ BASE = {
     "num_steps": 4,
     "workers.num": 2,
     "mesh.data": 2,
-    # With one update a step no log-probability of the rollout enters it.
-    "learner.old_logprobs": "recompute",
     "drafter.features": "last",
     "adaptation.name": "eagle",
     "adaptation.row_tokens": 64,

@@ -258,15 +258,17 @@ class Learner:
       row_tokens: length of a packed row in tokens; holds the longest prompt with its
         longest completion.
       rows_per_micro_batch: rows whose activations are held at once, at least 1.
-      old_logprobs: the behaviour policy's log-probabilities are those recorded by the
-        `rollout`, or `recompute`d by the trainer.
+      old_logprobs: log-probabilities that ratios compare with: `recompute`d by the
+        trainer where a batch takes several updates (with one they are the update's
+        own), so that weights depend on the tokens alone; or recorded by the `rollout`,
+        which saves that pass and differs in last bits with the batches of its rows.
     """
 
     epochs: int = schema.number(1, 1)
     minibatches: int = schema.number(1, 1)
     row_tokens: int = schema.number(2048, 2)
     rows_per_micro_batch: int = schema.number(1, 1)
-    old_logprobs: Literal["rollout", "recompute"] = "rollout"
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
 
 
 @dataclasses.dataclass(frozen=True)
