@@ -1,14 +1,15 @@
 """Whole RL runs with everything off, with matches, a frozen drafter, everything on.
 
-    python -m experiments.end_to_end --scale=cpu
+    python -m experiments.end_to_end --scale=cpu --processes=2
     python -m experiments.end_to_end --scale=cpu --systems=off,ngram,frozen,tlt \
         --models=smollm2=configs/smollm2_tlt.py,tiny=configs/tiny.py:count \
         --set=smollm2:drafter.directory=DIR,tiny:drafter.directory=DIR
 
-A recipe is run once with each system, one after the other, each in a process of its own
-as a user would run it. Digests of tokens, rewards and the policy's losses must agree,
-step by step. The ratio is that of rollout, the drafter's training between rollout and
-update (with one worker), update and sync; judging answers and compiling stand apart.
+A recipe is run once with each system, one after the other, each as a user would run it:
+its workers as threads of one process or divided among `--processes`. Digests of tokens,
+rewards and the policy's losses must agree, step by step. The ratio is that of rollout,
+the drafter's training between rollout and update (with one worker), update and sync;
+judging answers and compiling stand apart.
 The tail says what was there to be won: lengths at 50 and 95 percent and the longest,
 and the share of time in which workers wait.
 
@@ -21,16 +22,12 @@ Target: at least 1.5 times on CPU, on a long-tailed workload.
 import argparse
 import dataclasses
 import importlib.metadata
-import os
 import pathlib
-import runpy
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 
-from experiments import cells, harness, plotting
+from experiments import cells, harness, plotting, recipe_commands
 from tlt_jax import metrics
 
 SLUG = "end_to_end"
@@ -43,9 +40,6 @@ SYSTEMS = {
 }
 # Of `ngram`, for as many rows as an engine has, where a recipe names none.
 MATCHES = "D6K1V7-ngram"
-# Of all runs: large pages for large buffers, where glibc can; an update takes a tenth
-# less with them.
-ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # What a user waits for, less what the comparison is not about.
 STAGES = ("rollout", "drafter", "inference", "update", "sync")
 SAME = ("rollout/tokens_digest", "reward/mean", "policy/loss", "policy/grad_norm")
@@ -77,8 +71,7 @@ class Model:
         Raises:
           ValueError: it needs a drafter and none is named.
         """
-        path, _, argument = self.config.partition(":")
-        recipe = runpy.run_path(path)["get_config"](argument)
+        recipe = recipe_commands.recipe_of(self.config)
         chosen = {**self.overrides, **SYSTEMS[system]}
         if system == "frozen" and not (
             chosen.get("drafter.directory") or recipe.drafter.directory
@@ -110,6 +103,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default="",
         help="settings, separated by commas: KEY=VALUE of all runs, NAME:KEY=VALUE of "
         "a model's",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="among how many each run's workers are divided",
     )
     parser.add_argument("--systems", default="tlt,off", help=f"of {','.join(SYSTEMS)}")
     parser.add_argument("--steps", type=int, default=8)
@@ -176,14 +175,9 @@ def command_of(
         "seed": str(seed),
         **model.settings(system),
     }
-    flags = [f"--config.{key}={value}" for key, value in changes.items()]
-    command = [sys.executable, "-m", "tlt_jax.main", f"--config={model.config}"]
-    return [*command, f"--workdir={workdir}", *flags]
-
-
-def start(command: list[str]) -> None:
-    """Runs a command to its end."""
-    subprocess.run(command, check=True, env=ENVIRONMENT | os.environ)
+    return recipe_commands.command_of(
+        "tlt_jax.main", options.processes, model.config, changes, workdir
+    )
 
 
 def rows_of(workdir: pathlib.Path, steps: int) -> list[harness.Row]:
@@ -225,6 +219,7 @@ def summary_of(rows: list[harness.Row], first: int) -> list[harness.Row]:
         pairs = [(others[key], all_steps[key]) for key in both if key[1] >= first]
         if pairs:
             entry: harness.Row = {"model": model, "system": system}
+            entry["processes"] = pairs[0][1]["processes"]
             entry |= _compared(pairs)
             entry["steps_differing"] = sum(
                 any(
@@ -298,6 +293,10 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     """Runs the experiment; returns the summary that it also writes."""
     options = parse_arguments(arguments)
     models, systems = models_of(options), systems_of(options.systems)
+    for model in models.values():
+        recipe_commands.check_processes(
+            options.processes, model.config, model.overrides, "--processes"
+        )
     told = {
         (model.name, system): {
             key: harness.without_paths(value)
@@ -309,7 +308,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     settings = {
         "steps": options.steps,
         "warm_steps": options.warm_steps,
-        "environment": ENVIRONMENT,
+        "environment": recipe_commands.ENVIRONMENT,
     }
     versions = {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")}
     provenance = harness.Provenance(SLUG, settings, versions)
@@ -320,12 +319,18 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = options.workdirs or pathlib.Path(temporary)
             workdir = folder / f"{model.name}_{system}_{cell.seed}"
-            start(command_of(options, model, system, cell.seed, workdir))
+            command = command_of(options, model, system, cell.seed, workdir)
+            recipe_commands.start(command)
             drawn = workdir / "plots" / "timeline.png"
             if drawn.exists() and model.name == next(iter(models)):
                 out.mkdir(parents=True, exist_ok=True)
                 shutil.copy(drawn, out / f"{SLUG}_timeline_{system}.png")
-            about = {"model": model.name, "system": system, "seed": cell.seed}
+            about = {
+                "model": model.name,
+                "system": system,
+                "processes": options.processes,
+                "seed": cell.seed,
+            }
             return [about | row for row in rows_of(workdir, options.steps)]
 
     wanted = [
@@ -334,6 +339,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
                 "model": model.name,
                 "system": system,
                 "config": model.config,
+                "processes": options.processes,
                 **told[model.name, system],
             },
             seed,

@@ -142,6 +142,7 @@ TABLES = {
         {
             # Tables from before there were several models are of the first.
             "model": lambda row: row.get("model", "smollm2"),
+            "processes": lambda row: row.get("processes", 1),
             "": lambda row: _SYSTEMS[row["system"]],
             "RL steps": "steps",
             "rollout, drafter, update, sync": lambda row: f"{row['seconds']:.0f} s",

@@ -31,10 +31,6 @@ from tlt_jax import (
 )
 from tlt_jax.rl import clock, coordinator, rollout_stats
 
-_CONFIG = command_line.define_config_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.", required=True)
-_ROUNDS = flags.DEFINE_integer("rounds", 4, "Turns of each kind, for each RL step.")
-
 # What this module writes into the workdir; the timeline's step is the turn's number.
 FILE = "turns.jsonl"
 _COPIED = ("prefill_s", "decode_s", "decode_steps", "tokens")
@@ -96,13 +92,18 @@ def by_turns(
                 yield {"round": number} | turns.take(step, trains=trains)
 
 
-def main(run: config.RunConfig) -> None:
-    """Takes the turns; the first process writes what came of them."""
+def main(run: config.RunConfig, directory: pathlib.Path, rounds: int) -> None:
+    """Takes the turns; the first process writes what came of them.
+
+    Args:
+      run: the recipe.
+      directory: the workdir.
+      rounds: turns of each kind, for each RL step.
+    """
     host_memory.keep_freed()
     distributed.initialize()
     cpu_devices.prepare(run)
     compile_cache.enable()
-    directory = pathlib.Path(_WORKDIR.value)
     with distributed.join() as group, contextlib.ExitStack() as closing:
         if group.is_first:
             closing.enter_context(workdir.claimed(directory, run))
@@ -110,11 +111,17 @@ def main(run: config.RunConfig) -> None:
         made = train.Trainer(run, directory, display, group)
         trainer = closing.enter_context(made)
         trainer.begin()
-        for row in by_turns(trainer, Turns(trainer, directory), _ROUNDS.value):
+        for row in by_turns(trainer, Turns(trainer, directory), rounds):
             if group.is_first:
                 with (directory / FILE).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
-    command_line.run(main, _CONFIG)
+    flags.DEFINE_string("workdir", None, "Of the run.", required=True)
+    flags.DEFINE_integer("rounds", 4, "Turns of each kind, for each RL step.")
+    given = flags.FLAGS
+    command_line.run(
+        lambda run: main(run, pathlib.Path(given.workdir), given.rounds),
+        command_line.define_config_flag(),
+    )

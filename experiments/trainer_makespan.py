@@ -28,12 +28,11 @@ import argparse
 import importlib.metadata
 import json
 import pathlib
-import runpy
 import statistics
 import sys
 import tempfile
 
-from experiments import end_to_end, harness, plotting, rollout_turns
+from experiments import harness, plotting, recipe_commands, rollout_turns
 from tlt_jax import timeline
 
 SLUG = "trainer_makespan"
@@ -78,50 +77,35 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     harness.add_options(parser)
     options = parser.parse_args(arguments)
     options.processes = [int(number) for number in options.processes.split(",")]
-    workers = num_workers(options)
-    if any(count < 1 or workers % count for count in options.processes):
-        raise ValueError(
-            f"--processes={options.processes}: each must divide workers.num={workers}."
+    for processes in options.processes:
+        recipe_commands.check_processes(
+            processes, options.config, settings_of(options), "--processes"
         )
     return options
 
 
-def num_workers(options: argparse.Namespace) -> int:
-    """Returns how many workers the recipe has, with --set."""
-    path, _, argument = options.config.partition(":")
-    recipe = runpy.run_path(path)["get_config"](argument)
-    settings = harness.parse_pairs(options.set, "set")
-    return int(settings.get("workers.num", recipe.workers.num))
-
-
-def flags_of(options: argparse.Namespace, **more: str) -> list[str]:
-    """Returns recipe and settings, `more` among them by dotted key."""
-    settings = {
+def settings_of(options: argparse.Namespace) -> dict[str, str]:
+    """Returns the settings of both kinds of turns by dotted key."""
+    return {
         "drafter.directory": options.drafter,
         "num_steps": str(options.steps),
         **harness.parse_pairs(options.set, "set"),
         **FIXED,
-        **more,
     }
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [f"--config={options.config}", *flags]
 
 
 def command_of(
     options: argparse.Namespace, processes: int, workdir: pathlib.Path
 ) -> list[str]:
     """Returns the command that takes the turns."""
-    own = {"workers.num": str(num_workers(options) // processes)}
-    program = [
-        f"--workdir={workdir}",
-        f"--rounds={options.rounds}",
-        *flags_of(options, **own),
-    ]
-    module = rollout_turns.__name__
-    if processes == 1:
-        return [sys.executable, "-m", module, *program]
-    launch = [sys.executable, "-m", "tlt_jax.launch", f"--processes={processes}"]
-    return [*launch, f"--module={module}", "--", *program]
+    return recipe_commands.command_of(
+        rollout_turns.__name__,
+        processes,
+        options.config,
+        settings_of(options),
+        workdir,
+        [f"--rounds={options.rounds}"],
+    )
 
 
 def bound_of(options: argparse.Namespace) -> harness.Row:
@@ -133,7 +117,10 @@ def bound_of(options: argparse.Namespace) -> harness.Row:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "found.json"
         command = [sys.executable, "-m", "experiments.decode_beside", f"--json={path}"]
-        end_to_end.start([*command, *flags_of(options)])
+        command += [f"--config={options.config}"]
+        recipe_commands.start(
+            [*command, *recipe_commands.flags_of(settings_of(options))]
+        )
         found = json.loads(path.read_text("utf-8"))
     return {f"step_ms_{name}": value for name, value in found.items()}
 
@@ -277,7 +264,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
             "processes": options.processes,
             "steps": options.steps,
             "rounds": options.rounds,
-            "environment": end_to_end.ENVIRONMENT,
+            "environment": recipe_commands.ENVIRONMENT,
         },
         {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")},
     )
@@ -286,7 +273,7 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
     for processes in options.processes:
         with tempfile.TemporaryDirectory() as folder:
             workdir = pathlib.Path(folder)
-            end_to_end.start(command_of(options, processes, workdir))
+            recipe_commands.start(command_of(options, processes, workdir))
             rows += turns_of(workdir, processes)
     summary = [entry | bound for entry in summary_of(rows)]
     harness.write_results(options, SLUG, rows, summary, provenance)

@@ -33,7 +33,7 @@ def workdirs(tmp_path, monkeypatch):
     """Lets a run be two records that were there before."""
     commands = []
 
-    monkeypatch.setattr(end_to_end, "start", commands.append)
+    monkeypatch.setattr(end_to_end.recipe_commands, "start", commands.append)
 
     def write(name, rows):
         (tmp_path / name).mkdir()
@@ -73,6 +73,20 @@ def test_ratio_and_commands(workdirs):
     drawn.unlink()
     assert redrawing.redraw("end_to_end", folder / "out") == "drawn"
     assert drawn.stat().st_size > 10_000
+
+
+def test_workers_are_divided_among_processes(workdirs):
+    folder, write, commands = workdirs
+    write("tiny_off_0", [record(1, "off", 20.0)])
+    options = [TINY, "--systems=off", "--steps=1", "--warm-steps=0"]
+    options += ["--set=workers.num=4", "--processes=2", f"--workdirs={folder}"]
+    (summary,) = end_to_end.main([*options, f"--out={folder / 'out'}"])
+    (command,) = commands
+    assert command[1:4] == ["-m", "tlt_jax.launch", "--processes=2"]
+    assert "--module=tlt_jax.main" in command
+    assert command.count("--config.workers.num=2") == 1
+    assert "--config.workers.num=4" not in command
+    assert summary["processes"] == 2
 
 
 def test_a_run_that_differs_is_told(workdirs):
@@ -131,6 +145,7 @@ def test_matches_are_named_where_a_recipe_names_none(tmp_path):
     [
         ("--systems=off,gone", "names gone; known are off, ngram"),
         ("--set=gone:seed=1", "'gone'; --models has tiny"),
+        ("--processes=2", "2 processes of .* must divide workers.num=1"),
     ],
 )
 def test_what_is_not_known_is_refused(tmp_path, option, message):
