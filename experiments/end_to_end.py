@@ -42,7 +42,10 @@ SYSTEMS = {
 MATCHES = "D6K1V7-ngram"
 # What a user waits for, less what the comparison is not about.
 STAGES = ("rollout", "drafter", "inference", "update", "sync")
-SAME = ("rollout/tokens_digest", "reward/mean", "policy/loss", "policy/grad_norm")
+SAME = (
+    *("rollout/tokens_digest", "reward/mean", "policy/loss", "policy/grad_norm"),
+    "policy/weights_digest",
+)
 KEPT = (
     *("rollout/tokens", "length/p50", "length/p95", "length/max", "reward/mean"),
     *("specdec/accept_length", "workers/idle_s", "workers/trained_s"),

@@ -223,6 +223,7 @@ def test_processes_share_a_run_that_survives_the_death_of_one(tmp_path):
         status, output = run(tmp_path / directory, processes, *settings, **variables)
         assert status == 0, output
     names = ("step", "rollout/tokens_digest", "reward/mean", "policy/loss")
+    names += ("policy/weights_digest",)
     expected = metrics.read(tmp_path / "one")
     assert len(expected) == 41 and any(n.startswith("eval/") for n in expected[0])
     for directory in ("killed", "by_one"):
@@ -264,7 +265,7 @@ def test_processes_share_a_drafter_that_one_of_them_trains(tmp_path):
         status, output = run(tmp_path / "tlt", 2, *more)
         assert status == 0, output
     rows, expected = (metrics.read(tmp_path / name) for name in ("tlt", "off"))
-    for name in ("step", "rollout/tokens_digest", "reward/mean"):
+    for name in ("step", "rollout/tokens_digest", "policy/weights_digest"):
         assert tiny_runs.values(rows, name) == tiny_runs.values(expected, name)
     updates = tiny_runs.values(rows, "drafter/num_updates")
     assert updates == sorted(updates) and 0 < updates[7] <= updates[8]

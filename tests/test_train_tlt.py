@@ -22,7 +22,10 @@ BASE = {
     "rollout.max_batch": 2,
     "specdec.ngram_strategies": (),
 }
-DECIDED = ("rollout/tokens_digest", "reward/mean", "policy/loss", "policy/grad_norm")
+DECIDED = (
+    *("rollout/tokens_digest", "reward/mean", "policy/loss", "policy/grad_norm"),
+    "policy/weights_digest",
+)
 
 
 @pytest.fixture(autouse=True)

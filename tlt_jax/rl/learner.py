@@ -21,7 +21,7 @@ from tlt_jax import config as config_lib
 from tlt_jax import sharding as sharding_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import losses, packing, policy_gradient
+from tlt_jax.rl import losses, packing, policy_gradient, weights_digest
 from tlt_jax.specdec import programs, sampling
 from tlt_jax.types import Array
 
@@ -262,6 +262,15 @@ class Learner:
             outputs.append(self._pool.get(*self._logprobs_program(rows))(params, rows))
         return [np.asarray(x) for x in jax.device_get(outputs)]
 
+    def digest(self, params: model_params.Params) -> str:
+        """Digest weights, placed as the state's, wherever their parts lie.
+
+        Returns:
+          16 hexadecimal digits, see `weights_digest`.
+        """
+        words = self._pool.get(*self._digest_program())(params)
+        return weights_digest.text(np.asarray(jax.device_get(words)))
+
     def prepare(
         self,
         batch: policy_gradient.MicroBatch,
@@ -280,7 +289,11 @@ class Learner:
         wanted = [self._accumulate_program(rows, columns, cfg, batch.num_sequences)]
         if with_logprobs:
             wanted.append(self._logprobs_program(rows))
-        wanted += [self._zeros_program(), self._apply_program()]
+        wanted += [
+            self._zeros_program(),
+            self._apply_program(),
+            self._digest_program(),
+        ]
         for key, lower in wanted:
             self._pool.prepare(key, lower)
 
@@ -399,6 +412,9 @@ class Learner:
     def _apply_program(self):
         return (*self._step_key, "apply"), self._lower_apply
 
+    def _digest_program(self):
+        return (*self._key, "digest"), self._lower_digest
+
     def _fetched(self):
         """Where a value per row is left: by rows, unless others hold some of them."""
         if sharding_lib.spans_processes(self.mesh):
@@ -440,6 +456,10 @@ class Learner:
         outputs = (_shardings(self._state), self._replicated)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=outputs)
         return jitted.lower(self._state, self._gradient)
+
+    def _lower_digest(self) -> jax.stages.Lowered:
+        jitted = jax.jit(weights_digest.sums, out_shardings=self._replicated)
+        return jitted.lower(self._state.params)
 
 
 def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

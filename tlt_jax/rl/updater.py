@@ -142,7 +142,11 @@ class Updater:
             name: float(np.mean([record[name] for record in records]))
             for name in records[0]
         }
-        return row | {"mismatch/logprob_max_abs": mismatch}
+        digest = timer.time("update", self.learner.digest, self.state.params)
+        return row | {
+            "mismatch/logprob_max_abs": mismatch,
+            "policy/weights_digest": digest,
+        }
 
     @property
     def _recomputes(self) -> bool:
