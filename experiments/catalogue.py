@@ -99,7 +99,7 @@ PAPER_ITEMS = (
         f"--processes=2 {_ALL_SYSTEMS} "
         "--set=drafter.directory=DIR,drafter.max_length=704",
         _both(
-            f"{_ALL_SYSTEMS} --set=drafter.directory=DIR,workers.num=1,mesh.fsdp=1,"
+            f"{_ALL_SYSTEMS} --set=drafter.directory=DIR,workers.num=1,mesh.data=1,"
             "rollout.max_batch=32",
             f"{_ALL_SYSTEMS} --models=7b=configs/grpo.py:qwen2.5-7b,"
             "32b=configs/grpo.py:qwen2.5-32b "
