@@ -14,6 +14,7 @@ def record(step, mode, rollout_s, **changes):
     values = dict.fromkeys(metrics.NAMES, 0.0) | {
         "step": step,
         "rollout/tokens_digest": f"digest {step}",
+        "policy/weights_digest": f"weights {step}",
         "specdec/accept_length": 1.0 if mode == "off" else 4.0,
         "specdec/accept_rate_by_depth": [],
         "specdec/strategy": "none",
@@ -89,10 +90,11 @@ def test_workers_are_divided_among_processes(workdirs):
     assert summary["processes"] == 2
 
 
-def test_a_run_that_differs_is_told(workdirs):
+@pytest.mark.parametrize("name", ["rollout/tokens_digest", "policy/weights_digest"])
+def test_a_run_that_differs_is_told(workdirs, name):
     folder, write, _ = workdirs
     write("tiny_off_0", [record(i, "off", 20.0) for i in (1, 2)])
-    other = {"rollout/tokens_digest": "another"}
+    other = {name: "another"}
     write("tiny_tlt_0", [record(1, "tlt", 4.0), record(2, "tlt", 4.0, **other)])
     options = [TINY, "--steps=2", "--warm-steps=0", f"--workdirs={folder}"]
     ours, _ = end_to_end.main([*options, f"--out={folder / 'out'}"])
