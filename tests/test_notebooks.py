@@ -86,7 +86,8 @@ def test_one_step(tmp_path):
 def test_a_run_and_what_it_leaves(tmp_path):
     small = {"NUM_STEPS": 2, "TARGET_STEPS": 2, "WORKDIR": str(tmp_path)}
     space, pictures = run("4_tlt_run", **small)
-    assert len(pictures) == 4 and len(space["rows"]) == 2
+    # One shows the drafter's training, for which two steps may leave no time.
+    assert len(pictures) == 3 + (space["drawn"] is not None) and len(space["rows"]) == 2
     space, pictures = run("5_reading_results", RUN=str(tmp_path / "tlt"))
     assert len(pictures) == 2 and space["path"].is_file()
     assert len(space["completions"]) == 4
