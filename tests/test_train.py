@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import failures, metrics, progress, schema, train, workdir
+from tlt_jax import failures, metrics, schema, train, workdir
 from tlt_jax.rl import experience
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-ODD = "tests.judges:odd"
+ODD = tiny_runs.ODD
 decisive, policy, values = tiny_runs.decisive, tiny_runs.policy, tiny_runs.values
+settings, start = tiny_runs.settings, tiny_runs.start
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +54,6 @@ def base(model, tmp_path_factory):
 def no_plots(monkeypatch):
     """Drawing takes longer than training here; `whole` is made with it."""
     monkeypatch.setattr(train.plots, "draw_all", lambda directory: None)
-
-
-def settings(model, **overrides):
-    return {"model.spec": model, "reward.function": ODD} | overrides
-
-
-def start(model, directory, **overrides):
-    """Run `base`, or what differs from it by `overrides`; return the record."""
-    train.train(tiny_runs.config_of(**settings(model, **overrides)), directory)
-    return metrics.read(directory)
 
 
 def test_a_run_writes_its_record(whole):
@@ -279,131 +270,6 @@ def test_a_reward_function_that_fails_is_counted(model, tmp_path, monkeypatch):
         assert row["reward/first_failure"]
         assert row["policy/update_skipped"] == 0
     assert "more than timeout_s=2" in rows[0]["reward/first_failure"]
-
-
-ALGORITHMS = {
-    "dr_grpo": {"algorithm.name": "dr_grpo"},
-    "gspo": {"algorithm.name": "gspo", "learner.epochs": 2},
-    "rloo": {"algorithm.name": "rloo", "algorithm.kl_coef": 0.1},
-    "reinforce_pp_baseline": {
-        "algorithm.name": "reinforce_pp_baseline",
-        "algorithm.kl_coef": 0.1,
-    },
-    "grpo with kl": {"algorithm.kl_coef": 0.1, "algorithm.kl_placement": "loss"},
-    "grpo with kl as reward": {
-        "algorithm.kl_coef": 0.1,
-        "algorithm.kl_placement": "reward",
-    },
-    "minibatches": {
-        "learner.epochs": 2,
-        "learner.minibatches": 2,
-        "algorithm.importance_cap": 2.0,
-    },
-}
-
-
-@pytest.mark.parametrize("changes", ALGORITHMS.values(), ids=ALGORITHMS.keys())
-def test_every_algorithm_takes_steps(base, model, tmp_path, changes):
-    rows = start(model, tmp_path, num_steps=2, **changes)
-    first = metrics.read(base)[0]
-    assert rows[0]["rollout/tokens_digest"] == first["rollout/tokens_digest"]
-    for row in rows:
-        assert row["policy/grad_norm"] > 0 and row["policy/update_skipped"] == 0
-        assert row["mismatch/logprob_max_abs"] < 1e-4
-    if "algorithm.kl_coef" in changes:
-        # The initial policy is its own reference; after an update it is not.
-        start_kl, later_kl = values(rows, "policy/kl")
-        assert abs(start_kl) < 1e-5 < abs(later_kl)
-        assert rows[0]["time/inference_s"] > 0
-    if changes.get("learner.epochs", 1) > 1:
-        assert rows[0]["policy/ratio_std"] > 1e-4
-    initial, final = start_weights(model), policy(tmp_path)
-    assert all(a != b for a, b in zip(initial, final, strict=True))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {
-            "algorithm.kl_coef": 0.1,
-            "learner.minibatches": 2,
-        },
-    ],
-    ids=["one update", "two updates and a reference"],
-)
-def test_no_step_compiles_after_warm_up(model, tmp_path, changes):
-    run = tiny_runs.config_of(**settings(model, num_steps=3, **changes))
-    display = progress.Progress(run.num_steps, mode="off")
-    with train.Trainer(run, tmp_path, display) as trainer:
-        trainer.begin()
-        trainer.warm_up()
-        pools = trainer._pools
-        compiled = [pool.stats.num_compiled for pool in pools]
-        rows = [trainer.take_step() for _ in range(3)]
-        assert [pool.stats.num_compiled for pool in pools] == compiled
-    assert values(rows, "time/compile_s") == [0.0] * 3
-
-
-def start_weights(model):
-    params = train.model_source.resolve(model).load("float32")
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
-
-
-def test_old_logprobs_recorded_or_recomputed_are_the_same(model, tmp_path):
-    rows = [
-        start(
-            model,
-            tmp_path / choice,
-            num_steps=1,
-            **{"learner.epochs": 2, "learner.old_logprobs": choice},
-        )[0]
-        for choice in ("rollout", "recompute")
-    ]
-    for name in ("policy/loss", "policy/ratio_mean", "policy/grad_norm"):
-        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3, abs=1e-5)
-
-
-def test_weights_depend_on_tokens_and_on_no_recorded_logprob(
-    model, tmp_path, monkeypatch
-):
-    """Those differ in last bits with the batches that a row was decoded in."""
-    changes = {"num_steps": 1, "learner.epochs": 2}
-    start(model, tmp_path / "run", **changes)
-    recorded = experience.Experience.logprobs.fget
-    rounded = property(lambda self: [x + np.float32(1e-5) for x in recorded(self)])
-    monkeypatch.setattr(experience.Experience, "logprobs", rounded)
-    start(model, tmp_path / "again", **changes)
-    assert policy(tmp_path / "again") == policy(tmp_path / "run")
-    # The change is one that would be seen.
-    told = {"learner.old_logprobs": "rollout"}
-    start(model, tmp_path / "recorded", **changes, **told)
-    assert policy(tmp_path / "recorded") != policy(tmp_path / "run")
-
-
-def test_dynamic_sampling_replaces_groups_without_signal(model, tmp_path):
-    rows = start(model, tmp_path, num_steps=2, **{"algorithm.name": "dapo"})
-    assert max(values(rows, "rollout/rounds")) > 1
-    for row in rows:
-        kept = tiny_runs.rollouts(tmp_path, row["step"])
-        assert len(kept) == 16 * row["rollout/rounds"]
-        assert row["policy/grad_norm"] > 0
-
-
-def test_a_step_in_which_no_group_carries_signal_updates_nothing(model, tmp_path):
-    rows = start(
-        model,
-        tmp_path,
-        num_steps=2,
-        **{"algorithm.name": "dapo", "reward.function": "tests.judges:constant"},
-    )
-    for row in rows:
-        assert metrics.NAMES <= row.keys()
-        assert row["rollout/rounds"] == 4 and row["reward/zero_std_frac"] == 1.0
-        assert row["policy/loss"] is None and row["time/update_s"] == 0.0
-    assert policy(tmp_path) == start_weights(model)
-    digests = values(rows, "rollout/tokens_digest")
-    assert digests[0] != digests[1]  # The prompts go on.
 
 
 def test_long_prompts_are_refused_or_left_out_and_counted(model, tmp_path, capsys):

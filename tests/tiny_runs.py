@@ -11,8 +11,10 @@ import ml_collections
 import numpy as np
 
 from configs import tiny
-from tlt_jax import checkpoint, config
+from tlt_jax import checkpoint, config, metrics, train
 
+# A reward that tells the answers of a group apart.
+ODD = "tests.judges:odd"
 # By dotted key, as a command line gives them.
 SETTINGS = {
     "num_steps": 8,
@@ -57,6 +59,17 @@ def _with(values: ml_collections.ConfigDict, settings: dict[str, Any]):
         section, _, name = key.rpartition(".")
         (values[section] if section else values)[name] = value
     return values
+
+
+def settings(model, **overrides):
+    """What a run has that begins with a model's weights and is judged by `ODD`."""
+    return {"model.spec": model, "reward.function": ODD} | overrides
+
+
+def start(model, directory, **overrides):
+    """Run these settings; return the record."""
+    train.train(config_of(**settings(model, **overrides)), directory)
+    return metrics.read(directory)
 
 
 def decisive(rows):
