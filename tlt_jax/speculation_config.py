@@ -26,7 +26,7 @@ class Specdec:
       window: of `beg_mab`: calls of a candidate that count, at least 1.
       ranking: of the learned drafter's candidates: by the noise that the target draws
         with (`coupled`) or by probability alone (`deterministic`).
-      tau: sharpness of the coupled score, above 0.
+      tau: temperature of the coupled score's softmax, above 0; lower is sharper.
     """
 
     mode: Literal["off", "ngram", "tlt"] = "off"

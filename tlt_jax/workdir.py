@@ -1,7 +1,9 @@
 """The directory of a run: whose it is, and the completions written into it.
 
-Its layout: `config.json`, `metrics.jsonl`, `rollouts/`, `checkpoints/`, `plots/`,
-`tokenizer/`, `tensorboard/`.
+Its layout: `config.json`, `metrics.jsonl`, `timeline.jsonl`, `rollouts/`,
+`checkpoints/`, `drafter_checkpoints/`, `spilled_texts/`, `plots/`, `tokenizer/`,
+`tensorboard/`, `initial_model/` where the model was made on the spot, and `processes/`,
+a folder for each process but the first.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """The host's side of speculation: the drafter of an engine, and how far it is.
 
 The drafter's cache uses the page table of the target's. What it holds may lag behind:
-`ready` brings the rows of a decode call up to date from the features that the target's
-pages keep, so that turning speculation on, or new drafter weights, cost a pass of the
-drafter and no forward of the target. Full pages of a prompt are filled once for all
+`missing` lists what the rows of a decode call lack, to be filled from the features that
+the target's pages keep, so that turning speculation on, or new drafter weights, cost a
+pass of the drafter and no forward of the target. Full pages of a prompt are filled once for all
 rows that share them.
 """
 
