@@ -30,7 +30,7 @@ two cores under heavy other load.
 
 import ml_collections
 
-from tlt_jax import drafter_config
+from tlt_jax.settings import drafter_run
 
 _REASONING = (
     *("chain_sum", "gsm_symbolic", "word_sorting", "letter_counting"),
@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             f"smollm2_drafter.py has no variant {arg!r}: use counting or "
             "random_numbers, or leave it out."
         )
-    config = drafter_config.default()
+    config = drafter_run.default()
     config.model.spec = "smollm2-135m-instruct"
     config.num_steps = 400
 

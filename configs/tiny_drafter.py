@@ -8,14 +8,14 @@ tiny target learns to count, writes texts, and a drafter learns to guess them.
 
 import ml_collections
 
-from tlt_jax import drafter_config
+from tlt_jax.settings import drafter_run
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe; it has no variants."""
     if arg:
         raise ValueError(f"tiny_drafter.py has no variant {arg!r}: leave it out.")
-    config = drafter_config.default()
+    config = drafter_run.default()
     config.model.spec = "scratch"
     config.pretrain.steps = 200
     config.pretrain.num_rows = 8

@@ -21,7 +21,8 @@ import statistics
 import tempfile
 
 from experiments import cells, harness, plotting
-from tlt_jax import compile_cache, drafter_config, train_drafter
+from tlt_jax import compile_cache, train_drafter
+from tlt_jax.settings import drafter_run
 
 SLUG = "objectives"
 RECIPE = "configs/tiny_drafter.py"
@@ -51,7 +52,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run_of(options: argparse.Namespace, cell: cells.Cell) -> drafter_config.DrafterRun:
+def run_of(options: argparse.Namespace, cell: cells.Cell) -> drafter_run.DrafterRun:
     """Returns a case's recipe."""
     recipe = runpy.run_path(options.config)["get_config"]()
     case = CASES[cell.overrides["case"]]
@@ -68,7 +69,7 @@ def run_of(options: argparse.Namespace, cell: cells.Cell) -> drafter_config.Draf
             "log.progress": "off",
         }
     )
-    return drafter_config.load(recipe.to_dict())
+    return drafter_run.load(recipe.to_dict())
 
 
 def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:

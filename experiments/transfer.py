@@ -28,16 +28,9 @@ import statistics
 import tempfile
 
 from experiments import cells, harness, plotting
-from tlt_jax import (
-    compile_cache,
-    config,
-    drafter_config,
-    policy,
-    speculation,
-    train_drafter,
-    types,
-)
+from tlt_jax import compile_cache, config, policy, speculation, train_drafter, types
 from tlt_jax.rl import pretrain, tiny_tasks
+from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import sampling
 
 SLUG = "transfer"
@@ -186,7 +179,7 @@ class World:
                 "log.progress": "off",
             }
         )
-        train_drafter.train(drafter_config.load(recipe.to_dict()), workdir)
+        train_drafter.train(drafter_run.load(recipe.to_dict()), workdir)
         return workdir
 
     def requests(self, name: str) -> list[types.Request]:

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from tlt_jax import config, schema
+from tlt_jax import config
+from tlt_jax.settings import schema
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

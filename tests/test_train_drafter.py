@@ -8,8 +8,9 @@ import pytest
 
 from configs import smollm2_drafter, tiny_drafter
 from tests import command_lines
-from tlt_jax import drafter_config, metrics, policy, schema, train_drafter
+from tlt_jax import metrics, policy, train_drafter
 from tlt_jax.models import drafter_io
+from tlt_jax.settings import drafter_run, schema
 from tlt_jax.specdec import hidden_buffer, noise
 
 NUM_STEPS = 8
@@ -32,7 +33,7 @@ def settings(**overrides):
     config.log.progress = "off"
     config.eval.every = 6
     config.update_from_flattened_dict(overrides)
-    return drafter_config.load(config.to_dict())
+    return drafter_run.load(config.to_dict())
 
 
 class Killed(Exception):
@@ -137,7 +138,7 @@ def test_settings_that_cannot_be_used_are_refused():
 
 
 def test_recipe_of_the_real_model_is_valid():
-    run = drafter_config.load(smollm2_drafter.get_config().to_dict())
+    run = drafter_run.load(smollm2_drafter.get_config().to_dict())
     assert run.texts.tasks.count("chat") * 2 == len(run.texts.tasks)
 
 

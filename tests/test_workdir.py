@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import config, metrics, schema, types, workdir
+from tlt_jax import config, metrics, types, workdir
 from tlt_jax.rl import experience, prompts
+from tlt_jax.settings import schema
 
 
 def claim(directory, **overrides):

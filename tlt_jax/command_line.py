@@ -17,7 +17,8 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from tlt_jax import config, schema
+from tlt_jax import config
+from tlt_jax.settings import schema
 
 _FREE_SECTION = "task.options"
 

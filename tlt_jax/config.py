@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import ml_collections
 
-from tlt_jax import config_checks, schema, speculation_config
+from tlt_jax import config_checks
+from tlt_jax.settings import schema, speculation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,10 +385,10 @@ class RunConfig:
     sampling: Sampling = Sampling()
     rollout: Rollout = Rollout()
     cache: Cache = Cache()
-    specdec: speculation_config.Specdec = speculation_config.Specdec()
-    drafter: speculation_config.Drafter = speculation_config.Drafter()
-    adaptation: speculation_config.Adaptation = speculation_config.Adaptation()
-    workers: speculation_config.Workers = speculation_config.Workers()
+    specdec: speculation.Specdec = speculation.Specdec()
+    drafter: speculation.Drafter = speculation.Drafter()
+    adaptation: speculation.Adaptation = speculation.Adaptation()
+    workers: speculation.Workers = speculation.Workers()
     algorithm: Algorithm = Algorithm()
     optimizer: Optimizer = Optimizer()
     learner: Learner = Learner()

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from tlt_jax import schema, speculation_config
+from tlt_jax.settings import schema, speculation
 
 if TYPE_CHECKING:
     from tlt_jax import config
@@ -18,7 +18,7 @@ def check(run: "config.RunConfig") -> None:
     for name, value in (("model.spec", run.model.spec), ("task.name", run.task.name)):
         if not value:
             raise schema.ConfigError(f"{name} is empty: set it in the recipe.")
-    speculation_config.check_shape(run.drafter)
+    speculation.check_shape(run.drafter)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)
     if asked and not getattr(run.specdec, asked):
         raise schema.ConfigError(

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax import config, drafter_config, policy, schema, types
+from tlt_jax import config, policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
 from tlt_jax.rl import chat_prompts, prompts, tasks
+from tlt_jax.settings import drafter_run, schema
 from tlt_jax.specdec import hidden_buffer, noise
 
 # Held-out texts have ids from here on, so that more training texts do not move them.
@@ -67,7 +68,7 @@ def claim(directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
 
 
 def ask(
-    settings: drafter_config.Texts, encode: Callable[[types.Example], np.ndarray]
+    settings: drafter_run.Texts, encode: Callable[[types.Example], np.ndarray]
 ) -> list[Asked]:
     """Choose the prompts, training ones first, of every task in turns.
 
@@ -111,7 +112,7 @@ def write(
     asked: Sequence[Asked],
     buffer: hidden_buffer.HiddenBuffer,
     *,
-    settings: drafter_config.Texts,
+    settings: drafter_run.Texts,
     feature_layers: tuple[int, ...],
     seed: int,
     on_progress: Callable[[int, int, int], None] | None = None,

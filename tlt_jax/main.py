@@ -1,7 +1,7 @@
 """Train: `python -m tlt_jax.main --config=configs/<recipe>.py --workdir=DIR`.
 
 Any setting of the recipe is overridden by `--config.key=value`; `tlt_jax/config.py` and
-`tlt_jax/speculation_config.py` list them with their meaning. The same command on the same directory resumes. Several
+`tlt_jax/settings/speculation.py` list them with their meaning. The same command on the same directory resumes. Several
 processes of one machine are started by `tlt_jax.launch`.
 """
 

@@ -23,7 +23,6 @@ from tlt_jax import (
     command_line,
     compile_cache,
     config,
-    drafter_config,
     drafter_plots,
     drafter_texts,
     failures,
@@ -35,6 +34,7 @@ from tlt_jax import (
 )
 from tlt_jax.models import drafter, drafter_head, drafter_io
 from tlt_jax.rl import learner, pretrain, tasks
+from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import (
     drafter_acceptance,
     drafter_training,
@@ -46,7 +46,7 @@ SCRATCH = "scratch"
 _MAX_SKIPPED = 10
 
 
-def train(run: drafter_config.DrafterRun, directory: str | pathlib.Path) -> dict:
+def train(run: drafter_run.DrafterRun, directory: str | pathlib.Path) -> dict:
     """Do what is left of a run.
 
     Args:
@@ -63,7 +63,7 @@ def train(run: drafter_config.DrafterRun, directory: str | pathlib.Path) -> dict
     """
     directory = pathlib.Path(directory)
     with (
-        workdir.claimed(directory, run, drafter_config.load),
+        workdir.claimed(directory, run, drafter_run.load),
         progress.Progress(run.num_steps, mode=run.log.progress) as display,
         contextlib.ExitStack() as closing,
     ):
@@ -404,7 +404,7 @@ class _Trainer:
             )
 
 
-def main(run: drafter_config.DrafterRun) -> None:
+def main(run: drafter_run.DrafterRun) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
     host_memory.keep_freed()
     compile_cache.enable()
@@ -432,4 +432,4 @@ if __name__ == "__main__":
         "Directory of the run: config, texts, metrics, checkpoints, plot, drafter.",
         required=True,
     )
-    command_line.run(main, command_line.define_config_flag(), drafter_config.DrafterRun)
+    command_line.run(main, command_line.define_config_flag(), drafter_run.DrafterRun)

@@ -14,8 +14,9 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from tlt_jax import config, metrics, schema
+from tlt_jax import config, metrics
 from tlt_jax.rl import coordinator_records, experience
+from tlt_jax.settings import schema
 
 # Settings that may change when a run is taken up again: none decides what is computed.
 _FREE_ON_RESUME = (

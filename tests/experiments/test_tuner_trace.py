@@ -8,10 +8,11 @@ import pytest
 
 from experiments import arm_replay, speculation_harness, trace_file, tuner_trace
 from tests.experiments import test_speculation
-from tlt_jax import drafter_config, drafter_texts, policy
+from tlt_jax import drafter_texts, policy
 from tlt_jax.models import convert, drafter, drafter_io
 from tlt_jax.models import params as model_params
 from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import hidden_buffer, strategy
 
 CFG = test_speculation.CFG
@@ -40,7 +41,7 @@ def recorded(tmp_path_factory):
     drafter_io.save(
         workdir / "drafter", drafter.init(cfg, jax.random.key(0)), cfg, {"steps": 3}
     )
-    texts = drafter_config.Texts(
+    texts = drafter_run.Texts(
         dtype="float32", max_batch=2, max_new_tokens=NEW_TOKENS, max_prompt_tokens=16
     )
     buffer = hidden_buffer.HiddenBuffer(workdir / "texts", "float32")

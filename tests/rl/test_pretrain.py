@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from tlt_jax import config, schema
+from tlt_jax import config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import source
 from tlt_jax.rl import pretrain, tasks, tiny_tasks
+from tlt_jax.settings import schema
 
 RECIPE = pathlib.Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
 SIZES = dict(num_layers=1, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tlt_jax import speculation_config
 from tlt_jax.models import drafter, drafter_head
 from tlt_jax.rl import (
     drafter_budget,
@@ -26,6 +25,7 @@ from tlt_jax.rl import (
     spot_trainer,
 )
 from tlt_jax.rl import workers as workers_lib
+from tlt_jax.settings import speculation
 from tlt_jax.specdec import (
     drafter_training,
     drafter_unroll,
@@ -46,7 +46,7 @@ SPILL = "spilled_texts"
 
 
 def _optimizer(
-    settings: speculation_config.Adaptation, *, is_trained: bool
+    settings: speculation.Adaptation, *, is_trained: bool
 ) -> optax.GradientTransformation:
     """Make AdamW whose rate rises to a constant."""
     rate = settings.learning_rate or (_RATE_TRAINED if is_trained else _RATE_RANDOM)
@@ -96,7 +96,7 @@ class Adaptation:
 
     def __init__(
         self,
-        settings: speculation_config.Adaptation,
+        settings: speculation.Adaptation,
         cfg: drafter.DrafterConfig,
         workers: workers_lib.Workers,
         tuners: Sequence[shared_tuner.SharedTuner],

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import ml_collections
 
-from tlt_jax import config, schema, speculation_config
+from tlt_jax import config
+from tlt_jax.settings import schema, speculation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,8 @@ class DrafterRun:
     model: config.Model = config.Model()
     pretrain: config.Pretrain = config.Pretrain()
     texts: Texts = Texts()
-    drafter: speculation_config.DrafterShape = speculation_config.DrafterShape()
-    objective: speculation_config.Objective = speculation_config.Objective()
+    drafter: speculation.DrafterShape = speculation.DrafterShape()
+    objective: speculation.Objective = speculation.Objective()
     optimizer: config.Optimizer = config.Optimizer()
     batch: Batch = Batch()
     eval: Eval = Eval()
@@ -118,7 +119,7 @@ class DrafterRun:
             raise schema.ConfigError(
                 "texts.tasks is empty: name at least one source of prompts."
             )
-        speculation_config.check_shape(self.drafter)
+        speculation.check_shape(self.drafter)
 
 
 def default() -> ml_collections.ConfigDict:

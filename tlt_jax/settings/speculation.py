@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from tlt_jax import schema
+from tlt_jax.settings import schema
 
 
 @dataclasses.dataclass(frozen=True)

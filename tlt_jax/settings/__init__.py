@@ -1,0 +1,1 @@
+"""One description of every setting: meaning, unit, range, default, checks."""
