@@ -29,12 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import harness, plotting
-from tlt_jax import compile_cache, policy
+from tlt_jax import policy
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.pallas_kernels.verify_attention import bench
 from tlt_jax.rl import engine_programs, rollout
+from tlt_jax.runtime import compile_cache
 from tlt_jax.specdec import decode, sampling
 
 SLUG = "decode_bandwidth"

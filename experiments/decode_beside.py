@@ -21,18 +21,15 @@ import jax
 from absl import flags
 
 from experiments import harness, prompts
-from tlt_jax import (
+from tlt_jax import config, policy, rollout_parts, types
+from tlt_jax.rl import request_queue, rollout
+from tlt_jax.runtime import (
     command_line,
     compile_cache,
-    config,
     cpu_devices,
     host_memory,
-    policy,
-    rollout_parts,
     sharding,
-    types,
 )
-from tlt_jax.rl import request_queue, rollout
 
 ALONE = "alone"
 # Programs of one thread.

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from experiments import harness, small_runs
-from tlt_jax import compile_cache, config, progress, train
+from tlt_jax import config, progress, train
 from tlt_jax.rl import drafter_budget
+from tlt_jax.runtime import compile_cache
 
 # The drafter's time is no limit: `adaptation.max_steps` is.
 _UNLIMITED_FRAC = 1e9

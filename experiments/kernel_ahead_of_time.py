@@ -28,13 +28,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import ahead_of_time, harness, kernel_peers
-from tlt_jax import sharding
 from tlt_jax.pallas_kernels.verify_attention import (
     api,
     arg_specs,
     bench,
     page_layout,
 )
+from tlt_jax.runtime import sharding
 
 SLUG = "kernel_ahead_of_time"
 OURS = "ours"

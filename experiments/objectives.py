@@ -21,7 +21,8 @@ import statistics
 import tempfile
 
 from experiments import cells, harness, plotting
-from tlt_jax import compile_cache, train_drafter
+from tlt_jax import train_drafter
+from tlt_jax.runtime import compile_cache
 from tlt_jax.settings import drafter_run
 
 SLUG = "objectives"

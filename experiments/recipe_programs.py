@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tlt_jax import config as config_lib
-from tlt_jax import sharding, types
+from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import (
@@ -23,7 +23,8 @@ from tlt_jax.rl import (
     scheduler,
     weight_sync,
 )
-from tlt_jax.specdec import programs, sampling
+from tlt_jax.runtime import programs, sharding
+from tlt_jax.specdec import sampling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,18 +18,16 @@ from typing import Any
 
 from absl import flags
 
-from tlt_jax import (
+from tlt_jax import config, progress, train, workdir
+from tlt_jax.rl import coordinator, rollout_stats
+from tlt_jax.runtime import (
+    clock,
     command_line,
     compile_cache,
-    config,
     cpu_devices,
     distributed,
     host_memory,
-    progress,
-    train,
-    workdir,
 )
-from tlt_jax.rl import clock, coordinator, rollout_stats
 
 # What this module writes into the workdir; the timeline's step is the turn's number.
 FILE = "turns.jsonl"

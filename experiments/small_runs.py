@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Mapping
 
 from experiments import harness
-from tlt_jax import compile_cache, config, metrics, train
+from tlt_jax import config, metrics, train
+from tlt_jax.runtime import compile_cache
 
 # What makes runs comparable and quick; nothing of it changes a token.
 SETTINGS = {

@@ -9,9 +9,10 @@ import pathlib
 import numpy as np
 
 from experiments import harness, prompts
-from tlt_jax import compile_cache, drafter_texts, policy, speculation, types
+from tlt_jax import drafter_texts, policy, speculation, types
 from tlt_jax.models import drafter_io
 from tlt_jax.rl import rollout
+from tlt_jax.runtime import compile_cache
 from tlt_jax.specdec import chain, hidden_buffer, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 

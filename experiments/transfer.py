@@ -28,8 +28,9 @@ import statistics
 import tempfile
 
 from experiments import cells, harness, plotting
-from tlt_jax import compile_cache, config, policy, speculation, train_drafter, types
+from tlt_jax import config, policy, speculation, train_drafter, types
 from tlt_jax.rl import pretrain, tiny_tasks
+from tlt_jax.runtime import compile_cache
 from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import sampling
 

@@ -50,8 +50,10 @@ def serve(argv: list[str]) -> None:
     """Runs in the process that forks: a line of JSON for each command."""
     import warnings
 
+    from tlt_jax import train  # noqa: F401
+
     # Imported once for all children; none of them has started a backend.
-    from tlt_jax import command_line, compile_cache, train  # noqa: F401
+    from tlt_jax.runtime import command_line, compile_cache
 
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
     stop = bool(int(argv[1]))
@@ -103,7 +105,8 @@ def _stop_after_parsing(module: str) -> None:
 
     from absl import app, flags
 
-    from tlt_jax import distributed, train
+    from tlt_jax import train
+    from tlt_jax.runtime import distributed
 
     def begin(run, directory):
         print(f"would train {run.num_steps} steps in {directory}")

@@ -14,9 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from tlt_jax import checkpoint, sharding
+from tlt_jax import checkpoint
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
+from tlt_jax.runtime import sharding
 
 CFG = model_config.ModelConfig(
     family="llama",

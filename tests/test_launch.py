@@ -13,7 +13,8 @@ import jax
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import channel, distributed, launch, metrics
+from tlt_jax import launch, metrics
+from tlt_jax.runtime import channel, distributed
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MEMBER = """

@@ -14,7 +14,8 @@ import re
 import pytest
 
 import notebooks.__main__ as runner
-from tlt_jax import compile_cache, plot_style
+from tlt_jax import plot_style
+from tlt_jax.runtime import compile_cache
 
 ADDRESS = re.compile(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?:\"|/blob)")
 

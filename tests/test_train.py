@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import failures, metrics, train, workdir
+from tlt_jax import metrics, train, workdir
 from tlt_jax.rl import experience
+from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

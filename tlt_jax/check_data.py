@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from absl import app, flags, logging
 
-from tlt_jax import command_line, data, data_files, types
+from tlt_jax import data, data_files, types
 from tlt_jax.models import source
 from tlt_jax.rl import rewards
+from tlt_jax.runtime import command_line
 
 _SPLIT = flags.DEFINE_string("split", None, "Split of a set that has several.")
 _SUBSET = flags.DEFINE_string("subset", None, "Subset of a set on the hub.")

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import jax
 
-from tlt_jax import distributed, drafter_checkpoint
+from tlt_jax import drafter_checkpoint
 from tlt_jax.rl import adaptation
+from tlt_jax.runtime import distributed
 
 
 class DrafterStore:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from tlt_jax import distributed
+from tlt_jax.runtime import distributed
 
 _POLL_S = 0.1
 # How long processes that were asked to end may take.

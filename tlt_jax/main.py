@@ -7,19 +7,15 @@ processes of one machine are started by `tlt_jax.launch`.
 
 from absl import flags, logging
 
-from tlt_jax import (
+from tlt_jax import checkpoint, config, metrics, train, workdir
+from tlt_jax.runtime import (
     channel,
-    checkpoint,
     command_line,
     compile_cache,
-    config,
     cpu_devices,
     distributed,
     failures,
     host_memory,
-    metrics,
-    train,
-    workdir,
 )
 
 _CONFIG = command_line.define_config_flag()

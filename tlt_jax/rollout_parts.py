@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tlt_jax import config, distributed, speculation
+from tlt_jax import config, speculation
 from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter, drafter_io
 from tlt_jax.models import tokenizer as model_tokenizer
@@ -17,6 +17,7 @@ from tlt_jax.rl import (
     shared_tuner,
     workers,
 )
+from tlt_jax.runtime import distributed
 from tlt_jax.settings import schema
 from tlt_jax.specdec import drafter_training, sampling, strategy, tuners
 

@@ -14,9 +14,7 @@ import jax
 from tlt_jax import (
     checkpoint,
     config,
-    distributed,
     drafter_store,
-    failures,
     metrics,
     plots,
     progress,
@@ -29,7 +27,6 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models import source as model_source
 from tlt_jax.rl import (
     adaptation,
-    clock,
     collector,
     coordinator,
     evaluator,
@@ -45,7 +42,7 @@ from tlt_jax.rl import (
     weight_sync,
     workers,
 )
-from tlt_jax.specdec import programs
+from tlt_jax.runtime import clock, distributed, failures, programs
 
 SCRATCH = "scratch"
 

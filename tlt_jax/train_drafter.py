@@ -20,13 +20,9 @@ from absl import flags, logging
 
 from tlt_jax import (
     checkpoint,
-    command_line,
-    compile_cache,
     config,
     drafter_plots,
     drafter_texts,
-    failures,
-    host_memory,
     metrics,
     policy,
     progress,
@@ -34,6 +30,7 @@ from tlt_jax import (
 )
 from tlt_jax.models import drafter, drafter_head, drafter_io
 from tlt_jax.rl import learner, pretrain, tasks
+from tlt_jax.runtime import command_line, compile_cache, failures, host_memory
 from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import (
     drafter_acceptance,

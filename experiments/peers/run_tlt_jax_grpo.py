@@ -17,9 +17,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import jax
 import protocol
 
-from tlt_jax import config, host_memory, progress, train
+from tlt_jax import config, progress, train
 from tlt_jax.models import source
 from tlt_jax.rl import rollout, workers
+from tlt_jax.runtime import host_memory
 
 
 class FixedLengthTrainer(train.Trainer):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.cpu_kernels import hosts
-from tlt_jax import sharding
 from tlt_jax.cpu_kernels import attention, attention_code, ffi
 from tlt_jax.models import kernels
+from tlt_jax.runtime import sharding
 
 pytestmark = hosts.needs_native
 

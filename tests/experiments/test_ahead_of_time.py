@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh
 
 from configs import grpo
 from experiments import ahead_of_time, harness, recipe_programs
-from tlt_jax import config, sharding
+from tlt_jax import config
 from tlt_jax.models import params as model_params
+from tlt_jax.runtime import sharding
 
 TABLE = harness.RESULTS_DIR / "cpu" / "ahead_of_time.csv"
 

@@ -11,10 +11,10 @@ import safetensors
 import safetensors.numpy
 
 from tests.models import tiny_hf
-from tlt_jax import sharding
 from tlt_jax.models import config as model_config
 from tlt_jax.models import convert, hf_config, layout
 from tlt_jax.models import params as model_params
+from tlt_jax.runtime import sharding
 
 CFG = model_config.ModelConfig(
     family="qwen2",

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from tlt_jax import sharding
 from tlt_jax.pallas_kernels.verify_attention import (
     api,
     arg_specs,
@@ -21,6 +20,7 @@ from tlt_jax.pallas_kernels.verify_attention import (
     pallas_gpu,
     tpu_plan,
 )
+from tlt_jax.runtime import sharding
 
 INTERPRETED = {
     "mosaic_tpu": api.Implementation("mosaic_tpu", interpret=True),

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax import sharding, types
+from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
 from tlt_jax.rl import engine_programs, rollout
+from tlt_jax.runtime import sharding
 from tlt_jax.specdec import noise, sampling
 
 EOS = 2

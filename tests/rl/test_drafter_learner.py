@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from tests.rl import engines
-from tlt_jax import sharding
 from tlt_jax.models import drafter
 from tlt_jax.rl import drafter_learner
+from tlt_jax.runtime import sharding
 from tlt_jax.specdec import drafter_acceptance, drafter_training, drafter_unroll
 
 CFG = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=12)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tlt_jax import config as config_lib
-from tlt_jax import sharding
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
 from tlt_jax.rl import learner, losses, packing, policy_gradient
-from tlt_jax.specdec import programs, sampling
+from tlt_jax.runtime import programs, sharding
+from tlt_jax.specdec import sampling
 
 MODEL = model_config.ModelConfig(
     "qwen3", 64, 2, 32, 48, 4, 2, 8, False, qkv_bias=True, qk_norm=True

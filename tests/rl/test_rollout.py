@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.rl import engines
-from tlt_jax import sharding
 from tlt_jax.rl import rollout
+from tlt_jax.runtime import sharding
 from tlt_jax.specdec import sampling
 
 EOS = engines.EOS

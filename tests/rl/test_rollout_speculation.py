@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.rl import engines
-from tlt_jax import sharding
 from tlt_jax.models import drafter
 from tlt_jax.rl import drafting, rollout, rollout_stats
+from tlt_jax.runtime import sharding
 from tlt_jax.specdec import sampling, strategy, tuner
 
 DRAFTER = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=20)

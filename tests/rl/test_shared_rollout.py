@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from tlt_jax import channel, distributed, failures, types
+from tlt_jax import types
 from tlt_jax.rl import coordinator_records as records
 from tlt_jax.rl import request_queue, rollout_stats, workers
+from tlt_jax.runtime import channel, distributed, failures
 
 NUM = 3
 REQUESTS = [

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlt_jax import sharding
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import weight_sync
-from tlt_jax.specdec import programs
+from tlt_jax.runtime import programs, sharding
 
 MODEL = model_config.ModelConfig(
     "qwen3", 64, 3, 32, 48, 4, 2, 8, False, qkv_bias=True, qk_norm=True

@@ -9,10 +9,10 @@ import pytest
 
 from tests.rl import engines
 from tests.rl.test_rollout_speculation import EAGLE, drafter_params
-from tlt_jax import failures
 from tlt_jax.models import drafter, transformer
 from tlt_jax.rl import coordinator_records as records
 from tlt_jax.rl import drafting, rollout, workers
+from tlt_jax.runtime import failures
 from tlt_jax.specdec import noise, strategy
 
 FUSED = drafter.of_target(engines.CFG, feature_layers=(0, 1))

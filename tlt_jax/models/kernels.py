@@ -4,11 +4,11 @@ import dataclasses
 
 import jax
 
-from tlt_jax import sharding
 from tlt_jax.cpu_kernels import attention as cpu_attention
 from tlt_jax.cpu_kernels import choice
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.pallas_kernels.verify_attention import page_layout
+from tlt_jax.runtime import sharding
 
 _INTERPRETED = "_interpreted"
 _KERNELS = ("mosaic_tpu", "triton_gpu")

@@ -13,7 +13,8 @@ import numpy as np
 
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import drafting, engine_programs, rollout_stats, scheduler
-from tlt_jax.specdec import programs, propose, speculate
+from tlt_jax.runtime import programs
+from tlt_jax.specdec import propose, speculate
 
 # Rows of one call, at most; the call's buckets are the powers of two up to it.
 _MOST_ROWS = 4

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from tlt_jax import config, distributed
+from tlt_jax import config
 from tlt_jax.rl import (
     advantages,
-    clock,
     experience,
     prompts,
     reward_pool,
     rollout_stats,
     workers,
 )
+from tlt_jax.runtime import clock, distributed
 
 # Batches drawn at most for one step under dynamic sampling.
 _MAX_ROUNDS = 4

@@ -14,15 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tlt_jax import sharding
 from tlt_jax.models import drafter, drafter_head
 from tlt_jax.models import params as model_params
+from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import (
     drafter_acceptance,
     drafter_pieces,
     drafter_training,
     drafter_unroll,
-    programs,
 )
 from tlt_jax.types import Array
 

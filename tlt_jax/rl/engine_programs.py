@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlt_jax import sharding
 from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter, kernels, kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import drafting
+from tlt_jax.runtime import sharding
 from tlt_jax.specdec import decode, ngram, propose, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from tlt_jax import sharding, types
+from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
@@ -28,7 +28,8 @@ from tlt_jax.rl import (
     scheduler,
     stopping,
 )
-from tlt_jax.specdec import decode, hidden_buffer, noise, programs, speculate
+from tlt_jax.runtime import programs, sharding
+from tlt_jax.specdec import decode, hidden_buffer, noise, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuner as tuner_lib
 

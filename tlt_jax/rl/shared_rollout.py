@@ -8,9 +8,10 @@ requests travel: every process has drawn the same requests.
 import threading
 from collections.abc import Mapping, Sequence
 
-from tlt_jax import channel, distributed, types
+from tlt_jax import types
 from tlt_jax.rl import coordination, coordinator, request_queue
 from tlt_jax.rl import coordinator_records as records
+from tlt_jax.runtime import channel, distributed
 
 _COORDINATION, _QUEUE = "coordination", "queue"
 # A wait for the end of a training is renewed so often.

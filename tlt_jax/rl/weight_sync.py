@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tlt_jax import sharding as sharding_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.specdec import programs
+from tlt_jax.runtime import programs
+from tlt_jax.runtime import sharding as sharding_lib
 
 
 def engine_meshes(

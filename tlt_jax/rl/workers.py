@@ -10,7 +10,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from tlt_jax import distributed, failures, types
+from tlt_jax import types
 from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import (
@@ -21,6 +21,7 @@ from tlt_jax.rl import (
     shared_rollout,
 )
 from tlt_jax.rl import coordinator_records as records
+from tlt_jax.runtime import distributed, failures
 from tlt_jax.specdec import hidden_buffer
 
 _REMEDY = (

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 
-from tlt_jax import sharding
 from tlt_jax.pallas_kernels.verify_attention import (
     page_layout,
     pallas_gpu,
@@ -21,6 +20,7 @@ from tlt_jax.pallas_kernels.verify_attention import (
     reference,
     validators,
 )
+from tlt_jax.runtime import sharding
 from tlt_jax.types import Array
 
 _OF_PLATFORM = {"tpu": "mosaic_tpu", "gpu": "triton_gpu", "cuda": "triton_gpu"}

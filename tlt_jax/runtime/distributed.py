@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from tlt_jax import channel
+from tlt_jax.runtime import channel
 
 # What a launcher says to the processes that it starts.
 COORDINATOR = "TLT_JAX_COORDINATOR"

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tlt_jax.specdec import programs
+from tlt_jax.runtime import programs
 
 
 @dataclasses.dataclass

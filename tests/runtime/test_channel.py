@@ -6,7 +6,7 @@ from multiprocessing import connection
 
 import pytest
 
-from tlt_jax import channel
+from tlt_jax.runtime import channel
 
 SECRET = b"a secret"
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tlt_jax.specdec import programs
+from tlt_jax.runtime import programs
 
 TIMEOUT_S = 20
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlt_jax import sharding
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
+from tlt_jax.runtime import sharding
 
 RULES = sharding.ShardingRules()
 TINY = model_config.ModelConfig(

@@ -1,0 +1,1 @@
+"""Processes, devices, programs and clocks: what a run stands on."""
