@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter
+from tlt_jax.models.drafters import drafter
 from tlt_jax.specdec import drafter_training, drafter_unroll
 
 # vocab_size, d_model, d_ff, num_heads, num_kv_heads, head_dim, num_layers.

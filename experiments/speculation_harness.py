@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import harness, prompts
 from tlt_jax import drafter_texts, policy, speculation, types
-from tlt_jax.models import drafter_io
+from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl import rollout
 from tlt_jax.runtime import compile_cache
 from tlt_jax.specdec import chain, hidden_buffer, sampling

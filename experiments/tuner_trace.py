@@ -23,7 +23,8 @@ import numpy as np
 
 from experiments import harness, speculation_harness, trace_file
 from tlt_jax import types
-from tlt_jax.models import drafter, drafter_head
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.rl import engine_programs, rollout, scheduler
 from tlt_jax.specdec import drafter_acceptance, drafter_unroll, hidden_buffer
 from tlt_jax.specdec import strategy as strategy_lib

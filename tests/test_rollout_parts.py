@@ -5,7 +5,9 @@ import pytest
 from tests import tiny_runs
 from tests.rl import engines
 from tlt_jax import rollout_parts
-from tlt_jax.models import drafter, drafter_hf, drafter_io
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import hf as drafter_hf
+from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.specdec import strategy
 
 TLT = {"specdec.mode": "tlt", "drafter.features": "last"}

@@ -7,7 +7,7 @@ from matplotlib import colors
 
 from tests.rl import engines
 from tlt_jax import plot_style, policy, speculation, speculation_trace, tree_plots
-from tlt_jax.models import drafter
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import drafting
 from tlt_jax.specdec import sampling, strategy
 

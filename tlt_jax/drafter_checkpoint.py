@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax import checkpoint
-from tlt_jax.models import drafter, drafter_io
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.specdec import drafter_training, drafter_unroll
 
 DIRECTORY = "drafter_checkpoints"

@@ -22,14 +22,12 @@ from absl import app, flags, logging
 
 from tlt_jax import checkpoint, drafter_checkpoint, policy
 from tlt_jax.models import config as model_config
-from tlt_jax.models import (
-    convert,
-    drafter_head,
-    drafter_hf,
-    drafter_io,
-    drafter_layouts,
-)
+from tlt_jax.models import convert
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.models.drafters import hf as drafter_hf
+from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.models.drafters import layouts
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write; absent or empty.")
@@ -43,7 +41,7 @@ _OWN = "tlt"
 _LAYOUT = flags.DEFINE_enum(
     "drafter_layout",
     None,
-    [*drafter_layouts.LAYOUTS, _OWN],
+    [*layouts.LAYOUTS, _OWN],
     "Write the drafter in this layout, and not the policy.",
 )
 _VERIFIER = flags.DEFINE_string(
@@ -115,7 +113,7 @@ def export_drafter(
     Args:
       workdir: of a run with specdec.mode=tlt, or of a training of a drafter.
       out: absent or empty; complete or absent afterwards.
-      layout: one of `drafter_layouts.LAYOUTS`, or `tlt`.
+      layout: one of `layouts.LAYOUTS`, or `tlt`.
       step: RL step of the checkpoint, None for the newest.
       dtype: of the weights written; `tlt` keeps their own.
       verifier: for `speculators`; empty: the run's model.spec.

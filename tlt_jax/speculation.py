@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter, drafter_io
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl import drafting
 from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib

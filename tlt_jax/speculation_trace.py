@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax import policy, speculation
-from tlt_jax.models import drafter_head, kv_cache
+from tlt_jax.models import kv_cache
+from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import decode, noise, propose, sampling, speculate, tree
 from tlt_jax.specdec import strategy as strategy_lib
 

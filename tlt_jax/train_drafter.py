@@ -28,7 +28,9 @@ from tlt_jax import (
     progress,
     workdir,
 )
-from tlt_jax.models import drafter, drafter_head, drafter_io
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl import learner, pretrain, tasks
 from tlt_jax.runtime import command_line, compile_cache, failures, host_memory
 from tlt_jax.settings import drafter_run

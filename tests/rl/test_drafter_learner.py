@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from tests.rl import engines
-from tlt_jax.models import drafter
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import drafter_learner
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec import drafter_acceptance, drafter_training, drafter_unroll

@@ -9,8 +9,8 @@ import pytest
 from tests.rl import engines
 from tlt_jax import types
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import drafting, engine_programs, rollout, scheduler
 from tlt_jax.specdec import strategy
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.rl import engines
-from tlt_jax.models import drafter
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import drafting, rollout, rollout_stats
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec import sampling, strategy, tuner

@@ -9,7 +9,8 @@ import pytest
 
 from tests.rl import engines
 from tests.rl.test_rollout_speculation import EAGLE, drafter_params
-from tlt_jax.models import drafter, transformer
+from tlt_jax.models import transformer
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import coordinator_records as records
 from tlt_jax.rl import drafting, rollout, workers
 from tlt_jax.runtime import failures

@@ -14,7 +14,7 @@ import scipy.stats
 from tests import mutation
 from tests.specdec import hosts, test_speculate, twins
 from tests.specdec import test_law as whole
-from tlt_jax.models import drafter
+from tlt_jax.models.drafters import drafter
 from tlt_jax.specdec import chain, chain_rules, noise, sampling, tree
 from tlt_jax.specdec import strategy as strategy_lib
 

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from tests.specdec import tiny_drafter
-from tlt_jax.models import attention, drafter, kv_cache, transformer
+from tlt_jax.models import attention, kv_cache, transformer
+from tlt_jax.models.drafters import drafter
 from tlt_jax.specdec import (
     drafter_losses,
     drafter_training,

@@ -19,8 +19,10 @@ import pytest
 
 from tests import mutation
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter, drafter_head, kv_cache, transformer
+from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import decode, noise, propose, sampling, speculate, verify
 from tlt_jax.specdec import strategy as strategy_lib
 

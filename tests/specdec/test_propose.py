@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tests.specdec import hosts
-from tlt_jax.models import drafter, drafter_head, kv_cache
+from tlt_jax.models import kv_cache
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import propose
 from tlt_jax.specdec import strategy as strategy_lib
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter, drafter_head, transformer
 from tlt_jax.models import params as model_params
+from tlt_jax.models import transformer
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import drafter_unroll, hidden_buffer
 
 TARGET = model_config.ModelConfig(

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tlt_jax.models import drafter, drafter_head
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import (
     drafter_acceptance,

@@ -14,8 +14,8 @@ import numpy as np
 
 from tlt_jax import types
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import scheduler
 from tlt_jax.specdec import chain, ngram_store, propose, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib

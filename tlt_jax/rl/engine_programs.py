@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter, kernels, kv_cache
+from tlt_jax.models import kernels, kv_cache
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import drafting
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec import decode, ngram, propose, sampling, speculate

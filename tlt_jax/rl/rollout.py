@@ -15,8 +15,8 @@ import numpy as np
 
 from tlt_jax import types
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import (
     asked,
     cache_writer,

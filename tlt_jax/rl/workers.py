@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from tlt_jax import types
-from tlt_jax.models import drafter
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import (
     coordination,
     request_queue,

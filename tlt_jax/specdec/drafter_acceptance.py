@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tlt_jax.models import drafter, drafter_head, transformer
+from tlt_jax.models import transformer
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import drafter_unroll, noise
 from tlt_jax.types import Array
 

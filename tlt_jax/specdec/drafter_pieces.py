@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from tlt_jax.models import drafter
+from tlt_jax.models.drafters import drafter
 from tlt_jax.specdec import drafter_training, drafter_unroll
 from tlt_jax.types import Array
 

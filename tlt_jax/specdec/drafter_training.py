@@ -12,7 +12,9 @@ import optax
 from flax import struct
 from jax import lax
 
-from tlt_jax.models import drafter, drafter_head, transformer
+from tlt_jax.models import transformer
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import drafter_losses, drafter_unroll
 from tlt_jax.types import Array
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from tlt_jax.models import attention, drafter
+from tlt_jax.models import attention
+from tlt_jax.models.drafters import drafter
 from tlt_jax.types import Array
 
 

@@ -22,9 +22,11 @@ from flax import struct
 from jax import lax
 
 from tlt_jax.cpu_kernels import gumbel as native
-from tlt_jax.models import attention, drafter, drafter_head, kv_cache, transformer
+from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import candidates as candidates_lib
 from tlt_jax.specdec import sampling
 from tlt_jax.specdec import strategy as strategy_lib

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from tlt_jax.models import attention, drafter, kv_cache, transformer
+from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
 from tlt_jax.specdec import candidates as candidates_lib
 from tlt_jax.specdec import chain, decode, ngram, noise, propose, sampling, verify
 from tlt_jax.specdec import strategy as strategy_lib

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from tests.specdec import tiny_drafter
-from tlt_jax.models import drafter_io
+from tlt_jax.models.drafters import io as drafter_io
 
 CFG = tiny_drafter.drafter_config(max_length=64)
 

@@ -1,8 +1,9 @@
 """The head that a drafter's features are multiplied by: its target's, or its own."""
 
-from tlt_jax.models import drafter, layers, transformer
 from tlt_jax.models import kernels as kernels_lib
+from tlt_jax.models import layers, transformer
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
 from tlt_jax.types import Array
 
 

@@ -12,13 +12,10 @@ import safetensors.numpy
 import torch
 
 from tests.models import published_drafters as published
-from tlt_jax.models import (
-    drafter,
-    drafter_head,
-    drafter_hf,
-    drafter_io,
-    drafter_layouts,
-)
+from tlt_jax.models.drafters import drafter, layouts
+from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.models.drafters import hf as drafter_hf
+from tlt_jax.models.drafters import io as drafter_io
 
 TARGET = published.TARGET
 LAYOUTS = ("eagle", "eagle3", "speculators")
@@ -29,7 +26,7 @@ INIT = jax.jit(drafter.init, static_argnums=0)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_names_and_shapes_are_the_published_ones(layout, tmp_path):
     cfg, _ = drafter_io.load(published.write(tmp_path, layout), TARGET)
-    assert drafter_layouts.shapes(cfg, layout) == published.SHAPES[layout]
+    assert layouts.shapes(cfg, layout) == published.SHAPES[layout]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -215,7 +212,7 @@ def test_what_a_layout_has_no_place_for_is_refused_by_name():
     def refused(layout, message, **settings):
         cfg = drafter.of_target(TARGET, **settings)
         with pytest.raises(ValueError, match=message):
-            drafter_layouts.check_expressible(cfg, layout, TARGET.num_layers)
+            layouts.check_expressible(cfg, layout, TARGET.num_layers)
 
     for layout in LAYOUTS:
         refused(layout, "train one with drafter.architecture='eagle", feature_layers=())
@@ -228,10 +225,10 @@ def test_what_a_layout_has_no_place_for_is_refused_by_name():
     refused("vllm", "layout='vllm'", **three)
     cfg = drafter.of_target(TARGET, **three)
     for layout in ("eagle3", "speculators"):
-        drafter_layouts.check_expressible(cfg, layout, 8)
+        layouts.check_expressible(cfg, layout, 8)
     cfg = dataclasses.replace(cfg, norm_before_residual=True)
     with pytest.raises(ValueError, match="not computed by SGLang"):
-        drafter_layouts.check_expressible(cfg, "eagle3", 8)
+        layouts.check_expressible(cfg, "eagle3", 8)
 
 
 def test_trained_drafter_takes_the_targets_head_along(tmp_path):

@@ -13,25 +13,20 @@ import numpy as np
 import safetensors.numpy
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import (
-    convert,
-    drafter,
-    drafter_layout_config,
-    drafter_layouts,
-    hf_config,
-)
+from tlt_jax.models import convert, hf_config
+from tlt_jax.models.drafters import drafter, layout_config, layouts
 
 _PICKLED = "pytorch_model.bin"
 
 
-def layout_of(directory: str | os.PathLike) -> drafter_layouts.Layout | None:
+def layout_of(directory: str | os.PathLike) -> layouts.Layout | None:
     """Tell the layout of a directory; None: it has none of the published ones."""
     path = os.path.join(directory, "config.json")
     try:
         config = hf_config.read_json(path)
     except ValueError:
         return None
-    return drafter_layout_config.layout_of(config)
+    return layout_config.layout_of(config)
 
 
 def read_config(
@@ -69,7 +64,7 @@ def load(
     """
     cfg, layout, tensors = _read(directory, target)
     try:
-        params = drafter_layouts.from_tensors(dict(tensors), cfg, layout)
+        params = layouts.from_tensors(dict(tensors), cfg, layout)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
 
@@ -84,7 +79,7 @@ def save(
     directory: str | os.PathLike,
     params: drafter.DrafterParams,
     cfg: drafter.DrafterConfig,
-    layout: drafter_layouts.Layout,
+    layout: layouts.Layout,
     target: model_config.ModelConfig,
     *,
     head: Any = None,
@@ -112,8 +107,8 @@ def save(
     """
     if str(dtype) not in convert.DTYPES:
         raise ValueError(f"dtype={dtype!r}; accepted: {', '.join(convert.DTYPES)}.")
-    drafter_layouts.check_expressible(cfg, layout, target.num_layers)
-    config = drafter_layout_config.to_config(
+    layouts.check_expressible(cfg, layout, target.num_layers)
+    config = layout_config.to_config(
         cfg,
         layout,
         num_target_layers=target.num_layers,
@@ -124,7 +119,7 @@ def save(
     )
     tensors = {
         name: array if array.dtype.kind in "ib" else array.astype(jnp.dtype(dtype))
-        for name, array in drafter_layouts.to_tensors(params, cfg, layout, head).items()
+        for name, array in layouts.to_tensors(params, cfg, layout, head).items()
     }
     with convert.writing(directory, sum(x.nbytes for x in tensors.values())) as made:
         path = pathlib.Path(made) / "model.safetensors"
@@ -136,13 +131,13 @@ def _read(directory: str | os.PathLike, target: model_config.ModelConfig):
     """Return the description, the layout, and what reads the tensors that count."""
     directory = os.fspath(directory)
     config = hf_config.read_json(os.path.join(directory, "config.json"))
-    layout = drafter_layout_config.layout_of(config)
+    layout = layout_config.layout_of(config)
     if layout is None:
         raise ValueError(f"{directory} has none of the published layouts of drafters.")
     places = _places(directory)
-    names = frozenset(places) - drafter_layouts.NOT_READ[layout]
+    names = frozenset(places) - layouts.NOT_READ[layout]
     try:
-        cfg = drafter_layout_config.from_config(config, layout, target, names)
+        cfg = layout_config.from_config(config, layout, target, names)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     return cfg, layout, ((name, places[name](name)) for name in sorted(names))

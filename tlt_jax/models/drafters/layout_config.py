@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter, drafter_layouts, hf_config
+from tlt_jax.models import hf_config
+from tlt_jax.models.drafters import drafter, layouts
 
 # A Llama config leaves out what has these values.
 _DEFAULTS = {
@@ -37,7 +38,7 @@ _OFF: Mapping[str, Any] = {
 
 def to_config(
     cfg: drafter.DrafterConfig,
-    layout: drafter_layouts.Layout,
+    layout: layouts.Layout,
     *,
     num_target_layers: int,
     dtype: str,
@@ -64,15 +65,13 @@ def to_config(
     own = {"tlt_jax": {"target": cfg.target, "max_length": cfg.max_length}}
     if layout == "eagle":
         bias = {"bias": cfg.join_bias}
-        return (
-            layer | {"architectures": [drafter_layouts.CLASS_OF[layout]]} | bias | own
-        )
+        return layer | {"architectures": [layouts.CLASS_OF[layout]]} | bias | own
     if layout == "eagle3":
         layer |= {
-            "architectures": [drafter_layouts.CLASS_OF[layout]],
+            "architectures": [layouts.CLASS_OF[layout]],
             "draft_vocab_size": cfg.num_draft_tokens,
         }
-        if cfg.feature_layers != drafter_layouts.published(num_target_layers):
+        if cfg.feature_layers != layouts.published(num_target_layers):
             named = list(cfg.feature_layers)
             layer["eagle_config"] = {
                 "eagle_aux_hidden_state_layer_ids": named,
@@ -87,7 +86,7 @@ def to_config(
         "accept_tolerance": 0.0,
     }
     return {
-        "architectures": [drafter_layouts.CLASS_OF[layout]],
+        "architectures": [layouts.CLASS_OF[layout]],
         "speculators_model_type": "eagle3",
         "speculators_version": "0.3.0",
         "speculators_config": {
@@ -107,7 +106,7 @@ def to_config(
     }
 
 
-def layout_of(config: Mapping[str, Any]) -> drafter_layouts.Layout | None:
+def layout_of(config: Mapping[str, Any]) -> layouts.Layout | None:
     """Tell a layout by its `config.json`; None: it is none of them.
 
     EAGLE's own checkpoints say `LlamaForCausalLM`; of these the ones with a draft
@@ -127,7 +126,7 @@ def layout_of(config: Mapping[str, Any]) -> drafter_layouts.Layout | None:
 
 def from_config(
     config: Mapping[str, Any],
-    layout: drafter_layouts.Layout,
+    layout: layouts.Layout,
     target: model_config.ModelConfig,
     present: frozenset[str],
 ) -> drafter.DrafterConfig:
@@ -179,12 +178,10 @@ def from_config(
     made = drafter.of_target(
         target,
         feature_layers=() if layout == "eagle" else _layers(outer, layout, target),
-        architecture=drafter_layouts.ARCHITECTURE_OF[layout],
+        architecture=layouts.ARCHITECTURE_OF[layout],
         max_length=known.get("max_length", 0),
     )
-    by_role = {
-        role: name for name, (role, _) in drafter_layouts.TENSORS[layout].items()
-    }
+    by_role = {role: name for name, (role, _) in layouts.TENSORS[layout].items()}
     size = outer.get("draft_vocab_size") or 0
     return dataclasses.replace(
         made,

@@ -19,7 +19,8 @@ import safetensors
 import safetensors.numpy
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import drafter, drafter_hf
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import hf as drafter_hf
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "drafter.safetensors"
 # The second says what the layer is, too; the first is that of architecture `tlt`.

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from tests.specdec import tiny_drafter
-from tlt_jax.models import attention, drafter, drafter_head, kv_cache, transformer
+from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models import config as model_config
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 
 CFG = tiny_drafter.drafter_config()
 FORWARD = jax.jit(functools.partial(drafter.forward), static_argnums=1)

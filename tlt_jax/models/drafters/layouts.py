@@ -26,8 +26,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from tlt_jax.models import drafter, drafter_head
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
 
 Layout = Literal["eagle", "eagle3", "speculators"]
 LAYOUTS: tuple[Layout, ...] = typing.get_args(Layout)

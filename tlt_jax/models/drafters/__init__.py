@@ -1,0 +1,1 @@
+"""The drafter: its network, its files, the layouts others publish."""
