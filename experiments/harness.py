@@ -32,7 +32,7 @@ from experiments import freshness, machine, visitor
 PEERS_DIR = pathlib.Path(__file__).parent / "peers"
 RESULTS_DIR = pathlib.Path(__file__).parent / "results"
 
-DEFAULT_MODEL = "smollm2-135m-instruct"  # as tlt_jax.models.source names it
+DEFAULT_MODEL = "smollm2-135m-instruct"  # as tlt_jax.models.formats.source names it
 # `cpu` runs on two cores, `one_gpu` needs one accelerator, `paper` what the paper used.
 SCALES = ("cpu", "one_gpu", "paper")
 

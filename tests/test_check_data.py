@@ -7,7 +7,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from tlt_jax import check_data
-from tlt_jax.models import tokenizer
+from tlt_jax.models.formats import tokenizer
 
 GOOD = [{"prompt": "1+1?", "answer": "2"}, {"prompt": "2+2?", "answer": 4}]
 

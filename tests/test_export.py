@@ -14,9 +14,9 @@ import transformers
 from tlt_jax import checkpoint, drafter_checkpoint, export, policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.models import tokenizer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.models.formats import tokenizer
 from tlt_jax.specdec import drafter_training, sampling
 
 CFG = model_config.ModelConfig(

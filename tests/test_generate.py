@@ -14,11 +14,11 @@ from absl.testing import flagsaver
 
 from tlt_jax import checkpoint, generate, policy, types
 from tlt_jax.models import config as model_config
-from tlt_jax.models import convert, tokenizer
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.models.formats import convert, tokenizer
 from tlt_jax.rl import engine_programs, rollout, rollout_stats
 from tlt_jax.specdec import sampling
 

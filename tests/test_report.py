@@ -7,7 +7,7 @@ import pytest
 
 from tests import test_plots
 from tlt_jax import metrics, report, report_page
-from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 
 ODD = "<script>alert('&')</script>"
 

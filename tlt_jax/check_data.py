@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from absl import app, flags, logging
 
 from tlt_jax import data, data_files, types
-from tlt_jax.models import source
+from tlt_jax.models.formats import source
 from tlt_jax.rl import rewards
 from tlt_jax.runtime import command_line
 

@@ -11,8 +11,8 @@ from tlt_jax import checkpoint, metrics
 from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.models import source
-from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.models.formats import source
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl import engine_programs, rollout
 
 _TOKENIZER = "tokenizer"

@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags
 
 from tlt_jax import metrics, plot_style, plots, progress, report_page
-from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.runtime import command_line
 
 FILE = "report.html"

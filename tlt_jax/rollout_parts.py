@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from tlt_jax import config, speculation
 from tlt_jax.models import config as model_config
-from tlt_jax.models import tokenizer as model_tokenizer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl import (
     coordinator_records,
     drafting,

@@ -24,7 +24,7 @@ from tlt_jax import (
     workdir,
 )
 from tlt_jax.models import params as model_params
-from tlt_jax.models import source as model_source
+from tlt_jax.models.formats import source as model_source
 from tlt_jax.rl import (
     adaptation,
     collector,

@@ -12,7 +12,7 @@ from matplotlib import axes as axes_lib
 from matplotlib import colors, figure, patches
 
 from tlt_jax import plot_style, speculation_trace
-from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 
 Step = speculation_trace.Step
 Name = Callable[[int], str]

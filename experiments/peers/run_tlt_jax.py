@@ -13,7 +13,7 @@ import protocol
 
 from tlt_jax import types
 from tlt_jax.models import params as model_params
-from tlt_jax.models import source
+from tlt_jax.models.formats import source
 from tlt_jax.rl import engine_programs, rollout
 from tlt_jax.specdec import sampling
 
@@ -22,7 +22,7 @@ class Peer:
     """One model, and an engine for each temperature asked for."""
 
     def load(self, request: dict) -> dict:
-        """Loads `model`, any spec that `tlt_jax.models.source` knows, in float32."""
+        """Loads `model`, any spec that `tlt_jax.models.formats.source` knows, in float32."""
         self.settings = request
         self.source = source.resolve(request["model"])
         # On CPUs a loop over layers that is written out is the faster one.

@@ -18,7 +18,7 @@ import jax
 import protocol
 
 from tlt_jax import config, progress, train
-from tlt_jax.models import source
+from tlt_jax.models.formats import source
 from tlt_jax.rl import rollout, workers
 from tlt_jax.runtime import host_memory
 

@@ -12,7 +12,7 @@ import transformers
 
 from experiments import decode_speed, grpo_step_speed, harness
 from experiments.peers import prepare_smollm2
-from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 
 EOS = 2
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"

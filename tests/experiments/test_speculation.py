@@ -8,11 +8,11 @@ import pytest
 
 from experiments import accept_length, speculation_speed
 from tlt_jax.models import config as model_config
-from tlt_jax.models import convert
 from tlt_jax.models import params as model_params
-from tlt_jax.models import tokenizer as model_tokenizer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.models.formats import convert
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"
 TEMPLATE = (

@@ -9,11 +9,11 @@ import pytest
 from experiments import arm_replay, speculation_harness, trace_file, tuner_trace
 from tests.experiments import test_speculation
 from tlt_jax import drafter_texts, policy
-from tlt_jax.models import convert
 from tlt_jax.models import params as model_params
-from tlt_jax.models import tokenizer as model_tokenizer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.models.formats import convert
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import hidden_buffer, strategy
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.models import tiny_hf
-from tlt_jax.models import convert, gguf_file, hf_config, source, tokenizer
 from tlt_jax.models.config import RopeScaling
+from tlt_jax.models.formats import convert, gguf_file, hf_config, source, tokenizer
 
 # As byte-level vocabularies spell them: Ġ is a space, Ċ a newline.
 TOKENS = ["<|end|>", "<|begin|>", *"abc0123.", "Ġ", "Ċ", "ab", "ĊĊ", "Ġ1", "12", "Ġa"]

@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from tests.models import tiny_hf
-from tlt_jax.models import attention, convert, hf_config, transformer
+from tlt_jax.models import attention, transformer
+from tlt_jax.models.formats import convert, hf_config
 
 TOLERANCE = dict(rtol=0, atol=1e-4)
 NUM_TOKENS = 40  # beyond the original context of the stretched models

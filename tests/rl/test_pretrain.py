@@ -12,7 +12,7 @@ import pytest
 
 from tlt_jax import config
 from tlt_jax.models import params as model_params
-from tlt_jax.models import source
+from tlt_jax.models.formats import source
 from tlt_jax.rl import pretrain, tasks, tiny_tasks
 from tlt_jax.settings import schema
 

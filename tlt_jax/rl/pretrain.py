@@ -21,10 +21,11 @@ import optax
 from flax import struct
 
 from tlt_jax import config as config_lib
-from tlt_jax.models import attention, convert, hf_config, transformer
+from tlt_jax.models import attention, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.models.formats import convert, hf_config
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl import tasks
 from tlt_jax.types import Array
 

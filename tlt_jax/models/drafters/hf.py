@@ -13,8 +13,8 @@ import numpy as np
 import safetensors.numpy
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import convert, hf_config
 from tlt_jax.models.drafters import drafter, layout_config, layouts
+from tlt_jax.models.formats import convert, hf_config
 
 _PICKLED = "pytorch_model.bin"
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import hf_config
 from tlt_jax.models.drafters import drafter, layouts
+from tlt_jax.models.formats import hf_config
 
 # A Llama config leaves out what has these values.
 _DEFAULTS = {

@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from tests.models import tiny_hf
 from tlt_jax.models import config as model_config
-from tlt_jax.models import convert, hf_config, layout
 from tlt_jax.models import params as model_params
+from tlt_jax.models.formats import convert, hf_config, layout
 from tlt_jax.runtime import sharding
 
 CFG = model_config.ModelConfig(

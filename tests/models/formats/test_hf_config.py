@@ -7,8 +7,8 @@ import pytest
 import transformers
 
 from tests.models import tiny_hf
-from tlt_jax.models import hf_config
 from tlt_jax.models.config import RopeScaling
+from tlt_jax.models.formats import hf_config
 
 QWEN2 = dict(
     architectures=["Qwen2ForCausalLM"],

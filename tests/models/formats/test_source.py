@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.models import tiny_hf
-from tlt_jax.models import source, tokenizer
+from tlt_jax.models.formats import source, tokenizer
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import layout as model_layout
 from tlt_jax.models import params as model_params
-from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.models.formats import layout as model_layout
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 
 FAMILIES: Mapping[str, model_config.Family] = {
     "llama": "llama",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import hf_settings
+from tlt_jax.models.formats import hf_settings
 
 _ROPE_KEYS = {
     "default": (),

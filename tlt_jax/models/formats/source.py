@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from absl import logging
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import convert, gguf_file, hf_config
 from tlt_jax.models import params as model_params
-from tlt_jax.models import tokenizer as model_tokenizer
+from tlt_jax.models.formats import convert, gguf_file, hf_config
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
 ACCEPTED = (

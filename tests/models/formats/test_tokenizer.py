@@ -8,7 +8,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from tlt_jax.models import tokenizer
+from tlt_jax.models.formats import tokenizer
 
 TEXT = "Tëst 12+34 = 46.\n\n  5 naïve 漢字 🙂 don't <|end|>"
 MESSAGES = (

@@ -16,9 +16,9 @@ import safetensors
 import safetensors.numpy
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import hf_config
-from tlt_jax.models import layout as model_layout
 from tlt_jax.models import params as model_params
+from tlt_jax.models.formats import hf_config
+from tlt_jax.models.formats import layout as model_layout
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = (

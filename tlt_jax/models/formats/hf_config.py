@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models import hf_rope, hf_settings
+from tlt_jax.models.formats import hf_rope, hf_settings
 
 ARCHITECTURES: Mapping[str, model_config.Family] = {
     "LlamaForCausalLM": "llama",

@@ -1,0 +1,1 @@
+"""Files that models come in: weights, configurations, tokenizers."""
