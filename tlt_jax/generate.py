@@ -24,7 +24,8 @@ from tlt_jax import speculation as speculation_lib
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl import rollout_stats
 from tlt_jax.runtime import command_line, compile_cache
-from tlt_jax.specdec import chain, propose, sampling
+from tlt_jax.specdec import chain, sampling
+from tlt_jax.specdec.proposers import learned
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Hugging Face directory, gguf:FILE, hub name, or a run's workdir."
@@ -73,7 +74,7 @@ _STRATEGY = flags.DEFINE_multi_string(
 _RANKING = flags.DEFINE_enum(
     "ranking",
     "coupled",
-    list(propose.RANKINGS),
+    list(learned.RANKINGS),
     "Guess the sample by its own noise, or the likeliest tokens.",
 )
 _RULE = flags.DEFINE_enum(

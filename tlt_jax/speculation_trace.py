@@ -15,8 +15,9 @@ import numpy as np
 from tlt_jax import policy, speculation
 from tlt_jax.models import kv_cache
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import decode, noise, propose, sampling, speculate, tree
+from tlt_jax.specdec import decode, noise, sampling, speculate, tree
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import learned
 
 _PAGE_SIZE = 16
 
@@ -95,9 +96,9 @@ class Tracer:
                 "temperature=0 draws nothing, so there is no noise to show: use a "
                 "temperature above 0."
             )
-        if ranking not in propose.RANKINGS:
+        if ranking not in learned.RANKINGS:
             raise ValueError(
-                f"ranking={ranking!r}: use one of {', '.join(propose.RANKINGS)}."
+                f"ranking={ranking!r}: use one of {', '.join(learned.RANKINGS)}."
             )
         self._asked, self._strategy, self._max_length = asked, strategy, max_length
         self._tau = np.float32(drafting.drafting_cfg.tau)
@@ -118,7 +119,7 @@ class Tracer:
         self._sharpness = np.float32(1.0 if given is None else given)
         params = drafting.params.replace(sharpness=None)
         head = drafter_head.head_rows(asked.params, params.draft_ids)
-        self._weights = propose.DrafterWeights(params, asked.params.embed, head)
+        self._weights = learned.DrafterWeights(params, asked.params.embed, head)
         settings = speculate.Settings(
             cfg=cfg,
             strategy=strategy,
@@ -139,7 +140,7 @@ class Tracer:
             )
         )
         self._fill = jax.jit(
-            functools.partial(propose.fill, cfg=drafter_cfg, dtype=dtype)
+            functools.partial(learned.fill, cfg=drafter_cfg, dtype=dtype)
         )
 
     def steps(

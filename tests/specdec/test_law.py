@@ -23,8 +23,9 @@ from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import decode, noise, propose, sampling, speculate, verify
+from tlt_jax.specdec import decode, noise, sampling, speculate, verify
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import learned
 
 CFG = model_config.ModelConfig(
     family="llama",
@@ -142,7 +143,7 @@ class Rollouts:
         self.cfg, self.how = cfg, how
         params = jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(5))
         params = params.replace(draft_ids=draft_ids)
-        self.weights = propose.DrafterWeights(
+        self.weights = learned.DrafterWeights(
             params, target().embed, drafter_head.head_rows(target(), draft_ids)
         )
         num = len(volumes)

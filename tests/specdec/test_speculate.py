@@ -11,8 +11,9 @@ from tests.specdec import hosts
 from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import decode, propose, speculate
+from tlt_jax.specdec import decode, speculate
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import learned
 
 MAX_TOKENS = 8  # of one call
 CHAIN = strategy_lib.Strategy(3, 1, 4)
@@ -32,7 +33,7 @@ def weights(cfg):
         params = params.replace(draft_ids=jnp.asarray(ids))
     target = hosts.weights()
     head = drafter_head.head_rows(target, params.draft_ids)
-    return propose.DrafterWeights(params, target.embed, head)
+    return learned.DrafterWeights(params, target.embed, head)
 
 
 @functools.cache
@@ -66,7 +67,7 @@ def plain_program(sampling_cfg, cfg):
 
 @functools.cache
 def fill_program(cfg):
-    return jax.jit(functools.partial(propose.fill, cfg=cfg), donate_argnums=(2,))
+    return jax.jit(functools.partial(learned.fill, cfg=cfg), donate_argnums=(2,))
 
 
 @functools.cache
@@ -83,7 +84,7 @@ def whole_texts(cfg):
         drafted = drafter.forward(
             weights(cfg).params,
             cfg,
-            propose.embedded(weights(cfg), jnp.roll(texts, -1, axis=1), jnp.float32),
+            learned.embedded(weights(cfg), jnp.roll(texts, -1, axis=1), jnp.float32),
             drafter.fuse(weights(cfg).params, cfg, features),
             positions,
         )

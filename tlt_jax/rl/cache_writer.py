@@ -14,7 +14,8 @@ import numpy as np
 from tlt_jax.models import params as model_params
 from tlt_jax.rl import drafting, engine_programs, rollout_stats, scheduler
 from tlt_jax.runtime import programs
-from tlt_jax.specdec import propose, speculate
+from tlt_jax.specdec import speculate
+from tlt_jax.specdec.proposers import learned
 
 # Rows of one call, at most; the call's buckets are the powers of two up to it.
 _MOST_ROWS = 4
@@ -71,7 +72,7 @@ class CacheWriter:
         self,
         caches: speculate.Caches,
         params: model_params.Params,
-        weights: propose.DrafterWeights,
+        weights: learned.DrafterWeights,
         rounds: Sequence[Sequence[drafting.Fill]],
         stats: rollout_stats.RolloutStats,
     ) -> speculate.Caches:

@@ -17,9 +17,10 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import scheduler
-from tlt_jax.specdec import chain, ngram_store, propose, sampling, speculate
+from tlt_jax.specdec import chain, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuner as tuner_lib
+from tlt_jax.specdec.proposers import learned, ngram_store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,9 @@ class DraftingConfig:
             may grow longer than it was trained for, or the rule cannot judge what the
             strategies draft.
         """
-        if self.ranking not in propose.RANKINGS:
+        if self.ranking not in learned.RANKINGS:
             raise ValueError(
-                f"ranking={self.ranking!r}: use one of {', '.join(propose.RANKINGS)}."
+                f"ranking={self.ranking!r}: use one of {', '.join(learned.RANKINGS)}."
             )
         if not 0 < self.tau:
             raise ValueError(f"tau={self.tau} is not positive: try 0.5.")
@@ -180,7 +181,7 @@ class Drafting:
         self.cfg = cfg
         self._tuner = tuner or tuner_lib.Static(cfg.table)
         self._early_tuner = early_tuner
-        self.weights: propose.DrafterWeights | None = None
+        self.weights: learned.DrafterWeights | None = None
         self.version = -1
         self._params: drafter.DrafterParams | None = None
         self._sharpness = np.float32(1.0)
@@ -211,7 +212,7 @@ class Drafting:
         """Take embedding and head of the target."""
         if self._params is None:
             return
-        self.weights = propose.weights_of(self._params, target)
+        self.weights = learned.weights_of(self._params, target)
 
     def begin(self) -> None:
         """Begin a run: nothing is cached, and what matches did counts less."""

@@ -20,8 +20,9 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import drafting
 from tlt_jax.runtime import sharding
-from tlt_jax.specdec import decode, ngram, propose, sampling, speculate
+from tlt_jax.specdec import decode, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import learned, ngram
 
 Program = tuple[Hashable, Callable[[], jax.stages.Lowered]]
 
@@ -147,7 +148,7 @@ class EnginePrograms:
         """Whether pages keep the last features, too, for the drafter's training."""
         return bool(self.feature_layers) and self._drafting_cfg.capture
 
-    def _drafter_weights(self, params: model_params.Params) -> propose.DrafterWeights:
+    def _drafter_weights(self, params: model_params.Params) -> learned.DrafterWeights:
         """Describe the drafter's weights, which need not be there yet."""
         cfg = self._drafter_cfg
         size = cfg.draft_vocab_size
@@ -155,7 +156,7 @@ class EnginePrograms:
         def make(target):
             ids = jnp.zeros((size,), jnp.int32) if size else None
             own = drafter.init(cfg, jax.random.key(0), self._dtype)
-            return propose.weights_of(own.replace(draft_ids=ids), target)
+            return learned.weights_of(own.replace(draft_ids=ids), target)
 
         made = jax.eval_shape(make, abstract_of(params))
         placed = jax.tree.map(
@@ -294,7 +295,7 @@ class EnginePrograms:
         def lower():
             cfg = self._engine_cfg
             fn = functools.partial(
-                propose.fill,
+                learned.fill,
                 cfg=self._drafter_cfg,
                 dtype=self._dtype,
                 kernels=self.kernels,

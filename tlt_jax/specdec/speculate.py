@@ -19,9 +19,10 @@ from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.specdec import candidates as candidates_lib
-from tlt_jax.specdec import chain, decode, ngram, noise, propose, sampling, verify
+from tlt_jax.specdec import chain, decode, noise, sampling, verify
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tree as tree_lib
+from tlt_jax.specdec.proposers import learned, ngram
 from tlt_jax.types import Array
 
 
@@ -87,12 +88,12 @@ class Draft:
 
     Attributes:
       weights: what it computes with.
-      tau, sharpness: float32 scalars, see `propose.draft`.
+      tau, sharpness: float32 scalars, see `learned.draft`.
       lengths: `[B] int32`, positions in its cache, 1 to A fewer than in the target's.
       tokens: `[B, A] int32`, of positions `lengths + 1` on: the rest of the text.
     """
 
-    weights: propose.DrafterWeights
+    weights: learned.DrafterWeights
     tau: Array
     sharpness: Array
     lengths: Array
@@ -159,7 +160,7 @@ class _State:
     lengths: Array
     pending: Array
     alive: Array
-    accepted: propose.Accepted | None
+    accepted: learned.Accepted | None
     matching: Matching | None
     emitted: decode.Emitted
     num_accepted: Array
@@ -265,14 +266,14 @@ def _behind(
     rows: decode.Rows,
     draft: Draft,
     drafter_cfg: drafter.DrafterConfig,
-) -> propose.Accepted:
+) -> learned.Accepted:
     """What the drafter has still to take in when a call begins."""
     behind = rows.lengths - draft.lengths
     most = draft.tokens.shape[1]
     features = kv_cache.read_features(
         caches.target, rows.page_table, draft.lengths, most
     )[: drafter_cfg.num_read]
-    return propose.Accepted(
+    return learned.Accepted(
         tokens=draft.tokens,
         # Slots that were never written may hold anything.
         features=jnp.where(jnp.arange(most) < behind[:, None], features, 0),
@@ -327,7 +328,7 @@ def _propose(
             tau, sharpness = draft.tau, draft.sharpness
         else:
             gumbel, tau, sharpness = chance.draft, 1.0, 1.0
-        made = propose.draft(
+        made = learned.draft(
             draft.weights,
             state.caches.drafter,
             rows.page_table,
@@ -432,7 +433,7 @@ def _advance(state, rows, candidates, proposed, read, token_limit, settings) -> 
     if state.accepted is not None:
         caches = caches.replace(drafter=_taken_in(state, rows, proposed, walk))
         # In a row that rides along nothing changes.
-        accepted = propose.Accepted(
+        accepted = learned.Accepted(
             tokens=jnp.where(alive[:, None], walk.tokens, state.accepted.tokens),
             features=jnp.where(
                 alive[:, None],

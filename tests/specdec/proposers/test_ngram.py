@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.specdec import candidate_twins as twins
 from tlt_jax.specdec import candidates as candidates_lib
-from tlt_jax.specdec import ngram
+from tlt_jax.specdec.proposers import ngram
 
 TABLE = np.array([0.0, 0.2, 0.37, 0.55, 0.71], np.float32)
 TEXTS, WIDTH, BATCH, SOURCES = 5, 14, 2, 4

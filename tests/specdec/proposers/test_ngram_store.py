@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tlt_jax.specdec import ngram_store
+from tlt_jax.specdec.proposers import ngram_store
 
 
 def ints(*values):

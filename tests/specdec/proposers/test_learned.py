@@ -11,8 +11,8 @@ from tests.specdec import hosts
 from tlt_jax.models import kv_cache
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import propose
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import learned
 
 NUM, MOST, PAGE = 2, 16, 4  # rows, longest text, page size
 CFG = drafter.of_target(hosts.CFG, feature_layers=(0, 1), draft_vocab_size=30)
@@ -27,7 +27,7 @@ def weights():
     params = drafter.init(CFG, jax.random.key(2))
     params = params.replace(draft_ids=jnp.asarray(ids, jnp.int32))
     target = hosts.weights()
-    return propose.DrafterWeights(
+    return learned.DrafterWeights(
         params, target.embed, drafter_head.head_rows(target, params.draft_ids)
     )
 
@@ -38,7 +38,7 @@ def whole(tokens, features):
     out = drafter.forward(
         weights().params,
         CFG,
-        propose.embedded(weights(), tokens[None], jnp.float32),
+        learned.embedded(weights(), tokens[None], jnp.float32),
         features[:, None],
         jnp.arange(MOST)[None],
     )
@@ -91,7 +91,7 @@ def slow_draft(row, noise, tau, sharpness, temperature):
 @functools.cache
 def draft_program(coupled, temperature):
     def fn(weights, cache, table, accepted, noise, tau, sharpness):
-        return propose.draft(
+        return learned.draft(
             weights,
             cache,
             table,
@@ -130,7 +130,7 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
     cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
     lengths, counts = np.array(LENGTHS, np.int32), np.array(COUNTS, np.int32)
     start = lengths - counts
-    cache = jax.jit(functools.partial(propose.fill, cfg=CFG))(
+    cache = jax.jit(functools.partial(learned.fill, cfg=CFG))(
         weights(),
         written,
         cache,
@@ -143,7 +143,7 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
     at = start[:, None] + np.arange(width)
     features = np.take_along_axis(raw, at[None], axis=2)
     features = np.where(np.arange(width) < counts[:, None], features, 0)
-    accepted = propose.Accepted(
+    accepted = learned.Accepted(
         tokens=np.take_along_axis(tokens, at + 1, axis=1),
         features=features,
         start=start,
@@ -185,7 +185,7 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
 @pytest.mark.parametrize("k", [1, 3, 4, 6])
 def test_best_of_are_the_largest(k):
     scores = np.random.default_rng(k).normal(size=(3, 2, 50)).astype(np.float32)
-    values, ids = jax.jit(propose.best_of, static_argnums=1)(scores, k)
+    values, ids = jax.jit(learned.best_of, static_argnums=1)(scores, k)
     order = np.argsort(-scores, axis=-1)[..., :k]
     np.testing.assert_array_equal(ids, order)
     np.testing.assert_array_equal(values, np.take_along_axis(scores, order, -1))

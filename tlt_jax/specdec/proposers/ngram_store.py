@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tlt_jax.specdec import ngram
+from tlt_jax.specdec.proposers import ngram
 
 
 class NgramStore:

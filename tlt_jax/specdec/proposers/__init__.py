@@ -1,0 +1,1 @@
+"""What proposes tokens: a learned drafter, matches of earlier text."""
