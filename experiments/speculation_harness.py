@@ -13,8 +13,9 @@ from tlt_jax import drafter_texts, policy, speculation, types
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl import rollout
 from tlt_jax.runtime import compile_cache
-from tlt_jax.specdec import chain, hidden_buffer, sampling
+from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.texts import shards
 
 MAX_PROMPT_TOKENS = 320
 PAGE_SIZE = 64
@@ -161,7 +162,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")}
 
 
-def texts_of(workdir: pathlib.Path) -> hidden_buffer.HiddenBuffer:
+def texts_of(workdir: pathlib.Path) -> shards.HiddenBuffer:
     """Opens the texts that a drafter was trained and measured on.
 
     Raises:
@@ -173,10 +174,10 @@ def texts_of(workdir: pathlib.Path) -> hidden_buffer.HiddenBuffer:
             "tlt_jax.train_drafter, with the texts that it was measured on."
         )
     settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    return hidden_buffer.HiddenBuffer(workdir / "texts", settings["texts"]["dtype"])
+    return shards.HiddenBuffer(workdir / "texts", settings["texts"]["dtype"])
 
 
-def held_out(texts: hidden_buffer.HiddenBuffer) -> list[int]:
+def held_out(texts: shards.HiddenBuffer) -> list[int]:
     """Lists the indices of the texts that the drafter never saw."""
     return [
         i

@@ -26,9 +26,10 @@ from tlt_jax import types
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.rl import engine_programs, rollout, scheduler
-from tlt_jax.specdec import drafter_acceptance, drafter_unroll, hidden_buffer
+from tlt_jax.specdec import drafter_acceptance, drafter_unroll
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuner as tuner_lib
+from tlt_jax.specdec.texts import shards
 
 SLUG = "tuner_trace"
 ARMS = "1:D3K1V4,D7K1V8,D11K1V12,D15K1V16 8:D3K1V4,D7K1V8,D11K1V12"
@@ -119,7 +120,7 @@ def tuned_engine(
 
 
 def requests_of(
-    texts: hidden_buffer.HiddenBuffer, count: int, new_tokens: int
+    texts: shards.HiddenBuffer, count: int, new_tokens: int
 ) -> list[types.Request]:
     """Asks the prompts with the longest answers again."""
     lengths = texts.lengths - texts.response_starts
@@ -134,7 +135,7 @@ def requests_of(
 def record_steps(
     engine: rollout.Engine,
     tuner: RoundRobin,
-    texts: hidden_buffer.HiddenBuffer,
+    texts: shards.HiddenBuffer,
     *,
     fewest_calls: int,
     new_tokens: int,
@@ -170,7 +171,7 @@ def measure_lifetimes(
     versions: Mapping[str, drafter.DrafterParams],
     cfg: drafter.DrafterConfig,
     target: drafter_unroll.Target,
-    texts: hidden_buffer.HiddenBuffer,
+    texts: shards.HiddenBuffer,
     indices: list[int],
     max_levels: int,
 ) -> dict[str, list[np.ndarray]]:
@@ -196,10 +197,10 @@ def measure_lifetimes(
         )
     )
     found: dict[str, dict] = {name: {} for name in versions}
-    for rows in hidden_buffer.plan(
+    for rows in shards.plan(
         texts, indices, num_rows=_ROWS_OF_TEXTS, seed=None, **sizes
     ):
-        batch = hidden_buffer.lay_out(texts, rows, **sizes)
+        batch = shards.lay_out(texts, rows, **sizes)
         for name, params in versions.items():
             counts = np.asarray(measure(params, batch, target))
             for row, spans in enumerate(rows):

@@ -9,13 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from tests.specdec import test_text_buffer, tiny_drafter
+from tests.specdec import tiny_drafter
+from tests.specdec.texts import test_buffer
 from tlt_jax import checkpoint, drafter_checkpoint
-from tlt_jax.specdec import (
-    drafter_training,
-    text_buffer,
-    text_sampling,
-)
+from tlt_jax.specdec import drafter_training
+from tlt_jax.specdec.texts import buffer as text_buffer
+from tlt_jax.specdec.texts import sampling as text_sampling
 
 OPTIMIZER = optax.adamw(1e-2)
 CFG = tiny_drafter.drafter_config()
@@ -122,7 +121,7 @@ def test_buffer_and_sampler_come_back(tmp_path):
     sizes = {"row_tokens": 32, "row_bases": 30, "num_rows": 2, "seed": 3}
     buffer = text_buffer.TextBuffer(1_000_000)
     for i in range(9):
-        buffer.append(test_text_buffer.made(i, 6 + i, 1 + i // 4, features=i < 0))
+        buffer.append(test_buffer.made(i, 6 + i, 1 + i // 4, features=i < 0))
     sampler = text_sampling.Sampler(buffer, **sizes)
     sampler.next_batch()
     parts = {"texts": buffer.state(), "sampler": sampler.state()}

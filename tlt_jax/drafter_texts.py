@@ -21,7 +21,8 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
 from tlt_jax.rl import chat_prompts, prompts, tasks
 from tlt_jax.settings import drafter_run, schema
-from tlt_jax.specdec import hidden_buffer, noise
+from tlt_jax.specdec import noise
+from tlt_jax.specdec.texts import shards
 
 # Held-out texts have ids from here on, so that more training texts do not move them.
 HELD_OUT = 1 << 40
@@ -110,7 +111,7 @@ def ask(
 def write(
     target: policy.Policy,
     asked: Sequence[Asked],
-    buffer: hidden_buffer.HiddenBuffer,
+    buffer: shards.HiddenBuffer,
     *,
     settings: drafter_run.Texts,
     feature_layers: tuple[int, ...],
@@ -147,7 +148,7 @@ def write(
         computed = forward(texts)
         buffer.append(
             [
-                hidden_buffer.Record(
+                shards.Record(
                     text_id=c.request_id,
                     tokens=text,
                     response_start=len(missing[c.request_id].prompt),

@@ -34,12 +34,8 @@ from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl import learner, pretrain, tasks
 from tlt_jax.runtime import command_line, compile_cache, failures, host_memory
 from tlt_jax.settings import drafter_run
-from tlt_jax.specdec import (
-    drafter_acceptance,
-    drafter_training,
-    drafter_unroll,
-    hidden_buffer,
-)
+from tlt_jax.specdec import drafter_acceptance, drafter_training, drafter_unroll
+from tlt_jax.specdec.texts import shards
 
 SCRATCH = "scratch"
 _MAX_SKIPPED = 10
@@ -167,7 +163,7 @@ class _Trainer:
             pretrain.make(settings, tasks.build(settings.task), spec)
         return policy.load(spec, run.precision)
 
-    def _texts(self) -> hidden_buffer.HiddenBuffer:
+    def _texts(self) -> shards.HiddenBuffer:
         run, target = self.run, self.policy
         self.feature_layers = run.drafter.feature_layers
         if run.drafter.features == "low_mid_high":
@@ -186,7 +182,7 @@ class _Trainer:
                     "feature_layers": self.feature_layers,
                 },
             )
-        buffer = hidden_buffer.HiddenBuffer(self.directory / "texts", run.texts.dtype)
+        buffer = shards.HiddenBuffer(self.directory / "texts", run.texts.dtype)
         asked = drafter_texts.ask(
             run.texts, lambda example: target.tokenizer.encode_prompt(example.prompt)
         )
@@ -274,10 +270,10 @@ class _Trainer:
             params, self.optimizer.init(params), jnp.int32(0)
         )
 
-    def _plan(self, epoch: int | None) -> list[list[list[hidden_buffer.Span]]]:
+    def _plan(self, epoch: int | None) -> list[list[list[shards.Span]]]:
         """Batches of an epoch, or of the held-out texts."""
         batch = self.run.batch
-        return hidden_buffer.plan(
+        return shards.plan(
             self.buffer,
             self.held_out if epoch is None else self.train_texts,
             row_tokens=batch.row_tokens,
@@ -288,7 +284,7 @@ class _Trainer:
 
     def _lay_out(self, rows) -> drafter_unroll.Batch:
         batch = self.run.batch
-        return hidden_buffer.lay_out(
+        return shards.lay_out(
             self.buffer,
             rows,
             row_tokens=batch.row_tokens,

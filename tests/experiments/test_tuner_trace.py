@@ -15,7 +15,8 @@ from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import convert
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.settings import drafter_run
-from tlt_jax.specdec import hidden_buffer, strategy
+from tlt_jax.specdec import strategy
+from tlt_jax.specdec.texts import shards
 
 CFG = test_speculation.CFG
 D1, D2 = strategy.parse("D1K1V2"), strategy.parse("D2K1V3")
@@ -46,7 +47,7 @@ def recorded(tmp_path_factory):
     texts = drafter_run.Texts(
         dtype="float32", max_batch=2, max_new_tokens=NEW_TOKENS, max_prompt_tokens=16
     )
-    buffer = hidden_buffer.HiddenBuffer(workdir / "texts", "float32")
+    buffer = shards.HiddenBuffer(workdir / "texts", "float32")
     drafter_texts.write(
         policy.load(str(model)),
         [

@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 
 from tests.specdec import tiny_drafter
-from tlt_jax.specdec import (
-    drafter_acceptance,
-    drafter_unroll,
-    hidden_buffer,
-    noise,
-)
+from tlt_jax.specdec import drafter_acceptance, drafter_unroll, noise
+from tlt_jax.specdec.texts import shards
 
 CFG = tiny_drafter.drafter_config()
 FORWARD = drafter_unroll.ForwardConfig(CFG, head_chunk=8)
@@ -24,8 +20,8 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
     records = [tiny_drafter.record(1, 9, 4), tiny_drafter.record(2, 7, 3)]
     buffer = tiny_drafter.buffer_of(tmp_path, records)
     sizes = {"row_tokens": 16, "row_bases": 10}
-    (rows,) = hidden_buffer.plan(buffer, [0, 1], num_rows=1, seed=None, **sizes)
-    batch = hidden_buffer.lay_out(buffer, rows, **sizes)
+    (rows,) = shards.plan(buffer, [0, 1], num_rows=1, seed=None, **sizes)
+    batch = shards.lay_out(buffer, rows, **sizes)
     params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
     unroll = jax.jit(
         functools.partial(drafter_unroll.unroll, cfg=FORWARD, num_steps=NUM_STEPS)

@@ -9,12 +9,8 @@ import optax
 import pytest
 
 from tests.specdec import tiny_drafter
-from tlt_jax.specdec import (
-    drafter_pieces,
-    drafter_training,
-    drafter_unroll,
-    hidden_buffer,
-)
+from tlt_jax.specdec import drafter_pieces, drafter_training, drafter_unroll
+from tlt_jax.specdec.texts import shards
 
 SIZES = {"row_tokens": 16, "row_bases": 10}
 # Longer than a piece, and no multiple of it.
@@ -29,8 +25,8 @@ def batch_of(tmp_path, layers):
         for numbers in ((1, 9, 4), (2, 7, 3))
     ]
     buffer = tiny_drafter.buffer_of(tmp_path, records)
-    (rows,) = hidden_buffer.plan(buffer, [0, 1], num_rows=1, seed=None, **SIZES)
-    return hidden_buffer.lay_out(buffer, [*rows, rows[0][1:]], **SIZES)
+    (rows,) = shards.plan(buffer, [0, 1], num_rows=1, seed=None, **SIZES)
+    return shards.lay_out(buffer, [*rows, rows[0][1:]], **SIZES)
 
 
 @pytest.mark.parametrize(

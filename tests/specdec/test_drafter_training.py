@@ -12,12 +12,8 @@ import pytest
 from tests.specdec import tiny_drafter
 from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models.drafters import drafter
-from tlt_jax.specdec import (
-    drafter_losses,
-    drafter_training,
-    drafter_unroll,
-    hidden_buffer,
-)
+from tlt_jax.specdec import drafter_losses, drafter_training, drafter_unroll
+from tlt_jax.specdec.texts import shards
 
 SIZES = {"row_tokens": 16, "row_bases": 10}
 NUM_STEPS = 4
@@ -38,7 +34,7 @@ def buffer(tmp_path_factory):
 def batch_of(buffer, rows):
     spans = [
         [
-            hidden_buffer.Span(
+            shards.Span(
                 i,
                 int(buffer.lengths[i]),
                 int(buffer.response_starts[i]) - 2,
@@ -48,7 +44,7 @@ def batch_of(buffer, rows):
         ]
         for row in rows
     ]
-    return hidden_buffer.lay_out(buffer, spans, **SIZES)
+    return shards.lay_out(buffer, spans, **SIZES)
 
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "cfg"))

@@ -11,7 +11,8 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import drafter_unroll, hidden_buffer
+from tlt_jax.specdec import drafter_unroll
+from tlt_jax.specdec.texts import shards
 
 TARGET = model_config.ModelConfig(
     family="qwen3",
@@ -57,7 +58,7 @@ def _features(params, tokens, layers):
 
 def record(
     text_id: int, length: int, response_start: int, layers=(0, 1, 3)
-) -> hidden_buffer.Record:
+) -> shards.Record:
     rng = np.random.default_rng(text_id)
     tokens = rng.integers(TARGET.vocab_size, size=length).astype(np.int32)
     padded = np.zeros((1, 16), np.int32)
@@ -68,7 +69,7 @@ def record(
     def rows(x):
         return None if x is None else np.asarray(x[:, 0, :length]).T
 
-    return hidden_buffer.Record(
+    return shards.Record(
         text_id=text_id,
         tokens=tokens,
         response_start=response_start,
@@ -79,7 +80,7 @@ def record(
     )
 
 
-def buffer_of(directory, records) -> hidden_buffer.HiddenBuffer:
-    buffer = hidden_buffer.HiddenBuffer(directory, "float32")
+def buffer_of(directory, records) -> shards.HiddenBuffer:
+    buffer = shards.HiddenBuffer(directory, "float32")
     buffer.append(records)
     return buffer

@@ -27,13 +27,9 @@ from tlt_jax.rl import (
 )
 from tlt_jax.rl import workers as workers_lib
 from tlt_jax.settings import speculation
-from tlt_jax.specdec import (
-    drafter_training,
-    drafter_unroll,
-    sampling,
-    text_buffer,
-    text_sampling,
-)
+from tlt_jax.specdec import drafter_training, drafter_unroll, sampling
+from tlt_jax.specdec.texts import buffer as text_buffer
+from tlt_jax.specdec.texts import sampling as text_sampling
 
 _BETAS, _CLIP_NORM = (0.9, 0.95), 1.0
 _RATE_RANDOM, _RATE_TRAINED = 1e-3, 1e-4

@@ -8,7 +8,7 @@ no training position needs. No forward of the target is spent on them.
 import numpy as np
 
 from tlt_jax.rl import scheduler
-from tlt_jax.specdec import hidden_buffer
+from tlt_jax.specdec.texts import shards
 
 # A multiplier of Knuth's: consecutive ids are spread evenly.
 _SPREAD = 2654435761
@@ -26,7 +26,7 @@ def record(
     num_fused: int,
     key: np.ndarray,
     version: int,
-) -> hidden_buffer.Record:
+) -> shards.Record:
     """Make a record of a finished row.
 
     Args:
@@ -48,7 +48,7 @@ def record(
         part = known[start : min(start + size, num_known)]
         part[:] = page.T[: len(part)]
     known[num_known:] = 0
-    return hidden_buffer.Record(
+    return shards.Record(
         text_id=row.request.request_id,
         tokens=tokens,
         response_start=len(row.request.prompt),

@@ -29,9 +29,10 @@ from tlt_jax.rl import (
     stopping,
 )
 from tlt_jax.runtime import programs, sharding
-from tlt_jax.specdec import decode, hidden_buffer, noise, speculate
+from tlt_jax.specdec import decode, noise, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuner as tuner_lib
+from tlt_jax.specdec.texts import shards
 
 
 class Engine:
@@ -236,7 +237,7 @@ class Engine:
         *,
         on_completion: Callable[[types.Completion], None],
         on_call: Callable[[int], None] | None = None,
-        on_text: Callable[[hidden_buffer.Record], None] | None = None,
+        on_text: Callable[[shards.Record], None] | None = None,
         capture_frac: float = 1.0,
     ) -> rollout_stats.RolloutStats:
         """Generate completions for requests from a queue until it gives no more.
@@ -309,7 +310,7 @@ class Engine:
         stats.compile_s = self.pool.stats.waited_s - waited_before
         return stats
 
-    def _captured(self, row: scheduler.Row, keys: "_Keys") -> hidden_buffer.Record:
+    def _captured(self, row: scheduler.Row, keys: "_Keys") -> shards.Record:
         """Read what the row's pages keep of its text."""
         drafter_cfg = self._drafting.cfg.drafter_cfg
         ids = np.zeros((self.engine_cfg.max_pages,), np.int32)

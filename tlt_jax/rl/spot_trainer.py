@@ -24,7 +24,8 @@ import numpy as np
 from tlt_jax.rl import coordination, drafter_learner
 from tlt_jax.rl import coordinator_records as records
 from tlt_jax.rl import workers as workers_lib
-from tlt_jax.specdec import drafter_unroll, text_sampling
+from tlt_jax.specdec import drafter_unroll
+from tlt_jax.specdec.texts import sampling as text_sampling
 
 # Waiting for texts and programs, the thread looks so often whether it shall stop.
 _POLL_S = 0.02

@@ -22,7 +22,7 @@ from tlt_jax.rl import (
 )
 from tlt_jax.rl import coordinator_records as records
 from tlt_jax.runtime import distributed, failures
-from tlt_jax.specdec import hidden_buffer
+from tlt_jax.specdec.texts import shards
 
 _REMEDY = (
     "mend the cause and run the same command again; it resumes from the newest "
@@ -67,7 +67,7 @@ class Workers:
             self.home = shared_rollout.Home(shared, self.group)
         else:
             self.home = shared_rollout.Guest(self.group)
-        self.on_text: Callable[[hidden_buffer.Record], None] | None = None
+        self.on_text: Callable[[shards.Record], None] | None = None
         self.capture_frac = 1.0
         self.lost: dict[int, str] = {}
         self._intervals: list[records.Interval] = []

@@ -2,7 +2,7 @@
 
 Threads append while a trainer reads. What does not fit in host memory goes to disk in
 the background, or is dropped: the least useful first, see
-`text_retention.least_useful`.
+`retention.least_useful`.
 
 A text's features are those of the target that wrote it, but a drafter is trained, as it
 drafts, with the embedding and the head of the target as it is now. What it learns from
@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax.specdec import hidden_buffer, text_arrays, text_retention
-from tlt_jax.specdec import spill as spill_lib
+from tlt_jax.specdec.texts import arrays as text_arrays
+from tlt_jax.specdec.texts import retention, shards
+from tlt_jax.specdec.texts import spill as spill_lib
 
 # Texts are set aside from this share of the memory on, so that a new one finds room.
 _SPILL_ABOVE = 0.75
@@ -33,14 +34,14 @@ class TextGoneError(LookupError):
 class View:
     """The texts that were there at one moment, in the order of their ids.
 
-    Read by `hidden_buffer.plan` and `lay_out`. It keeps nothing in memory: a text can
+    Read by `shards.plan` and `lay_out`. It keeps nothing in memory: a text can
     go at any moment unless it is held.
 
     Attributes:
       text_ids, lengths, response_starts, versions: `[num_texts] int64`.
     """
 
-    def __init__(self, buffer: "TextBuffer", entries: Sequence[text_retention.Entry]):
+    def __init__(self, buffer: "TextBuffer", entries: Sequence[retention.Entry]):
         """List entries of a buffer."""
         self._buffer = buffer
         self._entries = sorted(entries, key=lambda e: e.text_id)
@@ -52,7 +53,7 @@ class View:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def read(self, index: int) -> hidden_buffer.Record:
+    def read(self, index: int) -> shards.Record:
         """Read the text at `index`, from memory or disk.
 
         Raises:
@@ -102,8 +103,8 @@ class TextBuffer:
         Raises:
           ValueError: a bound or the dtype makes no sense.
         """
-        if dtype not in hidden_buffer.DTYPES:
-            names = " or ".join(hidden_buffer.DTYPES)
+        if dtype not in shards.DTYPES:
+            names = " or ".join(shards.DTYPES)
             raise ValueError(f"dtype={dtype!r}: use {names}.")
         if max_bytes < 1 or max_spill_bytes < 0 or max_age < 0:
             raise ValueError(
@@ -120,10 +121,10 @@ class TextBuffer:
         self._dtype = np.dtype(jnp.dtype(dtype))
         self._max_bytes, self._max_disk_bytes = max_bytes, max_spill_bytes
         self._max_age, self._on_spill_error = max_age, on_spill_error
-        self._entries: dict[int, text_retention.Entry] = {}
+        self._entries: dict[int, retention.Entry] = {}
         self._widths: tuple[int, int] | None = None
         self._version = self._num_bytes = self._num_disk_bytes = self._serial = 0
-        self._trash: list[text_retention.Entry] = []
+        self._trash: list[retention.Entry] = []
         self._changed = threading.Condition()
         self._closed, self._idle = False, True
         self._thread = self._spill = None
@@ -173,7 +174,7 @@ class TextBuffer:
                     self._drop(entry)
             self._notify()
 
-    def append(self, record: hidden_buffer.Record) -> bool:
+    def append(self, record: shards.Record) -> bool:
         """Take a copy of a text; never waits for the disk.
 
         A version newer than any before begins a step.
@@ -197,7 +198,7 @@ class TextBuffer:
                 return False
             there = [e for e in self._entries.values() if e.in_memory]
             excess = self._num_bytes + entry.num_bytes - self._max_bytes
-            victims = text_retention.victims_of(entry, there, excess, self._version)
+            victims = retention.victims_of(entry, there, excess, self._version)
             self.num_dropped += 1 if victims is None else len(victims)
             if victims is None:
                 return False
@@ -241,7 +242,7 @@ class TextBuffer:
             self._thread.join()
             self._spill.clear()
 
-    def read(self, entry: text_retention.Entry) -> hidden_buffer.Record:
+    def read(self, entry: retention.Entry) -> shards.Record:
         """Read a text of a view; see `View.read`."""
         with self._changed:
             record = entry.record
@@ -261,14 +262,14 @@ class TextBuffer:
         fields = (entry.text_id, None, entry.response_start, None, None, None)
         return text_arrays.from_bytes(
             data,
-            hidden_buffer.Record(*fields, version=entry.version),
+            shards.Record(*fields, version=entry.version),
             entry.length,
             self._widths,
             self._dtype,
         )
 
     @contextlib.contextmanager
-    def holding(self, entries: Sequence[text_retention.Entry]) -> Iterator[int]:
+    def holding(self, entries: Sequence[retention.Entry]) -> Iterator[int]:
         """Keep texts of a view; gives how many of them are still there."""
         with self._changed:
             there = [e for e in entries if not e.dropped]
@@ -331,8 +332,8 @@ class TextBuffer:
             self.num_appended = 0
             self._notify()
 
-    def _new_entry(self, record: hidden_buffer.Record) -> text_retention.Entry:
-        hidden_buffer.check(record, self._entries)
+    def _new_entry(self, record: shards.Record) -> retention.Entry:
+        shards.check(record, self._entries)
         widths = text_arrays.widths(record)
         if self._widths is None:
             self._widths = widths
@@ -342,7 +343,7 @@ class TextBuffer:
                 f"others {self._widths}: one target wrote all texts of a buffer."
             )
         self._serial += 1
-        return text_retention.Entry(
+        return retention.Entry(
             text_id=record.text_id,
             version=record.version,
             length=len(record.tokens),
@@ -351,31 +352,31 @@ class TextBuffer:
             serial=self._serial,
         )
 
-    def _ready(self) -> list[text_retention.Entry]:
+    def _ready(self) -> list[retention.Entry]:
         entries = self._entries.values()
         return [e for e in entries if e.record is not None or e.on_disk]
 
-    def _drop(self, entry: text_retention.Entry) -> None:
+    def _drop(self, entry: retention.Entry) -> None:
         if not entry.dropped:
             entry.dropped = True
             self._entries.pop(entry.text_id, None)
             if not entry.pins:
                 self._discard(entry)
 
-    def _discard(self, entry: text_retention.Entry) -> None:
+    def _discard(self, entry: retention.Entry) -> None:
         self._free(entry)
         if entry.on_disk:
             entry.on_disk = False
             self._trash.append(entry)
 
-    def _free(self, entry: text_retention.Entry) -> None:
+    def _free(self, entry: retention.Entry) -> None:
         """Give its memory up."""
         entry.record = None
         if entry.in_memory:
             entry.in_memory = False
             self._num_bytes -= entry.num_bytes
 
-    def _unpin(self, entry: text_retention.Entry) -> None:
+    def _unpin(self, entry: retention.Entry) -> None:
         entry.pins -= 1
         if entry.pins == 0:
             if entry.dropped:
@@ -414,7 +415,7 @@ class TextBuffer:
             if entry is not None:
                 self._write(entry)
 
-    def _next_to_write(self) -> text_retention.Entry | None:
+    def _next_to_write(self) -> retention.Entry | None:
         """Choose a text for the disk and count it there; may drop others for it."""
         full = self._num_bytes > _SPILL_ABOVE * self._max_bytes
         if not (full and self._disk_works) or self._trash:
@@ -423,10 +424,10 @@ class TextBuffer:
         idle = [e for e in in_memory if not e.pins]
         if not idle:
             return None
-        chosen = text_retention.least_useful(idle, in_memory, self._version)
+        chosen = retention.least_useful(idle, in_memory, self._version)
         on_disk = [e for e in self._entries.values() if e.on_disk]
         excess = self._num_disk_bytes + chosen.num_bytes - self._max_disk_bytes
-        victims = text_retention.victims_of(chosen, on_disk, excess, self._version)
+        victims = retention.victims_of(chosen, on_disk, excess, self._version)
         if victims is None:
             return None
         for victim in victims:
@@ -438,7 +439,7 @@ class TextBuffer:
         chosen.pins += 1
         return chosen
 
-    def _write(self, entry: text_retention.Entry) -> None:
+    def _write(self, entry: retention.Entry) -> None:
         """Write a pinned text that is counted on disk already."""
         error = None
         try:
@@ -457,7 +458,7 @@ class TextBuffer:
         if error is not None:
             self._report(error)
 
-    def _delete(self, entry: text_retention.Entry) -> None:
+    def _delete(self, entry: retention.Entry) -> None:
         try:
             self._spill.delete(entry.serial)
         except spill_lib.SpillError as error:
@@ -468,7 +469,7 @@ class TextBuffer:
             with self._changed:
                 self._num_disk_bytes -= entry.num_bytes
 
-    def _append_to_disk(self, record: hidden_buffer.Record) -> bool:
+    def _append_to_disk(self, record: shards.Record) -> bool:
         """Write a text to disk in this thread; say whether it is there."""
         with self._changed:
             entry = self._new_entry(record)

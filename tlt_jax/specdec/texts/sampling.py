@@ -24,7 +24,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tlt_jax.specdec import drafter_unroll, hidden_buffer, text_buffer
+from tlt_jax.specdec import drafter_unroll
+from tlt_jax.specdec.texts import buffer as text_buffer
+from tlt_jax.specdec.texts import shards
 
 PREVIOUS, CURRENT = 0, 1
 # Texts without room in a batch that are looked past before it is closed.
@@ -50,7 +52,7 @@ class Sampler:
 
         Args:
           buffer: the texts.
-          row_tokens, row_bases: T and M, see `hidden_buffer.span_of`.
+          row_tokens, row_bases: T and M, see `shards.span_of`.
           num_rows: B.
           seed: of the line.
           previous_frac: share of the positions from the steps before this one.
@@ -164,7 +166,7 @@ class Sampler:
 
     def _weights(self, view: text_buffer.View, version: int) -> np.ndarray:
         bases = [
-            hidden_buffer.num_bases(length, start)
+            shards.num_bases(length, start)
             for length, start in zip(
                 view.lengths.tolist(), view.response_starts.tolist(), strict=True
             )
@@ -177,15 +179,13 @@ class Sampler:
         view = listed.view
         queues = self._queues(listed)
         mixed = all(queues)
-        turns = _Turns(
-            hidden_buffer.Rows(**self._sizes, max_rows=self._num_rows), self._owed
-        )
+        turns = _Turns(shards.Rows(**self._sizes, max_rows=self._num_rows), self._owed)
         rng = np.random.default_rng((self._seed, self._num_batches))
         num_past = 0
         while any(queues) and num_past < _LOOK_PAST:
             side = self._side(turns.owed) if all(queues) else int(not queues[PREVIOUS])
             index = queues[side].popleft()
-            span = hidden_buffer.span_of(
+            span = shards.span_of(
                 index,
                 view.lengths[index],
                 view.response_starts[index],
@@ -229,7 +229,7 @@ class Sampler:
             if not all_there:
                 return None
             try:
-                batch = hidden_buffer.lay_out(view, rows, **self._sizes)
+                batch = shards.lay_out(view, rows, **self._sizes)
             except text_buffer.TextGoneError:
                 return None
         for span in turns.spans:
@@ -261,6 +261,6 @@ class _Turns:
       owed: positions that the steps before are owed after it.
     """
 
-    def __init__(self, rows: hidden_buffer.Rows, owed: float):
+    def __init__(self, rows: shards.Rows, owed: float):
         self.rows, self.owed = rows, owed
-        self.spans: list[hidden_buffer.Span] = []
+        self.spans: list[shards.Span] = []

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from tests import mutation
-from tests.specdec import test_text_buffer, tiny_drafter
-from tlt_jax.specdec import text_buffer, text_sampling
+from tests.specdec import tiny_drafter
+from tests.specdec.texts import test_buffer
+from tlt_jax.specdec.texts import buffer as text_buffer
+from tlt_jax.specdec.texts import sampling as text_sampling
 
 SIZES = {"row_tokens": 32, "row_bases": 30, "num_rows": 2}
-made = test_text_buffer.made
+made = test_buffer.made
 
 
 def opened(records=(), **more):

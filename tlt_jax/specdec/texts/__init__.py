@@ -1,0 +1,1 @@
+"""Texts with the target's features, kept to train the drafter on."""
