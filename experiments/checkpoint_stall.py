@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments import harness, plotting, random_drafter
 from tlt_jax import drafter_checkpoint
-from tlt_jax.specdec import drafter_unroll
+from tlt_jax.specdec.training import unroll
 
 SLUG = "checkpoint_stall"
 NONE = "none"
@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def one_row(vocab: int, width: int) -> drafter_unroll.Batch:
+def one_row(vocab: int, width: int) -> unroll.Batch:
     """Makes a small batch of noise: one text in one row."""
     rng = np.random.default_rng(0)
 
@@ -58,7 +58,7 @@ def one_row(vocab: int, width: int) -> drafter_unroll.Batch:
         return rng.standard_normal(shape, np.float32)
 
     columns = np.arange(_ROW_TOKENS, dtype=np.int32)[None]
-    return drafter_unroll.Batch(
+    return unroll.Batch(
         tokens=columns % vocab,
         positions=columns,
         segment=np.zeros_like(columns),

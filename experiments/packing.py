@@ -21,9 +21,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments import harness, plotting, random_drafter
-from tlt_jax.specdec import drafter_unroll
 from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.training import unroll
 
 SLUG = "packing"
 SYSTEMS = ("packed", "longest", "padded")
@@ -82,7 +82,7 @@ class Epochs:
             options.target, options.draft_vocab, num_steps=options.unroll
         )
 
-    def batches(self, layout: str) -> Iterator[drafter_unroll.Batch]:
+    def batches(self, layout: str) -> Iterator[unroll.Batch]:
         """Yields an epoch's batches."""
         options = self._options
         if layout == "packed":

@@ -9,7 +9,8 @@ import optax
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models.drafters import drafter
-from tlt_jax.specdec import drafter_training, drafter_unroll
+from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.specdec.training import unroll
 
 # vocab_size, d_model, d_ff, num_heads, num_kv_heads, head_dim, num_layers.
 SHAPES = {
@@ -72,7 +73,7 @@ class Training:
             draft_vocab_size=size,
         )
         keys = iter(jax.random.split(jax.random.key(0), 3))
-        self.target = drafter_unroll.Target(
+        self.target = unroll.Target(
             jax.random.normal(next(keys), (vocab, width)),
             jax.random.normal(next(keys), (size, width)),
             jnp.arange(size),
@@ -85,14 +86,14 @@ class Training:
         self._step = jax.jit(
             functools.partial(
                 drafter_training.step,
-                cfg=drafter_unroll.ForwardConfig(self.cfg, head_chunk=head_chunk),
+                cfg=unroll.ForwardConfig(self.cfg, head_chunk=head_chunk),
                 objective=drafter_training.Objective(num_steps, decay=0.8),
                 optimizer=optimizer,
             ),
             donate_argnums=0,
         )
 
-    def step(self, batch: drafter_unroll.Batch) -> dict[str, jax.Array]:
+    def step(self, batch: unroll.Batch) -> dict[str, jax.Array]:
         """Takes one step and waits for it; returns its metrics."""
         self.state, outcome = self._step(self.state, batch, self.target)
         return jax.block_until_ready((self.state, outcome))[1]

@@ -26,10 +26,10 @@ from tlt_jax import types
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.rl import engine_programs, rollout, scheduler
-from tlt_jax.specdec import drafter_acceptance, drafter_unroll
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tuner as tuner_lib
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.training import acceptance, unroll
 
 SLUG = "tuner_trace"
 ARMS = "1:D3K1V4,D7K1V8,D11K1V12,D15K1V16 8:D3K1V4,D7K1V8,D11K1V12"
@@ -170,7 +170,7 @@ def step_seconds(
 def measure_lifetimes(
     versions: Mapping[str, drafter.DrafterParams],
     cfg: drafter.DrafterConfig,
-    target: drafter_unroll.Target,
+    target: unroll.Target,
     texts: shards.HiddenBuffer,
     indices: list[int],
     max_levels: int,
@@ -191,9 +191,9 @@ def measure_lifetimes(
     }
     measure = jax.jit(
         functools.partial(
-            drafter_acceptance.lifetimes,
+            acceptance.lifetimes,
             num_steps=max_levels,
-            cfg=drafter_unroll.ForwardConfig(cfg, head_chunk=128),
+            cfg=unroll.ForwardConfig(cfg, head_chunk=128),
         )
     )
     found: dict[str, dict] = {name: {} for name in versions}
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> trace_file.Trace:
             for share in options.blends.split(",")
         },
         setting.drafter.drafting_cfg.drafter_cfg,
-        drafter_unroll.Target(
+        unroll.Target(
             embed=params.embed,
             head=drafter_head.head_rows(params, draft_ids),
             draft_ids=draft_ids,

@@ -17,7 +17,8 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import tokenizer
-from tlt_jax.specdec import drafter_training, sampling
+from tlt_jax.specdec import sampling
+from tlt_jax.specdec.training import step as drafter_training
 
 CFG = model_config.ModelConfig(
     family="llama",

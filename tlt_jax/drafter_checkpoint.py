@@ -20,7 +20,8 @@ import numpy as np
 from tlt_jax import checkpoint
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
-from tlt_jax.specdec import drafter_training, drafter_unroll
+from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.specdec.training import unroll
 
 DIRECTORY = "drafter_checkpoints"
 Mode = Literal["blocking", "async", "selective"]
@@ -92,7 +93,7 @@ class DrafterCheckpointer:
         state: drafter_training.TrainState,
         cfg: drafter.DrafterConfig,
         *,
-        target: drafter_unroll.Target | None = None,
+        target: unroll.Target | None = None,
         arrays: dict[str, np.ndarray] | None = None,
         meta: dict[str, Any] | None = None,
     ) -> float:
@@ -184,16 +185,14 @@ class DrafterCheckpointer:
             found.meta["meta"],
         )
 
-    def restore_target(
-        self, step: int, like: drafter_unroll.Target
-    ) -> drafter_unroll.Target:
+    def restore_target(self, step: int, like: unroll.Target) -> unroll.Target:
         """Read embedding and head, which `selective` does not write.
 
         Raises:
           checkpoint.CheckpointError: they are not there.
         """
         frozen = self._checkpointer.restore_item(step, _FROZEN, _frozen(like))
-        return drafter_unroll.Target(**frozen)
+        return unroll.Target(**frozen)
 
     def wait(self) -> None:
         """Wait until every checkpoint is complete on disk."""
@@ -238,7 +237,7 @@ def restore_weights(
     return cfg, params, record["step"], version
 
 
-def _frozen(target: drafter_unroll.Target) -> dict[str, Any]:
+def _frozen(target: unroll.Target) -> dict[str, Any]:
     """What the target's record holds, as a tree without a missing leaf."""
     names = [field.name for field in dataclasses.fields(target)]
     values = {name: getattr(target, name) for name in names}

@@ -20,7 +20,8 @@ from tlt_jax.rl import (
 )
 from tlt_jax.runtime import distributed
 from tlt_jax.settings import schema
-from tlt_jax.specdec import drafter_training, sampling, strategy, tuners
+from tlt_jax.specdec import sampling, strategy, tuners
+from tlt_jax.specdec.training import step as drafter_training
 
 
 @dataclasses.dataclass(frozen=True)

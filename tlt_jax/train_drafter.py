@@ -34,8 +34,9 @@ from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl import learner, pretrain, tasks
 from tlt_jax.runtime import command_line, compile_cache, failures, host_memory
 from tlt_jax.settings import drafter_run
-from tlt_jax.specdec import drafter_acceptance, drafter_training, drafter_unroll
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.training import acceptance, unroll
+from tlt_jax.specdec.training import step as drafter_training
 
 SCRATCH = "scratch"
 _MAX_SKIPPED = 10
@@ -230,12 +231,12 @@ class _Trainer:
             )
             self.draft_ids = jnp.asarray(chosen)
         weights = self.policy.params
-        self.target = drafter_unroll.Target(
+        self.target = unroll.Target(
             embed=weights.embed,
             head=drafter_head.head_rows(weights, self.draft_ids),
             draft_ids=self.draft_ids,
         )
-        forward = drafter_unroll.ForwardConfig(
+        forward = unroll.ForwardConfig(
             self.cfg,
             dtype=jnp.dtype(run.precision),
             head_chunk=run.batch.head_chunk,
@@ -254,9 +255,7 @@ class _Trainer:
             donate_argnums=0,
         )
         self._sums = jax.jit(
-            functools.partial(
-                drafter_acceptance.measure, num_steps=run.eval.depth, cfg=forward
-            )
+            functools.partial(acceptance.measure, num_steps=run.eval.depth, cfg=forward)
         )
 
     def _init_state(self) -> drafter_training.TrainState:
@@ -282,7 +281,7 @@ class _Trainer:
             seed=None if epoch is None else (self.run.seed, epoch),
         )
 
-    def _lay_out(self, rows) -> drafter_unroll.Batch:
+    def _lay_out(self, rows) -> unroll.Batch:
         batch = self.run.batch
         return shards.lay_out(
             self.buffer,
@@ -291,7 +290,7 @@ class _Trainer:
             row_bases=batch.row_bases,
         )
 
-    def _batches(self, first: int) -> Iterator[drafter_unroll.Batch]:
+    def _batches(self, first: int) -> Iterator[unroll.Batch]:
         """Batches from the `first` on: a function of the seed and the texts alone."""
         for epoch in itertools.count():
             plan = self._plan(epoch)
@@ -306,7 +305,7 @@ class _Trainer:
             sums = self._sums(self.state.params, self._lay_out(rows), self.target)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         self.display.stage("training")
-        found = drafter_acceptance.summarise(jax.device_get(total))
+        found = acceptance.summarise(jax.device_get(total))
         self.sharpness = found["sharpness"]
         return {f"eval/{name.replace('/', '_')}": x for name, x in found.items()}
 

@@ -10,7 +10,8 @@ from tests.rl import engines
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import drafter_learner
 from tlt_jax.runtime import sharding
-from tlt_jax.specdec import drafter_acceptance, drafter_training, drafter_unroll
+from tlt_jax.specdec.training import acceptance, unroll
+from tlt_jax.specdec.training import step as drafter_training
 
 CFG = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=12)
 ROWS, TOKENS, BASES = 2, 24, 16
@@ -21,7 +22,7 @@ def batch_of(seed):
     rng = np.random.default_rng(seed)
     d = engines.CFG.d_model
     place = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), (ROWS, TOKENS))
-    return drafter_unroll.Batch(
+    return unroll.Batch(
         tokens=rng.integers(3, 32, (ROWS, TOKENS)).astype(np.int32),
         positions=place.copy(),
         segment=np.zeros((ROWS, TOKENS), np.int32),
@@ -122,7 +123,7 @@ def test_what_drafts_would_have_had_accepted_is_measured(learner):
     learner.sharpness = 7.0
     found = last(learner.measure(batch_of(0)))
     learner.end()
-    assert found["sharpness"] in drafter_acceptance.SHARPNESSES
+    assert found["sharpness"] in acceptance.SHARPNESSES
     assert learner.sharpness == learner.weights("float32").sharpness
     assert learner.sharpness == found["sharpness"]
     assert 1 <= found["coupled/accept_length"] <= 3

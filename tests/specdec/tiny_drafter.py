@@ -11,8 +11,8 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import drafter_unroll
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.training import unroll
 
 TARGET = model_config.ModelConfig(
     family="qwen3",
@@ -43,10 +43,10 @@ def params_of(cfg: drafter.DrafterConfig) -> drafter.DrafterParams:
     return jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(1))
 
 
-def target_of(cfg: drafter.DrafterConfig) -> drafter_unroll.Target:
+def target_of(cfg: drafter.DrafterConfig) -> unroll.Target:
     ids = DRAFT_IDS if cfg.draft_vocab_size else None
     head = drafter_head.head_rows(target_params(), ids)
-    return drafter_unroll.Target(target_params().embed, head, ids)
+    return unroll.Target(target_params().embed, head, ids)
 
 
 @functools.partial(jax.jit, static_argnums=2)

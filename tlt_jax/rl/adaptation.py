@@ -27,9 +27,11 @@ from tlt_jax.rl import (
 )
 from tlt_jax.rl import workers as workers_lib
 from tlt_jax.settings import speculation
-from tlt_jax.specdec import drafter_training, drafter_unroll, sampling
+from tlt_jax.specdec import sampling
 from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import sampling as text_sampling
+from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.specdec.training import unroll
 
 _BETAS, _CLIP_NORM = (0.9, 0.95), 1.0
 _RATE_RANDOM, _RATE_TRAINED = 1e-3, 1e-4
@@ -292,12 +294,10 @@ class Adaptation:
             "drafter/texts_dropped": self.buffer.num_dropped,
         }
 
-    def target(self) -> drafter_unroll.Target:
+    def target(self) -> unroll.Target:
         """What the drafter computes with and does not change."""
         params, ids = self._workers.engines[0].params, self.learner.draft_ids
-        return drafter_unroll.Target(
-            params.embed, drafter_head.head_rows(params, ids), ids
-        )
+        return unroll.Target(params.embed, drafter_head.head_rows(params, ids), ids)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return what a resumed run needs besides the learner's state.
@@ -382,7 +382,7 @@ class Adaptation:
         for tuner in self._tuners:
             tuner.changed("drafter")
 
-    def _batch_shape(self) -> drafter_unroll.Batch:
+    def _batch_shape(self) -> unroll.Batch:
         """Shapes and dtypes of a batch."""
         sizes, d_model = self._sizes, self.cfg.layer.d_model
         rows, width, bases = (
@@ -396,7 +396,7 @@ class Adaptation:
             return jax.ShapeDtypeStruct(shape, dtype)
 
         fused = len(self.cfg.feature_layers) * d_model
-        return drafter_unroll.Batch(
+        return unroll.Batch(
             tokens=of((rows, width)),
             positions=of((rows, width)),
             segment=of((rows, width), jnp.int32),

@@ -18,12 +18,8 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.runtime import programs, sharding
-from tlt_jax.specdec import (
-    drafter_acceptance,
-    drafter_pieces,
-    drafter_training,
-    drafter_unroll,
-)
+from tlt_jax.specdec.training import acceptance, pieces, unroll
+from tlt_jax.specdec.training import step as drafter_training
 from tlt_jax.types import Array
 
 Devices = tuple[jax.Device, ...]
@@ -52,7 +48,7 @@ class DrafterLearner:
         objective: drafter_training.Objective,
         optimizer: optax.GradientTransformation,
         *,
-        batch_shape: Callable[[], drafter_unroll.Batch],
+        batch_shape: Callable[[], unroll.Batch],
         head_chunk: int,
         piece_bases: int,
         depth: int,
@@ -77,12 +73,12 @@ class DrafterLearner:
         self._objective, self._optimizer = objective, optimizer
         self._batch_shape, self._depth = batch_shape, depth
         self._piece_bases = piece_bases
-        self._forward = drafter_unroll.ForwardConfig(
+        self._forward = unroll.ForwardConfig(
             cfg, dtype=jnp.dtype(dtype), head_chunk=head_chunk
         )
         self.state: drafter_training.TrainState | None = None
         self._placed: drafter_training.TrainState | None = None
-        self._target: drafter_unroll.Target | None = None
+        self._target: unroll.Target | None = None
         self._mesh: jax.sharding.Mesh | None = None
         self._compiled: dict[str, Callable] = {}
 
@@ -178,9 +174,7 @@ class DrafterLearner:
         self._placed = jax.device_put(state, everywhere)
         ids = None if self.draft_ids is None else jnp.asarray(self.draft_ids)
         self._target = jax.device_put(
-            drafter_unroll.Target(
-                target.embed, drafter_head.head_rows(target, ids), ids
-            ),
+            unroll.Target(target.embed, drafter_head.head_rows(target, ids), ids),
             everywhere,
         )
         self._mesh = mesh
@@ -189,7 +183,7 @@ class DrafterLearner:
             for name, program in self._programs(devices, target).items()
         }
 
-    def step(self, batch: drafter_unroll.Batch) -> Pieces[dict[str, Array]]:
+    def step(self, batch: unroll.Batch) -> Pieces[dict[str, Array]]:
         """Take a step piece by piece; given up before its end it changes nothing.
 
         Yields:
@@ -213,7 +207,7 @@ class DrafterLearner:
         self._placed, outcome = run[_UPDATE](self._placed, grads, sums, placed)
         return outcome
 
-    def measure(self, batch: drafter_unroll.Batch) -> Pieces[dict[str, Any]]:
+    def measure(self, batch: unroll.Batch) -> Pieces[dict[str, Any]]:
         """Say what drafts along a batch's texts would have had accepted.
 
         A sharpness that would have been clearly better than the one in use replaces it.
@@ -228,12 +222,12 @@ class DrafterLearner:
         placed = self._place(batch)
         seen = run[_BEGIN](params, placed, given).seen
         yield seen.keys
-        sums = drafter_acceptance.nothing(self._depth)
+        sums = acceptance.nothing(self._depth)
         for start in self._starts(batch):
             here = run[_MEASURE](params, placed, given, seen, np.int32(start))
             yield here["count"]
             sums = jax.tree.map(np.add, sums, jax.device_get(here))
-        found = drafter_acceptance.summarise(sums, self.sharpness)
+        found = acceptance.summarise(sums, self.sharpness)
         self.sharpness = found["sharpness"]
         return found
 
@@ -252,7 +246,7 @@ class DrafterLearner:
             draft_ids=self.draft_ids, sharpness=np.float32(self.sharpness)
         )
 
-    def _place(self, batch: drafter_unroll.Batch) -> drafter_unroll.Batch:
+    def _place(self, batch: unroll.Batch) -> unroll.Batch:
         return jax.device_put(batch, self._by_rows(self._mesh))
 
     def _by_rows(self, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
@@ -263,8 +257,8 @@ class DrafterLearner:
         num_bases = self._batch_shape().bases.shape[1]
         return min(self._piece_bases or num_bases, num_bases)
 
-    def _starts(self, batch: drafter_unroll.Batch) -> range:
-        return drafter_pieces.starts(batch.bases.shape[1], self._piece_size)
+    def _starts(self, batch: unroll.Batch) -> range:
+        return pieces.starts(batch.bases.shape[1], self._piece_size)
 
     def _programs(self, devices: Devices, target: model_params.Params):
         """Keys and lowerings of a training's programs, by name."""
@@ -281,12 +275,12 @@ class DrafterLearner:
         how = {"cfg": self._forward, "objective": self._objective}
         start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         size = self._piece_size
-        begin = functools.partial(drafter_pieces.begin, **how)
+        begin = functools.partial(pieces.begin, **how)
         under_way = jax.eval_shape(begin, state.params, batch, given)
         by_rows = self._by_rows(_mesh(devices))
         split = sharding.named(by_rows.mesh, sharding.ShardingRules(), (None, "batch"))
-        seen = drafter_unroll.Seen(split, by_rows, by_rows)
-        where = drafter_pieces.UnderWay(seen, everywhere, seen, everywhere)
+        seen = unroll.Seen(split, by_rows, by_rows)
+        where = pieces.UnderWay(seen, everywhere, seen, everywhere)
         under_way = _described(under_way, _spread(where, under_way))
         given_now = state.params, batch, given
         match name:
@@ -294,23 +288,23 @@ class DrafterLearner:
                 jitted = jax.jit(begin, out_shardings=where)
                 return jitted.lower(*given_now)
             case "add":
-                add = functools.partial(drafter_pieces.add, size=size, **how)
+                add = functools.partial(pieces.add, size=size, **how)
                 jitted = jax.jit(add, donate_argnums=0, out_shardings=where)
                 return jitted.lower(under_way, *given_now, start)
             case "close":
-                close = functools.partial(drafter_pieces.close, cfg=self._forward)
+                close = functools.partial(pieces.close, cfg=self._forward)
                 jitted = jax.jit(close, donate_argnums=0, out_shardings=everywhere)
                 return jitted.lower(under_way.grads, under_way.seen_grads, *given_now)
             case "update":
                 update = functools.partial(
-                    drafter_pieces.update,
+                    pieces.update,
                     objective=self._objective,
                     optimizer=self._optimizer,
                 )
                 jitted = jax.jit(update, donate_argnums=0, out_shardings=everywhere)
                 return jitted.lower(state, under_way.grads, under_way.sums, batch)
         measure = functools.partial(
-            drafter_acceptance.measure,
+            acceptance.measure,
             num_steps=self._depth,
             cfg=self._forward,
             size=size,
@@ -336,7 +330,7 @@ class DrafterLearner:
         head = jax.ShapeDtypeStruct(
             (size, given[1].shape[1]), given[1].dtype, sharding=everywhere
         )
-        return state, batch, drafter_unroll.Target(given[0], head, ids), everywhere
+        return state, batch, unroll.Target(given[0], head, ids), everywhere
 
 
 def _mesh(devices: Devices) -> jax.sharding.Mesh:

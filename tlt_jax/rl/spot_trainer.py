@@ -24,8 +24,8 @@ import numpy as np
 from tlt_jax.rl import coordination, drafter_learner
 from tlt_jax.rl import coordinator_records as records
 from tlt_jax.rl import workers as workers_lib
-from tlt_jax.specdec import drafter_unroll
 from tlt_jax.specdec.texts import sampling as text_sampling
+from tlt_jax.specdec.training import unroll
 
 # Waiting for texts and programs, the thread looks so often whether it shall stop.
 _POLL_S = 0.02
@@ -50,7 +50,7 @@ class Report:
       num_steps: taken.
       num_skipped: of these, not finite and without effect.
       seconds: in steps, from the first to the last's end.
-      measured: `drafter_acceptance.summarise` of texts that no training has seen, at
+      measured: `acceptance.summarise` of texts that no training has seen, at
         its beginning; or None.
       measured_after: the same of the same texts at its end, where that was asked for.
       outcome: of the last step, on the host.
@@ -271,7 +271,7 @@ class SpotTrainer:
                 self.learner.measure(unseen), interrupted
             )
 
-    def _first_batch(self, should_stop) -> drafter_unroll.Batch | None:
+    def _first_batch(self, should_stop) -> unroll.Batch | None:
         """Wait for texts."""
         while not should_stop():
             batch = self._sampler.next_batch(_POLL_S)

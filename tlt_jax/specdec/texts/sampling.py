@@ -24,9 +24,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tlt_jax.specdec import drafter_unroll
 from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.training import unroll
 
 PREVIOUS, CURRENT = 0, 1
 # Texts without room in a batch that are looked past before it is closed.
@@ -88,7 +88,7 @@ class Sampler:
         previous, current = self._taken.tolist()
         return previous, current
 
-    def next_batch(self, wait_s: float = 0.0) -> drafter_unroll.Batch | None:
+    def next_batch(self, wait_s: float = 0.0) -> unroll.Batch | None:
         """Make the next batch of what is there now.
 
         A text is at most once in a batch, so that rows may be empty.
@@ -115,7 +115,7 @@ class Sampler:
 
     def stream(
         self, stop: threading.Event, poll_s: float = 0.05
-    ) -> Iterator[drafter_unroll.Batch]:
+    ) -> Iterator[unroll.Batch]:
         """Make batches until `stop` is set, waiting where there is no text."""
         while not stop.is_set():
             batch = self.next_batch(poll_s)
@@ -218,9 +218,7 @@ class Sampler:
             return PREVIOUS if self._previous_frac >= 0.5 else CURRENT
         return PREVIOUS if owed > 0 else CURRENT
 
-    def _lay_out(
-        self, listed: "_Listed", turns: "_Turns"
-    ) -> drafter_unroll.Batch | None:
+    def _lay_out(self, listed: "_Listed", turns: "_Turns") -> unroll.Batch | None:
         """Read a plan's texts and count their turns; None if one has gone since."""
         view = listed.view
         rows = turns.rows.rows

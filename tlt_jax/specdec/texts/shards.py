@@ -14,7 +14,7 @@ from typing import Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax.specdec import drafter_unroll
+from tlt_jax.specdec.training import unroll
 
 DTYPES = ("float32", "bfloat16")
 
@@ -343,7 +343,7 @@ def lay_out(
     *,
     row_tokens: int,
     row_bases: int,
-) -> drafter_unroll.Batch:
+) -> unroll.Batch:
     """Make a batch of one of `plan`'s.
 
     Args:
@@ -380,7 +380,7 @@ def lay_out(
 
 def _empty_batch(
     record: Record, num_rows: int, row_tokens: int, row_bases: int
-) -> drafter_unroll.Batch:
+) -> unroll.Batch:
     """Make a batch of padding, for features as wide as a record's."""
 
     def features(array):
@@ -389,7 +389,7 @@ def _empty_batch(
     def ints(width, fill=0):
         return np.full((num_rows, width), fill, np.int32)
 
-    return drafter_unroll.Batch(
+    return unroll.Batch(
         tokens=ints(row_tokens),
         positions=ints(row_tokens),
         segment=ints(row_tokens, -1),

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from tests.specdec import tiny_drafter
-from tlt_jax.specdec import drafter_acceptance, drafter_unroll, noise
+from tlt_jax.specdec import noise
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.training import acceptance
+from tlt_jax.specdec.training import unroll as unroll_lib
 
 CFG = tiny_drafter.drafter_config()
-FORWARD = drafter_unroll.ForwardConfig(CFG, head_chunk=8)
+FORWARD = unroll_lib.ForwardConfig(CFG, head_chunk=8)
 NUM_STEPS = 3
 
 
@@ -24,7 +26,7 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
     batch = shards.lay_out(buffer, rows, **sizes)
     params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
     unroll = jax.jit(
-        functools.partial(drafter_unroll.unroll, cfg=FORWARD, num_steps=NUM_STEPS)
+        functools.partial(unroll_lib.unroll, cfg=FORWARD, num_steps=NUM_STEPS)
     )
     vocab = tiny_drafter.TARGET.vocab_size
     ids = np.asarray(tiny_drafter.DRAFT_IDS)
@@ -36,7 +38,7 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
         gumbel = np.asarray(gumbel)[0, ids]
         by_sharpness = {
             ("coupled", i): logits * x + gumbel
-            for i, x in enumerate(drafter_acceptance.SHARPNESSES)
+            for i, x in enumerate(acceptance.SHARPNESSES)
         }
         return {"deterministic": logits, **by_sharpness}
 
@@ -50,7 +52,7 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
         scores = scores_of(unroll(params, batch, target), m, k)[name]
         batch.tokens[0, batch.bases[0, m] + k + 2] = ids[np.argmax(scores)]
     steps = unroll(params, batch, target)
-    num = len(drafter_acceptance.SHARPNESSES)
+    num = len(acceptance.SHARPNESSES)
     expected = {"count": np.zeros(NUM_STEPS)}
     for end in ("", "_chain"):
         expected["deterministic" + end] = np.zeros(NUM_STEPS)
@@ -73,16 +75,14 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
                 expected[f"{name}_chain"][place] += alive[key]
             lifetimes[0, m] += alive["coupled", 1]
     measure = jax.jit(
-        functools.partial(drafter_acceptance.measure, num_steps=NUM_STEPS, cfg=FORWARD)
+        functools.partial(acceptance.measure, num_steps=NUM_STEPS, cfg=FORWARD)
     )
     sums = measure(params, batch, target)
     for name, value in expected.items():
         np.testing.assert_array_equal(sums[name], value, err_msg=name)
     assert expected["count"].tolist() == [9, 7, 5]
     found = jax.jit(
-        functools.partial(
-            drafter_acceptance.lifetimes, num_steps=NUM_STEPS, cfg=FORWARD
-        )
+        functools.partial(acceptance.lifetimes, num_steps=NUM_STEPS, cfg=FORWARD)
     )(params.replace(sharpness=np.float32(1.25)), batch, target)
     np.testing.assert_array_equal(found, lifetimes)
     assert lifetimes.max() > 1
@@ -101,9 +101,9 @@ def test_summary():
             [[4.0, 3.0, 3.0, 2.0, 2.0], [0.0, 2.0, 2.0, 0.0, 0.0]]
         ),
     }
-    found = drafter_acceptance.summarise(sums)
+    found = acceptance.summarise(sums)
     assert found == {
-        "sharpness": drafter_acceptance.SHARPNESSES[1],
+        "sharpness": acceptance.SHARPNESSES[1],
         "deterministic/rate_by_depth": [0.5, 0.5],
         "deterministic/accept_length": 1.5,
         "coupled/rate_by_depth": [0.75, 1.0],
@@ -131,7 +131,7 @@ def test_chance_changes_no_sharpness(accepted, used, chosen):
         "coupled": chains,
         "coupled_chain": chains,
     }
-    found = drafter_acceptance.summarise(sums, used)
+    found = acceptance.summarise(sums, used)
     assert found["sharpness"] == chosen
-    hits = accepted[drafter_acceptance.SHARPNESSES.index(chosen)]
+    hits = accepted[acceptance.SHARPNESSES.index(chosen)]
     assert found["coupled/accept_length"] == pytest.approx(1 + hits / 120)

@@ -12,17 +12,19 @@ import pytest
 from tests.specdec import tiny_drafter
 from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models.drafters import drafter
-from tlt_jax.specdec import drafter_losses, drafter_training, drafter_unroll
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.training import losses as drafter_losses
+from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.specdec.training import unroll as unroll_lib
 
 SIZES = {"row_tokens": 16, "row_bases": 10}
 NUM_STEPS = 4
 # Two short texts fill a row; blocks and chunks are smaller than what they cut.
 RECORDS = ((1, 9, 4), (2, 7, 3))
 CFG = tiny_drafter.drafter_config()
-FORWARD = drafter_unroll.ForwardConfig(CFG, head_chunk=8, attention_block=4)
+FORWARD = unroll_lib.ForwardConfig(CFG, head_chunk=8, attention_block=4)
 # Compiled sooner.
-PLAIN = drafter_unroll.ForwardConfig(CFG, head_chunk=32)
+PLAIN = unroll_lib.ForwardConfig(CFG, head_chunk=32)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def batch_of(buffer, rows):
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "cfg"))
 def unroll(params, batch, target, num_steps=NUM_STEPS, cfg=FORWARD):
-    return drafter_unroll.unroll(params, batch, target, num_steps, cfg=cfg)
+    return unroll_lib.unroll(params, batch, target, num_steps, cfg=cfg)
 
 
 FORWARD_ONE = jax.jit(drafter.forward, static_argnums=1)
@@ -108,7 +110,7 @@ def test_unrolled_step_is_the_drafted_level(buffer):
     params = tiny_drafter.params_of(CFG)
     batch = batch_of(buffer, [[0, 1]])
     steps = unroll(params, batch, tiny_drafter.target_of(CFG))
-    exists = drafter_unroll.step_exists(batch, NUM_STEPS)
+    exists = unroll_lib.step_exists(batch, NUM_STEPS)
     compared = 0
     for m, base in ((0, 2), (2, 4), (5, 10), (7, 12)):
         text, position = (0, base) if base < 9 else (1, base - 9)
@@ -125,7 +127,7 @@ def test_unrolled_step_is_the_drafted_level(buffer):
 
 def test_steps_that_exist_stay_in_their_text(buffer):
     batch = batch_of(buffer, [[0, 1]])
-    exists = np.asarray(drafter_unroll.step_exists(batch, NUM_STEPS))
+    exists = np.asarray(unroll_lib.step_exists(batch, NUM_STEPS))
     ends = {0: 9, 1: 16}
     for m in range(9):
         text = int(batch.segment[0, batch.bases[0, m]])
@@ -200,12 +202,12 @@ def test_loss_is_the_plain_sum_over_predictions(buffer):
     objective = drafter_training.Objective(2, decay=0.5, token_loss="lk_hybrid")
     params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
     batch = batch_of(buffer, [[0, 1], []])
-    exists = np.asarray(drafter_unroll.step_exists(batch, 2))
+    exists = np.asarray(unroll_lib.step_exists(batch, 2))
 
     @jax.jit
     @jax.value_and_grad
     def plain(params):
-        steps = drafter_unroll.unroll(params, batch, target, 2, cfg=FORWARD)
+        steps = unroll_lib.unroll(params, batch, target, 2, cfg=FORWARD)
         total = 0.0
         for k, hidden in enumerate(steps):
             here = np.flatnonzero(exists[k, 0])
@@ -252,7 +254,7 @@ def test_detached_steps_pass_no_gradient_and_remat_changes_none(buffer):
     @functools.partial(jax.jit, static_argnums=(0, 1))
     @functools.partial(jax.grad, argnums=2)
     def slope(detach, cfg, params):
-        steps = drafter_unroll.unroll(params, batch, target, 2, cfg=cfg, detach=detach)
+        steps = unroll_lib.unroll(params, batch, target, 2, cfg=cfg, detach=detach)
         return jnp.sum(steps[1])
 
     whole, cut = slope(False, PLAIN, params), slope(True, PLAIN, params)

@@ -8,7 +8,7 @@ The same step as `drafter_training.step`, to the rounding of sums:
     grads = close(under_way.grads, under_way.seen_grads, params, batch, target)
     state, outcome = update(state, grads, under_way.sums, batch)
 
-Bases see the columns of their row through `drafter_unroll.Seen` and nothing of one
+Bases see the columns of their row through `unroll.Seen` and nothing of one
 another, so their losses and gradients add up, those with respect to what was seen as
 well: `close` takes them back to the weights. Nothing changes the state but `update`.
 """
@@ -19,7 +19,8 @@ import optax
 from flax import struct
 
 from tlt_jax.models.drafters import drafter
-from tlt_jax.specdec import drafter_training, drafter_unroll
+from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.specdec.training import unroll
 from tlt_jax.types import Array
 
 _SUMS = ("token_loss", "top1_acc", "top1_prob", "overlap", "feature_loss")
@@ -36,9 +37,9 @@ class UnderWay:
       sums: of `drafter_training.sums_of`.
     """
 
-    seen: drafter_unroll.Seen
+    seen: unroll.Seen
     grads: drafter.DrafterParams
-    seen_grads: drafter_unroll.Seen
+    seen_grads: unroll.Seen
     sums: dict[str, Array]
 
 
@@ -49,14 +50,14 @@ def starts(num_bases: int, size: int) -> range:
 
 def begin(
     params: drafter.DrafterParams,
-    batch: drafter_unroll.Batch,
-    target: drafter_unroll.Target,
+    batch: unroll.Batch,
+    target: unroll.Target,
     *,
-    cfg: drafter_unroll.ForwardConfig,
+    cfg: unroll.ForwardConfig,
     objective: drafter_training.Objective,
 ) -> UnderWay:
     """Begin a step; see `drafter_training.loss` for the arguments."""
-    seen = drafter_unroll.see(params, batch, target, cfg=cfg)
+    seen = unroll.see(params, batch, target, cfg=cfg)
     grads, seen_grads = jax.tree.map(jnp.zeros_like, (params, seen))
     zero = jnp.zeros(objective.num_steps, jnp.float32)
     return UnderWay(seen, grads, seen_grads, dict.fromkeys(_SUMS, zero))
@@ -65,12 +66,12 @@ def begin(
 def add(
     under_way: UnderWay,
     params: drafter.DrafterParams,
-    batch: drafter_unroll.Batch,
-    target: drafter_unroll.Target,
+    batch: unroll.Batch,
+    target: unroll.Target,
     start: Array,
     *,
     size: int,
-    cfg: drafter_unroll.ForwardConfig,
+    cfg: unroll.ForwardConfig,
     objective: drafter_training.Objective,
 ) -> UnderWay:
     """Do the bases from `start` on, `size` of each row."""
@@ -89,17 +90,17 @@ def add(
 
 def close(
     grads: drafter.DrafterParams,
-    seen_grads: drafter_unroll.Seen,
+    seen_grads: unroll.Seen,
     params: drafter.DrafterParams,
-    batch: drafter_unroll.Batch,
-    target: drafter_unroll.Target,
+    batch: unroll.Batch,
+    target: unroll.Target,
     *,
-    cfg: drafter_unroll.ForwardConfig,
+    cfg: unroll.ForwardConfig,
 ) -> drafter.DrafterParams:
     """Take the gradient with respect to what was seen back to the weights, and add."""
 
     def see(params):
-        return drafter_unroll.see(params, batch, target, cfg=cfg)
+        return unroll.see(params, batch, target, cfg=cfg)
 
     (through_seen,) = jax.vjp(see, params)[1](seen_grads)
     return jax.tree.map(jnp.add, grads, through_seen)
@@ -109,7 +110,7 @@ def update(
     state: drafter_training.TrainState,
     grads: drafter.DrafterParams,
     sums: dict[str, Array],
-    batch: drafter_unroll.Batch,
+    batch: unroll.Batch,
     *,
     objective: drafter_training.Objective,
     optimizer: optax.GradientTransformation,

@@ -10,7 +10,8 @@ from jax import lax
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import drafter_unroll, noise
+from tlt_jax.specdec import noise
+from tlt_jax.specdec.training import unroll
 from tlt_jax.types import Array
 
 RANKINGS = ("deterministic", "coupled")
@@ -23,12 +24,12 @@ _LEAST_GAIN = 0.03
 
 def measure(
     params: drafter.DrafterParams,
-    batch: drafter_unroll.Batch,
-    target: drafter_unroll.Target,
+    batch: unroll.Batch,
+    target: unroll.Target,
     num_steps: int,
     *,
-    cfg: drafter_unroll.ForwardConfig,
-    seen: drafter_unroll.Seen | None = None,
+    cfg: unroll.ForwardConfig,
+    seen: unroll.Seen | None = None,
     start: Array | int = 0,
     size: int | None = None,
 ) -> dict[str, Array]:
@@ -50,7 +51,7 @@ def measure(
       target: embedding and head.
       num_steps: K, levels drafted.
       cfg: how.
-      seen: of `drafter_unroll.see`, where it was computed before.
+      seen: of `unroll.see`, where it was computed before.
       start, size: which bases of each row; by themselves all. The sums over all are
         those of any parts.
 
@@ -92,11 +93,11 @@ def nothing(num_steps: int) -> dict[str, np.ndarray]:
 
 def lifetimes(
     params: drafter.DrafterParams,
-    batch: drafter_unroll.Batch,
-    target: drafter_unroll.Target,
+    batch: unroll.Batch,
+    target: unroll.Target,
     num_steps: int,
     *,
-    cfg: drafter_unroll.ForwardConfig,
+    cfg: unroll.ForwardConfig,
 ) -> Array:
     """Count, for every base, what a coupled chain drafted from it would have accepted.
 
@@ -123,14 +124,14 @@ def lifetimes(
 
     found = lax.scan(one_chunk, None, bases.starts(chunk))[1]
     num_rows, width = batch.bases.shape
-    # As `drafter_unroll.predictions` laid them out.
+    # As `unroll.predictions` laid them out.
     stride = width + num_steps - 1
     return found.reshape(-1)[: num_rows * stride].reshape(num_rows, stride)[:, :width]
 
 
 def _predictions(
     params, batch, target, num_steps, cfg, seen=None, start=0, size=None
-) -> tuple[drafter_unroll.Predictions, int]:
+) -> tuple[unroll.Predictions, int]:
     """Unroll; the laws are the tokens drawn, their positions and keys.
 
     Returns:
@@ -138,18 +139,18 @@ def _predictions(
     """
     if size is None:
         size = batch.bases.shape[1]
-    wide = drafter_unroll.bases_from(batch, start, size + num_steps - 1)
-    narrow = drafter_unroll.bases_from(wide, 0, size)
-    steps = drafter_unroll.unroll(params, narrow, target, num_steps, cfg=cfg, seen=seen)
+    wide = unroll.bases_from(batch, start, size + num_steps - 1)
+    narrow = unroll.bases_from(wide, 0, size)
+    steps = unroll.unroll(params, narrow, target, num_steps, cfg=cfg, seen=seen)
     steps = tuple(drafter_head.for_head(params, cfg.drafter, x) for x in steps)
     drawn = (
-        drafter_unroll.take(batch.tokens, wide.bases + 2),
-        drafter_unroll.take(batch.positions, wide.bases) + 2,
+        unroll.take(batch.tokens, wide.bases + 2),
+        unroll.take(batch.positions, wide.bases) + 2,
         wide.keys,
     )
     chunk = min(cfg.head_chunk, wide.bases.size)
-    exists = drafter_unroll.step_exists(wide, num_steps)[..., :size]
-    return drafter_unroll.predictions(steps, exists, drawn, chunk), chunk
+    exists = unroll.step_exists(wide, num_steps)[..., :size]
+    return unroll.predictions(steps, exists, drawn, chunk), chunk
 
 
 def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:

@@ -15,7 +15,8 @@ from jax import lax
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import drafter_losses, drafter_unroll
+from tlt_jax.specdec.training import losses as drafter_losses
+from tlt_jax.specdec.training import unroll
 from tlt_jax.types import Array
 
 ObjectiveName = Literal["eagle", "hass", "eagle3"]
@@ -115,10 +116,10 @@ def draft_vocabulary(
 
 def loss(
     params: drafter.DrafterParams,
-    batch: drafter_unroll.Batch,
-    target: drafter_unroll.Target,
+    batch: unroll.Batch,
+    target: unroll.Target,
     *,
-    cfg: drafter_unroll.ForwardConfig,
+    cfg: unroll.ForwardConfig,
     objective: Objective,
 ) -> tuple[Array, dict[str, Array]]:
     """Compute the objective, each step's mean over the predictions that exist.
@@ -137,7 +138,7 @@ def loss(
       accepted), `overlap`, and `count`, the predictions. Probabilities are those of the
       laws over the draft vocabulary.
     """
-    seen = drafter_unroll.see(params, batch, target, cfg=cfg)
+    seen = unroll.see(params, batch, target, cfg=cfg)
     num_bases = batch.bases.shape[1]
     sums = sums_of(
         params, seen, batch, target, 0, num_bases, cfg=cfg, objective=objective
@@ -147,13 +148,13 @@ def loss(
 
 def sums_of(
     params: drafter.DrafterParams,
-    seen: drafter_unroll.Seen,
-    batch: drafter_unroll.Batch,
-    target: drafter_unroll.Target,
+    seen: unroll.Seen,
+    batch: unroll.Batch,
+    target: unroll.Target,
     start: Array | int,
     size: int,
     *,
-    cfg: drafter_unroll.ForwardConfig,
+    cfg: unroll.ForwardConfig,
     objective: Objective,
 ) -> dict[str, Array]:
     """Sum losses and metrics over the predictions of some bases of each row.
@@ -162,24 +163,24 @@ def sums_of(
 
     Args:
       params, batch, target, cfg, objective: of `loss`.
-      seen: of `drafter_unroll.see`.
+      seen: of `unroll.see`.
       start, size: which bases.
 
     Returns:
       `[K] float32` by name, as `total_of` takes them.
     """
     num_steps = objective.num_steps
-    wide = drafter_unroll.bases_from(batch, start, size + num_steps - 1)
-    steps = drafter_unroll.unroll(
+    wide = unroll.bases_from(batch, start, size + num_steps - 1)
+    steps = unroll.unroll(
         params,
-        drafter_unroll.bases_from(wide, 0, size),
+        unroll.bases_from(wide, 0, size),
         target,
         num_steps,
         cfg=cfg,
         detach=objective.detach,
         seen=seen,
     )
-    exists = drafter_unroll.step_exists(wide, num_steps)[..., :size]
+    exists = unroll.step_exists(wide, num_steps)[..., :size]
     ahead = jnp.minimum(wide.bases + 1, batch.tokens.shape[1] - 1)
     law_BMD = jnp.take_along_axis(batch.hidden, ahead[..., None], axis=1)
     law_BMD = law_BMD.astype(cfg.dtype)
@@ -189,7 +190,7 @@ def sums_of(
         objective.token_loss,
         chunk,
         (target.head, drafter_head.head_of(params, target.head)),
-        drafter_unroll.predictions(finished, exists, law_BMD, chunk),
+        unroll.predictions(finished, exists, law_BMD, chunk),
     )
     sums["feature_loss"] = jnp.zeros(num_steps)
     if objective.feature_weight:
@@ -198,11 +199,11 @@ def sums_of(
 
 
 def total_of(
-    sums: dict[str, Array], batch: drafter_unroll.Batch, objective: Objective
+    sums: dict[str, Array], batch: unroll.Batch, objective: Objective
 ) -> tuple[Array, dict[str, Array]]:
     """Turn the sums over all bases into what `loss` returns; linear in them."""
     num_steps = objective.num_steps
-    exists = drafter_unroll.step_exists(batch, num_steps)
+    exists = unroll.step_exists(batch, num_steps)
     counts = jnp.sum(exists, axis=(1, 2), dtype=jnp.float32)
     means = {name: value / jnp.maximum(counts, 1) for name, value in sums.items()}
     per_step = (
@@ -215,10 +216,10 @@ def total_of(
 
 def step(
     state: TrainState,
-    batch: drafter_unroll.Batch,
-    target: drafter_unroll.Target,
+    batch: unroll.Batch,
+    target: unroll.Target,
     *,
-    cfg: drafter_unroll.ForwardConfig,
+    cfg: unroll.ForwardConfig,
     objective: Objective,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -293,7 +294,7 @@ def _head_sums_forward(token_loss, chunk, heads, predictions):
 def _head_sums_backward(token_loss, chunk, grads, slopes):
     # Step k's sum depends on step k's features alone.
     grads = slopes["token_loss"][:, None, None].astype(grads.dtype) * grads
-    return None, drafter_unroll.Predictions(grads, None, None)
+    return None, unroll.Predictions(grads, None, None)
 
 
 _head_sums.defvjp(_head_sums_forward, _head_sums_backward)

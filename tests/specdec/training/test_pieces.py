@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from tests.specdec import tiny_drafter
-from tlt_jax.specdec import drafter_pieces, drafter_training, drafter_unroll
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.training import pieces, unroll
+from tlt_jax.specdec.training import step as drafter_training
 
 SIZES = {"row_tokens": 16, "row_bases": 10}
 # Longer than a piece, and no multiple of it.
@@ -42,24 +43,22 @@ def test_pieces_take_the_step(tmp_path, layers, objective):
     params, target = tiny_drafter.params_of(cfg), tiny_drafter.target_of(cfg)
     batch = batch_of(tmp_path, layers)
     how = {
-        "cfg": drafter_unroll.ForwardConfig(cfg, head_chunk=8),
+        "cfg": unroll.ForwardConfig(cfg, head_chunk=8),
         "objective": objective,
     }
     state = drafter_training.TrainState(params, OPTIMIZER.init(params), jnp.int32(0))
     step = functools.partial(drafter_training.step, optimizer=OPTIMIZER, **how)
     expected, wanted = jax.jit(step)(state, batch, target)
 
-    under_way = jax.jit(functools.partial(drafter_pieces.begin, **how))(
-        params, batch, target
-    )
-    add = jax.jit(functools.partial(drafter_pieces.add, size=PIECE, **how))
-    for start in drafter_pieces.starts(SIZES["row_bases"], PIECE):
+    under_way = jax.jit(functools.partial(pieces.begin, **how))(params, batch, target)
+    add = jax.jit(functools.partial(pieces.add, size=PIECE, **how))
+    for start in pieces.starts(SIZES["row_bases"], PIECE):
         under_way = add(under_way, params, batch, target, np.int32(start))
     assert add._cache_size() == 1
-    grads = drafter_pieces.close(
+    grads = pieces.close(
         under_way.grads, under_way.seen_grads, params, batch, target, cfg=how["cfg"]
     )
-    found, outcome = drafter_pieces.update(
+    found, outcome = pieces.update(
         state, grads, under_way.sums, batch, objective=objective, optimizer=OPTIMIZER
     )
     assert int(found.num_updates) == 1 and set(outcome) == set(wanted)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlt_jax.specdec import drafter_losses
+from tlt_jax.specdec.training import losses as drafter_losses
 
 # Logits shifted by a constant are the same laws.
 TARGET = jnp.log(jnp.array([0.5, 0.25, 0.25])) + 2.0

@@ -1,0 +1,1 @@
+"""How a drafter learns: the loss, its unrolled steps, its pieces."""
