@@ -24,8 +24,8 @@ import numpy as np
 from experiments import arm_replay, cells, cluster_size, harness, plotting, trace_file
 from experiments.simulation import cluster, cluster_records, published, workload
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec import tuner as tuner_lib
-from tlt_jax.specdec import tuners
+from tlt_jax.specdec.tuners import build as tuners
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 SLUG = "active_batch"
 TRACE = "tuner_trace.jsonl"

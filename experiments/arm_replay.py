@@ -17,7 +17,7 @@ import numpy as np
 
 from tlt_jax.rl import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec import tuner as tuner_lib
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 Strategy = strategy_lib.Strategy
 Kind = tuple[int, Strategy | None]

@@ -39,7 +39,7 @@ import numpy as np
 from experiments import harness, plotting
 from experiments.simulation import cluster, cluster_records, costs, recorded, workload
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec import tuners
+from tlt_jax.specdec.tuners import build as tuners
 
 SLUG = "simulator_check"
 TOLERANCE = 0.10

@@ -22,8 +22,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from experiments import arm_replay, harness, plotting, simulated_arms, trace_file
-from tlt_jax.specdec import cost_model, tuner, tuners
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.tuners import build as tuners
+from tlt_jax.specdec.tuners import cost_model, tuner
 
 SLUG = "tuner_regret"
 TRACE = "tuner_trace.jsonl"

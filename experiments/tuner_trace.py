@@ -27,9 +27,9 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.rl import engine_programs, rollout, scheduler
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec import tuner as tuner_lib
 from tlt_jax.specdec.texts import shards
 from tlt_jax.specdec.training import acceptance, unroll
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 SLUG = "tuner_trace"
 ARMS = "1:D3K1V4,D7K1V8,D11K1V12,D15K1V16 8:D3K1V4,D7K1V8,D11K1V12"

@@ -10,18 +10,13 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import tokenizer as model_tokenizer
-from tlt_jax.rl import (
-    coordinator_records,
-    drafting,
-    engine_programs,
-    rollout,
-    shared_tuner,
-    workers,
-)
+from tlt_jax.rl import coordinator_records, drafting, engine_programs, rollout, workers
 from tlt_jax.runtime import distributed
 from tlt_jax.settings import schema
-from tlt_jax.specdec import sampling, strategy, tuners
+from tlt_jax.specdec import sampling, strategy
 from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.specdec.tuners import build as tuners
+from tlt_jax.specdec.tuners import shared as shared_tuner
 
 
 @dataclasses.dataclass(frozen=True)

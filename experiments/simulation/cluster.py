@@ -20,7 +20,7 @@ from experiments.simulation import costs as costs_lib
 from tlt_jax import types
 from tlt_jax.rl import coordination, coordinator, request_queue, scheduler
 from tlt_jax.rl import coordinator_records as records
-from tlt_jax.specdec import tuner as tuner_lib
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 
 class Cluster:

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.simulation import cluster, cluster_records, costs, workload
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec import tuners
+from tlt_jax.specdec.tuners import build as tuners
 
 # What is compared: the tuner's name, and whether idle workers train.
 OFF, PAPER, OURS = "off", "threshold", "cost_model"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from experiments import arm_replay, simulated_arms, trace_file, tuner_regret
-from tlt_jax.specdec import strategy, tuner
+from tlt_jax.specdec import strategy
+from tlt_jax.specdec.tuners import tuner
 
 D1, D3 = strategy.parse("D1K1V2"), strategy.parse("D3K1V4")
 ARMS = strategy.parse_arms(("2:D1K1V2,D3K1V4",))

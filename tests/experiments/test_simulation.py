@@ -25,7 +25,8 @@ from experiments.simulation import (
 )
 from tlt_jax.rl import coordination
 from tlt_jax.rl import coordinator_records as records
-from tlt_jax.specdec import strategy, tuners
+from tlt_jax.specdec import strategy
+from tlt_jax.specdec.tuners import build as tuners
 
 CHAIN = strategy.parse("D3K1V4")
 TABLE = costs.TableCosts(

@@ -10,7 +10,8 @@ from tests.rl import engines
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import drafting, rollout, rollout_stats
 from tlt_jax.runtime import sharding
-from tlt_jax.specdec import sampling, strategy, tuner
+from tlt_jax.specdec import sampling, strategy
+from tlt_jax.specdec.tuners import tuner
 
 DRAFTER = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=20)
 EAGLE = drafter.of_target(engines.CFG, output_norm=False)

@@ -18,13 +18,7 @@ import optax
 
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.rl import (
-    drafter_budget,
-    drafter_learner,
-    drafter_sharing,
-    shared_tuner,
-    spot_trainer,
-)
+from tlt_jax.rl import drafter_budget, drafter_learner, drafter_sharing, spot_trainer
 from tlt_jax.rl import workers as workers_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import sampling
@@ -32,6 +26,7 @@ from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import sampling as text_sampling
 from tlt_jax.specdec.training import step as drafter_training
 from tlt_jax.specdec.training import unroll
+from tlt_jax.specdec.tuners import shared as shared_tuner
 
 _BETAS, _CLIP_NORM = (0.9, 0.95), 1.0
 _RATE_RANDOM, _RATE_TRAINED = 1e-3, 1e-4

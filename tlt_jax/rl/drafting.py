@@ -19,8 +19,8 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import scheduler
 from tlt_jax.specdec import chain, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec import tuner as tuner_lib
 from tlt_jax.specdec.proposers import learned, ngram_store
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,8 @@ from tlt_jax.rl import (
 from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import decode, noise, speculate
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec import tuner as tuner_lib
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 
 class Engine:

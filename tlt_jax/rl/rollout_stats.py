@@ -5,7 +5,8 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from tlt_jax.specdec import chain, tuner
+from tlt_jax.specdec import chain
+from tlt_jax.specdec.tuners import tuner
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec import tuner
+from tlt_jax.specdec.tuners import tuner
 
 Strategy = strategy_lib.Strategy
 

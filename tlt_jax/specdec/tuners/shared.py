@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec import tuner as tuner_lib
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 
 class SharedTuner:

@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from tlt_jax.specdec import step_times, survival, tuner
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.tuners import step_times, survival, tuner
 
 Strategy = strategy_lib.Strategy
 

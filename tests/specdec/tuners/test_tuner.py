@@ -5,7 +5,9 @@ import json
 import pytest
 
 from tlt_jax.rl import scheduler
-from tlt_jax.specdec import strategy, tuner, tuners
+from tlt_jax.specdec import strategy
+from tlt_jax.specdec.tuners import build as tuners
+from tlt_jax.specdec.tuners import tuner
 
 ARMS = strategy.parse_arms(("1:D3K1V4,D7K1V8", "4:D3K1V4,D2K2V5"))
 TABLE = strategy.parse_table(("2:D7K1V8", "4:D3K1V4"))

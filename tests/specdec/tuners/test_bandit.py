@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from tlt_jax.specdec import bandit, strategy, tuner
+from tlt_jax.specdec import strategy
+from tlt_jax.specdec.tuners import bandit, tuner
 
 A, B = strategy.parse("D4K4V16"), strategy.parse("D8K4V16")
 C, D = strategy.parse("D3K2V8"), strategy.parse("D6K2V8")

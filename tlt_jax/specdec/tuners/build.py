@@ -1,7 +1,7 @@
 """The tuners by name."""
 
-from tlt_jax.specdec import bandit, cost_model, tuner
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.tuners import bandit, cost_model, tuner
 
 NAMES = (
     tuner.Static.NAME,

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from tlt_jax.specdec import cost_model, step_times, strategy, survival, tuner
+from tlt_jax.specdec import strategy
+from tlt_jax.specdec.tuners import cost_model, step_times, survival, tuner
 
 CHAINS = {d: strategy.parse(f"D{d}K1V{d + 1}") for d in (1, 2, 3, 5, 7, 8, 11, 15)}
 D3, D7, D11 = CHAINS[3], CHAINS[7], CHAINS[11]
