@@ -18,11 +18,11 @@ from tlt_jax.rl import (
     experience,
     learner,
     policy_gradient,
-    prompts,
     rollout,
     scheduler,
     weight_sync,
 )
+from tlt_jax.rl.tasks import prompts
 from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import sampling
 

@@ -29,7 +29,7 @@ import tempfile
 
 from experiments import cells, harness, plotting
 from tlt_jax import config, policy, speculation, train_drafter, types
-from tlt_jax.rl import pretrain, tiny_tasks
+from tlt_jax.rl.tasks import generated, scratch_model
 from tlt_jax.runtime import compile_cache
 from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import sampling
@@ -129,7 +129,7 @@ class World:
             lines = [
                 json.dumps({"prompt": question, "answer": answer}) + "\n"
                 for question, answer in pairs.items()
-                if not tiny_tasks.held_out(question, HELD_OUT_FRAC)
+                if not generated.held_out(question, HELD_OUT_FRAC)
             ]
             self.files[name] = folder / f"{name}.jsonl"
             self.files[name].write_text("".join(lines), "utf-8")
@@ -145,7 +145,7 @@ class World:
             }
         )
         target = folder / "target"
-        pretrain.make(config.load(settings), Mixture(2048, seed), target)
+        scratch_model.make(config.load(settings), Mixture(2048, seed), target)
         self.policy = policy.load(str(target))
         self.train(START)
 
@@ -187,7 +187,7 @@ class World:
         """Returns questions of a task that no drafter has seen, as often as needed."""
         rng = random.Random(f"{self.seed} {name}")
         drawn = dict(TASKS[name](rng) for _ in range(20 * self.options.prompts))
-        held_out = [q for q in drawn if tiny_tasks.held_out(q, HELD_OUT_FRAC)]
+        held_out = [q for q in drawn if generated.held_out(q, HELD_OUT_FRAC)]
         prompts = [self.policy.tokenizer.encode_prompt(q) for q in held_out]
         return [
             types.Request(

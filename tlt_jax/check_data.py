@@ -25,9 +25,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from absl import app, flags, logging
 
-from tlt_jax import data, data_files, types
+from tlt_jax import types
 from tlt_jax.models.formats import source
-from tlt_jax.rl import rewards
+from tlt_jax.rl.tasks import examples as examples_lib
+from tlt_jax.rl.tasks import files as data_files
+from tlt_jax.rl.tasks import rewards
 from tlt_jax.runtime import command_line
 
 _SPLIT = flags.DEFINE_string("split", None, "Split of a set that has several.")
@@ -111,7 +113,9 @@ def lengths(spec: str, max_tokens: int) -> Check:
 
 
 def problems(
-    found: Iterable[data.Found], checks: Sequence[Check], counts: collections.Counter
+    found: Iterable[examples_lib.Found],
+    checks: Sequence[Check],
+    counts: collections.Counter,
 ) -> Iterator[str]:
     """Yield what is wrong, a line for each bad row, counting rows on the way."""
     for row in found:
@@ -140,7 +144,7 @@ def run(names: Sequence[str]) -> bool:
     good = True
     for name in names:
         counts: collections.Counter = collections.Counter()
-        rows = data.scan(name, split=_SPLIT.value, subset=_SUBSET.value, **keys)
+        rows = examples_lib.scan(name, split=_SPLIT.value, subset=_SUBSET.value, **keys)
         try:
             wrong = problems(rows, checks, counts)
             for line in itertools.islice(wrong, _SHOWN.value):

@@ -72,8 +72,8 @@ class Task:
     """Where prompts come from.
 
     Attributes:
-      name: a task that `tlt_jax.rl.tasks` makes: one of its own, a reasoning-gym
-        generator, or a data set (`tlt_jax.data_files`). Required.
+      name: a task that `tlt_jax.rl.tasks.build` makes: one of its own, a reasoning-gym
+        generator, or a data set (`tlt_jax.rl.tasks.files`). Required.
       options: the task's own settings (difficulty, field names, ...).
       size: number of distinct examples, at least 1.
       seed: of the generated examples; held-out examples use another one.

@@ -19,7 +19,8 @@ from tlt_jax import config, policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
-from tlt_jax.rl import chat_prompts, prompts, tasks
+from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import chat, prompts
 from tlt_jax.settings import drafter_run, schema
 from tlt_jax.specdec import noise
 from tlt_jax.specdec.texts import shards
@@ -263,5 +264,5 @@ def _power_of_two(n: int) -> int:
 
 def _task(name: str, seed: int, size: int) -> tasks.Task:
     if name == _CHAT:
-        return chat_prompts.ChatPrompts(seed=seed, size=size, eval_size=size)
+        return chat.ChatPrompts(seed=seed, size=size, eval_size=size)
     return tasks.build(config.Task(name=name, seed=seed, size=size), eval_size=size)

@@ -32,16 +32,14 @@ from tlt_jax.rl import (
     evaluator,
     experience,
     learner,
-    pretrain,
-    prompts,
-    reward_pool,
     rollout,
     rollout_stats,
-    tasks,
     updater,
     weight_sync,
     workers,
 )
+from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import prompts, reward_pool, scratch_model
 from tlt_jax.runtime import clock, distributed, failures, programs
 
 SCRATCH = "scratch"
@@ -440,7 +438,7 @@ class Trainer:
             self.display.within(done, total, f"loss {loss:.3f}")
 
         self.group.first(
-            "model", lambda: pretrain.make(self.run, self.task, directory, show)
+            "model", lambda: scratch_model.make(self.run, self.task, directory, show)
         )
         return model_source.resolve(str(directory))
 

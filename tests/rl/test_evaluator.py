@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.rl import engines
-from tlt_jax.rl import evaluator, prompts
+from tlt_jax.rl import evaluator
+from tlt_jax.rl.tasks import prompts
 
 SAMPLES = 3
 

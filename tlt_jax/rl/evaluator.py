@@ -7,7 +7,8 @@ import numpy as np
 
 from tlt_jax import config, types
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import evaluation, prompts, request_queue, reward_pool, rollout
+from tlt_jax.rl import evaluation, request_queue, rollout
+from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.runtime import distributed
 
 # Evaluation noise never coincides with a rollout's: seeds of runs are below this.

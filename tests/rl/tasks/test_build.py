@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tlt_jax import config
-from tlt_jax.rl import tasks, tiny_tasks
+from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import generated
 
 PRODUCTS = {
     "min_terms": 2,
@@ -207,8 +208,8 @@ def test_a_task_with_too_few_questions_says_so():
 def test_tasks_survive_pickling():
     for task in (
         tasks.ReasoningGymTask("products", size=3),
-        tiny_tasks.ArithmeticTask(size=3),
-        tiny_tasks.CountTask(size=3),
+        generated.ArithmeticTask(size=3),
+        generated.CountTask(size=3),
     ):
         copy = pickle.loads(pickle.dumps(task))
         example = task.examples("train")[2]
@@ -218,7 +219,7 @@ def test_tasks_survive_pickling():
 
 @pytest.mark.parametrize("operators", ["+", "-", "+-"])
 def test_arithmetic(operators):
-    task = tiny_tasks.ArithmeticTask(
+    task = generated.ArithmeticTask(
         max_operand=12, num_terms=3, operators=operators, size=60, eval_size=40
     )
     for split in ("train", "eval"):
@@ -231,7 +232,7 @@ def test_arithmetic(operators):
             assert task.score(example, f"{example.answer} or 3") == 0.0
     prompts = {s: {e.prompt for e in task.examples(s)} for s in ("train", "eval")}
     assert not prompts["train"] & prompts["eval"]
-    again = tiny_tasks.ArithmeticTask(
+    again = generated.ArithmeticTask(
         max_operand=12, num_terms=3, operators=operators, size=60, eval_size=40
     )
     assert list(again.examples("train")) == list(task.examples("train"))
@@ -243,13 +244,13 @@ def test_arithmetic(operators):
 
 
 def test_arithmetic_by_default_looks_like_this():
-    task = tiny_tasks.ArithmeticTask()
+    task = generated.ArithmeticTask()
     assert task.alphabet == "0123456789=+"
     assert all(re.fullmatch(r"\d\+\d=", e.prompt) for e in task.examples("train")[:50])
 
 
 def test_count_has_the_tail_that_was_asked_for():
-    task = tiny_tasks.CountTask(min_n=2, max_n=64, alpha=1.0, size=8000)
+    task = generated.CountTask(min_n=2, max_n=64, alpha=1.0, size=8000)
     lengths = np.array([len(e.answer.split()) for e in task.examples("train")])
     assert lengths.min() == 2 and lengths.max() == 64
     for k in (3, 4, 8, 16, 32, 64):
@@ -274,7 +275,7 @@ def test_count_has_the_tail_that_was_asked_for():
 )
 def test_count_scores(text, exact, partial):
     for credit, score in ((False, exact), (True, partial)):
-        task = tiny_tasks.CountTask(partial_credit=credit)
+        task = generated.CountTask(partial_credit=credit)
         example = next(e for e in task.examples("train") if e.prompt == "n=4:")
         assert task.score(example, text) == score
 
@@ -387,6 +388,6 @@ def test_build_names_what_is_wrong(name, keys, message):
 
 def test_split_and_sizes_are_checked():
     with pytest.raises(ValueError, match="split='test' is not one of train, eval"):
-        tiny_tasks.ArithmeticTask().examples("test")
+        generated.ArithmeticTask().examples("test")
     with pytest.raises(ValueError, match="size=0 is out of range"):
-        tiny_tasks.ArithmeticTask(size=0)
+        generated.ArithmeticTask(size=0)

@@ -8,7 +8,7 @@ import itertools
 import random
 
 from tlt_jax import types
-from tlt_jax.rl import tiny_tasks
+from tlt_jax.rl.tasks import generated
 
 _TEMPLATES = """
 Explain {} to a ten-year-old.
@@ -37,7 +37,7 @@ friendship; insects; museums; soap; horses; radio; probability; wine; light; cam
 _HELD_OUT_TOPICS = 16
 
 
-class ChatPrompts(tiny_tasks.GeneratedTask):
+class ChatPrompts(generated.GeneratedTask):
     """Requests for a chat model, each one different until they are used up.
 
     Args:
@@ -57,7 +57,7 @@ class ChatPrompts(tiny_tasks.GeneratedTask):
                 template.format(topic) for template, topic in pairs
             ]
 
-    def _example(self, split: tiny_tasks.Split, index: int) -> types.Example:
+    def _example(self, split: generated.Split, index: int) -> types.Example:
         requests = self._requests[split]
         prompt = ({"role": "user", "content": requests[index % len(requests)]},)
         return types.Example(f"{self.name}/{split}/{index}", prompt, None)

@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from tlt_jax import types
-from tlt_jax.rl import rewards
+from tlt_jax.rl.tasks import rewards
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from tlt_jax import data, data_files, types
-from tlt_jax.rl import counting, random_numbers, rewards, tiny_tasks
+from tlt_jax import types
+from tlt_jax.rl.tasks import counting, generated, random_numbers, rewards
+from tlt_jax.rl.tasks import examples as examples_lib
+from tlt_jax.rl.tasks import files as data_files
 
 if typing.TYPE_CHECKING:
     from tlt_jax import config
@@ -33,14 +35,14 @@ class Task(Protocol):
 
     name: str
 
-    def examples(self, split: tiny_tasks.Split) -> Sequence[types.Example]:
+    def examples(self, split: generated.Split) -> Sequence[types.Example]:
         """Returns the examples of `train` or `eval`; generated ones when indexed."""
 
     def score(self, example: types.Example, text: str) -> float:
         """Judges one completion; 1.0 is right, 0.0 wrong."""
 
 
-class ReasoningGymTask(tiny_tasks.GeneratedTask):
+class ReasoningGymTask(generated.GeneratedTask):
     """A generator of the reasoning-gym library with its own verifier.
 
     Args:
@@ -105,7 +107,7 @@ class ReasoningGymTask(tiny_tasks.GeneratedTask):
         """Returns the generator of a stream; streams never share a random seed.
 
         Item i of a generator is drawn with the seed `seed + i`, so a stream is an
-        interval of seeds: `tiny_tasks.MAX_SIZE` for each of 256 attempts.
+        interval of seeds: `generated.MAX_SIZE` for each of 256 attempts.
         """
         key = (stream, attempt)
         if key not in self._datasets:
@@ -114,7 +116,7 @@ class ReasoningGymTask(tiny_tasks.GeneratedTask):
                 self.name,
                 self._options,
                 size=self._sizes[stream],
-                seed=self._seed + offset + attempt * tiny_tasks.MAX_SIZE,
+                seed=self._seed + offset + attempt * generated.MAX_SIZE,
             )
         return self._datasets[key]
 
@@ -135,15 +137,15 @@ class ReasoningGymTask(tiny_tasks.GeneratedTask):
             "harder, or use the style 'plain' or 'cot'."
         )
 
-    def _example(self, split: tiny_tasks.Split, index: int) -> types.Example:
+    def _example(self, split: generated.Split, index: int) -> types.Example:
         solved = dict(self._shots)
 
         def fits(entry: dict[str, Any]) -> bool:
             question = entry["question"]
             return question not in solved and self.belongs(question, split)
 
-        draws = (self._dataset(split, a)[index] for a in range(tiny_tasks.MAX_DRAWS))
-        entry = tiny_tasks.draw(self.name, draws, fits)
+        draws = (self._dataset(split, a)[index] for a in range(generated.MAX_DRAWS))
+        entry = generated.draw(self.name, draws, fits)
         return types.Example(
             example_id=f"{self.name}/{split}/{index}",
             prompt=self._prompt(entry["question"]),
@@ -275,7 +277,7 @@ class FileTask:
         id_key: str = "id",
         on_bad: Literal["error", "skip"] = "error",
     ):
-        tiny_tasks.check_sizes(1 if limit is None else limit, eval_size, holdout_frac)
+        generated.check_sizes(1 if limit is None else limit, eval_size, holdout_frac)
         self.name = path
         self._reward = reward
         self.score = rewards.named(reward)
@@ -300,19 +302,19 @@ class FileTask:
         else:
             parts: dict[bool, list[types.Example]] = {True: [], False: []}
             for example in train:
-                parts[tiny_tasks.held_out(repr(example.prompt), holdout_frac)].append(
+                parts[generated.held_out(repr(example.prompt), holdout_frac)].append(
                     example
                 )
             train, held_out = parts[False], parts[True]
         self._splits = {"train": train[:limit], "eval": held_out[:eval_size]}
 
-    def examples(self, split: tiny_tasks.Split) -> Sequence[types.Example]:
+    def examples(self, split: generated.Split) -> Sequence[types.Example]:
         """Returns the split's examples.
 
         Raises:
           ValueError: it has none.
         """
-        tiny_tasks.check_split(split)
+        generated.check_split(split)
         examples = self._splits[split]
         if not examples:
             raise ValueError(
@@ -325,7 +327,7 @@ class FileTask:
 def _read_answered(
     path: str, reward: str, reading: Mapping[str, Any]
 ) -> list[types.Example]:
-    examples = data.read_examples(path, **reading)
+    examples = examples_lib.read_examples(path, **reading)
     if rewards.needs_answer(reward):
         for example in examples:
             if example.answer is None:
@@ -346,11 +348,11 @@ class _Adapted:
         self._reward = reward
         self.score = rewards.named(reward) if reward else task.score
 
-    def examples(self, split: tiny_tasks.Split) -> Sequence[types.Example]:
+    def examples(self, split: generated.Split) -> Sequence[types.Example]:
         examples = self._task.examples(split)
         if not self._system_prompt:
             return examples
-        return tiny_tasks.LazyExamples(
+        return generated.LazyExamples(
             len(examples), lambda index: self._instruct(examples[index])
         )
 
@@ -424,8 +426,8 @@ def _make(
 
 
 _BUILT_IN: dict[str, Callable[..., Task]] = {
-    "arithmetic": tiny_tasks.ArithmeticTask,
-    "count": tiny_tasks.CountTask,
+    "arithmetic": generated.ArithmeticTask,
+    "count": generated.CountTask,
     "counting": counting.CountingTask,
     "random_numbers": random_numbers.RandomNumbersTask,
 }

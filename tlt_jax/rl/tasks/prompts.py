@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tlt_jax import data, types
+from tlt_jax import types
+from tlt_jax.rl.tasks import examples as examples_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class PromptSet:
         that a resumed run must know.
         """
         chosen = [
-            int(data.batch_indices(len(self.prompts), 1, seed, position + i)[0])
+            int(examples_lib.batch_indices(len(self.prompts), 1, seed, position + i)[0])
             for i in range(count)
         ]
         return [self.prompts[i] for i in chosen]

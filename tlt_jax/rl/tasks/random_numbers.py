@@ -9,10 +9,10 @@ import random
 import re
 
 from tlt_jax import types
-from tlt_jax.rl import tiny_tasks
+from tlt_jax.rl.tasks import generated
 
 
-class RandomNumbersTask(tiny_tasks.GeneratedTask):
+class RandomNumbersTask(generated.GeneratedTask):
     """`Write 12 different random numbers from 1 to 80, separated by commas.`
 
     Without examples before it, small models answer at temperature 1 with anything.
@@ -47,7 +47,7 @@ class RandomNumbersTask(tiny_tasks.GeneratedTask):
         self._min_num, self._max_num, self._max_top = min_num, max_num, max_top
         self._num_shots, self._seed = num_shots, seed
 
-    def _example(self, split: tiny_tasks.Split, index: int) -> types.Example:
+    def _example(self, split: generated.Split, index: int) -> types.Example:
         rng = random.Random(f"{self._seed}/{split}/{index}")
         messages = []
         for _ in range(self._num_shots):
@@ -55,9 +55,9 @@ class RandomNumbersTask(tiny_tasks.GeneratedTask):
             numbers = rng.sample(range(1, top + 1), num)
             answer = ", ".join(map(str, numbers))
             messages += [("user", _question(num, top)), ("assistant", answer)]
-        num, top = tiny_tasks.draw(
+        num, top = generated.draw(
             self.name,
-            (self._sizes_of_a_question(rng) for _ in range(tiny_tasks.MAX_DRAWS)),
+            (self._sizes_of_a_question(rng) for _ in range(generated.MAX_DRAWS)),
             lambda sizes: self.belongs(_question(*sizes), split),
         )
         messages.append(("user", _question(num, top)))

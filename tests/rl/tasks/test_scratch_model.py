@@ -13,10 +13,11 @@ import pytest
 from tlt_jax import config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source
-from tlt_jax.rl import pretrain, tasks, tiny_tasks
+from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import generated, scratch_model
 from tlt_jax.settings import schema
 
-RECIPE = pathlib.Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
+RECIPE = pathlib.Path(__file__).resolve().parents[3] / "configs" / "tiny.py"
 SIZES = dict(num_layers=1, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)
 
 
@@ -42,7 +43,7 @@ def make(directory, run=None, **settings):
     """Make a model; return the steps that progress was told of."""
     run = run or run_config(**settings)
     told = []
-    pretrain.make(
+    scratch_model.make(
         run, tasks.build(run.task), directory, lambda *progress: told.append(progress)
     )
     return told
@@ -54,10 +55,13 @@ def answer_probs(params, cfg, texts) -> np.ndarray:
     For a task that pays for the exact answer alone this is the expected reward.
     """
     width = max(len(q) + len(a) for q, a in texts)
-    loss = jax.jit(pretrain.loss, static_argnames="cfg")
+    loss = jax.jit(scratch_model.loss, static_argnames="cfg")
     return np.array(
         [
-            np.exp(-len(a) * loss(params, pretrain.lay_out([[(q, a)]], width), cfg=cfg))
+            np.exp(
+                -len(a)
+                * loss(params, scratch_model.lay_out([[(q, a)]], width), cfg=cfg)
+            )
             for q, a in texts
         ]
     )
@@ -81,7 +85,7 @@ def test_a_model_learns_its_task_and_starts_where_its_noise_says(learnt, tmp_pat
     assert found.config.eos_ids == tokenizer.eos_ids == (2,)
     assert found.config.vocab_size == tokenizer.vocab_size
     assert found.config.max_positions >= 12
-    _, texts = pretrain.read(tasks.build(run_config().task))
+    _, texts = scratch_model.read(tasks.build(run_config().task))
     texts = texts[:20]
     trained = answer_probs(found.load(), found.config, texts).mean()
     untrained = model_params.init(found.config, jax.random.key(0))
@@ -118,7 +122,7 @@ def test_a_complete_directory_is_used_again(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("lost", sorted(pretrain._FILES))
+@pytest.mark.parametrize("lost", sorted(scratch_model._FILES))
 def test_a_directory_that_lacks_files_is_made_again(tmp_path, lost):
     directory = tmp_path / "model"
     make(directory, steps=0)
@@ -153,9 +157,9 @@ def test_a_making_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, mome
         interrupt() if target == str(tmp_path / "model") else rename(source, target)
 
     if moment == "teaching":
-        monkeypatch.setattr(pretrain, "train", interrupt)
+        monkeypatch.setattr(scratch_model, "train", interrupt)
     elif moment == "writing":
-        monkeypatch.setattr(pretrain.convert, "save", interrupt)
+        monkeypatch.setattr(scratch_model.convert, "save", interrupt)
     else:
         monkeypatch.setattr(os, "rename", rename_others)
     with pytest.raises(KeyboardInterrupt):
@@ -172,9 +176,11 @@ def test_tasks_that_teach_nothing_are_refused(tmp_path):
     ]
     for task in others:
         with pytest.raises(ValueError, match="'arithmetic' or 'count' can.*empty"):
-            pretrain.make(run_config(), tasks.build(task), tmp_path / "model")
-    for name in pretrain.TASKS:
-        tokenizer, texts = pretrain.read(tasks.build(config.Task(name=name, size=5)))
+            scratch_model.make(run_config(), tasks.build(task), tmp_path / "model")
+    for name in scratch_model.TASKS:
+        tokenizer, texts = scratch_model.read(
+            tasks.build(config.Task(name=name, size=5))
+        )
         question, answer = texts[0]
         assert len(texts) == 5 and answer[-1] == 2
         example = tasks.build(config.Task(name=name, size=5)).examples("train")[0]
@@ -207,7 +213,7 @@ def some_texts(rng, num, longest=5):
 def test_rows_hold_every_text_once_in_order():
     rng = np.random.default_rng(0)
     texts = some_texts(rng, 200)
-    rows = list(itertools.islice(pretrain.fill(itertools.cycle(texts), 12), 40))
+    rows = list(itertools.islice(scratch_model.fill(itertools.cycle(texts), 12), 40))
     sizes = [sum(len(q) + len(a) for q, a in row) for row in rows]
     assert max(sizes) <= 12 and np.mean(sizes) > 8
     flat = [text for row in rows for text in row]
@@ -217,7 +223,7 @@ def test_rows_hold_every_text_once_in_order():
 
 def test_rows_are_laid_out_side_by_side():
     one, two = (np.array([3, 4]), np.array([5, 2])), (np.array([6]), np.array([7, 2]))
-    batch = pretrain.lay_out([[one, two], [two]], 8)
+    batch = scratch_model.lay_out([[one, two], [two]], 8)
     np.testing.assert_array_equal(
         batch.tokens, [[3, 4, 5, 2, 6, 7, 2, 0], [6, 7, 2, 0, 0, 0, 0, 0]]
     )
@@ -233,36 +239,36 @@ def test_rows_are_laid_out_side_by_side():
 
 
 def test_a_packed_row_costs_what_its_texts_cost_alone():
-    tokenizer, _ = pretrain.read(tasks.build(run_config().task))
+    tokenizer, _ = scratch_model.read(tasks.build(run_config().task))
     texts = some_texts(np.random.default_rng(1), 7)
-    cfg = pretrain.model_of(run_config(), tokenizer, texts)
+    cfg = scratch_model.model_of(run_config(), tokenizer, texts)
     params = model_params.init(cfg, jax.random.key(0))
     alone = -np.log(answer_probs(params, cfg, texts))
     tokens = sum(len(answer) for _, answer in texts)
     rows = [texts[:3], texts[3:4], texts[4:]]
-    packed = pretrain.loss(params, pretrain.lay_out(rows, 40), cfg=cfg)
+    packed = scratch_model.loss(params, scratch_model.lay_out(rows, 40), cfg=cfg)
     np.testing.assert_allclose(packed, alone.sum() / tokens, rtol=1e-5)
 
 
 @pytest.mark.parametrize("noise_frac", [0.0, 0.3, 1.0])
 def test_the_given_part_of_the_answers_is_exchanged(noise_frac):
     texts = [(np.array([i]), np.array([i])) for i in range(1000)]
-    stream = pretrain.noisy(texts, noise_frac, np.random.default_rng(0))
+    stream = scratch_model.noisy(texts, noise_frac, np.random.default_rng(0))
     drawn = [(int(q[0]), int(a[0])) for q, a in itertools.islice(stream, 4000)]
     assert abs(np.mean([q != a for q, a in drawn]) - noise_frac) < 0.02
     assert len({q for q, _ in drawn}) > 950
 
 
-@pytest.mark.parametrize("variant", ["", *pretrain.TASKS])
+@pytest.mark.parametrize("variant", ["", *scratch_model.TASKS])
 def test_the_tiny_recipe_has_room_for_its_task(variant):
     get_config = runpy.run_path(str(RECIPE))["get_config"]
     run = config.load(get_config(variant))
     assert run.model.spec == "scratch"
     assert run.task.name == (variant or "arithmetic")
-    tokenizer, texts = pretrain.read(tasks.build(run.task))
+    tokenizer, texts = scratch_model.read(tasks.build(run.task))
     assert max(len(q) for q, _ in texts) <= run.task.max_prompt_tokens
     assert max(len(a) for _, a in texts) <= run.rollout.max_new_tokens
-    cfg = pretrain.model_of(run, tokenizer, texts)
+    cfg = scratch_model.model_of(run, tokenizer, texts)
     assert model_params.count(cfg) < 1_000_000
 
 
@@ -279,4 +285,4 @@ def test_the_record_says_what_the_weights_depend_on(tmp_path):
     assert set(record["pretrain"]) == set(SIZES) | set(
         "steps num_rows learning_rate noise_frac".split()
     )
-    assert isinstance(tiny_tasks.ArithmeticTask(), pretrain.Teachable)
+    assert isinstance(generated.ArithmeticTask(), scratch_model.Teachable)

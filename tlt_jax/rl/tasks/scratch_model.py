@@ -26,7 +26,7 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import convert, hf_config
 from tlt_jax.models.formats import tokenizer as model_tokenizer
-from tlt_jax.rl import tasks
+from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.types import Array
 
 # A question's tokens and those of its answer, EOS included.

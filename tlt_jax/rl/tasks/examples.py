@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tlt_jax import data_files, types
+from tlt_jax import types
+from tlt_jax.rl.tasks import files as data_files
 
 _ROLES = ("system", "user", "assistant", "tool")
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tlt_jax import data
+from tlt_jax.rl.tasks import examples as examples_lib
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
 
@@ -28,7 +28,7 @@ def test_jsonl_gives_prompts_answers_ids_and_metadata(tmp_path):
     path.write_bytes(
         b"\xef\xbb\xbf" + "\n\n".join(map(json.dumps, rows)).encode() + b"\n\n"
     )
-    first, second, third = data.read_examples(path)
+    first, second, third = examples_lib.read_examples(path)
     assert (first.example_id, first.prompt, first.answer) == ("first", "1+1?", "2")
     assert first.metadata == {"level": 3}
     assert (second.example_id, second.prompt, second.answer) == (
@@ -50,9 +50,11 @@ def test_parquet_gives_the_same_as_jsonl(tmp_path):
     ]
     parquet.write_table(pa.Table.from_pylist(padded), tmp_path / "x.parquet")
     keys = {"answer_key": "reward_model.ground_truth"}
-    from_parquet = data.read_examples(tmp_path / "x.parquet", **keys)
+    from_parquet = examples_lib.read_examples(tmp_path / "x.parquet", **keys)
     assert [e.answer for e in from_parquet] == ["4", "5"]
-    assert from_parquet == data.read_examples(write(tmp_path / "x.jsonl", rows), **keys)
+    assert from_parquet == examples_lib.read_examples(
+        write(tmp_path / "x.jsonl", rows), **keys
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,49 +88,49 @@ def test_bad_line_is_named_or_skipped_and_counted(tmp_path, caplog, line, messag
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b'{"prompt": "x", "id": "good"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"x\.jsonl, line 2: .*{message}") as error:
-        data.read_examples(path)
+        examples_lib.read_examples(path)
     assert "on_bad='skip'" in str(error.value)
     with caplog.at_level(logging.WARNING):
-        assert [e.example_id for e in data.read_examples(path, on_bad="skip")] == [
-            "good"
-        ]
+        assert [
+            e.example_id for e in examples_lib.read_examples(path, on_bad="skip")
+        ] == ["good"]
     assert "skipped 1 of 2 lines" in caplog.text and "line 2" in caplog.text
 
 
 def test_files_that_hold_no_examples(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl is not a file"):
-        data.read_examples(tmp_path / "none.jsonl")
+        examples_lib.read_examples(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"suffix '\.csv': give a \.jsonl file"):
-        data.read_examples(tmp_path / "x.csv")
+        examples_lib.read_examples(tmp_path / "x.csv")
     empty = write(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match="holds no examples: it is empty"):
-        data.read_examples(empty)
+        examples_lib.read_examples(empty)
     bad = write(tmp_path / "bad.jsonl", [1, 2])
     with pytest.raises(ValueError, match="all 2 lines were skipped"):
-        data.read_examples(bad, on_bad="skip")
+        examples_lib.read_examples(bad, on_bad="skip")
     with pytest.raises(ValueError, match="on_bad='ignore' is not one of error, skip"):
-        data.read_examples(bad, on_bad="ignore")
+        examples_lib.read_examples(bad, on_bad="ignore")
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.parquet is not a Parquet file"):
-        data.read_examples(tmp_path / "text.parquet")
+        examples_lib.read_examples(tmp_path / "text.parquet")
 
 
 def test_epoch_order_is_fixed_for_all_time():
     # Golden: a change of these numbers changes what resumed runs train on.
-    assert data.epoch_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert data.epoch_order(8, 3, 5).tolist() == [0, 6, 2, 1, 3, 4, 7, 5]
+    assert examples_lib.epoch_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert examples_lib.epoch_order(8, 3, 5).tolist() == [0, 6, 2, 1, 3, 4, 7, 5]
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 50), st.integers(0, 2**63), st.integers(0, 1000))
 def test_epoch_order_is_a_permutation(num_examples, seed, epoch):
-    order = data.epoch_order(num_examples, seed, epoch)
+    order = examples_lib.epoch_order(num_examples, seed, epoch)
     np.testing.assert_array_equal(np.sort(order), np.arange(num_examples))
 
 
 def test_epoch_orders_differ_between_epochs_and_seeds():
     orders = {
-        tuple(data.epoch_order(20, seed, epoch).tolist())
+        tuple(examples_lib.epoch_order(20, seed, epoch).tolist())
         for seed in range(10)
         for epoch in range(10)
     }
@@ -141,11 +143,14 @@ def test_batches_cut_the_line_of_epochs(num_examples, batch_size, seed):
     num_steps = 10
     num_epochs = -(-num_steps * batch_size // num_examples)
     line = np.concatenate(
-        [data.epoch_order(num_examples, seed, epoch) for epoch in range(num_epochs)]
+        [
+            examples_lib.epoch_order(num_examples, seed, epoch)
+            for epoch in range(num_epochs)
+        ]
     )
     for step in reversed(range(num_steps)):
         np.testing.assert_array_equal(
-            data.batch_indices(num_examples, batch_size, seed, step),
+            examples_lib.batch_indices(num_examples, batch_size, seed, step),
             line[step * batch_size : (step + 1) * batch_size],
         )
 
@@ -154,4 +159,4 @@ def test_batches_cut_the_line_of_epochs(num_examples, batch_size, seed):
 def test_batch_arguments_out_of_range_are_named(name):
     arguments = {"num_examples": 4, "batch_size": 2, "seed": 0, "step": 0, name: -1}
     with pytest.raises(ValueError, match=f"{name}=-1 is out of range: at least"):
-        data.batch_indices(**arguments)
+        examples_lib.batch_indices(**arguments)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tlt_jax import types
-from tlt_jax.rl import prompts
+from tlt_jax.rl.tasks import prompts
 
 
 def examples(*texts):

@@ -8,13 +8,13 @@ import random
 import re
 
 from tlt_jax import types
-from tlt_jax.rl import tiny_tasks
+from tlt_jax.rl.tasks import generated
 
 # What stands before the question, as answered turns.
 _SHOTS = ((3, 9), (21, 33), (64, 70))
 
 
-class CountingTask(tiny_tasks.GeneratedTask):
+class CountingTask(generated.GeneratedTask):
     """`Count from 7 to 21, separated by commas.` -> `7, 8, ..., 21`.
 
     Without examples before it, small models answer at temperature 1 with anything.
@@ -69,18 +69,18 @@ class CountingTask(tiny_tasks.GeneratedTask):
         ]
         self._pass_mark, self._seed = pass_mark, seed
 
-    def _example(self, split: tiny_tasks.Split, index: int) -> types.Example:
+    def _example(self, split: generated.Split, index: int) -> types.Example:
         rng = random.Random(f"{self._seed}/{split}/{index}")
-        question, answer = tiny_tasks.draw(
+        question, answer = generated.draw(
             self.name,
-            (self._question(rng) for _ in range(tiny_tasks.MAX_DRAWS)),
+            (self._question(rng) for _ in range(generated.MAX_DRAWS)),
             lambda item: self.belongs(item[0], split),
         )
         messages = (*self._shots, {"role": "user", "content": question})
         return types.Example(f"{self.name}/{split}/{index}", messages, answer)
 
     def _question(self, rng: random.Random) -> tuple[str, str]:
-        num = tiny_tasks.pareto(rng, self._min_num, self._max_num, self._alpha)
+        num = generated.pareto(rng, self._min_num, self._max_num, self._alpha)
         start = rng.randint(1, self._max_start)
         return _count(start, start + num - 1)
 

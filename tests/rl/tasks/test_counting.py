@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tlt_jax import config, types
-from tlt_jax.rl import counting, tasks
+from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import counting
 
 
 def test_prompts_and_answers():

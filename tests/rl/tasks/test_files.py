@@ -6,8 +6,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tlt_jax import config, data, data_files
-from tlt_jax.rl import tasks
+from tlt_jax import config
+from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import examples as examples_lib
+from tlt_jax.rl.tasks import files as data_files
 
 ROWS = [
     {"prompt": [{"role": "user", "content": f"{i}+1?"}], "answer": str(i + 1), "id": i}
@@ -40,7 +42,7 @@ def save(directory, rows, num_files=2, **state):
 
 
 def ids(name, **options):
-    return [int(e.example_id) for e in data.read_examples(name, **options)]
+    return [int(e.example_id) for e in examples_lib.read_examples(name, **options)]
 
 
 def test_directories_that_datasets_saved(tmp_path):

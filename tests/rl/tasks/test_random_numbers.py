@@ -5,7 +5,8 @@ import re
 import pytest
 
 from tlt_jax import config, types
-from tlt_jax.rl import random_numbers, tasks
+from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import random_numbers
 
 MAKE = random_numbers.RandomNumbersTask
 

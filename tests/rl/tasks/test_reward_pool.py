@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tlt_jax import types
-from tlt_jax.rl import reward_pool, rewards, tasks, tiny_tasks
+from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import generated, reward_pool, rewards
 
 EXAMPLE = types.Example("e", "prompt", "4")
 
@@ -152,7 +153,7 @@ with reward_pool.RewardPool(rewards.named("exact"), num_workers=1) as pool:
 
 def test_workers_do_not_run_the_main_program_again(tmp_path):
     (tmp_path / "main.py").write_text(MAIN)
-    root = pathlib.Path(reward_pool.__file__).parents[2]
+    root = pathlib.Path(reward_pool.__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "main.py"],
         cwd=tmp_path,
@@ -186,7 +187,7 @@ def test_in_process_scoring_turns_failures_into_values_too():
 
 
 def test_threads_may_submit_at_once():
-    task = tiny_tasks.ArithmeticTask(size=50)
+    task = generated.ArithmeticTask(size=50)
     with reward_pool.RewardPool(task.score, num_workers=0) as pool:
         seen = []
 
