@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tlt_jax.rl import scheduler
+from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 

@@ -34,7 +34,8 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.pallas_kernels.verify_attention import bench
-from tlt_jax.rl import engine_programs, rollout
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.runtime import compile_cache
 from tlt_jax.specdec import decode, sampling
 
@@ -131,7 +132,7 @@ class Decoder:
         """Compiles it; no prompt is read, since no time hangs on what is cached."""
         self._params, self._steps = params, options.steps
         most = context + options.steps
-        engine = rollout.Engine(
+        engine = engine_lib.Engine(
             cfg,
             engine_programs.EngineConfig(
                 max_rows=1,

@@ -22,7 +22,8 @@ from absl import flags
 
 from experiments import harness, prompts
 from tlt_jax import config, policy, rollout_parts, types
-from tlt_jax.rl import request_queue, rollout
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import request_queue
 from tlt_jax.runtime import (
     command_line,
     compile_cache,
@@ -61,7 +62,7 @@ def hog(name: str):
             process.kill()
 
 
-def engine_of(run: config.RunConfig, model: policy.Policy) -> rollout.Engine:
+def engine_of(run: config.RunConfig, model: policy.Policy) -> engine_lib.Engine:
     """Makes one worker of a recipe, with its drafter if that is ready."""
     made = rollout_parts.make_speculation(run, model.config)
     device = jax.devices()[-1]
@@ -76,7 +77,7 @@ def engine_of(run: config.RunConfig, model: policy.Policy) -> rollout.Engine:
     return engine
 
 
-def step_ms(engine: rollout.Engine, model: policy.Policy, number: int) -> float:
+def step_ms(engine: engine_lib.Engine, model: policy.Policy, number: int) -> float:
     """Decodes a row; returns milliseconds of a decode step."""
     text = prompts.CHAT[number % len(prompts.CHAT)]
     tokens = model.tokenizer.encode_prompt(prompts.as_messages(text))

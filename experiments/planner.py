@@ -33,7 +33,7 @@ import numpy as np
 
 from experiments import cluster_size, harness
 from experiments.simulation import cluster_records, costs, published, rl_step, workload
-from tlt_jax.rl import scheduler
+from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
 
 ASSUMPTIONS = """\

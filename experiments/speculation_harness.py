@@ -11,7 +11,7 @@ import numpy as np
 from experiments import harness, prompts
 from tlt_jax import drafter_texts, policy, speculation, types
 from tlt_jax.models.drafters import io as drafter_io
-from tlt_jax.rl import rollout
+from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.runtime import compile_cache
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec import strategy as strategy_lib
@@ -80,7 +80,7 @@ class Setting:
         ranking: str = "coupled",
         rule: str = chain.KEYED,
         most_rows: int = 0,
-    ) -> rollout.Engine:
+    ) -> engine_lib.Engine:
         """Makes an engine of `batch` rows that always does the same.
 
         With a cache for `most_rows` rows engines of fewer find its programs compiled.

@@ -25,7 +25,9 @@ from experiments import harness, speculation_harness, trace_file
 from tlt_jax import types
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.rl import engine_programs, rollout, scheduler
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import programs as engine_programs
+from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.texts import shards
 from tlt_jax.specdec.training import acceptance, unroll
@@ -87,7 +89,7 @@ class RoundRobin:
 
 def tuned_engine(
     setting: speculation_harness.Setting, tuner: RoundRobin, arms: strategy_lib.Arms
-) -> rollout.Engine:
+) -> engine_lib.Engine:
     """Makes an engine that `tuner` guides."""
     policy, options = setting.policy, setting.options
     drafting_cfg = dataclasses.replace(
@@ -99,7 +101,7 @@ def tuned_engine(
             )
         ),
     )
-    engine = rollout.Engine(
+    engine = engine_lib.Engine(
         policy.config,
         engine_programs.EngineConfig(
             max_rows=options.max_rows,
@@ -133,7 +135,7 @@ def requests_of(
 
 
 def record_steps(
-    engine: rollout.Engine,
+    engine: engine_lib.Engine,
     tuner: RoundRobin,
     texts: shards.HiddenBuffer,
     *,

@@ -19,7 +19,9 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import convert, tokenizer
-from tlt_jax.rl import engine_programs, rollout, rollout_stats
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import programs as engine_programs
+from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.specdec import sampling
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ?;:"
@@ -141,7 +143,7 @@ SHORT = ("--prompt=say abc", "--max_new_tokens=12", "--seed=3")
 
 def expected_text(prompt, seed=3, max_new_tokens=12, request_id=0, **law):
     """The text by the engine itself, from weights that never were in a file."""
-    engine = rollout.Engine(
+    engine = engine_lib.Engine(
         CFG,
         engine_programs.EngineConfig(
             max_rows=1,

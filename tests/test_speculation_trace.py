@@ -8,7 +8,7 @@ from matplotlib import colors
 from tests.rl import engines
 from tlt_jax import plot_style, policy, speculation, speculation_trace, tree_plots
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import drafting
+from tlt_jax.rl.engine import speculator
 from tlt_jax.specdec import sampling, strategy
 
 TREE = strategy.parse("D3K2V5")
@@ -33,7 +33,7 @@ def asked():
 @pytest.fixture(scope="module")
 def guessing():
     cfg = drafter.of_target(engines.CFG, output_norm=False)
-    made = drafting.DraftingConfig(strategy.parse_table(["1:D3K2V5"]), cfg)
+    made = speculator.DraftingConfig(strategy.parse_table(["1:D3K2V5"]), cfg)
     return speculation.Speculation(made, drafter.init(cfg, jax.random.key(0)))
 
 

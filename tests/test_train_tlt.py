@@ -6,7 +6,8 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import drafter_checkpoint, metrics, progress, timeline, train
-from tlt_jax.rl import adaptation, rollout, spot_trainer
+from tlt_jax.rl import adaptation, spot_trainer
+from tlt_jax.rl.engine import engine as engine_lib
 
 values = tiny_runs.values
 BASE = {
@@ -58,7 +59,7 @@ def assert_same_run(directory, off):
 @pytest.fixture
 def waits(monkeypatch):
     """The first worker waits for the other's answers long enough to train."""
-    decode_call, count = rollout.Engine._decode_call, spot_trainer.SpotTrainer._count
+    decode_call, count = engine_lib.Engine._decode_call, spot_trainer.SpotTrainer._count
     stepped = threading.Event()
 
     def slow(engine, plan, *rest):
@@ -71,7 +72,7 @@ def waits(monkeypatch):
         count(trainer, outcome)
         stepped.set()
 
-    monkeypatch.setattr(rollout.Engine, "_decode_call", slow)
+    monkeypatch.setattr(engine_lib.Engine, "_decode_call", slow)
     monkeypatch.setattr(spot_trainer.SpotTrainer, "_count", counted)
 
 
@@ -176,14 +177,14 @@ def test_a_drafter_that_diverges_is_rolled_back_and_the_run_goes_on(
 
 
 def test_a_worker_that_dies_costs_time_alone(off, tmp_path, monkeypatch, capsys):
-    decode_call = rollout.Engine._decode_call
+    decode_call = engine_lib.Engine._decode_call
 
     def dying(engine, *rest):
         if engine.version == 3 and engine.mesh.devices.flat[0].id:
             raise MemoryError("no room")
         return decode_call(engine, *rest)
 
-    monkeypatch.setattr(rollout.Engine, "_decode_call", dying)
+    monkeypatch.setattr(engine_lib.Engine, "_decode_call", dying)
     rows = start(tmp_path, **{"log.progress": "plain"})
     assert_same_run(tmp_path, off)
     assert values(rows, "workers/num_lost") == [0, 0, 1, 1]

@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from tlt_jax import checkpoint, policy, types
 from tlt_jax import speculation as speculation_lib
 from tlt_jax.models.formats import tokenizer as model_tokenizer
-from tlt_jax.rl import rollout_stats
+from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import command_line, compile_cache
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec.proposers import learned

@@ -13,7 +13,8 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source
 from tlt_jax.models.formats import tokenizer as model_tokenizer
-from tlt_jax.rl import engine_programs, rollout
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import programs as engine_programs
 
 _TOKENIZER = "tokenizer"
 _RUN_MARKS = (checkpoint.DIRECTORY, metrics.FILE, _TOKENIZER)
@@ -49,7 +50,7 @@ class Policy:
         max_length: int,
         speculation: speculation_lib.Speculation | None = None,
         **settings: Any,
-    ) -> rollout.Engine:
+    ) -> engine_lib.Engine:
         """Make an engine that has the weights.
 
         Args:
@@ -59,12 +60,12 @@ class Policy:
           **settings: further ones of `engine_programs.EngineConfig`.
 
         Returns:
-          A `rollout.Engine`; it compiles what it needs when it needs it.
+          A `engine_lib.Engine`; it compiles what it needs when it needs it.
         """
         # On TPUs the attention kernel takes pages of a whole tile.
         page_size = 128 if jax.default_backend() == "tpu" else 64
         defaults = dict(eos_ids=self.eos_ids, dtype=self.precision, page_size=page_size)
-        engine = rollout.Engine(
+        engine = engine_lib.Engine(
             self.config,
             engine_programs.EngineConfig(
                 max_rows=max_rows,

@@ -10,7 +10,10 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import tokenizer as model_tokenizer
-from tlt_jax.rl import coordinator_records, drafting, engine_programs, rollout, workers
+from tlt_jax.rl import coordinator_records, workers
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import programs as engine_programs
+from tlt_jax.rl.engine import speculator
 from tlt_jax.runtime import distributed
 from tlt_jax.settings import schema
 from tlt_jax.specdec import sampling, strategy
@@ -30,7 +33,7 @@ class Speculation:
       early_tuner: the same before the drafter is ready.
     """
 
-    drafting_cfg: drafting.DraftingConfig | None = None
+    drafting_cfg: speculator.DraftingConfig | None = None
     initial: drafter.DrafterParams | None = None
     tuner: shared_tuner.SharedTuner | None = None
     early_tuner: shared_tuner.SharedTuner | None = None
@@ -80,10 +83,10 @@ def make_speculation(
     early = strategy.parse_arms(settings.ngram_strategies)
     early_tuner = tuner_of(early, run.seed) if early.entries else None
     if settings.mode == "ngram":
-        return Speculation(drafting.DraftingConfig(early), tuner=early_tuner)
+        return Speculation(speculator.DraftingConfig(early), tuner=early_tuner)
     cfg, initial = _drafter_of(run, model)
     arms = strategy.parse_arms(settings.strategies)
-    drafting_cfg = drafting.DraftingConfig(
+    drafting_cfg = speculator.DraftingConfig(
         arms,
         cfg,
         ranking=settings.ranking,
@@ -120,7 +123,7 @@ def make_engine(
     mesh: jax.sharding.Mesh,
     temperature: float,
     made: Speculation,
-) -> rollout.Engine:
+) -> engine_lib.Engine:
     """Make one engine that samples at a temperature."""
     engine_cfg = engine_programs.EngineConfig(
         max_rows=run.rollout.max_batch,
@@ -137,7 +140,7 @@ def make_engine(
         attention=run.rollout.attention,
         check_kernels=run.rollout.check_kernels,
     )
-    return rollout.Engine(
+    return engine_lib.Engine(
         model,
         engine_cfg,
         drafting_cfg=made.drafting_cfg,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tlt_jax.models import config as model_config
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
-from tlt_jax.rl import drafting
+from tlt_jax.rl.engine import speculator
 from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -27,7 +27,7 @@ class Speculation:
       params: the learned drafter's weights; None: suffix matches alone.
     """
 
-    drafting_cfg: drafting.DraftingConfig
+    drafting_cfg: speculator.DraftingConfig
     params: drafter.DrafterParams | None
 
     @property
@@ -55,7 +55,7 @@ def load(
       target: the model that verifies.
       table: entries as of `strategy.parse_table`; empty: the default.
       ranking, tau: see `propose`.
-      rule: of acceptance, see `drafting.DraftingConfig`.
+      rule: of acceptance, see `speculator.DraftingConfig`.
       dtype: of the drafter's weights.
 
     Raises:
@@ -68,7 +68,7 @@ def load(
         cfg, params = drafter_io.load(folder(spec), target, dtype)
     elif not table:
         entries = tuple(f"{entry}-{NGRAM}" for entry in entries)
-    made = drafting.DraftingConfig(
+    made = speculator.DraftingConfig(
         strategy_lib.parse_table(entries), cfg, ranking=ranking, tau=tau, rule=rule
     )
     return Speculation(made, params)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax import metrics
-from tlt_jax.rl import rollout_stats
+from tlt_jax.rl.engine import stats as rollout_stats
 
 
 def complete(

@@ -32,12 +32,12 @@ from tlt_jax.rl import (
     evaluator,
     experience,
     learner,
-    rollout,
-    rollout_stats,
     updater,
     weight_sync,
     workers,
 )
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import prompts, reward_pool, scratch_model
 from tlt_jax.runtime import clock, distributed, failures, programs
@@ -399,7 +399,7 @@ class Trainer:
             note=self.display.note,
         )
 
-    def _evaluation_engines(self, temperature: float) -> list[rollout.Engine]:
+    def _evaluation_engines(self, temperature: float) -> list[engine_lib.Engine]:
         """Engines of another law, one beside each worker's."""
         return [
             rollout_parts.make_engine(

@@ -14,7 +14,8 @@ import protocol
 from tlt_jax import types
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source
-from tlt_jax.rl import engine_programs, rollout
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.specdec import sampling
 
 
@@ -70,9 +71,9 @@ class Peer:
             "compile_s": stats.compile_s,
         }
 
-    def _engine(self, temperature: float) -> rollout.Engine:
+    def _engine(self, temperature: float) -> engine_lib.Engine:
         if temperature not in self.engines:
-            engine = rollout.Engine(
+            engine = engine_lib.Engine(
                 self.source.config,
                 engine_programs.EngineConfig(
                     max_rows=self.settings["max_batch"],

@@ -19,7 +19,8 @@ import protocol
 
 from tlt_jax import config, progress, train
 from tlt_jax.models.formats import source
-from tlt_jax.rl import rollout, workers
+from tlt_jax.rl import workers
+from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.runtime import host_memory
 
 
@@ -30,7 +31,7 @@ class FixedLengthTrainer(train.Trainer):
         made = super()._make_workers(meshes)
         endless = dataclasses.replace(made.engines[0].engine_cfg, eos_ids=())
         return workers.Workers(
-            [rollout.Engine(self.model, endless, mesh=mesh) for mesh in meshes]
+            [engine_lib.Engine(self.model, endless, mesh=mesh) for mesh in meshes]
         )
 
 

@@ -5,7 +5,7 @@ What decides is the system itself: `request_queue.RequestQueue` hands requests o
 (under a simulated clock) says who generates, trains and stops, and a `tuner.Tuner`
 chooses strategies. Made up are only the devices: how long something takes (`costs`) and
 how many drafts are accepted (`decoding.lifetimes`). The loops below are those of
-`rollout.Engine.serve`, `workers.Workers` and `spot_trainer.SpotTrainer`, with an event
+`engine_lib.Engine.serve`, `workers.Workers` and `spot_trainer.SpotTrainer`, with an event
 where those wait.
 """
 
@@ -18,8 +18,9 @@ import numpy as np
 from experiments.simulation import cluster_records, decoding, workload
 from experiments.simulation import costs as costs_lib
 from tlt_jax import types
-from tlt_jax.rl import coordination, coordinator, request_queue, scheduler
+from tlt_jax.rl import coordination, coordinator
 from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl.engine import request_queue, scheduler
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 

@@ -10,7 +10,8 @@ from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
-from tlt_jax.rl import engine_programs, rollout
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec import noise, sampling
 
@@ -90,7 +91,7 @@ def letters(tokens):
 
 def engine_of(pool=None, params=PARAMS, mesh=None, decode_text=letters, **changes):
     """Make an engine; `pool` is that of one whose programs are the same."""
-    engine = rollout.Engine(
+    engine = engine_lib.Engine(
         CFG, dataclasses.replace(BASE, **changes), decode_text=decode_text, mesh=mesh
     )
     if pool is not None:

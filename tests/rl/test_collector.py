@@ -8,7 +8,8 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import types
-from tlt_jax.rl import collector, rollout_stats
+from tlt_jax.rl import collector
+from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.runtime import clock
 

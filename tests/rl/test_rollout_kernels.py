@@ -11,7 +11,9 @@ from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import drafting, engine_programs, rollout, scheduler
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import programs as engine_programs
+from tlt_jax.rl.engine import scheduler, speculator
 from tlt_jax.specdec import strategy
 
 # As small as kernels take it.
@@ -58,9 +60,9 @@ def run(attention, table=None):
     """Completions by request, with the rows of `table` speculating."""
     chosen = None
     if table is not None:
-        chosen = drafting.DraftingConfig(strategy.parse_table(table), DRAFTER)
+        chosen = speculator.DraftingConfig(strategy.parse_table(table), DRAFTER)
     sizes = dataclasses.replace(SIZES, attention=attention)
-    engine = rollout.Engine(CFG, sizes, drafting_cfg=chosen)
+    engine = engine_lib.Engine(CFG, sizes, drafting_cfg=chosen)
     engine.set_params(weights(), version=0)
     if chosen is not None:
         engine.set_drafter(drafter.init(DRAFTER, jax.random.key(1)), version=0)
@@ -92,7 +94,7 @@ def test_an_engine_with_kernels_draws_the_same_tokens(expected, attention, table
 def test_a_kernel_that_cannot_be_had_is_refused(attention):
     sizes = dataclasses.replace(SIZES, attention=attention)
     with pytest.raises(ValueError, match=f"attention='{attention}'.*portable"):
-        rollout.Engine(CFG, sizes)
+        engine_lib.Engine(CFG, sizes)
 
 
 # Which of them says it depends on how jax called the program.
@@ -108,7 +110,7 @@ def test_a_broken_page_table_ends_the_rollout_by_its_name(monkeypatch):
         return table
 
     monkeypatch.setattr(scheduler.Scheduler, "page_table", broken)
-    engine = rollout.Engine(CFG, dataclasses.replace(SIZES, check_kernels=True))
+    engine = engine_lib.Engine(CFG, dataclasses.replace(SIZES, check_kernels=True))
     engine.set_params(weights(), version=0)
     with pytest.raises(STOPPED, match=r"page_table\[0, 1\]=77 is"):
         engine.run(list(requests()), engines.SEED)
@@ -119,7 +121,7 @@ def test_nothing_is_checked_where_nobody_asks():
     texts = []
     for check in (False, True):
         sizes = dataclasses.replace(SIZES, check_kernels=check)
-        engine = rollout.Engine(CFG, sizes)
+        engine = engine_lib.Engine(CFG, sizes)
         _, lower = engine.programs.plain_decode(weights(), 1)
         texts.append(lower().as_text())
         engine.pool.close()

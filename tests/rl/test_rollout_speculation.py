@@ -8,7 +8,9 @@ import pytest
 
 from tests.rl import engines
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import drafting, rollout, rollout_stats
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import speculator
+from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec import sampling, strategy
 from tlt_jax.specdec.tuners import tuner
@@ -36,10 +38,10 @@ def drafter_params(cfg, seed=0):
 
 
 def engine_of(table, cfg=DRAFTER, drafting_changes=None, mesh=None, **changes):
-    engine = rollout.Engine(
+    engine = engine_lib.Engine(
         engines.CFG,
         dataclasses.replace(engines.BASE, **changes),
-        drafting_cfg=drafting.DraftingConfig(
+        drafting_cfg=speculator.DraftingConfig(
             strategy.parse_table(TABLES[table]), cfg, **(drafting_changes or {})
         ),
         decode_text=engines.letters,
@@ -197,7 +199,7 @@ def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
 
 def test_a_drafters_sharpness_is_told_with_every_call():
     table = strategy.parse_table(TABLES["chain"])
-    made = drafting.Drafting(drafting.DraftingConfig(table, EAGLE), page_size=2)
+    made = speculator.Drafting(speculator.DraftingConfig(table, EAGLE), page_size=2)
     params = drafter_params(EAGLE)
     for given, told in ((np.float32(1.5), 1.5), (None, 1.0)):
         made.set_params(params.replace(sharpness=given), engines.PARAMS, version=0)

@@ -12,7 +12,9 @@ from tests.rl.test_rollout_speculation import EAGLE, drafter_params
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import coordinator_records as records
-from tlt_jax.rl import drafting, rollout, workers
+from tlt_jax.rl import workers
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import speculator
 from tlt_jax.runtime import failures
 from tlt_jax.specdec import noise, strategy
 
@@ -71,7 +73,7 @@ def test_tokens_do_not_depend_on_the_number_of_workers(first, expected, number):
 def test_a_worker_that_dies_is_replaced_by_the_others(first, expected):
     team = workers_of(first, 3)
     begun = threading.Barrier(3)
-    decode_call = rollout.Engine._decode_call
+    decode_call = engine_lib.Engine._decode_call
 
     def failing(engine, plan, *rest):
         finished = decode_call(engine, plan, *rest)
@@ -95,7 +97,7 @@ def test_a_worker_that_dies_is_replaced_by_the_others(first, expected):
 def test_a_worker_that_hangs_is_given_up(first, expected):
     team = workers_of(first, 2, heartbeat_timeout_s=6.0)
     woken, ended = threading.Event(), threading.Event()
-    decode_call, serve = rollout.Engine._decode_call, rollout.Engine.serve
+    decode_call, serve = engine_lib.Engine._decode_call, engine_lib.Engine.serve
 
     def hanging(engine, *rest):
         woken.wait(30)
@@ -135,10 +137,10 @@ def test_without_a_worker_the_run_stops_with_the_reasons(first):
 
 
 def adapted(cfg, entries):
-    engine = rollout.Engine(
+    engine = engine_lib.Engine(
         engines.CFG,
         dataclasses.replace(engines.BASE, max_rows=2),
-        drafting_cfg=drafting.DraftingConfig(
+        drafting_cfg=speculator.DraftingConfig(
             strategy.parse_table(entries), cfg, capture=True
         ),
     )

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from tlt_jax import config
-from tlt_jax.rl import advantages, experience, rollout_stats, workers
+from tlt_jax.rl import advantages, experience, workers
+from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.runtime import clock, distributed
 

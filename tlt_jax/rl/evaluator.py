@@ -7,7 +7,9 @@ import numpy as np
 
 from tlt_jax import config, types
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import evaluation, request_queue, rollout
+from tlt_jax.rl import evaluation
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.runtime import distributed
 
@@ -24,7 +26,7 @@ class Evaluator:
         self,
         run: config.RunConfig,
         prompt_set: prompts.PromptSet,
-        engines: Sequence[rollout.Engine],
+        engines: Sequence[engine_lib.Engine],
         rewards: reward_pool.RewardPool,
         decode_text: Callable[[np.ndarray], str],
         group: distributed.Group | None = None,
@@ -90,7 +92,7 @@ class Evaluator:
         return self._row(rewards.reshape(-1, samples))
 
     def _answers(
-        self, engines: Sequence[rollout.Engine], requests: Sequence[types.Request]
+        self, engines: Sequence[engine_lib.Engine], requests: Sequence[types.Request]
     ) -> list[types.Completion]:
         """Let the engines share the requests; completions in the requests' order."""
         if not requests:

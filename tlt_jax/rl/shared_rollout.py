@@ -9,8 +9,9 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from tlt_jax import types
-from tlt_jax.rl import coordination, coordinator, request_queue
+from tlt_jax.rl import coordination, coordinator
 from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl.engine import request_queue
 from tlt_jax.runtime import channel, distributed
 
 _COORDINATION, _QUEUE = "coordination", "queue"

@@ -13,14 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from tlt_jax import types
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import (
-    coordination,
-    request_queue,
-    rollout,
-    rollout_stats,
-    shared_rollout,
-)
+from tlt_jax.rl import coordination, shared_rollout
 from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.engine import request_queue
+from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import distributed, failures
 from tlt_jax.specdec.texts import shards
 
@@ -46,7 +43,7 @@ class Workers:
 
     def __init__(
         self,
-        engines: Sequence[rollout.Engine],
+        engines: Sequence[engine_lib.Engine],
         cfg: records.Config | None = None,
         group: distributed.Group | None = None,
     ):
@@ -127,7 +124,7 @@ class Workers:
         on_completion: Callable[[types.Completion], None] | None = None,
         on_call: Callable[[int, int], None] | None = None,
     ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
-        """Generate a completion for every request; see `rollout.Engine.run`.
+        """Generate a completion for every request; see `engine_lib.Engine.run`.
 
         Callbacks are called by one thread at a time, `on_completion` in the process
         that generated. Seconds of the stats are summed over workers. All processes

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tlt_jax.rl import scheduler
+from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.tuners import build as tuners
 from tlt_jax.specdec.tuners import tuner

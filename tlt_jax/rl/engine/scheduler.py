@@ -13,7 +13,7 @@ import numpy as np
 
 from tlt_jax import types
 from tlt_jax.models import kv_cache
-from tlt_jax.rl import request_queue
+from tlt_jax.rl.engine import request_queue
 
 
 class PagePool:

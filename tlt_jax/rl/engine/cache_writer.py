@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import drafting, engine_programs, rollout_stats, scheduler
+from tlt_jax.rl.engine import programs as engine_programs
+from tlt_jax.rl.engine import scheduler, speculator
+from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs
 from tlt_jax.specdec import speculate
 from tlt_jax.specdec.proposers import learned
@@ -73,7 +75,7 @@ class CacheWriter:
         caches: speculate.Caches,
         params: model_params.Params,
         weights: learned.DrafterWeights,
-        rounds: Sequence[Sequence[drafting.Fill]],
+        rounds: Sequence[Sequence[speculator.Fill]],
         stats: rollout_stats.RolloutStats,
     ) -> speculate.Caches:
         """Bring the drafter to where a speculative call may begin.

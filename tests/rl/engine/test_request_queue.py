@@ -6,7 +6,7 @@ import threading
 import numpy as np
 
 from tlt_jax import types
-from tlt_jax.rl import request_queue
+from tlt_jax.rl.engine import request_queue
 
 
 def request(request_id, prompt_id=0):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from tlt_jax import types
-from tlt_jax.rl import scheduler
+from tlt_jax.rl.engine import scheduler
 
 
 def finish(

@@ -18,7 +18,7 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels, kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import drafting
+from tlt_jax.rl.engine import speculator
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec import decode, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
@@ -90,7 +90,7 @@ class EnginePrograms:
         self,
         cfg: model_config.ModelConfig,
         engine_cfg: EngineConfig,
-        drafting_cfg: drafting.DraftingConfig | None,
+        drafting_cfg: speculator.DraftingConfig | None,
         mesh: jax.sharding.Mesh,
         rules: sharding.ShardingRules,
     ):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.rl import engines
-from tlt_jax.rl import rollout
+from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec import sampling
 
@@ -349,12 +349,12 @@ def test_requests_that_cannot_be_served_are_refused(engine, change, message):
 
 
 def test_an_engine_says_what_it_lacks():
-    engine = rollout.Engine(CFG, BASE)
+    engine = engine_lib.Engine(CFG, BASE)
     for call in (engine.warm_up, lambda: engine.run(REQUESTS, SEED)):
         with pytest.raises(ValueError, match="no weights: call set_params"):
             call()
     with pytest.raises(ValueError, match="stop=.* needs decode_text"):
-        rollout.Engine(CFG, dataclasses.replace(BASE, stop=("a",)))
+        engine_lib.Engine(CFG, dataclasses.replace(BASE, stop=("a",)))
     with pytest.raises(ValueError, match="cannot be split over 2 devices"):
         mesh = sharding.make_mesh(1, 1, 2, jax.devices()[:2])
         engines.engine_of(mesh=mesh, cpu_kernels="native")

@@ -16,7 +16,7 @@ from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import scheduler
+from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import chain, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import learned, ngram_store

@@ -17,17 +17,17 @@ from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import (
-    asked,
+from tlt_jax.rl.engine import (
     cache_writer,
     capture,
-    drafting,
-    engine_programs,
     request_queue,
-    rollout_stats,
     scheduler,
+    speculator,
     stopping,
 )
+from tlt_jax.rl.engine import programs as engine_programs
+from tlt_jax.rl.engine import requests as requests_lib
+from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import decode, noise, speculate
 from tlt_jax.specdec import strategy as strategy_lib
@@ -43,7 +43,7 @@ class Engine:
         cfg: model_config.ModelConfig,
         engine_cfg: engine_programs.EngineConfig,
         *,
-        drafting_cfg: drafting.DraftingConfig | None = None,
+        drafting_cfg: speculator.DraftingConfig | None = None,
         tuner: tuner_lib.Tuner | None = None,
         early_tuner: tuner_lib.Tuner | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
@@ -56,7 +56,7 @@ class Engine:
           cfg: the target.
           engine_cfg: sizes and law.
           drafting_cfg: how to speculate, once `set_drafter` gave weights; None: never.
-          tuner, early_tuner: choose strategies, see `drafting.Drafting`.
+          tuner, early_tuner: choose strategies, see `speculator.Drafting`.
           decode_text: token ids to text; needed for stop strings.
           mesh: devices of this engine; None: the first device.
           rules: how the cache is split over the mesh.
@@ -78,7 +78,7 @@ class Engine:
         self._drafting = None
         if drafting_cfg is not None:
             drafting_cfg.check(cfg, engine_cfg.max_length, engine_cfg.sampling_cfg)
-            self._drafting = drafting.Drafting(
+            self._drafting = speculator.Drafting(
                 drafting_cfg, engine_cfg.page_size, tuner, early_tuner
             )
         self.programs = engine_programs.EnginePrograms(
@@ -224,7 +224,7 @@ class Engine:
     def check(self, requests: Sequence[types.Request]) -> None:
         """Refuse requests that this engine cannot serve; see `run`."""
         cfg = self.engine_cfg
-        asked.check(requests, self.cfg.vocab_size, cfg.max_length)
+        requests_lib.check(requests, self.cfg.vocab_size, cfg.max_length)
         for request in requests:
             scheduler.check_fits(
                 request, num_pages=cfg.total_pages, page_size=cfg.page_size

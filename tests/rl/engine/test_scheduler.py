@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tlt_jax import types
 from tlt_jax.models import kv_cache
-from tlt_jax.rl import request_queue, scheduler
+from tlt_jax.rl.engine import request_queue, scheduler
 
 
 def request(request_id, prompt_id=0, prompt=3, max_new_tokens=4):

@@ -7,7 +7,7 @@ no training position needs. No forward of the target is spent on them.
 
 import numpy as np
 
-from tlt_jax.rl import scheduler
+from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec.texts import shards
 
 # A multiplier of Knuth's: consecutive ids are spread evenly.

@@ -1,0 +1,1 @@
+"""The rollout engine: requests in, completions out."""
