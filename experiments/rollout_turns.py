@@ -19,8 +19,8 @@ from typing import Any
 from absl import flags
 
 from tlt_jax import config, progress, train, workdir
-from tlt_jax.rl import coordinator
 from tlt_jax.rl.engine import stats as rollout_stats
+from tlt_jax.rl.workers import coordinator
 from tlt_jax.runtime import (
     clock,
     command_line,

@@ -10,10 +10,10 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import tokenizer as model_tokenizer
-from tlt_jax.rl import coordinator_records, workers
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.engine import speculator
+from tlt_jax.rl.workers import records, workers
 from tlt_jax.runtime import distributed
 from tlt_jax.settings import schema
 from tlt_jax.specdec import sampling, strategy
@@ -110,7 +110,7 @@ def make_workers(
         make_engine(run, model, tokenizer, mesh, run.sampling.temperature, made)
         for mesh in meshes
     ]
-    limits = coordinator_records.Config(
+    limits = records.Config(
         min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
     )
     return workers.Workers(engines, limits, group)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from tlt_jax import config, metrics
-from tlt_jax.rl import coordinator_records, experience
+from tlt_jax.rl import experience
+from tlt_jax.rl.workers import records
 from tlt_jax.settings import schema
 
 # Settings that may change when a run is taken up again: none decides what is computed.
@@ -120,7 +121,7 @@ def write_rollouts(
 def write_timeline(
     workdir: pathlib.Path,
     step: int,
-    intervals: Sequence[coordinator_records.Interval],
+    intervals: Sequence[records.Interval],
 ) -> None:
     """Append to `timeline.jsonl` what each worker did in a step's rollout.
 

@@ -19,8 +19,8 @@ import protocol
 
 from tlt_jax import config, progress, train
 from tlt_jax.models.formats import source
-from tlt_jax.rl import workers
 from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.rl.workers import workers
 from tlt_jax.runtime import host_memory
 
 

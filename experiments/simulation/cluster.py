@@ -1,7 +1,7 @@
 """A simulated cluster: rollouts as events in simulated time.
 
 What decides is the system itself: `request_queue.RequestQueue` hands requests out,
-`scheduler.Scheduler` admits rows and gives them pages, `coordination.Coordination`
+`scheduler.Scheduler` admits rows and gives them pages, `mailboxes.Coordination`
 (under a simulated clock) says who generates, trains and stops, and a `tuner.Tuner`
 chooses strategies. Made up are only the devices: how long something takes (`costs`) and
 how many drafts are accepted (`decoding.lifetimes`). The loops below are those of
@@ -18,9 +18,8 @@ import numpy as np
 from experiments.simulation import cluster_records, decoding, workload
 from experiments.simulation import costs as costs_lib
 from tlt_jax import types
-from tlt_jax.rl import coordination, coordinator
-from tlt_jax.rl import coordinator_records as records
 from tlt_jax.rl.engine import request_queue, scheduler
+from tlt_jax.rl.workers import coordinator, mailboxes, records
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 
@@ -57,7 +56,7 @@ class Cluster:
         # Whether a training of this version of the target has examined the drafter.
         self.is_measured = False
         self.now_s = 0.0
-        self.coordination = coordination.Coordination(
+        self.coordination = mailboxes.Coordination(
             records.Config(
                 min_idle=cfg.min_idle if cfg.trains else cfg.num_workers + 1,
                 heartbeat_timeout_s=1e12,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from experiments.simulation import costs
-from tlt_jax.rl import coordinator_records
+from tlt_jax.rl.workers import records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,5 +84,5 @@ class Report:
     steps_by_kind: Mapping[costs.Kind, int]
     num_drafter_steps: int
     num_preempted: int
-    intervals: tuple[coordinator_records.Interval, ...]
+    intervals: tuple[records.Interval, ...]
     sums: Mapping[str, float]

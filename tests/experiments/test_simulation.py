@@ -23,8 +23,7 @@ from experiments.simulation import (
     rl_step,
     workload,
 )
-from tlt_jax.rl import coordination
-from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl.workers import mailboxes, records
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.tuners import build as tuners
 
@@ -188,7 +187,7 @@ def test_the_same_seed_gives_the_same():
 def test_the_system_decides(monkeypatch):
     """Without the coordinator's word nobody trains, whatever the simulator thinks."""
     monkeypatch.setattr(
-        coordination.Coordination, "should_stop", lambda self, training: True
+        mailboxes.Coordination, "should_stop", lambda self, training: True
     )
     report = made(static(), num_workers=2).roll_out(
         workload.grouped([40, 3, 3, 3], 4, 5)

@@ -6,8 +6,7 @@ generates, which step really runs) and checks the coordinator's laws against it.
 
 import random
 
-from tlt_jax.rl import coordinator
-from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl.workers import coordinator, records
 
 CFG = records.Config(
     min_idle=1, heartbeat_timeout_s=30, stop_timeout_s=25, resend_s=4, max_restarts=1

@@ -5,8 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from tlt_jax.rl import coordination, spot_trainer
-from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl import spot_trainer
+from tlt_jax.rl.workers import mailboxes, records
 
 PIECES = 4
 
@@ -86,7 +86,7 @@ class Setting:
     def __init__(self, measures=False):
         self.events = []
         self.learner, self.sampler = Learner(self.events), Sampler()
-        self.coordination = coordination.Coordination(records.Config())
+        self.coordination = mailboxes.Coordination(records.Config())
         engine = types.SimpleNamespace(mesh="mesh", params="target")
         workers = types.SimpleNamespace(
             first=0, engines=[engine, engine], coordination=self.coordination

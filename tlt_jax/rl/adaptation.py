@@ -19,7 +19,7 @@ import optax
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.rl import drafter_budget, drafter_learner, drafter_sharing, spot_trainer
-from tlt_jax.rl import workers as workers_lib
+from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import sampling
 from tlt_jax.specdec.texts import buffer as text_buffer

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from tlt_jax import config
-from tlt_jax.rl import advantages, experience, workers
+from tlt_jax.rl import advantages, experience
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
+from tlt_jax.rl.workers import workers
 from tlt_jax.runtime import clock, distributed
 
 # Batches drawn at most for one step under dynamic sampling.

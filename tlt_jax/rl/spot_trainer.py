@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from tlt_jax.rl import coordination, drafter_learner
-from tlt_jax.rl import coordinator_records as records
-from tlt_jax.rl import workers as workers_lib
+from tlt_jax.rl import drafter_learner
+from tlt_jax.rl.workers import mailboxes, records
+from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.specdec.texts import sampling as text_sampling
 from tlt_jax.specdec.training import unroll
 
@@ -126,7 +126,7 @@ class SpotTrainer:
         self._settled.set()
 
     @property
-    def _coordination(self) -> coordination.Coordination:
+    def _coordination(self) -> mailboxes.Coordination:
         return self._workers.coordination
 
     def start(self) -> None:

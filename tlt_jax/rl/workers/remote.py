@@ -9,9 +9,8 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from tlt_jax import types
-from tlt_jax.rl import coordination, coordinator
-from tlt_jax.rl import coordinator_records as records
 from tlt_jax.rl.engine import request_queue
+from tlt_jax.rl.workers import coordinator, mailboxes, records
 from tlt_jax.runtime import channel, distributed
 
 _COORDINATION, _QUEUE = "coordination", "queue"
@@ -26,7 +25,7 @@ class Home:
       coordination: of all workers.
     """
 
-    def __init__(self, shared: coordination.Coordination, group: distributed.Group):
+    def __init__(self, shared: mailboxes.Coordination, group: distributed.Group):
         """Offer both to the other processes."""
         self.coordination = shared
         self._lock = threading.Lock()
@@ -152,7 +151,7 @@ class RemoteShare:
 class RemoteCoordination:
     """The coordinator of process 0, for a driver and a trainer of another process.
 
-    See `coordination.Coordination`. Where process 0 is gone it is closed.
+    See `mailboxes.Coordination`. Where process 0 is gone it is closed.
 
     A trainer asks a thousand times a second whether it shall stop, while process 0
     decodes: a thread waits there for the answer instead, of one training at a time.

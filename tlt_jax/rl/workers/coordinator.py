@@ -20,7 +20,7 @@ ones are told from new ones. Commands that were not acknowledged are repeated.
 import dataclasses
 from collections.abc import Iterable
 
-from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl.workers import records
 
 
 def handle(

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from tlt_jax import types
-from tlt_jax.rl import coordinator_records as records
-from tlt_jax.rl import workers
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import stats as rollout_stats
+from tlt_jax.rl.workers import records, workers
 from tlt_jax.runtime import channel, distributed, failures
 
 NUM = 3

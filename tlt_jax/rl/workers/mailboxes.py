@@ -31,8 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from tlt_jax.rl import coordinator
-from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl.workers import coordinator, records
 
 _LONGEST_WAIT_S = 1.0
 _T = TypeVar("_T")

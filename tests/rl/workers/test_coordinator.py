@@ -4,8 +4,7 @@ import pytest
 
 from tests import mutation
 from tests.rl import coordinated
-from tlt_jax.rl import coordinator
-from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl.workers import coordinator, records
 
 CFG = records.Config(min_idle=1, heartbeat_timeout_s=50, stop_timeout_s=10)
 

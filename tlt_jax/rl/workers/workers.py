@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from tlt_jax import types
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import coordination, shared_rollout
-from tlt_jax.rl import coordinator_records as records
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import stats as rollout_stats
+from tlt_jax.rl.workers import mailboxes, records, remote
 from tlt_jax.runtime import distributed, failures
 from tlt_jax.specdec.texts import shards
 
@@ -58,12 +57,12 @@ class Workers:
         self.group = group or distributed.alone()
         self.num = self.group.num * len(self.engines)
         self.first = self.group.index * len(self.engines)
-        self.home: shared_rollout.Home | shared_rollout.Guest
+        self.home: remote.Home | remote.Guest
         if self.group.is_first:
-            shared = coordination.Coordination(cfg or records.Config())
-            self.home = shared_rollout.Home(shared, self.group)
+            shared = mailboxes.Coordination(cfg or records.Config())
+            self.home = remote.Home(shared, self.group)
         else:
-            self.home = shared_rollout.Guest(self.group)
+            self.home = remote.Guest(self.group)
         self.on_text: Callable[[shards.Record], None] | None = None
         self.capture_frac = 1.0
         self.lost: dict[int, str] = {}
@@ -73,7 +72,7 @@ class Workers:
     @property
     def coordination(
         self,
-    ) -> coordination.Coordination | shared_rollout.RemoteCoordination:
+    ) -> mailboxes.Coordination | remote.RemoteCoordination:
         """Tells who is busy; a spot trainer listens to it."""
         return self.home.coordination
 
@@ -217,7 +216,7 @@ class _Rollout:
     def _begin(self) -> int:
         """Bring the requests to the queue of all processes; return the generation."""
         workers, home = self._workers, self._workers.home
-        if isinstance(home, shared_rollout.Guest):
+        if isinstance(home, remote.Guest):
             return home.begin(self._requests)
         if len(workers.lost) == workers.num:
             raise _all_lost(workers.lost)

@@ -3,8 +3,7 @@ import time
 
 import pytest
 
-from tlt_jax.rl import coordination
-from tlt_jax.rl import coordinator_records as records
+from tlt_jax.rl.workers import mailboxes, records
 
 
 class Clock:
@@ -78,7 +77,7 @@ def drive(shared, generating, seconds, failing=()):
 
 
 def test_threads_generate_and_train():
-    shared = coordination.Coordination(records.Config(min_idle=1))
+    shared = mailboxes.Coordination(records.Config(min_idle=1))
     generating = set()
     trainer = Trainer(shared, generating)
     trainer.start()
@@ -104,7 +103,7 @@ def test_threads_generate_and_train():
 def test_waiting_takes_in_time():
     clock = Clock()
     cfg = records.Config(heartbeat_timeout_s=60)
-    shared = coordination.Coordination(cfg, clock)
+    shared = mailboxes.Coordination(cfg, clock)
     shared.begin([0])
     assert shared.next_command(0) == records.Generate(1, 0, 0)
     assert shared.next_command(0) is None
@@ -114,7 +113,7 @@ def test_waiting_takes_in_time():
 
 
 def test_a_training_called_off_before_it_was_taken_does_not_show_up():
-    shared = coordination.Coordination(records.Config())
+    shared = mailboxes.Coordination(records.Config())
     shared.begin([0, 1])
     shared.send(records.WorkerDone(1, 0, 0))
     shared.send(records.WorkerDone(1, 1, 0))
@@ -135,14 +134,14 @@ def test_a_training_called_off_before_it_was_taken_does_not_show_up():
 
 
 def test_a_new_rollout_drops_what_the_old_driver_has_left():
-    shared = coordination.Coordination(records.Config())
+    shared = mailboxes.Coordination(records.Config())
     assert shared.begin([0]) == 1
     assert shared.begin([0, 1]) == 2
     assert shared.next_command(0) == records.Generate(2, 0, 0)
 
 
 def test_commands_go_to_the_process_that_carries_them_out():
-    shared = coordination.Coordination(records.Config())
+    shared = mailboxes.Coordination(records.Config())
     shared.begin([0, 1, 2], [0, 1, 1])
     assert shared.next_command(0) == records.Generate(1, 0, 0)
     for worker in (1, 2):
@@ -167,7 +166,7 @@ def test_commands_go_to_the_process_that_carries_them_out():
 
 
 def test_closing_lets_all_go():
-    shared = coordination.Coordination(records.Config())
+    shared = mailboxes.Coordination(records.Config())
     shared.begin([0, 1])
     shared.send(records.WorkerDone(1, 0, 0))
     threads = [

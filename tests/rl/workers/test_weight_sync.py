@@ -7,7 +7,7 @@ import pytest
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import weight_sync
+from tlt_jax.rl.workers import weight_sync
 from tlt_jax.runtime import programs, sharding
 
 MODEL = model_config.ModelConfig(

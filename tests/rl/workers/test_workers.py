@@ -11,10 +11,9 @@ from tests.rl import engines
 from tests.rl.test_rollout_speculation import EAGLE, drafter_params
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import coordinator_records as records
-from tlt_jax.rl import workers
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import speculator
+from tlt_jax.rl.workers import records, workers
 from tlt_jax.runtime import failures
 from tlt_jax.specdec import noise, strategy
 

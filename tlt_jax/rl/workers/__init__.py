@@ -1,0 +1,1 @@
+"""Rollout workers side by side, and their coordinator."""
