@@ -12,11 +12,11 @@ from tlt_jax import config as config_lib
 from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import algorithms, experience, learner, policy_gradient
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.engine import scheduler
 from tlt_jax.rl.tasks import prompts
+from tlt_jax.rl.update import algorithms, experience, learner, policy_gradient
 from tlt_jax.rl.workers import weight_sync
 from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import sampling

@@ -20,7 +20,7 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import metrics, train, workdir
-from tlt_jax.rl import experience
+from tlt_jax.rl.update import experience
 from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
 

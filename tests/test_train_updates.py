@@ -6,7 +6,7 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import metrics, progress, train
-from tlt_jax.rl import experience
+from tlt_jax.rl.update import experience
 
 policy, values = tiny_runs.policy, tiny_runs.values
 settings, start = tiny_runs.settings, tiny_runs.start

@@ -11,8 +11,8 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import config, metrics, types, workdir
-from tlt_jax.rl import experience
 from tlt_jax.rl.tasks import prompts
+from tlt_jax.rl.update import experience
 from tlt_jax.settings import schema
 
 

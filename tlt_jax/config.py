@@ -177,7 +177,7 @@ class Algorithm:
     """The policy-gradient rule. An unset field is what `name` prescribes.
 
     Attributes:
-      name: a preset of `tlt_jax.rl.algorithms`.
+      name: a preset of `tlt_jax.rl.update.algorithms`.
       advantage: how a group's rewards become advantages.
       aggregation: how token losses become one number: `token_mean` over the batch's
         tokens, `sequence_mean` over tokens then sequences, `constant` sum over tokens

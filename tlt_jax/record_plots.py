@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import colors, figure
 
 from tlt_jax import plot_style
-from tlt_jax.rl import experience, packing
+from tlt_jax.rl.update import experience, packing
 
 _MAX_GROUPS = 10
 

@@ -25,11 +25,12 @@ from tlt_jax import (
 )
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source as model_source
-from tlt_jax.rl import adaptation, collector, evaluator, experience, learner, updater
+from tlt_jax.rl import adaptation, collector, evaluator
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import prompts, reward_pool, scratch_model
+from tlt_jax.rl.update import experience, learner, updater
 from tlt_jax.rl.workers import coordinator, weight_sync, workers
 from tlt_jax.runtime import clock, distributed, failures, programs
 

@@ -31,9 +31,9 @@ from tlt_jax import (
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.models.drafters import io as drafter_io
-from tlt_jax.rl import learner
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import scratch_model
+from tlt_jax.rl.update import learner
 from tlt_jax.runtime import command_line, compile_cache, failures, host_memory
 from tlt_jax.settings import drafter_run
 from tlt_jax.specdec.texts import shards

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from tlt_jax import config, metrics
-from tlt_jax.rl import experience
+from tlt_jax.rl.update import experience
 from tlt_jax.rl.workers import records
 from tlt_jax.settings import schema
 

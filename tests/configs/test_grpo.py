@@ -5,8 +5,8 @@ import pytest
 from configs import grpo
 from tests import command_lines
 from tlt_jax import config
-from tlt_jax.rl import algorithms
 from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.update import algorithms
 
 
 @pytest.mark.parametrize("name", grpo.VARIANTS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tlt_jax.models import attention, kv_cache
-from tlt_jax.rl import packing
+from tlt_jax.rl.update import packing
 
 B, K, G, T, H, MAX_PAGES, NUM_PAGES = 4, 2, 3, 4, 6, 4, 14
 SCALE = 0.7

@@ -10,7 +10,7 @@ import pytest
 from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import packing
+from tlt_jax.rl.update import packing
 
 CFG = model_config.ModelConfig(
     family="qwen3",

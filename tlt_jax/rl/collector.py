@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from tlt_jax import config
-from tlt_jax.rl import advantages, experience
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
+from tlt_jax.rl.update import advantages, experience
 from tlt_jax.rl.workers import workers
 from tlt_jax.runtime import clock, distributed
 

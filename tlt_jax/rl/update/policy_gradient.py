@@ -13,7 +13,7 @@ from jax import lax
 from tlt_jax.models import attention, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import losses, packing
+from tlt_jax.rl.update import losses, packing
 from tlt_jax.specdec import sampling
 from tlt_jax.types import Array
 

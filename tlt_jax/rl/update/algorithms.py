@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from tlt_jax.rl import advantages, losses
+from tlt_jax.rl.update import advantages, losses
 
 
 @dataclasses.dataclass(frozen=True)

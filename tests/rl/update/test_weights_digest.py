@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tlt_jax.rl import weights_digest
+from tlt_jax.rl.update import weights_digest
 
 digest = jax.jit(weights_digest.sums)
 

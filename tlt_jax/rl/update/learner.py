@@ -20,7 +20,7 @@ from jax import lax
 from tlt_jax import config as config_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import losses, packing, policy_gradient, weights_digest
+from tlt_jax.rl.update import losses, packing, policy_gradient, weights_digest
 from tlt_jax.runtime import programs
 from tlt_jax.runtime import sharding as sharding_lib
 from tlt_jax.specdec import sampling

@@ -8,7 +8,7 @@ import numpy as np
 from tlt_jax import config
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.rl import algorithms, experience, learner, packing
+from tlt_jax.rl.update import algorithms, experience, learner, packing
 from tlt_jax.runtime import clock, failures, programs, sharding
 
 _MAX_SKIPPED = 3

@@ -12,7 +12,7 @@ from tlt_jax import config as config_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
-from tlt_jax.rl import learner, losses, packing, policy_gradient
+from tlt_jax.rl.update import learner, losses, packing, policy_gradient
 from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import sampling
 

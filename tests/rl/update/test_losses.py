@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlt_jax.rl import losses
+from tlt_jax.rl.update import losses
 
 LOG2 = float(np.log(2.0))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tlt_jax.rl import advantages
+from tlt_jax.rl.update import advantages
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
 ONE_TO_SIX = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tlt_jax.rl import algorithms, losses
+from tlt_jax.rl.update import algorithms, losses
 
 NAMES = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp_baseline", "gspo")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tlt_jax import types
-from tlt_jax.rl import algorithms, experience, packing
 from tlt_jax.rl.tasks import prompts
+from tlt_jax.rl.update import algorithms, experience, packing
 
 # printf '\1\0\0\0\2\0\0\0\0\0\1\0' | sha256sum
 DIGEST = "b9f5fe6ff037564f7628f61b720ece17b215389c80de1c7c9dc538029eaf63e3"

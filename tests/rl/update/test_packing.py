@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlt_jax.rl import packing, row_filling
+from tlt_jax.rl.update import packing, row_filling
 
 
 def make_groups(sizes, seed=0):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tlt_jax.rl import row_filling
+from tlt_jax.rl.update import row_filling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from tlt_jax import types
-from tlt_jax.rl import advantages, algorithms, losses, packing, policy_gradient
 from tlt_jax.rl.tasks import prompts
+from tlt_jax.rl.update import advantages, algorithms, losses, packing, policy_gradient
 
 
 @dataclasses.dataclass(frozen=True)
