@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import harness, small_runs
 from tlt_jax import config, progress, train
-from tlt_jax.rl import drafter_budget
+from tlt_jax.rl.adaptation import budget
 from tlt_jax.runtime import compile_cache
 
 # The drafter's time is no limit: `adaptation.max_steps` is.
@@ -23,7 +23,7 @@ _UNLIMITED_FRAC = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned(drafter_budget.Budget):
+class Planned(budget.Budget):
     """Trains now or not, whether that pays or not.
 
     Attributes:

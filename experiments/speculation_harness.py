@@ -9,8 +9,9 @@ import pathlib
 import numpy as np
 
 from experiments import harness, prompts
-from tlt_jax import drafter_texts, policy, speculation, types
+from tlt_jax import policy, speculation, types
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.runtime import compile_cache
 from tlt_jax.specdec import chain, sampling
@@ -182,5 +183,5 @@ def held_out(texts: shards.HiddenBuffer) -> list[int]:
     return [
         i
         for i, text_id in enumerate(texts.text_ids)
-        if text_id >= drafter_texts.HELD_OUT
+        if text_id >= offline_texts.HELD_OUT
     ]

@@ -6,7 +6,7 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import drafter_checkpoint, metrics, progress, timeline, train
-from tlt_jax.rl import adaptation, spot_trainer
+from tlt_jax.rl.adaptation import adaptation, spot_trainer
 from tlt_jax.rl.engine import engine as engine_lib
 
 values = tiny_runs.values

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from tlt_jax import drafter_checkpoint
-from tlt_jax.rl import adaptation
+from tlt_jax.rl.adaptation import adaptation
 from tlt_jax.runtime import distributed
 
 

@@ -25,7 +25,8 @@ from tlt_jax import (
 )
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source as model_source
-from tlt_jax.rl import adaptation, collector, evaluator
+from tlt_jax.rl import collector, evaluator
+from tlt_jax.rl.adaptation import adaptation
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import build as tasks

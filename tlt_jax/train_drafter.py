@@ -22,7 +22,6 @@ from tlt_jax import (
     checkpoint,
     config,
     drafter_plots,
-    drafter_texts,
     metrics,
     policy,
     progress,
@@ -31,6 +30,7 @@ from tlt_jax import (
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import scratch_model
 from tlt_jax.rl.update import learner
@@ -79,8 +79,8 @@ class _Trainer:
         with self._stage("texts"):
             self.buffer = self._texts()
         ids = np.array(self.buffer.text_ids)
-        self.train_texts = np.flatnonzero(ids < drafter_texts.HELD_OUT)
-        self.held_out = np.flatnonzero(ids >= drafter_texts.HELD_OUT)
+        self.train_texts = np.flatnonzero(ids < offline_texts.HELD_OUT)
+        self.held_out = np.flatnonzero(ids >= offline_texts.HELD_OUT)
         if not self._plan(0):
             raise ValueError(
                 "no text has a position to draft from: raise texts.max_new_tokens or "
@@ -174,7 +174,7 @@ class _Trainer:
             choose = drafter.published_layers if published else drafter.low_mid_high
             self.feature_layers = choose(target.config.num_layers)
         with workdir.writing(self.directory / "texts"):
-            drafter_texts.claim(
+            offline_texts.claim(
                 self.directory / "texts",
                 {
                     "target": drafter.identify(target.config),
@@ -186,7 +186,7 @@ class _Trainer:
                 },
             )
         buffer = shards.HiddenBuffer(self.directory / "texts", run.texts.dtype)
-        asked = drafter_texts.ask(
+        asked = offline_texts.ask(
             run.texts, lambda example: target.tokenizer.encode_prompt(example.prompt)
         )
         started = time.perf_counter()
@@ -196,7 +196,7 @@ class _Trainer:
             self.display.within(done, total, f"{speed:.0f} tokens/s")
 
         with workdir.writing(self.directory / "texts"):
-            drafter_texts.write(
+            offline_texts.write(
                 target,
                 asked,
                 buffer,

@@ -8,12 +8,13 @@ import pytest
 
 from experiments import arm_replay, speculation_harness, trace_file, tuner_trace
 from tests.experiments import test_speculation
-from tlt_jax import drafter_texts, policy
+from tlt_jax import policy
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import convert
 from tlt_jax.models.formats import tokenizer as model_tokenizer
+from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.texts import shards
@@ -48,11 +49,11 @@ def recorded(tmp_path_factory):
         dtype="float32", max_batch=2, max_new_tokens=NEW_TOKENS, max_prompt_tokens=16
     )
     buffer = shards.HiddenBuffer(workdir / "texts", "float32")
-    drafter_texts.write(
+    offline_texts.write(
         policy.load(str(model)),
         [
-            drafter_texts.Asked(
-                drafter_texts.HELD_OUT + i, rng.integers(4, 90, 3 + i).astype(np.int32)
+            offline_texts.Asked(
+                offline_texts.HELD_OUT + i, rng.integers(4, 90, 3 + i).astype(np.int32)
             )
             for i in range(3)
         ],

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from tlt_jax.rl import spot_trainer
+from tlt_jax.rl.adaptation import spot_trainer
 from tlt_jax.rl.workers import mailboxes, records
 
 PIECES = 4

@@ -8,7 +8,7 @@ import pytest
 
 from tests.rl import engines
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl import drafter_learner
+from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec.training import acceptance, unroll
 from tlt_jax.specdec.training import step as drafter_training

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
-from tlt_jax.rl import spot_trainer
+from tlt_jax.rl.adaptation import spot_trainer
 from tlt_jax.runtime import distributed
 
 _T = TypeVar("_T")

@@ -18,7 +18,8 @@ import optax
 
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.rl import drafter_budget, drafter_learner, drafter_sharing, spot_trainer
+from tlt_jax.rl.adaptation import budget, sharing, spot_trainer
+from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import sampling
@@ -123,8 +124,8 @@ class Adaptation:
         self._initial, self._eos_ids = initial, tuple(eos_ids)
         self._precision, self._seed, self._note = precision, seed, note
         self._ngram_accept_length: float | None = None
-        self.budget = drafter_budget.Budget()
-        self._sharing = drafter_sharing.Sharing(workers.group)
+        self.budget = budget.Budget()
+        self._sharing = sharing.Sharing(workers.group)
         self.version, self.is_ready = 0, initial is not None
         sizes = {
             "row_tokens": settings.row_tokens,
@@ -337,7 +338,7 @@ class Adaptation:
         self.version, self.is_ready = meta["version"], meta["is_ready"]
         self._ngram_accept_length = meta["ngram_accept_length"]
         self.learner.sharpness = meta["sharpness"]
-        self.budget = drafter_budget.Budget(**meta["budget"])
+        self.budget = budget.Budget(**meta["budget"])
 
     def _choose_vocabulary(self) -> bool:
         """Choose the tokens that can be proposed once texts tell; true: it is done."""

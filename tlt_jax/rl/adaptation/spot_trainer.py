@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from tlt_jax.rl import drafter_learner
+from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.workers import mailboxes, records
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.specdec.texts import sampling as text_sampling

@@ -1,0 +1,1 @@
+"""Training of the drafter: beside rollouts, and before a run."""
