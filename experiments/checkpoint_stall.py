@@ -22,8 +22,8 @@ import time
 import numpy as np
 
 from experiments import harness, plotting, random_drafter
-from tlt_jax import drafter_checkpoint
 from tlt_jax.specdec.training import unroll
+from tlt_jax.workdir import drafter_checkpoint
 
 SLUG = "checkpoint_stall"
 NONE = "none"

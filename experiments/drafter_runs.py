@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from experiments import harness, small_runs
-from tlt_jax import config, progress, train
+from tlt_jax import config, train
 from tlt_jax.rl.adaptation import budget
 from tlt_jax.runtime import compile_cache
+from tlt_jax.workdir import progress
 
 # The drafter's time is no limit: `adaptation.max_steps` is.
 _UNLIMITED_FRAC = 1e9

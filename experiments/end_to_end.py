@@ -28,7 +28,7 @@ import statistics
 import tempfile
 
 from experiments import cells, harness, plotting, recipe_commands
-from tlt_jax import metrics
+from tlt_jax.workdir import metrics
 
 SLUG = "end_to_end"
 OFF = "off"

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments import cells, harness, plotting
 from experiments.simulation import workload
-from tlt_jax import metrics
+from tlt_jax.workdir import metrics
 
 SLUG = "length_tail"
 STAGES = ("rollout", "drafter", "reward", "inference", "update", "sync")

@@ -19,7 +19,8 @@ import tempfile
 import jax
 
 from experiments import cells, harness, plotting, small_runs
-from tlt_jax import progress, train
+from tlt_jax import train
+from tlt_jax.workdir import progress
 
 SLUG = "program_pool"
 RECIPE = "configs/tiny.py:count"

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from tlt_jax import config, progress, train, workdir
+from tlt_jax import config, train
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.workers import coordinator
 from tlt_jax.runtime import (
@@ -29,6 +29,8 @@ from tlt_jax.runtime import (
     distributed,
     host_memory,
 )
+from tlt_jax.workdir import directory as workdir
+from tlt_jax.workdir import progress
 
 # What this module writes into the workdir; the timeline's step is the turn's number.
 FILE = "turns.jsonl"

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Mapping
 
 from experiments import harness
-from tlt_jax import config, metrics, train
+from tlt_jax import config, train
 from tlt_jax.runtime import compile_cache
+from tlt_jax.workdir import metrics
 
 # What makes runs comparable and quick; nothing of it changes a token.
 SETTINGS = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
-from tlt_jax import checkpoint, drafter_checkpoint, export, policy, types
+from tlt_jax import export, policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
@@ -19,6 +19,7 @@ from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import tokenizer
 from tlt_jax.specdec import sampling
 from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.workdir import checkpoint, drafter_checkpoint
 
 CFG = model_config.ModelConfig(
     family="llama",

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from tlt_jax import checkpoint, generate, policy, types
+from tlt_jax import generate, policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
@@ -23,6 +23,7 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.specdec import sampling
+from tlt_jax.workdir import checkpoint
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ?;:"
 TEMPLATE = (

@@ -13,8 +13,9 @@ import jax
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import launch, metrics
+from tlt_jax import launch
 from tlt_jax.runtime import channel, distributed
+from tlt_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MEMBER = """

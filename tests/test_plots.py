@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from tlt_jax import metrics, plots
+from tlt_jax import plots
+from tlt_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from tests import test_plots
-from tlt_jax import metrics, report, report_page
+from tlt_jax import report, report_page
 from tlt_jax.models.formats import tokenizer as model_tokenizer
+from tlt_jax.workdir import metrics
 
 ODD = "<script>alert('&')</script>"
 

@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import metrics, train, workdir
+from tlt_jax import train
 from tlt_jax.rl.update import experience
 from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
+from tlt_jax.workdir import directory as workdir
+from tlt_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ODD = tiny_runs.ODD

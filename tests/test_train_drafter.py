@@ -8,11 +8,12 @@ import pytest
 
 from configs import smollm2_drafter, tiny_drafter
 from tests import command_lines
-from tlt_jax import metrics, policy, train_drafter
+from tlt_jax import policy, train_drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.settings import drafter_run, schema
 from tlt_jax.specdec import noise
 from tlt_jax.specdec.texts import shards
+from tlt_jax.workdir import metrics
 
 NUM_STEPS = 8
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import metrics, progress, train
+from tlt_jax import train
 from tlt_jax.rl.update import experience
+from tlt_jax.workdir import metrics, progress
 
 policy, values = tiny_runs.policy, tiny_runs.values
 settings, start = tiny_runs.settings, tiny_runs.start

@@ -11,7 +11,8 @@ import ml_collections
 import numpy as np
 
 from configs import tiny
-from tlt_jax import checkpoint, config, metrics, train
+from tlt_jax import config, train
+from tlt_jax.workdir import checkpoint, metrics
 
 # A reward that tells the answers of a group apart.
 ODD = "tests.judges:odd"

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib import cm, figure
 
-from tlt_jax import metrics, plot_style
+from tlt_jax import plot_style
+from tlt_jax.workdir import metrics
 
 _PANELS = (
     ("drafter/loss", "training loss", "step"),

@@ -20,7 +20,7 @@ import sys
 
 from absl import app, flags, logging
 
-from tlt_jax import checkpoint, drafter_checkpoint, policy
+from tlt_jax import policy
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import head as drafter_head
@@ -28,6 +28,7 @@ from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.drafters import layouts
 from tlt_jax.models.formats import convert
+from tlt_jax.workdir import checkpoint, drafter_checkpoint
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write; absent or empty.")

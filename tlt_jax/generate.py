@@ -19,13 +19,14 @@ from collections.abc import Sequence
 import numpy as np
 from absl import app, flags, logging
 
-from tlt_jax import checkpoint, policy, types
+from tlt_jax import policy, types
 from tlt_jax import speculation as speculation_lib
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import command_line, compile_cache
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec.proposers import learned
+from tlt_jax.workdir import checkpoint
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Hugging Face directory, gguf:FILE, hub name, or a run's workdir."

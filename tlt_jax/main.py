@@ -7,7 +7,7 @@ processes of one machine are started by `tlt_jax.launch`.
 
 from absl import flags, logging
 
-from tlt_jax import checkpoint, config, metrics, train, workdir
+from tlt_jax import config, train
 from tlt_jax.runtime import (
     channel,
     command_line,
@@ -17,6 +17,8 @@ from tlt_jax.runtime import (
     failures,
     host_memory,
 )
+from tlt_jax.workdir import checkpoint, metrics
+from tlt_jax.workdir import directory as workdir
 
 _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string(

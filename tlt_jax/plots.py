@@ -11,7 +11,8 @@ import numpy as np
 from absl import app, flags
 from matplotlib import figure
 
-from tlt_jax import drafter_plots, metrics, plot_style, timeline
+from tlt_jax import drafter_plots, plot_style, timeline
+from tlt_jax.workdir import metrics
 
 Rows = Sequence[Mapping[str, Any]]
 

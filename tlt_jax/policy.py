@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlt_jax import checkpoint, metrics
 from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
@@ -15,6 +14,7 @@ from tlt_jax.models.formats import source
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
+from tlt_jax.workdir import checkpoint, metrics
 
 _TOKENIZER = "tokenizer"
 _RUN_MARKS = (checkpoint.DIRECTORY, metrics.FILE, _TOKENIZER)

@@ -15,9 +15,10 @@ from typing import Any
 
 from absl import app, flags
 
-from tlt_jax import metrics, plot_style, plots, progress, report_page
+from tlt_jax import plot_style, plots, report_page
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.runtime import command_line
+from tlt_jax.workdir import metrics, progress
 
 FILE = "report.html"
 _CAPTIONS = {

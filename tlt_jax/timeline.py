@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import figure, ticker
 
 from tlt_jax import plot_style
-from tlt_jax import workdir as workdir_lib
+from tlt_jax.workdir import directory as workdir_lib
 
 FILE = workdir_lib.TIMELINE
 BUSY, TRAINING, IDLE = "busy", "training", "idle"

@@ -18,15 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from tlt_jax import (
-    checkpoint,
-    config,
-    drafter_plots,
-    metrics,
-    policy,
-    progress,
-    workdir,
-)
+from tlt_jax import config, drafter_plots, policy
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.models.drafters import io as drafter_io
@@ -39,6 +31,8 @@ from tlt_jax.settings import drafter_run
 from tlt_jax.specdec.texts import shards
 from tlt_jax.specdec.training import acceptance, unroll
 from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.workdir import checkpoint, metrics, progress
+from tlt_jax.workdir import directory as workdir
 
 SCRATCH = "scratch"
 _MAX_SKIPPED = 10

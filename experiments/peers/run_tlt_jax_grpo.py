@@ -17,11 +17,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import jax
 import protocol
 
-from tlt_jax import config, progress, train
+from tlt_jax import config, train
 from tlt_jax.models.formats import source
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.workers import workers
 from tlt_jax.runtime import host_memory
+from tlt_jax.workdir import progress
 
 
 class FixedLengthTrainer(train.Trainer):

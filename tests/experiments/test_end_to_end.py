@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments import cells, end_to_end, redrawing
-from tlt_jax import metrics
+from tlt_jax.workdir import metrics
 
 TINY = "--models=tiny=tests/tiny_runs.py"
 

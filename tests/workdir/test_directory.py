@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import config, metrics, types, workdir
+from tlt_jax import config, types
 from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import experience
 from tlt_jax.settings import schema
+from tlt_jax.workdir import directory as workdir
+from tlt_jax.workdir import metrics
 
 
 def claim(directory, **overrides):

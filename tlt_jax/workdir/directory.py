@@ -14,10 +14,11 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from tlt_jax import config, metrics
+from tlt_jax import config
 from tlt_jax.rl.update import experience
 from tlt_jax.rl.workers import records
 from tlt_jax.settings import schema
+from tlt_jax.workdir import metrics
 
 # Settings that may change when a run is taken up again: none decides what is computed.
 _FREE_ON_RESUME = (

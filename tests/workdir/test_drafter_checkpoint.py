@@ -11,10 +11,10 @@ import pytest
 
 from tests.specdec import tiny_drafter
 from tests.specdec.texts import test_buffer
-from tlt_jax import checkpoint, drafter_checkpoint
 from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import sampling as text_sampling
 from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.workdir import checkpoint, drafter_checkpoint
 
 OPTIMIZER = optax.adamw(1e-2)
 CFG = tiny_drafter.drafter_config()

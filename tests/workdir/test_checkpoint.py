@@ -14,10 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from tlt_jax import checkpoint
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
 from tlt_jax.runtime import sharding
+from tlt_jax.workdir import checkpoint
 
 CFG = model_config.ModelConfig(
     family="llama",
@@ -158,7 +158,7 @@ def test_policy_alone(tmp_path):
 
 
 def test_killed_while_writing_leaves_the_checkpoint_before(tmp_path):
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     env = {**os.environ, "PYTHONPATH": str(root)}
     child = subprocess.run(
         [sys.executable, "-c", _KILLED, str(tmp_path)], env=env, cwd=root, timeout=120

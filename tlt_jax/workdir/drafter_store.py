@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import jax
 
-from tlt_jax import drafter_checkpoint
 from tlt_jax.rl.adaptation import adaptation
 from tlt_jax.runtime import distributed
+from tlt_jax.workdir import drafter_checkpoint
 
 
 class DrafterStore:

@@ -4,7 +4,7 @@ import io
 
 import rich.console
 
-from tlt_jax import progress
+from tlt_jax.workdir import progress
 
 ROW = {
     "step": 3,

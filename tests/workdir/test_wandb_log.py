@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import metrics, wandb_log
+from tlt_jax.workdir import metrics, wandb_log
 
 INSTALLED = importlib.util.find_spec("wandb") is not None
 ROWS = (

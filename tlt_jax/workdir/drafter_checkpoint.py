@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax import checkpoint
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.specdec.training import step as drafter_training
 from tlt_jax.specdec.training import unroll
+from tlt_jax.workdir import checkpoint
 
 DIRECTORY = "drafter_checkpoints"
 Mode = Literal["blocking", "async", "selective"]

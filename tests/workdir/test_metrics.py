@@ -13,7 +13,7 @@ import pytest
 from absl import logging
 from tensorboard.backend.event_processing import event_file_loader
 
-from tlt_jax import metrics
+from tlt_jax.workdir import metrics
 
 
 def row(step, **more):

@@ -9,7 +9,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tlt_jax import config, metrics
+from tlt_jax import config
+from tlt_jax.workdir import metrics
 
 # Made once for a workdir, so that a resumed run goes on in the same W&B run.
 ID_FILE = "wandb_id"

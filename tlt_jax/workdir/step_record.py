@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tlt_jax import metrics
 from tlt_jax.rl.engine import stats as rollout_stats
+from tlt_jax.workdir import metrics
 
 
 def complete(
