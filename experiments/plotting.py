@@ -7,26 +7,26 @@ from collections.abc import Mapping, Sequence
 from matplotlib import axes as axes_lib
 from matplotlib import figure as figure_lib
 
-from tlt_jax import plot_style
+from tlt_jax.viz import style
 
 COLORS = (
-    plot_style.BLUE,
-    plot_style.ORANGE,
-    plot_style.GREEN,
-    plot_style.RED,
-    plot_style.PURPLE,
-    plot_style.SKY,
-    plot_style.GREY,
+    style.BLUE,
+    style.ORANGE,
+    style.GREEN,
+    style.RED,
+    style.PURPLE,
+    style.SKY,
+    style.GREY,
 )
-PALE, GREY = plot_style.PALE, plot_style.GREY
+PALE, GREY = style.PALE, style.GREY
 # Of the stages of an RL step, in all plots.
 STAGE_COLORS = {
-    "rollout": plot_style.BLUE,
-    "drafter": plot_style.GREEN,
-    "reward": plot_style.GREY,
-    "inference": plot_style.SKY,
-    "update": plot_style.ORANGE,
-    "sync": plot_style.PURPLE,
+    "rollout": style.BLUE,
+    "drafter": style.GREEN,
+    "reward": style.GREY,
+    "inference": style.SKY,
+    "update": style.ORANGE,
+    "sync": style.PURPLE,
 }
 
 
@@ -104,4 +104,4 @@ def save(fig: figure_lib.Figure, path: pathlib.Path) -> None:
         if axes.get_legend_handles_labels()[1] and axes.get_legend() is None:
             axes.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot_style.save(fig, path)
+    style.save(fig, path)

@@ -33,7 +33,7 @@ import sys
 import tempfile
 
 from experiments import harness, plotting, recipe_commands, rollout_turns
-from tlt_jax import timeline
+from tlt_jax.viz import timeline
 
 SLUG = "trainer_makespan"
 WITHOUT, WITH = "without trainer", "with trainer"

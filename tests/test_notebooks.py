@@ -14,8 +14,8 @@ import re
 import pytest
 
 import notebooks.__main__ as runner
-from tlt_jax import plot_style
 from tlt_jax.runtime import compile_cache
+from tlt_jax.viz import style
 
 ADDRESS = re.compile(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?:\"|/blob)")
 
@@ -47,7 +47,7 @@ def run(name, **settings):
             unknown = settings.keys() - space.keys()
             assert not unknown, f"{name} has no setting {unknown}"
             space |= settings
-    return space, [value for value in shown if isinstance(value, plot_style.Picture)]
+    return space, [value for value in shown if isinstance(value, style.Picture)]
 
 
 @pytest.fixture(autouse=True)

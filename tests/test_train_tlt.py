@@ -5,9 +5,10 @@ import threading
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import timeline, train
+from tlt_jax import train
 from tlt_jax.rl.adaptation import adaptation, spot_trainer
 from tlt_jax.rl.engine import engine as engine_lib
+from tlt_jax.viz import timeline
 from tlt_jax.workdir import drafter_checkpoint, metrics, progress
 
 values = tiny_runs.values

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from tlt_jax import config, plots, rollout_parts
+from tlt_jax import config, rollout_parts
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source as model_source
 from tlt_jax.rl import collector, evaluator
@@ -23,6 +23,7 @@ from tlt_jax.rl.tasks import prompts, reward_pool, scratch_model
 from tlt_jax.rl.update import experience, learner, updater
 from tlt_jax.rl.workers import coordinator, weight_sync, workers
 from tlt_jax.runtime import clock, distributed, failures, programs
+from tlt_jax.viz import plots
 from tlt_jax.workdir import (
     checkpoint,
     drafter_store,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from tlt_jax import config, drafter_plots, policy
+from tlt_jax import config, policy
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.models.drafters import io as drafter_io
@@ -31,6 +31,7 @@ from tlt_jax.settings import drafter_run
 from tlt_jax.specdec.texts import shards
 from tlt_jax.specdec.training import acceptance, unroll
 from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.viz import drafter_plots
 from tlt_jax.workdir import checkpoint, metrics, progress
 from tlt_jax.workdir import directory as workdir
 

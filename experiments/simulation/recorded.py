@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.simulation import costs, workload
-from tlt_jax import timeline
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.viz import timeline
 from tlt_jax.workdir import metrics
 
 

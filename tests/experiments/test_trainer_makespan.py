@@ -6,7 +6,8 @@ import pytest
 
 from experiments import rollout_turns, trainer_makespan
 from tests import tiny_runs
-from tlt_jax import timeline, train
+from tlt_jax import train
+from tlt_jax.viz import timeline
 from tlt_jax.workdir import progress
 
 SECONDS = {True: (10.8, 10.6), False: (10.0, 10.2)}

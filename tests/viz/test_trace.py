@@ -6,10 +6,11 @@ import pytest
 from matplotlib import colors
 
 from tests.rl import engines
-from tlt_jax import plot_style, policy, speculation, speculation_trace, tree_plots
+from tlt_jax import policy, speculation
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import speculator
 from tlt_jax.specdec import sampling, strategy
+from tlt_jax.viz import style, trace, trees
 
 TREE = strategy.parse("D3K2V5")
 PROMPT = np.arange(3, 8, dtype=np.int32)
@@ -39,7 +40,7 @@ def guessing():
 
 @pytest.fixture(scope="module")
 def tracer(asked, guessing):
-    return speculation_trace.Tracer(asked, guessing, TREE, max_length=16)
+    return trace.Tracer(asked, guessing, TREE, max_length=16)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_every_position_is_drafted_from_on_the_same_text(tracer):
 
 def test_what_cannot_be_shown_is_refused(asked, guessing, tracer):
     def make(drafts=guessing, shape=TREE, **settings):
-        speculation_trace.Tracer(asked, drafts, shape, max_length=16, **settings)
+        trace.Tracer(asked, drafts, shape, max_length=16, **settings)
 
     nothing = speculation.Speculation(guessing.drafting_cfg, None)
     with pytest.raises(ValueError, match="without a learned drafter: give"):
@@ -105,27 +106,27 @@ def labels(axes):
 
 
 def test_pictures_show_the_step(steps):
-    name = tree_plots.names_of(Letters())
+    name = trees.names_of(Letters())
     step = max(steps, key=lambda step: step.num_accepted)
-    (axes,) = tree_plots.tree(step, name).axes
+    (axes,) = trees.tree(step, name).axes
     boxes = [colors.to_hex(box.get_facecolor()).upper() for box in axes.patches]
     num_valid = int(step.valid.sum())
     assert len(boxes) == num_valid + 1
-    assert boxes.count(plot_style.GREEN) == step.num_accepted
-    assert boxes[-1] == plot_style.ORANGE
+    assert boxes.count(style.GREEN) == step.num_accepted
+    assert boxes[-1] == style.ORANGE
     assert labels(axes)[-1] == name(int(step.drawn[step.path[-1]]))
-    (axes,) = tree_plots.mask(step, name).axes
+    (axes,) = trees.mask(step, name).axes
     shades = axes.collections[0].get_array().reshape(num_valid, -1)[:, -num_valid:]
     np.testing.assert_array_equal(shades > 0, step.sees[step.valid][:, step.valid])
-    law, scores = tree_plots.draw_at(step, 0, name).axes
+    law, scores = trees.draw_at(step, 0, name).axes
     heights = [bar.get_height() for bar in scores.patches]
     told = [tick.get_text() for tick in scores.get_xticklabels()]
     assert told[int(np.argmax(heights))] == name(int(step.drawn[0]))
     assert sum(bar.get_height() for bar in law.patches) <= 1 + 1e-6
-    (axes,) = tree_plots.text(steps, name).axes
+    (axes,) = trees.text(steps, name).axes
     assert labels(axes) == [name(int(t)) for s in steps for t in s.emitted]
-    _, axes = tree_plots.acceptance({"a": steps, "b": steps}, name).axes
+    _, axes = trees.acceptance({"a": steps, "b": steps}, name).axes
     assert labels(axes) == [str(s.num_accepted) for s in steps] * 2
-    (axes,) = tree_plots.rates({"a": [0.5, 0.25], "b": [0.75]}).axes
+    (axes,) = trees.rates({"a": [0.5, 0.25], "b": [0.75]}).axes
     assert [bar.get_height() for bar in axes.patches] == [0.5, 0.25, 0.75]
-    assert plot_style.picture(axes.figure)._repr_png_().startswith(b"\x89PNG")
+    assert style.picture(axes.figure)._repr_png_().startswith(b"\x89PNG")

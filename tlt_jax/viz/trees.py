@@ -1,6 +1,6 @@
 """Pictures of speculation: draft trees, what their nodes see, how they are verified.
 
-They show what `speculation_trace.Tracer` gives. Everywhere a drafted token that the
+They show what `trace.Tracer` gives. Everywhere a drafted token that the
 target accepted is green, one that it refused grey, and what the target drew by itself
 orange.
 """
@@ -11,14 +11,14 @@ import numpy as np
 from matplotlib import axes as axes_lib
 from matplotlib import colors, figure, patches
 
-from tlt_jax import plot_style, speculation_trace
 from tlt_jax.models.formats import tokenizer as model_tokenizer
+from tlt_jax.viz import style, trace
 
-Step = speculation_trace.Step
+Step = trace.Step
 Name = Callable[[int], str]
 
-_ACCEPTED, _REFUSED, _TARGET = plot_style.GREEN, plot_style.PALE, plot_style.ORANGE
-_ROOT = plot_style.SKY
+_ACCEPTED, _REFUSED, _TARGET = style.GREEN, style.PALE, style.ORANGE
+_ROOT = style.SKY
 _TAIL = 8
 
 
@@ -60,9 +60,7 @@ def mask(step: Step, name: Name) -> figure.Figure:
     shades = np.concatenate([np.ones((num, len(text)), int), shades], axis=1)
     on_path = np.isin(nodes, step.path)
     shades[on_path] += (shades[on_path] == 2).astype(int)
-    palette = colors.ListedColormap(
-        ["#FFFFFF", "#CFE5F2", plot_style.BLUE, plot_style.GREEN]
-    )
+    palette = colors.ListedColormap(["#FFFFFF", "#CFE5F2", style.BLUE, style.GREEN])
     axes.pcolormesh(
         shades, cmap=palette, vmin=0, vmax=3, edgecolors="#EEEEEE", linewidth=0.8
     )
@@ -83,11 +81,11 @@ def mask(step: Step, name: Name) -> figure.Figure:
     axes.spines[:].set_visible(False)
     for color, label in (
         ("#CFE5F2", "cached text: every node sees it"),
-        (plot_style.BLUE, "ancestor or itself"),
-        (plot_style.GREEN, "the same, on the accepted path"),
+        (style.BLUE, "ancestor or itself"),
+        (style.GREEN, "the same, on the accepted path"),
     ):
         axes.plot([], [], color=color, lw=6, label=label)
-    plot_style.legend(axes, 8)
+    style.legend(axes, 8)
     return fig
 
 
@@ -120,7 +118,7 @@ def draw_at(step: Step, node: int, name: Name, *, num_shown: int = 12) -> figure
         if token == drawn and token not in guesses
         else _ACCEPTED
         if token == drawn
-        else plot_style.GREY
+        else style.GREY
         if token in guesses
         else _REFUSED
         for token in tokens
@@ -143,11 +141,11 @@ def draw_at(step: Step, node: int, name: Name, *, num_shown: int = 12) -> figure
     for color, label in (
         (_ACCEPTED, "drawn, and drafted: accepted"),
         (_TARGET, "drawn, and not drafted"),
-        (plot_style.GREY, "drafted, not drawn"),
+        (style.GREY, "drafted, not drawn"),
         (_REFUSED, "neither"),
     ):
         law_axes.plot([], [], color=color, lw=6, label=label)
-    plot_style.legend(law_axes, 8)
+    style.legend(law_axes, 8)
     return fig
 
 
@@ -181,7 +179,7 @@ def text(steps: Sequence[Step], name: Name) -> figure.Figure:
     )
     for color, label in ((_ACCEPTED, "drafted, accepted"), (_TARGET, "the target's")):
         axes.plot([], [], color=color, lw=6, label=label)
-    plot_style.legend(axes, 8)
+    style.legend(axes, 8)
     return fig
 
 
@@ -205,7 +203,7 @@ def acceptance(by_ranking: Mapping[str, Sequence[Step]], name: Name) -> figure.F
         2, 1, sharex=True, height_ratios=(1.4, 0.45 * len(by_ranking))
     )
     probs = [float(np.exp(s.logprobs[0, int(s.drawn[0])])) for s in first]
-    law_axes.bar(at, probs, color=plot_style.SKY)
+    law_axes.bar(at, probs, color=style.SKY)
     law_axes.set_ylim(0, 1)
     law_axes.set_ylabel("probability\nof what is drawn", fontsize=8)
     law_axes.spines[["top", "right"]].set_visible(False)
@@ -236,7 +234,7 @@ def rates(by_label: Mapping[str, Sequence[float]]) -> figure.Figure:
     fig = figure.Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = fig.subplots()
     width = 0.8 / len(by_label)
-    paints = (_ACCEPTED, "#9ED9C5", plot_style.GREY, _REFUSED, _ROOT, _TARGET)
+    paints = (_ACCEPTED, "#9ED9C5", style.GREY, _REFUSED, _ROOT, _TARGET)
     for i, (label, values) in enumerate(by_label.items()):
         at = np.arange(len(values)) + (i - (len(by_label) - 1) / 2) * width
         axes.bar(at, values, 0.92 * width, color=paints[i % len(paints)], label=label)
@@ -245,7 +243,7 @@ def rates(by_label: Mapping[str, Sequence[float]]) -> figure.Figure:
     axes.set_ylim(0, 1)
     axes.set_ylabel("accepted, of those tried")
     axes.spines[["top", "right"]].set_visible(False)
-    plot_style.legend(axes, 8)
+    style.legend(axes, 8)
     return fig
 
 
@@ -259,7 +257,7 @@ def _draw_tree(axes: axes_lib.Axes, step: Step, name: Name, places) -> None:
             axes.plot(
                 [parent[0], x],
                 [parent[1], y],
-                color=_ACCEPTED if accepted else plot_style.GREY,
+                color=_ACCEPTED if accepted else style.GREY,
                 lw=3 if accepted else 1,
                 zorder=1,
             )
@@ -308,7 +306,7 @@ def _key(axes: axes_lib.Axes) -> None:
         (_TARGET, "drawn by the target behind them"),
     ):
         axes.plot([], [], color=color, lw=6, label=label)
-    plot_style.legend(axes, 8)
+    style.legend(axes, 8)
 
 
 def _box(axes, x, y, width, height, color) -> None:

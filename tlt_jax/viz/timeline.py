@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from matplotlib import figure, ticker
 
-from tlt_jax import plot_style
+from tlt_jax.viz import style
 from tlt_jax.workdir import directory as workdir_lib
 
 FILE = workdir_lib.TIMELINE
 BUSY, TRAINING, IDLE = "busy", "training", "idle"
 _LOOK = {
-    BUSY: ("decoding", plot_style.BLUE),
-    TRAINING: ("training the drafter", plot_style.GREEN),
-    IDLE: ("idle", plot_style.PALE),
+    BUSY: ("decoding", style.BLUE),
+    TRAINING: ("training the drafter", style.GREEN),
+    IDLE: ("idle", style.PALE),
 }
 # Steps shown worker by worker; all are in the panel of shares.
 _NUM_SHOWN = 3
@@ -91,7 +91,7 @@ def draw(records: Sequence[Record]) -> figure.Figure | None:
     top = fig.axes[0]
     for label, color in _LOOK.values():
         top.plot([], [], color=color, lw=6, label=label)
-    plot_style.legend(top)
+    style.legend(top)
     return fig
 
 
@@ -108,7 +108,7 @@ def _draw_shares(axes, records: Sequence[Record]) -> None:
     axes.set_xlabel("RL step")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-    plot_style.style(axes)
+    style.style(axes)
 
 
 def _draw_step(axes, record: Record) -> None:
@@ -116,7 +116,7 @@ def _draw_step(axes, record: Record) -> None:
     workers = record["workers"]
     for row, worker in enumerate(workers):
         for state, start, stop in worker["intervals"]:
-            _, color = _LOOK.get(state, (state, plot_style.GREY))
+            _, color = _LOOK.get(state, (state, style.GREY))
             span = [(start - first, stop - start)]
             axes.broken_barh(span, (row - 0.4, 0.8), color=color, lw=0)
     frac = trained_frac(seconds(record))

@@ -15,9 +15,10 @@ from typing import Any
 
 from absl import app, flags
 
-from tlt_jax import plot_style, plots, report_page
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.runtime import command_line
+from tlt_jax.viz import page as page_lib
+from tlt_jax.viz import plots, style
 from tlt_jax.workdir import metrics, progress
 
 FILE = "report.html"
@@ -91,26 +92,26 @@ def page(workdir: pathlib.Path, num_answers: int = 8) -> str:
         )
     config = _config(workdir)
     pictures = [
-        (name, plot_style.picture(drawn, dpi=110).png, _CAPTIONS[name])
+        (name, style.picture(drawn, dpi=110).png, _CAPTIONS[name])
         for name, drawn in plots.figures(workdir).items()
     ]
     parts = [
-        report_page.tiles(summary(rows)),
-        report_page.section("Plots", report_page.plots(pictures)),
+        page_lib.tiles(summary(rows)),
+        page_lib.section("Plots", page_lib.plots(pictures)),
     ]
     step, answers = sample_answers(workdir, num_answers)
     if answers:
-        shown = "".join(map(report_page.answer, answers))
+        shown = "".join(map(page_lib.answer, answers))
         drafted = any(flag for one in answers for _, flag in one.pieces)
         note = _DRAFTED if drafted else ""
-        parts.append(report_page.section(f"Answers of step {step}", shown, note))
+        parts.append(page_lib.section(f"Answers of step {step}", shown, note))
     names, cells = _table(rows)
     left_out = len(rows) - len(cells)
     told = f"The last {len(cells)} of {len(rows)} records." if left_out else ""
-    parts.append(report_page.section("Steps", report_page.table(names, cells), told))
+    parts.append(page_lib.section("Steps", page_lib.table(names, cells), told))
     if config:
-        parts.append(report_page.folded("Settings", json.dumps(config, indent=2)))
-    return report_page.page(
+        parts.append(page_lib.folded("Settings", json.dumps(config, indent=2)))
+    return page_lib.page(
         f"tlt_jax: {workdir.resolve().name}", _subtitle(rows, config), parts
     )
 
@@ -149,7 +150,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def sample_answers(
     workdir: str | pathlib.Path, num: int
-) -> tuple[int, list[report_page.Answer]]:
+) -> tuple[int, list[page_lib.Answer]]:
     """Choose completions of the newest step whose completions were kept.
 
     Args:
@@ -201,7 +202,7 @@ def pieces(
     return cut
 
 
-def _answer(record, tokenizer, is_longest) -> report_page.Answer:
+def _answer(record, tokenizer, is_longest) -> page_lib.Answer:
     drafted = record.get("drafted")
     count = sum(end - first for first, end in drafted or ())
     about = [
@@ -215,7 +216,7 @@ def _answer(record, tokenizer, is_longest) -> report_page.Answer:
     prompt = record.get("prompt", record["example_id"])
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    return report_page.Answer(
+    return page_lib.Answer(
         ", ".join(about),
         record["reward"],
         prompt,

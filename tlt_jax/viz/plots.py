@@ -11,18 +11,18 @@ import numpy as np
 from absl import app, flags
 from matplotlib import figure
 
-from tlt_jax import drafter_plots, plot_style, timeline
+from tlt_jax.viz import drafter_plots, style, timeline
 from tlt_jax.workdir import metrics
 
 Rows = Sequence[Mapping[str, Any]]
 
 _STAGES = (
-    ("time/rollout_s", "rollout", plot_style.BLUE),
-    ("time/reward_s", "reward", plot_style.PURPLE),
-    ("time/inference_s", "inference", plot_style.SKY),
-    ("time/update_s", "update", plot_style.ORANGE),
-    ("time/sync_s", "weight sync", plot_style.GREEN),
-    ("time/compile_s", "compilation", plot_style.RED),
+    ("time/rollout_s", "rollout", style.BLUE),
+    ("time/reward_s", "reward", style.PURPLE),
+    ("time/inference_s", "inference", style.SKY),
+    ("time/update_s", "update", style.ORANGE),
+    ("time/sync_s", "weight sync", style.GREEN),
+    ("time/compile_s", "compilation", style.RED),
 )
 
 
@@ -41,7 +41,7 @@ def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     written = []
     for name, one in drawn.items():
         written.append(directory / f"{name}.png")
-        plot_style.save(one, written[-1])
+        style.save(one, written[-1])
     return written
 
 
@@ -78,7 +78,7 @@ def reward(rows: Rows) -> figure.Figure | None:
     steps, mean = _series(rows, "reward/mean")
     if not len(steps):
         return None
-    fig, axes = plot_style.figure("Reward", "reward")
+    fig, axes = style.figure("Reward", "reward")
     # Rows without a deviation have a band of no width.
     by_step = dict(zip(*_series(rows, "reward/std"), strict=True))
     std = np.array([by_step.get(step, 0.0) for step in steps])
@@ -86,20 +86,18 @@ def reward(rows: Rows) -> figure.Figure | None:
         steps,
         mean - std,
         mean + std,
-        color=plot_style.BLUE,
+        color=style.BLUE,
         alpha=0.12,
         linewidth=0,
         label="± 1 standard deviation",
     )
     window = max(1, min(10, len(steps) // 5))
     if window > 1:
-        axes.plot(
-            steps, mean, color=plot_style.BLUE, alpha=0.35, linewidth=1, label="mean"
-        )
+        axes.plot(steps, mean, color=style.BLUE, alpha=0.35, linewidth=1, label="mean")
         axes.plot(
             steps,
             smooth(mean, window),
-            color=plot_style.BLUE,
+            color=style.BLUE,
             linewidth=2,
             label=f"mean of the last {window} steps",
         )
@@ -107,19 +105,19 @@ def reward(rows: Rows) -> figure.Figure | None:
         axes.plot(
             steps,
             mean,
-            color=plot_style.BLUE,
+            color=style.BLUE,
             linewidth=2,
             marker="o",
             ms=3,
             label="mean",
         )
     colors = (
-        plot_style.GREEN,
-        plot_style.ORANGE,
-        plot_style.RED,
-        plot_style.PURPLE,
-        plot_style.SKY,
-        plot_style.GREY,
+        style.GREEN,
+        style.ORANGE,
+        style.RED,
+        style.PURPLE,
+        style.SKY,
+        style.GREY,
     )
     held_out = sorted(_eval_names(rows))[: len(colors)]
     for (name, label), color in zip(held_out, colors, strict=False):
@@ -134,17 +132,17 @@ def reward(rows: Rows) -> figure.Figure | None:
             lw=1.2,
             color=color,
         )
-    return plot_style.finish(fig, axes)
+    return style.finish(fig, axes)
 
 
 def lengths(rows: Rows) -> figure.Figure | None:
     """Draw the median, 95th percentile and maximum completion length."""
     curves = (
-        ("length/max", "longest", plot_style.RED, 1.2),
-        ("length/p95", "95th percentile", plot_style.ORANGE, 1.6),
-        ("length/p50", "median", plot_style.BLUE, 2),
+        ("length/max", "longest", style.RED, 1.2),
+        ("length/p95", "95th percentile", style.ORANGE, 1.6),
+        ("length/p50", "median", style.BLUE, 2),
     )
-    fig, axes = plot_style.figure("Completion length", "tokens")
+    fig, axes = style.figure("Completion length", "tokens")
     drawn = 0
     for name, label, color, width in curves:
         steps, values = _series(rows, name)
@@ -157,7 +155,7 @@ def lengths(rows: Rows) -> figure.Figure | None:
     if not drawn:
         return None
     axes.set_ylim(bottom=0)
-    return plot_style.finish(fig, axes)
+    return style.finish(fig, axes)
 
 
 def time_split(rows: Rows) -> figure.Figure | None:
@@ -167,7 +165,7 @@ def time_split(rows: Rows) -> figure.Figure | None:
         return None
     steps = np.array([row["step"] for row in rows])
     total = np.array([row["time/step_s"] for row in rows], float)
-    fig, axes = plot_style.figure("Time per step", "seconds")
+    fig, axes = style.figure("Time per step", "seconds")
     base = np.zeros(len(rows))
     for name, label, color in _STAGES:
         spent = np.array([row.get(name) or 0.0 for row in rows], float)
@@ -176,7 +174,7 @@ def time_split(rows: Rows) -> figure.Figure | None:
             base = base + spent
     rest = np.maximum(0.0, total - base)
     if rest.sum() > 0.005 * total.sum():
-        _stack(axes, steps, base, rest, "other", plot_style.GREY)
+        _stack(axes, steps, base, rest, "other", style.GREY)
         base = base + rest
     ceiling = 1.15 * np.quantile(base, 0.95)
     if len(steps) >= 8 and base.max() > 2 * ceiling:
@@ -196,7 +194,7 @@ def time_split(rows: Rows) -> figure.Figure | None:
         )
     else:
         axes.set_ylim(bottom=0)
-    return plot_style.finish(fig, axes)
+    return style.finish(fig, axes)
 
 
 def accept_length(rows: Rows) -> figure.Figure | None:
@@ -204,13 +202,11 @@ def accept_length(rows: Rows) -> figure.Figure | None:
     steps, values = _series(rows, "specdec/accept_length")
     if not len(steps):
         return None
-    fig, axes = plot_style.figure("Accept length", "tokens per verification")
-    axes.plot(
-        steps, values, color=plot_style.GREEN, lw=2, marker="o", ms=3, label="mean"
-    )
-    axes.axhline(1.0, color=plot_style.GREY, lw=1, ls=":", label="plain decoding")
+    fig, axes = style.figure("Accept length", "tokens per verification")
+    axes.plot(steps, values, color=style.GREEN, lw=2, marker="o", ms=3, label="mean")
+    axes.axhline(1.0, color=style.GREY, lw=1, ls=":", label="plain decoding")
     axes.set_ylim(bottom=0)
-    return plot_style.finish(fig, axes)
+    return style.finish(fig, axes)
 
 
 def policy(rows: Rows) -> figure.Figure | None:
@@ -228,9 +224,9 @@ def policy(rows: Rows) -> figure.Figure | None:
     grid = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, label) in zip(grid, panels, strict=True):
         steps, values = _series(rows, name)
-        axes.plot(steps, values, color=plot_style.BLUE, lw=1.5)
+        axes.plot(steps, values, color=style.BLUE, lw=1.5)
         axes.set_title(label, loc="left", fontsize=9)
-        plot_style.style(axes)
+        style.style(axes)
     grid[-1].set_xlabel("RL step")
     return fig
 
@@ -253,7 +249,7 @@ def drafter_training(rows: Rows) -> figure.Figure | None:
     for axes, (name, label) in zip(grid, there, strict=True):
         drafter_plots.curves(axes, rows, name)
         axes.set_title(label, loc="left", fontsize=9)
-        plot_style.style(axes)
+        style.style(axes)
     grid[-1].set_xlabel("RL step")
     return fig
 

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from tlt_jax import plots
+from tlt_jax.viz import plots
 from tlt_jax.workdir import metrics
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def make_row(step: int, **more):

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from tests import test_plots
-from tlt_jax import report, report_page
+from tests.viz import test_plots
 from tlt_jax.models.formats import tokenizer as model_tokenizer
+from tlt_jax.viz import page as page_lib
+from tlt_jax.viz import report
 from tlt_jax.workdir import metrics
 
 ODD = "<script>alert('&')</script>"
@@ -90,7 +91,7 @@ def test_answers_are_the_longest_then_best_to_worst(workdir):
     assert [one.reward for one in answers[1:]] == [9, 1, 0]
     assert answers[1].prompt == f"user: {ODD}"
     assert report.sample_answers(workdir, 0) == (0, [])
-    shown = report_page.answer(answers[0])
+    shown = page_lib.answer(answers[0])
     assert "1<mark>2+</mark>3" in shown
 
 

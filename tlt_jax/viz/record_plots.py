@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib import colors, figure
 
-from tlt_jax import plot_style
 from tlt_jax.rl.update import experience, packing
+from tlt_jax.viz import style
 
 _MAX_GROUPS = 10
 
@@ -37,7 +37,7 @@ def completions(
     axes = fig.subplots()
     most = max(float(np.abs(values).max()), 1e-6)
     palette = colors.LinearSegmentedColormap.from_list(
-        "signed", [plot_style.RED, "#FFFFFF", plot_style.GREEN]
+        "signed", [style.RED, "#FFFFFF", style.GREEN]
     )
     image = axes.imshow(
         values[:shown], cmap=palette, vmin=-most, vmax=most, aspect="auto", alpha=0.7
@@ -68,11 +68,11 @@ def packed(part: packing.Packed) -> figure.Figure:
     shades[is_prompt] = 0.0
     palette = colors.ListedColormap(
         [
-            plot_style.ORANGE,
-            plot_style.ORANGE,
-            plot_style.BLUE,
-            plot_style.SKY,
-            plot_style.GREEN,
+            style.ORANGE,
+            style.ORANGE,
+            style.BLUE,
+            style.SKY,
+            style.GREEN,
             "#9ED9C5",
         ]
     )
@@ -92,7 +92,7 @@ def packed(part: packing.Packed) -> figure.Figure:
     seen = packing.visible(part)[0][:width, :width]
     mask_axes.imshow(
         np.where(seen, np.where(is_prompt[0][None, :width], 1.0, 2.0), 0.0),
-        cmap=colors.ListedColormap(["#FFFFFF", plot_style.ORANGE, plot_style.BLUE]),
+        cmap=colors.ListedColormap(["#FFFFFF", style.ORANGE, style.BLUE]),
         vmin=0,
         vmax=2,
         interpolation="nearest",
@@ -120,10 +120,10 @@ def change(
     )
     fig = figure.Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = fig.subplots()
-    up = np.where(np.asarray(advantages) >= 0, plot_style.GREEN, plot_style.RED)
+    up = np.where(np.asarray(advantages) >= 0, style.GREEN, style.RED)
     axes.scatter(advantages, moved, c=up, s=18, alpha=0.7, linewidths=0)
-    axes.axhline(0, color=plot_style.GREY, lw=0.8)
-    axes.axvline(0, color=plot_style.GREY, lw=0.8)
+    axes.axhline(0, color=style.GREY, lw=0.8)
+    axes.axvline(0, color=style.GREY, lw=0.8)
     axes.set_title("What one update did", loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("advantage of the completion")
     axes.set_ylabel("change of its log-probability, nats")

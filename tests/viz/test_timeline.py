@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib import colors
 
-from tests import test_plots
-from tlt_jax import plot_style, plots, timeline
+from tests.viz import test_plots
+from tlt_jax.viz import plots, style, timeline
 
 
 def record(step, begin=100.0):
@@ -65,7 +65,7 @@ def spans(axes):
 
 def test_step_shows_every_interval_from_the_rollout_s_begin():
     (axes,) = timeline.draw([record(7, begin=1000.0)]).axes
-    blue, green, pale = plot_style.BLUE, plot_style.GREEN, plot_style.PALE
+    blue, green, pale = style.BLUE, style.GREEN, style.PALE
     assert spans(axes) == {
         (0, 0.0, 8.0, blue),
         (1, 0.0, 3.0, blue),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib import cm, figure
 
-from tlt_jax import plot_style
+from tlt_jax.viz import style
 from tlt_jax.workdir import metrics
 
 _PANELS = (
@@ -42,7 +42,7 @@ def draw(workdir: str | pathlib.Path) -> pathlib.Path:
             axes.set_ylim(0, 1)
     path = workdir / "plots" / "drafter.png"
     path.parent.mkdir(exist_ok=True)
-    plot_style.save(drawn, path)
+    style.save(drawn, path)
     return path
 
 

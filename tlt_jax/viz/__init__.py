@@ -1,0 +1,1 @@
+"""All that is looked at: plots, trees, timelines, the report."""
