@@ -21,7 +21,7 @@ import jax
 from absl import flags
 
 from experiments import harness, prompts
-from tlt_jax import config, policy, rollout_parts, types
+from tlt_jax import assembly, config, policy, types
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.runtime import (
@@ -64,11 +64,11 @@ def hog(name: str):
 
 def engine_of(run: config.RunConfig, model: policy.Policy) -> engine_lib.Engine:
     """Makes one worker of a recipe, with its drafter if that is ready."""
-    made = rollout_parts.make_speculation(run, model.config)
+    made = assembly.make_speculation(run, model.config)
     device = jax.devices()[-1]
     mesh = sharding.make_mesh(1, 1, 1, [device])
     temperature = run.sampling.temperature
-    engine = rollout_parts.make_engine(
+    engine = assembly.make_engine(
         run, model.config, model.tokenizer, mesh, temperature, made
     )
     engine.set_params(jax.device_put(model.params, device), 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from tlt_jax import config, rollout_parts
+from tlt_jax import assembly, config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source as model_source
 from tlt_jax.rl import collector, evaluator
@@ -112,7 +112,7 @@ class Trainer:
         closing.callback(self.updater.pool.close)
         mesh = self.updater.learner.mesh
         meshes = weight_sync.engine_meshes(mesh, run.workers.num, run.rollout.tensor)
-        self.speculation = rollout_parts.make_speculation(run, self.model)
+        self.speculation = assembly.make_speculation(run, self.model)
         self.workers = self._make_workers(meshes)
         self.display.watch(self._seen)
         self.adaptation = self._make_adaptation()
@@ -366,7 +366,7 @@ class Trainer:
 
     def _make_workers(self, meshes: list[jax.sharding.Mesh]) -> workers.Workers:
         made = self.speculation
-        return rollout_parts.make_workers(
+        return assembly.make_workers(
             self.run, self.model, self.tokenizer, meshes, made, self.group
         )
 
@@ -384,7 +384,7 @@ class Trainer:
             made.tuners,
             initial=made.initial,
             eos_ids=sorted({*self.model.eos_ids, *self.tokenizer.eos_ids}),
-            sampling_cfg=rollout_parts.law_of(run, run.sampling.temperature),
+            sampling_cfg=assembly.law_of(run, run.sampling.temperature),
             precision=run.precision,
             seed=run.seed,
             directory=directory,
@@ -394,13 +394,13 @@ class Trainer:
     def _evaluation_engines(self, temperature: float) -> list[engine_lib.Engine]:
         """Engines of another law, one beside each worker's."""
         return [
-            rollout_parts.make_engine(
+            assembly.make_engine(
                 self.run,
                 self.model,
                 self.tokenizer,
                 worker.mesh,
                 temperature,
-                rollout_parts.Speculation(),
+                assembly.Speculation(),
             )
             for worker in self.workers.engines
         ]

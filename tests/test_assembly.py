@@ -4,7 +4,7 @@ import pytest
 
 from tests import tiny_runs
 from tests.rl import engines
-from tlt_jax import rollout_parts
+from tlt_jax import assembly
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
@@ -15,11 +15,11 @@ TLT = {"specdec.mode": "tlt", "drafter.features": "last"}
 
 def made(**overrides):
     run = tiny_runs.config_of(**TLT | overrides)
-    return rollout_parts.make_speculation(run, engines.CFG)
+    return assembly.make_speculation(run, engines.CFG)
 
 
 def test_off_has_nothing():
-    assert made(**{"specdec.mode": "off"}) == rollout_parts.Speculation()
+    assert made(**{"specdec.mode": "off"}) == assembly.Speculation()
 
 
 def test_settings_reach_the_tuners():
@@ -67,4 +67,4 @@ def test_a_drafter_of_its_own_or_a_new_one(tmp_path):
     assert found.drafting_cfg.drafter_cfg.architecture == "eagle"
     assert found.initial.join.shape == eagle.join.shape
     with pytest.raises(ValueError, match="trained for 4"):
-        kept.check(engines.CFG, 14, rollout_parts.law_of(tiny_runs.config_of(), 1.0))
+        kept.check(engines.CFG, 14, assembly.law_of(tiny_runs.config_of(), 1.0))
