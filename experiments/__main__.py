@@ -17,7 +17,7 @@ import argparse
 import collections
 import sys
 
-from experiments import catalogue, claims, harness, readme_tables, redrawing
+from experiments.lab import catalogue, claims, harness, readme_tables, redrawing
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ import statistics
 
 from matplotlib import axes as axes_lib
 
-from experiments import harness, plotting, speculation_harness
+from experiments.lab import harness, plotting, speculation_harness
 from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
 

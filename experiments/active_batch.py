@@ -21,7 +21,8 @@ import statistics
 
 import numpy as np
 
-from experiments import arm_replay, cells, cluster_size, harness, plotting, trace_file
+from experiments import arm_replay, cluster_size
+from experiments.lab import cells, harness, plotting, trace_file
 from experiments.simulation import cluster, cluster_records, published, workload
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.tuners import build as tuners

@@ -35,7 +35,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import grpo
-from experiments import harness, recipe_programs
+from experiments.lab import harness, recipe_programs
 from tlt_jax import config as config_lib
 from tlt_jax.models import config as model_config
 

@@ -21,7 +21,7 @@ import time
 
 import numpy as np
 
-from experiments import harness, plotting, random_drafter
+from experiments.lab import harness, plotting, random_drafter
 from tlt_jax.specdec.training import unroll
 from tlt_jax.workdir import drafter_checkpoint
 

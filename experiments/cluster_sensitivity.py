@@ -16,7 +16,8 @@ import pathlib
 
 import numpy as np
 
-from experiments import cells, cluster_size, harness, plotting
+from experiments import cluster_size
+from experiments.lab import cells, harness, plotting
 from experiments.simulation import published, rl_step, workload
 from tlt_jax.specdec import strategy as strategy_lib
 

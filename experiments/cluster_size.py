@@ -22,7 +22,7 @@ import time
 
 import numpy as np
 
-from experiments import harness, plotting
+from experiments.lab import harness, plotting
 from experiments.simulation import cluster_records, costs, published, rl_step, workload
 from tlt_jax.specdec import strategy as strategy_lib
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import harness, plotting
+from experiments.lab import harness, plotting
 from tlt_jax import policy
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kv_cache

@@ -20,7 +20,7 @@ import time
 import jax
 from absl import flags
 
-from experiments import harness, prompts
+from experiments.lab import harness, prompts
 from tlt_jax import assembly, config, policy, types
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import request_queue

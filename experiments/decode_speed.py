@@ -19,7 +19,7 @@ import hashlib
 import pathlib
 import tempfile
 
-from experiments import harness, prompts
+from experiments.lab import harness, prompts
 
 SLUG = "decode_speed"
 OURS = "tlt_jax"

@@ -15,7 +15,8 @@ import argparse
 import importlib.metadata
 import pathlib
 
-from experiments import cells, cluster_size, harness, plotting
+from experiments import cluster_size
+from experiments.lab import cells, harness, plotting
 from experiments.simulation import costs, published
 from tlt_jax.specdec import strategy as strategy_lib
 

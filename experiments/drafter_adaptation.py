@@ -19,7 +19,7 @@ import importlib.metadata
 import pathlib
 import statistics
 
-from experiments import cells, drafter_runs, harness, plotting
+from experiments.lab import cells, drafter_runs, harness, plotting
 
 SLUG = "drafter_adaptation"
 RECIPE = "configs/tiny.py:count"

@@ -27,7 +27,7 @@ import shutil
 import statistics
 import tempfile
 
-from experiments import cells, harness, plotting, recipe_commands
+from experiments.lab import cells, harness, plotting, recipe_commands
 from tlt_jax.workdir import metrics
 
 SLUG = "end_to_end"

@@ -24,7 +24,7 @@ import argparse
 import pathlib
 import tempfile
 
-from experiments import harness, prompts
+from experiments.lab import harness, prompts
 
 SLUG = "grpo_step_speed"
 OURS = "tlt_jax"

@@ -27,7 +27,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import ahead_of_time, harness, kernel_peers
+from experiments import ahead_of_time, kernel_peers
+from experiments.lab import harness
 from tlt_jax.pallas_kernels.verify_attention import (
     api,
     arg_specs,

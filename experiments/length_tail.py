@@ -17,7 +17,7 @@ import pathlib
 
 import numpy as np
 
-from experiments import cells, harness, plotting
+from experiments.lab import cells, harness, plotting
 from experiments.simulation import workload
 from tlt_jax.workdir import metrics
 

@@ -14,7 +14,7 @@ Reproduces: the paper's claim that speculation is lossless; here token by token.
 import argparse
 import importlib.metadata
 
-from experiments import cells, harness, small_runs
+from experiments.lab import cells, harness, small_runs
 
 SLUG = "losslessness"
 RECIPE = "configs/tiny.py:count"

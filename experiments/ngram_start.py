@@ -17,7 +17,7 @@ import importlib.metadata
 import pathlib
 import statistics
 
-from experiments import cells, drafter_runs, harness, plotting, small_runs
+from experiments.lab import cells, drafter_runs, harness, plotting, small_runs
 
 SLUG = "ngram_start"
 RECIPE = "configs/tiny.py:count"

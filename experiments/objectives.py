@@ -20,7 +20,7 @@ import runpy
 import statistics
 import tempfile
 
-from experiments import cells, harness, plotting
+from experiments.lab import cells, harness, plotting
 from tlt_jax import train_drafter
 from tlt_jax.runtime import compile_cache
 from tlt_jax.settings import drafter_run

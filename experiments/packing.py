@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments import harness, plotting, random_drafter
+from experiments.lab import harness, plotting, random_drafter
 from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import shards
 from tlt_jax.specdec.training import unroll

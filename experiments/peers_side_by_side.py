@@ -19,7 +19,8 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from experiments import cells, decode_speed, grpo_step_speed, harness, plotting
+from experiments import decode_speed, grpo_step_speed
+from experiments.lab import cells, harness, plotting
 
 SLUG = "peers_side_by_side"
 OURS = "tlt_jax"

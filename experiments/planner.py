@@ -31,7 +31,8 @@ import sys
 
 import numpy as np
 
-from experiments import cluster_size, harness
+from experiments import cluster_size
+from experiments.lab import harness
 from experiments.simulation import cluster_records, costs, published, rl_step, workload
 from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy as strategy_lib

@@ -18,7 +18,7 @@ import tempfile
 
 import jax
 
-from experiments import cells, harness, plotting, small_runs
+from experiments.lab import cells, harness, plotting, small_runs
 from tlt_jax import train
 from tlt_jax.workdir import progress
 

@@ -13,7 +13,7 @@ import argparse
 import importlib.metadata
 import pathlib
 
-from experiments import cells, harness, plotting, small_runs
+from experiments.lab import cells, harness, plotting, small_runs
 
 SLUG = "reward_curves"
 RECIPE = "configs/tiny.py:count"

@@ -36,7 +36,7 @@ import statistics
 
 import numpy as np
 
-from experiments import harness, plotting
+from experiments.lab import harness, plotting
 from experiments.simulation import cluster, cluster_records, costs, recorded, workload
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.tuners import build as tuners

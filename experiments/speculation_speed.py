@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from matplotlib import axes as axes_lib
 
-from experiments import harness, plotting, speculation_harness
+from experiments.lab import harness, plotting, speculation_harness
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.specdec import noise
 from tlt_jax.specdec import strategy as strategy_lib

@@ -32,7 +32,8 @@ import statistics
 import sys
 import tempfile
 
-from experiments import harness, plotting, recipe_commands, rollout_turns
+from experiments import rollout_turns
+from experiments.lab import harness, plotting, recipe_commands
 from tlt_jax.viz import timeline
 
 SLUG = "trainer_makespan"

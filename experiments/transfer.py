@@ -27,7 +27,7 @@ import shutil
 import statistics
 import tempfile
 
-from experiments import cells, harness, plotting
+from experiments.lab import cells, harness, plotting
 from tlt_jax import config, policy, speculation, train_drafter, types
 from tlt_jax.rl.tasks import generated, scratch_model
 from tlt_jax.runtime import compile_cache

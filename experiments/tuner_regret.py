@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments import arm_replay, harness, plotting, simulated_arms, trace_file
+from experiments import arm_replay, simulated_arms
+from experiments.lab import harness, plotting, trace_file
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.tuners import build as tuners
 from tlt_jax.specdec.tuners import cost_model, tuner

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from experiments import harness, speculation_harness, trace_file
+from experiments.lab import harness, speculation_harness, trace_file
 from tlt_jax import types
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head

@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 
-from experiments import catalogue, readme_tables
+from experiments.lab import catalogue, readme_tables
 from tests import command_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import grpo
-from experiments import ahead_of_time, harness, recipe_programs
+from experiments import ahead_of_time
+from experiments.lab import harness, recipe_programs
 from tlt_jax import config
 from tlt_jax.models import params as model_params
 from tlt_jax.runtime import sharding

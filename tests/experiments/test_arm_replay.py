@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments import arm_replay, simulated_arms, trace_file, tuner_regret
+from experiments import arm_replay, simulated_arms, tuner_regret
+from experiments.lab import trace_file
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.tuners import tuner
 

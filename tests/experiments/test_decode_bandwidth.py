@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from experiments import cells, claims, decode_bandwidth, redrawing
+from experiments import decode_bandwidth
+from experiments.lab import cells, claims, redrawing
 
 TINY = "--model=tiny --contexts=8,20 --temperatures=1 --steps=16 --page-size=16"
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import cells, end_to_end, redrawing
+from experiments import end_to_end
+from experiments.lab import cells, redrawing
 from tlt_jax.workdir import metrics
 
 TINY = "--models=tiny=tests/tiny_runs.py"

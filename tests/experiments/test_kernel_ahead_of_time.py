@@ -5,7 +5,8 @@ import functools
 import jax
 import pytest
 
-from experiments import ahead_of_time, harness, kernel_ahead_of_time, kernel_peers
+from experiments import ahead_of_time, kernel_ahead_of_time, kernel_peers
+from experiments.lab import harness
 from tlt_jax.pallas_kernels.verify_attention import api, arg_specs, page_layout
 
 TABLE = harness.RESULTS_DIR / "cpu" / "kernel_ahead_of_time.csv"

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from experiments import decode_speed, grpo_step_speed, harness
+from experiments import decode_speed, grpo_step_speed
+from experiments.lab import harness
 from experiments.peers import prepare_smollm2
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from experiments import (
-    cells,
     cluster_sensitivity,
     cluster_size,
     devices,
     planner,
     simulator_check,
 )
+from experiments.lab import cells
 from experiments.simulation import (
     cluster,
     cluster_records,

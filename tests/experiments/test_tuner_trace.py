@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import arm_replay, speculation_harness, trace_file, tuner_trace
+from experiments import arm_replay, tuner_trace
+from experiments.lab import speculation_harness, trace_file
 from tests.experiments import test_speculation
 from tlt_jax import policy
 from tlt_jax.models import params as model_params

@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from experiments import harness, prompts
+from experiments.lab import harness, prompts
 from tlt_jax import policy, speculation, types
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import offline_texts

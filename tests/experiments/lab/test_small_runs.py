@@ -6,17 +6,14 @@ import pytest
 
 from experiments import (
     active_batch,
-    cells,
-    drafter_runs,
     length_tail,
     losslessness,
     ngram_start,
     objectives,
     program_pool,
-    redrawing,
     reward_curves,
-    small_runs,
 )
+from experiments.lab import cells, drafter_runs, redrawing, small_runs
 from tlt_jax import train_drafter
 
 RECIPE = "tests/tiny_runs.py"

@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
-from experiments import cells, harness
+from experiments.lab import cells, harness
 
 HOLDS, FAILS, NO_DATA = "holds", "fails", "no data"
 Rows = Sequence[harness.Row]

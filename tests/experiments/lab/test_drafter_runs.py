@@ -2,14 +2,8 @@
 
 import pytest
 
-from experiments import (
-    cells,
-    drafter_adaptation,
-    drafter_cadence,
-    drafter_runs,
-    redrawing,
-    transfer,
-)
+from experiments import drafter_adaptation, drafter_cadence, transfer
+from experiments.lab import cells, drafter_runs, redrawing
 from tests import tiny_runs
 
 

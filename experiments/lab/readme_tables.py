@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping
 
-from experiments import cells, harness
+from experiments.lab import cells, harness
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
 _BLOCK = re.compile(r"(<!-- table: ([\w]+) -->\n).*?(<!-- end of table -->)", re.S)

@@ -12,7 +12,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 
-from experiments import freshness, harness
+from experiments.lab import freshness, harness
 
 MISSING = "missing"
 A_TOOL = "a tool"

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 
-from experiments import freshness, machine, visitor
+from experiments.lab import freshness, machine, visitor
 
 PEERS_DIR = pathlib.Path(__file__).parent / "peers"
 RESULTS_DIR = pathlib.Path(__file__).parent / "results"

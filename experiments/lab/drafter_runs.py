@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from experiments import harness, small_runs
+from experiments.lab import harness, small_runs
 from tlt_jax import config, train
 from tlt_jax.rl.adaptation import budget
 from tlt_jax.runtime import compile_cache

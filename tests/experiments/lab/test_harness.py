@@ -14,7 +14,7 @@ import types
 import pytest
 
 from experiments import __main__ as listing
-from experiments import harness, machine
+from experiments.lab import harness, machine
 from experiments.peers import protocol
 
 FAKE = f"""

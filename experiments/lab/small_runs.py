@@ -5,7 +5,7 @@ import runpy
 import tempfile
 from collections.abc import Mapping
 
-from experiments import harness
+from experiments.lab import harness
 from tlt_jax import config, train
 from tlt_jax.runtime import compile_cache
 from tlt_jax.workdir import metrics

@@ -13,7 +13,7 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-from experiments import harness
+from experiments.lab import harness
 
 _CELL = "cell"
 

@@ -7,19 +7,19 @@ import runpy
 
 import pytest
 
-from experiments import (
+from experiments import peers_side_by_side
+from experiments.lab import (
     catalogue,
     cells,
     claims,
     freshness,
     harness,
-    peers_side_by_side,
     plotting,
     readme_tables,
 )
 from tests import command_lines
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def options(out, again=False):

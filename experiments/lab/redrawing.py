@@ -11,7 +11,7 @@ import inspect
 import json
 import pathlib
 
-from experiments import catalogue, cells, harness, plotting
+from experiments.lab import catalogue, cells, harness, plotting
 
 _TABLES = {
     "rows": ["{slug}.csv"],
