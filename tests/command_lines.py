@@ -50,10 +50,9 @@ def serve(argv: list[str]) -> None:
     """Runs in the process that forks: a line of JSON for each command."""
     import warnings
 
-    from tlt_jax import train  # noqa: F401
-
     # Imported once for all children; none of them has started a backend.
-    from tlt_jax.runtime import command_line, compile_cache
+    from tlt_jax import train  # noqa: F401
+    from tlt_jax.runtime import command_line, compile_cache  # noqa: F401
 
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
     stop = bool(int(argv[1]))

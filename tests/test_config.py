@@ -40,7 +40,8 @@ def get_config(arg=""):
 
 _PROGRAM = """
 from absl import flags
-from tlt_jax import command_line, config
+from tlt_jax import config
+from tlt_jax.runtime import command_line
 flags.DEFINE_string("workdir", None, "Directory.")
 flag = command_line.define_config_flag()
 command_line.run(lambda run: print(config.to_json(run)), flag)

@@ -20,7 +20,7 @@ from tlt_jax.workdir import metrics
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MEMBER = """
 import json, jax
-from tlt_jax import distributed, sharding
+from tlt_jax.runtime import distributed, sharding
 distributed.initialize()
 with distributed.join() as group:
     mesh = sharding.make_mesh()

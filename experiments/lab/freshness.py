@@ -13,7 +13,7 @@ import hashlib
 import json
 import pathlib
 
-FOLDER = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parents[1]
 # How tables and plots are written, for all.
 SHARED = {"harness", "plotting", "freshness", "cells", "machine"}
 # How calls begin that show what was found, or ask where to write it.

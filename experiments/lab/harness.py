@@ -29,8 +29,8 @@ import time
 
 from experiments.lab import freshness, machine, visitor
 
-PEERS_DIR = pathlib.Path(__file__).parent / "peers"
-RESULTS_DIR = pathlib.Path(__file__).parent / "results"
+PEERS_DIR = pathlib.Path(__file__).parents[1] / "peers"
+RESULTS_DIR = pathlib.Path(__file__).parents[1] / "results"
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # as tlt_jax.models.formats.source names it
 # `cpu` runs on two cores, `one_gpu` needs one accelerator, `paper` what the paper used.

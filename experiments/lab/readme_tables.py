@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from experiments.lab import cells, harness
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 _BLOCK = re.compile(r"(<!-- table: ([\w]+) -->\n).*?(<!-- end of table -->)", re.S)
 Rows = list[harness.Row]
 

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import ctypes, resource, sys
 
-from tlt_jax import host_memory
+from tlt_jax.runtime import host_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

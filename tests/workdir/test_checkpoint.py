@@ -39,8 +39,8 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 
 _KILLED = """
 import os, signal, sys
-from tlt_jax import checkpoint
-from tests import test_checkpoint
+from tlt_jax.workdir import checkpoint
+from tests.workdir import test_checkpoint
 params, opt_state = test_checkpoint.make_state()
 checkpointer = checkpoint.Checkpointer(sys.argv[1])
 checkpointer.save(1, params, opt_state, test_checkpoint.CFG, {"position": 1})

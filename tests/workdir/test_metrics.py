@@ -113,7 +113,7 @@ def test_half_a_line_is_not_read_and_is_repaired(tmp_path, caplog):
 def test_killed_writer_loses_no_row_that_was_written(tmp_path):
     program = (
         "import os, signal, sys\n"
-        "from tlt_jax import metrics\n"
+        "from tlt_jax.workdir import metrics\n"
         "writer = metrics.MetricsWriter(sys.argv[1])\n"
         "for step in range(3): writer.write({'step': step})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

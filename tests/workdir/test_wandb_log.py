@@ -58,7 +58,7 @@ def test_copies_get_the_numbers_of_rows_that_are_on_disk(tmp_path):
 # In a process of its own: wandb starts another, and threads.
 _RUN = """
 import json, sys
-from tests import test_wandb_log as here
+from tests.workdir import test_wandb_log as here
 for first, row in enumerate(here.ROWS):
     with here.opened(sys.argv[1], first + 1) as writer:
         writer.write(row)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
 from matplotlib import figure
 
 from tlt_jax.viz import drafter_plots, style, timeline
@@ -279,15 +278,3 @@ def _eval_names(rows: Rows) -> set[tuple[str, str]]:
 def _stack(axes, steps, base, spent, label, color) -> None:
     axes.bar(steps, spent, 0.9 if len(steps) < 60 else 1.0, base, color=color, lw=0)
     axes.plot([], [], color=color, lw=6, label=label)
-
-
-def _main(argv: Sequence[str]) -> None:
-    del argv
-    for path in draw_all(flags.FLAGS.workdir):
-        print(path)
-
-
-if __name__ == "__main__":
-    # Here, because the run's program defines a flag of this name too.
-    flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
-    app.run(_main)

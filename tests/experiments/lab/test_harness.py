@@ -92,7 +92,7 @@ def test_a_runner_that_takes_too_long_is_ended(runner):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
 def test_a_stopped_runner_ends_with_a_killed_harness(system, tmp_path):
     text = f"""
-from experiments import harness
+from experiments.lab import harness
 import pathlib
 system = harness.System("fake", {system.python!r}, {system.script!r})
 runner = harness.Runner(system, pathlib.Path({str(tmp_path)!r}))

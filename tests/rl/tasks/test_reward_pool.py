@@ -144,7 +144,7 @@ def test_workers_end_with_the_pool_even_while_they_hang(act):
 MAIN = """
 import pathlib
 from tlt_jax import types
-from tlt_jax.rl import reward_pool, rewards
+from tlt_jax.rl.tasks import reward_pool, rewards
 with pathlib.Path("runs").open("a") as runs: runs.write(__name__ + " ")
 with reward_pool.RewardPool(rewards.named("exact"), num_workers=1) as pool:
     print(pool.score([(types.Example("e", "2+2?", "4"), "4")]).rewards[0])

@@ -40,7 +40,7 @@ _START_LIMIT_S = 120.0
 _GRACE_S = 10.0
 _WORKER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from tlt_jax.rl import reward_pool; reward_pool.serve(int(sys.argv[2]))"
+    "from tlt_jax.rl.tasks import reward_pool; reward_pool.serve(int(sys.argv[2]))"
 )
 
 
