@@ -26,8 +26,8 @@ class Model:
 
     Attributes:
       spec: where the weights come from: a Hugging Face directory, a hub name,
-        `gguf:FILE`, another source of `tlt_jax.models.formats.source`, or `scratch`: a small
-        model made for the task (`pretrain`). Required.
+        `gguf:FILE`, another source of `tlt_jax.models.formats.source`, or `scratch`: a
+        small model made for the task (`pretrain`). Required.
       remat: what the backward pass recomputes: `none`, `dots` (all but the products),
         `full` (each layer from its input).
     """

@@ -60,7 +60,7 @@ class Policy:
           **settings: further ones of `engine_programs.EngineConfig`.
 
         Returns:
-          A `engine_lib.Engine`; it compiles what it needs when it needs it.
+          A `engine.Engine`; it compiles what it needs when it needs it.
         """
         # On TPUs the attention kernel takes pages of a whole tile.
         page_size = 128 if jax.default_backend() == "tpu" else 64

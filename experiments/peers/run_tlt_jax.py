@@ -23,7 +23,7 @@ class Peer:
     """One model, and an engine for each temperature asked for."""
 
     def load(self, request: dict) -> dict:
-        """Loads `model`, any spec that `tlt_jax.models.formats.source` knows, in float32."""
+        """Loads `model`, any spec of `models.formats.source`, in float32."""
         self.settings = request
         self.source = source.resolve(request["model"])
         # On CPUs a loop over layers that is written out is the faster one.

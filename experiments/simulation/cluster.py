@@ -5,7 +5,7 @@ What decides is the system itself: `request_queue.RequestQueue` hands requests o
 (under a simulated clock) says who generates, trains and stops, and a `tuner.Tuner`
 chooses strategies. Made up are only the devices: how long something takes (`costs`) and
 how many drafts are accepted (`decoding.lifetimes`). The loops below are those of
-`engine_lib.Engine.serve`, `workers.Workers` and `spot_trainer.SpotTrainer`, with an event
+`engine.Engine.serve`, `workers.Workers` and `spot_trainer.SpotTrainer`, with an event
 where those wait.
 """
 

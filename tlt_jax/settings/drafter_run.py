@@ -15,8 +15,8 @@ class Texts:
     """What the target writes for the drafter to learn from.
 
     Attributes:
-      tasks: where prompts come from, in turns: names of `tlt_jax.rl.tasks.build`, and `chat`,
-        requests without a right answer. Required.
+      tasks: where prompts come from, in turns: names of `tlt_jax.rl.tasks.build`, and
+        `chat`, requests without a right answer. Required.
       num: texts to train on, at least 1.
       num_held_out: texts of held-out prompts to measure on, at least 1.
       seed: of the prompts.

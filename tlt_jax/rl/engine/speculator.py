@@ -3,8 +3,8 @@
 The drafter's cache uses the page table of the target's. What it holds may lag behind:
 `missing` lists what the rows of a decode call lack, to be filled from the features that
 the target's pages keep, so that turning speculation on, or new drafter weights, cost a
-pass of the drafter and no forward of the target. Full pages of a prompt are filled once for all
-rows that share them.
+pass of the drafter and no forward of the target. Full pages of a prompt are filled once
+for all rows that share them.
 """
 
 import dataclasses

@@ -123,7 +123,7 @@ class Workers:
         on_completion: Callable[[types.Completion], None] | None = None,
         on_call: Callable[[int, int], None] | None = None,
     ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
-        """Generate a completion for every request; see `engine_lib.Engine.run`.
+        """Generate a completion for every request; see `engine.Engine.run`.
 
         Callbacks are called by one thread at a time, `on_completion` in the process
         that generated. Seconds of the stats are summed over workers. All processes
