@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tlt_jax import config
-from tlt_jax.settings import schema
+from tlt_jax.settings import schema, sections
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -176,7 +176,7 @@ def test_speculation_that_would_do_nothing_is_refused(mode, name):
 
 def test_direct_construction_is_checked_too():
     with pytest.raises(schema.ConfigError, match=r"rollout\.max_batch=0"):
-        dataclasses.replace(load(), rollout=config.Rollout(max_batch=0))
+        dataclasses.replace(load(), rollout=sections.Rollout(max_batch=0))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
-"""Every setting of a training run: meaning, unit, range, default.
+"""A training run's settings as one record, and the checks between them.
 
 A recipe (`configs/*.py`) takes `default()`, a locked ConfigDict with every key, and
 overrides some. At the border `load` turns it into a `RunConfig`: frozen, hashable and
-checked, the only form that the rest of the package sees. The dataclasses below are the
-one description from which the ConfigDict, the checks and the JSON form follow.
-
-A field typed `... | None` is unset by default; what that means stands beside it.
+checked, the only form that the rest of the package sees. The dataclasses of
+`tlt_jax/settings/` are the one description from which the ConfigDict, the checks and
+the JSON form follow.
 """
 
 import dataclasses
@@ -16,354 +15,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from tlt_jax import config_checks
-from tlt_jax.settings import schema, speculation
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The policy.
-
-    Attributes:
-      spec: where the weights come from: a Hugging Face directory, a hub name,
-        `gguf:FILE`, another source of `tlt_jax.models.formats.source`, or `scratch`: a
-        small model made for the task (`pretrain`). Required.
-      remat: what the backward pass recomputes: `none`, `dots` (all but the products),
-        `full` (each layer from its input).
-    """
-
-    spec: str = ""
-    remat: Literal["none", "dots", "full"] = "full"
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrain:
-    """How a model is made where `model.spec` is `scratch`; elsewhere without effect.
-
-    It learns the task's questions with answers that are in part another question's:
-    what is left to reinforcement learning is to prefer the right ones.
-
-    Attributes:
-      num_layers, d_model, d_ff: layers, model and feed-forward dimension, at least 1.
-      num_heads, num_kv_heads, head_dim: of the attention: heads divide d_model, kv
-        heads divide heads, head_dim is even.
-      steps: supervised steps, at least 0.
-      num_rows: rows per step, each as long as the longest question with the longest
-        answer and holding as many as fit, at least 1.
-      learning_rate: AdamW's at the first step, falling to 0 by a cosine, above 0.
-      noise_frac: part of the answers that are another question's, in [0, 1]; with
-        enough steps the first rewards are about 1 - noise_frac.
-    """
-
-    num_layers: int = schema.number(2, 1)
-    d_model: int = schema.number(64, 1)
-    d_ff: int = schema.number(192, 1)
-    num_heads: int = schema.number(4, 1)
-    num_kv_heads: int = schema.number(2, 1)
-    head_dim: int = schema.number(16, 2)
-    steps: int = schema.number(300, 0)
-    num_rows: int = schema.number(64, 1)
-    learning_rate: float = schema.number(3e-3, above=0.0)
-    noise_frac: float = schema.number(0.7, 0.0, 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """Where prompts come from.
-
-    Attributes:
-      name: a task that `tlt_jax.rl.tasks.build` makes: one of its own, a reasoning-gym
-        generator, or a data set (`tlt_jax.rl.tasks.files`). Required.
-      options: the task's own settings (difficulty, field names, ...).
-      size: number of distinct examples, at least 1.
-      seed: of the generated examples; held-out examples use another one.
-      system_prompt: put before every prompt; empty: none.
-      max_prompt_tokens: longest prompt in tokens, template included, at least 1.
-      long_prompts: a longer one stops the run (`refuse`) or is left out and counted
-        (`skip`).
-    """
-
-    name: str = ""
-    options: schema.Options = ()
-    size: int = schema.number(1000, 1)
-    seed: int = schema.number(0, 0)
-    system_prompt: str = ""
-    max_prompt_tokens: int = schema.number(512, 1)
-    long_prompts: Literal["refuse", "skip"] = "refuse"
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """The law that tokens are drawn from; the same one gives every log-probability.
-
-    Attributes:
-      temperature: divides the logits, above 0.
-      top_p: keep the smallest set of tokens with this mass, in (0, 1]; 1: off.
-      top_k: keep the k most likely tokens; 0: off.
-      min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1];
-        0: off.
-    """
-
-    temperature: float = schema.number(1.0, above=0.0)
-    top_p: float = schema.number(1.0, above=0.0, high=1.0)
-    top_k: int = schema.number(0, 0)
-    min_p: float = schema.number(0.0, 0.0, 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """How completions are generated.
-
-    Attributes:
-      prompts_per_step: P, prompts per RL step, at least 1.
-      group_size: R, completions per prompt, at least 1.
-      max_new_tokens: longest completion in tokens, EOS included, at least 1.
-      stop: strings that end a completion.
-      max_batch: rows decoded at once, at least 1; batches are powers of two up to it.
-      steps_per_call: decode steps per jitted call, at least 1.
-      prefill_chunk: prompt tokens per prefill call, at least 1.
-      cpu_kernels: on CPUs, `native` computes products of few columns, and attention of
-        few queries, by kernels of our own, `xla` leaves all to XLA; `auto`: native
-        where it can be, which is on one CPU device in float32.
-      attention: over the cache: `auto` takes the Pallas kernel on TPUs and GPUs, and on
-        CPUs the native one where `cpu_kernels` are native, else the portable walk over
-        pages; `portable`, `native_cpu`, `mosaic_tpu` and `triton_gpu` take one by name;
-        `mosaic_tpu_interpreted` and `triton_gpu_interpreted` run a kernel's program on
-        CPUs, slowly.
-      check_kernels: look for errors: in every forward the host checks page tables,
-        lengths, positions and ancestors before attention reads by them, and a wrong one
-        ends the rollout by its name. The device waits for it each time.
-      tensor: devices of one process over which an engine splits heads and vocabulary;
-        0: as many as `mesh.tensor`. Divides the model's key/value heads.
-    """
-
-    prompts_per_step: int = schema.number(8, 1)
-    group_size: int = schema.number(8, 1)
-    max_new_tokens: int = schema.number(512, 1)
-    stop: tuple[str, ...] = ()
-    max_batch: int = schema.number(64, 1)
-    steps_per_call: int = schema.number(32, 1)
-    prefill_chunk: int = schema.number(128, 1)
-    cpu_kernels: Literal["auto", "xla", "native"] = "auto"
-    attention: Literal[
-        "auto",
-        "portable",
-        "native_cpu",
-        "mosaic_tpu",
-        "triton_gpu",
-        "mosaic_tpu_interpreted",
-        "triton_gpu_interpreted",
-    ] = "auto"
-    check_kernels: bool = False
-    tensor: int = schema.number(0, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """The paged key/value cache.
-
-    Attributes:
-      page_size: tokens per page, at least 1.
-      num_pages: pages in the pool; 0: enough for `rollout.max_batch` rows of full
-        length.
-    """
-
-    page_size: int = schema.number(64, 1)
-    num_pages: int = schema.number(0, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-    """The policy-gradient rule. An unset field is what `name` prescribes.
-
-    Attributes:
-      name: a preset of `tlt_jax.rl.update.algorithms`.
-      advantage: how a group's rewards become advantages.
-      aggregation: how token losses become one number: `token_mean` over the batch's
-        tokens, `sequence_mean` over tokens then sequences, `constant` sum over tokens
-        by the length limit.
-      dynamic_sampling: replace groups whose rewards are all equal by new prompts.
-      overlong_shaping: let the reward fall for completions close to the length limit.
-      overlong_buffer_frac: part of the limit over which it falls, in [0, 1].
-      overlong_penalty: how far it falls, at least 0.
-      clip_low: the probability ratio is clipped below at 1 - clip_low, in [0, 1].
-      clip_high: the ratio is clipped above at 1 + clip_high, at least 0.
-      dual_clip: where the advantage is negative the ratio counts at most this much,
-        above 1 + clip_high; unset: no bound.
-      ratio_level: the ratio is that of a `token` or of the `sequence`.
-      kl_coef: weight of the divergence from the initial policy, at least 0.
-      kl_estimator: `k1`, `k2` or `k3`.
-      kl_placement: `loss` (a term of the loss) or `reward` (subtracted from rewards).
-      importance_cap: truncated importance sampling: the ratio trainer to sampler that
-        weights a token counts at most this much, above 0; unset: no weights.
-      entropy_coef: weight of the entropy bonus, at least 0.
-    """
-
-    name: Literal[
-        "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp_baseline", "gspo"
-    ] = "grpo"
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"] | None = None
-    aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = None
-    dynamic_sampling: bool | None = None
-    overlong_shaping: bool | None = None
-    overlong_buffer_frac: float | None = schema.number(None, 0.0, 1.0)
-    overlong_penalty: float | None = schema.number(None, 0.0)
-    clip_low: float | None = schema.number(None, 0.0, 1.0)
-    clip_high: float | None = schema.number(None, 0.0)
-    dual_clip: float | None = schema.number(None, above=1.0)
-    ratio_level: Literal["token", "sequence"] | None = None
-    kl_coef: float | None = schema.number(None, 0.0)
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    kl_placement: Literal["loss", "reward"] | None = None
-    importance_cap: float | None = schema.number(None, above=0.0)
-    entropy_coef: float | None = schema.number(None, 0.0)
-
-    def overrides(self) -> dict[str, Any]:
-        """Return the fields that are set, without `name`."""
-        fields = dataclasses.asdict(self)
-        del fields["name"]
-        return {key: value for key, value in fields.items() if value is not None}
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """AdamW.
-
-    Attributes:
-      learning_rate: at its highest, at least 0.
-      schedule: after warm-up: `constant`, `linear` or `cosine` down to 0 at num_steps.
-      warmup_steps: RL steps of linear increase from 0.
-      beta1, beta2: decay of the moments, in [0, 1).
-      eps: added to the root of the second moment, above 0.
-      weight_decay: decoupled, at least 0.
-      clip_norm: largest global gradient norm; 0: no clipping.
-    """
-
-    learning_rate: float = schema.number(1e-6, 0.0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = schema.number(0, 0)
-    beta1: float = schema.number(0.9, 0.0, 1.0 - 1e-9)
-    beta2: float = schema.number(0.999, 0.0, 1.0 - 1e-9)
-    eps: float = schema.number(1e-8, above=0.0)
-    weight_decay: float = schema.number(0.0, 0.0)
-    clip_norm: float = schema.number(1.0, 0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Learner:
-    """How a batch of completions becomes optimizer steps.
-
-    Attributes:
-      epochs: passes over the batch, at least 1.
-      minibatches: optimizer steps per pass; divides rollout.prompts_per_step.
-      row_tokens: length of a packed row in tokens; holds the longest prompt with its
-        longest completion.
-      rows_per_micro_batch: rows whose activations are held at once, at least 1.
-      old_logprobs: log-probabilities that ratios compare with: `recompute`d by the
-        trainer where a batch takes several updates (with one they are the update's
-        own), so that weights depend on the tokens alone; or recorded by the `rollout`,
-        which saves that pass and differs in last bits with the batches of its rows.
-    """
-
-    epochs: int = schema.number(1, 1)
-    minibatches: int = schema.number(1, 1)
-    row_tokens: int = schema.number(2048, 2)
-    rows_per_micro_batch: int = schema.number(1, 1)
-    old_logprobs: Literal["recompute", "rollout"] = "recompute"
-
-
-@dataclasses.dataclass(frozen=True)
-class Mesh:
-    """Devices along each mesh axis; one axis may be -1: all that remain.
-
-    Attributes:
-      data: copies of the weights, each with its part of the batch.
-      fsdp: weights and batch both split.
-      tensor: heads, feed-forward and vocabulary split.
-    """
-
-    data: int = schema.number(1, -1)
-    fsdp: int = schema.number(-1, -1)
-    tensor: int = schema.number(1, -1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reward:
-    """How a completion is judged.
-
-    Attributes:
-      function: a reward by name, or `module:function` of one's own; empty: the task's
-        own verifier.
-      workers: processes that judge; 0: none, in the run's own process and without a
-        time limit.
-      timeout_s: time that judging one completion may take in seconds, above 0.
-      failure_reward: the reward where the function fails, hangs or is not finite.
-    """
-
-    function: str = ""
-    workers: int = schema.number(2, 0)
-    timeout_s: float = schema.number(10.0, above=0.0)
-    failure_reward: float = schema.number(0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Eval:
-    """Evaluation on held-out prompts: avg@k and pass@k.
-
-    Attributes:
-      every: RL steps between evaluations; 0: never.
-      num_prompts: held-out prompts, at least 1.
-      samples: completions per prompt, at least 1.
-      k: the k of pass@k, each in [1, samples].
-      temperature: as sampling.temperature but 0 (greedy) is allowed; unset: the
-        training's.
-    """
-
-    every: int = schema.number(0, 0)
-    num_prompts: int = schema.number(64, 1)
-    samples: int = schema.number(1, 1)
-    k: tuple[int, ...] = (1,)
-    temperature: float | None = schema.number(None, 0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What survives a crash.
-
-    Attributes:
-      every: RL steps between checkpoints; 0: only the last step.
-      keep: newest checkpoints kept on disk, at least 1.
-      drafter: what is written of an adapted drafter: what training changes, in the
-        background (`selective`); or all that it computes with, in the background
-        (`async`) or with the run waiting (`blocking`).
-    """
-
-    every: int = schema.number(10, 0)
-    keep: int = schema.number(2, 1)
-    drafter: Literal["selective", "async", "blocking"] = "selective"
-
-
-@dataclasses.dataclass(frozen=True)
-class Log:
-    """What is shown and written besides metrics.jsonl.
-
-    Attributes:
-      tensorboard: write event files.
-      wandb: copy the record to Weights & Biases: `online`, or `offline` into files that
-        `wandb sync` sends later. Needs the package wandb.
-      wandb_project: where there.
-      plots_every: RL steps between redrawings of plots/; 0: only at the end.
-      rollouts_every: RL steps between steps whose completions are written to
-        rollouts/; 0: never.
-      progress: `auto` (live on a terminal, else lines), `plain` or `off`.
-    """
-
-    tensorboard: bool = True
-    wandb: Literal["off", "online", "offline"] = "off"
-    wandb_project: str = "tlt_jax"
-    plots_every: int = schema.number(10, 0)
-    rollouts_every: int = schema.number(1, 0)
-    progress: Literal["auto", "plain", "off"] = "auto"
+from tlt_jax.settings import schema, sections, speculation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,28 +31,28 @@ class RunConfig:
     seed: int = schema.number(0, 0)
     num_steps: int = schema.number(100, 1)
     precision: Literal["float32", "bfloat16"] = "float32"
-    model: Model = Model()
-    pretrain: Pretrain = Pretrain()
-    task: Task = Task()
-    sampling: Sampling = Sampling()
-    rollout: Rollout = Rollout()
-    cache: Cache = Cache()
+    model: sections.Model = sections.Model()
+    pretrain: sections.Pretrain = sections.Pretrain()
+    task: sections.Task = sections.Task()
+    sampling: sections.Sampling = sections.Sampling()
+    rollout: sections.Rollout = sections.Rollout()
+    cache: sections.Cache = sections.Cache()
     specdec: speculation.Specdec = speculation.Specdec()
     drafter: speculation.Drafter = speculation.Drafter()
     adaptation: speculation.Adaptation = speculation.Adaptation()
     workers: speculation.Workers = speculation.Workers()
-    algorithm: Algorithm = Algorithm()
-    optimizer: Optimizer = Optimizer()
-    learner: Learner = Learner()
-    mesh: Mesh = Mesh()
-    reward: Reward = Reward()
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    log: Log = Log()
+    algorithm: sections.Algorithm = sections.Algorithm()
+    optimizer: sections.Optimizer = sections.Optimizer()
+    learner: sections.Learner = sections.Learner()
+    mesh: sections.Mesh = sections.Mesh()
+    reward: sections.Reward = sections.Reward()
+    eval: sections.Eval = sections.Eval()
+    checkpoint: sections.Checkpoint = sections.Checkpoint()
+    log: sections.Log = sections.Log()
 
     def __post_init__(self):
         schema.check_fields(self)
-        config_checks.check(self)
+        _check(self)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -456,3 +108,57 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
         for key, value in schema.leaves(old)
         if value != new_leaves[key]
     }
+
+
+def _check(run: RunConfig) -> None:
+    """Check what no single field can say.
+
+    Raises:
+      schema.ConfigError: two settings contradict each other, or one is not built yet.
+    """
+    for name, value in (("model.spec", run.model.spec), ("task.name", run.task.name)):
+        if not value:
+            raise schema.ConfigError(f"{name} is empty: set it in the recipe.")
+    speculation.check_shape(run.drafter)
+    asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)
+    if asked and not getattr(run.specdec, asked):
+        raise schema.ConfigError(
+            f"specdec.mode={run.specdec.mode!r} with specdec.{asked}=(): nothing would "
+            "be speculated. Name a strategy, such as 4:D4K1V5, or set specdec.mode=off."
+        )
+    if run.workers.min_idle >= run.workers.num > 1:
+        raise schema.ConfigError(
+            f"workers.min_idle={run.workers.min_idle} of workers.num={run.workers.num}"
+            ": the last worker never waits, so fewer must do."
+        )
+    longest = run.task.max_prompt_tokens + run.rollout.max_new_tokens
+    if run.learner.row_tokens < longest:
+        raise schema.ConfigError(
+            f"learner.row_tokens={run.learner.row_tokens} cannot hold a prompt of "
+            f"task.max_prompt_tokens={run.task.max_prompt_tokens} with a completion of "
+            f"rollout.max_new_tokens={run.rollout.max_new_tokens}: give at least "
+            f"{longest}."
+        )
+    if run.rollout.prompts_per_step % run.learner.minibatches:
+        raise schema.ConfigError(
+            f"learner.minibatches={run.learner.minibatches} does not divide "
+            f"rollout.prompts_per_step={run.rollout.prompts_per_step}: every minibatch "
+            "has the same number of prompts."
+        )
+    sizes = dataclasses.astuple(run.mesh)
+    if 0 in sizes or sizes.count(-1) > 1:
+        raise schema.ConfigError(
+            f"mesh=(data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}): each axis "
+            "has at least 1 device, and at most one is -1 (all that remain)."
+        )
+    if not all(1 <= k <= run.eval.samples for k in run.eval.k):
+        raise schema.ConfigError(
+            f"eval.k={run.eval.k} needs 1 <= k <= eval.samples={run.eval.samples}: "
+            "draw more samples or lower k."
+        )
+    if run.cache.num_pages * run.cache.page_size < longest and run.cache.num_pages:
+        raise schema.ConfigError(
+            f"cache.num_pages={run.cache.num_pages} of cache.page_size="
+            f"{run.cache.page_size} tokens cannot hold one row of {longest} tokens: "
+            f"give at least {-(-longest // run.cache.page_size)} pages, or 0."
+        )

@@ -27,7 +27,7 @@ from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import scratch_model
 from tlt_jax.rl.update import learner
 from tlt_jax.runtime import command_line, compile_cache, failures, host_memory
-from tlt_jax.settings import drafter_run
+from tlt_jax.settings import drafter_run, sections
 from tlt_jax.specdec.texts import shards
 from tlt_jax.specdec.training import acceptance, unroll
 from tlt_jax.specdec.training import step as drafter_training
@@ -150,13 +150,13 @@ class _Trainer:
                 seed=run.seed,
                 model=run.model,
                 pretrain=run.pretrain,
-                task=config.Task(
+                task=sections.Task(
                     name=name,
                     size=run.texts.num,
                     seed=run.texts.seed,
                     max_prompt_tokens=run.texts.max_prompt_tokens,
                 ),
-                rollout=config.Rollout(max_new_tokens=run.texts.max_new_tokens),
+                rollout=sections.Rollout(max_new_tokens=run.texts.max_new_tokens),
             )
             scratch_model.make(settings, tasks.build(settings.task), spec)
         return policy.load(spec, run.precision)

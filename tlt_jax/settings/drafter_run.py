@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from tlt_jax import config
-from tlt_jax.settings import schema, speculation
+from tlt_jax.settings import schema, sections, speculation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +99,15 @@ class DrafterRun:
     seed: int = schema.number(0, 0)
     num_steps: int = schema.number(1000, 1)
     precision: Literal["float32", "bfloat16"] = "float32"
-    model: config.Model = config.Model()
-    pretrain: config.Pretrain = config.Pretrain()
+    model: sections.Model = sections.Model()
+    pretrain: sections.Pretrain = sections.Pretrain()
     texts: Texts = Texts()
     drafter: speculation.DrafterShape = speculation.DrafterShape()
     objective: speculation.Objective = speculation.Objective()
-    optimizer: config.Optimizer = config.Optimizer()
+    optimizer: sections.Optimizer = sections.Optimizer()
     batch: Batch = Batch()
     eval: Eval = Eval()
-    checkpoint: config.Checkpoint = config.Checkpoint()
+    checkpoint: sections.Checkpoint = sections.Checkpoint()
     log: Log = Log()
 
     def __post_init__(self):

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from tlt_jax import config
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import generated
+from tlt_jax.settings import sections
 
 PRODUCTS = {
     "min_terms": 2,
@@ -290,7 +290,7 @@ def sums(tmp_path):
 
 def settings(name, reward="", eval_size=64, **keys):
     options = keys.pop("options", {})
-    task = config.Task(name=str(name), options=tuple(options.items()), **keys)
+    task = sections.Task(name=str(name), options=tuple(options.items()), **keys)
     return tasks.build(task, reward=reward, eval_size=eval_size)
 
 

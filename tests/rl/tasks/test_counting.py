@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from tlt_jax import config, types
+from tlt_jax import types
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import counting
+from tlt_jax.settings import sections
 
 
 def test_prompts_and_answers():
-    task = tasks.build(config.Task(name="counting", size=200), eval_size=32)
+    task = tasks.build(sections.Task(name="counting", size=200), eval_size=32)
     train, held_out = task.examples("train"), task.examples("eval")
     for example in train:
         assert [turn["role"] for turn in example.prompt] == 2 * [

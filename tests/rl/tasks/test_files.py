@@ -6,10 +6,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tlt_jax import config
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import examples as examples_lib
 from tlt_jax.rl.tasks import files as data_files
+from tlt_jax.settings import sections
 
 ROWS = [
     {"prompt": [{"role": "user", "content": f"{i}+1?"}], "answer": str(i + 1), "id": i}
@@ -147,11 +147,11 @@ def test_a_task_has_its_splits(tmp_path):
     save(tmp_path / "test", ROWS[:2], 1)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     made = tasks.build(
-        config.Task(name=str(tmp_path), options=(("eval_split", "test"),))
+        sections.Task(name=str(tmp_path), options=(("eval_split", "test"),))
     )
     assert [e.example_id for e in made.examples("eval")] == ["0", "1"]
     assert len(made.examples("train")) == 5
     assert made.score(made.examples("eval")[0], "Answer: 1") == 1.0
     both = (("eval_split", "test"), ("eval_path", "x.jsonl"))
     with pytest.raises(ValueError, match="both name evaluation examples"):
-        tasks.build(config.Task(name=str(tmp_path), options=both))
+        tasks.build(sections.Task(name=str(tmp_path), options=both))

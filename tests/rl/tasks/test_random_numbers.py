@@ -4,15 +4,16 @@ import re
 
 import pytest
 
-from tlt_jax import config, types
+from tlt_jax import types
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import random_numbers
+from tlt_jax.settings import sections
 
 MAKE = random_numbers.RandomNumbersTask
 
 
 def test_prompts():
-    task = tasks.build(config.Task(name="random_numbers", size=100), eval_size=32)
+    task = tasks.build(sections.Task(name="random_numbers", size=100), eval_size=32)
     train, held_out = task.examples("train"), task.examples("eval")
     for example in train:
         assert len(example.prompt) == 5

@@ -15,7 +15,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import generated, scratch_model
-from tlt_jax.settings import schema
+from tlt_jax.settings import schema, sections
 
 RECIPE = pathlib.Path(__file__).resolve().parents[3] / "configs" / "tiny.py"
 SIZES = dict(num_layers=1, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)
@@ -171,19 +171,19 @@ def test_tasks_that_teach_nothing_are_refused(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "3+4=", "answer": "7"}\n' * 20)
     others = [
-        config.Task(name=str(path)),
-        config.Task(name="count", system_prompt="Count."),
+        sections.Task(name=str(path)),
+        sections.Task(name="count", system_prompt="Count."),
     ]
     for task in others:
         with pytest.raises(ValueError, match="'arithmetic' or 'count' can.*empty"):
             scratch_model.make(run_config(), tasks.build(task), tmp_path / "model")
     for name in scratch_model.TASKS:
         tokenizer, texts = scratch_model.read(
-            tasks.build(config.Task(name=name, size=5))
+            tasks.build(sections.Task(name=name, size=5))
         )
         question, answer = texts[0]
         assert len(texts) == 5 and answer[-1] == 2
-        example = tasks.build(config.Task(name=name, size=5)).examples("train")[0]
+        example = tasks.build(sections.Task(name=name, size=5)).examples("train")[0]
         assert tokenizer.decode(question) == example.prompt
         assert tokenizer.decode(answer) == example.answer
 

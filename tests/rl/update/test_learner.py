@@ -14,6 +14,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
 from tlt_jax.rl.update import learner, losses, packing, policy_gradient
 from tlt_jax.runtime import programs, sharding
+from tlt_jax.settings import sections
 from tlt_jax.specdec import sampling
 
 MODEL = model_config.ModelConfig(
@@ -432,7 +433,7 @@ def test_bfloat16_computes_with_float32_masters(make_learner):
     ],
 )
 def test_learning_rate_rises_and_falls(schedule, expected):
-    cfg = config_lib.Optimizer(learning_rate=2.0, schedule=schedule, warmup_steps=1)
+    cfg = sections.Optimizer(learning_rate=2.0, schedule=schedule, warmup_steps=1)
     rate = learner.learning_rate(cfg, num_steps=3, updates_per_step=2)
     got = [float(rate(jnp.int32(n))) for n in range(6)]
     np.testing.assert_allclose(got, 2.0 * np.array(expected), rtol=1e-5)

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax import config, policy, types
+from tlt_jax import policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import chat, prompts
-from tlt_jax.settings import drafter_run, schema
+from tlt_jax.settings import drafter_run, schema, sections
 from tlt_jax.specdec import noise
 from tlt_jax.specdec.texts import shards
 
@@ -265,4 +265,4 @@ def _power_of_two(n: int) -> int:
 def _task(name: str, seed: int, size: int) -> tasks.Task:
     if name == _CHAT:
         return chat.ChatPrompts(seed=seed, size=size, eval_size=size)
-    return tasks.build(config.Task(name=name, seed=seed, size=size), eval_size=size)
+    return tasks.build(sections.Task(name=name, seed=seed, size=size), eval_size=size)

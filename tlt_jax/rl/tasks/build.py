@@ -17,9 +17,10 @@ from tlt_jax import types
 from tlt_jax.rl.tasks import counting, generated, random_numbers, rewards
 from tlt_jax.rl.tasks import examples as examples_lib
 from tlt_jax.rl.tasks import files as data_files
+from tlt_jax.settings import sections
 
 if typing.TYPE_CHECKING:
-    from tlt_jax import config
+    pass
 
 Style = Literal["plain", "cot", "two_shot"]
 
@@ -369,7 +370,7 @@ class _Adapted:
         return dataclasses.replace(example, prompt=(message, *prompt))
 
 
-def build(task: "config.Task", *, reward: str = "", eval_size: int = 64) -> Task:
+def build(task: "sections.Task", *, reward: str = "", eval_size: int = 64) -> Task:
     """Makes the task of a run.
 
     Args:

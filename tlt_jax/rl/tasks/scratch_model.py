@@ -27,6 +27,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import convert, hf_config
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.settings import sections
 from tlt_jax.types import Array
 
 # A question's tokens and those of its answer, EOS included.
@@ -168,7 +169,7 @@ def model_of(
 def train(
     cfg: model_config.ModelConfig,
     texts: Sequence[Text],
-    settings: config_lib.Pretrain,
+    settings: sections.Pretrain,
     seed: int,
     on_progress: Callable[[int, int, float], None] | None = None,
 ) -> model_params.Params:

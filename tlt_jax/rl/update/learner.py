@@ -23,6 +23,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.rl.update import losses, packing, policy_gradient, weights_digest
 from tlt_jax.runtime import programs
 from tlt_jax.runtime import sharding as sharding_lib
+from tlt_jax.settings import sections
 from tlt_jax.specdec import sampling
 from tlt_jax.types import Array
 
@@ -43,7 +44,7 @@ class TrainState:
 
 
 def learning_rate(
-    cfg: config_lib.Optimizer, *, num_steps: int, updates_per_step: int
+    cfg: sections.Optimizer, *, num_steps: int, updates_per_step: int
 ) -> Callable[[Array], Array]:
     """Make the schedule: optimizer steps taken so far to the next one's rate.
 
@@ -77,7 +78,7 @@ def learning_rate(
 
 
 def make_optimizer(
-    cfg: config_lib.Optimizer, *, num_steps: int, updates_per_step: int
+    cfg: sections.Optimizer, *, num_steps: int, updates_per_step: int
 ) -> optax.GradientTransformation:
     """Make AdamW with global norm clipping and the configured schedule.
 
