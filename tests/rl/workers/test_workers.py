@@ -6,7 +6,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from tests.rl.test_rollout_speculation import EAGLE, drafter_params
+from tests.rl.engine.test_engine_speculation import EAGLE, drafter_params
 
 from tests.rl import engines
 from tlt_jax.models import transformer
