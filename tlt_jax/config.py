@@ -54,6 +54,11 @@ class RunConfig:
         schema.check_fields(self)
         _check(self)
 
+    @property
+    def longest_text(self) -> int:
+        """Positions of the longest prompt with the longest completion."""
+        return self.task.max_prompt_tokens + self.rollout.max_new_tokens
+
 
 def default() -> ml_collections.ConfigDict:
     """Return a new locked ConfigDict with every key at its default.
@@ -131,7 +136,7 @@ def _check(run: RunConfig) -> None:
             f"workers.min_idle={run.workers.min_idle} of workers.num={run.workers.num}"
             ": the last worker never waits, so fewer must do."
         )
-    longest = run.task.max_prompt_tokens + run.rollout.max_new_tokens
+    longest = run.longest_text
     if run.learner.row_tokens < longest:
         raise schema.ConfigError(
             f"learner.row_tokens={run.learner.row_tokens} cannot hold a prompt of "
