@@ -1,12 +1,14 @@
 """Nested frozen dataclasses as settings: defaults, types, ranges, nearest names.
 
-A field of a section is a number with a range (`number`), a choice (`Literal`), text, a
-flag, a tuple of these, one of them or None (unset), another section, or `Options`.
+A field of a section is a number with a range (`number`), a choice (`Literal`), a name
+that may be one's own (`choice`), text, a flag, a tuple of these, one of them or None
+(unset), another section, or `Options`.
 """
 
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -30,6 +32,11 @@ def number(
     return dataclasses.field(
         default=default, metadata={"low": low, "high": high, "above": above}
     )
+
+
+def choice(default: Any, *choices: str) -> Any:
+    """Declare a field: one of the names, or one's own as `package.module:Name`."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
 
 
 def keys(section: type) -> tuple[str, ...]:
@@ -188,15 +195,23 @@ def check_fields(section: Any, prefix: str = "") -> None:
             continue
         if value is None:
             continue
-        kind, choices, _ = _value_type(field.type)
-        if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ConfigError(
-                f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
-            )
-        if field.metadata:
+        _, closed, _ = _value_type(field.type)
+        choices = field.metadata.get("choices", closed)
+        if choices:
+            _check_choice(name, value, choices, is_open=not closed)
+        elif field.metadata:
             _check_range(name, value, **field.metadata)
+
+
+def _check_choice(
+    name: str, value: str, choices: tuple[str, ...], *, is_open: bool
+) -> None:
+    if value in choices or (is_open and re.fullmatch(r"[\w.]+:\w+", value)):
+        return
+    near = difflib.get_close_matches(str(value), choices, 1)
+    own = ", or of your own, package.module:Name" if is_open else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}{own}{hint}")
 
 
 def _check_range(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax.rl.update import advantages, losses
+from tlt_jax.runtime import external
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Algorithm:
       loss: the surrogate's own settings.
     """
 
-    advantage: advantages.Estimator
+    advantage: str
     aggregation: losses.Aggregation
     dynamic_sampling: bool
     overlong_shaping: bool
@@ -31,7 +32,7 @@ class Algorithm:
     loss: losses.LossConfig
 
     def __post_init__(self):
-        _one_of("advantage", self.advantage, advantages.Estimator.__args__)
+        _one_of("advantage", self.advantage, advantages.Estimator.__args__, own=True)
         _one_of("aggregation", self.aggregation, losses.Aggregation.__args__)
         if not 0 <= self.overlong_buffer_frac <= 1:
             raise ValueError(
@@ -118,6 +119,7 @@ def _grpo() -> dict[str, Any]:
         "overlong_shaping": False,
         "overlong_buffer_frac": 0.2,
         "overlong_penalty": 1.0,
+        "surrogate": "clipped",
         "clip_low": 0.2,
         "clip_high": 0.2,
         "dual_clip": None,
@@ -218,7 +220,9 @@ def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
     )
 
 
-def _one_of(field: str, value: str, accepted: tuple[str, ...]) -> None:
+def _one_of(field: str, value: str, accepted: tuple[str, ...], own=False) -> None:
+    if own and external.is_external(value):
+        return
     if value not in accepted:
         raise ValueError(
             f"{field}={value!r} is unknown: choose from {', '.join(accepted)}."

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax import types
+from tlt_jax.runtime import external
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 KlEstimator = Literal["k1", "k2", "k3"]
 
 # exp(20) is 5e8: larger ratios are a broken batch, and their infinities would spread.
 _MAX_LOG_RATIO = 20.0
+_CLIPPED = "clipped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,9 @@ class LossConfig:
     """What `policy_loss` computes.
 
     Attributes:
+      surrogate: `clipped`, PPO's; or `package.module:name`, a function of one's own of
+        ratio, advantages (`[N] float32`) and this record that returns what each token
+        costs.
       clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
       dual_clip: where the advantage is negative the ratio counts at most this much;
         above 1 + clip_high, or None: no bound.
@@ -43,6 +48,7 @@ class LossConfig:
       entropy_coef: weight of the entropy bonus; 0: none.
     """
 
+    surrogate: str = _CLIPPED
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -64,6 +70,11 @@ class LossConfig:
                     f"{name}={getattr(self, name)!r} is unknown: choose from "
                     f"{', '.join(accepted)}."
                 )
+        if self.surrogate != _CLIPPED and not external.is_external(self.surrogate):
+            raise ValueError(
+                f"surrogate={self.surrogate!r} is unknown: use {_CLIPPED}, or your own "
+                "as 'package.module:name'."
+            )
         if not 0 <= self.clip_low <= 1:
             raise ValueError(
                 f"clip_low={self.clip_low} is outside [0, 1]: the ratio's lower bound "
@@ -177,8 +188,7 @@ def policy_loss(
         own = logprobs - jax.lax.stop_gradient(logprobs)
         log_ratio = jax.lax.stop_gradient(mean) + own
     ratio = jnp.exp(jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-    kept, clipped, dual_clipped = _clip(ratio, advantages, cfg)
-    surrogate = -kept * advantages
+    surrogate, clipped, dual_clipped = _surrogate(ratio, advantages, cfg)
 
     sums = {
         "num_tokens": _count(used),
@@ -409,10 +419,14 @@ def _require(
             )
 
 
-def _clip(
+def _surrogate(
     ratio: types.Array, advantages: types.Array, cfg: LossConfig
 ) -> tuple[types.Array, types.Array, types.Array]:
-    """Returns the ratio that counts, and where each of the two clips acted."""
+    """Returns what each token costs, and where each of the two clips acted."""
+    if cfg.surrogate != _CLIPPED:
+        nowhere = jnp.zeros(ratio.shape, bool)
+        cost = external.load("surrogate", cfg.surrogate)(ratio, advantages, cfg)
+        return cost, nowhere, nowhere
     high, low = 1 + cfg.clip_high, 1 - cfg.clip_low
     above = (advantages > 0) & (ratio > high)
     below = (advantages < 0) & (ratio < low)
@@ -421,7 +435,7 @@ def _clip(
     if cfg.dual_clip is not None:
         dual = (advantages < 0) & (ratio > cfg.dual_clip)
         kept = jnp.where(dual, cfg.dual_clip, kept)
-    return kept, above | below, dual
+    return -kept * advantages, above | below, dual
 
 
 def _sequence_mean(
