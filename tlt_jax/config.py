@@ -124,6 +124,11 @@ def _check(run: RunConfig) -> None:
     for name, value in (("model.spec", run.model.spec), ("task.name", run.task.name)):
         if not value:
             raise schema.ConfigError(f"{name} is empty: set it in the recipe.")
+    if run.sampling.temperature == 0:
+        raise schema.ConfigError(
+            "sampling.temperature=0 draws the same answer for all of a group, which "
+            "teaches nothing: set it above 0 (eval.temperature=0 is greedy evaluation)."
+        )
     speculation.check_shape(run.drafter)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)
     if asked and not getattr(run.specdec, asked):

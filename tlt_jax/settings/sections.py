@@ -87,17 +87,17 @@ class Sampling:
     """The law that tokens are drawn from; the same one gives every log-probability.
 
     Attributes:
-      temperature: divides the logits, above 0.
+      temperature: divides the logits; above 0 in training, 0 is greedy.
       top_p: keep the smallest set of tokens with this mass, in (0, 1]; 1: off.
       top_k: keep the k most likely tokens; 0: off.
-      min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1];
+      min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1);
         0: off.
     """
 
-    temperature: float = schema.number(1.0, above=0.0)
+    temperature: float = schema.number(1.0, 0.0)
     top_p: float = schema.number(1.0, above=0.0, high=1.0)
     top_k: int = schema.number(0, 0)
-    min_p: float = schema.number(0.0, 0.0, 1.0)
+    min_p: float = schema.number(0.0, 0.0, below=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,8 +237,8 @@ class Optimizer:
     learning_rate: float = schema.number(1e-6, 0.0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = schema.number(0, 0)
-    beta1: float = schema.number(0.9, 0.0, 1.0 - 1e-9)
-    beta2: float = schema.number(0.999, 0.0, 1.0 - 1e-9)
+    beta1: float = schema.number(0.9, 0.0, below=1.0)
+    beta2: float = schema.number(0.999, 0.0, below=1.0)
     eps: float = schema.number(1e-8, above=0.0)
     weight_decay: float = schema.number(0.0, 0.0)
     clip_norm: float = schema.number(1.0, 0.0)

@@ -18,6 +18,7 @@ import numpy as np
 
 from tlt_jax import types
 from tlt_jax.runtime import external
+from tlt_jax.settings import schema, sections
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -60,40 +61,12 @@ class LossConfig:
     entropy_coef: float = 0.0
 
     def __post_init__(self):
-        for name, accepted in (
-            ("ratio_level", ("token", "sequence")),
-            ("kl_estimator", get_args(KlEstimator)),
-            ("kl_placement", ("loss", "reward")),
-        ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown: choose from "
-                    f"{', '.join(accepted)}."
-                )
-        if self.surrogate != _CLIPPED and not external.is_external(self.surrogate):
-            raise ValueError(
-                f"surrogate={self.surrogate!r} is unknown: use {_CLIPPED}, or your own "
-                "as 'package.module:name'."
-            )
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(
-                f"clip_low={self.clip_low} is outside [0, 1]: the ratio's lower bound "
-                "is 1 - clip_low."
-            )
-        for name in ("clip_high", "kl_coef", "entropy_coef"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be finite and not negative.")
+        schema.check_like(sections.Algorithm, self)
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(
                 f"dual_clip={self.dual_clip} must exceed 1 + clip_high = "
                 f"{1 + self.clip_high}: it bounds ratios beyond the clip range; None "
                 "turns it off."
-            )
-        if self.importance_cap is not None and not self.importance_cap > 0:
-            raise ValueError(
-                f"importance_cap={self.importance_cap} must be positive; None turns it "
-                "off."
             )
 
 
