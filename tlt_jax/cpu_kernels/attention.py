@@ -36,10 +36,9 @@ def register() -> None:
 
     See `product.register`.
     """
-    features = ffi.host_features()
-    text = attention_code.module(ffi.has_fma(features)).text()
     name = attention_code.HANDLER
-    ffi.register(text, {name: name}, optimise=True)
+    made = attention_code.module(ffi.has_fma(ffi.host_features()))
+    ffi.register(made, {name: name})
 
 
 def attend(

@@ -40,7 +40,7 @@ _FIELDS = job_lib.Fields(
 
 def module(fused: bool) -> code_lib.Module:
     """Write the kernel; `fused`: the CPU multiplies and adds in one rounding."""
-    made = code_lib.Module(fused)
+    made = job_lib.module(fused)
     _write_tile(made)
     _write_unit(made)
     job_lib.write_handler(made, HANDLER, "attention_unit", _FIELDS, _numbers)
@@ -132,10 +132,9 @@ def _write_scores(code, of: _Queries, tile: _Tile, first, slot) -> None:
             keys = code.get_vector(tile.keys, slot, code.times(element, tile.stride))
             for query, its in zip(queries, sums, strict=True):
                 factor = code.splat(code.get(query, element))
-                total = code.load(its[odd], typ=F32V)
-                code.store(code.multiply_add(factor, keys, total), its[odd])
+                its[odd].value = code.multiply_add(factor, keys, its[odd].value)
     for i, (even, odd) in enumerate(sums):
-        total = code.fadd(code.load(even, typ=F32V), code.load(odd, typ=F32V))
+        total = code.fadd(even.value, odd.value)
         row = code.times(code.plus(first, i), of.width)
         code.put_vector(total, of.scores, row, slot)
 
@@ -153,9 +152,9 @@ def _write_softmax(code, of: _Queries, tile: _Tile, query) -> None:
         visible = code.flags(mask, slot)
         masked = code.select(visible, code.get_vector(scores, slot), hidden)
         code.put_vector(masked, scores, slot)
-        code.store(code.largest(code.load(highest, typ=F32V), masked), highest)
+        highest.value = code.largest(highest.value, masked)
     before = code.splat(code.get(of.maximum, query))
-    maximum = code.reduced(code.load(highest, typ=F32V), code.largest)
+    maximum = code.reduced(highest.value, code.largest)
     maximum = code.largest(maximum, before)
     fade = code.exponential(code.fsub(before, maximum))
 
@@ -166,8 +165,8 @@ def _write_softmax(code, of: _Queries, tile: _Tile, query) -> None:
         weights = code.exponential(code.fsub(code.get_vector(scores, slot), maximum))
         weights = code.select(visible, weights, zero)
         code.put_vector(weights, scores, slot)
-        code.store(code.fadd(code.load(weight_sum, typ=F32V), weights), weight_sum)
-    total = code.reduced(code.load(weight_sum, typ=F32V), code.fadd)
+        weight_sum.value = code.fadd(weight_sum.value, weights)
+    total = code.reduced(weight_sum.value, code.fadd)
     normaliser = code.splat(code.get(of.normaliser, query))
     normaliser = code.multiply_add(normaliser, fade, total)
     lane = ir.Constant(I32, 0)
@@ -186,16 +185,15 @@ def _write_softmax(code, of: _Queries, tile: _Tile, query) -> None:
                 # What is not visible may be no number.
                 values = code.get_vector(tile.values, slot, row)
                 values = code.select(visible, values, zero)
-                total = code.load(its, typ=F32V)
-                code.store(code.multiply_add(weights, values, total), its)
-        added = code.sums([code.load(its, typ=F32V) for its in sums])
+                its.value = code.multiply_add(weights, values, its.value)
+        added = code.sums([its.value for its in sums])
         old = code.get_vector(totals, h)
         code.put_vector(code.multiply_add(old, fade, added), totals, h)
 
 
 def _write_unit(made: code_lib.Module) -> None:
     """Attend for one row and kv head: a chunk of a job."""
-    code, (job, chunk) = made.function("attention_unit", VOID, POINTER, I64)
+    code, (job, chunk) = made.function("attention_unit", *job_lib.UNIT)
     its = _FIELDS.load(code, job)
     tokens, head_dim, group = its["tokens"], its["head_dim"], its["group"]
     page_size = its["page_size"]
@@ -216,7 +214,7 @@ def _write_unit(made: code_lib.Module) -> None:
     num_bytes = code.plus(
         code.times(floats, 4), code.times(tokens, wide), page_size, page_size
     )
-    scratch = code.call(made.runtime("malloc"), [num_bytes])
+    scratch = code.invoke("malloc", num_bytes)
     cut = _Cutter(code, scratch)
     queries = _Queries(
         query=cut.floats(code.times(padded, head_dim)),
@@ -300,7 +298,7 @@ def _write_unit(made: code_lib.Module) -> None:
         code.put(one, seen, slot)
         is_held = code.icmp_signed("<", slot, last)
         code.put(code.select(is_held, one, none), seen_last, slot)
-    num_pages = code.udiv(code.plus(length, page_size, -1), page_size)
+    num_pages = code.over(length, page_size)
     page_floats = code.times(its["num_kv"], head_dim, page_size)
     head_offset = code.times(head, head_dim, page_size)
     with code.loop(num_pages) as number:
@@ -315,11 +313,11 @@ def _write_unit(made: code_lib.Module) -> None:
             keys=code.at(its["cache_keys"], offset),
             values=code.at(its["cache_values"], offset),
             stride=page_size,
-            vectors=code.udiv(code.plus(held, LANES - 1), code.number(LANES)),
+            vectors=code.over(held, LANES),
             mask=code.select(is_full, seen, seen_last),
             mask_stride=code.number(0),
         )
-        code.call(made.runtime("attend_tile"), _values(queries) + _values(tile))
+        code.invoke("attend_tile", *_values(queries), *_values(tile))
 
     # These keys are a tile of their own.
     own_mask = code.at(its["mask"], code.times(row, tokens, own_slots), kind=I8)
@@ -337,7 +335,7 @@ def _write_unit(made: code_lib.Module) -> None:
         mask=fresh_mask,
         mask_stride=wide,
     )
-    code.call(made.runtime("attend_tile"), _values(queries) + _values(tile))
+    code.invoke("attend_tile", *_values(queries), *_values(tile))
 
     # heads: [K, G, H, B, T]
     target = code.at(its["heads"], code.times(head, group, head_size), first_column)
@@ -352,7 +350,7 @@ def _write_unit(made: code_lib.Module) -> None:
             row_of = code.plus(code.times(g, head_dim), i)
             place = code.times(row_of, columns)
             code.put(code.fmul(total, factor), target, place, token)
-    code.call(made.runtime("free"), [scratch])
+    code.invoke("free", scratch)
     code.ret_void()
 
 
