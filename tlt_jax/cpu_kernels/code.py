@@ -281,6 +281,14 @@ class Code(ir.IRBuilder):
         zeros = ir.Constant(ir.VectorType(I32, lanes), None)
         return self.shuffle_vector(one, nothing, zeros)
 
+    def vector(self, values: Sequence[ir.Value]) -> ir.Value:
+        """Make a vector of its lanes."""
+        kind = ir.VectorType(values[0].type, len(values))
+        vector = ir.Constant(kind, ir.Undefined)
+        for lane, value in enumerate(values):
+            vector = self.insert_element(vector, value, ir.Constant(I32, lane))
+        return vector
+
     def shuffled(
         self, left: ir.Value, right: ir.Value, lanes: Sequence[int]
     ) -> ir.Value:

@@ -63,12 +63,13 @@ def register(
     )
     compiled = llvm.parse_assembly(module.text())
     compiled.verify()
-    # Variables into registers and loops into shape, no more: kernels arrange their own
-    # instructions, and are slower after all of LLVM's passes than without.
+    # Variables into registers, loops and addresses into shape, no more: kernels arrange
+    # their own instructions, and all of LLVM's passes rather undo that.
     passes = llvm.create_new_function_pass_manager()
     passes.add_sroa_pass()
     passes.add_simplify_cfg_pass()
     passes.add_loop_rotate_pass()
+    passes.add_instruction_combine_pass()
     passes.add_simplify_cfg_pass()
     options = llvm.create_pipeline_tuning_options()
     builder = llvm.create_pass_builder(machine, options)

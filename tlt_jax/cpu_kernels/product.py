@@ -115,12 +115,17 @@ def _write_chunk(made: code_lib.Module) -> None:
                 sizes = [its["size"], its["main"], n, columns, code.sub(wanted, row)]
                 code.call(compute, [w, *at, *sizes])
         with code.if_then(is_staged):
-            behind = code.least(code.times(group_stop, rows), num_rows)
+            stop_row = code.least(code.times(group_stop, rows), num_rows)
+            count = code.sub(stop_row, group_row)
+            whole = code.and_(count, code.number(-4))
             with code.loop(n) as column:
                 source = code.at(stage.value, column)
                 place = code.at(its["y"], code.times(column, num_rows), group_row)
-                with code.loop(code.sub(behind, group_row)) as row:
-                    code.put(code.get(source, code.times(row, n)), place, row)
+                for start, behind, step in ((0, whole, 4), (whole, count, 1)):
+                    with code.loop(behind, step, start) as row:
+                        at = [code.times(code.plus(row, i), n) for i in range(step)]
+                        values = code.vector([code.get(source, i) for i in at])
+                        code.put_vector(values, place, row)
     code.invoke("free", stage.value)
     code.ret_void()
 

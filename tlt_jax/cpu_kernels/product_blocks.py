@@ -138,10 +138,7 @@ class TurnedBlock:
             rows.advance(_TURNED)
             place.value = code.at(place.value, _TURNED * self.columns)
         with code.loop(odd):
-            weights = ir.Constant(zero.type, ir.Undefined)
-            for r, pointer in enumerate(rows.pointers()):
-                weight = code.get(pointer, 0)
-                weights = code.insert_element(weights, weight, ir.Constant(I32, r))
+            weights = code.vector([code.get(row, 0) for row in rows.pointers()])
             multiply(0, weights)
             rows.advance(1)
             place.value = code.at(place.value, self.columns)
