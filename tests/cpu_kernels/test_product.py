@@ -86,7 +86,7 @@ def test_what_lies_beyond_a_column_does_not_matter():
 def test_lesser_cpus_compute_the_same(cpu):
     features = hosts.LESSER_CPUS[cpu]
     ffi.register(
-        product.module(features), {f"test_product_{cpu}": "tlt_jax_product"}, cpu
+        product.kernel(features), {f"test_product_{cpu}": "tlt_jax_product"}, cpu
     )
     for rows, size, columns in ((5, 9, 1), (33, 40, 3), (29, 31, 17), (64, 50, 70)):
         weight, x = draw(rows, size), draw(size, columns, seed=1)
@@ -100,7 +100,7 @@ def test_lesser_cpus_compute_the_same(cpu):
 
 
 def test_code_for_arm_is_valid():
-    assert "fmla" in hosts.arm_assembly(product.module(frozenset({"neon"})))
+    assert "fmla" in hosts.arm_assembly(product.kernel(frozenset({"neon"})))
 
 
 def chain(weight, x, steps):
@@ -119,7 +119,7 @@ def chain(weight, x, steps):
 def test_threads_at_once_in_loops():
     """Programs that share the threads of the pool disturb each other in nothing."""
     ffi.register(
-        product.module(ffi.host_features()),
+        product.kernel(ffi.host_features()),
         {"test_product_all_threads": "tlt_jax_product"},
         num_devices=1,
     )
@@ -136,10 +136,10 @@ def test_threads_at_once_in_loops():
 
 def threads_kernel() -> code.Module:
     """A kernel that tells how many threads it may have."""
-    made = job.module(fused=True)
-    with job.handler(made, "threads") as (its, call):
-        its.put(its.trunc(call.threads(), code.I32), call.result(0), 0)
-    return made
+    kernel = job.begin(fused=True)
+    with job.handler(kernel, "threads") as (builder, call):
+        builder.put(builder.trunc(call.threads(), code.I32), call.result(0), 0)
+    return kernel
 
 
 def test_each_device_has_its_share_of_the_threads():

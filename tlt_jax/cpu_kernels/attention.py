@@ -37,8 +37,8 @@ def register() -> None:
     See `product.register`.
     """
     name = attention_code.HANDLER
-    made = attention_code.module(ffi.has_fma(ffi.host_features()))
-    ffi.register(made, {name: name})
+    module = attention_code.kernel(ffi.has_fma(ffi.host_features()))
+    ffi.register(module, {name: name})
 
 
 def attend(

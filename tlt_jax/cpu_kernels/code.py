@@ -1,7 +1,7 @@
-"""LLVM IR written by Python: functions, loops, vectors, and what the runtime offers.
+"""LLVM IR written by Python: functions, loops, memory, vectors.
 
-Variables live in stack slots until LLVM's optimiser puts them into registers
-(`ffi.register(..., optimise=True)`), so a kernel reads as it would in C.
+A kernel reads as it would in C: variables live in stack slots until `ffi.register` puts
+them into registers. Instructions stay in the order in which they are written.
 """
 
 import contextlib
@@ -47,17 +47,17 @@ class Module:
         """Begin with none; `fused`: the CPU multiplies and adds in one rounding."""
         self.fused = fused
         self._module = ir.Module()
-        self._known: dict[str, ir.Function] = {}
+        self._functions: dict[str, ir.Function] = {}
 
     def text(self) -> str:
         """Write the functions, and declare what they call besides."""
         parts = [_ATTRIBUTES]
-        for fn in self._known.values():
+        for fn in self._functions.values():
             head, *body = str(fn).split("\n", 1)
             parts += [f"{head} #0", *body] if body[0] else [head]
         return "\n".join(parts)
 
-    def function(
+    def begin(
         self, name: str, result: ir.Type, *kinds: ir.Type, exported: bool = False
     ) -> tuple["Code", Sequence[ir.Value]]:
         """Begin a function; return where its code goes, and its arguments."""
@@ -67,15 +67,15 @@ class Module:
         return Code(self, fn), fn.args
 
     def declare(self, name: str, result: ir.Type, *kinds: ir.Type) -> ir.Function:
-        """Find a function, or say what it takes and returns."""
-        if name not in self._known:
+        """Point to a function of these types, which may be written elsewhere."""
+        if name not in self._functions:
             kind = ir.FunctionType(result, list(kinds))
-            self._known[name] = ir.Function(self._module, kind, name)
-        return self._known[name]
+            self._functions[name] = ir.Function(self._module, kind, name)
+        return self._functions[name]
 
-    def find(self, name: str) -> ir.Function:
-        """Find a function of this module or of the C library."""
-        return self._known.get(name) or self.declare(name, *_LIBRARY[name])
+    def function(self, name: str) -> ir.Function:
+        """Point to a function of this module or of the C library."""
+        return self._functions.get(name) or self.declare(name, *_LIBRARY[name])
 
 
 class Variable:
@@ -106,47 +106,42 @@ class Code(ir.IRBuilder):
     def __init__(self, module: Module, fn: ir.Function):
         """Begin the body of `fn`."""
         super().__init__(fn.append_basic_block("entry"))
-        self._own, self._slots = module, self.block
-        self._first = ir.IRBuilder(fn.append_basic_block("begin"))
-        self.branch(self._first.block)
-        self._end_of_slots = self.block.instructions[-1]
-        self.position_at_end(self._first.block)
+        self._module, self._slots = module, ir.IRBuilder(self.block)
+        begin = fn.append_basic_block("begin")
+        self._slots.position_before(self.branch(begin))
+        self.position_at_end(begin)
 
     def invoke(self, name: str, *arguments: int | ir.Value) -> ir.Value:
         """Call a function of the module or of the C library."""
-        return self.call(self.found(name), [self.number(it) for it in arguments])
+        return self.call(self.address(name), [self.number(each) for each in arguments])
 
-    def found(self, name: str) -> ir.Function:
+    def address(self, name: str) -> ir.Function:
         """Point to a function of the module or of the C library."""
-        return self._own.find(name)
+        return self._module.function(name)
 
     def intrinsic(
         self, name: str, result: ir.Type, *arguments: ir.Value | int
     ) -> ir.Value:
         """Call one of LLVM's functions."""
-        arguments = [self.number(it) for it in arguments]
+        arguments = [self.number(each) for each in arguments]
         kinds = [argument.type for argument in arguments]
-        return self.call(self._own.declare(name, result, *kinds), arguments)
+        return self.call(self._module.declare(name, result, *kinds), arguments)
 
-    def number(self, value: int | ir.Value, kind: ir.Type = I64) -> ir.Value:
+    def number(self, value: int | ir.Value) -> ir.Value:
         """Make a constant of a Python number."""
-        return ir.Constant(kind, value) if isinstance(value, int) else value
+        return ir.Constant(I64, value) if isinstance(value, int) else value
 
     def array(self, kind: ir.Type, count: int) -> ir.Value:
         """Point to memory of the function's own, aligned for every vector."""
-        slots = ir.IRBuilder(self._slots)
-        slots.position_before(self._end_of_slots)
-        slot = slots.alloca(kind, count)
+        slot = self._slots.alloca(kind, count)
         slot.align, slot.type = 64, POINTER
         return slot
 
     def variable(self, kind: ir.Type, start: int | ir.Value) -> Variable:
         """Make a variable with a value to start with."""
-        slots = ir.IRBuilder(self._slots)
-        slots.position_before(self._end_of_slots)
-        it = Variable(self, slots.alloca(kind))
-        it.value = start
-        return it
+        variable = Variable(self, self._slots.alloca(kind))
+        variable.value = start
+        return variable
 
     @contextlib.contextmanager
     def forever(self) -> Iterator[Callable[[ir.Value], None]]:
@@ -297,7 +292,7 @@ class Code(ir.IRBuilder):
 
     def multiply_add(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
         """Compute a x b + acc, of floats or vectors."""
-        if not self._own.fused:
+        if not self._module.fused:
             return self.fadd(self.fmul(a, b), acc)
         lanes = "" if acc.type == F32 else f"v{acc.type.count}"
         return self.intrinsic(f"llvm.fma.{lanes}f32", acc.type, a, b, acc)

@@ -43,7 +43,7 @@ def register(
     come too late for a unit, may enter it at any time.
 
     Args:
-      module: the kernel, begun by `job.module`.
+      module: the kernel, begun by `job.begin`.
       handlers: names of its functions, by the target's name in programs; a target is
         registered once in a process.
       cpu: what LLVM calls the CPU to compile for; None: the host's.
@@ -51,7 +51,7 @@ def register(
     """
     if num_devices is None:
         num_devices = len(jax.local_devices(backend="cpu"))
-    code, () = module.function(job_lib.NUM_DEVICES, code_lib.I64)
+    code, () = module.begin(job_lib.NUM_DEVICES, code_lib.I64)
     code.ret(code.number(num_devices))
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()

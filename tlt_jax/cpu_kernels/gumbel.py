@@ -25,7 +25,7 @@ _LANES = code_lib.LANES
 _I32, _I64, _F32V, _I32V = code_lib.I32, code_lib.I64, code_lib.F32V, code_lib.I32V
 # Counters of a unit of work; each gives two entries.
 _BLOCK = 2048
-# Counters whose noise is made together: several registers, so that the chains of
+# Counters whose noise is module together: several registers, so that the chains of
 # dependent operations of one fill the waiting times of another's.
 _WIDE = 8 * _LANES
 
@@ -57,8 +57,8 @@ def register() -> None:
 
     See `product.register`.
     """
-    made = module(ffi.has_fma(ffi.host_features()))
-    ffi.register(made, {name: name for name in (NOISE, DRAW, RANK)})
+    module = kernel(ffi.has_fma(ffi.host_features()))
+    ffi.register(module, {name: name for name in (NOISE, DRAW, RANK)})
 
 
 def gumbel(keys: Array, positions: Array, vocab_size: int) -> Array:
@@ -104,7 +104,7 @@ def draw(scores: Array, noise: Array, which: Array) -> Array:
 def rank(
     scores: Array, noise: Array, which: Array, sharpness: Array, tau: Array
 ) -> tuple[Array, Array]:
-    """Find the first largest entry of `scores x sharpness + noise`, and its share.
+    """Find the first largest entry of `scores x sharpness + noise`, and job share.
 
     For programs on one CPU device: it cannot be partitioned.
 
@@ -137,16 +137,16 @@ def _check(name: str, array: Array, shape: tuple[int, ...], dtype) -> None:
         )
 
 
-def module(fused: bool) -> code_lib.Module:
+def kernel(fused: bool) -> code_lib.Module:
     """Write the kernels; `fused`: the CPU multiplies and adds in one rounding."""
-    made = job_lib.module(fused)
-    _write_block(made)
-    _write_row(made)
-    _write_ranking(made)
-    job_lib.write_handler(made, NOISE, "noise_block", _NOISE_FIELDS, _noise_numbers)
-    job_lib.write_handler(made, DRAW, "draw_row", _DRAW_FIELDS, _row_numbers)
-    job_lib.write_handler(made, RANK, "rank_row", _RANK_FIELDS, _row_numbers)
-    return made
+    module = job_lib.begin(fused)
+    _write_block(module)
+    _write_row(module)
+    _write_ranking(module)
+    job_lib.write_handler(module, NOISE, "noise_block", _NOISE_FIELDS, _noise_numbers)
+    job_lib.write_handler(module, DRAW, "draw_row", _DRAW_FIELDS, _row_numbers)
+    job_lib.write_handler(module, RANK, "rank_row", _RANK_FIELDS, _row_numbers)
+    return module
 
 
 def _noise_numbers(code: code_lib.Code, call: job_lib.Call):
@@ -162,15 +162,15 @@ def _row_numbers(code: code_lib.Code, call: job_lib.Call):
     return dict(vocab_size=vocab_size), rows
 
 
-def _write_block(made: code_lib.Module) -> None:
+def _write_block(module: code_lib.Module) -> None:
     """Make the noise of a block of counters of one row: a chunk of a job."""
-    code, (job, chunk) = made.function("noise_block", *job_lib.UNIT)
-    its = _NOISE_FIELDS.load(code, job)
-    row, block = code.udiv(chunk, its["blocks"]), code.urem(chunk, its["blocks"])
-    half, vocab_size = its["half"], its["vocab_size"]
+    code, (address, chunk) = module.begin("noise_block", *job_lib.UNIT)
+    job = _NOISE_FIELDS.load(code, address)
+    row, block = code.udiv(chunk, job["blocks"]), code.urem(chunk, job["blocks"])
+    half, vocab_size = job["half"], job["vocab_size"]
 
     def word(name, *place):
-        value = code.at(its[name], *place, kind=_I32)
+        value = code.at(job[name], *place, kind=_I32)
         return code.splat_integer(code.load(value, typ=_I32, align=4), _WIDE)
 
     key = [word("keys", code.times(2, row), i) for i in range(2)]
@@ -178,7 +178,7 @@ def _write_block(made: code_lib.Module) -> None:
     schedule = (*key, code.xor(code.xor(*key), parity))
     first_word = code.add(word("positions", row), schedule[0])
     lanes = code_lib.integers(*range(_WIDE))
-    target = code.at(its["noise"], code.times(row, vocab_size))
+    target = code.at(job["noise"], code.times(row, vocab_size))
     second = code.at(target, half)
     start = code.times(block, _BLOCK)
     stop = code.least(code.plus(start, _BLOCK), half)
@@ -193,7 +193,7 @@ def _write_block(made: code_lib.Module) -> None:
 
 
 def _threefry(code, schedule, x0, counter) -> tuple[ir.Value, ir.Value]:
-    """Encrypt; the first word of the counter has its key already."""
+    """Encrypt; the first word of the counter has job key already."""
     kind = counter.type
     x1 = code.add(counter, schedule[1])
     for i in range(_ROUNDS):
@@ -236,7 +236,7 @@ def _put_first(code, value, base, column, stop) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Sums:
-    """A row's scores with its noise: score x factor + noise."""
+    """A row's scores with job noise: score x factor + noise."""
 
     code: code_lib.Code
     scores: ir.Value
@@ -284,23 +284,23 @@ class _Sums:
         return self.code.multiply_add(score, factor, added)
 
 
-def _write_row(made: code_lib.Module) -> None:
+def _write_row(module: code_lib.Module) -> None:
     """Draw for one row: a chunk of a job."""
-    code, (job, row) = made.function("draw_row", *job_lib.UNIT)
-    its = _DRAW_FIELDS.load(code, job)
-    drawn, _ = _write_search(code, _sums_of(code, its, row))
-    code.put(drawn, its["drawn"], row)
+    code, (address, row) = module.begin("draw_row", *job_lib.UNIT)
+    job = _DRAW_FIELDS.load(code, address)
+    drawn, _ = _write_search(code, _sums_of(code, job, row))
+    code.put(drawn, job["drawn"], row)
     code.ret_void()
 
 
-def _write_ranking(made: code_lib.Module) -> None:
-    """Find one row's best child and its share: a chunk of a job."""
-    code, (job, row) = made.function("rank_row", *job_lib.UNIT)
-    its = _RANK_FIELDS.load(code, job)
-    sharpness, tau = (code.get(its[name], 0) for name in ("sharpness", "tau"))
-    sums = _sums_of(code, its, row, sharpness)
+def _write_ranking(module: code_lib.Module) -> None:
+    """Find one row's best child and job share: a chunk of a job."""
+    code, (address, row) = module.begin("rank_row", *job_lib.UNIT)
+    job = _RANK_FIELDS.load(code, address)
+    sharpness, tau = (code.get(job[name], 0) for name in ("sharpness", "tau"))
+    sums = _sums_of(code, job, row, sharpness)
     best, highest = _write_search(code, sums)
-    code.put(best, its["ids"], row)
+    code.put(best, job["ids"], row)
     each = code.splat(code.fdiv(ir.Constant(code_lib.F32, 1.0), tau))
 
     def weights(total):
@@ -314,20 +314,20 @@ def _write_ranking(made: code_lib.Module) -> None:
     sums.each(add)
     total = code.fadd(total.value, weights(sums.rest()))
     share = code.fsub(code.splat(-0.0), code.logarithm(code.reduced(total, code.fadd)))
-    code.put(code.extract_element(share, ir.Constant(_I32, 0)), its["shares"], row)
+    code.put(code.extract_element(share, ir.Constant(_I32, 0)), job["shares"], row)
     code.ret_void()
 
 
-def _sums_of(code, its, row, factor=None) -> _Sums:
-    vocab_size = its["vocab_size"]
-    which = code.get(its["which"], row, kind=_I32)
-    scores = code.at(its["scores"], code.times(row, vocab_size))
-    noise = code.at(its["noise"], code.times(which, vocab_size))
+def _sums_of(code, job, row, factor=None) -> _Sums:
+    vocab_size = job["vocab_size"]
+    which = code.get(job["which"], row, kind=_I32)
+    scores = code.at(job["scores"], code.times(row, vocab_size))
+    noise = code.at(job["noise"], code.times(which, vocab_size))
     return _Sums(code, scores, noise, vocab_size, factor)
 
 
 def _write_search(code, sums: _Sums) -> tuple[ir.Value, ir.Value]:
-    """Find the first largest sum: its index, and in all lanes itself."""
+    """Find the first largest sum: job index, and in all lanes itself."""
     lanes = code_lib.integers(*range(_LANES))
     best = code.variable(_F32V, code.splat(float("-inf")))
     here, place = (code.variable(_I32V, lanes) for _ in range(2))

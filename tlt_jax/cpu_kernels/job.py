@@ -122,27 +122,27 @@ class Call:
     def run(self, job: ir.Value, unit: str, units: ir.Value, threads: ir.Value) -> None:
         """Run all units of a job on up to `threads` threads, and give the job up."""
         code = self._code
-        code.invoke("tlt_run", self._frame, job, code.found(unit), units, threads)
+        code.invoke("tlt_run", self._frame, job, code.address(unit), units, threads)
 
     def _buffer(self, kind: str, index: int) -> ir.Value:
         every = self._code.field(self._frame, _FRAME[kind])
         return self._code.field(every, 8 * index)
 
 
-def module(fused: bool) -> code_lib.Module:
+def begin(fused: bool) -> code_lib.Module:
     """Begin the module of a kernel; `fused`: the CPU multiplies and adds at once."""
-    made = code_lib.Module(fused)
-    _write_threads(made)
-    _write_release(made)
-    _write_work(made)
-    _write_run(made)
-    return made
+    module = code_lib.Module(fused)
+    _write_threads(module)
+    _write_release(module)
+    _write_work(module)
+    _write_run(module)
+    return module
 
 
 @contextlib.contextmanager
-def handler(made: code_lib.Module, name: str) -> Iterator[tuple[code_lib.Code, Call]]:
+def handler(module: code_lib.Module, name: str) -> Iterator[tuple[code_lib.Code, Call]]:
     """Write a handler whose work is what is inside; it may return `NULL` early."""
-    code, (frame,) = made.function(name, POINTER, POINTER, exported=True)
+    code, (frame,) = module.begin(name, POINTER, POINTER, exported=True)
     # XLA may ask which interface the handler was written for.
     extension = code.field(frame, _FRAME["extension"])
     with code.if_then(code.icmp_unsigned("!=", extension, NULL)):
@@ -157,7 +157,7 @@ def handler(made: code_lib.Module, name: str) -> Iterator[tuple[code_lib.Code, C
 
 
 def write_handler(
-    made: code_lib.Module,
+    module: code_lib.Module,
     name: str,
     unit: str,
     fields: Fields,
@@ -166,13 +166,13 @@ def write_handler(
     """Write a handler that makes the job and runs its units on the program's threads.
 
     Args:
-      made: to which the handler is added.
+      module: to which the handler is added.
       name: of the handler.
-      unit: function of `made`, of a job and a unit's number.
+      unit: function of `module`, of a job and a unit's number.
       fields: of the job.
       numbers: gives, for a call, the job's numbers and how many units there are.
     """
-    with handler(made, name) as (code, call):
+    with handler(module, name) as (code, call):
         values, units = numbers(code, call)
         values |= {name: call.argument(i) for i, name in enumerate(fields.arguments)}
         values |= {name: call.result(i) for i, name in enumerate(fields.results)}
@@ -202,9 +202,9 @@ def _if_failed(code, frame, error: ir.Value) -> Iterator[None]:
         yield
 
 
-def _write_threads(made: code_lib.Module) -> None:
-    made.declare(NUM_DEVICES, I64)
-    code, (frame,) = made.function("tlt_threads", I64, POINTER)
+def _write_threads(module: code_lib.Module) -> None:
+    module.declare(NUM_DEVICES, I64)
+    code, (frame,) = module.begin("tlt_threads", I64, POINTER)
     count = code.array(I64, 1)
     context = code.field(frame, _FRAME["context"])
     error = _ask(code, frame, "num_threads", context, count)
@@ -215,9 +215,9 @@ def _write_threads(made: code_lib.Module) -> None:
     code.ret(code.select(is_some, share, code.number(1)))
 
 
-def _write_release(made: code_lib.Module) -> None:
+def _write_release(module: code_lib.Module) -> None:
     """Drop one reference to the job; the last one frees it."""
-    code, (job,) = made.function("tlt_release", VOID, POINTER)
+    code, (job,) = module.begin("tlt_release", VOID, POINTER)
     references = code.at(job, _REFERENCES, kind=I8)
     before = code.atomic_rmw("sub", references, code.number(1), "acq_rel")
     with code.if_then(code.icmp_signed("==", before, code.number(1))):
@@ -225,9 +225,9 @@ def _write_release(made: code_lib.Module) -> None:
     code.ret_void()
 
 
-def _write_work(made: code_lib.Module) -> None:
+def _write_work(module: code_lib.Module) -> None:
     """Take units until there are none; and the same as a task of another thread."""
-    code, (job,) = made.function("tlt_work", VOID, POINTER)
+    code, (job,) = module.begin("tlt_work", VOID, POINTER)
     units = code.field(job, _UNITS, I64)
     body = code.field(job, _BODY, ir.FunctionType(UNIT[0], UNIT[1:]).as_pointer())
     one, done = code.number(1), code.at(job, _DONE, kind=I8)
@@ -237,15 +237,15 @@ def _write_work(made: code_lib.Module) -> None:
         code.call(body, [job, unit])
         code.atomic_rmw("add", done, one, "release")
     code.ret_void()
-    code, (job,) = made.function("tlt_task", VOID, POINTER)
+    code, (job,) = module.begin("tlt_task", VOID, POINTER)
     code.invoke("tlt_work", job)
     code.invoke("tlt_release", job)
     code.ret_void()
 
 
-def _write_run(made: code_lib.Module) -> None:
+def _write_run(module: code_lib.Module) -> None:
     """Run all units of a job, see `Call.run`."""
-    code, (frame, job, body, units, threads) = made.function(
+    code, (frame, job, body, units, threads) = module.begin(
         "tlt_run", VOID, POINTER, POINTER, POINTER, I64, I64
     )
     header = {_NEXT: 0, _DONE: 0, _REFERENCES: threads, _UNITS: units, _BODY: body}
@@ -253,7 +253,7 @@ def _write_run(made: code_lib.Module) -> None:
         code.put_field(code.number(value), job, place)
     context = code.field(frame, _FRAME["context"])
     with code.loop(threads, start=1):
-        error = _ask(code, frame, "schedule", context, code.found("tlt_task"), job)
+        error = _ask(code, frame, "schedule", context, code.address("tlt_task"), job)
         with _if_failed(code, frame, error):
             code.invoke("tlt_release", job)
     code.invoke("tlt_work", job)

@@ -62,57 +62,57 @@ _FIELDS = job_lib.Fields(
 )
 
 
-def module(features: frozenset[str]) -> code_lib.Module:
+def kernel(features: frozenset[str]) -> code_lib.Module:
     """Write the kernel for a CPU with these features, as LLVM names them."""
-    made = job_lib.module(ffi.has_fma(features))
+    module = job_lib.begin(ffi.has_fma(features))
     blocks = _blocks(features)
     for block in blocks:
-        block.write(made)
-    _write_chunk(made)
+        block.write(module)
+    _write_chunk(module)
     for name, transposed in ((_COLUMNS_FIRST, 0), (_ROWS_FIRST, 1)):
-        with job_lib.handler(made, name) as (code, call):
+        with job_lib.handler(module, name) as (code, call):
             _write_call(code, call, blocks, transposed)
-    return made
+    return module
 
 
-def _write_chunk(made: code_lib.Module) -> None:
+def _write_chunk(module: code_lib.Module) -> None:
     """Compute some blocks of rows, each times all panels of columns.
 
     Transposed results are collected for a group of blocks: writing a few rows at once
     to places that are `num_rows` apart would throw each line out of the cache before it
     is full.
     """
-    code, (job, chunk) = made.function("product_chunk", *job_lib.UNIT)
-    its = _FIELDS.load(code, job)
-    rows, n, num_rows = its["rows"], its["n"], its["num_rows"]
-    tail = code.at(job, _FIELDS.num_bytes, kind=code_lib.I8)
-    first = code.times(chunk, its["per_chunk"])
-    stop = code.least(code.plus(first, its["per_chunk"]), its["num_blocks"])
+    code, (address, chunk) = module.begin("product_chunk", *job_lib.UNIT)
+    job = _FIELDS.load(code, address)
+    rows, n, num_rows = job["rows"], job["n"], job["num_rows"]
+    tail = code.at(address, _FIELDS.num_bytes, kind=code_lib.I8)
+    first = code.times(chunk, job["per_chunk"])
+    stop = code.least(code.plus(first, job["per_chunk"]), job["num_blocks"])
     last_row = code.sub(num_rows, rows)
-    is_staged = code.icmp_signed("!=", its["transposed"], code.number(0))
+    is_staged = code.icmp_signed("!=", job["transposed"], code.number(0))
     staged_blocks = code.udiv(code.number(_STAGE_ROWS), rows)
-    per_group = code.select(is_staged, staged_blocks, its["per_chunk"])
+    per_group = code.select(is_staged, staged_blocks, job["per_chunk"])
     stage = code.variable(POINTER, code_lib.NULL)
     with code.if_then(is_staged):
         stage.value = code.invoke("malloc", code.times(n, 4 * _STAGE_ROWS))
     kind = ir.FunctionType(VOID, product_blocks.SIGNATURE[1:]).as_pointer()
-    compute = code.inttoptr(its["block"], kind)
+    compute = code.inttoptr(job["block"], kind)
 
     with code.loop(stop, per_group, start=first) as group:
         group_stop = code.least(code.plus(group, per_group), stop)
         group_row = code.times(group, rows)
         staged_y = code.at(stage.value, code.times(group_row, n, -1))
-        target = code.select(is_staged, staged_y, its["y"])
+        target = code.select(is_staged, staged_y, job["y"])
         with code.loop(group_stop, start=group) as i:
             # The last block overlaps with the one before it, and stores its own rows.
             wanted = code.times(i, rows)
             row = code.least(wanted, last_row)
-            w = code.at(its["w"], code.times(row, its["size"]))
+            w = code.at(job["w"], code.times(row, job["size"]))
             y = code.at(target, code.times(row, n))
-            with code.loop(n, its["width"]) as column:
-                at = [code.at(base, column) for base in (its["x"], tail, y)]
-                columns = code.least(code.sub(n, column), its["width"])
-                sizes = [its["size"], its["main"], n, columns, code.sub(wanted, row)]
+            with code.loop(n, job["width"]) as column:
+                at = [code.at(base, column) for base in (job["x"], tail, y)]
+                columns = code.least(code.sub(n, column), job["width"])
+                sizes = [job["size"], job["main"], n, columns, code.sub(wanted, row)]
                 code.call(compute, [w, *at, *sizes])
         with code.if_then(is_staged):
             stop_row = code.least(code.times(group_stop, rows), num_rows)
@@ -120,7 +120,7 @@ def _write_chunk(made: code_lib.Module) -> None:
             whole = code.and_(count, code.number(-4))
             with code.loop(n) as column:
                 source = code.at(stage.value, column)
-                place = code.at(its["y"], code.times(column, num_rows), group_row)
+                place = code.at(job["y"], code.times(column, num_rows), group_row)
                 for start, behind, step in ((0, whole, 4), (whole, count, 1)):
                     with code.loop(behind, step, start) as row:
                         at = [code.times(code.plus(row, i), n) for i in range(step)]
@@ -196,14 +196,14 @@ def _write_call(
 
 
 def _numbers_of(code, block) -> dict[str, ir.Value]:
-    """What a call must know of a block: its function, and its sizes."""
+    """What a call must know of a block: job function, and job sizes."""
     numbers = dict(
         width=block.width,
         rows=block.rows,
         is_packed=int(block.is_packed),
         vectors=-(-block.width // block.lanes),
     )
-    function = code.found(block.name).ptrtoint(I64)
+    function = code.address(block.name).ptrtoint(I64)
     return dict(block=function) | {k: code.number(v) for k, v in numbers.items()}
 
 
@@ -219,7 +219,7 @@ def register() -> None:
     exported, need it before they are loaded.
     """
     names = (_COLUMNS_FIRST, _ROWS_FIRST)
-    ffi.register(module(ffi.host_features()), {name: name for name in names})
+    ffi.register(kernel(ffi.host_features()), {name: name for name in names})
 
 
 def product(weight: Array, x: Array) -> Array:

@@ -60,7 +60,7 @@ class WideBlock:
 
     def write(self, module: code_lib.Module) -> None:
         """Write the function."""
-        code, arguments = module.function(self.name, *SIGNATURE)
+        code, arguments = module.begin(self.name, *SIGNATURE)
         w, x, tail, y, size, main, n, columns, skip = arguments
         lanes = self.lanes
         zero, kind = code.splat(0.0, lanes), ir.VectorType(F32, lanes)
@@ -117,7 +117,7 @@ class TurnedBlock:
 
     def write(self, module: code_lib.Module) -> None:
         """Write the function."""
-        code, arguments = module.function(self.name, *SIGNATURE)
+        code, arguments = module.begin(self.name, *SIGNATURE)
         w, x, _, y, size, _, n, columns, skip = arguments
         zero = code.splat(0.0)
         sums = [code.variable(zero.type, zero) for _ in range(self.columns)]
