@@ -96,6 +96,7 @@ class Variable:
 
     @value.setter
     def value(self, value: int | ir.Value) -> None:
+        """Store it."""
         self._block, self._value = self._code.block, self._code.number(value)
         self._code.store(self._value, self._slot)
 

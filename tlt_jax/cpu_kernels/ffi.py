@@ -1,7 +1,8 @@
 """Machine code in XLA's programs for CPUs: compile what `code` wrote, and register it.
 
 A kernel is a module with one handler of XLA's typed foreign-function interface per
-target, see `job`.
+target, see `job`. LLVM itself is loaded with the first one: processes on other devices
+import this module too, and never need it.
 """
 
 import ctypes
@@ -9,7 +10,6 @@ import sys
 from collections.abc import Mapping
 
 import jax
-import llvmlite.binding as llvm
 
 from tlt_jax.cpu_kernels import code as code_lib
 from tlt_jax.cpu_kernels import job as job_lib
@@ -22,6 +22,8 @@ def is_supported() -> bool:
 
 def host_features() -> frozenset[str]:
     """Return the names by which LLVM calls what the host's CPU has."""
+    import llvmlite.binding as llvm
+
     return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
 
 
@@ -49,6 +51,8 @@ def register(
       cpu: what LLVM calls the CPU to compile for; None: the host's.
       num_devices: that share the threads; None: the process's CPU devices.
     """
+    import llvmlite.binding as llvm
+
     if num_devices is None:
         num_devices = len(jax.local_devices(backend="cpu"))
     code, () = module.begin(job_lib.NUM_DEVICES, code_lib.I64)

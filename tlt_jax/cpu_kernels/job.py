@@ -65,11 +65,10 @@ class Fields:
 
     def load(self, code: code_lib.Code, job: ir.Value) -> dict[str, ir.Value]:
         """Read every field of a job."""
-        kinds = {name: I64 if name in self.numbers else POINTER for name in self.names}
-        places = range(_HEADER, self.num_bytes, 8)
+        kinds = [I64 if name in self.numbers else POINTER for name in self.names]
         return {
-            name: code.field(job, place, kind)
-            for (name, kind), place in zip(kinds.items(), places, strict=True)
+            name: code.field(job, _HEADER + 8 * i, kind)
+            for i, (name, kind) in enumerate(zip(self.names, kinds, strict=True))
         }
 
     def store(

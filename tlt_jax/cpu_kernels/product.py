@@ -32,6 +32,83 @@ _STAGE_ROWS = 64
 _STEPS = 4
 
 _COLUMNS_FIRST, _ROWS_FIRST = "tlt_jax_product", "tlt_jax_product_transposed"
+# What chunks of rows read.
+_FIELDS = job_lib.Fields(
+    arguments=("w", "x"),
+    results=("y",),
+    numbers=(
+        *("block", "size", "main", "n", "width", "rows", "num_rows", "num_blocks"),
+        *("per_chunk", "transposed"),
+    ),
+)
+
+
+@functools.cache
+def register() -> None:
+    """Compile the kernel and make it known to XLA, once in a process.
+
+    Programs with this kernel that come from the persistent compilation cache, or were
+    exported, need it before they are loaded.
+    """
+    names = (_COLUMNS_FIRST, _ROWS_FIRST)
+    ffi.register(kernel(ffi.host_features()), {name: name for name in names})
+
+
+def product(weight: Array, x: Array) -> Array:
+    """Multiply columns by a weight, each column in the same order of additions.
+
+    For programs on one CPU device: it cannot be partitioned or differentiated.
+
+    Args:
+      weight: `[*out, in] float32`.
+      x: `[in, ...] float32`.
+
+    Returns:
+      `[*out, ...] float32`.
+    """
+    shape = (*weight.shape[:-1], *x.shape[1:])
+    return _call(_COLUMNS_FIRST, weight, x, shape)
+
+
+def product_transposed(weight: Array, x: Array) -> Array:
+    """Multiply columns by a weight; the result has the weight's rows last.
+
+    Args:
+      weight: `[out, in] float32`.
+      x: `[in, ...] float32`.
+
+    Returns:
+      `[..., out] float32`, the same bits as those of `product`.
+    """
+    return _call(_ROWS_FIRST, weight, x, (*x.shape[1:], weight.shape[0]))
+
+
+def _call(name: str, weight: Array, x: Array, shape: tuple[int, ...]) -> Array:
+    if weight.dtype != jnp.float32 or x.dtype != jnp.float32:
+        raise ValueError(
+            f"a native product got weights of {weight.dtype} and columns of {x.dtype}: "
+            "it computes float32 only; use the XLA product for others."
+        )
+    if weight.shape[-1] != x.shape[0]:
+        raise ValueError(
+            f"a native product got weights of shape {weight.shape} and columns of "
+            f"shape {x.shape}: the last axis of one must be the first of the other."
+        )
+    register()
+    return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32))(weight, x)
+
+
+def kernel(features: frozenset[str]) -> code_lib.Module:
+    """Write the kernel for a CPU with these features, as LLVM names them."""
+    module = job_lib.begin(ffi.has_fma(features))
+    blocks = _blocks(features)
+    for block in blocks:
+        block.write(module)
+    _write_chunk(module)
+    for name, transposed in ((_COLUMNS_FIRST, 0), (_ROWS_FIRST, 1)):
+        with job_lib.handler(module, name) as (code, call):
+            _write_call(code, call, blocks, transposed)
+    return module
 
 
 def _blocks(
@@ -50,29 +127,6 @@ def _blocks(
         lanes, usual = 4, ((1, 6), (2, 4))
     single = wide(min(lanes, 8), 1, 1)
     return [single, *few, *(wide(lanes, vectors, rows) for vectors, rows in usual)]
-
-
-_FIELDS = job_lib.Fields(
-    arguments=("w", "x"),
-    results=("y",),
-    numbers=(
-        *("block", "size", "main", "n", "width", "rows", "num_rows", "num_blocks"),
-        *("per_chunk", "transposed"),
-    ),
-)
-
-
-def kernel(features: frozenset[str]) -> code_lib.Module:
-    """Write the kernel for a CPU with these features, as LLVM names them."""
-    module = job_lib.begin(ffi.has_fma(features))
-    blocks = _blocks(features)
-    for block in blocks:
-        block.write(module)
-    _write_chunk(module)
-    for name, transposed in ((_COLUMNS_FIRST, 0), (_ROWS_FIRST, 1)):
-        with job_lib.handler(module, name) as (code, call):
-            _write_call(code, call, blocks, transposed)
-    return module
 
 
 def _write_chunk(module: code_lib.Module) -> None:
@@ -209,58 +263,3 @@ def _numbers_of(code, block) -> dict[str, ir.Value]:
 
 def _selected(code, condition, yes, no) -> dict[str, ir.Value]:
     return {name: code.select(condition, yes[name], no[name]) for name in yes}
-
-
-@functools.cache
-def register() -> None:
-    """Compile the kernel and make it known to XLA, once in a process.
-
-    Programs with this kernel that come from the persistent compilation cache, or were
-    exported, need it before they are loaded.
-    """
-    names = (_COLUMNS_FIRST, _ROWS_FIRST)
-    ffi.register(kernel(ffi.host_features()), {name: name for name in names})
-
-
-def product(weight: Array, x: Array) -> Array:
-    """Multiply columns by a weight, each column in the same order of additions.
-
-    For programs on one CPU device: it cannot be partitioned or differentiated.
-
-    Args:
-      weight: `[*out, in] float32`.
-      x: `[in, ...] float32`.
-
-    Returns:
-      `[*out, ...] float32`.
-    """
-    shape = (*weight.shape[:-1], *x.shape[1:])
-    return _call(_COLUMNS_FIRST, weight, x, shape)
-
-
-def product_transposed(weight: Array, x: Array) -> Array:
-    """Multiply columns by a weight; the result has the weight's rows last.
-
-    Args:
-      weight: `[out, in] float32`.
-      x: `[in, ...] float32`.
-
-    Returns:
-      `[..., out] float32`, the same bits as those of `product`.
-    """
-    return _call(_ROWS_FIRST, weight, x, (*x.shape[1:], weight.shape[0]))
-
-
-def _call(name: str, weight: Array, x: Array, shape: tuple[int, ...]) -> Array:
-    if weight.dtype != jnp.float32 or x.dtype != jnp.float32:
-        raise ValueError(
-            f"a native product got weights of {weight.dtype} and columns of {x.dtype}: "
-            "it computes float32 only; use the XLA product for others."
-        )
-    if weight.shape[-1] != x.shape[0]:
-        raise ValueError(
-            f"a native product got weights of shape {weight.shape} and columns of "
-            f"shape {x.shape}: the last axis of one must be the first of the other."
-        )
-    register()
-    return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32))(weight, x)
