@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from tests import tiny_runs
 from tlt_jax import launch
-from tlt_jax.runtime import channel, distributed
+from tlt_jax.runtime import distributed
 from tlt_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -93,26 +92,6 @@ def test_processes_join_and_share_arrays(environment_of, initialize):
         told = found.pop()
         assert found == [i, [0, 1], "made by 0", 14.0]
         assert told.startswith("the processes have different settings: start all")
-
-
-def test_without_a_launcher_a_process_is_alone(monkeypatch):
-    monkeypatch.delenv(distributed.COORDINATOR, raising=False)
-    distributed.initialize()
-    with distributed.join() as group:
-        assert group.is_first and group.num == 1
-        assert group.exchange("anything", 7) == [7]
-        assert group.first("anything", lambda: 8) == 8
-        group.check_same("anything", 9)
-        group.explain(RuntimeError())
-
-
-def test_processes_that_cannot_join_say_so(monkeypatch):
-    def fail(**_):
-        raise RuntimeError("nobody answers")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(channel.ProcessError, match="could not be joined .nobody answ"):
-        distributed.initialize(on_cluster=True)
 
 
 def test_cores_are_shared_without_overlap():

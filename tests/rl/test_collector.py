@@ -1,10 +1,8 @@
 """Collecting a step's experience: whose reward is whose, and what is sampled again."""
 
 import random
-import types as python_types
 
 import numpy as np
-import pytest
 
 from tests import tiny_runs
 from tlt_jax import types
@@ -198,26 +196,6 @@ def test_failures_are_counted_over_rounds_and_the_first_is_named():
     assert batch is None
     assert row["reward/num_error"] == row["reward/num_failed"] == 4 * P * R
     assert row["reward/first_failure"].startswith("RuntimeError: no verdict on e")
-
-
-def test_waiting_for_compilers_is_counted_apart():
-    pool = python_types.SimpleNamespace(
-        stats=python_types.SimpleNamespace(waited_s=1.0)
-    )
-    timer = clock.Clock((pool,))
-
-    def compile_for(seconds):
-        pool.stats.waited_s += seconds
-        return "done"
-
-    assert timer.time("update", compile_for, 100.0) == "done"
-    timer.time("update", compile_for, seconds=20.0)
-    row = timer.row()
-    assert row["time/compile_s"] == 120.0
-    assert row["time/update_s"] == 0.0 and row["time/rollout_s"] == 0.0
-    assert timer.time("eval", lambda: None) is None
-    assert row.keys() | {"time/eval_s"} == timer.row().keys()
-    assert timer.row()["time/eval_s"] == pytest.approx(0.0, abs=1.0)
 
 
 def test_what_is_done_between_rollouts_is_done_there_alone():
