@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.settings import intervals
+from tests.settings import tables
 from tlt_jax.settings import drafter_run, schema, sections, speculation
 
 # By section and key: the default, and the range as a mathematician writes it.
@@ -39,7 +39,18 @@ SETTINGS = {
 
 @pytest.mark.parametrize("section", SETTINGS, ids=lambda section: section.__name__)
 def test_defaults_and_ranges(section):
-    intervals.check(section, SETTINGS[section])
+    tables.check(section, SETTINGS[section])
+
+
+CHOICES = {
+    (drafter_run.Texts, "dtype"): "float32 bfloat16",
+    (drafter_run.Log, "progress"): "auto plain off",
+}
+
+
+@pytest.mark.parametrize("key", CHOICES, ids=tables.named)
+def test_choices(key):
+    tables.check_choices(*key, CHOICES[key])
 
 
 def values(**more):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.settings import intervals
+from tests.settings import tables
 from tlt_jax.settings import schema, speculation
 
 # By section and key: the default, and the range as a mathematician writes it.
@@ -71,7 +71,23 @@ SETTINGS = {
 
 @pytest.mark.parametrize("section", SETTINGS, ids=lambda section: section.__name__)
 def test_defaults_and_ranges(section):
-    intervals.check(section, SETTINGS[section])
+    tables.check(section, SETTINGS[section])
+
+
+CHOICES = {
+    (speculation.Specdec, "mode"): "off ngram tlt",
+    (speculation.Specdec, "tuner"): "static threshold beg_mab cost_model",
+    (speculation.Specdec, "ranking"): "coupled deterministic",
+    (speculation.DrafterShape, "architecture"): "tlt eagle eagle3",
+    (speculation.DrafterShape, "features"): "last low_mid_high layers",
+    (speculation.Objective, "name"): "eagle hass eagle3",
+    (speculation.Objective, "token_loss"): "soft_ce kl tv lk_hybrid",
+}
+
+
+@pytest.mark.parametrize("key", CHOICES, ids=tables.named)
+def test_choices(key):
+    tables.check_choices(*key, CHOICES[key])
 
 
 def test_only_what_is_set_overrides_the_objectives_preset():

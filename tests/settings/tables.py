@@ -1,4 +1,4 @@
-"""Checks a section's keys against a table of defaults and ranges."""
+"""Checks a section's keys against tables of defaults, ranges and choices."""
 
 import dataclasses
 import math
@@ -30,6 +30,21 @@ def check(section: type, table: dict[str, tuple[Any, str]]) -> None:
         for value in outside:
             with pytest.raises(schema.ConfigError, match=rf"^{name}={value} is out"):
                 schema.check_fields(section(**{name: value}))
+
+
+def check_choices(section: type, name: str, choices: str) -> None:
+    """Assert that a key takes these words, and lists them where it refuses another."""
+    for choice in choices.split():
+        schema.check_fields(section(**{name: choice}))
+    with pytest.raises(schema.ConfigError) as raised:
+        schema.check_fields(section(**{name: "?"}))
+    listed = ", ".join(choices.split())
+    assert str(raised.value) == f"{name}='?' is not one of {listed}."
+
+
+def named(key: tuple[type, str]) -> str:
+    """Name a section's key among a test's parameters."""
+    return f"{key[0].__name__}.{key[1]}"
 
 
 def _around(interval: str, step: float) -> tuple[list[float], list[float]]:
