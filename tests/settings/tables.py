@@ -33,12 +33,16 @@ def check(section: type, table: dict[str, tuple[Any, str]]) -> None:
 
 
 def check_choices(section: type, name: str, choices: str) -> None:
-    """Assert that a key takes these words, and lists them where it refuses another."""
+    """Assert that a key takes these words, and lists them where it refuses another.
+
+    The word `package.module:Name` stands for all names of that form.
+    """
     for choice in choices.split():
         schema.check_fields(section(**{name: choice}))
     with pytest.raises(schema.ConfigError) as raised:
         schema.check_fields(section(**{name: "?"}))
     listed = ", ".join(choices.split())
+    listed = listed.replace(", package", ", or of your own, package")
     assert str(raised.value) == f"{name}='?' is not one of {listed}."
 
 

@@ -29,6 +29,8 @@ class House:
     seed: int = schema.number(0, 0)
     rent: float = schema.number(1.5, above=0.0)
     lost: float = schema.number(-1.0, high=0.0)
+    share: float = schema.number(0.25, 0.0, below=1.0)
+    style: str = schema.choice("plain", "plain", "ornate")
     sold: bool = False
     title: str = "none"
     wall: Wall = Wall()
@@ -45,6 +47,8 @@ def test_names_of_all_keys_and_their_values():
         "seed": 4,
         "rent": 1.5,
         "lost": -1.0,
+        "share": 0.25,
+        "style": "plain",
         "sold": False,
         "title": "none",
         "wall.width": 3,
@@ -58,7 +62,7 @@ def test_names_of_all_keys_and_their_values():
         "paint.names": ("first",),
         "free": (("a", 1),),
     }
-    assert schema.keys(House)[4:9] == (
+    assert schema.keys(House)[6:11] == (
         "title",
         "wall",
         "wall.width",
@@ -161,7 +165,11 @@ def test_wrong_items_are_named(values, message):
         ("width", "did you mean 'wall.width'?"),
         # Nothing like it.
         ("wall.x", "keys in 'wall' are inside, width."),
-        ("q", "keys at the top are free, lost, paint, rent, seed, sold, title, wall."),
+        (
+            "q",
+            "keys at the top are free, lost, paint, rent, seed, share, sold, style, "
+            "title, wall.",
+        ),
         ("seed.x", "'seed' is not a section."),
     ],
 )
@@ -185,6 +193,7 @@ def test_the_nearest_key_is_named(key, hint):
         ({"seed": -1}, "seed=-1 is out of range: at least 0."),
         ({"lost": 0.5}, "lost=0.5 is out of range: at most 0."),
         ({"rent": 0.0}, "rent=0.0 is out of range: above 0."),
+        ({"share": 1.0}, "share=1.0 is out of range: at least 0, below 1."),
         ({"rent": math.inf}, "rent=inf is not finite."),
         ({"rent": math.nan}, "rent=nan is not finite."),
         (
@@ -203,6 +212,16 @@ def test_the_nearest_key_is_named(key, hint):
             {"paint": Paint(color="blue!")},
             "paint.color='blue!' is not one of red, green.",
         ),
+        (
+            {"style": "ornat"},
+            "style='ornat' is not one of plain, ornate, or of your own, "
+            "package.module:Name; did you mean 'ornate'?",
+        ),
+        (
+            {"style": "my module:Name"},
+            "style='my module:Name' is not one of plain, ornate, or of your own, "
+            "package.module:Name.",
+        ),
     ],
 )
 def test_ranges_and_choices_are_named(changes, message):
@@ -212,5 +231,29 @@ def test_ranges_and_choices_are_named(changes, message):
 
 
 def test_both_ends_of_a_range_belong_to_it():
+    House(share=0.0, style="my.module:Name")
     for layers, gloss in ((2, 0.0), (5, 1.0), (None, 0.3)):
         House(paint=Paint(layers=layers, gloss=gloss), rent=1e-9, lost=0.0, seed=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Has a range of its own, and is no section."""
+
+    gloss: float | None = 0.5
+    color: str = "red"
+    layers: int = 99
+    size: int = -5
+
+
+def test_a_record_is_checked_by_what_a_section_says_of_its_fields():
+    schema.check_like(Paint, Bucket(layers=3))
+    schema.check_like(Paint, Bucket(gloss=None, layers=5))
+    for record, message in (
+        (Bucket(), "layers=99 is out of range: at least 2, at most 5."),
+        (Bucket(gloss=2.0), "gloss=2.0 is out of range: at least 0, at most 1."),
+        (Bucket(color="blue"), "color='blue' is not one of red, green."),
+    ):
+        with pytest.raises(schema.ConfigError) as raised:
+            schema.check_like(Paint, record)
+        assert str(raised.value) == message

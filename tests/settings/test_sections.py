@@ -33,10 +33,10 @@ SETTINGS = {
         "long_prompts": ("refuse", ""),
     },
     sections.Sampling: {
-        "temperature": (1.0, "(0, inf)"),
+        "temperature": (1.0, "[0, inf)"),
         "top_p": (1.0, "(0, 1]"),
         "top_k": (0, "[0, inf)"),
-        "min_p": (0.0, "[0, 1]"),
+        "min_p": (0.0, "[0, 1)"),
     },
     sections.Rollout: {
         "prompts_per_step": (8, "[1, inf)"),
@@ -63,6 +63,7 @@ SETTINGS = {
         "overlong_shaping": (None, ""),
         "overlong_buffer_frac": (None, "[0, 1]"),
         "overlong_penalty": (None, "[0, inf)"),
+        "surrogate": (None, ""),
         "clip_low": (None, "[0, 1]"),
         "clip_high": (None, "[0, inf)"),
         "dual_clip": (None, "(1, inf)"),
@@ -138,7 +139,10 @@ CHOICES = {
         "triton_gpu_interpreted"
     ),
     (sections.Algorithm, "name"): ("grpo dr_grpo dapo rloo reinforce_pp_baseline gspo"),
-    (sections.Algorithm, "advantage"): "grpo dr_grpo rloo reinforce_pp_baseline",
+    (sections.Algorithm, "advantage"): (
+        "grpo dr_grpo rloo reinforce_pp_baseline package.module:Name"
+    ),
+    (sections.Algorithm, "surrogate"): "clipped package.module:Name",
     (sections.Algorithm, "aggregation"): "token_mean sequence_mean constant",
     (sections.Algorithm, "ratio_level"): "token sequence",
     (sections.Algorithm, "kl_estimator"): "k1 k2 k3",

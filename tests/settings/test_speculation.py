@@ -76,12 +76,17 @@ def test_defaults_and_ranges(section):
 
 CHOICES = {
     (speculation.Specdec, "mode"): "off ngram tlt",
-    (speculation.Specdec, "tuner"): "static threshold beg_mab cost_model",
+    (speculation.Specdec, "tuner"): (
+        "static threshold beg_mab cost_model package.module:Name"
+    ),
     (speculation.Specdec, "ranking"): "coupled deterministic",
     (speculation.DrafterShape, "architecture"): "tlt eagle eagle3",
     (speculation.DrafterShape, "features"): "last low_mid_high layers",
     (speculation.Objective, "name"): "eagle hass eagle3",
-    (speculation.Objective, "token_loss"): "soft_ce kl tv lk_hybrid",
+    (
+        speculation.Objective,
+        "token_loss",
+    ): "soft_ce kl tv lk_hybrid package.module:Name",
 }
 
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tlt_jax.rl.adaptation import adaptation
 from tlt_jax.runtime import channel, distributed
+from tlt_jax.settings import sections
 from tlt_jax.workdir import drafter_checkpoint, drafter_store
 
 ARRAYS = {
@@ -74,9 +76,9 @@ def checkpointers(monkeypatch):
 
 
 def open_store(group=None, notes=None):
-    note = (notes if notes is not None else []).append
+    told = types.SimpleNamespace(note=(notes if notes is not None else []).append)
     group = group or distributed.alone()
-    return drafter_store.DrafterStore(Adapted(), "there", "async", 4, group, note)
+    return drafter_store.DrafterStore(Adapted(), "there", "async", 4, group, told)
 
 
 def found_of(step):
@@ -98,6 +100,19 @@ def test_everything_of_an_adaptation_is_saved(checkpointers):
         store.wait()
         assert (checkpointer.waits, checkpointer.closed) == (1, 0)
     assert checkpointer.closed == 1
+
+
+def test_it_is_opened_where_there_is_a_drafter(checkpointers):
+    cfg = sections.Checkpoint(keep=6, drafter="blocking")
+    group = distributed.alone()
+    nothing = adaptation.NoAdaptation()
+    with drafter_store.opened(nothing, "there", cfg, group, None) as stores:
+        assert stores == () and not checkpointers
+    with drafter_store.opened(Adapted(), "there", cfg, group, None) as (store,):
+        # One more than the run keeps: each of its own finds the drafter's.
+        assert checkpointers[0].opened == ("there", "blocking", 7)
+        store.save(3)
+    assert checkpointers[0].saved and checkpointers[0].closed == 1
 
 
 @pytest.mark.parametrize(

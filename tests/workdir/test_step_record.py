@@ -1,6 +1,7 @@
 """The record of a step: names that stay, and what follows from counts, in numbers."""
 
 import json
+import types as python_types
 
 import numpy as np
 import pytest
@@ -20,8 +21,15 @@ SECONDS = {
 SAID = {"rollout/tokens": 300, "policy/loss": -0.5, "own/name": [1, 2]}
 
 
+@pytest.fixture(autouse=True)
+def now(monkeypatch):
+    """A clock that stands at 120 seconds."""
+    fake = python_types.SimpleNamespace(perf_counter=lambda: 120.0)
+    monkeypatch.setattr(step_record, "time", fake)
+
+
 def test_what_nobody_has_said_has_a_value_of_its_own():
-    row = step_record.complete(SAID, 7, SECONDS, 20.0)
+    row = step_record.complete(SAID, 7, SECONDS, 100.0)
     assert row == SECONDS | SAID | {
         "step": 7,
         "time/step_s": 20.0,

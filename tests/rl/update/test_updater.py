@@ -1,6 +1,7 @@
 """What an update does with its batch, told by a learner that writes it down."""
 
 import dataclasses
+import json
 import types as python_types
 
 import jax
@@ -11,7 +12,8 @@ from tests import tiny_runs
 from tlt_jax import types
 from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import experience, updater
-from tlt_jax.runtime import clock, failures
+from tlt_jax.runtime import failures, observer
+from tlt_jax.runtime import watch as watch_lib
 
 P, R = 4, 2
 # Of completion i, whose tokens are 10 i, 10 i + 1, ...
@@ -59,7 +61,8 @@ class FakeLearner:
 
     rows_per_micro_batch = 2
 
-    def __init__(self, *_, **__):
+    def __init__(self, *given, **settings):
+        self.given, self.settings = given, settings
         self.updates, self.passes, self.prepared = [], [], []
         self.skips = []
 
@@ -85,13 +88,25 @@ class FakeLearner:
         return f"digest of {params}"
 
 
+class Told(observer.Silent):
+    """What people see of an update."""
+
+    def __init__(self):
+        self.stages, self.notes = [], []
+
+    def stage(self, name):
+        self.stages.append(name)
+
+    def note(self, text):
+        self.notes.append(text)
+
+
 @pytest.fixture
 def make(monkeypatch):
-    monkeypatch.setattr(updater.learner, "Learner", FakeLearner)
+    monkeypatch.setattr(updater.learner_lib, "Learner", FakeLearner)
     made = []
 
     def build(**settings):
-        told = python_types.SimpleNamespace(stages=[], notes=[])
         run = tiny_runs.config_of(
             **{
                 "rollout.prompts_per_step": P,
@@ -101,8 +116,19 @@ def make(monkeypatch):
             | PLAIN
             | settings
         )
-        one = updater.Updater(run, None, told.stages.append, told.notes.append)
-        one.state, one.told = State((0,)), told
+        one = updater.Updater(
+            None,
+            algorithm=run.algorithm,
+            rollout=run.rollout,
+            learner=run.learner,
+            optimizer=run.optimizer,
+            mesh=run.mesh,
+            law="the law",
+            num_steps=run.num_steps,
+            precision=run.precision,
+            remat=run.model.remat,
+        )
+        one.train_state, one.told = State((0,)), Told()
         if one.needs_reference:
             one.reference = "first"
         made.append(one)
@@ -111,6 +137,16 @@ def make(monkeypatch):
     yield build
     for one in made:
         one.pool.close()
+
+
+def test_settings_reach_the_learner(make):
+    made = make(**{"model.remat": "dots", "optimizer.beta1": 0.5, "num_steps": 9})
+    _, law, learner, optimizer = made.learner.given
+    assert law == "the law" and learner.row_tokens == 32 and optimizer.beta1 == 0.5
+    settings = made.learner.settings
+    assert settings.pop("pool") is made.pool
+    assert dict(settings.pop("mesh").shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert settings == {"num_steps": 9, "precision": "float32", "remat": "dots"}
 
 
 def flat(micro, name):
@@ -134,8 +170,9 @@ def spread(values, completions):
     return [values[i] for i in completions for _ in range(LENGTHS[i])]
 
 
-def update(made, batch=None, timer=None):
-    return made.update(batch or batch_of(), timer or clock.Clock(()))
+def update(made, batch=None, watch=None):
+    watch = watch or watch_lib.Watch((), made.told, step=6)
+    return made.update(batch or batch_of(), watch)
 
 
 ALL = range(P * R)
@@ -159,8 +196,10 @@ def test_one_update_of_the_whole_batch(make):
         "mismatch/logprob_max_abs": pytest.approx(0.25),
         "policy/weights_digest": "digest of (1,)",
     }
-    assert made.state == State((1,)) and made.num_skipped == 0
-    assert made.told.stages == ["inference", "update"] and made.told.notes == []
+    assert made.train_state == State((1,)) and made.num_skipped == 0
+    assert (
+        made.told.stages == ["inference", "update", "update"] and made.told.notes == []
+    )
 
 
 def test_three_kinds_of_logprobs_each_in_its_place(make):
@@ -245,7 +284,7 @@ def test_seconds_are_told_by_stage(make, monkeypatch):
     made = make(**{"algorithm.kl_coef": 0.1, "learner.epochs": 2})
     now = [0.0]
     fake = python_types.SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(clock, "time", fake)
+    monkeypatch.setattr(watch_lib, "time", fake)
 
     def takes(name, seconds):
         method = getattr(made.learner, name)
@@ -259,11 +298,11 @@ def test_seconds_are_told_by_stage(make, monkeypatch):
     takes("logprobs", 1.0)
     takes("update", 10.0)
     takes("digest", 100.0)
-    timer = clock.Clock(())
-    update(made, timer=timer)
+    watch = watch_lib.Watch()
+    update(made, watch=watch)
     # Two passes; two updates and the digest of what they gave.
-    assert timer.row()["time/inference_s"] == 2.0
-    assert timer.row()["time/update_s"] == 120.0
+    assert watch.row()["time/inference_s"] == 2.0
+    assert watch.row()["time/update_s"] == 120.0
 
 
 def test_updates_that_are_skipped_in_a_row_are_counted(make):
@@ -274,7 +313,7 @@ def test_updates_that_are_skipped_in_a_row_are_counted(make):
     # One more, over the step's end, and then one that is finite.
     update(made)
     assert made.num_skipped == 0
-    told = "loss or gradient is not finite; update skipped ({} in a row)."
+    told = "  step 7: loss or gradient is not finite; update skipped ({} in a row)."
     assert made.told.notes == [told.format(n) for n in (1, 2)]
     update(made)
     assert made.num_skipped == 2
@@ -284,8 +323,13 @@ def test_updates_that_are_skipped_in_a_row_are_counted(make):
 
 
 def test_a_resumed_run_counts_on(make):
-    made = make()
-    made.num_skipped, made.learner.skips = 2, [1]
+    before, made = make(), make()
+    for _ in range(2):
+        before.learner.skips = [1]
+        update(before)
+    made.restore(json.loads(json.dumps(before.state())))
+    assert made.num_skipped == 2
+    made.learner.skips = [1]
     with pytest.raises(failures.TrainingError, match="^3 updates in a row"):
         update(made)
 
