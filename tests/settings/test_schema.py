@@ -251,6 +251,7 @@ def test_a_record_is_checked_by_what_a_section_says_of_its_fields():
     schema.check_like(Paint, Bucket(gloss=None, layers=5))
     for record, message in (
         (Bucket(), "layers=99 is out of range: at least 2, at most 5."),
+        (Bucket(layers=0), "layers=0 is out of range: at least 2, at most 5."),
         (Bucket(gloss=2.0), "gloss=2.0 is out of range: at least 0, at most 1."),
         (Bucket(color="blue"), "color='blue' is not one of red, green."),
     ):

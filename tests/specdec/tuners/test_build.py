@@ -84,3 +84,17 @@ def test_the_cost_models_settings_reach_it():
     other = tuners.build("cost_model", arms, max_rows=8, seed=0)
     other.restore(made.state())
     assert other.choose(5) is None
+
+
+class Own:
+    """A tuner from outside: it keeps what it was given."""
+
+    def __init__(self, arms, *, max_rows, seed):
+        self.given = arms, max_rows, seed
+
+
+def test_a_tuner_of_ones_own():
+    made = tuners.build(f"{__name__}:Own", ARMS, max_rows=6, seed=5, window=2)
+    assert made.given == (ARMS, 6, 5)
+    with pytest.raises(ValueError, match="has no 'Onw'; did you mean 'Own'"):
+        tuners.build(f"{__name__}:Onw", ARMS, max_rows=6, seed=5)
