@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tlt_jax.pallas_kernels.verify_attention import arguments
 from tlt_jax.types import Array
 
 # Scores of invisible keys, and the log normaliser of a query that sees nothing.
@@ -43,56 +44,44 @@ def visible_fresh(
     return mask
 
 
-def verify_attention(
-    query: Array,
-    keys: Array,
-    values: Array,
-    cache_keys: Array,
-    cache_values: Array,
-    layer: Array | int,
-    page_table: Array,
-    lengths: Array,
-    positions: Array,
-    words: Array | None,
-    *,
-    scale: float,
-    window: Array | int | None,
-    soft_cap: float | None,
-) -> tuple[Array, Array]:
-    """Compute attention by the formula; see `api.verify_attention` for the arguments.
+def verify_attention(args: arguments.Arguments) -> tuple[Array, Array | None]:
+    """Compute attention by the formula.
 
     Returns:
-      Output `[B, K, G, T, H] float32` and log normalisers `[B, K, G, T] float32`.
+      As `api.verify_attention`, the output in float32.
     """
-    page_size = cache_keys.shape[-1]
-    num_slots = page_table.shape[1] * page_size
+    positions, lengths, window = args.positions, args.lengths, args.window
+    page_size = args.cache_keys.shape[-1]
+    num_slots = args.page_table.shape[1] * page_size
     slots = jnp.arange(num_slots)
     readable = slots < lengths[:, None]
     used = jnp.arange(0, num_slots, page_size) < lengths[:, None]
-    pages_used = jnp.where(used, page_table, 0)
+    pages_used = jnp.where(used, args.page_table, 0)
 
     def past(pages):
-        columns = jnp.moveaxis(jnp.asarray(pages)[layer, pages_used], 1, 3)
+        columns = jnp.moveaxis(jnp.asarray(pages)[args.layer, pages_used], 1, 3)
         # Now [B, K, H, pages, slots].
         columns = columns.reshape(*columns.shape[:3], num_slots).astype(jnp.float32)
         # What must not be read may be NaN, which no weight of zero removes.
         return jnp.where(readable[:, None, None], columns, 0.0)
 
-    fresh_keys, fresh_values = keys.astype(jnp.float32), values.astype(jnp.float32)
-    all_keys = jnp.concatenate([past(cache_keys), fresh_keys], axis=-1)
-    all_values = jnp.concatenate([past(cache_values), fresh_values], axis=-1)
+    fresh_keys, fresh_values = (x.astype(jnp.float32) for x in (args.keys, args.values))
+    all_keys = jnp.concatenate([past(args.cache_keys), fresh_keys], axis=-1)
+    all_values = jnp.concatenate([past(args.cache_values), fresh_values], axis=-1)
 
     batch, num_tokens = positions.shape
     visible = jnp.broadcast_to(readable[:, None], (batch, num_tokens, num_slots))
     if window is not None:
         visible = visible & (positions[:, :, None] - slots < window)
-    fresh = visible_fresh(num_tokens, words, positions, window)
+    fresh = visible_fresh(num_tokens, args.words, positions, window)
     fresh = jnp.broadcast_to(fresh, (batch, num_tokens, num_tokens))
     visible = jnp.concatenate([visible, fresh], axis=-1)[:, None, None]
 
     with jax.default_matmul_precision("highest"):
-        scores = jnp.einsum("bkgth,bkhs->bkgts", query.astype(jnp.float32), all_keys)
-        scores = cap(scores * scale, soft_cap)
+        scores = jnp.einsum(
+            "bkgth,bkhs->bkgts", args.query.astype(jnp.float32), all_keys
+        )
+        scores = cap(scores * args.scale, args.soft_cap)
         scores = jnp.where(visible, scores, HIDDEN)
         maximum = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.where(visible, jnp.exp(scores - maximum), 0.0)
@@ -101,7 +90,8 @@ def verify_attention(
     seen = normaliser > 0
     safe = jnp.where(seen, normaliser, 1.0)
     log_normaliser = jnp.where(seen, maximum[..., 0] + jnp.log(safe), HIDDEN)
-    return total / safe[..., None], log_normaliser
+    out = total / safe[..., None]
+    return out, log_normaliser if args.with_log_normaliser else None
 
 
 def cap(scores: Array, soft_cap: float | None) -> Array:
