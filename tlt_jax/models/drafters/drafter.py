@@ -268,6 +268,7 @@ def describe(cfg: DrafterConfig) -> DrafterParams:
     def vector(init):
         return model_params.Weight((d,), (None,), init)
 
+    # One layer, which is never scanned over: without the axis L.
     layer = jax.tree.map(
         lambda w: dataclasses.replace(w, shape=w.shape[1:], axes=w.axes[1:]), stacked
     )
@@ -328,6 +329,7 @@ def fuse(
     """
     if params.fuse is None:
         return features
+    # n arrays [D, B, T] stand one over the other.
     if cfg.architecture == "tlt":
         parts = jnp.split(features, cfg.num_features)
         features = jnp.concatenate([_unit(part, cfg) for part in parts])

@@ -68,17 +68,7 @@ class Plan:
 
 
 def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) -> Plan:
-    """Cut a call up.
-
-    Args:
-      query_shape: `(B, K, G, T, H)`.
-      dtype: of the query.
-      page_size: slots of a page, a power of two.
-      max_pages: pages of the longest row.
-
-    Returns:
-      The plan.
-    """
+    """Cut a call up; see `arguments.Sizes` for the arguments."""
     _, _, group, num_tokens, head_dim = query_shape
     num_rows = group * num_tokens
     width = pl.next_power_of_2(head_dim)
