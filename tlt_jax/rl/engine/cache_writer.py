@@ -62,7 +62,7 @@ class CacheWriter:
         width = self._cfg.max_rows
         pairs = np.zeros((width, 2), np.int32)
         pairs[: len(admission.copies)] = np.reshape(admission.copies, (-1, 2))
-        copy = self._pool.get(*self._programs.copy())
+        copy = self._pool.get(self._programs.copy())
         target = copy(caches.target, pairs[:, 0], pairs[:, 1])
         # Else the next decode call would count what is still being computed.
         jax.block_until_ready(target)
@@ -112,7 +112,7 @@ class CacheWriter:
                 part = jobs[i].text[first:][:chunk]
                 tokens[row, : len(part)] = part
                 counts[row], lengths[row] = len(part), first
-            program = self._pool.get(*self._programs.prefill(params, batch))
+            program = self._pool.get(self._programs.prefill(params, batch))
             target = program(params, caches.target, tokens, counts, table, lengths)
             caches = caches.replace(target=target)
             stats.num_prefill_tokens += int(counts.sum())
@@ -130,7 +130,7 @@ class CacheWriter:
                 count = min(chunk, jobs[i].stop - first)
                 tokens[row, :count] = jobs[i].text[first + 1 : first + 1 + count]
                 counts[row], starts[row] = count, first
-            program = self._pool.get(*self._programs.fill(params, batch))
+            program = self._pool.get(self._programs.fill(params, batch))
             filled = program(
                 weights, caches.target, caches.drafter, tokens, counts, table, starts
             )

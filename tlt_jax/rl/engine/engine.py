@@ -153,25 +153,25 @@ class Engine:
         """
         self._require_params()
         made, max_rows = self.programs, self.engine_cfg.max_rows
-        self.pool.prepare(*made.empty_caches())
+        self.pool.prepare(made.empty_caches())
         for rows in cache_writer.BUCKETS:
-            self.pool.prepare(*made.prefill(self._params, rows))
-        self.pool.prepare(*made.copy())
+            self.pool.prepare(made.prefill(self._params, rows))
+        self.pool.prepare(made.copy())
         chosen = {}
         for num_rows in range(max_rows, 0, -1):
             bucket = scheduler.bucket_of(num_rows, max_rows)
             chosen |= dict.fromkeys((bucket, s) for s in self._choices(num_rows))
         for bucket, strategy in chosen:
             if strategy is None:
-                self.pool.prepare(*made.plain_decode(self._params, bucket))
+                self.pool.prepare(made.plain_decode(self._params, bucket))
             else:
                 program = made.speculative_decode(self._params, bucket, strategy)
-                self.pool.prepare(*program)
+                self.pool.prepare(program)
         if any(strategy and strategy.drafts for _, strategy in chosen):
             for rows in cache_writer.BUCKETS:
-                self.pool.prepare(*made.fill(self._params, rows))
+                self.pool.prepare(made.fill(self._params, rows))
         if self._drafting is not None and self._drafting.cfg.capture:
-            self.pool.prepare(*made.read_features())
+            self.pool.prepare(made.read_features())
         if wait:
             self.pool.wait()
 
@@ -268,7 +268,7 @@ class Engine:
         )
         keys = _Keys(seed)
         if self._caches is None:
-            self._caches = self.pool.get(*self.programs.empty_caches())()
+            self._caches = self.pool.get(self.programs.empty_caches())()
         if self._drafting is not None:
             self._drafting.begin()
         while True:
@@ -315,7 +315,7 @@ class Engine:
         drafter_cfg = self._drafting.cfg.drafter_cfg
         ids = np.zeros((self.engine_cfg.max_pages,), np.int32)
         ids[: len(row.pages)] = row.pages
-        read = self.pool.get(*self.programs.read_features())
+        read = self.pool.get(self.programs.read_features())
         columns = jax.device_get(read(self._caches.target, ids))
         record = capture.record(
             row,
@@ -400,7 +400,7 @@ class Engine:
         return finished
 
     def _plain(self, inputs, batch, limits) -> tuple[decode.Emitted, float]:
-        program = self.pool.get(*self.programs.plain_decode(self._params, batch))
+        program = self.pool.get(self.programs.plain_decode(self._params, batch))
         started = time.perf_counter()
         target, emitted = program(self._params, self._caches.target, inputs, *limits)
         self._caches = self._caches.replace(target=target)
@@ -412,7 +412,7 @@ class Engine:
     ) -> tuple[speculate.Speculated, float]:
         state, max_length = self._drafting, self.engine_cfg.max_length
         program = self.pool.get(
-            *self.programs.speculative_decode(self._params, batch, strategy)
+            self.programs.speculative_decode(self._params, batch, strategy)
         )
         draft = state.draft(rows, batch, strategy)
         matching = state.matching(rows, batch, strategy, max_length)

@@ -8,7 +8,6 @@ few for prefilling, filling the drafter's cache, and copying pages.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -19,12 +18,10 @@ from tlt_jax.models import kernels, kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import speculator
-from tlt_jax.runtime import sharding
+from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import decode, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import learned, ngram
-
-Program = tuple[Hashable, Callable[[], jax.stages.Lowered]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,15 +165,15 @@ class EnginePrograms:
             kept["head"] = abstract_of(params.head)
         return placed.replace(**kept)
 
-    def empty_caches(self) -> Program:
+    def empty_caches(self) -> programs.Program:
         """Make the empty `speculate.Caches`."""
 
         def lower():
             return jax.jit(self._empty, out_shardings=self._shardings).lower()
 
-        return ("cache",), lower
+        return programs.Program(("cache",), lower)
 
-    def prefill(self, params: model_params.Params, batch: int) -> Program:
+    def prefill(self, params: model_params.Params, batch: int) -> programs.Program:
         """Append a chunk to `batch` rows of the target's cache."""
 
         def lower():
@@ -198,9 +195,9 @@ class EnginePrograms:
                 self._ints(batch),
             )
 
-        return ("prefill", batch), lower
+        return programs.Program(("prefill", batch), lower)
 
-    def plain_decode(self, params: model_params.Params, batch: int) -> Program:
+    def plain_decode(self, params: model_params.Params, batch: int) -> programs.Program:
         """Decode `batch` rows plainly."""
 
         def lower():
@@ -224,14 +221,14 @@ class EnginePrograms:
                 self._ints(),
             )
 
-        return ("decode", batch), lower
+        return programs.Program(("decode", batch), lower)
 
     def speculative_decode(
         self,
         params: model_params.Params,
         batch: int,
         strategy: strategy_lib.Strategy,
-    ) -> Program:
+    ) -> programs.Program:
         """Decode `batch` rows speculatively."""
 
         def lower():
@@ -275,7 +272,7 @@ class EnginePrograms:
                 self._ints(),
             )
 
-        return ("speculate", batch, strategy), lower
+        return programs.Program(("speculate", batch, strategy), lower)
 
     def _matching(self, batch: int) -> speculate.Matching:
         texts = self._drafting_cfg.texts
@@ -289,7 +286,7 @@ class EnginePrograms:
             outcomes=self._ints(texts.longest + 1, 2, dtype=jnp.float32),
         )
 
-    def fill(self, params: model_params.Params, batch: int) -> Program:
+    def fill(self, params: model_params.Params, batch: int) -> programs.Program:
         """Append a chunk to `batch` rows of the drafter's cache."""
 
         def lower():
@@ -313,9 +310,9 @@ class EnginePrograms:
                 self._ints(batch),
             )
 
-        return ("fill", batch), lower
+        return programs.Program(("fill", batch), lower)
 
-    def read_features(self) -> Program:
+    def read_features(self) -> programs.Program:
         """Read what pages keep of the target's features, `[max_pages, F, page]`."""
 
         def lower():
@@ -325,9 +322,9 @@ class EnginePrograms:
             fn = jax.jit(read, out_shardings=self._replicated)
             return fn.lower(self._caches.target, self._ints(self._engine_cfg.max_pages))
 
-        return ("read_features",), lower
+        return programs.Program(("read_features",), lower)
 
-    def copy(self) -> Program:
+    def copy(self) -> programs.Program:
         """Copy up to `max_rows` pages of the target's cache."""
 
         def lower():
@@ -339,7 +336,7 @@ class EnginePrograms:
             )
             return fn.lower(self._caches.target, self._ints(width), self._ints(width))
 
-        return ("copy",), lower
+        return programs.Program(("copy",), lower)
 
     def _empty(self) -> speculate.Caches:
         drafter_cfg = self._drafter_cfg
