@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from tlt_jax.cpu_kernels import gumbel as native
 from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
@@ -163,7 +162,7 @@ def draft(
             rows = rows[:, weights.params.draft_ids]
             which = jnp.arange(batch)
         which = which.astype(jnp.int32)
-        ids, shares = native.rank(scores[:, 0], rows, which, sharpness, tau)
+        ids, shares = kernels.rank(scores[:, 0], rows, which, sharpness, tau)
         if weights.params.draft_ids is not None:
             ids = weights.params.draft_ids[ids]
         return ids[:, None, None], shares[:, None, None]
@@ -175,7 +174,12 @@ def draft(
         """
         logits = drafter_head.logits(weights.params, cfg, weights.head, hidden, kernels)
         scores = logits if temperature in (0, 1) else logits / temperature
-        if noise is not None and topk == 1 and kernels.is_native and not keep_laws:
+        if (
+            noise is not None
+            and topk == 1
+            and kernels.rank is not None
+            and not keep_laws
+        ):
             return *rank_natively(scores, level), None
         probs = None
         if keep_laws:
