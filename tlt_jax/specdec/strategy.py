@@ -20,7 +20,8 @@ class Strategy:
       draft_depth: levels below the root, at least 1.
       topk: children of each live branch, and live branches of each level.
       tokens_to_verify: nodes of the tree verified, root included.
-      proposer: `drafter` (learned), `ngram` (suffix matches) or `both` in one tree.
+      proposer: `drafter` (learned), `ngram` (suffix matches), `both` in one tree, or
+        `package.module:Name`, a class of one's own (`protocols.Proposer`).
     """
 
     draft_depth: int
@@ -32,9 +33,10 @@ class Strategy:
         for name in ("draft_depth", "topk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1.")
-        if self.proposer not in PROPOSERS:
+        if self.proposer not in PROPOSERS and not self.is_external:
             raise ValueError(
-                f"proposer={self.proposer!r}: use one of {', '.join(PROPOSERS)}."
+                f"proposer={self.proposer!r}: use one of {', '.join(PROPOSERS)}, or "
+                "package.module:Name."
             )
         most = 1 + self.num_candidates
         if self.tokens_to_verify > most:
@@ -68,21 +70,23 @@ class Strategy:
     @property
     def num_candidates(self) -> int:
         """Nodes among which the best are chosen."""
-        if self.proposer == "drafter":
-            return self.num_drafted
-        if self.proposer == "ngram":
-            return self.num_matched
-        return self.num_drafted + self.num_matched
+        drafted = self.num_drafted if self.drafts or self.is_external else 0
+        return drafted + (self.num_matched if self.matches else 0)
 
     @property
     def drafts(self) -> bool:
         """Whether the learned drafter is asked."""
-        return self.proposer != "ngram"
+        return self.proposer in ("drafter", "both")
 
     @property
     def matches(self) -> bool:
         """Whether texts are searched for suffixes."""
-        return self.proposer != "drafter"
+        return self.proposer in ("ngram", "both")
+
+    @property
+    def is_external(self) -> bool:
+        """Whether a class of one's own is asked."""
+        return ":" in self.proposer
 
     def __str__(self) -> str:
         shape = f"D{self.draft_depth}K{self.topk}V{self.tokens_to_verify}"
@@ -104,7 +108,8 @@ def parse(text: str) -> Strategy:
         raise ValueError(
             f"strategy {text!r} is not of the form D<draft_depth>K<topk>"
             "V<tokens_to_verify>, with -ngram or -both behind it where suffix matches "
-            "are wanted; for example D6K2V12."
+            "are wanted, or -package.module:Name of a proposer of one's own; for "
+            "example D6K2V12."
         ) from None
     return Strategy(*numbers, proposer or "drafter")
 

@@ -183,8 +183,8 @@ def test_warm_up_compiles_all_that_a_run_needs():
 
 def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
     engine = engine_of("by rows", EAGLE)
-    engine._drafting.weights = None
-    engine._drafting._params = None
+    engine._speculator.weights = None
+    engine._speculator._params = None
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert set(stats.strategies) == {"none"} and stats.accept_length == 1
     for version in (1, 2):
@@ -199,15 +199,18 @@ def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
 
 def test_a_drafters_sharpness_is_told_with_every_call():
     table = strategy.parse_table(TABLES["chain"])
-    made = speculator.Drafting(speculator.DraftingConfig(table, EAGLE), page_size=2)
+    made = speculator.Speculator(
+        speculator.DraftingConfig(table, EAGLE), page_size=2, max_length=40
+    )
     params = drafter_params(EAGLE)
     for given, told in ((np.float32(1.5), 1.5), (None, 1.0)):
-        made.set_params(params.replace(sharpness=given), engines.PARAMS, version=0)
-        call = made.draft([], 1, table.choose(1))
+        made.offer(params.replace(sharpness=given), version=0)
+        made.take_up((), engines.PARAMS)
+        call = made.inputs([], 1, table.choose(1))
         assert call.sharpness == told
         # Else programs would have been compiled for other weights.
         assert call.weights.params.sharpness is None
-    assert made.draft([], 1, table.choose(1)).sharpness.dtype == np.float32
+    assert made.inputs([], 1, table.choose(1)).sharpness.dtype == np.float32
 
 
 def test_shared_prompt_pages_are_filled_once():

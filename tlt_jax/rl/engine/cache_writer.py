@@ -16,7 +16,7 @@ from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.engine import scheduler, speculator
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs
-from tlt_jax.specdec import speculate
+from tlt_jax.specdec import protocols
 from tlt_jax.specdec.proposers import learned
 
 # Rows of one call, at most; the call's buckets are the powers of two up to it.
@@ -38,11 +38,11 @@ class CacheWriter:
 
     def admit(
         self,
-        caches: speculate.Caches,
+        caches: protocols.Caches,
         params: model_params.Params,
         admission: scheduler.Admission,
         stats: rollout_stats.RolloutStats,
-    ) -> speculate.Caches:
+    ) -> protocols.Caches:
         """Do what an admission asks for.
 
         Args:
@@ -72,12 +72,12 @@ class CacheWriter:
 
     def fill(
         self,
-        caches: speculate.Caches,
+        caches: protocols.Caches,
         params: model_params.Params,
         weights: learned.DrafterWeights,
         rounds: Sequence[Sequence[speculator.Fill]],
         stats: rollout_stats.RolloutStats,
-    ) -> speculate.Caches:
+    ) -> protocols.Caches:
         """Bring the drafter to where a speculative call may begin.
 
         Args:
@@ -100,7 +100,7 @@ class CacheWriter:
         stats.fill_s += time.perf_counter() - started - waited
         return caches
 
-    def _prefill(self, caches, params, jobs, stats) -> speculate.Caches:
+    def _prefill(self, caches, params, jobs, stats) -> protocols.Caches:
         chunk = self._cfg.chunk
         for call in _calls([len(job.text) - job.start for job in jobs], chunk):
             batch, table = self._table([jobs[i] for i, _ in call])
@@ -118,7 +118,7 @@ class CacheWriter:
             stats.num_prefill_tokens += int(counts.sum())
         return caches
 
-    def _fill(self, caches, params, weights, jobs, stats) -> speculate.Caches:
+    def _fill(self, caches, params, weights, jobs, stats) -> protocols.Caches:
         chunk = self._cfg.chunk
         for call in _calls([job.stop - job.start for job in jobs], chunk):
             batch, table = self._table([jobs[i] for i, _ in call])

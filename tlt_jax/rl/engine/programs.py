@@ -19,8 +19,9 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import speculator
 from tlt_jax.runtime import programs, sharding
-from tlt_jax.specdec import decode, sampling, speculate
+from tlt_jax.specdec import chain, decode, protocols, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import build as proposers
 from tlt_jax.specdec.proposers import learned, ngram
 
 
@@ -131,19 +132,32 @@ class EnginePrograms:
         )
 
     @property
-    def abstract_caches(self) -> speculate.Caches:
+    def abstract_caches(self) -> protocols.Caches:
         """Shapes and shardings of the caches."""
         return self._caches
 
     @property
-    def feature_layers(self) -> tuple[int, ...] | None:
-        """What the cache keeps for the drafter."""
-        return None if self._drafter_cfg is None else self._drafter_cfg.feature_layers
+    def captures(self) -> bool:
+        """Whether texts' features are read for the drafter's training."""
+        return self._drafting_cfg is not None and self._drafting_cfg.capture
 
     @property
-    def _keeps_hidden(self) -> bool:
-        """Whether pages keep the last features, too, for the drafter's training."""
-        return bool(self.feature_layers) and self._drafting_cfg.capture
+    def settings(self) -> decode.Settings:
+        """What every program of the target is compiled for."""
+        cfg, layers = self._engine_cfg, None
+        if self._drafter_cfg is not None:
+            layers = self._drafter_cfg.feature_layers
+        return decode.Settings(
+            cfg=self._cfg,
+            sampling_cfg=cfg.sampling_cfg,
+            eos_ids=cfg.eos_ids,
+            max_tokens=cfg.steps_per_call,
+            feature_layers=layers,
+            # Beside what is fused: training needs the last features, too.
+            keep_hidden=bool(layers) and self._drafting_cfg.capture,
+            dtype=cfg.dtype,
+            kernels=self.kernels,
+        )
 
     def _drafter_weights(self, params: model_params.Params) -> learned.DrafterWeights:
         """Describe the drafter's weights, which need not be there yet."""
@@ -166,7 +180,7 @@ class EnginePrograms:
         return placed.replace(**kept)
 
     def empty_caches(self) -> programs.Program:
-        """Make the empty `speculate.Caches`."""
+        """Make the empty `protocols.Caches`."""
 
         def lower():
             return jax.jit(self._empty, out_shardings=self._shardings).lower()
@@ -178,14 +192,7 @@ class EnginePrograms:
 
         def lower():
             cfg = self._engine_cfg
-            fn = functools.partial(
-                decode.prefill,
-                cfg=self._cfg,
-                feature_layers=self.feature_layers,
-                keep_hidden=self._keeps_hidden,
-                dtype=self._dtype,
-                kernels=self.kernels,
-            )
+            fn = functools.partial(decode.prefill, settings=self.settings)
             return decode.donated(fn, self._shardings.target).lower(
                 abstract_of(params),
                 self._caches.target,
@@ -197,22 +204,22 @@ class EnginePrograms:
 
         return programs.Program(("prefill", batch), lower)
 
+    def decoding(
+        self,
+        params: model_params.Params,
+        batch: int,
+        strategy: strategy_lib.Strategy | None,
+    ) -> programs.Program:
+        """Decode `batch` rows as the strategy says; None: plainly."""
+        if strategy is None:
+            return self.plain_decode(params, batch)
+        return self.speculative_decode(params, batch, strategy)
+
     def plain_decode(self, params: model_params.Params, batch: int) -> programs.Program:
         """Decode `batch` rows plainly."""
 
         def lower():
-            cfg = self._engine_cfg
-            fn = functools.partial(
-                decode.decode,
-                cfg=self._cfg,
-                sampling_cfg=cfg.sampling_cfg,
-                eos_ids=cfg.eos_ids,
-                max_steps=cfg.steps_per_call,
-                feature_layers=self.feature_layers,
-                keep_hidden=self._keeps_hidden,
-                dtype=self._dtype,
-                kernels=self.kernels,
-            )
+            fn = functools.partial(decode.decode, settings=self.settings)
             return decode.donated(fn, self._shardings.target, self._replicated).lower(
                 abstract_of(params),
                 self._caches.target,
@@ -232,59 +239,60 @@ class EnginePrograms:
         """Decode `batch` rows speculatively."""
 
         def lower():
-            cfg, most = self._engine_cfg, strategy.max_accept_length
-            settings = speculate.Settings(
-                cfg=self._cfg,
-                strategy=strategy,
-                sampling_cfg=cfg.sampling_cfg,
-                eos_ids=cfg.eos_ids,
-                max_tokens=cfg.steps_per_call,
-                drafter_cfg=self._drafter_cfg,
-                ranking=self._drafting_cfg.ranking,
-                rule=self._drafting_cfg.rule,
-                keep_hidden=self._keeps_hidden,
-                dtype=cfg.dtype,
-                kernels=self.kernels,
-            )
             jitted = jax.jit(
-                functools.partial(speculate.run, settings=settings),
+                functools.partial(
+                    speculate.run,
+                    proposer=self._proposer(strategy),
+                    rule=chain.RULES[self._drafting_cfg.rule],
+                    settings=self.settings,
+                ),
                 donate_argnums=(1,),
                 out_shardings=(self._shardings, self._replicated),
             )
-            draft = matching = None
-            if strategy.drafts:
-                draft = speculate.Draft(
-                    self._drafter_weights(params),
-                    self._ints(dtype=jnp.float32),
-                    self._ints(dtype=jnp.float32),
-                    self._ints(batch),
-                    self._ints(batch, most),
-                )
-            if strategy.matches:
-                matching = self._matching(batch)
             return jitted.lower(
                 abstract_of(params),
                 self._caches,
                 self._rows(batch),
-                draft,
-                matching,
+                self._inputs(params, batch, strategy),
                 self._ints(),
                 self._ints(),
             )
 
         return programs.Program(("speculate", batch, strategy), lower)
 
-    def _matching(self, batch: int) -> speculate.Matching:
-        texts = self._drafting_cfg.texts
-        num_texts = texts.num_texts(batch)
-        return speculate.Matching(
-            corpus=ngram.Corpus(
-                self._ints(num_texts, self._engine_cfg.max_length),
-                self._ints(num_texts),
-            ),
-            sources=self._ints(batch, texts.num_sources),
-            outcomes=self._ints(texts.longest + 1, 2, dtype=jnp.float32),
-        )
+    def _proposer(self, strategy: strategy_lib.Strategy) -> protocols.Proposer:
+        cfg = self._drafting_cfg
+        ranking = cfg.ranking if cfg.rule == chain.KEYED else learned.SAMPLED
+        return proposers.build(strategy, self.settings, cfg.drafter_cfg, ranking)
+
+    def _inputs(
+        self,
+        params: model_params.Params,
+        batch: int,
+        strategy: strategy_lib.Strategy,
+    ) -> Any:
+        """Describe what `speculator.Speculator.inputs` will give."""
+        draft = matching = None
+        if strategy.drafts:
+            draft = learned.Draft(
+                weights=self._drafter_weights(params),
+                tau=self._ints(dtype=jnp.float32),
+                sharpness=self._ints(dtype=jnp.float32),
+                lengths=self._ints(batch),
+                tokens=self._ints(batch, strategy.max_accept_length),
+            )
+        if strategy.matches:
+            texts = self._drafting_cfg.texts
+            num_texts = texts.num_texts(batch)
+            matching = ngram.Matching(
+                corpus=ngram.Corpus(
+                    self._ints(num_texts, self._engine_cfg.max_length),
+                    self._ints(num_texts),
+                ),
+                sources=self._ints(batch, texts.num_sources),
+                outcomes=self._ints(texts.longest + 1, 2, dtype=jnp.float32),
+            )
+        return speculator.paired(draft, matching)
 
     def fill(self, params: model_params.Params, batch: int) -> programs.Program:
         """Append a chunk to `batch` rows of the drafter's cache."""
@@ -338,12 +346,12 @@ class EnginePrograms:
 
         return programs.Program(("copy",), lower)
 
-    def _empty(self) -> speculate.Caches:
+    def _empty(self) -> protocols.Caches:
         drafter_cfg = self._drafter_cfg
         if drafter_cfg is None:
-            return speculate.Caches(self._cache(self._cfg), None)
-        num_features = drafter_cfg.num_features + self._keeps_hidden
-        return speculate.Caches(
+            return protocols.Caches(self._cache(self._cfg), None)
+        num_features = drafter_cfg.num_features + self.settings.keep_hidden
+        return protocols.Caches(
             target=self._cache(self._cfg, num_features * self._cfg.d_model),
             drafter=self._cache(drafter_cfg.layer),
         )
