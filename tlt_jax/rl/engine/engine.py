@@ -265,7 +265,7 @@ class Engine:
             if not plan.rows:
                 break
             self._speculator.take_up(plan.rows, self._params)
-            for row, reason in self._decode(plan, keys, stats):
+            for row, reason in self._decode_call(plan, keys, stats):
                 completion = types.Completion(
                     row.request.request_id,
                     np.asarray(row.tokens, np.int32),
@@ -307,7 +307,7 @@ class Engine:
             version=self.version,
         )
 
-    def _decode(
+    def _decode_call(
         self, plan: scheduler.Scheduler, keys: "_Keys", stats
     ) -> list[tuple[scheduler.Row, types.FinishReason]]:
         """Decode once for all rows; return those that finished, and why."""
