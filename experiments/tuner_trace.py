@@ -94,9 +94,9 @@ def tuned_engine(
     policy, options = setting.policy, setting.options
     drafting_cfg = dataclasses.replace(
         setting.drafter.drafting_cfg,
-        table=strategy_lib.Table(
+        table=strategy_lib.Arms(
             tuple(
-                (limit, strategy)
+                (limit, (strategy,))
                 for limit, strategy in enumerate(arms.strategies(), start=1)
             )
         ),

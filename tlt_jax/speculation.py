@@ -53,7 +53,7 @@ def load(
       spec: a drafter's directory, ours or in a published layout, or `ngram` for suffix
         matches alone.
       target: the model that verifies.
-      table: entries as of `strategy.parse_table`; empty: the default.
+      table: entries as of `strategy.parse_arms`; empty: the default.
       ranking, tau: see `propose`.
       rule: of acceptance, see `speculator.DraftingConfig`.
       dtype: of the drafter's weights.
@@ -69,7 +69,7 @@ def load(
     elif not table:
         entries = tuple(f"{entry}-{NGRAM}" for entry in entries)
     made = speculator.DraftingConfig(
-        strategy_lib.parse_table(entries), cfg, ranking=ranking, tau=tau, rule=rule
+        strategy_lib.parse_arms(entries), cfg, ranking=ranking, tau=tau, rule=rule
     )
     return Speculation(made, params)
 

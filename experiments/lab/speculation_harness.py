@@ -91,7 +91,7 @@ class Setting:
             chosen = speculation.Speculation(
                 dataclasses.replace(
                     self.drafter.drafting_cfg,
-                    table=strategy_lib.Table(((batch, strategy),)),
+                    table=strategy_lib.Arms(((batch, (strategy,)),)),
                     ranking=ranking,
                     rule=rule,
                 ),

@@ -34,7 +34,7 @@ def asked():
 @pytest.fixture(scope="module")
 def guessing():
     cfg = drafter.of_target(engines.CFG, output_norm=False)
-    made = speculator.DraftingConfig(strategy.parse_table(["1:D3K2V5"]), cfg)
+    made = speculator.DraftingConfig(strategy.parse_arms(["1:D3K2V5"]), cfg)
     return speculation.Speculation(made, drafter.init(cfg, jax.random.key(0)))
 
 

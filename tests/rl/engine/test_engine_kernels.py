@@ -60,7 +60,7 @@ def run(attention, table=None):
     """Completions by request, with the rows of `table` speculating."""
     chosen = None
     if table is not None:
-        chosen = speculator.DraftingConfig(strategy.parse_table(table), DRAFTER)
+        chosen = speculator.DraftingConfig(strategy.parse_arms(table), DRAFTER)
     sizes = dataclasses.replace(SIZES, attention=attention)
     engine = engine_lib.Engine(CFG, sizes, drafting_cfg=chosen)
     engine.set_params(weights(), version=0)

@@ -42,7 +42,7 @@ def engine_of(table, cfg=DRAFTER, drafting_changes=None, mesh=None, **changes):
         engines.CFG,
         dataclasses.replace(engines.BASE, **changes),
         drafting_cfg=speculator.DraftingConfig(
-            strategy.parse_table(TABLES[table]), cfg, **(drafting_changes or {})
+            strategy.parse_arms(TABLES[table]), cfg, **(drafting_changes or {})
         ),
         decode_text=engines.letters,
         mesh=mesh,
@@ -198,7 +198,7 @@ def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
 
 
 def test_a_drafters_sharpness_is_told_with_every_call():
-    table = strategy.parse_table(TABLES["chain"])
+    table = strategy.parse_arms(TABLES["chain"])
     made = speculator.Speculator(
         speculator.DraftingConfig(table, EAGLE), page_size=2, max_length=40
     )
@@ -206,11 +206,11 @@ def test_a_drafters_sharpness_is_told_with_every_call():
     for given, told in ((np.float32(1.5), 1.5), (None, 1.0)):
         made.offer(params.replace(sharpness=given), version=0)
         made.take_up((), engines.PARAMS)
-        call = made.inputs([], 1, table.choose(1))
+        call = made.inputs([], 1, table.first(1))
         assert call.sharpness == told
         # Else programs would have been compiled for other weights.
         assert call.weights.params.sharpness is None
-    assert made.inputs([], 1, table.choose(1)).sharpness.dtype == np.float32
+    assert made.inputs([], 1, table.first(1)).sharpness.dtype == np.float32
 
 
 def test_shared_prompt_pages_are_filled_once():

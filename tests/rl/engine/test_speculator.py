@@ -20,7 +20,7 @@ PAGE = 4
 
 def made(cfg=EAGLE, table=("4:D3K1V4",), **tuners):
     return speculator.Speculator(
-        speculator.DraftingConfig(strategy.parse_table(table), cfg),
+        speculator.DraftingConfig(strategy.parse_arms(table), cfg),
         page_size=PAGE,
         max_length=20,
         **tuners,
@@ -133,7 +133,7 @@ class Recorder(tuner.Static):
     """Keeps what it is told."""
 
     def __init__(self, *table):
-        super().__init__(strategy.parse_table(table))
+        super().__init__(strategy.parse_arms(table))
         self.calls = []
 
     def record(self, call):

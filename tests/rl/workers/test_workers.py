@@ -140,7 +140,7 @@ def adapted(cfg, entries):
         engines.CFG,
         dataclasses.replace(engines.BASE, max_rows=2),
         drafting_cfg=speculator.DraftingConfig(
-            strategy.parse_table(entries), cfg, capture=True
+            strategy.parse_arms(entries), cfg, capture=True
         ),
     )
     engine.set_params(engines.PARAMS, version=3)

@@ -42,7 +42,7 @@ def test_a_proposer_of_ones_own_speculates_in_an_engine():
     plain = engines.engine_of()
     expected, _ = plain.run(engines.REQUESTS, engines.SEED)
     plain.pool.close()
-    cfg = speculator.DraftingConfig(strategy.parse_table((f"4:D2K1V3-{OWN}",)))
+    cfg = speculator.DraftingConfig(strategy.parse_arms((f"4:D2K1V3-{OWN}",)))
     engine = engine_lib.Engine(engines.CFG, engines.BASE, drafting_cfg=cfg)
     engine.set_params(engines.PARAMS, version=0)
     completions, stats = engine.run(engines.REQUESTS, engines.SEED)
@@ -78,7 +78,7 @@ def test_strategies_name_their_proposers():
     ],
 )
 def test_a_proposer_that_is_not_there_is_refused_before_anything_runs(name, message):
-    table = strategy.parse_table((f"4:D2K1V3-{name}",))
+    table = strategy.parse_arms((f"4:D2K1V3-{name}",))
     with pytest.raises(ValueError, match="write package.module:Name") as error:
         engine_lib.Engine(
             engines.CFG,

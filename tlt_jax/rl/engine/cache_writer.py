@@ -18,6 +18,7 @@ from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs
 from tlt_jax.specdec import protocols
 from tlt_jax.specdec.proposers import learned
+from tlt_jax.specdec.tuners import tuner
 
 # Rows of one call, at most; the call's buckets are the powers of two up to it.
 _MOST_ROWS = 4
@@ -140,7 +141,7 @@ class CacheWriter:
 
     def _table(self, jobs) -> tuple[int, np.ndarray]:
         """The batch bucket of some jobs, and their pages."""
-        batch = scheduler.bucket_of(len(jobs), _MOST_ROWS)
+        batch = tuner.bucket_of(len(jobs), _MOST_ROWS)
         table = np.zeros((batch, self._cfg.max_pages), np.int32)
         for i, job in enumerate(jobs):
             table[i, : len(job.pages)] = job.pages

@@ -154,7 +154,7 @@ class Engine:
         self.pool.prepare(made.copy())
         chosen = {}
         for num_rows in range(max_rows, 0, -1):
-            bucket = scheduler.bucket_of(num_rows, max_rows)
+            bucket = tuner_lib.bucket_of(num_rows, max_rows)
             choices = self._speculator.choices(num_rows)
             chosen |= dict.fromkeys((bucket, strategy) for strategy in choices)
         for bucket, strategy in chosen:
@@ -313,7 +313,7 @@ class Engine:
         """Decode once for all rows; return those that finished, and why."""
         cfg = self.engine_cfg
         rows = list(plan.rows)
-        batch = scheduler.bucket_of(len(rows), cfg.max_rows)
+        batch = tuner_lib.bucket_of(len(rows), cfg.max_rows)
         strategy = self._speculator.choose(len(rows))
         lacking = self._speculator.missing(rows, strategy)
         self._caches = self._writer.fill(

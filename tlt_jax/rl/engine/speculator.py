@@ -56,7 +56,7 @@ class DraftingConfig:
     """How an engine speculates.
 
     Attributes:
-      table: which strategy at how many rows, or among which a tuner chooses.
+      table: which strategies at how many rows; a tuner chooses among several.
       early: candidates for the time before there are a drafter's weights, which must
         do without it.
       drafter_cfg: the learned drafter; None: suffix matches alone.
@@ -70,7 +70,7 @@ class DraftingConfig:
       capture: pages keep what training the drafter needs, see `capture`.
     """
 
-    table: strategy_lib.Table | strategy_lib.Arms
+    table: strategy_lib.Arms
     drafter_cfg: drafter.DrafterConfig | None = None
     ranking: str = "coupled"
     tau: float = 0.5
