@@ -140,9 +140,9 @@ def test_unset_algorithm_fields_are_left_to_the_preset():
     ("key", "value", "message"),
     [
         ("num_steps", 0, "num_steps=0 is out of range: at least 1."),
-        ("sampling__temperature", 0.0, "sampling.temperature=0.0 is out of range: abo"),
+        ("sampling__temperature", 0.0, "sampling.temperature=0 draws the same answer"),
         ("sampling__top_p", 1.5, "sampling.top_p=1.5 is out of range: "),
-        ("sampling__min_p", -0.1, "at least 0, at most 1"),
+        ("sampling__min_p", -0.1, "at least 0, below 1"),
         ("optimizer__beta2", 1.0, "optimizer.beta2=1.0 is out of range"),
         ("optimizer__learning_rate", float("nan"), "is not finite"),
         ("algorithm__clip_low", 1.1, "algorithm.clip_low=1.1"),

@@ -104,9 +104,11 @@ class Workers:
             engine.pool.wait()
 
     def release_caches(self) -> None:
-        """Free the caches' memory until the next run."""
+        """Free the caches' memory until the next run, where an update needs it."""
+        # On CPUs a new cache costs more than the memory is worth.
         for engine in self.engines:
-            engine.release_cache()
+            if engine.mesh.devices.flat[0].platform != "cpu":
+                engine.release_cache()
 
     def close(self) -> None:
         """End what waits, and drop programs that are not yet compiled."""
