@@ -100,8 +100,8 @@ class Tracer:
                 f"ranking={ranking!r}: use one of {', '.join(learned.RANKINGS)}."
             )
         self._asked, self._strategy, self._max_length = asked, strategy, max_length
-        self._tau = np.float32(drafting.drafting_cfg.tau)
-        cfg, drafter_cfg = asked.config, drafting.drafting_cfg.drafter_cfg
+        self._tau = np.float32(drafting.speculator_cfg.tau)
+        cfg, drafter_cfg = asked.config, drafting.speculator_cfg.drafter_cfg
         dtype = jnp.dtype(asked.precision)
         num_pages = -(-(max_length + strategy.max_accept_length) // _PAGE_SIZE)
         self._width = num_pages * _PAGE_SIZE

@@ -60,9 +60,9 @@ def run(attention, table=None):
     """Completions by request, with the rows of `table` speculating."""
     chosen = None
     if table is not None:
-        chosen = speculator.DraftingConfig(strategy.parse_arms(table), DRAFTER)
+        chosen = speculator.SpeculatorConfig(strategy.parse_arms(table), DRAFTER)
     sizes = dataclasses.replace(SIZES, attention=attention)
-    engine = engine_lib.Engine(CFG, sizes, drafting_cfg=chosen)
+    engine = engine_lib.Engine(CFG, sizes, speculator_cfg=chosen)
     engine.set_params(weights(), version=0)
     if chosen is not None:
         engine.set_drafter(drafter.init(DRAFTER, jax.random.key(1)), version=0)

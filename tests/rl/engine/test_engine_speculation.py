@@ -37,12 +37,12 @@ def drafter_params(cfg, seed=0):
     return params
 
 
-def engine_of(table, cfg=DRAFTER, drafting_changes=None, mesh=None, **changes):
+def engine_of(table, cfg=DRAFTER, speculator_changes=None, mesh=None, **changes):
     engine = engine_lib.Engine(
         engines.CFG,
         dataclasses.replace(engines.BASE, **changes),
-        drafting_cfg=speculator.DraftingConfig(
-            strategy.parse_arms(TABLES[table]), cfg, **(drafting_changes or {})
+        speculator_cfg=speculator.SpeculatorConfig(
+            strategy.parse_arms(TABLES[table]), cfg, **(speculator_changes or {})
         ),
         decode_text=engines.letters,
         mesh=mesh,
@@ -200,7 +200,7 @@ def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
 def test_a_drafters_sharpness_is_told_with_every_call():
     table = strategy.parse_arms(TABLES["chain"])
     made = speculator.Speculator(
-        speculator.DraftingConfig(table, EAGLE), page_size=2, max_length=40
+        speculator.SpeculatorConfig(table, EAGLE), page_size=2, max_length=40
     )
     params = drafter_params(EAGLE)
     for given, told in ((np.float32(1.5), 1.5), (None, 1.0)):
@@ -246,25 +246,25 @@ def test_shared_prompt_pages_are_filled_once():
         ),
         (lambda: engine_of("chain", None), "there is none"),
         (
-            lambda: engine_of("chain", drafting_changes=dict(ranking="best")),
+            lambda: engine_of("chain", speculator_changes=dict(ranking="best")),
             "ranking='best': use one of coupled",
         ),
-        (lambda: engine_of("chain", drafting_changes=dict(tau=0.0)), "tau=0.0"),
+        (lambda: engine_of("chain", speculator_changes=dict(tau=0.0)), "tau=0.0"),
         (
-            lambda: engine_of("by rows", drafting_changes=dict(rule="block")),
+            lambda: engine_of("by rows", speculator_changes=dict(rule="block")),
             "strategy D4K2V9 is none: use D4K1V5",
         ),
         (
             lambda: engine_of(
                 "chain",
-                drafting_changes=dict(rule="block"),
+                speculator_changes=dict(rule="block"),
                 sampling_cfg=sampling.SamplingConfig(temperature=0),
             ),
             "temperature=0 samples nothing",
         ),
         (
             lambda: engines.engine_of().set_drafter(drafter_params(EAGLE), 0),
-            "without drafting_cfg",
+            "without speculator_cfg",
         ),
     ],
     ids="target length none ranking tau rule greedy plain".split(),

@@ -48,7 +48,7 @@ def test_warm_up_names_every_program_once():
         ("speculate", 1, named("D4K2V9")),
     ]
     assert prepared(engine_of("by rows")) == common + by_rows + fills
-    captured = engine_of("by rows", drafting_changes=dict(capture=True))
+    captured = engine_of("by rows", speculator_changes=dict(capture=True))
     assert prepared(captured) == common + by_rows + fills + [("read_features",)]
     matches = [("speculate", b, named("D3K2V5-ngram")) for b in (4, 2, 1)]
     assert prepared(engine_of("ngram", cfg=None)) == common + matches

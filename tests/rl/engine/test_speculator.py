@@ -20,7 +20,7 @@ PAGE = 4
 
 def made(cfg=EAGLE, table=("4:D3K1V4",), **tuners):
     return speculator.Speculator(
-        speculator.DraftingConfig(strategy.parse_arms(table), cfg),
+        speculator.SpeculatorConfig(strategy.parse_arms(table), cfg),
         page_size=PAGE,
         max_length=20,
         **tuners,
@@ -170,5 +170,5 @@ def test_plain_does_all_that_an_engine_asks_and_nothing_else():
     assert plain.choose(1) is None and plain.choices(1) == (None,)
     assert plain.missing(rows, None) == [] and plain.inputs(rows, 1, None) == ()
     assert (plain.version, plain.rule, plain.weights) == (-1, "keyed", None)
-    with pytest.raises(ValueError, match="without drafting_cfg"):
+    with pytest.raises(ValueError, match="without speculator_cfg"):
         plain.offer(drafter_params(EAGLE), 0)

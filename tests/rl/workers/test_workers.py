@@ -139,7 +139,7 @@ def adapted(cfg, entries):
     engine = engine_lib.Engine(
         engines.CFG,
         dataclasses.replace(engines.BASE, max_rows=2),
-        drafting_cfg=speculator.DraftingConfig(
+        speculator_cfg=speculator.SpeculatorConfig(
             strategy.parse_arms(entries), cfg, capture=True
         ),
     )

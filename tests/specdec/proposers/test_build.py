@@ -42,8 +42,8 @@ def test_a_proposer_of_ones_own_speculates_in_an_engine():
     plain = engines.engine_of()
     expected, _ = plain.run(engines.REQUESTS, engines.SEED)
     plain.pool.close()
-    cfg = speculator.DraftingConfig(strategy.parse_arms((f"4:D2K1V3-{OWN}",)))
-    engine = engine_lib.Engine(engines.CFG, engines.BASE, drafting_cfg=cfg)
+    cfg = speculator.SpeculatorConfig(strategy.parse_arms((f"4:D2K1V3-{OWN}",)))
+    engine = engine_lib.Engine(engines.CFG, engines.BASE, speculator_cfg=cfg)
     engine.set_params(engines.PARAMS, version=0)
     completions, stats = engine.run(engines.REQUESTS, engines.SEED)
     engine.pool.close()
@@ -83,6 +83,6 @@ def test_a_proposer_that_is_not_there_is_refused_before_anything_runs(name, mess
         engine_lib.Engine(
             engines.CFG,
             engines.BASE,
-            drafting_cfg=speculator.DraftingConfig(table),
+            speculator_cfg=speculator.SpeculatorConfig(table),
         )
     assert message in str(error.value)

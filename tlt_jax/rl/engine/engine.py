@@ -3,7 +3,7 @@
 Rows are admitted into free slots, decoded many steps a call, retired when they end, and
 packed into the next smaller batch bucket as the batch drains. Each decode call may
 speculate or not. Tokens do not depend on any of this: noise is keyed by request and
-position. (With a chain rule, `DraftingConfig.rule`, they do, and their law does not.)
+position. (With a chain rule, `SpeculatorConfig.rule`, they do, and their law does not.)
 """
 
 import time
@@ -41,7 +41,7 @@ class Engine:
         cfg: model_config.ModelConfig,
         engine_cfg: engine_programs.EngineConfig,
         *,
-        drafting_cfg: speculator.DraftingConfig | None = None,
+        speculator_cfg: speculator.SpeculatorConfig | None = None,
         tuner: tuner_lib.Tuner | None = None,
         early_tuner: tuner_lib.Tuner | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
@@ -53,14 +53,14 @@ class Engine:
         Args:
           cfg: the target.
           engine_cfg: sizes and law.
-          drafting_cfg: how to speculate, once `set_drafter` gave weights; None: never.
+          speculator_cfg: how to speculate, once `set_drafter` gave weights; None: never.
           tuner, early_tuner: choose strategies, see `speculator.Speculator`.
           decode_text: token ids to text; needed for stop strings.
           mesh: devices of this engine; None: the first device.
           rules: how the cache is split over the mesh.
 
         Raises:
-          ValueError: stop strings without `decode_text`, or `drafting_cfg` does not fit
+          ValueError: stop strings without `decode_text`, or `speculator_cfg` does not fit
             the target, the sizes or the law.
         """
         if engine_cfg.stop and decode_text is None:
@@ -74,10 +74,10 @@ class Engine:
         self._decode_text = decode_text
         self.mesh = mesh or sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         self._speculator = speculator.Plain()
-        if drafting_cfg is not None:
-            drafting_cfg.check(cfg, engine_cfg.max_length, engine_cfg.sampling_cfg)
+        if speculator_cfg is not None:
+            speculator_cfg.check(cfg, engine_cfg.max_length, engine_cfg.sampling_cfg)
             self._speculator = speculator.Speculator(
-                drafting_cfg,
+                speculator_cfg,
                 page_size=engine_cfg.page_size,
                 max_length=engine_cfg.max_length,
                 tuner=tuner,
@@ -86,7 +86,7 @@ class Engine:
         self.programs = engine_programs.EnginePrograms(
             cfg,
             engine_cfg,
-            drafting_cfg,
+            speculator_cfg,
             self.mesh,
             rules or sharding.ShardingRules(),
         )
@@ -122,7 +122,7 @@ class Engine:
           version: counts the drafter's updates.
 
         Raises:
-          ValueError: the engine was made without `drafting_cfg`.
+          ValueError: the engine was made without `speculator_cfg`.
         """
         self.offer_drafter(params, version)
         self._speculator.take_up((), self._params)
@@ -214,7 +214,7 @@ class Engine:
           on_completion: called with each completion as soon as it is there.
           on_call: called after each decode call with the tokens drawn so far.
           on_text: called with a finished text and the target's features of it, which
-            its pages keep: no forward is spent on them. Needs `DraftingConfig.capture`.
+            its pages keep: no forward is spent on them. Needs `SpeculatorConfig.capture`.
           capture_frac: part of the texts that `on_text` gets, chosen by request id.
 
         Returns:

@@ -88,7 +88,7 @@ class EnginePrograms:
         self,
         cfg: model_config.ModelConfig,
         engine_cfg: EngineConfig,
-        drafting_cfg: speculator.DraftingConfig | None,
+        speculator_cfg: speculator.SpeculatorConfig | None,
         mesh: jax.sharding.Mesh,
         rules: sharding.ShardingRules,
     ):
@@ -97,7 +97,7 @@ class EnginePrograms:
         Args:
           cfg: the target.
           engine_cfg: sizes and law.
-          drafting_cfg: how to speculate, or None.
+          speculator_cfg: how to speculate, or None.
           mesh: devices of the engine.
           rules: how the caches are split over them.
 
@@ -105,8 +105,8 @@ class EnginePrograms:
           ValueError: `engine_cfg.cpu_kernels` or `.attention` cannot be had.
         """
         self._cfg, self._engine_cfg = cfg, engine_cfg
-        self._drafting_cfg = drafting_cfg
-        self._drafter_cfg = drafting_cfg and drafting_cfg.drafter_cfg
+        self._speculator_cfg = speculator_cfg
+        self._drafter_cfg = speculator_cfg and speculator_cfg.drafter_cfg
         self._replicated = sharding.replicated(mesh)
         self._dtype = jnp.dtype(engine_cfg.dtype)
         self.kernels = kernels.choose(
@@ -139,7 +139,7 @@ class EnginePrograms:
     @property
     def captures(self) -> bool:
         """Whether texts' features are read for the drafter's training."""
-        return self._drafting_cfg is not None and self._drafting_cfg.capture
+        return self._speculator_cfg is not None and self._speculator_cfg.capture
 
     @property
     def settings(self) -> decode.Settings:
@@ -154,7 +154,7 @@ class EnginePrograms:
             max_tokens=cfg.steps_per_call,
             feature_layers=layers,
             # Beside what is fused: training needs the last features, too.
-            keep_hidden=bool(layers) and self._drafting_cfg.capture,
+            keep_hidden=bool(layers) and self._speculator_cfg.capture,
             dtype=cfg.dtype,
             kernels=self.kernels,
         )
@@ -243,7 +243,7 @@ class EnginePrograms:
                 functools.partial(
                     speculate.run,
                     proposer=self._proposer(strategy),
-                    rule=chain.RULES[self._drafting_cfg.rule],
+                    rule=chain.RULES[self._speculator_cfg.rule],
                     settings=self.settings,
                 ),
                 donate_argnums=(1,),
@@ -261,7 +261,7 @@ class EnginePrograms:
         return programs.Program(("speculate", batch, strategy), lower)
 
     def _proposer(self, strategy: strategy_lib.Strategy) -> protocols.Proposer:
-        cfg = self._drafting_cfg
+        cfg = self._speculator_cfg
         ranking = cfg.ranking if cfg.rule == chain.KEYED else learned.SAMPLED
         return proposers.build(strategy, self.settings, cfg.drafter_cfg, ranking)
 
@@ -282,7 +282,7 @@ class EnginePrograms:
                 tokens=self._ints(batch, strategy.max_accept_length),
             )
         if strategy.matches:
-            texts = self._drafting_cfg.texts
+            texts = self._speculator_cfg.texts
             num_texts = texts.num_texts(batch)
             matching = ngram.Matching(
                 corpus=ngram.Corpus(

@@ -52,7 +52,7 @@ class TextsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftingConfig:
+class SpeculatorConfig:
     """How an engine speculates.
 
     Attributes:
@@ -178,7 +178,7 @@ class Plain:
         Raises:
           ValueError: always.
         """
-        raise ValueError("the engine was made without drafting_cfg: give one.")
+        raise ValueError("the engine was made without speculator_cfg: give one.")
 
     def take_up(
         self, rows: Sequence[scheduler.Row], target: model_params.Params | None
@@ -236,7 +236,7 @@ class Speculator(Plain):
 
     def __init__(
         self,
-        cfg: DraftingConfig,
+        cfg: SpeculatorConfig,
         *,
         page_size: int,
         max_length: int,
