@@ -53,15 +53,16 @@ class Engine:
         Args:
           cfg: the target.
           engine_cfg: sizes and law.
-          speculator_cfg: how to speculate, once `set_drafter` gave weights; None: never.
+          speculator_cfg: how to speculate, once `set_drafter` gave weights; None:
+            never.
           tuner, early_tuner: choose strategies, see `speculator.Speculator`.
           decode_text: token ids to text; needed for stop strings.
           mesh: devices of this engine; None: the first device.
           rules: how the cache is split over the mesh.
 
         Raises:
-          ValueError: stop strings without `decode_text`, or `speculator_cfg` does not fit
-            the target, the sizes or the law.
+          ValueError: stop strings without `decode_text`, or `speculator_cfg` does not
+            fit the target, the sizes or the law.
         """
         if engine_cfg.stop and decode_text is None:
             raise ValueError(
@@ -214,7 +215,8 @@ class Engine:
           on_completion: called with each completion as soon as it is there.
           on_call: called after each decode call with the tokens drawn so far.
           on_text: called with a finished text and the target's features of it, which
-            its pages keep: no forward is spent on them. Needs `SpeculatorConfig.capture`.
+            its pages keep: no forward is spent on them. Needs
+            `SpeculatorConfig.capture`.
           capture_frac: part of the texts that `on_text` gets, chosen by request id.
 
         Returns:
