@@ -94,16 +94,19 @@ def test_matching_lays_the_rows_and_finished_answers_out():
     state = with_weights()
     rows = [row_of(3, (1,), (7,)), row_of(3, (2,), (8,))]
     state.finished(rows[0].request, np.array([7, 9], np.int32))
-    matching = state.inputs(rows, 2, NGRAM)
+    matching = state.inputs(rows, 3, NGRAM)
     texts, lengths = matching.corpus.texts, matching.corpus.lengths
-    assert texts.shape == (2 + 32, 20)
-    assert lengths[:4].tolist() == [4, 4, 5, 0]
+    assert texts.shape == (3 + 32, 20)
+    # The third row is padding; behind it stands the finished answer.
+    assert lengths[:5].tolist() == [4, 4, 0, 5, 0]
     assert texts[0, :5].tolist() == [10, 11, 12, 7, -1]
-    assert texts[2, :6].tolist() == [10, 11, 12, 7, 9, -1]
+    assert texts[3, :6].tolist() == [10, 11, 12, 7, 9, -1]
     # Its own text, the finished answer, the sibling.
-    assert matching.sources[:, :4].tolist() == [[0, 2, 1, -1], [1, 2, 0, -1]]
-    first, second = state.inputs(rows, 2, BOTH)
-    assert first.lengths.tolist() == [0, 0]
+    assert matching.sources[:, :4].tolist() == [
+        *([0, 3, 1, -1], [1, 3, 0, -1], [-1] * 4)
+    ]
+    first, second = state.inputs(rows, 3, BOTH)
+    assert first.lengths.tolist() == [0, 0, 0]
     np.testing.assert_array_equal(second.corpus.texts, texts)
     assert state.inputs(rows, 2, None) == ()
 
