@@ -57,7 +57,7 @@ def threshold_tuner(
 ) -> tuner_lib.Tuner:
     """Returns the paper's rule; a threshold of 0 never speculates."""
     if not start:
-        return tuner_lib.Static(strategy_lib.Table(()))
+        return tuner_lib.Static(strategy_lib.Arms(()))
     return tuners.build("threshold", table, max_rows=max_rows, seed=0, threshold=start)
 
 

@@ -149,7 +149,7 @@ def replay(
             speeds = _speeds(machine, rows)
             best = max(speeds, key=speeds.get)
             chosen = best if tuner is None else tuner.choose(len(rows))
-            bucket = scheduler.bucket_of(len(rows), machine.max_rows)
+            bucket = tuner_lib.bucket_of(len(rows), machine.max_rows)
             quota = scheduler.finish_quota(len(rows), len(waiting), machine.max_rows)
             num_rows = len(rows)
             steps, tokens, accepted = decode(
@@ -170,7 +170,7 @@ def replay(
 
 def _speeds(machine: Machine, rows: list[_Row]) -> dict[Strategy | None, float]:
     """Tokens per second of every arm on what lies ahead of the rows."""
-    bucket = scheduler.bucket_of(len(rows), machine.max_rows)
+    bucket = tuner_lib.bucket_of(len(rows), machine.max_rows)
     speeds = {}
     for arm in machine.choices(len(rows)):
         depth = arm.draft_depth if arm else 0

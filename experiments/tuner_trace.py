@@ -92,11 +92,11 @@ def tuned_engine(
 ) -> engine_lib.Engine:
     """Makes an engine that `tuner` guides."""
     policy, options = setting.policy, setting.options
-    drafting_cfg = dataclasses.replace(
-        setting.drafter.drafting_cfg,
-        table=strategy_lib.Table(
+    speculator_cfg = dataclasses.replace(
+        setting.drafter.speculator_cfg,
+        table=strategy_lib.Arms(
             tuple(
-                (limit, strategy)
+                (limit, (strategy,))
                 for limit, strategy in enumerate(arms.strategies(), start=1)
             )
         ),
@@ -112,7 +112,7 @@ def tuned_engine(
             eos_ids=policy.eos_ids,
             dtype=policy.precision,
         ),
-        drafting_cfg=drafting_cfg,
+        speculator_cfg=speculator_cfg,
         decode_text=policy.tokenizer.decode,
         tuner=tuner,
     )
@@ -221,7 +221,7 @@ def blended(
 ) -> drafter.DrafterParams:
     """Makes a drafter between the initial weights (share 0) and the trained (1)."""
     trained = setting.drafter.params
-    cfg = setting.drafter.drafting_cfg.drafter_cfg
+    cfg = setting.drafter.speculator_cfg.drafter_cfg
     initial = drafter.init(cfg, jax.random.key(seed))
     if initial.norm is not None:
         initial = initial.replace(norm=setting.policy.params.final_norm)
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> trace_file.Trace:
             share: blended(setting, float(share), seed=0)
             for share in options.blends.split(",")
         },
-        setting.drafter.drafting_cfg.drafter_cfg,
+        setting.drafter.speculator_cfg.drafter_cfg,
         unroll.Target(
             embed=params.embed,
             head=drafter_head.head_rows(params, draft_ids),

@@ -43,7 +43,7 @@ def test_settings_reach_the_tuners():
 
 
 def test_a_drafter_of_its_own_or_a_new_one(tmp_path):
-    new = made().drafting_cfg
+    new = made().speculator_cfg
     assert new.capture and new.drafter_cfg.max_length == 14
     assert made().params is None and made().early_tuner is not None
     cfg = drafter.of_target(engines.CFG, max_length=4)
@@ -53,18 +53,18 @@ def test_a_drafter_of_its_own_or_a_new_one(tmp_path):
     found = made(**named)
     assert found.params is not None
     # It will be trained on the run's texts, or else it must fit them as it is.
-    assert found.drafting_cfg.drafter_cfg.max_length == 14
-    kept = made(**named, **{"adaptation.enabled": False}).drafting_cfg
+    assert found.speculator_cfg.drafter_cfg.max_length == 14
+    kept = made(**named, **{"adaptation.enabled": False}).speculator_cfg
     assert kept.drafter_cfg.max_length == 4 and not kept.capture
     # Or it is used beyond what it was trained for, if that is asked for.
     longer = {"adaptation.enabled": False, "drafter.max_length": 20}
-    assert made(**named, **longer).drafting_cfg.drafter_cfg.max_length == 20
+    assert made(**named, **longer).speculator_cfg.drafter_cfg.max_length == 20
     # Of another project's layout, whose texts may have any length.
     cfg = drafter.of_target(engines.CFG, architecture="eagle")
     eagle = drafter.init(cfg, engines.jax.random.key(1))
     drafter_hf.save(tmp_path / "hf", eagle, cfg, "eagle", engines.CFG)
     found = made(**{"drafter.directory": str(tmp_path / "hf")})
-    assert found.drafting_cfg.drafter_cfg.architecture == "eagle"
+    assert found.speculator_cfg.drafter_cfg.architecture == "eagle"
     assert found.params.join.shape == eagle.join.shape
     with pytest.raises(ValueError, match="trained for 4"):
         kept.check(engines.CFG, 14, sampling.SamplingConfig())

@@ -288,7 +288,7 @@ def engine_of(
     return engine_lib.Engine(
         model,
         engine_programs.EngineConfig(eos_ids=eos_ids_of(model, tokenizer), **sizes),
-        drafting_cfg=speculation.drafting_cfg,
+        speculator_cfg=speculation.speculator_cfg,
         tuner=speculation.tuner,
         early_tuner=speculation.early_tuner,
         decode_text=tokenizer.decode,
@@ -352,7 +352,7 @@ def _adaptation_of(
         directory = directory / f"processes/{group.index}"
     return adaptation.Adaptation(
         run.adaptation,
-        speculation.drafting_cfg.drafter_cfg,
+        speculation.speculator_cfg.drafter_cfg,
         team,
         tuple(speculation.tuners.values()),
         initial=speculation.params,

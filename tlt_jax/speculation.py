@@ -29,13 +29,13 @@ class Speculation:
     """How to speculate, and with which weights; by default not at all.
 
     Attributes:
-      drafting_cfg: for engines; None: not at all.
+      speculator_cfg: for engines; None: not at all.
       params: the learned drafter's weights; None: there is none, or random ones.
       tuner: chooses among the strategies, for all engines; None: the table, unchanged.
       early_tuner: the same before the drafter is ready.
     """
 
-    drafting_cfg: speculator.DraftingConfig | None = None
+    speculator_cfg: speculator.SpeculatorConfig | None = None
     params: drafter.DrafterParams | None = None
     tuner: shared_tuner.SharedTuner | None = None
     early_tuner: shared_tuner.SharedTuner | None = None
@@ -49,7 +49,7 @@ class Speculation:
     @property
     def max_length(self) -> int:
         """Positions that the drafter was trained for; 0: any."""
-        cfg = self.drafting_cfg and self.drafting_cfg.drafter_cfg
+        cfg = self.speculator_cfg and self.speculator_cfg.drafter_cfg
         return cfg.max_length if cfg else 0
 
 
@@ -82,10 +82,10 @@ def of_run(run: config.RunConfig, model: model_config.ModelConfig) -> Speculatio
     early = strategy_lib.parse_arms(settings.ngram_strategies)
     early_tuner = tuner_of(early, run.seed) if early.entries else None
     if settings.mode == "ngram":
-        return Speculation(speculator.DraftingConfig(early), tuner=early_tuner)
+        return Speculation(speculator.SpeculatorConfig(early), tuner=early_tuner)
     cfg, params = _drafter_of(run, model)
     arms = strategy_lib.parse_arms(settings.strategies)
-    drafting_cfg = speculator.DraftingConfig(
+    speculator_cfg = speculator.SpeculatorConfig(
         arms,
         cfg,
         ranking=settings.ranking,
@@ -93,7 +93,9 @@ def of_run(run: config.RunConfig, model: model_config.ModelConfig) -> Speculatio
         capture=run.adaptation.enabled,
         early=early,
     )
-    return Speculation(drafting_cfg, params, tuner_of(arms, run.seed + 1), early_tuner)
+    return Speculation(
+        speculator_cfg, params, tuner_of(arms, run.seed + 1), early_tuner
+    )
 
 
 def load(
@@ -112,9 +114,9 @@ def load(
       spec: a drafter's directory, ours or in a published layout, or `ngram` for suffix
         matches alone.
       target: the model that verifies.
-      table: entries as of `strategy.parse_table`; empty: the default.
+      table: entries as of `strategy.parse_arms`; empty: the default.
       ranking, tau: see `proposers.learned`.
-      rule: of acceptance, see `speculator.DraftingConfig`.
+      rule: of acceptance, see `speculator.SpeculatorConfig`.
       dtype: of the drafter's weights.
 
     Raises:
@@ -127,10 +129,10 @@ def load(
         cfg, params = drafter_io.load(folder(spec), target, dtype)
     elif not table:
         entries = tuple(f"{entry}-{NGRAM}" for entry in entries)
-    drafting_cfg = speculator.DraftingConfig(
-        strategy_lib.parse_table(entries), cfg, ranking=ranking, tau=tau, rule=rule
+    speculator_cfg = speculator.SpeculatorConfig(
+        strategy_lib.parse_arms(entries), cfg, ranking=ranking, tau=tau, rule=rule
     )
-    return Speculation(drafting_cfg, params)
+    return Speculation(speculator_cfg, params)
 
 
 def folder(spec: str) -> str:

@@ -118,17 +118,17 @@ class Recipe:
         made = [
             Program(
                 "accumulate",
-                lambda: self.learner._lower_accumulate(
+                self.learner._accumulate_program(
                     rows, columns, loss, num_sequences
-                ),
+                ).lower,
                 moments + reference + weights,
             ),
-            Program("apply", self.learner._lower_apply, reference + weights),
+            Program("apply", self.learner._apply_program().lower, reference + weights),
             # The engine holds its old weights until the new ones are there. What has
             # the embedding is larger than a layer, and holds no learner's layers.
             Program(
                 "sync",
-                self.sync.lower_others,
+                self.sync.others_program().lower,
                 params + moments + reference + 2 * weights,
             ),
         ]
@@ -205,9 +205,9 @@ class _Recorder:
     def __init__(self):
         self.lowering: dict[tuple, Callable[[], jax.stages.Lowered]] = {}
 
-    def prepare(self, key: tuple, lower: Callable[[], jax.stages.Lowered]) -> None:
+    def prepare(self, program: programs.Program) -> None:
         """Keeps a program's lowering."""
-        self.lowering[key] = lower
+        self.lowering[program.key] = program.lower
 
 
 def device_bytes(tree: Any) -> int:

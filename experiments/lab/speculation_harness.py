@@ -50,7 +50,7 @@ class Setting:
         self.drafter = speculation.load(options.drafter, self.policy.config)
         found = self._held_out(pathlib.Path(options.drafter))
         most = MAX_PROMPT_TOKENS
-        if trained_for := self.drafter.drafting_cfg.drafter_cfg.max_length:
+        if trained_for := self.drafter.speculator_cfg.drafter_cfg.max_length:
             most = min(most, trained_for - options.new_tokens)
         self.prompts = [p for p in found if len(p) <= most][: options.num_prompts]
         if not self.prompts:
@@ -90,8 +90,8 @@ class Setting:
         if strategy is not None:
             chosen = speculation.Speculation(
                 dataclasses.replace(
-                    self.drafter.drafting_cfg,
-                    table=strategy_lib.Table(((batch, strategy),)),
+                    self.drafter.speculator_cfg,
+                    table=strategy_lib.Arms(((batch, (strategy,)),)),
                     ranking=ranking,
                     rule=rule,
                 ),
@@ -135,7 +135,7 @@ class Setting:
 
     def about(self) -> harness.Row:
         """Returns what stands in the record of a run."""
-        cfg = self.drafter.drafting_cfg.drafter_cfg
+        cfg = self.drafter.speculator_cfg.drafter_cfg
         made = drafter_io.about(speculation.folder(self.options.drafter))
         # It may be a path; what the target is, its fingerprint says.
         made.pop("target", None)

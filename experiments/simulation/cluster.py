@@ -243,7 +243,7 @@ class _Serving:
     def _decode(self) -> None:
         rolling, cluster, rows = self._rolling, self._cluster, list(self._plan.rows)
         cfg, costs = cluster.cfg, cluster.costs
-        bucket = scheduler.bucket_of(len(rows), cfg.max_rows)
+        bucket = tuner_lib.bucket_of(len(rows), cfg.max_rows)
         strategy = cluster.tuner.choose(len(rows)) if cluster.tuner else None
         quota = scheduler.finish_quota(len(rows), self._plan.num_waiting, cfg.max_rows)
         left = np.array(

@@ -15,10 +15,11 @@ from tlt_jax.specdec import noise, sampling
 
 pytestmark = hosts.needs_native
 
-NATIVE = kernels.Kernels(products="native")
 # Odd and even, below a vector's and a block's size, across several blocks.
 WIDTHS = (1, 2, 17, 255, 256, 257, 5003)
-make = jax.jit(functools.partial(noise.gumbel, kernels=NATIVE), static_argnums=2)
+make = jax.jit(
+    functools.partial(noise.gumbel, kernels=kernels.NATIVE), static_argnums=2
+)
 draw = jax.jit(gumbel.draw)
 
 
@@ -113,13 +114,13 @@ def test_laws_draw_with_their_own_noise():
     which = jnp.asarray(rng.integers(0, 3, (4, 6), np.int32))
     expected = law.draw(chance, which)
     assert len(np.unique(expected)) > 10
-    np.testing.assert_array_equal(law.draw(chance, which, NATIVE), expected)
+    np.testing.assert_array_equal(law.draw(chance, which, kernels.NATIVE), expected)
     each = jnp.take_along_axis(chance, which[..., None], axis=1)
-    np.testing.assert_array_equal(law.draw(each, kernels=NATIVE), expected)
+    np.testing.assert_array_equal(law.draw(each, kernels=kernels.NATIVE), expected)
     # One column of noise stands for equal ones: the mode.
     none = jnp.zeros((4, 3, 1))
     np.testing.assert_array_equal(
-        law.draw(none, which, NATIVE), np.argmax(law.scores, axis=-1)
+        law.draw(none, which, kernels.NATIVE), np.argmax(law.scores, axis=-1)
     )
 
 

@@ -196,7 +196,7 @@ def test_fresh_processes_load_it_from_the_cache_and_need_no_threads(tmp_path):
 
 
 def test_layers_take_it_for_few_columns_only():
-    native = kernels.Kernels(products="native")
+    native = kernels.NATIVE
     weight = draw(12, 8)
     for columns, is_native in ((256, True), (257, False)):
         x = draw(8, columns, 1)

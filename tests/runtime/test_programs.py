@@ -58,7 +58,7 @@ def busy(pool):
     """Something that keeps the background busy until it may go on."""
     source = Source("busy")
     source.may_go_on.clear()
-    pool.prepare("busy", source)
+    pool.prepare(programs.Program("busy", source))
     assert source.begun.wait(TIMEOUT_S)
     yield source
     source.may_go_on.set()
@@ -72,12 +72,12 @@ def other_thread():
 
 def test_a_program_is_compiled_once_for_a_key(pool):
     first, second = Source(memory=Memory(10, 3)), Source(memory=Memory(7, 5))
-    assert pool.get(("decode", 8), first) is first
-    assert pool.get(("decode", 8), second) is first
-    pool.prepare(("decode", 8), second)
+    assert pool.get(programs.Program(("decode", 8), first)) is first
+    assert pool.get(programs.Program(("decode", 8), second)) is first
+    pool.prepare(programs.Program(("decode", 8), second))
     pool.wait()
     assert (first.num_lowered, second.num_lowered) == (1, 0)
-    assert pool.get(("decode", 4), second) is second
+    assert pool.get(programs.Program(("decode", 4), second)) is second
     assert len(pool) == pool.stats.num_compiled == 2
     assert (pool.stats.temp_bytes, pool.stats.code_bytes) == (10, 8)
 
@@ -95,37 +95,40 @@ def test_a_real_program_runs_without_tracing_again(pool):
     def lower():
         return jax.jit(double).lower(shape)
 
-    pool.prepare(3, lower)
+    pool.prepare(programs.Program(3, lower))
     for i in range(3):
-        assert pool.get(3, lower)(jnp.full(3, float(i))).tolist() == [2 * i] * 3
+        assert (
+            pool.get(programs.Program(3, lower))(jnp.full(3, float(i))).tolist()
+            == [2 * i] * 3
+        )
     assert num_traced == pool.stats.num_compiled == 1
     assert pool.stats.compile_s > 0
     with pytest.raises(TypeError):
-        pool.get(3, lower)(jnp.ones(4))
+        pool.get(programs.Program(3, lower))(jnp.ones(4))
 
 
 def test_preparing_does_not_wait_and_asking_does(pool, busy, other_thread):
     assert pool.stats.num_compiled == 0
-    waiting = other_thread(pool.get, "busy", Source())
+    waiting = other_thread(pool.get, programs.Program("busy", Source()))
     with pytest.raises(concurrent.futures.TimeoutError):
         waiting.result(0.05)
     busy.may_go_on.set()
     assert waiting.result(TIMEOUT_S) is busy
     assert pool.stats.waited_s >= 0.04
     waited_s = pool.stats.waited_s
-    pool.get("busy", Source())
+    pool.get(programs.Program("busy", Source()))
     assert pool.stats.waited_s == waited_s
 
 
 def test_what_is_only_queued_is_compiled_by_who_needs_it(pool, busy):
     queued = Source("queued")
-    pool.prepare("queued", queued)
+    pool.prepare(programs.Program("queued", queued))
     own = Source("own")
-    assert pool.get("queued", own) is own
+    assert pool.get(programs.Program("queued", own)) is own
     busy.may_go_on.set()
     pool.wait()
     assert (queued.num_lowered, own.num_lowered) == (0, 1)
-    assert pool.get("queued", Source()) is own
+    assert pool.get(programs.Program("queued", Source())) is own
     assert pool.stats.num_compiled == 2
 
 
@@ -136,7 +139,7 @@ def test_many_threads_compile_once(pool, other_thread):
 
     def ask():
         barrier.wait(TIMEOUT_S)
-        return pool.get("key", source)
+        return pool.get(programs.Program("key", source))
 
     asked = [other_thread(ask) for _ in range(8)]
     assert source.begun.wait(TIMEOUT_S)
@@ -147,17 +150,20 @@ def test_many_threads_compile_once(pool, other_thread):
 
 def test_programs_are_compiled_while_the_background_compiles(pool, busy, other_thread):
     source = Source()
-    assert other_thread(pool.get, "other", source).result(TIMEOUT_S) is source
+    assert (
+        other_thread(pool.get, programs.Program("other", source)).result(TIMEOUT_S)
+        is source
+    )
     assert not pool.stats.num_compiled - 1
 
 
 @pytest.mark.parametrize("error", [ValueError("no room"), KeyboardInterrupt()])
 def test_errors_are_raised_and_the_key_may_be_tried_again(pool, error):
     with pytest.raises(type(error)):
-        pool.get("key", Source(error=error))
+        pool.get(programs.Program("key", Source(error=error)))
     assert len(pool) == pool.stats.num_compiled == 0
     good = Source()
-    assert pool.get("key", good) is good
+    assert pool.get(programs.Program("key", good)) is good
 
 
 def test_errors_after_compiling_are_raised_too(pool):
@@ -166,16 +172,19 @@ def test_errors_after_compiling_are_raised_too(pool):
             raise RuntimeError("not on this device")
 
     with pytest.raises(RuntimeError, match="not on this device"):
-        pool.get("key", Unanalysable())
+        pool.get(programs.Program("key", Unanalysable()))
     assert len(pool) == 0
 
 
 def test_errors_in_the_background_reach_those_who_wait(pool, other_thread):
     bad = Source(error=ValueError("no room"))
     bad.may_go_on.clear()
-    pool.prepare("bad", bad)
+    pool.prepare(programs.Program("bad", bad))
     assert bad.begun.wait(TIMEOUT_S)
-    waiting = [other_thread(pool.get, "bad", Source()), other_thread(pool.wait)]
+    waiting = [
+        other_thread(pool.get, programs.Program("bad", Source())),
+        other_thread(pool.wait),
+    ]
     for future in waiting:
         with pytest.raises(concurrent.futures.TimeoutError):
             future.result(0.05)
@@ -184,16 +193,16 @@ def test_errors_in_the_background_reach_those_who_wait(pool, other_thread):
         with pytest.raises(ValueError, match="no room"):
             future.result(TIMEOUT_S)
     good = Source()
-    pool.prepare("bad", good)
+    pool.prepare(programs.Program("bad", good))
     pool.wait()
-    assert pool.get("bad", Source()) is good
+    assert pool.get(programs.Program("bad", Source())) is good
 
 
 def test_closing_drops_what_is_queued_and_finishes_what_is_begun(
     pool, busy, other_thread
 ):
     queued = Source()
-    pool.prepare("queued", queued)
+    pool.prepare(programs.Program("queued", queued))
     waiting = other_thread(pool.wait)
     closing = other_thread(pool.close)
     with pytest.raises(concurrent.futures.TimeoutError):
@@ -205,10 +214,10 @@ def test_closing_drops_what_is_queued_and_finishes_what_is_begun(
     assert queued.num_lowered == 0
     assert len(pool) == 1
     # Nothing hangs afterwards: what is there is given, what is not is compiled.
-    assert pool.get("busy", Source()) is busy
-    assert pool.get("queued", queued) is queued
+    assert pool.get(programs.Program("busy", Source())) is busy
+    assert pool.get(programs.Program("queued", queued)) is queued
     with pytest.raises(RuntimeError):
-        pool.prepare("late", Source())
+        pool.prepare(programs.Program("late", Source()))
     late = Source()
-    assert pool.get("late", late) is late
+    assert pool.get(programs.Program("late", late)) is late
     pool.close()

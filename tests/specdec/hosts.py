@@ -115,20 +115,15 @@ def reference(sampling_cfg):
 
 @functools.cache
 def decode_program(sampling_cfg):
-    return decode.donated(
-        functools.partial(
-            decode.decode,
-            cfg=CFG,
-            sampling_cfg=sampling_cfg,
-            eos_ids=EOS,
-            max_steps=MAX_STEPS,
-        )
-    )
+    settings = decode.Settings(CFG, sampling_cfg, EOS, MAX_STEPS)
+    return decode.donated(functools.partial(decode.decode, settings=settings))
 
 
 @functools.cache
 def prefill_program():
-    return decode.donated(functools.partial(decode.prefill, cfg=CFG))
+    return decode.donated(
+        functools.partial(decode.prefill, settings=decode.Settings(CFG))
+    )
 
 
 class Host:

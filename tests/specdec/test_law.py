@@ -23,7 +23,7 @@ from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import decode, noise, sampling, speculate, verify
+from tlt_jax.specdec import chain, decode, noise, protocols, sampling, speculate, verify
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import learned
 
@@ -138,9 +138,12 @@ def draw_by_distribution(law, noise, which=None, kernels=None):
 class Rollouts:
     """Completions of the prompt, decoded as one batch, with a weight for each row."""
 
-    def __init__(self, sampling_cfg, most, volumes, cfg=DRAFTER, draft_ids=None, **how):
+    def __init__(
+        self, sampling_cfg, most, volumes, cfg=DRAFTER, draft_ids=None, rule="keyed"
+    ):
         self.sampling_cfg, self.most, self.volumes = sampling_cfg, most, volumes
-        self.cfg, self.how = cfg, how
+        self.cfg, self.rule = cfg, chain.RULES[rule]
+        self.ranking = "coupled" if rule == "keyed" else learned.SAMPLED
         params = jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(5))
         params = params.replace(draft_ids=draft_ids)
         self.weights = learned.DrafterWeights(
@@ -161,23 +164,24 @@ class Rollouts:
 
     def program(self, strategy):
         if strategy not in self.programs:
-            common = dict(cfg=CFG, sampling_cfg=self.sampling_cfg, eos_ids=(EOS,))
+            settings = decode.Settings(
+                CFG,
+                self.sampling_cfg,
+                eos_ids=(EOS,),
+                max_tokens=self.most,
+                feature_layers=self.cfg.feature_layers,
+            )
             if strategy is None:
-                fn = functools.partial(
-                    decode.decode,
-                    max_steps=self.most,
-                    feature_layers=self.cfg.feature_layers,
-                    **common,
-                )
+                fn = functools.partial(decode.decode, settings=settings)
             else:
-                settings = speculate.Settings(
-                    strategy=strategy,
-                    drafter_cfg=self.cfg,
-                    max_tokens=self.most,
-                    **self.how,
-                    **common,
+                fn = functools.partial(
+                    self.run,
+                    proposer=learned.Learned(
+                        strategy, settings, self.cfg, self.ranking
+                    ),
+                    rule=self.rule,
+                    settings=settings,
                 )
-                fn = functools.partial(self.run, settings=settings)
             self.programs[strategy] = jax.jit(fn)
         return self.programs[strategy]
 
@@ -232,20 +236,19 @@ class Rollouts:
                     behind[i, : len(rest)] = rest
                 caches, result = self.program(strategy)(
                     target(),
-                    speculate.Caches(cache, draft_cache),
+                    protocols.Caches(cache, draft_cache),
                     inputs,
-                    speculate.Draft(
+                    learned.Draft(
                         self.weights,
                         jnp.float32(0.5),
                         jnp.float32(1.25),
                         drafted,
                         behind,
                     ),
-                    None,
                     *limits,
                 )
                 cache, draft_cache = caches.target, caches.drafter
-                emitted, drafted = result.emitted, np.array(result.draft_lengths)
+                emitted, drafted = result.emitted, np.array(result.progress)
             emitted = jax.device_get(emitted)
             for text, drawn, count in zip(
                 texts, emitted.tokens, emitted.counts, strict=True
@@ -274,7 +277,11 @@ class Case(Rollouts):
 
 @functools.cache
 def prefill_program():
-    return jax.jit(functools.partial(decode.prefill, cfg=CFG, feature_layers=()))
+    return jax.jit(
+        functools.partial(
+            decode.prefill, settings=decode.Settings(CFG, feature_layers=())
+        )
+    )
 
 
 def total_variation(law, other):
@@ -307,41 +314,28 @@ def test_the_law_is_the_targets(monkeypatch, sampling_cfg, most, strategies, lim
 
 MUTATIONS = {
     "EOS dropped from the completion": (
-        "jnp.minimum(count, first_eos + 1)",
-        "jnp.minimum(count, first_eos)",
+        "jnp.minimum(count_B, first_eos_B + 1)",
+        "jnp.minimum(count_B, first_eos_B)",
     ),
     "tokens behind EOS kept": (
-        "jnp.where(alive, jnp.minimum(count, first_eos + 1), 0)",
-        "jnp.where(alive, count, 0)",
+        "jnp.where(alive, jnp.minimum(count_B, first_eos_B + 1), 0)",
+        "jnp.where(alive, count_B, 0)",
     ),
     "limit passed inside an accepted run": (
-        "jnp.minimum(rows.remaining, token_limit) - emitted.counts",
+        "jnp.minimum(rows.remaining, token_limit) - state.emitted.counts",
         "jnp.full_like(rows.remaining, most)",
     ),
-    "one key for all steps": (
-        "lengths[:, None] + 1 + jnp.arange(num)",
-        "0 * lengths[:, None] + 3 + jnp.zeros_like(jnp.arange(num))",
-    ),
-    "one key for all prompts": (
-        "jnp.repeat(keys, num, axis=0)",
-        "jnp.repeat(keys[:1], num * batch, axis=0)",
-    ),
-    "noise of the next position": ("lengths[:, None] + 1 +", "lengths[:, None] + 2 +"),
     "every node at the root's position": (
-        "state.lengths[:, None] + tree.depths",
-        "state.lengths[:, None] + 0 * tree.depths",
+        "rows.lengths[:, None] + tree.depths",
+        "rows.lengths[:, None] + 0 * tree.depths",
     ),
     "nodes see other branches": (
-        "mask = tree_lib.unpack_words(words, strategy.tokens_to_verify)",
-        "mask = jnp.ones((len(words), *[strategy.tokens_to_verify] * 2), bool)",
+        "mask_BWW = tree_lib.unpack_words(words, tree.tokens.shape[1])",
+        "mask_BWW = jnp.ones((len(words), *[tree.tokens.shape[1]] * 2), bool)",
     ),
     "first columns appended, not the path": (
         "        sources=walk.path,\n",
         "",
-    ),
-    "drafted token taken, not the target's": (
-        "drawn = verify.draw(law, chance, tree, settings.kernels)",
-        "drawn = jnp.roll(tree.tokens, -1, axis=1)",
     ),
 }
 
@@ -358,7 +352,20 @@ def test_an_error_in_the_step_shows_in_the_law(monkeypatch, name):
     assert total_variation(law, whole_law(LAW, 3)) > 1e-3
 
 
-IN_THE_WALK = {
+IN_THE_RULE = {
+    "one key for all steps": (
+        "lengths[:, None] + 1 + jnp.arange(num)",
+        "0 * lengths[:, None] + 3 + jnp.zeros_like(jnp.arange(num))",
+    ),
+    "one key for all prompts": (
+        "jnp.repeat(keys, num, axis=0)",
+        "jnp.repeat(keys[:1], num * batch, axis=0)",
+    ),
+    "noise of the next position": ("lengths[:, None] + 1 +", "lengths[:, None] + 2 +"),
+    "drafted token taken, not the target's": (
+        "drawn_BW = draw(law, chance.draft, tree, settings.kernels)",
+        "drawn_BW = jnp.roll(tree.tokens, -1, axis=1)",
+    ),
     "another node's child accepted": (
         "is_child & (tree.parents == node[:, None])",
         "is_child",
@@ -370,12 +377,10 @@ IN_THE_WALK = {
 }
 
 
-@pytest.mark.parametrize("name", IN_THE_WALK)
-def test_an_error_in_the_walk_shows_in_the_law(monkeypatch, name):
+@pytest.mark.parametrize("name", IN_THE_RULE)
+def test_an_error_in_the_rule_shows_in_the_law(monkeypatch, name):
     case = Case(monkeypatch, LAW, 3)
-    mutated = mutation.mutate(verify, *IN_THE_WALK[name])
-    monkeypatch.setattr(verify, "walk", mutated.walk)
-    monkeypatch.setattr(verify, "draw", mutated.draw)
+    case.rule = mutation.mutate(verify, *IN_THE_RULE[name]).Keyed()
     law = case.law((TREE,))
     assert total_variation(law, whole_law(LAW, 3)) > 1e-3
 

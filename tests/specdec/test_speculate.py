@@ -11,7 +11,7 @@ from tests.specdec import hosts
 from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import decode, speculate
+from tlt_jax.specdec import chain, decode, protocols, speculate
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import learned
 
@@ -36,33 +36,28 @@ def weights(cfg):
     return learned.DrafterWeights(params, target.embed, head)
 
 
+def settings_of(cfg, sampling_cfg=hosts.PLAIN, max_tokens=1):
+    sizes = hosts.CFG, sampling_cfg, hosts.EOS, max_tokens
+    return decode.Settings(*sizes, feature_layers=cfg.feature_layers)
+
+
 @functools.cache
 def program(sampling_cfg, cfg, strategy, ranking, rule="keyed"):
-    settings = speculate.Settings(
-        cfg=hosts.CFG,
-        strategy=strategy,
-        sampling_cfg=sampling_cfg,
-        eos_ids=hosts.EOS,
-        max_tokens=MAX_TOKENS,
-        drafter_cfg=cfg,
-        ranking=ranking,
-        rule=rule,
+    settings = settings_of(cfg, sampling_cfg, MAX_TOKENS)
+    ranking = ranking if rule == "keyed" else learned.SAMPLED
+    fn = functools.partial(
+        speculate.run,
+        proposer=learned.Learned(strategy, settings, cfg, ranking),
+        rule=chain.RULES[rule],
+        settings=settings,
     )
-    fn = functools.partial(speculate.run, settings=settings)
     return jax.jit(fn, donate_argnums=(1,))
 
 
 @functools.cache
 def plain_program(sampling_cfg, cfg):
-    fn = functools.partial(
-        decode.decode,
-        cfg=hosts.CFG,
-        sampling_cfg=sampling_cfg,
-        eos_ids=hosts.EOS,
-        max_steps=hosts.MAX_STEPS,
-        feature_layers=cfg.feature_layers,
-    )
-    return decode.donated(fn)
+    settings = settings_of(cfg, sampling_cfg, hosts.MAX_STEPS)
+    return decode.donated(functools.partial(decode.decode, settings=settings))
 
 
 @functools.cache
@@ -84,7 +79,7 @@ def whole_texts(cfg):
         drafted = drafter.forward(
             weights(cfg).params,
             cfg,
-            learned.embedded(weights(cfg), jnp.roll(texts, -1, axis=1), jnp.float32),
+            weights(cfg).embedded(jnp.roll(texts, -1, axis=1), jnp.float32),
             drafter.fuse(weights(cfg).params, cfg, features),
             positions,
         )
@@ -111,11 +106,7 @@ class Host(hosts.Host):
     @property
     def prefill_program(self):
         return decode.donated(
-            functools.partial(
-                decode.prefill,
-                cfg=hosts.CFG,
-                feature_layers=self.drafter_cfg.feature_layers,
-            )
+            functools.partial(decode.prefill, settings=settings_of(self.drafter_cfg))
         )
 
     def fill(self, most):
@@ -166,20 +157,19 @@ class Host(hosts.Host):
         for row, ask in enumerate(self.rows):
             rest = ask.text[self.drafted[row] + 1 :]
             tokens[row, : len(rest)] = rest
-        draft = speculate.Draft(
+        draft = learned.Draft(
             weights(self.drafter_cfg),
             jnp.float32(0.5),
             jnp.float32(1.0),
             self.pad(self.drafted),
             self.pad(tokens),
         )
-        caches = speculate.Caches(self.cache, self.draft_cache)
+        caches = protocols.Caches(self.cache, self.draft_cache)
         caches, result = program(sampling_cfg, self.drafter_cfg, strategy, *self.how)(
             self.params,
             caches,
             self.inputs(),
             draft,
-            None,
             jnp.int32(token_limit),
             jnp.int32(quota),
         )
@@ -192,7 +182,7 @@ class Host(hosts.Host):
         assert not emitted.logprobs[outside].any()
         assert np.all(np.diff(result.num_accepted) <= 0)
         self.take(emitted)
-        self.drafted = result.draft_lengths[: len(self.rows)].tolist()
+        self.drafted = result.progress[: len(self.rows)].tolist()
         self.num_row_steps += int(result.num_accepted[0])
         self.num_accepted += int(result.num_accepted.sum())
         return result

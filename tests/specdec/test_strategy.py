@@ -53,10 +53,10 @@ def test_malformed_text_is_refused(text):
 
 
 def test_a_table_chooses_by_rows():
-    table = strategy.parse_table(("1:D4K1V5", "4:D2K1V3"))
-    chosen = [str(table.choose(n)) for n in range(1, 7)]
+    table = strategy.parse_arms(("1:D4K1V5", "4:D2K1V3"))
+    chosen = [str(table.first(n)) for n in range(1, 7)]
     assert chosen == ["D4K1V5", *["D2K1V3"] * 3, "None", "None"]
-    assert strategy.parse_table(()).choose(1) is None
+    assert strategy.parse_arms(()).first(1) is None
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_a_table_chooses_by_rows():
 )
 def test_malformed_tables_are_refused(entries, message):
     with pytest.raises(ValueError, match=message):
-        strategy.parse_table(entries)
+        strategy.parse_arms(entries)

@@ -34,7 +34,7 @@ def asked():
 @pytest.fixture(scope="module")
 def guessing():
     cfg = drafter.of_target(engines.CFG, output_norm=False)
-    made = speculator.DraftingConfig(strategy.parse_table(["1:D3K2V5"]), cfg)
+    made = speculator.SpeculatorConfig(strategy.parse_arms(["1:D3K2V5"]), cfg)
     return speculation.Speculation(made, drafter.init(cfg, jax.random.key(0)))
 
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_shown_is_refused(asked, guessing, tracer):
     def make(drafts=guessing, shape=TREE, **settings):
         trace.Tracer(asked, drafts, shape, max_length=16, **settings)
 
-    nothing = speculation.Speculation(guessing.drafting_cfg, None)
+    nothing = speculation.Speculation(guessing.speculator_cfg, None)
     with pytest.raises(ValueError, match="without a learned drafter: give"):
         make(nothing)
     with pytest.raises(ValueError, match="without a learned drafter"):

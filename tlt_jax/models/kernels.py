@@ -1,14 +1,16 @@
 """Which kernels a program computes with, settled before it is traced."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 
 from tlt_jax.cpu_kernels import attention as cpu_attention
-from tlt_jax.cpu_kernels import choice
+from tlt_jax.cpu_kernels import choice, gumbel
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.pallas_kernels.verify_attention import page_layout
 from tlt_jax.runtime import sharding
+from tlt_jax.types import Array
 
 _INTERPRETED = "_interpreted"
 _KERNELS = ("mosaic_tpu", "triton_gpu")
@@ -31,16 +33,24 @@ class Kernels:
         same programs as native products; see `cpu_kernels.attention`.
       checked: page tables, lengths, positions and ancestors are checked by the host in
         every forward, before attention reads by them; slow, for looking for errors.
+      noise: Gumbel noise of (keys, positions, vocab_size), as `noise.gumbel` describes
+        it; None: its portable form, and so below.
+      draw: tokens of (scores, noise, rows), see `sampling.Law.draw`.
+      rank: best tokens and their shares of (scores, noise, rows, sharpness, tau), see
+        `specdec.proposers.learned`.
     """
 
     products: str = "xla"
     attention: verify_attention.Implementation | None = None
     native_attention: bool = False
     checked: bool = False
+    noise: Callable[[Array, Array, int], Array] | None = None
+    draw: Callable[[Array, Array, Array], Array] | None = None
+    rank: Callable[..., tuple[Array, Array]] | None = None
 
     @property
     def is_native(self) -> bool:
-        """Whether the program takes native kernels for CPUs where there are some."""
+        """Whether the program takes native products for CPUs where there are some."""
         return self.products == "native"
 
     def packing(self, page_size: int, head_dim: int) -> int:
@@ -50,6 +60,7 @@ class Kernels:
 
 
 PORTABLE = Kernels()
+NATIVE = Kernels("native", noise=gumbel.gumbel, draw=gumbel.draw, rank=gumbel.rank)
 
 
 def choose(
@@ -88,11 +99,12 @@ def choose(
             f"does not have (cpu_kernels={cpu_kernels!r}, {dtype}, "
             f"{mesh.devices.size} devices): use 'auto'."
         )
+    base = NATIVE if products == "native" else PORTABLE
     if is_native:
         cpu_attention.register()
-        return Kernels(products=products, native_attention=True, checked=checked)
+        return dataclasses.replace(base, native_attention=True, checked=checked)
     chosen = _choose_attention(attention, mesh, rules)
-    return Kernels(products, chosen, checked=checked)
+    return dataclasses.replace(base, attention=chosen, checked=checked)
 
 
 def _choose_attention(

@@ -14,6 +14,20 @@ from collections.abc import Callable, Hashable
 import jax
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A device program that can be had.
+
+    Attributes:
+      key: names it, and says everything that decides its shapes; equal keys are one
+        program.
+      lower: traces and lowers it.
+    """
+
+    key: Hashable
+    lower: Callable[[], jax.stages.Lowered] = dataclasses.field(compare=False)
+
+
 @dataclasses.dataclass
 class PoolStats:
     """What the pool did so far.
@@ -48,56 +62,53 @@ class ProgramPool:
     def __len__(self) -> int:
         return len(self._programs)
 
-    def get(
-        self, key: Hashable, lower: Callable[[], jax.stages.Lowered]
-    ) -> jax.stages.Compiled:
-        """Return the program of `key`, compiling or waiting for it if need be.
+    def get(self, program: Program) -> jax.stages.Compiled:
+        """Return a program compiled, compiling or waiting for it if need be.
 
         One that is only queued in the background is compiled here at once.
 
         Args:
-          key: names the program.
-          lower: traces and lowers it; called only if nobody has begun to.
+          program: lowered only if nobody has begun to.
 
         Returns:
-          The program. An error of its compilation is raised, and the key forgotten.
+          The program. An error of its compilation is raised, and its key forgotten.
         """
-        future, mine = self._claim(key)
+        future, mine = self._claim(program.key)
         if not mine and future.done():
             return future.result()
         started = time.perf_counter()
-        if mine or self._take_back(key):
-            self._compile(key, lower, future)
-        program = future.result()
+        if mine or self._take_back(program.key):
+            self._compile(program, future)
+        compiled = future.result()
         with self._lock:
             self.stats.waited_s += time.perf_counter() - started
-        return program
+        return compiled
 
-    def prepare(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> None:
-        """Compile the program of `key` in the background, unless it is there.
+    def prepare(self, program: Program) -> None:
+        """Compile a program in the background, unless it is there.
 
-        An error of its compilation is raised to whoever waits; later the key is
+        An error of its compilation is raised to whoever waits; later its key is
         forgotten, and `get` tries again.
         """
-        future, mine = self._claim(key)
+        future, mine = self._claim(program.key)
         if not mine:
             return
         try:
-            task = self._background.submit(self._compile, key, lower, future)
+            task = self._background.submit(self._compile, program, future)
         except RuntimeError as error:  # the pool is closed
-            self._fail(key, future, error)
+            self._fail(program.key, future, error)
             raise
         with self._lock:
-            self._tasks[key] = task
+            self._tasks[program.key] = task
 
-    def is_ready(self, key: Hashable, timeout_s: float = 0.0) -> bool:
-        """Tell whether the program of `key` can be had at once.
+    def is_ready(self, program: Program, timeout_s: float = 0.0) -> bool:
+        """Tell whether a program can be had at once.
 
         Args:
-          key: of a program that was prepared; an error of its compilation is raised.
+          program: if it was prepared, an error of its compilation is raised.
           timeout_s: wait so long for it.
         """
-        future = self._programs.get(key)
+        future = self._programs.get(program.key)
         if future is None:
             return False
         try:
@@ -141,14 +152,14 @@ class ProgramPool:
             del self._programs[key]
         future.set_exception(error)
 
-    def _compile(self, key, lower, future) -> None:
+    def _compile(self, program: Program, future) -> None:
         started = time.perf_counter()
         try:
-            program = lower().compile()
-            memory = program.memory_analysis()
+            compiled = program.lower().compile()
+            memory = compiled.memory_analysis()
         # Whatever it is, whoever waits for the program must be told.
         except BaseException as error:
-            self._fail(key, future, error)
+            self._fail(program.key, future, error)
             return
         elapsed = time.perf_counter() - started
         with self._lock:
@@ -159,4 +170,4 @@ class ProgramPool:
                     self.stats.temp_bytes, memory.temp_size_in_bytes
                 )
                 self.stats.code_bytes += memory.generated_code_size_in_bytes
-        future.set_result(program)
+        future.set_result(compiled)

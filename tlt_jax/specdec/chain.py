@@ -25,17 +25,17 @@ of its text when the step begins, by what the draw is for, and by the position:
 Reference: see `chain_rules`.
 """
 
+import abc
+import dataclasses
+
 import chex
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax.specdec import chain_rules, noise, sampling, verify
+from tlt_jax.specdec import chain_rules, decode, noise, protocols, sampling, verify
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tree as tree_lib
 from tlt_jax.types import Array
-
-KEYED = "keyed"
-RULES = (KEYED, "rejection", "block")
 
 
 @struct.dataclass
@@ -51,6 +51,110 @@ class Chance:
     draft: Array
     uniforms: Array
     follow: Array
+
+
+def chance(keys: Array, lengths: Array, num_drafted: int, vocab_size: int) -> Chance:
+    """Make the randomness of one step of every row.
+
+    Args:
+      keys: `[B, 2] uint32` of requests.
+      lengths: `[B] int32`, cached positions when the step begins.
+      num_drafted: A - 1.
+      vocab_size: V.
+
+    Returns:
+      The noise.
+    """
+    batch = lengths.shape[0]
+    drafting, testing, following = noise.step_keys(keys, lengths, 3)
+    places = lengths[:, None] + 1 + jnp.arange(num_drafted)
+
+    def at_places(draw, keys, *args):
+        drawn = draw(jnp.repeat(keys, num_drafted, axis=0), places.reshape(-1), *args)
+        return drawn.reshape(batch, num_drafted, *drawn.shape[1:])
+
+    return Chance(
+        draft=at_places(noise.gumbel, drafting, vocab_size),
+        uniforms=at_places(noise.uniform, testing),
+        follow=noise.gumbel(following, lengths, vocab_size),
+    )
+
+
+class _ChainRule(abc.ABC):
+    """A rule for chains that the drafter sampled, verified whole."""
+
+    @abc.abstractmethod
+    def decide(self, *chain: Array) -> tuple[Array, Array]:
+        """Decide as `chain_rules.rejection` describes it."""
+
+    def chance(
+        self, keys: Array, lengths: Array, num: int, settings: decode.Settings
+    ) -> Chance:
+        """See `protocols.Rule`."""
+        return chance(keys, lengths, num - 1, settings.cfg.vocab_size)
+
+    def judge(
+        self,
+        law: sampling.Law,
+        tree: tree_lib.DraftTree,
+        proposal: protocols.Proposal,
+        chance: Chance,
+        settings: decode.Settings,
+    ) -> tuple[verify.Walk, Array]:
+        """Keep a part of each chain, and draw what follows it.
+
+        Behind the recovered or bonus token it stands again. See `protocols.Rule` for
+        the arguments; in a chain, node i has depth i.
+        """
+        del settings
+        batch, width, vocab_size = law.scores.shape
+        chex.assert_shape(tree.tokens, (batch, width))
+        chex.assert_shape(proposal.draft_probs, (batch, width - 1, vocab_size))
+        # A drafter that has broken has no laws: then nothing passes.
+        broken = jnp.isnan(proposal.draft_probs)
+        num_accepted_B, follow_B = self.decide(
+            jnp.exp(law.logprobs()),
+            jnp.where(broken, 0.0, proposal.draft_probs),
+            tree.tokens[:, 1:],
+            chance.uniforms,
+            chance.follow,
+        )
+        # A row's tokens: those that were kept, then what follows, up to the width.
+        steps = jnp.arange(width, dtype=jnp.int32)
+        drafted_BA = jnp.roll(tree.tokens, -1, axis=1)
+        kept_BA = steps < num_accepted_B[:, None]
+        walk = verify.Walk(
+            path=jnp.minimum(steps, num_accepted_B[:, None]),
+            tokens=jnp.where(kept_BA, drafted_BA, follow_B[:, None]),
+            num_accepted=num_accepted_B,
+        )
+        return walk, verify.logprobs_of(law, walk.tokens, walk)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection(_ChainRule):
+    """Each drafted token by itself, see `chain_rules.token_rule`."""
+
+    def decide(self, *chain: Array) -> tuple[Array, Array]:
+        """See `chain_rules.rejection`."""
+        return chain_rules.rejection(*chain)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(_ChainRule):
+    """The drafted tokens together, see `chain_rules.block_rule`."""
+
+    def decide(self, *chain: Array) -> tuple[Array, Array]:
+        """See `chain_rules.block_verification`."""
+        return chain_rules.block_verification(*chain)
+
+
+KEYED = "keyed"
+RULES: dict[str, protocols.Rule] = {
+    KEYED: verify.Keyed(),
+    "rejection": Rejection(),
+    "block": Block(),
+}
 
 
 def check(
@@ -89,91 +193,3 @@ def check(
             f"nothing: use rule={KEYED!r}, which is the same as any there, or a "
             "temperature above 0."
         )
-
-
-def chance(keys: Array, lengths: Array, num_drafted: int, vocab_size: int) -> Chance:
-    """Make the randomness of one step of every row.
-
-    Args:
-      keys: `[B, 2] uint32` of requests.
-      lengths: `[B] int32`, cached positions when the step begins.
-      num_drafted: A - 1.
-      vocab_size: V.
-
-    Returns:
-      The noise.
-    """
-    batch = lengths.shape[0]
-    drafting, testing, following = noise.step_keys(keys, lengths, 3)
-    places = lengths[:, None] + 1 + jnp.arange(num_drafted)
-
-    def at_places(draw, keys, *args):
-        drawn = draw(jnp.repeat(keys, num_drafted, axis=0), places.reshape(-1), *args)
-        return drawn.reshape(batch, num_drafted, *drawn.shape[1:])
-
-    return Chance(
-        draft=at_places(noise.gumbel, drafting, vocab_size),
-        uniforms=at_places(noise.uniform, testing),
-        follow=noise.gumbel(following, lengths, vocab_size),
-    )
-
-
-def whole_laws(probs: Array, draft_ids: Array | None, vocab_size: int) -> Array:
-    """Spread laws over the draft vocabulary, `[..., Vd]`, over all of it, `[..., V]`.
-
-    Args:
-      probs: the drafter's.
-      draft_ids: `[Vd] int32`, what its tokens are; None: themselves.
-      vocab_size: V.
-
-    Returns:
-      The laws; tokens that cannot be drafted have 0.
-    """
-    if draft_ids is None:
-        return probs
-    zeros = jnp.zeros((*probs.shape[:-1], vocab_size), probs.dtype)
-    return zeros.at[..., draft_ids].add(probs)
-
-
-def judge(
-    rule: str,
-    law: sampling.Law,
-    tree: tree_lib.DraftTree,
-    draft_probs: Array,
-    chance: Chance,
-) -> verify.Walk:
-    """Keep a part of each chain, and draw what follows it.
-
-    Args:
-      rule: `rejection` or `block`.
-      law: the target's, of the tokens behind each node, `[B, A, V]`.
-      tree: chains: node i has depth i.
-      draft_probs: `[B, A - 1, V]`, the laws that the tokens were drawn from.
-      chance: of the step.
-
-    Returns:
-      The paths; behind the recovered or bonus token it stands again.
-    """
-    batch, width, vocab_size = law.scores.shape
-    chex.assert_shape(tree.tokens, (batch, width))
-    chex.assert_shape(draft_probs, (batch, width - 1, vocab_size))
-    decide = {
-        "rejection": chain_rules.rejection,
-        "block": chain_rules.block_verification,
-    }[rule]
-    num_accepted, follow = decide(
-        jnp.exp(law.logprobs()),
-        # A drafter that has broken has no laws: then nothing passes.
-        jnp.where(jnp.isnan(draft_probs), 0.0, draft_probs),
-        tree.tokens[:, 1:],
-        chance.uniforms,
-        chance.follow,
-    )
-    steps = jnp.arange(width, dtype=jnp.int32)
-    drafted = jnp.roll(tree.tokens, -1, axis=1)
-    kept = steps < num_accepted[:, None]
-    return verify.Walk(
-        path=jnp.minimum(steps, num_accepted[:, None]),
-        tokens=jnp.where(kept, drafted, follow[:, None]),
-        num_accepted=num_accepted,
-    )

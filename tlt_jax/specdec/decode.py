@@ -5,6 +5,7 @@ the next with the noise of its position, and appends the pending token's keys an
 values. Rows that are full or have ended ride along and write nowhere.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,12 +13,39 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
-from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import noise, sampling
 from tlt_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What programs of a target are compiled for, beside the shapes of their arguments.
+
+    Attributes:
+      cfg: the target.
+      sampling_cfg: the law.
+      eos_ids: tokens that end a text; they are kept.
+      max_tokens: width of a call's result.
+      feature_layers: those that a drafter reads; empty: the last features; None: the
+        cache holds none.
+      keep_hidden: the cache keeps the last features behind those of the layers, too:
+        training the drafter needs them.
+      dtype: of activations.
+      kernels: see `transformer.forward`.
+    """
+
+    cfg: model_config.ModelConfig
+    sampling_cfg: sampling.SamplingConfig = sampling.SamplingConfig()
+    eos_ids: tuple[int, ...] = ()
+    max_tokens: int = 1
+    feature_layers: tuple[int, ...] | None = None
+    keep_hidden: bool = False
+    dtype: str = "float32"
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE
 
 
 @struct.dataclass
@@ -44,8 +72,8 @@ class Emitted:
     """What a decode call drew.
 
     Attributes:
-      tokens: `[B, max_steps] int32`; columns from `counts` on are zeros.
-      logprobs: `[B, max_steps] float32`, of those tokens under the sampling law.
+      tokens: `[B, max_tokens] int32`; columns from `counts` on are zeros.
+      logprobs: `[B, max_tokens] float32`, of those tokens under the sampling law.
       counts: `[B] int32`.
       ended: `[B] bool`: the last token drawn ends the text.
       num_steps: int32, target forwards that the call took.
@@ -58,15 +86,41 @@ class Emitted:
     num_steps: Array
 
 
-def nothing(batch: int, max_steps: int) -> Emitted:
+def nothing(batch: int, max_tokens: int) -> Emitted:
     """Make what a call of `batch` rows has drawn when it begins."""
     return Emitted(
-        tokens=jnp.zeros((batch, max_steps), jnp.int32),
-        logprobs=jnp.zeros((batch, max_steps), jnp.float32),
+        tokens=jnp.zeros((batch, max_tokens), jnp.int32),
+        logprobs=jnp.zeros((batch, max_tokens), jnp.float32),
         counts=jnp.zeros((batch,), jnp.int32),
         ended=jnp.zeros((batch,), bool),
         num_steps=jnp.int32(0),
     )
+
+
+def goes_on(alive: Array, num_alive: Array, finish_quota: Array) -> Array:
+    """Tell whether a call may take another step.
+
+    Args:
+      alive: `[B] bool`, rows that may draw more.
+      num_alive: int32 scalar, how many there were when the call began.
+      finish_quota: int32 scalar; enough once this many finished in the call.
+
+    Returns:
+      bool scalar.
+    """
+    still = jnp.sum(alive)
+    return (still > 0) & (num_alive - still < finish_quota)
+
+
+@struct.dataclass
+class _State:
+    """What a step of plain decoding changes."""
+
+    cache: kv_cache.PagedCache
+    lengths: Array  # [B]
+    pending: Array  # [B]
+    alive: Array  # [B]
+    emitted: Emitted
 
 
 def decode(
@@ -76,14 +130,7 @@ def decode(
     step_limit: Array,
     finish_quota: Array,
     *,
-    cfg: model_config.ModelConfig,
-    sampling_cfg: sampling.SamplingConfig,
-    eos_ids: tuple[int, ...],
-    max_steps: int,
-    feature_layers: tuple[int, ...] | None = None,
-    keep_hidden: bool = False,
-    dtype=jnp.float32,
-    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+    settings: Settings,
 ) -> tuple[kv_cache.PagedCache, Emitted]:
     """Decode until `step_limit` steps, `finish_quota` finished rows, or none alive.
 
@@ -91,90 +138,124 @@ def decode(
       params: the target.
       cache: its pages; donate them.
       rows: the batch.
-      step_limit: int32 scalar, at most `max_steps`.
+      step_limit: int32 scalar, at most `settings.max_tokens`.
       finish_quota: int32 scalar; return once this many rows finished in the call.
-      cfg: the model.
-      sampling_cfg: the law.
-      eos_ids: tokens that end a text; they are kept.
-      max_steps: width of the result.
-      feature_layers: those that a drafter reads; empty: the last features; None: the
-        cache holds none.
-      keep_hidden: the cache keeps the last features behind those of the layers, too:
-        training the drafter needs them.
-      dtype: of activations.
-      kernels: see `transformer.forward`.
+      settings: what is compiled in.
 
     Returns:
       The cache, and what was drawn.
     """
-    batch = rows.lengths.shape[0]
-    start = (
-        cache,
-        rows.lengths,
-        rows.pending,
-        rows.remaining > 0,
-        nothing(batch, max_steps),
+    start = _State(
+        cache=cache,
+        lengths=rows.lengths,
+        pending=rows.pending,
+        alive=rows.remaining > 0,
+        emitted=nothing(rows.lengths.shape[0], settings.max_tokens),
     )
-    num_alive = jnp.sum(rows.remaining > 0)
+    num_alive = jnp.sum(start.alive)
 
     def keep_on(state):
-        *_, alive, emitted = state
-        still = jnp.sum(alive)
-        return (
-            (emitted.num_steps < step_limit)
-            & (still > 0)
-            & (num_alive - still < finish_quota)
+        return (state.emitted.num_steps < step_limit) & goes_on(
+            state.alive, num_alive, finish_quota
         )
 
     def step(state):
-        cache, lengths, pending, alive, emitted = state
-        view = transformer.CacheView(cache, rows.page_table, lengths)
-        out = transformer.forward(
-            params,
-            cfg,
-            pending[:, None],
-            lengths[:, None],
-            None,
-            view,
-            dtype=dtype,
-            kernels=kernels,
-            features=feature_layers or (),
-        )
-        law = sampling.law(
-            transformer.logits(params, out.hidden[:, :, 0], kernels), sampling_cfg
-        )
-        if sampling_cfg.temperature == 0:
-            drawn = law.draw(jnp.zeros((1,)))
-        else:
-            chance = noise.gumbel(rows.keys, lengths + 1, cfg.vocab_size, kernels)
-            drawn = law.draw(chance, kernels=kernels)
-        cache = kv_cache.append(
-            cache,
-            out.keys,
-            out.values,
-            rows.page_table,
-            after(drawn, lengths),
-            alive.astype(jnp.int32),
-            features=kept_features(out, feature_layers, keep_hidden),
-        )
-        column = emitted.num_steps
-        lengths = lengths + alive
-        counts = lengths - rows.lengths
-        ended = alive & is_any(drawn, eos_ids)
-        logprob = jnp.where(alive, law.logprob_of(drawn), 0.0)
-        emitted = Emitted(
-            tokens=_put(emitted.tokens, column, jnp.where(alive, drawn, 0)),
-            logprobs=_put(emitted.logprobs, column, logprob),
-            counts=counts,
-            ended=emitted.ended | ended,
-            num_steps=column + 1,
-        )
-        pending = jnp.where(alive, drawn, pending)
-        alive = alive & ~ended & (counts < rows.remaining)
-        return cache, lengths, pending, alive, emitted
+        return _step(params, rows, state, settings)
 
-    cache, _, _, _, emitted = lax.while_loop(keep_on, step, start)
-    return cache, emitted
+    end = lax.while_loop(keep_on, step, start)
+    return end.cache, end.emitted
+
+
+def _step(params, rows: Rows, state: _State, settings: Settings) -> _State:
+    """Feed every row's pending token, draw the next, append what was fed."""
+    alive_B, lengths_B, emitted = state.alive, state.lengths, state.emitted
+    out = forward(
+        params,
+        state.cache,
+        rows.page_table,
+        lengths_B,
+        state.pending[:, None],
+        lengths_B[:, None],
+        settings=settings,
+    )
+    logits_BV = transformer.logits(params, out.hidden[:, :, 0], settings.kernels)
+    law = sampling.law(logits_BV, settings.sampling_cfg)
+    if settings.sampling_cfg.temperature == 0:
+        drawn_B = law.draw(jnp.zeros((1,)))
+    else:
+        # The token drawn will stand behind the pending one.
+        noise_BV = noise.gumbel(
+            rows.keys, lengths_B + 1, settings.cfg.vocab_size, settings.kernels
+        )
+        drawn_B = law.draw(noise_BV, kernels=settings.kernels)
+    # Rows that ride along append nothing: their count is 0.
+    cache = kv_cache.append(
+        state.cache,
+        out.keys,
+        out.values,
+        rows.page_table,
+        after(drawn_B, lengths_B),
+        alive_B.astype(jnp.int32),
+        features=kept_features(out, settings),
+    )
+    # All live rows have drawn equally many tokens: a column of the result is a step.
+    column = emitted.num_steps
+    lengths_B = lengths_B + alive_B
+    counts_B = lengths_B - rows.lengths
+    ended_B = alive_B & is_any(drawn_B, settings.eos_ids)
+    logprobs_B = jnp.where(alive_B, law.logprob_of(drawn_B), 0.0)
+    return _State(
+        cache=cache,
+        lengths=lengths_B,
+        pending=jnp.where(alive_B, drawn_B, state.pending),
+        alive=alive_B & ~ended_B & (counts_B < rows.remaining),
+        emitted=Emitted(
+            tokens=_put(emitted.tokens, column, jnp.where(alive_B, drawn_B, 0)),
+            logprobs=_put(emitted.logprobs, column, logprobs_B),
+            counts=counts_B,
+            ended=emitted.ended | ended_B,
+            num_steps=column + 1,
+        ),
+    )
+
+
+def forward(
+    params: model_params.Params,
+    cache: kv_cache.PagedCache,
+    page_table: Array,
+    lengths: Array,
+    tokens: Array,
+    positions: Array,
+    visible: attention.Visibility | None = None,
+    *,
+    settings: Settings,
+) -> transformer.Output:
+    """Read tokens behind what the cache holds of each row; the cache stays as it is.
+
+    Args:
+      params: the target.
+      cache: its pages.
+      page_table: `[B, max_pages] int32`.
+      lengths: `[B] int32`, cached positions.
+      tokens: `[B, T] int32`.
+      positions: `[B, T] int32`.
+      visible: which of the tokens see each other; None: each those before it.
+      settings: the target, and the features that are wanted of it.
+
+    Returns:
+      What the forward gives, `[..., B, T]`.
+    """
+    return transformer.forward(
+        params,
+        settings.cfg,
+        tokens,
+        positions,
+        visible,
+        transformer.CacheView(cache, page_table, lengths),
+        dtype=jnp.dtype(settings.dtype),
+        kernels=settings.kernels,
+        features=settings.feature_layers or (),
+    )
 
 
 def after(drawn: Array, lengths: Array) -> Array:
@@ -203,11 +284,7 @@ def prefill(
     page_table: Array,
     lengths: Array,
     *,
-    cfg: model_config.ModelConfig,
-    feature_layers: tuple[int, ...] | None = None,
-    keep_hidden: bool = False,
-    dtype=jnp.float32,
-    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+    settings: Settings,
 ) -> kv_cache.PagedCache:
     """Append a chunk of each row's prompt to the cache.
 
@@ -218,26 +295,14 @@ def prefill(
       counts: `[B] int32`, valid tokens of each row's chunk.
       page_table: `[B, max_pages] int32`.
       lengths: `[B] int32`, cached positions, multiples of the page size.
-      cfg: the model.
-      feature_layers, keep_hidden: see `decode`.
-      dtype: of activations.
-      kernels: see `transformer.forward`.
+      settings: the target; nothing is drawn.
 
     Returns:
       The cache.
     """
-    positions = lengths[:, None] + jnp.arange(tokens.shape[1])
-    view = transformer.CacheView(cache, page_table, lengths)
-    out = transformer.forward(
-        params,
-        cfg,
-        tokens,
-        positions,
-        None,
-        view,
-        dtype=dtype,
-        kernels=kernels,
-        features=feature_layers or (),
+    positions_BT = lengths[:, None] + jnp.arange(tokens.shape[1])
+    out = forward(
+        params, cache, page_table, lengths, tokens, positions_BT, settings=settings
     )
     return kv_cache.append_pages(
         cache,
@@ -246,25 +311,21 @@ def prefill(
         page_table,
         lengths,
         counts,
-        features=kept_features(out, feature_layers, keep_hidden),
+        features=kept_features(out, settings),
     )
 
 
-def kept_features(
-    out: transformer.Output,
-    feature_layers: tuple[int, ...] | None,
-    keep_hidden: bool = False,
-) -> Array | None:
+def kept_features(out: transformer.Output, settings: Settings) -> Array | None:
     """Return what the cache keeps of a forward's features, `[F, B, T]` or None.
 
     Those that a drafter reads come first.
     """
-    if feature_layers is None:
+    if settings.feature_layers is None:
         return None
-    features = transformer.drafter_features(out)
-    if keep_hidden and feature_layers:
-        features = jnp.concatenate([features, out.hidden])
-    return features
+    features_FBT = transformer.drafter_features(out)
+    if settings.keep_hidden and settings.feature_layers:
+        features_FBT = jnp.concatenate([features_FBT, out.hidden])
+    return features_FBT
 
 
 def _put(buffer: Array, column: Array, values: Array) -> Array:

@@ -11,7 +11,6 @@ Reference: Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1,
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax.cpu_kernels import gumbel as native
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.types import Array
 
@@ -96,14 +95,14 @@ def gumbel(
       positions: `[N] int32`, index in the row's text (prompt included) of the token
         that is drawn.
       vocab_size: V.
-      kernels: whose native ones make the noise on CPUs, from the same bits and with
-        other roundings of the logarithms (at most 1e-6 apart).
+      kernels: whose own noise is made from the same bits, with other roundings of the
+        logarithms (at most 1e-6 apart).
 
     Returns:
       `[N, V] float32`.
     """
-    if kernels.is_native:
-        return native.gumbel(keys, positions, vocab_size)
+    if kernels.noise is not None:
+        return kernels.noise(keys, positions, vocab_size)
     half = (vocab_size + 1) // 2
     counter = (
         positions.astype(jnp.uint32)[:, None],

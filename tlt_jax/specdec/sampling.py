@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from tlt_jax.cpu_kernels import gumbel as native
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.settings import schema, sections
 from tlt_jax.types import Array
@@ -87,15 +86,16 @@ class Law:
             of which the laws, `[B, W, V]`, take what `which` says. One column stands
             for V equal ones.
           which: `[B, W] int32`, within [0, A).
-          kernels: whose native ones add and compare in one go on CPUs.
+          kernels: whose own draw adds and compares in one go.
         """
-        if kernels.is_native and noise.shape[-1] == self.scores.shape[-1]:
-            return self._draw_natively(noise, which)
+        if kernels.draw is not None and noise.shape[-1] == self.scores.shape[-1]:
+            return self._draw_rows(noise, which, kernels.draw)
         if which is not None:
             noise = jnp.take_along_axis(noise, which[..., None], axis=1)
         return argmax(self.scores + noise)
 
-    def _draw_natively(self, noise, which) -> Array:
+    def _draw_rows(self, noise, which, draw) -> Array:
+        """Draw by a kernel that is told for each row of scores its row of noise."""
         shape = self.scores.shape
         if which is None:
             rows = jnp.arange(math.prod(shape[:-1]), dtype=jnp.int32)
@@ -103,7 +103,7 @@ class Law:
             first = noise.shape[1] * jnp.arange(shape[0], dtype=jnp.int32)
             rows = (first[:, None] + which).reshape(-1)
         scores, noise = (x.reshape(-1, shape[-1]) for x in (self.scores, noise))
-        return native.draw(scores, noise, rows).reshape(shape[:-1])
+        return draw(scores, noise, rows).reshape(shape[:-1])
 
 
 def law(logits: Array, cfg: SamplingConfig) -> Law:

@@ -20,7 +20,8 @@ class Strategy:
       draft_depth: levels below the root, at least 1.
       topk: children of each live branch, and live branches of each level.
       tokens_to_verify: nodes of the tree verified, root included.
-      proposer: `drafter` (learned), `ngram` (suffix matches) or `both` in one tree.
+      proposer: `drafter` (learned), `ngram` (suffix matches), `both` in one tree, or
+        `package.module:Name`, a class of one's own (`protocols.Proposer`).
     """
 
     draft_depth: int
@@ -32,9 +33,10 @@ class Strategy:
         for name in ("draft_depth", "topk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1.")
-        if self.proposer not in PROPOSERS:
+        if self.proposer not in PROPOSERS and not self.is_external:
             raise ValueError(
-                f"proposer={self.proposer!r}: use one of {', '.join(PROPOSERS)}."
+                f"proposer={self.proposer!r}: use one of {', '.join(PROPOSERS)}, or "
+                "package.module:Name."
             )
         most = 1 + self.num_candidates
         if self.tokens_to_verify > most:
@@ -68,21 +70,23 @@ class Strategy:
     @property
     def num_candidates(self) -> int:
         """Nodes among which the best are chosen."""
-        if self.proposer == "drafter":
-            return self.num_drafted
-        if self.proposer == "ngram":
-            return self.num_matched
-        return self.num_drafted + self.num_matched
+        drafted = self.num_drafted if self.drafts or self.is_external else 0
+        return drafted + (self.num_matched if self.matches else 0)
 
     @property
     def drafts(self) -> bool:
         """Whether the learned drafter is asked."""
-        return self.proposer != "ngram"
+        return self.proposer in ("drafter", "both")
 
     @property
     def matches(self) -> bool:
         """Whether texts are searched for suffixes."""
-        return self.proposer != "drafter"
+        return self.proposer in ("ngram", "both")
+
+    @property
+    def is_external(self) -> bool:
+        """Whether a class of one's own is asked."""
+        return ":" in self.proposer
 
     def __str__(self) -> str:
         shape = f"D{self.draft_depth}K{self.topk}V{self.tokens_to_verify}"
@@ -104,55 +108,21 @@ def parse(text: str) -> Strategy:
         raise ValueError(
             f"strategy {text!r} is not of the form D<draft_depth>K<topk>"
             "V<tokens_to_verify>, with -ngram or -both behind it where suffix matches "
-            "are wanted; for example D6K2V12."
+            "are wanted, or -package.module:Name of a proposer of one's own; for "
+            "example D6K2V12."
         ) from None
     return Strategy(*numbers, proposer or "drafter")
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """A strategy for each number of rows; plain decoding beyond the last entry.
-
-    Reference: the system's paper, section 5: speculation starts when the active batch
-    has fallen to a threshold, and verifies the more the fewer rows there are.
-
-    Attributes:
-      entries: (largest number of rows, strategy), rising.
-    """
-
-    entries: tuple[tuple[int, Strategy], ...]
-
-    def __post_init__(self):
-        _check_limits([limit for limit, _ in self.entries])
-
-    def choose(self, num_rows: int) -> Strategy | None:
-        """Return the strategy for `num_rows` rows, or None: decode plainly."""
-        for limit, strategy in self.entries:
-            if num_rows <= limit:
-                return strategy
-        return None
-
-    def strategies(self) -> tuple[Strategy, ...]:
-        """List the strategies."""
-        return tuple(strategy for _, strategy in self.entries)
-
-
-def parse_table(entries: Sequence[str]) -> Table:
-    """Read a table such as `("2:D6K2V12", "8:D4K1V5")`, rows and strategy.
-
-    Raises:
-      ValueError: an entry is not of that form, or cannot be built.
-    """
-    parsed = []
-    for entry in entries:
-        rows, text = _parse_entry(entry, "<strategy>; for example 4:D6K2V12")
-        parsed.append((rows, parse(text)))
-    return Table(tuple(parsed))
-
-
-@dataclasses.dataclass(frozen=True)
 class Arms:
     """Candidate strategies for each number of rows; none beyond the last entry.
+
+    With one candidate an entry they are the paper's table: speculation starts when the
+    active batch has fallen to a threshold, and verifies the more the fewer rows there
+    are.
+
+    Reference: the system's paper, section 5.
 
     Attributes:
       entries: (largest number of rows, strategies), rising.
@@ -161,7 +131,12 @@ class Arms:
     entries: tuple[tuple[int, tuple[Strategy, ...]], ...]
 
     def __post_init__(self):
-        _check_limits([limit for limit, _ in self.entries])
+        limits = [limit for limit, _ in self.entries]
+        if limits != sorted(set(limits)) or any(limit < 1 for limit in limits):
+            raise ValueError(
+                f"strategies are given for at most {limits} rows: name each number of "
+                "rows once, the smallest first, at least 1."
+            )
         for limit, strategies in self.entries:
             if not strategies or len(set(strategies)) < len(strategies):
                 names = ",".join(map(str, strategies))
@@ -187,8 +162,8 @@ class Arms:
         named = (s for _, strategies in self.entries for s in strategies)
         return tuple(dict.fromkeys(named))
 
-    def table(self) -> Table:
-        """Return the table of the only candidates.
+    def check_single(self) -> None:
+        """Refuse entries with several candidates, where nothing chooses.
 
         Raises:
           ValueError: an entry has several.
@@ -200,7 +175,10 @@ class Arms:
                     f"entry {limit}:{names} has {len(strategies)} candidates, and "
                     "nothing chooses between them: name one, or use a tuner that does."
                 )
-        return Table(tuple((limit, only) for limit, (only,) in self.entries))
+
+    def first(self, num_rows: int) -> Strategy | None:
+        """Return the first candidate, or None: decode plainly."""
+        return next(iter(self.of(num_rows)), None)
 
 
 def parse_arms(entries: Sequence[str]) -> Arms:
@@ -211,23 +189,12 @@ def parse_arms(entries: Sequence[str]) -> Arms:
     """
     parsed = []
     for entry in entries:
-        rows, text = _parse_entry(
-            entry, "<strategy>,<strategy>,...; for example 4:D6K2V12,D3K1V4"
-        )
-        parsed.append((rows, tuple(parse(name.strip()) for name in text.split(","))))
+        rows, _, text = entry.partition(":")
+        if not rows.isdigit() or not text:
+            raise ValueError(
+                f"entry {entry!r} is not <largest number of rows>:<strategy>,"
+                "<strategy>,...; for example 4:D6K2V12 or 4:D6K2V12,D3K1V4."
+            )
+        strategies = tuple(parse(name.strip()) for name in text.split(","))
+        parsed.append((int(rows), strategies))
     return Arms(tuple(parsed))
-
-
-def _parse_entry(entry: str, form: str) -> tuple[int, str]:
-    rows, _, text = entry.partition(":")
-    if not rows.isdigit() or not text:
-        raise ValueError(f"entry {entry!r} is not <largest number of rows>:{form}.")
-    return int(rows), text
-
-
-def _check_limits(limits: list[int]) -> None:
-    if limits != sorted(set(limits)) or any(limit < 1 for limit in limits):
-        raise ValueError(
-            f"strategies are given for at most {limits} rows: name each number of "
-            "rows once, the smallest first, at least 1."
-        )

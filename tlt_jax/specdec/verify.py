@@ -6,11 +6,14 @@ from there; else the token drawn is the recovered one, or the bonus behind a lea
 the tokens that come out are those of plain decoding, whatever was proposed.
 """
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 from flax import struct
 
 from tlt_jax.models import kernels as kernels_lib
-from tlt_jax.specdec import sampling
+from tlt_jax.specdec import decode, noise, sampling
 from tlt_jax.specdec import tree as tree_lib
 from tlt_jax.types import Array
 
@@ -29,6 +32,68 @@ class Walk:
     path: Array
     tokens: Array
     num_accepted: Array
+
+
+@struct.dataclass
+class Chance:
+    """The randomness of a step.
+
+    Attributes:
+      draft: `[B, A, V]`, Gumbel noise of the positions behind depth 0 to A - 1: the
+        target draws with it, so that a drafter can guess the draw. One column of zeros
+        at temperature 0.
+    """
+
+    draft: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Keyed:
+    """The rule by which tokens are those of plain decoding, see `protocols.Rule`."""
+
+    def chance(
+        self, keys: Array, lengths: Array, num: int, settings: decode.Settings
+    ) -> Chance:
+        """Make the noise of the next `num` positions of each row."""
+        batch, vocab_size = lengths.shape[0], settings.cfg.vocab_size
+        if settings.sampling_cfg.temperature == 0:
+            return Chance(jnp.zeros((batch, num, 1), jnp.float32))
+        positions_BA = lengths[:, None] + 1 + jnp.arange(num)
+        noise_NV = noise.gumbel(
+            jnp.repeat(keys, num, axis=0),
+            positions_BA.reshape(-1),
+            vocab_size,
+            settings.kernels,
+        )
+        return Chance(noise_NV.reshape(batch, num, vocab_size))
+
+    def judge(
+        self,
+        law: sampling.Law,
+        tree: tree_lib.DraftTree,
+        proposal: Any,
+        chance: Chance,
+        settings: decode.Settings,
+    ) -> tuple[Walk, Array]:
+        """Walk by the target's draws, whatever the proposal's laws were."""
+        del proposal
+        drawn_BW = draw(law, chance.draft, tree, settings.kernels)
+        taken = walk(tree, drawn_BW, chance.draft.shape[1])
+        return taken, logprobs_of(law, drawn_BW, taken)
+
+
+def logprobs_of(law: sampling.Law, drawn: Array, walk: Walk) -> Array:
+    """Look up the log-probabilities of a walk's tokens.
+
+    Args:
+      law: `[B, W, V]`.
+      drawn: `[B, W] int32`, the token that was drawn at each node.
+      walk: along those nodes.
+
+    Returns:
+      `[B, A] float32`.
+    """
+    return jnp.take_along_axis(law.logprob_of(drawn), walk.path, axis=1)
 
 
 def draw(

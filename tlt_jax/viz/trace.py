@@ -14,8 +14,7 @@ import numpy as np
 
 from tlt_jax import policy, speculation
 from tlt_jax.models import kv_cache
-from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import decode, noise, sampling, speculate, tree
+from tlt_jax.specdec import decode, noise, protocols, sampling, speculate, tree
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import learned
 
@@ -101,13 +100,13 @@ class Tracer:
                 f"ranking={ranking!r}: use one of {', '.join(learned.RANKINGS)}."
             )
         self._asked, self._strategy, self._max_length = asked, strategy, max_length
-        self._tau = np.float32(drafting.drafting_cfg.tau)
-        cfg, drafter_cfg = asked.config, drafting.drafting_cfg.drafter_cfg
+        self._tau = np.float32(drafting.speculator_cfg.tau)
+        cfg, drafter_cfg = asked.config, drafting.speculator_cfg.drafter_cfg
         dtype = jnp.dtype(asked.precision)
         num_pages = -(-(max_length + strategy.max_accept_length) // _PAGE_SIZE)
         self._width = num_pages * _PAGE_SIZE
         self._table = np.arange(1, num_pages + 1, dtype=np.int32)[None]
-        self._caches = speculate.Caches(
+        self._caches = protocols.Caches(
             target=kv_cache.create(
                 cfg, num_pages + 1, _PAGE_SIZE, dtype, drafter_cfg.num_read
             ),
@@ -118,27 +117,23 @@ class Tracer:
         given = drafting.params.sharpness
         self._sharpness = np.float32(1.0 if given is None else given)
         params = drafting.params.replace(sharpness=None)
-        head = drafter_head.head_rows(asked.params, params.draft_ids)
-        self._weights = learned.DrafterWeights(params, asked.params.embed, head)
-        settings = speculate.Settings(
+        self._weights = learned.weights_of(params, asked.params)
+        settings = decode.Settings(
             cfg=cfg,
-            strategy=strategy,
             sampling_cfg=law,
             eos_ids=asked.eos_ids,
             max_tokens=strategy.max_accept_length,
-            drafter_cfg=drafter_cfg,
-            ranking=ranking,
+            feature_layers=drafter_cfg.feature_layers,
             dtype=asked.precision,
         )
-        self._step = jax.jit(functools.partial(speculate.run_step, settings=settings))
-        self._prefill = jax.jit(
+        self._step = jax.jit(
             functools.partial(
-                decode.prefill,
-                cfg=cfg,
-                feature_layers=drafter_cfg.feature_layers,
-                dtype=dtype,
+                speculate.run_step,
+                proposer=learned.Learned(strategy, settings, drafter_cfg, ranking),
+                settings=settings,
             )
         )
+        self._prefill = jax.jit(functools.partial(decode.prefill, settings=settings))
         self._fill = jax.jit(
             functools.partial(learned.fill, cfg=drafter_cfg, dtype=dtype)
         )
@@ -229,13 +224,13 @@ class Tracer:
             self._table,
             zero,
         )
-        self._caches = speculate.Caches(target, draft_cache)
+        self._caches = protocols.Caches(target, draft_cache)
 
     def _advance(self, text, drafted, limit, keys) -> tuple[Step, int, bool]:
         rest = text[drafted + 1 :]
         tokens = np.zeros((1, self._strategy.max_accept_length), np.int32)
         tokens[0, : len(rest)] = rest
-        draft = speculate.Draft(
+        draft = learned.Draft(
             self._weights,
             self._tau,
             self._sharpness,
@@ -249,9 +244,7 @@ class Tracer:
             keys=keys,
             remaining=np.array([limit - len(text)], np.int32),
         )
-        self._caches, made = self._step(
-            self._asked.params, self._caches, rows, draft, None
-        )
+        self._caches, made = self._step(self._asked.params, self._caches, rows, draft)
         words = tree.ancestor_words(made.tree, self._strategy.draft_depth)
         sees = tree.unpack_words(words, self._strategy.tokens_to_verify)
         made, sees = jax.device_get((made, sees))
@@ -270,7 +263,7 @@ class Tracer:
             path=walk.path[0, : walk.num_accepted[0] + 1],
             emitted=result.emitted.tokens[0, : result.emitted.counts[0]],
         )
-        return step, int(result.draft_lengths[0]), bool(result.emitted.ended[0])
+        return step, int(result.progress[0]), bool(result.emitted.ended[0])
 
     def _padded(self, tokens: np.ndarray) -> np.ndarray:
         """Fill up to the longest text, `[1, T]`: every text has the same programs."""

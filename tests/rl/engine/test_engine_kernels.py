@@ -60,9 +60,9 @@ def run(attention, table=None):
     """Completions by request, with the rows of `table` speculating."""
     chosen = None
     if table is not None:
-        chosen = speculator.DraftingConfig(strategy.parse_table(table), DRAFTER)
+        chosen = speculator.SpeculatorConfig(strategy.parse_arms(table), DRAFTER)
     sizes = dataclasses.replace(SIZES, attention=attention)
-    engine = engine_lib.Engine(CFG, sizes, drafting_cfg=chosen)
+    engine = engine_lib.Engine(CFG, sizes, speculator_cfg=chosen)
     engine.set_params(weights(), version=0)
     if chosen is not None:
         engine.set_drafter(drafter.init(DRAFTER, jax.random.key(1)), version=0)
@@ -122,7 +122,7 @@ def test_nothing_is_checked_where_nobody_asks():
     for check in (False, True):
         sizes = dataclasses.replace(SIZES, check_kernels=check)
         engine = engine_lib.Engine(CFG, sizes)
-        _, lower = engine.programs.plain_decode(weights(), 1)
-        texts.append(lower().as_text())
+        program = engine.programs.plain_decode(weights(), 1)
+        texts.append(program.lower().as_text())
         engine.pool.close()
     assert ["callback" in text for text in texts] == [False, True]

@@ -37,12 +37,12 @@ def drafter_params(cfg, seed=0):
     return params
 
 
-def engine_of(table, cfg=DRAFTER, drafting_changes=None, mesh=None, **changes):
+def engine_of(table, cfg=DRAFTER, speculator_changes=None, mesh=None, **changes):
     engine = engine_lib.Engine(
         engines.CFG,
         dataclasses.replace(engines.BASE, **changes),
-        drafting_cfg=speculator.DraftingConfig(
-            strategy.parse_table(TABLES[table]), cfg, **(drafting_changes or {})
+        speculator_cfg=speculator.SpeculatorConfig(
+            strategy.parse_arms(TABLES[table]), cfg, **(speculator_changes or {})
         ),
         decode_text=engines.letters,
         mesh=mesh,
@@ -183,8 +183,8 @@ def test_warm_up_compiles_all_that_a_run_needs():
 
 def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
     engine = engine_of("by rows", EAGLE)
-    engine._drafting.weights = None
-    engine._drafting._params = None
+    engine._speculator.weights = None
+    engine._speculator._params = None
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert set(stats.strategies) == {"none"} and stats.accept_length == 1
     for version in (1, 2):
@@ -198,16 +198,19 @@ def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
 
 
 def test_a_drafters_sharpness_is_told_with_every_call():
-    table = strategy.parse_table(TABLES["chain"])
-    made = speculator.Drafting(speculator.DraftingConfig(table, EAGLE), page_size=2)
+    table = strategy.parse_arms(TABLES["chain"])
+    made = speculator.Speculator(
+        speculator.SpeculatorConfig(table, EAGLE), page_size=2, max_length=40
+    )
     params = drafter_params(EAGLE)
     for given, told in ((np.float32(1.5), 1.5), (None, 1.0)):
-        made.set_params(params.replace(sharpness=given), engines.PARAMS, version=0)
-        call = made.draft([], 1, table.choose(1))
+        made.offer(params.replace(sharpness=given), version=0)
+        made.take_up((), engines.PARAMS)
+        call = made.inputs([], 1, table.first(1))
         assert call.sharpness == told
         # Else programs would have been compiled for other weights.
         assert call.weights.params.sharpness is None
-    assert made.draft([], 1, table.choose(1)).sharpness.dtype == np.float32
+    assert made.inputs([], 1, table.first(1)).sharpness.dtype == np.float32
 
 
 def test_shared_prompt_pages_are_filled_once():
@@ -243,25 +246,25 @@ def test_shared_prompt_pages_are_filled_once():
         ),
         (lambda: engine_of("chain", None), "there is none"),
         (
-            lambda: engine_of("chain", drafting_changes=dict(ranking="best")),
+            lambda: engine_of("chain", speculator_changes=dict(ranking="best")),
             "ranking='best': use one of coupled",
         ),
-        (lambda: engine_of("chain", drafting_changes=dict(tau=0.0)), "tau=0.0"),
+        (lambda: engine_of("chain", speculator_changes=dict(tau=0.0)), "tau=0.0"),
         (
-            lambda: engine_of("by rows", drafting_changes=dict(rule="block")),
+            lambda: engine_of("by rows", speculator_changes=dict(rule="block")),
             "strategy D4K2V9 is none: use D4K1V5",
         ),
         (
             lambda: engine_of(
                 "chain",
-                drafting_changes=dict(rule="block"),
+                speculator_changes=dict(rule="block"),
                 sampling_cfg=sampling.SamplingConfig(temperature=0),
             ),
             "temperature=0 samples nothing",
         ),
         (
             lambda: engines.engine_of().set_drafter(drafter_params(EAGLE), 0),
-            "without drafting_cfg",
+            "without speculator_cfg",
         ),
     ],
     ids="target length none ranking tau rule greedy plain".split(),

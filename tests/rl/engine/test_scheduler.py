@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tlt_jax import types
 from tlt_jax.models import kv_cache
 from tlt_jax.rl.engine import request_queue, scheduler
+from tlt_jax.specdec.tuners import tuner
 
 
 def request(request_id, prompt_id=0, prompt=3, max_new_tokens=4):
@@ -287,13 +288,16 @@ def test_an_empty_prompt_is_refused():
 
 @pytest.mark.parametrize(
     "max_rows,expected",
-    [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])],
+    [
+        *((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (6, [1, 2, 4, 6])),
+        *((8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])),
+    ],
 )
 def test_buckets_hold_every_number_of_rows(max_rows, expected):
     assert scheduler.buckets(max_rows) == expected
     for count in range(1, max_rows + 1):
         smallest = min(bucket for bucket in expected if bucket >= count)
-        assert scheduler.bucket_of(count, max_rows) == smallest
+        assert tuner.bucket_of(count, max_rows) == smallest
 
 
 @pytest.mark.parametrize(

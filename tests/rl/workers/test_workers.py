@@ -139,8 +139,8 @@ def adapted(cfg, entries):
     engine = engine_lib.Engine(
         engines.CFG,
         dataclasses.replace(engines.BASE, max_rows=2),
-        drafting_cfg=speculator.DraftingConfig(
-            strategy.parse_table(entries), cfg, capture=True
+        speculator_cfg=speculator.SpeculatorConfig(
+            strategy.parse_arms(entries), cfg, capture=True
         ),
     )
     engine.set_params(engines.PARAMS, version=3)

@@ -11,8 +11,9 @@ from tests.specdec import hosts
 from tlt_jax.models import kv_cache
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.specdec import decode, sampling
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec.proposers import learned
+from tlt_jax.specdec.proposers import expansion, learned
 
 NUM, MOST, PAGE = 2, 16, 4  # rows, longest text, page size
 CFG = drafter.of_target(hosts.CFG, feature_layers=(0, 1), draft_vocab_size=30)
@@ -38,7 +39,7 @@ def whole(tokens, features):
     out = drafter.forward(
         weights().params,
         CFG,
-        learned.embedded(weights(), tokens[None], jnp.float32),
+        weights().embedded(tokens[None], jnp.float32),
         features[:, None],
         jnp.arange(MOST)[None],
     )
@@ -90,19 +91,16 @@ def slow_draft(row, noise, tau, sharpness, temperature):
 
 @functools.cache
 def draft_program(coupled, temperature):
+    settings = decode.Settings(hosts.CFG, sampling.SamplingConfig(temperature))
+    ranking = "coupled" if coupled else "deterministic"
+    proposer = learned.Learned(STRATEGY, settings, CFG, ranking)
+
     def fn(weights, cache, table, accepted, noise, tau, sharpness):
-        return learned.draft(
-            weights,
-            cache,
-            table,
-            accepted,
-            noise if coupled else None,
-            tau,
-            sharpness,
-            cfg=CFG,
-            strategy=STRATEGY,
-            temperature=temperature,
-        )
+        nothing = jnp.zeros((NUM,), jnp.int32)
+        rows = decode.Rows(table, *[nothing] * 4)
+        draft = learned.Draft(weights, tau, sharpness, nothing, accepted.tokens)
+        state = learned.State(cache, accepted)
+        return proposer.propose(draft, state, rows, noise)
 
     return jax.jit(fn)
 
@@ -160,7 +158,8 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
         jnp.float32(sharpness),
     )
     found = jax.device_get(made.candidates)
-    assert made.keys.shape == made.values.shape == (2, 6, NUM, width)
+    keys, values = made.extra
+    assert keys.shape == values.shape == (2, 6, NUM, width)
     for row in range(NUM):
         chance = noise if coupled else None
         wanted = slow_draft(row, chance, 0.6, sharpness, temperature)
@@ -185,7 +184,7 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
 @pytest.mark.parametrize("k", [1, 3, 4, 6])
 def test_best_of_are_the_largest(k):
     scores = np.random.default_rng(k).normal(size=(3, 2, 50)).astype(np.float32)
-    values, ids = jax.jit(learned.best_of, static_argnums=1)(scores, k)
+    values, ids = jax.jit(expansion.best_of, static_argnums=1)(scores, k)
     order = np.argsort(-scores, axis=-1)[..., :k]
     np.testing.assert_array_equal(ids, order)
     np.testing.assert_array_equal(values, np.take_along_axis(scores, order, -1))

@@ -4,13 +4,12 @@ import json
 
 import pytest
 
-from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.tuners import build as tuners
 from tlt_jax.specdec.tuners import tuner
 
 ARMS = strategy.parse_arms(("1:D3K1V4,D7K1V8", "4:D3K1V4,D2K2V5"))
-TABLE = strategy.parse_table(("2:D7K1V8", "4:D3K1V4"))
+TABLE = strategy.parse_arms(("2:D7K1V8", "4:D3K1V4"))
 D7, D3 = strategy.parse("D7K1V8"), strategy.parse("D3K1V4")
 
 
@@ -27,10 +26,13 @@ def test_arms_are_read_and_looked_up():
 
 
 def test_arms_of_one_candidate_are_a_table():
-    entries = ("2:D7K1V8", "4:D3K1V4")
-    assert strategy.parse_arms(entries).table() == strategy.parse_table(entries)
+    TABLE.check_single()
+    assert [TABLE.first(n) for n in (1, 2, 3, 4, 5)] == [D7, D7, D3, D3, None]
     with pytest.raises(ValueError, match="1:D3K1V4,D7K1V8 has 2 candidates"):
-        ARMS.table()
+        ARMS.check_single()
+    for name in ("static", "threshold"):
+        with pytest.raises(ValueError, match="1:D3K1V4,D7K1V8 has 2 candidates"):
+            tuners.build(name, ARMS, max_rows=8, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +92,6 @@ def test_a_threshold_goes_on_where_it_was():
     assert other.choose(5) is None
     other.restore(state)
     assert other.choose(5) == D3
-
-
-@pytest.mark.parametrize("max_rows", [1, 2, 3, 8, 12])
-def test_buckets_are_those_of_the_engine(max_rows):
-    for num_rows in range(1, max_rows + 1):
-        expected = scheduler.bucket_of(num_rows, max_rows)
-        assert tuner.bucket_of(num_rows, max_rows) == expected
 
 
 def test_accept_length_of_a_call():

@@ -117,7 +117,7 @@ class DrafterParams:
       fuse: `[D, n * D]`, or None where the feature is the target's last one.
       norm: `[D]` or None.
       draft_ids: `[Vd] int32`, rising target ids that can be proposed, or None: all.
-      sharpness: float32 scalar, see `learned.draft`; measured and not trained. None: 1.
+      sharpness: float32 scalar, see `learned.Draft`; measured and not trained. None: 1.
       join_bias: `[D]` or None.
       feature_norm: `[D]`, `eagle3` alone.
       head: `[Vd, D]` or None: the target's.

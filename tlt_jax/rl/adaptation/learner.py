@@ -6,7 +6,7 @@ given up; engines get copies with a version.
 """
 
 import functools
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -147,7 +147,7 @@ class DrafterLearner:
     def prepare(self, devices: Devices, target: model_params.Params) -> None:
         """Compile step and measurement for devices, in the background."""
         for program in self._programs(devices, target).values():
-            self.pool.prepare(*program)
+            self.pool.prepare(program)
 
     def is_ready(
         self, devices: Devices, target: model_params.Params, timeout_s: float = 0.0
@@ -157,8 +157,8 @@ class DrafterLearner:
         Raises an error of their compilation.
         """
         return all(
-            self.pool.is_ready(key, timeout_s)
-            for key, _ in self._programs(devices, target).values()
+            self.pool.is_ready(program, timeout_s)
+            for program in self._programs(devices, target).values()
         )
 
     def begin(self, devices: Devices, target: model_params.Params) -> None:
@@ -179,7 +179,7 @@ class DrafterLearner:
         )
         self._mesh = mesh
         self._compiled = {
-            name: self.pool.get(*program)
+            name: self.pool.get(program)
             for name, program in self._programs(devices, target).items()
         }
 
@@ -261,11 +261,12 @@ class DrafterLearner:
         return pieces.starts(batch.bases.shape[1], self._piece_size)
 
     def _programs(self, devices: Devices, target: model_params.Params):
-        """Keys and lowerings of a training's programs, by name."""
+        """A training's programs, by name."""
         key = tuple(device.id for device in devices)
 
-        def program(name: str) -> tuple[Hashable, Callable]:
-            return ("drafter", name, key), lambda: self._lower(name, devices, target)
+        def program(name: str) -> programs.Program:
+            lower = functools.partial(self._lower, name, devices, target)
+            return programs.Program(("drafter", name, key), lower)
 
         return {name: program(name) for name in _NAMES}
 

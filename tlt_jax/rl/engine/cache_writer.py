@@ -16,8 +16,9 @@ from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.engine import scheduler, speculator
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs
-from tlt_jax.specdec import speculate
+from tlt_jax.specdec import protocols
 from tlt_jax.specdec.proposers import learned
+from tlt_jax.specdec.tuners import tuner
 
 # Rows of one call, at most; the call's buckets are the powers of two up to it.
 _MOST_ROWS = 4
@@ -38,11 +39,11 @@ class CacheWriter:
 
     def admit(
         self,
-        caches: speculate.Caches,
+        caches: protocols.Caches,
         params: model_params.Params,
         admission: scheduler.Admission,
         stats: rollout_stats.RolloutStats,
-    ) -> speculate.Caches:
+    ) -> protocols.Caches:
         """Do what an admission asks for.
 
         Args:
@@ -62,7 +63,7 @@ class CacheWriter:
         width = self._cfg.max_rows
         pairs = np.zeros((width, 2), np.int32)
         pairs[: len(admission.copies)] = np.reshape(admission.copies, (-1, 2))
-        copy = self._pool.get(*self._programs.copy())
+        copy = self._pool.get(self._programs.copy())
         target = copy(caches.target, pairs[:, 0], pairs[:, 1])
         # Else the next decode call would count what is still being computed.
         jax.block_until_ready(target)
@@ -72,12 +73,12 @@ class CacheWriter:
 
     def fill(
         self,
-        caches: speculate.Caches,
+        caches: protocols.Caches,
         params: model_params.Params,
         weights: learned.DrafterWeights,
         rounds: Sequence[Sequence[speculator.Fill]],
         stats: rollout_stats.RolloutStats,
-    ) -> speculate.Caches:
+    ) -> protocols.Caches:
         """Bring the drafter to where a speculative call may begin.
 
         Args:
@@ -100,7 +101,7 @@ class CacheWriter:
         stats.fill_s += time.perf_counter() - started - waited
         return caches
 
-    def _prefill(self, caches, params, jobs, stats) -> speculate.Caches:
+    def _prefill(self, caches, params, jobs, stats) -> protocols.Caches:
         chunk = self._cfg.chunk
         for call in _calls([len(job.text) - job.start for job in jobs], chunk):
             batch, table = self._table([jobs[i] for i, _ in call])
@@ -112,13 +113,13 @@ class CacheWriter:
                 part = jobs[i].text[first:][:chunk]
                 tokens[row, : len(part)] = part
                 counts[row], lengths[row] = len(part), first
-            program = self._pool.get(*self._programs.prefill(params, batch))
+            program = self._pool.get(self._programs.prefill(params, batch))
             target = program(params, caches.target, tokens, counts, table, lengths)
             caches = caches.replace(target=target)
             stats.num_prefill_tokens += int(counts.sum())
         return caches
 
-    def _fill(self, caches, params, weights, jobs, stats) -> speculate.Caches:
+    def _fill(self, caches, params, weights, jobs, stats) -> protocols.Caches:
         chunk = self._cfg.chunk
         for call in _calls([job.stop - job.start for job in jobs], chunk):
             batch, table = self._table([jobs[i] for i, _ in call])
@@ -130,7 +131,7 @@ class CacheWriter:
                 count = min(chunk, jobs[i].stop - first)
                 tokens[row, :count] = jobs[i].text[first + 1 : first + 1 + count]
                 counts[row], starts[row] = count, first
-            program = self._pool.get(*self._programs.fill(params, batch))
+            program = self._pool.get(self._programs.fill(params, batch))
             filled = program(
                 weights, caches.target, caches.drafter, tokens, counts, table, starts
             )
@@ -140,7 +141,7 @@ class CacheWriter:
 
     def _table(self, jobs) -> tuple[int, np.ndarray]:
         """The batch bucket of some jobs, and their pages."""
-        batch = scheduler.bucket_of(len(jobs), _MOST_ROWS)
+        batch = tuner.bucket_of(len(jobs), _MOST_ROWS)
         table = np.zeros((batch, self._cfg.max_pages), np.int32)
         for i, job in enumerate(jobs):
             table[i, : len(job.pages)] = job.pages

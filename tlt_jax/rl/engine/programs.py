@@ -8,7 +8,6 @@ few for prefilling, filling the drafter's cache, and copying pages.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -19,12 +18,11 @@ from tlt_jax.models import kernels, kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import speculator
-from tlt_jax.runtime import sharding
-from tlt_jax.specdec import decode, sampling, speculate
+from tlt_jax.runtime import programs, sharding
+from tlt_jax.specdec import chain, decode, protocols, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import build as proposers
 from tlt_jax.specdec.proposers import learned, ngram
-
-Program = tuple[Hashable, Callable[[], jax.stages.Lowered]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +88,7 @@ class EnginePrograms:
         self,
         cfg: model_config.ModelConfig,
         engine_cfg: EngineConfig,
-        drafting_cfg: speculator.DraftingConfig | None,
+        speculator_cfg: speculator.SpeculatorConfig | None,
         mesh: jax.sharding.Mesh,
         rules: sharding.ShardingRules,
     ):
@@ -99,7 +97,7 @@ class EnginePrograms:
         Args:
           cfg: the target.
           engine_cfg: sizes and law.
-          drafting_cfg: how to speculate, or None.
+          speculator_cfg: how to speculate, or None.
           mesh: devices of the engine.
           rules: how the caches are split over them.
 
@@ -107,8 +105,8 @@ class EnginePrograms:
           ValueError: `engine_cfg.cpu_kernels` or `.attention` cannot be had.
         """
         self._cfg, self._engine_cfg = cfg, engine_cfg
-        self._drafting_cfg = drafting_cfg
-        self._drafter_cfg = drafting_cfg and drafting_cfg.drafter_cfg
+        self._speculator_cfg = speculator_cfg
+        self._drafter_cfg = speculator_cfg and speculator_cfg.drafter_cfg
         self._replicated = sharding.replicated(mesh)
         self._dtype = jnp.dtype(engine_cfg.dtype)
         self.kernels = kernels.choose(
@@ -134,19 +132,32 @@ class EnginePrograms:
         )
 
     @property
-    def abstract_caches(self) -> speculate.Caches:
+    def abstract_caches(self) -> protocols.Caches:
         """Shapes and shardings of the caches."""
         return self._caches
 
     @property
-    def feature_layers(self) -> tuple[int, ...] | None:
-        """What the cache keeps for the drafter."""
-        return None if self._drafter_cfg is None else self._drafter_cfg.feature_layers
+    def captures(self) -> bool:
+        """Whether texts' features are read for the drafter's training."""
+        return self._speculator_cfg is not None and self._speculator_cfg.capture
 
     @property
-    def _keeps_hidden(self) -> bool:
-        """Whether pages keep the last features, too, for the drafter's training."""
-        return bool(self.feature_layers) and self._drafting_cfg.capture
+    def settings(self) -> decode.Settings:
+        """What every program of the target is compiled for."""
+        cfg, layers = self._engine_cfg, None
+        if self._drafter_cfg is not None:
+            layers = self._drafter_cfg.feature_layers
+        return decode.Settings(
+            cfg=self._cfg,
+            sampling_cfg=cfg.sampling_cfg,
+            eos_ids=cfg.eos_ids,
+            max_tokens=cfg.steps_per_call,
+            feature_layers=layers,
+            # Beside what is fused: training needs the last features, too.
+            keep_hidden=bool(layers) and self._speculator_cfg.capture,
+            dtype=cfg.dtype,
+            kernels=self.kernels,
+        )
 
     def _drafter_weights(self, params: model_params.Params) -> learned.DrafterWeights:
         """Describe the drafter's weights, which need not be there yet."""
@@ -168,27 +179,20 @@ class EnginePrograms:
             kept["head"] = abstract_of(params.head)
         return placed.replace(**kept)
 
-    def empty_caches(self) -> Program:
-        """Make the empty `speculate.Caches`."""
+    def empty_caches(self) -> programs.Program:
+        """Make the empty `protocols.Caches`."""
 
         def lower():
             return jax.jit(self._empty, out_shardings=self._shardings).lower()
 
-        return ("cache",), lower
+        return programs.Program(("cache",), lower)
 
-    def prefill(self, params: model_params.Params, batch: int) -> Program:
+    def prefill(self, params: model_params.Params, batch: int) -> programs.Program:
         """Append a chunk to `batch` rows of the target's cache."""
 
         def lower():
             cfg = self._engine_cfg
-            fn = functools.partial(
-                decode.prefill,
-                cfg=self._cfg,
-                feature_layers=self.feature_layers,
-                keep_hidden=self._keeps_hidden,
-                dtype=self._dtype,
-                kernels=self.kernels,
-            )
+            fn = functools.partial(decode.prefill, settings=self.settings)
             return decode.donated(fn, self._shardings.target).lower(
                 abstract_of(params),
                 self._caches.target,
@@ -198,24 +202,24 @@ class EnginePrograms:
                 self._ints(batch),
             )
 
-        return ("prefill", batch), lower
+        return programs.Program(("prefill", batch), lower)
 
-    def plain_decode(self, params: model_params.Params, batch: int) -> Program:
+    def decoding(
+        self,
+        params: model_params.Params,
+        batch: int,
+        strategy: strategy_lib.Strategy | None,
+    ) -> programs.Program:
+        """Decode `batch` rows as the strategy says; None: plainly."""
+        if strategy is None:
+            return self.plain_decode(params, batch)
+        return self.speculative_decode(params, batch, strategy)
+
+    def plain_decode(self, params: model_params.Params, batch: int) -> programs.Program:
         """Decode `batch` rows plainly."""
 
         def lower():
-            cfg = self._engine_cfg
-            fn = functools.partial(
-                decode.decode,
-                cfg=self._cfg,
-                sampling_cfg=cfg.sampling_cfg,
-                eos_ids=cfg.eos_ids,
-                max_steps=cfg.steps_per_call,
-                feature_layers=self.feature_layers,
-                keep_hidden=self._keeps_hidden,
-                dtype=self._dtype,
-                kernels=self.kernels,
-            )
+            fn = functools.partial(decode.decode, settings=self.settings)
             return decode.donated(fn, self._shardings.target, self._replicated).lower(
                 abstract_of(params),
                 self._caches.target,
@@ -224,72 +228,73 @@ class EnginePrograms:
                 self._ints(),
             )
 
-        return ("decode", batch), lower
+        return programs.Program(("decode", batch), lower)
 
     def speculative_decode(
         self,
         params: model_params.Params,
         batch: int,
         strategy: strategy_lib.Strategy,
-    ) -> Program:
+    ) -> programs.Program:
         """Decode `batch` rows speculatively."""
 
         def lower():
-            cfg, most = self._engine_cfg, strategy.max_accept_length
-            settings = speculate.Settings(
-                cfg=self._cfg,
-                strategy=strategy,
-                sampling_cfg=cfg.sampling_cfg,
-                eos_ids=cfg.eos_ids,
-                max_tokens=cfg.steps_per_call,
-                drafter_cfg=self._drafter_cfg,
-                ranking=self._drafting_cfg.ranking,
-                rule=self._drafting_cfg.rule,
-                keep_hidden=self._keeps_hidden,
-                dtype=cfg.dtype,
-                kernels=self.kernels,
-            )
             jitted = jax.jit(
-                functools.partial(speculate.run, settings=settings),
+                functools.partial(
+                    speculate.run,
+                    proposer=self._proposer(strategy),
+                    rule=chain.RULES[self._speculator_cfg.rule],
+                    settings=self.settings,
+                ),
                 donate_argnums=(1,),
                 out_shardings=(self._shardings, self._replicated),
             )
-            draft = matching = None
-            if strategy.drafts:
-                draft = speculate.Draft(
-                    self._drafter_weights(params),
-                    self._ints(dtype=jnp.float32),
-                    self._ints(dtype=jnp.float32),
-                    self._ints(batch),
-                    self._ints(batch, most),
-                )
-            if strategy.matches:
-                matching = self._matching(batch)
             return jitted.lower(
                 abstract_of(params),
                 self._caches,
                 self._rows(batch),
-                draft,
-                matching,
+                self._inputs(params, batch, strategy),
                 self._ints(),
                 self._ints(),
             )
 
-        return ("speculate", batch, strategy), lower
+        return programs.Program(("speculate", batch, strategy), lower)
 
-    def _matching(self, batch: int) -> speculate.Matching:
-        texts = self._drafting_cfg.texts
-        num_texts = texts.num_texts(batch)
-        return speculate.Matching(
-            corpus=ngram.Corpus(
-                self._ints(num_texts, self._engine_cfg.max_length),
-                self._ints(num_texts),
-            ),
-            sources=self._ints(batch, texts.num_sources),
-            outcomes=self._ints(texts.longest + 1, 2, dtype=jnp.float32),
-        )
+    def _proposer(self, strategy: strategy_lib.Strategy) -> protocols.Proposer:
+        cfg = self._speculator_cfg
+        ranking = cfg.ranking if cfg.rule == chain.KEYED else learned.SAMPLED
+        return proposers.build(strategy, self.settings, cfg.drafter_cfg, ranking)
 
-    def fill(self, params: model_params.Params, batch: int) -> Program:
+    def _inputs(
+        self,
+        params: model_params.Params,
+        batch: int,
+        strategy: strategy_lib.Strategy,
+    ) -> Any:
+        """Describe what `speculator.Speculator.inputs` will give."""
+        draft = matching = None
+        if strategy.drafts:
+            draft = learned.Draft(
+                weights=self._drafter_weights(params),
+                tau=self._ints(dtype=jnp.float32),
+                sharpness=self._ints(dtype=jnp.float32),
+                lengths=self._ints(batch),
+                tokens=self._ints(batch, strategy.max_accept_length),
+            )
+        if strategy.matches:
+            texts = self._speculator_cfg.texts
+            num_texts = texts.num_texts(batch)
+            matching = ngram.Matching(
+                corpus=ngram.Corpus(
+                    self._ints(num_texts, self._engine_cfg.max_length),
+                    self._ints(num_texts),
+                ),
+                sources=self._ints(batch, texts.num_sources),
+                outcomes=self._ints(texts.longest + 1, 2, dtype=jnp.float32),
+            )
+        return speculator.paired(draft, matching)
+
+    def fill(self, params: model_params.Params, batch: int) -> programs.Program:
         """Append a chunk to `batch` rows of the drafter's cache."""
 
         def lower():
@@ -313,9 +318,9 @@ class EnginePrograms:
                 self._ints(batch),
             )
 
-        return ("fill", batch), lower
+        return programs.Program(("fill", batch), lower)
 
-    def read_features(self) -> Program:
+    def read_features(self) -> programs.Program:
         """Read what pages keep of the target's features, `[max_pages, F, page]`."""
 
         def lower():
@@ -325,9 +330,9 @@ class EnginePrograms:
             fn = jax.jit(read, out_shardings=self._replicated)
             return fn.lower(self._caches.target, self._ints(self._engine_cfg.max_pages))
 
-        return ("read_features",), lower
+        return programs.Program(("read_features",), lower)
 
-    def copy(self) -> Program:
+    def copy(self) -> programs.Program:
         """Copy up to `max_rows` pages of the target's cache."""
 
         def lower():
@@ -339,14 +344,14 @@ class EnginePrograms:
             )
             return fn.lower(self._caches.target, self._ints(width), self._ints(width))
 
-        return ("copy",), lower
+        return programs.Program(("copy",), lower)
 
-    def _empty(self) -> speculate.Caches:
+    def _empty(self) -> protocols.Caches:
         drafter_cfg = self._drafter_cfg
         if drafter_cfg is None:
-            return speculate.Caches(self._cache(self._cfg), None)
-        num_features = drafter_cfg.num_features + self._keeps_hidden
-        return speculate.Caches(
+            return protocols.Caches(self._cache(self._cfg), None)
+        num_features = drafter_cfg.num_features + self.settings.keep_hidden
+        return protocols.Caches(
             target=self._cache(self._cfg, num_features * self._cfg.d_model),
             drafter=self._cache(drafter_cfg.layer),
         )

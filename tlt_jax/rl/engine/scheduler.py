@@ -14,6 +14,7 @@ import numpy as np
 from tlt_jax import types
 from tlt_jax.models import kv_cache
 from tlt_jax.rl.engine import request_queue
+from tlt_jax.specdec.tuners import tuner
 
 
 class PagePool:
@@ -321,19 +322,8 @@ def check_fits(request: types.Request, *, num_pages: int, page_size: int) -> Non
         )
 
 
-def bucket_of(count: int, max_rows: int) -> int:
-    """Return the smallest batch bucket that holds `count` rows.
-
-    Buckets are the powers of two below `max_rows`, and `max_rows`.
-    """
-    bucket = 1
-    while bucket < count:
-        bucket *= 2
-    return min(bucket, max_rows)
-
-
 def buckets(max_rows: int) -> list[int]:
-    """List all buckets, smallest first."""
+    """List all that `tuner.bucket_of` gives, smallest first."""
     found = [1]
     while found[-1] < max_rows:
         found.append(min(2 * found[-1], max_rows))
@@ -348,6 +338,6 @@ def finish_quota(num_rows: int, num_waiting: int, max_rows: int) -> int:
     """
     if num_waiting:
         return max(1, num_rows // 8)
-    bucket = bucket_of(num_rows, max_rows)
+    bucket = tuner.bucket_of(num_rows, max_rows)
     smaller = [b for b in buckets(max_rows) if b < bucket]
     return num_rows - smaller[-1] if smaller else num_rows

@@ -1,4 +1,4 @@
-"""The host's side of speculation: the drafter of an engine, and how far it is.
+"""The host's side of speculation: what proposers are given, and what became of it.
 
 The drafter's cache uses the page table of the target's. What it holds may lag behind:
 `missing` lists what the rows of a decode call lack, to be filled from the features that
@@ -8,7 +8,9 @@ for all rows that share them.
 """
 
 import dataclasses
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +19,10 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import scheduler
-from tlt_jax.specdec import chain, sampling, speculate
+from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec.proposers import learned, ngram_store
+from tlt_jax.specdec.proposers import build as proposers
+from tlt_jax.specdec.proposers import learned, ngram, ngram_store
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 
@@ -49,11 +52,11 @@ class TextsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftingConfig:
+class SpeculatorConfig:
     """How an engine speculates.
 
     Attributes:
-      table: which strategy at how many rows, or among which a tuner chooses.
+      table: which strategies at how many rows; a tuner chooses among several.
       early: candidates for the time before there are a drafter's weights, which must
         do without it.
       drafter_cfg: the learned drafter; None: suffix matches alone.
@@ -67,7 +70,7 @@ class DraftingConfig:
       capture: pages keep what training the drafter needs, see `capture`.
     """
 
-    table: strategy_lib.Table | strategy_lib.Arms
+    table: strategy_lib.Arms
     drafter_cfg: drafter.DrafterConfig | None = None
     ranking: str = "coupled"
     tau: float = 0.5
@@ -91,8 +94,8 @@ class DraftingConfig:
 
         Raises:
           ValueError: a setting is out of range, the drafter is another target's, texts
-            may grow longer than it was trained for, or the rule cannot judge what the
-            strategies draft.
+            may grow longer than it was trained for, the rule cannot judge what the
+            strategies draft, or a proposer cannot be imported.
         """
         if self.ranking not in learned.RANKINGS:
             raise ValueError(
@@ -107,6 +110,9 @@ class DraftingConfig:
                     f"strategy {strategy} is meant for the time before there is a "
                     f"drafter, but asks it: use {strategy}-ngram, or leave it out."
                 )
+        for strategy in self.table.strategies():
+            if strategy.is_external:
+                proposers.load(strategy.proposer)
         drafting = [s for s in self.table.strategies() if s.drafts]
         if self.capture and self.drafter_cfg is None:
             raise ValueError("capture=True keeps features for no drafter: name one.")
@@ -159,60 +165,142 @@ class Fill:
     pages: tuple[int, ...]
 
 
-class Drafting:
-    """How far the drafter is with the rows of an engine's run."""
+class Plain:
+    """Speculates never: what an engine asks where it was not told how to."""
+
+    rule = chain.KEYED
+    version = -1
+    weights: learned.DrafterWeights | None = None
+
+    def offer(self, params: drafter.DrafterParams, version: int) -> None:
+        """Refuse a drafter.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError("the engine was made without speculator_cfg: give one.")
+
+    def take_up(
+        self, rows: Sequence[scheduler.Row], target: model_params.Params | None
+    ) -> None:
+        """Nothing was offered."""
+
+    def set_target(self, target: model_params.Params) -> None:
+        """Nothing is read of the target."""
+
+    def begin(self) -> None:
+        """Nothing is remembered."""
+
+    def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
+        """Decode plainly."""
+        return None
+
+    def choices(self, num_rows: int) -> tuple[strategy_lib.Strategy | None, ...]:
+        """List plain decoding alone."""
+        return (None,)
+
+    def written(self, jobs: Sequence[scheduler.Prefill]) -> None:
+        """No page is another's."""
+
+    def missing(
+        self,
+        rows: Sequence[scheduler.Row],
+        strategy: strategy_lib.Strategy | None,
+    ) -> list[list[Fill]]:
+        """Nothing is to be filled."""
+        return []
+
+    def inputs(
+        self,
+        rows: Sequence[scheduler.Row],
+        batch: int,
+        strategy: strategy_lib.Strategy | None,
+    ) -> Any:
+        """No proposer is given anything."""
+        return ()
+
+    def took(
+        self,
+        rows: Sequence[scheduler.Row],
+        call: tuner_lib.Call,
+        progress: Any,
+    ) -> None:
+        """Nothing is learned."""
+
+    def finished(self, request: types.Request, tokens: np.ndarray) -> None:
+        """Nothing is kept."""
+
+
+class Speculator(Plain):
+    """Chooses strategies and gives their proposers what they need of the host."""
 
     def __init__(
         self,
-        cfg: DraftingConfig,
+        cfg: SpeculatorConfig,
+        *,
         page_size: int,
+        max_length: int,
         tuner: tuner_lib.Tuner | None = None,
         early_tuner: tuner_lib.Tuner | None = None,
     ):
-        """Begin without weights; `set_params` gives some.
+        """Begin without weights; `offer` and `take_up` give some.
 
         Args:
           cfg: how to speculate.
           page_size: positions in a page.
+          max_length: longest text in positions.
           tuner: chooses among the strategies; None: the table, unchanged.
           early_tuner: chooses while there are no drafter's weights; None: plain
             decoding.
         """
         self.cfg = cfg
+        self.rule = cfg.rule
         self._tuner = tuner or tuner_lib.Static(cfg.table)
         self._early_tuner = early_tuner
-        self.weights: learned.DrafterWeights | None = None
-        self.version = -1
+        self._offer_lock = threading.Lock()
+        self._offered: tuple[drafter.DrafterParams, int] | None = None
         self._params: drafter.DrafterParams | None = None
         self._sharpness = np.float32(1.0)
-        self._page_size = page_size
+        self._page_size, self._max_length = page_size, max_length
         texts = cfg.texts
-        self.store = ngram_store.NgramStore(texts.kept_per_prompt, texts.kept_tokens)
+        self._store = ngram_store.NgramStore(texts.kept_per_prompt, texts.kept_tokens)
         self._outcomes = np.zeros((texts.longest + 1, 2), np.float32)
         # Full prompt pages that are in the drafter's cache.
         self._filled: set[int] = set()
 
-    def set_params(
-        self,
-        params: drafter.DrafterParams,
-        target: model_params.Params | None,
-        version: int,
+    def offer(self, params: drafter.DrafterParams, version: int) -> None:
+        """Give new weights, on the engine's devices; safe from another thread."""
+        with self._offer_lock:
+            self._offered = params, version
+
+    def take_up(
+        self, rows: Sequence[scheduler.Row], target: model_params.Params | None
     ) -> None:
-        """Use these weights from the next decode call on; what is cached is stale."""
-        self.version = version
+        """Use what was offered from now on; what `rows` have cached is stale.
+
+        Args:
+          rows: that are being decoded.
+          target: whose embedding and head the drafter reads.
+        """
+        with self._offer_lock:
+            offer, self._offered = self._offered, None
+        if offer is None:
+            return
+        params, self.version = offer
         given = params.sharpness
         self._sharpness = np.float32(1.0 if given is None else given)
         # It is told anew in every call, and no weight that programs are made for.
         self._params = params.replace(sharpness=None)
         self._filled.clear()
+        for row in rows:
+            row.drafted = 0
         if target is not None:
             self.set_target(target)
 
     def set_target(self, target: model_params.Params) -> None:
         """Take embedding and head of the target."""
-        if self._params is None:
-            return
-        self.weights = learned.weights_of(self._params, target)
+        if self._params is not None:
+            self.weights = learned.weights_of(self._params, target)
 
     def begin(self) -> None:
         """Begin a run: nothing is cached, and what matches did counts less."""
@@ -221,8 +309,7 @@ class Drafting:
 
     def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
         """Choose how to decode `num_rows` rows; None: plainly."""
-        chooser = self._chooser
-        strategy = chooser.choose(num_rows) if chooser else None
+        strategy = self._chooser.choose(num_rows)
         # Without a tuner for the time before, a drafter is waited for.
         ready = strategy is None or not strategy.drafts or self.weights is not None
         return strategy if ready else None
@@ -236,13 +323,8 @@ class Drafting:
             found += (None,)
         return tuple(dict.fromkeys(found))
 
-    def record(self, call: tuner_lib.Call) -> None:
-        """Tell whoever chooses what came of it."""
-        if self._chooser is not None:
-            self._chooser.record(call)
-
     @property
-    def _chooser(self) -> tuner_lib.Tuner | None:
+    def _chooser(self) -> tuner_lib.Tuner:
         early = self._early_tuner is not None and self.weights is None
         return self._early_tuner if early else self._tuner
 
@@ -252,7 +334,9 @@ class Drafting:
             self._filled.difference_update(job.pages[job.start // self._page_size :])
 
     def missing(
-        self, rows: Sequence[scheduler.Row], strategy: strategy_lib.Strategy
+        self,
+        rows: Sequence[scheduler.Row],
+        strategy: strategy_lib.Strategy | None,
     ) -> list[list[Fill]]:
         """List what to fill before `rows` speculate, and count it as done.
 
@@ -263,6 +347,8 @@ class Drafting:
         Returns:
           Rounds of independent jobs: shared pages first, then each row's own.
         """
+        if strategy is None or not strategy.drafts:
+            return []
         shared: dict[int, Fill] = {}
         own = []
         for row in rows:
@@ -291,53 +377,86 @@ class Drafting:
             self._filled.update(job.pages[: job.stop // self._page_size])
         return [jobs for jobs in (list(shared.values()), own) if jobs]
 
-    def draft(
+    def inputs(
         self,
         rows: Sequence[scheduler.Row],
         batch: int,
-        strategy: strategy_lib.Strategy,
-    ) -> speculate.Draft | None:
-        """Say how far the drafter is with each row, padded to the batch bucket."""
-        if not strategy.drafts:
-            return None
+        strategy: strategy_lib.Strategy | None,
+    ) -> Any:
+        """Give what the strategy's proposer needs, padded to the batch bucket.
+
+        Args:
+          rows: of the decode call, after what was `missing` is filled.
+          batch: the bucket.
+          strategy: what the call will do.
+
+        Returns:
+          A `learned.Draft`, an `ngram.Matching`, a pair of them, or nothing.
+        """
+        draft = matching = None
+        if strategy is not None and strategy.drafts:
+            draft = self._draft(rows, batch, strategy)
+        if strategy is not None and strategy.matches:
+            matching = self._matching(rows, batch)
+        return paired(draft, matching)
+
+    def _draft(self, rows, batch, strategy) -> learned.Draft:
+        """Say how far the drafter is with each row."""
         lengths = np.zeros((batch,), np.int32)
         tokens = np.zeros((batch, strategy.max_accept_length), np.int32)
         for i, row in enumerate(rows):
             rest = row.tail(row.length - row.drafted)
             lengths[i] = row.drafted
             tokens[i, : len(rest)] = rest
-        return speculate.Draft(
+        return learned.Draft(
             self.weights, np.float32(self.cfg.tau), self._sharpness, lengths, tokens
         )
 
-    def matching(
-        self,
-        rows: Sequence[scheduler.Row],
-        batch: int,
-        strategy: strategy_lib.Strategy,
-        max_length: int,
-    ) -> speculate.Matching | None:
+    def _matching(self, rows, batch) -> ngram.Matching:
         """Lay out the texts that the rows may search."""
-        if not strategy.matches:
-            return None
         spare = batch - len(rows)
-        corpus, sources = self.store.corpus(
+        corpus, sources = self._store.corpus(
             [row.request.prompt_id for row in rows] + [None] * spare,
             [row.text() for row in rows] + [np.zeros((0,), np.int32)] * spare,
             num_texts=self.cfg.texts.num_texts(batch),
-            width=max_length,
+            width=self._max_length,
             num_sources=self.cfg.texts.num_sources,
         )
-        return speculate.Matching(corpus, sources, self._outcomes)
+        return ngram.Matching(corpus, sources, self._outcomes)
 
-    def took(self, rows: Sequence[scheduler.Row], result: speculate.Speculated) -> None:
-        """Note how far the drafter came in a call, and how the matches did."""
-        if result.draft_lengths is not None:
-            for row, length in zip(rows, result.draft_lengths, strict=False):
+    def took(
+        self,
+        rows: Sequence[scheduler.Row],
+        call: tuner_lib.Call,
+        progress: Any,
+    ) -> None:
+        """Note what came of a decode call.
+
+        Args:
+          rows: of the call.
+          call: told to whoever chose its strategy.
+          progress: what its proposer tells: how far the drafter came, how the matches
+            did, or both.
+        """
+        self._chooser.record(call)
+        strategy = call.strategy
+        if strategy is None:
+            return
+        is_pair = strategy.drafts and strategy.matches
+        lengths, outcomes = progress if is_pair else (progress, progress)
+        if strategy.drafts:
+            for row, length in zip(rows, lengths, strict=False):
                 row.drafted = int(length)
-        if result.outcomes is not None:
-            self._outcomes = np.asarray(result.outcomes)
+        if strategy.matches:
+            self._outcomes = np.asarray(outcomes)
 
     def finished(self, request: types.Request, tokens: np.ndarray) -> None:
         """Keep a finished answer for later matches."""
-        self.store.add(request.prompt_id, request.prompt, tokens)
+        self._store.add(request.prompt_id, request.prompt, tokens)
+
+
+def paired(draft: Any, matching: Any) -> Any:
+    """Give a proposer the one that it asks, both as a pair, or nothing."""
+    if draft is not None and matching is not None:
+        return draft, matching
+    return draft or matching or ()

@@ -26,7 +26,7 @@ class RolloutStats:
       num_tried: the same of drafts at depth d + 1 whose parent was accepted, whether
         they were, too, or not: strategies differ in depth.
       strategies: decode calls by strategy; `none` is plain decoding.
-      rule: by which drafted tokens were accepted, see `speculator.DraftingConfig`.
+      rule: by which drafted tokens were accepted, see `speculator.SpeculatorConfig`.
       prefill_s, fill_s, decode_s: seconds on the host's clock, waiting for the device;
         no compilation.
       compile_s: seconds for which programs were waited for.

@@ -243,8 +243,12 @@ class Learner:
         placed = jax.device_put(params, _shardings(self._state.params))
         dtypes = tuple(str(x.dtype) for x in jax.tree.leaves(placed))
         program = self._pool.get(
-            (*self._step_key, "init", dtypes),
-            lambda: jax.jit(start, out_shardings=_shardings(self._state)).lower(placed),
+            programs.Program(
+                (*self._step_key, "init", dtypes),
+                lambda: jax.jit(start, out_shardings=_shardings(self._state)).lower(
+                    placed
+                ),
+            )
         )
         return program(placed)
 
@@ -264,7 +268,7 @@ class Learner:
         outputs = []
         for part in parts:
             rows = self._place(policy_gradient.rows_of(part))
-            outputs.append(self._pool.get(*self._logprobs_program(rows))(params, rows))
+            outputs.append(self._pool.get(self._logprobs_program(rows))(params, rows))
         return [np.asarray(x) for x in jax.device_get(outputs)]
 
     def digest(self, params: model_params.Params) -> str:
@@ -273,7 +277,7 @@ class Learner:
         Returns:
           16 hexadecimal digits, see `weights_digest`.
         """
-        words = self._pool.get(*self._digest_program())(params)
+        words = self._pool.get(self._digest_program())(params)
         return weights_digest.text(np.asarray(jax.device_get(words)))
 
     def prepare(
@@ -299,8 +303,8 @@ class Learner:
             self._apply_program(),
             self._digest_program(),
         ]
-        for key, lower in wanted:
-            self._pool.prepare(key, lower)
+        for program in wanted:
+            self._pool.prepare(program)
 
     def update(
         self,
@@ -328,16 +332,16 @@ class Learner:
             raise ValueError(
                 "micro_batches is empty: skip the update when nothing was packed."
             )
-        carry = self._pool.get(*self._zeros_program())()
+        carry = self._pool.get(self._zeros_program())()
         fetched = []
         for batch in micro_batches:
             rows, columns = self._place(batch.rows), self._place(batch.columns)
             program = self._pool.get(
-                *self._accumulate_program(rows, columns, cfg, batch.num_sequences)
+                self._accumulate_program(rows, columns, cfg, batch.num_sequences)
             )
             carry, *outputs = program(state.params, carry, rows, columns)
             fetched.append(outputs)
-        step = self._pool.get(*self._apply_program())
+        step = self._pool.get(self._apply_program())
         state, outcome = step(state, carry)
         del carry
         sums, logprobs = zip(*jax.device_get(fetched), strict=True)
@@ -400,25 +404,25 @@ class Learner:
         return lax.with_sharding_constraint(x_DBT, where)
 
     def _logprobs_program(self, rows):
-        """The program's key in the pool, and what lowers it; so with the others."""
         lower = functools.partial(self._lower_logprobs, rows)
-        return (*self._key, "logprobs", _shapes(rows)), lower
+        return programs.Program((*self._key, "logprobs", _shapes(rows)), lower)
 
     def _accumulate_program(self, rows, columns, cfg, num_sequences):
         shapes = _shapes((rows, columns))
         lower = functools.partial(
             self._lower_accumulate, rows, columns, cfg, num_sequences
         )
-        return (*self._key, "accumulate", cfg, num_sequences, shapes), lower
+        key = (*self._key, "accumulate", cfg, num_sequences, shapes)
+        return programs.Program(key, lower)
 
     def _zeros_program(self):
-        return (*self._key, "zeros"), self._lower_zeros
+        return programs.Program((*self._key, "zeros"), self._lower_zeros)
 
     def _apply_program(self):
-        return (*self._step_key, "apply"), self._lower_apply
+        return programs.Program((*self._step_key, "apply"), self._lower_apply)
 
     def _digest_program(self):
-        return (*self._key, "digest"), self._lower_digest
+        return programs.Program((*self._key, "digest"), self._lower_digest)
 
     def _fetched(self):
         """Where a value per row is left: by rows, unless others hold some of them."""

@@ -150,8 +150,8 @@ class WeightSync:
           Each engine's params (a tuple of layers, on its mesh, in its dtype), complete
           when returned, and their version, counted from 1.
         """
-        one_layer = self._pool.get((*self._key, "layer"), self.lower_layer)
-        others = self._pool.get((*self._key, "others"), self.lower_others)
+        one_layer = self._pool.get(self._layer_program())
+        others = self._pool.get(self.others_program())
         copies = self._give(
             others(_without_layers(params)),
             [_without_layers(target) for target in self._targets],
@@ -171,8 +171,8 @@ class WeightSync:
         self._version += 1
         return placed, self._version
 
-    def lower_layer(self) -> jax.stages.Lowered:
-        """Lower what makes one layer of the engines' weights."""
+    def _layer_program(self) -> programs.Program:
+        """Make one layer of the engines' weights."""
 
         def make(layers, index):
             layer = jax.tree.map(
@@ -183,15 +183,17 @@ class WeightSync:
 
         index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
         jitted = jax.jit(make, out_shardings=self._middle.layers[0])
-        return jitted.lower(self._learners.layers, index)
+        lower = functools.partial(jitted.lower, self._learners.layers, index)
+        return programs.Program((*self._key, "layer"), lower)
 
-    def lower_others(self) -> jax.stages.Lowered:
-        """Lower what makes the rest of them: embedding, final norm, head."""
+    def others_program(self) -> programs.Program:
+        """Make the rest of them: embedding, final norm, head."""
         jitted = jax.jit(
             functools.partial(_cast, dtype=self._dtype),
             out_shardings=_without_layers(self._middle),
         )
-        return jitted.lower(_without_layers(self._learners))
+        lower = functools.partial(jitted.lower, _without_layers(self._learners))
+        return programs.Program((*self._key, "others"), lower)
 
     def _give(self, made: Any, wanted: list[Any]) -> list[Any]:
         """Copy a tree to every engine, each leaf given up when all have it."""

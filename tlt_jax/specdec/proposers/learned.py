@@ -1,38 +1,30 @@
-"""Draft a tree with the learned drafter.
+"""Propose by a drafter that was trained for the target.
 
-The drafter first takes in what the target accepted last, then expands the tree level by
-level: the `topk` best nodes of a level get `topk` children each. A node attends to the
-drafter's cache, to its own ancestors and to itself.
-
-Coupled ranking orders candidates by the same Gumbel noise with which the target will
-draw that position, so that it guesses the sample and not the mode. A child's score
-estimates the chance that it is the target's draw: softmax over the vocabulary of
-(sharpness x draft_logprobs + noise) / tau, multiplied along the path. A drafter is less
-certain than its target, as a rule; then the noise would outweigh what it knows, and a
-sharpness above 1 makes up for it. Deterministic ranking, the paper's, takes the
-drafter's probabilities themselves. With one child a node, tau and sharpness 1 and noise
-that is not the target's, the tree is a chain sampled from the drafter's laws.
-
-Reference: Li et al., EAGLE-2, 2024, section 4; Daliri, Musco and Suresh, Coupling
-without Communication and Drafter-Invariant Speculative Decoding, 2024.
+In each step the drafter first takes in what the target accepted last, at positions
+behind those in its cache, and expands a tree from there (`expansion`). What it took in
+is appended to its pages when the step ends; a call begins with what the host says that
+the drafter has not seen.
 """
+
+import dataclasses
 
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from tlt_jax.cpu_kernels import gumbel as native
-from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models import kernels as kernels_lib
+from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import candidates as candidates_lib
-from tlt_jax.specdec import sampling
+from tlt_jax.specdec import decode, protocols
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import expansion
 from tlt_jax.types import Array
 
 RANKINGS = ("coupled", "deterministic")
+# Not for users to choose: a chain drawn from the drafter's laws, for a chain rule.
+SAMPLED = "sampled"
 
 
 @struct.dataclass
@@ -49,6 +41,10 @@ class DrafterWeights:
     embed: Array
     head: Array
 
+    def embedded(self, tokens: Array, dtype) -> Array:
+        """Look up `tokens [B, T]`, `[D, B, T]`."""
+        return jnp.moveaxis(self.embed[tokens].astype(dtype), -1, 0)
+
 
 def weights_of(
     params: drafter.DrafterParams, target: model_params.Params
@@ -58,6 +54,26 @@ def weights_of(
     if head is None:
         head = drafter_head.head_rows(target, params.draft_ids)
     return DrafterWeights(params.replace(head=None), target.embed, head)
+
+
+@struct.dataclass
+class Draft:
+    """What the host gives for a call.
+
+    Attributes:
+      weights: what the drafter computes with.
+      tau: float32 scalar, temperature of the coupled score, at least about 0.1.
+      sharpness: float32 scalar, what the drafter's log-probabilities count for beside
+        the noise; 1: as they are.
+      lengths: `[B] int32`, positions in its cache, 1 to A fewer than in the target's.
+      tokens: `[B, A] int32`, of positions `lengths + 1` on: the rest of the text.
+    """
+
+    weights: DrafterWeights
+    tau: Array
+    sharpness: Array
+    lengths: Array
+    tokens: Array
 
 
 @struct.dataclass
@@ -78,233 +94,172 @@ class Accepted:
 
 
 @struct.dataclass
-class Drafted:
-    """What the drafter made of every row.
+class State:
+    """What a step changes.
 
     Attributes:
-      candidates: `strategy.num_drafted` a row.
-      keys, values: `[K, H, B, A]` of what was taken in, for the drafter's cache.
-      probs: `[B, draft_depth, Vd]`, laws behind the first `draft_depth` tokens of a
-        chain; None where they were not asked for.
+      pages: the drafter's cache.
+      accepted: what it has still to take in.
     """
 
-    candidates: candidates_lib.Candidates
-    keys: Array
-    values: Array
-    probs: Array | None
+    pages: kv_cache.PagedCache
+    accepted: Accepted
 
 
-def embedded(weights: DrafterWeights, tokens: Array, dtype) -> Array:
-    """Look up `tokens [B, T]`, `[D, B, T]`."""
-    return jnp.moveaxis(weights.embed[tokens].astype(dtype), -1, 0)
+@dataclasses.dataclass(frozen=True)
+class Learned(protocols.Proposer):
+    """Proposes by a drafter that was trained for the target.
 
-
-def draft(
-    weights: DrafterWeights,
-    cache: kv_cache.PagedCache,
-    page_table: Array,
-    accepted: Accepted,
-    noise: Array | None,
-    tau: Array,
-    sharpness: Array,
-    *,
-    cfg: drafter.DrafterConfig,
-    strategy: strategy_lib.Strategy,
-    temperature: float,
-    keep_laws: bool = False,
-    dtype=jnp.float32,
-    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
-) -> Drafted:
-    """Expand the tree of every row.
-
-    Args:
-      weights: the drafter.
-      cache: its pages; they are read only.
-      page_table: `[B, max_pages] int32`.
-      accepted: what to take in first.
-      noise: `[B, >= draft_depth, V]` of the positions of depth 1 on; None: rank
-        deterministically.
-      tau: float32 scalar, temperature of the coupled score, at least about 0.1.
-      sharpness: float32 scalar, what the drafter's log-probabilities count for beside
-        the noise; 1: as they are.
-      cfg: the drafter.
+    Attributes:
       strategy: depth and width.
-      temperature: of the sampling law; 0 counts as 1, which keeps the order.
-      keep_laws: return the laws of a chain, too.
-      dtype: of activations.
-      kernels: see `transformer.forward`.
-
-    Returns:
-      The candidates, and what belongs to them.
+      settings: of the target; at temperature 0 there is no noise, and the drafter's
+        laws are those of temperature 1, which keeps the order.
+      cfg: the drafter.
+      ranking: one of `RANKINGS`, or `SAMPLED`: draw a chain by noise that is not the
+        target's, and keep the laws that it is drawn from.
     """
-    depth, topk = strategy.draft_depth, strategy.topk
-    assert topk == 1 or not keep_laws, strategy
-    batch, width = accepted.tokens.shape
-    view = transformer.CacheView(cache, page_table, accepted.start)
-    out = drafter.forward(
-        weights.params,
-        cfg,
-        embedded(weights, accepted.tokens, dtype),
-        drafter.fuse(weights.params, cfg, accepted.features.astype(dtype), kernels),
-        accepted.start[:, None] + jnp.arange(width),
-        view=view,
-        dtype=dtype,
-        kernels=kernels,
-    )
-    last = (accepted.counts - 1)[None, :, None]
-    root = jnp.take_along_axis(out.hidden, last, axis=2)
 
-    def rank_natively(scores, level):
-        if weights.params.draft_ids is None:
-            rows = noise.reshape(-1, noise.shape[-1])
-            which = jnp.arange(batch) * noise.shape[1] + level - 1
-        else:
-            rows = lax.dynamic_index_in_dim(noise, level - 1, axis=1, keepdims=False)
-            rows = rows[:, weights.params.draft_ids]
-            which = jnp.arange(batch)
-        which = which.astype(jnp.int32)
-        ids, shares = native.rank(scores[:, 0], rows, which, sharpness, tau)
-        if weights.params.draft_ids is not None:
-            ids = weights.params.draft_ids[ids]
-        return ids[:, None, None], shares[:, None, None]
+    strategy: strategy_lib.Strategy
+    settings: decode.Settings
+    cfg: drafter.DrafterConfig
+    ranking: str = "coupled"
 
-    def rank(hidden, level):
-        """Children of nodes `hidden [D, B, E']`: `[B, E', topk]` ids and scores.
+    @property
+    def _is_sampled(self) -> bool:
+        return self.ranking == SAMPLED
 
-        Third the law behind the first node, `[B, Vd]`, where it is asked for.
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.settings.dtype)
+
+    def init(self, inputs: Draft, caches: protocols.Caches, rows: decode.Rows) -> State:
+        """Find what the drafter has still to take in when a call begins."""
+        behind_B = rows.lengths - inputs.lengths
+        most = inputs.tokens.shape[1]
+        features_FBA = kv_cache.read_features(
+            caches.target, rows.page_table, inputs.lengths, most
+        )[: self.cfg.num_read]
+        meant_BA = jnp.arange(most) < behind_B[:, None]
+        accepted = Accepted(
+            tokens=inputs.tokens,
+            # Slots that were never written may hold anything.
+            features=jnp.where(meant_BA, features_FBA, 0),
+            start=inputs.lengths,
+            # A text of one token has no cached position to draft from: a zero feature.
+            counts=jnp.maximum(behind_B, 1),
+        )
+        return State(caches.drafter, accepted)
+
+    def propose(
+        self, inputs: Draft, state: State, rows: decode.Rows, noise: Array
+    ) -> protocols.Proposal:
+        """Expand the tree of every row, see `protocols.Proposer`.
+
+        Returns:
+          `strategy.num_drafted` candidates a row; extra the keys and values
+          `[K, H, B, A]` of what was taken in.
         """
-        logits = drafter_head.logits(weights.params, cfg, weights.head, hidden, kernels)
-        scores = logits if temperature in (0, 1) else logits / temperature
-        if noise is not None and topk == 1 and kernels.is_native and not keep_laws:
-            return *rank_natively(scores, level), None
-        probs = None
-        if keep_laws:
-            probs = jnp.exp(scores - sampling.log_sum_exp(scores)[..., None])[:, 0]
-        if noise is not None:
-            here = lax.dynamic_index_in_dim(noise, level - 1, axis=1, keepdims=True)
-            if weights.params.draft_ids is not None:
-                here = here[..., weights.params.draft_ids]
-            scores = (scores * sharpness + here) / tau
-        best, ids = best_of(scores, topk)
-        if weights.params.draft_ids is not None:
-            ids = weights.params.draft_ids[ids]
-        return ids, best - sampling.log_sum_exp(scores)[..., None], probs
+        assert self.strategy.topk == 1 or not self._is_sampled, self.strategy
+        weights, accepted = inputs.weights, state.accepted
+        grow = expansion.Expansion(
+            self.strategy, self.settings, self.cfg, self._is_sampled
+        )
+        score = self._score(inputs, noise)
+        view = transformer.CacheView(state.pages, rows.page_table, accepted.start)
+        taken_in = self._take_in(weights, accepted, view)
+        # The root's output stands where the last token was taken in.
+        last = (accepted.counts - 1)[None, :, None]
+        root_DB1 = jnp.take_along_axis(taken_in.hidden, last, axis=2)
+        live = grow.first_level(weights, score, accepted.counts, taken_in, root_DB1)
+        if self.strategy.draft_depth > 1:
+            root_position_B = accepted.start + accepted.counts - 1
 
-    num = strategy.num_drafted
-    ids, scores, probs = rank(root, 1)
-    if keep_laws:
-        shape = (batch, depth, probs.shape[-1])
-        probs = jnp.zeros(shape, probs.dtype).at[:, 0].set(probs)
-    found = candidates_lib.Candidates(
-        tokens=jnp.zeros((batch, num), jnp.int32).at[:, :topk].set(ids[:, 0]),
-        parents=jnp.full((batch, num), -1, jnp.int32),
-        depths=jnp.ones((batch, num), jnp.int32),
-        scores=jnp.zeros((batch, num), jnp.float32).at[:, :topk].set(scores[:, 0]),
-    )
-    if depth == 1:
-        return Drafted(found, out.keys, out.values, probs)
+            def expand(level, live):
+                positions_B = root_position_B + level - 1
+                return grow.expand(weights, score, view, positions_B, level, live)
 
-    slots = width + (depth - 1) * topk
-    seen = jnp.arange(slots) < accepted.counts[:, None]
-    shape = (*out.keys.shape[:3], slots)
-    live = _Level(
-        found=found,
-        keys=jnp.zeros(shape, dtype).at[..., :width].set(out.keys),
-        values=jnp.zeros(shape, dtype).at[..., :width].set(out.values),
-        mask=jnp.broadcast_to(seen[:, None], (batch, topk, slots)),
-        tokens=ids[:, 0],
-        scores=scores[:, 0],
-        index=jnp.broadcast_to(jnp.arange(topk, dtype=jnp.int32), (batch, topk)),
-        features=jnp.broadcast_to(root, (root.shape[0], batch, topk)),
-        probs=probs,
-    )
-    alone = attention.Visibility(
-        ancestors=jnp.broadcast_to(jnp.eye(topk, dtype=bool), (batch, topk, topk))
-    )
-    last_position = accepted.start + accepted.counts - 1
+            live = lax.fori_loop(2, self.strategy.draft_depth + 1, expand, live)
+        laws = live.probs
+        if self._is_sampled:
+            laws = _whole_laws(
+                laws, weights.params.draft_ids, self.settings.cfg.vocab_size
+            )
+        return protocols.Proposal(live.found, laws, (taken_in.keys, taken_in.values))
 
-    def expand(level, live):
-        out = drafter.forward(
+    def advance(
+        self,
+        inputs: Draft,
+        state: State,
+        rows: decode.Rows,
+        proposal: protocols.Proposal,
+        taken: protocols.Taken,
+    ) -> State:
+        """Keep what was taken in; what the target took now is next."""
+        del inputs
+        walk, alive_B, before = taken.walk, taken.alive, state.accepted
+        keys, values = proposal.extra
+        pages = kv_cache.append(
+            state.pages,
+            (keys,),
+            (values,),
+            rows.page_table,
+            decode.after(walk.tokens, before.start),
+            jnp.where(alive_B, before.counts, 0),
+        )
+        # Of the W nodes' features those along the path, `[n x D, B, A]`.
+        features_FBA = jnp.take_along_axis(
+            taken.features[: self.cfg.num_read], walk.path[None], axis=2
+        )
+        # In a row that rides along nothing changes.
+        alive_B1 = alive_B[:, None]
+        accepted = Accepted(
+            tokens=jnp.where(alive_B1, walk.tokens, before.tokens),
+            features=jnp.where(alive_B1, features_FBA, before.features),
+            start=jnp.where(alive_B, rows.lengths, before.start),
+            counts=jnp.where(alive_B, jnp.maximum(taken.counts, 1), before.counts),
+        )
+        return State(pages, accepted)
+
+    def finish(
+        self, state: State, caches: protocols.Caches
+    ) -> tuple[protocols.Caches, Array]:
+        """Give the pages back; tell `[B] int32`, the positions in them."""
+        return caches.replace(drafter=state.pages), state.accepted.start
+
+    def _score(self, inputs: Draft, noise: Array) -> expansion.Score:
+        if self._is_sampled:
+            return expansion.Score(noise, 1.0, 1.0)
+        is_drawn = self.settings.sampling_cfg.temperature > 0
+        coupled = self.ranking == "coupled" and is_drawn
+        return expansion.Score(noise if coupled else None, inputs.tau, inputs.sharpness)
+
+    def _take_in(
+        self, weights: DrafterWeights, accepted: Accepted, view: transformer.CacheView
+    ) -> drafter.Output:
+        """Read what the target accepted last, `[..., B, A]`; no page changes."""
+        width, kernels = accepted.tokens.shape[1], self.settings.kernels
+        features_FBA = accepted.features.astype(self._dtype)
+        return drafter.forward(
             weights.params,
-            cfg,
-            embedded(weights, live.tokens, dtype),
-            live.features,
-            jnp.broadcast_to((last_position + level - 1)[:, None], (batch, topk)),
-            visibility=alone,
+            self.cfg,
+            weights.embedded(accepted.tokens, self._dtype),
+            drafter.fuse(weights.params, self.cfg, features_FBA, kernels),
+            accepted.start[:, None] + jnp.arange(width),
             view=view,
-            past=drafter.Past(live.keys, live.values, live.mask),
-            dtype=dtype,
+            dtype=self._dtype,
             kernels=kernels,
         )
-        ids, gains, behind = rank(out.hidden, level)
-        scores = (live.scores[..., None] + gains).reshape(batch, topk**2)
-        first = topk + (level - 2) * topk**2
-        parents = jnp.repeat(live.index, topk, axis=1)
-        ids = ids.reshape(batch, topk**2)
-
-        def put(x, new):
-            return lax.dynamic_update_slice_in_dim(x, new, first, axis=1)
-
-        found = candidates_lib.Candidates(
-            tokens=put(live.found.tokens, ids),
-            parents=put(live.found.parents, parents),
-            depths=put(live.found.depths, jnp.zeros_like(ids) + level),
-            scores=put(live.found.scores, scores),
-        )
-        slot = width + (level - 2) * topk
-        best, chosen = lax.top_k(scores, topk)
-        parent = chosen // topk
-        own = slot + parent[..., None] == jnp.arange(slots)
-        mask = jnp.take_along_axis(live.mask, parent[..., None], axis=1) | own
-        return _Level(
-            found=found,
-            keys=lax.dynamic_update_slice_in_dim(live.keys, out.keys, slot, axis=3),
-            values=lax.dynamic_update_slice_in_dim(
-                live.values, out.values, slot, axis=3
-            ),
-            mask=mask,
-            tokens=jnp.take_along_axis(ids, chosen, axis=1),
-            scores=best,
-            index=first + chosen,
-            features=jnp.take_along_axis(out.hidden, parent[None], axis=2),
-            probs=live.probs.at[:, level - 1].set(behind) if keep_laws else None,
-        )
-
-    live = lax.fori_loop(2, depth + 1, expand, live)
-    return Drafted(live.found, out.keys, out.values, live.probs)
 
 
-@struct.dataclass
-class _Level:
-    """State between levels: what was found, and the nodes to be expanded next."""
+def _whole_laws(probs: Array, draft_ids: Array | None, vocab_size: int) -> Array:
+    """Spread laws over the draft vocabulary, `[..., Vd]`, over all of it, `[..., V]`.
 
-    found: candidates_lib.Candidates
-    keys: Array  # [K, H, B, slots]: what was taken in, then a slot for each live node
-    values: Array
-    mask: Array  # [B, E, slots]: who is an ancestor of the live node
-    tokens: Array  # [B, E]
-    scores: Array
-    index: Array  # of the live node among the candidates
-    features: Array  # [D, B, E], the drafter's own output at the live node's parent
-    probs: Array | None  # [B, draft_depth, Vd], see Drafted
-
-
-def best_of(scores: Array, k: int) -> tuple[Array, Array]:
-    """Return the k largest entries of `[..., V]` and their indices, largest first.
-
-    For few of them, one reduction each: it vectorises, and sorting does not.
+    Tokens that cannot be drafted have 0.
     """
-    if k > 4:
-        return lax.top_k(scores, k)
-    values, ids = [], []
-    for _ in range(k):
-        index = sampling.argmax(scores)
-        values.append(jnp.take_along_axis(scores, index[..., None], axis=-1)[..., 0])
-        ids.append(index)
-        if len(ids) < k:
-            here = jnp.arange(scores.shape[-1]) == index[..., None]
-            scores = jnp.where(here, -jnp.inf, scores)
-    return jnp.stack(values, axis=-1), jnp.stack(ids, axis=-1)
+    if draft_ids is None:
+        return probs
+    zeros = jnp.zeros((*probs.shape[:-1], vocab_size), probs.dtype)
+    return zeros.at[..., draft_ids].add(probs)
 
 
 def fill(
@@ -345,7 +300,7 @@ def fill(
     out = drafter.forward(
         weights.params,
         cfg,
-        embedded(weights, tokens, dtype),
+        weights.embedded(tokens, dtype),
         drafter.fuse(weights.params, cfg, features.astype(dtype), kernels),
         start[:, None] + jnp.arange(width),
         view=transformer.CacheView(drafter_cache, page_table, start),

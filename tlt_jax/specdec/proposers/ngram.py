@@ -8,12 +8,16 @@ Reference: Saxena, Prompt Lookup Decoding, 2023; Fu et al., Break the Sequential
 Dependency of LLM Inference Using Lookahead Decoding, 2024 (the n-gram pool).
 """
 
+import dataclasses
+
 import chex
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
 from tlt_jax.specdec import candidates as candidates_lib
+from tlt_jax.specdec import decode, protocols
+from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.types import Array
 
 _PADDING, _NOTHING = -1, -2
@@ -34,6 +38,80 @@ class Corpus:
 
     texts: Array
     lengths: Array
+
+
+@struct.dataclass
+class Matching:
+    """What the host gives for a call, and what a step changes of it.
+
+    Attributes:
+      corpus: texts to be searched for the rows' ends; row b's own is text b.
+      sources: `[B, M] int32`, texts that each row may search.
+      outcomes: `[n + 1, 2] float32`, see `update_acceptance`.
+    """
+
+    corpus: Corpus
+    sources: Array
+    outcomes: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class NGram(protocols.Proposer):
+    """Proposes what followed similar places; needs no weights.
+
+    Attributes:
+      strategy: `topk` chains of `draft_depth` tokens.
+    """
+
+    strategy: strategy_lib.Strategy
+
+    def init(
+        self, inputs: Matching, caches: protocols.Caches, rows: decode.Rows
+    ) -> Matching:
+        """Begin with the texts as the host laid them out."""
+        del caches, rows
+        return inputs
+
+    def propose(
+        self, inputs: Matching, state: Matching, rows: decode.Rows, noise: Array
+    ) -> protocols.Proposal:
+        """See `protocols.Proposer`; extra the candidates' match lengths."""
+        del inputs, rows, noise
+        found, match_lengths_BC = propose(
+            state.corpus,
+            state.sources,
+            acceptance_of(state.outcomes),
+            draft_depth=self.strategy.draft_depth,
+            num_chains=self.strategy.topk,
+        )
+        return protocols.Proposal(found, extra=match_lengths_BC)
+
+    def advance(
+        self,
+        inputs: Matching,
+        state: Matching,
+        rows: decode.Rows,
+        proposal: protocols.Proposal,
+        taken: protocols.Taken,
+    ) -> Matching:
+        """Add what was drawn to the texts, and count what became of the matches."""
+        del inputs, rows
+        tokens_BA, count_B = taken.walk.tokens, taken.counts
+        accepted_BC, tried_BC = candidates_lib.judge(
+            proposal.candidates, tokens_BA, count_B
+        )
+        return state.replace(
+            corpus=extend(state.corpus, tokens_BA, count_B),
+            outcomes=update_acceptance(
+                state.outcomes, proposal.extra, accepted_BC, tried_BC
+            ),
+        )
+
+    def finish(
+        self, state: Matching, caches: protocols.Caches
+    ) -> tuple[protocols.Caches, Array]:
+        """Tell the outcomes, added to what was given."""
+        return caches, state.outcomes
 
 
 def extend(corpus: Corpus, tokens: Array, counts: Array) -> Corpus:

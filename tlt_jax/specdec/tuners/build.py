@@ -43,11 +43,10 @@ def build(
       ValueError: the name is unknown, or the arms or a setting do not fit the tuner.
     """
     if name == tuner.Static.NAME:
-        return tuner.Static(arms.table())
+        return tuner.Static(arms)
     if name == tuner.Threshold.NAME:
-        table = arms.table()
-        start = threshold or max((limit for limit, _ in table.entries), default=1)
-        return tuner.Threshold(table, start, start + hysteresis)
+        start = threshold or max((limit for limit, _ in arms.entries), default=1)
+        return tuner.Threshold(arms, start, start + hysteresis)
     if name == bandit.BegMab.NAME:
         return bandit.BegMab(arms, seed=seed, epsilon=epsilon, window=window)
     if name == cost_model.CostModel.NAME:

@@ -75,7 +75,11 @@ class Tuner(Protocol):
 
 
 def bucket_of(num_rows: int, max_rows: int) -> int:
-    """Return the batch bucket: the next power of two, or `max_rows` if that is less."""
+    """Return the smallest batch bucket that holds `num_rows` rows.
+
+    Buckets are the powers of two below `max_rows`, and `max_rows`: an engine has decode
+    programs for these alone.
+    """
     return min(1 << max(num_rows - 1, 0).bit_length(), max_rows)
 
 
@@ -98,17 +102,22 @@ class Static:
 
     NAME = "static"
 
-    def __init__(self, table: strategy_lib.Table):
-        """Follow `table`."""
+    def __init__(self, table: strategy_lib.Arms):
+        """Follow `table`.
+
+        Raises:
+          ValueError: an entry has several candidates.
+        """
+        table.check_single()
         self._table = table
 
     def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
         """List the table's one choice."""
-        return (self._table.choose(num_rows),)
+        return (self._table.first(num_rows),)
 
     def choose(self, num_rows: int) -> Strategy | None:
         """Look `num_rows` up."""
-        return self._table.choose(num_rows)
+        return self._table.first(num_rows)
 
     def record(self, call: Call) -> None:
         """Learn nothing."""
@@ -142,17 +151,19 @@ class Threshold:
 
     NAME = "threshold"
 
-    def __init__(self, table: strategy_lib.Table, start_rows: int, stop_rows: int):
+    def __init__(self, table: strategy_lib.Arms, start_rows: int, stop_rows: int):
         """Begin with plain decoding.
 
         Args:
-          table: strategies by rows, at least one.
+          table: strategies by rows, at least one, one an entry.
           start_rows: most rows at which speculation begins.
           stop_rows: most rows at which it goes on.
 
         Raises:
-          ValueError: the table is empty, or the thresholds are not in order.
+          ValueError: the table is empty, an entry has several candidates, or the
+            thresholds are not in order.
         """
+        table.check_single()
         if not table.entries:
             raise ValueError("tuner 'threshold' has no strategy: give at least one.")
         if not 1 <= start_rows <= stop_rows:
@@ -181,7 +192,7 @@ class Threshold:
         return self._strategy(num_rows) if self._speculating else None
 
     def _strategy(self, num_rows: int) -> Strategy:
-        return self._table.choose(num_rows) or self._table.entries[-1][1]
+        return self._table.first(num_rows) or self._table.entries[-1][1][0]
 
     def record(self, call: Call) -> None:
         """Learn nothing."""

@@ -1,0 +1,246 @@
+"""Expand the learned drafter's tree level by level.
+
+The `topk` best nodes of a level get `topk` children each. A node attends to the
+drafter's cache, to its own ancestors and to itself.
+
+Coupled ranking orders candidates by the same Gumbel noise with which the target will
+draw that position, so that it guesses the sample and not the mode. A child's score
+estimates the chance that it is the target's draw: softmax over the vocabulary of
+(sharpness x draft_logprobs + noise) / tau, multiplied along the path. A drafter is less
+certain than its target, as a rule; then the noise would outweigh what it knows, and a
+sharpness above 1 makes up for it. Deterministic ranking, the paper's, takes the
+drafter's probabilities themselves. With one child a node, tau and sharpness 1 and noise
+that is not the target's, the tree is a chain sampled from the drafter's laws.
+
+Reference: Li et al., EAGLE-2, 2024, section 4; Daliri, Musco and Suresh, Coupling
+without Communication and Drafter-Invariant Speculative Decoding, 2024.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from tlt_jax.models import attention
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.specdec import candidates as candidates_lib
+from tlt_jax.specdec import decode, sampling
+from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.types import Array
+
+
+@struct.dataclass
+class Score:
+    """By what the children of a node are ordered."""
+
+    noise: Array | None  # [B, >= draft_depth, V], of depth 1 on; None: by probability
+    tau: Array
+    sharpness: Array
+
+
+@struct.dataclass
+class _Children:
+    """The best children of E' nodes of each row; E' is 1 at the root, then E."""
+
+    ids: Array  # [B, E', E]
+    gains: Array  # [B, E', E], log of the estimated chance to be the target's draw
+    probs: Array | None  # [B, Vd], the law behind the first node, where it is kept
+
+
+@struct.dataclass
+class Level:
+    """State between levels: what was found, and the nodes to be expanded next."""
+
+    found: candidates_lib.Candidates
+    keys: Array  # [K, H, B, S]: what was taken in, then a slot for each live node
+    values: Array
+    mask: Array  # [B, E, S]: who is an ancestor of the live node
+    tokens: Array  # [B, E]
+    scores: Array  # [B, E]
+    index: Array  # [B, E], of the live node among the candidates
+    features: Array  # [D, B, E], the drafter's own output at the live node's parent
+    probs: Array | None  # [B, draft_depth, Vd], laws of a chain
+
+
+@dataclasses.dataclass(frozen=True)
+class Expansion:
+    """What the expansion of a tree is compiled for.
+
+    Attributes:
+      strategy: depth and width.
+      settings: of the target; temperature 0 counts as 1, which keeps the order.
+      cfg: the drafter.
+      keep_laws: keep the laws behind a chain's first `draft_depth` tokens.
+    """
+
+    strategy: strategy_lib.Strategy
+    settings: decode.Settings
+    cfg: drafter.DrafterConfig
+    keep_laws: bool
+
+    def first_level(self, weights, score, counts_B, taken_in, root_DB1) -> Level:
+        """Find the root's children: they are candidates, and all of them are live."""
+        _, _, batch, width = taken_in.keys.shape
+        depth, topk = self.strategy.draft_depth, self.strategy.topk
+        num = self.strategy.num_drafted
+        children = self._children(weights, score, root_DB1, 1)
+        ids_BE, scores_BE = children.ids[:, 0], children.gains[:, 0]
+        probs = children.probs
+        if probs is not None:
+            shape = (batch, depth, probs.shape[-1])
+            probs = jnp.zeros(shape, probs.dtype).at[:, 0].set(probs)
+        # Room for all levels: E candidates of this one, E x E of each further one.
+        found = candidates_lib.Candidates(
+            tokens=jnp.zeros((batch, num), jnp.int32).at[:, :topk].set(ids_BE),
+            parents=jnp.full((batch, num), -1, jnp.int32),
+            depths=jnp.ones((batch, num), jnp.int32),
+            scores=jnp.zeros((batch, num), jnp.float32).at[:, :topk].set(scores_BE),
+        )
+        # Nodes see the columns that were just taken in, and later their ancestors,
+        # each of which will stand in a slot behind those columns.
+        slots = width + (depth - 1) * topk
+        seen_BS = jnp.arange(slots) < counts_B[:, None]
+        shape = (*taken_in.keys.shape[:3], slots)
+        zeros = jnp.zeros(shape, jnp.dtype(self.settings.dtype))
+        return Level(
+            found=found,
+            keys=zeros.at[..., :width].set(taken_in.keys),
+            values=zeros.at[..., :width].set(taken_in.values),
+            mask=jnp.broadcast_to(seen_BS[:, None], (batch, topk, slots)),
+            tokens=ids_BE,
+            scores=scores_BE,
+            index=jnp.broadcast_to(jnp.arange(topk, dtype=jnp.int32), (batch, topk)),
+            features=jnp.broadcast_to(root_DB1, (root_DB1.shape[0], batch, topk)),
+            probs=probs,
+        )
+
+    def expand(self, weights, score, view, positions_B, level, live) -> Level:
+        """Find the children of the live nodes, and which of them live on."""
+        (batch, topk), dtype = live.tokens.shape, jnp.dtype(self.settings.dtype)
+        width = live.keys.shape[3] - (self.strategy.draft_depth - 1) * topk
+        # Live nodes do not see each other: none is another's ancestor.
+        eye_BEE = jnp.broadcast_to(jnp.eye(topk, dtype=bool), (batch, topk, topk))
+        out = drafter.forward(
+            weights.params,
+            self.cfg,
+            weights.embedded(live.tokens, dtype),
+            live.features,
+            jnp.broadcast_to(positions_B[:, None], (batch, topk)),
+            visibility=attention.Visibility(ancestors=eye_BEE),
+            view=view,
+            past=drafter.Past(live.keys, live.values, live.mask),
+            dtype=dtype,
+            kernels=self.settings.kernels,
+        )
+        # E x E candidates (C), each with its path's score; those of the levels before
+        # stand first.
+        children = self._children(weights, score, out.hidden, level)
+        ids_BC = children.ids.reshape(batch, topk**2)
+        scores_BC = (live.scores[..., None] + children.gains).reshape(batch, topk**2)
+        first = topk + (level - 2) * topk**2
+
+        def put(x_BC, new_BC):
+            return lax.dynamic_update_slice_in_dim(x_BC, new_BC, first, axis=1)
+
+        found = candidates_lib.Candidates(
+            tokens=put(live.found.tokens, ids_BC),
+            parents=put(live.found.parents, jnp.repeat(live.index, topk, axis=1)),
+            depths=put(live.found.depths, jnp.zeros_like(ids_BC) + level),
+            scores=put(live.found.scores, scores_BC),
+        )
+        # The E best live on: each sees what its parent saw, and its parent.
+        slot = width + (level - 2) * topk
+        best_BE, chosen_BE = lax.top_k(scores_BC, topk)
+        parent_BE = chosen_BE // topk
+        is_parent_BES = slot + parent_BE[..., None] == jnp.arange(live.mask.shape[2])
+        mask_BES = jnp.take_along_axis(live.mask, parent_BE[..., None], axis=1)
+
+        def put_columns(x_KHBS, new_KHBE):
+            return lax.dynamic_update_slice_in_dim(x_KHBS, new_KHBE, slot, axis=3)
+
+        probs = live.probs
+        if probs is not None:
+            probs = probs.at[:, level - 1].set(children.probs)
+        return Level(
+            found=found,
+            keys=put_columns(live.keys, out.keys),
+            values=put_columns(live.values, out.values),
+            mask=mask_BES | is_parent_BES,
+            tokens=jnp.take_along_axis(ids_BC, chosen_BE, axis=1),
+            scores=best_BE,
+            index=first + chosen_BE,
+            features=jnp.take_along_axis(out.hidden, parent_BE[None], axis=2),
+            probs=probs,
+        )
+
+    def _children(self, weights, score, hidden_DBE, level) -> _Children:
+        """Choose the best children behind nodes, from the drafter's outputs at them."""
+        draft_ids, kernels = weights.params.draft_ids, self.settings.kernels
+        temperature = self.settings.sampling_cfg.temperature
+        scores_BEV = drafter_head.logits(
+            weights.params, self.cfg, weights.head, hidden_DBE, kernels
+        )
+        if temperature not in (0, 1):
+            scores_BEV = scores_BEV / temperature
+        # The law is looked at before chance and sharpness change the scores.
+        probs_BV = None
+        if self.keep_laws:
+            normaliser_BE = sampling.log_sum_exp(scores_BEV)
+            probs_BV = jnp.exp(scores_BEV - normaliser_BE[..., None])[:, 0]
+        elif (
+            score.noise is not None
+            and self.strategy.topk == 1
+            and kernels.rank is not None
+        ):
+            return self._only_child(draft_ids, score, scores_BEV, level)
+        if score.noise is not None:
+            noise_B1V = lax.dynamic_index_in_dim(score.noise, level - 1, axis=1)
+            if draft_ids is not None:
+                noise_B1V = noise_B1V[..., draft_ids]
+            scores_BEV = (scores_BEV * score.sharpness + noise_B1V) / score.tau
+        # Of each node's V scores the E best, with their share of all.
+        best_BEE, ids_BEE = best_of(scores_BEV, self.strategy.topk)
+        if draft_ids is not None:
+            ids_BEE = draft_ids[ids_BEE]
+        gains_BEE = best_BEE - sampling.log_sum_exp(scores_BEV)[..., None]
+        return _Children(ids_BEE, gains_BEE, probs_BV)
+
+    def _only_child(self, draft_ids, score, scores_BEV, level) -> _Children:
+        """Choose the child of a chain's node by a kernel, `[B, 1, 1]`."""
+        batch, num, vocab_size = score.noise.shape
+        if draft_ids is None:
+            # The kernel reads each row's noise where it lies.
+            noise_RV = score.noise.reshape(-1, vocab_size)
+            which_B = jnp.arange(batch) * num + level - 1
+        else:
+            noise_RV = lax.dynamic_index_in_dim(
+                score.noise, level - 1, axis=1, keepdims=False
+            )[:, draft_ids]
+            which_B = jnp.arange(batch)
+        ids_B, shares_B = self.settings.kernels.rank(
+            *(scores_BEV[:, 0], noise_RV, which_B.astype(jnp.int32)),
+            *(score.sharpness, score.tau),
+        )
+        if draft_ids is not None:
+            ids_B = draft_ids[ids_B]
+        return _Children(ids_B[:, None, None], shares_B[:, None, None], None)
+
+
+def best_of(scores: Array, k: int) -> tuple[Array, Array]:
+    """Return the k largest entries of `[..., V]` and their indices, largest first.
+
+    For few of them, one reduction each: it vectorises, and sorting does not.
+    """
+    if k > 4:
+        return lax.top_k(scores, k)
+    values, ids = [], []
+    for _ in range(k):
+        index = sampling.argmax(scores)
+        values.append(jnp.take_along_axis(scores, index[..., None], axis=-1)[..., 0])
+        ids.append(index)
+        if len(ids) < k:
+            here = jnp.arange(scores.shape[-1]) == index[..., None]
+            scores = jnp.where(here, -jnp.inf, scores)
+    return jnp.stack(values, axis=-1), jnp.stack(ids, axis=-1)

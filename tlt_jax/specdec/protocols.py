@@ -1,0 +1,168 @@
+"""What a speculative step asks of its parts: who guesses, and by what rule it is kept.
+
+`speculate` knows these two interfaces and no part that has them. Parts are frozen,
+hashable records of what is compiled in; what changes from step to step is a pytree that
+the step carries for them.
+"""
+
+from typing import Any, Protocol
+
+from flax import struct
+
+from tlt_jax.models import kv_cache
+from tlt_jax.specdec import candidates as candidates_lib
+from tlt_jax.specdec import decode, sampling, verify
+from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec import tree as tree_lib
+from tlt_jax.types import Array
+
+
+@struct.dataclass
+class Caches:
+    """The pages of target and drafter, under one page table.
+
+    Attributes:
+      target: keys and values, and features where there is a drafter.
+      drafter: the one layer's keys and values, or None.
+    """
+
+    target: kv_cache.PagedCache
+    drafter: kv_cache.PagedCache | None
+
+
+@struct.dataclass
+class Proposal:
+    """What a proposer guesses in a step.
+
+    Attributes:
+      candidates: at least `tokens_to_verify - 1` a row; absent ones count.
+      draft_probs: `[B, A - 1, V]`, laws that a chain was sampled from; None: the
+        candidates were not sampled.
+      extra: whatever the proposer wants to have when it advances.
+    """
+
+    candidates: candidates_lib.Candidates
+    draft_probs: Array | None = None
+    extra: Any = ()
+
+
+@struct.dataclass
+class Taken:
+    """What the target took in a step.
+
+    Attributes:
+      walk: the accepted path.
+      counts: `[B] int32`, tokens of it that are kept; 0: the row rode along.
+      alive: `[B] bool`, rows that took part.
+      features: `[F, B, W]`, the target's at the nodes that it read, or None.
+    """
+
+    walk: verify.Walk
+    counts: Array
+    alive: Array
+    features: Array | None
+
+
+class Proposer(Protocol):
+    """Guesses how texts go on. What it guesses decides about speed, never about tokens.
+
+    The methods are traced. `inputs` is what the host gives for a call and no step
+    changes; `rows` are as the step finds them: `rows.pending` is the last token of each
+    text, and `rows.lengths` its position.
+
+    Attributes:
+      strategy: the shape of what it proposes.
+    """
+
+    strategy: strategy_lib.Strategy
+
+    def init(self, inputs: Any, caches: Caches, rows: decode.Rows) -> Any:
+        """Make the state that the steps of a call carry, any pytree."""
+        del inputs, caches, rows
+        return ()
+
+    def propose(
+        self, inputs: Any, state: Any, rows: decode.Rows, noise: Array
+    ) -> Proposal:
+        """Guess the next tokens of every row.
+
+        Args:
+          inputs: of the call.
+          state: from `init` or `advance`.
+          rows: as the step finds them.
+          noise: `[B, >= A - 1, V]`, Gumbel noise of the tokens behind each row's text,
+            by which candidates may be drawn or ranked; one column at temperature 0.
+        """
+
+    def advance(
+        self,
+        inputs: Any,
+        state: Any,
+        rows: decode.Rows,
+        proposal: Proposal,
+        taken: Taken,
+    ) -> Any:
+        """Make the next step's state of what became of the proposal."""
+        del inputs, rows, proposal, taken
+        return state
+
+    def finish(self, state: Any, caches: Caches) -> tuple[Caches, Any]:
+        """End a call.
+
+        Args:
+          state: after the last step.
+          caches: with the target's pages as they are now, and those of the drafter as
+            `init` had them.
+
+        Returns:
+          The caches for the next call, and what the host is to know of the state.
+        """
+        del state
+        return caches, ()
+
+
+class Chance(Protocol):
+    """The randomness of a step: a pytree, of which proposers see a part.
+
+    Attributes:
+      draft: see `noise` of `Proposer.propose`.
+    """
+
+    draft: Array
+
+
+class Rule(Protocol):
+    """Decides from the target's laws how much of a tree is kept, and what follows."""
+
+    def chance(
+        self, keys: Array, lengths: Array, num: int, settings: decode.Settings
+    ) -> Chance:
+        """Make the randomness of a step.
+
+        Args:
+          keys: `[B, 2] uint32` of requests.
+          lengths: `[B] int32`, cached positions when the step begins.
+          num: A, the tokens that the step yields at most.
+          settings: vocabulary, law and kernels.
+        """
+
+    def judge(
+        self,
+        law: sampling.Law,
+        tree: tree_lib.DraftTree,
+        proposal: Proposal,
+        chance: Chance,
+        settings: decode.Settings,
+    ) -> tuple[verify.Walk, Array]:
+        """Walk each tree as far as the rule accepts.
+
+        Args:
+          law: the target's, of the tokens behind each node, `[B, W, V]`.
+          tree: the nodes.
+          proposal: that the tree was selected from.
+          chance: of the step.
+          settings: as `chance` had them.
+
+        Returns:
+          The walk, and `[B, A] float32`, log-probabilities of its tokens under the law.
+        """
