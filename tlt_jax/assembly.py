@@ -17,7 +17,7 @@ from tlt_jax.rl.workers import records, workers
 from tlt_jax.runtime import distributed
 from tlt_jax.settings import schema
 from tlt_jax.specdec import sampling, strategy
-from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.specdec.training import objectives
 from tlt_jax.specdec.tuners import build as tuners
 from tlt_jax.specdec.tuners import shared as shared_tuner
 
@@ -175,7 +175,7 @@ def _drafter_of(
                 f"drafter.features={asked.features!r}: {error} Set drafter.features to "
                 "'last' or 'layers'."
             ) from error
-    preset = drafter_training.objective(run.adaptation.name)
+    preset = objectives.preset(run.adaptation.name)
     made = drafter.of_target(
         model,
         feature_layers=layers,

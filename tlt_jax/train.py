@@ -20,13 +20,13 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import prompts, reward_pool, scratch_model
-from tlt_jax.rl.update import experience, learner, updater
+from tlt_jax.rl.update import experience, updater
 from tlt_jax.rl.workers import coordinator, weight_sync, workers
-from tlt_jax.runtime import clock, distributed, failures, programs
+from tlt_jax.runtime import clock, distributed, failures, programs, train_state
 from tlt_jax.viz import plots
 from tlt_jax.workdir import (
     checkpoint,
-    drafter_store,
+    drafter_checkpoint,
     metrics,
     progress,
     step_record,
@@ -149,10 +149,10 @@ class Trainer:
         self.checkpointer = closing.enter_context(
             checkpoint.Checkpointer(directory, run.checkpoint.keep)
         )
-        self.drafter_store: drafter_store.DrafterStore | None = None
+        self.drafter_store: drafter_checkpoint.DrafterStore | None = None
         if self.adaptation is not None:
             self.drafter_store = closing.enter_context(
-                drafter_store.DrafterStore(
+                drafter_checkpoint.DrafterStore(
                     self.adaptation,
                     directory,
                     run.checkpoint.drafter,
@@ -429,8 +429,12 @@ class Trainer:
         def show(done, total, loss):
             self.display.within(done, total, f"loss {loss:.3f}")
 
+        run = self.run
+        settings = scratch_model.Settings(
+            run.seed, run.pretrain, run.task, run.rollout.max_new_tokens
+        )
         self.group.first(
-            "model", lambda: scratch_model.make(self.run, self.task, directory, show)
+            "model", lambda: scratch_model.make(settings, self.task, directory, show)
         )
         return model_source.resolve(str(directory))
 
@@ -450,10 +454,12 @@ class Trainer:
             self.updater.state = self.updater.learner.init_state(self._load(source))
             return
         opt_state, num_updates = restored.opt_state
-        self.updater.state = learner.TrainState(restored.params, opt_state, num_updates)
+        self.updater.state = train_state.TrainState(
+            restored.params, opt_state, num_updates
+        )
         self.step, meta = restored.step, restored.meta
         self.sync.restore_version(self.step)
-        self.updater.num_skipped = meta["num_skipped"]
+        self.updater.skips.in_a_row = meta["num_skipped"]
         self.collector.position = meta["position"]
         self.collector.expected_lengths = {
             int(key): value for key, value in meta["expected_lengths"].items()
@@ -476,7 +482,7 @@ class Trainer:
             self.model,
             {
                 "config": config.digest(self.run),
-                "num_skipped": self.updater.num_skipped,
+                "num_skipped": self.updater.skips.in_a_row,
                 "position": self.collector.position,
                 "expected_lengths": self.collector.expected_lengths,
                 "tuners": [tuner.state() for tuner in self.speculation.tuners],

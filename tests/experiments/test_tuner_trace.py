@@ -49,7 +49,7 @@ def recorded(tmp_path_factory):
     texts = drafter_run.Texts(
         dtype="float32", max_batch=2, max_new_tokens=NEW_TOKENS, max_prompt_tokens=16
     )
-    buffer = shards.HiddenBuffer(workdir / "texts", "float32")
+    buffer = shards.Shards(workdir / "texts", "float32")
     offline_texts.write(
         policy.load(str(model)),
         [

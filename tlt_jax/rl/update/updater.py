@@ -9,7 +9,7 @@ from tlt_jax import config
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.update import algorithms, experience, learner, packing
-from tlt_jax.runtime import clock, failures, programs, sharding
+from tlt_jax.runtime import clock, programs, sharding, train_state
 
 _MAX_SKIPPED = 3
 
@@ -20,11 +20,11 @@ class Updater:
     Attributes:
       state: what training changes.
       reference: the initial policy, where the algorithm compares with it.
-      num_skipped: updates in a row that were not finite.
+      skips: updates in a row that were not finite.
       learner, pool, algorithm: its parts.
     """
 
-    state: learner.TrainState
+    state: train_state.TrainState
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Updater:
         self.pool = programs.ProgramPool()
         self.learner = learner.Learner(model, run, mesh=mesh, pool=self.pool)
         self.reference: model_params.Params | None = None
-        self.num_skipped = 0
+        self.skips = train_state.Skips(_MAX_SKIPPED)
         self._run, self._stage, self._note = run, stage, note
         self._layout = experience.Layout(
             run.learner.row_tokens, self.learner.rows_per_micro_batch
@@ -162,18 +162,13 @@ class Updater:
         return packing.scatter(parts, self.learner.logprobs(params, parts))
 
     def _check_skipped(self, record: dict[str, float]) -> None:
-        if not record["policy/update_skipped"]:
-            self.num_skipped = 0
-            return
-        self.num_skipped += 1
-        self._note(
-            f"loss or gradient is not finite; update skipped ({self.num_skipped} in a "
-            "row)."
-        )
-        if self.num_skipped >= _MAX_SKIPPED:
-            raise failures.TrainingError(
-                f"{self.num_skipped} updates in a row were not finite"
+        self.skips.count(record["policy/update_skipped"])
+        if self.skips.in_a_row:
+            self._note(
+                "loss or gradient is not finite; update skipped "
+                f"({self.skips.in_a_row} in a row)."
             )
+        self.skips.check()
 
 
 def _rows_of(groups: np.ndarray, group_size: int) -> np.ndarray:
