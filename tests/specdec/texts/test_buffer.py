@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests import mutation
 from tlt_jax.specdec.texts import arrays as text_arrays
 from tlt_jax.specdec.texts import buffer as text_buffer
-from tlt_jax.specdec.texts import layout, retention, shards, spill
+from tlt_jax.specdec.texts import layout, shards
 
 # Bytes of a text of n tokens as made below, in float32.
 PER_TOKEN, PER_TEXT = 4 * (1 + 3 + 6), 8
@@ -101,14 +101,6 @@ def test_append_takes_a_copy():
     assert_same(buffer.view().read(0), made(1))
 
 
-def test_what_is_counted_is_what_is_kept():
-    for dtype in (np.dtype(np.float32), np.dtype(jnp.bfloat16)):
-        for record in (made(1), made(2, features=False)):
-            arrays = text_arrays.arrays(text_arrays.kept(record, dtype))
-            total = sum(array.nbytes for array in arrays)
-            assert text_arrays.num_bytes(record, dtype) == total
-
-
 texts = st.tuples(st.integers(2, 30), st.integers(0, 2), st.booleans())
 
 
@@ -167,22 +159,6 @@ def test_memory_is_taken_before_the_copy_is_made(monkeypatch):
     # A text that is not complete is counted and not shown.
     assert seen == [(size(8), [])]
     assert (buffer.num_bytes, ids(buffer)) == (0, [])
-
-
-def entry(text_id, length, version, num_bytes=10):
-    return retention.Entry(text_id, version, length, 2, num_bytes, text_id)
-
-
-def test_short_and_old_texts_go_first():
-    old = [entry(1, 90, 3), entry(2, 80, 3), entry(3, 5, 4)]
-    last = [entry(4, 40, 6), entry(5, 70, 6)]
-    now = [entry(6, 9, 7), entry(7, 20, 7), entry(8, 20, 7)]
-    left, order = [*now, *last, *old], []
-    while left:
-        order.append(retention.least_useful(left, left, 7))
-        left.remove(order[-1])
-    # 6: this step holds more bytes. 4: both hold the same, and the last one gives way.
-    assert [e.text_id for e in order] == [2, 1, 3, 6, 4, 7, 5, 8]
 
 
 def test_early_finishers_do_not_push_out_the_last_step_s_tail():
@@ -445,13 +421,6 @@ def test_bad_arguments():
         buffer.append(made(2, width=4))
     with pytest.raises(ValueError, match="response_start=0 in 8 tokens"):
         buffer.append(made(2, start=0))
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    (tmp_path / "text_7").write_bytes(b"left")
-    (tmp_path / "notes.md").write_text("mine")
-    spill.Spill(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
 
 
 @pytest.mark.parametrize(
