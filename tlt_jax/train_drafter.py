@@ -203,6 +203,8 @@ class _Trainer:
         asked = offline_texts.ask(
             run.texts, lambda example: target.tokenizer.encode_prompt(example.prompt)
         )
+        if not offline_texts.missing(asked, texts):
+            return texts
         # Texts are written whole, whatever part of them rows will hold.
         written_for = dataclasses.replace(self.cfg, max_length=0)
         capturing = speculator.DraftingConfig(

@@ -105,6 +105,11 @@ def ask(
     return asked
 
 
+def missing(asked: Sequence[Asked], kept: shards.Shards) -> set[int]:
+    """Return the ids of the texts that are not there yet."""
+    return {one.text_id for one in asked} - set(kept.text_ids)
+
+
 def write(
     engine: engine_lib.Engine,
     asked: Sequence[Asked],
@@ -138,22 +143,22 @@ def write(
 
     for first in range(0, len(asked), size):
         group = asked[first : first + size]
-        missing = {one.text_id for one in group} - set(kept.text_ids)
-        if not missing:
+        wanted = missing(group, kept)
+        if not wanted:
             continue
         requests = [
             types.Request(one.text_id, one.text_id, 0, one.prompt, max_new_tokens)
             for one in group
         ]
-        num_tokens += _answer(engine, requests, missing, kept, seed, report)
+        num_tokens += _answer(engine, requests, wanted, kept, seed, report)
 
 
-def _answer(engine, requests, missing, kept, seed, report) -> int:
-    """Answer requests and keep the `missing`; return the tokens drawn."""
+def _answer(engine, requests, wanted, kept, seed, report) -> int:
+    """Answer requests and keep the `wanted` texts; return the tokens drawn."""
     done: list[layout.Record] = []
 
     def keep(record):
-        if record.text_id in missing:
+        if record.text_id in wanted:
             done.append(record)
         if len(done) == _SHARD_TEXTS:
             flush()
