@@ -213,21 +213,24 @@ def losses(training, until):
 def test_a_killed_training_goes_on_bit_for_bit(texts, pool):
     whole = training_of(texts, pool)
     whole.begin(DEVICES, engines.PARAMS)
-    expected = losses(whole, 7)
-    assert expected[-1] < expected[0] and whole.num_steps == 7
+    # In the midst of the second epoch.
+    killed = len(whole._plan(whole._train, (SEED, 0))) + 1
+    end = killed + 3
+    expected = losses(whole, end)
+    assert expected[-1] < expected[0] and whole.num_steps == end
     first = training_of(texts, pool)
     first.begin(DEVICES, engines.PARAMS)
-    found = losses(first, 4)
+    found = losses(first, killed)
     first.skips.in_a_row = 3
     second = training_of(texts, pool)
     second.restore(first.state(), first.num_steps)
-    assert (second.num_steps, second.skips.in_a_row) == (4, 3)
+    assert (second.num_steps, second.skips.in_a_row) == (killed, 3)
     second.begin(DEVICES, engines.PARAMS)
-    assert found + losses(second, 7) == expected
+    assert found + losses(second, end) == expected
     jax.tree.map(
         np.testing.assert_array_equal, second.state().state, whole.state().state
     )
-    assert int(second.learner.newest.num_updates) == 7
+    assert int(second.learner.newest.num_updates) == end
     # Every step's outcome but the last was looked at.
     assert second.skips.in_a_row == 0
 
@@ -254,7 +257,14 @@ def test_an_epoch_takes_every_training_text_once(texts, pool):
     assert seen[0] != seen[1]
 
 
-def test_the_held_out_texts_are_measured(texts, pool):
+def test_the_held_out_texts_are_measured(texts, pool, monkeypatch):
+    in_use, summarise = [], acceptance.summarise
+
+    def noted(sums, sharpness):
+        in_use.append(sharpness)
+        return summarise(sums, sharpness)
+
+    monkeypatch.setattr(acceptance, "summarise", noted)
     training = training_of(texts, pool)
     training.begin(DEVICES, engines.PARAMS)
     assert training.learner.sharpness is None
@@ -263,6 +273,7 @@ def test_the_held_out_texts_are_measured(texts, pool):
     # Not kept for being the one in use.
     training.learner.sharpness = acceptance.SHARPNESSES[-1]
     assert training.measure() == found
+    assert in_use == [None, None]
     counts = texts.lengths - np.maximum(texts.response_starts, 2)
     rows = training._plan(training._held_out, None)
     measured = sum(s.num_bases for batch in rows for row in batch for s in row)
