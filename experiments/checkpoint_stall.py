@@ -22,6 +22,7 @@ import time
 import numpy as np
 
 from experiments.lab import harness, plotting, random_drafter
+from tlt_jax.runtime import train_state
 from tlt_jax.specdec.training import unroll
 from tlt_jax.workdir import drafter_checkpoint
 
@@ -107,7 +108,7 @@ class Saving:
         started = time.perf_counter()
         made = self._training
         waited_s = checkpointer.save(
-            self._num_saved, made.state, made.cfg, target=made.target
+            self._num_saved, train_state.Snapshot(made.state), made.cfg, made.target
         )
         step_ms = self.train()
         checkpointer.wait()

@@ -27,7 +27,7 @@ from tlt_jax.settings import drafter_run
 
 SLUG = "objectives"
 RECIPE = "configs/tiny_drafter.py"
-# Unrolled steps of an update, as `drafter_training.objective` has them.
+# Unrolled steps of an update, as `training.objectives.preset` has them.
 UNROLLED = {"eagle": 1, "hass": 3, "eagle3": 7}
 LOSSES = ("soft_ce", "kl", "tv", "lk_hybrid")
 CASES = {

@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.lab import harness, plotting, random_drafter
 from tlt_jax.specdec.texts import buffer as text_buffer
-from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.texts import layout as text_layout
 from tlt_jax.specdec.training import unroll
 
 SLUG = "packing"
@@ -58,7 +58,7 @@ def make_texts(
         response = options.median_response * rng.lognormal(0.0, 0.8)
         length = min(prompt + max(int(response), 2), options.row_tokens)
         buffer.append(
-            shards.Record(
+            text_layout.Record(
                 text_id=number,
                 tokens=rng.integers(vocab, size=length),
                 response_start=min(prompt, length - 1),
@@ -87,7 +87,7 @@ class Epochs:
         options = self._options
         if layout == "packed":
             sizes = self._sizes(options.row_tokens)
-            plan = shards.plan(
+            plan = text_layout.plan(
                 self.texts,
                 range(len(self.texts)),
                 num_rows=options.num_rows,
@@ -95,7 +95,7 @@ class Epochs:
                 **sizes,
             )
             for rows in plan:
-                yield shards.lay_out(self.texts, rows, **sizes)
+                yield text_layout.lay_out(self.texts, rows, **sizes)
             return
         order = np.random.default_rng(0).permutation(len(self.texts))
         for first in range(0, len(order), options.num_rows):
@@ -107,7 +107,7 @@ class Epochs:
             sizes = self._sizes(longest)
             rows = [[self._whole(index, sizes)] for index in some.tolist()]
             rows += [[]] * (options.num_rows - len(rows))
-            yield shards.lay_out(self.texts, rows, **sizes)
+            yield text_layout.lay_out(self.texts, rows, **sizes)
 
     def measure(self, layout: str) -> harness.Row:
         """Trains one epoch."""
@@ -136,9 +136,9 @@ class Epochs:
         # Every text fits with all of its bases.
         return {"row_tokens": row_tokens, "row_bases": row_tokens}
 
-    def _whole(self, index: int, sizes: dict[str, int]) -> shards.Span:
+    def _whole(self, index: int, sizes: dict[str, int]) -> text_layout.Span:
         view = self.texts
-        span = shards.span_of(
+        span = text_layout.span_of(
             index, view.lengths[index], view.response_starts[index], rng=None, **sizes
         )
         assert span is not None, "every response has two tokens or more"

@@ -145,7 +145,11 @@ class World:
             }
         )
         target = folder / "target"
-        scratch_model.make(config.load(settings), Mixture(2048, seed), target)
+        run = config.load(settings)
+        about = scratch_model.Settings(
+            run.seed, run.pretrain, run.task, run.rollout.max_new_tokens
+        )
+        scratch_model.make(about, Mixture(2048, seed), target)
         self.policy = policy.load(str(target))
         self.train(START)
 

@@ -29,7 +29,7 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.texts import layout, shards
 from tlt_jax.specdec.training import acceptance, unroll
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
@@ -122,7 +122,7 @@ def tuned_engine(
 
 
 def requests_of(
-    texts: shards.HiddenBuffer, count: int, new_tokens: int
+    texts: shards.Shards, count: int, new_tokens: int
 ) -> list[types.Request]:
     """Asks the prompts with the longest answers again."""
     lengths = texts.lengths - texts.response_starts
@@ -137,7 +137,7 @@ def requests_of(
 def record_steps(
     engine: engine_lib.Engine,
     tuner: RoundRobin,
-    texts: shards.HiddenBuffer,
+    texts: shards.Shards,
     *,
     fewest_calls: int,
     new_tokens: int,
@@ -173,7 +173,7 @@ def measure_lifetimes(
     versions: Mapping[str, drafter.DrafterParams],
     cfg: drafter.DrafterConfig,
     target: unroll.Target,
-    texts: shards.HiddenBuffer,
+    texts: shards.Shards,
     indices: list[int],
     max_levels: int,
 ) -> dict[str, list[np.ndarray]]:
@@ -199,10 +199,10 @@ def measure_lifetimes(
         )
     )
     found: dict[str, dict] = {name: {} for name in versions}
-    for rows in shards.plan(
+    for rows in layout.plan(
         texts, indices, num_rows=_ROWS_OF_TEXTS, seed=None, **sizes
     ):
-        batch = shards.lay_out(texts, rows, **sizes)
+        batch = layout.lay_out(texts, rows, **sizes)
         for name, params in versions.items():
             counts = np.asarray(measure(params, batch, target))
             for row, spans in enumerate(rows):

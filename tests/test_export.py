@@ -17,8 +17,8 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import tokenizer
+from tlt_jax.runtime import train_state
 from tlt_jax.specdec import sampling
-from tlt_jax.specdec.training import step as drafter_training
 from tlt_jax.workdir import checkpoint, drafter_checkpoint
 
 CFG = model_config.ModelConfig(
@@ -132,14 +132,12 @@ def test_the_drafter_of_a_run_is_given_out(workdir, tmp_path):
     weights = {step: random_drafter(EAGLE, step) for step in (3, 7)}
     with drafter_checkpoint.DrafterCheckpointer(run) as checkpointer:
         for step, params in weights.items():
-            state = drafter_training.TrainState(params, {"m": params}, jnp.int32(9))
-            checkpointer.save(
-                step,
-                state,
-                EAGLE,
-                arrays={"buffer.tokens": np.arange(5)},
-                meta={"version": 2, "sharpness": 1.5},
+            snapshot = train_state.Snapshot(
+                train_state.TrainState(params, {"m": params}, jnp.int32(9)),
+                {"buffer.tokens": np.arange(5)},
+                {"version": 2, "sharpness": 1.5},
             )
+            checkpointer.save(step, snapshot, EAGLE)
     for layout, step in (("eagle", None), ("eagle", 3), ("tlt", None)):
         out = str(tmp_path / f"{layout}{step}")
         said = export.export_drafter(str(run), out, layout, step, dtype="float32")

@@ -89,7 +89,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
     """Killed once while texts are written, and once between two checkpoints."""
     directory, _ = whole
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, shards.HiddenBuffer, "append", 2)
+        killed_at(patch, shards.Shards, "append", 2)
         train_drafter.train(settings(), tmp_path)
     with pytest.raises(schema.ConfigError, match="texts made with texts=.*not "):
         train_drafter.train(settings(**{"texts.max_new_tokens": 10}), tmp_path)
@@ -108,7 +108,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
 def test_texts_are_what_their_features_and_noise_draw(whole):
     """Whoever measures a drafter may rely on it: features, keys, positions agree."""
     directory, _ = whole
-    buffer = shards.HiddenBuffer(directory / "texts", "float32")
+    buffer = shards.Shards(directory / "texts", "float32")
     head = np.asarray(policy.load(str(directory / "target")).params.head)
     num_drawn = 0
     for i in range(0, len(buffer), 5):

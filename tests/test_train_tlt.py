@@ -150,7 +150,10 @@ def test_a_resumed_run_takes_the_drafter_up_bit_for_bit(
 
     def watched(self, *given):
         restore(self, *given)
-        restored.append((self.learner.num_updates, self.version, *self.state()))
+        state = self.state()
+        restored.append(
+            (self.learner.num_updates, self.version, state.arrays, state.meta)
+        )
 
     monkeypatch.setattr(adaptation.Adaptation, "restore", watched)
     rows = start(tmp_path, **{"workers.num": 1})

@@ -178,7 +178,10 @@ def source_of(
     def show(done, total, loss):
         observer.within(done, total, f"loss {loss:.3f}")
 
-    group.first("model", lambda: scratch_model.make(run, task, folder, show))
+    settings = scratch_model.Settings(
+        run.seed, run.pretrain, run.task, run.rollout.max_new_tokens
+    )
+    group.first("model", lambda: scratch_model.make(settings, task, folder, show))
     return model_source.resolve(str(folder))
 
 

@@ -15,7 +15,7 @@ from tlt_jax.rl.engine import speculator
 from tlt_jax.settings import schema
 from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.specdec.training import objectives
 from tlt_jax.specdec.tuners import build as tuners
 from tlt_jax.specdec.tuners import shared as shared_tuner
 
@@ -167,7 +167,7 @@ def _drafter_of(
                 f"drafter.features={settings.features!r}: {error} Set drafter.features "
                 "to 'last' or 'layers'."
             ) from error
-    preset = drafter_training.objective(run.adaptation.name)
+    preset = objectives.preset(run.adaptation.name)
     cfg = drafter.of_target(
         model,
         feature_layers=layers,

@@ -20,7 +20,7 @@ from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.viz import plots
 from tlt_jax.workdir import directory as workdir
 from tlt_jax.workdir import (
-    drafter_store,
+    drafter_checkpoint,
     metrics,
     progress,
     state,
@@ -115,20 +115,26 @@ class Trainer:
             with workdir.writing(directory / "tokenizer"):
                 parts.tokenizer.save(directory / "tokenizer")
         display.watch(self._seen)
+        checkpoints = run.checkpoint
         drafter = closing.enter_context(
-            drafter_store.opened(
-                parts.adaptation, directory, run.checkpoint, group, display
+            drafter_checkpoint.DrafterStore(
+                parts.adaptation,
+                directory,
+                checkpoints.drafter,
+                checkpoints.keep + 1,
+                group,
+                display,
             )
         )
         self.state = closing.enter_context(
             state.RunState(
                 directory,
-                run.checkpoint,
+                checkpoints,
                 parts.model,
                 parts.updater,
                 {"collector": parts.collector, "sync": parts.sync}
                 | parts.speculation.tuners,
-                drafter,
+                (drafter,),
                 config.digest(run),
             )
         )

@@ -9,8 +9,9 @@ import optax
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models.drafters import drafter
-from tlt_jax.specdec.training import step as drafter_training
-from tlt_jax.specdec.training import unroll
+from tlt_jax.runtime import train_state
+from tlt_jax.specdec.training import objectives, unroll
+from tlt_jax.specdec.training import step as step_lib
 
 # vocab_size, d_model, d_ff, num_heads, num_kv_heads, head_dim, num_layers.
 SHAPES = {
@@ -80,14 +81,14 @@ class Training:
         )
         optimizer = optax.adamw(1e-4)
         params = jax.jit(drafter.init, static_argnums=0)(self.cfg, next(keys))
-        self.state = drafter_training.TrainState(
+        self.state = train_state.TrainState(
             params, jax.jit(optimizer.init)(params), jnp.int32(0)
         )
         self._step = jax.jit(
             functools.partial(
-                drafter_training.step,
+                _whole_step,
                 cfg=unroll.ForwardConfig(self.cfg, head_chunk=head_chunk),
-                objective=drafter_training.Objective(num_steps, decay=0.8),
+                objective=objectives.Objective(num_steps, decay=0.8),
                 optimizer=optimizer,
             ),
             donate_argnums=0,
@@ -97,3 +98,15 @@ class Training:
         """Takes one step and waits for it; returns its metrics."""
         self.state, outcome = self._step(self.state, batch, self.target)
         return jax.block_until_ready((self.state, outcome))[1]
+
+
+def _whole_step(state, batch, target, *, cfg, objective, optimizer):
+    """The pieces of a step in a row, as one program."""
+    given, how = (state.params, batch, target), {"cfg": cfg, "objective": objective}
+    under_way = step_lib.begin(*given, **how)
+    size = batch.bases.shape[1]
+    under_way = step_lib.add(under_way, *given, 0, size=size, **how)
+    grads = step_lib.close(under_way.grads, under_way.seen_grads, *given, cfg=cfg)
+    return step_lib.update(
+        state, grads, under_way.sums, batch, objective=objective, optimizer=optimizer
+    )

@@ -163,7 +163,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")}
 
 
-def texts_of(workdir: pathlib.Path) -> shards.HiddenBuffer:
+def texts_of(workdir: pathlib.Path) -> shards.Shards:
     """Opens the texts that a drafter was trained and measured on.
 
     Raises:
@@ -175,10 +175,10 @@ def texts_of(workdir: pathlib.Path) -> shards.HiddenBuffer:
             "tlt_jax.train_drafter, with the texts that it was measured on."
         )
     settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    return shards.HiddenBuffer(workdir / "texts", settings["texts"]["dtype"])
+    return shards.Shards(workdir / "texts", settings["texts"]["dtype"])
 
 
-def held_out(texts: shards.HiddenBuffer) -> list[int]:
+def held_out(texts: shards.Shards) -> list[int]:
     """Lists the indices of the texts that the drafter never saw."""
     return [
         i

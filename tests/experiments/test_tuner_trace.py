@@ -9,14 +9,14 @@ import pytest
 from experiments import arm_replay, tuner_trace
 from experiments.lab import speculation_harness, trace_file
 from tests.experiments import test_speculation
-from tlt_jax import policy
+from tlt_jax import policy, speculation
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import convert
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl.adaptation import offline_texts
-from tlt_jax.settings import drafter_run
+from tlt_jax.rl.engine import speculator
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.texts import shards
 
@@ -46,23 +46,25 @@ def recorded(tmp_path_factory):
     drafter_io.save(
         workdir / "drafter", drafter.init(cfg, jax.random.key(0)), cfg, {"steps": 3}
     )
-    texts = drafter_run.Texts(
-        dtype="float32", max_batch=2, max_new_tokens=NEW_TOKENS, max_prompt_tokens=16
+    capturing = speculator.DraftingConfig(strategy.Table(()), cfg, capture=True)
+    engine = policy.load(str(model)).engine(
+        max_rows=2,
+        max_length=16 + NEW_TOKENS,
+        speculation=speculation.Speculation(capturing, params=None),
     )
-    buffer = shards.HiddenBuffer(workdir / "texts", "float32")
     offline_texts.write(
-        policy.load(str(model)),
+        engine,
         [
             offline_texts.Asked(
                 offline_texts.HELD_OUT + i, rng.integers(4, 90, 3 + i).astype(np.int32)
             )
             for i in range(3)
         ],
-        buffer,
-        settings=texts,
-        feature_layers=(),
+        shards.Shards(workdir / "texts", "float32"),
+        max_new_tokens=NEW_TOKENS,
         seed=1000,
     )
+    engine.pool.close()
     texts = {"dtype": "float32", "tasks": ["count"]}
     (workdir / "config.json").write_text(json.dumps({"texts": texts}))
     calls = []
@@ -88,7 +90,7 @@ def recorded(tmp_path_factory):
                 "--blends=0,1",
             ]
         )
-    return trace, calls, folder / "out", buffer
+    return trace, calls, folder / "out", shards.Shards(workdir / "texts", "float32")
 
 
 def test_every_arm_of_every_bucket_was_measured(recorded):

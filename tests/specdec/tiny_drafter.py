@@ -11,8 +11,8 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec.texts import shards
-from tlt_jax.specdec.training import unroll
+from tlt_jax.specdec.texts import layout, shards
+from tlt_jax.specdec.training import objectives, unroll
 
 TARGET = model_config.ModelConfig(
     family="qwen3",
@@ -58,7 +58,7 @@ def _features(params, tokens, layers):
 
 def record(
     text_id: int, length: int, response_start: int, layers=(0, 1, 3)
-) -> shards.Record:
+) -> layout.Record:
     rng = np.random.default_rng(text_id)
     tokens = rng.integers(TARGET.vocab_size, size=length).astype(np.int32)
     padded = np.zeros((1, 16), np.int32)
@@ -69,7 +69,7 @@ def record(
     def rows(x):
         return None if x is None else np.asarray(x[:, 0, :length]).T
 
-    return shards.Record(
+    return layout.Record(
         text_id=text_id,
         tokens=tokens,
         response_start=response_start,
@@ -80,7 +80,17 @@ def record(
     )
 
 
-def buffer_of(directory, records) -> shards.HiddenBuffer:
-    buffer = shards.HiddenBuffer(directory, "float32")
+def buffer_of(directory, records) -> shards.Shards:
+    buffer = shards.Shards(directory, "float32")
     buffer.append(records)
     return buffer
+
+
+def loss(params, batch, target, *, cfg, objective):
+    """All bases at once: the scalar that training descends, and metrics."""
+    seen = unroll.see(params, batch, target, cfg=cfg)
+    size = batch.bases.shape[1]
+    sums = objectives.sums_of(
+        params, seen, batch, target, 0, size, cfg=cfg, objective=objective
+    )
+    return objectives.total_of(sums, batch, objective)

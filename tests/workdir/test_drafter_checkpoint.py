@@ -11,19 +11,20 @@ import pytest
 
 from tests.specdec import tiny_drafter
 from tests.specdec.texts import test_buffer
+from tlt_jax.runtime import train_state
 from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import sampling as text_sampling
-from tlt_jax.specdec.training import step as drafter_training
 from tlt_jax.workdir import checkpoint, drafter_checkpoint
 
 OPTIMIZER = optax.adamw(1e-2)
 CFG = tiny_drafter.drafter_config()
+snapshot = train_state.Snapshot
 
 
 def made(seed):
     """A state of random numbers."""
     params = tiny_drafter.params_of(CFG)
-    state = drafter_training.TrainState(params, OPTIMIZER.init(params), jnp.int32(0))
+    state = train_state.begin(params, OPTIMIZER)
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -52,13 +53,13 @@ def test_every_mode_comes_back_bit_for_bit(tmp_path, mode):
     with drafter_checkpoint.DrafterCheckpointer(tmp_path, mode) as checkpointer:
         assert checkpointer.restore(made(0)) is None
         waits = [
-            checkpointer.save(n, state, CFG, target=target, meta={"version": n})
+            checkpointer.save(n, snapshot(state, meta={"version": n}), CFG, target)
             for n, state in states.items()
         ]
         assert checkpointer.stall_s == sum(waits) > 0
     with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
-        found = checkpointer.restore(made(0))
-        assert (found.step, found.meta, found.arrays) == (4, {"version": 4}, {})
+        step, found = checkpointer.restore(made(0))
+        assert (step, found.meta, found.arrays) == (4, {"version": 4}, {})
         same(found.state, states[4])
         if mode == "selective":
             with pytest.raises(checkpoint.CheckpointError):
@@ -74,7 +75,7 @@ def test_selective_writes_what_is_trained_alone(tmp_path):
     for mode in drafter_checkpoint.MODES:
         folder = tmp_path / mode
         with drafter_checkpoint.DrafterCheckpointer(folder, mode) as checkpointer:
-            checkpointer.save(1, made(1), CFG, target=target)
+            checkpointer.save(1, snapshot(made(1)), CFG, target)
         sizes[mode] = size_of(folder)
     assert sizes["selective"] < 200_000 < target.embed.nbytes
     assert abs(sizes["async"] - sizes["blocking"]) < 10_000
@@ -93,7 +94,7 @@ def test_only_blocking_is_complete_when_save_returns(tmp_path, monkeypatch):
         folder = tmp_path / mode
         with drafter_checkpoint.DrafterCheckpointer(folder, mode) as checkpointer:
             waited.clear()
-            checkpointer.save(1, made(1), CFG, target=tiny_drafter.target_of(CFG))
+            checkpointer.save(1, snapshot(made(1)), CFG, tiny_drafter.target_of(CFG))
             assert len(waited) == expected
 
 
@@ -107,14 +108,15 @@ def test_state_may_be_given_up_right_after(tmp_path):
     wanted = jax.tree.map(np.array, large)
     with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
         for step in (1, 2, 3):
-            checkpointer.save(step, jax.tree.map(jnp.array, wanted), CFG)
+            checkpointer.save(step, snapshot(jax.tree.map(jnp.array, wanted)), CFG)
             checkpointer.wait()
-        checkpointer.save(4, large, CFG)
+        checkpointer.save(4, snapshot(large), CFG)
         large = overwrite(large)
         jax.block_until_ready(large)
     like = jax.tree.map(jnp.zeros_like, large)
     with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
-        same(jax.tree.map(np.asarray, checkpointer.restore(like, 4).state), wanted)
+        found = checkpointer.restore(like, 4)[1].state
+        same(jax.tree.map(np.asarray, found), wanted)
 
 
 def test_buffer_and_sampler_come_back(tmp_path):
@@ -129,9 +131,9 @@ def test_buffer_and_sampler_come_back(tmp_path):
     # No features: an array of width 0.
     assert any(array.size == 0 for array in arrays.values())
     with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, made(1), CFG, arrays=arrays)
+        checkpointer.save(1, snapshot(made(1), arrays), CFG)
     with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
-        found = checkpointer.restore(made(0)).arrays
+        found = checkpointer.restore(made(0))[1].arrays
     same(found, arrays)
     again = text_buffer.TextBuffer(1_000_000)
     again.restore({n.removeprefix("texts/"): x for n, x in found.items()})
@@ -149,14 +151,14 @@ def test_buffer_and_sampler_come_back(tmp_path):
 def test_what_is_ahead_of_the_run_is_written_again(tmp_path):
     with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
         for step in (1, 2, 3):
-            checkpointer.save(step, made(step), CFG)
+            checkpointer.save(step, snapshot(made(step)), CFG)
     with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
-        found = checkpointer.restore(made(0), at_most=2)
-        assert found.step == 2
+        step, found = checkpointer.restore(made(0), at_most=2)
+        assert step == 2
         same(found.state, made(2))
-        checkpointer.save(3, made(7), CFG)
+        checkpointer.save(3, snapshot(made(7)), CFG)
         checkpointer.wait()
-        same(checkpointer.restore(made(0)).state, made(7))
+        same(checkpointer.restore(made(0))[1].state, made(7))
         assert sorted(os.listdir(tmp_path / "drafter_checkpoints")) == ["1", "2", "3"]
 
 
@@ -165,9 +167,9 @@ def test_what_is_wrong_is_told(tmp_path):
         drafter_checkpoint.DrafterCheckpointer(tmp_path, "fast")
     with drafter_checkpoint.DrafterCheckpointer(tmp_path, "async") as checkpointer:
         with pytest.raises(ValueError, match="mode='async' writes the target: give it"):
-            checkpointer.save(1, made(1), CFG)
+            checkpointer.save(1, snapshot(made(1)), CFG)
         target = tiny_drafter.target_of(CFG)
-        checkpointer.save(1, made(1), CFG, target=target)
+        checkpointer.save(1, snapshot(made(1)), CFG, target)
         checkpointer.wait()
         other = made(1).replace(opt_state=())
         with pytest.raises(checkpoint.CheckpointError, match="of another model or opt"):

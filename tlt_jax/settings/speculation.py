@@ -86,7 +86,7 @@ class Objective:
     """What a drafter learns. An unset field is what `name` prescribes.
 
     Attributes:
-      name: a preset of `tlt_jax.specdec.training.step`.
+      name: a preset of `tlt_jax.specdec.training.objectives`.
       num_steps: unrolled steps, at least 1.
       decay: step k counts decay ** k, in (0, 1].
       token_loss: how laws are compared: `soft_ce`, `kl`, `tv`, `lk_hybrid`, or a

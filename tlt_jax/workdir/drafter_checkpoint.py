@@ -1,4 +1,4 @@
-"""Checkpoints of a drafter that is trained during a run, in three modes.
+"""Checkpoints of a drafter that is trained during a run: written by one process.
 
 What changes in drafter training is one layer and its optimizer; embedding and head are
 the target's and lie in the run's own checkpoint. `selective` writes the former alone,
@@ -7,11 +7,12 @@ drafter computes with, in the background and with the caller waiting; they are w
 `experiments.checkpoint_stall` compares it with. All three are read alike.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import time
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ import numpy as np
 
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
-from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.runtime import distributed, train_state
+from tlt_jax.runtime import observer as observer_lib
 from tlt_jax.specdec.training import unroll
 from tlt_jax.workdir import checkpoint
 
@@ -34,23 +36,6 @@ _DEFAULTS = {
     "norm_before_residual": False,
     "own_head": False,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A drafter's checkpoint.
-
-    Attributes:
-      step: RL steps done when it was taken.
-      state: the drafter and its optimizer.
-      arrays: as given to `save`, in host memory.
-      meta: as given to `save`.
-    """
-
-    step: int
-    state: drafter_training.TrainState
-    arrays: dict[str, np.ndarray]
-    meta: dict[str, Any]
 
 
 class DrafterCheckpointer:
@@ -90,24 +75,19 @@ class DrafterCheckpointer:
     def save(
         self,
         step: int,
-        state: drafter_training.TrainState,
+        snapshot: train_state.Snapshot,
         cfg: drafter.DrafterConfig,
-        *,
         target: unroll.Target | None = None,
-        arrays: dict[str, np.ndarray] | None = None,
-        meta: dict[str, Any] | None = None,
     ) -> float:
-        """Write a checkpoint, or begin to; `state` may be donated afterwards.
+        """Write a checkpoint, or begin to; the state may be donated afterwards.
 
         Args:
           step: RL steps done.
-          state: the drafter and its optimizer.
+          snapshot: the drafter and its optimizer, and what else shall be there: the
+            state of a `text_buffer.TextBuffer` and of a `text_sampling.Sampler`, say.
           cfg: the drafter's architecture.
           target: embedding and head; written in the modes `blocking` and `async` only,
             and needed there.
-          arrays: what else shall be there, of any shapes: the state of a
-            `text_buffer.TextBuffer` and of a `text_sampling.Sampler`, say.
-          meta: anything that JSON can hold.
 
         Returns:
           The seconds that the caller waited.
@@ -117,7 +97,7 @@ class DrafterCheckpointer:
             written.
         """
         started = time.perf_counter()
-        arrays = {name: np.asarray(array) for name, array in (arrays or {}).items()}
+        arrays = {name: np.asarray(array) for name, array in snapshot.arrays.items()}
         more = {}
         # Orbax takes no empty ones.
         filled = {name: array for name, array in arrays.items() if array.size}
@@ -132,8 +112,9 @@ class DrafterCheckpointer:
                 name: [list(array.shape), array.dtype.name]
                 for name, array in arrays.items()
             },
-            "meta": meta or {},
+            "meta": snapshot.meta,
         }
+        state = snapshot.state
         self._checkpointer.save(
             step,
             state.params,
@@ -149,8 +130,8 @@ class DrafterCheckpointer:
         return waited
 
     def restore(
-        self, like: drafter_training.TrainState, at_most: int | None = None
-    ) -> Restored | None:
+        self, like: train_state.TrainState, at_most: int | None = None
+    ) -> tuple[int, train_state.Snapshot] | None:
         """Read the newest checkpoint.
 
         Args:
@@ -159,7 +140,8 @@ class DrafterCheckpointer:
             before its own was complete, are removed: they will be written again.
 
         Returns:
-          What was saved, bit for bit, or None if there is none.
+          RL steps done when it was taken, and what was saved, bit for bit, its arrays
+          in host memory; or None if there is none.
 
         Raises:
           checkpoint.CheckpointError: it is damaged, or of another drafter.
@@ -178,12 +160,8 @@ class DrafterCheckpointer:
         filled = {name: array for name, array in arrays.items() if array.size}
         if filled:
             arrays |= self._checkpointer.restore_item(found.step, _ARRAYS, filled)
-        return Restored(
-            found.step,
-            drafter_training.TrainState(found.params, *found.opt_state),
-            arrays,
-            found.meta["meta"],
-        )
+        state = train_state.TrainState(found.params, *found.opt_state)
+        return found.step, train_state.Snapshot(state, arrays, found.meta["meta"])
 
     def restore_target(self, step: int, like: unroll.Target) -> unroll.Target:
         """Read embedding and head, which `selective` does not write.
@@ -201,6 +179,105 @@ class DrafterCheckpointer:
     def close(self) -> None:
         """Wait, then release the directory."""
         self._checkpointer.close()
+
+
+class Trained(Protocol):
+    """A drafter that a run trains, as its checkpoints need it.
+
+    Attributes:
+      cfg: the drafter; None: there is none, and nothing is written or read.
+    """
+
+    cfg: drafter.DrafterConfig | None
+
+    def abstract_state(self) -> train_state.TrainState:
+        """Describe what is trained."""
+
+    def state(self) -> train_state.Snapshot:
+        """Return what survives a kill."""
+
+    def restore(self, snapshot: train_state.Snapshot) -> None:
+        """Go on from it."""
+
+    def target(self) -> unroll.Target:
+        """Return what the drafter computes with and does not change."""
+
+    def for_others(self, snapshot: train_state.Snapshot) -> train_state.Snapshot:
+        """Leave out what the first process alone keeps."""
+
+
+class DrafterStore:
+    """Keeps a run's drafter: written by the first process, read for all.
+
+    Use as a context manager.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        directory: pathlib.Path,
+        mode: Mode,
+        keep: int,
+        group: distributed.Group,
+        observer: observer_lib.Observer,
+    ):
+        """Open the directory, in the first process.
+
+        Args:
+          trained: what is saved.
+          directory, mode, keep: see `DrafterCheckpointer`.
+          group: the processes; all of them call `restore` and `save`.
+          observer: told what the user should know.
+        """
+        self._trained, self._group, self._observer = trained, group, observer
+        self._checkpointer: DrafterCheckpointer | None = None
+        if group.is_first and trained.cfg is not None:
+            self._checkpointer = DrafterCheckpointer(directory, mode, keep)
+
+    def __enter__(self) -> "DrafterStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.ExitStack() as closing:
+            if self._checkpointer is not None:
+                closing.enter_context(self._checkpointer)
+
+    def wait(self) -> None:
+        """Wait until every checkpoint is complete on disk."""
+        if self._checkpointer is not None:
+            self._checkpointer.wait()
+
+    def save(self, step: int) -> None:
+        """Write what the first process has; the texts of the others are not kept."""
+        if self._checkpointer is not None:
+            trained = self._trained
+            self._checkpointer.save(
+                step, trained.state(), trained.cfg, trained.target()
+            )
+
+    def restore(self, step: int) -> None:
+        """Go on from the drafter's checkpoint of the run's step, or the newest before.
+
+        The others get the drafter from the first process, which keeps the texts.
+        """
+        trained, found = self._trained, None
+        if trained.cfg is None:
+            return
+        if self._checkpointer is not None:
+            there = self._checkpointer.restore(trained.abstract_state(), at_most=step)
+            if there is None or there[0] < step:
+                self._observer.note(
+                    f"there is no checkpoint of the drafter of step {step}: "
+                    + ("it begins anew." if there is None else "an older one goes on.")
+                )
+            found = there and there[1]
+        if self._group.num > 1:
+            given = self._group.first(
+                "drafter restored", lambda: found and trained.for_others(found)
+            )
+            found = found if self._group.is_first else given
+        if found is not None:
+            trained.restore(found)
 
 
 def restore_weights(

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from tlt_jax.models import config as model_config
-from tlt_jax.rl.update import learner, updater
+from tlt_jax.rl.update import updater
+from tlt_jax.runtime import train_state
 from tlt_jax.settings import sections
 from tlt_jax.workdir import checkpoint
 
@@ -98,7 +99,7 @@ class RunState:
                 "of tlt_jax: go on with that version, or begin in another --workdir."
             )
         opt_state, num_updates = found.opt_state
-        self._learning.train_state = learner.TrainState(
+        self._learning.train_state = train_state.TrainState(
             found.params, opt_state, num_updates
         )
         self.step = found.step

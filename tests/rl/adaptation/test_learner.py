@@ -10,8 +10,7 @@ from tests.rl import engines
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.runtime import sharding
-from tlt_jax.specdec.training import acceptance, unroll
-from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.specdec.training import acceptance, objectives, unroll
 
 CFG = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=12)
 ROWS, TOKENS, BASES = 2, 24, 16
@@ -38,9 +37,9 @@ def batch_of(seed):
 def learner():
     made = drafter_learner.DrafterLearner(
         CFG,
-        drafter_training.Objective(2, token_loss="soft_ce"),
+        objectives.Objective(2, token_loss="soft_ce"),
         optax.adam(1e-2),
-        batch_shape=lambda: batch_of(0),
+        batch=batch_of(0),
         head_chunk=8,
         piece_bases=6,
         depth=2,
@@ -121,7 +120,7 @@ def test_what_drafts_would_have_had_accepted_is_measured(learner):
     fresh(learner)
     learner.begin((jax.devices()[0],), target())
     learner.sharpness = 7.0
-    found = last(learner.measure(batch_of(0)))
+    found = last(learner.measure([batch_of(0)]))
     learner.end()
     assert found["sharpness"] in acceptance.SHARPNESSES
     assert learner.sharpness == learner.weights("float32").sharpness

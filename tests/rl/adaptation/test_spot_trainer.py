@@ -49,6 +49,8 @@ class Learner:
     def step(self, batch):
         for _ in range(PIECES):
             yield self.piece()
+        if self.failing == "step":
+            raise FloatingPointError("no number")
         self.num_updates += 1
         return dict.fromkeys(("loss", "skipped"), np.float32(0))
 
@@ -187,6 +189,33 @@ def test_what_fails_behind_the_end_is_undone_and_noted(failing):
     assert setting.events[-1] == ("end", False)
     (failure,) = setting.trainer.take_report().failures
     assert failure.startswith("OSError: no ")
+
+
+@pytest.mark.parametrize("beside_a_rollout", [True, False])
+def test_a_step_that_fails_leaves_nothing(beside_a_rollout):
+    """Weights that a step spoilt are dropped, and no engine gets them."""
+    setting = Setting()
+    setting.learner.failing = "step"
+    end = setting.learner.end
+
+    def ended(keep=True):
+        """The rollout ends once the drafter is what it was."""
+        end(keep)
+        if beside_a_rollout:
+            setting.coordination.send(records.WorkerDone(setting.generation, 1, 0))
+
+    setting.learner.end = ended
+    if beside_a_rollout:
+        setting.follow()
+        failed = records.TrainingFailed(1, "FloatingPointError: no number")
+        assert failed in setting.events
+    else:
+        setting.trainer.train_for(0.0)
+    assert ("end", False) in setting.events
+    assert ("end", True) not in setting.events and "publish" not in setting.events
+    report = setting.trainer.take_report()
+    assert (report.num_steps, report.outcome) == (0, None)
+    assert report.failures == ["FloatingPointError: no number"]
 
 
 def test_by_itself_every_step_that_was_begun_is_ended():

@@ -39,12 +39,21 @@ def run_config(**pretrain_settings) -> config.RunConfig:
     )
 
 
+def about(run: config.RunConfig) -> scratch_model.Settings:
+    return scratch_model.Settings(
+        run.seed, run.pretrain, run.task, run.rollout.max_new_tokens
+    )
+
+
 def make(directory, run=None, **settings):
     """Make a model; return the steps that progress was told of."""
     run = run or run_config(**settings)
     told = []
     scratch_model.make(
-        run, tasks.build(run.task), directory, lambda *progress: told.append(progress)
+        about(run),
+        tasks.build(run.task),
+        directory,
+        lambda *progress: told.append(progress),
     )
     return told
 
@@ -176,7 +185,9 @@ def test_tasks_that_teach_nothing_are_refused(tmp_path):
     ]
     for task in others:
         with pytest.raises(ValueError, match="'arithmetic' or 'count' can.*empty"):
-            scratch_model.make(run_config(), tasks.build(task), tmp_path / "model")
+            scratch_model.make(
+                about(run_config()), tasks.build(task), tmp_path / "model"
+            )
     for name in scratch_model.TASKS:
         tokenizer, texts = scratch_model.read(
             tasks.build(sections.Task(name=name, size=5))
@@ -241,7 +252,7 @@ def test_rows_are_laid_out_side_by_side():
 def test_a_packed_row_costs_what_its_texts_cost_alone():
     tokenizer, _ = scratch_model.read(tasks.build(run_config().task))
     texts = some_texts(np.random.default_rng(1), 7)
-    cfg = scratch_model.model_of(run_config(), tokenizer, texts)
+    cfg = scratch_model.model_of(about(run_config()), tokenizer, texts)
     params = model_params.init(cfg, jax.random.key(0))
     alone = -np.log(answer_probs(params, cfg, texts))
     tokens = sum(len(answer) for _, answer in texts)
@@ -268,7 +279,7 @@ def test_the_tiny_recipe_has_room_for_its_task(variant):
     tokenizer, texts = scratch_model.read(tasks.build(run.task))
     assert max(len(q) for q, _ in texts) <= run.task.max_prompt_tokens
     assert max(len(a) for _, a in texts) <= run.rollout.max_new_tokens
-    cfg = scratch_model.model_of(run, tokenizer, texts)
+    cfg = scratch_model.model_of(about(run), tokenizer, texts)
     assert model_params.count(cfg) < 1_000_000
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlt_jax.rl.update import packing, row_filling
+from tlt_jax.models import rows as rows_lib
+from tlt_jax.rl.update import packing
 
 
 def make_groups(sizes, seed=0):
@@ -231,7 +232,7 @@ def test_no_layout_has_more_columns_than_whole_groups_take(
         groups, row_tokens=row_tokens, rounding=rounding, rows_multiple=multiple
     )
     trees = [p + sum(rs) for p, rs in kept if sum(rs)]
-    bins = row_filling.first_fit_decreasing(trees, row_tokens)
+    bins = rows_lib.first_fit_decreasing(trees, row_tokens)
     longest = max(sum(trees[i] for i in members) for members in bins)
     width = min(-(-longest // rounding) * rounding, row_tokens)
     num_rows = -(-len(bins) // multiple) * multiple

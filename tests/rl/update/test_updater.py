@@ -196,7 +196,7 @@ def test_one_update_of_the_whole_batch(make):
         "mismatch/logprob_max_abs": pytest.approx(0.25),
         "policy/weights_digest": "digest of (1,)",
     }
-    assert made.train_state == State((1,)) and made.num_skipped == 0
+    assert made.train_state == State((1,)) and made.skips.in_a_row == 0
     assert (
         made.told.stages == ["inference", "update", "update"] and made.told.notes == []
     )
@@ -309,14 +309,14 @@ def test_updates_that_are_skipped_in_a_row_are_counted(make):
     made = make(**{"learner.epochs": 2})
     made.learner.skips = [0, 1, 1, 0, 1, 1, 1]
     row = update(made)
-    assert made.num_skipped == 1 and row["policy/update_skipped"] == 0.5
+    assert made.skips.in_a_row == 1 and row["policy/update_skipped"] == 0.5
     # One more, over the step's end, and then one that is finite.
     update(made)
-    assert made.num_skipped == 0
+    assert made.skips.in_a_row == 0
     told = "  step 7: loss or gradient is not finite; update skipped ({} in a row)."
     assert made.told.notes == [told.format(n) for n in (1, 2)]
     update(made)
-    assert made.num_skipped == 2
+    assert made.skips.in_a_row == 2
     with pytest.raises(failures.TrainingError, match="^3 updates in a row were not"):
         update(made)
     assert made.told.notes[-1] == told.format(3)
@@ -328,7 +328,7 @@ def test_a_resumed_run_counts_on(make):
         before.learner.skips = [1]
         update(before)
     made.restore(json.loads(json.dumps(before.state())))
-    assert made.num_skipped == 2
+    assert made.skips.in_a_row == 2
     made.learner.skips = [1]
     with pytest.raises(failures.TrainingError, match="^3 updates in a row"):
         update(made)

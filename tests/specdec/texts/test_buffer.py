@@ -5,6 +5,7 @@ import threading
 import types
 
 import hypothesis
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tests import mutation
 from tlt_jax.specdec.texts import arrays as text_arrays
 from tlt_jax.specdec.texts import buffer as text_buffer
-from tlt_jax.specdec.texts import retention, shards, spill
+from tlt_jax.specdec.texts import layout, shards
 
 # Bytes of a text of n tokens as made below, in float32.
 PER_TOKEN, PER_TEXT = 4 * (1 + 3 + 6), 8
@@ -20,7 +21,7 @@ PER_TOKEN, PER_TEXT = 4 * (1 + 3 + 6), 8
 
 def made(text_id, length=8, version=1, start=2, width=3, features=True):
     rng = np.random.default_rng((text_id, version))
-    return shards.Record(
+    return layout.Record(
         text_id=text_id,
         tokens=rng.integers(50, size=length).astype(np.int32),
         response_start=start,
@@ -67,7 +68,7 @@ def assert_holds(buffer, wanted, dtype="float32"):
     view = buffer.view()
     assert view.text_ids.tolist() == sorted(r.text_id for r in wanted)
     for index, record in enumerate(sorted(wanted, key=lambda r: r.text_id)):
-        kept = text_arrays.kept(record, shards.jnp.dtype(dtype))
+        kept = text_arrays.kept(record, jnp.dtype(dtype))
         assert_same(view.read(index), kept)
 
 
@@ -75,7 +76,7 @@ def assert_holds(buffer, wanted, dtype="float32"):
 @pytest.mark.parametrize("features", [True, False])
 def test_texts_come_back_from_memory_and_disk(tmp_path, dtype, features):
     records = [made(i, 6 + i, features=features) for i in (4, 2, 7, 1)]
-    kept = shards.jnp.dtype(dtype)
+    kept = jnp.dtype(dtype)
     total = sum(text_arrays.num_bytes(record, kept) for record in records)
     with opened(total - 50, tmp_path / "spill", 4000, dtype) as buffer:
         for record in records:
@@ -98,14 +99,6 @@ def test_append_takes_a_copy():
     for name in ("tokens", "hidden", "features", "key"):
         getattr(record, name)[:] = 0
     assert_same(buffer.view().read(0), made(1))
-
-
-def test_what_is_counted_is_what_is_kept():
-    for dtype in (np.dtype(np.float32), np.dtype(shards.jnp.bfloat16)):
-        for record in (made(1), made(2, features=False)):
-            arrays = text_arrays.arrays(text_arrays.kept(record, dtype))
-            total = sum(array.nbytes for array in arrays)
-            assert text_arrays.num_bytes(record, dtype) == total
 
 
 texts = st.tuples(st.integers(2, 30), st.integers(0, 2), st.booleans())
@@ -131,7 +124,7 @@ def test_bounds_hold_and_no_text_is_lost_uncounted(
             version += forward == 2
             record = made(number, length, version)
             kept = buffer.append(record)
-            useless += shards.num_bases(length, 2) == 0
+            useless += layout.num_bases(length, 2) == 0
             if kept:
                 asked[number] = record
             if wait:
@@ -166,22 +159,6 @@ def test_memory_is_taken_before_the_copy_is_made(monkeypatch):
     # A text that is not complete is counted and not shown.
     assert seen == [(size(8), [])]
     assert (buffer.num_bytes, ids(buffer)) == (0, [])
-
-
-def entry(text_id, length, version, num_bytes=10):
-    return retention.Entry(text_id, version, length, 2, num_bytes, text_id)
-
-
-def test_short_and_old_texts_go_first():
-    old = [entry(1, 90, 3), entry(2, 80, 3), entry(3, 5, 4)]
-    last = [entry(4, 40, 6), entry(5, 70, 6)]
-    now = [entry(6, 9, 7), entry(7, 20, 7), entry(8, 20, 7)]
-    left, order = [*now, *last, *old], []
-    while left:
-        order.append(retention.least_useful(left, left, 7))
-        left.remove(order[-1])
-    # 6: this step holds more bytes. 4: both hold the same, and the last one gives way.
-    assert [e.text_id for e in order] == [2, 1, 3, 6, 4, 7, 5, 8]
 
 
 def test_early_finishers_do_not_push_out_the_last_step_s_tail():
@@ -246,7 +223,7 @@ def test_held_texts_stay_until_they_are_let_go(tmp_path):
 
 def test_batches_are_those_of_the_offline_buffer(tmp_path):
     records = [made(i, 5 + i % 7) for i in range(12)]
-    offline = shards.HiddenBuffer(tmp_path / "offline", "float32")
+    offline = shards.Shards(tmp_path / "offline", "float32")
     offline.append(records)
     sizes = {"row_tokens": 24, "row_bases": 14}
     with opened(1500, tmp_path / "spill", 10_000) as buffer:
@@ -255,12 +232,12 @@ def test_batches_are_those_of_the_offline_buffer(tmp_path):
             buffer.flush()
         view = buffer.view()
         plans = [
-            shards.plan(b, range(12), num_rows=3, seed=(1,), **sizes)
+            layout.plan(b, range(12), num_rows=3, seed=(1,), **sizes)
             for b in (offline, view)
         ]
         assert plans[0] == plans[1]
         for rows in plans[0]:
-            got, wanted = (shards.lay_out(b, rows, **sizes) for b in (view, offline))
+            got, wanted = (layout.lay_out(b, rows, **sizes) for b in (view, offline))
             for name in vars(wanted):
                 np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
 
@@ -274,8 +251,8 @@ def test_a_batch_reads_every_text_once(monkeypatch):
         buffer, "read", lambda e: read.append(e.text_id) or made(e.text_id)
     )
     sizes = {"row_tokens": 24, "row_bases": 14}
-    (rows,) = shards.plan(view, range(6), num_rows=3, seed=None, **sizes)
-    shards.lay_out(view, rows, **sizes)
+    (rows,) = layout.plan(view, range(6), num_rows=3, seed=None, **sizes)
+    layout.lay_out(view, rows, **sizes)
     assert sorted(read) == list(range(6))
 
 
@@ -444,13 +421,6 @@ def test_bad_arguments():
         buffer.append(made(2, width=4))
     with pytest.raises(ValueError, match="response_start=0 in 8 tokens"):
         buffer.append(made(2, start=0))
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    (tmp_path / "text_7").write_bytes(b"left")
-    (tmp_path / "notes.md").write_text("mine")
-    spill.Spill(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
 
 
 @pytest.mark.parametrize(

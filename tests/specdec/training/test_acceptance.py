@@ -9,7 +9,7 @@ import pytest
 
 from tests.specdec import tiny_drafter
 from tlt_jax.specdec import noise
-from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.training import acceptance
 from tlt_jax.specdec.training import unroll as unroll_lib
 
@@ -22,8 +22,8 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
     records = [tiny_drafter.record(1, 9, 4), tiny_drafter.record(2, 7, 3)]
     buffer = tiny_drafter.buffer_of(tmp_path, records)
     sizes = {"row_tokens": 16, "row_bases": 10}
-    (rows,) = shards.plan(buffer, [0, 1], num_rows=1, seed=None, **sizes)
-    batch = shards.lay_out(buffer, rows, **sizes)
+    (rows,) = layout.plan(buffer, [0, 1], num_rows=1, seed=None, **sizes)
+    batch = layout.lay_out(buffer, rows, **sizes)
     params, target = tiny_drafter.params_of(CFG), tiny_drafter.target_of(CFG)
     unroll = jax.jit(
         functools.partial(unroll_lib.unroll, cfg=FORWARD, num_steps=NUM_STEPS)

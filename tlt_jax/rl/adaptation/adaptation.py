@@ -23,13 +23,14 @@ from tlt_jax.rl.adaptation import budget, sharing, spot_trainer
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.runtime import observer as observer_lib
+from tlt_jax.runtime import train_state
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import sampling
 from tlt_jax.specdec.texts import buffer as text_buffer
+from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.texts import sampling as text_sampling
-from tlt_jax.specdec.training import step as drafter_training
-from tlt_jax.specdec.training import unroll
+from tlt_jax.specdec.training import objectives, unroll
 from tlt_jax.specdec.tuners import shared as shared_tuner
 
 _BETAS, _CLIP_NORM = (0.9, 0.95), 1.0
@@ -71,47 +72,6 @@ def _clip(most: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda grad: grad * scale, grads)
 
     return optax.stateless(clip)
-
-
-def without_texts(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leave out of `Adaptation.state` the texts, which are the larger part."""
-    return {
-        name: array
-        for name, array in arrays.items()
-        if not name.startswith((_BUFFER, _SAMPLER))
-    }
-
-
-class NoAdaptation:
-    """Stands where a run has no learned drafter; see `Adaptation`.
-
-    Attributes:
-      trains: false.
-    """
-
-    trains = False
-
-    def start(self) -> None:
-        """See `Adaptation`."""
-
-    def close(self) -> None:
-        """See `Adaptation`."""
-
-    def warm_up(self, *, wait: bool) -> None:
-        """See `Adaptation`."""
-
-    def begin_rollout(self) -> None:
-        """See `Adaptation`."""
-
-    def end_rollout(self, accept_length: float, watch: watch_lib.Watch) -> None:
-        """See `Adaptation`."""
-
-    def hand_over(self, watch: watch_lib.Watch) -> None:
-        """See `Adaptation`."""
-
-    def row(self) -> dict[str, Any]:
-        """Return nothing to be recorded."""
-        return {}
 
 
 class Adaptation:
@@ -170,10 +130,9 @@ class Adaptation:
             "row_bases": settings.row_bases,
             "num_rows": settings.num_rows,
         }
-        self._sizes = sizes
         self.buffer = text_buffer.TextBuffer(
             settings.buffer_mb * _MIB,
-            "bfloat16" if precision == "bfloat16" else "float32",
+            precision,
             max_age=settings.max_age,
             spill_directory=directory / SPILL if settings.spill_mb else None,
             max_spill_bytes=settings.spill_mb * _MIB,
@@ -188,13 +147,18 @@ class Adaptation:
             **sizes,
         )
         objective = dataclasses.replace(
-            drafter_training.objective(settings.name), **settings.overrides()
+            objectives.preset(settings.name), **settings.overrides()
         )
         self.learner = drafter_learner.DrafterLearner(
             cfg,
             objective,
             _optimizer(settings, is_trained=initial is not None),
-            batch_shape=self._batch_shape,
+            batch=layout.described(
+                **sizes,
+                d_model=cfg.layer.d_model,
+                num_features=len(cfg.feature_layers),
+                dtype=precision,
+            ),
             head_chunk=min(settings.head_chunk, settings.row_bases),
             piece_bases=settings.piece_bases,
             depth=_DEPTH,
@@ -340,12 +304,12 @@ class Adaptation:
         params, ids = self._workers.engines[0].params, self.learner.draft_ids
         return unroll.Target(params.embed, drafter_head.head_rows(params, ids), ids)
 
-    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return what a resumed run needs besides the learner's state.
+    def abstract_state(self) -> train_state.TrainState:
+        """Describe what is trained."""
+        return self.learner.abstract_state()
 
-        Returns:
-          Arrays by name, and what JSON can hold.
-        """
+    def state(self) -> train_state.Snapshot:
+        """Return what a resumed run goes on from."""
         arrays = {}
         for prefix, part in ((_BUFFER, self.buffer), (_SAMPLER, self.sampler)):
             arrays |= {f"{prefix}{name}": x for name, x in part.state().items()}
@@ -358,24 +322,20 @@ class Adaptation:
             "sharpness": self.learner.sharpness,
             "budget": dataclasses.asdict(self.budget),
         }
-        return arrays, meta
+        return train_state.Snapshot(self.learner.state, arrays, meta)
 
-    def restore(
-        self,
-        state: drafter_training.TrainState,
-        arrays: dict[str, np.ndarray],
-        meta: dict[str, Any],
-    ) -> None:
-        """Go on from the learner's state and a `state`; before `start`.
+    def restore(self, snapshot: train_state.Snapshot) -> None:
+        """Go on from a `state`; before `start`.
 
-        Of `arrays` the texts may be missing: then there are none yet.
+        Of its arrays the texts may be missing: then there are none yet.
         """
+        arrays, meta = snapshot.arrays, snapshot.meta
 
         def part(prefix):
             names = sorted(name for name in arrays if name.startswith(prefix))
             return {name.removeprefix(prefix): arrays[name] for name in names}
 
-        self.learner.state = jax.device_get(state)
+        self.learner.state = jax.device_get(snapshot.state)
         self.learner.draft_ids = arrays.get(_DRAFT_IDS)
         if texts := part(_BUFFER):
             self.buffer.restore(texts)
@@ -385,21 +345,25 @@ class Adaptation:
         self.learner.sharpness = meta["sharpness"]
         self.budget = budget.Budget(**meta["budget"])
 
+    def for_others(self, snapshot: train_state.Snapshot) -> train_state.Snapshot:
+        """Leave the texts out, which are the larger part and the first process's."""
+        arrays = {
+            name: array
+            for name, array in snapshot.arrays.items()
+            if not name.startswith((_BUFFER, _SAMPLER))
+        }
+        state = jax.device_get(snapshot.state)
+        return train_state.Snapshot(state, arrays, snapshot.meta)
+
     def _choose_vocabulary(self) -> bool:
         """Choose the tokens that can be proposed once texts tell; true: it is done."""
         if self.learner.has_vocabulary:
             return True
         view = self.buffer.view()
-        parts = [view.read(i) for i in range(len(view))]
-        if not parts:
-            return False
-        self.learner.draft_ids = drafter_training.draft_vocabulary(
-            np.concatenate([r.tokens[r.response_start :] for r in parts]),
-            self.cfg.draft_vocab_size,
-            self.cfg.layer.vocab_size,
-            self._eos_ids,
+        self.learner.choose_vocabulary(
+            [view.read(i) for i in range(len(view))], self._eos_ids
         )
-        return True
+        return self.learner.has_vocabulary
 
     def _judge(self) -> None:
         """Let the engines use the drafter once it beats what they do without it."""
@@ -423,27 +387,36 @@ class Adaptation:
         for tuner in self._tuners:
             tuner.changed("drafter")
 
-    def _batch_shape(self) -> unroll.Batch:
-        """Shapes and dtypes of a batch."""
-        sizes, d_model = self._sizes, self.cfg.layer.d_model
-        rows, width, bases = (
-            sizes["num_rows"],
-            sizes["row_tokens"],
-            sizes["row_bases"],
-        )
-        kept = jnp.bfloat16 if self._precision == "bfloat16" else jnp.float32
 
-        def of(shape, dtype=jnp.int32):
-            return jax.ShapeDtypeStruct(shape, dtype)
+class NoAdaptation:
+    """In place of `Adaptation` in a run without a learned drafter: nothing happens.
 
-        fused = len(self.cfg.feature_layers) * d_model
-        return unroll.Batch(
-            tokens=of((rows, width)),
-            positions=of((rows, width)),
-            segment=of((rows, width), jnp.int32),
-            features=of((rows, width, fused), kept) if fused else None,
-            hidden=of((rows, width, d_model), kept),
-            bases=of((rows, bases)),
-            valid=of((rows, bases), bool),
-            keys=of((rows, bases, 2), jnp.uint32),
-        )
+    Attributes:
+      cfg: None, by which a run without a drafter is known.
+      trains: false: there are no programs to wait for.
+    """
+
+    cfg: drafter.DrafterConfig | None = None
+    trains = False
+
+    def start(self) -> None:
+        """Give nobody weights."""
+
+    def close(self) -> None:
+        """End nothing."""
+
+    def warm_up(self, *, wait: bool) -> None:
+        """Compile nothing."""
+
+    def begin_rollout(self) -> None:
+        """Drop no text."""
+
+    def end_rollout(self, accept_length: float, watch: watch_lib.Watch) -> None:
+        """Train nothing, whatever the rollout was like."""
+
+    def hand_over(self, watch: watch_lib.Watch) -> None:
+        """Exchange nothing: all processes are without a drafter."""
+
+    def row(self) -> dict[str, Any]:
+        """Return no values: records of such a run have no `drafter/` names."""
+        return {}

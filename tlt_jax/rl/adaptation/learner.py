@@ -6,7 +6,8 @@ given up; engines get copies with a version.
 """
 
 import functools
-from collections.abc import Callable, Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,13 +18,16 @@ import optax
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.runtime import programs, sharding
-from tlt_jax.specdec.training import acceptance, pieces, unroll
-from tlt_jax.specdec.training import step as drafter_training
+from tlt_jax.runtime import programs, sharding, train_state
+from tlt_jax.specdec.texts import layout
+from tlt_jax.specdec.training import acceptance, objectives, unroll
+from tlt_jax.specdec.training import step as step_lib
 from tlt_jax.types import Array
 
 Devices = tuple[jax.Device, ...]
 _T = TypeVar("_T")
+# Waiting for a piece, one looks so often whether to go on.
+_POLL_S = 0.001
 # Work of which each piece is begun when it is asked for, and that ends with a result.
 Pieces = Generator[Array, None, _T]
 # Programs of a training, by name.
@@ -38,21 +42,22 @@ class DrafterLearner:
       cfg: the drafter.
       state: float32, without `draft_ids`; in host memory between trainings.
       draft_ids: `[Vd] int32` in host memory, or None: all tokens, or not yet chosen.
-      sharpness: of coupled drafts.
+      sharpness: of coupled drafts; None: not known, the next measurement finds it.
       pool: of compiled programs.
     """
 
     def __init__(
         self,
         cfg: drafter.DrafterConfig,
-        objective: drafter_training.Objective,
+        objective: objectives.Objective,
         optimizer: optax.GradientTransformation,
         *,
-        batch_shape: Callable[[], unroll.Batch],
+        batch: unroll.Batch,
         head_chunk: int,
         piece_bases: int,
         depth: int,
         dtype: str,
+        remat: bool = False,
     ):
         """Prepare; `begin` gives weights.
 
@@ -60,24 +65,25 @@ class DrafterLearner:
           cfg: the drafter.
           objective: what it learns.
           optimizer: as is.
-          batch_shape: makes a batch's shapes and dtypes.
+          batch: of the shapes and dtypes that all have.
           head_chunk: bases whose logits are held at once.
           piece_bases: bases of each row that a piece takes; 0: all of them.
           depth: levels of which acceptance is measured.
           dtype: of activations and products.
+          remat: compute activations again in the backward pass.
         """
         self.cfg = cfg
         self.draft_ids: np.ndarray | None = None
-        self.sharpness = 1.0
+        self.sharpness: float | None = 1.0
         self.pool = programs.ProgramPool()
         self._objective, self._optimizer = objective, optimizer
-        self._batch_shape, self._depth = batch_shape, depth
+        self._batch, self._depth = batch, depth
         self._piece_bases = piece_bases
         self._forward = unroll.ForwardConfig(
-            cfg, dtype=jnp.dtype(dtype), head_chunk=head_chunk
+            cfg, dtype=jnp.dtype(dtype), head_chunk=head_chunk, remat=remat
         )
-        self.state: drafter_training.TrainState | None = None
-        self._placed: drafter_training.TrainState | None = None
+        self.state: train_state.TrainState | None = None
+        self._placed: train_state.TrainState | None = None
         self._target: unroll.Target | None = None
         self._mesh: jax.sharding.Mesh | None = None
         self._compiled: dict[str, Callable] = {}
@@ -85,7 +91,7 @@ class DrafterLearner:
     @property
     def num_rows(self) -> int:
         """Rows of a batch."""
-        return self._batch_shape().tokens.shape[0]
+        return self._batch.tokens.shape[0]
 
     @property
     def num_updates(self) -> int:
@@ -97,9 +103,32 @@ class DrafterLearner:
         """Whether it is known which tokens can be proposed."""
         return self.draft_ids is not None or not self.cfg.draft_vocab_size
 
+    @property
+    def newest(self) -> train_state.TrainState | None:
+        """The state as it is now: on the devices during a training, else `state`."""
+        return self.state if self._placed is None else self._placed
+
+    def choose_vocabulary(
+        self, texts: Sequence[layout.Record], eos_ids: Sequence[int]
+    ) -> None:
+        """Choose the tokens that can be proposed, unless all can: once texts tell.
+
+        Args:
+          texts: whose responses are counted; none: it stays open.
+          eos_ids: always among the tokens.
+        """
+        if self.has_vocabulary or not texts:
+            return
+        self.draft_ids = objectives.draft_vocabulary(
+            np.concatenate([r.tokens[r.response_start :] for r in texts]),
+            self.cfg.draft_vocab_size,
+            self.cfg.layer.vocab_size,
+            eos_ids,
+        )
+
     def init_state(
         self, params: drafter.DrafterParams | None, norm: Array, seed: int
-    ) -> drafter_training.TrainState:
+    ) -> train_state.TrainState:
         """Make a state with these weights, or random ones.
 
         Args:
@@ -119,13 +148,11 @@ class DrafterLearner:
             state = state.replace(params=own)
         return jax.device_get(state)
 
-    def _random_state(self, seed: int) -> drafter_training.TrainState:
+    def _random_state(self, seed: int) -> train_state.TrainState:
         params = drafter.init(self.cfg, jax.random.key(seed))
-        return drafter_training.TrainState(
-            params, self._optimizer.init(params), jnp.int32(0)
-        )
+        return train_state.begin(params, self._optimizer)
 
-    def abstract_state(self) -> drafter_training.TrainState:
+    def abstract_state(self) -> train_state.TrainState:
         """Describe `state`."""
         return jax.eval_shape(lambda: self._random_state(0))
 
@@ -170,8 +197,7 @@ class DrafterLearner:
         """
         mesh = _mesh(devices)
         everywhere = sharding.replicated(mesh)
-        state = self._placed if self._placed is not None else self.state
-        self._placed = jax.device_put(state, everywhere)
+        self._placed = jax.device_put(self.newest, everywhere)
         ids = None if self.draft_ids is None else jnp.asarray(self.draft_ids)
         self._target = jax.device_put(
             unroll.Target(target.embed, drafter_head.head_rows(target, ids), ids),
@@ -190,7 +216,7 @@ class DrafterLearner:
           A result of each piece, which is on its way.
 
         Returns:
-          What `drafter_training.step` does, on its way too.
+          The metrics of `step.update`, on their way too.
         """
         run, params, given = self._compiled, self._placed.params, self._target
         placed = self._place(batch)
@@ -207,8 +233,8 @@ class DrafterLearner:
         self._placed, outcome = run[_UPDATE](self._placed, grads, sums, placed)
         return outcome
 
-    def measure(self, batch: unroll.Batch) -> Pieces[dict[str, Any]]:
-        """Say what drafts along a batch's texts would have had accepted.
+    def measure(self, batches: Iterable[unroll.Batch]) -> Pieces[dict[str, Any]]:
+        """Say what drafts along the batches' texts would have had accepted.
 
         A sharpness that would have been clearly better than the one in use replaces it.
 
@@ -216,17 +242,18 @@ class DrafterLearner:
           A result of each part, which is on its way.
 
         Returns:
-          What was found.
+          What was found, see `acceptance.summarise`.
         """
         run, params, given = self._compiled, self._placed.params, self._target
-        placed = self._place(batch)
-        seen = run[_BEGIN](params, placed, given).seen
-        yield seen.keys
         sums = acceptance.nothing(self._depth)
-        for start in self._starts(batch):
-            here = run[_MEASURE](params, placed, given, seen, np.int32(start))
-            yield here["count"]
-            sums = jax.tree.map(np.add, sums, jax.device_get(here))
+        for batch in batches:
+            placed = self._place(batch)
+            seen = run[_BEGIN](params, placed, given).seen
+            yield seen.keys
+            for start in self._starts(batch):
+                here = run[_MEASURE](params, placed, given, seen, np.int32(start))
+                yield here["count"]
+                sums = jax.tree.map(np.add, sums, jax.device_get(here))
         found = acceptance.summarise(sums, self.sharpness)
         self.sharpness = found["sharpness"]
         return found
@@ -239,8 +266,7 @@ class DrafterLearner:
 
     def weights(self, dtype: str) -> drafter.DrafterParams:
         """Return a copy for engines, with `draft_ids` and sharpness."""
-        state = self._placed if self._placed is not None else self.state
-        params = jax.device_get(state.params)
+        params = jax.device_get(self.newest.params)
         cast = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
         return cast.replace(
             draft_ids=self.draft_ids, sharpness=np.float32(self.sharpness)
@@ -254,11 +280,11 @@ class DrafterLearner:
 
     @property
     def _piece_size(self) -> int:
-        num_bases = self._batch_shape().bases.shape[1]
+        num_bases = self._batch.bases.shape[1]
         return min(self._piece_bases or num_bases, num_bases)
 
     def _starts(self, batch: unroll.Batch) -> range:
-        return pieces.starts(batch.bases.shape[1], self._piece_size)
+        return step_lib.starts(batch.bases.shape[1], self._piece_size)
 
     def _programs(self, devices: Devices, target: model_params.Params):
         """A training's programs, by name."""
@@ -276,12 +302,12 @@ class DrafterLearner:
         how = {"cfg": self._forward, "objective": self._objective}
         start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         size = self._piece_size
-        begin = functools.partial(pieces.begin, **how)
+        begin = functools.partial(step_lib.begin, **how)
         under_way = jax.eval_shape(begin, state.params, batch, given)
         by_rows = self._by_rows(_mesh(devices))
         split = sharding.named(by_rows.mesh, sharding.ShardingRules(), (None, "batch"))
         seen = unroll.Seen(split, by_rows, by_rows)
-        where = pieces.UnderWay(seen, everywhere, seen, everywhere)
+        where = step_lib.UnderWay(seen, everywhere, seen, everywhere)
         under_way = _described(under_way, _spread(where, under_way))
         given_now = state.params, batch, given
         match name:
@@ -289,16 +315,16 @@ class DrafterLearner:
                 jitted = jax.jit(begin, out_shardings=where)
                 return jitted.lower(*given_now)
             case "add":
-                add = functools.partial(pieces.add, size=size, **how)
+                add = functools.partial(step_lib.add, size=size, **how)
                 jitted = jax.jit(add, donate_argnums=0, out_shardings=where)
                 return jitted.lower(under_way, *given_now, start)
             case "close":
-                close = functools.partial(pieces.close, cfg=self._forward)
+                close = functools.partial(step_lib.close, cfg=self._forward)
                 jitted = jax.jit(close, donate_argnums=0, out_shardings=everywhere)
                 return jitted.lower(under_way.grads, under_way.seen_grads, *given_now)
             case "update":
                 update = functools.partial(
-                    pieces.update,
+                    step_lib.update,
                     objective=self._objective,
                     optimizer=self._optimizer,
                 )
@@ -322,7 +348,7 @@ class DrafterLearner:
         mesh = _mesh(devices)
         everywhere = sharding.replicated(mesh)
         state = _described(self.state, everywhere)
-        batch = _described(self._batch_shape(), self._by_rows(mesh))
+        batch = _described(self._batch, self._by_rows(mesh))
         size = self.cfg.num_draft_tokens
         ids = None
         if self.cfg.draft_vocab_size:
@@ -356,3 +382,32 @@ def _spread(where: Any, tree: Any) -> Any:
     return jax.tree.map(
         lambda here, part: jax.tree.map(lambda _: here, part), where, tree
     )
+
+
+def run_through(
+    pieces: Pieces[_T], interrupted: Callable[[], bool] | None = None
+) -> _T | None:
+    """Compute piece after piece.
+
+    Args:
+      pieces: of `DrafterLearner.step` or `measure`.
+      interrupted: says that they shall be given up. Then each piece is waited for
+        before the next is begun, and what is under way is left to itself, its result
+        dropped. None: they are begun one after the other, and nobody waits.
+
+    Returns:
+      What they end with, or None: they were given up, and nothing changed.
+    """
+    while True:
+        try:
+            under_way = next(pieces)
+        except StopIteration as end:
+            return end.value
+        if interrupted is None:
+            continue
+        while not under_way.is_ready():
+            if interrupted():
+                return None
+            time.sleep(_POLL_S)
+        if interrupted():
+            return None

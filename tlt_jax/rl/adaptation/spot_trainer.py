@@ -16,7 +16,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,22 +24,16 @@ import numpy as np
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.workers import mailboxes, records
 from tlt_jax.rl.workers import workers as workers_lib
+from tlt_jax.runtime import train_state
 from tlt_jax.specdec.texts import sampling as text_sampling
 from tlt_jax.specdec.training import unroll
 
 # Waiting for texts and programs, the thread looks so often whether it shall stop.
 _POLL_S = 0.02
-# Waiting for a piece, it looks so often.
-_PIECE_POLL_S = 0.001
 # Waiting for the trainer, others look so often whether it was given up.
 _LOOK_S = 0.1
 _MAX_SKIPPED = 5
-_T = TypeVar("_T")
 _PER_STEP = ("top1_acc", "top1_prob", "overlap", "token_loss")
-
-
-class TrainingDivergedError(ArithmeticError):
-    """Loss or gradient was not finite too often."""
 
 
 @dataclasses.dataclass
@@ -228,27 +222,25 @@ class SpotTrainer:
         interrupted = should_stop if train is not None else lambda: False
         if self._measures and self.report.measured is None:
             unseen = batch
-            self.report.measured = _last(self.learner.measure(batch), interrupted)
+            self.report.measured = drafter_learner.run_through(
+                self.learner.measure([batch]), interrupted
+            )
             if self.report.measured is not None:
                 unused = self._sampler.state()
                 batch = self._first_batch(should_stop)
         started = time.perf_counter()
-        num_skipped = 0
+        skips = train_state.Skips(_MAX_SKIPPED)
         joining: records.Train | None = None
         while batch is not None and not should_stop():
-            outcome = _last(self.learner.step(batch), interrupted)
+            outcome = drafter_learner.run_through(self.learner.step(batch), interrupted)
             if outcome is None:
                 break
             unused = self._sampler.state()
             following = self._sampler.next_batch()
             outcome = jax.device_get(outcome)
             self._count(outcome)
-            num_skipped = num_skipped + 1 if outcome["skipped"] else 0
-            if num_skipped >= _MAX_SKIPPED:
-                raise TrainingDivergedError(
-                    f"{num_skipped} steps in a row were not finite: lower "
-                    "adaptation.learning_rate"
-                )
+            skips.count(outcome["skipped"])
+            skips.check("lower adaptation.learning_rate")
             if self._publish_steps and not (
                 self.report.num_steps % self._publish_steps
             ):
@@ -267,8 +259,8 @@ class SpotTrainer:
         self._sampler.restore(unused)
         self.report.seconds += time.perf_counter() - started
         if train is None and unseen is not None:
-            self.report.measured_after = _last(
-                self.learner.measure(unseen), interrupted
+            self.report.measured_after = drafter_learner.run_through(
+                self.learner.measure([unseen]), interrupted
             )
 
     def _first_batch(self, should_stop) -> unroll.Batch | None:
@@ -297,23 +289,3 @@ class SpotTrainer:
         self.report.num_steps += 1
         self.report.num_skipped += int(outcome["skipped"])
         self.report.outcome = outcome
-
-
-def _last(
-    pieces: drafter_learner.Pieces[_T], interrupted: Callable[[], bool]
-) -> _T | None:
-    """Compute piece after piece; return what they end with, or None: it was given up.
-
-    What is under way then is left to itself, and nothing changed.
-    """
-    while True:
-        try:
-            under_way = next(pieces)
-        except StopIteration as end:
-            return end.value
-        while not under_way.is_ready():
-            if interrupted():
-                return None
-            time.sleep(_PIECE_POLL_S)
-        if interrupted():
-            return None

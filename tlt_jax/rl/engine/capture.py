@@ -8,7 +8,7 @@ no training position needs. No forward of the target is spent on them.
 import numpy as np
 
 from tlt_jax.rl.engine import scheduler
-from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.texts import layout
 
 # A multiplier of Knuth's: consecutive ids are spread evenly.
 _SPREAD = 2654435761
@@ -26,7 +26,7 @@ def record(
     num_fused: int,
     key: np.ndarray,
     version: int,
-) -> shards.Record:
+) -> layout.Record:
     """Make a record of a finished row.
 
     Args:
@@ -48,7 +48,7 @@ def record(
         part = known[start : min(start + size, num_known)]
         part[:] = page.T[: len(part)]
     known[num_known:] = 0
-    return shards.Record(
+    return layout.Record(
         text_id=row.request.request_id,
         tokens=tokens,
         response_start=len(row.request.prompt),

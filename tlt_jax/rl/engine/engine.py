@@ -29,7 +29,7 @@ from tlt_jax.rl.engine import requests as requests_lib
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import decode, noise, speculate
-from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 
@@ -204,7 +204,7 @@ class Engine:
         *,
         on_completion: Callable[[types.Completion], None],
         on_call: Callable[[int], None] | None = None,
-        on_text: Callable[[shards.Record], None] | None = None,
+        on_text: Callable[[layout.Record], None] | None = None,
         capture_frac: float = 1.0,
     ) -> rollout_stats.RolloutStats:
         """Generate completions for requests from a queue until it gives no more.
@@ -273,7 +273,7 @@ class Engine:
         stats.compile_s = self.pool.stats.waited_s - waited_before
         return stats
 
-    def _captured(self, row: scheduler.Row, keys: "_Keys") -> shards.Record:
+    def _captured(self, row: scheduler.Row, keys: "_Keys") -> layout.Record:
         """Read what the row's pages keep of its text."""
         ids = np.zeros((self.engine_cfg.max_pages,), np.int32)
         ids[: len(row.pages)] = row.pages

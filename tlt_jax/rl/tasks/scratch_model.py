@@ -5,6 +5,7 @@ another question's. Its first rewards are therefore neither zero nor one: groups
 signal from the first step, and what reinforcement learning adds can be seen.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -20,14 +21,14 @@ import numpy as np
 import optax
 from flax import struct
 
-from tlt_jax import config as config_lib
 from tlt_jax.models import attention, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
+from tlt_jax.models import rows as rows_lib
 from tlt_jax.models.formats import convert, hf_config
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl.tasks import build as tasks
-from tlt_jax.settings import sections
+from tlt_jax.settings import schema, sections
 from tlt_jax.types import Array
 
 # A question's tokens and those of its answer, EOS included.
@@ -74,8 +75,25 @@ class Teachable(Protocol):
         """Returns `num` questions of the training split with their right answers."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that a model made on the spot depends on.
+
+    Attributes:
+      seed: of weights, order and noise.
+      pretrain: sizes and teaching.
+      task: what it learns.
+      max_new_tokens: longest completion that it will be asked for.
+    """
+
+    seed: int
+    pretrain: sections.Pretrain
+    task: sections.Task
+    max_new_tokens: int
+
+
 def make(
-    run: config_lib.RunConfig,
+    settings: Settings,
     task: tasks.Task,
     directory: str | os.PathLike,
     on_progress: Callable[[int, int, float], None] | None = None,
@@ -86,8 +104,8 @@ def make(
     is; one that lacks files is made again. The weights are a function of the settings.
 
     Args:
-      run: `seed`, `pretrain`, `task` and the longest prompt and completion are read.
-      task: has an alphabet and `supervised_text`, see `TASKS`.
+      settings: of the model.
+      task: of `settings.task`; has an alphabet and `supervised_text`, see `TASKS`.
       directory: where the model shall be.
       on_progress: called every few steps with the steps done, the steps in all, and
         the loss of the last one in nats per answer token.
@@ -97,14 +115,14 @@ def make(
         holds something else.
     """
     directory = os.path.abspath(directory)
-    record = _record_of(run)
+    record = _record_of(settings)
     if _complete(directory):
         _check_same(directory, record)
         return
     _remove_remains(directory)
     tokenizer, texts = read(task)
-    cfg = model_of(run, tokenizer, texts)
-    params = train(cfg, texts, run.pretrain, run.seed, on_progress)
+    cfg = model_of(settings, tokenizer, texts)
+    params = train(cfg, texts, settings.pretrain, settings.seed, on_progress)
     parent, name = os.path.split(directory)
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as temporary:
@@ -136,7 +154,7 @@ def read(task: tasks.Task) -> tuple[model_tokenizer.Tokenizer, list[Text]]:
 
 
 def model_of(
-    run: config_lib.RunConfig,
+    settings: Settings,
     tokenizer: model_tokenizer.Tokenizer,
     texts: Sequence[Text],
 ) -> model_config.ModelConfig:
@@ -145,8 +163,8 @@ def model_of(
     Raises:
       ValueError: no such model has these sizes.
     """
-    sizes = run.pretrain
-    longest = run.task.max_prompt_tokens + run.rollout.max_new_tokens
+    sizes = settings.pretrain
+    longest = settings.task.max_prompt_tokens + settings.max_new_tokens
     cfg = model_config.ModelConfig(
         family="llama",
         vocab_size=tokenizer.vocab_size,
@@ -239,34 +257,27 @@ def fill(texts: Iterator[Text], width: int) -> Iterator[list[Text]]:
     Yields:
       The texts of one row. None is left out, or long ones would be rarer than drawn.
     """
-    row, room = [], width
-    for question, answer in texts:
-        size = len(question) + len(answer)
-        if size > room:
-            yield row
-            row, room = [], width
-        row.append((question, answer))
-        room -= size
+    row = rows_lib.Rows(width, max_rows=1)
+    for text in texts:
+        size = sum(map(len, text))
+        if row.place(text, size) is None:
+            yield row.items[0]
+            row = rows_lib.Rows(width, max_rows=1)
+            row.place(text, size)
 
 
 def lay_out(rows: Sequence[Sequence[Text]], width: int) -> Batch:
     """Lays out B rows of texts, each with at most `width` tokens."""
-    batch = Batch(
-        tokens=np.zeros((len(rows), width), np.int32),
-        positions=np.zeros((len(rows), width), np.int32),
-        segment=np.full((len(rows), width), -1, np.int32),
-        answered=np.zeros((len(rows), width), bool),
-    )
+    columns = rows_lib.blank(len(rows), width)
+    answered = np.zeros((len(rows), width), bool)
     for b, row in enumerate(rows):
-        start = 0
+        first = 0
         for number, (question, answer) in enumerate(row):
-            first, stop = start + len(question), start + len(question) + len(answer)
-            batch.tokens[b, start:stop] = np.concatenate([question, answer])
-            batch.positions[b, start:stop] = np.arange(stop - start)
-            batch.segment[b, start:stop] = number
-            batch.answered[b, first:stop] = True
-            start = stop
-    return batch
+            tokens = np.concatenate([question, answer])
+            here = rows_lib.write(columns, b, first, number, tokens)
+            answered[b, first + len(question) : here.stop] = True
+            first = here.stop
+    return Batch(**columns, answered=answered)
 
 
 def loss(
@@ -308,10 +319,13 @@ def _width(texts: Sequence[Text]) -> int:
     return max(len(q) for q, _ in texts) + max(len(a) for _, a in texts)
 
 
-def _record_of(run: config_lib.RunConfig) -> dict[str, Any]:
+def _record_of(settings: Settings) -> dict[str, Any]:
     """All settings on which the weights depend."""
-    settings = config_lib.to_dict(run)
-    record = {key: settings[key] for key in ("seed", "pretrain", "task")}
+    record = {
+        "seed": settings.seed,
+        "pretrain": schema.to_dict(settings.pretrain),
+        "task": schema.to_dict(settings.task),
+    }
     return json.loads(json.dumps(record))  # Tuples become lists, as they are read.
 
 

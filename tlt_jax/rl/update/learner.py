@@ -14,32 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax import lax
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.update import losses, packing, policy_gradient, weights_digest
-from tlt_jax.runtime import programs
+from tlt_jax.runtime import programs, train_state
 from tlt_jax.runtime import sharding as sharding_lib
 from tlt_jax.settings import sections
 from tlt_jax.specdec import sampling
 from tlt_jax.types import Array
-
-
-@struct.dataclass
-class TrainState:
-    """All that training changes.
-
-    Attributes:
-      params: float32 masters, layers stacked.
-      opt_state: of `make_optimizer`'s transformation.
-      num_updates: int32, optimizer steps taken; skipped ones are not counted.
-    """
-
-    params: model_params.Params
-    opt_state: Any
-    num_updates: Array
 
 
 def learning_rate(
@@ -105,12 +89,12 @@ def make_optimizer(
 
 
 def apply_gradients(
-    state: TrainState,
+    state: train_state.TrainState,
     gradient: policy_gradient.Gradient,
     *,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Array], Array],
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[train_state.TrainState, dict[str, Array]]:
     """Take an optimizer step, unless loss or gradient is not finite.
 
     Args:
@@ -124,23 +108,14 @@ def apply_gradients(
       `policy/grad_norm` (before clipping), `policy/learning_rate` and
       `policy/update_skipped` (0 or 1).
     """
-    norm = optax.tree.norm(gradient.params)
-    finite = jnp.isfinite(norm) & jnp.isfinite(gradient.loss)
-    updates, opt_state = optimizer.update(
-        gradient.params, state.opt_state, state.params
+    metrics = {"policy/learning_rate": schedule(state.num_updates)}
+    state, norm, skipped = train_state.step(
+        state, gradient.params, gradient.loss, optimizer
     )
-    metrics = {
+    return state, metrics | {
         "policy/grad_norm": norm,
-        "policy/learning_rate": schedule(state.num_updates),
-        "policy/update_skipped": 1 - finite.astype(jnp.int32),
+        "policy/update_skipped": skipped,
     }
-    stepped = TrainState(
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-        num_updates=state.num_updates + 1,
-    )
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
-    return state, metrics
 
 
 class Learner:
@@ -218,11 +193,11 @@ class Learner:
         """Parts into which the mesh splits a batch."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.batch)
 
-    def abstract_state(self) -> TrainState:
+    def abstract_state(self) -> train_state.TrainState:
         """Return shapes, dtypes and shardings of the state, as restoring needs them."""
         return self._state
 
-    def init_state(self, params: model_params.Params) -> TrainState:
+    def init_state(self, params: model_params.Params) -> train_state.TrainState:
         """Place `params` on the mesh as float32 masters, with fresh moments.
 
         Args:
@@ -238,7 +213,7 @@ class Learner:
 
         def start(params):
             params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-            return TrainState(params, self.optimizer.init(params), jnp.int32(0))
+            return train_state.begin(params, self.optimizer)
 
         placed = jax.device_put(params, _shardings(self._state.params))
         dtypes = tuple(str(x.dtype) for x in jax.tree.leaves(placed))
@@ -308,10 +283,10 @@ class Learner:
 
     def update(
         self,
-        state: TrainState,
+        state: train_state.TrainState,
         micro_batches: Sequence[policy_gradient.MicroBatch],
         cfg: losses.LossConfig,
-    ) -> tuple[TrainState, dict[str, float], list[np.ndarray]]:
+    ) -> tuple[train_state.TrainState, dict[str, float], list[np.ndarray]]:
         """Take one optimizer step on the sum of the micro-batches' losses.
 
         Args:
@@ -348,7 +323,7 @@ class Learner:
         record = {name: float(value) for name, value in outcome.items()}
         return state, losses.summarise(_add(sums)) | record, list(logprobs)
 
-    def _abstract_train_state(self) -> TrainState:
+    def _abstract_train_state(self) -> train_state.TrainState:
         model = self.forward_cfg.model
         abstract = model_params.abstract(model)
         axes = model_params.logical_axes(model)
@@ -365,7 +340,7 @@ class Learner:
             transform_non_params=lambda leaf: _placed(leaf, self._replicated),
         )
         count = _placed(jax.ShapeDtypeStruct((), jnp.int32), self._replicated)
-        return TrainState(params, opt_state, count)
+        return train_state.TrainState(params, opt_state, count)
 
     def _check_params(self, params: model_params.Params) -> None:
         if isinstance(params.layers, tuple):

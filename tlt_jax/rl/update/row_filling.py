@@ -11,6 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from tlt_jax.models import rows as rows_lib
+
 Rounding = int | Literal["power_of_two"]
 
 
@@ -37,7 +39,7 @@ class Tree:
         return len(self.prompt) + max(len(tokens) for _, tokens in self.responses)
 
 
-Rows = list[list[Tree]]
+Layout = list[list[Tree]]
 
 
 def choose(
@@ -46,7 +48,7 @@ def choose(
     row_tokens: int,
     rows_multiple: Rounding,
     rounding: Rounding,
-) -> tuple[Rows, int]:
+) -> tuple[Layout, int]:
     """Choose the rows that cost least.
 
     Args:
@@ -70,23 +72,6 @@ def choose(
                 best = (num_rows * needed, num_rows), rows, needed
     _, rows, width = best
     return rows, width
-
-
-def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return indices of the items in each bin; ties go in the order given."""
-    bins: list[list[int]] = []
-    room = np.zeros(len(sizes), np.int64)
-    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fits = np.flatnonzero(room[: len(bins)] >= sizes[item])
-        if len(fits):
-            chosen = int(fits[0])
-        else:
-            chosen = len(bins)
-            bins.append([])
-            room[chosen] = capacity
-        bins[chosen].append(item)
-        room[chosen] -= sizes[item]
-    return bins
 
 
 def round_up(name: str, value: int, rounding: Rounding) -> int:
@@ -119,53 +104,49 @@ def _widths(least: int, row_tokens: int, rounding: Rounding) -> list[int]:
     return [row_tokens, *reversed(found[::step])]
 
 
-def _whole(trees: Sequence[Tree], width: int) -> Rows:
+def _whole(trees: Sequence[Tree], width: int) -> Layout:
     """First fit decreasing of groups; what is wider than a row is split likewise."""
     parts = [part for tree in trees for part in _split(tree, width)]
-    rows = first_fit_decreasing([part.size for part in parts], width)
+    rows = rows_lib.first_fit_decreasing([part.size for part in parts], width)
     return [[parts[i] for i in row] for row in rows]
 
 
 def _split(tree: Tree, width: int) -> list[Tree]:
     """Parts of the tree that fit a row each; the tree itself where it fits."""
     sizes = [len(tokens) for _, tokens in tree.responses]
-    bins = first_fit_decreasing(sizes, width - len(tree.prompt))
+    bins = rows_lib.first_fit_decreasing(sizes, width - len(tree.prompt))
     return [
         Tree(tree.prompt, tuple(tree.responses[i] for i in sorted(members)))
         for members in bins
     ]
 
 
-def _filled(trees: Sequence[Tree], width: int) -> Rows:
+def _filled(trees: Sequence[Tree], width: int) -> Layout:
     """First fit of responses, the largest group first and in it the longest.
 
     Rows that have the prompt come before those that need a copy.
     """
-    room = np.zeros(sum(len(tree.responses) for tree in trees), np.int64)
-    members: list[dict[int, list[int]]] = []
+    rows = rows_lib.Rows(width)
     for index in sorted(range(len(trees)), key=lambda i: -trees[i].size):
         tree = trees[index]
-        has_prompt = np.zeros(len(room), bool)
+        has_prompt: list[int] = []
         sizes = [len(tokens) for _, tokens in tree.responses]
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            lacking = np.where(has_prompt, 0, len(tree.prompt))
-            fits = room[: len(members)] >= (sizes[i] + lacking)[: len(members)]
-            chosen = np.flatnonzero(fits & has_prompt[: len(members)])
-            if not len(chosen):
-                chosen = np.flatnonzero(fits)
-            if len(chosen):
-                row = int(chosen[0])
-            else:
-                row = len(members)
-                members.append({})
-                room[row] = width
-            room[row] -= sizes[i] + lacking[row]
-            has_prompt[row] = True
-            members[row].setdefault(index, []).append(i)
+            row = rows.find(sizes[i], among=has_prompt)
+            if row is not None:
+                rows.put((index, i), row, sizes[i])
+                continue
+            row = rows.place((index, i), len(tree.prompt) + sizes[i])
+            has_prompt = sorted([*has_prompt, row])
+    return [_joined(trees, members) for members in rows.items]
+
+
+def _joined(trees: Sequence[Tree], members: Sequence[tuple[int, int]]) -> list[Tree]:
+    """Trees of a row's responses, given as (tree, which of its responses)."""
+    chosen: dict[int, list[int]] = {}
+    for index, i in members:
+        chosen.setdefault(index, []).append(i)
     return [
-        [
-            Tree(trees[t].prompt, tuple(trees[t].responses[i] for i in sorted(chosen)))
-            for t, chosen in row.items()
-        ]
-        for row in members
+        Tree(trees[t].prompt, tuple(trees[t].responses[i] for i in sorted(some)))
+        for t, some in chosen.items()
     ]

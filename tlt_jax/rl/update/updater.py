@@ -9,7 +9,8 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.update import algorithms, experience, packing
 from tlt_jax.rl.update import learner as learner_lib
-from tlt_jax.runtime import failures, programs, sharding
+from tlt_jax.runtime import programs, sharding
+from tlt_jax.runtime import train_state as train_state_lib
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import sections
 from tlt_jax.specdec import sampling
@@ -23,11 +24,11 @@ class Updater:
     Attributes:
       train_state: what training changes.
       reference: the initial policy, where the algorithm compares with it.
-      num_skipped: updates in a row that were not finite.
+      skips: updates in a row that were not finite.
       learner, pool, algorithm: its parts.
     """
 
-    train_state: learner_lib.TrainState
+    train_state: train_state_lib.TrainState
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Updater:
             pool=self.pool,
         )
         self.reference: model_params.Params | None = None
-        self.num_skipped = 0
+        self.skips = train_state_lib.Skips(_MAX_SKIPPED)
         self._rollout, self._cfg = rollout, learner
         self._layout = experience.Layout(
             learner.row_tokens, self.learner.rows_per_micro_batch
@@ -83,11 +84,11 @@ class Updater:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs besides `train_state`, fit for JSON."""
-        return {"num_skipped": self.num_skipped}
+        return {"num_skipped": self.skips.in_a_row}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
-        self.num_skipped = state["num_skipped"]
+        self.skips.in_a_row = state["num_skipped"]
 
     def warm_up(self, *, wait: bool) -> None:
         """Compile every program of the updates to come, in the background."""
@@ -187,18 +188,13 @@ class Updater:
         return packing.scatter(parts, self.learner.logprobs(params, parts))
 
     def _check_skipped(self, record: dict[str, float], watch: watch_lib.Watch) -> None:
-        if not record["policy/update_skipped"]:
-            self.num_skipped = 0
-            return
-        self.num_skipped += 1
-        watch.note(
-            f"loss or gradient is not finite; update skipped ({self.num_skipped} in a "
-            "row)."
-        )
-        if self.num_skipped >= _MAX_SKIPPED:
-            raise failures.NotFiniteError(
-                f"{self.num_skipped} updates in a row were not finite"
+        self.skips.count(record["policy/update_skipped"])
+        if self.skips.in_a_row:
+            watch.note(
+                "loss or gradient is not finite; update skipped "
+                f"({self.skips.in_a_row} in a row)."
             )
+        self.skips.check()
 
 
 def _rows_of(groups: np.ndarray, group_size: int) -> np.ndarray:

@@ -144,7 +144,7 @@ class WeightSync:
         """Give the engines the learner's present weights.
 
         Args:
-          params: as in `learner.TrainState`; kept as they are.
+          params: as in `train_state.TrainState`; kept as they are.
 
         Returns:
           Each engine's params (a tuple of layers, on its mesh, in its dtype), complete

@@ -18,7 +18,7 @@ from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.workers import mailboxes, records, remote
 from tlt_jax.runtime import distributed, failures
-from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.texts import layout
 
 _REMEDY = (
     "mend the cause and run the same command again; it resumes from the newest "
@@ -63,7 +63,7 @@ class Workers:
             self.home = remote.Home(shared, self.group)
         else:
             self.home = remote.Guest(self.group)
-        self.on_text: Callable[[shards.Record], None] | None = None
+        self.on_text: Callable[[layout.Record], None] | None = None
         self.capture_frac = 1.0
         self.lost: dict[int, str] = {}
         self._intervals: list[records.Interval] = []

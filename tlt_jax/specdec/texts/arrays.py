@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.texts import layout
 
 _NAMES = ("tokens", "hidden", "features", "key")
 
 
-def kept(record: shards.Record, dtype: np.dtype) -> shards.Record:
+def kept(record: layout.Record, dtype: np.dtype) -> layout.Record:
     """Copy a record's arrays, features in `dtype`."""
     features = record.features
     return dataclasses.replace(
@@ -23,19 +23,19 @@ def kept(record: shards.Record, dtype: np.dtype) -> shards.Record:
     )
 
 
-def num_bytes(record: shards.Record, dtype: np.dtype) -> int:
+def num_bytes(record: layout.Record, dtype: np.dtype) -> int:
     """Count the bytes of what `kept` returns."""
     values = sum(widths(record)) * len(record.tokens)
     return values * dtype.itemsize + 4 * len(record.tokens) + 8
 
 
-def widths(record: shards.Record) -> tuple[int, int]:
+def widths(record: layout.Record) -> tuple[int, int]:
     """Return the width of `hidden` and of `features`, 0 for none."""
     features = record.features
     return record.hidden.shape[1], 0 if features is None else features.shape[1]
 
 
-def arrays(record: shards.Record) -> list[np.ndarray]:
+def arrays(record: layout.Record) -> list[np.ndarray]:
     """List a record's arrays, for writing them end to end."""
     listed = [getattr(record, name) for name in _NAMES]
     return [array for array in listed if array is not None]
@@ -43,11 +43,11 @@ def arrays(record: shards.Record) -> list[np.ndarray]:
 
 def from_bytes(
     data: memoryview,
-    empty: shards.Record,
+    empty: layout.Record,
     length: int,
     shape: tuple[int, int],
     dtype: np.dtype,
-) -> shards.Record:
+) -> layout.Record:
     """Make a record of what `arrays` lists, written end to end.
 
     Args:
@@ -76,7 +76,7 @@ def from_bytes(
 
 
 def pack(
-    records: Sequence[shards.Record], shape: tuple[int, int], dtype: np.dtype
+    records: Sequence[layout.Record], shape: tuple[int, int], dtype: np.dtype
 ) -> dict[str, np.ndarray]:
     """Join records into arrays that any file format can hold.
 
@@ -109,7 +109,7 @@ def pack(
     }
 
 
-def unpack(packed: dict[str, np.ndarray], dtype: str) -> list[shards.Record]:
+def unpack(packed: dict[str, np.ndarray], dtype: str) -> list[layout.Record]:
     """Take `pack`'s arrays apart; the records are views of them.
 
     Args:
@@ -131,7 +131,7 @@ def unpack(packed: dict[str, np.ndarray], dtype: str) -> list[shards.Record]:
     for row, (text_id, version, length, start) in enumerate(packed["texts"].tolist()):
         here = slice(first, first + length)
         records.append(
-            shards.Record(
+            layout.Record(
                 text_id=text_id,
                 tokens=packed["tokens"][here],
                 response_start=start,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax.specdec.texts import arrays as text_arrays
-from tlt_jax.specdec.texts import retention, shards
+from tlt_jax.specdec.texts import layout, retention
 from tlt_jax.specdec.texts import spill as spill_lib
 
 # Texts are set aside from this share of the memory on, so that a new one finds room.
@@ -34,7 +34,7 @@ class TextGoneError(LookupError):
 class View:
     """The texts that were there at one moment, in the order of their ids.
 
-    Read by `shards.plan` and `lay_out`. It keeps nothing in memory: a text can
+    Read by `layout.plan` and `lay_out`. It keeps nothing in memory: a text can
     go at any moment unless it is held.
 
     Attributes:
@@ -53,7 +53,7 @@ class View:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def read(self, index: int) -> shards.Record:
+    def read(self, index: int) -> layout.Record:
         """Read the text at `index`, from memory or disk.
 
         Raises:
@@ -103,8 +103,8 @@ class TextBuffer:
         Raises:
           ValueError: a bound or the dtype makes no sense.
         """
-        if dtype not in shards.DTYPES:
-            names = " or ".join(shards.DTYPES)
+        if dtype not in layout.DTYPES:
+            names = " or ".join(layout.DTYPES)
             raise ValueError(f"dtype={dtype!r}: use {names}.")
         if max_bytes < 1 or max_spill_bytes < 0 or max_age < 0:
             raise ValueError(
@@ -174,7 +174,7 @@ class TextBuffer:
                     self._drop(entry)
             self._notify()
 
-    def append(self, record: shards.Record) -> bool:
+    def append(self, record: layout.Record) -> bool:
         """Take a copy of a text; never waits for the disk.
 
         A version newer than any before begins a step.
@@ -242,7 +242,7 @@ class TextBuffer:
             self._thread.join()
             self._spill.clear()
 
-    def read(self, entry: retention.Entry) -> shards.Record:
+    def read(self, entry: retention.Entry) -> layout.Record:
         """Read a text of a view; see `View.read`."""
         with self._changed:
             record = entry.record
@@ -262,7 +262,7 @@ class TextBuffer:
         fields = (entry.text_id, None, entry.response_start, None, None, None)
         return text_arrays.from_bytes(
             data,
-            shards.Record(*fields, version=entry.version),
+            layout.Record(*fields, version=entry.version),
             entry.length,
             self._widths,
             self._dtype,
@@ -332,8 +332,8 @@ class TextBuffer:
             self.num_appended = 0
             self._notify()
 
-    def _new_entry(self, record: shards.Record) -> retention.Entry:
-        shards.check(record, self._entries)
+    def _new_entry(self, record: layout.Record) -> retention.Entry:
+        layout.check(record, self._entries)
         widths = text_arrays.widths(record)
         if self._widths is None:
             self._widths = widths
@@ -469,7 +469,7 @@ class TextBuffer:
             with self._changed:
                 self._num_disk_bytes -= entry.num_bytes
 
-    def _append_to_disk(self, record: shards.Record) -> bool:
+    def _append_to_disk(self, record: layout.Record) -> bool:
         """Write a text to disk in this thread; say whether it is there."""
         with self._changed:
             entry = self._new_entry(record)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.texts import layout
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,7 +29,7 @@ class Entry:
     num_bytes: int
     serial: int
     in_memory: bool = False
-    record: shards.Record | None = None
+    record: layout.Record | None = None
     on_disk: bool = False
     pins: int = 0
     dropped: bool = False
@@ -37,7 +37,7 @@ class Entry:
     @property
     def num_bases(self) -> int:
         """Positions that drafting is learned from."""
-        return shards.num_bases(self.length, self.response_start)
+        return layout.num_bases(self.length, self.response_start)
 
 
 def least_useful(

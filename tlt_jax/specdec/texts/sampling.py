@@ -24,8 +24,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tlt_jax.models import rows as rows_lib
 from tlt_jax.specdec.texts import buffer as text_buffer
-from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.training import unroll
 
 PREVIOUS, CURRENT = 0, 1
@@ -52,7 +53,7 @@ class Sampler:
 
         Args:
           buffer: the texts.
-          row_tokens, row_bases: T and M, see `shards.span_of`.
+          row_tokens, row_bases: T and M, see `layout.span_of`.
           num_rows: B.
           seed: of the line.
           previous_frac: share of the positions from the steps before this one.
@@ -166,7 +167,7 @@ class Sampler:
 
     def _weights(self, view: text_buffer.View, version: int) -> np.ndarray:
         bases = [
-            shards.num_bases(length, start)
+            layout.num_bases(length, start)
             for length, start in zip(
                 view.lengths.tolist(), view.response_starts.tolist(), strict=True
             )
@@ -179,13 +180,15 @@ class Sampler:
         view = listed.view
         queues = self._queues(listed)
         mixed = all(queues)
-        turns = _Turns(shards.Rows(**self._sizes, max_rows=self._num_rows), self._owed)
+        turns = _Turns(
+            rows_lib.Rows(*self._sizes.values(), max_rows=self._num_rows), self._owed
+        )
         rng = np.random.default_rng((self._seed, self._num_batches))
         num_past = 0
         while any(queues) and num_past < _LOOK_PAST:
             side = self._side(turns.owed) if all(queues) else int(not queues[PREVIOUS])
             index = queues[side].popleft()
-            span = shards.span_of(
+            span = layout.span_of(
                 index,
                 view.lengths[index],
                 view.response_starts[index],
@@ -194,7 +197,7 @@ class Sampler:
             )
             if span is None:
                 continue
-            if not turns.rows.place(span):
+            if turns.rows.place(span, span.num_tokens, span.num_bases) is None:
                 num_past += 1
                 continue
             turns.spans.append(span)
@@ -221,13 +224,13 @@ class Sampler:
     def _lay_out(self, listed: "_Listed", turns: "_Turns") -> unroll.Batch | None:
         """Read a plan's texts and count their turns; None if one has gone since."""
         view = listed.view
-        rows = turns.rows.rows
+        rows = turns.rows.items
         rows = rows + [[]] * (self._num_rows - len(rows))
         with view.holding([span.index for span in turns.spans]) as all_there:
             if not all_there:
                 return None
             try:
-                batch = shards.lay_out(view, rows, **self._sizes)
+                batch = layout.lay_out(view, rows, **self._sizes)
             except text_buffer.TextGoneError:
                 return None
         for span in turns.spans:
@@ -259,6 +262,6 @@ class _Turns:
       owed: positions that the steps before are owed after it.
     """
 
-    def __init__(self, rows: shards.Rows, owed: float):
+    def __init__(self, rows: rows_lib.Rows, owed: float):
         self.rows, self.owed = rows, owed
-        self.spans: list[shards.Span] = []
+        self.spans: list[layout.Span] = []

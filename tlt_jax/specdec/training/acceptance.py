@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -49,17 +48,17 @@ def measure(
       params: the drafter.
       batch: rows of texts, with the keys that they were drawn with.
       target: embedding and head.
-      num_steps: K, levels drafted.
+      num_steps: U, levels drafted.
       cfg: how.
       seen: of `unroll.see`, where it was computed before.
       start, size: which bases of each row; by themselves all. The sums over all are
         those of any parts.
 
     Returns:
-      Sums `[K] float32`: `count` of the predictions; `deterministic` and `coupled`, the
+      Sums `[U] float32`: `count` of the predictions; `deterministic` and `coupled`, the
       drafts among them that are the text's token, given the text's tokens before; and
       `deterministic_chain`, `coupled_chain`, those of them with no miss before. The
-      coupled ones are `[K, n]`, by `SHARPNESSES`.
+      coupled ones are `[U, n]`, by `SHARPNESSES`.
     """
     bases, chunk = _predictions(
         params, batch, target, num_steps, cfg, seen, start, size
@@ -68,9 +67,10 @@ def measure(
     def one_chunk(sums, start):
         part = bases.chunk(start, chunk)
         here = {name: [] for name in sums}
+        # Whether every level of the chain up to this one was accepted, by base.
         alive = dict.fromkeys(RANKINGS, True)
-        for k, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
-            here["count"].append(jnp.sum(part.exists[k]))
+        for u, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
+            here["count"].append(jnp.sum(part.exists[u]))
             for name, hit in hits.items():
                 alive[name] = alive[name] & hit
                 here[name].append(jnp.sum(hit, axis=0, dtype=jnp.float32))
@@ -139,42 +139,47 @@ def _predictions(
     """
     if size is None:
         size = batch.bases.shape[1]
+    # Step u of a base guesses the token behind the u-th base on, so that tokens are
+    # needed of a few bases behind the last one, too.
     wide = unroll.bases_from(batch, start, size + num_steps - 1)
     narrow = unroll.bases_from(wide, 0, size)
-    steps = unroll.unroll(params, narrow, target, num_steps, cfg=cfg, seen=seen)
-    steps = tuple(drafter_head.for_head(params, cfg.drafter, x) for x in steps)
+    steps_DBM = unroll.unroll(params, narrow, target, num_steps, cfg=cfg, seen=seen)
+    steps_DBM = tuple(drafter_head.for_head(params, cfg.drafter, x) for x in steps_DBM)
     drawn = (
         unroll.take(batch.tokens, wide.bases + 2),
         unroll.take(batch.positions, wide.bases) + 2,
         wide.keys,
     )
     chunk = min(cfg.head_chunk, wide.bases.size)
-    exists = unroll.step_exists(wide, num_steps)[..., :size]
-    return unroll.predictions(steps, exists, drawn, chunk), chunk
+    exists_UBM = unroll.step_exists(wide, num_steps)[..., :size]
+    return unroll.predictions(steps_DBM, exists_UBM, drawn, chunk), chunk
 
 
 def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
     """Yield for each level where its draft is the text's token.
 
-    `deterministic [N] bool`, and `coupled [N, n] bool` by sharpness.
+    `deterministic [Q] bool`, and `coupled [Q, n] bool` by sharpness.
     """
     num_steps, _, size = part.hidden.shape
-    drawn, positions, keys = part.laws
+    drawn_Q, positions_Q, keys_Q = part.laws
     vocab_size = target.embed.shape[0]
+    # The noise that the tokens were drawn with, of the tokens that can be proposed.
     if target.draft_ids is None:
-        gumbel = noise.gumbel(keys, positions, vocab_size)
+        gumbel_QV = noise.gumbel(keys_Q, positions_Q, vocab_size)
     else:
-        gumbel = noise.gumbel_at(keys, positions, target.draft_ids, vocab_size)
-    for k in range(num_steps):
+        gumbel_QV = noise.gumbel_at(keys_Q, positions_Q, target.draft_ids, vocab_size)
+    for u in range(num_steps):
         head = drafter_head.head_of(params, target.head)
-        logits = transformer.head_logits(head, part.hidden[k])
-        here = gumbel[k : k + size]
-        best = [jnp.argmax(logits, axis=-1)]
-        best += [jnp.argmax(logits * x + here, axis=-1) for x in sharpnesses]
+        logits_QV = transformer.head_logits(head, part.hidden[u])
+        here_QV = gumbel_QV[u : u + size]
+        best = [jnp.argmax(logits_QV, axis=-1)]
+        best += [jnp.argmax(logits_QV * x + here_QV, axis=-1) for x in sharpnesses]
+        # [Q, 1 + n]: the likeliest token, and the coupled ones.
         guessed = jnp.stack(best, axis=-1)
         if target.draft_ids is not None:
             guessed = target.draft_ids[guessed]
-        hit = (guessed == drawn[k : k + size, None]) & (part.exists[k] > 0)[:, None]
+        exists_Q = part.exists[u] > 0
+        hit = (guessed == drawn_Q[u : u + size, None]) & exists_Q[:, None]
         yield {"deterministic": hit[:, 0], "coupled": hit[:, 1:]}
 
 
@@ -211,8 +216,3 @@ def summarise(
         accepted = float(np.sum(chain))
         out[f"{name}/accept_length"] = 1.0 + accepted / max(counts[0], 1.0)
     return out
-
-
-def add(left: dict[str, jax.Array], right: dict[str, jax.Array]) -> dict:
-    """Add the sums of two batches."""
-    return jax.tree.map(jnp.add, left, right)

@@ -1,11 +1,18 @@
 """Unrolled drafting over whole texts: what training and measuring have in common.
 
 The alignment is that of `models.drafter`. A base is a position t that drafting could
-start from. Step k = 0 .. K - 1 of a base is the tree node k levels below it: rotary
-position t + k, the token of position t + k + 1, the feature that step k - 1 made (step
-0: the target's), and what it predicts is the target's law at position t + k + 1, from
-which the token of position t + k + 2 was drawn. As in drafting, it sees the keys of
-step 0 at positions up to t, and of the steps 1 .. k those of its own base.
+start from. Step u = 0 .. U - 1 of a base is the tree node u levels below it:
+
+    rotary position t + u     the token of position t + u + 1 is its input
+                              with the feature that step u - 1 made (0: the target's)
+    predicts                  the target's law at position t + u + 1,
+                              from which the token of position t + u + 2 was drawn
+
+As in drafting, it sees the keys of step 0 at positions up to t, and of the steps 1 .. u
+those of its own base.
+
+Letters here, besides those of `types`: M bases of a row, U unrolled steps, Q
+predictions of all rows laid end to end, Vd tokens that can be proposed.
 """
 
 import dataclasses
@@ -101,22 +108,24 @@ def see(
     """Compute what every base may attend to; see `unroll` for the arguments."""
     features = batch.hidden if batch.features is None else batch.features
     features_DBT = jnp.moveaxis(features, -1, 0).astype(cfg.dtype)
-    fused = drafter.fuse(params, cfg.drafter, features_DBT)
-    columns = jnp.arange(batch.tokens.shape[1])
-    # Nobody asks here what a column itself attends to.
+    fused_DBT = drafter.fuse(params, cfg.drafter, features_DBT)
+    columns_T = jnp.arange(batch.tokens.shape[1])
+    # Wanted are the keys and values of all columns. What a column itself attends to
+    # would decide its output alone, which nobody asks for: any attention will do, and
+    # the compiler leaves it out.
     output = drafter.apply(
         params,
         cfg.drafter,
-        _embed_ahead(batch, target, columns, 1, cfg.dtype),
-        fused,
+        _embed_ahead(batch, target, columns_T, 1, cfg.dtype),
+        fused_DBT,
         batch.positions,
         lambda query, keys, values: attention.attend_same(
             query, keys, values, scale=1.0
         ),
         dtype=cfg.dtype,
     )
-    keys, values = (jnp.moveaxis(x, 2, 0) for x in (output.keys, output.values))
-    return Seen(fused, keys, values)
+    keys_BKHT, values_BKHT = _rows_first(output)
+    return Seen(fused_DBT, keys_BKHT, values_BKHT)
 
 
 def unroll(
@@ -140,60 +149,63 @@ def unroll(
       params: the drafter.
       batch: the rows.
       target: embedding and head.
-      num_steps: K.
+      num_steps: U.
       cfg: how.
       detach: gradients end between steps.
       seen: of `see`, where it was computed before.
 
     Returns:
-      K arrays `[D, B, M]`. A step that reaches beyond its text has no meaning.
+      U arrays `[D, B, M]`. A step that reaches beyond its text has no meaning.
     """
-    model, scale = cfg.drafter, cfg.drafter.layer.head_dim**-0.5
+    scale = cfg.drafter.layer.head_dim**-0.5
     if seen is None:
         seen = see(params, batch, target, cfg=cfg)
-    base_positions = take(batch.positions, batch.bases)
+    positions_BM = take(batch.positions, batch.bases)
 
-    def one_step(params, features, earlier, k):
-        def attend(query, keys, values):
-            partial = _attend_bases(
-                query, seen.keys, seen.values, batch, scale, cfg.attention_block
-            )
-            # A base's own column is among those of step 0.
-            for own in (*earlier, (keys, values)) if k else ():
-                here = attention.attend_same(query, *own, scale=scale)
+    def one_step(params, features_DBM, earlier, u):
+        def attend(query_BKGMH, keys_BKHM, values_BKHM):
+            # The columns of the text up to the base: shared by all bases, under a mask.
+            partial = _attend_bases(query_BKGMH, seen, batch, scale, cfg)
+            # The base's own steps before this one, and itself: one key each, at the
+            # same index, so that no mask is needed. Step 0 of a base is its column,
+            # which is among those above.
+            for own in (*earlier, (keys_BKHM, values_BKHM)) if u else ():
+                here = attention.attend_same(query_BKGMH, *own, scale=scale)
                 partial = attention.join(partial, here)
             return partial
 
         output = drafter.apply(
             params,
-            model,
-            _embed_ahead(batch, target, batch.bases, k + 1, cfg.dtype),
-            features,
-            base_positions + k,
+            cfg.drafter,
+            _embed_ahead(batch, target, batch.bases, u + 1, cfg.dtype),
+            features_DBM,
+            positions_BM + u,
             attend,
             dtype=cfg.dtype,
         )
-        keys, values = (jnp.moveaxis(x, 2, 0) for x in (output.keys, output.values))
-        return output.hidden, (keys, values)
+        return output.hidden, _rows_first(output)
 
     if cfg.remat:
         one_step = jax.checkpoint(one_step, static_argnums=3)
-    steps: list[Array] = []
-    features = take(seen.features, batch.bases[None])
+    steps_DBM: list[Array] = []
+    # Step 0 reads the target's features, the further ones those of the step before:
+    # the drafter learns from its own mistakes, as it will make them.
+    features_DBM = take(seen.features, batch.bases[None])
     earlier: tuple[tuple[Array, Array], ...] = ()
-    for k in range(num_steps):
-        hidden, own = one_step(params, features, earlier, k)
-        features = lax.stop_gradient(hidden) if detach else hidden
-        steps.append(hidden)
-        if k:
+    for u in range(num_steps):
+        hidden_DBM, own = one_step(params, features_DBM, earlier, u)
+        features_DBM = lax.stop_gradient(hidden_DBM) if detach else hidden_DBM
+        steps_DBM.append(hidden_DBM)
+        if u:
             earlier = (*earlier, own)
-    return tuple(steps)
+    return tuple(steps_DBM)
 
 
 def bases_from(batch: Batch, start: Array | int, size: int) -> Batch:
     """Take `size` bases of each row from `start` on; there are none behind the last."""
 
     def cut(x):
+        # Padded first: a slice that reached over the end would be moved to the left.
         x = jnp.pad(x, [(0, 0), (0, size)] + [(0, 0)] * (x.ndim - 2))
         return lax.dynamic_slice_in_dim(x, start, size, 1)
 
@@ -203,33 +215,35 @@ def bases_from(batch: Batch, start: Array | int, size: int) -> Batch:
 
 
 def step_exists(batch: Batch, num_steps: int) -> Array:
-    """Say which steps predict a token that their text has, `[K, B, M] bool`."""
+    """Say which steps predict a token that their text has, `[U, B, M] bool`."""
     spare = [(0, 0), (0, num_steps - 1)]
     bases = jnp.pad(batch.bases, spare)
     valid = jnp.pad(batch.valid, spare)
     segment = jnp.pad(take(batch.segment, batch.bases), spare, constant_values=-1)
     width = batch.bases.shape[1]
 
-    def one(k):
-        later = slice(k, k + width)
-        same = (bases[:, later] == batch.bases + k) & (
+    def one(u):
+        # Bases of a text follow one another, so that step u of a base predicts the law
+        # of the u-th base behind it: if there is none, the text has ended.
+        later = slice(u, u + width)
+        same_BM = (bases[:, later] == batch.bases + u) & (
             segment[:, later] == segment[:, :width]
         )
-        return batch.valid & valid[:, later] & same
+        return batch.valid & valid[:, later] & same_BM
 
-    return jnp.stack([one(k) for k in range(num_steps)])
+    return jnp.stack([one(u) for u in range(num_steps)])
 
 
 @struct.dataclass
 class Predictions:
     """All predictions of a batch, rows laid end to end and filled up to whole chunks.
 
-    Step k of base n predicts from the law of index n + k.
+    Step u of base q predicts from the law of index q + u.
 
     Attributes:
-      hidden: `[K, D, N] float32`, the drafter's features.
-      exists: `[K, N] float32`, 1 where the prediction exists, else 0.
-      laws: arrays `[N + K - 1, ...]`, what belongs to the laws.
+      hidden: `[U, D, Q] float32`, the drafter's features.
+      exists: `[U, Q] float32`, 1 where the prediction exists, else 0.
+      laws: arrays `[Q + U - 1, ...]`, what belongs to the laws.
     """
 
     hidden: Array
@@ -260,15 +274,16 @@ def predictions(
     Args:
       steps: of `unroll`.
       exists: of `step_exists`.
-      laws: arrays `[B, M + K - 1, ...]`, of the law that step 0 of each base predicts
+      laws: arrays `[B, M + U - 1, ...]`, of the law that step 0 of each base predicts
         from, and of the bases behind: see `bases_from`.
-      chunk: N is a multiple of it.
+      chunk: Q is a multiple of it.
 
     Returns:
       The predictions.
     """
-    hidden = jnp.stack(steps)
-    more, (num_rows, width) = len(steps) - 1, hidden.shape[2:]
+    hidden_UDBM = jnp.stack(steps)
+    more, (num_rows, width) = len(steps) - 1, hidden_UDBM.shape[2:]
+    # A row takes M + U - 1 places, so that index q + u is in its own row always.
     total = num_rows * (width + more)
     behind = -total % chunk
 
@@ -283,7 +298,7 @@ def predictions(
         return jnp.pad(x, pads)
 
     return Predictions(
-        hidden=flatten(hidden, 2),
+        hidden=flatten(hidden_UDBM, 2),
         exists=flatten(exists.astype(jnp.float32), 1),
         laws=jax.tree.map(lambda x: flatten(x, 0, more), laws),
     )
@@ -296,42 +311,55 @@ def take(x: Array, columns: Array) -> Array:
 
 def _embed_ahead(batch, target, columns, ahead, dtype):
     """Embed the tokens `ahead` of columns `[..., M]`, `[D, B, M]`."""
-    columns = jnp.broadcast_to(columns, (len(batch.tokens), columns.shape[-1]))
-    tokens = take(batch.tokens, columns + ahead)
-    return jnp.moveaxis(target.embed[tokens].astype(dtype), -1, 0)
+    columns_BM = jnp.broadcast_to(columns, (len(batch.tokens), columns.shape[-1]))
+    tokens_BM = take(batch.tokens, columns_BM + ahead)
+    return jnp.moveaxis(target.embed[tokens_BM].astype(dtype), -1, 0)
 
 
-def _attend_bases(query, keys, values, batch, scale, block):
-    """Attend from bases to their texts' columns up to them, a block at a time."""
-    width = query.shape[3]
+def _rows_first(output: drafter.Output) -> tuple[Array, Array]:
+    """Keys and values `[B, K, H, M]` of the layer's `[K, H, B, M]`."""
+    return jnp.moveaxis(output.keys, 2, 0), jnp.moveaxis(output.values, 2, 0)
+
+
+def _attend_bases(query_BKGMH, seen, batch, scale, cfg):
+    """Attend from bases to their texts' columns up to them, a block at a time.
+
+    Scores are `[B, K, G, M, T]`, the largest array of a step by far: of a block of
+    bases they are made, used, and in the backward pass made again.
+    """
+    width, block = query_BKGMH.shape[3], cfg.attention_block
     segment_BM = take(batch.segment, batch.bases)
-    columns = jnp.arange(batch.tokens.shape[1])
+    columns_T = jnp.arange(batch.tokens.shape[1])
 
-    def one_block(query, bases, segment):
-        mask = (columns[None, None] <= bases[..., None]) & (
-            batch.segment[:, None] == segment[..., None]
+    def one_block(query_BKGMH, bases_BM, segment_BM):
+        mask_BMT = (columns_T[None, None] <= bases_BM[..., None]) & (
+            batch.segment[:, None] == segment_BM[..., None]
         )
-        return attention.attend_masked(query, keys, values, mask, scale=scale)
+        return attention.attend_masked(
+            query_BKGMH, seen.keys, seen.values, mask_BMT, scale=scale
+        )
 
     if width <= block:
-        return one_block(query, batch.bases, segment_BM)
+        return one_block(query_BKGMH, batch.bases, segment_BM)
+    # Whole blocks; the queries behind the last base are cut off again below.
     spare = -width % block
-    query = jnp.pad(query, [(0, 0)] * 3 + [(0, spare), (0, 0)])
+    query_BKGMH = jnp.pad(query_BKGMH, [(0, 0)] * 3 + [(0, spare), (0, 0)])
     pads = [(0, 0), (0, spare)]
-    bases, segment_BM = jnp.pad(batch.bases, pads), jnp.pad(segment_BM, pads)
+    bases_BM, segment_BM = jnp.pad(batch.bases, pads), jnp.pad(segment_BM, pads)
 
     def cut(start):
         return one_block(
-            lax.dynamic_slice_in_dim(query, start, block, 3),
-            lax.dynamic_slice_in_dim(bases, start, block, 1),
+            lax.dynamic_slice_in_dim(query_BKGMH, start, block, 3),
+            lax.dynamic_slice_in_dim(bases_BM, start, block, 1),
             lax.dynamic_slice_in_dim(segment_BM, start, block, 1),
         )
 
     parts = lax.map(jax.checkpoint(cut), jnp.arange(0, width + spare, block))
-    batch_size, num_kv, group = query.shape[:3]
+    batch_size, num_kv, group = query_BKGMH.shape[:3]
 
     def whole(x):
-        # [blocks, B, K, G x block, ...]
+        # [blocks, B, K, G x block, ...] to [B, K, G x M, ...]: G stays outermost, and
+        # the blocks of each come end to end.
         x = x.reshape(-1, batch_size, num_kv, group, block, *x.shape[4:])
         x = jnp.moveaxis(x, 0, 3)
         x = x.reshape(batch_size, num_kv, group, -1, *x.shape[5:])[:, :, :, :width]

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from tlt_jax.rl.adaptation import adaptation
-from tlt_jax.runtime import channel, distributed
-from tlt_jax.settings import sections
-from tlt_jax.workdir import drafter_checkpoint, drafter_store
+from tlt_jax.runtime import channel, distributed, train_state
+from tlt_jax.workdir import drafter_checkpoint
 
 ARRAYS = {
     "buffer.tokens": np.arange(5),
@@ -23,20 +22,24 @@ META = {"version": 7, "is_ready": True}
 class Adapted:
     """What is saved and restored of a drafter's training."""
 
-    def __init__(self):
-        self.cfg, self.restored = "cfg", None
-        self.learner = types.SimpleNamespace(
-            state="state", abstract_state=lambda: "abstract"
-        )
+    def __init__(self, cfg="cfg"):
+        self.cfg, self.restored = cfg, None
+
+    def abstract_state(self):
+        return "abstract"
 
     def state(self):
-        return ARRAYS, META
+        return train_state.Snapshot("state", ARRAYS, META)
 
     def target(self):
         return "target"
 
-    def restore(self, *parts):
-        self.restored = parts
+    def restore(self, snapshot):
+        self.restored = snapshot
+
+    # The real one's, of which nothing of the adaptation's own is used.
+    def for_others(self, snapshot):
+        return adaptation.Adaptation.for_others(self, snapshot)
 
 
 class Checkpointer:
@@ -75,15 +78,17 @@ def checkpointers(monkeypatch):
     return Checkpointer.made
 
 
-def open_store(group=None, notes=None):
+def open_store(group=None, notes=None, adapted=None):
     told = types.SimpleNamespace(note=(notes if notes is not None else []).append)
     group = group or distributed.alone()
-    return drafter_store.DrafterStore(Adapted(), "there", "async", 4, group, told)
+    return drafter_checkpoint.DrafterStore(
+        adapted or Adapted(), "there", "async", 4, group, told
+    )
 
 
 def found_of(step):
     state = {"w": jnp.arange(3.0)}
-    return drafter_checkpoint.Restored(step, state, dict(ARRAYS), META)
+    return step, train_state.Snapshot(state, dict(ARRAYS), META)
 
 
 def test_everything_of_an_adaptation_is_saved(checkpointers):
@@ -91,28 +96,19 @@ def test_everything_of_an_adaptation_is_saved(checkpointers):
         store.save(9)
         (checkpointer,) = checkpointers
         assert checkpointer.opened == ("there", "async", 4)
-        assert checkpointer.saved == [
-            (
-                (9, "state", "cfg"),
-                {"target": "target", "arrays": ARRAYS, "meta": META},
-            )
-        ]
+        snapshot = train_state.Snapshot("state", ARRAYS, META)
+        assert checkpointer.saved == [((9, snapshot, "cfg", "target"), {})]
         store.wait()
         assert (checkpointer.waits, checkpointer.closed) == (1, 0)
     assert checkpointer.closed == 1
 
 
-def test_it_is_opened_where_there_is_a_drafter(checkpointers):
-    cfg = sections.Checkpoint(keep=6, drafter="blocking")
-    group = distributed.alone()
-    nothing = adaptation.NoAdaptation()
-    with drafter_store.opened(nothing, "there", cfg, group, None) as stores:
-        assert stores == () and not checkpointers
-    with drafter_store.opened(Adapted(), "there", cfg, group, None) as (store,):
-        # One more than the run keeps: each of its own finds the drafter's.
-        assert checkpointers[0].opened == ("there", "blocking", 7)
+def test_nothing_is_opened_or_asked_where_there_is_no_drafter(checkpointers):
+    with open_store(adapted=adaptation.NoAdaptation()) as store:
+        store.restore(3)
         store.save(3)
-    assert checkpointers[0].saved and checkpointers[0].closed == 1
+        store.wait()
+    assert not checkpointers
 
 
 @pytest.mark.parametrize(
@@ -130,13 +126,11 @@ def test_alone_a_process_goes_on_with_all_it_kept(checkpointers, found, notes):
     store.restore(9)
     assert checkpointers[0].asked == [("abstract", 9)]
     assert told == notes
-    restored = store._adapted.restored
+    restored = store._trained.restored
     if found is None:
         assert restored is None
         return
-    state, arrays, meta = restored
-    assert state is Checkpointer.found.state
-    assert arrays == ARRAYS and meta == META
+    assert restored is Checkpointer.found[1]
 
 
 @pytest.mark.parametrize("found", [9, None])
@@ -160,12 +154,12 @@ def test_the_others_get_the_drafter_without_its_texts(checkpointers, found):
         pass
     assert checkpointers[0].saved == [] and checkpointers[0].closed == 0
     assert told[1] == []
-    first, other = (store._adapted.restored for store in stores)
+    first, other = (store._trained.restored for store in stores)
     if found is None:
         assert first is other is None
         return
-    assert first[0] is Checkpointer.found.state and first[1] == ARRAYS
-    state, arrays, meta = other
-    assert type(state["w"]) is np.ndarray and state["w"].tolist() == [0, 1, 2]
+    assert first is Checkpointer.found[1]
+    weights, arrays = other.state["w"], other.arrays
+    assert type(weights) is np.ndarray and weights.tolist() == [0, 1, 2]
     assert arrays.keys() == {"draft_ids"} and arrays["draft_ids"].tolist() == [0.5, 2.0]
-    assert meta == META
+    assert other.meta == META

@@ -1,0 +1,165 @@
+"""A drafter's training on texts that are all there, before any run.
+
+The same learner as beside a rollout (`spot_trainer`), with nobody who wants the devices
+back. Every epoch takes each text once, in an order of its own: batches are a function
+of the seed and the texts alone, so that a killed training goes on from a step's number.
+(The line of batches beside rollouts, `texts.sampling`, mixes the texts of two steps as
+they come in; here nothing comes in, and its state would have to be kept.)
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tlt_jax.models import params as model_params
+from tlt_jax.rl.adaptation import learner as drafter_learner
+from tlt_jax.rl.adaptation import offline_texts
+from tlt_jax.runtime import train_state
+from tlt_jax.specdec.texts import layout, shards
+from tlt_jax.specdec.training import unroll
+from tlt_jax.types import Array
+
+_MAX_SKIPPED = 10
+
+
+class OfflineTraining:
+    """Takes steps on the training texts and measures on those held out.
+
+    Attributes:
+      learner: the drafter.
+      num_steps: taken, skipped ones too.
+      skips: steps in a row that were not finite.
+    """
+
+    def __init__(
+        self,
+        learner: drafter_learner.DrafterLearner,
+        texts: shards.Shards,
+        *,
+        row_tokens: int,
+        row_bases: int,
+        num_rows: int,
+        seed: int,
+        eos_ids: Sequence[int],
+    ):
+        """Take the parts; `begin` gives the drafter weights.
+
+        Args:
+          learner: the drafter; its draft vocabulary is chosen here.
+          texts: of `offline_texts.write`.
+          row_tokens, row_bases, num_rows: T, M and B.
+          seed: of the weights and of the order of texts.
+          eos_ids: always among the tokens that can be proposed.
+
+        Raises:
+          ValueError: no text has a position to learn from.
+        """
+        self.learner, self.num_steps = learner, 0
+        self.skips = train_state.Skips(_MAX_SKIPPED)
+        # No drafter was measured before, whose sharpness would be kept.
+        learner.sharpness = None
+        self._texts, self._seed = texts, seed
+        self._sizes = {"row_tokens": row_tokens, "row_bases": row_bases}
+        self._num_rows = num_rows
+        ids = np.array(texts.text_ids)
+        self._train = np.flatnonzero(ids < offline_texts.HELD_OUT)
+        self._held_out = np.flatnonzero(ids >= offline_texts.HELD_OUT)
+        if not self._plan(self._train, (seed, 0)):
+            raise ValueError(
+                "no text has a position to draft from: raise texts.max_new_tokens or "
+                "batch.row_tokens."
+            )
+        learner.choose_vocabulary([texts.read(i) for i in self._train], eos_ids)
+
+    def begin(
+        self, devices: drafter_learner.Devices, target: model_params.Params
+    ) -> None:
+        """Go to devices, with random weights unless `restore` gave some.
+
+        Args:
+          devices: see `DrafterLearner.begin`.
+          target: what the drafter is trained for.
+        """
+        if self.learner.state is None:
+            norm = jax.device_get(target.final_norm)
+            self.learner.state = self.learner.init_state(None, norm, self._seed)
+        self.learner.begin(devices, target)
+
+    def steps(self, until: int) -> Iterator[dict[str, Array]]:
+        """Take steps up to the number `until`.
+
+        Yields:
+          The metrics of each, see `step.update`, on their way.
+
+        Raises:
+          failures.TrainingError: steps are not finite any more.
+        """
+        before = None
+        missing = until - self.num_steps
+        for batch in itertools.islice(self._batches(self.num_steps), missing):
+            outcome = drafter_learner.run_through(self.learner.step(batch))
+            self.num_steps += 1
+            if before is not None:
+                # Of the step before: fetching this one's would wait for the device.
+                self.skips.count(int(before["skipped"]))
+                self.skips.check(
+                    "lower optimizer.learning_rate and begin again in another "
+                    "--workdir; the directory texts/ can be moved there."
+                )
+            before = outcome
+            yield outcome
+
+    def measure(self) -> dict[str, Any]:
+        """Say what drafts along the held-out texts would have had accepted.
+
+        Returns:
+          See `acceptance.summarise`. So many texts tell sharpnesses apart, so that the
+          best is taken whichever was the best before.
+        """
+        self.learner.sharpness = None
+        rows = self._plan(self._held_out, None)
+        measuring = self.learner.measure(map(self._lay_out, rows))
+        return drafter_learner.run_through(measuring)
+
+    def state(self) -> train_state.Snapshot:
+        """Return what a killed training goes on from, besides its number of steps."""
+        meta = {"num_skipped": self.skips.in_a_row}
+        return train_state.Snapshot(self.learner.newest, meta=meta)
+
+    def restore(self, snapshot: train_state.Snapshot, num_steps: int) -> None:
+        """Go on from a `state` that was taken after so many steps; before `begin`."""
+        self.learner.state = jax.device_get(snapshot.state)
+        self.skips.in_a_row = snapshot.meta["num_skipped"]
+        self.num_steps = num_steps
+
+    def about_texts(self) -> dict[str, Any]:
+        """Count the training texts, and how much a draft vocabulary leaves out."""
+        lengths = self._texts.lengths - self._texts.response_starts
+        row = {
+            "texts/num": len(self._train),
+            "texts/response_tokens": int(lengths[self._train].sum()),
+        }
+        if self.learner.draft_ids is not None:
+            held_out = [self._texts.read(i) for i in self._held_out]
+            tokens = np.concatenate([r.tokens[r.response_start :] for r in held_out])
+            known = np.isin(tokens, self.learner.draft_ids)
+            row["texts/draft_vocab_coverage"] = float(known.mean())
+        return row
+
+    def _plan(self, indices: np.ndarray, seed: tuple[int, ...] | None):
+        return layout.plan(
+            self._texts, indices, num_rows=self._num_rows, seed=seed, **self._sizes
+        )
+
+    def _lay_out(self, rows: Sequence[Sequence[layout.Span]]) -> unroll.Batch:
+        return layout.lay_out(self._texts, rows, **self._sizes)
+
+    def _batches(self, first: int) -> Iterator[unroll.Batch]:
+        """Batches from the `first` on."""
+        for epoch in itertools.count():
+            plan = self._plan(self._train, (self._seed, epoch))
+            yield from map(self._lay_out, plan[first:])
+            first = max(first - len(plan), 0)

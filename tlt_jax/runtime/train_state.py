@@ -1,0 +1,117 @@
+"""What training changes, and the guard of its steps: one that is not finite is skipped.
+
+Policy and drafter are trained alike: the optimizer gets a gradient, and a loss or
+gradient that is not finite leaves the state as it was. A few such steps are bad luck;
+several in a row mean that training has diverged, and whoever counts them ends it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from tlt_jax.runtime import failures
+from tlt_jax.types import Array
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      params: float32 masters; the policy's layers stacked, the drafter's without
+        `draft_ids`.
+      opt_state: of the optimizer.
+      num_updates: int32, steps taken; skipped ones are not counted.
+    """
+
+    params: Any
+    opt_state: Any
+    num_updates: Array
+
+
+def begin(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Make the state before the first step."""
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def step(
+    state: TrainState,
+    grads: Any,
+    loss: Array,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Array, Array]:
+    """Take an optimizer step, unless loss or gradient is not finite.
+
+    Args:
+      state: before.
+      grads: of `state.params`.
+      loss: scalar.
+      optimizer: static.
+
+    Returns:
+      The state, bit for bit the old one where the step was skipped; the gradient's norm
+      before clipping; and whether it was skipped, int32 0 or 1.
+    """
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    stepped = TrainState(
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        num_updates=state.num_updates + 1,
+    )
+    # Selected and not branched: the state is donated, and both ways read all of it.
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+    return state, norm, 1 - finite.astype(jnp.int32)
+
+
+@dataclasses.dataclass
+class Skips:
+    """Counts steps that were skipped one after the other.
+
+    Attributes:
+      most: so many end the training.
+      in_a_row: up to now.
+    """
+
+    most: int
+    in_a_row: int = 0
+
+    def count(self, skipped: Any) -> None:
+        """Count a step that was taken or skipped."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+
+    def check(self, remedy: str = "") -> None:
+        """End a training that has diverged.
+
+        Args:
+          remedy: for the message; where there is none the caller adds it.
+
+        Raises:
+          failures.NotFiniteError: too many steps in a row were skipped.
+        """
+        if self.in_a_row >= self.most:
+            raise failures.NotFiniteError(
+                f"{self.in_a_row} updates in a row were not finite"
+                + (f": {remedy}" if remedy else "")
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What survives a kill of something that is trained beside other state.
+
+    Attributes:
+      state: of its training.
+      arrays: further arrays by name, of any shapes, in host memory.
+      meta: anything that JSON can hold.
+    """
+
+    state: TrainState
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
