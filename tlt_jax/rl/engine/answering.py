@@ -7,18 +7,32 @@ those that are, and for several processes.
 import concurrent.futures
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tlt_jax import types
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import stats as rollout_stats
 
-if TYPE_CHECKING:
-    from tlt_jax.rl.engine import engine as engine_lib
+
+class Serving(Protocol):
+    """What is asked of an engine; see `engine.Engine`."""
+
+    def check(self, requests: Sequence[types.Request]) -> None:
+        """Refuse requests that it cannot serve."""
+
+    def serve(
+        self,
+        source: request_queue.RequestSource,
+        seed: int,
+        *,
+        on_completion: Callable[[types.Completion], None],
+        on_call: Callable[[int], None],
+    ) -> rollout_stats.RolloutStats:
+        """Generate completions until the source gives no more requests."""
 
 
 def answer(
-    engines: Sequence["engine_lib.Engine"],
+    engines: Sequence[Serving],
     requests: Sequence[types.Request],
     seed: int,
     *,
