@@ -4,20 +4,31 @@
     python -m experiments check
     python -m experiments tables
     python -m experiments plots
+    python -m experiments carry active_batch --why="digests and counts are equal"
 
-The first lists every figure and table with its status: `fresh`, `stale` (its code is
-another by now), `partial` (cells are lacking: the command goes on), `undated` (nothing
-tells), `unrun` at this scale, or `missing` (no module yet). `check` reads the tables
-and says of each claim whether it holds; with `--strict` it fails unless all that have
-data hold. `tables` writes the tables of README.md from the CSVs, `plots` draws
-every plot again from them.
+The first lists every figure and table with its status: `fresh`, `fresh (carried)` (the
+code is another by now, and a review says that nothing measured is), `stale` (what it
+measures is another by now), `partial` (cells are lacking: the command goes on),
+`undated` (nothing tells), `unrun` at this scale, or `missing` (no module yet). `check`
+reads the tables and says of each claim whether it holds; with `--strict` it fails
+unless all that have data hold. `tables` writes the tables of README.md from the CSVs,
+`plots` draws every plot again from them. `carry` says of the named tables (`all`: of
+every stale one) that a reviewed change alters nothing that they hold.
 """
 
 import argparse
 import collections
 import sys
 
-from experiments.lab import catalogue, claims, harness, readme_tables, redrawing
+from experiments.lab import (
+    catalogue,
+    claims,
+    freshness,
+    harness,
+    machine,
+    readme_tables,
+    redrawing,
+)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,8 +39,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "what", nargs="?", choices=["list", "check", "tables", "plots"], default="list"
+        "what",
+        nargs="?",
+        choices=["list", "check", "tables", "plots", "carry"],
+        default="list",
     )
+    parser.add_argument("slugs", nargs="*", help="of `carry`: experiments, or all")
+    parser.add_argument("--why", default="", help="of `carry`: the reason")
     parser.add_argument("--scale", choices=harness.SCALES, default="cpu")
     parser.add_argument("--strict", action="store_true", help="of `check`")
     return parser.parse_args(arguments)
@@ -68,6 +84,32 @@ def show_plots(scale: str) -> list[harness.Row]:
     return rows
 
 
+def carry(slugs: list[str], scale: str, why: str) -> list[harness.Row]:
+    """Carries tables over a change of code; prints and returns what became of each.
+
+    Raises:
+      ValueError: a slug is none, or none is given.
+    """
+    folder = harness.RESULTS_DIR / scale
+    known = {path.stem for path in folder.glob("*.json")}
+    if slugs == ["all"]:
+        slugs = sorted(known)
+    unknown = [slug for slug in slugs if slug not in known]
+    if unknown or not slugs:
+        raise ValueError(
+            f"carry was given {', '.join(unknown) or 'no experiment'}; with tables at "
+            f"scale {scale} are {', '.join(sorted(known))}, and all of them is all."
+        )
+    commit = machine.git("rev-parse", "HEAD")
+    rows = [
+        {"experiment": slug, "told": freshness.carry(slug, folder, commit, why)}
+        for slug in slugs
+    ]
+    for row in rows:
+        print(f"{row['experiment']}: {row['told']}")
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> list[harness.Row]:
     """Does what is asked; returns what it printed."""
     options = parse_arguments(arguments)
@@ -75,6 +117,8 @@ def main(arguments: list[str] | None = None) -> list[harness.Row]:
         return readme_tables.write()
     if options.what == "plots":
         return show_plots(options.scale)
+    if options.what == "carry":
+        return carry(options.slugs, options.scale, options.why)
     if options.what == "list":
         return show_list(options.scale)
     rows = show_claims(options.scale)

@@ -13,7 +13,7 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-from experiments.lab import harness
+from experiments.lab import freshness, harness
 
 _CELL = "cell"
 
@@ -99,11 +99,12 @@ def _check(path: pathlib.Path, provenance: harness.Provenance) -> None:
     record = path.with_suffix(".json")
     old = json.loads(record.read_text("utf-8")) if record.exists() else {}
     for name, what in (("config_hash", "settings"), ("source_hash", "code")):
-        if old.get(name) != provenance.record[name]:
+        now = provenance.record[name]
+        carried = name == "source_hash" and freshness.is_current(old, now)
+        if old.get(name) != now and not carried:
             raise ValueError(
                 f"{path.name} has rows of other {what} ({name} {old.get(name)}, now "
-                f"{provenance.record[name]}): measure all of it with --again, or "
-                "elsewhere with --out=DIR."
+                f"{now}): measure all of it with --again, or elsewhere with --out=DIR."
             )
 
 
