@@ -20,7 +20,6 @@ import ast
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,16 +33,19 @@ SHOWING_MODULES = (
     "tlt_jax.viz",
     *(
         f"experiments.lab.{name}"
-        for name in ("cells", "freshness", "harness", "machine", "plotting")
+        for name in (
+            *("catalogue", "claims", "experiment", "freshness", "plotting"),
+            *("provenance", "readme_tables", "tables"),
+        )
     ),
 )
 # How calls begin that show what was found, or ask where to write it.
 _SHOWING = (
-    *("plot", "print", "matplotlib.", "harness.write_"),
-    *("provenance.write", "trace_file.write"),
-    *("harness.add_options", "cells.add_options"),
-    *(f"parser.add_argument('--{name}'" for name in ("scale", "out")),
+    *("plot", "print", "matplotlib.", "tables.write", "record.write"),
+    "trace_file.write",
 )
+# Of a declaration: what is told of the experiment, and made of its tables.
+_TOLD = {"text", "title", "published", "needs", "larger", "plot", "claims"}
 _SKIPPED_FIELDS = frozenset(
     ("ctx", "kind", "type_comment", "type_params", "returns", "type_ignores")
 )
@@ -284,64 +286,62 @@ class _Writer:
         self.references: set[_Reference] = set()
         self._code, self._module = code, module
         self._scopes: list[frozenset[str]] = []
-        self._in_function = 0
 
-    def write(self, node: object) -> None:
-        """Appends a node, and all below it."""
-        own = getattr(self, f"_{type(node).__name__}", None)
+    def write(self, node: object, *skipped: str) -> None:
+        """Appends a node, and all below it but for some fields."""
+        own = None if skipped else getattr(self, f"_{type(node).__name__}", None)
         if own is not None:
             own(node)
         elif isinstance(node, list):
             self.parts.append("[")
             for item in node:
-                self.write(item)
+                if not (isinstance(item, ast.stmt) and _is_left_out(item)):
+                    self.write(item)
             self.parts.append("]")
         elif isinstance(node, ast.AST):
-            self._fields(node, node._fields)
+            self.parts.append(type(node).__name__)
+            left_out = _SKIPPED_FIELDS.union(skipped)
+            for name in node._fields:
+                value = getattr(node, name, None)
+                if value not in (None, []) and name not in left_out:
+                    self.parts.append(name)
+                    self.write(value)
         else:
             self.parts.append(repr(node))
 
-    def _fields(self, node: ast.AST, names: Sequence[str]) -> None:
-        self.parts.append(type(node).__name__)
-        for name in names:
-            value = getattr(node, name, None)
-            if value is None or value == [] or name in _SKIPPED_FIELDS:
-                continue
-            self.parts.append(name)
-            self.write(value)
-
-    def _is_local(self, name: str) -> bool:
-        return any(name in scope for scope in self._scopes)
-
-    def _take(self, resolved: tuple[str, list[_Reference]]) -> None:
-        text, references = resolved
+    def _dotted(self, dotted: str) -> None:
+        text, references = self._code.resolve(dotted)
         self.parts.append(text)
         self.references.update(references)
 
+    def _imported(self, node: ast.expr) -> str | None:
+        """What a name stands for that is imported, and bound nowhere nearer."""
+        is_bound = isinstance(node, ast.Name) and (
+            node.id in self._module.places
+            or any(node.id in scope for scope in self._scopes)
+        )
+        if is_bound or not isinstance(node, ast.Name):
+            return None
+        return self._module.imports.get(node.id)
+
     def _Name(self, node: ast.Name) -> None:
-        name, module = node.id, self._module
-        if self._is_local(name):
-            self.parts.append(name)
-        elif name in module.places:
-            self._take((name, [(module.name, name)]))
-        elif name in module.imports:
-            self._take(self._code.resolve(module.imports[name]))
-        else:
-            self.parts.append(name)
+        if dotted := self._imported(node):
+            self._dotted(dotted)
+            return
+        self.parts.append(node.id)
+        if not any(node.id in scope for scope in self._scopes):
+            self.references.add((self._module.name, node.id))
 
     def _Attribute(self, node: ast.Attribute) -> None:
-        names, first = [], node
+        names, first = [node.attr], node.value
         while isinstance(first, ast.Attribute):
             names.append(first.attr)
             first = first.value
-        if isinstance(first, ast.Name) and not self._is_local(first.id):
-            stands_for = self._module.imports.get(first.id)
-            if stands_for and first.id not in self._module.places:
-                dotted = ".".join([stands_for, *reversed(names)])
-                self._take(self._code.resolve(dotted))
-                return
-        self.parts.append("." + node.attr)
-        self.write(node.value)
+        if dotted := self._imported(first):
+            self._dotted(".".join([dotted, *reversed(names)]))
+        else:
+            self.parts.append("." + node.attr)
+            self.write(node.value)
 
     def _Constant(self, node: ast.Constant) -> None:
         self.parts.append(repr(node.value))
@@ -350,99 +350,57 @@ class _Writer:
 
     def _JoinedStr(self, node: ast.JoinedStr) -> None:
         # Interpreters differ in how they divide the text between the values.
-        self.parts.append("f-string")
-        for is_text, group in itertools.groupby(
-            node.values, lambda value: isinstance(value, ast.Constant)
-        ):
-            if is_text:
-                text = "".join(value.value for value in group)
-                self.parts.extend([repr(text)] if text else [])
+        text = ""
+        for value in [*node.values, None]:
+            if isinstance(value, ast.Constant):
+                text += value.value
             else:
-                self.write(list(group))
+                self.write([text, value])
+                text = ""
 
     def _Raise(self, node: ast.Raise) -> None:
-        kind = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-        self.parts.append("raise")
-        self.write(kind)
+        self.write(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
 
     def _Call(self, node: ast.Call) -> None:
-        self.parts.append("call")
+        called = getattr(node.func, "attr", "")
+        told = {"Experiment": _TOLD, "Option": {"help"}}.get(called, ())
         self.write(node.func)
-        self.write(node.args)
-        is_option = getattr(node.func, "attr", "") == "add_argument"
-        for keyword in node.keywords:
-            if not (is_option and keyword.arg == "help"):
-                self.write(keyword)
+        # The third of an option is its help, too.
+        self.write(node.args[:2] if called == "Option" else node.args)
+        self.write([k for k in node.keywords if k.arg not in told])
 
     def _arg(self, node: ast.arg) -> None:
         self.parts.append(node.arg)
 
     def _AnnAssign(self, node: ast.AnnAssign) -> None:
         # Of a class an annotation may say how a setting is read.
-        is_field = not self._in_function and node.simple
-        self._fields(node, node._fields if is_field else ("target", "value"))
+        is_field = bool(self._scopes) and not self._scopes[-1]
+        self.write(node, *(["lineno"] if is_field else ["annotation", "simple"]))
 
     def _ClassDef(self, node: ast.ClassDef) -> None:
-        self.parts.append(f"class {node.name}")
         self._scopes.append(frozenset())
-        inner, self._in_function = self._in_function, 0
-        for part in (node.bases, node.keywords, node.decorator_list):
-            self.write(part)
-        self._statements(node.body)
-        self._in_function = inner
+        self.write(node, "lineno")
         self._scopes.pop()
 
     def _FunctionDef(self, node: ast.FunctionDef) -> None:
         self.parts.append(f"def {node.name}")
         self.write(node.decorator_list)
-        self._function(node, _read(_kept(node.body)))
+        body = [part for part in node.body if not _is_left_out(part)]
+        self._function(node.args, _read(body))
 
     _AsyncFunctionDef = _FunctionDef
 
     def _Lambda(self, node: ast.Lambda) -> None:
-        self.parts.append("lambda")
-        self._function(node, [node.body])
+        self._function(node.args, [node.body])
 
-    def _function(self, node: ast.FunctionDef | ast.Lambda, body: list) -> None:
-        args = node.args
+    def _function(self, args: ast.arguments, body: list[ast.AST]) -> None:
         self.write([*args.defaults, *filter(None, args.kw_defaults)])
-        self._scopes.append(_local_names(node))
-        self._in_function += 1
-        self._fields(args, ("posonlyargs", "args", "vararg", "kwonlyargs", "kwarg"))
-        for statement in body:
-            self.write(statement)
-        self._in_function -= 1
+        names = {node.arg for node in ast.walk(args) if isinstance(node, ast.arg)}
+        # A function's scope has a name at least, and so is told from a class's.
+        self._scopes.append(frozenset({"", *names, *_stored(body)}))
+        self.write(args, "defaults", "kw_defaults")
+        self.write(body)
         self._scopes.pop()
-
-    def _statements(self, body: Sequence[ast.stmt]) -> None:
-        for statement in _kept(body):
-            self.write(statement)
-
-    def _If(self, node: ast.If) -> None:
-        self.parts.append("if")
-        self.write(node.test)
-        self._branches(node, ("body", "orelse"))
-
-    def _For(self, node: ast.For) -> None:
-        self.parts.append("for")
-        self.write(node.target)
-        self.write(node.iter)
-        self._branches(node, ("body", "orelse"))
-
-    def _While(self, node: ast.While) -> None:
-        self.parts.append("while")
-        self.write(node.test)
-        self._branches(node, ("body", "orelse"))
-
-    def _With(self, node: ast.With) -> None:
-        self.parts.append("with")
-        self.write(node.items)
-        self._branches(node, ("body",))
-
-    def _branches(self, node: ast.AST, names: Sequence[str]) -> None:
-        for name in names:
-            self.parts.append(f":{name}")
-            self._statements(getattr(node, name))
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -472,14 +430,6 @@ def _bound(node: ast.stmt) -> set[str]:
     return _stored([node])
 
 
-def _local_names(function: ast.FunctionDef | ast.Lambda) -> frozenset[str]:
-    """Parameters of a function, and the names that it binds."""
-    args = function.args
-    every = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
-    body = function.body if isinstance(function.body, list) else [function.body]
-    return frozenset({arg.arg for arg in every if arg} | _stored(body))
-
-
 def _stored(nodes: Sequence[ast.AST]) -> set[str]:
     names, not_local = set(), set()
     for statement in nodes:
@@ -495,13 +445,9 @@ def _stored(nodes: Sequence[ast.AST]) -> set[str]:
     return names - not_local
 
 
-def _kept(body: Sequence[ast.stmt]) -> list[ast.stmt]:
-    """Leaves out docstrings, imports and what only shows."""
-    return [
-        node
-        for node in body
-        if not (_is_text(node) or _is_import(node) or _shows(node))
-    ]
+def _is_left_out(node: ast.stmt) -> bool:
+    """Whether this is a docstring, an import, or only shows."""
+    return _is_text(node) or _is_import(node) or _shows(node)
 
 
 def _is_import(node: ast.stmt) -> bool:
