@@ -168,14 +168,12 @@ EXPERIMENT = experiment.Experiment(
     ),
     options=(
         *speculation_setting.OPTIONS,
-        experiment.Option("strategies", STRATEGIES),
-        experiment.Option("temperatures", "1,0"),
-        experiment.Option("batch", 4),
+        *experiment.plain(strategies=STRATEGIES, temperatures="1,0"),
+        experiment.Option("batch", 4, recorded=False),
     ),
     context=load,
     settings=lambda options, context: {
         "drafters": [setting.about() for setting in context],
-        "strategies": options.strategies,
         "temperatures": temperatures_of(options),
     },
     cells=lambda options, context: [

@@ -187,11 +187,7 @@ EXPERIMENT = experiment.Experiment(
     text=__doc__,
     title="active-batch threshold, timeline case",
     published="2.44 times",
-    options=(
-        trace_file.OPTION,
-        experiment.Option("rollouts", 10),
-        experiment.Option("seeds", 3),
-    ),
+    options=(trace_file.OPTION, *experiment.plain(rollouts=10, seeds=3)),
     constants={"thresholds": THRESHOLDS, "table": TABLE},
     cells=lambda options: [
         tables.Cell({"world": world, "threshold": case}, seed)
@@ -202,12 +198,10 @@ EXPERIMENT = experiment.Experiment(
     measure=measure,
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "the simulated timeline case is within 10 % of the paper's 2.44",
-            _timeline_case,
-        ),
-    ),
+    claims={
+        "the simulated timeline case is within 10 % of the paper's "
+        "2.44": _timeline_case,
+    },
 )
 main = EXPERIMENT.main
 

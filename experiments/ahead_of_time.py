@@ -292,7 +292,6 @@ EXPERIMENT = experiment.Experiment(
     ),
     check=check,
     settings=lambda options: {
-        "models": options.models,
         "programs": options.programs or "all",
         "slices": {name: SLICES[name] for name in options.models},
     },

@@ -163,14 +163,11 @@ EXPERIMENT = experiment.Experiment(
             "smollm2-135m,qwen2.5-1.5b",
             f"of {', '.join(random_drafter.SHAPES)}; separated by commas",
         ),
-        experiment.Option("draft-vocab", 8192),
-        experiment.Option("rounds", 7),
+        *experiment.plain(draft_vocab=8192, rounds=7),
     ),
     check=lambda options: random_drafter.check(options.targets.split(","), "targets"),
     settings=lambda options: {
         "targets": {t: random_drafter.SHAPES[t] for t in options.targets.split(",")},
-        "draft_vocab": options.draft_vocab,
-        "rounds": options.rounds,
     },
     cells=lambda targets: [tables.Cell({"target": name}, None) for name in targets],
     measure=measure,
@@ -181,11 +178,9 @@ EXPERIMENT = experiment.Experiment(
         reference="selective",
     ),
     plot=plot,
-    claims=(
-        claims.Claim(
-            "paper: stalls fall from blocking to async to selective", _stalls_fall
-        ),
-    ),
+    claims={
+        "paper: stalls fall from blocking to async to selective": _stalls_fall,
+    },
 )
 main = EXPERIMENT.main
 

@@ -149,13 +149,10 @@ EXPERIMENT = experiment.Experiment(
     title="the same, one assumption changed at a time",
     options=(
         experiment.Option("changes", "", "names, separated by semicolons"),
-        experiment.Option("num-prompts", 128),
-        experiment.Option("seed", 0),
+        *experiment.plain(num_prompts=128, seed=0),
     ),
     settings=lambda options: {
         "changes": {name: CHANGES[name] for name in names_of(options)},
-        "num_prompts": options.num_prompts,
-        "seed": options.seed,
     },
     cells=lambda options, changes: [
         tables.Cell({"model": model, "devices": devices, "change": name}, options.seed)

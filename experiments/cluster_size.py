@@ -290,10 +290,8 @@ EXPERIMENT = experiment.Experiment(
         experiment.Option(
             "devices", "8,16,32,64,128,256,512,1024", "numbers of devices"
         ),
-        experiment.Option("models", "qwen2.5-7b,qwen2.5-32b"),
-        experiment.Option("num-prompts", 128),
+        *experiment.plain(models="qwen2.5-7b,qwen2.5-32b", num_prompts=128, seed=0),
         experiment.Option("steps", 2, "RL steps simulated"),
-        experiment.Option("seed", 0),
     ),
     constants={"arms": ARMS, "table": TABLE},
     cells=lambda options: [
@@ -304,16 +302,11 @@ EXPERIMENT = experiment.Experiment(
     measure=measure,
     derived=lambda: {"assumptions": assumptions()},
     plot=plot,
-    claims=(
-        claims.Claim(
-            "the simulation is within 10 % of the paper's table by cluster size",
-            _clusters_gain,
-        ),
-        claims.Claim(
-            "paper: the gain does not fall with the number of devices",
-            _grows_with_devices,
-        ),
-    ),
+    claims={
+        "the simulation is within 10 % of the paper's table by cluster "
+        "size": _clusters_gain,
+        "paper: the gain does not fall with the number of devices": _grows_with_devices,
+    },
 )
 main = EXPERIMENT.main
 

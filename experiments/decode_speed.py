@@ -148,40 +148,31 @@ EXPERIMENT = experiment.Experiment(
     ),
     options=(
         *paired.options_of(PEERS),
-        experiment.Option("batches", "1,8,32"),
-        experiment.Option("temperatures", "0,1"),
-        experiment.Option("new-tokens", 64),
-        experiment.Option("rounds", 5),
-        experiment.Option("threads", 2, "for llama.cpp"),
+        *experiment.plain(new_tokens=64, rounds=5),
+        *experiment.plain(recorded=False, batches="1,8,32", temperatures="0,1"),
+        experiment.Option("threads", 2, "for llama.cpp", recorded=False),
     ),
     check=check,
     settings=lambda options: {
         "scale": options.scale,
         "dtype": "float32",
         "prompts": prompts.CHAT,
-        "new_tokens": options.new_tokens,
         "cases": cases_of(options),
-        "rounds": options.rounds,
         "systems": [system.name for system in options.systems],
     },
     context=load,
     cells=lambda cases: [tables.Cell(case, None) for case in cases],
     measure=measure,
     summary=summary_of,
-    claims=tuple(
-        claims.Claim(
-            f"{least:g} times {peer}'s tokens per second at batch {batch}",
-            claims.at_least(
-                "tokens_per_s/times", least, batch=batch, system=peer, temperature=0
-            ),
+    claims={
+        f"{least:g} times {peer}'s tokens per second at batch {batch}": claims.at_least(
+            "tokens_per_s/times", least, batch=batch, system=peer, temperature=0
         )
         for peer, batch, least in (
             *(("transformers", batch, 1.5) for batch in (1, 8, 32)),
-            ("llamacpp", 1, 1.0),
-            ("vllm", 8, 1.0),
-            ("vllm", 32, 1.0),
+            *(("llamacpp", 1, 1.0), ("vllm", 8, 1.0), ("vllm", 32, 1.0)),
         )
-    ),
+    },
 )
 main = EXPERIMENT.main
 

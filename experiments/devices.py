@@ -95,11 +95,9 @@ EXPERIMENT = experiment.Experiment(
     cells=lambda: [tables.Cell({"device": name}, None) for name in DEVICES],
     measure=lambda cell: [predict(cell["device"])],
     plot=plot,
-    claims=(
-        claims.Claim(
-            "predicted speedups by device are within 10 % of the paper's", _close
-        ),
-    ),
+    claims={
+        "predicted speedups by device are within 10 % of the paper's": _close,
+    },
 )
 main = EXPERIMENT.main
 

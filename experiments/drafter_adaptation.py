@@ -124,26 +124,18 @@ EXPERIMENT = experiment.Experiment(
     published="4.59 -> 6.53",
     larger=experiment.recipes("--updates=50"),
     options=(
-        experiment.Option("config", RECIPE),
-        experiment.Option("steps", 40),
-        experiment.Option("warm-steps", 12),
+        *experiment.plain(config=RECIPE, steps=40, warm_steps=12),
         experiment.Option("updates", 12, "of the drafter, after a rollout"),
-        experiment.Option("seeds", 2, recorded=False),
+        experiment.seeds(2),
     ),
-    cells=lambda options: [
-        tables.Cell({"system": system}, seed)
-        for seed in range(options.seeds)
-        for system in (ADAPTED, FROZEN)
-    ],
+    cells={"system": (ADAPTED, FROZEN)},
     measure=measure,
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "paper: an adapted drafter has more accepted than a frozen one",
-            _adapted_is_ahead,
-        ),
-    ),
+    claims={
+        "paper: an adapted drafter has more accepted than a frozen "
+        "one": _adapted_is_ahead,
+    },
 )
 main = EXPERIMENT.main
 

@@ -185,30 +185,21 @@ EXPERIMENT = experiment.Experiment(
         experiment.Option("config", RECIPE),
         experiment.Option("steps", 32, "RL steps of a run"),
         experiment.Option("updates", 384, "of a drafter, in a whole run"),
-        experiment.Option("seeds", 2, recorded=False),
+        experiment.seeds(2),
     ),
     constants={"systems": SYSTEMS, "drifts": DRIFTS},
     check=check,
-    cells=lambda options: [
-        tables.Cell({"drift": drift, "system": system}, seed)
-        for seed in range(options.seeds)
-        for drift in DRIFTS
-        for system in SYSTEMS
-    ],
+    cells={"drift": DRIFTS, "system": SYSTEMS},
     measure=measure,
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "where the target moves, updates along the way end ahead of one warm-up of "
-            "equal cost (5 % or more)",
-            _of_warm_up(("the recipe's", "large"), 1.05),
+    claims={
+        "where the target moves, updates along the way end ahead of one warm-up of "
+        "equal cost (5 % or more)": _of_warm_up(("the recipe's", "large"), 1.05),
+        "where it hardly moves, one warm-up does as well (within 2 %)": _of_warm_up(
+            ("small",), 0.98, 1.02
         ),
-        claims.Claim(
-            "where it hardly moves, one warm-up does as well (within 2 %)",
-            _of_warm_up(("small",), 0.98, 1.02),
-        ),
-    ),
+    },
 )
 main = EXPERIMENT.main
 

@@ -118,9 +118,8 @@ EXPERIMENT = experiment.Experiment(
     larger=experiment.both("--model-dir=DIR --peers=trl,tunix --max-new-tokens=1024"),
     options=(
         *paired.options_of(PEERS),
-        experiment.Option("max-new-tokens", 128),
-        experiment.Option("lengths", ",".join(LENGTHS)),
-        experiment.Option("rounds", 3),
+        *experiment.plain(max_new_tokens=128, rounds=3),
+        *experiment.plain(recorded=False, lengths=",".join(LENGTHS)),
         experiment.Option(
             "one-at-a-time",
             False,
@@ -133,12 +132,9 @@ EXPERIMENT = experiment.Experiment(
         "dtype": "float32",
         "prompts": prompts.ARITHMETIC,
         "num_samples": NUM_SAMPLES,
-        "max_new_tokens": options.max_new_tokens,
         "learning_rate": LEARNING_RATE,
         "kl": 0.0,
         "cases": [{"lengths": lengths} for lengths in options.lengths],
-        "rounds": options.rounds,
-        "one_at_a_time": options.one_at_a_time,
         "systems": [system.name for system in options.systems],
     },
     context=load,
@@ -147,12 +143,11 @@ EXPERIMENT = experiment.Experiment(
     summary=functools.partial(
         paired.summarise, case_keys=("lengths",), metrics=METRICS, reference=OURS
     ),
-    claims=(
-        claims.Claim(
-            "3 times TRL's GRPO step, compilation apart",
-            claims.at_least("steady_step_s/times", 3.0, system="trl"),
+    claims={
+        "3 times TRL's GRPO step, compilation apart": claims.at_least(
+            "steady_step_s/times", 3.0, system="trl"
         ),
-    ),
+    },
 )
 main = EXPERIMENT.main
 

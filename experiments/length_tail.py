@@ -107,13 +107,16 @@ EXPERIMENT = experiment.Experiment(
     larger=experiment.both("--workdirs=NAME=DIR"),
     options=(
         experiment.Option(
-            "workdirs", "", "NAME=DIR, separated by commas", required=True
+            "workdirs",
+            "",
+            "NAME=DIR, separated by commas",
+            required=True,
+            recorded=False,
         ),
         experiment.Option("steps", 0, "read the first ones only; 0: all"),
     ),
     settings=lambda options: {
         "runs": sorted(experiment.parse_pairs(options.workdirs, "workdirs")),
-        "steps": options.steps,
     },
     cells=lambda options: [
         tables.Cell({"run": name}, None)

@@ -113,13 +113,10 @@ EXPERIMENT = experiment.Experiment(
     title="tokens with speculation on and off, over arms",
     larger=experiment.recipes(),
     options=(
-        experiment.Option("config", RECIPE),
+        *experiment.plain(config=RECIPE, steps=10),
         experiment.Option("arms", "", "names, separated by semicolons"),
-        experiment.Option("steps", 10),
     ),
     settings=lambda options: {
-        "config": options.config,
-        "steps": options.steps,
         "arms": chosen_arms(options.arms),
     },
     cells=lambda arms: [
@@ -130,7 +127,9 @@ EXPERIMENT = experiment.Experiment(
     ],
     measure=measure,
     summary=summary_of,
-    claims=(claims.Claim("every arm draws the tokens of plain decoding", _equal),),
+    claims={
+        "every arm draws the tokens of plain decoding": _equal,
+    },
 )
 main = EXPERIMENT.main
 

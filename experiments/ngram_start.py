@@ -138,31 +138,23 @@ EXPERIMENT = experiment.Experiment(
     published="TLT-Base",
     larger=experiment.recipes(),
     options=(
-        experiment.Option("config", RECIPE),
-        experiment.Option("steps", 12),
+        *experiment.plain(config=RECIPE, steps=12),
         experiment.Option("updates", 12, "of the drafter, after a rollout"),
-        experiment.Option("seeds", 3, recorded=False),
+        experiment.seeds(3),
     ),
     constants={"systems": SYSTEMS},
-    cells=lambda options: [
-        tables.Cell({"system": system}, seed)
-        for seed in range(options.seeds)
-        for system in SYSTEMS
-    ],
+    cells={"system": SYSTEMS},
     measure=measure,
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "before the drafter is ready suffix matches give more tokens a step than "
-            "none",
-            claims.in_order(
-                "early_tokens_per_row_step",
-                "system",
-                ("drafter", "matches, then drafter"),
-            ),
+    claims={
+        "before the drafter is ready suffix matches give more tokens a step than "
+        "none": claims.in_order(
+            "early_tokens_per_row_step",
+            "system",
+            ("drafter", "matches, then drafter"),
         ),
-    ),
+    },
 )
 main = EXPERIMENT.main
 

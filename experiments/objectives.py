@@ -129,25 +129,19 @@ EXPERIMENT = experiment.Experiment(
     options=(
         experiment.Option("config", RECIPE),
         experiment.Option("unrolled", 420, "unrolled steps that each may take"),
-        experiment.Option("seeds", 2, recorded=False),
+        experiment.seeds(2),
     ),
     constants={"cases": CASES},
-    cells=lambda options: [
-        tables.Cell({"case": case}, seed)
-        for seed in range(options.seeds)
-        for case in CASES
-    ],
+    cells={"case": CASES},
     measure=measure,
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "paper: EAGLE-3 ahead of HASS ahead of EAGLE (here at equal cost)",
-            claims.in_order(
-                "accept_length/coupled", "case", ("eagle", "hass", "eagle3")
-            ),
+    claims={
+        "paper: EAGLE-3 ahead of HASS ahead of EAGLE (here at equal "
+        "cost)": claims.in_order(
+            "accept_length/coupled", "case", ("eagle", "hass", "eagle3")
         ),
-    ),
+    },
 )
 main = EXPERIMENT.main
 

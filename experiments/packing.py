@@ -26,15 +26,17 @@ from tlt_jax.specdec.training import unroll
 
 SYSTEMS = ("packed", "longest", "padded")
 OPTIONS = (
-    experiment.Option("target", "smollm2-135m"),
-    experiment.Option("draft-vocab", 8192),
-    experiment.Option("num-texts", 48),
-    experiment.Option("median-response", 64),
-    experiment.Option("row-tokens", 512),
-    experiment.Option("num-rows", 4),
-    experiment.Option("round-to", 128),
-    experiment.Option("unroll", 2),
-    experiment.Option("rounds", 5),
+    *experiment.plain(
+        target="smollm2-135m",
+        draft_vocab=8192,
+        num_texts=48,
+        median_response=64,
+        row_tokens=512,
+        num_rows=4,
+        round_to=128,
+        unroll=2,
+        rounds=5,
+    ),
 )
 
 
@@ -161,7 +163,6 @@ EXPERIMENT = experiment.Experiment(
     options=OPTIONS,
     check=lambda options: random_drafter.check([options.target], "target"),
     settings=lambda options, context: {
-        **{option.key: getattr(options, option.key) for option in OPTIONS},
         "shape": random_drafter.SHAPES[options.target],
         "text_tokens_p50_p95_max": np.quantile(
             context.texts.lengths, (0.5, 0.95, 1.0)
@@ -185,12 +186,11 @@ EXPERIMENT = experiment.Experiment(
         reference="packed",
     ),
     plot=plot,
-    claims=(
-        claims.Claim(
-            "paper: packing trains at least 2 times the texts per second",
-            claims.at_least("texts_per_s/times", 2.0, system="longest"),
+    claims={
+        "paper: packing trains at least 2 times the texts per second": claims.at_least(
+            "texts_per_s/times", 2.0, system="longest"
         ),
-    ),
+    },
 )
 main = EXPERIMENT.main
 

@@ -161,10 +161,10 @@ EXPERIMENT = experiment.Experiment(
     needs="--model-dir=DIR --peers=transformers,llamacpp,vllm,trl,tunix",
     options=(
         *paired.options_of(KNOWN),
-        experiment.Option("rounds", 3, "of decoding"),
-        experiment.Option("step-rounds", 2, "of GRPO steps"),
-        experiment.Option("batches", "1,8,32", "of decoding"),
-        experiment.Option("lengths", "fixed,natural", "of GRPO steps"),
+        experiment.Option("rounds", 3, "of decoding", recorded=False),
+        experiment.Option("step-rounds", 2, "of GRPO steps", recorded=False),
+        experiment.Option("batches", "1,8,32", "of decoding", recorded=False),
+        experiment.Option("lengths", "fixed,natural", "of GRPO steps", recorded=False),
     ),
     check=check,
     settings=lambda options, context: {
@@ -179,7 +179,7 @@ EXPERIMENT = experiment.Experiment(
         ),
     },
     context=read,
-    cells=lambda: [tables.Cell({"experiment": name}, None) for name in (DECODE, STEP)],
+    cells={"experiment": (DECODE, STEP)},
     measure=measure,
     is_derived=True,
     plot=plot,

@@ -67,7 +67,7 @@ OPTIONS = (
     ),
     experiment.Option("num-prompts", 128, "of an RL step"),
     experiment.Option("group-size", 8, "responses of a prompt"),
-    experiment.Option("prompt-tokens", 512),
+    *experiment.plain(prompt_tokens=512, seed=0),
     experiment.Option("max-tokens", 32768, "limit of a response"),
     experiment.Option("median", 2000.0, "tokens, of log-normal lengths"),
     experiment.Option("sigma", 1.2, "of their logarithms"),
@@ -81,7 +81,6 @@ OPTIONS = (
     experiment.Option("step-times", "", "CSV of measured seconds"),
     experiment.Option("max-rows", 256, "of a worker"),
     experiment.Option("steps", 2, "RL steps simulated"),
-    experiment.Option("seed", 0),
     experiment.Option("assumptions", False, "print what it rests on"),
     experiment.Option("out", None, "a CSV of the table", pathlib.Path),
 )

@@ -98,17 +98,15 @@ EXPERIMENT = experiment.Experiment(
     cells=lambda: [tables.Cell({"case": case}) for case in CASES],
     measure=measure,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "paper: bucketed strategies cost less than all at all batches (in "
-            "programs: a compiler for CPUs does not tell the size of its code)",
-            claims.in_order(
-                "programs",
-                "case",
-                ("one strategy", "four, bucketed", "four, at all batches"),
-            ),
+    claims={
+        "paper: bucketed strategies cost less than all at all batches (in "
+        "programs: a compiler for CPUs does not tell the size of its "
+        "code)": claims.in_order(
+            "programs",
+            "case",
+            ("one strategy", "four, bucketed", "four, at all batches"),
         ),
-    ),
+    },
 )
 main = EXPERIMENT.main
 

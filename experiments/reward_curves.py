@@ -95,25 +95,15 @@ EXPERIMENT = experiment.Experiment(
     title="reward curves, on against off",
     published="they lie on each other",
     larger=experiment.recipes("--steps=100"),
-    options=(
-        experiment.Option("config", RECIPE),
-        experiment.Option("steps", 24),
-        experiment.Option("seeds", 2, recorded=False),
-    ),
+    options=(*experiment.plain(config=RECIPE, steps=24), experiment.seeds(2)),
     constants={"systems": SYSTEMS},
-    cells=lambda options: [
-        tables.Cell({"system": system}, seed)
-        for seed in range(options.seeds)
-        for system in SYSTEMS
-    ],
+    cells={"system": SYSTEMS},
     measure=measure,
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "paper: reward curves lie on each other; ours coincide exactly", _coincide
-        ),
-    ),
+    claims={
+        "paper: reward curves lie on each other; ours coincide exactly": _coincide,
+    },
 )
 main = EXPERIMENT.main
 

@@ -357,12 +357,9 @@ EXPERIMENT = experiment.Experiment(
     ),
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "simulated makespans are within 10 % of the recorded runs'",
-            _within_tolerance,
-        ),
-    ),
+    claims={
+        "simulated makespans are within 10 % of the recorded runs'": _within_tolerance,
+    },
 )
 main = EXPERIMENT.main
 

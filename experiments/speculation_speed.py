@@ -225,36 +225,26 @@ EXPERIMENT = experiment.Experiment(
     options=(
         *speculation_setting.OPTIONS,
         experiment.Option("cases", ",".join(CASES), "batch:strategy, by commas"),
-        experiment.Option("temperature", 1.0),
-        experiment.Option("rounds", 3),
+        *experiment.plain(temperature=1.0, rounds=3),
     ),
     context=lambda options: speculation_setting.Setting(options),
-    settings=lambda options, context: {
-        **context.about(),
-        "cases": options.cases,
-        "temperature": options.temperature,
-        "rounds": options.rounds,
-    },
+    settings=lambda context: context.about(),
     cells=lambda options: [
         tables.Cell({"batch": batch}, None) for batch in parse_cases(options.cases)
     ],
     measure=measure,
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "no row's tokens differ from plain's",
-            claims.all_zero("rows_differing", "rows that differ"),
+    claims={
+        "no row's tokens differ from plain's": claims.all_zero(
+            "rows_differing", "rows that differ"
         ),
-        claims.Claim(
-            "at least 2 times plain decoding at batch 1 on a CPU",
-            claims.at_least("speedup", 2.0, batch=1, system="D11K1V12"),
+        "at least 2 times plain decoding at batch 1 on a CPU": claims.at_least(
+            "speedup", 2.0, batch=1, system="D11K1V12"
         ),
-        claims.Claim(
-            "noise takes less than a tenth of a step, at every batch", _noise_is_cheap
-        ),
-        claims.Claim("paper: the gain falls with the batch", _falls_with_batch),
-    ),
+        "noise takes less than a tenth of a step, at every batch": _noise_is_cheap,
+        "paper: the gain falls with the batch": _falls_with_batch,
+    },
 )
 main = EXPERIMENT.main
 

@@ -241,9 +241,13 @@ EXPERIMENT = experiment.Experiment(
     title="what the spot trainer costs a rollout",
     needs="--drafter=DIR",
     options=(
-        experiment.Option("config", "configs/smollm2_tlt.py"),
+        *experiment.plain(config="configs/smollm2_tlt.py", rounds=6),
         experiment.Option(
-            "drafter", "", "what drafter.directory takes: a trained one", required=True
+            "drafter",
+            "",
+            "what drafter.directory takes: a trained one",
+            required=True,
+            recorded=False,
         ),
         experiment.Option("set", "", "settings of all: KEY=VALUE, separated by commas"),
         experiment.Option(
@@ -252,31 +256,25 @@ EXPERIMENT = experiment.Experiment(
             "among how many the workers are divided: numbers, separated by commas",
         ),
         experiment.Option("steps", 3, "RL steps of a round"),
-        experiment.Option("rounds", 6),
     ),
     check=check,
     settings=lambda options: {
-        "config": options.config,
         "set": {
             key: provenance.without_paths(value)
             for key, value in experiment.parse_pairs(options.set, "set").items()
         },
-        "processes": options.processes,
-        "steps": options.steps,
-        "rounds": options.rounds,
-        "environment": recipes.ENVIRONMENT,
     },
+    constants={"environment": recipes.ENVIRONMENT},
     context=bound_of,
     cells=lambda processes: [tables.Cell({"processes": n}, None) for n in processes],
     measure=measure,
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "rollouts last at most 2 % longer beside a drafter in training",
-            claims.at_most("times_as_long", 1.02, system=WITH, processes=2),
+    claims={
+        "rollouts last at most 2 % longer beside a drafter in training": claims.at_most(
+            "times_as_long", 1.02, system=WITH, processes=2
         ),
-    ),
+    },
 )
 main = EXPERIMENT.main
 

@@ -28,7 +28,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.lab import claims, experiment, plotting, recipes, tables
+from experiments.lab import experiment, plotting, recipes, tables
 from tlt_jax import config, policy, speculation, train_drafter, types
 from tlt_jax.rl.tasks import generated, scratch_model
 from tlt_jax.runtime import compile_cache
@@ -318,27 +318,19 @@ EXPERIMENT = experiment.Experiment(
         experiment.Option("updates", 90, "that each of the others takes further"),
         experiment.Option("texts", 96, "to train on"),
         experiment.Option("prompts", 48, "of a task, held out"),
-        experiment.Option("seeds", 2, recorded=False),
+        experiment.seeds(2),
     ),
     constants={"teaching": TEACHING},
     context=worlds,
-    cells=lambda options: [
-        tables.Cell({"trained_on": name}, seed)
-        for seed in range(options.seeds)
-        for name in TRAINED_ON
-    ],
+    cells={"trained_on": TRAINED_ON},
     measure=lambda context, cell: context(cell.seed).measure(cell["trained_on"]),
     summary=summary_of,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "paper: adapting to a task brings 1.42 times the accept length on it",
-            _adapted_to(True, 1.42),
-        ),
-        claims.Claim(
-            "paper: it brings more on other tasks, too", _adapted_to(False, 1.0)
-        ),
-    ),
+    claims={
+        "paper: adapting to a task brings 1.42 times the accept length "
+        "on it": _adapted_to(True, 1.42),
+        "paper: it brings more on other tasks, too": _adapted_to(False, 1.0),
+    },
 )
 main = EXPERIMENT.main
 

@@ -2,9 +2,9 @@
 
     python -m experiments.tuner_regret --scale=cpu
 
-Every tuner goes through the same rollouts (`experiments.arm_replay` says how a call is
-replayed and what regret is), each an RL step of its own with a target and a drafter
-that changed. Compared are plain decoding; one strategy always; the same one from a
+Every tuner goes through the same rollouts (how a call is replayed, and what regret is,
+says `experiments.simulation.arm_replay`), each an RL step of its own with a target and
+a drafter that changed. Compared are plain decoding; one strategy always; the same one from a
 threshold of rows on downwards, with hysteresis; a table by rows; BEG-MAB, as published
 and with a window that forgets sooner; and our cost model. The recorded trace is that of
 `experiments.tuner_trace`; on it the drafters change from the untrained to the trained
@@ -329,8 +329,7 @@ EXPERIMENT = experiment.Experiment(
     larger=experiment.both("--seeds=5"),
     options=(
         trace_file.OPTION,
-        experiment.Option("seeds", 5),
-        experiment.Option("rollouts", 30),
+        *experiment.plain(seeds=5, rollouts=30),
         experiment.Option("texts", 24, "of a rollout"),
     ),
     constants={"cost_model": dataclasses.asdict(cost_model.CostModelConfig())},
@@ -344,18 +343,14 @@ EXPERIMENT = experiment.Experiment(
     others=("curves",),
     summary=summarise,
     plot=plot,
-    claims=(
-        claims.Claim(
-            "less than half of BEG-MAB's regret on the recorded trace",
-            claims.at_most("of_beg_mab", 0.5, world="recorded", tuner=OURS),
+    claims={
+        "less than half of BEG-MAB's regret on the recorded trace": claims.at_most(
+            "of_beg_mab", 0.5, world="recorded", tuner=OURS
         ),
-        claims.Claim(
-            "the same where nothing drifts",
-            claims.at_most(
-                "of_beg_mab", 0.5, world="recorded, drafter as trained", tuner=OURS
-            ),
+        "the same where nothing drifts": claims.at_most(
+            "of_beg_mab", 0.5, world="recorded, drafter as trained", tuner=OURS
         ),
-    ),
+    },
 )
 main = EXPERIMENT.main
 

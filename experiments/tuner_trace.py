@@ -42,10 +42,8 @@ CACHE_ROWS = 64
 _ROWS_OF_TEXTS = 4
 OPTIONS = (
     experiment.Option("arms", ARMS, "entries, by spaces"),
-    experiment.Option("max-rows", 8),
+    *experiment.plain(max_rows=8, steps_per_call=64, max_levels=15),
     experiment.Option("calls", 5, "fewest calls of every arm and bucket"),
-    experiment.Option("steps-per-call", 64),
-    experiment.Option("max-levels", 15),
     experiment.Option("blends", BLENDS, "shares of the trained weights, by commas"),
 )
 
@@ -286,10 +284,7 @@ EXPERIMENT = experiment.Experiment(
     larger=experiment.models("--max-rows=32"),
     options=(*speculation_setting.OPTIONS, *OPTIONS),
     context=lambda options: speculation_setting.Setting(options),
-    settings=lambda options, context: {
-        **context.about(),
-        **{option.key: getattr(options, option.key) for option in OPTIONS},
-    },
+    settings=lambda context: context.about(),
     run=record_trace,
     table="tuner_trace.jsonl",
 )

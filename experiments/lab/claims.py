@@ -4,8 +4,7 @@ A claim is of the paper (does what it says hold here, at this scale?) or of ours
 does not hold is as much a result as what does, and stays in the list.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from experiments.lab import tables
 
@@ -13,19 +12,8 @@ HOLDS, FAILS, NO_DATA = "holds", "fails", "no data"
 Rows = Sequence[tables.Row]
 # Whether it holds, and what was found.
 Finding = tuple[bool, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """Something that a table can refute.
-
-    Attributes:
-      text: what is claimed.
-      decide: reads the summary, or the rows where there is none.
-    """
-
-    text: str
-    decide: Callable[[Rows], Finding]
+# What is claimed -> what decides it, by the summary, or the rows where there is none.
+Claims = Mapping[str, Callable[[Rows], Finding]]
 
 
 def only(rows: Rows, **wanted: object) -> tables.Row:

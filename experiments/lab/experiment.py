@@ -12,9 +12,10 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lab import claims as claims_lib
@@ -25,6 +26,7 @@ RESULTS_DIR = freshness.FOLDER / "results"
 SCALES = ("cpu", "one_gpu", "paper")
 A_TOOL, AS_CPU = "a tool", "as cpu"
 _SUMMARY = "summary"
+_Grid = Mapping[str, Iterable[object]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,19 @@ class Option:
         parser.add_argument(f"--{self.name}", **more)
 
 
+def plain(*, recorded: bool = True, **defaults: object) -> tuple[Option, ...]:
+    """Returns options that need no more to be said than their defaults."""
+    return tuple(
+        Option(name.replace("_", "-"), value, recorded=recorded)
+        for name, value in defaults.items()
+    )
+
+
+def seeds(count: int) -> Option:
+    """Returns the option of how many seeds: with more a table is continued."""
+    return Option("seeds", count, recorded=False)
+
+
 # What all experiments understand.
 SHARED = (
     Option("scale", SCALES[0], choices=SCALES, recorded=False),
@@ -86,10 +101,11 @@ class Experiment:
       larger: the same by larger scale; empty: they have no figures of their own.
       options: of its command line.
       constants: what else stands in the record: another value makes another table.
-      settings: makes all that stands in the record, in place of options and constants.
+      settings: makes what stands in the record beside them, or in their place.
       check: refuses or completes options.
       context: makes what cells share.
-      cells: lists what is measured.
+      cells: what is measured: values by setting, each with each and with each seed that
+        the options ask for; or what lists the cells.
       measure: measures a cell; returns its rows, or rows by table.
       others: names of the tables beside the rows that `measure` returns.
       derived: makes tables that hang on no cell, by name.
@@ -113,13 +129,13 @@ class Experiment:
     settings: Callable[..., Mapping[str, object]] | None = None
     check: Callable[[argparse.Namespace], None] | None = None
     context: Callable[..., Any] | None = None
-    cells: Callable[..., Sequence[tables.Cell]] | None = None
+    cells: _Grid | Callable[..., Sequence[tables.Cell]] | None = None
     measure: Callable[..., Any] | None = None
     others: tuple[str, ...] = ()
     derived: Callable[..., Mapping[str, Sequence[tables.Row]]] | None = None
     summary: Callable[..., list[tables.Row]] | None = None
     plot: Callable[..., Any] | None = None
-    claims: tuple[claims_lib.Claim, ...] = ()
+    claims: claims_lib.Claims = dataclasses.field(default_factory=dict)
     run: Callable[..., Any] | None = None
     table: str = ""
     is_derived: bool = False
@@ -173,15 +189,15 @@ class Experiment:
         """Decides its claims by the table in a folder."""
         path = tables.path_of(folder, self.slug, _SUMMARY if self.summary else "")
         found = []
-        for claim in self.claims:
+        for text, decide in self.claims.items():
             verdict, told = claims_lib.NO_DATA, f"{path.name} is not there"
             if path.exists():
                 try:
-                    holds, told = claim.decide(tables.read(path))
+                    holds, told = decide(tables.read(path))
                     verdict = claims_lib.HOLDS if holds else claims_lib.FAILS
                 except (LookupError, TypeError, ValueError) as error:
                     told = f"{path.name} does not tell: {error}"
-            row = {"experiment": self.slug, "claim": claim.text}
+            row = {"experiment": self.slug, "claim": text}
             found.append(row | {"verdict": verdict, "found": told})
         return found
 
@@ -232,14 +248,14 @@ class _Run:
     @functools.cached_property
     def settings(self) -> Mapping[str, object]:
         """What stands in the record, and tells one table from another."""
-        if self.experiment.settings:
-            return self.take(self.experiment.settings)
         recorded = {
             option.key: getattr(self.options, option.key)
             for option in self.experiment.options
             if option.recorded
         }
-        return {**recorded, **self.experiment.constants}
+        more = self.experiment.settings
+        made = self.take(more) if more else {}
+        return {**recorded, **self.experiment.constants, **made}
 
     @functools.cached_property
     def record(self) -> provenance.Provenance:
@@ -258,6 +274,20 @@ class _Run:
                 arguments[name] = getattr(self, name) if is_own else self.settings[name]
         return function(**arguments)
 
+    def cells(self) -> Sequence[tables.Cell]:
+        """Lists what is to be measured."""
+        wanted = self.experiment.cells
+        if not isinstance(wanted, Mapping):
+            return self.take(wanted)
+        seeds = [None]
+        if hasattr(self.options, "seeds"):
+            seeds = range(self.options.seeds)
+        return [
+            tables.Cell(dict(zip(wanted, values, strict=True)), seed)
+            for seed in seeds
+            for values in itertools.product(*wanted.values())
+        ]
+
     def measure(self) -> list[tables.Row]:
         """Measures the cells that lack; writes, prints and draws what then is there."""
         experiment, slug, folder = self.experiment, self.experiment.slug, self.folder
@@ -266,7 +296,7 @@ class _Run:
             folder,
             slug,
             record,
-            self.take(experiment.cells),
+            self.cells(),
             lambda cell: self.take(experiment.measure, cell=cell),
             others=experiment.others,
             again=self.options.again or experiment.is_derived,

@@ -329,12 +329,13 @@ def options_of(peers: dict[str, str]) -> tuple[experiment.Option, ...]:
     Args:
       peers: peer -> runner script.
     """
-    return (
-        experiment.Option("peers", "", f"of {', '.join(peers)}; separated by commas"),
-        experiment.Option("peer-python", "", "name=interpreter, separated by commas"),
-        experiment.Option(
-            "model-dir", "", "made by experiments.peers.prepare_smollm2; peers need it"
-        ),
+    told = {
+        "peers": f"of {', '.join(peers)}; separated by commas",
+        "peer-python": "name=interpreter, separated by commas",
+        "model-dir": "made by experiments.peers.prepare_smollm2; peers need it",
+    }
+    return tuple(
+        experiment.Option(name, "", text, recorded=False) for name, text in told.items()
     )
 
 

@@ -20,15 +20,19 @@ from tlt_jax.specdec.texts import shards
 MAX_PROMPT_TOKENS = 320
 PAGE_SIZE = 64
 OPTIONS = (
-    experiment.Option("model", paired.DEFAULT_MODEL),
+    *experiment.plain(
+        recorded=False,
+        model=paired.DEFAULT_MODEL,
+        new_tokens=128,
+        num_prompts=16,
+    ),
     experiment.Option(
         "drafter",
         "",
         "workdir of tlt_jax.train_drafter: its drafter, and its held-out prompts",
         required=True,
+        recorded=False,
     ),
-    experiment.Option("new-tokens", 128),
-    experiment.Option("num-prompts", 16),
 )
 
 

@@ -187,6 +187,45 @@ def test_modules_named_in_strings_are_hashed(code):
         assert code(**{name: "# A comment.\nX = 1\n"}) == first
 
 
+DECLARED = """
+from experiments.lab import experiment
+
+def measured(cell):
+    return [{"value": 1}]
+
+def plot(rows):
+    return rows[0]
+
+EXPERIMENT = experiment.Experiment(
+    title="a title",
+    options=(experiment.Option("steps", 3, "of a run"),),
+    cells={"case": (1, 2)},
+    measure=measured,
+    plot=plot,
+    claims={"what is claimed": lambda rows: (True, "")},
+)
+main = EXPERIMENT.main
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("a title", "another title", True),
+        ("of a run", "of each run", True),
+        ("rows[0]", "rows[1]", True),
+        ("lambda rows: (True", "lambda rows: (False", True),
+        ('"steps", 3', '"steps", 4', False),
+        ("(1, 2)", "(1, 3)", False),
+        ('"value": 1', '"value": 2', False),
+    ],
+)
+def test_of_a_declaration_is_hashed_what_makes_the_table(code, old, new, same):
+    first = code(experiments__made=DECLARED)
+    assert DECLARED.count(old) == 1
+    assert (code(experiments__made=DECLARED.replace(old, new)) == first) == same
+
+
 def test_a_hash_does_not_depend_on_the_interpreter(code):
     text = 'def main(x: int, *, y=2):\n    return f"{x:>{y}} is {y}", [*range(x)]\n'
     assert code(experiments__made=text) == "aa19dddaef8f"
