@@ -4,11 +4,12 @@
 
 Every tuner goes through the same rollouts (how a call is replayed, and what regret is,
 says `experiments.simulation.arm_replay`), each an RL step of its own with a target and
-a drafter that changed. Compared are plain decoding; one strategy always; the same one from a
-threshold of rows on downwards, with hysteresis; a table by rows; BEG-MAB, as published
-and with a window that forgets sooner; and our cost model. The recorded trace is that of
-`experiments.tuner_trace`; on it the drafters change from the untrained to the trained
-one, fall back once, and recover. Once more it is replayed with the trained one alone.
+a drafter that changed. Compared are plain decoding; one strategy always; the same one
+from a threshold of rows on downwards, with hysteresis; a table by rows; BEG-MAB, as
+published and with a window that forgets sooner; and our cost model. The recorded trace
+is that of `experiments.tuner_trace`; on it the drafters change from the untrained to
+the trained one, fall back once, and recover. Once more it is replayed with the trained
+one alone.
 
 Target: our regret is below half of BEG-MAB's on the recorded trace.
 """
