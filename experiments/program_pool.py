@@ -47,7 +47,7 @@ def compiled(config: str, case: str) -> tables.Row:
     )
     jax.config.update("jax_enable_compilation_cache", False)
     with recipes.begun(run) as trainer:
-        (engine,) = trainer.workers.engines
+        (engine,) = trainer.parts.workers.engines
         engine.warm_up(wait=True)
         stats = engine.pool.stats
         return {

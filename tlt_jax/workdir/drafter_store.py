@@ -3,13 +3,32 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import jax
 
 from tlt_jax.rl.adaptation import adaptation
 from tlt_jax.runtime import distributed
+from tlt_jax.runtime import observer as observer_lib
+from tlt_jax.settings import sections
 from tlt_jax.workdir import drafter_checkpoint
+
+
+@contextlib.contextmanager
+def opened(
+    adapted: adaptation.Adaptation | adaptation.NoAdaptation,
+    directory: pathlib.Path,
+    cfg: sections.Checkpoint,
+    group: distributed.Group,
+    observer: observer_lib.Observer,
+) -> Iterator[tuple["DrafterStore", ...]]:
+    """Open the store of a run's drafter; nothing where it has no learned one."""
+    if isinstance(adapted, adaptation.NoAdaptation):
+        yield ()
+        return
+    keep = cfg.keep + 1
+    with DrafterStore(adapted, directory, cfg.drafter, keep, group, observer) as store:
+        yield (store,)
 
 
 class DrafterStore:
@@ -22,7 +41,7 @@ class DrafterStore:
         mode: drafter_checkpoint.Mode,
         keep: int,
         group: distributed.Group,
-        note: Callable[[str], None],
+        observer: observer_lib.Observer,
     ):
         """Open the directory, in the first process.
 
@@ -30,9 +49,9 @@ class DrafterStore:
           adapted: what is saved.
           directory, mode, keep: see `drafter_checkpoint.DrafterCheckpointer`.
           group: the processes; all of them call `restore` and `save`.
-          note: told what the user should know.
+          observer: told what the user should know.
         """
-        self._adapted, self._group, self._note = adapted, group, note
+        self._adapted, self._group, self._observer = adapted, group, observer
         self._checkpointer: drafter_checkpoint.DrafterCheckpointer | None = None
         if group.is_first:
             self._checkpointer = drafter_checkpoint.DrafterCheckpointer(
@@ -77,7 +96,7 @@ class DrafterStore:
                 self._adapted.learner.abstract_state(), at_most=step
             )
             if found is None or found.step < step:
-                self._note(
+                self._observer.note(
                     f"there is no checkpoint of the drafter of step {step}: "
                     + ("it begins anew." if found is None else "an older one goes on.")
                 )

@@ -6,9 +6,9 @@ import threading
 import jax
 import numpy as np
 import pytest
-from tests.rl.engine.test_engine_speculation import EAGLE, drafter_params
 
 from tests.rl import engines
+from tests.rl.engine.test_engine_speculation import EAGLE, drafter_params
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import engine as engine_lib
