@@ -4,20 +4,31 @@
     python -m experiments check
     python -m experiments tables
     python -m experiments plots
+    python -m experiments carry active_batch --why="digests and counts are equal"
 
-The first lists every figure and table with its status: `fresh`, `stale` (its code is
-another by now), `partial` (cells are lacking: the command goes on), `undated` (nothing
-tells), `unrun` at this scale, or `missing` (no module yet). `check` reads the tables
-and says of each claim whether it holds; with `--strict` it fails unless all that have
-data hold. `tables` writes the tables of README.md from the CSVs, `plots` draws
-every plot again from them.
+The first lists every figure and table with its status: `fresh`, `fresh (carried)` (the
+code is another by now, and a review says that nothing measured is), `stale` (what it
+measures is another by now), `partial` (cells are lacking: the command goes on),
+`undated` (nothing tells) or `unrun` at this scale. `check` reads the tables and says of
+each claim whether it holds; with `--strict` it fails unless all that have data hold.
+`tables` writes the tables of README.md from the CSVs, `plots` draws every plot again
+from them. `carry` says of the named tables (`all`: of
+every stale one) that a reviewed change alters nothing that they hold.
 """
 
 import argparse
 import collections
 import sys
 
-from experiments.lab import catalogue, claims, harness, readme_tables, redrawing
+from experiments.lab import (
+    catalogue,
+    claims,
+    experiment,
+    freshness,
+    provenance,
+    readme_tables,
+    tables,
+)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,14 +39,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "what", nargs="?", choices=["list", "check", "tables", "plots"], default="list"
+        "what",
+        nargs="?",
+        choices=["list", "check", "tables", "plots", "carry"],
+        default="list",
     )
-    parser.add_argument("--scale", choices=harness.SCALES, default="cpu")
+    parser.add_argument("slugs", nargs="*", help="of `carry`: experiments, or all")
+    parser.add_argument("--why", default="", help="of `carry`: the reason")
+    parser.add_argument("--scale", choices=experiment.SCALES, default="cpu")
     parser.add_argument("--strict", action="store_true", help="of `check`")
     return parser.parse_args(arguments)
 
 
-def show_list(scale: str) -> list[harness.Row]:
+def show_list(scale: str) -> list[tables.Row]:
     """Prints and returns the experiments."""
     rows = catalogue.listing(scale)
     for row in rows:
@@ -49,9 +65,9 @@ def show_list(scale: str) -> list[harness.Row]:
     return rows
 
 
-def show_claims(scale: str) -> list[harness.Row]:
+def show_claims(scale: str) -> list[tables.Row]:
     """Prints and returns the claims."""
-    rows = claims.check(harness.RESULTS_DIR / scale)
+    rows = catalogue.check(experiment.RESULTS_DIR / scale)
     for row in rows:
         print(f"[{row['verdict']:>7}] {row['experiment']}: {row['claim']}")
         print(f"          {row['found']}")
@@ -60,21 +76,49 @@ def show_claims(scale: str) -> list[harness.Row]:
     return rows
 
 
-def show_plots(scale: str) -> list[harness.Row]:
+def show_plots(scale: str) -> list[tables.Row]:
     """Draws the plots; prints and returns what became of each."""
-    rows = redrawing.redraw_all(scale)
+    rows = catalogue.redraw(experiment.RESULTS_DIR / scale)
     for row in rows:
         print(f"{row['experiment']}: {row['plot']}")
     return rows
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
+def carry(slugs: list[str], scale: str, why: str) -> list[tables.Row]:
+    """Carries tables over a change of code; prints and returns what became of each.
+
+    Raises:
+      ValueError: a slug is none, or none is given.
+    """
+    folder = experiment.RESULTS_DIR / scale
+    known = {path.stem for path in folder.glob("*.json")}
+    if slugs == ["all"]:
+        slugs = sorted(known)
+    unknown = [slug for slug in slugs if slug not in known]
+    if unknown or not slugs:
+        raise ValueError(
+            f"carry was given {', '.join(unknown) or 'no experiment'}; with tables at "
+            f"scale {scale} are {', '.join(sorted(known))}, and all of them is all."
+        )
+    commit = provenance.git("rev-parse", "HEAD")
+    rows = [
+        {"experiment": slug, "told": freshness.carry(slug, folder, commit, why)}
+        for slug in slugs
+    ]
+    for row in rows:
+        print(f"{row['experiment']}: {row['told']}")
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> list[tables.Row]:
     """Does what is asked; returns what it printed."""
     options = parse_arguments(arguments)
     if options.what == "tables":
         return readme_tables.write()
     if options.what == "plots":
         return show_plots(options.scale)
+    if options.what == "carry":
+        return carry(options.slugs, options.scale, options.why)
     if options.what == "list":
         return show_list(options.scale)
     rows = show_claims(options.scale)

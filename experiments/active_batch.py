@@ -14,42 +14,30 @@ Reproduces: the paper's threshold of 32 rows and its timeline case, as a predict
 """
 
 import argparse
-import functools
-import importlib.metadata
-import pathlib
 import statistics
 
 import numpy as np
 
-from experiments import arm_replay, cluster_size
-from experiments.lab import cells, harness, plotting, trace_file
-from experiments.simulation import cluster, cluster_records, published, workload
+from experiments import cluster_size
+from experiments.lab import claims, experiment, plotting, tables
+from experiments.simulation import (
+    arm_replay,
+    cluster,
+    cluster_records,
+    published,
+    trace_file,
+    workload,
+)
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.tuners import build as tuners
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
-SLUG = "active_batch"
-TRACE = "tuner_trace.jsonl"
 RECORDED, TIMELINE = "recorded", "timeline"
 NUM_REQUESTS, MODEL = 128, "qwen2.5-32b"
 THRESHOLDS = {RECORDED: (0, 1, 2, 4, 8), TIMELINE: (0, 1, 4, 8, 16, 32, 64, 128)}
 # By rows; as the paper's best, and 16 nodes beyond.
 TABLE = ("1:D12K8V64", "4:D12K8V48", "128:D8K8V16")
 PUBLISHED = {(TIMELINE, "32"): 2.44}
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--trace", type=pathlib.Path, help=f"default results/<scale>/{TRACE}"
-    )
-    parser.add_argument("--rollouts", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3)
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
 
 
 def threshold_tuner(
@@ -59,21 +47,6 @@ def threshold_tuner(
     if not start:
         return tuner_lib.Static(strategy_lib.Arms(()))
     return tuners.build("threshold", table, max_rows=max_rows, seed=0, threshold=start)
-
-
-@functools.cache
-def read_trace(path: pathlib.Path) -> trace_file.Trace:
-    """Reads the trace once.
-
-    Raises:
-      ValueError: there is none.
-    """
-    if not path.is_file():
-        raise ValueError(
-            f"--trace={path} is no file: make one with python -m "
-            "experiments.tuner_trace, or name another."
-        )
-    return trace_file.read(path)
 
 
 def replayed(trace: trace_file.Trace, case: str, rollouts: int, seed: int) -> float:
@@ -141,8 +114,20 @@ def simulated(case: str, seed: int) -> float:
     return made.roll_out(responses).makespan_s
 
 
-def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Replays, or simulates, one case."""
+    world, case = cell["world"], cell["threshold"]
+    if world == RECORDED:
+        seconds = replayed(trace_file.given(options), case, options.rollouts, cell.seed)
+    else:
+        seconds = simulated(case, cell.seed)
+    row = {"world": world, "threshold": case, "seed": cell.seed}
+    return [{**row, "seconds": seconds}]
+
+
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Puts each case beside no speculation at all, seed by seed."""
+    rows = [{**row, "threshold": str(row["threshold"])} for row in rows]
     off = {(r["world"], r["seed"]): r["seconds"] for r in rows if r["threshold"] == "0"}
     groups: dict[tuple, list[float]] = {}
     for row in rows:
@@ -162,7 +147,7 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     ]
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the gain by threshold."""
     titles = {
         RECORDED: "replayed: SmolLM2 on two cores",
@@ -189,49 +174,36 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         axes.set_ylabel("times no speculation")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    path = options.trace or harness.RESULTS_DIR / options.scale / TRACE
-    settings = {
-        "rollouts": options.rollouts,
-        "seeds": options.seeds,
-        "thresholds": {world: list(found) for world, found in THRESHOLDS.items()},
-        "table": TABLE,
-    }
-    provenance = harness.Provenance(
-        SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
-    )
-    wanted = [
-        cells.Cell({"world": world, "threshold": case}, seed)
+def _timeline_case(rows: claims.Rows) -> claims.Finding:
+    value = claims.only(rows, world=TIMELINE, threshold=32)["times_faster"]
+    return abs(value / 2.44 - 1) <= 0.1, f"simulated {value:.2f}, published 2.44"
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="active_batch",
+    text=__doc__,
+    title="active-batch threshold, timeline case",
+    published="2.44 times",
+    options=(trace_file.OPTION, *experiment.plain(rollouts=10, seeds=3)),
+    constants={"thresholds": THRESHOLDS, "table": TABLE},
+    cells=lambda options: [
+        tables.Cell({"world": world, "threshold": case}, seed)
         for world, found in THRESHOLDS.items()
-        for case in (
-            *map(str, found),
-            "tuner",
-            *(["oracle"] if world == RECORDED else []),
-        )
+        for case in (*map(str, found), "tuner", *(["oracle"] * (world == RECORDED)))
         for seed in range(options.seeds)
-    ]
-
-    def measure(cell):
-        world, case = cell.overrides["world"], cell.overrides["threshold"]
-        if world == RECORDED:
-            seconds = replayed(read_trace(path), case, options.rollouts, cell.seed)
-        else:
-            seconds = simulated(case, cell.seed)
-        row = {"world": world, "threshold": case, "seed": cell.seed}
-        return [{**row, "seconds": seconds}]
-
-    rows = cells.run(options, SLUG, provenance, wanted, measure)
-    rows = [{**row, "threshold": str(row["threshold"])} for row in rows]
-    summary = summary_of(rows)
-    out = harness.folder_of(options)
-    harness.write_summary(options, SLUG, summary)
-    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+    ],
+    measure=measure,
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "the simulated timeline case is within 10 % of the paper's "
+        "2.44": _timeline_case,
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

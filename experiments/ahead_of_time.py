@@ -18,7 +18,6 @@ are kept; `commit` says what each was made from.
 
 import argparse
 import collections
-import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -35,11 +34,11 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import grpo
-from experiments.lab import harness, recipe_programs
+from experiments import recipe_programs
+from experiments.lab import experiment, provenance, tables
 from tlt_jax import config as config_lib
 from tlt_jax.models import config as model_config
 
-SLUG = "ahead_of_time"
 GIB = 2**30
 # Memory of a chip that its compiler gives to programs.
 HBM_BYTES = {"v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB}
@@ -151,13 +150,13 @@ def libtpu_command() -> str:
     return f"pip install 'jax[tpu]=={jax.__version__}'"
 
 
-def measure(program: recipe_programs.Program, hbm_bytes: float) -> harness.Row:
+def measure(program: recipe_programs.Program, hbm_bytes: float) -> tables.Row:
     """Compiles a program; returns its columns of the table."""
     started = time.perf_counter()
     lowered = program.lower()
     lower_s = time.perf_counter() - started
     started, used = time.perf_counter(), time.process_time()
-    row: harness.Row = {"program": program.name, "lower_s": round(lower_s, 1)}
+    row: tables.Row = {"program": program.name, "lower_s": round(lower_s, 1)}
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -207,7 +206,7 @@ def _first_line(error: Exception) -> str:
 
 def run_model(
     name: str, wanted: Callable[[str], bool], report: Callable[[str], None] = print
-) -> Iterator[harness.Row]:
+) -> Iterator[tables.Row]:
     """Compiles the wanted programs of one variant; yields a row for each."""
     run = config_lib.load(grpo.get_config(name))
     devices = described_devices(SLICES[name])
@@ -230,58 +229,46 @@ def run_model(
         }
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the rows that it made."""
-    options = _parse(arguments)
-    # Nothing runs; without this jax would look for the TPU that libtpu promises.
+def without_devices() -> None:
+    """Keeps jax from looking for the TPU that libtpu promises: nothing runs."""
     jax.config.update("jax_platforms", "cpu")
     use_compilation_cache(False)
-    out = harness.folder_of(options)
-    path = out / f"{SLUG}.csv"
-    settings = {
-        "models": options.models,
-        "programs": options.programs or "all",
-        "slices": {name: SLICES[name] for name in options.models},
-    }
+
+
+def compile_all(
+    options: argparse.Namespace, folder: pathlib.Path, record: provenance.Provenance
+) -> list[tables.Row]:
+    """Compiles what is wanted; returns the rows that it made."""
+    without_devices()
     described_devices(SLICES[options.models[0]])
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
-    }
-    provenance = harness.Provenance(SLUG, settings, versions)
-    commit = (provenance.record["commit"] or "unknown")[:10]
+    path = tables.path_of(folder, "ahead_of_time")
+    commit = (record.record["commit"] or "unknown")[:10]
     # Rows of whole models replace all that there were: recipes change.
     old = [
         row
-        for row in _read(path)
+        for row in (tables.read(path) if path.is_file() else ())
         if options.programs or row["model"] not in options.models
     ]
-    made: list[harness.Row] = []
+    made: list[tables.Row] = []
     for name in options.models:
         for row in run_model(
             name, lambda p: not options.programs or p in options.programs
         ):
             made.append(row | {"commit": commit})
-            harness.write_csv(path, merged(old, made))
-            provenance.write(out / f"{SLUG}.json")
-    print(harness.format_table([_in_short(row) for row in made]))
+            tables.write(path, merged(old, made))
+            record.write(path.with_suffix(".json"))
+    print(tables.shown([_in_short(row) for row in made]))
     return made
 
 
-def merged(old: Sequence[harness.Row], new: Sequence[harness.Row]) -> list[harness.Row]:
+def merged(old: Sequence[tables.Row], new: Sequence[tables.Row]) -> list[tables.Row]:
     """Returns the rows in the order of the variants, new ones for old ones."""
     rows = {(row["model"], row["program"]): row for row in [*old, *new]}
     order = list(ARCHITECTURES)
     return sorted(rows.values(), key=lambda row: order.index(row["model"]))
 
 
-def _read(path: pathlib.Path) -> list[harness.Row]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _in_short(row: harness.Row) -> harness.Row:
+def _in_short(row: tables.Row) -> tables.Row:
     short = {key: row.get(key) for key in ("model", "slice", "program")}
     for key in ("argument", "temp", "beside", "total", "hbm"):
         value = row.get(f"{key}_bytes")
@@ -289,23 +276,28 @@ def _in_short(row: harness.Row) -> harness.Row:
     return short | {key: row.get(key) for key in ("fits", "compile_cpu_s")}
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    harness.add_options(parser)
-    parser.add_argument("--models", default=",".join(ARCHITECTURES))
-    parser.add_argument("--programs", default="", help="such as accumulate,decode_64")
-    options = parser.parse_args(arguments)
-    options.models = options.models.split(",")
+def check(options: argparse.Namespace) -> None:
+    """Reads the lists of names."""
+    options.models = experiment.known(options.models, ARCHITECTURES, "models")
     options.programs = list(filter(None, options.programs.split(",")))
-    unknown = [name for name in options.models if name not in ARCHITECTURES]
-    if unknown:
-        parser.error(
-            f"--models names {', '.join(unknown)}; known here are "
-            f"{', '.join(ARCHITECTURES)}."
-        )
-    return options
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="ahead_of_time",
+    text=__doc__,
+    title="large recipes compiled for TPU slices",
+    options=(
+        experiment.Option("models", ",".join(ARCHITECTURES)),
+        experiment.Option("programs", "", "such as accumulate,decode_64"),
+    ),
+    check=check,
+    settings=lambda options: {
+        "programs": options.programs or "all",
+        "slices": {name: SLICES[name] for name in options.models},
+    },
+    run=compile_all,
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

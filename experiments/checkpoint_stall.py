@@ -14,40 +14,23 @@ The paper's figures for a 7B target on H100s: 893, 280 and 97 ms.
 """
 
 import argparse
-import importlib.metadata
+import functools
 import pathlib
 import tempfile
 import time
 
 import numpy as np
 
-from experiments.lab import harness, plotting, random_drafter
+from experiments.lab import claims, experiment, paired, plotting, random_drafter, tables
 from tlt_jax.runtime import train_state
 from tlt_jax.specdec.training import unroll
 from tlt_jax.workdir import drafter_checkpoint
 
-SLUG = "checkpoint_stall"
 NONE = "none"
 SYSTEMS = (NONE, *drafter_checkpoint.MODES)
 METRICS = {"stall_ms": "lower", "stall_and_step_ms": "lower", "complete_ms": "lower"}
 
 _ROW_TOKENS, _ROW_BASES = 64, 32
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    harness.add_options(parser)
-    parser.add_argument(
-        "--targets",
-        default="smollm2-135m,qwen2.5-1.5b",
-        help=f"of {', '.join(random_drafter.SHAPES)}; separated by commas",
-    )
-    parser.add_argument("--draft-vocab", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=7)
-    return parser.parse_args(arguments)
 
 
 def one_row(vocab: int, width: int) -> unroll.Batch:
@@ -93,7 +76,7 @@ class Saving:
         self._training.step(self._batch)
         return 1e3 * (time.perf_counter() - started)
 
-    def measure(self, mode: str) -> harness.Row:
+    def measure(self, mode: str) -> tables.Row:
         """Saves, trains a step, and waits for the rest of the writing."""
         if mode == NONE:
             step_ms = self.train()
@@ -127,7 +110,22 @@ class Saving:
             checkpointer.close()
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Saves one target's drafter in all modes, in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        saving = Saving(cell["target"], options.draft_vocab, pathlib.Path(folder))
+        rows = paired.run_paired(
+            SYSTEMS,
+            [cell.overrides],
+            lambda name, case, number: saving.measure(name),
+            rounds=options.rounds,
+            warmups=2,
+        )
+        saving.close()
+    return rows
+
+
+def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the stalls, a panel for each target."""
     targets = list(dict.fromkeys(row["target"] for row in summary))
     fig, panels = plotting.panels(
@@ -139,43 +137,53 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         plotting.bars(axes, modes, [rows[m] for m in modes], "stall_ms", "%.0f ms")
         axes.set_title(target, loc="left", fontsize=10)
     panels[0].set_ylabel("stall, ms (median and range)")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    targets = options.targets.split(",")
-    random_drafter.check(targets, "targets")
-    names = ("jax", "orbax-checkpoint", "tensorstore")
-    provenance = harness.Provenance(
-        SLUG,
-        {
-            "targets": {name: random_drafter.SHAPES[name] for name in targets},
-            "draft_vocab": options.draft_vocab,
-            "rounds": options.rounds,
-        },
-        {name: importlib.metadata.version(name) for name in names},
-    )
-    rows = []
-    for target in targets:
-        with tempfile.TemporaryDirectory() as folder:
-            training = Saving(target, options.draft_vocab, pathlib.Path(folder))
-            rows += harness.run_paired(
-                SYSTEMS,
-                [{"target": target}],
-                lambda name, case, number, training=training: training.measure(name),
-                rounds=options.rounds,
-                warmups=2,
-            )
-            training.close()
-    summary = harness.summarise(
-        rows, case_keys=["target"], metrics=METRICS, reference="selective"
-    )
-    harness.write_results(options, SLUG, rows, summary, provenance)
-    out = harness.folder_of(options)
-    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+def _stalls_fall(rows: claims.Rows) -> claims.Finding:
+    found = [
+        [
+            claims.only(rows, target=target, system=system)["stall_ms/median"]
+            for system in ("blocking", "async", "selective")
+        ]
+        for target in tables.values(rows, "target")
+    ]
+    told = "; ".join(", ".join(f"{ms:.0f}" for ms in stalls) for stalls in found)
+    return all(a > b > c for a, b, c in found), f"ms: {told}"
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="checkpoint_stall",
+    text=__doc__,
+    title="checkpoint stall in three modes",
+    published="893, 280, 97 ms",
+    larger=experiment.both("--targets=qwen2.5-1.5b --draft-vocab=32000"),
+    options=(
+        experiment.Option(
+            "targets",
+            "smollm2-135m,qwen2.5-1.5b",
+            f"of {', '.join(random_drafter.SHAPES)}; separated by commas",
+        ),
+        *experiment.plain(draft_vocab=8192, rounds=7),
+    ),
+    check=lambda options: random_drafter.check(options.targets.split(","), "targets"),
+    settings=lambda options: {
+        "targets": {t: random_drafter.SHAPES[t] for t in options.targets.split(",")},
+    },
+    cells=lambda targets: [tables.Cell({"target": name}, None) for name in targets],
+    measure=measure,
+    summary=functools.partial(
+        paired.summarise,
+        case_keys=["target"],
+        metrics=METRICS,
+        reference="selective",
+    ),
+    plot=plot,
+    claims={
+        "paper: stalls fall from blocking to async to selective": _stalls_fall,
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -11,17 +11,14 @@ The published figure beside a range says more than beside a single prediction.
 
 import argparse
 import dataclasses
-import importlib.metadata
-import pathlib
 
 import numpy as np
 
 from experiments import cluster_size
-from experiments.lab import cells, harness, plotting
+from experiments.lab import experiment, plotting, tables
 from experiments.simulation import published, rl_step, workload
 from tlt_jax.specdec import strategy as strategy_lib
 
-SLUG = "cluster_sensitivity"
 CLUSTERS = (("qwen2.5-7b", 8), ("qwen2.5-7b", 64), ("qwen2.5-32b", 64))
 AS_ASSUMED = "as assumed"
 # What is changed, and to what.
@@ -44,16 +41,10 @@ CHANGES: dict[str, dict[str, float]] = {
 }
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--changes", default="", help="names, separated by semicolons")
-    parser.add_argument("--num-prompts", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
+def names_of(options: argparse.Namespace) -> list[str]:
+    """Returns the changes asked for, none of them first."""
+    names = experiment.known(options.changes, CHANGES, "changes", ";") or list(CHANGES)
+    return [AS_ASSUMED, *(name for name in names if name != AS_ASSUMED)]
 
 
 def changed(
@@ -98,15 +89,15 @@ def changed(
     )
 
 
-def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Simulates one change on one cluster."""
-    model, num_devices = cell.overrides["model"], cell.overrides["devices"]
+    model, num_devices = cell["model"], cell["devices"]
     scenario = changed(
         model,
         num_devices,
         options.num_prompts,
         options.seed,
-        CHANGES[cell.overrides["change"]],
+        CHANGES[cell["change"]],
     )
     off, on = (
         rl_step.run(scenario, system, 1, options.seed)
@@ -117,7 +108,7 @@ def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
         {
             "model": model,
             "devices": num_devices,
-            "change": cell.overrides["change"],
+            "change": cell["change"],
             "times_faster": rl_step.totals(on, off)["times_faster"],
             "off_step_s": off[0]["step_s"],
             "off_rollout_frac": off[0]["rollout_frac"],
@@ -126,7 +117,7 @@ def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
     ]
 
 
-def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the speedup under every change."""
     found = list(dict.fromkeys((row["model"], row["devices"]) for row in rows))
     fig, panels = plotting.panels(
@@ -149,37 +140,29 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         axes.set_title(f"{model}, {devices} H100", loc="left", fontsize=10)
         axes.set_xlabel("times everything off")
         axes.tick_params(axis="y", labelsize=7)
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the simulation; returns the table that it also writes."""
-    options = parse_arguments(arguments)
-    names = list(filter(None, options.changes.split(";"))) or list(CHANGES)
-    unknown = [name for name in names if name not in CHANGES]
-    if unknown:
-        raise ValueError(f"--changes names {unknown}; known: {'; '.join(CHANGES)}.")
-    names = [AS_ASSUMED, *(name for name in names if name != AS_ASSUMED)]
-    settings = {
-        "changes": {name: CHANGES[name] for name in names},
-        "num_prompts": options.num_prompts,
-        "seed": options.seed,
-    }
-    provenance = harness.Provenance(
-        SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
-    )
-    wanted = [
-        cells.Cell({"model": model, "devices": devices, "change": name}, options.seed)
+EXPERIMENT = experiment.Experiment(
+    slug="cluster_sensitivity",
+    text=__doc__,
+    title="the same, one assumption changed at a time",
+    options=(
+        experiment.Option("changes", "", "names, separated by semicolons"),
+        *experiment.plain(num_prompts=128, seed=0),
+    ),
+    settings=lambda options: {
+        "changes": {name: CHANGES[name] for name in names_of(options)},
+    },
+    cells=lambda options, changes: [
+        tables.Cell({"model": model, "devices": devices, "change": name}, options.seed)
         for model, devices in CLUSTERS
-        for name in names
-    ]
-    rows = cells.run(
-        options, SLUG, provenance, wanted, lambda cell: measure(options, cell)
-    )
-    print(harness.format_table([{k: r[k] for k in r if k != "cell"} for r in rows]))
-    path = harness.folder_of(options) / f"{SLUG}.png"
-    plot(rows, path, plotting.stamp(provenance.record))
-    return rows
+        for name in changes
+    ],
+    measure=measure,
+    plot=plot,
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -16,17 +16,20 @@ and 8 nodes), as a prediction.
 
 import argparse
 import functools
-import importlib.metadata
-import pathlib
 import time
 
 import numpy as np
 
-from experiments.lab import harness, plotting
-from experiments.simulation import cluster_records, costs, published, rl_step, workload
+from experiments.lab import claims, experiment, plotting, tables
+from experiments.simulation import (
+    cluster_records,
+    costs,
+    published,
+    rl_step,
+    workload,
+)
 from tlt_jax.specdec import strategy as strategy_lib
 
-SLUG = "cluster_size"
 DEVICE = "h100"
 DEVICES_PER_NODE = 8
 TENSOR = {"qwen2.5-7b": 2, "qwen2.5-32b": 4}
@@ -81,22 +84,6 @@ ASSUMPTIONS = (
     ("rewards, checkpoints, failures, stragglers", "none", "left out"),
     ("rows of a worker", f"at most {MAX_ROWS}, as memory allows", "assumed"),
 )
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    harness.add_options(parser)
-    parser.add_argument(
-        "--devices", default="8,16,32,64,128,256,512,1024", help="numbers of devices"
-    )
-    parser.add_argument("--models", default="qwen2.5-7b,qwen2.5-32b")
-    parser.add_argument("--num-prompts", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2, help="RL steps simulated")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
 
 
 def machine_of(model: str) -> costs.RooflineCosts:
@@ -177,41 +164,33 @@ def scenario_of(
     )
 
 
-def measure(options: argparse.Namespace) -> list[harness.Row]:
-    """Simulates every cluster under every system."""
-    summary = []
-    for model in options.models.split(","):
-        for num_devices in map(int, options.devices.split(",")):
-            scenario = scenario_of(
-                model, num_devices, options.num_prompts, options.seed
-            )
-            reference: list[dict] = []
-            for system in (rl_step.OFF, rl_step.PAPER, rl_step.OURS):
-                started = time.perf_counter()
-                rows = rl_step.run(scenario, system, options.steps, options.seed)
-                reference = reference or rows
-                nodes = num_devices // DEVICES_PER_NODE
-                entry: harness.Row = {
-                    "model": model,
-                    "devices": num_devices,
-                    "system": system,
-                    **rl_step.totals(rows, reference),
-                    "published": published.CLUSTER_SIZE.get((model, nodes))
-                    if system == rl_step.PAPER
-                    else None,
-                    "simulated_in_s": round(time.perf_counter() - started, 1),
-                }
-                summary.append(entry)
-                print(
-                    f"{model} {num_devices} devices, {system}: "
-                    f"{entry['step_s']:.0f} s a step, {entry['times_faster']:.2f} "
-                    f"times; published {entry['published'] or '-'}",
-                    flush=True,
-                )
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Simulates one cluster under every system."""
+    model, num_devices = cell["model"], cell["devices"]
+    scenario = scenario_of(model, num_devices, options.num_prompts, options.seed)
+    told = published.CLUSTER_SIZE.get((model, num_devices // DEVICES_PER_NODE))
+    summary, reference = [], []
+    for system in (rl_step.OFF, rl_step.PAPER, rl_step.OURS):
+        started = time.perf_counter()
+        rows = rl_step.run(scenario, system, options.steps, options.seed)
+        reference = reference or rows
+        entry: tables.Row = {
+            **cell.overrides,
+            "system": system,
+            **rl_step.totals(rows, reference),
+            "published": told if system == rl_step.PAPER else None,
+            "simulated_in_s": round(time.perf_counter() - started, 1),
+        }
+        summary.append(entry)
+        print(
+            f"{model} {num_devices} devices, {system}: {entry['step_s']:.0f} s a step, "
+            f"{entry['times_faster']:.2f} times; published {entry['published'] or '-'}",
+            flush=True,
+        )
     return summary
 
 
-def assumptions() -> list[harness.Row]:
+def assumptions() -> list[tables.Row]:
     """Lists what the prediction rests on."""
     rows = [
         {"what": what, "value": value, "from": source}
@@ -243,30 +222,30 @@ def assumptions() -> list[harness.Row]:
     return rows
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws speedups by cluster size."""
-    models = list(dict.fromkeys(row["model"] for row in summary))
+    models = tables.values(rows, "model")
     fig, panels = plotting.panels(
         "Predicted speedup of an RL step (simulation, not measured)", len(models), stamp
     )
     for axes, model in zip(panels, models, strict=True):
-        its = [row for row in summary if row["model"] == model]
+        its = tables.where(rows, model=model)
         for system, label, color in (
             (rl_step.PAPER, "paper's rule, simulated", plotting.COLORS[0]),
             (rl_step.OURS, "our tuner, simulated", plotting.COLORS[1]),
         ):
-            rows = [row for row in its if row["system"] == system]
+            simulated = tables.where(its, system=system)
             axes.plot(
-                [row["devices"] for row in rows],
-                [row["times_faster"] for row in rows],
+                tables.column(simulated, "devices"),
+                tables.column(simulated, "times_faster"),
                 "o-",
                 color=color,
                 label=label,
             )
         told = [row for row in its if row["published"]]
         axes.plot(
-            [row["devices"] for row in told],
-            [row["published"] for row in told],
+            tables.column(told, "devices"),
+            tables.column(told, "published"),
             "s",
             color=plotting.COLORS[3],
             label="published",
@@ -278,31 +257,58 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         axes.set_title(model, loc="left", fontsize=10)
         axes.set_xlabel("H100 devices, 1024 responses a step")
         axes.set_ylabel("times everything off")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the simulation; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    settings = {
-        "devices": options.devices,
-        "models": options.models,
-        "num_prompts": options.num_prompts,
-        "steps": options.steps,
-        "seed": options.seed,
-        "arms": ARMS,
-        "table": TABLE,
-    }
-    provenance = harness.Provenance(
-        SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
+def _clusters_gain(rows: claims.Rows) -> claims.Finding:
+    pairs = [row for row in rows if row["published"]]
+    errors = [abs(row["times_faster"] / row["published"] - 1) for row in pairs]
+    told = ", ".join(
+        f"{r['model'].split('-')[-1]} x{r['devices']}: {r['times_faster']:.2f} "
+        f"({r['published']:g})"
+        for r in pairs
     )
-    summary = measure(options)
-    out = harness.folder_of(options)
-    harness.write_csv(out / f"{SLUG}_assumptions.csv", assumptions())
-    harness.write_csv(out / f"{SLUG}.csv", summary)
-    provenance.write(out / f"{SLUG}.json")
-    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+    return max(errors) <= 0.10, f"simulated (published): {told}"
+
+
+def _grows_with_devices(rows: claims.Rows) -> claims.Finding:
+    ok, told = True, []
+    for model in tables.values(rows, "model"):
+        its = tables.where(rows, model=model, system=rl_step.PAPER)
+        values = [r["times_faster"] for r in sorted(its, key=lambda r: r["devices"])]
+        ok &= all(b >= 0.98 * a for a, b in zip(values, values[1:], strict=False))
+        told.append(f"{model} {values[0]:.2f} to {values[-1]:.2f}")
+    return ok, "; ".join(told)
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="cluster_size",
+    text=__doc__,
+    title="end to end by cluster size",
+    published="7B 1.21 to 1.76; 32B 1.83, 2.12",
+    options=(
+        experiment.Option(
+            "devices", "8,16,32,64,128,256,512,1024", "numbers of devices"
+        ),
+        *experiment.plain(models="qwen2.5-7b,qwen2.5-32b", num_prompts=128, seed=0),
+        experiment.Option("steps", 2, "RL steps simulated"),
+    ),
+    constants={"arms": ARMS, "table": TABLE},
+    cells=lambda options: [
+        tables.Cell({"model": model, "devices": int(devices)}, None)
+        for model in options.models.split(",")
+        for devices in options.devices.split(",")
+    ],
+    measure=measure,
+    derived=lambda: {"assumptions": assumptions()},
+    plot=plot,
+    claims={
+        "the simulation is within 10 % of the paper's table by cluster "
+        "size": _clusters_gain,
+        "paper: the gain does not fall with the number of devices": _grows_with_devices,
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

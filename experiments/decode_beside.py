@@ -20,7 +20,7 @@ import time
 import jax
 from absl import flags
 
-from experiments.lab import harness, prompts
+from experiments.lab import prompts, tables
 from tlt_jax import assembly, config, policy, types
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import request_queue
@@ -100,7 +100,7 @@ def main(run: config.RunConfig) -> None:
         for name, values in found.items():
             with hog(name):
                 values.append(step_ms(engine, model, number))
-    row: harness.Row = {name: statistics.median(found[name]) for name in found}
+    row: tables.Row = {name: statistics.median(found[name]) for name in found}
     pathlib.Path(_JSON.value).write_text(json.dumps(row), "utf-8")
 
 

@@ -15,13 +15,11 @@ batch 1; ahead of vLLM's CPU build at 8 and 32.
 """
 
 import argparse
+import contextlib
 import hashlib
-import pathlib
-import tempfile
 
-from experiments.lab import harness, prompts
+from experiments.lab import claims, experiment, paired, prompts, provenance, tables
 
-SLUG = "decode_speed"
 OURS = "tlt_jax"
 OUR_SCRIPT = "run_tlt_jax.py"
 PEERS = {
@@ -36,37 +34,54 @@ LOAD_TIMEOUT_S = 900.0
 RUN_TIMEOUT_S = 900.0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = harness.argument_parser(__doc__, PEERS)
-    parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--temperatures", default="0,1")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="for llama.cpp")
-    options = parser.parse_args(arguments)
+def check(options: argparse.Namespace) -> None:
+    """Finds the systems; refuses answers too short for a rate."""
     if options.new_tokens < 2:
         raise ValueError(
             f"--new-tokens={options.new_tokens}: a decode rate needs at least 2."
         )
-    return options
+    options.systems = paired.systems_of(OURS, OUR_SCRIPT, PEERS, options)
 
 
-def load_request(options: argparse.Namespace) -> harness.Row:
+def cases_of(options: argparse.Namespace) -> list[tables.Row]:
+    """Lists the batches at each temperature."""
+    return [
+        {"batch": int(batch), "temperature": float(temperature)}
+        for temperature in options.temperatures.split(",")
+        for batch in options.batches.split(",")
+    ]
+
+
+def load_request(options: argparse.Namespace) -> tables.Row:
     """Returns what every runner is told when it loads."""
     return {
-        **harness.model_request(options),
+        **paired.model_request(options),
         "max_batch": max(map(int, options.batches.split(","))),
         "max_length": options.new_tokens + MAX_PROMPT_TOKENS,
         "threads": options.threads,
     }
 
 
-def measurement(runners: dict[str, harness.Runner], ids: list, options, outputs: dict):
-    """Returns the function that asks one system for one case."""
+def load(
+    options: argparse.Namespace,
+    closing: contextlib.ExitStack,
+    record: provenance.Provenance,
+) -> tuple[dict, list]:
+    """Loads the systems; returns the runners, and the prompts' tokens."""
+    loaded = paired.started(options.systems, load_request(options), LOAD_TIMEOUT_S)
+    runners, versions = closing.enter_context(loaded)
+    record.record["versions"] |= versions
+    turns = [prompts.as_messages(text) for text in prompts.CHAT]
+    return runners, runners[OURS].ask("encode", timeout_s=60.0, messages=turns)["ids"]
 
-    def measure(name: str, case: harness.Row, number: int) -> harness.Row | None:
-        batch = case["batch"]
+
+def measure(
+    options: argparse.Namespace, context: tuple[dict, list], cell: tables.Cell
+) -> list[tables.Row]:
+    """Asks all systems for one case, in turns."""
+    (runners, ids), outputs, batch = context, {}, cell["batch"]
+
+    def ask(name, case, number):
         if batch > BATCH_LIMITS.get(name, batch):
             return None
         request = {
@@ -78,8 +93,7 @@ def measurement(runners: dict[str, harness.Runner], ids: list, options, outputs:
         }
         first = runners[name].ask("run", new_tokens=1, **request)
         whole = runners[name].ask("run", new_tokens=options.new_tokens, **request)
-        tokens = whole.get("tokens")
-        outputs[*case.values(), name] = tokens
+        tokens = outputs[name] = whole.get("tokens")
         total_s, prefill_s = whole["total_s"], first["total_s"]
         decode_s = total_s - prefill_s
         decoded = batch * (options.new_tokens - 1)
@@ -93,7 +107,30 @@ def measurement(runners: dict[str, harness.Runner], ids: list, options, outputs:
             "tokens_digest": tokens and digest(tokens),
         }
 
-    return measure
+    rows = paired.run_paired(
+        list(runners), [cell.overrides], ask, rounds=options.rounds, warmups=1
+    )
+    ours = outputs.get(OURS)
+    for row in rows:
+        theirs = outputs[row["system"]]
+        if cell["temperature"] == 0 and ours and theirs and row["system"] != OURS:
+            row["rows_as_ours"] = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return rows
+
+
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
+    """Adds to greedy medians how many rows are token for token ours."""
+    summary = paired.summarise(
+        rows,
+        case_keys=CASE_KEYS,
+        metrics={"tokens_per_s": "higher", "decode_tokens_per_s": "higher"},
+        reference=OURS,
+    )
+    for row in summary:
+        its = tables.where(rows, **{k: row[k] for k in (*CASE_KEYS, "system")})[0]
+        if its.get("rows_as_ours") is not None:
+            row["rows_as_ours"] = its["rows_as_ours"]
+    return summary
 
 
 def digest(tokens: list[list[int]]) -> str:
@@ -101,59 +138,43 @@ def digest(tokens: list[list[int]]) -> str:
     return hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]
 
 
-def count_same_rows(outputs: dict, summary: list[harness.Row]) -> None:
-    """Adds to greedy summaries how many rows are token for token ours."""
-    for row in summary:
-        key = (row["batch"], row["temperature"])
-        ours, theirs = outputs.get((*key, OURS)), outputs.get((*key, row["system"]))
-        if row["temperature"] == 0 and ours and theirs and row["system"] != OURS:
-            row["rows_as_ours"] = sum(a == b for a, b in zip(ours, theirs, strict=True))
-
-
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    request = load_request(options)
-    peers = harness.choose_peers(PEERS, options.peers, options.peer_python)
-    systems = [harness.our_system(OURS, OUR_SCRIPT), *peers]
-    cases = [
-        {"batch": int(batch), "temperature": float(temperature)}
-        for temperature in options.temperatures.split(",")
-        for batch in options.batches.split(",")
-    ]
-    settings = {
+EXPERIMENT = experiment.Experiment(
+    slug="decode_speed",
+    text=__doc__,
+    title="plain decoding beside peers",
+    needs="--model-dir=DIR --peers=transformers,llamacpp,vllm",
+    larger=experiment.both(
+        "--model-dir=DIR --peers=transformers,vllm --batches=1,8,32,128"
+    ),
+    options=(
+        *paired.options_of(PEERS),
+        *experiment.plain(new_tokens=64, rounds=5),
+        *experiment.plain(recorded=False, batches="1,8,32", temperatures="0,1"),
+        experiment.Option("threads", 2, "for llama.cpp", recorded=False),
+    ),
+    check=check,
+    settings=lambda options: {
         "scale": options.scale,
         "dtype": "float32",
         "prompts": prompts.CHAT,
-        "new_tokens": options.new_tokens,
-        "cases": cases,
-        "rounds": options.rounds,
-        "systems": [system.name for system in systems],
-    }
-    outputs: dict = {}
-    with tempfile.TemporaryDirectory() as log_dir:
-        with harness.loaded(
-            systems, pathlib.Path(log_dir), request, LOAD_TIMEOUT_S
-        ) as (runners, versions):
-            provenance = harness.Provenance(SLUG, settings, versions)
-            turns = [prompts.as_messages(text) for text in prompts.CHAT]
-            ids = runners[OURS].ask("encode", timeout_s=60.0, messages=turns)["ids"]
-            rows = harness.run_paired(
-                list(runners),
-                cases,
-                measurement(runners, ids, options, outputs),
-                rounds=options.rounds,
-                warmups=1,
-            )
-    summary = harness.summarise(
-        rows,
-        case_keys=CASE_KEYS,
-        metrics={"tokens_per_s": "higher", "decode_tokens_per_s": "higher"},
-        reference=OURS,
-    )
-    count_same_rows(outputs, summary)
-    harness.write_results(options, SLUG, rows, summary, provenance)
-    return summary
+        "cases": cases_of(options),
+        "systems": [system.name for system in options.systems],
+    },
+    context=load,
+    cells=lambda cases: [tables.Cell(case, None) for case in cases],
+    measure=measure,
+    summary=summary_of,
+    claims={
+        f"{least:g} times {peer}'s tokens per second at batch {batch}": claims.at_least(
+            "tokens_per_s/times", least, batch=batch, system=peer, temperature=0
+        )
+        for peer, batch, least in (
+            *(("transformers", batch, 1.5) for batch in (1, 8, 32)),
+            *(("llamacpp", 1, 1.0), ("vllm", 8, 1.0), ("vllm", 32, 1.0)),
+        )
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -11,16 +11,11 @@ some strategies is taken.
 Reproduces: the paper's speedups by device, 7B, batch 1, as a prediction.
 """
 
-import argparse
-import importlib.metadata
-import pathlib
-
 from experiments import cluster_size
-from experiments.lab import cells, harness, plotting
+from experiments.lab import claims, experiment, plotting, tables
 from experiments.simulation import costs, published
 from tlt_jax.specdec import strategy as strategy_lib
 
-SLUG = "devices"
 MODEL = "qwen2.5-7b"
 # Vendors' data sheets: bytes per second, dense bf16 operations per second, bytes.
 DEVICES = {
@@ -42,16 +37,7 @@ PUBLISHED = {
 STRATEGIES = ("D4K8V16", "D8K8V16", "D8K8V32", "D8K8V64", "D12K8V48", "D12K8V64")
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
-
-
-def predict(device: str) -> harness.Row:
+def predict(device: str) -> tables.Row:
     """Returns a device's best strategy and speedup."""
     fit = published.fit()
     machine = costs.RooflineCosts(
@@ -78,7 +64,7 @@ def predict(device: str) -> harness.Row:
     }
 
 
-def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws predicted and published speedups."""
     fig, axes = plotting.figure(
         "Qwen2.5-7B at batch 1, by device (prediction)",
@@ -91,23 +77,29 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     axes.bar(names, values, 0.6, color=plotting.COLORS[0], label="predicted")
     told = [row["published"] for row in rows]
     axes.plot(names, told, "s", color=plotting.COLORS[3], label="published")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Predicts; returns the table that it also writes."""
-    options = parse_arguments(arguments)
-    settings = {"model": MODEL, "strategies": STRATEGIES}
-    provenance = harness.Provenance(
-        SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
-    )
-    rows = [predict(device) for device in DEVICES]
-    out = harness.folder_of(options)
-    harness.write_csv(out / f"{SLUG}.csv", rows)
-    provenance.write(out / f"{SLUG}.json")
-    print(harness.format_table(rows))
-    plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return rows
+def _close(rows: claims.Rows) -> claims.Finding:
+    errors = {r["device"]: r["times_faster"] / r["published"] - 1 for r in rows}
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    return abs(errors[worst]) <= 0.1, f"worst: {worst}, off by {errors[worst]:+.0%}"
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="devices",
+    text=__doc__,
+    title="devices, 7B, batch 1",
+    published="2.33 (B200) to 3.22 (3090) times",
+    constants={"model": MODEL, "strategies": STRATEGIES},
+    cells=lambda: [tables.Cell({"device": name}, None) for name in DEVICES],
+    measure=lambda cell: [predict(cell["device"])],
+    plot=plot,
+    claims={
+        "predicted speedups by device are within 10 % of the paper's": _close,
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -15,37 +15,18 @@ kind and not in size.
 """
 
 import argparse
-import importlib.metadata
-import pathlib
 import statistics
 
-from experiments.lab import cells, drafter_runs, harness, plotting
+from experiments.lab import claims, experiment, plotting, recipes, tables
 
-SLUG = "drafter_adaptation"
 RECIPE = "configs/tiny.py:count"
 ADAPTED, FROZEN = "adapted", "frozen"
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=RECIPE)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--warm-steps", type=int, default=12)
-    parser.add_argument(
-        "--updates", type=int, default=12, help="of the drafter, after a rollout"
-    )
-    parser.add_argument("--seeds", type=int, default=2)
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
-
-
-def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Runs the recipe with one of the drafters."""
-    system = cell.overrides["system"]
-    settings = drafter_runs.settings_of(
+    system = cell["system"]
+    settings = recipes.planned_settings(
         options.config,
         {"num_steps": options.steps, "seed": cell.seed},
         options.updates,
@@ -66,17 +47,20 @@ def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
             "tokens_digest": row["rollout/tokens_digest"],
             "policy_loss": row["policy/loss"],
         }
-        for row in drafter_runs.run(settings, trains)
+        for row in recipes.run_planned(settings, trains)
     ]
 
 
-def summary_of(rows: list[harness.Row], warm_steps: int) -> list[harness.Row]:
+def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
     """Takes means over the steps in which the drafters differ, and over seeds."""
+
+    def mean(chosen, name):
+        return statistics.mean(row[name] for row in chosen)
+
     last = max(row["step"] for row in rows)
     adapted = {(r["seed"], r["step"]): r for r in rows if r["system"] == ADAPTED}
     summary = []
-    for system in dict.fromkeys(row["system"] for row in rows):
-        its = [row for row in rows if row["system"] == system]
+    for (system,), its in tables.groups(rows, "system").items():
         after = [row for row in its if row["step"] > warm_steps]
         tail = [row for row in after if row["step"] > last - (last - warm_steps) // 4]
         summary.append(
@@ -84,17 +68,11 @@ def summary_of(rows: list[harness.Row], warm_steps: int) -> list[harness.Row]:
                 "system": system,
                 "seeds": len({row["seed"] for row in its}),
                 "steps": len(after),
-                "accept_length": statistics.mean(r["accept_length"] for r in after),
-                "accept_length/last_quarter": statistics.mean(
-                    row["accept_length"] for row in tail
-                ),
+                "accept_length": mean(after, "accept_length"),
+                "accept_length/last_quarter": mean(tail, "accept_length"),
                 "num_updates": max(row["num_updates"] for row in its),
-                "reward_first": statistics.mean(
-                    row["reward"] for row in its if row["step"] == 1
-                ),
-                "reward_last": statistics.mean(
-                    row["reward"] for row in its if row["step"] == last
-                ),
+                "reward_first": mean(tables.where(its, step=1), "reward"),
+                "reward_last": mean(tables.where(its, step=last), "reward"),
                 "steps_differing": sum(
                     row[name] != adapted[row["seed"], row["step"]][name]
                     for row in its
@@ -105,23 +83,22 @@ def summary_of(rows: list[harness.Row], warm_steps: int) -> list[harness.Row]:
     return summary
 
 
-def plot(
-    rows: list[harness.Row], warm_steps: int, path: pathlib.Path, stamp: str
-) -> None:
+def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure:
     """Draws both accept lengths, and the reward that moves the policy."""
     fig, (left, right) = plotting.panels(
         "A drafter that goes on learning, and one that stopped", 2, stamp
     )
-    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    seeds = tables.values(rows, "seed")
     for seed, color in zip(seeds, plotting.COLORS, strict=False):
         for system, style in ((ADAPTED, "-"), (FROZEN, "--")):
-            its = [r for r in rows if (r["system"], r["seed"]) == (system, seed)]
-            steps = [row["step"] for row in its]
-            lengths = [row["accept_length"] for row in its]
+            its = tables.where(rows, system=system, seed=seed)
+            steps = tables.column(its, "step")
+            lengths = tables.column(its, "accept_length")
             label = f"{system}, seed {seed}"
             left.plot(steps, lengths, style, color=color, label=label)
-        rewards = [row["reward"] for row in its]
-        right.plot(steps, rewards, color=color, label=f"seed {seed}")
+        right.plot(
+            steps, tables.column(its, "reward"), color=color, label=f"seed {seed}"
+        )
     left.axvline(warm_steps + 0.5, color=plotting.GREY, linewidth=0.8)
     left.set_xlabel("RL step (at the line the frozen one stops)")
     left.set_ylabel("accept length")
@@ -129,33 +106,38 @@ def plot(
     right.set_xlabel("RL step")
     right.set_ylabel("mean reward, the same with both")
     right.set_ylim(0, 1)
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    settings = {
-        "config": options.config,
-        "steps": options.steps,
-        "warm_steps": options.warm_steps,
-        "updates": options.updates,
-    }
-    versions = {"jax": importlib.metadata.version("jax")}
-    provenance = harness.Provenance(SLUG, settings, versions)
-    wanted = [
-        cells.Cell({"system": system}, seed)
-        for seed in range(options.seeds)
+def _adapted_is_ahead(rows: claims.Rows) -> claims.Finding:
+    adapted, frozen = (
+        claims.only(rows, system=system)["accept_length/last_quarter"]
         for system in (ADAPTED, FROZEN)
-    ]
-    rows = cells.run(
-        options, SLUG, provenance, wanted, lambda cell: measure(options, cell)
     )
-    summary = summary_of(rows, options.warm_steps)
-    harness.write_summary(options, SLUG, summary)
-    path = harness.folder_of(options) / f"{SLUG}.png"
-    plot(rows, options.warm_steps, path, plotting.stamp(provenance.record))
-    return summary
+    return adapted > frozen, f"last quarter: {adapted:.2f} against {frozen:.2f}"
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="drafter_adaptation",
+    text=__doc__,
+    title="drafter adaptation over RL steps",
+    published="4.59 -> 6.53",
+    larger=experiment.recipes("--updates=50"),
+    options=(
+        *experiment.plain(config=RECIPE, steps=40, warm_steps=12),
+        experiment.Option("updates", 12, "of the drafter, after a rollout"),
+        experiment.seeds(2),
+    ),
+    cells={"system": (ADAPTED, FROZEN)},
+    measure=measure,
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "paper: an adapted drafter has more accepted than a frozen "
+        "one": _adapted_is_ahead,
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ Settles, at this size: whether updates along the way pay against one good warm-u
 """
 
 import argparse
-import importlib.metadata
-import pathlib
 import statistics
+from collections.abc import Sequence
 
-from experiments.lab import cells, drafter_runs, harness, plotting
+from experiments.lab import claims, experiment, plotting, recipes, tables
 
-SLUG = "drafter_cadence"
 RECIPE = "configs/tiny.py:count"
 WARM_UP = "one warm-up"
 # RL steps of the warm-up.
@@ -39,19 +37,8 @@ SYSTEMS = {
 DRIFTS = {"small": 5e-5, "the recipe's": 5e-4, "large": 2e-3}
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=RECIPE)
-    parser.add_argument("--steps", type=int, default=32, help="RL steps of a run")
-    parser.add_argument(
-        "--updates", type=int, default=384, help="of a drafter, in a whole run"
-    )
-    parser.add_argument("--seeds", type=int, default=2)
-    cells.add_options(parser)
-    options = parser.parse_args(arguments)
+def check(options: argparse.Namespace) -> None:
+    """Refuses updates that cannot be shared evenly."""
     trainings = {name: num_trainings(name, options.steps) for name in SYSTEMS}
     if any(not num or options.updates % num for num in trainings.values()):
         raise ValueError(
@@ -59,7 +46,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             f"evenly among the trainings of each drafter ({trainings}): give a "
             "multiple of all."
         )
-    return options
 
 
 def trains(system: str, number: int) -> bool:
@@ -74,10 +60,10 @@ def num_trainings(system: str, steps: int) -> int:
     return sum(trains(system, number) for number in range(steps))
 
 
-def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Runs the recipe with one drafter."""
-    system, drift = cell.overrides["system"], cell.overrides["drift"]
-    settings = drafter_runs.settings_of(
+    system, drift = cell["system"], cell["drift"]
+    settings = recipes.planned_settings(
         options.config,
         {
             "num_steps": options.steps,
@@ -86,7 +72,7 @@ def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
         },
         options.updates // num_trainings(system, options.steps),
     )
-    rows = drafter_runs.run(settings, lambda number: trains(system, number))
+    rows = recipes.run_planned(settings, lambda number: trains(system, number))
     return [
         {
             "drift": drift,
@@ -105,7 +91,7 @@ def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
     ]
 
 
-def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Takes means over steps and seeds, and compares with the warm-up, seed by seed."""
     last = max(row["step"] for row in rows)
     parts = {
@@ -113,23 +99,20 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
         "last_quarter": lambda row: row["step"] > last - last // 4,
     }
     found: dict[tuple, dict[str, float]] = {}
-    for key in dict.fromkeys((r["drift"], r["system"], r["seed"]) for r in rows):
-        its = [r for r in rows if (r["drift"], r["system"], r["seed"]) == key]
+    for key, its in tables.groups(rows, "drift", "system", "seed").items():
         found[key] = {
             part: statistics.mean(r["accept_length"] for r in its if chosen(r))
             for part, chosen in parts.items()
         }
     warm = {
         (r["drift"], r["seed"], r["step"]): r["tokens_digest"]
-        for r in rows
-        if r["system"] == WARM_UP
+        for r in tables.where(rows, system=WARM_UP)
     }
     summary = []
-    for drift, system in dict.fromkeys((r["drift"], r["system"]) for r in rows):
-        its = [r for r in rows if (r["drift"], r["system"]) == (drift, system)]
-        ends = [r for r in its if r["step"] == last]
-        seeds = [r["seed"] for r in ends]
-        entry: harness.Row = {
+    for (drift, system), its in tables.groups(rows, "drift", "system").items():
+        ends = tables.where(its, step=last)
+        seeds = tables.column(ends, "seed")
+        entry: tables.Row = {
             "drift": drift,
             "system": system,
             "seeds": len(seeds),
@@ -150,59 +133,75 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     return summary
 
 
-def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws accept lengths over RL steps, a panel for each size of drift."""
-    drifts = list(dict.fromkeys(row["drift"] for row in rows))
+    drifts = tables.values(rows, "drift")
     fig, panels = plotting.panels(
         "A drafter's updates, the same number at another cadence", len(drifts), stamp
     )
     last = max(row["step"] for row in rows)
     for axes, drift in zip(panels, drifts, strict=True):
-        its = [row for row in rows if row["drift"] == drift]
+        its = tables.where(rows, drift=drift)
         for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
-            steps: dict[int, list[float]] = {}
-            for row in its:
-                if row["system"] == system:
-                    steps.setdefault(row["step"], []).append(row["accept_length"])
+            steps = tables.groups(tables.where(its, system=system), "step")
             style = "--" if system == WARM_UP else "-"
-            means = [statistics.mean(values) for values in steps.values()]
-            axes.plot(list(steps), means, style, color=color, label=system)
-        ends = [row["policy_distance"] for row in its if row["step"] == last]
+            means = [
+                statistics.mean(tables.column(found, "accept_length"))
+                for found in steps.values()
+            ]
+            axes.plot([s for (s,) in steps], means, style, color=color, label=system)
+        ends = tables.column(tables.where(its, step=last), "policy_distance")
         told = f"drift: {drift} (weights moved {statistics.mean(ends):.1%})"
         axes.set_title(told, loc="left", fontsize=10)
         axes.axvline(WARM_STEPS + 0.5, color=plotting.GREY, linewidth=0.8)
         axes.set_xlabel("RL step")
         axes.set_ylim(bottom=1)
     panels[0].set_ylabel("accept length, mean of the seeds")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    settings = {
-        "config": options.config,
-        "steps": options.steps,
-        "updates": options.updates,
-        "systems": SYSTEMS,
-        "drifts": DRIFTS,
-    }
-    versions = {"jax": importlib.metadata.version("jax")}
-    provenance = harness.Provenance(SLUG, settings, versions)
-    wanted = [
-        cells.Cell({"drift": drift, "system": system}, seed)
-        for seed in range(options.seeds)
-        for drift in DRIFTS
-        for system in SYSTEMS
-    ]
-    rows = cells.run(
-        options, SLUG, provenance, wanted, lambda cell: measure(options, cell)
-    )
-    summary = summary_of(rows)
-    harness.write_summary(options, SLUG, summary)
-    path = harness.folder_of(options) / f"{SLUG}.png"
-    plot(rows, path, plotting.stamp(provenance.record))
-    return summary
+def _of_warm_up(drifts: Sequence[str], least: float, most: float = float("inf")):
+    """Decides whether updates after every rollout end where claimed."""
+
+    def decide(rows):
+        name = "of_warm_up/last_quarter"
+        values = {
+            drift: claims.only(rows, drift=drift, system="every step")[name]
+            for drift in drifts
+        }
+        told = ", ".join(f"{drift} {value:.3f}" for drift, value in values.items())
+        ok = all(least <= value <= most for value in values.values())
+        return ok, f"of one warm-up's accept length in the last quarter: {told}"
+
+    return decide
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="drafter_cadence",
+    text=__doc__,
+    title="cadence of the drafter's updates, size of the drift",
+    larger=experiment.recipes("--updates=3840"),
+    options=(
+        experiment.Option("config", RECIPE),
+        experiment.Option("steps", 32, "RL steps of a run"),
+        experiment.Option("updates", 384, "of a drafter, in a whole run"),
+        experiment.seeds(2),
+    ),
+    constants={"systems": SYSTEMS, "drifts": DRIFTS},
+    check=check,
+    cells={"drift": DRIFTS, "system": SYSTEMS},
+    measure=measure,
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "where the target moves, updates along the way end ahead of one warm-up of "
+        "equal cost (5 % or more)": _of_warm_up(("the recipe's", "large"), 1.05),
+        "where it hardly moves, one warm-up does as well (within 2 %)": _of_warm_up(
+            ("small",), 0.98, 1.02
+        ),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

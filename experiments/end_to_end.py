@@ -21,16 +21,14 @@ Target: at least 1.5 times on CPU, on a long-tailed workload.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import pathlib
 import shutil
 import statistics
 import tempfile
 
-from experiments.lab import cells, harness, plotting, recipe_commands
+from experiments.lab import claims, experiment, plotting, provenance, recipes, tables
 from tlt_jax.workdir import metrics
 
-SLUG = "end_to_end"
 OFF = "off"
 SYSTEMS = {
     OFF: {"specdec.mode": "off"},
@@ -38,6 +36,7 @@ SYSTEMS = {
     "frozen": {"specdec.mode": "tlt", "adaptation.enabled": "false"},
     "tlt": {"specdec.mode": "tlt"},
 }
+_ALL_SYSTEMS = f"--systems={','.join(SYSTEMS)}"
 # Of `ngram`, for as many rows as an engine has, where a recipe names none.
 MATCHES = "D6K1V7-ngram"
 # What a user waits for, less what the comparison is not about.
@@ -74,7 +73,7 @@ class Model:
         Raises:
           ValueError: it needs a drafter and none is named.
         """
-        recipe = recipe_commands.recipe_of(self.config)
+        recipe = recipes.recipe_of(self.config)
         chosen = {**self.overrides, **SYSTEMS[system]}
         if system == "frozen" and not (
             chosen.get("drafter.directory") or recipe.drafter.directory
@@ -91,44 +90,14 @@ class Model:
         return chosen
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--models",
-        default="smollm2=configs/smollm2_tlt.py",
-        help="NAME=RECIPE, separated by commas",
-    )
-    parser.add_argument(
-        "--set",
-        default="",
-        help="settings, separated by commas: KEY=VALUE of all runs, NAME:KEY=VALUE of "
-        "a model's",
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        help="among how many each run's workers are divided",
-    )
-    parser.add_argument("--systems", default="tlt,off", help=f"of {','.join(SYSTEMS)}")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument(
-        "--warm-steps",
-        type=int,
-        default=2,
-        help="first steps, in which a drafter begins, that do not count",
-    )
-    parser.add_argument(
-        "--workdirs",
-        type=pathlib.Path,
-        help="folder of the runs' workdirs, kept and resumed; default: a temporary one",
-    )
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
+def check(options: argparse.Namespace) -> None:
+    """Reads models and systems, and whether workers can be divided so."""
+    options.systems = experiment.known(options.systems, SYSTEMS, "systems")
+    options.models = models_of(options)
+    for model in options.models.values():
+        recipes.check_processes(
+            options.processes, model.config, model.overrides, "--processes"
+        )
 
 
 def models_of(options: argparse.Namespace) -> dict[str, Model]:
@@ -137,9 +106,9 @@ def models_of(options: argparse.Namespace) -> dict[str, Model]:
     Raises:
       ValueError: settings are of a model that is not there.
     """
-    recipes = harness.parse_pairs(options.models, "models")
+    recipes = experiment.parse_pairs(options.models, "models")
     found: dict[str, dict[str, str]] = {name: {} for name in recipes}
-    for key, value in harness.parse_pairs(options.set, "set").items():
+    for key, value in experiment.parse_pairs(options.set, "set").items():
         name, sign, rest = key.partition(":")
         if sign and name not in found:
             raise ValueError(
@@ -150,46 +119,64 @@ def models_of(options: argparse.Namespace) -> dict[str, Model]:
     return {name: Model(name, recipes[name], found[name]) for name in recipes}
 
 
-def systems_of(text: str) -> list[str]:
-    """Reads `--systems`.
-
-    Raises:
-      ValueError: one is not known.
-    """
-    names = text.split(",")
-    if unknown := [name for name in names if name not in SYSTEMS]:
-        raise ValueError(
-            f"--systems names {', '.join(unknown)}; known are {', '.join(SYSTEMS)}."
+def cells_of(options: argparse.Namespace) -> list[tables.Cell]:
+    """Lists the runs."""
+    told = {
+        (model.name, system): {
+            key: provenance.without_paths(value)
+            for key, value in model.settings(system).items()
+        }
+        for model in options.models.values()
+        for system in options.systems
+    }
+    return [
+        tables.Cell(
+            {
+                "model": name,
+                "system": system,
+                "config": options.models[name].config,
+                "processes": options.processes,
+                **settings,
+            },
+            seed,
         )
-    return names
+        for seed in range(options.seeds)
+        for (name, system), settings in told.items()
+    ]
 
 
-def command_of(
-    options: argparse.Namespace,
-    model: Model,
-    system: str,
-    seed: int,
-    workdir: pathlib.Path,
-) -> list[str]:
-    """Returns the command of one run."""
+def measure(
+    options: argparse.Namespace, folder: pathlib.Path, cell: tables.Cell
+) -> list[tables.Row]:
+    """Runs a recipe with one system; reads what is compared of its first steps."""
+    model, system = options.models[cell["model"]], cell["system"]
     changes = {
         "num_steps": str(options.steps),
         "checkpoint.every": "0",
-        "seed": str(seed),
+        "seed": str(cell.seed),
         **model.settings(system),
     }
-    return recipe_commands.command_of(
-        "tlt_jax.main", options.processes, model.config, changes, workdir
-    )
+    with tempfile.TemporaryDirectory() as temporary:
+        parent = options.workdirs or pathlib.Path(temporary)
+        workdir = parent / f"{model.name}_{system}_{cell.seed}"
+        recipes.start(
+            recipes.command_of(
+                "tlt_jax.main", options.processes, model.config, changes, workdir
+            )
+        )
+        drawn = workdir / "plots" / "timeline.png"
+        if drawn.exists() and model.name == next(iter(options.models)):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(drawn, folder / f"end_to_end_timeline_{system}.png")
+        about = {"model": model.name, "system": system}
+        about |= {"processes": options.processes, "seed": cell.seed}
+        steps = [r for r in metrics.read(workdir) if 0 < r["step"] <= options.steps]
+        return [
+            about | {"round": number} | columns(row) for number, row in enumerate(steps)
+        ]
 
 
-def rows_of(workdir: pathlib.Path, steps: int) -> list[harness.Row]:
-    """Reads what is compared of a run's first steps."""
-    rows = (row for row in metrics.read(workdir) if 0 < row["step"] <= steps)
-    return [{"round": number} | columns(row) for number, row in enumerate(rows)]
-
-
-def columns(row: dict) -> harness.Row:
+def columns(row: dict) -> tables.Row:
     """Reduces a step's record to what is compared."""
     seconds = {f"{name}_s": row.get(f"time/{name}_s", 0.0) for name in STAGES}
     same = {name.replace("/", "_"): row[name] for name in SAME}
@@ -204,24 +191,25 @@ def columns(row: dict) -> harness.Row:
     }
 
 
-def summary_of(rows: list[harness.Row], first: int) -> list[harness.Row]:
+def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
     """Sums the steps that count, and says how many times as long `off` takes.
 
     Args:
       rows: of the table.
-      first: steps of a run before it do not count.
+      warm_steps: first steps of a run, which do not count.
     """
-    groups: dict[tuple, dict[tuple, harness.Row]] = {}
-    for row in rows:
-        steps = groups.setdefault((row["model"], row["system"]), {})
-        steps[row["seed"], row["round"]] = row
+    groups = {
+        key: {(row["seed"], row["round"]): row for row in its}
+        for key, its in tables.groups(rows, "model", "system").items()
+    }
     summary = []
     for (model, system), all_steps in groups.items():
         others = groups.get((model, OFF), all_steps)
         both = [key for key in all_steps if key in others]
-        pairs = [(others[key], all_steps[key]) for key in both if key[1] >= first]
+        counted = [key for key in both if key[1] >= warm_steps]
+        pairs = [(others[key], all_steps[key]) for key in counted]
         if pairs:
-            entry: harness.Row = {"model": model, "system": system}
+            entry: tables.Row = {"model": model, "system": system}
             entry["processes"] = pairs[0][1]["processes"]
             entry |= _compared(pairs)
             entry["steps_differing"] = sum(
@@ -235,7 +223,7 @@ def summary_of(rows: list[harness.Row], first: int) -> list[harness.Row]:
     return summary
 
 
-def _compared(pairs: list[tuple[harness.Row, harness.Row]]) -> harness.Row:
+def _compared(pairs: list[tuple[tables.Row, tables.Row]]) -> tables.Row:
     """Compares a system's steps with those of `off`."""
     off, its = zip(*pairs, strict=True)
 
@@ -243,7 +231,7 @@ def _compared(pairs: list[tuple[harness.Row, harness.Row]]) -> harness.Row:
         return sum(row[name] for row in rows)
 
     names = ("seconds", *(f"{stage}_s" for stage in STAGES), "rollout_tokens")
-    entry: harness.Row = {"steps": len(its)}
+    entry: tables.Row = {"steps": len(its)}
     entry |= {name: total(its, name) for name in names}
     for name, column in (("", "seconds"), ("rollout_", "rollout_s")):
         entry[f"{name}times_faster"] = total(off, column) / total(its, column)
@@ -261,21 +249,23 @@ def _compared(pairs: list[tuple[harness.Row, harness.Row]]) -> harness.Row:
     return entry
 
 
-def plot(rows: list[harness.Row], warm_steps: int, path: pathlib.Path, stamp: str):
+def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure:
     """Draws where the seconds of a step go, system beside system, model by model."""
     counted = [row for row in rows if row["round"] >= warm_steps]
-    models = list(dict.fromkeys(row.get("model") for row in counted))
+    models = tables.values(counted, "model")
     fig, panels = plotting.panels(
         "An RL step, everything off to everything on", len(models), stamp, width=5.6
     )
     for axes, model in zip(panels, models, strict=True):
-        its = [row for row in counted if row.get("model") == model]
+        its = tables.where(counted, model=model)
         present = {row["system"] for row in its}
         systems = [name for name in SYSTEMS if name in present]
         floor = [0.0] * len(systems)
         for stage in STAGES:
             heights = [
-                statistics.mean(r[f"{stage}_s"] for r in its if r["system"] == name)
+                statistics.mean(
+                    tables.column(tables.where(its, system=name), f"{stage}_s")
+                )
                 for name in systems
             ]
             if sum(heights) > 1e-3:  # seconds that can be seen
@@ -286,77 +276,85 @@ def plot(rows: list[harness.Row], warm_steps: int, path: pathlib.Path, stamp: st
         for place, height in enumerate(floor):
             told = f"{height:.3g} s" + (f"\n{off / height:.2f}x" if off else "")
             axes.annotate(told, (place, height), ha="center", va="bottom", fontsize=8)
-        axes.set_title(model or "", loc="left", fontsize=10)
+        axes.set_title(model, loc="left", fontsize=10)
         axes.set_ylabel("seconds of an RL step, mean")
         axes.margins(y=0.18)
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    models, systems = models_of(options), systems_of(options.systems)
-    for model in models.values():
-        recipe_commands.check_processes(
-            options.processes, model.config, model.overrides, "--processes"
-        )
-    told = {
-        (model.name, system): {
-            key: harness.without_paths(value)
-            for key, value in model.settings(system).items()
-        }
-        for model in models.values()
-        for system in systems
-    }
-    settings = {
-        "steps": options.steps,
-        "warm_steps": options.warm_steps,
-        "environment": recipe_commands.ENVIRONMENT,
-    }
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")}
-    provenance = harness.Provenance(SLUG, settings, versions)
-    out = harness.folder_of(options)
-
-    def measure(cell):
-        model, system = models[cell.overrides["model"]], cell.overrides["system"]
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = options.workdirs or pathlib.Path(temporary)
-            workdir = folder / f"{model.name}_{system}_{cell.seed}"
-            command = command_of(options, model, system, cell.seed, workdir)
-            recipe_commands.start(command)
-            drawn = workdir / "plots" / "timeline.png"
-            if drawn.exists() and model.name == next(iter(models)):
-                out.mkdir(parents=True, exist_ok=True)
-                shutil.copy(drawn, out / f"{SLUG}_timeline_{system}.png")
-            about = {
-                "model": model.name,
-                "system": system,
-                "processes": options.processes,
-                "seed": cell.seed,
-            }
-            return [about | row for row in rows_of(workdir, options.steps)]
-
-    wanted = [
-        cells.Cell(
-            {
-                "model": model.name,
-                "system": system,
-                "config": model.config,
-                "processes": options.processes,
-                **told[model.name, system],
-            },
-            seed,
-        )
-        for seed in range(options.seeds)
-        for model in models.values()
-        for system in systems
-    ]
-    rows = cells.run(options, SLUG, provenance, wanted, measure)
-    summary = summary_of(rows, options.warm_steps)
-    harness.write_summary(options, SLUG, summary)
-    stamp = plotting.stamp(provenance.record)
-    plot(rows, options.warm_steps, out / f"{SLUG}.png", stamp)
-    return summary
+EXPERIMENT = experiment.Experiment(
+    slug="end_to_end",
+    text=__doc__,
+    title="end to end by model",
+    published="1.71 to 2.12 times; TLT-Base 1.31 to 1.54",
+    needs=f"--processes=2 {_ALL_SYSTEMS} "
+    "--set=drafter.directory=DIR,drafter.max_length=704",
+    larger=experiment.both(
+        f"{_ALL_SYSTEMS} --set=drafter.directory=DIR,workers.num=1,mesh.data=1,"
+        "rollout.max_batch=32",
+        f"{_ALL_SYSTEMS} --models=7b=configs/grpo.py:qwen2.5-7b,"
+        "32b=configs/grpo.py:qwen2.5-32b "
+        "--set=7b:drafter.directory=DIR,32b:drafter.directory=DIR",
+    ),
+    options=(
+        experiment.Option(
+            "models",
+            "smollm2=configs/smollm2_tlt.py",
+            "NAME=RECIPE, separated by commas",
+            recorded=False,
+        ),
+        experiment.Option(
+            "set",
+            "",
+            "settings, separated by commas: KEY=VALUE of all runs, NAME:KEY=VALUE of a "
+            "model's",
+            recorded=False,
+        ),
+        experiment.Option(
+            "processes",
+            1,
+            "among how many each run's workers are divided",
+            recorded=False,
+        ),
+        experiment.Option(
+            "systems", "tlt,off", f"of {','.join(SYSTEMS)}", recorded=False
+        ),
+        experiment.Option("steps", 8),
+        experiment.seeds(1),
+        experiment.Option(
+            "warm-steps",
+            2,
+            "first steps, in which a drafter begins, that do not count",
+        ),
+        experiment.Option(
+            "workdirs",
+            None,
+            "folder of the runs' workdirs, kept and resumed; default: a temporary one",
+            pathlib.Path,
+            recorded=False,
+        ),
+    ),
+    constants={"environment": recipes.ENVIRONMENT},
+    check=check,
+    cells=cells_of,
+    measure=measure,
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "tokens, rewards, losses and gradient norms are equal in all "
+        "steps": claims.all_zero("steps_differing", "steps that differ"),
+        "everything on is at least 1.5 times everything off on a CPU": claims.at_least(
+            "times_faster", 1.5, system="tlt"
+        ),
+        "at least 80 % of the workers' idle time is used for training": claims.at_least(
+            "trained_of_idle", 0.8, system="tlt"
+        ),
+        "paper: whole steps 1.7 times as fast": claims.at_least(
+            "times_faster", 1.7, system="tlt"
+        ),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

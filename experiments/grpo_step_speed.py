@@ -21,16 +21,19 @@ Target: at least 3 times faster than TRL and than Tunix.
 """
 
 import argparse
-import pathlib
-import tempfile
+import contextlib
+import functools
 
-from experiments.lab import harness, prompts
+from experiments.lab import claims, experiment, paired, prompts, provenance, tables
 
-SLUG = "grpo_step_speed"
 OURS = "tlt_jax"
 OUR_SCRIPT = "run_tlt_jax_grpo.py"
 PEERS = {"trl": "run_trl.py", "tunix": "run_tunix.py"}
 LENGTHS = ("fixed", "natural")
+METRICS = {
+    **dict.fromkeys(("step_s", "steady_step_s", "generate_s", "update_s"), "lower"),
+    "step_tokens_per_s": "higher",
+}
 WARMUPS = 1
 LEARNING_RATE = 1e-6
 NUM_SAMPLES = 4
@@ -38,31 +41,16 @@ LOAD_TIMEOUT_S = 900.0
 RUN_TIMEOUT_S = 1800.0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = harness.argument_parser(__doc__, PEERS)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--lengths", default=",".join(LENGTHS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--one-at-a-time",
-        action="store_true",
-        help="load a system for its turn only: where memory does not hold all",
-    )
-    options = parser.parse_args(arguments)
-    options.lengths = options.lengths.split(",")
-    if unknown := set(options.lengths) - set(LENGTHS):
-        raise ValueError(
-            f"--lengths names {', '.join(sorted(unknown))}; known are "
-            f"{', '.join(LENGTHS)}."
-        )
-    return options
+def check(options: argparse.Namespace) -> None:
+    """Finds the systems, and the cases."""
+    options.lengths = experiment.known(options.lengths, LENGTHS, "lengths")
+    options.systems = paired.systems_of(OURS, OUR_SCRIPT, PEERS, options)
 
 
-def load_request(options: argparse.Namespace) -> harness.Row:
+def load_request(options: argparse.Namespace) -> tables.Row:
     """Returns what every runner is told when it loads."""
     return {
-        **harness.model_request(options),
+        **paired.model_request(options),
         "prompts": prompts.ARITHMETIC,
         "num_samples": NUM_SAMPLES,
         "max_new_tokens": options.max_new_tokens,
@@ -72,11 +60,30 @@ def load_request(options: argparse.Namespace) -> harness.Row:
     }
 
 
-def measurement(runners: dict[str, harness.Runner]):
-    """Returns the function that asks one system for one step."""
+def load(
+    options: argparse.Namespace,
+    closing: contextlib.ExitStack,
+    record: provenance.Provenance,
+) -> dict:
+    """Loads the systems; returns their runners."""
+    loaded = paired.started(
+        options.systems,
+        load_request(options),
+        LOAD_TIMEOUT_S,
+        one_at_a_time=options.one_at_a_time,
+    )
+    runners, versions = closing.enter_context(loaded)
+    record.record["versions"] |= versions
+    return runners
 
-    def measure(name: str, case: harness.Row, number: int) -> harness.Row:
-        answer = runners[name].ask(
+
+def measure(
+    options: argparse.Namespace, context: dict, cell: tables.Cell
+) -> list[tables.Row]:
+    """Asks all systems for steps of one case, in turns."""
+
+    def ask(name, case, number):
+        answer = context[name].ask(
             "run",
             timeout_s=RUN_TIMEOUT_S,
             seed=1000 + number,
@@ -96,59 +103,53 @@ def measurement(runners: dict[str, harness.Runner]):
             "step_tokens_per_s": tokens / answer["step_s"],
         }
 
-    return measure
+    # A system that is loaded for its turn warms up in it.
+    warmups = 0 if options.one_at_a_time else WARMUPS
+    return paired.run_paired(
+        list(context), [cell.overrides], ask, rounds=options.rounds, warmups=warmups
+    )
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    request = load_request(options)
-    peers = harness.choose_peers(PEERS, options.peers, options.peer_python)
-    systems = [harness.our_system(OURS, OUR_SCRIPT), *peers]
-    cases = [{"lengths": lengths} for lengths in options.lengths]
-    settings = {
+EXPERIMENT = experiment.Experiment(
+    slug="grpo_step_speed",
+    text=__doc__,
+    title="a GRPO step beside peers",
+    needs="--model-dir=DIR --peers=trl,tunix",
+    larger=experiment.both("--model-dir=DIR --peers=trl,tunix --max-new-tokens=1024"),
+    options=(
+        *paired.options_of(PEERS),
+        *experiment.plain(max_new_tokens=128, rounds=3),
+        *experiment.plain(recorded=False, lengths=",".join(LENGTHS)),
+        experiment.Option(
+            "one-at-a-time",
+            False,
+            "load a system for its turn only: where memory does not hold all",
+        ),
+    ),
+    check=check,
+    settings=lambda options: {
         "scale": options.scale,
         "dtype": "float32",
         "prompts": prompts.ARITHMETIC,
         "num_samples": NUM_SAMPLES,
-        "max_new_tokens": options.max_new_tokens,
         "learning_rate": LEARNING_RATE,
         "kl": 0.0,
-        "cases": cases,
-        "rounds": options.rounds,
-        "one_at_a_time": options.one_at_a_time,
-        "systems": [system.name for system in systems],
-    }
-    # A system that is loaded for its turn warms up in it.
-    warmups = 0 if options.one_at_a_time else WARMUPS
-    with tempfile.TemporaryDirectory() as log_dir:
-        with harness.loaded(
-            systems,
-            pathlib.Path(log_dir),
-            request,
-            LOAD_TIMEOUT_S,
-            one_at_a_time=options.one_at_a_time,
-        ) as (runners, versions):
-            provenance = harness.Provenance(SLUG, settings, versions)
-            rows = harness.run_paired(
-                list(runners),
-                cases,
-                measurement(runners),
-                rounds=options.rounds,
-                warmups=warmups,
-            )
-    metrics = {
-        "step_s": "lower",
-        "steady_step_s": "lower",
-        "generate_s": "lower",
-        "update_s": "lower",
-        "step_tokens_per_s": "higher",
-    }
-    summary = harness.summarise(
-        rows, case_keys=("lengths",), metrics=metrics, reference=OURS
-    )
-    harness.write_results(options, SLUG, rows, summary, provenance)
-    return summary
+        "cases": [{"lengths": lengths} for lengths in options.lengths],
+        "systems": [system.name for system in options.systems],
+    },
+    context=load,
+    cells=lambda cases: [tables.Cell(case, None) for case in cases],
+    measure=measure,
+    summary=functools.partial(
+        paired.summarise, case_keys=("lengths",), metrics=METRICS, reference=OURS
+    ),
+    claims={
+        "3 times TRL's GRPO step, compilation apart": claims.at_least(
+            "steady_step_s/times", 3.0, system="trl"
+        ),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

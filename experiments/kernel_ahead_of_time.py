@@ -13,11 +13,7 @@ jax's own kernels stand beside ours where they take the arguments (`kernel_peers
 No time is measured: `bound_us` is that least by the chip's bandwidth.
 """
 
-import argparse
-import csv
 import functools
-import importlib.metadata
-import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import ahead_of_time, kernel_peers
-from experiments.lab import harness
+from experiments.lab import experiment, tables
 from tlt_jax.pallas_kernels.verify_attention import (
     api,
     arg_specs,
@@ -37,12 +33,7 @@ from tlt_jax.pallas_kernels.verify_attention import (
 )
 from tlt_jax.runtime import sharding
 
-SLUG = "kernel_ahead_of_time"
 OURS = "ours"
-UNMEASURED = (
-    "Bytes and operations are by the compiler's account (for jax's own kernels partly "
-    "by their source), beside the least that there can be. Device time is unmeasured."
-)
 # A described slice, and the kind of its devices.
 CHIPS = {
     "v5e": ("v5e:2x2", "TPU v5 lite"),
@@ -80,7 +71,7 @@ def our_call(spec: arg_specs.ArgSpec) -> tuple[Callable[..., Any], Any]:
 
 def measure(
     spec: arg_specs.ArgSpec, chip: str, implementation: str = OURS
-) -> harness.Row | None:
+) -> tables.Row | None:
     """Compiles one argument set for one chip; returns its row of the table.
 
     None: the implementation does not take the arguments.
@@ -121,52 +112,41 @@ def measure(
     }
 
 
-def read(path: pathlib.Path) -> list[dict[str, str]]:
-    """Returns the rows of a table that was written before."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def measure_cell(context: None, cell: tables.Cell) -> list[tables.Row]:
+    """Compiles one argument set for one chip, ours and jax's own kernels."""
+    del context  # No device is looked for.
+    spec = arg_specs.by_name(cell["arguments"])
+    found = [measure(spec, cell["chip"], name) for name in (OURS, *kernel_peers.PEERS)]
+    return [row for row in found if row]
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the rows that it made."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    harness.add_options(parser)
-    parser.add_argument("--chips", default=",".join(CHIPS))
-    named = ",".join(spec.name for spec in arg_specs.LARGE)
-    parser.add_argument("--arguments", default=named, help="names of arg_specs")
-    options = parser.parse_args(arguments)
-    chips = options.chips.split(",")
-    unknown = [chip for chip in chips if chip not in CHIPS]
-    if unknown:
-        parser.error(f"--chips names {', '.join(unknown)}; known: {', '.join(CHIPS)}.")
-    specs = [arg_specs.by_name(name) for name in options.arguments.split(",")]
-    # Nothing runs; without this jax would look for the TPU that libtpu promises.
-    jax.config.update("jax_platforms", "cpu")
-    ahead_of_time.use_compilation_cache(False)
-    ahead_of_time.described_devices(CHIPS[chips[0]][0])
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
-    }
-    out = harness.folder_of(options)
-    settings = {"chips": chips, "arguments": [spec.name for spec in specs]}
-    provenance = harness.Provenance(SLUG, settings, versions)
-    rows = []
-    for chip in chips:
-        for spec in specs:
-            for implementation in (OURS, *kernel_peers.PEERS):
-                made = measure(spec, chip, implementation)
-                rows += [made] if made else []
-            harness.write_csv(out / f"{SLUG}.csv", rows)
-            provenance.write(out / f"{SLUG}.json")
-    shown = ("chip", "arguments", "implementation", "minimal_bytes", "bytes_accessed")
-    shown += ("bytes_ratio", "minimal_flops", "flops", "flops_ratio", "temp_bytes")
-    print(harness.format_table([{k: row.get(k) for k in shown} for row in rows]))
-    print(UNMEASURED)
-    return rows
+EXPERIMENT = experiment.Experiment(
+    slug="kernel_ahead_of_time",
+    text=__doc__,
+    title="attention kernels compiled for TPUs",
+    options=(
+        experiment.Option("chips", ",".join(CHIPS)),
+        experiment.Option(
+            "arguments",
+            ",".join(spec.name for spec in arg_specs.LARGE),
+            "names of arg_specs",
+        ),
+    ),
+    settings=lambda options: {
+        "chips": experiment.known(options.chips, CHIPS, "chips"),
+        "arguments": [
+            arg_specs.by_name(name).name for name in options.arguments.split(",")
+        ],
+    },
+    context=ahead_of_time.without_devices,
+    cells=lambda chips, arguments: [
+        tables.Cell({"chip": chip, "arguments": name}, None)
+        for chip in chips
+        for name in arguments
+    ],
+    measure=measure_cell,
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -12,37 +12,20 @@ long responses keep most devices waiting; here of whatever was run.
 
 import argparse
 import collections
-import importlib.metadata
 import pathlib
 
 import numpy as np
 
-from experiments.lab import cells, harness, plotting
+from experiments.lab import experiment, plotting, tables
 from experiments.simulation import workload
 from tlt_jax.workdir import metrics
 
-SLUG = "length_tail"
 STAGES = ("rollout", "drafter", "reward", "inference", "update", "sync")
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--workdirs", required=True, help="NAME=DIR, separated by commas"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=0, help="read the first ones only; 0: all"
-    )
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
 
 
 def columns_of(
     name: str, workdir: pathlib.Path, steps: int
-) -> tuple[harness.Row, list[int]]:
+) -> tuple[tables.Row, list[int]]:
     """Reads a run's first `steps` steps (0: all); returns its row and all lengths.
 
     Raises:
@@ -58,7 +41,7 @@ def columns_of(
     seconds = {s: sum(r.get(f"time/{s}_s", 0.0) for r in rows) for s in STAGES}
     total = sum(seconds.values())
     idle = [row["workers/idle_frac"] for row in rows if "workers/idle_frac" in row]
-    row: harness.Row = {"run": name, "steps": len(rows), "responses": len(lengths)}
+    row: tables.Row = {"run": name, "steps": len(rows), "responses": len(lengths)}
     row |= workload.tail(lengths)
     row |= {f"time/{stage}_s": value / len(rows) for stage, value in seconds.items()}
     row |= {f"frac/{stage}": value / total for stage, value in seconds.items()}
@@ -66,29 +49,34 @@ def columns_of(
     return row, lengths
 
 
-def counted(lengths: dict[str, list[int]]) -> list[harness.Row]:
-    """Counts the responses of each length, run by run."""
-    return [
+def measure(
+    options: argparse.Namespace, cell: tables.Cell
+) -> dict[str, list[tables.Row]]:
+    """Reads a run; counts its responses of each length."""
+    name = cell["run"]
+    workdir = experiment.parse_pairs(options.workdirs, "workdirs")[name]
+    row, lengths = columns_of(name, pathlib.Path(workdir), options.steps)
+    counted = [
         {"run": name, "tokens": tokens, "responses": count}
-        for name, found in lengths.items()
-        for tokens, count in sorted(collections.Counter(found).items())
+        for tokens, count in sorted(collections.Counter(lengths).items())
     ]
+    return {tables.ROWS: [row], "lengths": counted}
 
 
 def plot(
-    rows: list[harness.Row], lengths: list[harness.Row], path: pathlib.Path, stamp: str
-) -> None:
+    rows: list[tables.Row], lengths: list[tables.Row], stamp: str
+) -> plotting.Figure:
     """Draws who is left after how many tokens, and the stages' shares."""
     fig, (left, right) = plotting.panels(
         "Long tails, and where a step's time goes", 2, stamp
     )
-    names = list(dict.fromkeys(row["run"] for row in lengths))
+    names = tables.values(lengths, "run")
     for name, color, dash in zip(
         names, plotting.COLORS, ("-", "--", ":", "-.") * 2, strict=False
     ):
-        its = [row for row in lengths if row["run"] == name]
+        its = tables.where(lengths, run=name)
         ordered = np.repeat(
-            *([row[key] for row in its] for key in ("tokens", "responses"))
+            *(tables.column(its, key) for key in ("tokens", "responses"))
         )
         alive = 1 - np.arange(len(ordered)) / len(ordered)
         left.step(ordered, alive, dash, where="post", color=color, label=name)
@@ -97,9 +85,9 @@ def plot(
     left.set_xscale("log")
     left.set_ylim(0, 1)
     floor = np.zeros(len(rows))
-    names = [row["run"] for row in rows]
+    names = tables.column(rows, "run")
     for stage in STAGES:
-        values = np.array([row[f"time/{stage}_s"] for row in rows])
+        values = np.array(tables.column(rows, f"time/{stage}_s"))
         if values.sum() >= 0.005 * sum(
             sum(r[f"time/{s}_s"] for s in STAGES) for r in rows
         ):
@@ -107,29 +95,39 @@ def plot(
             right.bar(names, values, 0.6, floor, color=color, label=stage)
         floor += values
     right.set_ylabel("seconds of an RL step")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Reads the runs; returns the table that it also writes."""
-    options = parse_arguments(arguments)
-    given = harness.parse_pairs(options.workdirs, "workdirs")
-    settings = {"runs": sorted(given), "steps": options.steps}
-    provenance = harness.Provenance(
-        SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
-    )
-    rows, lengths = [], {}
-    for name, folder in given.items():
-        row, lengths[name] = columns_of(name, pathlib.Path(folder), options.steps)
-        rows.append(row)
-    out = harness.folder_of(options)
-    harness.write_csv(out / f"{SLUG}.csv", rows)
-    provenance.write(out / f"{SLUG}.json")
-    told = counted(lengths)
-    harness.write_csv(out / f"{SLUG}_lengths.csv", told)
-    plot(rows, told, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    print(harness.format_table(rows))
-    return rows
+EXPERIMENT = experiment.Experiment(
+    slug="length_tail",
+    text=__doc__,
+    title="response lengths and time split",
+    published="rollout about 85 % of a step",
+    needs="--workdirs=NAME=DIR",
+    larger=experiment.both("--workdirs=NAME=DIR"),
+    options=(
+        experiment.Option(
+            "workdirs",
+            "",
+            "NAME=DIR, separated by commas",
+            required=True,
+            recorded=False,
+        ),
+        experiment.Option("steps", 0, "read the first ones only; 0: all"),
+    ),
+    settings=lambda options: {
+        "runs": sorted(experiment.parse_pairs(options.workdirs, "workdirs")),
+    },
+    cells=lambda options: [
+        tables.Cell({"run": name}, None)
+        for name in experiment.parse_pairs(options.workdirs, "workdirs")
+    ],
+    measure=measure,
+    others=("lengths",),
+    is_derived=True,
+    plot=plot,
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ Reproduces: the paper's claim that speculation is lossless; here token by token.
 """
 
 import argparse
-import importlib.metadata
 
-from experiments.lab import cells, harness, small_runs
+from experiments.lab import claims, experiment, recipes, tables
 
-SLUG = "losslessness"
 RECIPE = "configs/tiny.py:count"
 OFF = "off"
 
 
 def _arm(strategy: str, **others: object) -> dict[str, object]:
-    return {**small_runs.DRAFTER, "specdec.strategies": (strategy,), **others}
+    return {**recipes.DRAFTER, "specdec.strategies": (strategy,), **others}
 
 
 ARMS: dict[str, dict[str, object]] = {
@@ -44,41 +42,46 @@ ARMS: dict[str, dict[str, object]] = {
 TEMPERATURES = {1.0: (), 0.6: (OFF, "ngram", "chain of 4", "tree of 8")}
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=RECIPE)
-    parser.add_argument("--arms", default="", help="names, separated by semicolons")
-    parser.add_argument("--steps", type=int, default=10)
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
-
-
 def chosen_arms(text: str) -> list[str]:
     """Returns the arms asked for, `off` first.
 
     Raises:
       ValueError: one is not known.
     """
-    names = list(filter(None, text.split(";"))) or list(ARMS)
-    unknown = [name for name in names if name not in ARMS]
-    if unknown:
-        raise ValueError(f"--arms names {unknown}; known are {'; '.join(ARMS)}.")
+    names = experiment.known(text, ARMS, "arms", ";") or list(ARMS)
     return [OFF, *(name for name in names if name != OFF)]
 
 
-def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Runs the recipe with one arm at one temperature."""
+    temperature, arm = cell["sampling.temperature"], cell["arm"]
+    overrides = {
+        "num_steps": options.steps,
+        "seed": cell.seed,
+        "sampling.temperature": temperature,
+        **ARMS[arm],
+    }
+    return [
+        {
+            "temperature": temperature,
+            "arm": arm,
+            "step": row["step"],
+            "tokens": row["rollout/tokens"],
+            "tokens_digest": row["rollout/tokens_digest"],
+            "accept_length": row["specdec/accept_length"],
+            "decode_steps": row["rollout/decode_steps"],
+            "mismatch": row["mismatch/logprob_max_abs"],
+        }
+        for row in recipes.run(options.config, overrides)
+    ]
+
+
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Counts steps whose tokens are others than without speculation."""
     off = {
         (r["temperature"], r["step"]): r["tokens_digest"]
-        for r in rows
-        if r["arm"] == OFF
+        for r in tables.where(rows, arm=OFF)
     }
-    groups: dict[tuple, list[harness.Row]] = {}
-    for row in rows:
-        groups.setdefault((row["temperature"], row["arm"]), []).append(row)
     return [
         {
             "temperature": temperature,
@@ -92,50 +95,43 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
             "target_steps": sum(r["decode_steps"] for r in its),
             "mismatch_max": max(r["mismatch"] for r in its),
         }
-        for (temperature, arm), its in groups.items()
+        for (temperature, arm), its in tables.groups(rows, "temperature", "arm").items()
     ]
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    names = chosen_arms(options.arms)
-    settings = {"config": options.config, "steps": options.steps, "arms": names}
-    versions = {"jax": importlib.metadata.version("jax")}
-    provenance = harness.Provenance(SLUG, settings, versions)
+def _equal(rows: claims.Rows) -> claims.Finding:
+    differing = sum(row["steps_differing"] for row in rows)
+    tokens = sum(row["tokens"] for row in rows)
+    return not differing, (
+        f"{len(rows)} arms, {tokens} tokens: {differing} steps differ"
+    )
 
-    def measure(cell):
-        temperature, arm = cell.overrides["sampling.temperature"], cell.overrides["arm"]
-        overrides = {
-            "num_steps": options.steps,
-            "seed": cell.seed,
-            "sampling.temperature": temperature,
-            **ARMS[arm],
-        }
-        return [
-            {
-                "temperature": temperature,
-                "arm": arm,
-                "step": row["step"],
-                "tokens": row["rollout/tokens"],
-                "tokens_digest": row["rollout/tokens_digest"],
-                "accept_length": row["specdec/accept_length"],
-                "decode_steps": row["rollout/decode_steps"],
-                "mismatch": row["mismatch/logprob_max_abs"],
-            }
-            for row in small_runs.run(options.config, overrides)
-        ]
 
-    wanted = [
-        cells.Cell({"sampling.temperature": temperature, "arm": arm})
+EXPERIMENT = experiment.Experiment(
+    slug="losslessness",
+    text=__doc__,
+    title="tokens with speculation on and off, over arms",
+    larger=experiment.recipes(),
+    options=(
+        *experiment.plain(config=RECIPE, steps=10),
+        experiment.Option("arms", "", "names, separated by semicolons"),
+    ),
+    settings=lambda options: {
+        "arms": chosen_arms(options.arms),
+    },
+    cells=lambda arms: [
+        tables.Cell({"sampling.temperature": temperature, "arm": arm})
         for temperature, few in TEMPERATURES.items()
-        for arm in names
+        for arm in arms
         if not few or arm in few
-    ]
-    rows = cells.run(options, SLUG, provenance, wanted, measure)
-    summary = summary_of(rows)
-    harness.write_summary(options, SLUG, summary)
-    return summary
+    ],
+    measure=measure,
+    summary=summary_of,
+    claims={
+        "every arm draws the tokens of plain decoding": _equal,
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

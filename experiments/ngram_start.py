@@ -13,13 +13,10 @@ Reproduces: the paper's TLT-Base and its start with the model-free drafter, in k
 """
 
 import argparse
-import importlib.metadata
-import pathlib
 import statistics
 
-from experiments.lab import cells, drafter_runs, harness, plotting, small_runs
+from experiments.lab import claims, experiment, plotting, recipes, tables
 
-SLUG = "ngram_start"
 RECIPE = "configs/tiny.py:count"
 MATCHES = ("32:D4K1V5-ngram",)
 SYSTEMS = {
@@ -29,38 +26,46 @@ SYSTEMS = {
         "specdec.tuner": "static",
         "specdec.ngram_strategies": MATCHES,
     },
-    "drafter": small_runs.DRAFTER,
+    "drafter": recipes.DRAFTER,
     "matches, then drafter": {
-        **small_runs.DRAFTER,
+        **recipes.DRAFTER,
         "specdec.ngram_strategies": MATCHES,
     },
 }
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=RECIPE)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument(
-        "--updates", type=int, default=12, help="of the drafter, after a rollout"
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
-
-
-def run(options: argparse.Namespace, overrides: dict[str, object]) -> list[harness.Row]:
+def run(options: argparse.Namespace, overrides: dict[str, object]) -> list[tables.Row]:
     """Runs the recipe; a drafter learns after every rollout."""
     if overrides["specdec.mode"] != "tlt":
-        return small_runs.run(options.config, overrides)
-    settings = drafter_runs.settings_of(options.config, overrides, options.updates)
-    return drafter_runs.run(settings, lambda number: True)
+        return recipes.run(options.config, overrides)
+    settings = recipes.planned_settings(options.config, overrides, options.updates)
+    return recipes.run_planned(settings, lambda number: True)
 
 
-def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Runs the recipe one of the ways."""
+    system = cell["system"]
+    overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
+    rows, ready = [], 0
+    for row in run(options, overrides):
+        rows.append(
+            {
+                "system": system,
+                "seed": cell.seed,
+                "step": row["step"],
+                "tokens": row["rollout/tokens"],
+                "tokens_digest": row["rollout/tokens_digest"],
+                "row_steps": row["rollout/row_steps"],
+                "accept_length": row["specdec/accept_length"],
+                "ready": ready,
+            }
+        )
+        # Known at the end of a step, it holds for the next one's rollout.
+        ready = row.get("drafter/ready", 0)
+    return rows
+
+
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Sums row-steps by system, in all and before any drafter was ready.
 
     `/min` and `/max` are those of single seeds.
@@ -69,13 +74,12 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     early = [r for r in rows if (r["seed"], r["step"]) not in ready]
     plain = {
         (r["seed"], r["step"]): r["tokens_digest"]
-        for r in rows
-        if r["system"] == "plain"
+        for r in tables.where(rows, system="plain")
     }
     summary = []
     for system in SYSTEMS:
-        its = [r for r in rows if r["system"] == system]
-        first = [r for r in early if r["system"] == system]
+        its = tables.where(rows, system=system)
+        first = tables.where(early, system=system)
         summary.append(
             {
                 "system": system,
@@ -92,10 +96,9 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     return summary
 
 
-def _rates(name: str, rows: list[harness.Row]) -> harness.Row:
+def _rates(name: str, rows: list[tables.Row]) -> tables.Row:
     """Of all rows, and of the seed with the least and with the most."""
-    seeds = dict.fromkeys(r["seed"] for r in rows)
-    each = [_rate([r for r in rows if r["seed"] == seed]) for seed in seeds]
+    each = map(_rate, tables.groups(rows, "seed").values())
     found = [rate for rate in each if rate is not None]
     return {
         name: _rate(rows),
@@ -104,75 +107,56 @@ def _rates(name: str, rows: list[harness.Row]) -> harness.Row:
     }
 
 
-def _rate(rows: list[harness.Row]) -> float | None:
+def _rate(rows: list[tables.Row]) -> float | None:
     steps = sum(r["row_steps"] for r in rows)
     return sum(r["tokens"] for r in rows) / steps if steps else None
 
 
-def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws tokens per row-step over RL steps."""
     fig, axes = plotting.figure(
         "Before the drafter is ready", "RL step", "tokens per row and step", stamp
     )
     for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
-        by_step: dict[int, list[float]] = {}
-        for r in rows:
-            if r["system"] == system:
-                rate = r["tokens"] / r["row_steps"]
-                by_step.setdefault(r["step"], []).append(rate)
-        steps, rates = list(by_step), list(by_step.values())
+        by_step = tables.groups(tables.where(rows, system=system), "step")
+        steps = [step for (step,) in by_step]
+        rates = [
+            [r["tokens"] / r["row_steps"] for r in its] for its in by_step.values()
+        ]
         means = [statistics.mean(values) for values in rates]
         axes.plot(steps, means, "o-", markersize=3, color=color, label=system)
         least, most = [min(values) for values in rates], [max(v) for v in rates]
         axes.fill_between(steps, least, most, color=color, alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0)
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    settings = {
-        "config": options.config,
-        "steps": options.steps,
-        "updates": options.updates,
-        "systems": SYSTEMS,
-    }
-    versions = {"jax": importlib.metadata.version("jax")}
-    provenance = harness.Provenance(SLUG, settings, versions)
-
-    def measure(cell):
-        system = cell.overrides["system"]
-        overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
-        rows, ready = [], 0
-        for row in run(options, overrides):
-            rows.append(
-                {
-                    "system": system,
-                    "seed": cell.seed,
-                    "step": row["step"],
-                    "tokens": row["rollout/tokens"],
-                    "tokens_digest": row["rollout/tokens_digest"],
-                    "row_steps": row["rollout/row_steps"],
-                    "accept_length": row["specdec/accept_length"],
-                    "ready": ready,
-                }
-            )
-            # Known at the end of a step, it holds for the next one's rollout.
-            ready = row.get("drafter/ready", 0)
-        return rows
-
-    wanted = [
-        cells.Cell({"system": system}, seed)
-        for seed in range(options.seeds)
-        for system in SYSTEMS
-    ]
-    rows = cells.run(options, SLUG, provenance, wanted, measure)
-    summary = summary_of(rows)
-    out = harness.folder_of(options)
-    harness.write_summary(options, SLUG, summary)
-    plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+EXPERIMENT = experiment.Experiment(
+    slug="ngram_start",
+    text=__doc__,
+    title="suffix matches before the drafter is ready",
+    published="TLT-Base",
+    larger=experiment.recipes(),
+    options=(
+        *experiment.plain(config=RECIPE, steps=12),
+        experiment.Option("updates", 12, "of the drafter, after a rollout"),
+        experiment.seeds(3),
+    ),
+    constants={"systems": SYSTEMS},
+    cells={"system": SYSTEMS},
+    measure=measure,
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "before the drafter is ready suffix matches give more tokens a step than "
+        "none": claims.in_order(
+            "early_tokens_per_row_step",
+            "system",
+            ("drafter", "matches, then drafter"),
+        ),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -14,18 +14,15 @@ in kind: there costs differ, here they are equal; the target counts and is no LL
 """
 
 import argparse
-import importlib.metadata
 import pathlib
-import runpy
 import statistics
 import tempfile
 
-from experiments.lab import cells, harness, plotting
+from experiments.lab import claims, experiment, plotting, recipes, tables
 from tlt_jax import train_drafter
 from tlt_jax.runtime import compile_cache
 from tlt_jax.settings import drafter_run
 
-SLUG = "objectives"
 RECIPE = "configs/tiny_drafter.py"
 # Unrolled steps of an update, as `training.objectives.preset` has them.
 UNROLLED = {"eagle": 1, "hass": 3, "eagle3": 7}
@@ -39,24 +36,10 @@ CASES = {
 }
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=RECIPE)
-    parser.add_argument(
-        "--unrolled", type=int, default=420, help="unrolled steps that each may take"
-    )
-    parser.add_argument("--seeds", type=int, default=2)
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
-
-
-def run_of(options: argparse.Namespace, cell: cells.Cell) -> drafter_run.DrafterRun:
+def run_of(options: argparse.Namespace, cell: tables.Cell) -> drafter_run.DrafterRun:
     """Returns a case's recipe."""
-    recipe = runpy.run_path(options.config)["get_config"]()
-    case = CASES[cell.overrides["case"]]
+    recipe = recipes.recipe_of(options.config)
+    case = CASES[cell["case"]]
     updates = max(options.unrolled // UNROLLED[case["objective.name"]], 1)
     recipe.update_from_flattened_dict(
         {
@@ -73,15 +56,16 @@ def run_of(options: argparse.Namespace, cell: cells.Cell) -> drafter_run.Drafter
     return drafter_run.load(recipe.to_dict())
 
 
-def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Trains a drafter and measures it."""
+    compile_cache.enable()
     run = run_of(options, cell)
     with tempfile.TemporaryDirectory() as folder:
         found = train_drafter.train(run, pathlib.Path(folder))
-    case = CASES[cell.overrides["case"]]
+    case = CASES[cell["case"]]
     return [
         {
-            "case": cell.overrides["case"],
+            "case": cell["case"],
             "seed": cell.seed,
             "updates": run.num_steps,
             "unrolled": run.num_steps * UNROLLED[case["objective.name"]],
@@ -92,21 +76,18 @@ def measure(options: argparse.Namespace, cell: cells.Cell) -> list[harness.Row]:
     ]
 
 
-def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Takes medians over seeds."""
-    groups: dict[str, list[harness.Row]] = {}
-    for row in rows:
-        groups.setdefault(str(row["case"]), []).append(row)
     summary = []
-    for case, its in groups.items():
-        entry: harness.Row = {
+    for (case,), its in tables.groups(rows, "case").items():
+        entry: tables.Row = {
             "case": case,
             "seeds": len(its),
             "updates": its[0]["updates"],
             "unrolled": its[0]["unrolled"],
         }
         for ranking in ("coupled", "deterministic"):
-            values = [row[f"accept_length/{ranking}"] for row in its]
+            values = tables.column(its, f"accept_length/{ranking}")
             entry[f"accept_length/{ranking}"] = statistics.median(values)
             entry[f"accept_length/{ranking}/min"] = min(values)
             entry[f"accept_length/{ranking}/max"] = max(values)
@@ -114,7 +95,7 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     return summary
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws accept lengths by objective."""
     fig, axes = plotting.figure(
         "Drafter objectives at equal cost", "accept length", "", stamp
@@ -136,33 +117,33 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     names = [f"{r['case']} ({r['updates']} updates)" for r in reversed(summary)]
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(left=1)
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    compile_cache.enable()
-    settings = {
-        "config": options.config,
-        "unrolled": options.unrolled,
-        "cases": CASES,
-    }
-    versions = {"jax": importlib.metadata.version("jax")}
-    provenance = harness.Provenance(SLUG, settings, versions)
-    wanted = [
-        cells.Cell({"case": case}, seed)
-        for seed in range(options.seeds)
-        for case in CASES
-    ]
-    rows = cells.run(
-        options, SLUG, provenance, wanted, lambda cell: measure(options, cell)
-    )
-    summary = summary_of(rows)
-    out = harness.folder_of(options)
-    harness.write_summary(options, SLUG, summary)
-    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+EXPERIMENT = experiment.Experiment(
+    slug="objectives",
+    text=__doc__,
+    title="objectives and losses at equal cost",
+    published="EAGLE 6.53 / 1x, HASS 6.67 / 3x, EAGLE-3 6.83 / 7x",
+    larger=experiment.both("--config=configs/smollm2_drafter.py --unrolled=8400"),
+    options=(
+        experiment.Option("config", RECIPE),
+        experiment.Option("unrolled", 420, "unrolled steps that each may take"),
+        experiment.seeds(2),
+    ),
+    constants={"cases": CASES},
+    cells={"case": CASES},
+    measure=measure,
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "paper: EAGLE-3 ahead of HASS ahead of EAGLE (here at equal "
+        "cost)": claims.in_order(
+            "accept_length/coupled", "case", ("eagle", "hass", "eagle3")
+        ),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

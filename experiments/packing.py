@@ -13,38 +13,31 @@ The paper's figures: 13.3 and 29.6 samples a second, 2.2 times.
 """
 
 import argparse
-import importlib.metadata
-import pathlib
+import functools
 import time
 from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.lab import harness, plotting, random_drafter
+from experiments.lab import claims, experiment, paired, plotting, random_drafter, tables
 from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import layout as text_layout
 from tlt_jax.specdec.training import unroll
 
-SLUG = "packing"
 SYSTEMS = ("packed", "longest", "padded")
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    harness.add_options(parser)
-    parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument("--draft-vocab", type=int, default=8192)
-    parser.add_argument("--num-texts", type=int, default=48)
-    parser.add_argument("--median-response", type=int, default=64)
-    parser.add_argument("--row-tokens", type=int, default=512)
-    parser.add_argument("--num-rows", type=int, default=4)
-    parser.add_argument("--round-to", type=int, default=128)
-    parser.add_argument("--unroll", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    return parser.parse_args(arguments)
+OPTIONS = (
+    *experiment.plain(
+        target="smollm2-135m",
+        draft_vocab=8192,
+        num_texts=48,
+        median_response=64,
+        row_tokens=512,
+        num_rows=4,
+        round_to=128,
+        unroll=2,
+        rounds=5,
+    ),
+)
 
 
 def make_texts(
@@ -109,7 +102,7 @@ class Epochs:
             rows += [[]] * (options.num_rows - len(rows))
             yield text_layout.lay_out(self.texts, rows, **sizes)
 
-    def measure(self, layout: str) -> harness.Row:
+    def measure(self, layout: str) -> tables.Row:
         """Trains one epoch."""
         columns = full = 0
         predictions = 0.0
@@ -145,7 +138,7 @@ class Epochs:
         return span
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws texts per second."""
     fig, axes = plotting.figure(
         "Drafter training, packed against padded",
@@ -156,43 +149,50 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     rows = {row["system"]: row for row in summary}
     names = [name for name in SYSTEMS if name in rows]
     plotting.bars(axes, names, [rows[n] for n in names], "texts_per_s", "%.1f")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    random_drafter.check([options.target], "target")
-    epochs = Epochs(options)
-    lengths = epochs.texts.lengths
-    settings = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in ("scale", "out")
-    }
-    shape = random_drafter.SHAPES[options.target]
-    quantiles = np.quantile(lengths, (0.5, 0.95, 1.0)).tolist()
-    provenance = harness.Provenance(
-        SLUG,
-        settings | {"shape": shape, "text_tokens_p50_p95_max": quantiles},
-        {name: importlib.metadata.version(name) for name in ("jax", "optax")},
-    )
-    rows = harness.run_paired(
+EXPERIMENT = experiment.Experiment(
+    slug="packing",
+    text=__doc__,
+    title="packing",
+    published="13.3 -> 29.6 samples/s",
+    larger=experiment.both(
+        "--target=qwen2.5-1.5b --draft-vocab=32000 --row-tokens=4096"
+    ),
+    options=OPTIONS,
+    check=lambda options: random_drafter.check([options.target], "target"),
+    settings=lambda options, context: {
+        "shape": random_drafter.SHAPES[options.target],
+        "text_tokens_p50_p95_max": np.quantile(
+            context.texts.lengths, (0.5, 0.95, 1.0)
+        ).tolist(),
+    },
+    context=lambda options: Epochs(options),
+    cells=lambda target: [tables.Cell({"target": target}, None)],
+    measure=lambda options, context, cell: paired.run_paired(
         SYSTEMS,
-        [{"target": options.target}],
-        lambda name, case, number: epochs.measure(name),
+        [cell.overrides],
+        lambda name, case, number: context.measure(name),
         rounds=options.rounds,
         warmups=1,
-    )
-    names = ("texts_per_s", "texts_per_cpu_s", "fill_frac")
-    metrics = dict.fromkeys(names, "higher")
-    summary = harness.summarise(
-        rows, case_keys=["target"], metrics=metrics, reference="packed"
-    )
-    harness.write_results(options, SLUG, rows, summary, provenance)
-    out = harness.folder_of(options)
-    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+    ),
+    summary=functools.partial(
+        paired.summarise,
+        case_keys=["target"],
+        metrics=dict.fromkeys(
+            ("texts_per_s", "texts_per_cpu_s", "fill_frac"), "higher"
+        ),
+        reference="packed",
+    ),
+    plot=plot,
+    claims={
+        "paper: packing trains at least 2 times the texts per second": claims.at_least(
+            "texts_per_s/times", 2.0, system="longest"
+        ),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -17,37 +17,33 @@ compilation apart, against TRL and Tunix. The range is that of the rounds' worst
 import argparse
 import json
 import pathlib
-from collections.abc import Sequence
 
 from experiments import decode_speed, grpo_step_speed
-from experiments.lab import cells, harness, plotting
+from experiments.lab import experiment, paired, plotting, provenance, tables
 
-SLUG = "peers_side_by_side"
 OURS = "tlt_jax"
-DECODE, STEP = decode_speed.SLUG, grpo_step_speed.SLUG
+DECODE, STEP = "decode_speed", "grpo_step_speed"
 # Steps first: of theirs nobody knows beforehand whether memory will do.
 MEASURED = {STEP: grpo_step_speed, DECODE: decode_speed}
+KNOWN = {**decode_speed.PEERS, **grpo_step_speed.PEERS}
+# The column before `/median` and `/times`, and the one that tells cases apart.
+METRICS = {DECODE: ("tokens_per_s", "batch"), STEP: ("steady_step_s", "lengths")}
+_SETTINGS = ("rounds", "step_rounds", "batches", "lengths")
+_OF_THE_MACHINE = ("device", "cpu_model", "num_cpus", "platform")
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    known = {**decode_speed.PEERS, **grpo_step_speed.PEERS}
-    parser = harness.argument_parser(__doc__, known)
-    parser.add_argument("--rounds", type=int, default=3, help="of decoding")
-    parser.add_argument("--step-rounds", type=int, default=2, help="of GRPO steps")
-    parser.add_argument("--batches", default="1,8,32", help="of decoding")
-    parser.add_argument("--lengths", default="fixed,natural", help="of GRPO steps")
-    options = parser.parse_args(arguments)
+def check(options: argparse.Namespace) -> None:
+    """Refuses names that neither experiment knows."""
     if options.peers:
-        # Refuses names that neither experiment knows.
-        harness.choose_peers(known, options.peers, options.peer_python)
-    return options
+        paired.choose_peers(KNOWN, options.peers, options.peer_python)
 
 
-def commands_of(options: argparse.Namespace) -> dict[str, list[str]]:
+def commands_of(
+    options: argparse.Namespace, folder: pathlib.Path
+) -> dict[str, list[str]]:
     """Returns what the experiments that measure are told, by name."""
     asked = options.peers.split(",")
-    pythons = harness.parse_pairs(options.peer_python, "peer-python")
+    pythons = experiment.parse_pairs(options.peer_python, "peer-python")
     own = {
         DECODE: [f"--batches={options.batches}", f"--rounds={options.rounds}"],
         STEP: [
@@ -61,7 +57,7 @@ def commands_of(options: argparse.Namespace) -> dict[str, list[str]]:
         peers = [peer for peer in asked if peer in module.PEERS]
         chosen = ",".join(f"{p}={pythons[p]}" for p in peers if p in pythons)
         commands[name] = [
-            *(f"--scale={options.scale}", f"--out={harness.folder_of(options)}"),
+            *(f"--scale={options.scale}", f"--out={folder}", "--again"),
             f"--model-dir={options.model_dir}",
             *(f"--peers={','.join(peers)}", f"--peer-python={chosen}"),
             *own[name],
@@ -69,24 +65,49 @@ def commands_of(options: argparse.Namespace) -> dict[str, list[str]]:
     return commands
 
 
-def rows_of(
-    experiment: str,
-    rows: Sequence[harness.Row],
-    metric: str,
-    case: str,
-) -> list[harness.Row]:
-    """Reduces a summary to how many times as fast ours is.
+def read(
+    options: argparse.Namespace, folder: pathlib.Path
+) -> dict[str, tuple[list[tables.Row], dict]]:
+    """Measures if asked to; returns both summaries, and their records.
 
-    Args:
-      experiment: whose summary.
-      rows: its rows, ours among them.
-      metric: the column before `/median` and `/times`.
-      case: the column that tells cases apart.
+    Raises:
+      ValueError: one of them is not there.
     """
-    ours = {row[case]: row[f"{metric}/median"] for row in rows if row["system"] == OURS}
+    source = experiment.RESULTS_DIR / options.scale
+    if options.peers:
+        source = folder
+        for name, command in commands_of(options, folder).items():
+            MEASURED[name].main(command)
+    found = {}
+    for name in METRICS:
+        path = tables.path_of(source, name, "summary")
+        if not path.exists():
+            raise ValueError(
+                f"{path.name} is not in {source.name}: make it with python "
+                f"-m experiments.{name} --scale={options.scale} --peers=..."
+            )
+        told = json.loads((source / f"{name}.json").read_text("utf-8"))
+        found[name] = tables.read(path), told
+    return found
+
+
+def measure(
+    context: dict, record: provenance.Provenance, cell: tables.Cell
+) -> list[tables.Row]:
+    """Reduces a summary to how many times as fast ours is."""
+    name = cell["experiment"]
+    rows, told = context[name]
+    # Its figures are of the machine that they were measured on.
+    record.record |= {key: told[key] for key in _OF_THE_MACHINE if key in told}
+    if name == DECODE:
+        rows = tables.where(rows, temperature=0)
+    metric, case = METRICS[name]
+    ours = {
+        row[case]: row[f"{metric}/median"] for row in tables.where(rows, system=OURS)
+    }
     return [
         {
-            "experiment": experiment,
+            "experiment": name,
             "case": f"{case} {row[case]}",
             "peer": row["system"],
             "metric": metric,
@@ -101,7 +122,7 @@ def rows_of(
     ]
 
 
-def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws a panel for each experiment, a row for each peer and case."""
     titles = {
         DECODE: "greedy decoding, by tokens per second",
@@ -111,10 +132,10 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     fig, panels = plotting.panels(
         "How many times as fast ours is", len(present), stamp, width=5.4
     )
-    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    peers = tables.values(rows, "peer")
     colors = dict(zip(peers, plotting.COLORS, strict=False))
     for axes, name in zip(panels, present, strict=True):
-        its = [row for row in rows if row["experiment"] == name]
+        its = tables.where(rows, experiment=name)
         its.sort(key=lambda row: peers.index(row["peer"]))
         for place, row in enumerate(reversed(its)):
             value = row["times_faster"]
@@ -130,46 +151,40 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         axes.margins(x=0.15)
         axes.set_title(titles[name], loc="left", fontsize=10)
         axes.set_xlabel("times the peer's speed (black: down to the worst round)")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Measures if asked to, and reads both summaries; returns the table that it writes.
-
-    Raises:
-      ValueError: one of them is not there.
-    """
-    options = parse_arguments(arguments)
-    source, measured = harness.RESULTS_DIR / options.scale, {}
-    if options.peers:
-        source = harness.folder_of(options)
-        for name, command in commands_of(options).items():
-            MEASURED[name].main(command)
-        measured = {
-            name: getattr(options, name)
-            for name in ("rounds", "step_rounds", "batches", "lengths")
-        }
-    tables, records = {}, {}
-    for name in (DECODE, STEP):
-        path = source / f"{name}_summary.csv"
-        if not path.exists():
-            raise ValueError(
-                f"{path.name} is not in {source.name}: make it with python "
-                f"-m experiments.{name} --scale={options.scale} --peers=..."
-            )
-        tables[name] = cells.read(path)
-        record = json.loads((source / f"{name}.json").read_text("utf-8"))
-        records[name] = {key: record[key] for key in ("commit", "config_hash")}
-    greedy = [row for row in tables[DECODE] if row["temperature"] == 0]
-    rows = rows_of(DECODE, greedy, "tokens_per_s", "batch")
-    rows += rows_of(STEP, tables[STEP], "steady_step_s", "lengths")
-    provenance = harness.Provenance(SLUG, {"tables": records, **measured}, {})
-    out = harness.folder_of(options)
-    harness.write_csv(out / f"{SLUG}.csv", rows)
-    provenance.write(out / f"{SLUG}.json")
-    print(harness.format_table(rows))
-    plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return rows
+EXPERIMENT = experiment.Experiment(
+    slug="peers_side_by_side",
+    text=__doc__,
+    title="ours beside transformers, vLLM, TRL, Tunix in one run",
+    needs="--model-dir=DIR --peers=transformers,llamacpp,vllm,trl,tunix",
+    options=(
+        *paired.options_of(KNOWN),
+        experiment.Option("rounds", 3, "of decoding", recorded=False),
+        experiment.Option("step-rounds", 2, "of GRPO steps", recorded=False),
+        experiment.Option("batches", "1,8,32", "of decoding", recorded=False),
+        experiment.Option("lengths", "fixed,natural", "of GRPO steps", recorded=False),
+    ),
+    check=check,
+    settings=lambda options, context: {
+        "tables": {
+            name: {key: told[key] for key in ("commit", "config_hash")}
+            for name, (_, told) in context.items()
+        },
+        **(
+            {name: getattr(options, name) for name in _SETTINGS}
+            if options.peers
+            else {}
+        ),
+    },
+    context=read,
+    cells={"experiment": (DECODE, STEP)},
+    measure=measure,
+    is_derived=True,
+    plot=plot,
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

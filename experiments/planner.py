@@ -32,8 +32,14 @@ import sys
 import numpy as np
 
 from experiments import cluster_size
-from experiments.lab import harness
-from experiments.simulation import cluster_records, costs, published, rl_step, workload
+from experiments.lab import experiment, tables
+from experiments.simulation import (
+    cluster_records,
+    costs,
+    published,
+    rl_step,
+    workload,
+)
 from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -49,41 +55,35 @@ ASSUMPTIONS = """\
 """
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--device", default="h100", help=", ".join(costs.DEVICES))
-    add("--devices", type=int, default=64, help="of the whole cluster")
-    add("--tensor", type=int, default=1, help="devices of a worker")
-    add("--per-host", type=int, default=8, help="devices of a host")
-    add(
-        "--model",
-        default="qwen2.5-7b",
-        help=f"{', '.join(costs.MODELS)}, or a directory with config.json",
-    )
-    add("--num-prompts", type=int, default=128, help="of an RL step")
-    add("--group-size", type=int, default=8, help="responses of a prompt")
-    add("--prompt-tokens", type=int, default=512)
-    add("--max-tokens", type=int, default=32768, help="limit of a response")
-    add("--median", type=float, default=2000.0, help="tokens, of log-normal lengths")
-    add("--sigma", type=float, default=1.2, help="of their logarithms")
-    add("--lengths", default="", help="workdir whose rollouts' lengths are drawn")
-    add("--accept-length", type=float, default=0.0, help="default: as published")
-    add("--accept-depth", type=int, default=8, help="levels at which it is reached")
-    add("--stale-accept-length", type=float, default=0.0, help="0: it stays adapted")
-    add("--learned", type=float, default=0.01, help="0 to 1, of a drafter step")
-    add("--lost", type=float, default=0.2, help="0 to 1, of an update of the target")
-    add("--strategies", default="", help="ROWS:S,S;ROWS:S, for example 4:D7K1V8,D3K1V4")
-    add("--step-times", default="", help="CSV of measured seconds")
-    add("--max-rows", type=int, default=256, help="of a worker")
-    add("--steps", type=int, default=2, help="RL steps simulated")
-    add("--seed", type=int, default=0)
-    add("--assumptions", action="store_true", help="print what it rests on")
-    add("--out", type=pathlib.Path, help="a CSV of the table")
-    return parser.parse_args(arguments)
+OPTIONS = (
+    experiment.Option("device", "h100", ", ".join(costs.DEVICES)),
+    experiment.Option("devices", 64, "of the whole cluster"),
+    experiment.Option("tensor", 1, "devices of a worker"),
+    experiment.Option("per-host", 8, "devices of a host"),
+    experiment.Option(
+        "model",
+        "qwen2.5-7b",
+        f"{', '.join(costs.MODELS)}, or a directory with config.json",
+    ),
+    experiment.Option("num-prompts", 128, "of an RL step"),
+    experiment.Option("group-size", 8, "responses of a prompt"),
+    *experiment.plain(prompt_tokens=512, seed=0),
+    experiment.Option("max-tokens", 32768, "limit of a response"),
+    experiment.Option("median", 2000.0, "tokens, of log-normal lengths"),
+    experiment.Option("sigma", 1.2, "of their logarithms"),
+    experiment.Option("lengths", "", "workdir whose rollouts' lengths are drawn"),
+    experiment.Option("accept-length", 0.0, "default: as published"),
+    experiment.Option("accept-depth", 8, "levels at which it is reached"),
+    experiment.Option("stale-accept-length", 0.0, "0: it stays adapted"),
+    experiment.Option("learned", 0.01, "0 to 1, of a drafter step"),
+    experiment.Option("lost", 0.2, "0 to 1, of an update of the target"),
+    experiment.Option("strategies", "", "ROWS:S,S;ROWS:S, for example 4:D7K1V8,D3K1V4"),
+    experiment.Option("step-times", "", "CSV of measured seconds"),
+    experiment.Option("max-rows", 256, "of a worker"),
+    experiment.Option("steps", 2, "RL steps simulated"),
+    experiment.Option("assumptions", False, "print what it rests on"),
+    experiment.Option("out", None, "a CSV of the table", pathlib.Path),
+)
 
 
 def device_of(name: str) -> costs.Device:
@@ -331,7 +331,7 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
     )
 
 
-def plan(options: argparse.Namespace) -> list[harness.Row]:
+def plan(options: argparse.Namespace) -> list[tables.Row]:
     """Simulates every system; returns a row for each."""
     scenario = scenario_of(options)
     summary, reference = [], []
@@ -342,7 +342,7 @@ def plan(options: argparse.Namespace) -> list[harness.Row]:
     return summary
 
 
-def verdict(summary: list[harness.Row]) -> str:
+def verdict(summary: list[tables.Row]) -> str:
     """Says it in a sentence."""
     off, best = summary[0], max(summary, key=lambda row: row["times_faster"])
     bound = off["step_s"] / (off["step_s"] - off["rollout_s"])
@@ -360,20 +360,31 @@ def verdict(summary: list[harness.Row]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
+def plan_and_tell(options: argparse.Namespace) -> list[tables.Row]:
     """Plans; prints and returns the table."""
-    options = parse_arguments(arguments)
     try:
         summary = plan(options)
     except ValueError as error:
         sys.exit(f"planner: {error}")
-    print(harness.format_table(summary))
+    print(tables.shown(summary))
     print(verdict(summary))
     if options.assumptions:
         print(f"\nIt rests on this:\n{ASSUMPTIONS}")
     if options.out:
-        harness.write_csv(options.out, summary)
+        tables.write(options.out, summary)
     return summary
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="planner",
+    text=__doc__,
+    title="what speculation would bring on your cluster",
+    needs="--device=h100 --devices=64 --model=qwen2.5-7b --tensor=2",
+    options=OPTIONS,
+    run=plan_and_tell,
+    is_tool=True,
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

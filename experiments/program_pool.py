@@ -11,30 +11,23 @@ Nothing is taken from the compilation cache.
 """
 
 import argparse
-import contextlib
-import importlib.metadata
-import pathlib
-import tempfile
 
 import jax
 
-from experiments.lab import cells, harness, plotting, small_runs
-from tlt_jax import train
-from tlt_jax.workdir import progress
+from experiments.lab import claims, experiment, plotting, recipes, tables
 
-SLUG = "program_pool"
 RECIPE = "configs/tiny.py:count"
 FOUR = ("D8K1V9", "D6K2V16", "D3K2V8", "D4K1V5")
 CASES = {
     "no speculation": {"specdec.mode": "off"},
-    "one strategy": small_runs.DRAFTER,
+    "one strategy": recipes.DRAFTER,
     "four, at all batches": {
-        **small_runs.DRAFTER,
+        **recipes.DRAFTER,
         "specdec.tuner": "beg_mab",
         "specdec.strategies": (f"32:{','.join(FOUR)}",),
     },
     "four, bucketed": {
-        **small_runs.DRAFTER,
+        **recipes.DRAFTER,
         "specdec.strategies": tuple(
             f"{rows}:{name}" for rows, name in zip((2, 4, 8, 32), FOUR, strict=True)
         ),
@@ -47,26 +40,13 @@ PUBLISHED_GB = {
 }
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=RECIPE)
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
-
-
-def measure(config: str, case: str) -> harness.Row:
+def compiled(config: str, case: str) -> tables.Row:
     """Compiles an engine's programs; returns what they are."""
-    run = small_runs.settings_of(
+    run = recipes.settings_of(
         config, {**CASES[case], "num_steps": 1, "pretrain.steps": 1}
     )
-    with contextlib.ExitStack() as closing:
-        folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
-        display = progress.Progress(1, mode="off")
-        trainer = closing.enter_context(train.Trainer(run, folder, display))
-        trainer.begin()
+    jax.config.update("jax_enable_compilation_cache", False)
+    with recipes.begun(run) as trainer:
         (engine,) = trainer.parts.workers.engines
         engine.warm_up(wait=True)
         stats = engine.pool.stats
@@ -78,7 +58,14 @@ def measure(config: str, case: str) -> harness.Row:
         }
 
 
-def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Compiles the programs of one case."""
+    case = cell["case"]
+    found = compiled(options.config, case)
+    return [{"case": case, **found, "published_gb": PUBLISHED_GB.get(case)}]
+
+
+def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the three beside each other."""
     told = [
         ("programs", "programs", 1),
@@ -97,28 +84,31 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         axes.bar(names, values, 0.6, color=plotting.COLORS[0])
         axes.set_ylabel(label)
         axes.tick_params(axis="x", labelsize=7)
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the table that it also writes."""
-    options = parse_arguments(arguments)
-    jax.config.update("jax_enable_compilation_cache", False)
-    settings = {"config": options.config, "cases": CASES}
-    versions = {"jax": importlib.metadata.version("jax")}
-    provenance = harness.Provenance(SLUG, settings, versions)
-    wanted = [cells.Cell({"case": case}) for case in CASES]
-
-    def measured(cell):
-        case = cell.overrides["case"]
-        found = measure(options.config, case)
-        return [{"case": case, **found, "published_gb": PUBLISHED_GB.get(case)}]
-
-    rows = cells.run(options, SLUG, provenance, wanted, measured)
-    print(harness.format_table(rows))
-    path = harness.folder_of(options) / f"{SLUG}.png"
-    plot(rows, path, plotting.stamp(provenance.record))
-    return rows
+EXPERIMENT = experiment.Experiment(
+    slug="program_pool",
+    text=__doc__,
+    title="graph memory",
+    published="7.81 GB one, 30.39 naive, 10.69 bucketed",
+    larger=experiment.recipes(),
+    options=(experiment.Option("config", RECIPE),),
+    constants={"cases": CASES},
+    cells=lambda: [tables.Cell({"case": case}) for case in CASES],
+    measure=measure,
+    plot=plot,
+    claims={
+        "paper: bucketed strategies cost less than all at all batches (in "
+        "programs: a compiler for CPUs does not tell the size of its "
+        "code)": claims.in_order(
+            "programs",
+            "case",
+            ("one strategy", "four, bucketed", "four, at all batches"),
+        ),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

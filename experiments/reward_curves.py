@@ -10,34 +10,37 @@ Reproduces: the paper's correctness figure (TLT and veRL), in kind.
 """
 
 import argparse
-import importlib.metadata
-import pathlib
 
-from experiments.lab import cells, harness, plotting, small_runs
+from experiments.lab import claims, experiment, plotting, recipes, tables
 
-SLUG = "reward_curves"
 RECIPE = "configs/tiny.py:count"
-SYSTEMS = {"off": {"specdec.mode": "off"}, "on": small_runs.DRAFTER}
+SYSTEMS = {"off": {"specdec.mode": "off"}, "on": recipes.DRAFTER}
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=RECIPE)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--seeds", type=int, default=2)
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Runs the recipe one of the ways."""
+    system = cell["system"]
+    overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
+    return [
+        {
+            "system": system,
+            "seed": cell.seed,
+            "step": row["step"],
+            "reward": row["reward/mean"],
+            "loss": row["policy/loss"],
+            "tokens_digest": row["rollout/tokens_digest"],
+            "accept_length": row["specdec/accept_length"],
+        }
+        for row in recipes.run(options.config, overrides)
+    ]
 
 
-def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Compares both systems step by step, for each seed."""
     found = {(r["system"], r["seed"], r["step"]): r for r in rows}
     summary = []
-    for seed in dict.fromkeys(row["seed"] for row in rows):
-        off = [r for r in rows if (r["system"], r["seed"]) == ("off", seed)]
+    for seed in tables.values(rows, "seed"):
+        off = tables.where(rows, system="off", seed=seed)
         pairs = [(r, found["on", seed, r["step"]]) for r in off]
         summary.append(
             {
@@ -56,18 +59,18 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     return summary
 
 
-def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the curves; one lies on the other."""
     fig, axes = plotting.figure(
         "Reward, everything on and everything off", "RL step", "mean reward", stamp
     )
-    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    seeds = tables.values(rows, "seed")
     for seed, color in zip(seeds, plotting.COLORS, strict=False):
         for system, style, width in (("off", "-", 3.5), ("on", "--", 1.2)):
-            its = [r for r in rows if (r["system"], r["seed"]) == (system, seed)]
+            its = tables.where(rows, system=system, seed=seed)
             axes.plot(
-                [r["step"] for r in its],
-                [r["reward"] for r in its],
+                tables.column(its, "step"),
+                tables.column(its, "reward"),
                 style,
                 color=color if system == "off" else "black",
                 alpha=0.5 if system == "off" else 1.0,
@@ -75,43 +78,34 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
                 label=f"{system}, seed {seed}",
             )
     axes.set_ylim(0, 1)
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    settings = {"config": options.config, "steps": options.steps, "systems": SYSTEMS}
-    versions = {"jax": importlib.metadata.version("jax")}
-    provenance = harness.Provenance(SLUG, settings, versions)
+def _coincide(rows: claims.Rows) -> claims.Finding:
+    gap = max(row["reward_gap_max"] for row in rows)
+    differing, steps = (
+        sum(row[name] for row in rows) for name in ("steps_differing", "steps")
+    )
+    return not differing, f"{differing} of {steps} steps differ; largest gap {gap:g}"
 
-    def measure(cell):
-        system = cell.overrides["system"]
-        overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
-        return [
-            {
-                "system": system,
-                "seed": cell.seed,
-                "step": row["step"],
-                "reward": row["reward/mean"],
-                "loss": row["policy/loss"],
-                "tokens_digest": row["rollout/tokens_digest"],
-                "accept_length": row["specdec/accept_length"],
-            }
-            for row in small_runs.run(options.config, overrides)
-        ]
 
-    wanted = [
-        cells.Cell({"system": system}, seed)
-        for seed in range(options.seeds)
-        for system in SYSTEMS
-    ]
-    rows = cells.run(options, SLUG, provenance, wanted, measure)
-    summary = summary_of(rows)
-    out = harness.folder_of(options)
-    harness.write_summary(options, SLUG, summary)
-    plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+EXPERIMENT = experiment.Experiment(
+    slug="reward_curves",
+    text=__doc__,
+    title="reward curves, on against off",
+    published="they lie on each other",
+    larger=experiment.recipes("--steps=100"),
+    options=(*experiment.plain(config=RECIPE, steps=24), experiment.seeds(2)),
+    constants={"systems": SYSTEMS},
+    cells={"system": SYSTEMS},
+    measure=measure,
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "paper: reward curves lie on each other; ours coincide exactly": _coincide,
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

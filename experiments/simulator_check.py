@@ -30,18 +30,17 @@ With `--workdirs` the runs are read from there and written down beside the resul
 import argparse
 import collections
 import dataclasses
-import importlib.metadata
+import functools
 import pathlib
 import statistics
 
 import numpy as np
 
-from experiments.lab import harness, plotting
+from experiments.lab import claims, experiment, plotting, tables
 from experiments.simulation import cluster, cluster_records, costs, recorded, workload
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.tuners import build as tuners
 
-SLUG = "simulator_check"
 TOLERANCE = 0.10
 SYSTEMS = ("off", "frozen", "tlt")
 LENGTHS, DRAFTS, SPEED = GIVEN = ("lengths", "drafts", "speed")
@@ -61,24 +60,14 @@ SIZES = {
 RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    harness.add_options(parser)
-    parser.add_argument(
-        "--workdirs",
-        default="",
-        help="off=DIR,frozen=DIR,tlt=DIR: runs to write down and to check against",
-    )
-    parser.add_argument("--seeds", type=int, default=5)
-    return parser.parse_args(arguments)
+def check(options: argparse.Namespace) -> None:
+    """Other runs make another table."""
+    options.again = options.again or bool(options.workdirs)
 
 
 def record_path(system: str) -> pathlib.Path:
     """Returns where a recorded run lies."""
-    return harness.RESULTS_DIR / "cpu" / f"{SLUG}_{system}.jsonl"
+    return experiment.RESULTS_DIR / "cpu" / f"simulator_check_{system}.jsonl"
 
 
 def read_runs(workdirs: str) -> dict[str, list[recorded.Step]]:
@@ -87,7 +76,7 @@ def read_runs(workdirs: str) -> dict[str, list[recorded.Step]]:
     Raises:
       ValueError: `--workdirs` names something else than the systems.
     """
-    given = harness.parse_pairs(workdirs, "workdirs")
+    given = experiment.parse_pairs(workdirs, "workdirs")
     unknown = [name for name in given if name not in SYSTEMS]
     if unknown or (given and len(given) < len(SYSTEMS)):
         raise ValueError(
@@ -106,7 +95,7 @@ def simulate(
     tables: list[costs.TableCosts],
     drafted: list[list[list[workload.Drafted]]],
     seed: int,
-) -> list[harness.Row]:
+) -> list[tables.Row]:
     """Simulates the rollouts of a run's steps, one after the other.
 
     Args:
@@ -143,7 +132,7 @@ def simulate(
     return rows
 
 
-def observed(step: recorded.Step) -> harness.Row:
+def observed(step: recorded.Step) -> tables.Row:
     """Returns what the run recorded of the same."""
     values = step.values
     return {
@@ -214,12 +203,30 @@ def ratios(
     return [RATIOS[int(n)] for n in best]
 
 
+class Runs:
+    """The recorded runs, and what plain steps cost by the one with all off.
+
+    Attributes:
+      steps: by system.
+    """
+
+    def __init__(self, workdirs: str):
+        """Reads them; see `read_runs`."""
+        self.steps = read_runs(workdirs)
+
+    @functools.cached_property
+    def plain(self) -> costs.TableCosts:
+        """Costs of plain steps."""
+        steps = self.steps["off"]
+        return table_of("off", steps[1:], statistics.median(ratios("off", steps, None)))
+
+
 def compare(
     system: str,
     steps: list[recorded.Step],
     plain: costs.TableCosts | None,
     seeds: int,
-) -> list[harness.Row]:
+) -> list[tables.Row]:
     """Predicts each step but the first from the others.
 
     Args:
@@ -255,7 +262,7 @@ def compare(
             chosen = own_speed if given == SPEED else tables
             runs.append(simulate(system, steps, chosen, texts, seed))
         for number, step in enumerate(steps[1:], 1):
-            row: harness.Row = {
+            row: tables.Row = {
                 "system": system,
                 "given": given,
                 "step": step.step,
@@ -269,13 +276,11 @@ def compare(
     return rows
 
 
-def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Sums makespans over the steps; each was predicted from the others."""
     summary = []
-    cases = dict.fromkeys((row["system"], row["given"]) for row in rows)
-    for system, given in cases:
-        its = [r for r in rows if (r["system"], r["given"]) == (system, given)]
-        entry: harness.Row = {"system": system, "given": given, "steps": len(its)}
+    for (system, given), its in tables.groups(rows, "system", "given").items():
+        entry: tables.Row = {"system": system, "given": given, "steps": len(its)}
         for name in ("rollout_s", "decode_steps", "idle_s", "trained_s"):
             entry[f"{name}/run"] = sum(r[f"{name}/run"] for r in its)
             entry[name] = sum(r[name] for r in its)
@@ -289,7 +294,7 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     return summary
 
 
-def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws simulated against recorded makespans, by what was given."""
     titles = {LENGTHS: "given: lengths", SPEED: "given: lengths, drafts, speed"}
     names = {"off": "everything off", "frozen": "a frozen drafter", "tlt": "all on"}
@@ -304,9 +309,9 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         for (system, name), color, marker in zip(
             names.items(), plotting.COLORS, "osx", strict=False
         ):
-            its = [r for r in rows if (r["system"], r["given"]) == (system, given)]
-            found = [r["rollout_s"] for r in its]
-            recorded_s = [r["rollout_s/run"] for r in its]
+            its = tables.where(rows, system=system, given=given)
+            found = tables.column(its, "rollout_s")
+            recorded_s = tables.column(its, "rollout_s/run")
             axes.plot(recorded_s, found, marker, color=color, label=name)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("recorded, seconds")
@@ -315,31 +320,48 @@ def plot(rows: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([1, 2, 5, 10, 20, 40], list("125") + ["10", "20", "40"])
             axis.set_ticks([], minor=True)
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the check; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    runs = read_runs(options.workdirs)
-    settings = {"sizes": SIZES, "seeds": options.seeds, "strategy": str(STRATEGY)}
-    provenance = harness.Provenance(
-        SLUG, settings, {"numpy": importlib.metadata.version("numpy")}
+def _within_tolerance(rows: claims.Rows) -> claims.Finding:
+    told = "; ".join(
+        f"{r['system']}, given {r['given']}: {r['ratio']:.2f} "
+        f"({r['steps_within_tolerance']} of {r['steps']} single RL steps, too)"
+        for r in rows
     )
-    off = runs["off"][1:]
-    plain = table_of("off", off, statistics.median(ratios("off", runs["off"], None)))
-    rows = [
-        row
-        for system, steps in runs.items()
-        for row in compare(
-            system, steps, None if system == "off" else plain, options.seeds
-        )
-    ]
-    summary = summary_of(rows)
-    harness.write_results(options, SLUG, rows, summary, provenance)
-    out = harness.folder_of(options)
-    plot(rows, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+    return all(r["within_tolerance"] for r in rows), told
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="simulator_check",
+    text=__doc__,
+    title="the simulator against recorded runs",
+    options=(
+        experiment.Option(
+            "workdirs",
+            "",
+            "off=DIR,frozen=DIR,tlt=DIR: runs to write down and to check against",
+            recorded=False,
+        ),
+        experiment.Option("seeds", 5),
+    ),
+    constants={"sizes": SIZES, "strategy": str(STRATEGY)},
+    check=check,
+    context=lambda options: Runs(options.workdirs),
+    cells=lambda: [tables.Cell({"system": system}, None) for system in SYSTEMS],
+    measure=lambda options, context, cell: compare(
+        cell["system"],
+        context.steps[cell["system"]],
+        None if cell["system"] == "off" else context.plain,
+        options.seeds,
+    ),
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "simulated makespans are within 10 % of the recorded runs'": _within_tolerance,
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Target: at least twice plain decoding at batch 1 on CPU.
 """
 
 import argparse
-import pathlib
 import statistics
 import time
 
@@ -22,12 +21,18 @@ import jax.numpy as jnp
 from jax import lax
 from matplotlib import axes as axes_lib
 
-from experiments.lab import harness, plotting, speculation_harness
+from experiments.lab import (
+    claims,
+    experiment,
+    paired,
+    plotting,
+    speculation_setting,
+    tables,
+)
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.specdec import noise
 from tlt_jax.specdec import strategy as strategy_lib
 
-SLUG = "speculation_speed"
 PLAIN = "plain"
 CASES = (
     *("1:D3K1V4", "1:D7K1V8", "1:D11K1V12", "1:D15K1V16"),
@@ -40,17 +45,6 @@ CACHE_ROWS = 64
 FEWEST_REQUESTS = 8
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = speculation_harness.argument_parser(__doc__)
-    parser.add_argument(
-        "--cases", default=",".join(CASES), help="batch:strategy, by commas"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    return parser.parse_args(arguments)
-
-
 def parse_cases(text: str) -> dict[int, list[strategy_lib.Strategy]]:
     """Reads the strategies of each batch size."""
     cases: dict[int, list] = {}
@@ -58,34 +52,6 @@ def parse_cases(text: str) -> dict[int, list[strategy_lib.Strategy]]:
         batch, _, strategy = entry.partition(":")
         cases.setdefault(int(batch), []).append(strategy_lib.parse(strategy))
     return cases
-
-
-def measurement(engines: dict, requests: dict, tokens: dict):
-    """Returns the function that decodes one batch under one strategy."""
-
-    def measure(name: str, case: harness.Row, number: int) -> harness.Row | None:
-        batch = case["batch"]
-        engine = engines.get((batch, name))
-        if engine is None:
-            return None
-        completions, stats = engine.run(requests[batch], 1000 + number)
-        drawn = [completion.tokens.tolist() for completion in completions]
-        reference = tokens.setdefault((batch, number), drawn)
-        took = stats.decode_s + stats.fill_s
-        return {
-            "num_tokens": stats.num_tokens,
-            "decode_s": stats.decode_s,
-            "fill_s": stats.fill_s,
-            "tokens_per_s": stats.num_tokens / took,
-            "step_ms": 1e3 * stats.decode_s / stats.num_steps,
-            "mean_rows": stats.num_row_steps / stats.num_steps,
-            "accept_length": stats.accept_length,
-            "rows_differing": sum(
-                a != b for a, b in zip(drawn, reference, strict=True)
-            ),
-        }
-
-    return measure
 
 
 def noise_ms(
@@ -113,33 +79,85 @@ def noise_ms(
     return 1e3 * statistics.median(times[1:])
 
 
-def add_bounds(rows: list[harness.Row], summary: list[harness.Row]) -> None:
-    """Adds accept length, cost of a step in plain steps, and how many rows differ."""
-    for entry in summary:
-        same = [
-            row
-            for row in rows
-            if row["batch"] == entry["batch"] and row["system"] == entry["system"]
-        ]
-        entry["accept_length"] = sum(r["accept_length"] for r in same) / len(same)
-        plain = {
-            row["round"]: row["step_ms"]
-            for row in rows
-            if row["batch"] == entry["batch"] and row["system"] == PLAIN
+def measure(
+    options: argparse.Namespace,
+    context: speculation_setting.Setting,
+    cell: tables.Cell,
+) -> list[tables.Row]:
+    """Decodes one batch plainly and under its strategies, in turns."""
+    batch, cases = cell["batch"], parse_cases(options.cases)
+    requests = context.requests(max(batch, FEWEST_REQUESTS))
+    engines = {
+        str(strategy) if strategy else PLAIN: context.engine(
+            batch, options.temperature, strategy, most_rows=max(CACHE_ROWS, *cases)
+        )
+        for strategy in (None, *cases[batch])
+    }
+    tokens: dict[int, list] = {}
+
+    def decode(name, case, number):
+        completions, stats = engines[name].run(requests, 1000 + number)
+        drawn = [completion.tokens.tolist() for completion in completions]
+        reference = tokens.setdefault(number, drawn)
+        took = stats.decode_s + stats.fill_s
+        return {
+            "num_tokens": stats.num_tokens,
+            "decode_s": stats.decode_s,
+            "fill_s": stats.fill_s,
+            "tokens_per_s": stats.num_tokens / took,
+            "step_ms": 1e3 * stats.decode_s / stats.num_steps,
+            "mean_rows": stats.num_row_steps / stats.num_steps,
+            "accept_length": stats.accept_length,
+            "rows_differing": sum(
+                a != b for a, b in zip(drawn, reference, strict=True)
+            ),
         }
-        costs = sorted(row["step_ms"] / plain[row["round"]] for row in same)
+
+    rows = paired.run_paired(
+        list(engines), [cell.overrides], decode, rounds=options.rounds, warmups=1
+    )
+    for (name,), its in tables.groups(rows, "system").items():
+        engines[name].pool.close()
+        most = 1 if name == PLAIN else strategy_lib.parse(name).max_accept_length
+        taken = noise_ms(
+            round(statistics.mean(tables.column(its, "mean_rows")) * most),
+            context.policy.config.vocab_size,
+            engines[name].programs.kernels,
+        )
+        for row in its:
+            row["noise_ms"] = taken
+    return rows
+
+
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
+    """Adds accept length, cost of a step in plain steps, and how many rows differ."""
+    summary = paired.summarise(
+        rows,
+        case_keys=("batch",),
+        metrics={"tokens_per_s": "higher"},
+        reference=PLAIN,
+    )
+    for entry in summary:
+        batch = tables.where(rows, batch=entry["batch"])
+        same = tables.where(batch, system=entry["system"])
+        plain = {r["round"]: r["step_ms"] for r in tables.where(batch, system=PLAIN)}
+        step_costs = sorted(row["step_ms"] / plain[row["round"]] for row in same)
+        middle = len(same) // 2
+        entry["accept_length"] = sum(r["accept_length"] for r in same) / len(same)
         entry["mean_rows"] = sum(row["mean_rows"] for row in same) / len(same)
-        entry["step_ms"] = sorted(row["step_ms"] for row in same)[len(same) // 2]
-        entry["step_cost"] = costs[len(costs) // 2]
+        entry["step_ms"] = sorted(row["step_ms"] for row in same)[middle]
+        entry["step_cost"] = step_costs[middle]
         entry["num_tokens"] = sum(row["num_tokens"] for row in same)
         entry["rows_differing"] = sum(row["rows_differing"] for row in same)
         if entry["system"] != PLAIN:
             # `summarise` states the advantage of the reference.
             entry["speedup"] = 1 / entry.pop("tokens_per_s/times")
             entry.pop("tokens_per_s/times_min")
+        entry["noise_ms"] = same[0]["noise_ms"]
+    return summary
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws speedups and their bounds: at batch 1 by strategy, then by batch size."""
     chosen = [row for row in summary if row["system"] != PLAIN]
     fig, (left, right) = plotting.panels(
@@ -149,7 +167,7 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     few = [row for row in chosen if row["batch"] == fewest]
     _plot_bounded(left, [row["system"] for row in few], few)
     left.set_xlabel(f"strategy, at batch {fewest}")
-    best: dict[int, harness.Row] = {}
+    best: dict[int, tables.Row] = {}
     for row in chosen:
         other = best.setdefault(row["batch"], row)
         if row["speedup"] > other["speedup"]:
@@ -159,10 +177,10 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
     _plot_bounded(right, names, [best[batch] for batch in batches])
     right.set_xlabel("batch, and the best strategy at it")
     left.set_ylabel("times plain decoding")
-    plotting.save(fig, path)
+    return fig
 
 
-def _plot_bounded(axes: axes_lib.Axes, names: list[str], rows: list[harness.Row]):
+def _plot_bounded(axes: axes_lib.Axes, names: list[str], rows: list[tables.Row]):
     speedups = [row["speedup"] for row in rows]
     lengths = [row["accept_length"] for row in rows]
     places = range(len(names))
@@ -183,54 +201,52 @@ def _plot_bounded(axes: axes_lib.Axes, names: list[str], rows: list[harness.Row]
     axes.set_ylim(bottom=0)
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    cases = parse_cases(options.cases)
-    setting = speculation_harness.Setting(options)
-    provenance = setting.provenance(
-        SLUG,
-        {
-            "cases": options.cases,
-            "temperature": options.temperature,
-            "rounds": options.rounds,
-        },
-    )
-    rows, tokens = [], {}
-    for batch, strategies in cases.items():
-        count = max(batch, FEWEST_REQUESTS)
-        engines = {
-            (batch, str(strategy) if strategy else PLAIN): setting.engine(
-                batch, options.temperature, strategy, most_rows=max(CACHE_ROWS, *cases)
-            )
-            for strategy in (None, *strategies)
-        }
-        rows += harness.run_paired(
-            [name for _, name in engines],
-            [{"batch": batch}],
-            measurement(engines, {batch: setting.requests(count)}, tokens),
-            rounds=options.rounds,
-            warmups=1,
-        )
-        for engine in engines.values():
-            engine.pool.close()
-            kernels = engine.programs.kernels
-    summary = harness.summarise(
-        rows,
-        case_keys=("batch",),
-        metrics={"tokens_per_s": "higher"},
-        reference=PLAIN,
-    )
-    add_bounds(rows, summary)
-    for row in summary:
-        name = row["system"]
-        most = 1 if name == PLAIN else strategy_lib.parse(name).max_accept_length
-        num = round(row["mean_rows"] * most)
-        row["noise_ms"] = noise_ms(num, setting.policy.config.vocab_size, kernels)
-    harness.write_results(options, SLUG, rows, summary, provenance)
-    out = harness.folder_of(options)
-    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+def _noise_is_cheap(rows: claims.Rows) -> claims.Finding:
+    shares = [row["noise_ms"] / row["step_ms"] for row in rows]
+    return max(shares) < 0.1, f"at most {max(shares):.1%}"
+
+
+def _falls_with_batch(rows: claims.Rows) -> claims.Finding:
+    found = {r["batch"]: r["speedup"] for r in tables.where(rows, system="D7K1V8")}
+    first, last = found[min(found)], found[max(found)]
+    told = f"D7K1V8: {first:.2f} at {min(found)}, {last:.2f} at {max(found)}"
+    return first > last, told
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="speculation_speed",
+    text=__doc__,
+    title="speedup by batch and tokens verified",
+    published="V16: 3.22 to 2.48, V64: 3.62 to 1.70 (batch 1 to 32)",
+    needs="--drafter=DIR",
+    larger=experiment.models(
+        "--cases=1:D10K8V16,8:D10K8V16,32:D10K8V16,1:D10K8V64,8:D10K8V64,32:D10K8V64"
+    ),
+    options=(
+        *speculation_setting.OPTIONS,
+        experiment.Option("cases", ",".join(CASES), "batch:strategy, by commas"),
+        *experiment.plain(temperature=1.0, rounds=3),
+    ),
+    context=lambda options: speculation_setting.Setting(options),
+    settings=lambda context: context.about(),
+    cells=lambda options: [
+        tables.Cell({"batch": batch}, None) for batch in parse_cases(options.cases)
+    ],
+    measure=measure,
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "no row's tokens differ from plain's": claims.all_zero(
+            "rows_differing", "rows that differ"
+        ),
+        "at least 2 times plain decoding at batch 1 on a CPU": claims.at_least(
+            "speedup", 2.0, batch=1, system="D11K1V12"
+        ),
+        "noise takes less than a tenth of a step, at every batch": _noise_is_cheap,
+        "paper: the gain falls with the batch": _falls_with_batch,
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ Target: rollouts last at most 2 % longer with the trainer than without.
 """
 
 import argparse
-import importlib.metadata
 import json
 import pathlib
 import statistics
@@ -33,10 +32,17 @@ import sys
 import tempfile
 
 from experiments import rollout_turns
-from experiments.lab import harness, plotting, recipe_commands
+from experiments.lab import (
+    claims,
+    experiment,
+    paired,
+    plotting,
+    provenance,
+    recipes,
+    tables,
+)
 from tlt_jax.viz import timeline
 
-SLUG = "trainer_makespan"
 WITHOUT, WITH = "without trainer", "with trainer"
 # What is drafted shall not hang on measured times. Only with training would a drafter
 # be used for longer texts than it was made for.
@@ -52,37 +58,13 @@ _SUMS = ("rollout_s", "waited_s", "decode_s", "decode_steps", "idle_s", "trained
 _SUMS += ("drafter_steps", "tokens")
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line.
-
-    Raises:
-      ValueError: the recipe's workers cannot be divided among so many processes.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default="configs/smollm2_tlt.py")
-    parser.add_argument(
-        "--drafter", required=True, help="what drafter.directory takes: a trained one"
-    )
-    parser.add_argument(
-        "--set", default="", help="settings of all: KEY=VALUE, separated by commas"
-    )
-    parser.add_argument(
-        "--processes",
-        default="2,1",
-        help="among how many the workers are divided: numbers, separated by commas",
-    )
-    parser.add_argument("--steps", type=int, default=3, help="RL steps of a round")
-    parser.add_argument("--rounds", type=int, default=6)
-    harness.add_options(parser)
-    options = parser.parse_args(arguments)
+def check(options: argparse.Namespace) -> None:
+    """Refuses numbers of processes among which workers cannot be divided."""
     options.processes = [int(number) for number in options.processes.split(",")]
     for processes in options.processes:
-        recipe_commands.check_processes(
+        recipes.check_processes(
             processes, options.config, settings_of(options), "--processes"
         )
-    return options
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, str]:
@@ -90,26 +72,12 @@ def settings_of(options: argparse.Namespace) -> dict[str, str]:
     return {
         "drafter.directory": options.drafter,
         "num_steps": str(options.steps),
-        **harness.parse_pairs(options.set, "set"),
+        **experiment.parse_pairs(options.set, "set"),
         **FIXED,
     }
 
 
-def command_of(
-    options: argparse.Namespace, processes: int, workdir: pathlib.Path
-) -> list[str]:
-    """Returns the command that takes the turns."""
-    return recipe_commands.command_of(
-        rollout_turns.__name__,
-        processes,
-        options.config,
-        settings_of(options),
-        workdir,
-        [f"--rounds={options.rounds}"],
-    )
-
-
-def bound_of(options: argparse.Namespace) -> harness.Row:
+def bound_of(options: argparse.Namespace) -> tables.Row:
     """Measures a decode step of one worker beside what other cores may do.
 
     Returns:
@@ -119,9 +87,7 @@ def bound_of(options: argparse.Namespace) -> harness.Row:
         path = pathlib.Path(folder) / "found.json"
         command = [sys.executable, "-m", "experiments.decode_beside", f"--json={path}"]
         command += [f"--config={options.config}"]
-        recipe_commands.start(
-            [*command, *recipe_commands.flags_of(settings_of(options))]
-        )
+        recipes.start([*command, *recipes.flags_of(settings_of(options))])
         found = json.loads(path.read_text("utf-8"))
     return {f"step_ms_{name}": value for name, value in found.items()}
 
@@ -142,7 +108,7 @@ def waited_s(record: timeline.Record) -> float:
     return total
 
 
-def turns_of(workdir: pathlib.Path, processes: int) -> list[harness.Row]:
+def turns_of(workdir: pathlib.Path, processes: int) -> list[tables.Row]:
     """Reads what came of the turns."""
     lines = (workdir / rollout_turns.FILE).read_text("utf-8").splitlines()
     records = {record["step"]: record for record in timeline.read(workdir)}
@@ -155,7 +121,27 @@ def turns_of(workdir: pathlib.Path, processes: int) -> list[harness.Row]:
     return rows
 
 
-def rounds_of(rows: list[harness.Row]) -> list[harness.Row]:
+def measure(
+    options: argparse.Namespace, context: tables.Row, cell: tables.Cell
+) -> list[tables.Row]:
+    """Takes the turns in so many processes; beside them stands what bounds them."""
+    processes = cell["processes"]
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(folder)
+        recipes.start(
+            recipes.command_of(
+                rollout_turns.__name__,
+                processes,
+                options.config,
+                settings_of(options),
+                workdir,
+                [f"--rounds={options.rounds}"],
+            )
+        )
+        return [row | context for row in turns_of(workdir, processes)]
+
+
+def rounds_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Sums the rollouts of each round.
 
     Raises:
@@ -168,23 +154,26 @@ def rounds_of(rows: list[harness.Row]) -> list[harness.Row]:
                 "turns of one RL step drew different tokens, so their rollouts do not "
                 "compare: is a setting among --set that makes tokens depend on time?"
             )
-    rounds: dict[tuple, harness.Row] = {}
-    for row in rows:
-        key = {name: row[name] for name in ("processes", "round", "system")}
-        one = rounds.setdefault(tuple(key.values()), key | dict.fromkeys(_SUMS, 0))
-        for name in _SUMS:
-            one[name] += row[name]
-    return list(rounds.values())
+    names = ("processes", "round", "system")
+    return [
+        dict(zip(names, key, strict=True)) | _sums(its)
+        for key, its in tables.groups(rows, *names).items()
+    ]
 
 
-def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+def _sums(rows: list[tables.Row]) -> tables.Row:
+    return {name: sum(row[name] for row in rows) for name in _SUMS}
+
+
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Adds to each system's rollouts how much longer they last than without training.
 
     `times_as_long` is of the sums over all rounds, `times_as_long_error` the standard
     error of a mean of the rounds' own ratios.
     """
     rounds = rounds_of(rows)
-    summary = harness.summarise(
+    bound = {k: v for k, v in rows[0].items() if k.startswith("step_ms_")}
+    summary = paired.summarise(
         rounds,
         case_keys=("processes",),
         metrics={"rollout_s": "lower"},
@@ -192,24 +181,17 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     )
     for entry in summary:
         own, other = (
-            [
-                row
-                for row in rounds
-                if (row["processes"], row["system"]) == (entry["processes"], system)
-            ]
+            tables.where(rounds, processes=entry["processes"], system=system)
             for system in (entry["system"], WITHOUT)
         )
-        entry |= _compared(own, other)
+        entry |= _compared(own, other) | bound
     return summary
 
 
-def _compared(own: list[harness.Row], other: list[harness.Row]) -> harness.Row:
+def _compared(own: list[tables.Row], other: list[tables.Row]) -> tables.Row:
     """Compares two systems of the same rounds."""
     ratios = [a["rollout_s"] / b["rollout_s"] for a, b in zip(own, other, strict=True)]
-    row, reference = (
-        {name: sum(one[name] for one in rounds) for name in _SUMS}
-        for rounds in (own, other)
-    )
+    row, reference = _sums(own), _sums(other)
     error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None
     idle_s = row["idle_s"]
     return {
@@ -221,7 +203,7 @@ def _compared(own: list[harness.Row], other: list[harness.Row]) -> harness.Row:
     }
 
 
-def _excess(row: harness.Row, other: harness.Row) -> harness.Row:
+def _excess(row: tables.Row, other: tables.Row) -> tables.Row:
     """Tells apart why rollouts last longer, in parts of those without."""
     step_ms, other_ms = (1e3 * r["decode_s"] / r["decode_steps"] for r in (row, other))
     answering_s = other["rollout_s"] - other["waited_s"]
@@ -239,7 +221,7 @@ def _excess(row: harness.Row, other: harness.Row) -> harness.Row:
     }
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws how long rollouts last."""
     fig, axes = plotting.figure(
         "Rollouts beside a drafter in training", "", "seconds of rollouts", stamp
@@ -250,37 +232,51 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         for row in summary
     ]
     plotting.bars(axes, names, summary, "rollout_s", "%.1f s")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    changes = harness.parse_pairs(options.set, "set")
-    provenance = harness.Provenance(
-        SLUG,
-        {
-            "config": options.config,
-            "set": {k: harness.without_paths(v) for k, v in changes.items()},
-            "processes": options.processes,
-            "steps": options.steps,
-            "rounds": options.rounds,
-            "environment": recipe_commands.ENVIRONMENT,
+EXPERIMENT = experiment.Experiment(
+    slug="trainer_makespan",
+    text=__doc__,
+    title="what the spot trainer costs a rollout",
+    needs="--drafter=DIR",
+    options=(
+        *experiment.plain(config="configs/smollm2_tlt.py", rounds=6),
+        experiment.Option(
+            "drafter",
+            "",
+            "what drafter.directory takes: a trained one",
+            required=True,
+            recorded=False,
+        ),
+        experiment.Option("set", "", "settings of all: KEY=VALUE, separated by commas"),
+        experiment.Option(
+            "processes",
+            "2,1",
+            "among how many the workers are divided: numbers, separated by commas",
+        ),
+        experiment.Option("steps", 3, "RL steps of a round"),
+    ),
+    check=check,
+    settings=lambda options: {
+        "set": {
+            key: provenance.without_paths(value)
+            for key, value in experiment.parse_pairs(options.set, "set").items()
         },
-        {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")},
-    )
-    bound = bound_of(options)
-    rows: list[harness.Row] = []
-    for processes in options.processes:
-        with tempfile.TemporaryDirectory() as folder:
-            workdir = pathlib.Path(folder)
-            recipe_commands.start(command_of(options, processes, workdir))
-            rows += turns_of(workdir, processes)
-    summary = [entry | bound for entry in summary_of(rows)]
-    harness.write_results(options, SLUG, rows, summary, provenance)
-    out = harness.folder_of(options)
-    plot(summary, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+    },
+    constants={"environment": recipes.ENVIRONMENT},
+    context=bound_of,
+    cells=lambda processes: [tables.Cell({"processes": n}, None) for n in processes],
+    measure=measure,
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "rollouts last at most 2 % longer beside a drafter in training": claims.at_most(
+            "times_as_long", 1.02, system=WITH, processes=2
+        ),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

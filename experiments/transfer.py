@@ -17,24 +17,24 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import pathlib
 import random
-import runpy
 import shutil
 import statistics
 import tempfile
+from collections.abc import Callable
 
-from experiments.lab import cells, harness, plotting
+import numpy as np
+
+from experiments.lab import experiment, plotting, recipes, tables
 from tlt_jax import config, policy, speculation, train_drafter, types
 from tlt_jax.rl.tasks import generated, scratch_model
 from tlt_jax.runtime import compile_cache
 from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import sampling
 
-SLUG = "transfer"
 RECIPE = "configs/tiny_drafter.py"
 STRATEGY = "D6K1V7"
 START, ALL = "start", "all"
@@ -96,25 +96,6 @@ class Mixture:
         return self._pairs[:num]
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=RECIPE)
-    parser.add_argument(
-        "--start-updates", type=int, default=30, help="of the first drafter"
-    )
-    parser.add_argument(
-        "--updates", type=int, default=90, help="that each of the others takes further"
-    )
-    parser.add_argument("--texts", type=int, default=96, help="to train on")
-    parser.add_argument("--prompts", type=int, default=48, help="of a task, held out")
-    parser.add_argument("--seeds", type=int, default=2)
-    cells.add_options(parser)
-    return parser.parse_args(arguments)
-
-
 class World:
     """A target with its tasks and its first drafter, in a folder; made when needed."""
 
@@ -168,7 +149,7 @@ class World:
             # What resuming reads: the drafter and its optimizer.
             kept = pathlib.Path("checkpoints")
             shutil.copytree(self.folder / START / kept, workdir / kept)
-        recipe = runpy.run_path(self.options.config)["get_config"]()
+        recipe = recipes.recipe_of(self.options.config)
         recipe.update_from_flattened_dict(
             {
                 "seed": self.seed,
@@ -202,7 +183,7 @@ class World:
             )
         ]
 
-    def measure(self, trained_on: str) -> list[harness.Row]:
+    def measure(self, trained_on: str) -> list[tables.Row]:
         """Answers every task's held-out questions with a drafter."""
         loaded = speculation.load(
             str(self.train(trained_on)), self.policy.config, [f"{MAX_ROWS}:{STRATEGY}"]
@@ -236,27 +217,28 @@ class World:
         return rows
 
 
-def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
+def worlds(
+    options: argparse.Namespace, closing: contextlib.ExitStack
+) -> Callable[[int], World]:
+    """Returns what makes a seed's world, once."""
+    compile_cache.enable()
+    folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
+    return functools.cache(lambda seed: World(options, folder / str(seed), seed))
+
+
+def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Takes means over seeds; tells how much of the own task's gain another brings."""
     found = {
         (r["trained_on"], r["measured_on"], r["seed"]): r["accept_length"] for r in rows
     }
     digests = {
         (r["measured_on"], r["seed"]): r["tokens_digest"]
-        for r in rows
-        if r["trained_on"] == START
+        for r in tables.where(rows, trained_on=START)
     }
     summary = []
-    for trained_on, measured_on in dict.fromkeys(
-        (r["trained_on"], r["measured_on"]) for r in rows
-    ):
-        its = [
-            r
-            for r in rows
-            if (r["trained_on"], r["measured_on"]) == (trained_on, measured_on)
-        ]
-        seeds = [r["seed"] for r in its]
-        lengths = [r["accept_length"] for r in its]
+    grouped = tables.groups(rows, "trained_on", "measured_on")
+    for (trained_on, measured_on), its in grouped.items():
+        seeds, lengths = (tables.column(its, n) for n in ("seed", "accept_length"))
         starts = [found[START, measured_on, seed] for seed in seeds]
         own = [found[measured_on, measured_on, seed] for seed in seeds]
         ratios = [a / b for a, b in zip(lengths, starts, strict=True)]
@@ -282,7 +264,7 @@ def summary_of(rows: list[harness.Row]) -> list[harness.Row]:
     return summary
 
 
-def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws accept lengths by task, drafter beside drafter."""
     fig, axes = plotting.figure(
         "A drafter on other tasks than it was trained on",
@@ -290,67 +272,71 @@ def plot(summary: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         f"accept length (at most 7, {STRATEGY})",
         stamp,
     )
-    names = list(dict.fromkeys(row["measured_on"] for row in summary))
-    kinds = list(dict.fromkeys(row["trained_on"] for row in summary))
+    names = tables.values(summary, "measured_on")
+    kinds = tables.values(summary, "trained_on")
     width = 0.8 / len(kinds)
     for number, (kind, color) in enumerate(zip(kinds, plotting.COLORS, strict=False)):
         its = {r["measured_on"]: r for r in summary if r["trained_on"] == kind}
         shift = (number - (len(kinds) - 1) / 2) * width
         places = [place + shift for place in range(len(names))]
-        values = [its[name]["accept_length"] for name in names]
-        spread = [
-            [
-                v - its[n]["accept_length/min"]
-                for v, n in zip(values, names, strict=True)
-            ],
-            [
-                its[n]["accept_length/max"] - v
-                for v, n in zip(values, names, strict=True)
-            ],
-        ]
+        values, low, high = (
+            [its[name][f"accept_length{end}"] for name in names]
+            for end in ("", "/min", "/max")
+        )
+        spread = [np.subtract(values, low), np.subtract(high, values)]
         label = kind if kind == START else f"then on {kind}"
         axes.bar(places, values, 0.9 * width, yerr=spread, color=color, label=label)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(bottom=1)
     axes.margins(y=0.25)
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    compile_cache.enable()
-    settings = {
-        "config": options.config,
-        "start_updates": options.start_updates,
-        "updates": options.updates,
-        "texts": options.texts,
-        "prompts": options.prompts,
-        "teaching": TEACHING,
-    }
-    versions = {"jax": importlib.metadata.version("jax")}
-    provenance = harness.Provenance(SLUG, settings, versions)
-    wanted = [
-        cells.Cell({"trained_on": name}, seed)
-        for seed in range(options.seeds)
-        for name in TRAINED_ON
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        world = functools.cache(
-            lambda seed: World(options, pathlib.Path(folder) / str(seed), seed)
-        )
-        rows = cells.run(
-            options,
-            SLUG,
-            provenance,
-            wanted,
-            lambda cell: world(cell.seed).measure(cell.overrides["trained_on"]),
-        )
-    summary = summary_of(rows)
-    harness.write_summary(options, SLUG, summary)
-    path = harness.folder_of(options) / f"{SLUG}.png"
-    plot(summary, path, plotting.stamp(provenance.record))
-    return summary
+def _adapted_to(own: bool, least: float):
+    """Decides by drafters adapted to one task, on that task or on the others."""
+
+    def decide(rows):
+        tasks = tables.values(rows, "measured_on")
+        found = {
+            f"{r['trained_on']} on {r['measured_on']}": r["of_start"]
+            for r in rows
+            if r["trained_on"] in tasks and (r["trained_on"] == r["measured_on"]) == own
+        }
+        told = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        return min(found.values()) >= least, f"times the start's: {told}"
+
+    return decide
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="transfer",
+    text=__doc__,
+    title="the drafter on other tasks",
+    published="3.76 -> 5.15 downstream",
+    larger=experiment.both(
+        "--start-updates=300 --updates=1000 --texts=1024 --prompts=256"
+    ),
+    options=(
+        experiment.Option("config", RECIPE),
+        experiment.Option("start-updates", 30, "of the first drafter"),
+        experiment.Option("updates", 90, "that each of the others takes further"),
+        experiment.Option("texts", 96, "to train on"),
+        experiment.Option("prompts", 48, "of a task, held out"),
+        experiment.seeds(2),
+    ),
+    constants={"teaching": TEACHING},
+    context=worlds,
+    cells={"trained_on": TRAINED_ON},
+    measure=lambda context, cell: context(cell.seed).measure(cell["trained_on"]),
+    summary=summary_of,
+    plot=plot,
+    claims={
+        "paper: adapting to a task brings 1.42 times the accept length "
+        "on it": _adapted_to(True, 1.42),
+        "paper: it brings more on other tasks, too": _adapted_to(False, 1.0),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -2,33 +2,31 @@
 
     python -m experiments.tuner_regret --scale=cpu
 
-Every tuner goes through the same rollouts (`experiments.arm_replay` says how a call is
-replayed and what regret is), each an RL step of its own with a target and a drafter
-that changed. Compared are plain decoding; one strategy always; the same one from a
-threshold of rows on downwards, with hysteresis; a table by rows; BEG-MAB, as published
-and with a window that forgets sooner; and our cost model. The recorded trace is that of
-`experiments.tuner_trace`; on it the drafters change from the untrained to the trained
-one, fall back once, and recover. Once more it is replayed with the trained one alone.
+Every tuner goes through the same rollouts (how a call is replayed, and what regret is,
+says `experiments.simulation.arm_replay`), each an RL step of its own with a target and
+a drafter that changed. Compared are plain decoding; one strategy always; the same one
+from a threshold of rows on downwards, with hysteresis; a table by rows; BEG-MAB, as
+published and with a window that forgets sooner; and our cost model. The recorded trace
+is that of `experiments.tuner_trace`; on it the drafters change from the untrained to
+the trained one, fall back once, and recover. Once more it is replayed with the trained
+one alone.
 
 Target: our regret is below half of BEG-MAB's on the recorded trace.
 """
 
 import argparse
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments import arm_replay, simulated_arms
-from experiments.lab import harness, plotting, trace_file
+from experiments.lab import claims, experiment, plotting, tables
+from experiments.simulation import arm_replay, simulated_arms, trace_file
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.tuners import build as tuners
 from tlt_jax.specdec.tuners import cost_model, tuner
 
-SLUG = "tuner_regret"
-TRACE = "tuner_trace.jsonl"
 REFERENCE, FORGETFUL, OURS = "beg_mab", "beg_mab, window 20", "cost_model"
 CPU_ARMS = ("1:D3K1V4,D7K1V8,D11K1V12,D15K1V16", "8:D3K1V4,D7K1V8,D11K1V12")
 ACCELERATOR_ARMS = (
@@ -93,21 +91,6 @@ class World:
             FORGETFUL: tuners.build(REFERENCE, arms, window=20, **sizes),
             OURS: tuners.build(OURS, arms, **sizes),
         }
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    harness.add_options(parser)
-    parser.add_argument(
-        "--trace", type=pathlib.Path, help="default results/<scale>/tuner_trace.jsonl"
-    )
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rollouts", type=int, default=30)
-    parser.add_argument("--texts", type=int, default=24, help="of a rollout")
-    return parser.parse_args(arguments)
 
 
 def recorded(
@@ -189,14 +172,8 @@ def simulated(
 
 def worlds(options: argparse.Namespace) -> list[World]:
     """Lists what tuners are replayed against."""
-    path = options.trace or harness.RESULTS_DIR / options.scale / TRACE
-    if not path.is_file():
-        raise ValueError(
-            f"--trace={path} is no file: make one with python -m "
-            "experiments.tuner_trace, or name another."
-        )
     drift = simulated_arms.Drift()
-    trace = trace_file.read(path)
+    trace = trace_file.given(options)
     *_, trained = trace.lifetimes.items()
     settled = dataclasses.replace(trace, lifetimes=dict([trained]))
     return [
@@ -223,7 +200,7 @@ def worlds(options: argparse.Namespace) -> list[World]:
     ]
 
 
-def run(world: World, seed: int) -> tuple[list[harness.Row], list[harness.Row]]:
+def run(world: World, seed: int) -> tuple[list[tables.Row], list[tables.Row]]:
     """Replays all tuners; returns a row of each, and its regret after each rollout."""
     machine, rollouts = world.make(seed)
     oracle = list(arm_replay.replay(machine, rollouts, None, seed))
@@ -257,6 +234,13 @@ def run(world: World, seed: int) -> tuple[list[harness.Row], list[harness.Row]]:
     return rows, curves
 
 
+def measure(context: list[World], cell: tables.Cell) -> dict[str, list[tables.Row]]:
+    """Replays all tuners in one world."""
+    (world,) = [world for world in context if world.name == cell["world"]]
+    rows, curves = run(world, cell.seed)
+    return {tables.ROWS: rows, "curves": curves}
+
+
 class Timed:
     """A tuner whose own time on the host is taken."""
 
@@ -287,14 +271,11 @@ def by_rollout(choices: Sequence[arm_replay.Choice]) -> np.ndarray:
     return np.cumsum(sums)
 
 
-def summarise(rows: Sequence[harness.Row]) -> list[harness.Row]:
+def summarise(rows: Sequence[tables.Row]) -> list[tables.Row]:
     """Reduces seeds to means; `of_beg_mab` is the ratio of regrets seed by seed."""
     regrets = {(r["world"], r["tuner"], r["seed"]): r["regret_s"] for r in rows}
-    groups: dict[tuple, list[harness.Row]] = {}
-    for row in rows:
-        groups.setdefault((row["world"], row["tuner"]), []).append(row)
     summary = []
-    for (world, name), same in groups.items():
+    for (world, name), same in tables.groups(rows, "world", "tuner").items():
         ratios = [r["regret_s"] / regrets[world, REFERENCE, r["seed"]] for r in same]
 
         def mean(key, same=same):
@@ -317,20 +298,18 @@ def summarise(rows: Sequence[harness.Row]) -> list[harness.Row]:
     return summary
 
 
-def plot(curves: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
+def plot(curves: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the regret over a run: the mean of the seeds, and their range."""
-    names = list(dict.fromkeys(row["world"] for row in curves))
+    names = tables.values(curves, "world")
     fig, panels = plotting.panels(
         "Regret against the oracle of each call", len(names), stamp, height=4.4
     )
     for axes, world in zip(panels, names, strict=True):
-        its = [row for row in curves if row["world"] == world]
+        its = tables.where(curves, world=world)
         for name, color in _COLORS.items():
-            seeds: dict[int, list[float]] = {}
-            for row in its:
-                if row["tuner"] == name and row["rollout"]:
-                    seeds.setdefault(row["seed"], []).append(row["regret_s"])
-            stacked = np.array(list(seeds.values()))
+            drawn = [r for r in tables.where(its, tuner=name) if r["rollout"]]
+            seeds = tables.groups(drawn, "seed").values()
+            stacked = np.array([tables.column(of, "regret_s") for of in seeds])
             steps = np.arange(stacked.shape[1]) + 1
             style = "--" if name == FORGETFUL else "-"
             label = name if axes is panels[0] else None
@@ -341,31 +320,40 @@ def plot(curves: list[harness.Row], path: pathlib.Path, stamp: str) -> None:
         axes.set_title(world, loc="left", fontsize=10)
         axes.set_xlabel("rollouts")
     panels[0].set_ylabel("regret, s")
-    plotting.save(fig, path)
+    return fig
 
 
-def main(arguments: list[str] | None = None) -> list[harness.Row]:
-    """Runs the experiment; returns the summary that it also writes."""
-    options = parse_arguments(arguments)
-    settings = {
-        "seeds": options.seeds,
-        "rollouts": options.rollouts,
-        "texts": options.texts,
-        "cost_model": dataclasses.asdict(cost_model.CostModelConfig()),
-    }
-    provenance = harness.Provenance(SLUG, settings, {})
-    rows, curves = [], []
-    for world in worlds(options):
-        for seed in range(options.seeds):
-            found, made = run(world, seed)
-            rows += found
-            curves += made
-    summary = summarise(rows)
-    harness.write_results(options, SLUG, rows, summary, provenance)
-    out = harness.folder_of(options)
-    harness.write_csv(out / f"{SLUG}_curves.csv", curves)
-    plot(curves, out / f"{SLUG}.png", plotting.stamp(provenance.record))
-    return summary
+EXPERIMENT = experiment.Experiment(
+    slug="tuner_regret",
+    text=__doc__,
+    title="tuner against static, BEG-MAB and oracle",
+    larger=experiment.both("--seeds=5"),
+    options=(
+        trace_file.OPTION,
+        *experiment.plain(seeds=5, rollouts=30),
+        experiment.Option("texts", 24, "of a rollout"),
+    ),
+    constants={"cost_model": dataclasses.asdict(cost_model.CostModelConfig())},
+    context=worlds,
+    cells=lambda options, context: [
+        tables.Cell({"world": world.name}, seed)
+        for world in context
+        for seed in range(options.seeds)
+    ],
+    measure=measure,
+    others=("curves",),
+    summary=summarise,
+    plot=plot,
+    claims={
+        "less than half of BEG-MAB's regret on the recorded trace": claims.at_most(
+            "of_beg_mab", 0.5, world="recorded", tuner=OURS
+        ),
+        "the same where nothing drifts": claims.at_most(
+            "of_beg_mab", 0.5, world="recorded, drafter as trained", tuner=OURS
+        ),
+    },
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from experiments.lab import harness, speculation_harness, trace_file
+from experiments.lab import experiment, provenance, speculation_setting
+from experiments.simulation import trace_file
 from tlt_jax import types
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
@@ -33,29 +34,18 @@ from tlt_jax.specdec.texts import layout, shards
 from tlt_jax.specdec.training import acceptance, unroll
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
-SLUG = "tuner_trace"
 ARMS = "1:D3K1V4,D7K1V8,D11K1V12,D15K1V16 8:D3K1V4,D7K1V8,D11K1V12"
 BLENDS = "0,0.3,0.45,1"
 # As many rows as the cache of `experiments.speculation_speed` has room for: programs
 # that it compiled are found again.
 CACHE_ROWS = 64
 _ROWS_OF_TEXTS = 4
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = speculation_harness.argument_parser(__doc__)
-    parser.add_argument("--arms", default=ARMS, help="entries, by spaces")
-    parser.add_argument("--max-rows", type=int, default=8)
-    parser.add_argument(
-        "--calls", type=int, default=5, help="fewest calls of every arm and bucket"
-    )
-    parser.add_argument("--steps-per-call", type=int, default=64)
-    parser.add_argument("--max-levels", type=int, default=15)
-    parser.add_argument(
-        "--blends", default=BLENDS, help="shares of the trained weights, by commas"
-    )
-    return parser.parse_args(arguments)
+OPTIONS = (
+    experiment.Option("arms", ARMS, "entries, by spaces"),
+    *experiment.plain(max_rows=8, steps_per_call=64, max_levels=15),
+    experiment.Option("calls", 5, "fewest calls of every arm and bucket"),
+    experiment.Option("blends", BLENDS, "shares of the trained weights, by commas"),
+)
 
 
 class RoundRobin:
@@ -88,7 +78,7 @@ class RoundRobin:
 
 
 def tuned_engine(
-    setting: speculation_harness.Setting, tuner: RoundRobin, arms: strategy_lib.Arms
+    setting: speculation_setting.Setting, tuner: RoundRobin, arms: strategy_lib.Arms
 ) -> engine_lib.Engine:
     """Makes an engine that `tuner` guides."""
     policy, options = setting.policy, setting.options
@@ -107,7 +97,7 @@ def tuned_engine(
             max_rows=options.max_rows,
             max_length=setting.max_length,
             num_pages=setting.num_pages(max(options.max_rows, CACHE_ROWS)),
-            page_size=speculation_harness.PAGE_SIZE,
+            page_size=speculation_setting.PAGE_SIZE,
             steps_per_call=options.steps_per_call,
             eos_ids=policy.eos_ids,
             dtype=policy.precision,
@@ -126,7 +116,7 @@ def requests_of(
 ) -> list[types.Request]:
     """Asks the prompts with the longest answers again."""
     lengths = texts.lengths - texts.response_starts
-    longest = sorted(speculation_harness.held_out(texts), key=lambda i: -lengths[i])
+    longest = sorted(speculation_setting.held_out(texts), key=lambda i: -lengths[i])
     records = [texts.read(i) for i in longest[:count]]
     return [
         types.Request(r.text_id, r.text_id, 0, r.tokens[: r.response_start], new_tokens)
@@ -217,7 +207,7 @@ def measure_lifetimes(
 
 
 def blended(
-    setting: speculation_harness.Setting, share: float, seed: int
+    setting: speculation_setting.Setting, share: float, seed: int
 ) -> drafter.DrafterParams:
     """Makes a drafter between the initial weights (share 0) and the trained (1)."""
     trained = setting.drafter.params
@@ -233,40 +223,31 @@ def blended(
     return mixed.replace(draft_ids=trained.draft_ids, sharpness=trained.sharpness)
 
 
-def main(arguments: list[str] | None = None) -> trace_file.Trace:
+def record_trace(
+    options: argparse.Namespace,
+    context: speculation_setting.Setting,
+    folder: pathlib.Path,
+    record: provenance.Provenance,
+) -> trace_file.Trace:
     """Records a trace; returns what it also writes."""
-    options = parse_arguments(arguments)
-    setting = speculation_harness.Setting(options)
-    workdir = pathlib.Path(options.drafter)
-    texts = speculation_harness.texts_of(workdir)
+    texts = speculation_setting.texts_of(pathlib.Path(options.drafter))
     arms = strategy_lib.parse_arms(options.arms.split())
-    provenance = setting.provenance(
-        SLUG,
-        {
-            "arms": options.arms,
-            "max_rows": options.max_rows,
-            "steps_per_call": options.steps_per_call,
-            "max_levels": options.max_levels,
-            "blends": options.blends,
-            "calls": options.calls,
-        },
-    )
-    params = setting.policy.params
-    draft_ids = setting.drafter.params.draft_ids
+    params = context.policy.params
+    draft_ids = context.drafter.params.draft_ids
     started = time.perf_counter()
     found = measure_lifetimes(
         {
-            share: blended(setting, float(share), seed=0)
+            share: blended(context, float(share), seed=0)
             for share in options.blends.split(",")
         },
-        setting.drafter.speculator_cfg.drafter_cfg,
+        context.drafter.speculator_cfg.drafter_cfg,
         unroll.Target(
             embed=params.embed,
             head=drafter_head.head_rows(params, draft_ids),
             draft_ids=draft_ids,
         ),
         texts,
-        speculation_harness.held_out(texts),
+        speculation_setting.held_out(texts),
         options.max_levels,
     )
     means = {share: np.concatenate(of).mean() for share, of in found.items()}
@@ -277,7 +258,7 @@ def main(arguments: list[str] | None = None) -> trace_file.Trace:
         flush=True,
     )
     tuner = RoundRobin(arms, options.max_rows)
-    engine = tuned_engine(setting, tuner, arms)
+    engine = tuned_engine(context, tuner, arms)
     try:
         calls = record_steps(
             engine,
@@ -290,10 +271,24 @@ def main(arguments: list[str] | None = None) -> trace_file.Trace:
     finally:
         engine.pool.close()
     trace = trace_file.Trace(step_seconds(calls), found, options.max_levels)
-    out = harness.folder_of(options)
-    trace_file.write(trace, out / f"{SLUG}.jsonl")
-    provenance.write(out / f"{SLUG}.json")
+    trace_file.write(trace, folder / "tuner_trace.jsonl")
+    record.write(folder / "tuner_trace.json")
     return trace
+
+
+EXPERIMENT = experiment.Experiment(
+    slug="tuner_trace",
+    text=__doc__,
+    title="trace for the tuners' replay",
+    needs="--drafter=DIR",
+    larger=experiment.models("--max-rows=32"),
+    options=(*speculation_setting.OPTIONS, *OPTIONS),
+    context=lambda options: speculation_setting.Setting(options),
+    settings=lambda context: context.about(),
+    run=record_trace,
+    table="tuner_trace.jsonl",
+)
+main = EXPERIMENT.main
 
 
 if __name__ == "__main__":

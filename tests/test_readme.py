@@ -152,11 +152,9 @@ def test_every_recipe_prints_its_command():
 
 
 def test_every_experiment_prints_its_command():
-    for item in catalogue.ITEMS:
-        if item.exists:
-            printed = commands(DOCUMENTS[f"experiments/{item.slug}.py"])
-            name = f"experiments.{item.slug}"
-            assert any(name in words for words in printed), item.slug
+    for slug in (*catalogue.PAPER, *catalogue.OURS):
+        printed = commands(DOCUMENTS[f"experiments/{slug}.py"])
+        assert any(f"experiments.{slug}" in words for words in printed), slug
 
 
 def test_tables_of_the_readme_are_those_of_the_results():

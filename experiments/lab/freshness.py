@@ -1,43 +1,69 @@
 """Whether a table still is what its experiment would make: by hashes of the source.
 
-A table's provenance holds a hash of the experiment's module and of what it imports from
-this folder. Left out is what makes no entry of a table: docstrings, comments, functions
-that draw (`plot...`, `_plot...`), calls that draw, print, write or ask where to, and
-names that nothing else reads. Where the code is another by now the table is stale: it
-is not continued, and listings say so. What the package itself computes is not hashed;
-the record's commit tells it.
+The hash covers the definitions (functions, classes, constants) that an experiment can
+reach by name, from its own module into the others of this folder, into `tlt_jax`, and
+into modules that it names in strings: recipes, programs that it starts. Whole modules
+would be too coarse: nearly every one reaches nearly every other, so that an edit of the
+report would make the length of accepted drafts stale.
+
+Each definition is hashed by its syntax tree, wherever it stands: imports are left out,
+and what is taken from an imported module is hashed by its own name. So nothing changes
+where a definition moves or a module is renamed. Left out is also what makes no entry of
+a table: docstrings, comments, annotations of functions, texts of errors and of help,
+what draws, prints or writes what was found, and names that nothing else reads.
+
+A reviewed change that alters no measured value may be *carried*: the record then names
+both hashes, the commit and the reason (`python -m experiments carry SLUG --why=TEXT`).
 """
 
 import ast
+import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 
-FOLDER = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
+FOLDER = ROOT / "experiments"
+# Whose definitions are hashed; of others a name is all that is.
+PACKAGES = ("experiments", "tlt_jax", "configs")
 # How tables and plots are written, for all.
-SHARED = {"harness", "plotting", "freshness", "cells", "machine"}
+SHOWING_MODULES = (
+    "tlt_jax.viz",
+    *(
+        f"experiments.lab.{name}"
+        for name in (
+            *("catalogue", "claims", "experiment", "freshness", "plotting"),
+            *("provenance", "readme_tables", "tables"),
+        )
+    ),
+)
 # How calls begin that show what was found, or ask where to write it.
 _SHOWING = (
-    *("plot", "print", "matplotlib.", "harness.write_"),
-    *("provenance.write", "trace_file.write"),
-    *("harness.add_options", "cells.add_options"),
-    *(f"parser.add_argument('--{name}'" for name in ("scale", "out")),
+    *("plot", "print", "matplotlib.", "tables.write", "record.write"),
+    "trace_file.write",
+)
+# Of a declaration: what is told of the experiment, and made of its tables.
+_TOLD = {"text", "title", "published", "needs", "larger", "plot", "claims"}
+_SKIPPED_FIELDS = frozenset(
+    ("ctx", "kind", "type_comment", "type_params", "returns", "type_ignores")
 )
 
 FRESH, STALE, PARTIAL, UNDATED, UNRUN = "fresh stale partial undated unrun".split()
+CARRIED = "fresh (carried)"
+
+# A module, and a name in it; no name: all of it.
+_Reference = tuple[str, str]
 
 
 def source_hash(slug: str) -> str:
-    """Returns 12 hex digits that change with an experiment's code."""
-    digest = hashlib.sha256()
-    for path in sorted(_sources(FOLDER / f"{slug}.py", set())):
-        digest.update(str(path.relative_to(FOLDER)).encode())
-        digest.update(_code(path).encode())
-    return digest.hexdigest()[:12]
+    """Returns 12 hex digits that change with what an experiment measures."""
+    return code(ROOT).hash_of(f"experiments.{slug}")
 
 
 def status(slug: str, folder: pathlib.Path) -> str:
-    """Tells of a table: fresh, stale, partial, undated (no hash) or unrun."""
+    """Tells of a table: fresh (carried or not), stale, partial, undated or unrun."""
     return of_table(slug, folder, f"{slug}.csv")
 
 
@@ -49,47 +75,399 @@ def of_table(slug: str, folder: pathlib.Path, table: str) -> str:
     record = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if "source_hash" not in record:
         return UNDATED
-    if record["source_hash"] != source_hash(slug):
+    if not is_current(record, source_hash(slug)):
         return STALE
     cells = record.get("cells", {"done": 0, "wanted": 0})
-    return PARTIAL if cells["done"] < cells["wanted"] else FRESH
+    if cells["done"] < cells["wanted"]:
+        return PARTIAL
+    return CARRIED if record["source_hash"] != source_hash(slug) else FRESH
 
 
-def _sources(path: pathlib.Path, found: set[pathlib.Path]) -> set[pathlib.Path]:
-    """The module and those of this folder that it imports, directly or not."""
-    if path in found or not path.exists():
-        return found
-    found.add(path)
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+def is_current(record: Mapping, current: str) -> bool:
+    """Tells whether a table was made by today's code, or was carried to it.
+
+    Args:
+      record: the table's provenance.
+      current: hash of the code now.
+    """
+    reached = record.get("source_hash")
+    for step in record.get("carried", ()):
+        if reached == current:
+            return True
+        if step["from"] != reached:
+            return False
+        reached = step["to"]
+    return reached == current
+
+
+def carry(slug: str, folder: pathlib.Path, commit: str | None, why: str) -> str:
+    """Says of a stale table that what changed alters nothing that it holds.
+
+    Args:
+      slug: of the experiment.
+      folder: of its provenance.
+      commit: at which the change was reviewed.
+      why: the reason, for people.
+
+    Returns:
+      What became of it, in words.
+
+    Raises:
+      ValueError: there is no record with a hash, or no reason is given.
+    """
+    if not why.strip():
+        raise ValueError(
+            'carry needs --why="...": what shows that nothing measured changes.'
+        )
+    path = folder / f"{slug}.json"
+    record = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if "source_hash" not in record:
+        raise ValueError(
+            f"{path.name} tells no source_hash in {folder.name}: measure {slug} first."
+        )
+    current = source_hash(slug)
+    if is_current(record, current):
+        return "needs no carrying"
+    steps = record.setdefault("carried", [])
+    last = steps[-1]["to"] if steps else record["source_hash"]
+    steps.append({"from": last, "to": current, "commit": commit, "why": why})
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return f"carried from {last} to {current}"
+
+
+@functools.cache
+def code(root: pathlib.Path) -> "Code":
+    """Returns the code below a folder; it is read once in a process."""
+    return Code(root, SHOWING_MODULES)
+
+
+class Code:
+    """Modules below a folder, read as far as somebody asks for them."""
+
+    def __init__(self, root: pathlib.Path, showing: Sequence[str]):
+        """Reads nothing yet.
+
+        Args:
+          root: folder of the packages.
+          showing: modules and packages that are not hashed.
+        """
+        self._root, self._showing = root, tuple(showing)
+        self._modules: dict[str, _Module | None] = {}
+        self._hashed: dict[tuple[str, int], _Hashed] = {}
+
+    def hash_of(self, module: str) -> str:
+        """Hashes what can be reached from a module's `main`, or all of it."""
+        own = self.module(module)
+        first = "main" if own and "main" in own.places else ""
+        digests = {found.digest for found in self.reached([(module, first)])}
+        text = "\n".join(sorted(digests))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def reached(self, references: Sequence[_Reference]) -> list["_Hashed"]:
+        """Returns the statements that can be reached from some, each once."""
+        waiting, seen, found = list(references), set(), {}
+        while waiting:
+            reference = waiting.pop()
+            if reference in seen:
+                continue
+            seen.add(reference)
+            name, wanted = reference
+            module = self.module(name)
+            if module is None:
+                continue
+            if wanted in module.imports and wanted not in module.places:
+                # Taken over from another module.
+                waiting.extend(self.resolve(module.imports[wanted])[1])
+                continue
+            places = module.places.get(wanted, ()) if wanted else module.all_places
+            for place in (*places, *module.loose):
+                if (name, place) not in found:
+                    hashed = self._hash(module, place)
+                    found[name, place] = hashed
+                    waiting.extend(hashed.references)
+        return list(found.values())
+
+    def module(self, name: str) -> "_Module | None":
+        """Reads a module; None: there is none, or it shows and measures nothing."""
+        if name not in self._modules:
+            path = self._root.joinpath(*name.split(".")).with_suffix(".py")
+            is_shown = any(
+                name == shown or name.startswith(shown + ".") for shown in self._showing
+            )
+            is_ours = name.partition(".")[0] in PACKAGES and not is_shown
+            made = _Module(name, path) if is_ours and path.exists() else None
+            self._modules[name] = made
+        return self._modules[name]
+
+    def resolve(self, dotted: str) -> tuple[str, list[_Reference]]:
+        """Returns how a dotted name is hashed, and what it refers to."""
+        parts = dotted.split(".")
+        if parts[0] not in PACKAGES:
+            return dotted, []
+        for count in range(len(parts), 0, -1):
+            name = ".".join(parts[:count])
+            if self.module(name) is not None:
+                rest = parts[count:]
+                return ".".join(rest) or "<module>", [(name, rest[0] if rest else "")]
+        return parts[-1], []
+
+    def named_in(self, text: str) -> list[_Reference]:
+        """Returns the module that a string names as a file or by dots, if one."""
+        path, _, _ = text.partition(":")
+        if path.endswith(".py"):
+            name = path.removesuffix(".py").replace("/", ".")
+            names = [name, f"experiments.peers.{name}"]
+        elif path.startswith(tuple(f"{package}." for package in PACKAGES)):
+            names = [path]
+        else:
+            return []
+        return [(name, "") for name in names if self.module(name) is not None][:1]
+
+    def _hash(self, module: "_Module", place: int) -> "_Hashed":
+        key = (module.name, place)
+        if key not in self._hashed:
+            writer = _Writer(self, module)
+            writer.write(module.body[place])
+            digest = hashlib.sha256("\n".join(writer.parts).encode()).hexdigest()
+            self._hashed[key] = _Hashed(digest, frozenset(writer.references))
+        return self._hashed[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hashed:
+    """A statement's digest, and what it refers to."""
+
+    digest: str
+    references: frozenset[_Reference]
+
+
+class _Module:
+    """A module's statements by the names that they bind.
+
+    Attributes:
+      name: dotted.
+      body: its statements, without docstring and imports.
+      places: of the statements in `body` that bind a name.
+      loose: those that bind none: they run wherever the module is imported.
+      imports: what each imported name stands for, dotted.
+    """
+
+    def __init__(self, name: str, path: pathlib.Path):
+        self.name = name
+        tree = ast.parse(path.read_text("utf-8"))
+        self.imports = dict(_imports(tree))
+        self.body = [
+            node
+            for node in tree.body
+            if not _is_import(node) and not _is_text(node) and not _is_start(node)
+        ]
+        self.places: dict[str, list[int]] = {}
+        self.loose: list[int] = []
+        for place, node in enumerate(self.body):
+            if _shows(node):
+                continue
+            names = _bound(node)
+            for bound in names:
+                self.places.setdefault(bound, []).append(place)
+            if not names:
+                self.loose.append(place)
+
+    @property
+    def all_places(self) -> list[int]:
+        """Places of all that is hashed, in order."""
+        return sorted({place for places in self.places.values() for place in places})
+
+
+class _Writer:
+    """Writes a statement as text that does not depend on where it stands."""
+
+    def __init__(self, code: Code, module: _Module):
+        self.parts: list[str] = []
+        self.references: set[_Reference] = set()
+        self._code, self._module = code, module
+        self._scopes: list[frozenset[str]] = []
+
+    def write(self, node: object, *skipped: str) -> None:
+        """Appends a node, and all below it but for some fields."""
+        own = None if skipped else getattr(self, f"_{type(node).__name__}", None)
+        if own is not None:
+            own(node)
+        elif isinstance(node, list):
+            self.parts.append("[")
+            for item in node:
+                if not (isinstance(item, ast.stmt) and _is_left_out(item)):
+                    self.write(item)
+            self.parts.append("]")
+        elif isinstance(node, ast.AST):
+            self.parts.append(type(node).__name__)
+            left_out = _SKIPPED_FIELDS.union(skipped)
+            for name in node._fields:
+                value = getattr(node, name, None)
+                if value not in (None, []) and name not in left_out:
+                    self.parts.append(name)
+                    self.write(value)
+        else:
+            self.parts.append(repr(node))
+
+    def _dotted(self, dotted: str) -> None:
+        text, references = self._code.resolve(dotted)
+        self.parts.append(text)
+        self.references.update(references)
+
+    def _imported(self, node: ast.expr) -> str | None:
+        """What a name stands for that is imported, and bound nowhere nearer."""
+        is_bound = isinstance(node, ast.Name) and (
+            node.id in self._module.places
+            or any(node.id in scope for scope in self._scopes)
+        )
+        if is_bound or not isinstance(node, ast.Name):
+            return None
+        return self._module.imports.get(node.id)
+
+    def _Name(self, node: ast.Name) -> None:
+        if dotted := self._imported(node):
+            self._dotted(dotted)
+            return
+        self.parts.append(node.id)
+        if not any(node.id in scope for scope in self._scopes):
+            self.references.add((self._module.name, node.id))
+
+    def _Attribute(self, node: ast.Attribute) -> None:
+        names, first = [node.attr], node.value
+        while isinstance(first, ast.Attribute):
+            names.append(first.attr)
+            first = first.value
+        if dotted := self._imported(first):
+            self._dotted(".".join([dotted, *reversed(names)]))
+        else:
+            self.parts.append("." + node.attr)
+            self.write(node.value)
+
+    def _Constant(self, node: ast.Constant) -> None:
+        self.parts.append(repr(node.value))
+        if isinstance(node.value, str):
+            self.references.update(self._code.named_in(node.value))
+
+    def _JoinedStr(self, node: ast.JoinedStr) -> None:
+        # Interpreters differ in how they divide the text between the values.
+        text = ""
+        for value in [*node.values, None]:
+            if isinstance(value, ast.Constant):
+                text += value.value
+            else:
+                self.write([text, value])
+                text = ""
+
+    def _Raise(self, node: ast.Raise) -> None:
+        self.write(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
+
+    def _Call(self, node: ast.Call) -> None:
+        called = getattr(node.func, "attr", "")
+        told = {"Experiment": _TOLD, "Option": {"help"}}.get(called, ())
+        self.write(node.func)
+        # The third of an option is its help, too.
+        self.write(node.args[:2] if called == "Option" else node.args)
+        self.write([k for k in node.keywords if k.arg not in told])
+
+    def _arg(self, node: ast.arg) -> None:
+        self.parts.append(node.arg)
+
+    def _AnnAssign(self, node: ast.AnnAssign) -> None:
+        # Of a class an annotation may say how a setting is read.
+        is_field = bool(self._scopes) and not self._scopes[-1]
+        self.write(node, *(["lineno"] if is_field else ["annotation", "simple"]))
+
+    def _ClassDef(self, node: ast.ClassDef) -> None:
+        self._scopes.append(frozenset())
+        self.write(node, "lineno")
+        self._scopes.pop()
+
+    def _FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.parts.append(f"def {node.name}")
+        self.write(node.decorator_list)
+        body = [part for part in node.body if not _is_left_out(part)]
+        self._function(node.args, _read(body))
+
+    _AsyncFunctionDef = _FunctionDef
+
+    def _Lambda(self, node: ast.Lambda) -> None:
+        self._function(node.args, [node.body])
+
+    def _function(self, args: ast.arguments, body: list[ast.AST]) -> None:
+        self.write([*args.defaults, *filter(None, args.kw_defaults)])
+        names = {node.arg for node in ast.walk(args) if isinstance(node, ast.arg)}
+        # A function's scope has a name at least, and so is told from a class's.
+        self._scopes.append(frozenset({"", *names, *_stored(body)}))
+        self.write(args, "defaults", "kw_defaults")
+        self.write(body)
+        self._scopes.pop()
+
+
+def _imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Pairs of a name and the dotted name that it was imported for."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        for branch in ("body", "orelse", "finalbody", "handlers"):
+            inner = getattr(node, branch, ())
+            waiting.extend(inner if isinstance(inner, list) else ())
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield alias.asname or alias.name, f"{node.module}.{alias.name}"
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == FOLDER.name and parts[1:] and parts[-1] not in SHARED:
-                _sources(FOLDER.joinpath(*parts[1:]).with_suffix(".py"), found)
-    return found
+            for alias in node.names:
+                if alias.asname:
+                    yield alias.asname, alias.name
+                else:
+                    first = alias.name.partition(".")[0]
+                    yield first, first
 
 
-def _code(path: pathlib.Path) -> str:
-    tree = ast.parse(path.read_text("utf-8"))
-    # What is imported from this folder is hashed itself.
-    tree.body = [node for node in tree.body if not _is_import(node)]
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            first = int(bool(body) and _is_docstring(body[0]))
-            node.body = [other for other in body[first:] if not _shows(other)]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            node.body = _read(node.body)
-    return ast.dump(tree)
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that a statement of a module binds."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    return _stored([node])
+
+
+def _stored(nodes: Sequence[ast.AST]) -> set[str]:
+    names, not_local = set(), set()
+    for statement in nodes:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+                names.add(node.id)
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.ExceptHandler) and node.name:
+                names.add(node.name)
+            elif isinstance(node, ast.Global):
+                not_local.update(node.names)
+    return names - not_local
+
+
+def _is_left_out(node: ast.stmt) -> bool:
+    """Whether this is a docstring, an import, or only shows."""
+    return _is_text(node) or _is_import(node) or _shows(node)
 
 
 def _is_import(node: ast.stmt) -> bool:
     return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _is_start(node: ast.stmt) -> bool:
+    """Whether this is `if __name__ == "__main__"`."""
+    return isinstance(node, ast.If) and any(
+        isinstance(part, ast.Name) and part.id == "__name__"
+        for part in ast.walk(node.test)
+    )
 
 
 def _shows(node: ast.stmt) -> bool:
@@ -118,11 +496,3 @@ def _read(body: list[ast.stmt]) -> list[ast.stmt]:
 
     kept = [node for node in body if is_read(node)]
     return kept if len(kept) == len(body) else _read(kept)
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )

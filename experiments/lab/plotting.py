@@ -1,7 +1,6 @@
-"""The look of the experiments' plots, and a stamp that says where they come from."""
+"""The look of the experiments' plots."""
 
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 
 from matplotlib import axes as axes_lib
@@ -19,6 +18,7 @@ COLORS = (
     style.GREY,
 )
 PALE, GREY = style.PALE, style.GREY
+Figure = figure_lib.Figure
 # Of the stages of an RL step, in all plots.
 STAGE_COLORS = {
     "rollout": style.BLUE,
@@ -28,21 +28,6 @@ STAGE_COLORS = {
     "update": style.ORANGE,
     "sync": style.PURPLE,
 }
-
-
-def stamp(record: Mapping[str, object]) -> str:
-    """Returns the line that says where a plot's figures come from.
-
-    Args:
-      record: of `harness.Provenance`.
-    """
-    scale = re.search(r"--scale=(\w+)", str(record.get("command")))
-    commit = str(record.get("commit") or "")[:8] or "no commit"
-    changed = "+" if record.get("uncommitted_changes") else ""
-    device = record["device"]
-    if device == "cpu":
-        device = record.get("cpu_model") or device
-    return f"scale {scale[1] if scale else 'cpu'} · {device} · {commit}{changed}"
 
 
 def panels(
@@ -77,7 +62,7 @@ def bars(
     metric: str,
     label: str = "%.3g",
 ) -> None:
-    """Draws medians with their ranges, as `harness.summarise` gives them.
+    """Draws medians with their ranges, as `paired.summarise` gives them.
 
     Args:
       axes: a panel.

@@ -8,11 +8,11 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping
 
-from experiments.lab import cells, harness
+from experiments.lab import experiment, tables
 
 README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 _BLOCK = re.compile(r"(<!-- table: ([\w]+) -->\n).*?(<!-- end of table -->)", re.S)
-Rows = list[harness.Row]
+Rows = list[tables.Row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,24 +27,24 @@ class Table:
     """
 
     file: str
-    columns: Mapping[str, str | Callable[[harness.Row], object]]
-    keep: Callable[[harness.Row], bool] = lambda row: True
+    columns: Mapping[str, str | Callable[[tables.Row], object]]
+    keep: Callable[[tables.Row], bool] = lambda row: True
     prepare: Callable[[Rows], Rows] = lambda rows: rows
 
 
-def _times(name: str) -> Callable[[harness.Row], str]:
+def _times(name: str) -> Callable[[tables.Row], str]:
     return lambda row: f"{row[name]:.2f}x" if row[name] else "-"
 
 
-def _percent(name: str) -> Callable[[harness.Row], str]:
+def _percent(name: str) -> Callable[[tables.Row], str]:
     return lambda row: f"{row[name]:.0%}" if row[name] is not None else "-"
 
 
-def _fixed(name: str, digits: int) -> Callable[[harness.Row], str]:
+def _fixed(name: str, digits: int) -> Callable[[tables.Row], str]:
     return lambda row: "-" if row[name] is None else f"{row[name]:.{digits}f}"
 
 
-def _range(name: str, digits: int) -> Callable[[harness.Row], str]:
+def _range(name: str, digits: int) -> Callable[[tables.Row], str]:
     """What rounds or seeds have in the middle, and what they lie between."""
 
     def entry(row):
@@ -57,7 +57,7 @@ def _range(name: str, digits: int) -> Callable[[harness.Row], str]:
     return entry
 
 
-def _with_error(name: str, digits: int) -> Callable[[harness.Row], str]:
+def _with_error(name: str, digits: int) -> Callable[[tables.Row], str]:
     """A figure and its standard error, where it has one."""
 
     def entry(row):
@@ -105,7 +105,7 @@ def _by_batch(rows: Rows) -> Rows:
     greedy = [row for row in rows if row["temperature"] == 0]
     made = []
     for system in dict.fromkeys(row["system"] for row in greedy):
-        entry: harness.Row = {"system": system}
+        entry: tables.Row = {"system": system}
         for row in greedy:
             if row["system"] == system:
                 told = f"{row['tokens_per_s/median']:.0f}"
@@ -116,7 +116,7 @@ def _by_batch(rows: Rows) -> Rows:
     return made
 
 
-def _batch(number: int) -> Callable[[harness.Row], object]:
+def _batch(number: int) -> Callable[[tables.Row], object]:
     return lambda row: row.get(f"batch {number}")
 
 
@@ -126,7 +126,7 @@ def _drafters(rows: Rows) -> Rows:
     for trained_on in dict.fromkeys(row["trained_on"] for row in rows):
         its = [row for row in rows if row["trained_on"] == trained_on]
         name = "start" if trained_on == "start" else f"then on {trained_on}"
-        entry: harness.Row = {"drafter": name}
+        entry: tables.Row = {"drafter": name}
         for row in its:
             told = f"{row['accept_length']:.2f}"
             if trained_on != "start":
@@ -353,7 +353,7 @@ def render(name: str) -> str:
             f"README.md has a table {name!r}; made here are {', '.join(TABLES)}."
         )
     table = TABLES[name]
-    rows = table.prepare(cells.read(harness.RESULTS_DIR / "cpu" / table.file))
+    rows = table.prepare(tables.read(experiment.RESULTS_DIR / "cpu" / table.file))
     lines = [list(table.columns), ["---"] * len(table.columns)]
     for row in filter(table.keep, rows):
         entries = [
@@ -375,7 +375,7 @@ def rendered(text: str) -> str:
     return _BLOCK.sub(lambda match: match[1] + render(match[2]) + match[3], text)
 
 
-def write() -> list[harness.Row]:
+def write() -> list[tables.Row]:
     """Writes the tables; returns which there are."""
     text = README.read_text("utf-8")
     new = rendered(text)

@@ -11,13 +11,13 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import grpo
-from experiments import ahead_of_time
-from experiments.lab import harness, recipe_programs
+from experiments import ahead_of_time, recipe_programs
+from experiments.lab import experiment
 from tlt_jax import config
 from tlt_jax.models import params as model_params
 from tlt_jax.runtime import sharding
 
-TABLE = harness.RESULTS_DIR / "cpu" / "ahead_of_time.csv"
+TABLE = experiment.RESULTS_DIR / "cpu" / "ahead_of_time.csv"
 
 
 def run_of(name, **changes):

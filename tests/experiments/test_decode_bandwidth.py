@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from experiments import decode_bandwidth
-from experiments.lab import cells, claims, redrawing
+from experiments.lab import claims, tables
 
 TINY = "--model=tiny --contexts=8,20 --temperatures=1 --steps=16 --page-size=16"
 
@@ -14,17 +14,15 @@ def test_run(tmp_path, monkeypatch):
     # As a step takes too little here to be told from noise.
     monkeypatch.setattr(decode_bandwidth.Decoder, "measure", slope(1e-3))
     summary = decode_bandwidth.main([*TINY.split(), f"--out={tmp_path}", "--rounds=2"])
-    rows = cells.read(tmp_path / "decode_bandwidth.csv")
+    rows = tables.read(tmp_path / "decode_bandwidth.csv")
     assert len(rows) == 4 and {row["step_ms"] for row in rows} == {1.0}
     for row in rows:
         reached = row["minimal_bytes"] / 1e-3 / row["limit_gb_per_s"] / 1e9
         assert row["bandwidth_frac"] == pytest.approx(reached)
         assert row["limit_gb_per_s"] > 0.1
     assert [row["context"] for row in summary] == [8, 20]
-    assert redrawing.redraw("decode_bandwidth", tmp_path) == "drawn"
-    (found,) = [
-        row for row in claims.check(tmp_path) if row["experiment"] == "decode_bandwidth"
-    ]
+    assert decode_bandwidth.EXPERIMENT.redraw(tmp_path) == "drawn"
+    (found,) = decode_bandwidth.EXPERIMENT.check_claims(tmp_path)
     assert found["verdict"] == claims.FAILS
     assert found["found"].startswith("tiny, float32, cpu: 0% at 8 cached, 0% at 20")
 
@@ -41,7 +39,7 @@ def slope(step_s):
 
 def test_a_token_needs_the_weights_once_and_its_context():
     cfg = decode_bandwidth.DESCRIBED["tiny"]
-    options = decode_bandwidth.parse_arguments(TINY.split())
+    options = decode_bandwidth.EXPERIMENT.parse(TINY.split())
     _, params = decode_bandwidth.load(options)
     head_dim, width, d_ff, vocab = 16, 32, 48, 64
     qkv, out = (width + 1) * 4 * head_dim, width * 2 * head_dim

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments import end_to_end
-from experiments.lab import cells, redrawing
+from experiments.lab import tables
 from tlt_jax.workdir import metrics
 
 TINY = "--models=tiny=tests/tiny_runs.py"
@@ -35,7 +35,7 @@ def workdirs(tmp_path, monkeypatch):
     """Lets a run be two records that were there before."""
     commands = []
 
-    monkeypatch.setattr(end_to_end.recipe_commands, "start", commands.append)
+    monkeypatch.setattr(end_to_end.recipes, "start", commands.append)
 
     def write(name, rows):
         (tmp_path / name).mkdir()
@@ -73,7 +73,7 @@ def test_ratio_and_commands(workdirs):
     drawn = folder / "out" / "end_to_end.png"
     assert drawn.stat().st_size > 10_000
     drawn.unlink()
-    assert redrawing.redraw("end_to_end", folder / "out") == "drawn"
+    assert end_to_end.EXPERIMENT.redraw(folder / "out") == "drawn"
     assert drawn.stat().st_size > 10_000
 
 
@@ -122,7 +122,7 @@ def test_systems_over_models_are_added_to_the_table(workdirs):
     assert "--config.adaptation.enabled=false" in frozen
     assert "--config.drafter.directory=/a/b" in frozen
     assert "--config.drafter.directory=c" in counted
-    names = [row["cell"] for row in cells.read(folder / "out" / "end_to_end.csv")]
+    names = [row["cell"] for row in tables.read(folder / "out" / "end_to_end.csv")]
     assert sum("drafter.directory=PATH" in name for name in names) == 3
 
 

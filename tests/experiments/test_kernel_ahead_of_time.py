@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from experiments import ahead_of_time, kernel_ahead_of_time, kernel_peers
-from experiments.lab import harness
+from experiments.lab import experiment, tables
 from tlt_jax.pallas_kernels.verify_attention import api, arg_specs, page_layout
 
-TABLE = harness.RESULTS_DIR / "cpu" / "kernel_ahead_of_time.csv"
+TABLE = experiment.RESULTS_DIR / "cpu" / "kernel_ahead_of_time.csv"
 GOLDEN = ("minimal_bytes", "bytes_accessed", "minimal_flops", "flops", "temp_bytes")
 # One that is compiled again for each chip: tree, past, grouped heads.
 AGAIN = "verify_b32_8k_w16"
@@ -54,7 +54,7 @@ def test_the_kernel_lowers_for_cuda(name, num_calls):
 
 
 def of_implementation(name):
-    rows = kernel_ahead_of_time.read(TABLE)
+    rows = tables.read(TABLE)
     return [row for row in rows if row["implementation"] == name]
 
 
@@ -116,7 +116,7 @@ def test_compiled_again_the_figures_are_those_of_the_table(chip, no_cache):
         for row in of_implementation(kernel_ahead_of_time.OURS)
         if (row["chip"], row["arguments"]) == (chip, AGAIN)
     ]
-    assert {k: str(row[k]) for k in GOLDEN} == {k: golden[k] for k in GOLDEN}
+    assert {k: row[k] for k in GOLDEN} == {k: golden[k] for k in GOLDEN}
 
 
 @pytest.mark.tpu_compile

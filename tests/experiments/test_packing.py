@@ -25,7 +25,7 @@ def test_run(tmp_path):
 
 
 def test_every_layout_holds_every_text_once():
-    epochs = packing.Epochs(packing.parse_arguments([*TINY]))
+    epochs = packing.Epochs(packing.EXPERIMENT.parse([*TINY]))
     lengths = sorted(epochs.texts.lengths.tolist())
     for layout in packing.SYSTEMS:
         found = []

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from experiments import decode_speed, grpo_step_speed
-from experiments.lab import harness
+from experiments.lab import paired
 from experiments.peers import prepare_smollm2
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 
@@ -63,8 +63,8 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runner(model_dir, tmp_path_factory):
     script = decode_speed.PEERS["transformers"]
-    runner = harness.Runner(
-        harness.System("transformers", sys.executable, script),
+    runner = paired.Runner(
+        paired.System("transformers", sys.executable, script),
         tmp_path_factory.mktemp("logs"),
     )
     runner.ask("load", timeout_s=120, model=str(model_dir / "hf"))
@@ -105,7 +105,7 @@ def test_transformers_runner_samples_by_seed_and_past_the_end_of_sequence(runner
 @pytest.mark.parametrize("module", [decode_speed, grpo_step_speed])
 def test_every_runner_is_there_and_speaks_the_protocol(module):
     for script in (module.OUR_SCRIPT, *module.PEERS.values()):
-        tree = ast.parse((harness.PEERS_DIR / script).read_text(encoding="utf-8"))
+        tree = ast.parse((paired.PEERS_DIR / script).read_text(encoding="utf-8"))
         imported = {
             alias.name
             for node in ast.walk(tree)

@@ -71,7 +71,7 @@ def run(monkeypatch, tmp_path, *more, digest_with="ab"):
             with open(f"{workdir}/{name}", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
-    monkeypatch.setattr(trainer_makespan.recipe_commands, "start", start)
+    monkeypatch.setattr(trainer_makespan.recipes, "start", start)
     options = ["--drafter=DIR", "--steps=2", "--rounds=2", "--set=seed=3"]
     return trainer_makespan.main([*options, f"--out={tmp_path}", *more]), commands
 

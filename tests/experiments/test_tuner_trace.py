@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import arm_replay, tuner_trace
-from experiments.lab import speculation_harness, trace_file
+from experiments import tuner_trace
+from experiments.lab import speculation_setting
+from experiments.simulation import arm_replay, trace_file
 from tests.experiments import test_speculation
 from tlt_jax import policy, speculation
 from tlt_jax.models import params as model_params
@@ -167,4 +168,4 @@ def test_replaying_the_engines_choices_gives_its_calls(recorded):
 
 def test_texts_are_needed(recorded, tmp_path):
     with pytest.raises(ValueError, match="has no folder texts: name the workdir"):
-        speculation_harness.texts_of(tmp_path)
+        speculation_setting.texts_of(tmp_path)

@@ -12,7 +12,7 @@ from experiments import (
     planner,
     simulator_check,
 )
-from experiments.lab import cells
+from experiments.lab import tables
 from experiments.simulation import (
     cluster,
     cluster_records,
@@ -253,7 +253,7 @@ def test_makespans_agree_with_the_recorded_runs(tmp_path, monkeypatch):
         # Told what it cannot know, it is off by little in single RL steps, too.
         assert told[system, "speed"]["median_step_error"] < 0.06
         assert told[system, "speed"]["steps_within_tolerance"] >= 14
-    rows = cells.read(tmp_path / "simulator_check.csv")
+    rows = tables.read(tmp_path / "simulator_check.csv")
     off = [r for r in rows if r["system"] == "off" and r["given"] == "lengths"]
     exact = [r["decode_steps"] == r["decode_steps/run"] for r in off]
     assert sum(exact) >= len(exact) / 2
@@ -309,7 +309,7 @@ def test_clusters_by_size(tmp_path):
         assert by_system[number, rl_step.PAPER]["times_faster"] > 1
         assert by_system[number, rl_step.PAPER]["published"]
     assert (tmp_path / "cluster_size.png").stat().st_size > 10_000
-    told = cells.read(tmp_path / "cluster_size_assumptions.csv")
+    told = tables.read(tmp_path / "cluster_size_assumptions.csv")
     assert {"what", "value", "from"} == set(told[0])
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import drafter_adaptation, drafter_cadence, transfer
-from experiments.lab import cells, drafter_runs, redrawing
+from experiments.lab import recipes, tables
 from tests import tiny_runs
 
 
@@ -35,7 +35,7 @@ def runs(monkeypatch):
             )
         return rows
 
-    monkeypatch.setattr(drafter_runs, "run", run)
+    monkeypatch.setattr(recipes, "run_planned", run)
     return asked
 
 
@@ -45,12 +45,12 @@ def test_a_frozen_drafter_learns_no_more(tmp_path, runs):
     assert adapted["num_updates"] == 24 and frozen["num_updates"] == 12
     assert adapted["steps"] == 4 and adapted["steps_differing"] == 0
     assert adapted["accept_length"] > frozen["accept_length"]
-    rows = cells.read(tmp_path / "drafter_adaptation.csv")
+    rows = tables.read(tmp_path / "drafter_adaptation.csv")
     rows[-1]["tokens_digest"] = "another"
     assert drafter_adaptation.summary_of(rows, 4)[1]["steps_differing"] == 1
     path = tmp_path / "drafter_adaptation.png"
     path.unlink()
-    assert redrawing.redraw("drafter_adaptation", tmp_path) == "drawn"
+    assert drafter_adaptation.EXPERIMENT.redraw(tmp_path) == "drawn"
     assert path.stat().st_size > 10_000
 
 
@@ -84,9 +84,9 @@ def test_cadences_are_what_they_are_called():
 def test_a_planned_run_counts_its_updates():
     overrides = {"num_steps": 3, "specdec.strategies": ("4:D2K1V3",)}
     overrides |= {"adaptation.row_tokens": 32, "adaptation.row_bases": 16}
-    settings = drafter_runs.settings_of("tests/tiny_runs.py", overrides, 2)
-    first = drafter_runs.run(settings, lambda number: number != 1)
-    again = drafter_runs.run(settings, lambda number: number != 1)
+    settings = recipes.planned_settings("tests/tiny_runs.py", overrides, 2)
+    first = recipes.run_planned(settings, lambda number: number != 1)
+    again = recipes.run_planned(settings, lambda number: number != 1)
     assert tiny_runs.values(first, "drafter/num_updates") == [2, 2, 4]
     distances = tiny_runs.values(first, "policy_distance")
     assert 0 < distances[0] < distances[-1]
@@ -118,7 +118,7 @@ def test_transfer_is_told_against_start_and_own():
 def test_questions_are_held_out_by_their_text(tmp_path, monkeypatch):
     monkeypatch.setitem(transfer.TEACHING, "pretrain.steps", 0)
     monkeypatch.setattr(transfer.World, "train", lambda self, name: tmp_path)
-    options = transfer.parse_arguments(["--texts=8", "--prompts=40"])
+    options = transfer.EXPERIMENT.parse(["--texts=8", "--prompts=40"])
     world = transfer.World(options, tmp_path / "0", 0)
     for name, path in world.files.items():
         requests = world.requests(name)

@@ -1,14 +1,13 @@
-"""What the speculation experiments share: model, drafter, prompts, engines."""
+"""What the speculation experiments share: options, model, drafter, prompts, engines."""
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 
 import numpy as np
 
-from experiments.lab import harness, prompts
+from experiments.lab import experiment, paired, prompts, tables
 from tlt_jax import policy, speculation, types
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import offline_texts
@@ -20,23 +19,21 @@ from tlt_jax.specdec.texts import shards
 
 MAX_PROMPT_TOKENS = 320
 PAGE_SIZE = 64
-
-
-def argument_parser(text: str) -> argparse.ArgumentParser:
-    """Returns a parser with the options of both experiments."""
-    parser = argparse.ArgumentParser(
-        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    harness.add_options(parser)
-    parser.add_argument("--model", default=harness.DEFAULT_MODEL)
-    parser.add_argument(
-        "--drafter",
+OPTIONS = (
+    *experiment.plain(
+        recorded=False,
+        model=paired.DEFAULT_MODEL,
+        new_tokens=128,
+        num_prompts=16,
+    ),
+    experiment.Option(
+        "drafter",
+        "",
+        "workdir of tlt_jax.train_drafter: its drafter, and its held-out prompts",
         required=True,
-        help="workdir of tlt_jax.train_drafter: its drafter, and its held-out prompts",
-    )
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--num-prompts", type=int, default=16)
-    return parser
+        recorded=False,
+    ),
+)
 
 
 class Setting:
@@ -133,7 +130,7 @@ class Setting:
         settings = json.loads(path.read_text(encoding="utf-8"))
         return " ".join(dict.fromkeys(settings["texts"]["tasks"]))
 
-    def about(self) -> harness.Row:
+    def about(self) -> tables.Row:
         """Returns what stands in the record of a run."""
         cfg = self.drafter.speculator_cfg.drafter_cfg
         made = drafter_io.about(speculation.folder(self.options.drafter))
@@ -152,15 +149,6 @@ class Setting:
             "prompts": len(self.prompts),
             "new_tokens": self.options.new_tokens,
         }
-
-    def provenance(self, slug: str, settings: harness.Row) -> harness.Provenance:
-        """Makes the record of a run."""
-        return harness.Provenance(slug, self.about() | settings, versions())
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of what computes."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "llvmlite")}
 
 
 def texts_of(workdir: pathlib.Path) -> shards.Shards:

@@ -1,16 +1,27 @@
 """Traces of real engines on disk: seconds of steps, and what drafts had accepted."""
 
+import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments import arm_replay
+from experiments.lab import experiment
+from experiments.simulation import arm_replay
 from tlt_jax.specdec import strategy as strategy_lib
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+# Of the experiments that replay one.
+OPTION = experiment.Option(
+    "trace",
+    None,
+    "default results/<scale>/tuner_trace.jsonl",
+    pathlib.Path,
+    recorded=False,
+)
 MOST_LEVELS = len(_DIGITS) - 1
 
 
@@ -59,6 +70,23 @@ def write(trace: Trace, path: pathlib.Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def given(options: argparse.Namespace) -> Trace:
+    """Reads the trace that the options name; once.
+
+    Raises:
+      ValueError: there is none.
+    """
+    default = experiment.RESULTS_DIR / options.scale / "tuner_trace.jsonl"
+    path = options.trace or default
+    if not path.is_file():
+        raise ValueError(
+            f"--trace={path} is no file: make one with python -m "
+            "experiments.tuner_trace, or name another."
+        )
+    return read(path)
+
+
+@functools.cache
 def read(path: pathlib.Path) -> Trace:
     """Reads what `write` wrote.
 

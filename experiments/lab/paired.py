@@ -1,42 +1,34 @@
-"""Paired, interleaved runs of several systems, written with where they came from.
+"""Paired, interleaved measurements of several systems, runners of peers among them.
 
-A system is a runner script (`experiments/peers/`) under its own interpreter: loaded
-once, then asked in turn, A B C, B C A, ..., so that what else the machine does hits
-all alike. One system computes at a time: the others are stopped by a signal. A
-comparison is the median over rounds of the ratio within a round.
+Systems are asked in turn, A B C, B C A, ..., so that what else the machine does hits
+all alike; a comparison is the median over rounds of the ratio within a round. A peer is
+a runner script (`experiments/peers/`) under its own interpreter. One system computes at
+a time: the others are stopped by a signal. Where memory does not hold all of them, each
+is loaded for its own requests only.
 """
 
 import argparse
-import collections.abc
 import contextlib
-import csv
 import dataclasses
-import datetime
 import functools
-import hashlib
 import json
 import os
 import pathlib
-import platform
-import re
-import shlex
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
-import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from experiments.lab import freshness, machine, visitor
+from experiments.lab import experiment, tables
 
 PEERS_DIR = pathlib.Path(__file__).parents[1] / "peers"
-RESULTS_DIR = pathlib.Path(__file__).parents[1] / "results"
-
 DEFAULT_MODEL = "smollm2-135m-instruct"  # as tlt_jax.models.formats.source names it
-# `cpu` runs on two cores, `one_gpu` needs one accelerator, `paper` what the paper used.
-SCALES = ("cpu", "one_gpu", "paper")
 
-Row = dict[str, object]
+Row = tables.Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,15 +128,55 @@ class Runner:
         self._process.stdout.close()
 
 
+class Visitor:
+    """Takes requests as a runner does, and has no process between them."""
+
+    def __init__(
+        self,
+        start: Callable[[], Runner],
+        request: dict[str, Any],
+        timeout_s: float,
+        versions: dict[str, Any],
+    ):
+        """Starts nothing yet.
+
+        Args:
+          start: starts a runner.
+          request: for `load`.
+          timeout_s: for that.
+          versions: takes up what each load reports.
+        """
+        self._start, self._request = start, request
+        self._timeout_s, self._versions = timeout_s, versions
+
+    def ask(self, command: str, *, timeout_s: float, **fields) -> dict:
+        """Loads, asks twice, and returns the second answer: the first one warms up.
+
+        Raises:
+          RunnerError: as of a runner.
+        """
+        runner = self._start()
+        try:
+            answer = runner.ask("load", timeout_s=self._timeout_s, **self._request)
+            self._versions.update(answer)
+            runner.ask(command, timeout_s=timeout_s, **fields)
+            return runner.ask(command, timeout_s=timeout_s, **fields)
+        finally:
+            runner.close()
+
+    def close(self) -> None:
+        """Does nothing: between requests there is no process."""
+
+
 @contextlib.contextmanager
 def loaded(
-    systems: collections.abc.Sequence[System],
+    systems: Sequence[System],
     log_dir: pathlib.Path,
     request: Row,
     timeout_s: float,
     *,
     one_at_a_time: bool = False,
-) -> collections.abc.Iterator[tuple[dict[str, visitor.Runner], dict[str, dict]]]:
+) -> Iterator[tuple[dict[str, Runner | Visitor], dict[str, dict]]]:
     """Starts and loads the systems one after the other; ends them all on leaving.
 
     Args:
@@ -152,21 +184,19 @@ def loaded(
       log_dir: of their logs.
       request: for `load`.
       timeout_s: for that.
-      one_at_a_time: load each for its own requests only, see `visitor`.
+      one_at_a_time: load each for its own requests only, see `Visitor`.
 
     Yields:
       The runners by name, and the versions that each reports, once it has.
     """
-    runners: dict[str, visitor.Runner] = {}
+    runners: dict[str, Runner | Visitor] = {}
     versions: dict[str, dict] = {system.name: {} for system in systems}
     try:
         for system in systems:
             name = system.name
             if one_at_a_time:
                 start = functools.partial(Runner, system, log_dir)
-                runners[name] = visitor.Visitor(
-                    start, request, timeout_s, versions[name]
-                )
+                runners[name] = Visitor(start, request, timeout_s, versions[name])
                 continue
             print(f"Loading {name} ...", flush=True)
             runners[name] = Runner(system, log_dir)
@@ -179,19 +209,32 @@ def loaded(
             runner.close()
 
 
-def our_system(name: str, script: str) -> System:
-    """Returns this package under this interpreter, measured like any peer."""
-    return System(name, sys.executable, script)
+@contextlib.contextmanager
+def started(
+    systems: Sequence[System], request: Row, timeout_s: float, **how
+) -> Iterator[tuple[dict[str, Runner | Visitor], dict[str, dict]]]:
+    """Does as `loaded`, with logs that are gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        with loaded(systems, pathlib.Path(folder), request, timeout_s, **how) as made:
+            yield made
+
+
+def systems_of(
+    ours: str, script: str, peers: dict[str, str], options: argparse.Namespace
+) -> list[System]:
+    """Returns this package under this interpreter, and the peers asked for."""
+    chosen = choose_peers(peers, options.peers, options.peer_python)
+    return [System(ours, sys.executable, script), *chosen]
 
 
 def run_paired(
-    names: collections.abc.Sequence[str],
-    cases: collections.abc.Sequence[Row],
-    measure: collections.abc.Callable[[str, Row, int], Row | None],
+    names: Sequence[str],
+    cases: Sequence[Row],
+    measure: Callable[[str, Row, int], Row | None],
     *,
     rounds: int,
     warmups: int,
-    report: collections.abc.Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> list[Row]:
     """Measures every system on every case, in turn, `rounds` times.
 
@@ -227,14 +270,14 @@ def run_paired(
                     **measured,
                 }
                 rows.append(row)
-                report(" ".join(f"{k}={_short(v)}" for k, v in row.items()))
+                report(" ".join(f"{k}={tables.short(v)}" for k, v in row.items()))
     return rows
 
 
 def summarise(
-    rows: collections.abc.Sequence[Row],
+    rows: Sequence[Row],
     *,
-    case_keys: collections.abc.Sequence[str],
+    case_keys: Sequence[str],
     metrics: dict[str, str],
     reference: str,
 ) -> list[Row]:
@@ -280,161 +323,20 @@ def summarise(
     return summary
 
 
-def format_table(rows: collections.abc.Sequence[Row]) -> str:
-    """Lays rows out in aligned columns, missing entries as a dash."""
-    names = _columns(rows)
-    cells = [names] + [[_short(row.get(n)) for n in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    return "\n".join(
-        "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))
-        for line in cells
-    )
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what all experiments understand."""
-    parser.add_argument("--scale", choices=SCALES, default=SCALES[0])
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of the tables; default results/<scale>"
-    )
-
-
-def folder_of(options: argparse.Namespace) -> pathlib.Path:
-    """Returns where tables go."""
-    return options.out or RESULTS_DIR / options.scale
-
-
-def write_results(
-    options: argparse.Namespace,
-    slug: str,
-    rows: collections.abc.Sequence[Row],
-    summary: collections.abc.Sequence[Row],
-    provenance: "Provenance",
-) -> None:
-    """Writes both tables with their provenance, and prints the summary."""
-    write_csv(folder_of(options) / f"{slug}.csv", rows)
-    provenance.write(folder_of(options) / f"{slug}.json")
-    write_summary(options, slug, summary)
-
-
-def write_summary(
-    options: argparse.Namespace, slug: str, summary: collections.abc.Sequence[Row]
-) -> None:
-    """Writes the table that others are reduced to, and prints it."""
-    write_csv(folder_of(options) / f"{slug}_summary.csv", summary)
-    print(format_table(summary))
-
-
-def write_csv(path: pathlib.Path, rows: collections.abc.Sequence[Row]) -> None:
-    """Writes rows under the union of their columns, in order of appearance."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, _columns(rows), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-class Provenance:
-    """What must be known to believe, or repeat, a table. Made before the runs."""
-
-    def __init__(self, experiment: str, settings: Row, versions: dict[str, dict]):
-        self._start = time.monotonic()
-        self.record = {
-            "experiment": experiment,
-            "command": public_command(started_module(experiment), sys.argv[1:]),
-            "commit": machine.git("rev-parse", "HEAD"),
-            "uncommitted_changes": _is_changed(),
-            "settings": settings,
-            "config_hash": config_hash(settings),
-            "source_hash": freshness.source_hash(experiment),
-            "repeats": settings.get("rounds", settings.get("seeds", 1)),
-            "device": machine.device_name(),
-            "cpu_model": machine.cpu_model(),
-            "num_cpus": os.cpu_count(),
-            "platform": platform.platform(),
-            "versions": {"python": platform.python_version(), **versions},
-            "started_utc": datetime.datetime.now(datetime.UTC).isoformat(
-                "T", "seconds"
-            ),
-            "load_average_before": os.getloadavg(),
-        }
-
-    def write(self, path: pathlib.Path) -> None:
-        """Writes the record beside the table it belongs to."""
-        wall_s = round(time.monotonic() - self._start, 1)
-        self.record["wall_s"] = wall_s
-        self.record["load_average_after"] = os.getloadavg()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.record, indent=2) + "\n"
-        path.write_text(text, encoding="utf-8")
-
-
-def started_module(experiment: str) -> str:
-    """Returns the experiment that was started: it may have started this one."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    folder, _, name = (spec.name if spec else "").rpartition(".")
-    is_other = folder == __package__ and not name.startswith("__")
-    return name if is_other else experiment
-
-
-def public_command(experiment: str, arguments: collections.abc.Sequence[str]) -> str:
-    """Returns the command line with every absolute path replaced by `PATH`."""
-    told = [without_paths(argument) for argument in arguments]
-    return shlex.join(["python", "-m", f"experiments.{experiment}", *told])
-
-
-def without_paths(argument: str) -> str:
-    """Replaces every absolute path of an argument by `PATH`."""
-    return re.sub(r"(^|[=,])[/~][^,=]*", r"\1PATH", argument)
-
-
-def config_hash(settings: Row) -> str:
-    """Returns 12 hex digits that change with any setting."""
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def parse_pairs(text: str, argument: str) -> dict[str, str]:
-    """Reads `name=value,name=value`.
-
-    Raises:
-      ValueError: an item has no `=`.
-    """
-    pairs = {}
-    for item in filter(None, text.split(",")):
-        name, sign, value = item.partition("=")
-        if not sign or not value:
-            raise ValueError(
-                f"--{argument}={text}: {item!r} has no value; write name=value, "
-                "items separated by commas."
-            )
-        pairs[name] = value
-    return pairs
-
-
-def argument_parser(text: str, peers: dict[str, str]) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all comparisons share.
+def options_of(peers: dict[str, str]) -> tuple[experiment.Option, ...]:
+    """Returns the options that all comparisons with peers share.
 
     Args:
-      text: the experiment's docstring.
       peers: peer -> runner script.
     """
-    parser = argparse.ArgumentParser(
-        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    told = {
+        "peers": f"of {', '.join(peers)}; separated by commas",
+        "peer-python": "name=interpreter, separated by commas",
+        "model-dir": "made by experiments.peers.prepare_smollm2; peers need it",
+    }
+    return tuple(
+        experiment.Option(name, "", text, recorded=False) for name, text in told.items()
     )
-    add_options(parser)
-    parser.add_argument(
-        "--peers", default="", help=f"of {', '.join(peers)}; separated by commas"
-    )
-    parser.add_argument(
-        "--peer-python", default="", help="name=interpreter, separated by commas"
-    )
-    parser.add_argument(
-        "--model-dir",
-        default="",
-        help="made by experiments.peers.prepare_smollm2; peers need it",
-    )
-    return parser
 
 
 def model_request(options: argparse.Namespace) -> Row:
@@ -466,7 +368,7 @@ def choose_peers(known: dict[str, str], chosen: str, interpreters: str) -> list[
       ValueError: a name is not known.
     """
     names = list(filter(None, chosen.split(",")))
-    pythons = parse_pairs(interpreters, "peer-python")
+    pythons = experiment.parse_pairs(interpreters, "peer-python")
     for argument, given in (("peers", names), ("peer-python", pythons)):
         unknown = [name for name in given if name not in known]
         if unknown:
@@ -478,19 +380,3 @@ def choose_peers(known: dict[str, str], chosen: str, interpreters: str) -> list[
     if left_out:
         print(f"Not compared (see --peers): {', '.join(left_out)}.")
     return [System(n, pythons.get(n, sys.executable), known[n]) for n in names]
-
-
-def _is_changed() -> bool:
-    """Whether the code is another than the commit's; results are no code."""
-    where = ("--", ":(top)", ":(top,exclude)experiments/results")
-    return bool(machine.git("status", "--porcelain", "-uno", *where))
-
-
-def _columns(rows: collections.abc.Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _short(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

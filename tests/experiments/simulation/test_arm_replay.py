@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments import arm_replay, simulated_arms, tuner_regret
-from experiments.lab import trace_file
+from experiments import tuner_regret
+from experiments.simulation import arm_replay, simulated_arms, trace_file
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.tuners import tuner
 
@@ -203,7 +203,7 @@ def test_tables_and_plot_are_written(summary, trace):
 
 
 def test_the_recorded_world_has_the_arms_of_its_trace(trace):
-    options = tuner_regret.parse_arguments([f"--trace={trace}"])
+    options = tuner_regret.EXPERIMENT.parse([f"--trace={trace}"])
     world = tuner_regret.worlds(options)[0]
     assert world.arms == (
         "1:D1K1V2,D3K1V4,D7K1V8",

@@ -1,25 +1,19 @@
-"""Runners, pairing, tables and their provenance; no peer is needed."""
+"""Runners and pairing; no peer is needed."""
 
-import ast
-import csv
-import importlib.machinery
-import json
-import os
+import argparse
 import pathlib
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 
-from experiments import __main__ as listing
-from experiments.lab import harness, machine
+from experiments.lab import paired
 from experiments.peers import protocol
 
 FAKE = f"""
 import sys, threading, time
-sys.path.insert(0, {str(harness.PEERS_DIR)!r})
+sys.path.insert(0, {str(paired.PEERS_DIR)!r})
 import protocol
 ticks = [0]
 def count():
@@ -47,12 +41,12 @@ protocol.serve({{"load": load, "run": run}})
 def system(tmp_path):
     script = tmp_path / "fake.py"
     script.write_text(FAKE, encoding="utf-8")
-    return harness.System("fake", sys.executable, str(script))
+    return paired.System("fake", sys.executable, str(script))
 
 
 @pytest.fixture
 def runner(system, tmp_path):
-    runner = harness.Runner(system, tmp_path)
+    runner = paired.Runner(system, tmp_path)
     yield runner
     runner.close()
 
@@ -71,31 +65,31 @@ def test_a_runner_stands_still_between_requests(runner):
 
 
 def test_an_error_carries_the_peers_own_traceback_and_the_runner_goes_on(runner):
-    with pytest.raises(harness.RunnerError, match="the peer's own words"):
+    with pytest.raises(paired.RunnerError, match="the peer's own words"):
         runner.ask("run", timeout_s=30, fail=True)
     assert runner.ask("run", timeout_s=30)["ticks"] > 0
 
 
 def test_a_runner_that_ends_is_named_with_the_end_of_its_log(runner):
     words = "(?s)exit status 3.*README.*last words"
-    with pytest.raises(harness.RunnerError, match=words):
+    with pytest.raises(paired.RunnerError, match=words):
         runner.ask("run", timeout_s=30, die=True)
 
 
 def test_a_runner_that_takes_too_long_is_ended(runner):
     runner.ask("run", timeout_s=30)
     words = "without an answer to run.*killed.*memory"
-    with pytest.raises(harness.RunnerError, match=words):
+    with pytest.raises(paired.RunnerError, match=words):
         runner.ask("run", timeout_s=0.2, sleep_s=60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
 def test_a_stopped_runner_ends_with_a_killed_harness(system, tmp_path):
     text = f"""
-from experiments.lab import harness
+from experiments.lab import paired
 import pathlib
-system = harness.System("fake", {system.python!r}, {system.script!r})
-runner = harness.Runner(system, pathlib.Path({str(tmp_path)!r}))
+system = paired.System("fake", {system.python!r}, {system.script!r})
+runner = paired.Runner(system, pathlib.Path({str(tmp_path)!r}))
 runner.ask("run", timeout_s=30)
 print(runner._process.pid, flush=True)
 input()
@@ -104,7 +98,7 @@ input()
         [sys.executable, "-c", text],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        cwd=harness.PEERS_DIR.parents[1],
+        cwd=paired.PEERS_DIR.parents[1],
     )
     with parent:
         stat = pathlib.Path(f"/proc/{int(parent.stdout.readline())}/stat")
@@ -125,7 +119,7 @@ def _alive(stat):
 
 def test_loaded_ends_every_runner_even_after_an_error(system, tmp_path):
     with pytest.raises(KeyError):
-        with harness.loaded([system], tmp_path, {"model": "m"}, 30) as (got, versions):
+        with paired.loaded([system], tmp_path, {"model": "m"}, 30) as (got, versions):
             process = got["fake"]._process
             assert versions == {"fake": {"versions": {"fake": "1"}, "model": "m"}}
             raise KeyError("from the experiment")
@@ -137,14 +131,14 @@ def test_a_visitor_is_there_for_its_request_only_and_has_warmed_up(
 ):
     asked = []
 
-    class Watched(harness.Runner):
+    class Watched(paired.Runner):
         def ask(self, command, **fields):
             answer = super().ask(command, **fields)
             asked.append((self._process, command, answer))
             return answer
 
-    monkeypatch.setattr(harness, "Runner", Watched)
-    with harness.loaded([system], tmp_path, {"model": "m"}, 30, one_at_a_time=True) as (
+    monkeypatch.setattr(paired, "Runner", Watched)
+    with paired.loaded([system], tmp_path, {"model": "m"}, 30, one_at_a_time=True) as (
         visitors,
         versions,
     ):
@@ -155,21 +149,9 @@ def test_a_visitor_is_there_for_its_request_only_and_has_warmed_up(
         assert versions["fake"]["versions"] == {"fake": "1"}
         # Ended by now, and at the next request there is another.
         assert processes[0].returncode is not None
-        with pytest.raises(harness.RunnerError, match="the peer's own words"):
+        with pytest.raises(paired.RunnerError, match="the peer's own words"):
             visitors["fake"].ask("run", timeout_s=30, fail=True)
     assert asked[3][0] is not processes[0] and asked[3][0].returncode is not None
-
-
-def test_a_record_names_the_command_that_was_given(monkeypatch):
-    main = types.ModuleType("__main__")
-    monkeypatch.setitem(sys.modules, "__main__", main)
-    for name, told in (
-        ("experiments.peers_side_by_side", "peers_side_by_side"),
-        ("experiments.__main__", "decode_speed"),
-        ("pytest.__main__", "decode_speed"),
-    ):
-        main.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        assert harness.started_module("decode_speed") == told
 
 
 def test_systems_take_turns_and_warm_up_is_not_kept():
@@ -179,7 +161,7 @@ def test_systems_take_turns_and_warm_up_is_not_kept():
         asked.append((name, number))
         return None if name == "c" and case["batch"] == 2 else {"x": number}
 
-    rows = harness.run_paired(
+    rows = paired.run_paired(
         ["a", "b", "c"],
         [{"batch": 1}, {"batch": 2}],
         measure,
@@ -212,7 +194,7 @@ def table():
 
 def test_ratios_are_medians_of_the_ratios_within_a_round():
     # Rounds give 2, 1 and 3 times; the ratio of medians would be 1.
-    us, peer = harness.summarise(
+    us, peer = paired.summarise(
         table(),
         case_keys=["batch"],
         metrics={"speed": "higher", "seconds": "lower"},
@@ -236,93 +218,36 @@ def test_ratios_are_medians_of_the_ratios_within_a_round():
 def test_only_rounds_that_both_have_are_compared():
     rows = [r for r in table() if (r["system"], r["round"]) != ("us", 1)]
     rows[0]["speed"] = None
-    peer = harness.summarise(
+    peer = paired.summarise(
         rows, case_keys=["batch"], metrics={"speed": "higher"}, reference="us"
     )[1]
     assert peer["speed/times"] == 3.0
 
 
-def test_tables_hold_every_column_that_some_row_has(tmp_path):
-    rows = [{"a": 1, "b": None}, {"a": 2, "c": 0.123456789}]
-    path = tmp_path / "new" / "t.csv"
-    harness.write_csv(path, rows)
-    with path.open(newline="") as file:
-        assert list(csv.DictReader(file)) == [
-            {"a": "1", "b": "", "c": ""},
-            {"a": "2", "b": "", "c": "0.123456789"},
-        ]
-    assert harness.format_table(rows).splitlines() == [
-        "a  b       c",
-        "1  -       -",
-        "2  -  0.1235",
-    ]
-
-
-def test_provenance_tells_what_is_needed_and_no_path(tmp_path, monkeypatch):
-    home = str(tmp_path)
-    arguments = [f"--model-dir={home}/m", f"--peer-python=a={home}/p,b=~/q", "--n=3"]
-    monkeypatch.setattr(sys, "argv", ["x", *arguments])
-    record = harness.Provenance("decode_speed", {"rounds": 5}, {"a": {"torch": "2"}})
-    record.write(tmp_path / "p.json")
-    text = (tmp_path / "p.json").read_text()
-    told = json.loads(text)
-    assert told["command"] == (
-        "python -m experiments.decode_speed --model-dir=PATH "
-        "--peer-python=a=PATH,b=PATH --n=3"
-    )
-    assert home not in text
-    for name in ("commit", "cpu_model", "device", "settings", "wall_s"):
-        assert told[name] is not None
-    assert told["versions"]["a"] == {"torch": "2"}
-    assert told["config_hash"] == harness.config_hash({"rounds": 5})
-    assert told["config_hash"] != harness.config_hash({"rounds": 6})
-
-
 def test_peers_are_chosen_by_name_and_the_others_are_told(capsys):
     known = {"a": "run_a.py", "b": "run_b.py"}
-    chosen = harness.choose_peers(known, "b", "b=/py")
-    assert chosen == [harness.System("b", "/py", "run_b.py")]
+    chosen = paired.choose_peers(known, "b", "b=/py")
+    assert chosen == [paired.System("b", "/py", "run_b.py")]
     assert "Not compared (see --peers): a." in capsys.readouterr().out
-    assert harness.choose_peers(known, "a,b", "")[0].python == sys.executable
+    assert paired.choose_peers(known, "a,b", "")[0].python == sys.executable
     with pytest.raises(ValueError, match="--peers names c; known here are a, b"):
-        harness.choose_peers(known, "c", "")
+        paired.choose_peers(known, "c", "")
     with pytest.raises(ValueError, match="--peer-python names c"):
-        harness.choose_peers(known, "a", "c=/py")
+        paired.choose_peers(known, "a", "c=/py")
     with pytest.raises(ValueError, match="'b' has no value"):
-        harness.choose_peers(known, "a", "a=/py,b")
+        paired.choose_peers(known, "a", "a=/py,b")
 
 
 def test_peers_without_a_model_directory_are_refused():
-    parser = harness.argument_parser("doc", {"a": "run_a.py"})
+    parser = argparse.ArgumentParser()
+    for option in paired.options_of({"a": "run_a.py"}):
+        option.add_to(parser)
     with pytest.raises(ValueError, match="needs --model-dir"):
-        harness.model_request(parser.parse_args(["--peers=a"]))
-    assert harness.model_request(parser.parse_args([])) == {
-        "model": harness.DEFAULT_MODEL,
+        paired.model_request(parser.parse_args(["--peers=a"]))
+    assert paired.model_request(parser.parse_args([])) == {
+        "model": paired.DEFAULT_MODEL,
         "gguf": "",
     }
-
-
-def test_the_listing_names_every_experiment(capsys):
-    folder = pathlib.Path(harness.__file__).parent
-    runnable = {
-        path.stem
-        for path in folder.glob("*.py")
-        if f"python -m experiments.{path.stem}" in (_docstring(path) or "")
-    }
-    rows = listing.main([])
-    assert {row["experiment"] for row in rows if row["command"]} == runnable
-    assert "decode_speed" in capsys.readouterr().out
-    unrun = listing.main(["--scale=paper"])
-    assert {row["status"] for row in unrun} == {"unrun", "as cpu", "a tool"}
-
-
-def _docstring(path):
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux")
-def test_the_processor_has_a_name():
-    assert machine.cpu_model() not in ("", "unknown")
 
 
 def test_a_peers_step_is_answered_with_its_generation_apart():

@@ -13,7 +13,7 @@ from experiments import (
     program_pool,
     reward_curves,
 )
-from experiments.lab import cells, drafter_runs, redrawing, small_runs
+from experiments.lab import recipes, tables
 from tlt_jax import train_drafter
 
 RECIPE = "tests/tiny_runs.py"
@@ -38,7 +38,7 @@ def test_tokens_are_compared_over_arms(tmp_path, monkeypatch, runs):
     monkeypatch.setattr(losslessness, "TEMPERATURES", {1.0: ()})
     options = [f"--out={tmp_path}"]
     lossless(options)
-    rows = cells.read(tmp_path / "losslessness.csv")
+    rows = tables.read(tmp_path / "losslessness.csv")
     rows[-1]["tokens_digest"] = "another"
     assert losslessness.summary_of(rows)[1]["steps_differing"] == 1
     with pytest.raises(ValueError, match="gone"):
@@ -78,8 +78,8 @@ def runs(monkeypatch):
         asked |= {"seed": settings.seed, "num_steps": settings.num_steps}
         return run("", asked)
 
-    monkeypatch.setattr(small_runs, "run", run)
-    monkeypatch.setattr(drafter_runs, "run", planned)
+    monkeypatch.setattr(recipes, "run", run)
+    monkeypatch.setattr(recipes, "run_planned", planned)
     return run
 
 
@@ -88,7 +88,7 @@ def test_reward_curves_are_compared_step_by_step(tmp_path, runs, monkeypatch):
     summary = reward_curves.main(options)
     assert [row["steps_differing"] for row in summary] == [0, 0]
     assert (tmp_path / "reward_curves.png").stat().st_size > 10_000
-    rows = cells.read(tmp_path / "reward_curves.csv")
+    rows = tables.read(tmp_path / "reward_curves.csv")
     rows[-1]["reward"] += 0.25
     changed = reward_curves.summary_of(rows)
     assert changed[1]["steps_differing"] == 1
@@ -103,7 +103,7 @@ def test_suffix_matches_count_before_the_drafter_is_ready(tmp_path, runs):
     assert found["matches, then drafter"]["early_tokens_per_row_step"] == 2
     assert found["drafter"]["tokens_per_row_step"] == pytest.approx(300 / 200)
     assert (tmp_path / "ngram_start.png").stat().st_size > 10_000
-    rows = cells.read(tmp_path / "ngram_start.csv")
+    rows = tables.read(tmp_path / "ngram_start.csv")
     for row in rows:
         row["row_steps"] *= 1 + row["seed"]
     plain = ngram_start.summary_of(rows)[0]
@@ -114,11 +114,11 @@ def test_suffix_matches_count_before_the_drafter_is_ready(tmp_path, runs):
 
 def test_a_run_is_the_recipe_with_settings():
     overrides = {
-        **small_runs.DRAFTER,
+        **recipes.DRAFTER,
         "num_steps": 3,
         "specdec.strategies": ("4:D1K1V2",),
     }
-    run = small_runs.settings_of(RECIPE, overrides)
+    run = recipes.settings_of(RECIPE, overrides)
     assert run.num_steps == 3 and run.specdec.mode == "tlt"
     assert run.log.progress == "off"
 
@@ -174,7 +174,7 @@ def test_an_objective_is_trained_and_measured(tmp_path, monkeypatch):
 def test_programs_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(
         program_pool,
-        "measure",
+        "compiled",
         lambda config, case: {
             "programs": len(program_pool.CASES[case]),
             "code_bytes": 1_000_000,
@@ -216,10 +216,10 @@ def test_tails_and_time_are_read_from_a_workdir(tmp_path):
     )
     assert row["responses"] == 4 and row["length/max"] == 94
     assert row["length/mean"] == 25 and row["frac/rollout"] == 0.75
-    counts = cells.read(tmp_path / "length_tail_lengths.csv")
+    counts = tables.read(tmp_path / "length_tail_lengths.csv")
     assert {(r["tokens"], r["responses"]) for r in counts} >= {(94, 1), (1, 1)}
     (tmp_path / "length_tail.png").unlink()
-    assert redrawing.redraw("length_tail", tmp_path) == "drawn"
+    assert length_tail.EXPERIMENT.redraw(tmp_path) == "drawn"
     assert (tmp_path / "length_tail.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="has no rollouts"):
         length_tail.main([f"--out={tmp_path}", f"--workdirs=mine={tmp_path}"])

@@ -1,0 +1,370 @@
+"""An experiment as a declaration, and the one program that runs all of them.
+
+A declaration's functions name what they take, and are given it: `options` (the command
+line), `folder` (of the tables), `cell`, `context` (what `Experiment.context` makes,
+once and only if a function names it), `closing` (an exit stack that ends with the
+run), `record` (the provenance), `rows` and the other tables, `summary`, `stamp` (where
+a plot's figures come from), and every setting of the record by its name.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments.lab import claims as claims_lib
+from experiments.lab import freshness, plotting, provenance, tables
+
+RESULTS_DIR = freshness.FOLDER / "results"
+# `cpu` runs on two cores, `one_gpu` needs one accelerator, `paper` what the paper used.
+SCALES = ("cpu", "one_gpu", "paper")
+A_TOOL, AS_CPU = "a tool", "as cpu"
+_SUMMARY = "summary"
+_Grid = Mapping[str, Iterable[object]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A flag of the command line.
+
+    Attributes:
+      name: without the dashes before it.
+      default: False makes a switch.
+      help: what it is.
+      kind: reads the text; None: the default's type.
+      required: whether it has to be given.
+      recorded: whether a table with another value of it is another table.
+      choices: what it may be; empty: anything.
+    """
+
+    name: str
+    default: object = ""
+    help: str = ""
+    kind: Callable[[str], object] | None = None
+    required: bool = False
+    recorded: bool = True
+    choices: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Its name among the options and settings."""
+        return self.name.replace("-", "_")
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds it to a parser."""
+        more: dict[str, Any] = {"help": self.help or None, "default": self.default}
+        if self.default is False:
+            more["action"] = "store_true"
+        else:
+            more["type"] = self.kind or type(self.default)
+            more |= {"required": self.required, "choices": self.choices or None}
+        parser.add_argument(f"--{self.name}", **more)
+
+
+def plain(*, recorded: bool = True, **defaults: object) -> tuple[Option, ...]:
+    """Returns options that need no more to be said than their defaults."""
+    return tuple(
+        Option(name.replace("_", "-"), value, recorded=recorded)
+        for name, value in defaults.items()
+    )
+
+
+def seeds(count: int) -> Option:
+    """Returns the option of how many seeds: with more a table is continued."""
+    return Option("seeds", count, recorded=False)
+
+
+# What all experiments understand.
+SHARED = (
+    Option("scale", SCALES[0], choices=SCALES, recorded=False),
+    Option("out", None, "folder of the tables; default results/<scale>", pathlib.Path),
+    Option("again", False, "measure every cell, and drop the table that is there"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A figure or a table, and how it is made.
+
+    Attributes:
+      slug: of its module.
+      text: its module's docstring.
+      title: the paper's item, or ours, in a line.
+      published: the paper's figures; empty: ours alone.
+      needs: flags and inputs beside `--scale` that its command needs.
+      larger: the same by larger scale; empty: they have no figures of their own.
+      options: of its command line.
+      constants: what else stands in the record: another value makes another table.
+      settings: makes what stands in the record beside them, or in their place.
+      check: refuses or completes options.
+      context: makes what cells share.
+      cells: what is measured: values by setting, each with each and with each seed that
+        the options ask for; or what lists the cells.
+      measure: measures a cell; returns its rows, or rows by table.
+      others: names of the tables beside the rows that `measure` returns.
+      derived: makes tables that hang on no cell, by name.
+      summary: reduces the rows; None: they are the result.
+      plot: draws the tables; returns a figure.
+      claims: what the result can refute.
+      run: does everything in place of cells; returns the result.
+      table: file of the result; empty: `<slug>.csv`.
+      is_derived: read from elsewhere and not measured, so that it is made anew always.
+      is_tool: it answers questions, and has neither result nor the shared options.
+    """
+
+    slug: str
+    text: str
+    title: str
+    published: str = ""
+    needs: str = ""
+    larger: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    options: tuple[Option, ...] = ()
+    constants: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    settings: Callable[..., Mapping[str, object]] | None = None
+    check: Callable[[argparse.Namespace], None] | None = None
+    context: Callable[..., Any] | None = None
+    cells: _Grid | Callable[..., Sequence[tables.Cell]] | None = None
+    measure: Callable[..., Any] | None = None
+    others: tuple[str, ...] = ()
+    derived: Callable[..., Mapping[str, Sequence[tables.Row]]] | None = None
+    summary: Callable[..., list[tables.Row]] | None = None
+    plot: Callable[..., Any] | None = None
+    claims: claims_lib.Claims = dataclasses.field(default_factory=dict)
+    run: Callable[..., Any] | None = None
+    table: str = ""
+    is_derived: bool = False
+    is_tool: bool = False
+
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """Reads the command line; None: that of the process."""
+        parser = argparse.ArgumentParser(
+            description=self.text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for option in (*self.options, *(() if self.is_tool else SHARED)):
+            option.add_to(parser)
+        options = parser.parse_args(arguments)
+        if self.check:
+            self.check(options)
+        return options
+
+    def main(self, arguments: Sequence[str] | None = None) -> Any:
+        """Runs the experiment; returns the summary that it writes, or the rows."""
+        with _Run(self, self.parse(arguments)) as run:
+            return run.take(self.run) if self.run else run.measure()
+
+    def draw(self, folder: pathlib.Path, record: Mapping) -> None:
+        """Draws the plot from the tables in a folder.
+
+        Raises:
+          LookupError: they lack what it needs.
+        """
+        given = {**record["settings"], "stamp": provenance.stamp(record)}
+        for name in (*self.others, _SUMMARY, tables.ROWS):
+            path = tables.path_of(folder, self.slug, name)
+            if path.exists():
+                given[name or "rows"] = tables.read(path)
+        figure = self.plot(**{name: given[name] for name in _wanted(self.plot)})
+        plotting.save(figure, folder / f"{self.slug}.png")
+
+    def redraw(self, folder: pathlib.Path) -> str:
+        """Draws the plot again; returns what became of it."""
+        path = folder / f"{self.slug}.json"
+        if self.plot is None:
+            return "has no plot"
+        if not path.exists():
+            return "has no results"
+        try:
+            self.draw(folder, json.loads(path.read_text("utf-8")))
+        except KeyError as error:
+            return f"its tables are of other code and lack {error}: run it again"
+        return "drawn"
+
+    def check_claims(self, folder: pathlib.Path) -> list[tables.Row]:
+        """Decides its claims by the table in a folder."""
+        path = tables.path_of(folder, self.slug, _SUMMARY if self.summary else "")
+        found = []
+        for text, decide in self.claims.items():
+            verdict, told = claims_lib.NO_DATA, f"{path.name} is not there"
+            if path.exists():
+                try:
+                    holds, told = decide(tables.read(path))
+                    verdict = claims_lib.HOLDS if holds else claims_lib.FAILS
+                except (LookupError, TypeError, ValueError) as error:
+                    told = f"{path.name} does not tell: {error}"
+            row = {"experiment": self.slug, "claim": text}
+            found.append(row | {"verdict": verdict, "found": told})
+        return found
+
+    def command(self, scale: str) -> str:
+        """Returns the command that makes the result."""
+        flags = self.needs
+        if scale != "cpu" and self.larger:
+            flags = self.larger[scale]
+        elif not self.is_tool:
+            scale = "cpu"
+        scaled = "" if self.is_tool else f"--scale={scale}"
+        words = filter(None, [scaled, flags])
+        return " ".join(["python -m", f"experiments.{self.slug}", *words])
+
+    def status(self, scale: str) -> str:
+        """Tells whether the result is there, and made by today's code."""
+        if self.is_tool:
+            return A_TOOL
+        if scale != "cpu" and not self.larger:
+            return AS_CPU
+        folder = RESULTS_DIR / scale
+        return freshness.of_table(self.slug, folder, self.table or f"{self.slug}.csv")
+
+
+class _Run:
+    """One call of an experiment's command."""
+
+    def __init__(self, experiment: Experiment, options: argparse.Namespace):
+        self.experiment, self.options = experiment, options
+        self.closing = contextlib.ExitStack()
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.closing.__exit__(*error)
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where tables go."""
+        return self.options.out or RESULTS_DIR / self.options.scale
+
+    @functools.cached_property
+    def context(self) -> Any:
+        """What cells share."""
+        return self.take(self.experiment.context)
+
+    @functools.cached_property
+    def settings(self) -> Mapping[str, object]:
+        """What stands in the record, and tells one table from another."""
+        recorded = {
+            option.key: getattr(self.options, option.key)
+            for option in self.experiment.options
+            if option.recorded
+        }
+        more = self.experiment.settings
+        made = self.take(more) if more else {}
+        return {**recorded, **self.experiment.constants, **made}
+
+    @functools.cached_property
+    def record(self) -> provenance.Provenance:
+        """The provenance, begun when it is first asked for."""
+        return provenance.Provenance(self.experiment.slug, self.settings)
+
+    def take(self, function: Callable[..., Any], **given: object) -> Any:
+        """Calls a function with what its parameters name."""
+        own = ("options", "folder", "context", "closing", "record")
+        arguments = {}
+        for name in _wanted(function):
+            if name in given:
+                arguments[name] = given[name]
+            else:
+                is_own = name in own
+                arguments[name] = getattr(self, name) if is_own else self.settings[name]
+        return function(**arguments)
+
+    def cells(self) -> Sequence[tables.Cell]:
+        """Lists what is to be measured."""
+        wanted = self.experiment.cells
+        if not isinstance(wanted, Mapping):
+            return self.take(wanted)
+        seeds = [None]
+        if hasattr(self.options, "seeds"):
+            seeds = range(self.options.seeds)
+        return [
+            tables.Cell(dict(zip(wanted, values, strict=True)), seed)
+            for seed in seeds
+            for values in itertools.product(*wanted.values())
+        ]
+
+    def measure(self) -> list[tables.Row]:
+        """Measures the cells that lack; writes, prints and draws what then is there."""
+        experiment, slug, folder = self.experiment, self.experiment.slug, self.folder
+        record = self.record
+        found = tables.measure(
+            folder,
+            slug,
+            record,
+            self.cells(),
+            lambda cell: self.take(experiment.measure, cell=cell),
+            others=experiment.others,
+            again=self.options.again or experiment.is_derived,
+        )
+        result = found["rows"] = found.pop(tables.ROWS)
+        if experiment.derived:
+            for name, rows in self.take(experiment.derived, **found).items():
+                tables.write(tables.path_of(folder, slug, name), rows)
+        if experiment.summary:
+            result = self.take(experiment.summary, **found)
+            tables.write(tables.path_of(folder, slug, _SUMMARY), result)
+        print(tables.shown(result))
+        if experiment.plot:
+            experiment.draw(folder, json.loads(json.dumps(record.record)))
+        return result
+
+
+def _wanted(function: Callable[..., Any]) -> list[str]:
+    """Names the parameters that have no default."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty]
+
+
+def both(one_gpu: str, paper: str = "") -> Mapping[str, str]:
+    """Flags of the larger scales; `paper` as `one_gpu` where it is left out."""
+    return {"one_gpu": one_gpu, "paper": paper or one_gpu}
+
+
+def recipes(more: str = "") -> Mapping[str, str]:
+    """The same with a recipe of the scale's size."""
+    names = ("configs/smollm2.py", "configs/grpo.py:qwen2.5-7b")
+    return both(*(f"--config={name} {more}".strip() for name in names))
+
+
+def models(more: str) -> Mapping[str, str]:
+    """The same with a model of the scale's size."""
+    names = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-32B-Instruct")
+    return both(*(f"--model={name} --drafter=DIR {more}".strip() for name in names))
+
+
+def parse_pairs(text: str, argument: str) -> dict[str, str]:
+    """Reads `name=value,name=value`.
+
+    Raises:
+      ValueError: an item has no `=`.
+    """
+    pairs = {}
+    for item in filter(None, text.split(",")):
+        name, sign, value = item.partition("=")
+        if not sign or not value:
+            raise ValueError(
+                f"--{argument}={text}: {item!r} has no value; write name=value, "
+                "items separated by commas."
+            )
+        pairs[name] = value
+    return pairs
+
+
+def known(text: str, choices: Sequence[str], argument: str, by: str = ",") -> list[str]:
+    """Reads names.
+
+    Raises:
+      ValueError: one is not among the choices.
+    """
+    names = list(filter(None, text.split(by)))
+    if unknown := [name for name in names if name not in choices]:
+        raise ValueError(
+            f"--{argument} names {', '.join(unknown)}; known are "
+            f"{f'{by} '.join(choices)}."
+        )
+    return names

@@ -1,0 +1,166 @@
+"""What must be known to believe, or to repeat, a table: command, code, machine."""
+
+import collections
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from experiments.lab import freshness
+
+# Of what computes; those that are not installed are left out.
+_PACKAGES = (
+    *("jax", "jaxlib", "numpy", "llvmlite", "optax", "orbax-checkpoint"),
+    *("tensorstore", "libtpu"),
+)
+# What a later run tells that adds to a table.
+_OF_A_RUN = ("command", "commit", "uncommitted_changes", "device", "cpu_model")
+_OF_A_RUN += ("started_utc",)
+
+
+class Provenance:
+    """The record beside a table. Made before the runs."""
+
+    def __init__(self, experiment: str, settings: Mapping[str, object]):
+        self._start = time.monotonic()
+        now = datetime.datetime.now(datetime.UTC)
+        self.record = {
+            "experiment": experiment,
+            "command": public_command(started_module(experiment), sys.argv[1:]),
+            "commit": git("rev-parse", "HEAD"),
+            "uncommitted_changes": _is_changed(),
+            "settings": dict(settings),
+            "config_hash": config_hash(settings),
+            "source_hash": freshness.source_hash(experiment),
+            "repeats": settings.get("rounds", settings.get("seeds", 1)),
+            "device": device_name(),
+            "cpu_model": cpu_model(),
+            "num_cpus": os.cpu_count(),
+            "platform": platform.platform(),
+            "versions": {"python": platform.python_version(), **_versions()},
+            "started_utc": now.isoformat("T", "seconds"),
+            "load_average_before": os.getloadavg(),
+        }
+        # What the seconds of this run are written into.
+        self._timed = self.record
+
+    def resume(self, stored: Mapping[str, object], cells: Sequence[str]) -> None:
+        """Goes on with the record of a table, and notes in it what this run adds.
+
+        Args:
+          stored: the record that is there.
+          cells: what is added; none: the record stays as it is.
+        """
+        added = {name: self.record[name] for name in _OF_A_RUN} | {"cells": cells}
+        before = stored.get("continued", [])
+        self.record, self._timed = dict(stored), added
+        if cells:
+            self.record["continued"] = [*before, added]
+
+    def write(self, path: pathlib.Path) -> None:
+        """Writes the record beside the table it belongs to."""
+        self._timed["wall_s"] = round(time.monotonic() - self._start, 1)
+        self._timed["load_average_after"] = os.getloadavg()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.record, indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+
+def stamp(record: Mapping[str, object]) -> str:
+    """Returns the line that says where a plot's figures come from."""
+    scale = re.search(r"--scale=(\w+)", str(record.get("command")))
+    commit = str(record.get("commit") or "")[:8] or "no commit"
+    changed = "+" if record.get("uncommitted_changes") else ""
+    device = record["device"]
+    if device == "cpu":
+        device = record.get("cpu_model") or device
+    return f"scale {scale[1] if scale else 'cpu'} · {device} · {commit}{changed}"
+
+
+def started_module(experiment: str) -> str:
+    """Returns the experiment that was started: it may have started this one."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    folder, _, name = (spec.name if spec else "").rpartition(".")
+    is_other = folder == freshness.FOLDER.name and not name.startswith("__")
+    return name if is_other else experiment
+
+
+def public_command(experiment: str, arguments: Sequence[str]) -> str:
+    """Returns the command line with every absolute path replaced by `PATH`."""
+    told = [without_paths(argument) for argument in arguments]
+    return shlex.join(["python", "-m", f"experiments.{experiment}", *told])
+
+
+def without_paths(argument: str) -> str:
+    """Replaces every absolute path of an argument by `PATH`."""
+    return re.sub(r"(^|[=,])[/~][^,=]*", r"\1PATH", argument)
+
+
+def config_hash(settings: Mapping[str, object]) -> str:
+    """Returns 12 hex digits that change with any setting."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def device_name() -> str:
+    """Names what programs compute on here, without taking hold of it."""
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return "cpu"
+    if shutil.which("nvidia-smi"):
+        told = _told("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+        names = collections.Counter((told or "").splitlines())
+        if names:
+            return ", ".join(f"{num} x {name}" for name, num in names.items())
+    if chips := os.environ.get("TPU_ACCELERATOR_TYPE"):
+        return f"TPU {chips}"
+    return "cpu"
+
+
+def cpu_model() -> str:
+    """Returns the processor's own name, where the system tells it."""
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def git(*arguments: str) -> str | None:
+    """Returns what git says of this checkout; None: it is none."""
+    return _told("git", *arguments)
+
+
+def _is_changed() -> bool:
+    """Whether the code is another than the commit's; results are no code."""
+    where = ("--", ":(top)", ":(top,exclude)experiments/results")
+    return bool(git("status", "--porcelain", "-uno", *where))
+
+
+def _told(*command: str) -> str | None:
+    where = {"cwd": pathlib.Path(__file__).parent, "capture_output": True, "text": True}
+    try:
+        done = subprocess.run(command, check=True, **where)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
