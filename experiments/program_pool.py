@@ -67,7 +67,7 @@ def measure(config: str, case: str) -> harness.Row:
         display = progress.Progress(1, mode="off")
         trainer = closing.enter_context(train.Trainer(run, folder, display))
         trainer.begin()
-        (engine,) = trainer.workers.engines
+        (engine,) = trainer.parts.workers.engines
         engine.warm_up(wait=True)
         stats = engine.pool.stats
         return {

@@ -19,10 +19,8 @@ from typing import Any
 from absl import flags
 
 from tlt_jax import config, train
-from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.workers import coordinator
 from tlt_jax.runtime import (
-    clock,
     command_line,
     compile_cache,
     cpu_devices,
@@ -47,18 +45,18 @@ class Turns:
 
     def take(self, step: int, *, trains: bool) -> dict[str, Any]:
         """Generate the rollouts of a step, with or without a trainer."""
-        run, workers = self._trainer.run, self._trainer.workers
-        adaptation, collector = self._trainer.adaptation, self._trainer.collector
+        run, parts = self._trainer.run, self._trainer.parts
+        workers, adaptation = parts.workers, parts.adaptation
         workers.capture_frac = run.adaptation.capture_frac if trains else 0.0
         # As after updates: the texts that there are, are too old now.
         version = workers.version + run.adaptation.max_age + 1
         workers.set_params([engine.params for engine in workers.engines], version)
         adaptation.begin_rollout()
-        timer = clock.Clock([engine.pool for engine in workers.engines])
-        _, _, row = collector.collect(step, timer)
-        rollout_s = timer.spent["rollout"]
-        accept_length = rollout_stats.accept_length(row.get("specdec/num_accepted", ()))
-        adaptation.end_rollout(accept_length, rollout_s)
+        watch = self._trainer.watch()
+        collected = parts.collector.collect(step, watch)
+        row, rollout_s = collected.row(), watch.spent["rollout"]
+        accept_length = collected.stats.accept_length
+        adaptation.end_rollout(accept_length, watch)
         intervals = workers.take_intervals()
         self._number += 1
         if self._trainer.group.is_first:
@@ -81,7 +79,7 @@ def by_turns(
     trainer: train.Trainer, turns: Turns, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """Takes turns over the RL steps of a run that has begun; first come second next."""
-    collector, begins = trainer.collector, []
+    collector, begins = trainer.parts.collector, []
     for step in range(trainer.run.num_steps):
         begins.append((collector.position, dict(collector.expected_lengths)))
         turns.take(step, trains=True)

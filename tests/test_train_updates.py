@@ -6,6 +6,7 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import train
+from tlt_jax.models.formats import source
 from tlt_jax.rl.update import experience
 from tlt_jax.workdir import metrics, progress
 
@@ -92,7 +93,8 @@ def test_no_step_compiles_after_warm_up(model, tmp_path, changes):
     with train.Trainer(run, tmp_path, display) as trainer:
         trainer.begin()
         trainer.warm_up()
-        pools = trainer._pools
+        parts = trainer.parts
+        pools = [parts.updater.pool, *(e.pool for e in parts.workers.engines)]
         compiled = [pool.stats.num_compiled for pool in pools]
         rows = [trainer.take_step() for _ in range(3)]
         assert [pool.stats.num_compiled for pool in pools] == compiled
@@ -100,7 +102,7 @@ def test_no_step_compiles_after_warm_up(model, tmp_path, changes):
 
 
 def start_weights(model):
-    params = train.model_source.resolve(model).load("float32")
+    params = source.resolve(model).load("float32")
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
 
 

@@ -1,114 +1,238 @@
-"""Makes a run's rollout workers, with whatever they need to speculate."""
+"""Turns checked settings into parts: the one place where engines are built.
 
+Runs, drafter trainings, generation, traces and experiments all take theirs from here,
+so that "how to speculate" and "which law" mean the same everywhere.
+"""
+
+import contextlib
 import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from tlt_jax import config, speculation
+from tlt_jax import config
+from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import config as model_config
-from tlt_jax.models.drafters import drafter
-from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.models import params as model_params
+from tlt_jax.models.formats import source as model_source
 from tlt_jax.models.formats import tokenizer as model_tokenizer
+from tlt_jax.rl import collector, evaluator
+from tlt_jax.rl.adaptation import adaptation
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
-from tlt_jax.rl.engine import speculator
-from tlt_jax.rl.workers import records, workers
+from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import prompts, reward_pool, scratch_model
+from tlt_jax.rl.update import updater
+from tlt_jax.rl.workers import records, weight_sync, workers
 from tlt_jax.runtime import distributed
-from tlt_jax.settings import schema
-from tlt_jax.specdec import sampling, strategy
-from tlt_jax.specdec.training import objectives
-from tlt_jax.specdec.tuners import build as tuners
-from tlt_jax.specdec.tuners import shared as shared_tuner
+from tlt_jax.runtime import observer as observer_lib
+from tlt_jax.settings import sections
+from tlt_jax.specdec import sampling
+
+SCRATCH = "scratch"
 
 
 @dataclasses.dataclass(frozen=True)
-class Speculation:
-    """How a run speculates.
+class Parts:
+    """The parts of a run; `assemble` makes them.
 
     Attributes:
-      drafting_cfg: for the engines; None: not at all.
-      initial: the learned drafter's weights; None: there is none, or random ones.
-      tuner: chooses among the strategies; shared by all engines.
-      early_tuner: the same before the drafter is ready.
+      model: the policy's architecture.
+      tokenizer: the policy's.
+      rewards: judges completions.
+      speculation: how the workers' engines speculate.
+      updater: the learner, its weights and its optimizer.
+      workers: the engines of this process.
+      sync: brings the learner's weights to them.
+      adaptation: what trains the drafter, or stands in for it.
+      collector: where experience comes from.
+      evaluator: judges the policy on held-out prompts; None: it is never asked.
     """
 
-    drafting_cfg: speculator.DraftingConfig | None = None
-    initial: drafter.DrafterParams | None = None
-    tuner: shared_tuner.SharedTuner | None = None
-    early_tuner: shared_tuner.SharedTuner | None = None
-
-    @property
-    def tuners(self) -> tuple[shared_tuner.SharedTuner, ...]:
-        """Those there are."""
-        return tuple(t for t in (self.tuner, self.early_tuner) if t is not None)
-
-
-def longest_text(run: config.RunConfig) -> int:
-    """Positions of the longest text of a run."""
-    return run.task.max_prompt_tokens + run.rollout.max_new_tokens
+    model: model_config.ModelConfig
+    tokenizer: model_tokenizer.Tokenizer
+    rewards: reward_pool.RewardPool
+    speculation: speculation_lib.Speculation
+    updater: updater.Updater
+    workers: workers.Workers
+    sync: weight_sync.WeightSync
+    adaptation: adaptation.Adaptation | adaptation.NoAdaptation
+    collector: collector.Collector
+    evaluator: evaluator.Evaluator | None
 
 
-def law_of(run: config.RunConfig, temperature: float) -> sampling.SamplingConfig:
-    """Return the sampling law, at a temperature of one's own."""
-    cfg = run.sampling
+def assemble(
+    run: config.RunConfig,
+    source: model_source.ModelSource,
+    task: tasks.Task,
+    directory: pathlib.Path,
+    group: distributed.Group,
+    observer: observer_lib.Observer,
+    closing: contextlib.ExitStack,
+) -> Parts:
+    """Make the parts of a run; none has weights yet.
+
+    Args:
+      run: what to do.
+      source: of the policy.
+      task: where prompts come from.
+      directory: the workdir; exists.
+      group: the processes that do this together.
+      observer: is told what happens.
+      closing: closes what holds processes, threads or files.
+
+    Raises:
+      ValueError: settings that do not go together, with this model or these devices.
+    """
+    model, tokenizer = source.config, source.tokenizer()
+    learning = updater.Updater(
+        model,
+        algorithm=run.algorithm,
+        rollout=run.rollout,
+        learner=run.learner,
+        optimizer=run.optimizer,
+        mesh=run.mesh,
+        law=law_of(run.sampling),
+        num_steps=run.num_steps,
+        precision=run.precision,
+        remat=run.model.remat,
+    )
+    closing.callback(learning.pool.close)
+    mesh = learning.learner.mesh
+    meshes = weight_sync.engine_meshes(mesh, run.workers.num, run.rollout.tensor)
+    speculation = speculation_lib.of_run(run, model)
+    team = workers_of(run, model, tokenizer, meshes, speculation, group)
+    adapting = _adaptation_of(
+        run, speculation, team, model, tokenizer, directory, group, observer
+    )
+    closing.callback(adapting.close)
+    closing.callback(team.close)
+    sync = weight_sync.WeightSync(
+        model, source=mesh, targets=meshes, dtype=run.precision, pool=learning.pool
+    )
+    rewards = closing.enter_context(
+        reward_pool.RewardPool(
+            task.score,
+            run.reward.workers,
+            run.reward.timeout_s,
+            failure_reward=run.reward.failure_reward,
+        )
+    )
+    collecting = collector.Collector(
+        run.rollout,
+        run.seed,
+        prompts_of(run.task, task, "train", tokenizer, observer),
+        team,
+        rewards,
+        tokenizer.decode,
+        dynamic_sampling=learning.algorithm.dynamic_sampling,
+        between=adapting.hand_over,
+        group=group,
+    )
+    judging = None
+    if run.eval.every:
+        judging = evaluator.Evaluator(
+            run.eval,
+            run.rollout.max_new_tokens,
+            run.seed,
+            prompts_of(run.task, task, "eval", tokenizer, observer),
+            team,
+            _evaluation_engines(run, model, tokenizer, team, closing),
+            rewards,
+            tokenizer.decode,
+            group,
+        )
+    return Parts(
+        model=model,
+        tokenizer=tokenizer,
+        rewards=rewards,
+        speculation=speculation,
+        updater=learning,
+        workers=team,
+        sync=sync,
+        adaptation=adapting,
+        collector=collecting,
+        evaluator=judging,
+    )
+
+
+def source_of(
+    run: config.RunConfig,
+    task: tasks.Task,
+    directory: pathlib.Path,
+    group: distributed.Group,
+    observer: observer_lib.Observer,
+) -> model_source.ModelSource:
+    """Find the policy that is named, or make it for the task, in the workdir.
+
+    Raises:
+      ValueError: it cannot be had, or the task teaches nothing.
+    """
+    if run.model.spec != SCRATCH:
+        return model_source.resolve(run.model.spec)
+    folder = directory / "initial_model"
+    observer.stage("making the model")
+
+    def show(done, total, loss):
+        observer.within(done, total, f"loss {loss:.3f}")
+
+    settings = scratch_model.Settings(
+        run.seed, run.pretrain, run.task, run.rollout.max_new_tokens
+    )
+    group.first("model", lambda: scratch_model.make(settings, task, folder, show))
+    return model_source.resolve(str(folder))
+
+
+def law_of(
+    cfg: sections.Sampling, temperature: float | None = None
+) -> sampling.SamplingConfig:
+    """Return the sampling law, at a temperature of one's own if one is given."""
+    if temperature is None:
+        temperature = cfg.temperature
     return sampling.SamplingConfig(temperature, cfg.top_k, cfg.top_p, cfg.min_p)
 
 
-def make_speculation(
-    run: config.RunConfig, model: model_config.ModelConfig
-) -> Speculation:
-    """Read `specdec` and `drafter`; load the drafter if one is named.
+def prompts_of(
+    cfg: sections.Task,
+    task: tasks.Task,
+    split: str,
+    tokenizer: model_tokenizer.Tokenizer,
+    observer: observer_lib.Observer,
+) -> prompts.PromptSet:
+    """Encode the prompts of a split, and say how many are too long.
 
     Raises:
-      ValueError: the drafter is another target's, or a strategy cannot be built.
+      ValueError: one is too long, and `cfg.long_prompts` refuses such.
     """
-    settings = run.specdec
-    if settings.mode == "off":
-        return Speculation()
-
-    def tuner_of(arms, seed):
-        made = tuners.build(
-            settings.tuner,
-            arms,
-            max_rows=run.rollout.max_batch,
-            seed=seed,
-            threshold=settings.threshold,
-            hysteresis=settings.hysteresis,
-            epsilon=settings.epsilon,
-            window=settings.window,
-        )
-        return shared_tuner.SharedTuner(made)
-
-    early = strategy.parse_arms(settings.ngram_strategies)
-    early_tuner = tuner_of(early, run.seed) if early.entries else None
-    if settings.mode == "ngram":
-        return Speculation(speculator.DraftingConfig(early), tuner=early_tuner)
-    cfg, initial = _drafter_of(run, model)
-    arms = strategy.parse_arms(settings.strategies)
-    drafting_cfg = speculator.DraftingConfig(
-        arms,
-        cfg,
-        ranking=settings.ranking,
-        tau=settings.tau,
-        capture=run.adaptation.enabled,
-        early=early,
+    found = prompts.PromptSet(
+        task.examples(split),
+        lambda example: tokenizer.encode_prompt(example.prompt),
+        max_tokens=cfg.max_prompt_tokens,
+        long_prompts=cfg.long_prompts,
     )
-    return Speculation(drafting_cfg, initial, tuner_of(arms, run.seed + 1), early_tuner)
+    if found.num_skipped:
+        observer.note(
+            f"{found.num_skipped} prompts ({split}) are longer than "
+            f"task.max_prompt_tokens={cfg.max_prompt_tokens}: left out, "
+            f"{len(found.prompts)} remain."
+        )
+    return found
 
 
-def make_workers(
+def workers_of(
     run: config.RunConfig,
     model: model_config.ModelConfig,
     tokenizer: model_tokenizer.Tokenizer,
-    meshes: list[jax.sharding.Mesh],
-    made: Speculation,
+    meshes: Sequence[jax.sharding.Mesh],
+    speculation: speculation_lib.Speculation,
     group: distributed.Group,
 ) -> workers.Workers:
     """Make an engine on each mesh, all of them devices of this process."""
+    law = law_of(run.sampling)
     engines = [
-        make_engine(run, model, tokenizer, mesh, run.sampling.temperature, made)
-        for mesh in meshes
+        engine_of_run(run, model, tokenizer, law, speculation, mesh) for mesh in meshes
     ]
     limits = records.Config(
         min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
@@ -116,72 +240,129 @@ def make_workers(
     return workers.Workers(engines, limits, group)
 
 
-def make_engine(
+def engine_of_run(
     run: config.RunConfig,
     model: model_config.ModelConfig,
     tokenizer: model_tokenizer.Tokenizer,
-    mesh: jax.sharding.Mesh,
-    temperature: float,
-    made: Speculation,
+    law: sampling.SamplingConfig,
+    speculation: speculation_lib.Speculation = speculation_lib.PLAIN,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> engine_lib.Engine:
-    """Make one engine that samples at a temperature."""
-    engine_cfg = engine_programs.EngineConfig(
+    """Make an engine of a run's sizes that samples by a law; see `engine_of`."""
+    return engine_of(
+        model,
+        tokenizer,
+        speculation,
+        mesh,
         max_rows=run.rollout.max_batch,
-        max_length=longest_text(run),
+        max_length=run.longest_text,
         page_size=run.cache.page_size,
         num_pages=run.cache.num_pages,
         steps_per_call=run.rollout.steps_per_call,
         prefill_chunk=run.rollout.prefill_chunk,
-        sampling_cfg=law_of(run, temperature),
-        eos_ids=tuple(sorted({*model.eos_ids, *tokenizer.eos_ids})),
+        sampling_cfg=law,
         stop=run.rollout.stop,
         dtype=run.precision,
         cpu_kernels=run.rollout.cpu_kernels,
         attention=run.rollout.attention,
         check_kernels=run.rollout.check_kernels,
     )
+
+
+def engine_of(
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    speculation: speculation_lib.Speculation = speculation_lib.PLAIN,
+    mesh: jax.sharding.Mesh | None = None,
+    **sizes: Any,
+) -> engine_lib.Engine:
+    """Make an engine without weights: the only place where one is.
+
+    Args:
+      model: the target.
+      tokenizer: the target's; a text ends where the model's or its own EOS comes.
+      speculation: how to speculate.
+      mesh: devices of the engine; None: the first one.
+      **sizes: and law, the other fields of `programs.EngineConfig`.
+
+    Raises:
+      ValueError: the drafter does not fit the target, the sizes or the law.
+    """
     return engine_lib.Engine(
         model,
-        engine_cfg,
-        drafting_cfg=made.drafting_cfg,
-        tuner=made.tuner,
-        early_tuner=made.early_tuner if run.specdec.mode == "tlt" else None,
+        engine_programs.EngineConfig(eos_ids=eos_ids_of(model, tokenizer), **sizes),
+        drafting_cfg=speculation.drafting_cfg,
+        tuner=speculation.tuner,
+        early_tuner=speculation.early_tuner,
         decode_text=tokenizer.decode,
         mesh=mesh,
     )
 
 
-def _drafter_of(
-    run: config.RunConfig, model: model_config.ModelConfig
-) -> tuple[drafter.DrafterConfig, drafter.DrafterParams | None]:
-    """The drafter that is named, or the description of a new one."""
-    asked, longest = run.drafter, longest_text(run)
-    if asked.directory:
-        folder = speculation.folder(asked.directory)
-        cfg, params = drafter_io.load(folder, model, jnp.dtype(run.precision))
-        # Going on, it will be trained on texts of this length.
-        wanted = longest if run.adaptation.enabled else asked.max_length
-        if 0 < cfg.max_length < wanted:
-            cfg = dataclasses.replace(cfg, max_length=wanted)
-        return cfg, params
-    layers = tuple(asked.feature_layers)
-    if asked.features == "low_mid_high":
-        try:
-            published = asked.architecture == "eagle3"
-            choose = drafter.published_layers if published else drafter.low_mid_high
-            layers = choose(model.num_layers)
-        except ValueError as error:
-            raise schema.ConfigError(
-                f"drafter.features={asked.features!r}: {error} Set drafter.features to "
-                "'last' or 'layers'."
-            ) from error
-    preset = objectives.preset(run.adaptation.name)
-    made = drafter.of_target(
-        model,
-        feature_layers=layers,
-        output_norm=not preset.feature_weight,
-        draft_vocab_size=asked.draft_vocab_size,
-        max_length=longest,
-        architecture=asked.architecture,
+def eos_ids_of(
+    model: model_config.ModelConfig, tokenizer: model_tokenizer.Tokenizer
+) -> tuple[int, ...]:
+    """Ids that end a completion: the model's and the tokenizer's."""
+    return tuple(sorted({*model.eos_ids, *tokenizer.eos_ids}))
+
+
+def load_weights(
+    source: model_source.ModelSource, learning: updater.Updater
+) -> model_params.Params:
+    """Load a source's weights in float32 where the learner wants them."""
+    shardings = jax.tree.map(
+        lambda leaf: leaf.sharding, learning.learner.abstract_state().params
     )
-    return made, None
+    return source.load("float32", shardings)
+
+
+def _evaluation_engines(
+    run: config.RunConfig,
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    team: workers.Workers,
+    closing: contextlib.ExitStack,
+) -> Sequence[engine_lib.Engine]:
+    """The workers' engines, or engines of another law, one beside each."""
+    temperature = run.eval.temperature
+    # The same law has the same programs.
+    if temperature in (None, run.sampling.temperature):
+        return team.engines
+    law = law_of(run.sampling, temperature)
+    engines = [
+        engine_of_run(run, model, tokenizer, law, mesh=worker.mesh)
+        for worker in team.engines
+    ]
+    for engine in engines:
+        closing.callback(engine.pool.close)
+    return engines
+
+
+def _adaptation_of(
+    run: config.RunConfig,
+    speculation: speculation_lib.Speculation,
+    team: workers.Workers,
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    directory: pathlib.Path,
+    group: distributed.Group,
+    observer: observer_lib.Observer,
+) -> adaptation.Adaptation | adaptation.NoAdaptation:
+    """What trains the drafter of a run, where it has a learned one."""
+    if run.specdec.mode != "tlt":
+        return adaptation.NoAdaptation()
+    if not group.is_first:
+        directory = directory / f"processes/{group.index}"
+    return adaptation.Adaptation(
+        run.adaptation,
+        speculation.drafting_cfg.drafter_cfg,
+        team,
+        tuple(speculation.tuners.values()),
+        initial=speculation.params,
+        eos_ids=eos_ids_of(model, tokenizer),
+        sampling_cfg=law_of(run.sampling),
+        precision=run.precision,
+        seed=run.seed,
+        directory=directory,
+        observer=observer,
+    )

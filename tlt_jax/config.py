@@ -54,6 +54,11 @@ class RunConfig:
         schema.check_fields(self)
         _check(self)
 
+    @property
+    def longest_text(self) -> int:
+        """Positions of the longest prompt with the longest completion."""
+        return self.task.max_prompt_tokens + self.rollout.max_new_tokens
+
 
 def default() -> ml_collections.ConfigDict:
     """Return a new locked ConfigDict with every key at its default.
@@ -119,6 +124,11 @@ def _check(run: RunConfig) -> None:
     for name, value in (("model.spec", run.model.spec), ("task.name", run.task.name)):
         if not value:
             raise schema.ConfigError(f"{name} is empty: set it in the recipe.")
+    if run.sampling.temperature == 0:
+        raise schema.ConfigError(
+            "sampling.temperature=0 draws the same answer for all of a group, which "
+            "teaches nothing: set it above 0 (eval.temperature=0 is greedy evaluation)."
+        )
     speculation.check_shape(run.drafter)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)
     if asked and not getattr(run.specdec, asked):
@@ -131,7 +141,7 @@ def _check(run: RunConfig) -> None:
             f"workers.min_idle={run.workers.min_idle} of workers.num={run.workers.num}"
             ": the last worker never waits, so fewer must do."
         )
-    longest = run.task.max_prompt_tokens + run.rollout.max_new_tokens
+    longest = run.longest_text
     if run.learner.row_tokens < longest:
         raise schema.ConfigError(
             f"learner.row_tokens={run.learner.row_tokens} cannot hold a prompt of "

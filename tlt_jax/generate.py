@@ -137,7 +137,7 @@ def complete(
     max_new_tokens: int = 256,
     stop: Sequence[str] = (),
     seed: int = 0,
-    speculation: speculation_lib.Speculation | None = None,
+    speculation: speculation_lib.Speculation = speculation_lib.PLAIN,
 ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
     """Draw completions of one prompt.
 
@@ -149,7 +149,7 @@ def complete(
       max_new_tokens: longest completion, EOS included.
       stop: strings that end a completion.
       seed: of the noise.
-      speculation: how to speculate; None: not at all.
+      speculation: how to speculate.
 
     Returns:
       The completions, and what was done.
@@ -169,7 +169,7 @@ def complete(
             f"{limit}: shorten it."
         )
     max_length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-    if speculation is not None and longest <= speculation.max_length:
+    if longest <= speculation.max_length:
         max_length = min(max_length, speculation.max_length)
     engine = asked.engine(
         max_rows=min(num_samples, _MAX_ROWS),
@@ -260,7 +260,7 @@ def run() -> None:
     )
     compile_cache.enable()
     asked = policy.load(_MODEL.value, _PRECISION.value)
-    speculation = None
+    speculation = speculation_lib.PLAIN
     if _DRAFTER.value is not None:
         speculation = speculation_lib.load(
             _DRAFTER.value,

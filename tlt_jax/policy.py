@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tlt_jax import assembly
 from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl.engine import engine as engine_lib
-from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.workdir import checkpoint, metrics
 
 _TOKENIZER = "tokenizer"
@@ -41,14 +41,14 @@ class Policy:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a completion: the model's and the tokenizer's."""
-        return tuple(sorted({*self.config.eos_ids, *self.tokenizer.eos_ids}))
+        return assembly.eos_ids_of(self.config, self.tokenizer)
 
     def engine(
         self,
         *,
         max_rows: int,
         max_length: int,
-        speculation: speculation_lib.Speculation | None = None,
+        speculation: speculation_lib.Speculation = speculation_lib.PLAIN,
         **settings: Any,
     ) -> engine_lib.Engine:
         """Make an engine that has the weights.
@@ -56,7 +56,7 @@ class Policy:
         Args:
           max_rows: rows decoded at once.
           max_length: longest text in tokens, prompt and completion.
-          speculation: how to speculate; None: not at all.
+          speculation: how to speculate.
           **settings: further ones of `engine_programs.EngineConfig`.
 
         Returns:
@@ -64,19 +64,17 @@ class Policy:
         """
         # On TPUs the attention kernel takes pages of a whole tile.
         page_size = 128 if jax.default_backend() == "tpu" else 64
-        defaults = dict(eos_ids=self.eos_ids, dtype=self.precision, page_size=page_size)
-        engine = engine_lib.Engine(
+        sizes = dict(dtype=self.precision, page_size=page_size) | settings
+        engine = assembly.engine_of(
             self.config,
-            engine_programs.EngineConfig(
-                max_rows=max_rows,
-                max_length=max_length,
-                **defaults | settings,
-            ),
-            drafting_cfg=speculation and speculation.drafting_cfg,
-            decode_text=self.tokenizer.decode,
+            self.tokenizer,
+            speculation,
+            max_rows=max_rows,
+            max_length=max_length,
+            **sizes,
         )
         engine.set_params(self.params, version=0)
-        if speculation is not None and speculation.params is not None:
+        if speculation.params is not None:
             engine.set_drafter(speculation.params, version=0)
         return engine
 

@@ -1,17 +1,23 @@
-"""What a command needs to speculate: a drafter from its directory, a strategy table."""
+"""How to speculate: drafter, strategies, tuner, from settings or from a command."""
 
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
+from tlt_jax import config
 from tlt_jax.models import config as model_config
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.engine import speculator
+from tlt_jax.settings import schema
 from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.training import objectives
+from tlt_jax.specdec.tuners import build as tuners
+from tlt_jax.specdec.tuners import shared as shared_tuner
 
 NGRAM = "ngram"
 # Chains, shorter the more rows there are: on two CPU cores these were the fastest.
@@ -20,21 +26,74 @@ DEFAULT_TABLE = ("1:D7K1V8", "4:D5K1V6", "16:D3K1V4")
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """How to speculate, and with which weights.
+    """How to speculate, and with which weights; by default not at all.
 
     Attributes:
-      drafting_cfg: for the engine.
-      params: the learned drafter's weights; None: suffix matches alone.
+      drafting_cfg: for engines; None: not at all.
+      params: the learned drafter's weights; None: there is none, or random ones.
+      tuner: chooses among the strategies, for all engines; None: the table, unchanged.
+      early_tuner: the same before the drafter is ready.
     """
 
-    drafting_cfg: speculator.DraftingConfig
-    params: drafter.DrafterParams | None
+    drafting_cfg: speculator.DraftingConfig | None = None
+    params: drafter.DrafterParams | None = None
+    tuner: shared_tuner.SharedTuner | None = None
+    early_tuner: shared_tuner.SharedTuner | None = None
+
+    @property
+    def tuners(self) -> dict[str, shared_tuner.SharedTuner]:
+        """Those there are, by the name of their field."""
+        both = {"tuner": self.tuner, "early_tuner": self.early_tuner}
+        return {name: tuner for name, tuner in both.items() if tuner is not None}
 
     @property
     def max_length(self) -> int:
         """Positions that the drafter was trained for; 0: any."""
-        cfg = self.drafting_cfg.drafter_cfg
+        cfg = self.drafting_cfg and self.drafting_cfg.drafter_cfg
         return cfg.max_length if cfg else 0
+
+
+PLAIN = Speculation()
+
+
+def of_run(run: config.RunConfig, model: model_config.ModelConfig) -> Speculation:
+    """Read `specdec` and `drafter`; load the drafter if one is named.
+
+    Raises:
+      ValueError: the drafter is another target's, or a strategy cannot be built.
+    """
+    settings = run.specdec
+    if settings.mode == "off":
+        return PLAIN
+
+    def tuner_of(arms, seed):
+        chooser = tuners.build(
+            settings.tuner,
+            arms,
+            max_rows=run.rollout.max_batch,
+            seed=seed,
+            threshold=settings.threshold,
+            hysteresis=settings.hysteresis,
+            epsilon=settings.epsilon,
+            window=settings.window,
+        )
+        return shared_tuner.SharedTuner(chooser)
+
+    early = strategy_lib.parse_arms(settings.ngram_strategies)
+    early_tuner = tuner_of(early, run.seed) if early.entries else None
+    if settings.mode == "ngram":
+        return Speculation(speculator.DraftingConfig(early), tuner=early_tuner)
+    cfg, params = _drafter_of(run, model)
+    arms = strategy_lib.parse_arms(settings.strategies)
+    drafting_cfg = speculator.DraftingConfig(
+        arms,
+        cfg,
+        ranking=settings.ranking,
+        tau=settings.tau,
+        capture=run.adaptation.enabled,
+        early=early,
+    )
+    return Speculation(drafting_cfg, params, tuner_of(arms, run.seed + 1), early_tuner)
 
 
 def load(
@@ -45,16 +104,16 @@ def load(
     ranking: str = "coupled",
     tau: float = 0.5,
     rule: str = chain.KEYED,
-    dtype=jnp.float32,
+    dtype: Any = jnp.float32,
 ) -> Speculation:
-    """Load the drafter that `spec` names.
+    """Load the drafter that `spec` names, for a command that speculates.
 
     Args:
       spec: a drafter's directory, ours or in a published layout, or `ngram` for suffix
         matches alone.
       target: the model that verifies.
       table: entries as of `strategy.parse_table`; empty: the default.
-      ranking, tau: see `propose`.
+      ranking, tau: see `proposers.learned`.
       rule: of acceptance, see `speculator.DraftingConfig`.
       dtype: of the drafter's weights.
 
@@ -68,10 +127,10 @@ def load(
         cfg, params = drafter_io.load(folder(spec), target, dtype)
     elif not table:
         entries = tuple(f"{entry}-{NGRAM}" for entry in entries)
-    made = speculator.DraftingConfig(
+    drafting_cfg = speculator.DraftingConfig(
         strategy_lib.parse_table(entries), cfg, ranking=ranking, tau=tau, rule=rule
     )
-    return Speculation(made, params)
+    return Speculation(drafting_cfg, params)
 
 
 def folder(spec: str) -> str:
@@ -79,3 +138,40 @@ def folder(spec: str) -> str:
     directory = os.path.expanduser(spec)
     inside = os.path.join(directory, "drafter")
     return inside if os.path.isdir(inside) else directory
+
+
+def _drafter_of(
+    run: config.RunConfig, model: model_config.ModelConfig
+) -> tuple[drafter.DrafterConfig, drafter.DrafterParams | None]:
+    """The drafter that is named, or the description of a new one."""
+    settings, longest = run.drafter, run.longest_text
+    if settings.directory:
+        cfg, params = drafter_io.load(
+            folder(settings.directory), model, jnp.dtype(run.precision)
+        )
+        # Going on, it will be trained on texts of this length.
+        wanted = longest if run.adaptation.enabled else settings.max_length
+        if 0 < cfg.max_length < wanted:
+            cfg = dataclasses.replace(cfg, max_length=wanted)
+        return cfg, params
+    layers = tuple(settings.feature_layers)
+    if settings.features == "low_mid_high":
+        try:
+            published = settings.architecture == "eagle3"
+            choose = drafter.published_layers if published else drafter.low_mid_high
+            layers = choose(model.num_layers)
+        except ValueError as error:
+            raise schema.ConfigError(
+                f"drafter.features={settings.features!r}: {error} Set drafter.features "
+                "to 'last' or 'layers'."
+            ) from error
+    preset = objectives.preset(run.adaptation.name)
+    cfg = drafter.of_target(
+        model,
+        feature_layers=layers,
+        output_norm=not preset.feature_weight,
+        draft_vocab_size=settings.draft_vocab_size,
+        max_length=longest,
+        architecture=settings.architecture,
+    )
+    return cfg, None

@@ -78,7 +78,7 @@ def run(settings: config.RunConfig, trains: Callable[[int], bool]) -> list[harne
         trainer.begin()
         first = weights(trainer)
         for number in range(settings.num_steps):
-            trainer.adaptation.budget = Planned(now=trains(number))
+            trainer.parts.adaptation.budget = Planned(now=trains(number))
             row = trainer.take_step()
             moved = np.linalg.norm(weights(trainer) - first) / np.linalg.norm(first)
             rows.append({**row, "policy_distance": float(moved)})
@@ -87,5 +87,5 @@ def run(settings: config.RunConfig, trains: Callable[[int], bool]) -> list[harne
 
 def weights(trainer: train.Trainer) -> np.ndarray:
     """Returns all weights of the policy, in a row."""
-    leaves = jax.tree.leaves(jax.device_get(trainer.updater.state.params))
+    leaves = jax.tree.leaves(jax.device_get(trainer.parts.updater.train_state.params))
     return np.concatenate([np.ravel(leaf) for leaf in leaves])

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from tlt_jax import assembly, types
 from tlt_jax import config as config_lib
-from tlt_jax import types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.engine import engine as engine_lib
@@ -19,7 +19,6 @@ from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import algorithms, experience, learner, policy_gradient
 from tlt_jax.rl.workers import weight_sync
 from tlt_jax.runtime import programs, sharding
-from tlt_jax.specdec import sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,16 @@ class Recipe:
         self.head_chunk = 2048
         pool = programs.ProgramPool()
         self.learner = learner.Learner(
-            model, run, mesh=self.mesh, pool=pool, head_chunk=self.head_chunk
+            model,
+            assembly.law_of(run.sampling),
+            run.learner,
+            run.optimizer,
+            num_steps=run.num_steps,
+            precision=run.precision,
+            remat=run.model.remat,
+            mesh=self.mesh,
+            pool=pool,
+            head_chunk=self.head_chunk,
         )
         self.state = self.learner.abstract_state()
         (engine_mesh,) = weight_sync.engine_meshes(self.mesh, tensor=run.rollout.tensor)
@@ -78,17 +86,12 @@ class Recipe:
             model,
             engine_programs.EngineConfig(
                 max_rows=run.rollout.max_batch,
-                max_length=run.task.max_prompt_tokens + run.rollout.max_new_tokens,
+                max_length=run.longest_text,
                 page_size=run.cache.page_size,
                 num_pages=run.cache.num_pages,
                 steps_per_call=run.rollout.steps_per_call,
                 prefill_chunk=run.rollout.prefill_chunk,
-                sampling_cfg=sampling.SamplingConfig(
-                    run.sampling.temperature,
-                    run.sampling.top_k,
-                    run.sampling.top_p,
-                    run.sampling.min_p,
-                ),
+                sampling_cfg=assembly.law_of(run.sampling),
                 eos_ids=model.eos_ids,
                 dtype=run.precision,
                 attention=run.rollout.attention,

@@ -20,7 +20,6 @@ import protocol
 from tlt_jax import config, train
 from tlt_jax.models.formats import source
 from tlt_jax.rl.engine import engine as engine_lib
-from tlt_jax.rl.workers import workers
 from tlt_jax.runtime import host_memory
 from tlt_jax.workdir import progress
 
@@ -28,12 +27,15 @@ from tlt_jax.workdir import progress
 class FixedLengthTrainer(train.Trainer):
     """A trainer in whose rollouts no token ends a text."""
 
-    def _make_workers(self, meshes: list) -> workers.Workers:
-        made = super()._make_workers(meshes)
-        endless = dataclasses.replace(made.engines[0].engine_cfg, eos_ids=())
-        return workers.Workers(
-            [engine_lib.Engine(self.model, endless, mesh=mesh) for mesh in meshes]
+    def begin(self) -> None:
+        """Begins with other engines in the workers' place."""
+        team = self.parts.workers
+        endless = dataclasses.replace(team.engines[0].engine_cfg, eos_ids=())
+        team.engines = tuple(
+            engine_lib.Engine(self.parts.model, endless, mesh=engine.mesh)
+            for engine in team.engines
         )
+        super().begin()
 
 
 class Peer:

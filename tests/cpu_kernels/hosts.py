@@ -3,7 +3,7 @@
 import llvmlite.binding as llvm
 import pytest
 
-from tlt_jax.cpu_kernels import ffi
+from tlt_jax.cpu_kernels import code, ffi
 
 # Windows and 32-bit machines have no native kernels: `choice` leaves them to XLA.
 needs_native = pytest.mark.skipif(
@@ -24,12 +24,12 @@ LESSER_CPUS = {
 }
 
 
-def arm_assembly(text: str) -> str:
+def arm_assembly(kernel: code.Module) -> str:
     """Compile a kernel for a CPU of Arm's, which any host can; it is not run."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
     machine = target.create_target_machine(cpu="neoverse-n1")
-    module = llvm.parse_assembly(ffi.runtime(2) + text)
+    module = llvm.parse_assembly(kernel.text())
     module.verify()
     return machine.emit_assembly(module)

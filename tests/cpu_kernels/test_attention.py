@@ -153,9 +153,9 @@ def test_large_scores_neither_overflow_nor_lose_the_smaller():
 def test_lesser_cpus_compute_the_same(cpu):
     features = hosts.LESSER_CPUS[cpu]
     fused = ffi.has_fma(features)
-    text = attention_code.module(fused).text()
+    kernel = attention_code.kernel(fused)
     name = f"test_attention_{cpu}"
-    ffi.register(text, {name: attention_code.HANDLER}, cpu, optimise=True)
+    ffi.register(kernel, {name: attention_code.HANDLER}, cpu)
     args = draw(CASES["tree"])
     expected = attend(args)
     kinds = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in expected]
@@ -168,7 +168,7 @@ def test_lesser_cpus_compute_the_same(cpu):
 
 
 def test_code_for_arm_is_valid():
-    assert "fmla" in hosts.arm_assembly(attention_code.module(True).text())
+    assert "fmla" in hosts.arm_assembly(attention_code.kernel(True))
 
 
 def test_unfit_operands_and_choices_are_refused():

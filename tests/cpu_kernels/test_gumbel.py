@@ -128,7 +128,7 @@ def test_laws_draw_with_their_own_noise():
 def test_lesser_cpus_compute_the_same(cpu):
     fused = ffi.has_fma(hosts.LESSER_CPUS[cpu])
     names = {f"test_gumbel_{cpu}": gumbel.NOISE, f"test_draw_{cpu}": gumbel.DRAW}
-    ffi.register(gumbel.module(fused).text(), names, cpu, optimise=True)
+    ffi.register(gumbel.kernel(fused), names, cpu)
     keys, positions = rows(2)
     expected = make(keys, positions, 777)
     kind = jax.ShapeDtypeStruct(expected.shape, jnp.float32)
@@ -143,7 +143,7 @@ def test_lesser_cpus_compute_the_same(cpu):
 
 
 def test_code_for_arm_is_valid():
-    assert "fmla" in hosts.arm_assembly(gumbel.module(True).text())
+    assert "fmla" in hosts.arm_assembly(gumbel.kernel(True))
 
 
 def test_unfit_operands_are_refused():

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from tests.cpu_kernels import hosts
-from tlt_jax.cpu_kernels import choice, ffi, product
+from tlt_jax.cpu_kernels import choice, code, ffi, job, product
 from tlt_jax.models import kernels, layers
 
 pytestmark = hosts.needs_native
@@ -85,7 +85,9 @@ def test_what_lies_beyond_a_column_does_not_matter():
 @pytest.mark.parametrize("cpu", hosts.LESSER_CPUS)
 def test_lesser_cpus_compute_the_same(cpu):
     features = hosts.LESSER_CPUS[cpu]
-    ffi.register(product.ir(features), {f"test_product_{cpu}": "tlt_jax_product"}, cpu)
+    ffi.register(
+        product.kernel(features), {f"test_product_{cpu}": "tlt_jax_product"}, cpu
+    )
     for rows, size, columns in ((5, 9, 1), (33, 40, 3), (29, 31, 17), (64, 50, 70)):
         weight, x = draw(rows, size), draw(size, columns, seed=1)
         call = jax.ffi.ffi_call(
@@ -98,7 +100,7 @@ def test_lesser_cpus_compute_the_same(cpu):
 
 
 def test_code_for_arm_is_valid():
-    assert "fmla" in hosts.arm_assembly(product.ir(frozenset({"neon"})))
+    assert "fmla" in hosts.arm_assembly(product.kernel(frozenset({"neon"})))
 
 
 def chain(weight, x, steps):
@@ -117,7 +119,7 @@ def chain(weight, x, steps):
 def test_threads_at_once_in_loops():
     """Programs that share the threads of the pool disturb each other in nothing."""
     ffi.register(
-        product.ir(ffi.host_features()),
+        product.kernel(ffi.host_features()),
         {"test_product_all_threads": "tlt_jax_product"},
         num_devices=1,
     )
@@ -132,27 +134,18 @@ def test_threads_at_once_in_loops():
                 np.testing.assert_array_equal(ours, theirs)
 
 
-THREADS = """
-define ptr @threads(ptr %frame) {
-  %asked = call i1 @tlt_metadata(ptr %frame)
-  br i1 %asked, label %end, label %tell
-tell:
-  %threads = call i64 @tlt_threads(ptr %frame)
-  %result = call ptr @tlt_result(ptr %frame, i64 0)
-  %data = call ptr @tlt_data(ptr %result)
-  %short = trunc i64 %threads to i32
-  store i32 %short, ptr %data
-  br label %end
-end:
-  ret ptr null
-}
-"""
+def threads_kernel() -> code.Module:
+    """A kernel that tells how many threads it may have."""
+    kernel = job.begin(fused=True)
+    with job.handler(kernel, "threads") as (builder, call):
+        builder.put(builder.trunc(call.threads(), code.I32), call.result(0), 0)
+    return kernel
 
 
 def test_each_device_has_its_share_of_the_threads():
     def count(num_devices):
         name = f"test_threads_{num_devices}"
-        ffi.register(THREADS, {name: "threads"}, num_devices=num_devices)
+        ffi.register(threads_kernel(), {name: "threads"}, num_devices=num_devices)
         call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((), jnp.int32))
         return int(call())
 

@@ -136,7 +136,7 @@ def test_turns_draw_the_same_tokens_and_train_when_they_shall(tmp_path):
         trainer.begin()
         taker = rollout_turns.Turns(trainer, tmp_path)
         kept = []
-        trainer.workers.on_text = lambda text: kept.append(text.version)
+        trainer.parts.workers.on_text = lambda text: kept.append(text.version)
         rows = list(rollout_turns.by_turns(trainer, taker, rounds=2))
     assert [(row["round"], row["step"], row["trains"]) for row in rows] == [
         *((0, 0, False), (0, 0, True), (0, 1, True), (0, 1, False)),

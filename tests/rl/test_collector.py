@@ -1,17 +1,17 @@
 """Collecting a step's experience: whose reward is whose, and what is sampled again."""
 
+import json
 import random
-import types as python_types
 
 import numpy as np
-import pytest
 
 from tests import tiny_runs
 from tlt_jax import types
 from tlt_jax.rl import collector
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
-from tlt_jax.runtime import clock
+from tlt_jax.runtime import observer
+from tlt_jax.runtime import watch as watch_lib
 
 P, R = 4, 4  # As in `tiny_runs`.
 
@@ -67,22 +67,36 @@ def make(judge, dynamic_sampling=False, between=None):
         max_tokens=1,
         long_prompts="refuse",
     )
-    engine, shown = FakeEngine(), []
+    engine, shown = FakeEngine(), Shown()
     made = collector.Collector(
-        tiny_runs.config_of(seed=3),
+        tiny_runs.config_of().rollout,
+        3,
         prompt_set,
         engine,
         reward_pool.RewardPool(judge, 0),
         words,
         dynamic_sampling=dynamic_sampling,
-        show=lambda *what: shown.append(what),
-        between=between,
+        between=between or (lambda watch: None),
     )
     return made, engine, prompt_set, shown
 
 
-def collect(made, step=0):
-    return made.collect(step, clock.Clock(()))
+class Shown(observer.Silent):
+    """Keeps what was said of the stages."""
+
+    def __init__(self):
+        self.said = []
+
+    def stage(self, name):
+        self.said.append((name,))
+
+    def within(self, done, total, detail=""):
+        self.said.append((done, total, detail))
+
+
+def collect(made, step=0, shown=None):
+    found = made.collect(step, watch_lib.Watch((), shown, step))
+    return found.everything, found.useful, found.row()
 
 
 def ids(drawn):
@@ -91,7 +105,7 @@ def ids(drawn):
 
 def test_each_reward_belongs_to_its_completion():
     made, engine, prompt_set, shown = make(by_sample)
-    everything, batch, row = collect(made, step=2)
+    everything, batch, row = collect(made, 2, shown)
     assert batch is everything
     first = 2 << 32
     assert [c.request_id for c in batch.completions] == list(range(first, first + 16))
@@ -103,7 +117,8 @@ def test_each_reward_belongs_to_its_completion():
     assert row["rollout/rounds"] == 1 and row["rollout/decode_steps"] == 5
     assert row["reward/num_failed"] == 0 and "reward/first_failure" not in row
     assert row["rollout/tokens"] == batch.lengths.sum()
-    assert shown[0][0] == "rollout" and shown[0][2] == 16
+    assert shown.said[0] == ("rollout",) and shown.said[-1] == ("reward",)
+    assert {said[1] for said in shown.said[1:-1]} == {16}
 
 
 def test_positions_advance_and_requests_are_never_the_same():
@@ -121,8 +136,8 @@ def test_a_resumed_collector_goes_on():
     for step in range(2):
         collect(made, step)
     other, engine, _, _ = make(by_sample)
-    other.position = made.position
-    other.expected_lengths = dict(made.expected_lengths)
+    other.restore(json.loads(json.dumps(made.state())))
+    assert other.state() == made.state()
     a, b = collect(made, 2)[1], collect(other, 2)[1]
     assert ids(a.prompts) == ids(b.prompts)
     assert [c.request_id for c in a.completions] == [
@@ -200,31 +215,11 @@ def test_failures_are_counted_over_rounds_and_the_first_is_named():
     assert row["reward/first_failure"].startswith("RuntimeError: no verdict on e")
 
 
-def test_waiting_for_compilers_is_counted_apart():
-    pool = python_types.SimpleNamespace(
-        stats=python_types.SimpleNamespace(waited_s=1.0)
-    )
-    timer = clock.Clock((pool,))
-
-    def compile_for(seconds):
-        pool.stats.waited_s += seconds
-        return "done"
-
-    assert timer.time("update", compile_for, 100.0) == "done"
-    timer.time("update", compile_for, seconds=20.0)
-    row = timer.row()
-    assert row["time/compile_s"] == 120.0
-    assert row["time/update_s"] == 0.0 and row["time/rollout_s"] == 0.0
-    assert timer.time("eval", lambda: None) is None
-    assert row.keys() | {"time/eval_s"} == timer.row().keys()
-    assert timer.row()["time/eval_s"] == pytest.approx(0.0, abs=1.0)
-
-
 def test_what_is_done_between_rollouts_is_done_there_alone():
     """Processes meet there: as often as there are further rollouts."""
     calls = []
 
-    def between():
+    def between(watch):
         calls.append(len(engine.calls))
 
     made, engine, _, _ = make(lambda *_: 1.0, dynamic_sampling=True, between=between)

@@ -8,6 +8,7 @@ import pytest
 from tests.rl import engines
 from tlt_jax.rl import evaluator
 from tlt_jax.rl.tasks import prompts
+from tlt_jax.settings import sections
 
 SAMPLES = 3
 
@@ -32,25 +33,33 @@ class Group:
     def __init__(self, index, others):
         self.index, self.others = index, others
 
+    def first(self, name, make):
+        return make()
+
     def exchange(self, name, own):
         found = [self.others[name]] * 2
         found[self.index] = own
         return found
 
 
-def evaluator_of(some_engines, rewards, group=None):
+def evaluator_of(some_engines, rewards, group=None, used=None):
     rng = np.random.default_rng(7)
     asked = [
         prompts.Prompt(i, f"example {i}", rng.integers(3, 32, 4 + i).astype(np.int32))
         for i in range(5)
     ]
-    run = types.SimpleNamespace(
-        eval=types.SimpleNamespace(samples=SAMPLES, k=(1, 2)),
-        rollout=types.SimpleNamespace(max_new_tokens=12),
-        seed=3,
-    )
+    cfg = sections.Eval(samples=SAMPLES, k=(1, 2))
     prompt_set = types.SimpleNamespace(prompts=asked)
-    return evaluator.Evaluator(run, prompt_set, some_engines, rewards, tuple, group)
+    used = used or [True] * len(some_engines)
+    policy = types.SimpleNamespace(params=engines.PARAMS, version=4)
+    workers = types.SimpleNamespace(
+        engines=[policy] * len(used),
+        first=10,
+        lost={10 + i: "it fell silent" for i, use in enumerate(used) if not use},
+    )
+    return evaluator.Evaluator(
+        *(cfg, 12, 3, prompt_set, workers, some_engines, rewards, tuple, group)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +83,7 @@ def evaluate(first, used):
 
         engine.serve = serve
     rewards = Rewards()
-    params = [engines.PARAMS if use else None for use in used]
-    row = evaluator_of(team, rewards).evaluate(params, version=4)
+    row = evaluator_of(team, rewards, used=used).evaluate()
     del first.serve
     return row, rewards.judged, at_work
 
@@ -98,23 +106,23 @@ def test_an_engine_that_fails_ends_the_evaluation(first):
 
     other.serve = fail
     with pytest.raises(OSError, match="the device is gone"):
-        evaluator_of([first, other], Rewards()).evaluate([engines.PARAMS] * 2, 4)
+        evaluator_of([first, other], Rewards()).evaluate()
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_without_engines_leaves_its_prompts_to_the_others(first, index):
     alone = Rewards()
-    expected = evaluator_of([first], alone).evaluate([engines.PARAMS], 4)
+    expected = evaluator_of([first], alone).evaluate()
     nothing = ([], np.zeros(0, np.float32))
     group = Group(index, {"evaluators": False, "evaluation": nothing})
     rewards = Rewards()
     made = evaluator_of([first], rewards, group)
-    assert made.evaluate([engines.PARAMS], 4) == expected
+    assert made.evaluate() == expected
     assert rewards.judged == alone.judged
     # The other way round: what is judged elsewhere is all there is.
     scores = np.array([len(text) % 2 for _, text in alone.judged], np.float32)
     everything = (list(range(len(scores))), scores)
     group = Group(index, {"evaluators": True, "evaluation": everything})
     rewards = Rewards()
-    made = evaluator_of([first], rewards, group)
-    assert made.evaluate([None], 4) == expected and not rewards.judged
+    made = evaluator_of([first], rewards, group, used=[False])
+    assert made.evaluate() == expected and not rewards.judged

@@ -53,8 +53,8 @@ def test_durations():
 def test_remaining_time_leaves_compilation_out():
     with progress.Progress(10, mode="off") as shown:
         assert shown.remaining_s() is None
-        shown.step({"step": 0, "time/step_s": 32.0, "time/compile_s": 30.0})
-        shown.step({"step": 1, "time/step_s": 2.0})
+        shown.record({"step": 0, "time/step_s": 32.0, "time/compile_s": 30.0})
+        shown.record({"step": 1, "time/step_s": 2.0})
         assert shown.remaining_s() == 16.0
 
 
@@ -66,7 +66,7 @@ def test_plain_output_is_lines_and_slow_stages_are_heard_of():
         for done in range(4):
             now[0] += 20.0
             shown.within(done, 64, "900 tok/s")
-        shown.step(ROW)
+        shown.record(ROW)
     lines = out.file.getvalue().splitlines()
     assert lines[:2] == [
         "  step 1: rollout 1/64  900 tok/s after 40 s",
@@ -79,7 +79,7 @@ def test_plain_output_is_lines_and_slow_stages_are_heard_of():
 def test_live_display_shows_steps_and_stage():
     out = console(terminal=True)
     with progress.Progress(10, first_step=3, console=out) as shown:
-        shown.step(ROW)
+        shown.record(ROW)
         shown.stage("rollout")
         shown.within(16, 64, "900 tok/s")
         with out.capture() as capture:
@@ -105,7 +105,7 @@ def test_speculation_and_workers_have_cells_where_there_are_any():
     out = console(terminal=True)
     with progress.Progress(10, console=out) as shown:
         for row in (ROW, TLT_ROW | {"reward/mean": 0.5}):
-            shown.step(row)
+            shown.record(row)
         shown.stage("rollout")
         shown.watch(lambda: progress.Workers(["busy", "training", "busy"], 12))
         with out.capture() as capture:
@@ -134,6 +134,6 @@ def test_off_prints_nothing():
     with progress.Progress(10, mode="off", console=out) as shown:
         shown.stage("rollout")
         shown.within(1, 2)
-        shown.step(ROW)
+        shown.record(ROW)
         shown.note("x")
     assert out.file.getvalue() == ""

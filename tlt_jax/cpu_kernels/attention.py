@@ -36,10 +36,9 @@ def register() -> None:
 
     See `product.register`.
     """
-    features = ffi.host_features()
-    text = attention_code.module(ffi.has_fma(features)).text()
     name = attention_code.HANDLER
-    ffi.register(text, {name: name}, optimise=True)
+    module = attention_code.kernel(ffi.has_fma(ffi.host_features()))
+    ffi.register(module, {name: name})
 
 
 def attend(

@@ -38,13 +38,13 @@ _FIELDS = job_lib.Fields(
 )
 
 
-def module(fused: bool) -> code_lib.Module:
+def kernel(fused: bool) -> code_lib.Module:
     """Write the kernel; `fused`: the CPU multiplies and adds in one rounding."""
-    made = code_lib.Module(fused)
-    _write_tile(made)
-    _write_unit(made)
-    job_lib.write_handler(made, HANDLER, "attention_unit", _FIELDS, _numbers)
-    return made
+    module = job_lib.begin(fused)
+    _write_tile(module)
+    _write_unit(module)
+    job_lib.write_handler(module, HANDLER, "attention_unit", _FIELDS, _numbers)
+    return module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +104,10 @@ def _values(record) -> list[ir.Value]:
     return [getattr(record, field.name) for field in dataclasses.fields(record)]
 
 
-def _write_tile(made: code_lib.Module) -> None:
+def _write_tile(module: code_lib.Module) -> None:
     """Add a tile to the online softmax of all queries."""
     kinds = _kinds(_Queries) + _kinds(_Tile)
-    code, arguments = made.function("attend_tile", VOID, *kinds)
+    code, arguments = module.begin("attend_tile", VOID, *kinds)
     size = len(_kinds(_Queries))
     of, tile = _Queries(*arguments[:size]), _Tile(*arguments[size:])
     with code.loop(of.padded, _QUERIES) as first, code.loop(tile.vectors) as vector:
@@ -130,12 +130,12 @@ def _write_scores(code, of: _Queries, tile: _Tile, first, slot) -> None:
         for odd in range(2):
             element = code.plus(h, odd)
             keys = code.get_vector(tile.keys, slot, code.times(element, tile.stride))
-            for query, its in zip(queries, sums, strict=True):
+            for query, totals in zip(queries, sums, strict=True):
                 factor = code.splat(code.get(query, element))
-                total = code.load(its[odd], typ=F32V)
-                code.store(code.multiply_add(factor, keys, total), its[odd])
+                total = totals[odd]
+                total.value = code.multiply_add(factor, keys, total.value)
     for i, (even, odd) in enumerate(sums):
-        total = code.fadd(code.load(even, typ=F32V), code.load(odd, typ=F32V))
+        total = code.fadd(even.value, odd.value)
         row = code.times(code.plus(first, i), of.width)
         code.put_vector(total, of.scores, row, slot)
 
@@ -153,9 +153,9 @@ def _write_softmax(code, of: _Queries, tile: _Tile, query) -> None:
         visible = code.flags(mask, slot)
         masked = code.select(visible, code.get_vector(scores, slot), hidden)
         code.put_vector(masked, scores, slot)
-        code.store(code.largest(code.load(highest, typ=F32V), masked), highest)
+        highest.value = code.largest(highest.value, masked)
     before = code.splat(code.get(of.maximum, query))
-    maximum = code.reduced(code.load(highest, typ=F32V), code.largest)
+    maximum = code.reduced(highest.value, code.largest)
     maximum = code.largest(maximum, before)
     fade = code.exponential(code.fsub(before, maximum))
 
@@ -166,8 +166,8 @@ def _write_softmax(code, of: _Queries, tile: _Tile, query) -> None:
         weights = code.exponential(code.fsub(code.get_vector(scores, slot), maximum))
         weights = code.select(visible, weights, zero)
         code.put_vector(weights, scores, slot)
-        code.store(code.fadd(code.load(weight_sum, typ=F32V), weights), weight_sum)
-    total = code.reduced(code.load(weight_sum, typ=F32V), code.fadd)
+        weight_sum.value = code.fadd(weight_sum.value, weights)
+    total = code.reduced(weight_sum.value, code.fadd)
     normaliser = code.splat(code.get(of.normaliser, query))
     normaliser = code.multiply_add(normaliser, fade, total)
     lane = ir.Constant(I32, 0)
@@ -181,190 +181,227 @@ def _write_softmax(code, of: _Queries, tile: _Tile, query) -> None:
             slot = code.times(vector, LANES)
             visible = code.flags(mask, slot)
             weights = code.get_vector(scores, slot)
-            for i, its in enumerate(sums):
+            for i, total in enumerate(sums):
                 row = code.times(code.plus(h, i), tile.stride)
                 # What is not visible may be no number.
                 values = code.get_vector(tile.values, slot, row)
                 values = code.select(visible, values, zero)
-                total = code.load(its, typ=F32V)
-                code.store(code.multiply_add(weights, values, total), its)
-        added = code.sums([code.load(its, typ=F32V) for its in sums])
+                total.value = code.multiply_add(weights, values, total.value)
+        added = code.sums([total.value for total in sums])
         old = code.get_vector(totals, h)
         code.put_vector(code.multiply_add(old, fade, added), totals, h)
 
 
-def _write_unit(made: code_lib.Module) -> None:
-    """Attend for one row and kv head: a chunk of a job."""
-    code, (job, chunk) = made.function("attention_unit", VOID, POINTER, I64)
-    its = _FIELDS.load(code, job)
-    tokens, head_dim, group = its["tokens"], its["head_dim"], its["group"]
-    page_size = its["page_size"]
-    row, head = code.udiv(chunk, its["num_kv"]), code.urem(chunk, its["num_kv"])
-    columns = code.times(its["batch"], tokens)
-    first_column = code.times(row, tokens)
-    count = code.times(group, tokens)
-    past = its["past"]
-    own_slots = code.plus(past, tokens)
-    padded, wide = code.up(count, _QUERIES), code.up(own_slots, LANES)
-    width = code.select(code.icmp_signed("<", page_size, wide), wide, page_size)
+def _write_unit(module: code_lib.Module) -> None:
+    """Attend for one row and kv head: a unit of a job."""
+    code, (address, unit) = module.begin("attention_unit", *job_lib.UNIT)
+    _Unit(code, _FIELDS.load(code, address), unit).write()
 
-    # Queries, sums, scores, and keys and values that are in no page; then the masks.
-    per_query = code.plus(head_dim, head_dim, width, 2)
-    floats = code.plus(
-        code.times(padded, per_query), code.times(2, head_dim, wide), 2 * LANES
-    )
-    num_bytes = code.plus(
-        code.times(floats, 4), code.times(tokens, wide), page_size, page_size
-    )
-    scratch = code.call(made.runtime("malloc"), [num_bytes])
-    cut = _Cutter(code, scratch)
-    queries = _Queries(
-        query=cut.floats(code.times(padded, head_dim)),
-        total=cut.floats(code.times(padded, head_dim)),
-        maximum=cut.floats(padded),
-        normaliser=cut.floats(padded),
-        scores=cut.floats(code.times(padded, width)),
-        width=width,
-        count=count,
-        padded=padded,
-        tokens=tokens,
-        head_dim=head_dim,
-    )
-    fresh_keys = cut.floats(code.times(head_dim, wide))
-    fresh_values = cut.floats(code.times(head_dim, wide))
-    fresh_mask = cut.rest
-    seen = code.at(fresh_mask, code.times(tokens, wide), kind=I8)
-    seen_last = code.at(seen, page_size, kind=I8)
 
-    zero, hidden = ir.Constant(F32, 0.0), ir.Constant(F32, _HIDDEN)
-    with code.loop(code.times(padded, head_dim)) as i:
-        code.put(zero, queries.query, i)
-        code.put(zero, queries.total, i)
-    with code.loop(padded) as i:
-        code.put(hidden, queries.maximum, i)
-        code.put(zero, queries.normaliser, i)
-    with code.loop(code.times(head_dim, wide)) as i:
-        code.put(zero, fresh_keys, i)
-        code.put(zero, fresh_values, i)
+class _Unit:
+    """A row's queries of one kv head: where its numbers lie, and the steps."""
 
-    # qkv: [K, G + 2, H, B, T]; of its heads queries come first.
-    heads = code.plus(group, 2)
-    head_size = code.times(head_dim, columns)
-    own = code.at(its["qkv"], code.times(head, heads, head_size), first_column)
-    half = code.udiv(head_dim, code.number(2))
-    cos, sin = (code.at(its[name], first_column) for name in ("cos", "sin"))
-    scale = code.bitcast(code.trunc(its["scale_bits"], I32), F32)
-    results = {
-        name: code.at(its[name], code.times(head, head_size), first_column)
-        for name in ("keys", "values")
-    }
+    def __init__(self, code: code_lib.Code, job: dict[str, ir.Value], unit: ir.Value):
+        """Find places and sizes, and allocate what the unit needs."""
+        self._code, self._job = code, job
+        self._tokens, self._head_dim = job["tokens"], job["head_dim"]
+        self._group, self._page_size = job["group"], job["page_size"]
+        self._half = code.udiv(self._head_dim, code.number(2))
+        self._row, self._head = (
+            divide(unit, job["num_kv"]) for divide in (code.udiv, code.urem)
+        )
+        # All rows' columns of an element, those of a head, and the row's first.
+        self._columns = code.times(job["batch"], self._tokens)
+        self._head_size = code.times(self._head_dim, self._columns)
+        self._first_column = code.times(self._row, self._tokens)
+        # Keys that are in no page: those of earlier calls, then the fresh ones.
+        self._own_slots = code.plus(job["past"], self._tokens)
+        self._wide = code.up(self._own_slots, LANES)
+        # qkv: [K, G + 2, H, B, T]; of a kv head's heads queries come first.
+        kv_head = code.times(self._head, code.plus(self._group, 2), self._head_size)
+        self._qkv = code.at(job["qkv"], kv_head, self._first_column)
+        self._allocate()
 
-    def rotated(source, i, token):
-        low, high = code.times(i, columns), code.times(code.plus(i, half), columns)
+    def write(self) -> None:
+        """Attend, and end the function."""
+        self._load_queries()
+        self._load_own()
+        self._attend_to_pages()
+        self._attend_to_own()
+        self._store()
+        self._code.invoke("free", self._scratch)
+        self._code.ret_void()
+
+    def _allocate(self) -> None:
+        """Cut scratch memory into queries, keys and values, and masks; clear them."""
+        code, head_dim, wide = self._code, self._head_dim, self._wide
+        page_size = self._page_size
+        count = code.times(self._group, self._tokens)
+        padded = code.up(count, _QUERIES)
+        width = code.most(wide, page_size)
+        floats = dict(
+            query=code.times(padded, head_dim),
+            total=code.times(padded, head_dim),
+            maximum=padded,
+            normaliser=padded,
+            scores=code.times(padded, width),
+            keys=code.times(head_dim, wide),
+            values=code.times(head_dim, wide),
+        )
+        num_bytes = code.plus(
+            code.times(code.plus(*floats.values(), 2 * LANES), 4),
+            code.times(self._tokens, wide),
+            code.times(page_size, 2),
+        )
+        place = self._scratch = code.invoke("malloc", num_bytes)
+        places = {}
+        for name, size in floats.items():
+            places[name], place = place, code.at(place, size)
+            if name != "scores":
+                start = _HIDDEN if name == "maximum" else 0.0
+                with code.loop(size) as i:
+                    code.put(ir.Constant(F32, start), places[name], i)
+        self._own_keys, self._own_values = places.pop("keys"), places.pop("values")
+        self._queries = _Queries(
+            **places,
+            width=width,
+            count=count,
+            padded=padded,
+            tokens=self._tokens,
+            head_dim=head_dim,
+        )
+        self._own_mask = place
+        self._full_mask = code.at(place, code.times(self._tokens, wide), kind=I8)
+        self._last_mask = code.at(self._full_mask, page_size, kind=I8)
+
+    def _rotated(self, head, element, token):
+        """Two rotated elements of a head of `qkv`, and which they are."""
+        code, columns = self._code, self._columns
+        source = code.at(self._qkv, code.times(head, self._head_size))
+        beyond = code.plus(element, self._half)
+        low, high = code.times(element, columns), code.times(beyond, columns)
         first, second = code.get(source, low, token), code.get(source, high, token)
-        of_cos, of_sin = code.get(cos, low, token), code.get(sin, low, token)
-        turned = code.fsub(code.fmul(first, of_cos), code.fmul(second, of_sin))
-        other = code.fadd(code.fmul(second, of_cos), code.fmul(first, of_sin))
-        return (i, turned), (code.plus(i, half), other)
-
-    with code.loop(group) as g:
-        source = code.at(own, code.times(g, head_size))
-        with code.loop(half) as i, code.loop(tokens) as token:
-            query = code.plus(code.times(g, tokens), token)
-            for element, value in rotated(source, i, token):
-                place = code.plus(code.times(query, head_dim), element)
-                code.put(code.fmul(value, scale), queries.query, place)
-    # What is in no page: keys of earlier calls first, [K, H, B, past], then the fresh.
-    earlier = code.times(code.times(head, head_dim, its["batch"]), past)
-    for name, target in (("past_keys", fresh_keys), ("past_values", fresh_values)):
-        source = code.at(its[name], earlier, code.times(row, past))
-        with code.loop(head_dim) as i, code.loop(past) as slot:
-            place = code.times(i, its["batch"], past)
-            code.put(code.get(source, place, slot), target, code.times(i, wide), slot)
-    source = code.at(own, code.times(group, head_size))
-    with code.loop(half) as i, code.loop(tokens) as token:
-        for element, value in rotated(source, i, token):
-            code.put(value, fresh_keys, code.times(element, wide), past, token)
-            code.put(value, results["keys"], code.times(element, columns), token)
-    source = code.at(own, code.times(code.plus(group, 1), head_size))
-    with code.loop(head_dim) as i, code.loop(tokens) as token:
-        value = code.get(source, code.times(i, columns), token)
-        code.put(value, fresh_values, code.times(i, wide), past, token)
-        code.put(value, results["values"], code.times(i, columns), token)
-
-    # The cached past, page by page; of the last page some slots are nobody's.
-    length = code.get(its["lengths"], row, kind=I32)
-    last = code.urem(length, page_size)
-    one, none = ir.Constant(I8, 1), ir.Constant(I8, 0)
-    with code.loop(page_size) as slot:
-        code.put(one, seen, slot)
-        is_held = code.icmp_signed("<", slot, last)
-        code.put(code.select(is_held, one, none), seen_last, slot)
-    num_pages = code.udiv(code.plus(length, page_size, -1), page_size)
-    page_floats = code.times(its["num_kv"], head_dim, page_size)
-    head_offset = code.times(head, head_dim, page_size)
-    with code.loop(num_pages) as number:
-        entry = code.plus(code.times(row, its["max_pages"]), number)
-        page = code.get(its["table"], entry, kind=I32)
-        offset = code.plus(
-            its["layer_offset"], code.times(page, page_floats), head_offset
+        cos, sin = (
+            code.get(self._job[name], self._first_column, low, token)
+            for name in ("cos", "sin")
         )
-        held = code.least(code.sub(length, code.times(number, page_size)), page_size)
-        is_full = code.icmp_signed("==", held, page_size)
-        tile = _Tile(
-            keys=code.at(its["cache_keys"], offset),
-            values=code.at(its["cache_values"], offset),
-            stride=page_size,
-            vectors=code.udiv(code.plus(held, LANES - 1), code.number(LANES)),
-            mask=code.select(is_full, seen, seen_last),
-            mask_stride=code.number(0),
+        turned = code.fsub(code.fmul(first, cos), code.fmul(second, sin))
+        other = code.fadd(code.fmul(second, cos), code.fmul(first, sin))
+        return (element, turned), (beyond, other)
+
+    def _load_queries(self) -> None:
+        """Rotate and scale the queries."""
+        code = self._code
+        scale = code.bitcast(code.trunc(self._job["scale_bits"], I32), F32)
+        with code.loop(self._group) as g, code.loop(self._half) as i:
+            with code.loop(self._tokens) as token:
+                query = code.plus(code.times(g, self._tokens), token)
+                for element, value in self._rotated(g, i, token):
+                    place = code.plus(code.times(query, self._head_dim), element)
+                    code.put(code.fmul(value, scale), self._queries.query, place)
+
+    def _load_own(self) -> None:
+        """Gather keys and values that are in no page, and return the fresh ones."""
+        code, job, tokens, wide = self._code, self._job, self._tokens, self._wide
+        head_dim, past, columns = self._head_dim, job["past"], self._columns
+        # Of earlier calls: [K, H, B, past].
+        earlier = code.times(self._head, head_dim, job["batch"], past)
+        targets = dict(past_keys=self._own_keys, past_values=self._own_values)
+        for name, target in targets.items():
+            source = code.at(job[name], earlier, code.times(self._row, past))
+            with code.loop(head_dim) as i, code.loop(past) as slot:
+                value = code.get(source, code.times(i, job["batch"], past), slot)
+                code.put(value, target, code.times(i, wide), slot)
+        keys, values = (
+            code.at(
+                job[name], code.times(self._head, self._head_size), self._first_column
+            )
+            for name in ("keys", "values")
         )
-        code.call(made.runtime("attend_tile"), _values(queries) + _values(tile))
+        with code.loop(self._half) as i, code.loop(tokens) as token:
+            for element, value in self._rotated(self._group, i, token):
+                place = code.times(element, wide)
+                code.put(value, self._own_keys, place, past, token)
+                code.put(value, keys, code.times(element, columns), token)
+        last_head = code.times(code.plus(self._group, 1), self._head_size)
+        source = code.at(self._qkv, last_head)
+        with code.loop(head_dim) as i, code.loop(tokens) as token:
+            value = code.get(source, code.times(i, columns), token)
+            code.put(value, self._own_values, code.times(i, wide), past, token)
+            code.put(value, values, code.times(i, columns), token)
 
-    # These keys are a tile of their own.
-    own_mask = code.at(its["mask"], code.times(row, tokens, own_slots), kind=I8)
-    with code.loop(tokens) as token, code.loop(wide) as slot:
-        is_there = code.icmp_signed("<", slot, own_slots)
-        inside = code.select(is_there, slot, code.number(0))
-        seen_here = code.get(own_mask, code.times(token, own_slots), inside, kind=I8)
-        seen_here = code.select(is_there, seen_here, none)
-        code.put(seen_here, fresh_mask, code.times(token, wide), slot)
-    tile = _Tile(
-        keys=fresh_keys,
-        values=fresh_values,
-        stride=wide,
-        vectors=code.udiv(wide, code.number(LANES)),
-        mask=fresh_mask,
-        mask_stride=wide,
-    )
-    code.call(made.runtime("attend_tile"), _values(queries) + _values(tile))
+    def _attend_to_pages(self) -> None:
+        """Walk the cached past; of the last page some slots are nobody's."""
+        code, job, page_size = self._code, self._job, self._page_size
+        length = code.get(job["lengths"], self._row, kind=I32)
+        last = code.urem(length, page_size)
+        one, none = ir.Constant(I8, 1), ir.Constant(I8, 0)
+        with code.loop(page_size) as slot:
+            code.put(one, self._full_mask, slot)
+            is_held = code.icmp_signed("<", slot, last)
+            code.put(code.select(is_held, one, none), self._last_mask, slot)
+        head_floats = code.times(self._head_dim, page_size)
+        page_floats = code.times(job["num_kv"], head_floats)
+        with code.loop(code.over(length, page_size)) as number:
+            entry = code.plus(code.times(self._row, job["max_pages"]), number)
+            page = code.get(job["table"], entry, kind=I32)
+            offset = code.plus(
+                job["layer_offset"],
+                code.times(page, page_floats),
+                code.times(self._head, head_floats),
+            )
+            left = code.sub(length, code.times(number, page_size))
+            held = code.least(left, page_size)
+            is_full = code.icmp_signed("==", held, page_size)
+            self._attend(
+                keys=code.at(job["cache_keys"], offset),
+                values=code.at(job["cache_values"], offset),
+                stride=page_size,
+                vectors=code.over(held, LANES),
+                mask=code.select(is_full, self._full_mask, self._last_mask),
+                mask_stride=code.number(0),
+            )
 
-    # heads: [K, G, H, B, T]
-    target = code.at(its["heads"], code.times(head, group, head_size), first_column)
-    with code.loop(group) as g, code.loop(tokens) as token:
-        query = code.plus(code.times(g, tokens), token)
-        normaliser = code.get(queries.normaliser, query)
-        is_some = code.fcmp_ordered(">", normaliser, zero)
-        unit = ir.Constant(F32, 1.0)
-        factor = code.fdiv(unit, code.select(is_some, normaliser, unit))
-        with code.loop(head_dim) as i:
-            total = code.get(queries.total, code.times(query, head_dim), i)
-            row_of = code.plus(code.times(g, head_dim), i)
-            place = code.times(row_of, columns)
-            code.put(code.fmul(total, factor), target, place, token)
-    code.call(made.runtime("free"), [scratch])
-    code.ret_void()
+    def _attend_to_own(self) -> None:
+        """Keys that are in no page are a tile of their own, with the call's mask."""
+        code, slots, wide = self._code, self._own_slots, self._wide
+        row_mask = code.times(self._row, self._tokens, slots)
+        mask, none = code.at(self._job["mask"], row_mask, kind=I8), ir.Constant(I8, 0)
+        with code.loop(self._tokens) as token, code.loop(wide) as slot:
+            is_there = code.icmp_signed("<", slot, slots)
+            inside = code.select(is_there, slot, code.number(0))
+            seen = code.get(mask, code.times(token, slots), inside, kind=I8)
+            seen = code.select(is_there, seen, none)
+            code.put(seen, self._own_mask, code.times(token, wide), slot)
+        self._attend(
+            keys=self._own_keys,
+            values=self._own_values,
+            stride=wide,
+            vectors=code.udiv(wide, code.number(LANES)),
+            mask=self._own_mask,
+            mask_stride=wide,
+        )
 
+    def _attend(self, **tile: ir.Value) -> None:
+        values = _values(self._queries) + _values(_Tile(**tile))
+        self._code.invoke("attend_tile", *values)
 
-class _Cutter:
-    """Cuts scratch memory into pieces."""
-
-    def __init__(self, code: code_lib.Code, start: ir.Value):
-        self._code, self.rest = code, start
-
-    def floats(self, count: ir.Value) -> ir.Value:
-        piece, self.rest = self.rest, self._code.at(self.rest, count)
-        return piece
+    def _store(self) -> None:
+        """Divide the sums, and write heads: [K, G, H, B, T]."""
+        code, columns, queries = self._code, self._columns, self._queries
+        head_dim, unit = self._head_dim, ir.Constant(F32, 1.0)
+        kv_head = code.times(self._head, self._group, self._head_size)
+        target = code.at(self._job["heads"], kv_head, self._first_column)
+        with code.loop(self._group) as g, code.loop(self._tokens) as token:
+            query = code.plus(code.times(g, self._tokens), token)
+            normaliser = code.get(queries.normaliser, query)
+            is_some = code.fcmp_ordered(">", normaliser, ir.Constant(F32, 0.0))
+            factor = code.fdiv(unit, code.select(is_some, normaliser, unit))
+            with code.loop(head_dim) as i:
+                total = code.get(queries.total, code.times(query, head_dim), i)
+                element = code.plus(code.times(g, head_dim), i)
+                place = code.times(element, columns)
+                code.put(code.fmul(total, factor), target, place, token)
 
 
 def _numbers(code: code_lib.Code, call: job_lib.Call):

@@ -11,11 +11,11 @@ from tlt_jax.cpu_kernels import ffi, gumbel, product
 CHOICES = ("auto", "xla", "native")
 
 
-def choose(asked: str, devices: Iterable[jax.Device], dtype) -> str:
+def choose(setting: str, devices: Iterable[jax.Device], dtype) -> str:
     """Settle which kernels a program has, and register them if it has native ones.
 
     Args:
-      asked: `auto`, `xla` or `native`.
+      setting: `auto`, `xla` or `native`.
       devices: that the program runs on.
       dtype: of its weights and activations.
 
@@ -23,14 +23,14 @@ def choose(asked: str, devices: Iterable[jax.Device], dtype) -> str:
       `xla` or `native`.
 
     Raises:
-      ValueError: `asked` is none of the three, or native kernels cannot be had.
+      ValueError: `setting` is none of the three, or native kernels cannot be had.
     """
-    if asked not in CHOICES:
-        raise ValueError(f"cpu_kernels={asked!r}: use one of {', '.join(CHOICES)}.")
-    if asked == "xla":
+    if setting not in CHOICES:
+        raise ValueError(f"cpu_kernels={setting!r}: use one of {', '.join(CHOICES)}.")
+    if setting == "xla":
         return "xla"
     obstacle = _obstacle(list(np.ravel(devices)), jnp.dtype(dtype))
-    if obstacle and asked == "native":
+    if obstacle and setting == "native":
         raise ValueError(f"cpu_kernels='native' {obstacle}: use 'auto' or 'xla'.")
     if obstacle:
         return "xla"

@@ -1,32 +1,29 @@
-"""LLVM IR written by Python: functions, loops, vectors, and what the runtime offers.
+"""LLVM IR written by Python: functions, loops, memory, vectors.
 
-Variables live in stack slots until LLVM's optimiser puts them into registers
-(`ffi.register(..., optimise=True)`), so a kernel reads as it would in C.
+A kernel reads as it would in C: variables live in stack slots until `ffi.register` puts
+them into registers. Instructions stay in the order in which they are written.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from llvmlite import ir
 
 F32, I1, I8, I32, I64 = ir.FloatType(), *(ir.IntType(n) for n in (1, 8, 32, 64))
+F64 = ir.DoubleType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
+NULL = ir.Constant(POINTER, None)
 LANES = 16
 F32V, I8V, I32V = (ir.VectorType(kind, LANES) for kind in (F32, I8, I32))
 
 _SIZES = {F32: 4, I8: 1, I32: 4, I64: 8, POINTER: 8}
 
-# What `ffi.runtime` defines or declares.
-_RUNTIME = {
-    "tlt_metadata": (I1, POINTER),
-    "tlt_argument": (POINTER, POINTER, I64),
-    "tlt_result": (POINTER, POINTER, I64),
-    "tlt_data": (POINTER, POINTER),
-    "tlt_count": (I64, POINTER, I64, I64),
-    "tlt_threads": (I64, POINTER),
-    "tlt_run": (VOID, POINTER, POINTER, POINTER, I64, I64),
+# What kernels call of the C library.
+_LIBRARY = {
     "malloc": (POINTER, I64),
     "free": (VOID, POINTER),
+    "sched_yield": (I32,),
 }
 
 # Without it LLVM uses half of the widest registers.
@@ -36,6 +33,13 @@ _ATTRIBUTES = (
 )
 
 
+# Kept, since llvmlite takes long to write a vector of constants.
+@functools.cache
+def integers(*values: int) -> ir.Constant:
+    """Make a vector of 32-bit integers."""
+    return ir.Constant(ir.VectorType(I32, len(values)), list(values))
+
+
 class Module:
     """Functions that are compiled together."""
 
@@ -43,40 +47,58 @@ class Module:
         """Begin with none; `fused`: the CPU multiplies and adds in one rounding."""
         self.fused = fused
         self._module = ir.Module()
-        self._known: dict[str, ir.Function] = {}
-        self._defined: list[str] = []
+        self._functions: dict[str, ir.Function] = {}
 
     def text(self) -> str:
-        """Write the functions, and declare what they call besides the runtime."""
+        """Write the functions, and declare what they call besides."""
         parts = [_ATTRIBUTES]
-        for name, fn in self._known.items():
-            if name in self._defined:
-                head, body = str(fn).split("\n", 1)
-                parts.append(f"{head} #0\n{body}")
-            elif name not in _RUNTIME:
-                parts.append(str(fn))
+        for fn in self._functions.values():
+            head, *body = str(fn).split("\n", 1)
+            parts += [f"{head} #0", *body] if body[0] else [head]
         return "\n".join(parts)
 
-    def function(
+    def begin(
         self, name: str, result: ir.Type, *kinds: ir.Type, exported: bool = False
     ) -> tuple["Code", Sequence[ir.Value]]:
         """Begin a function; return where its code goes, and its arguments."""
         fn = self.declare(name, result, *kinds)
         if not exported:
             fn.linkage = "internal"
-        self._defined.append(name)
         return Code(self, fn), fn.args
 
     def declare(self, name: str, result: ir.Type, *kinds: ir.Type) -> ir.Function:
-        """Find a function, or say what it takes and returns."""
-        if name not in self._known:
+        """Point to a function of these types, which may be written elsewhere."""
+        if name not in self._functions:
             kind = ir.FunctionType(result, list(kinds))
-            self._known[name] = ir.Function(self._module, kind, name)
-        return self._known[name]
+            self._functions[name] = ir.Function(self._module, kind, name)
+        return self._functions[name]
 
-    def runtime(self, name: str) -> ir.Function:
-        """Find a function of this module or of the runtime."""
-        return self._known.get(name) or self.declare(name, *_RUNTIME[name])
+    def function(self, name: str) -> ir.Function:
+        """Point to a function of this module or of the C library."""
+        return self._functions.get(name) or self.declare(name, *_LIBRARY[name])
+
+
+class Variable:
+    """What a loop changes: read and write its `value`."""
+
+    def __init__(self, code: "Code", slot: ir.AllocaInstr):
+        """Keep it in `slot`, which nothing else writes."""
+        self._code, self._slot = code, slot
+        # Within a block the value is at hand.
+        self._block, self._value = None, None
+
+    @property
+    def value(self) -> ir.Value:
+        """What was stored last."""
+        if self._block is not self._code.block:
+            self._block, self._value = self._code.block, self._code.load(self._slot)
+        return self._value
+
+    @value.setter
+    def value(self, value: int | ir.Value) -> None:
+        """Store it."""
+        self._block, self._value = self._code.block, self._code.number(value)
+        self._code.store(self._value, self._slot)
 
 
 class Code(ir.IRBuilder):
@@ -85,45 +107,70 @@ class Code(ir.IRBuilder):
     def __init__(self, module: Module, fn: ir.Function):
         """Begin the body of `fn`."""
         super().__init__(fn.append_basic_block("entry"))
-        self._own, self._slots = module, self.block
-        self._first = ir.IRBuilder(fn.append_basic_block("begin"))
-        self.branch(self._first.block)
-        self._end_of_slots = self.block.instructions[-1]
-        self.position_at_end(self._first.block)
+        self._module, self._slots = module, ir.IRBuilder(self.block)
+        begin = fn.append_basic_block("begin")
+        self._slots.position_before(self.branch(begin))
+        self.position_at_end(begin)
 
-    def module_function(
-        self, name: str, result: ir.Type, *kinds: ir.Type
-    ) -> ir.Function:
-        """Find a function of the module or of LLVM, see `Module.declare`."""
-        return self._own.declare(name, result, *kinds)
+    def invoke(self, name: str, *arguments: int | ir.Value) -> ir.Value:
+        """Call a function of the module or of the C library."""
+        return self.call(self.address(name), [self.number(each) for each in arguments])
+
+    def address(self, name: str) -> ir.Function:
+        """Point to a function of the module or of the C library."""
+        return self._module.function(name)
+
+    def intrinsic(
+        self, name: str, result: ir.Type, *arguments: ir.Value | int
+    ) -> ir.Value:
+        """Call one of LLVM's functions."""
+        arguments = [self.number(each) for each in arguments]
+        kinds = [argument.type for argument in arguments]
+        return self.call(self._module.declare(name, result, *kinds), arguments)
 
     def number(self, value: int | ir.Value) -> ir.Value:
         """Make a constant of a Python number."""
         return ir.Constant(I64, value) if isinstance(value, int) else value
 
-    def variable(self, kind: ir.Type, start: ir.Value) -> ir.Value:
-        """Make a variable; `load(it, typ=kind)` and `store(value, it)` use it."""
-        slots = ir.IRBuilder(self._slots)
-        slots.position_before(self._end_of_slots)
-        slot = slots.alloca(kind)
-        self.store(start, slot)
+    def array(self, kind: ir.Type, count: int) -> ir.Value:
+        """Point to memory of the function's own, aligned for every vector."""
+        slot = self._slots.alloca(kind, count)
+        slot.align, slot.type = 64, POINTER
         return slot
 
+    def variable(self, kind: ir.Type, start: int | ir.Value) -> Variable:
+        """Make a variable with a value to start with."""
+        variable = Variable(self, self._slots.alloca(kind))
+        variable.value = start
+        return variable
+
     @contextlib.contextmanager
-    def loop(self, stop: int | ir.Value, step: int = 1) -> Iterator[ir.Value]:
-        """Repeat what is inside for 0, step, ... below `stop`."""
-        stop = self.number(stop)
-        slot = self.variable(I64, self.number(0))
-        head, body, after = (self.append_basic_block() for _ in range(3))
+    def forever(self) -> Iterator[Callable[[ir.Value], None]]:
+        """Repeat what is inside until a condition, given to what this yields, holds."""
+        head, after = self.append_basic_block(), self.append_basic_block()
         self.branch(head)
         self.position_at_end(head)
-        index = self.load(slot, typ=I64)
-        self.cbranch(self.icmp_signed("<", index, stop), body, after)
-        self.position_at_end(body)
-        yield index
-        self.store(self.add(index, self.number(step)), slot)
+
+        def leave_if(condition: ir.Value) -> None:
+            rest = self.append_basic_block()
+            self.cbranch(condition, after, rest)
+            self.position_at_end(rest)
+
+        yield leave_if
         self.branch(head)
         self.position_at_end(after)
+
+    @contextlib.contextmanager
+    def loop(
+        self, stop: int | ir.Value, step: int | ir.Value = 1, start: int | ir.Value = 0
+    ) -> Iterator[ir.Value]:
+        """Repeat what is inside for start, start + step, ... below `stop`."""
+        stop, index = self.number(stop), self.variable(I64, start)
+        with self.forever() as leave_if:
+            at = index.value
+            leave_if(self.icmp_signed(">=", at, stop))
+            yield at
+            index.value = self.plus(at, step)
 
     def plus(self, *terms: int | ir.Value) -> ir.Value:
         """Add 64-bit numbers."""
@@ -143,10 +190,29 @@ class Code(ir.IRBuilder):
         """Round a number up to a multiple of `unit`, a power of two."""
         return self.and_(self.plus(value, unit - 1), self.number(-unit))
 
+    def over(self, value: ir.Value, unit: int | ir.Value) -> ir.Value:
+        """Divide a number, and round up."""
+        unit = self.number(unit)
+        return self.udiv(self.plus(value, unit, -1), unit)
+
     def least(self, left: ir.Value, right: int | ir.Value) -> ir.Value:
         """Take the smaller of two 64-bit numbers."""
+        return self.smallest(left, self.number(right))
+
+    def most(self, left: ir.Value, right: int | ir.Value) -> ir.Value:
+        """Take the larger of two 64-bit numbers."""
         right = self.number(right)
-        return self.select(self.icmp_signed("<", left, right), left, right)
+        return self.select(self.icmp_signed(">", left, right), left, right)
+
+    def fill(self, target: ir.Value, byte: int, num_bytes: ir.Value) -> None:
+        """Set bytes of memory."""
+        fixed = ir.Constant(I8, byte), num_bytes, ir.Constant(I1, 0)
+        self.intrinsic("llvm.memset.p0.i64", VOID, target, *fixed)
+
+    def copy(self, target: ir.Value, source: ir.Value, num_bytes: ir.Value) -> None:
+        """Copy bytes of memory."""
+        fixed = num_bytes, ir.Constant(I1, 0)
+        self.intrinsic("llvm.memcpy.p0.p0.i64", VOID, target, source, *fixed)
 
     def at(
         self, base: ir.Value, *terms: int | ir.Value, kind: ir.Type = F32
@@ -167,9 +233,19 @@ class Code(ir.IRBuilder):
         place = self.at(base, *terms, kind=value.type)
         self.store(value, place, align=_SIZES[value.type])
 
-    def get_vector(self, base: ir.Value, *terms: int | ir.Value) -> ir.Value:
+    def get_vector(
+        self, base: ir.Value, *terms: int | ir.Value, lanes: int = LANES
+    ) -> ir.Value:
         """Load a vector of floats from the sum of `terms` on."""
-        return self.load(self.at(base, *terms), typ=F32V, align=4)
+        return self.load(self.at(base, *terms), typ=ir.VectorType(F32, lanes), align=4)
+
+    def field(self, record: ir.Value, offset: int, kind: ir.Type = POINTER) -> ir.Value:
+        """Load what lies so many bytes behind a pointer."""
+        return self.load(self.at(record, offset, kind=I8), typ=kind)
+
+    def put_field(self, value: ir.Value, record: ir.Value, offset: int) -> None:
+        """Store what lies so many bytes behind a pointer."""
+        self.store(value, self.at(record, offset, kind=I8))
 
     def put_vector(
         self, value: ir.Value, base: ir.Value, *terms: int | ir.Value
@@ -181,7 +257,7 @@ class Code(ir.IRBuilder):
         """Load a vector of bytes from the sum of `terms` on, as truths."""
         place = self.at(base, *terms, kind=I8)
         return self.icmp_signed(
-            "!=", self.load(place, typ=I8V, align=1), ir.Constant(I8V, [0] * LANES)
+            "!=", self.load(place, typ=I8V, align=1), ir.Constant(I8V, None)
         )
 
     def splat(self, value: ir.Value | float, lanes: int = LANES) -> ir.Value:
@@ -195,25 +271,32 @@ class Code(ir.IRBuilder):
     def _spread(self, kind, value, lanes) -> ir.Value:
         vector = ir.VectorType(kind, lanes)
         if not isinstance(value, ir.Value):
-            return ir.Constant(vector, [value] * lanes)
+            return ir.Constant(vector, [ir.Constant(kind, value)] * lanes)
         nothing = ir.Constant(vector, ir.Undefined)
         one = self.insert_element(nothing, value, ir.Constant(I32, 0))
-        zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+        zeros = ir.Constant(ir.VectorType(I32, lanes), None)
         return self.shuffle_vector(one, nothing, zeros)
+
+    def vector(self, values: Sequence[ir.Value]) -> ir.Value:
+        """Make a vector of its lanes."""
+        kind = ir.VectorType(values[0].type, len(values))
+        vector = ir.Constant(kind, ir.Undefined)
+        for lane, value in enumerate(values):
+            vector = self.insert_element(vector, value, ir.Constant(I32, lane))
+        return vector
 
     def shuffled(
         self, left: ir.Value, right: ir.Value, lanes: Sequence[int]
     ) -> ir.Value:
-        """Take lanes of two vectors, those of the second from `LANES` on."""
-        return self.shuffle_vector(left, right, ir.Constant(I32V, list(lanes)))
+        """Take lanes of two vectors, counted through both."""
+        return self.shuffle_vector(left, right, integers(*lanes))
 
     def multiply_add(self, a: ir.Value, b: ir.Value, acc: ir.Value) -> ir.Value:
         """Compute a x b + acc, of floats or vectors."""
-        if not self._own.fused:
+        if not self._module.fused:
             return self.fadd(self.fmul(a, b), acc)
-        kind = acc.type
-        name = "llvm.fma.f32" if kind == F32 else f"llvm.fma.v{kind.count}f32"
-        return self.call(self._own.declare(name, kind, kind, kind, kind), [a, b, acc])
+        lanes = "" if acc.type == F32 else f"v{acc.type.count}"
+        return self.intrinsic(f"llvm.fma.{lanes}f32", acc.type, a, b, acc)
 
     def largest(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """Take the larger of each lane; neither is NaN."""
@@ -229,7 +312,7 @@ class Code(ir.IRBuilder):
         """Join all lanes in a tree; every lane of the result holds it."""
         step = LANES // 2
         while step:
-            lanes = ir.Constant(I32V, [i ^ step for i in range(LANES)])
+            lanes = integers(*(i ^ step for i in range(LANES)))
             vector = join(vector, self.shuffle_vector(vector, vector, lanes))
             step //= 2
         return vector
@@ -271,8 +354,8 @@ class Code(ir.IRBuilder):
         value = self.multiply_add(self.fmul(value, rest), rest, rest)
         value = self.fadd(value, self.splat(1.0))
         bits = self.fptosi(whole, I32V)
-        bits = self.add(bits, ir.Constant(I32V, [127] * LANES))
-        bits = self.shl(bits, ir.Constant(I32V, [23] * LANES))
+        bits = self.add(bits, self.splat_integer(127))
+        bits = self.shl(bits, self.splat_integer(23))
         return self.fmul(value, self.bitcast(bits, F32V))
 
     def logarithm(self, x: ir.Value, less: ir.Value | None = None) -> ir.Value:

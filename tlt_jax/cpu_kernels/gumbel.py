@@ -9,6 +9,7 @@ drafter ranks by the same sums.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ _LANES = code_lib.LANES
 _I32, _I64, _F32V, _I32V = code_lib.I32, code_lib.I64, code_lib.F32V, code_lib.I32V
 # Counters of a unit of work; each gives two entries.
 _BLOCK = 2048
-# Counters whose noise is made together: several registers, so that the chains of
+# Counters whose noise is module together: several registers, so that the chains of
 # dependent operations of one fill the waiting times of another's.
 _WIDE = 8 * _LANES
 
@@ -56,8 +57,8 @@ def register() -> None:
 
     See `product.register`.
     """
-    text = module(ffi.has_fma(ffi.host_features())).text()
-    ffi.register(text, {name: name for name in (NOISE, DRAW, RANK)}, optimise=True)
+    module = kernel(ffi.has_fma(ffi.host_features()))
+    ffi.register(module, {name: name for name in (NOISE, DRAW, RANK)})
 
 
 def gumbel(keys: Array, positions: Array, vocab_size: int) -> Array:
@@ -103,7 +104,7 @@ def draw(scores: Array, noise: Array, which: Array) -> Array:
 def rank(
     scores: Array, noise: Array, which: Array, sharpness: Array, tau: Array
 ) -> tuple[Array, Array]:
-    """Find the first largest entry of `scores x sharpness + noise`, and its share.
+    """Find the first largest entry of `scores x sharpness + noise`, and job share.
 
     For programs on one CPU device: it cannot be partitioned.
 
@@ -136,22 +137,22 @@ def _check(name: str, array: Array, shape: tuple[int, ...], dtype) -> None:
         )
 
 
-def module(fused: bool) -> code_lib.Module:
+def kernel(fused: bool) -> code_lib.Module:
     """Write the kernels; `fused`: the CPU multiplies and adds in one rounding."""
-    made = code_lib.Module(fused)
-    _write_block(made)
-    _write_row(made)
-    _write_ranking(made)
-    job_lib.write_handler(made, NOISE, "noise_block", _NOISE_FIELDS, _noise_numbers)
-    job_lib.write_handler(made, DRAW, "draw_row", _DRAW_FIELDS, _row_numbers)
-    job_lib.write_handler(made, RANK, "rank_row", _RANK_FIELDS, _row_numbers)
-    return made
+    module = job_lib.begin(fused)
+    _write_block(module)
+    _write_row(module)
+    _write_ranking(module)
+    job_lib.write_handler(module, NOISE, "noise_block", _NOISE_FIELDS, _noise_numbers)
+    job_lib.write_handler(module, DRAW, "draw_row", _DRAW_FIELDS, _row_numbers)
+    job_lib.write_handler(module, RANK, "rank_row", _RANK_FIELDS, _row_numbers)
+    return module
 
 
 def _noise_numbers(code: code_lib.Code, call: job_lib.Call):
-    rows, vocab_size = call.result_dims(0, 2)
-    half = code.udiv(code.plus(vocab_size, 1), code.number(2))
-    blocks = code.udiv(code.plus(half, _BLOCK - 1), code.number(_BLOCK))
+    rows, vocab_size = call.dims(0, 2, "result")
+    half = code.over(vocab_size, 2)
+    blocks = code.over(half, _BLOCK)
     numbers = dict(vocab_size=vocab_size, half=half, blocks=blocks)
     return numbers, code.times(rows, blocks)
 
@@ -161,25 +162,23 @@ def _row_numbers(code: code_lib.Code, call: job_lib.Call):
     return dict(vocab_size=vocab_size), rows
 
 
-def _write_block(made: code_lib.Module) -> None:
+def _write_block(module: code_lib.Module) -> None:
     """Make the noise of a block of counters of one row: a chunk of a job."""
-    code, (job, chunk) = made.function(
-        "noise_block", code_lib.VOID, code_lib.POINTER, _I64
-    )
-    its = _NOISE_FIELDS.load(code, job)
-    row, block = code.udiv(chunk, its["blocks"]), code.urem(chunk, its["blocks"])
-    half, vocab_size = its["half"], its["vocab_size"]
+    code, (address, chunk) = module.begin("noise_block", *job_lib.UNIT)
+    job = _NOISE_FIELDS.load(code, address)
+    row, block = code.udiv(chunk, job["blocks"]), code.urem(chunk, job["blocks"])
+    half, vocab_size = job["half"], job["vocab_size"]
 
     def word(name, *place):
-        value = code.at(its[name], *place, kind=_I32)
+        value = code.at(job[name], *place, kind=_I32)
         return code.splat_integer(code.load(value, typ=_I32, align=4), _WIDE)
 
     key = [word("keys", code.times(2, row), i) for i in range(2)]
     parity = code.splat_integer(_PARITY, _WIDE)
     schedule = (*key, code.xor(code.xor(*key), parity))
     first_word = code.add(word("positions", row), schedule[0])
-    lanes = ir.Constant(ir.VectorType(_I32, _WIDE), list(range(_WIDE)))
-    target = code.at(its["noise"], code.times(row, vocab_size))
+    lanes = code_lib.integers(*range(_WIDE))
+    target = code.at(job["noise"], code.times(row, vocab_size))
     second = code.at(target, half)
     start = code.times(block, _BLOCK)
     stop = code.least(code.plus(start, _BLOCK), half)
@@ -194,14 +193,14 @@ def _write_block(made: code_lib.Module) -> None:
 
 
 def _threefry(code, schedule, x0, counter) -> tuple[ir.Value, ir.Value]:
-    """Encrypt; the first word of the counter has its key already."""
+    """Encrypt; the first word of the counter has job key already."""
     kind = counter.type
-    turned = code.module_function(f"llvm.fshl.v{_WIDE}i32", kind, kind, kind, kind)
     x1 = code.add(counter, schedule[1])
     for i in range(_ROUNDS):
         x0 = code.add(x0, x1)
         turn = code.splat_integer(_ROTATIONS[i % 8], _WIDE)
-        x1 = code.xor(code.call(turned, [x1, x1, turn]), x0)
+        x1 = code.intrinsic(f"llvm.fshl.v{_WIDE}i32", kind, x1, x1, turn)
+        x1 = code.xor(x1, x0)
         if i % 4 == 3:
             step = i // 4 + 1
             x0 = code.add(x0, schedule[step % 3])
@@ -237,7 +236,7 @@ def _put_first(code, value, base, column, stop) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Sums:
-    """A row's scores with its noise: score x factor + noise."""
+    """A row's scores with job noise: score x factor + noise."""
 
     code: code_lib.Code
     scores: ir.Value
@@ -250,10 +249,21 @@ class _Sums:
         """Entries that fill vectors."""
         return self.code.and_(self.vocab_size, self.code.number(-_LANES))
 
-    def vector(self, column: ir.Value) -> ir.Value:
-        """The sums from `column` on."""
-        added = self.code.get_vector(self.noise, column)
-        return self._sum(self.code.get_vector(self.scores, column), added)
+    def each(self, take: Callable[[ir.Value], None]) -> None:
+        """Give the sums that fill vectors to `take`, a vector at a time."""
+        code, several = self.code, 8 * _LANES
+
+        def vector(column):
+            added = code.get_vector(self.noise, column)
+            take(self._sum(code.get_vector(self.scores, column), added))
+
+        # Several in one pass of the loop, whose own instructions are felt else.
+        most = code.and_(self.vocab_size, code.number(-several))
+        with code.loop(most, several) as start:
+            for i in range(0, several, _LANES):
+                vector(code.plus(start, i))
+        with code.loop(self.whole, _LANES, start=most) as column:
+            vector(column)
 
     def rest(self) -> ir.Value:
         """The sums behind the whole vectors, and -inf."""
@@ -262,9 +272,8 @@ class _Sums:
         with code.loop(code.sub(self.vocab_size, self.whole)) as lane:
             added = code.get(self.noise, self.whole, lane)
             one = self._sum(code.get(self.scores, self.whole, lane), added)
-            filled = code.insert_element(code.load(rest, typ=_F32V), one, lane)
-            code.store(filled, rest)
-        return code.load(rest, typ=_F32V)
+            rest.value = code.insert_element(rest.value, one, lane)
+        return rest.value
 
     def _sum(self, score, added) -> ir.Value:
         if self.factor is None:
@@ -275,78 +284,72 @@ class _Sums:
         return self.code.multiply_add(score, factor, added)
 
 
-def _write_row(made: code_lib.Module) -> None:
+def _write_row(module: code_lib.Module) -> None:
     """Draw for one row: a chunk of a job."""
-    code, (job, row) = made.function("draw_row", code_lib.VOID, code_lib.POINTER, _I64)
-    its = _DRAW_FIELDS.load(code, job)
-    drawn, _ = _write_search(code, _sums_of(code, its, row))
-    code.put(drawn, its["drawn"], row)
+    code, (address, row) = module.begin("draw_row", *job_lib.UNIT)
+    job = _DRAW_FIELDS.load(code, address)
+    drawn, _ = _write_search(code, _sums_of(code, job, row))
+    code.put(drawn, job["drawn"], row)
     code.ret_void()
 
 
-def _write_ranking(made: code_lib.Module) -> None:
-    """Find one row's best child and its share: a chunk of a job."""
-    code, (job, row) = made.function("rank_row", code_lib.VOID, code_lib.POINTER, _I64)
-    its = _RANK_FIELDS.load(code, job)
-    sharpness, tau = (code.get(its[name], 0) for name in ("sharpness", "tau"))
-    sums = _sums_of(code, its, row, sharpness)
+def _write_ranking(module: code_lib.Module) -> None:
+    """Find one row's best child and job share: a chunk of a job."""
+    code, (address, row) = module.begin("rank_row", *job_lib.UNIT)
+    job = _RANK_FIELDS.load(code, address)
+    sharpness, tau = (code.get(job[name], 0) for name in ("sharpness", "tau"))
+    sums = _sums_of(code, job, row, sharpness)
     best, highest = _write_search(code, sums)
-    code.put(best, its["ids"], row)
+    code.put(best, job["ids"], row)
     each = code.splat(code.fdiv(ir.Constant(code_lib.F32, 1.0), tau))
 
     def weights(total):
         return code.exponential(code.fmul(code.fsub(total, highest), each))
 
-    # Two sums: each waits for its own additions.
-    parts = [code.variable(_F32V, code.splat(0.0)) for _ in range(2)]
-    with code.loop(sums.whole, _LANES) as column:
-        code.store(
-            code.fadd(code.load(parts[0], typ=_F32V), weights(sums.vector(column))),
-            parts[0],
-        )
-    code.store(weights(sums.rest()), parts[1])
-    total = code.fadd(*(code.load(part, typ=_F32V) for part in parts))
+    total = code.variable(_F32V, code.splat(0.0))
+
+    def add(vector):
+        total.value = code.fadd(total.value, weights(vector))
+
+    sums.each(add)
+    total = code.fadd(total.value, weights(sums.rest()))
     share = code.fsub(code.splat(-0.0), code.logarithm(code.reduced(total, code.fadd)))
-    code.put(code.extract_element(share, ir.Constant(_I32, 0)), its["shares"], row)
+    code.put(code.extract_element(share, ir.Constant(_I32, 0)), job["shares"], row)
     code.ret_void()
 
 
-def _sums_of(code, its, row, factor=None) -> _Sums:
-    vocab_size = its["vocab_size"]
-    which = code.get(its["which"], row, kind=_I32)
-    scores = code.at(its["scores"], code.times(row, vocab_size))
-    noise = code.at(its["noise"], code.times(which, vocab_size))
+def _sums_of(code, job, row, factor=None) -> _Sums:
+    vocab_size = job["vocab_size"]
+    which = code.get(job["which"], row, kind=_I32)
+    scores = code.at(job["scores"], code.times(row, vocab_size))
+    noise = code.at(job["noise"], code.times(which, vocab_size))
     return _Sums(code, scores, noise, vocab_size, factor)
 
 
 def _write_search(code, sums: _Sums) -> tuple[ir.Value, ir.Value]:
-    """Find the first largest sum: its index, and in all lanes itself."""
-    lanes = ir.Constant(_I32V, list(range(_LANES)))
+    """Find the first largest sum: job index, and in all lanes itself."""
+    lanes = code_lib.integers(*range(_LANES))
     best = code.variable(_F32V, code.splat(float("-inf")))
-    place = code.variable(_I32V, lanes)
+    here, place = (code.variable(_I32V, lanes) for _ in range(2))
     mask_kind = ir.VectorType(code_lib.I1, _LANES)
-    broken = code.variable(mask_kind, ir.Constant(mask_kind, [0] * _LANES))
+    broken = code.variable(mask_kind, ir.Constant(mask_kind, None))
 
-    def join(column, total):
-        here = code.add(code.splat_integer(code.trunc(column, _I32)), lanes)
-        before = code.load(best, typ=_F32V)
-        is_more = code.fcmp_ordered(">", total, before)
-        code.store(code.select(is_more, total, before), best)
-        kept = code.select(is_more, here, code.load(place, typ=_I32V))
-        code.store(kept, place)
+    def join(total):
+        is_more = code.fcmp_ordered(">", total, best.value)
+        best.value = code.select(is_more, total, best.value)
+        place.value = code.select(is_more, here.value, place.value)
+        here.value = code.add(here.value, code.splat_integer(_LANES))
         is_nan = code.fcmp_unordered("uno", total, total)
-        code.store(code.or_(code.load(broken, typ=mask_kind), is_nan), broken)
+        broken.value = code.or_(broken.value, is_nan)
 
-    with code.loop(sums.whole, _LANES) as column:
-        join(column, sums.vector(column))
-    join(sums.whole, sums.rest())
-    values, places = code.load(best, typ=_F32V), code.load(place, typ=_I32V)
-    highest = code.reduced(values, code.largest)
-    is_best = code.fcmp_ordered("==", values, highest)
+    sums.each(join)
+    join(sums.rest())
+    highest = code.reduced(best.value, code.largest)
+    is_best = code.fcmp_ordered("==", best.value, highest)
     beyond = code.splat_integer(2**31 - 1)
-    first = code.reduced(code.select(is_best, places, beyond), code.smallest)
+    first = code.reduced(code.select(is_best, place.value, beyond), code.smallest)
     drawn = code.extract_element(first, ir.Constant(_I32, 0))
-    any_nan = code.bitcast(code.load(broken, typ=mask_kind), ir.IntType(_LANES))
+    any_nan = code.bitcast(broken.value, ir.IntType(_LANES))
     is_fine = code.icmp_unsigned("==", any_nan, ir.Constant(ir.IntType(_LANES), 0))
     last = code.trunc(code.plus(sums.vocab_size, -1), _I32)
     return code.select(is_fine, drawn, last), highest

@@ -1,20 +1,74 @@
-"""Collects the experience of a step: prompts, rollout, rewards, resampling."""
+"""The experience of an RL step: prompts drawn, completions sampled, rewards gathered.
 
-import itertools
+Rewards are judged while the rollout still runs. With dynamic sampling the step draws
+further prompts until enough groups carry signal. What is drawn depends on the seed and
+on how many prompts were drawn before, nothing else.
+"""
+
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from tlt_jax import config
+from tlt_jax import types
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.rl.update import advantages, experience
-from tlt_jax.rl.workers import workers
-from tlt_jax.runtime import clock, distributed
+from tlt_jax.rl.workers import workers as workers_lib
+from tlt_jax.runtime import distributed
+from tlt_jax.runtime import watch as watch_lib
+from tlt_jax.settings import sections
 
 # Batches drawn at most for one step under dynamic sampling.
 _MAX_ROUNDS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What the rollouts of one step brought.
+
+    Attributes:
+      everything: all that was sampled and judged.
+      useful: the groups to train on; None: none carries signal.
+      stats: of the engines, all rollouts together.
+      scores: of all completions, as they were gathered.
+      num_rounds: rollouts that it took.
+      num_skipped: prompts of the data that are too long to be asked.
+    """
+
+    everything: experience.Experience
+    useful: experience.Experience | None
+    stats: rollout_stats.RolloutStats
+    scores: reward_pool.Scores
+    num_rounds: int
+    num_skipped: int
+
+    def row(self) -> dict[str, Any]:
+        """Return the step's values by metric name."""
+        row = self.scores.metrics()
+        # The watch has it, for all rounds.
+        del row["time/reward_s"]
+        if row["reward/num_failed"]:
+            row["reward/first_failure"] = self.scores.first_failure()
+        stats = self.stats
+        row |= {
+            "rollout/decode_steps": stats.num_steps,
+            "rollout/row_steps": stats.num_row_steps,
+            "rollout/prefill_tokens": stats.num_prefill_tokens,
+            "rollout/preempted": stats.num_preempted,
+            "rollout/prefill_s": stats.prefill_s,
+            "rollout/decode_s": stats.decode_s,
+            "rollout/rounds": self.num_rounds,
+            "rollout/prompts_skipped": self.num_skipped,
+        }
+        if stats.num_accepted:
+            row["specdec/num_accepted"] = stats.num_accepted
+            row["specdec/num_tried"] = stats.num_tried
+            row["specdec/strategy"] = stats.most_used
+        return row | experience.reward_and_length_row(
+            self.everything.rewards, self.everything.completions
+        )
 
 
 class Collector:
@@ -27,46 +81,51 @@ class Collector:
 
     def __init__(
         self,
-        run: config.RunConfig,
+        cfg: sections.Rollout,
+        seed: int,
         prompt_set: prompts.PromptSet,
-        engine: workers.Workers,
+        workers: workers_lib.Workers,
         rewards: reward_pool.RewardPool,
         decode_text: Callable[[np.ndarray], str],
         *,
         dynamic_sampling: bool,
-        show: Callable[[str, int, int, str], None],
-        between: Callable[[], None] | None = None,
+        between: Callable[[watch_lib.Watch], None],
         group: distributed.Group | None = None,
     ):
         """Take the parts; nothing is drawn yet.
 
         Args:
-          run: sections rollout, and the seed, are read.
+          cfg: how many prompts, how many completions of each, and how long.
+          seed: of the order of prompts, and of the noise.
           prompt_set: of the training split.
-          engine: with weights by the time of `collect`.
+          workers: with weights by the time of `collect`.
           rewards: judges completions.
           decode_text: token ids to the text that is judged.
           dynamic_sampling: sample until every group carries signal.
-          show: called with stage, completions done, completions in all, and a detail.
-          between: called between two rollouts of a step, its seconds the drafter's.
-          group: the processes among which `engine` divides a rollout; each judges what
+          between: called between two rollouts of a step.
+          group: the processes among which `workers` divide a rollout; each judges what
             it has generated. None: this one is alone.
         """
         self._group = group or distributed.alone()
         self.position = 0
         self.expected_lengths: dict[int, float] = {}
-        self._run = run
-        self._prompts = prompt_set
-        self._engine = engine
-        self._rewards = rewards
+        self._cfg, self._seed = cfg, seed
+        self._prompts, self._workers, self._rewards = prompt_set, workers, rewards
         self._decode_text = decode_text
-        self._dynamic_sampling = dynamic_sampling
-        self._show = show
-        self._between = between
+        self._dynamic_sampling, self._between = dynamic_sampling, between
 
-    def collect(
-        self, step: int, timer: clock.Clock
-    ) -> tuple[experience.Experience, experience.Experience | None, dict[str, Any]]:
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs, fit for JSON."""
+        return {"position": self.position, "expected_lengths": self.expected_lengths}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`; JSON has made text of the lengths' keys."""
+        self.position = state["position"]
+        self.expected_lengths = {
+            int(key): value for key, value in state["expected_lengths"].items()
+        }
+
+    def collect(self, step: int, watch: watch_lib.Watch) -> Collected:
         """Collect the experience of one step.
 
         With dynamic sampling, groups whose rewards are all equal are replaced by those
@@ -74,90 +133,57 @@ class Collector:
 
         Args:
           step: RL steps done; it keys the requests.
-          timer: stages `rollout` and `reward` are added to it, and `drafter` for what
-            is called between rollouts.
-
-        Returns:
-          All that was sampled; the groups to train on, or None if none carries signal;
-          and the record.
+          watch: gets the stages `rollout` and `reward`.
         """
-        wanted = self._run.rollout.prompts_per_step
-        everything, row = self._roll_out(step, 0, timer)
-        kept, num_rounds = everything, 1
-        if self._dynamic_sampling:
-            kept = _useful(everything)
-            while len(kept.prompts) < wanted and num_rounds < _MAX_ROUNDS:
-                if self._between is not None:
-                    timer.time("drafter", self._between)
-                batch, more = self._roll_out(step, num_rounds, timer)
-                everything, kept = everything.join(batch), kept.join(_useful(batch))
-                row, num_rounds = _merge(row, more), num_rounds + 1
-            kept = kept.select(range(min(wanted, len(kept.prompts))))
-        row |= experience.reward_and_length_row(
-            everything.rewards, everything.completions
-        )
-        row["rollout/rounds"] = num_rounds
-        row["rollout/prompts_skipped"] = self._prompts.num_skipped
-        return everything, (kept if kept.prompts else None), row
-
-    def _roll_out(
-        self, step: int, round_index: int, timer: clock.Clock
-    ) -> tuple[experience.Experience, dict[str, Any]]:
-        """Sample the next prompts' groups, judging while others still decode."""
-        run = self._run
-        count, size = run.rollout.prompts_per_step, run.rollout.group_size
-        drawn = self._prompts.draw(self.position, count, run.seed)
-        self.position += count
-        first_id = (step << 32) + round_index * count * size
-        requests = prompts.requests_of(
-            drawn, size, run.rollout.max_new_tokens, first_id
-        )
-        judged: list[int] = []
-
-        def judge(completion):
-            index = completion.request_id - first_id
-            text = self._decode_text(completion.tokens)
-            self._rewards.submit(drawn[index // size].example, text)
-            judged.append(index)
+        wanted, everything, kept = self._cfg.prompts_per_step, None, None
+        stats, scores = rollout_stats.RolloutStats(), []
 
         def show(num_done, num_tokens):
-            self._show("rollout", num_done, len(requests), f"{num_tokens} tokens")
+            total = self._cfg.prompts_per_step * self._cfg.group_size
+            watch.within(num_done, total, f"{num_tokens} tokens")
 
-        completions, stats = timer.time(
-            "rollout",
-            self._engine.run,
-            requests,
-            run.seed,
-            expected_lengths=self.expected_lengths,
-            on_completion=judge,
-            on_call=show,
+        while len(scores) < (_MAX_ROUNDS if self._dynamic_sampling else 1):
+            if scores:
+                self._between(watch)
+            asked = self._ask(step, len(scores))
+            with watch.stage("rollout"):
+                completions, spent = self._workers.run(
+                    asked.requests,
+                    self._seed,
+                    expected_lengths=self.expected_lengths,
+                    on_completion=asked.judge,
+                    on_call=show,
+                )
+            stats = stats.join(spent)
+            with watch.stage("reward"):
+                rewards, judged = asked.rewards(self._group)
+            scores.append(judged)
+            batch = experience.Experience(asked.prompts, completions, rewards)
+            self._remember_lengths(batch)
+            everything = batch if everything is None else everything.join(batch)
+            useful = _useful(batch) if self._dynamic_sampling else batch
+            kept = useful if kept is None else kept.join(useful)
+            if len(kept.prompts) >= wanted:
+                break
+        if self._dynamic_sampling:
+            kept = kept.select(range(min(wanted, len(kept.prompts))))
+        return Collected(
+            everything,
+            kept if kept.prompts else None,
+            stats,
+            reward_pool.joined(scores),
+            len(scores),
+            self._prompts.num_skipped,
         )
-        scores = timer.time("reward", self._rewards.gather)
-        parts = timer.time("reward", self._group.exchange, "rewards", (judged, scores))
-        judged = [index for indices, _ in parts for index in indices]
-        scores = reward_pool.joined([part for _, part in parts])
-        row = scores.metrics()
-        # The timer has it, for all rounds.
-        del row["time/reward_s"]
-        if row["reward/num_failed"]:
-            row["reward/first_failure"] = scores.first_failure()
-        rewards = np.empty(len(requests))
-        rewards[judged] = scores.rewards
-        batch = experience.Experience(drawn, completions, rewards.reshape(count, size))
-        self._remember_lengths(batch)
-        row |= {
-            "rollout/decode_steps": stats.num_steps,
-            "rollout/row_steps": stats.num_row_steps,
-            "rollout/prefill_tokens": stats.num_prefill_tokens,
-            "rollout/preempted": stats.num_preempted,
-            "rollout/prefill_s": stats.prefill_s,
-            "rollout/decode_s": stats.decode_s,
-        }
-        if stats.num_accepted:
-            row["specdec/num_accepted"] = stats.num_accepted
-            row["specdec/num_tried"] = stats.num_tried
-            row["specdec/strategy"] = _most_used(stats)
-        return batch, row
+
+    def _ask(self, step: int, round_index: int) -> "_Asked":
+        """Draw the next prompts; requests of a run never have an id twice."""
+        count, size = self._cfg.prompts_per_step, self._cfg.group_size
+        drawn = self._prompts.draw(self.position, count, self._seed)
+        self.position += count
+        first_id = (step << 32) + round_index * count * size
+        requests = prompts.requests_of(drawn, size, self._cfg.max_new_tokens, first_id)
+        return _Asked(drawn, requests, self._rewards, self._decode_text)
 
     def _remember_lengths(self, batch: experience.Experience) -> None:
         means = batch.lengths.reshape(batch.rewards.shape).mean(axis=1)
@@ -165,10 +191,32 @@ class Collector:
             self.expected_lengths[prompt.prompt_id] = float(mean)
 
 
-def _most_used(stats: rollout_stats.RolloutStats) -> str:
-    """The strategy of most decode calls, plain ones aside."""
-    calls = {name: num for name, num in stats.strategies.items() if name != "none"}
-    return max(calls, key=calls.get)
+@dataclasses.dataclass
+class _Asked:
+    """One round's requests, judged as they are answered."""
+
+    prompts: list[prompts.Prompt]
+    requests: list[types.Request]
+    pool: reward_pool.RewardPool
+    decode_text: Callable[[np.ndarray], str]
+    judged: list[int] = dataclasses.field(default_factory=list)
+
+    def judge(self, completion: types.Completion) -> None:
+        """Let a completion be judged while others are still decoded."""
+        index = completion.request_id - self.requests[0].request_id
+        prompt = self.prompts[index * len(self.prompts) // len(self.requests)]
+        self.pool.submit(prompt.example, self.decode_text(completion.tokens))
+        self.judged.append(index)
+
+    def rewards(
+        self, group: distributed.Group
+    ) -> tuple[np.ndarray, reward_pool.Scores]:
+        """Gather what all processes have judged: `[P, R]`, and how it went."""
+        parts = group.exchange("rewards", (self.judged, self.pool.gather()))
+        scores = reward_pool.joined([part for _, part in parts])
+        rewards = np.empty(len(self.requests))
+        rewards[[index for indices, _ in parts for index in indices]] = scores.rewards
+        return rewards.reshape(len(self.prompts), -1), scores
 
 
 def _useful(batch: experience.Experience) -> experience.Experience:
@@ -176,16 +224,3 @@ def _useful(batch: experience.Experience) -> experience.Experience:
     return batch.select(
         np.flatnonzero(advantages.carries_signal(batch.rewards)).tolist()
     )
-
-
-def _merge(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Join the records of two rounds: maxima by maximum, the rest by addition."""
-    merged = dict(more) | row
-    for name in row.keys() & more.keys():
-        if isinstance(row[name], list):
-            pairs = itertools.zip_longest(row[name], more[name], fillvalue=0)
-            merged[name] = [a + b for a, b in pairs]
-        elif not isinstance(row[name], str):
-            larger = max(row[name], more[name])
-            merged[name] = larger if "max" in name else row[name] + more[name]
-    return merged

@@ -1,17 +1,17 @@
 """Evaluation during a run: completions of held-out prompts, judged."""
 
-import concurrent.futures
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tlt_jax import config, types
-from tlt_jax.models import params as model_params
+from tlt_jax import types
 from tlt_jax.rl import evaluation
+from tlt_jax.rl.engine import answering
 from tlt_jax.rl.engine import engine as engine_lib
-from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.tasks import prompts, reward_pool
+from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.runtime import distributed
+from tlt_jax.settings import sections
 
 # Evaluation noise never coincides with a rollout's: seeds of runs are below this.
 _SEED_OFFSET = 2**63
@@ -24,8 +24,11 @@ class Evaluator:
 
     def __init__(
         self,
-        run: config.RunConfig,
+        cfg: sections.Eval,
+        max_new_tokens: int,
+        seed: int,
         prompt_set: prompts.PromptSet,
+        workers: workers_lib.Workers,
         engines: Sequence[engine_lib.Engine],
         rewards: reward_pool.RewardPool,
         decode_text: Callable[[np.ndarray], str],
@@ -34,46 +37,40 @@ class Evaluator:
         """Take the parts.
 
         Args:
-          run: sections rollout and eval, and the seed, are read.
+          cfg: how many samples, and the k of pass@k.
+          max_new_tokens: longest completion.
+          seed: of the run.
           prompt_set: of the held-out split.
-          engines: sample by the law of evaluation, side by side.
+          workers: have the policy's weights; those that are lost have no part.
+          engines: sample by the law of evaluation, side by side: the workers' own, or
+            one beside each.
           rewards: judges completions.
           decode_text: token ids to the text that is judged.
           group: the processes that evaluate together, a part of the prompts each; None:
             this one is alone.
         """
         self._group = group or distributed.alone()
-        self._run = run
-        self._prompts = prompt_set
-        self.engines = tuple(engines)
-        self._rewards = rewards
-        self._decode_text = decode_text
+        self._cfg, self._max_new_tokens = cfg, max_new_tokens
+        self._seed = _SEED_OFFSET + seed
+        self._prompts, self._workers = prompt_set, workers
+        self._engines = tuple(engines)
+        self._rewards, self._decode_text = rewards, decode_text
 
-    def evaluate(
-        self, params: Sequence[model_params.Params | None], version: int
-    ) -> dict[str, float]:
-        """Judge the policy.
+    def evaluate(self) -> dict[str, float]:
+        """Judge the policy that the workers have.
 
         The noise is the same at every evaluation, so that two policies differ by what
         they say and not by luck.
 
-        Args:
-          params: on each engine's mesh; None: that engine has no part in it.
-          version: of the policy.
-
         Returns:
           `eval/avg@n`, the mean reward over n samples per prompt, and `eval/pass@k`.
         """
-        samples = self._run.eval.samples
+        samples = self._cfg.samples
         examples = [prompt.example for prompt in self._prompts.prompts]
         requests = prompts.requests_of(
-            self._prompts.prompts, samples, self._run.rollout.max_new_tokens, 0
+            self._prompts.prompts, samples, self._max_new_tokens, 0
         )
-        engines = []
-        for engine, own in zip(self.engines, params, strict=True):
-            if own is not None:
-                engine.set_params(own, version)
-                engines.append(engine)
+        engines = self._at_work()
         group, count = self._group, len(requests)
         # A process whose workers are all lost has no part either.
         able = group.exchange("evaluators", bool(engines))
@@ -91,31 +88,32 @@ class Evaluator:
             rewards[indices] = found
         return self._row(rewards.reshape(-1, samples))
 
+    def _at_work(self) -> list[engine_lib.Engine]:
+        """Give the engines beside workers that are not lost their weights."""
+        workers = self._workers
+        # Only the first process knows of all that are lost.
+        lost = self._group.first("lost workers", lambda: frozenset(workers.lost))
+        engines = []
+        for number, engine in enumerate(self._engines, workers.first):
+            if number not in lost:
+                policy = workers.engines[number - workers.first]
+                engine.set_params(policy.params, policy.version)
+                engines.append(engine)
+        return engines
+
     def _answers(
         self, engines: Sequence[engine_lib.Engine], requests: Sequence[types.Request]
     ) -> list[types.Completion]:
-        """Let the engines share the requests; completions in the requests' order."""
         if not requests:
             return []
-        engines[0].check(requests)
-        queue = request_queue.RequestQueue(requests, num_workers=len(engines))
-        done: dict[int, types.Completion] = {}
-
-        def keep(completion):
-            done[completion.request_id] = completion
-
-        def serve(worker):
-            seed = _SEED_OFFSET + self._run.seed
-            engines[worker].serve(queue.share(worker), seed, on_completion=keep)
-            engines[worker].release_cache()
-
-        with concurrent.futures.ThreadPoolExecutor(len(engines), "evaluate") as pool:
-            list(pool.map(serve, range(len(engines))))
-        return [done[request.request_id] for request in requests]
+        completions, _ = answering.answer(engines, requests, self._seed)
+        for engine in engines:
+            engine.release_cache()
+        return completions
 
     def _row(self, rewards: np.ndarray) -> dict[str, float]:
         samples = rewards.shape[1]
         row = {f"eval/avg@{samples}": evaluation.avg_at_k(rewards, samples)}
-        for k in self._run.eval.k:
+        for k in self._cfg.k:
             row[f"eval/pass@{k}"] = evaluation.pass_at_k(rewards >= _RIGHT, k)
         return row

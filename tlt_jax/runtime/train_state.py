@@ -93,10 +93,10 @@ class Skips:
           remedy: for the message; where there is none the caller adds it.
 
         Raises:
-          failures.TrainingError: too many steps in a row were skipped.
+          failures.NotFiniteError: too many steps in a row were skipped.
         """
         if self.in_a_row >= self.most:
-            raise failures.TrainingError(
+            raise failures.NotFiniteError(
                 f"{self.in_a_row} updates in a row were not finite"
                 + (f": {remedy}" if remedy else "")
             )

@@ -1,12 +1,14 @@
 """Nested frozen dataclasses as settings: defaults, types, ranges, nearest names.
 
-A field of a section is a number with a range (`number`), a choice (`Literal`), text, a
-flag, a tuple of these, one of them or None (unset), another section, or `Options`.
+A field of a section is a number with a range (`number`), a choice (`Literal`), a name
+that may be one's own (`choice`), text, a flag, a tuple of these, one of them or None
+(unset), another section, or `Options`.
 """
 
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -24,12 +26,21 @@ class ConfigError(ValueError):
 
 
 def number(
-    default: Any, low=-math.inf, high=math.inf, above: float | None = None
+    default: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """Declare a field: a number in [low, high], or in (above, high]."""
-    return dataclasses.field(
-        default=default, metadata={"low": low, "high": high, "above": above}
-    )
+    """Declare a field: a number in [low, high], or open at `above` or `below`."""
+    bounds = {"low": low, "high": high, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata=bounds)
+
+
+def choice(default: Any, *choices: str) -> Any:
+    """Declare a field: one of the names, or one's own as `package.module:Name`."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
 
 
 def keys(section: type) -> tuple[str, ...]:
@@ -185,28 +196,60 @@ def check_fields(section: Any, prefix: str = "") -> None:
         value, name = getattr(section, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
             check_fields(value, name + ".")
-            continue
-        if value is None:
-            continue
-        kind, choices, _ = _value_type(field.type)
-        if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ConfigError(
-                f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
-            )
-        if field.metadata:
-            _check_range(name, value, **field.metadata)
+        elif value is not None:
+            _check_value(name, value, field)
+
+
+def check_like(section: type, record: Any) -> None:
+    """Check a record's fields by what a section says of those of the same names.
+
+    Raises:
+      ConfigError: a choice or a range is not kept.
+    """
+    known = {field.name: field for field in dataclasses.fields(section)}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.name in known and value is not None:
+            _check_value(field.name, value, known[field.name])
+
+
+def _check_value(name: str, value: Any, field: dataclasses.Field) -> None:
+    _, closed, _ = _value_type(field.type)
+    choices = field.metadata.get("choices", closed)
+    if choices:
+        _check_choice(name, value, choices, is_open=not closed)
+    elif field.metadata:
+        _check_range(name, value, **field.metadata)
+
+
+def _check_choice(
+    name: str, value: str, choices: tuple[str, ...], *, is_open: bool
+) -> None:
+    if value in choices or (is_open and re.fullmatch(r"[\w.]+:\w+", value)):
+        return
+    near = difflib.get_close_matches(str(value), choices, 1)
+    own = ", or of your own, package.module:Name" if is_open else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}{own}{hint}")
 
 
 def _check_range(
-    name: str, value: float, low: float, high: float, above: float | None
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    above: float | None,
+    below: float | None,
 ) -> None:
     if not math.isfinite(value):
         raise ConfigError(f"{name}={value} is not finite.")
-    if above is not None and value <= above:
-        raise ConfigError(f"{name}={value} is out of range: above {above:g}.")
-    if not low <= value <= high:
-        parts = [f"at least {low:g}"] if low > -math.inf else []
-        parts += [f"at most {high:g}"] if high < math.inf else []
-        raise ConfigError(f"{name}={value} is out of range: {', '.join(parts)}.")
+    inside = low <= value <= high
+    inside &= above is None or value > above
+    inside &= below is None or value < below
+    if inside:
+        return
+    parts = [f"at least {low:g}"] if low > -math.inf else []
+    parts += [f"above {above:g}"] if above is not None else []
+    parts += [f"at most {high:g}"] if high < math.inf else []
+    parts += [f"below {below:g}"] if below is not None else []
+    raise ConfigError(f"{name}={value} is out of range: {', '.join(parts)}.")

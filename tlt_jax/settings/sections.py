@@ -87,17 +87,17 @@ class Sampling:
     """The law that tokens are drawn from; the same one gives every log-probability.
 
     Attributes:
-      temperature: divides the logits, above 0.
+      temperature: divides the logits; above 0 in training, 0 is greedy.
       top_p: keep the smallest set of tokens with this mass, in (0, 1]; 1: off.
       top_k: keep the k most likely tokens; 0: off.
-      min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1];
+      min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1);
         0: off.
     """
 
-    temperature: float = schema.number(1.0, above=0.0)
+    temperature: float = schema.number(1.0, 0.0)
     top_p: float = schema.number(1.0, above=0.0, high=1.0)
     top_k: int = schema.number(0, 0)
-    min_p: float = schema.number(0.0, 0.0, 1.0)
+    min_p: float = schema.number(0.0, 0.0, below=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,8 @@ class Algorithm:
 
     Attributes:
       name: a preset of `tlt_jax.rl.update.algorithms`.
-      advantage: how a group's rewards become advantages.
+      advantage: how a group's rewards become advantages: `grpo`, `dr_grpo`, `rloo`,
+        `reinforce_pp_baseline`, or a function of one's own.
       aggregation: how token losses become one number: `token_mean` over the batch's
         tokens, `sequence_mean` over tokens then sequences, `constant` sum over tokens
         by the length limit.
@@ -176,6 +177,7 @@ class Algorithm:
       overlong_shaping: let the reward fall for completions close to the length limit.
       overlong_buffer_frac: part of the limit over which it falls, in [0, 1].
       overlong_penalty: how far it falls, at least 0.
+      surrogate: what a token costs: `clipped` (PPO's), or a function of one's own.
       clip_low: the probability ratio is clipped below at 1 - clip_low, in [0, 1].
       clip_high: the ratio is clipped above at 1 + clip_high, at least 0.
       dual_clip: where the advantage is negative the ratio counts at most this much,
@@ -192,12 +194,15 @@ class Algorithm:
     name: Literal[
         "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp_baseline", "gspo"
     ] = "grpo"
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"] | None = None
+    advantage: str | None = schema.choice(
+        None, "grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"
+    )
     aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = None
     dynamic_sampling: bool | None = None
     overlong_shaping: bool | None = None
     overlong_buffer_frac: float | None = schema.number(None, 0.0, 1.0)
     overlong_penalty: float | None = schema.number(None, 0.0)
+    surrogate: str | None = schema.choice(None, "clipped")
     clip_low: float | None = schema.number(None, 0.0, 1.0)
     clip_high: float | None = schema.number(None, 0.0)
     dual_clip: float | None = schema.number(None, above=1.0)
@@ -232,8 +237,8 @@ class Optimizer:
     learning_rate: float = schema.number(1e-6, 0.0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = schema.number(0, 0)
-    beta1: float = schema.number(0.9, 0.0, 1.0 - 1e-9)
-    beta2: float = schema.number(0.999, 0.0, 1.0 - 1e-9)
+    beta1: float = schema.number(0.9, 0.0, below=1.0)
+    beta2: float = schema.number(0.999, 0.0, below=1.0)
     eps: float = schema.number(1e-8, above=0.0)
     weight_decay: float = schema.number(0.0, 0.0)
     clip_norm: float = schema.number(1.0, 0.0)

@@ -18,7 +18,7 @@ class Specdec:
         beyond the last one decoding is plain. Each costs a program per batch bucket.
       ngram_strategies: the same for `ngram`, and for `tlt` before the drafter is ready.
       tuner: who chooses: `static` and `threshold` (one candidate per entry),
-        `beg_mab` (the paper's bandit) or `cost_model` (ours).
+        `beg_mab` (the paper's bandit), `cost_model` (ours), or one of one's own.
       threshold: of `threshold`: most rows at which speculation begins; 0: those of the
         last entry.
       hysteresis: of `threshold`: rows above it at which it still goes on.
@@ -32,7 +32,9 @@ class Specdec:
     mode: Literal["off", "ngram", "tlt"] = "off"
     strategies: tuple[str, ...] = ("1:D7K1V8,D3K1V4", "4:D5K1V6", "16:D3K1V4")
     ngram_strategies: tuple[str, ...] = ("2:D6K1V7-ngram", "8:D4K1V5-ngram")
-    tuner: Literal["static", "threshold", "beg_mab", "cost_model"] = "cost_model"
+    tuner: str = schema.choice(
+        "cost_model", "static", "threshold", "beg_mab", "cost_model"
+    )
     threshold: int = schema.number(0, 0)
     hysteresis: int = schema.number(0, 0)
     epsilon: float = schema.number(0.1, 0.0, 1.0)
@@ -87,13 +89,14 @@ class Objective:
       name: a preset of `tlt_jax.specdec.training.objectives`.
       num_steps: unrolled steps, at least 1.
       decay: step k counts decay ** k, in (0, 1].
-      token_loss: how laws are compared.
+      token_loss: how laws are compared: `soft_ce`, `kl`, `tv`, `lk_hybrid`, or a
+        function of one's own.
     """
 
     name: Literal["eagle", "hass", "eagle3"] = "eagle3"
     num_steps: int | None = schema.number(None, 1)
     decay: float | None = schema.number(None, above=0.0, high=1.0)
-    token_loss: Literal["soft_ce", "kl", "tv", "lk_hybrid"] | None = None
+    token_loss: str | None = schema.choice(None, "soft_ce", "kl", "tv", "lk_hybrid")
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields that are set, without `name`."""

@@ -21,6 +21,7 @@ from jax import lax
 
 from tlt_jax.cpu_kernels import gumbel as native
 from tlt_jax.models import kernels as kernels_lib
+from tlt_jax.settings import schema, sections
 from tlt_jax.types import Array
 
 
@@ -41,21 +42,7 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature={self.temperature} is outside [0, inf): use 0 for greedy "
-                "or a positive number."
-            )
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} is negative: use 0 to keep all.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"top_p={self.top_p} is outside (0, 1]: use 1 to keep all tokens."
-            )
-        if not 0 <= self.min_p < 1:
-            raise ValueError(
-                f"min_p={self.min_p} is outside [0, 1): use 0 to keep all tokens."
-            )
+        schema.check_like(sections.Sampling, self)
 
 
 @struct.dataclass

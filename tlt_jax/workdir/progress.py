@@ -141,7 +141,7 @@ class Progress:
                 + (f"; workers: {seen}" if seen else "")
             )
 
-    def step(self, row: Mapping[str, Any]) -> None:
+    def record(self, row: Mapping[str, Any]) -> None:
         """Show a finished step.
 
         Args:

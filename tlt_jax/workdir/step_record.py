@@ -1,5 +1,6 @@
 """The record of an RL step, completed from what its parts have said of it."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,15 +9,15 @@ from tlt_jax.workdir import metrics
 
 
 def complete(
-    row: Mapping[str, Any], step: int, seconds: Mapping[str, float], elapsed_s: float
+    row: Mapping[str, Any], step: int, seconds: Mapping[str, float], started: float
 ) -> dict[str, Any]:
     """Complete a step's record: every name that stays, and what follows from counts.
 
     Args:
       row: what the step's parts have said, by metric name.
       step: RL steps done, this one included.
-      seconds: `time/<stage>_s`, of `clock.Clock.row`.
-      elapsed_s: of the whole step.
+      seconds: `time/<stage>_s`, of `watch.Watch.row`.
+      started: when the step began, by `time.perf_counter`.
 
     Returns:
       The record. Where nothing else is known it says: no speculation, no idle workers,
@@ -27,7 +28,7 @@ def complete(
         counts, tried = row["specdec/num_accepted"], row["specdec/num_tried"]
         row["specdec/accept_length"] = rollout_stats.accept_length(counts)
         row["specdec/accept_rate_by_depth"] = rollout_stats.accept_rates(counts, tried)
-    row["time/step_s"] = elapsed_s
+    row["time/step_s"] = time.perf_counter() - started
     rollout_s = max(row["time/rollout_s"], 1e-9)
     row["rollout/tokens_per_s"] = row["rollout/tokens"] / rollout_s
     return row

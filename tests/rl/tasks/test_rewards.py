@@ -184,8 +184,8 @@ def user_module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("user_scores", "accepted is 'package.module:function'"),
-        ("user_scores:", "accepted is 'package.module:function'"),
+        ("user_scores", "accepted is 'package.module:name'"),
+        ("user_scores:", "accepted is 'package.module:name'"),
         ("user_absent:good", "there is no module 'user_absent'"),
         ("user_absent.sub:good", "there is no module 'user_absent'"),
         ("user_needy:good", "it needs the module 'not_installed_anywhere'"),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tlt_jax import assembly
 from tlt_jax import config as config_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
@@ -92,6 +93,21 @@ def make_run(optimizer=None, **sections):
     )
 
 
+def learner_of(run, mesh, pool, **more):
+    return learner.Learner(
+        MODEL,
+        assembly.law_of(run.sampling),
+        run.learner,
+        run.optimizer,
+        num_steps=run.num_steps,
+        precision=run.precision,
+        remat=run.model.remat,
+        mesh=mesh,
+        pool=pool,
+        **more,
+    )
+
+
 @pytest.fixture(scope="module")
 def pool():
     pool = programs.ProgramPool()
@@ -102,13 +118,8 @@ def pool():
 @pytest.fixture
 def make_learner(pool):
     def make(shape=(1, 1, 1), head_chunk=1024, **sections):
-        return learner.Learner(
-            MODEL,
-            make_run(**sections),
-            mesh=sharding.make_mesh(*shape),
-            pool=pool,
-            head_chunk=head_chunk,
-        )
+        mesh = sharding.make_mesh(*shape)
+        return learner_of(make_run(**sections), mesh, pool, head_chunk=head_chunk)
 
     return make
 
@@ -334,7 +345,7 @@ def test_what_is_not_finite_changes_no_bit(make_learner):
 def test_same_shapes_compile_once():
     pool = programs.ProgramPool()
     mesh = sharding.make_mesh(1, 1, 1)
-    trainer = learner.Learner(MODEL, make_run(), mesh=mesh, pool=pool)
+    trainer = learner_of(make_run(), mesh, pool)
     state = trainer.init_state(make_params())
     counts = []
     for seed in range(3):
@@ -350,9 +361,7 @@ def test_same_shapes_compile_once():
 
 def test_what_was_prepared_is_not_compiled_again():
     pool = programs.ProgramPool()
-    made = learner.Learner(
-        MODEL, make_run(), mesh=sharding.make_mesh(1, 1, 1), pool=pool
-    )
+    made = learner_of(make_run(), sharding.make_mesh(1, 1, 1), pool)
     (part,) = packing.split(pack_evenly(make_groups()), ROWS)
     batch = make_batch(part)
     made.prepare(batch, LOSS, with_logprobs=True)

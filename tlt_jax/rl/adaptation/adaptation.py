@@ -8,7 +8,8 @@ earlier text, the engines propose from text.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,9 @@ from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.rl.adaptation import budget, sharing, spot_trainer
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.workers import workers as workers_lib
+from tlt_jax.runtime import observer as observer_lib
 from tlt_jax.runtime import train_state
+from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import sampling
 from tlt_jax.specdec.texts import buffer as text_buffer
@@ -71,6 +74,38 @@ def _clip(most: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+class NoAdaptation:
+    """Stands where a run has no learned drafter; see `Adaptation`.
+
+    Attributes:
+      trains: false.
+    """
+
+    trains = False
+
+    def start(self) -> None:
+        """See `Adaptation`."""
+
+    def close(self) -> None:
+        """See `Adaptation`."""
+
+    def warm_up(self, *, wait: bool) -> None:
+        """See `Adaptation`."""
+
+    def begin_rollout(self) -> None:
+        """See `Adaptation`."""
+
+    def end_rollout(self, accept_length: float, watch: watch_lib.Watch) -> None:
+        """See `Adaptation`."""
+
+    def hand_over(self, watch: watch_lib.Watch) -> None:
+        """See `Adaptation`."""
+
+    def row(self) -> dict[str, Any]:
+        """Return nothing to be recorded."""
+        return {}
+
+
 class Adaptation:
     """The drafter of a run and everything that changes it.
 
@@ -79,7 +114,10 @@ class Adaptation:
       version: of the weights that engines were offered last; 0: none yet.
       is_ready: the engines may use the learned drafter.
       budget: what training between rollout and update was found to be worth.
+      trains: true: its programs are to be compiled before a step.
     """
+
+    trains = True
 
     def __init__(
         self,
@@ -93,8 +131,8 @@ class Adaptation:
         sampling_cfg: sampling.SamplingConfig,
         precision: str,
         seed: int,
-        directory: Any,
-        note: Callable[[str], None],
+        directory: pathlib.Path,
+        observer: observer_lib.Observer,
     ):
         """Take the parts; `start` gives the drafter weights.
 
@@ -109,12 +147,12 @@ class Adaptation:
           precision: of activations, and of the engines' copies.
           seed: of weights and of the order of texts.
           directory: for what memory does not hold.
-          note: told what the user should know.
+          observer: told what the user should know.
         """
         self.cfg, self._settings = cfg, settings
         self._workers, self._tuners = workers, tuners
         self._initial, self._eos_ids = initial, tuple(eos_ids)
-        self._precision, self._seed, self._note = precision, seed, note
+        self._precision, self._seed, self._observer = precision, seed, observer
         self._ngram_accept_length: float | None = None
         self.budget = budget.Budget()
         self._sharing = sharing.Sharing(workers.group)
@@ -130,7 +168,9 @@ class Adaptation:
             max_age=settings.max_age,
             spill_directory=directory / SPILL if settings.spill_mb else None,
             max_spill_bytes=settings.spill_mb * _MIB,
-            on_spill_error=lambda error: note(f"{error} Texts stay in memory."),
+            on_spill_error=lambda error: observer.note(
+                f"{error} Texts stay in memory."
+            ),
         )
         self.sampler = text_sampling.Sampler(
             self.buffer,
@@ -217,20 +257,21 @@ class Adaptation:
                 tuner.changed("target")
         self.buffer.begin_step(self._workers.version)
 
-    def end_rollout(self, accept_length: float, seconds: float) -> None:
+    def end_rollout(self, accept_length: float, watch: watch_lib.Watch) -> None:
         """Train while nobody waits, if it pays; see whether the drafter is ready.
 
         Args:
           accept_length: of the rollout's own proposals.
-          seconds: that it took.
+          watch: has the rollout's seconds; gets the stage `drafter`.
         """
-        self.trainer.settle()
-        if self._settings.enabled and self._workers.num == 1:
-            self._train_while_nobody_waits(seconds)
-        self.hand_over()
-        if not self.is_ready:
-            self._ngram_accept_length = accept_length
-            self._judge()
+        with watch.stage("drafter"):
+            self.trainer.settle()
+            if self._settings.enabled and self._workers.num == 1:
+                self._train_while_nobody_waits(watch.spent["rollout"])
+            self._meet()
+            if not self.is_ready:
+                self._ngram_accept_length = accept_length
+                self._judge()
 
     def _train_while_nobody_waits(self, rollout_s: float) -> None:
         seconds = self.budget.seconds(rollout_s, self._settings.max_frac)
@@ -246,11 +287,15 @@ class Adaptation:
                 report.measured_after["coupled/accept_length"],
             )
 
-    def hand_over(self) -> None:
+    def hand_over(self, watch: watch_lib.Watch) -> None:
         """Between the rollouts of an RL step: let all processes have the same drafter.
 
-        See `drafter_sharing`; where one process has all workers nothing is waited for.
+        See `sharing`; where one process has all workers nothing is waited for.
         """
+        with watch.stage("drafter"):
+            self._meet()
+
+    def _meet(self) -> None:
         if self._settings.enabled and self._workers.group.num > 1:
             self.trainer.settle()
             self._share()
@@ -273,7 +318,7 @@ class Adaptation:
         report = self.trainer.take_report()
         self._sharing.begin_step()
         for failure in report.failures:
-            self._note(
+            self._observer.note(
                 f"  the drafter's training failed and was undone ({failure}); the run "
                 "goes on."
             )
@@ -373,43 +418,3 @@ class Adaptation:
         self._workers.offer_drafter(self.learner.weights(self._precision), self.version)
         for tuner in self._tuners:
             tuner.changed("drafter")
-
-
-class NoAdaptation:
-    """In place of `Adaptation` in a run without a learned drafter: nothing happens.
-
-    Attributes:
-      cfg: None, by which a run without a drafter is known.
-      version, is_ready: as if there were one that is never ready.
-    """
-
-    cfg: drafter.DrafterConfig | None = None
-    version, is_ready = 0, False
-
-    def start(self) -> None:
-        """Give nobody weights."""
-
-    def close(self) -> None:
-        """End nothing."""
-
-    def warm_up(self, *, wait: bool) -> None:
-        """Compile nothing."""
-
-    def begin_rollout(self) -> None:
-        """Drop no text."""
-
-    def end_rollout(self, accept_length: float, seconds: float) -> None:
-        """Train nothing, whatever the rollout was like."""
-
-    def hand_over(self) -> None:
-        """Exchange nothing: all processes are without a drafter."""
-
-    def row(self) -> dict[str, Any]:
-        """Return no values: records of such a run have no `drafter/` names."""
-        return {}
-
-    def state(self) -> None:
-        """Return nothing: nothing of it survives a kill, or need."""
-
-    def restore(self, state: None) -> None:
-        """Go on from nothing."""

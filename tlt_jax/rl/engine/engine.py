@@ -18,6 +18,7 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import (
+    answering,
     cache_writer,
     capture,
     request_queue,
@@ -188,38 +189,15 @@ class Engine:
         on_completion: Callable[[types.Completion], None] | None = None,
         on_call: Callable[[int, int], None] | None = None,
     ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
-        """Generate a completion for every request.
-
-        Args:
-          requests: ids distinct; prompts of equal `prompt_id` equal.
-          seed: of the noise.
-          expected_lengths: tokens by `prompt_id`; the longest are started first.
-          on_completion: called with each completion as soon as it is there.
-          on_call: called after each decode call with completions done, and tokens.
-
-        Returns:
-          Completions in the order of the requests, and what was done.
-
-        Raises:
-          ValueError: a request is empty, does not fit, its id is not unique, or its
-            prompt is not that of its `prompt_id` or not of the vocabulary.
-        """
-        self._require_params()
-        self.check(requests)
-        queue = request_queue.RequestQueue(requests, expected_lengths=expected_lengths)
-        done: dict[int, types.Completion] = {}
-
-        def keep(completion):
-            done[completion.request_id] = completion
-            if on_completion:
-                on_completion(completion)
-
-        def report(num_tokens):
-            if on_call:
-                on_call(len(done), num_tokens)
-
-        stats = self.serve(queue.share(0), seed, on_completion=keep, on_call=report)
-        return [done[request.request_id] for request in requests], stats
+        """Generate a completion for every request; see `answering.answer`."""
+        return answering.answer(
+            [self],
+            requests,
+            seed,
+            expected_lengths=expected_lengths,
+            on_completion=on_completion,
+            on_call=on_call,
+        )
 
     def check(self, requests: Sequence[types.Request]) -> None:
         """Refuse requests that this engine cannot serve; see `run`."""
@@ -232,7 +210,7 @@ class Engine:
 
     def serve(
         self,
-        source: request_queue.Share,
+        source: request_queue.RequestSource,
         seed: int,
         *,
         on_completion: Callable[[types.Completion], None],

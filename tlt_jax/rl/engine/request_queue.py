@@ -9,8 +9,26 @@ what changes no token, since noise is keyed by request and position.
 import collections
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from tlt_jax import types
+
+
+class RequestSource(Protocol):
+    """Where an engine takes its requests from: `Share` here, `remote.RemoteShare`."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that nobody has taken."""
+
+    def take(self) -> types.Request | None:
+        """Take a request; None: none is waiting, or this engine has its part."""
+
+    def finish(self, request_id: int) -> bool:
+        """Note that a request is done; false: it had been taken away."""
+
+    def waits(self, prompt_id: int) -> bool:
+        """Tell whether a request of this prompt is waiting."""
 
 
 class RequestQueue:

@@ -135,7 +135,7 @@ class Scheduler:
 
     def __init__(
         self,
-        source: request_queue.Share,
+        source: request_queue.RequestSource,
         *,
         num_pages: int,
         page_size: int,

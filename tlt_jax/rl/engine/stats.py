@@ -65,6 +65,12 @@ class RolloutStats:
         """Chance of acceptance at each depth, given that its parent was accepted."""
         return accept_rates(self.num_accepted, self.num_tried)
 
+    @property
+    def most_used(self) -> str:
+        """Strategy of most decode calls, plain ones aside; one must have speculated."""
+        calls = {name: n for name, n in self.strategies.items() if name != "none"}
+        return max(calls, key=calls.get)
+
     def add(self, call: tuner.Call) -> None:
         """Count a decode call; the tokens kept of it are counted where rows end."""
         self.decode_s += call.elapsed_s

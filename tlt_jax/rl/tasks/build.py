@@ -17,10 +17,8 @@ from tlt_jax import types
 from tlt_jax.rl.tasks import counting, generated, random_numbers, rewards
 from tlt_jax.rl.tasks import examples as examples_lib
 from tlt_jax.rl.tasks import files as data_files
+from tlt_jax.runtime import external
 from tlt_jax.settings import sections
-
-if typing.TYPE_CHECKING:
-    pass
 
 Style = Literal["plain", "cot", "two_shot"]
 
@@ -370,13 +368,14 @@ class _Adapted:
         return dataclasses.replace(example, prompt=(message, *prompt))
 
 
-def build(task: "sections.Task", *, reward: str = "", eval_size: int = 64) -> Task:
+def build(task: sections.Task, *, reward: str = "", eval_size: int = 64) -> Task:
     """Makes the task of a run.
 
     Args:
       task: `name` is `arithmetic`, `count`, `counting`, `random_numbers`, a
-        reasoning-gym generator, or
-        a data set (`data_files.find`). `options` are the arguments of
+        reasoning-gym generator, a data set (`data_files.find`), or a class of one's own
+        (`package.module:Name`, called with the options and the sizes below). `options`
+        are the arguments of
         `ArithmeticTask`, `CountTask`, `CountingTask` or `FileTask`; for a generator
         they are those of `ReasoningGymTask` together with its own. `seed` and `size`
         are those of generated examples (files are used whole, see `FileTask`'s
@@ -395,6 +394,9 @@ def build(task: "sections.Task", *, reward: str = "", eval_size: int = 64) -> Ta
         if reward:
             options["reward"] = reward
         made, reward = _make(FileTask, name, options, {"eval_size": eval_size}), ""
+    elif external.is_external(name):
+        options |= sizes | {"eval_size": eval_size}
+        made = external.load("task", name)(**options)
     else:
         ours = ("style", "chat", "raw_score", "holdout_frac")
         sizes |= {key: options.pop(key) for key in ours if key in options}

@@ -79,6 +79,11 @@ class Scores:
         """`[n] float32`, all finite."""
         return np.array([item.reward for item in self.items], np.float32)
 
+    @property
+    def num_failed(self) -> int:
+        """Calls whose status is not `ok`."""
+        return sum(item.status != "ok" for item in self.items)
+
     def metrics(self) -> dict[str, float]:
         """Returns waiting and scoring time (all calls, the longest) and failures."""
         spent = [item.scoring_s for item in self.items]
@@ -87,7 +92,7 @@ class Scores:
             "time/reward_s": self.wait_s,
             "reward/scoring_s": sum(spent),
             "reward/scoring_max_s": max(spent, default=0.0),
-            "reward/num_failed": len(statuses) - statuses.count("ok"),
+            "reward/num_failed": self.num_failed,
         } | {f"reward/num_{status}": statuses.count(status) for status in _FAILURES}
 
     def first_failure(self) -> str:

@@ -8,7 +8,6 @@ candidates earns nothing.
 import difflib
 import fractions
 import functools
-import importlib
 import inspect
 import logging
 import re
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tlt_jax import types
+from tlt_jax.runtime import external
 
 RewardFunction = Callable[[types.Example, str], float]
 
@@ -244,41 +244,7 @@ def load_function(path: str) -> RewardFunction:
       ValueError: the form is another one, module or function is missing, importing
         fails, it is not callable, or cannot be called with two arguments.
     """
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise ValueError(
-            f"reward function {path!r}: accepted is 'package.module:function'."
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(
-                f"reward function {path!r}: there is no module {error.name!r}. Install "
-                "it, or put its directory on PYTHONPATH."
-            ) from error
-        raise ValueError(
-            f"reward function {path!r}: importing {module_name!r} fails, it needs the "
-            f"module {error.name!r}."
-        ) from error
-    except Exception as error:  # A user's module may raise anything.
-        raise ValueError(
-            f"reward function {path!r}: importing {module_name!r} fails with "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not hasattr(module, name):
-        public = [n for n in dir(module) if callable(getattr(module, n))]
-        near = difflib.get_close_matches(name, public, 1)
-        raise ValueError(
-            f"reward function {path!r}: module {module_name!r} has no {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else ".")
-        )
-    function = getattr(module, name)
-    if not callable(function):
-        raise ValueError(
-            f"reward function {path!r} is of type {type(function).__name__}, which "
-            "cannot be called: name a function (example, text) -> float."
-        )
+    function = external.load("reward function", path)
     try:
         signature = inspect.signature(function)
     except ValueError:  # Some built-in functions have none to check.

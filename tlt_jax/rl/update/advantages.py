@@ -10,6 +10,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from tlt_jax.runtime import external
+
 Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"]
 
 
@@ -133,12 +135,13 @@ def reinforce_pp_baseline(
 
 
 def estimate(
-    estimator: Estimator, rewards: np.ndarray, mask: np.ndarray | None = None
+    estimator: str, rewards: np.ndarray, mask: np.ndarray | None = None
 ) -> np.ndarray:
     """Computes advantages with the estimator called by name, at its defaults.
 
     Args:
-      estimator: `grpo`, `dr_grpo`, `rloo` or `reinforce_pp_baseline`.
+      estimator: `grpo`, `dr_grpo`, `rloo` or `reinforce_pp_baseline`; or a function of
+        one's own, `package.module:name`, `[P, R]` to `[P, R]`.
       rewards: `[P, R]` float, finite wherever `mask` holds.
       mask: `[P, R]` bool, False for a dropped response; None: all exist.
 
@@ -157,6 +160,8 @@ def estimate(
             return rloo(rewards, mask)
         case "reinforce_pp_baseline":
             return reinforce_pp_baseline(rewards, mask)
+    if external.is_external(estimator):
+        return external.load("advantage", estimator)(rewards)
     raise ValueError(
         f"advantage estimator {estimator!r} is unknown: choose from "
         f"{', '.join(get_args(Estimator))}."

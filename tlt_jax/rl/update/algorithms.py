@@ -5,7 +5,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from tlt_jax.rl.update import advantages, losses
+from tlt_jax.rl.update import losses
+from tlt_jax.settings import schema, sections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Algorithm:
       loss: the surrogate's own settings.
     """
 
-    advantage: advantages.Estimator
+    advantage: str
     aggregation: losses.Aggregation
     dynamic_sampling: bool
     overlong_shaping: bool
@@ -31,18 +32,7 @@ class Algorithm:
     loss: losses.LossConfig
 
     def __post_init__(self):
-        _one_of("advantage", self.advantage, advantages.Estimator.__args__)
-        _one_of("aggregation", self.aggregation, losses.Aggregation.__args__)
-        if not 0 <= self.overlong_buffer_frac <= 1:
-            raise ValueError(
-                f"overlong_buffer_frac={self.overlong_buffer_frac} is outside [0, 1]: "
-                "it is a fraction of the length limit."
-            )
-        if not self.overlong_penalty >= 0:
-            raise ValueError(
-                f"overlong_penalty={self.overlong_penalty} is negative: give the "
-                "amount to subtract, as a positive number."
-            )
+        schema.check_like(sections.Algorithm, self)
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -118,6 +108,7 @@ def _grpo() -> dict[str, Any]:
         "overlong_shaping": False,
         "overlong_buffer_frac": 0.2,
         "overlong_penalty": 1.0,
+        "surrogate": "clipped",
         "clip_low": 0.2,
         "clip_high": 0.2,
         "dual_clip": None,
@@ -216,10 +207,3 @@ def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
         f"{what} {name!r} is unknown: did you mean {near!r}? Choose from "
         f"{', '.join(known)}."
     )
-
-
-def _one_of(field: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(
-            f"{field}={value!r} is unknown: choose from {', '.join(accepted)}."
-        )

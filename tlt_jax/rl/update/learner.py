@@ -16,7 +16,6 @@ import numpy as np
 import optax
 from jax import lax
 
-from tlt_jax import config as config_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.update import losses, packing, policy_gradient, weights_digest
@@ -129,8 +128,13 @@ class Learner:
     def __init__(
         self,
         model: model_config.ModelConfig,
-        run: config_lib.RunConfig,
+        law: sampling.SamplingConfig,
+        cfg: sections.Learner,
+        optimizer: sections.Optimizer,
         *,
+        num_steps: int,
+        precision: str,
+        remat: str,
         mesh: jax.sharding.Mesh,
         pool: programs.ProgramPool,
         rules: sharding_lib.ShardingRules | None = None,
@@ -140,8 +144,12 @@ class Learner:
 
         Args:
           model: the policy.
-          run: the sections model, sampling, optimizer, learner and the lengths of the
-            run are read.
+          law: that completions were drawn from.
+          cfg: how many updates a step takes, and how large micro-batches are.
+          optimizer: AdamW's settings.
+          num_steps: RL steps of the run.
+          precision: of activations and products.
+          remat: what the backward pass recomputes, see `sections.Model`.
           mesh: with the axes of `sharding.MESH_AXES`.
           pool: of compiled programs.
           rules: logical to mesh axes; None: the default ones.
@@ -155,25 +163,20 @@ class Learner:
         self.rules = rules or sharding_lib.ShardingRules()
         self.forward_cfg = policy_gradient.ForwardConfig(
             model=model,
-            law=sampling.SamplingConfig(
-                temperature=run.sampling.temperature,
-                top_k=run.sampling.top_k,
-                top_p=run.sampling.top_p,
-                min_p=run.sampling.min_p,
-            ),
-            dtype=jnp.dtype(run.precision),
-            remat=run.model.remat,
+            law=law,
+            dtype=jnp.dtype(precision),
+            remat=remat,
             head_chunk=head_chunk * self._num_parts,
         )
         self._pool = pool
-        updates_per_step = run.learner.minibatches * run.learner.epochs
-        settings = dict(num_steps=run.num_steps, updates_per_step=updates_per_step)
-        self.optimizer = make_optimizer(run.optimizer, **settings)
-        self._schedule = learning_rate(run.optimizer, **settings)
-        self._rows_per_device = run.learner.rows_per_micro_batch
+        updates_per_step = cfg.minibatches * cfg.epochs
+        settings = dict(num_steps=num_steps, updates_per_step=updates_per_step)
+        self.optimizer = make_optimizer(optimizer, **settings)
+        self._schedule = learning_rate(optimizer, **settings)
+        self._rows_per_device = cfg.rows_per_micro_batch
         self._replicated = sharding_lib.replicated(mesh)
         self._key = ("learner", self.forward_cfg, mesh, self.rules)
-        self._step_key = (*self._key, run.optimizer, *settings.values())
+        self._step_key = (*self._key, optimizer, *settings.values())
         self._state = self._abstract_train_state()
         self._gradient = policy_gradient.Gradient(
             params=self._state.params,

@@ -17,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax import types
+from tlt_jax.runtime import external
+from tlt_jax.settings import schema, sections
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 KlEstimator = Literal["k1", "k2", "k3"]
 
 # exp(20) is 5e8: larger ratios are a broken batch, and their infinities would spread.
 _MAX_LOG_RATIO = 20.0
+_CLIPPED = "clipped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,9 @@ class LossConfig:
     """What `policy_loss` computes.
 
     Attributes:
+      surrogate: `clipped`, PPO's; or `package.module:name`, a function of one's own of
+        ratio, advantages (`[N] float32`) and this record that returns what each token
+        costs.
       clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
       dual_clip: where the advantage is negative the ratio counts at most this much;
         above 1 + clip_high, or None: no bound.
@@ -43,6 +49,7 @@ class LossConfig:
       entropy_coef: weight of the entropy bonus; 0: none.
     """
 
+    surrogate: str = _CLIPPED
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -54,35 +61,12 @@ class LossConfig:
     entropy_coef: float = 0.0
 
     def __post_init__(self):
-        for name, accepted in (
-            ("ratio_level", ("token", "sequence")),
-            ("kl_estimator", get_args(KlEstimator)),
-            ("kl_placement", ("loss", "reward")),
-        ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown: choose from "
-                    f"{', '.join(accepted)}."
-                )
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(
-                f"clip_low={self.clip_low} is outside [0, 1]: the ratio's lower bound "
-                "is 1 - clip_low."
-            )
-        for name in ("clip_high", "kl_coef", "entropy_coef"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be finite and not negative.")
+        schema.check_like(sections.Algorithm, self)
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(
                 f"dual_clip={self.dual_clip} must exceed 1 + clip_high = "
                 f"{1 + self.clip_high}: it bounds ratios beyond the clip range; None "
                 "turns it off."
-            )
-        if self.importance_cap is not None and not self.importance_cap > 0:
-            raise ValueError(
-                f"importance_cap={self.importance_cap} must be positive; None turns it "
-                "off."
             )
 
 
@@ -177,8 +161,7 @@ def policy_loss(
         own = logprobs - jax.lax.stop_gradient(logprobs)
         log_ratio = jax.lax.stop_gradient(mean) + own
     ratio = jnp.exp(jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-    kept, clipped, dual_clipped = _clip(ratio, advantages, cfg)
-    surrogate = -kept * advantages
+    surrogate, clipped, dual_clipped = _surrogate(ratio, advantages, cfg)
 
     sums = {
         "num_tokens": _count(used),
@@ -409,10 +392,14 @@ def _require(
             )
 
 
-def _clip(
+def _surrogate(
     ratio: types.Array, advantages: types.Array, cfg: LossConfig
 ) -> tuple[types.Array, types.Array, types.Array]:
-    """Returns the ratio that counts, and where each of the two clips acted."""
+    """Returns what each token costs, and where each of the two clips acted."""
+    if cfg.surrogate != _CLIPPED:
+        nowhere = jnp.zeros(ratio.shape, bool)
+        cost = external.load("surrogate", cfg.surrogate)(ratio, advantages, cfg)
+        return cost, nowhere, nowhere
     high, low = 1 + cfg.clip_high, 1 - cfg.clip_low
     above = (advantages > 0) & (ratio > high)
     below = (advantages < 0) & (ratio < low)
@@ -421,7 +408,7 @@ def _clip(
     if cfg.dual_clip is not None:
         dual = (advantages < 0) & (ratio > cfg.dual_clip)
         kept = jnp.where(dual, cfg.dual_clip, kept)
-    return kept, above | below, dual
+    return -kept * advantages, above | below, dual
 
 
 def _sequence_mean(

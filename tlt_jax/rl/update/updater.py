@@ -1,15 +1,19 @@
 """The update of an RL step: from judged groups to new weights and their record."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tlt_jax import config
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.rl.update import algorithms, experience, learner, packing
-from tlt_jax.runtime import clock, programs, sharding, train_state
+from tlt_jax.rl.update import algorithms, experience, packing
+from tlt_jax.rl.update import learner as learner_lib
+from tlt_jax.runtime import programs, sharding
+from tlt_jax.runtime import train_state as train_state_lib
+from tlt_jax.runtime import watch as watch_lib
+from tlt_jax.settings import sections
+from tlt_jax.specdec import sampling
 
 _MAX_SKIPPED = 3
 
@@ -18,40 +22,59 @@ class Updater:
     """The learner of a run with its state.
 
     Attributes:
-      state: what training changes.
+      train_state: what training changes.
       reference: the initial policy, where the algorithm compares with it.
       skips: updates in a row that were not finite.
       learner, pool, algorithm: its parts.
     """
 
-    state: train_state.TrainState
+    train_state: train_state_lib.TrainState
 
     def __init__(
         self,
-        run: config.RunConfig,
         model: model_config.ModelConfig,
-        stage: Callable[[str], None],
-        note: Callable[[str], None],
+        *,
+        algorithm: sections.Algorithm,
+        rollout: sections.Rollout,
+        learner: sections.Learner,
+        optimizer: sections.Optimizer,
+        mesh: sections.Mesh,
+        law: sampling.SamplingConfig,
+        num_steps: int,
+        precision: str,
+        remat: str,
     ):
-        """Make the learner; `state` and `reference` are given by the caller.
+        """Make the learner; `train_state` and `reference` are given by the caller.
 
         Args:
-          run: what to do.
           model: the policy.
-          stage: told what is being done.
-          note: told of updates that were skipped.
+          algorithm, rollout, learner, optimizer, mesh: sections of the settings.
+          law: that completions are drawn from.
+          num_steps, precision, remat: see `learner.Learner`.
+
+        Raises:
+          ValueError: the algorithm contradicts itself, or the mesh is not to be had.
         """
         self.algorithm = algorithms.build(
-            algorithms.preset(run.algorithm.name) | run.algorithm.overrides()
+            algorithms.preset(algorithm.name) | algorithm.overrides()
         )
-        mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
         self.pool = programs.ProgramPool()
-        self.learner = learner.Learner(model, run, mesh=mesh, pool=self.pool)
+        self.learner = learner_lib.Learner(
+            model,
+            law,
+            learner,
+            optimizer,
+            num_steps=num_steps,
+            precision=precision,
+            remat=remat,
+            mesh=sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
+            pool=self.pool,
+        )
         self.reference: model_params.Params | None = None
-        self.skips = train_state.Skips(_MAX_SKIPPED)
-        self._run, self._stage, self._note = run, stage, note
+        self.skips = train_state_lib.Skips(_MAX_SKIPPED)
+        self._rollout, self._cfg = rollout, learner
         self._layout = experience.Layout(
-            run.learner.row_tokens, self.learner.rows_per_micro_batch
+            learner.row_tokens, self.learner.rows_per_micro_batch
         )
 
     @property
@@ -59,20 +82,27 @@ class Updater:
         """Whether the algorithm compares with the initial policy."""
         return self.algorithm.loss.kl_coef > 0
 
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides `train_state`, fit for JSON."""
+        return {"num_skipped": self.skips.in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.skips.in_a_row = state["num_skipped"]
+
     def warm_up(self, *, wait: bool) -> None:
         """Compile every program of the updates to come, in the background."""
-        run = self._run
-        num_prompts = run.rollout.prompts_per_step // run.learner.minibatches
+        num_prompts = self._rollout.prompts_per_step // self._cfg.minibatches
         for width in self._layout.widths:
-            blank = experience.filling(width, num_prompts, run.rollout.group_size)
+            blank = experience.filling(width, num_prompts, self._rollout.group_size)
             given = blank.logprobs
-            has_old = run.learner.old_logprobs == "rollout" or self._recomputes
+            has_old = self._cfg.old_logprobs == "rollout" or self._recomputes
             _, (micro, *_) = experience.micro_batches(
                 blank,
                 self._layout,
                 self.algorithm,
                 np.zeros(len(given), np.float32),
-                max_new_tokens=run.rollout.max_new_tokens,
+                max_new_tokens=self._rollout.max_new_tokens,
                 old_logprobs=given if has_old else None,
                 ref_logprobs=given if self.needs_reference else None,
             )
@@ -81,40 +111,38 @@ class Updater:
         if wait:
             self.pool.wait()
 
-    def update(self, batch: experience.Experience, timer: clock.Clock) -> dict:
+    def update(
+        self, batch: experience.Experience, watch: watch_lib.Watch
+    ) -> dict[str, Any]:
         """Train on the groups of a step.
 
         Args:
           batch: groups with rewards.
-          timer: stages `inference` and `update` are added to it.
+          watch: gets the stages `inference` and `update`, and notes of updates that
+            were skipped.
 
         Returns:
           `policy/` and `mismatch/` values.
 
         Raises:
-          failures.TrainingError: several updates in a row were not finite.
+          failures.NotFiniteError: several updates in a row were not finite.
         """
-        run = self._run
-        self._stage("inference")
-        old_logprobs = reference = None
-        if self.reference is not None:
-            reference = timer.time("inference", self._logprobs, self.reference, batch)
-        if self._recomputes:
-            old_logprobs = timer.time(
-                "inference", self._logprobs, self.state.params, batch
-            )
-        elif run.learner.old_logprobs == "rollout":
-            old_logprobs = batch.logprobs
+        old_logprobs = batch.logprobs if self._cfg.old_logprobs == "rollout" else None
+        reference = None
+        with watch.stage("inference"):
+            if self.reference is not None:
+                reference = self._logprobs(self.reference, batch)
+            if self._recomputes:
+                old_logprobs = self._logprobs(self.train_state.params, batch)
         advantages_n = experience.advantages_of(
-            batch, self.algorithm, run.rollout.max_new_tokens, reference
+            batch, self.algorithm, self._rollout.max_new_tokens, reference
         )
-        self._stage("update")
         records, mismatch = [], None
         num_groups = len(batch.prompts)
         parts = np.array_split(
-            np.arange(num_groups), min(run.learner.minibatches, num_groups)
+            np.arange(num_groups), min(self._cfg.minibatches, num_groups)
         )
-        for _ in range(run.learner.epochs):
+        for _ in range(self._cfg.epochs):
             for chosen in parts:
                 rows = _rows_of(chosen, batch.group_size)
                 part = batch.select(chosen.tolist())
@@ -123,26 +151,24 @@ class Updater:
                     self._layout,
                     self.algorithm,
                     advantages_n[rows],
-                    max_new_tokens=run.rollout.max_new_tokens,
+                    max_new_tokens=self._rollout.max_new_tokens,
                     old_logprobs=_take(old_logprobs, rows),
                     ref_logprobs=_take(reference, rows),
                 )
-                self.state, record, trained = timer.time(
-                    "update",
-                    self.learner.update,
-                    self.state,
-                    micro,
-                    self.algorithm.loss,
-                )
+                with watch.stage("update"):
+                    self.train_state, record, trained = self.learner.update(
+                        self.train_state, micro, self.algorithm.loss
+                    )
                 if mismatch is None:
                     mismatch = experience.max_mismatch(part, packed, trained)
                 records.append(record)
-                self._check_skipped(record)
+                self._check_skipped(record, watch)
         row: dict[str, Any] = {
             name: float(np.mean([record[name] for record in records]))
             for name in records[0]
         }
-        digest = timer.time("update", self.learner.digest, self.state.params)
+        with watch.stage("update"):
+            digest = self.learner.digest(self.train_state.params)
         return row | {
             "mismatch/logprob_max_abs": mismatch,
             "policy/weights_digest": digest,
@@ -151,7 +177,7 @@ class Updater:
     @property
     def _recomputes(self) -> bool:
         """Whether old log-probabilities take a pass: with one update none is due."""
-        cfg = self._run.learner
+        cfg = self._cfg
         return cfg.old_logprobs == "recompute" and cfg.epochs * cfg.minibatches > 1
 
     def _logprobs(
@@ -161,10 +187,10 @@ class Updater:
         parts = self._layout.pack(batch)
         return packing.scatter(parts, self.learner.logprobs(params, parts))
 
-    def _check_skipped(self, record: dict[str, float]) -> None:
+    def _check_skipped(self, record: dict[str, float], watch: watch_lib.Watch) -> None:
         self.skips.count(record["policy/update_skipped"])
         if self.skips.in_a_row:
-            self._note(
+            watch.note(
                 "loss or gradient is not finite; update skipped "
                 f"({self.skips.in_a_row} in a row)."
             )

@@ -130,11 +130,13 @@ class WeightSync:
         """The engines' shardings."""
         return self._targets
 
-    def restore_version(self, version: int) -> None:
-        """Go on counting from `version`, after a restart."""
-        if version < 0:
-            raise ValueError(f"version={version} is negative: versions count from 0.")
-        self._version = version
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs, fit for JSON."""
+        return {"version": self._version}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`: the next transfer makes that version anew."""
+        self._version = state["version"] - 1
 
     def sync(
         self, params: model_params.Params

@@ -1,5 +1,6 @@
 """The tuners by name."""
 
+from tlt_jax.runtime import external
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.tuners import bandit, cost_model, tuner
 
@@ -27,7 +28,8 @@ def build(
 
     Args:
       name: `static` (one candidate per entry, always), `threshold` (the same from a
-        number of rows on downwards), `beg_mab` (the paper's bandit) or `cost_model`.
+        number of rows on downwards), `beg_mab` (the paper's bandit), `cost_model`, or
+        a class of one's own, `package.module:Name`, called with arms, max_rows, seed.
       arms: candidates by rows.
       max_rows: of the engine.
       seed: of what is random.
@@ -50,4 +52,6 @@ def build(
         return bandit.BegMab(arms, seed=seed, epsilon=epsilon, window=window)
     if name == cost_model.CostModel.NAME:
         return cost_model.CostModel(arms, max_rows=max_rows, cfg=cfg)
+    if external.is_external(name):
+        return external.load("tuner", name)(arms, max_rows=max_rows, seed=seed)
     raise ValueError(f"tuner {name!r} is unknown: use one of {', '.join(NAMES)}.")

@@ -1,0 +1,64 @@
+"""Names of one's own: `package.module:Name` in the settings, from outside the package.
+
+A proposer, tuner, loss, advantage, task or reward need not stand in this package; see
+docs/extending.md.
+"""
+
+import difflib
+import importlib
+from typing import Any
+
+
+def is_external(name: str) -> bool:
+    """Tell whether a name says where it is imported from."""
+    return ":" in name
+
+
+def load(what: str, name: str) -> Any:
+    """Import what `name` says.
+
+    Args:
+      what: its kind, for people to read: `tuner`, `reward function`, ...
+      name: `package.module:Name`, where the module can be imported.
+
+    Returns:
+      A function or class.
+
+    Raises:
+      ValueError: the form is another one, module or name is missing, importing fails,
+        or it cannot be called.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{what} {name!r}: accepted is 'package.module:name'.")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"{what} {name!r}: there is no module {error.name!r}. Install it, or "
+                "put its directory on PYTHONPATH."
+            ) from error
+        raise ValueError(
+            f"{what} {name!r}: importing {module_name!r} fails, it needs the module "
+            f"{error.name!r}."
+        ) from error
+    except Exception as error:  # A user's module may raise anything.
+        raise ValueError(
+            f"{what} {name!r}: importing {module_name!r} fails with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, attribute):
+        public = [n for n in dir(module) if callable(getattr(module, n))]
+        near = difflib.get_close_matches(attribute, public, 1)
+        raise ValueError(
+            f"{what} {name!r}: module {module_name!r} has no {attribute!r}"
+            + (f"; did you mean {near[0]!r}?" if near else ".")
+        )
+    found = getattr(module, attribute)
+    if not callable(found):
+        raise ValueError(
+            f"{what} {name!r} is of type {type(found).__name__}, which cannot be "
+            "called: name a function or a class."
+        )
+    return found

@@ -1,0 +1,138 @@
+"""What survives a kill: every part that changes, saved and restored together."""
+
+import contextlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from tlt_jax.models import config as model_config
+from tlt_jax.rl.update import updater
+from tlt_jax.runtime import train_state
+from tlt_jax.settings import sections
+from tlt_jax.workdir import checkpoint
+
+
+class Stateful(Protocol):
+    """A part that changes in a run."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs of it, fit for JSON."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+
+
+class Store(Protocol):
+    """Keeps a part whose arrays have a folder of their own."""
+
+    def save(self, step: int) -> None:
+        """Write the part as it is after a step; may go on in the background."""
+
+    def restore(self, step: int) -> None:
+        """Go on from what was written of the step, or the newest before."""
+
+    def wait(self) -> None:
+        """Wait until all is on disk."""
+
+
+class RunState:
+    """The state of a run in its directory. Use as a context manager.
+
+    Attributes:
+      step: RL steps done.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        cfg: sections.Checkpoint,
+        model: model_config.ModelConfig,
+        learning: updater.Updater,
+        parts: Mapping[str, Stateful],
+        stores: tuple[Store, ...],
+        identity: str,
+    ):
+        """Open the directory; nothing is read yet.
+
+        Args:
+          directory: the workdir.
+          cfg: how many checkpoints are kept.
+          model: the policy's architecture.
+          learning: has weights and optimizer.
+          parts: whatever else changes, by the name that the checkpoint has for it.
+          stores: of the parts that keep arrays of their own.
+          identity: of the run's settings.
+        """
+        self.step = 0
+        self._model, self._learning = model, learning
+        self._parts = dict(parts) | {"updater": learning}
+        self._stores, self._identity = stores, identity
+        self._checkpointer = checkpoint.Checkpointer(directory, cfg.keep)
+
+    def __enter__(self) -> "RunState":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(self._checkpointer)
+
+    def restore(self) -> bool:
+        """Take up the newest checkpoint.
+
+        Returns:
+          Whether there is one; if not, nothing is changed.
+
+        Raises:
+          checkpoint.CheckpointError: it is damaged, or of an earlier version of this
+            package.
+        """
+        target = self._learning.learner.abstract_state()
+        found = self._checkpointer.restore_latest(
+            target.params, (target.opt_state, target.num_updates)
+        )
+        if found is None:
+            return False
+        saved = found.meta.get("parts", {})
+        if saved.keys() != self._parts.keys():
+            raise checkpoint.CheckpointError(
+                f"the checkpoint of step {found.step} was written by another version "
+                "of tlt_jax: go on with that version, or begin in another --workdir."
+            )
+        opt_state, num_updates = found.opt_state
+        self._learning.train_state = train_state.TrainState(
+            found.params, opt_state, num_updates
+        )
+        self.step = found.step
+        for name, part in self._parts.items():
+            part.restore(saved[name])
+        for store in self._stores:
+            store.restore(self.step)
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, in the background."""
+        # Before the policy's: every one of those finds theirs of its step.
+        for store in self._stores:
+            store.save(self.step)
+        state = self._learning.train_state
+        self._checkpointer.save(
+            self.step,
+            state.params,
+            (state.opt_state, state.num_updates),
+            self._model,
+            {
+                "config": self._identity,
+                "parts": {name: part.state() for name, part in self._parts.items()},
+            },
+        )
+
+    def latest_step(self) -> int | None:
+        """Return the step of the newest complete checkpoint, waiting for one to be."""
+        self._checkpointer.wait()
+        return self._checkpointer.latest_step()
+
+    def wait(self) -> None:
+        """Wait until everything is on disk."""
+        self._checkpointer.wait()
+        for store in self._stores:
+            store.wait()
