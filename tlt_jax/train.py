@@ -115,26 +115,20 @@ class Trainer:
             with workdir.writing(directory / "tokenizer"):
                 parts.tokenizer.save(directory / "tokenizer")
         display.watch(self._seen)
-        checkpoints = run.checkpoint
-        drafter = closing.enter_context(
-            drafter_checkpoint.DrafterStore(
-                parts.adaptation,
-                directory,
-                checkpoints.drafter,
-                checkpoints.keep + 1,
-                group,
-                display,
+        stores = closing.enter_context(
+            drafter_checkpoint.opened(
+                parts.adaptation, directory, run.checkpoint, group, display
             )
         )
         self.state = closing.enter_context(
             state.RunState(
                 directory,
-                checkpoints,
+                run.checkpoint,
                 parts.model,
                 parts.updater,
                 {"collector": parts.collector, "sync": parts.sync}
                 | parts.speculation.tuners,
-                (drafter,),
+                stores,
                 config.digest(run),
             )
         )

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from tlt_jax import policy, speculation
+from tlt_jax import assembly, policy, speculation
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import learner as drafter_learner
@@ -37,8 +37,6 @@ from tlt_jax.specdec.training import objectives
 from tlt_jax.viz import drafter_plots
 from tlt_jax.workdir import checkpoint, metrics, progress
 from tlt_jax.workdir import directory as workdir
-
-SCRATCH = "scratch"
 
 
 def train(run: drafter_run.DrafterRun, directory: str | pathlib.Path) -> dict:
@@ -150,7 +148,7 @@ class _Trainer:
 
     def _target(self) -> policy.Policy:
         run, spec = self.run, self.run.model.spec
-        if spec == SCRATCH:
+        if spec == assembly.SCRATCH:
             spec = str(self.directory / "target")
             task = sections.Task(
                 name=run.texts.tasks[0],

@@ -9,6 +9,7 @@ import pytest
 
 from tlt_jax.rl.adaptation import adaptation
 from tlt_jax.runtime import channel, distributed, train_state
+from tlt_jax.settings import sections
 from tlt_jax.workdir import drafter_checkpoint
 
 ARRAYS = {
@@ -22,8 +23,10 @@ META = {"version": 7, "is_ready": True}
 class Adapted:
     """What is saved and restored of a drafter's training."""
 
-    def __init__(self, cfg="cfg"):
-        self.cfg, self.restored = cfg, None
+    trains = True
+
+    def __init__(self):
+        self.cfg, self.restored = "cfg", None
 
     def abstract_state(self):
         return "abstract"
@@ -31,15 +34,13 @@ class Adapted:
     def state(self):
         return train_state.Snapshot("state", ARRAYS, META)
 
+    for_others = adaptation.Adaptation.for_others
+
     def target(self):
         return "target"
 
     def restore(self, snapshot):
         self.restored = snapshot
-
-    # The real one's, of which nothing of the adaptation's own is used.
-    def for_others(self, snapshot):
-        return adaptation.Adaptation.for_others(self, snapshot)
 
 
 class Checkpointer:
@@ -53,8 +54,8 @@ class Checkpointer:
         self.waits = self.closed = 0
         Checkpointer.made.append(self)
 
-    def save(self, *arguments, **more):
-        self.saved.append((arguments, more))
+    def save(self, *arguments):
+        self.saved.append(arguments)
 
     def restore(self, abstract, at_most):
         self.asked.append((abstract, at_most))
@@ -78,12 +79,10 @@ def checkpointers(monkeypatch):
     return Checkpointer.made
 
 
-def open_store(group=None, notes=None, adapted=None):
+def open_store(group=None, notes=None):
     told = types.SimpleNamespace(note=(notes if notes is not None else []).append)
     group = group or distributed.alone()
-    return drafter_checkpoint.DrafterStore(
-        adapted or Adapted(), "there", "async", 4, group, told
-    )
+    return drafter_checkpoint.DrafterStore(Adapted(), "there", "async", 4, group, told)
 
 
 def found_of(step):
@@ -96,19 +95,25 @@ def test_everything_of_an_adaptation_is_saved(checkpointers):
         store.save(9)
         (checkpointer,) = checkpointers
         assert checkpointer.opened == ("there", "async", 4)
-        snapshot = train_state.Snapshot("state", ARRAYS, META)
-        assert checkpointer.saved == [((9, snapshot, "cfg", "target"), {})]
+        assert checkpointer.saved == [
+            (9, train_state.Snapshot("state", ARRAYS, META), "cfg", "target")
+        ]
         store.wait()
         assert (checkpointer.waits, checkpointer.closed) == (1, 0)
     assert checkpointer.closed == 1
 
 
-def test_nothing_is_opened_or_asked_where_there_is_no_drafter(checkpointers):
-    with open_store(adapted=adaptation.NoAdaptation()) as store:
-        store.restore(3)
+def test_it_is_opened_where_there_is_a_drafter(checkpointers):
+    cfg = sections.Checkpoint(keep=6, drafter="blocking")
+    group = distributed.alone()
+    nothing = adaptation.NoAdaptation()
+    with drafter_checkpoint.opened(nothing, "there", cfg, group, None) as stores:
+        assert stores == () and not checkpointers
+    with drafter_checkpoint.opened(Adapted(), "there", cfg, group, None) as (store,):
+        # One more than the run keeps: each of its own finds the drafter's.
+        assert checkpointers[0].opened == ("there", "blocking", 7)
         store.save(3)
-        store.wait()
-    assert not checkpointers
+    assert checkpointers[0].saved and checkpointers[0].closed == 1
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,7 @@ def test_alone_a_process_goes_on_with_all_it_kept(checkpointers, found, notes):
         assert restored is None
         return
     assert restored is Checkpointer.found[1]
+    assert restored.arrays == ARRAYS and restored.meta == META
 
 
 @pytest.mark.parametrize("found", [9, None])
@@ -158,8 +164,8 @@ def test_the_others_get_the_drafter_without_its_texts(checkpointers, found):
     if found is None:
         assert first is other is None
         return
-    assert first is Checkpointer.found[1]
-    weights, arrays = other.state["w"], other.arrays
-    assert type(weights) is np.ndarray and weights.tolist() == [0, 1, 2]
+    assert first is Checkpointer.found[1] and first.arrays == ARRAYS
+    state, arrays, meta = other.state, other.arrays, other.meta
+    assert type(state["w"]) is np.ndarray and state["w"].tolist() == [0, 1, 2]
     assert arrays.keys() == {"draft_ids"} and arrays["draft_ids"].tolist() == [0.5, 2.0]
-    assert other.meta == META
+    assert meta == META

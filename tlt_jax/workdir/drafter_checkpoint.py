@@ -12,6 +12,7 @@ import dataclasses
 import pathlib
 import time
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import jax
@@ -22,6 +23,7 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.runtime import distributed, train_state
 from tlt_jax.runtime import observer as observer_lib
+from tlt_jax.settings import sections
 from tlt_jax.specdec.training import unroll
 from tlt_jax.workdir import checkpoint
 
@@ -185,10 +187,12 @@ class Trained(Protocol):
     """A drafter that a run trains, as its checkpoints need it.
 
     Attributes:
-      cfg: the drafter; None: there is none, and nothing is written or read.
+      trains: false: there is none, and nothing of the rest.
+      cfg: the drafter.
     """
 
-    cfg: drafter.DrafterConfig | None
+    trains: bool
+    cfg: drafter.DrafterConfig
 
     def abstract_state(self) -> train_state.TrainState:
         """Describe what is trained."""
@@ -204,6 +208,23 @@ class Trained(Protocol):
 
     def for_others(self, snapshot: train_state.Snapshot) -> train_state.Snapshot:
         """Leave out what the first process alone keeps."""
+
+
+@contextlib.contextmanager
+def opened(
+    trained: Trained,
+    directory: pathlib.Path,
+    cfg: sections.Checkpoint,
+    group: distributed.Group,
+    observer: observer_lib.Observer,
+) -> Iterator[tuple["DrafterStore", ...]]:
+    """Open the store of a run's drafter; nothing where it has no learned one."""
+    if not trained.trains:
+        yield ()
+        return
+    keep = cfg.keep + 1
+    with DrafterStore(trained, directory, cfg.drafter, keep, group, observer) as store:
+        yield (store,)
 
 
 class DrafterStore:
@@ -231,7 +252,7 @@ class DrafterStore:
         """
         self._trained, self._group, self._observer = trained, group, observer
         self._checkpointer: DrafterCheckpointer | None = None
-        if group.is_first and trained.cfg is not None:
+        if group.is_first:
             self._checkpointer = DrafterCheckpointer(directory, mode, keep)
 
     def __enter__(self) -> "DrafterStore":
@@ -261,8 +282,6 @@ class DrafterStore:
         The others get the drafter from the first process, which keeps the texts.
         """
         trained, found = self._trained, None
-        if trained.cfg is None:
-            return
         if self._checkpointer is not None:
             there = self._checkpointer.restore(trained.abstract_state(), at_most=step)
             if there is None or there[0] < step:

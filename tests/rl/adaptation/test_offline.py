@@ -56,7 +56,9 @@ def engine():
             prefill_chunk=8,
             eos_ids=(engines.EOS,),
         ),
-        drafting_cfg=speculator.DraftingConfig(strategy.Table(()), CFG, capture=True),
+        speculator_cfg=speculator.SpeculatorConfig(
+            strategy.Arms(()), CFG, capture=True
+        ),
     )
     made.set_params(engines.PARAMS, version=0)
     yield made

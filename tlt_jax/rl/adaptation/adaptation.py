@@ -74,6 +74,38 @@ def _clip(most: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+class NoAdaptation:
+    """Stands where a run has no learned drafter; see `Adaptation`.
+
+    Attributes:
+      trains: false.
+    """
+
+    trains = False
+
+    def start(self) -> None:
+        """See `Adaptation`."""
+
+    def close(self) -> None:
+        """See `Adaptation`."""
+
+    def warm_up(self, *, wait: bool) -> None:
+        """See `Adaptation`."""
+
+    def begin_rollout(self) -> None:
+        """See `Adaptation`."""
+
+    def end_rollout(self, accept_length: float, watch: watch_lib.Watch) -> None:
+        """See `Adaptation`."""
+
+    def hand_over(self, watch: watch_lib.Watch) -> None:
+        """See `Adaptation`."""
+
+    def row(self) -> dict[str, Any]:
+        """Return nothing to be recorded."""
+        return {}
+
+
 class Adaptation:
     """The drafter of a run and everything that changes it.
 
@@ -386,37 +418,3 @@ class Adaptation:
         self._workers.offer_drafter(self.learner.weights(self._precision), self.version)
         for tuner in self._tuners:
             tuner.changed("drafter")
-
-
-class NoAdaptation:
-    """In place of `Adaptation` in a run without a learned drafter: nothing happens.
-
-    Attributes:
-      cfg: None, by which a run without a drafter is known.
-      trains: false: there are no programs to wait for.
-    """
-
-    cfg: drafter.DrafterConfig | None = None
-    trains = False
-
-    def start(self) -> None:
-        """Give nobody weights."""
-
-    def close(self) -> None:
-        """End nothing."""
-
-    def warm_up(self, *, wait: bool) -> None:
-        """Compile nothing."""
-
-    def begin_rollout(self) -> None:
-        """Drop no text."""
-
-    def end_rollout(self, accept_length: float, watch: watch_lib.Watch) -> None:
-        """Train nothing, whatever the rollout was like."""
-
-    def hand_over(self, watch: watch_lib.Watch) -> None:
-        """Exchange nothing: all processes are without a drafter."""
-
-    def row(self) -> dict[str, Any]:
-        """Return no values: records of such a run have no `drafter/` names."""
-        return {}

@@ -95,7 +95,7 @@ class OfflineTraining:
           The metrics of each, see `step.update`, on their way.
 
         Raises:
-          failures.TrainingError: steps are not finite any more.
+          failures.NotFiniteError: steps are not finite any more.
         """
         before = None
         missing = until - self.num_steps
