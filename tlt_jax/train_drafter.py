@@ -205,8 +205,8 @@ class _Trainer:
             return texts
         # Texts are written whole, whatever part of them rows will hold.
         written_for = dataclasses.replace(self.cfg, max_length=0)
-        capturing = speculator.DraftingConfig(
-            strategy.Table(()), written_for, capture=True
+        capturing = speculator.SpeculatorConfig(
+            strategy.Arms(()), written_for, capture=True
         )
         engine = target.engine(
             max_rows=run.texts.max_batch,

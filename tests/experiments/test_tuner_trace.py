@@ -47,7 +47,7 @@ def recorded(tmp_path_factory):
     drafter_io.save(
         workdir / "drafter", drafter.init(cfg, jax.random.key(0)), cfg, {"steps": 3}
     )
-    capturing = speculator.DraftingConfig(strategy.Table(()), cfg, capture=True)
+    capturing = speculator.SpeculatorConfig(strategy.Arms(()), cfg, capture=True)
     engine = policy.load(str(model)).engine(
         max_rows=2,
         max_length=16 + NEW_TOKENS,
