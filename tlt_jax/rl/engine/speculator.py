@@ -19,9 +19,9 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import scheduler
+from tlt_jax.runtime import external
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec.proposers import build as proposers
 from tlt_jax.specdec.proposers import learned, ngram, ngram_store
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
@@ -112,7 +112,7 @@ class SpeculatorConfig:
                 )
         for strategy in self.table.strategies():
             if strategy.is_external:
-                proposers.load(strategy.proposer)
+                external.load("proposer", strategy.proposer)
         drafting = [s for s in self.table.strategies() if s.drafts]
         if self.capture and self.drafter_cfg is None:
             raise ValueError("capture=True keeps features for no drafter: name one.")

@@ -1,8 +1,7 @@
 """From what a strategy says to the proposer that does it."""
 
-import importlib
-
 from tlt_jax.models.drafters import drafter
+from tlt_jax.runtime import external
 from tlt_jax.specdec import decode, protocols
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import both, learned, ngram
@@ -27,24 +26,8 @@ def build(
       ValueError: a class of one's own is not to be had.
     """
     if strategy.is_external:
-        return load(strategy.proposer)(strategy, settings)
+        return external.load("proposer", strategy.proposer)(strategy, settings)
     if not strategy.drafts:
         return ngram.NGram(strategy)
     drafted = learned.Learned(strategy, settings, drafter_cfg, ranking)
     return both.Both(drafted, ngram.NGram(strategy)) if strategy.matches else drafted
-
-
-def load(name: str) -> type[protocols.Proposer]:
-    """Import the class that `package.module:Name` names.
-
-    Raises:
-      ValueError: there is no such module or class.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"proposer={name!r} cannot be imported ({error}): write package.module:"
-            "Name of a class like protocols.Proposer that Python finds."
-        ) from error

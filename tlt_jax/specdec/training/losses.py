@@ -5,15 +5,12 @@ sum_v min(p_v, q_v) = 1 - TV(p, q) is the probability that one drafted sample is
 accepted by rejection sampling.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tlt_jax.runtime import external
 from tlt_jax.types import Array
-
-TokenLoss = Literal["soft_ce", "kl", "tv", "lk_hybrid"]
 
 # How soon the hybrid loss turns from KL to TV; the value its authors found best.
 _LK_RATE = 3.0
@@ -69,8 +66,10 @@ def lk_hybrid(
     return weight * kl(target_logits, draft_logits) + (1.0 - weight) * distance
 
 
-def token_loss(name: TokenLoss, target_logits: Array, draft_logits: Array) -> Array:
+def token_loss(name: str, target_logits: Array, draft_logits: Array) -> Array:
     """Compute the loss called `name`, `[..., V]` to `[...]`.
+
+    `package.module:name` is a function of one's own.
 
     Raises:
       ValueError: there is no such loss.
@@ -84,6 +83,8 @@ def token_loss(name: TokenLoss, target_logits: Array, draft_logits: Array) -> Ar
             return total_variation(target_logits, draft_logits)
         case "lk_hybrid":
             return lk_hybrid(target_logits, draft_logits)
+    if external.is_external(name):
+        return external.load("token_loss", name)(target_logits, draft_logits)
     raise ValueError(f"token_loss={name!r}: use soft_ce, kl, tv or lk_hybrid.")
 
 

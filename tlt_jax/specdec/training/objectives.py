@@ -45,7 +45,7 @@ class Objective:
 
     num_steps: int
     decay: float = 1.0
-    token_loss: drafter_losses.TokenLoss = "soft_ce"
+    token_loss: str = "soft_ce"
     token_weight: float = 1.0
     feature_weight: float = 0.0
     detach: bool = False
