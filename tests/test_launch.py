@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from tests import tiny_runs
 from tlt_jax import launch
-from tlt_jax.runtime import channel, distributed
+from tlt_jax.runtime import distributed
 from tlt_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -95,26 +94,6 @@ def test_processes_join_and_share_arrays(environment_of, initialize):
         assert told.startswith("the processes have different settings: start all")
 
 
-def test_without_a_launcher_a_process_is_alone(monkeypatch):
-    monkeypatch.delenv(distributed.COORDINATOR, raising=False)
-    distributed.initialize()
-    with distributed.join() as group:
-        assert group.is_first and group.num == 1
-        assert group.exchange("anything", 7) == [7]
-        assert group.first("anything", lambda: 8) == 8
-        group.check_same("anything", 9)
-        group.explain(RuntimeError())
-
-
-def test_processes_that_cannot_join_say_so(monkeypatch):
-    def fail(**_):
-        raise RuntimeError("nobody answers")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(channel.ProcessError, match="could not be joined .nobody answ"):
-        distributed.initialize(on_cluster=True)
-
-
 def test_cores_are_shared_without_overlap():
     assert launch.shares([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
     assert launch.shares([3, 5], 2) == [[3], [5]]
@@ -137,6 +116,96 @@ def test_bad_command_lines(arguments, told, capsys):
         launch.main(arguments)
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
+
+
+class Process:
+    """Ends with the status that a test wants; None: when it is told to."""
+
+    def __init__(self, arguments, code, stdout=None, **settings):
+        self.arguments, self.settings, self.code = arguments, settings, code
+        if stdout is not None:
+            stdout.write(b"".join(b"line %d\n" % i for i in range(20)))
+        self.env = settings["env"]
+
+    def poll(self):
+        return self.code
+
+    def terminate(self):
+        self.code = -signal.SIGTERM
+
+    def wait(self, timeout=None):
+        return self.code
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path, capsys):
+    """Launch processes that end so; return the status, them, and what is said."""
+
+    def launch_all(codes, *own):
+        left, made = list(codes), []
+
+        def popen(arguments, **settings):
+            made.append(Process(arguments, left.pop(0), **settings))
+            return made[-1]
+
+        monkeypatch.setattr(launch.subprocess, "Popen", popen)
+        monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(launch, "_GRACE_S", 0.0)
+        count = f"--processes={len(codes)}"
+        program = ["--", "--config=x.py", f"--workdir={tmp_path}"]
+        status = launch.main([count, *own, *program])
+        return status, made, capsys.readouterr().err
+
+    return launch_all
+
+
+def test_each_process_is_told_who_it_is(started, tmp_path):
+    own = ("--devices_per_process=2", "--module=some.program")
+    status, made, _ = started([0, 0, 0], *own)
+    assert status == 0 and len(made) == 3
+    (address,) = {process.env[distributed.COORDINATOR] for process in made}
+    assert address.startswith("127.0.0.1:")
+    names = (distributed.NUM_PROCESSES, distributed.PROCESS, distributed.DEVICES)
+    assert [tuple(process.env[n] for n in names) for process in made] == [
+        ("3", "0", "0,1"),
+        ("3", "1", "2,3"),
+        ("3", "2", "4,5"),
+    ]
+    program = ["--config=x.py", f"--workdir={tmp_path}"]
+    for process in made:
+        assert process.arguments == [sys.executable, "-m", "some.program", *program]
+    # The first has the terminal, the others a file each and no input.
+    stdin = [process.settings["stdin"] for process in made]
+    assert stdin == [None, subprocess.DEVNULL, subprocess.DEVNULL]
+    logs = sorted(path.name for path in (tmp_path / "processes").iterdir())
+    assert logs == ["1.log", "2.log"]
+
+
+@pytest.mark.parametrize(
+    "codes,status,told",
+    [
+        # Who was killed is the cause of what the first says.
+        ([1, 0, -9], 1, "process 2 of 3 ended with signal SIGKILL, and the run"),
+        ([None, 3, 4], 3, "process 1 of 3 ended with status 3, and the run"),
+        ([1, None, 1], 1, "process 0 of 3 ended with status 1, and the run"),
+        # It has said what its user can mend.
+        ([2, 2, 2], 2, ""),
+    ],
+)
+def test_who_failed_first_is_named_and_the_others_end(started, codes, status, told):
+    found, made, err = started(codes)
+    assert found == status and told in err
+    assert [process.code for process in made] == [
+        -signal.SIGTERM if code is None else code for code in codes
+    ]
+    if not told:
+        assert err == ""
+    elif "process 0" in told:
+        assert "The end of" not in err
+    else:
+        assert "1.log:\n" in err if "process 1" in told else "2.log:\n" in err
+        assert err.endswith("line 18\nline 19\n") and "line 8\n" in err
+        assert "line 7\n" not in err
 
 
 def test_another_program_can_be_started(tmp_path):

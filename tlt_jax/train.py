@@ -54,7 +54,14 @@ def train(run: config.RunConfig, directory: str | pathlib.Path) -> dict[str, Any
         display = closing.enter_context(progress.Progress(run.num_steps, mode=mode))
         try:
             trainer = closing.enter_context(Trainer(run, directory, display, group))
-            return trainer.run_to_end()
+            trainer.begin()
+            row = {"step": trainer.state.step}
+            while trainer.state.step < run.num_steps:
+                row = trainer.take_step()
+            trainer.finish()
+            return row
+        except failures.NotFiniteError as error:
+            raise trainer.with_remedy(error) from error
         except jax.errors.JaxRuntimeError as error:
             group.explain(error)
             raise
@@ -144,22 +151,6 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def run_to_end(self) -> dict[str, Any]:
-        """Take every step that is left; return the last record."""
-        run, state = self.run, self.state
-        self.begin()
-        row: dict[str, Any] = {"step": state.step}
-        if run.eval.every and state.step == 0:
-            self._write({"step": 0, **self._evaluate(self.watch())})
-        while state.step < run.num_steps:
-            row = self.take_step()
-        self._display.stage("writing")
-        if state.latest_step() != state.step:
-            state.save()
-        state.wait()
-        self._draw()
-        return row
-
     def begin(self) -> None:
         """Give the workers their weights, and compile what the steps need."""
         self._push_weights()
@@ -170,6 +161,16 @@ class Trainer:
             self.warm_up(wait=self.parts.adaptation.trains)
             # No rollout's time shall hold what another process compiles.
             self.group.exchange("ready", None)
+        if self.run.eval.every and self.state.step == 0:
+            self._write({"step": 0, **self._evaluate(self.watch())})
+
+    def finish(self) -> None:
+        """Save the last step, and draw it."""
+        self._display.stage("writing")
+        if self.state.latest_step() != self.state.step:
+            self.state.save()
+        self.state.wait()
+        self._draw()
 
     def warm_up(self, *, wait: bool = True) -> None:
         """Compile every program of the steps to come, in the background."""
@@ -195,7 +196,7 @@ class Trainer:
         self._note_failures(collected, watch)
         parts.workers.release_caches()
         if collected.useful is not None:
-            row |= self._update(collected, watch)
+            row |= parts.updater.update(collected.useful, watch)
             with watch.stage("sync"):
                 self._push_weights()
         self.state.step += 1
@@ -211,25 +212,19 @@ class Trainer:
             self._draw()
         return row
 
-    def _update(
-        self, collected: collector.Collected, watch: watch_lib.Watch
-    ) -> dict[str, Any]:
-        """Train on the groups of a step; return its record."""
-        try:
-            return self.parts.updater.update(collected.useful, watch)
-        except failures.TrainingError as error:
-            newest = self.state.latest_step()
-            raise failures.TrainingError(
-                f"{error} (step {self.state.step + 1}): lower optimizer.learning_rate "
-                "or check the rewards and the weights, and begin again in another "
-                "--workdir. "
-                + (
-                    "There is no checkpoint yet."
-                    if newest is None
-                    else f"The newest checkpoint is that of step {newest}; exported "
-                    "(tlt_jax.export) it is a model to begin from."
-                )
-            ) from error
+    def with_remedy(self, error: failures.NotFiniteError) -> failures.TrainingError:
+        """Say what may be done where updates are not finite any more."""
+        newest = self.state.latest_step()
+        return failures.TrainingError(
+            f"{error} (step {self.state.step + 1}): lower optimizer.learning_rate or "
+            "check the rewards and the weights, and begin again in another --workdir. "
+            + (
+                "There is no checkpoint yet."
+                if newest is None
+                else f"The newest checkpoint is that of step {newest}; exported "
+                "(tlt_jax.export) it is a model to begin from."
+            )
+        )
 
     def _evaluate(self, watch: watch_lib.Watch) -> dict[str, float]:
         """Judge completions of held-out prompts: `eval/avg@n` and `eval/pass@k`."""

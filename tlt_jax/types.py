@@ -12,6 +12,7 @@ Letters (inside array code a local carries its shape, `q_BTNH`; axes of fixed me
 | W | nodes verified, root included | D | model dimension |
 | A | longest accepted path + bonus | F | feed-forward dimension |
 | E | children per node while drafting | V | vocabulary |
+| M | queries of a kv head (M = G x T) | | |
 
 Features come first (`x_DBT`): activations are the columns that a weight `[out, in]`
 multiplies. On CPUs this is the faster form of small products and elsewhere the compiler

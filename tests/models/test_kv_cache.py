@@ -82,7 +82,8 @@ def test_writing_as_on_accelerators_gives_the_same_cache(page_size, width, dtype
         lengths = rng.integers(0, 3 * page_size - width + 1, B).astype(np.int32)
         counts = rng.integers(0, width + 1, B).astype(np.int32)
         sources = rng.integers(0, 7, (B, width)).astype(np.int32)
-        given = (cache, as_cache(columns), TABLE, lengths, counts, sources)
+        new = kv_cache._Write(as_cache(columns), TABLE, lengths, counts, sources)
+        given = (cache, new)
         wanted = straight(*given)
         for after in (on_tpu(*given), on_gpu(*given)):
             assert after.keys.dtype == dtype

@@ -189,7 +189,9 @@ def test_a_packed_branch_equals_its_own_row(params):
     assert checked == 8
 
 
-def test_invisible_tokens_have_no_gradient(params):
+def test_invisible_tokens_have_no_gradient(params, monkeypatch):
+    # Several blocks of queries in a row.
+    monkeypatch.setitem(attention.attend_fresh.__kwdefaults__, "block", 6)
     packed = packed_rows()
     rule = packing.visible(packed)
     used = packed.segment >= 0
@@ -199,7 +201,7 @@ def test_invisible_tokens_have_no_gradient(params):
     @jax.jacrev
     def jacobian(embed):
         given = params.replace(embed=embed)
-        out = transformer.forward(given, CFG, *of_packed(packed), attention_block=6)
+        out = transformer.forward(given, CFG, *of_packed(packed))
         return transformer.logits(given, out.hidden) @ direction
 
     slopes = np.abs(jacobian(params.embed)).max(-1)  # [B, T, V]

@@ -2,17 +2,12 @@
 
 import math
 import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from tlt_jax.viz import plots
 from tlt_jax.workdir import metrics
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def make_row(step: int, **more):
@@ -93,16 +88,3 @@ def test_smooth_is_the_mean_of_the_last_values():
     values = np.array([1.0, 3.0, 5.0, 7.0])
     np.testing.assert_allclose(plots.smooth(values, 2), [1, 2, 4, 6])
     np.testing.assert_allclose(plots.smooth(values, 9), [1, 2, 3, 4])
-
-
-def test_command(tmp_path):
-    write(tmp_path, [make_row(0)])
-    result = subprocess.run(
-        [sys.executable, "-m", "tlt_jax.plots", f"--workdir={tmp_path}"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "reward.png" in result.stdout

@@ -52,13 +52,13 @@ class Visibility:
         """Mask of queries `start:stop` over keys `0:stop`, `[B or 1, T', S'] bool`."""
         if self.ancestors is not None:
             return self.ancestors[:, start:stop, :stop]
-        causal = jnp.arange(stop)[None, :] <= jnp.arange(start, stop)[:, None]
+        causal_TS = jnp.arange(stop)[None, :] <= jnp.arange(start, stop)[:, None]
         if self.segment is None:
-            return causal[None]
-        key_segment = self.segment[:, None, :stop]
-        same = key_segment == self.segment[:, start:stop, None]
-        above = key_segment == self.prefix[:, start:stop, None]
-        return causal[None] & (same | above) & (key_segment >= 0)
+            return causal_TS[None]
+        keys_B1S = self.segment[:, None, :stop]
+        same_BTS = keys_B1S == self.segment[:, start:stop, None]
+        above_BTS = keys_B1S == self.prefix[:, start:stop, None]
+        return causal_TS[None] & (same_BTS | above_BTS) & (keys_B1S >= 0)
 
     def tile(self, row: Array, column: Array, size: int) -> Array:
         """Mask of `size` queries from `row` over as many keys from `column`.
@@ -71,13 +71,13 @@ class Visibility:
             shape = (self.ancestors.shape[0], size, size)
             return lax.dynamic_slice(self.ancestors, starts, shape)
         steps = jnp.arange(size)
-        causal = (column + steps)[None, :] <= (row + steps)[:, None]
+        causal_TS = (column + steps)[None, :] <= (row + steps)[:, None]
         if self.segment is None:
-            return causal[None]
-        key_segment = _cut(self.segment, column, size)[:, None, :]
-        same = key_segment == _cut(self.segment, row, size)[:, :, None]
-        above = key_segment == _cut(self.prefix, row, size)[:, :, None]
-        return causal[None] & (same | above) & (key_segment >= 0)
+            return causal_TS[None]
+        keys_B1S = _cut(self.segment, column, size)[:, None, :]
+        same_BTS = keys_B1S == _cut(self.segment, row, size)[:, :, None]
+        above_BTS = keys_B1S == _cut(self.prefix, row, size)[:, :, None]
+        return causal_TS[None] & (same_BTS | above_BTS) & (keys_B1S >= 0)
 
 
 @struct.dataclass
@@ -96,14 +96,28 @@ class Partial:
 
 
 def join(left: Partial, right: Partial) -> Partial:
-    """Add two parts over disjoint keys."""
-    maximum = jnp.maximum(left.maximum, right.maximum)
-    of_left = jnp.exp(left.maximum - maximum)
-    of_right = jnp.exp(right.maximum - maximum)
+    """Add two parts over disjoint keys.
+
+    Both were measured from maxima of their own; brought to the larger one they add. An
+    empty part weighs zero, whatever its maximum: its total and normaliser are.
+    """
+    maximum_BKM = jnp.maximum(left.maximum, right.maximum)
+    of_left_BKM = jnp.exp(left.maximum - maximum_BKM)
+    of_right_BKM = jnp.exp(right.maximum - maximum_BKM)
     return Partial(
-        total=left.total * of_left[..., None] + right.total * of_right[..., None],
-        maximum=maximum,
-        normaliser=left.normaliser * of_left + right.normaliser * of_right,
+        total=left.total * of_left_BKM[..., None]
+        + right.total * of_right_BKM[..., None],
+        maximum=maximum_BKM,
+        normaliser=left.normaliser * of_left_BKM + right.normaliser * of_right_BKM,
+    )
+
+
+def _nothing(*shape: int) -> Partial:
+    """Attention over no keys, its total in `shape`."""
+    return Partial(
+        total=jnp.zeros(shape, jnp.float32),
+        maximum=jnp.full(shape[:-1], HIDDEN, jnp.float32),
+        normaliser=jnp.zeros(shape[:-1], jnp.float32),
     )
 
 
@@ -117,7 +131,10 @@ def finish(partial: Partial) -> Array:
 def _part(scores: Array, visible: Array, values: Array, spec: str) -> Partial:
     """Reduce masked scores `[B, K, M, S]` against values by the einsum `spec`."""
     scores = jnp.where(visible, scores, HIDDEN)
+    # Any constant would do, for it cancels in `finish`: so it has no gradient.
     maximum = lax.stop_gradient(jnp.max(scores, axis=-1))
+    # Where nothing is visible the maximum is the hidden score itself, and exp(0) is 1:
+    # what is invisible must be masked once more.
     weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0.0)
     total = jnp.einsum(
         spec,
@@ -158,41 +175,39 @@ def attend_cached(
     page_size = cache.page_size
     batch, num_kv, num_queries, head_dim = query.shape
     prec = model_layers.precision(query.dtype)
+    # The longest row decides how far all walk; shorter ones see nothing further on.
     num_pages = (jnp.max(lengths) + page_size - 1) // page_size
 
     def body(state):
         j, partial = state
-        pages = lax.dynamic_index_in_dim(page_table, j, axis=1, keepdims=False)
+        # The j-th page of every row, whose S slots are its columns: no copy of the
+        # cache is made but this.
+        pages_B = lax.dynamic_index_in_dim(page_table, j, axis=1, keepdims=False)
         keys_BKHS, values_BKHS = (
-            cache.columns(x[layer, pages])[..., :head_dim, :]
+            cache.columns(x[layer, pages_B])[..., :head_dim, :]
             for x in (cache.keys, cache.values)
         )
-        scores = jnp.einsum(
+        scores_BKMS = jnp.einsum(
             "bkmh,bkhs->bkms",
             query,
             keys_BKHS.astype(query.dtype),
             precision=prec,
             preferred_element_type=jnp.float32,
         )
-        slots = j * page_size + jnp.arange(page_size)
-        visible = (slots[None, :] < lengths[:, None])[:, None, None, :]
+        # Every query of a row sees all that is filled, or what of it is near.
+        slots_S = j * page_size + jnp.arange(page_size)
+        visible_B1MS = (slots_S[None, :] < lengths[:, None])[:, None, None, :]
         if window is not None:
-            near = positions[:, :, None] - slots[None, None, :] < window
-            visible = visible & near[:, None]
+            near_BMS = positions[:, :, None] - slots_S[None, None, :] < window
+            visible_B1MS = visible_B1MS & near_BMS[:, None]
         # A slot that must not be seen may hold anything: NaN times 0 is not 0.
-        readable = slots[None, None, None, :] < lengths[:, None, None, None]
-        values_BKHS = jnp.where(readable, values_BKHS, 0).astype(query.dtype)
-        part = _part(scores * scale, visible, values_BKHS, "bkms,bkhs->bkmh")
+        readable_B11S = slots_S[None, None, None, :] < lengths[:, None, None, None]
+        values_BKHS = jnp.where(readable_B11S, values_BKHS, 0).astype(query.dtype)
+        part = _part(scores_BKMS * scale, visible_B1MS, values_BKHS, "bkms,bkhs->bkmh")
         return j + 1, join(partial, part)
 
-    empty = Partial(
-        total=jnp.zeros((batch, num_kv, num_queries, head_dim), jnp.float32),
-        maximum=jnp.full((batch, num_kv, num_queries), HIDDEN, jnp.float32),
-        normaliser=jnp.zeros((batch, num_kv, num_queries), jnp.float32),
-    )
-    _, partial = lax.while_loop(
-        lambda state: state[0] < num_pages, body, (jnp.int32(0), empty)
-    )
+    start = (jnp.int32(0), _nothing(batch, num_kv, num_queries, head_dim))
+    _, partial = lax.while_loop(lambda state: state[0] < num_pages, body, start)
     return partial
 
 
@@ -227,43 +242,30 @@ def attend_fresh(
       The part over M = G x T queries, G outermost.
     """
     num_tokens = query.shape[3]
-    prec = model_layers.precision(query.dtype)
     if num_tokens > _MAX_UNROLLED_BLOCKS * block:
         tiles = _Tiles(visibility, positions, window)
         size = _TILE_BLOCKS * block
         return merge_queries(_attend_tiles(query, keys, values, tiles, scale, size))
 
-    def one_block(query, keys, values, mask):
-        scores = jnp.einsum(
-            "bkgth,bkhs->bkgts",
-            query,
-            keys,
-            precision=prec,
-            preferred_element_type=jnp.float32,
-        )
-        visible = mask[:, None, None]
-        return _part(scores * scale, visible, values, "bkgts,bkhs->bkgth")
-
+    one_block = functools.partial(_part_of_queries, scale=scale)
+    # Scores of one block are as large as all of a short call's: those are kept.
     if num_tokens > block:
         one_block = jax.checkpoint(one_block)
     parts = []
     for start in range(0, num_tokens, block):
         stop = min(start + block, num_tokens)
-        mask = visibility.block(start, stop)
+        mask_BTS = visibility.block(start, stop)
         if window is not None:
-            distance = positions[:, start:stop, None] - positions[:, None, :stop]
-            mask = mask & (distance < window)
+            distance_BTS = positions[:, start:stop, None] - positions[:, None, :stop]
+            mask_BTS = mask_BTS & (distance_BTS < window)
+        query_BKGTH = query[:, :, :, start:stop]
         parts.append(
-            one_block(
-                query[:, :, :, start:stop], keys[..., :stop], values[..., :stop], mask
-            )
+            one_block(query_BKGTH, keys[..., :stop], values[..., :stop], mask_BTS)
         )
-    whole = (
-        parts[0]
-        if len(parts) == 1
-        else jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=3), *parts)
-    )
-    return merge_queries(whole)
+    # Blocks of queries side by side: a part over [B, K, G, T].
+    if len(parts) > 1:
+        parts = [jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *parts)]
+    return merge_queries(parts[0])
 
 
 def attend_masked(
@@ -280,16 +282,28 @@ def attend_masked(
     Returns:
       The part over M = G x T queries, G outermost.
     """
-    scores = jnp.einsum(
+    return merge_queries(_part_of_queries(query, keys, values, mask, scale))
+
+
+def _scores(query: Array, keys: Array) -> Array:
+    """Multiply queries `[B, K, G, T, H]` by keys `[B, K, H, S]`."""
+    return jnp.einsum(
         "bkgth,bkhs->bkgts",
         query,
         keys,
         precision=model_layers.precision(query.dtype),
         preferred_element_type=jnp.float32,
     )
-    visible = mask[:, None, None]
-    part = _part(scores * scale, visible, values, "bkgts,bkhs->bkgth")
-    return merge_queries(part)
+
+
+def _part_of_queries(query, keys, values, mask, scale) -> Partial:
+    """Attend with queries `[B, K, G, T, H]` over keys `[B, K, H, S]`.
+
+    Heads see alike: the mask is `[B or 1, T, S]`.
+    """
+    scores_BKGTS = _scores(query, keys)
+    visible_B11TS = mask[:, None, None]
+    return _part(scores_BKGTS * scale, visible_B11TS, values, "bkgts,bkhs->bkgth")
 
 
 def attend_same(query: Array, keys: Array, values: Array, *, scale: float) -> Partial:
@@ -303,12 +317,14 @@ def attend_same(query: Array, keys: Array, values: Array, *, scale: float) -> Pa
     Returns:
       The part over M = G x T queries, G outermost.
     """
-    keys_BKTH, values_BKTH = (x.swapaxes(2, 3)[:, :, None] for x in (keys, values))
-    products = query.astype(jnp.float32) * keys_BKTH.astype(jnp.float32)
-    scores = jnp.sum(products, axis=-1) * scale
-    total = jnp.broadcast_to(values_BKTH.astype(jnp.float32), query.shape)
+    # An axis for the group: all query heads of a kv head meet the same key.
+    keys_BK1TH, values_BK1TH = (x.swapaxes(2, 3)[:, :, None] for x in (keys, values))
+    products_BKGTH = query.astype(jnp.float32) * keys_BK1TH.astype(jnp.float32)
+    scores_BKGT = jnp.sum(products_BKGTH, axis=-1) * scale
+    total_BKGTH = jnp.broadcast_to(values_BK1TH.astype(jnp.float32), query.shape)
     # One key weighs exp(0), whatever its score.
-    return merge_queries(Partial(total, scores, jnp.ones_like(scores)))
+    one = jnp.ones_like(scores_BKGT)
+    return merge_queries(Partial(total_BKGTH, scores_BKGT, one))
 
 
 def merge_queries(partial: Partial) -> Partial:
@@ -332,12 +348,12 @@ class _Tiles:
 
     def mask(self, row: Array, column: Array, size: int) -> Array:
         """Mask of one tile, `[B or 1, size, size] bool`."""
-        mask = self.visibility.tile(row, column, size)
+        mask_BTS = self.visibility.tile(row, column, size)
         if self.window is None:
-            return mask
-        of_queries = _cut(self.positions, row, size)[:, :, None]
-        of_keys = _cut(self.positions, column, size)[:, None, :]
-        return mask & (of_queries - of_keys < self.window)
+            return mask_BTS
+        queries_BT1 = _cut(self.positions, row, size)[:, :, None]
+        keys_B1S = _cut(self.positions, column, size)[:, None, :]
+        return mask_BTS & (queries_BT1 - keys_B1S < self.window)
 
     def padded(self, spare: int) -> "_Tiles":
         """Add `spare` columns that nobody sees at the end."""
@@ -383,41 +399,32 @@ def _tiled(
 
     Reference: Dao et al., FlashAttention, 2022, algorithms 1 and 4.
     """
-    batch, num_kv, group, num_tokens, head_dim = query.shape
-    prec = model_layers.precision(query.dtype)
+    batch, num_kv, group, _, head_dim = query.shape
 
+    # A row of tiles: T = size queries, from the left to the diagonal. Within a tile
+    # there are as many keys, S = size.
     def one_row(row):
-        query_row = _cut(query, row, size, axis=3)
+        query_BKGTH = _cut(query, row, size, axis=3)
 
         def add(i, partial):
             column = i * size
-            scores = jnp.einsum(
-                "bkgth,bkhs->bkgts",
-                query_row,
-                _cut(keys, column, size),
-                precision=prec,
-                preferred_element_type=jnp.float32,
+            scores_BKGTS = _scores(query_BKGTH, _cut(keys, column, size))
+            visible_B11TS = tiles.mask(row, column, size)[:, None, None]
+            values_BKHS = _cut(values, column, size)
+            part = _part(
+                scores_BKGTS * scale, visible_B11TS, values_BKHS, "bkgts,bkhs->bkgth"
             )
-            visible = tiles.mask(row, column, size)[:, None, None]
-            values_here = _cut(values, column, size)
-            part = _part(scores * scale, visible, values_here, "bkgts,bkhs->bkgth")
             return join(partial, part)
 
-        shape = (batch, num_kv, group, size)
-        empty = Partial(
-            total=jnp.zeros((*shape, head_dim), jnp.float32),
-            maximum=jnp.full(shape, HIDDEN, jnp.float32),
-            normaliser=jnp.zeros(shape, jnp.float32),
-        )
-        return lax.fori_loop(0, row // size + 1, add, empty)
+        nothing = _nothing(batch, num_kv, group, size, head_dim)
+        return lax.fori_loop(0, row // size + 1, add, nothing)
 
-    rows = lax.map(one_row, jnp.arange(0, num_tokens, size))
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 3).reshape(
-            batch, num_kv, group, num_tokens, *x.shape[5:]
-        ),
-        rows,
-    )
+    # [rows of tiles, B, K, G, size, ...] back to [B, K, G, T, ...].
+    def unrolled(x):
+        return jnp.moveaxis(x, 0, 3).reshape(*query.shape[:4], *x.shape[5:])
+
+    rows = lax.map(one_row, jnp.arange(0, query.shape[3], size))
+    return jax.tree.map(unrolled, rows)
 
 
 def _tiled_forward(scale, size, query, keys, values, tiles):
@@ -426,6 +433,7 @@ def _tiled_forward(scale, size, query, keys, values, tiles):
 
 
 def _tiled_backward(scale, size, kept, slope):
+    """Walk the tiles again; a name with `d_` is the loss's slope by what it names."""
     query, keys, values, tiles, maximum = kept
     einsum = functools.partial(
         jnp.einsum,
@@ -434,41 +442,51 @@ def _tiled_backward(scale, size, kept, slope):
     )
     num_tokens = query.shape[3]
 
+    # A row of tiles finishes its queries' slope, and adds to those of all keys and
+    # values up to the diagonal: the first leaves the scan, the others are carried.
     def one_row(sums, row):
-        query_row = _cut(query, row, size, axis=3)
-        maximum_row = _cut(maximum, row, size)[..., None]
-        of_total = _cut(slope.total, row, size, axis=3).astype(values.dtype)
-        of_normaliser = _cut(slope.normaliser, row, size)[..., None]
+        query_BKGTH = _cut(query, row, size, axis=3)
+        maximum_BKGT1 = _cut(maximum, row, size)[..., None]
+        d_total_BKGTH = _cut(slope.total, row, size, axis=3).astype(values.dtype)
+        d_normaliser_BKGT1 = _cut(slope.normaliser, row, size)[..., None]
 
         def add(i, carry):
-            of_query, of_keys, of_values = carry
+            d_query_BKGTH, d_keys_BKHS, d_values_BKHS = carry
             column = i * size
-            keys_here = _cut(keys, column, size)
-            values_here = _cut(values, column, size)
-            visible = tiles.mask(row, column, size)[:, None, None]
-            scores = einsum("bkgth,bkhs->bkgts", query_row, keys_here) * scale
-            weights = jnp.where(visible, jnp.exp(scores - maximum_row), 0.0)
-            of_weights = einsum("bkgth,bkhs->bkgts", of_total, values_here)
-            of_scores = weights * (of_weights + of_normaliser) * scale
-            of_scores = of_scores.astype(query.dtype)
-            weights = weights.astype(values.dtype)
-            of_query += einsum("bkgts,bkhs->bkgth", of_scores, keys_here)
-            here = einsum("bkgts,bkgth->bkhs", of_scores, query_row)
-            of_keys = _add_at(of_keys, here, column)
-            here = einsum("bkgts,bkgth->bkhs", weights, of_total)
-            of_values = _add_at(of_values, here, column)
-            return of_query, of_keys, of_values
+            keys_BKHS = _cut(keys, column, size)
+            values_BKHS = _cut(values, column, size)
+            # The weights once more, as the forward had them.
+            visible_B11TS = tiles.mask(row, column, size)[:, None, None]
+            scores_BKGTS = _scores(query_BKGTH, keys_BKHS) * scale
+            weights_BKGTS = jnp.where(
+                visible_B11TS, jnp.exp(scores_BKGTS - maximum_BKGT1), 0.0
+            )
+            # A weight stands in the total and in the normaliser; exp is its own slope.
+            d_weights_BKGTS = _scores(d_total_BKGTH, values_BKHS)
+            d_scores_BKGTS = (
+                weights_BKGTS * (d_weights_BKGTS + d_normaliser_BKGT1) * scale
+            )
+            d_scores_BKGTS = d_scores_BKGTS.astype(query.dtype)
+            weights_BKGTS = weights_BKGTS.astype(values.dtype)
+            # Through both products, to each of their factors.
+            d_query_BKGTH += einsum("bkgts,bkhs->bkgth", d_scores_BKGTS, keys_BKHS)
+            here = einsum("bkgts,bkgth->bkhs", d_scores_BKGTS, query_BKGTH)
+            d_keys_BKHS = _add_at(d_keys_BKHS, here, column)
+            here = einsum("bkgts,bkgth->bkhs", weights_BKGTS, d_total_BKGTH)
+            d_values_BKHS = _add_at(d_values_BKHS, here, column)
+            return d_query_BKGTH, d_keys_BKHS, d_values_BKHS
 
-        start = (jnp.zeros(query_row.shape, jnp.float32), *sums)
-        of_query, *sums = lax.fori_loop(0, row // size + 1, add, start)
-        return tuple(sums), of_query.astype(query.dtype)
+        start = (jnp.zeros(query_BKGTH.shape, jnp.float32), *sums)
+        d_query_BKGTH, *sums = lax.fori_loop(0, row // size + 1, add, start)
+        return tuple(sums), d_query_BKGTH.astype(query.dtype)
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
-    (of_keys, of_values), of_query = lax.scan(
+    (d_keys, d_values), d_query = lax.scan(
         one_row, (zeros, zeros), jnp.arange(0, num_tokens, size)
     )
-    of_query = jnp.moveaxis(of_query, 0, 3).reshape(query.shape)
-    return of_query, of_keys.astype(keys.dtype), of_values.astype(values.dtype), None
+    d_query = jnp.moveaxis(d_query, 0, 3).reshape(query.shape)
+    # Who sees whom has no slope.
+    return d_query, d_keys.astype(keys.dtype), d_values.astype(values.dtype), None
 
 
 def _add_at(sums: Array, here: Array, column: Array) -> Array:

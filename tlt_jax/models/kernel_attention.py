@@ -71,7 +71,8 @@ def attend(
     )
     if log is None:
         log = jnp.zeros(out.shape[:-1], jnp.float32)
-    # What was normalised weighs as one key of that score.
+    # `Partial` wants sums. What was normalised weighs as one key of that score, and a
+    # query that saw nothing as none.
     weight = jnp.where(log > attention.HIDDEN, 1.0, 0.0)
     return attention.merge_queries(
         attention.Partial(out.astype(jnp.float32), log, weight)
@@ -80,10 +81,12 @@ def attend(
 
 def words_of(visibility: attention.Visibility) -> Array | None:
     """Return ancestors as words `[B, T, ceil(T / 32)] uint32`; None: all are causal."""
-    mask = visibility.ancestors
-    if visibility.words is not None or mask is None:
+    mask_BTS = visibility.ancestors
+    if visibility.words is not None or mask_BTS is None:
         return visibility.words
-    num_keys = mask.shape[-1]
-    padded = jnp.pad(mask, [(0, 0), (0, 0), (0, -num_keys % 32)])
-    bits = padded.reshape(*mask.shape[:2], -1, 32).astype(jnp.uint32)
+    # Keys in groups of 32, [B, T, words, 32], the last one filled up with unseen ones.
+    num_keys = mask_BTS.shape[-1]
+    padded = jnp.pad(mask_BTS, [(0, 0), (0, 0), (0, -num_keys % 32)])
+    bits = padded.reshape(*mask_BTS.shape[:2], -1, 32).astype(jnp.uint32)
+    # Each bit stands alone in its place, so that their sum is the word.
     return jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)

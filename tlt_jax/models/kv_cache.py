@@ -130,114 +130,120 @@ def append(
     # Columns of packed pages are no columns in memory.
     columns = cache.packing == 1
     return lax.platform_dependent(
-        *(cache, fresh, page_table, lengths, counts, sources),
+        *(cache, _Write(fresh, page_table, lengths, counts, sources)),
         tpu=_append_through_pages,
         cuda=_append_by_scatter if columns else _append_through_pages,
         default=_append_columns if columns else _append_through_pages,
     )
 
 
-def _append_columns(
-    cache: PagedCache,
-    fresh: PagedCache,
-    page_table: Array,
-    lengths: Array,
-    counts: Array,
-    sources: Array,
-) -> PagedCache:
+@struct.dataclass
+class _Write:
+    """Columns and where they belong.
+
+    Attributes:
+      fresh: in the order of the pages' axes, `[L, K, H, B, T]` each.
+      page_table, lengths, counts, sources: see `append`.
+    """
+
+    fresh: PagedCache
+    page_table: Array
+    lengths: Array
+    counts: Array
+    sources: Array
+
+
+def _append_columns(cache: PagedCache, new: _Write) -> PagedCache:
     """Write every column where it belongs."""
     page_size = cache.page_size
-    num_rows, width = sources.shape
+    num_rows, width = new.sources.shape
 
+    # One column of one row after the other, in place: [B x A] steps.
     def write(i, cache):
         row, t = i // width, i % width
-        position = lengths[row] + t
+        position = new.lengths[row] + t
+        # The loop has as many steps for every row: what is not wanted goes where it
+        # hurts nobody.
         page = jnp.where(
-            t < counts[row], page_table[row, position // page_size], SCRATCH_PAGE
+            t < new.counts[row],
+            new.page_table[row, position // page_size],
+            SCRATCH_PAGE,
         )
         slot = position % page_size
-        return _write_columns(cache, fresh, row, sources[row, t], page, slot)
+        return _write_columns(cache, new.fresh, row, new.sources[row, t], page, slot)
 
     return lax.fori_loop(0, num_rows * width, write, cache)
 
 
-def _append_by_scatter(
-    cache: PagedCache,
-    fresh: PagedCache,
-    page_table: Array,
-    lengths: Array,
-    counts: Array,
-    sources: Array,
-) -> PagedCache:
+def _append_by_scatter(cache: PagedCache, new: _Write) -> PagedCache:
     """Write all columns of all rows at once, one kernel for each array of pages.
 
     A loop over columns starts a kernel for each: at batch 32 that costs a GPU a tenth
     of a 7B model's step. The compiler for CPUs makes this a loop over single numbers.
     """
     page_size = cache.page_size
-    column = jnp.arange(sources.shape[1])
-    position = lengths[:, None] + column
-    index = jnp.minimum(position // page_size, page_table.shape[1] - 1)
-    page = jnp.take_along_axis(page_table, index, axis=1)
+    # Where each of the A columns of a row belongs: its page's place in the table, which
+    # for columns that are not wanted may lie behind its end.
+    column_A = jnp.arange(new.sources.shape[1])
+    position_BA = new.lengths[:, None] + column_A
+    index_BA = jnp.minimum(position_BA // page_size, new.page_table.shape[1] - 1)
+    page_BA = jnp.take_along_axis(new.page_table, index_BA, axis=1)
     # What is not wanted goes to pages that are not there, each to its own: so that no
     # two writes meet, and the compiler needs no atomic ones.
-    absent = cache.num_pages + jnp.arange(sources.size).reshape(sources.shape)
-    page = jnp.where(column < counts[:, None], page, absent).ravel()
-    slot = (position % page_size).ravel()
-    row = jnp.repeat(jnp.arange(sources.shape[0]), sources.shape[1])
+    absent = cache.num_pages + jnp.arange(new.sources.size).reshape(new.sources.shape)
+    page = jnp.where(column_A < new.counts[:, None], page_BA, absent).ravel()
+    slot = (position_BA % page_size).ravel()
+    row = jnp.repeat(jnp.arange(new.sources.shape[0]), new.sources.shape[1])
 
+    # [B x A, L, K, H]: with the written axis first, as the indexed update has it.
     def put(pages, fresh):
-        block = jnp.moveaxis(fresh[:, :, :, row, sources.ravel()], 3, 0)
+        block = jnp.moveaxis(fresh[:, :, :, row, new.sources.ravel()], 3, 0)
         return pages.at[:, page, :, :, slot].set(
             block.astype(pages.dtype), mode="drop", unique_indices=True
         )
 
-    return jax.tree.map(put, cache, fresh)
+    return jax.tree.map(put, cache, new.fresh)
 
 
-def _append_through_pages(
-    cache: PagedCache,
-    fresh: PagedCache,
-    page_table: Array,
-    lengths: Array,
-    counts: Array,
-    sources: Array,
-) -> PagedCache:
+def _append_through_pages(cache: PagedCache, new: _Write) -> PagedCache:
     """Read the pages that a row's columns belong to, and write them back whole.
 
     For a write narrower than a tile of 128 slots the compiler for TPUs gives all pages
     a layout of their own, and copies the whole cache into it and back at every step.
     """
     page_size = cache.page_size
-    num_rows, width = sources.shape
+    num_rows, width = new.sources.shape
+    # Pages that `width` columns touch at most, wherever they begin.
     per_row = 1 + (width - 1 + page_size - 1) // page_size
 
     def write(i, cache):
         row, j = i // per_row, i % per_row
-        first = lengths[row] // page_size + j
-        # Which of the columns stands in each slot.
-        column = first * page_size + jnp.arange(page_size) - lengths[row]
-        wanted = (column >= 0) & (column < counts[row])
+        first = new.lengths[row] // page_size + j
+        # Which of the columns stands in each slot of the page, and whether any does.
+        column = first * page_size + jnp.arange(page_size) - new.lengths[row]
+        wanted = (column >= 0) & (column < new.counts[row])
         page = jnp.where(
             jnp.any(wanted),
-            page_table[row, jnp.minimum(first, page_table.shape[1] - 1)],
+            new.page_table[row, jnp.minimum(first, new.page_table.shape[1] - 1)],
             SCRATCH_PAGE,
         )
 
+        # The page in all layers, [L, 1, K, H, page_size]; column after column takes the
+        # place of what stood in its slot.
         def put(pages, fresh):
             sizes = (*pages.shape[:1], 1, *pages.shape[2:])
-            new = cache.columns(lax.dynamic_slice(pages, (0, page, 0, 0, 0), sizes))
+            whole = cache.columns(lax.dynamic_slice(pages, (0, page, 0, 0, 0), sizes))
             for t in range(width):
-                from_column = (0, 0, 0, row, sources[row, t])
+                from_column = (0, 0, 0, row, new.sources[row, t])
                 block = lax.dynamic_slice(fresh, from_column, (*fresh.shape[:3], 1, 1))
-                block = _padded(block[:, None, :, :, 0], new.shape[3])
+                block = _padded(block[:, None, :, :, 0], whole.shape[3])
                 block = block.astype(pages.dtype)
-                new = jnp.where(wanted & (column == t), block, new)
-            new = page_layout.pack(new, cache.packing)
-            pages = lax.dynamic_update_slice(pages, new, (0, page, 0, 0, 0))
+                whole = jnp.where(wanted & (column == t), block, whole)
+            whole = page_layout.pack(whole, cache.packing)
+            pages = lax.dynamic_update_slice(pages, whole, (0, page, 0, 0, 0))
             return _as_it_lies(pages)
 
-        return jax.tree.map(put, cache, fresh)
+        return jax.tree.map(put, cache, new.fresh)
 
     return lax.fori_loop(0, num_rows * per_row, write, cache)
 
@@ -254,23 +260,18 @@ def append_pages(
 ) -> PagedCache:
     """Write fresh columns page by page, where rows start at page boundaries.
 
-    Slots behind `counts` in the last page written hold what the fresh columns hold
-    there: they are beyond the row's length.
+    See `append` for the arguments, with lengths and T in multiples of the page size.
+    Pages without a column among the first `counts` are dropped. Slots behind `counts`
+    in the last page written hold what the fresh columns hold there: they are beyond the
+    row's length.
 
-    Args:
-      cache: the cache; donate it, the write is in place.
-      keys, values: `[L, K, H, B, T]` with T a multiple of the page size.
-      page_table: `[B, max_pages] int32`.
-      lengths: `[B] int32`, multiples of the page size.
-      counts: `[B] int32`; pages without a column among the first `counts` are dropped.
-      features: `[n x D, B, T]`, of the same columns; None where the cache has none.
-
-    Returns:
-      The cache with the pages written.
+    Raises:
+      ValueError: T is no multiple of the page size.
     """
     fresh = _fresh(cache, keys, values, features)
     page_size = cache.page_size
     num_rows, width = fresh.keys.shape[3:]
+    # With that no write begins or ends within a page.
     if width % page_size:
         raise ValueError(
             f"append_pages got {width} columns a row, not a multiple of page_size="
@@ -324,20 +325,22 @@ def read_features(
     Returns:
       `[n x D, B, T]`; of positions beyond a row's length anything.
     """
+    # Positions of a row may reach behind the table's end, where nothing is wanted.
     last = page_table.shape[1] - 1
     if cache.packing == 1:
-        positions = start[:, None] + jnp.arange(count)
-        index = jnp.minimum(positions // cache.page_size, last)
-        pages = jnp.take_along_axis(page_table, index, axis=1)
-        columns = cache.features[0, pages, 0, :, positions % cache.page_size]
-        return jnp.moveaxis(columns, -1, 0)
-    # Columns are scattered: whole pages, and what is wanted of them.
+        positions_BT = start[:, None] + jnp.arange(count)
+        index_BT = jnp.minimum(positions_BT // cache.page_size, last)
+        pages_BT = jnp.take_along_axis(page_table, index_BT, axis=1)
+        columns = cache.features[0, pages_BT, 0, :, positions_BT % cache.page_size]
+        return jnp.moveaxis(columns, -1, 0)  # from [B, T, n x D]
+    # Columns are scattered: whole pages, [B, pages, n x D, page_size], are read ...
     num_pages = (count - 1) // cache.page_size + 2
     index = start[:, None] // cache.page_size + jnp.arange(num_pages)
     pages = jnp.take_along_axis(page_table, jnp.minimum(index, last), axis=1)
     columns = jax.vmap(read_feature_pages, in_axes=(None, 0))(cache, pages)
+    # ... brought together, [B, n x D, slots], and cut to what is wanted of them.
     columns = jnp.moveaxis(columns, 2, 1)
-    columns = columns.reshape(*columns.shape[:2], -1)  # [B, n x D, slots]
+    columns = columns.reshape(*columns.shape[:2], -1)
     cut = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, count, axis=1))
     return jnp.moveaxis(cut(columns, start % cache.page_size), 0, 1)
 
@@ -382,6 +385,7 @@ def _fresh(cache, keys: Fresh, values: Fresh, features: Array | None) -> PagedCa
 def _write_columns(cache, fresh, row, t, page, slot, width=1) -> PagedCache:
     """Write neighbouring columns into a page; whole pages where they are packed."""
 
+    # [L, K, H, 1, width] becomes [L, 1, K, H, width], packed as the pages are.
     def put(pages, fresh):
         num_layers, num_heads, head_dim = fresh.shape[:3]
         columns = lax.dynamic_slice(

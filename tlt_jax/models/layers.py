@@ -63,6 +63,8 @@ def _product_forward(weight, x):
 def _product_backward(saved, grad):
     weight, x = saved
     prec = precision(x.dtype)
+    # weight [*out, in], x [in, B, T], grad [*out, B, T]: sum over all that the other
+    # factor's gradient has not.
     out = tuple(range(weight.ndim - 1))
     columns = tuple(range(weight.ndim - 1, grad.ndim))
     grad_x = jnp.tensordot(weight, grad, axes=(out, out), precision=prec)
@@ -91,6 +93,7 @@ def rms_norm(x: Array, scale: Array, eps: float, axis: int = 0) -> Array:
     """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=axis, keepdims=True)
+    # One number for each feature, whichever axis they stand on.
     shape = [1] * x.ndim
     shape[axis] = -1
     normed = x32 * lax.rsqrt(mean_square + eps)
@@ -128,6 +131,8 @@ def rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def _llama3(freqs: np.ndarray, scaling: model_config.RopeScaling) -> np.ndarray:
+    # What turns often within the context of pre-training stays as it is; what never
+    # comes round is stretched, and between them a mean of both is taken.
     turns = scaling.original_max_positions * freqs / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -141,12 +146,13 @@ def _yarn(
         wavelength_ratio = scaling.original_max_positions / (rotations * 2 * math.pi)
         return dim * math.log(wavelength_ratio) / (2 * math.log(theta))
 
+    # As for llama3, but the ramp is straight in the dimension's index.
     low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
-        high += 0.001
+        high += 0.001  # a step, and no division by zero
     ramp = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
     factor = scaling.attention_factor
     if factor is None:
@@ -165,6 +171,7 @@ def rope_tables(cfg: model_config.ModelConfig, positions: Array) -> tuple[Array,
       cos and sin, `[H / 2, B, T] float32`.
     """
     freqs, factor = rope_frequencies(cfg)
+    # [H / 2, B, T]: features first, as the activations that they turn.
     angles = jnp.asarray(freqs)[:, None, None] * positions.astype(jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
@@ -204,13 +211,14 @@ def mlp(
       `[D, B, T]`.
     """
     dtype = x.dtype
-    hidden = product(layer.gate_up.astype(dtype), x, kernels)
+    # Both projections in one product: [2, F, B, T], gate first.
+    hidden_2FBT = product(layer.gate_up.astype(dtype), x, kernels)
     if layer.gate_up_bias is not None:
-        hidden = hidden + layer.gate_up_bias.astype(dtype)[..., None, None]
+        hidden_2FBT = hidden_2FBT + layer.gate_up_bias.astype(dtype)[..., None, None]
     # A split, not two slices: its gradient is one concatenation.
-    gate, up = jnp.split(hidden, 2)
-    gated = jax.nn.silu(gate[0]) * up[0]
-    y = product(layer.down.astype(dtype), gated, kernels)
+    gate, up = jnp.split(hidden_2FBT, 2)
+    gated_FBT = jax.nn.silu(gate[0]) * up[0]
+    y_DBT = product(layer.down.astype(dtype), gated_FBT, kernels)
     if layer.down_bias is not None:
-        y = y + layer.down_bias.astype(dtype)[:, None, None]
-    return y
+        y_DBT = y_DBT + layer.down_bias.astype(dtype)[:, None, None]
+    return y_DBT

@@ -65,14 +65,26 @@ def attend(
       Heads `[K, G, H, B, T]`; keys and values `[K, H, B, T]`.
     """
     _, _, head_dim, batch, num_tokens = qkv.shape
-    mask = visibility.block(0, num_tokens)
-    mask = jnp.broadcast_to(mask, (batch, num_tokens, num_tokens))
+    # The kernel reads a mask of each row: [B, T, T], a causal one as well.
+    mask_BTS = visibility.block(0, num_tokens)
+    mask_BTS = jnp.broadcast_to(mask_BTS, (batch, num_tokens, num_tokens))
     keys = values = None
     if past is not None:
-        keys, values, seen = past
-        mask = jnp.concatenate([seen, mask], axis=2)
+        keys, values, seen_BTS = past
+        # Earlier keys stand before the fresh ones, [B, T, S + T].
+        mask_BTS = jnp.concatenate([seen_BTS, mask_BTS], axis=2)
     return cpu_attention.attend(
-        *(qkv, cos, sin, cache.keys, cache.values, page_table, lengths, mask, layer),
+        *(
+            qkv,
+            cos,
+            sin,
+            cache.keys,
+            cache.values,
+            page_table,
+            lengths,
+            mask_BTS,
+            layer,
+        ),
         scale=head_dim**-0.5,
         past_keys=keys,
         past_values=values,

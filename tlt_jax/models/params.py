@@ -100,9 +100,11 @@ def describe(cfg: model_config.ModelConfig) -> Params:
     d, f, h, v = cfg.d_model, cfg.d_ff, cfg.head_dim, cfg.vocab_size
     k, g = cfg.num_kv_heads, cfg.heads_per_kv
 
+    # Stacked over L, so that one program walks them all.
     def layer(shape, axes, init, fan_in=1):
         return Weight((cfg.num_layers, *shape), ("layer", *axes), init, fan_in)
 
+    # The kv heads' axis is the one that devices split: G + 2 and H stay whole.
     heads = (k, g + 2, h)
     head_axes = ("kv_heads", None, None)
     layers = LayerParams(
@@ -137,6 +139,7 @@ def draw(described: _Tree, key: jax.Array, dtype=jnp.float32) -> _Tree:
     """Draw a tree of random leaves from one of `Weight`s."""
     leaves, treedef = jax.tree.flatten(described)
 
+    # By its place alone: a leaf added behind leaves the others' draws as they are.
     def one(i: int, weight: Weight) -> jax.Array:
         if weight.init == "ones":
             return jnp.ones(weight.shape, dtype)

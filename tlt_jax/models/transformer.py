@@ -79,7 +79,6 @@ def forward(
     features: tuple[int, ...] = (),
     with_cache_columns: bool = True,
     remat: str = "none",
-    attention_block: int = 256,
     constrain: Callable[[Array], Array] = lambda x: x,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Output:
@@ -97,7 +96,6 @@ def forward(
       with_cache_columns: return the new keys and values.
       remat: `none`, `full` (a layer's activations are computed again in the backward
         pass) or `dots` (products are kept, the rest computed again).
-      attention_block: queries per block over the fresh part.
       constrain: applied to `[D, B, T]` activations between layers (their sharding).
       kernels: what computes products and attention; the portable ones have
         derivatives.
@@ -120,10 +118,14 @@ def forward(
         visibility = attention.Visibility()
     if view is not None and kernels.checked:
         view = checked_view(view, positions, visibility)
+    # Angles are the same in all layers: cos and sin [H / 2, B, T], once.
     rope = layers.rope_tables(cfg, positions)
+    # Rows of the table [B, T, D], turned so that features come first.
     x_DBT = jnp.moveaxis(params.embed[tokens].astype(dtype), -1, 0)
     x_DBT = constrain(x_DBT)
 
+    # One layer for both ways to walk them: its index is an int where they are unrolled,
+    # and traced where they are scanned over.
     def one_layer(layer, x_DBT, index, window):
         def attend(query, keys, values):
             return attend_parts(
@@ -135,10 +137,10 @@ def forward(
                 view,
                 index,
                 window=window,
-                block=attention_block,
                 kernel=kernels.attention,
             )
 
+        # The native kernel rotates and attends in one, where shapes allow it.
         cache = None if view is None else view.cache
         native = None
         if native_attention.takes(
@@ -156,6 +158,7 @@ def forward(
             layer, x_DBT, cfg, rope, attend, kernels, attend_columns=native
         )
         x_DBT = constrain(x_DBT)
+        # [K, H, B, T] each: read once more by whoever appends them, and never here.
         return x_DBT, (keys, values) if with_cache_columns else (None, None)
 
     if remat == "full":
@@ -254,22 +257,26 @@ def head_logits(
 
 
 def _unrolled(params, cfg, one_layer, x_DBT, features):
-    columns, outputs = [], {}
+    columns, outputs = [], []
     for index, layer in enumerate(params.layers):
         x_DBT, fresh = one_layer(layer, x_DBT, index, cfg.window(index))
         columns.append(fresh)
-        outputs[index] = x_DBT
+        outputs.append(x_DBT)
     keys, values = zip(*columns, strict=True)
     return x_DBT, (keys, values), tuple(outputs[i] for i in features)
 
 
 def _scanned(params, cfg, one_layer, x_DBT, features):
+    # A scan's layers are one program: a window is then a number for each of them, and
+    # those without one get one that nothing exceeds.
     windows = None
     if any(cfg.windowed_layers):
         widths = [cfg.window(i) for i in range(cfg.num_layers)]
         windows = jnp.array(
             [jnp.iinfo(jnp.int32).max if w is None else w for w in widths], jnp.int32
         )
+    # Carried are the outputs asked for, [n, D, B, T]: a scan that returned every one
+    # would hold L. Which layer runs is traced, so each slot is written or kept.
     kept = jnp.zeros((len(features), *x_DBT.shape), x_DBT.dtype)
 
     def body(carry, scanned):
@@ -317,12 +324,13 @@ def decoder_layer(
     normed = attention_input
     if normed is None:
         normed = layers.rms_norm(x_DBT, layer.attn_norm, cfg.rms_norm_eps)
-    attended, keys, values = _self_attention(
+    attended_DBT, keys, values = _self_attention(
         layer, normed, cfg, rope, attend, kernels, attend_columns
     )
-    x_DBT = x_DBT + attended
-    normed = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)
-    return x_DBT + layers.mlp(layer, normed, kernels), keys, values
+    # Both blocks add to what came in, and read it normed.
+    x_DBT = x_DBT + attended_DBT
+    normed_DBT = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)
+    return x_DBT + layers.mlp(layer, normed_DBT, kernels), keys, values
 
 
 def attend_parts(
@@ -335,7 +343,6 @@ def attend_parts(
     index: Array | int,
     *,
     window: Array | int | None = None,
-    block: int = 256,
     kernel: verify_attention.Implementation | None = None,
     with_log_normaliser: bool = False,
 ) -> attention.Partial:
@@ -349,7 +356,6 @@ def attend_parts(
       view: the cached past or None.
       index: the layer in the cache.
       window: see only keys at distance below this, or None.
-      block: queries per block over the fresh part.
       kernel: what computes where there is a cached past; None: the portable walk.
       with_log_normaliser: the part will be joined with attention over more keys.
 
@@ -358,6 +364,8 @@ def attend_parts(
     """
     batch, num_kv, group, num_tokens, head_dim = query.shape
     options = dict(scale=head_dim**-0.5, window=window)
+    # An accelerator's kernel joins both parts itself. Without a past there are no
+    # pages, and nothing that it would save.
     if view is not None and kernel is not None:
         return kernel_attention.attend(
             query,
@@ -374,12 +382,14 @@ def attend_parts(
             **options,
         )
     partial = attention.attend_fresh(
-        query, keys, values, visibility, positions=positions, block=block, **options
+        query, keys, values, visibility, positions=positions, **options
     )
     if view is None:
         return partial
+    # All queries of a kv head read its pages together: M = G x T of them.
+    query_BKMH = query.reshape(batch, num_kv, group * num_tokens, head_dim)
     cached = attention.attend_cached(
-        query.reshape(batch, num_kv, group * num_tokens, head_dim),
+        query_BKMH,
         view.cache,
         index,
         view.page_table,
@@ -395,37 +405,47 @@ def _self_attention(layer, x_DBT, cfg, rope, attend, kernels, attend_columns):
     dtype = x_DBT.dtype
     group = cfg.heads_per_kv
     _, batch, num_tokens = x_DBT.shape
-    qkv = layers.product(layer.qkv.astype(dtype), x_DBT, kernels)
+    # All projections in one product, [K, C, H, B, T] with C = G + 2: a kv head's
+    # queries, its key and its value, so that devices that split K have whole families.
+    qkv_KCHBT = layers.product(layer.qkv.astype(dtype), x_DBT, kernels)
     if layer.qkv_bias is not None:
-        qkv = qkv + layer.qkv_bias.astype(dtype)[..., None, None]
-    query, key, value = jnp.split(qkv, [group, group + 1], axis=1)
+        qkv_KCHBT = qkv_KCHBT + layer.qkv_bias.astype(dtype)[..., None, None]
+    query_KGHBT, key_K1HBT, value_K1HBT = jnp.split(
+        qkv_KCHBT, [group, group + 1], axis=1
+    )
     if layer.q_norm is not None:
-        query = layers.rms_norm(query, layer.q_norm, cfg.rms_norm_eps, axis=2)
-        key = layers.rms_norm(key, layer.k_norm, cfg.rms_norm_eps, axis=2)
-        qkv = jnp.concatenate([query, key, value], axis=1)
+        eps = cfg.rms_norm_eps
+        query_KGHBT = layers.rms_norm(query_KGHBT, layer.q_norm, eps, axis=2)
+        key_K1HBT = layers.rms_norm(key_K1HBT, layer.k_norm, eps, axis=2)
+        qkv_KCHBT = jnp.concatenate([query_KGHBT, key_K1HBT, value_K1HBT], axis=1)
     if attend_columns is not None:
-        heads_KGHBT, key, value = attend_columns(qkv, *rope)
+        heads_KGHBT, key_KHBT, value_KHBT = attend_columns(qkv_KCHBT, *rope)
     else:
-        heads_KGHBT, key, value = _rotate_and_attend(query, key, value, rope, attend)
+        heads_KGHBT, key_KHBT, value_KHBT = _rotate_and_attend(
+            query_KGHBT, key_K1HBT, value_K1HBT, rope, attend
+        )
     # As a plain product: with the heads' axes kept the compiler reorders the weight.
-    attended = layers.product(
+    attended_DBT = layers.product(
         layer.out.astype(dtype).reshape(layer.out.shape[0], -1),
         heads_KGHBT.reshape(-1, batch, num_tokens),
         kernels,
     )
     if layer.out_bias is not None:
-        attended = attended + layer.out_bias.astype(dtype)[:, None, None]
-    return attended, key, value
+        attended_DBT = attended_DBT + layer.out_bias.astype(dtype)[:, None, None]
+    return attended_DBT, key_KHBT, value_KHBT
 
 
-def _rotate_and_attend(query, key, value, rope, attend):
+def _rotate_and_attend(query_KGHBT, key_K1HBT, value_K1HBT, rope, attend):
     """Attend by `attend`, which has tokens before elements; see `decoder_layer`."""
-    num_kv, group, head_dim, batch, num_tokens = query.shape
-    key, value = key[:, 0], value[:, 0]
-    query, key = layers.rotate(query, *rope), layers.rotate(key, *rope)
-    query_BKGTH = query.transpose(3, 0, 1, 4, 2)
-    key_BKHT, value_BKHT = key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3)
+    num_kv, group, head_dim, batch, num_tokens = query_KGHBT.shape
+    key_KHBT, value_KHBT = key_K1HBT[:, 0], value_K1HBT[:, 0]
+    query_KGHBT = layers.rotate(query_KGHBT, *rope)
+    key_KHBT = layers.rotate(key_KHBT, *rope)
+    query_BKGTH = query_KGHBT.transpose(3, 0, 1, 4, 2)
+    key_BKHT, value_BKHT = (x.transpose(2, 0, 1, 3) for x in (key_KHBT, value_KHBT))
     partial = attend(query_BKGTH, key_BKHT, value_BKHT)
-    heads = attention.finish(partial).astype(query.dtype)
-    heads_BKGTH = heads.reshape(batch, num_kv, group, num_tokens, head_dim)
-    return heads_BKGTH.transpose(1, 2, 4, 0, 3), key, value
+    # What was joined in float32 goes on in the activations' type: [B, K, M, H], and
+    # back to features first.
+    heads_BKMH = attention.finish(partial).astype(query_BKGTH.dtype)
+    heads_BKGTH = heads_BKMH.reshape(batch, num_kv, group, num_tokens, head_dim)
+    return heads_BKGTH.transpose(1, 2, 4, 0, 3), key_KHBT, value_KHBT

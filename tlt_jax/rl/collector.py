@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tlt_jax import types
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.rl.update import advantages, experience
@@ -134,67 +135,88 @@ class Collector:
           step: RL steps done; it keys the requests.
           watch: gets the stages `rollout` and `reward`.
         """
-        wanted = self._cfg.prompts_per_step
-        everything, stats, scores = self._roll_out(step, 0, watch)
-        kept, parts, num_rounds = everything, [scores], 1
-        if self._dynamic_sampling:
-            kept = _useful(everything)
-            while len(kept.prompts) < wanted and num_rounds < _MAX_ROUNDS:
+        wanted, everything, kept = self._cfg.prompts_per_step, None, None
+        stats, scores = rollout_stats.RolloutStats(), []
+
+        def show(num_done, num_tokens):
+            total = self._cfg.prompts_per_step * self._cfg.group_size
+            watch.within(num_done, total, f"{num_tokens} tokens")
+
+        while len(scores) < (_MAX_ROUNDS if self._dynamic_sampling else 1):
+            if scores:
                 self._between(watch)
-                batch, more, scores = self._roll_out(step, num_rounds, watch)
-                everything, kept = everything.join(batch), kept.join(_useful(batch))
-                stats, num_rounds = stats.join(more), num_rounds + 1
-                parts.append(scores)
+            asked = self._ask(step, len(scores))
+            with watch.stage("rollout"):
+                completions, spent = self._workers.run(
+                    asked.requests,
+                    self._seed,
+                    expected_lengths=self.expected_lengths,
+                    on_completion=asked.judge,
+                    on_call=show,
+                )
+            stats = stats.join(spent)
+            with watch.stage("reward"):
+                rewards, judged = asked.rewards(self._group)
+            scores.append(judged)
+            batch = experience.Experience(asked.prompts, completions, rewards)
+            self._remember_lengths(batch)
+            everything = batch if everything is None else everything.join(batch)
+            useful = _useful(batch) if self._dynamic_sampling else batch
+            kept = useful if kept is None else kept.join(useful)
+            if len(kept.prompts) >= wanted:
+                break
+        if self._dynamic_sampling:
             kept = kept.select(range(min(wanted, len(kept.prompts))))
         return Collected(
             everything,
             kept if kept.prompts else None,
             stats,
-            reward_pool.joined(parts),
-            num_rounds,
+            reward_pool.joined(scores),
+            len(scores),
             self._prompts.num_skipped,
         )
 
-    def _roll_out(
-        self, step: int, round_index: int, watch: watch_lib.Watch
-    ) -> tuple[experience.Experience, rollout_stats.RolloutStats, reward_pool.Scores]:
-        """Sample the next prompts' groups, judging while others still decode."""
+    def _ask(self, step: int, round_index: int) -> "_Asked":
+        """Draw the next prompts; requests of a run never have an id twice."""
         count, size = self._cfg.prompts_per_step, self._cfg.group_size
         drawn = self._prompts.draw(self.position, count, self._seed)
         self.position += count
         first_id = (step << 32) + round_index * count * size
         requests = prompts.requests_of(drawn, size, self._cfg.max_new_tokens, first_id)
-        judged: list[int] = []
+        return _Asked(drawn, requests, self._rewards, self._decode_text)
 
-        def judge(completion):
-            index = completion.request_id - first_id
-            text = self._decode_text(completion.tokens)
-            self._rewards.submit(drawn[index // size].example, text)
-            judged.append(index)
-
-        def show(num_done, num_tokens):
-            watch.within(num_done, len(requests), f"{num_tokens} tokens")
-
-        with watch.stage("rollout"):
-            completions, stats = self._workers.run(
-                requests,
-                self._seed,
-                expected_lengths=self.expected_lengths,
-                on_completion=judge,
-                on_call=show,
-            )
-        with watch.stage("reward"):
-            scores = self._rewards.gather()
-            parts = self._group.exchange("rewards", (judged, scores))
-        judged = [index for indices, _ in parts for index in indices]
-        scores = reward_pool.joined([part for _, part in parts])
-        rewards = np.empty(len(requests))
-        rewards[judged] = scores.rewards
-        batch = experience.Experience(drawn, completions, rewards.reshape(count, size))
+    def _remember_lengths(self, batch: experience.Experience) -> None:
         means = batch.lengths.reshape(batch.rewards.shape).mean(axis=1)
         for prompt, mean in zip(batch.prompts, means, strict=True):
             self.expected_lengths[prompt.prompt_id] = float(mean)
-        return batch, stats, scores
+
+
+@dataclasses.dataclass
+class _Asked:
+    """One round's requests, judged as they are answered."""
+
+    prompts: list[prompts.Prompt]
+    requests: list[types.Request]
+    pool: reward_pool.RewardPool
+    decode_text: Callable[[np.ndarray], str]
+    judged: list[int] = dataclasses.field(default_factory=list)
+
+    def judge(self, completion: types.Completion) -> None:
+        """Let a completion be judged while others are still decoded."""
+        index = completion.request_id - self.requests[0].request_id
+        prompt = self.prompts[index * len(self.prompts) // len(self.requests)]
+        self.pool.submit(prompt.example, self.decode_text(completion.tokens))
+        self.judged.append(index)
+
+    def rewards(
+        self, group: distributed.Group
+    ) -> tuple[np.ndarray, reward_pool.Scores]:
+        """Gather what all processes have judged: `[P, R]`, and how it went."""
+        parts = group.exchange("rewards", (self.judged, self.pool.gather()))
+        scores = reward_pool.joined([part for _, part in parts])
+        rewards = np.empty(len(self.requests))
+        rewards[[index for indices, _ in parts for index in indices]] = scores.rewards
+        return rewards.reshape(len(self.prompts), -1), scores
 
 
 def _useful(batch: experience.Experience) -> experience.Experience:

@@ -160,19 +160,19 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
 
 
 def test_an_alphabet_makes_a_tokenizer(tmp_path):
-    made = tokenizer.from_alphabet("0123456789+= \n", specials=("<think>",))
+    made = tokenizer.from_alphabet("0123456789+= \n")
     assert (made.pad_id, made.bos_id, made.eos_ids) == (0, 1, (2,))
-    ids = made.encode("1 + 1 =\n2<think><eos>")
-    assert len(ids) == 11 and made.vocab_size == 18
+    ids = made.encode("1 + 1 =\n2<eos>")
+    assert len(ids) == 10 and made.vocab_size == 17
     assert made.decode(ids) == "1 + 1 =\n2"
-    assert made.decode(ids, skip_special=False) == "1 + 1 =\n2<think><eos>"
+    assert made.decode(ids, skip_special=False) == "1 + 1 =\n2<eos>"
     assert b"".join(made.token_bytes(i) for i in ids[:4]) == b"1 + "
     made.save(tmp_path)
     for loaded in (
         tokenizer.from_directory(tmp_path),
         transformers.AutoTokenizer.from_pretrained(tmp_path),
     ):
-        assert list(loaded.encode("1 + 1 =\n2<think><eos>")) == ids.tolist()
+        assert list(loaded.encode("1 + 1 =\n2<eos>")) == ids.tolist()
     with pytest.raises(ValueError, match="cannot encode '1 x 1'"):
         made.encode("1 x 1")
     with pytest.raises(ValueError, match="characters=''"):

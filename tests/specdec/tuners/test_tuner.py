@@ -94,48 +94,6 @@ def test_a_threshold_goes_on_where_it_was():
     assert other.choose(5) == D3
 
 
-def test_the_threshold_is_the_last_entry_unless_given():
-    arms = strategy.parse_arms(("2:D7K1V8", "4:D3K1V4"))
-    made = tuners.build("threshold", arms, max_rows=64, seed=0)
-    assert made.choose(5) is None and made.choose(4) == D3
-    made = tuners.build(
-        "threshold", arms, max_rows=64, seed=0, threshold=32, hysteresis=8
-    )
-    assert [made.choose(n) for n in (33, 32, 40, 41)] == [None, D3, D3, None]
-
-
-@pytest.mark.parametrize(
-    "name,arms,options,message",
-    [
-        ("ucb", ARMS, {}, "tuner 'ucb' is unknown: use one of static, threshold"),
-        ("static", ARMS, {}, "has 2 candidates"),
-        ("threshold", ARMS, {}, "has 2 candidates"),
-        ("threshold", strategy.Arms(()), {}, "'threshold' has no strategy"),
-        (
-            "threshold",
-            strategy.parse_arms(("4:D3K1V4",)),
-            {"hysteresis": -1},
-            "start_rows=4 and stop_rows=3",
-        ),
-        ("beg_mab", ARMS, {"epsilon": 1.5}, "epsilon=1.5"),
-        ("beg_mab", ARMS, {"window": 0}, "window=0"),
-    ],
-)
-def test_what_cannot_be_built_is_refused(name, arms, options, message):
-    with pytest.raises(ValueError, match=message):
-        tuners.build(name, arms, max_rows=8, seed=0, **options)
-
-
-@pytest.mark.parametrize("name", tuners.NAMES)
-def test_a_state_of_another_tuner_is_refused(name):
-    arms = strategy.parse_arms(("4:D3K1V4",))
-    made = tuners.build(name, arms, max_rows=8, seed=0)
-    with pytest.raises(
-        ValueError, match=f"'other' and cannot be continued by '{name}'"
-    ):
-        made.restore(made.state() | {"tuner": "other"})
-
-
 def test_accept_length_of_a_call():
     call = tuner.Call(2, 2, D3, 0.1, 3, 9, (4, 3, 1, 0))
     assert call.accept_length == 2.0

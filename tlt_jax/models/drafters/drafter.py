@@ -268,6 +268,7 @@ def describe(cfg: DrafterConfig) -> DrafterParams:
     def vector(init):
         return model_params.Weight((d,), (None,), init)
 
+    # One layer, which is never scanned over: without the axis L.
     layer = jax.tree.map(
         lambda w: dataclasses.replace(w, shape=w.shape[1:], axes=w.axes[1:]), stacked
     )
@@ -328,6 +329,7 @@ def fuse(
     """
     if params.fuse is None:
         return features
+    # n arrays [D, B, T] stand one over the other.
     if cfg.architecture == "tlt":
         parts = jnp.split(features, cfg.num_features)
         features = jnp.concatenate([_unit(part, cfg) for part in parts])
@@ -372,6 +374,8 @@ def forward(
     if view is not None and kernels.checked:
         view = transformer.checked_view(view, positions, visible)
 
+    # Disjoint parts of the keys: the fresh ones, the cache's and, while a tree is
+    # drafted, the levels above, which stand in no order and in no cache.
     def attend(query, keys, values):
         options = dict(kernel=kernels.attention, with_log_normaliser=past is not None)
         partial = transformer.attend_parts(
@@ -379,6 +383,7 @@ def forward(
         )
         if past is None:
             return partial
+        # [K, H, B, S] as the layer returned them, [B, K, H, S] as attention reads them.
         earlier = attention.attend_masked(
             query,
             jnp.moveaxis(past.keys, 2, 0).astype(query.dtype),
@@ -439,24 +444,27 @@ def apply(
     Returns:
       `Output`.
     """
-    embedded, features = embedded.astype(dtype), features.astype(dtype)
+    embedded_DBT, features_DBT = embedded.astype(dtype), features.astype(dtype)
     eps = cfg.layer.rms_norm_eps
-    seen = None
+    # Two arrays come out: x_DBT, what the layer adds to, and what its attention is
+    # projected from, [in, B, T]; None: the normed x_DBT, as in any layer.
+    attention_input = None
     if cfg.architecture == "eagle3":
-        token = layers.rms_norm(embedded, params.layer.attn_norm, eps)
-        normed = layers.rms_norm(features, params.feature_norm, eps)
-        seen = jnp.concatenate([token, normed])
-        x_DBT = normed if cfg.norm_before_residual else features
+        token_DBT = layers.rms_norm(embedded_DBT, params.layer.attn_norm, eps)
+        normed_DBT = layers.rms_norm(features_DBT, params.feature_norm, eps)
+        attention_input = jnp.concatenate([token_DBT, normed_DBT])
+        x_DBT = normed_DBT if cfg.norm_before_residual else features_DBT
     else:
-        halves = [embedded, features]
+        halves = [embedded_DBT, features_DBT]
         if cfg.architecture == "tlt":
             halves = [_unit(x, cfg) for x in halves]
-        x_DBT = jnp.concatenate(halves)
-        x_DBT = layers.product(params.join.astype(dtype), x_DBT, kernels)
+        # One over the other, [2D, B, T], and a product that makes one of both.
+        joined = jnp.concatenate(halves)
+        x_DBT = layers.product(params.join.astype(dtype), joined, kernels)
         if params.join_bias is not None:
             x_DBT = x_DBT + params.join_bias.astype(dtype)[:, None, None]
         if cfg.architecture == "eagle":
-            seen = x_DBT
+            attention_input = x_DBT
     x_DBT, keys, values = transformer.decoder_layer(
         params.layer,
         x_DBT,
@@ -464,9 +472,10 @@ def apply(
         layers.rope_tables(cfg.layer, positions),
         attend,
         kernels,
-        attention_input=seen,
+        attention_input=attention_input,
         attend_columns=attend_columns,
     )
+    # Here in `tlt` alone: the other architectures' feature goes on unnormed.
     if cfg.architecture == "tlt" and params.norm is not None:
         x_DBT = layers.rms_norm(x_DBT, params.norm, eps)
     return Output(hidden=x_DBT, keys=keys, values=values)

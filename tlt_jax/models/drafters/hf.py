@@ -7,7 +7,6 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -41,10 +40,7 @@ def read_config(
 
 
 def load(
-    directory: str | os.PathLike,
-    target: model_config.ModelConfig,
-    dtype=jnp.float32,
-    sharding: jax.sharding.Sharding | None = None,
+    directory: str | os.PathLike, target: model_config.ModelConfig
 ) -> tuple[drafter.DrafterConfig, drafter.DrafterParams]:
     """Read a published drafter: `eagle`, `eagle3` or `speculators`.
 
@@ -55,8 +51,9 @@ def load(
       directory: with config.json, and safetensors or a pytorch_model.bin; the latter
         needs torch, which reads nothing but tensors of it.
       target: the model that shall verify.
-      dtype: of the weights.
-      sharding: of every leaf; None: the first device holds them.
+
+    Returns:
+      The drafter, and its weights in the file's types, on the host.
 
     Raises:
       ValueError: naming what is missing, damaged, not computed here, or of another
@@ -64,15 +61,9 @@ def load(
     """
     cfg, layout, tensors = _read(directory, target)
     try:
-        params = layouts.from_tensors(dict(tensors), cfg, layout)
+        return cfg, layouts.from_tensors(dict(tensors), cfg, layout)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
-
-    def place(leaf):
-        is_ids = leaf.dtype.kind == "i"
-        return jax.device_put(leaf if is_ids else leaf.astype(dtype), sharding)
-
-    return cfg, jax.tree.map(place, params)
 
 
 def save(

@@ -91,9 +91,20 @@ def load(
     Raises:
       ValueError: there is none, it is damaged, or of another target or vocabulary.
     """
-    directory = pathlib.Path(directory)
     if drafter_hf.layout_of(directory) is not None:
-        return drafter_hf.load(directory, target, dtype, sharding)
+        cfg, params = drafter_hf.load(directory, target)
+    else:
+        cfg, params = _load(pathlib.Path(directory), target)
+
+    def place(path, leaf):
+        is_kept = _name(path) in ("draft_ids", "sharpness")
+        return jax.device_put(leaf if is_kept else leaf.astype(dtype), sharding)
+
+    return cfg, jax.tree_util.tree_map_with_path(place, params)
+
+
+def _load(directory: pathlib.Path, target: model_config.ModelConfig):
+    """Read what `save` wrote, in the file's types."""
     cfg = read_config(directory, target)
     wanted = drafter.describe(cfg)
     if cfg.draft_vocab_size:
@@ -102,26 +113,24 @@ def load(
     if "sharpness" in arrays:
         wanted = wanted.replace(sharpness=np.float32(1))
     shapes = {name: tuple(leaf.shape) for name, leaf in _named(wanted).items()}
-    found = {name: array.shape for name, array in arrays.items()}
-    if found != shapes:
+    present = {name: array.shape for name, array in arrays.items()}
+    if present != shapes:
         names = sorted(
-            name for name in {*found, *shapes} if found.get(name) != shapes.get(name)
+            name
+            for name in {*present, *shapes}
+            if present.get(name) != shapes.get(name)
         )
         name = names[0]
         raise ValueError(
             f"{directory / WEIGHTS_FILE} does not fit its config.json: {name} is "
-            f"{found.get(name, 'absent')} and should be {shapes.get(name, 'absent')} "
+            f"{present.get(name, 'absent')} and should be {shapes.get(name, 'absent')} "
             f"({len(names)} tensors differ). Export the drafter again."
         )
     _check_ids(directory, arrays.get("draft_ids"), target.vocab_size)
     _check_sharpness(directory, arrays.get("sharpness"))
 
-    def place(path, _):
-        array = arrays[_name(path)]
-        is_kept = _name(path) in ("draft_ids", "sharpness")
-        return jax.device_put(array if is_kept else array.astype(dtype), sharding)
-
-    return cfg, jax.tree_util.tree_map_with_path(place, wanted)
+    named = {name: arrays[name] for name in shapes}
+    return cfg, jax.tree.unflatten(jax.tree.structure(wanted), named.values())
 
 
 def read_config(

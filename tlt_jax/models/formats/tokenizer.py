@@ -235,22 +235,20 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
     return Tokenizer(backend, config, template)
 
 
-def from_alphabet(characters: str, specials: Sequence[str] = ()) -> Tokenizer:
+def from_alphabet(characters: str) -> Tokenizer:
     """Make a tokenizer with a token per character, for models made on the spot.
 
-    Ids: 0 `<pad>`, 1 `<bos>`, 2 `<eos>`, then `specials`, then `characters`; nothing is
-    added to a text.
+    Ids: 0 `<pad>`, 1 `<bos>`, 2 `<eos>`, then `characters`; nothing is added to a text.
 
     Args:
       characters: the alphabet; a repeated one counts once.
-      specials: further special tokens.
 
     Raises:
       ValueError: if the alphabet is empty.
     """
     if not characters:
         raise ValueError("characters='' makes no alphabet: give at least one.")
-    special = ["<pad>", "<bos>", "<eos>", *specials]
+    special = ["<pad>", "<bos>", "<eos>"]
     tokens = dict.fromkeys([*special, *characters])
     backend = tokenizers.Tokenizer(
         models.WordLevel({token: i for i, token in enumerate(tokens)}, "<none>")

@@ -9,11 +9,13 @@ taken in its place.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 
 from tlt_jax.pallas_kernels.verify_attention import (
+    arguments,
     page_layout,
     pallas_gpu,
     pallas_mosaic_tpu,
@@ -113,62 +115,73 @@ def verify_attention(
       ValueError: shapes, types or (where they are known) values do not fit together.
       NotImplementedError: the implementation cannot do this, or not here.
     """
-    arrays = (query, keys, values, cache_keys, cache_values)
-    rows = (page_table, lengths, positions, words)
-    validators.check_shapes(*arrays, *rows, packing)
+    args = arguments.Arguments(
+        query,
+        keys,
+        values,
+        cache_keys,
+        cache_values,
+        layer,
+        page_table,
+        lengths,
+        positions,
+        words,
+        window,
+        scale=scale,
+        soft_cap=soft_cap,
+        packing=packing,
+        with_log_normaliser=with_log_normaliser,
+    )
+    validators.check_shapes(args)
     if implementation.name != "reference":
-        validators.check_kernel(
-            implementation.name,
-            query,
-            cache_keys,
-            page_table.shape[1],
-            packing,
-            compiled=not implementation.interpret,
-        )
+        compiled = not implementation.interpret
+        validators.check_kernel(implementation.name, args, compiled=compiled)
     # Inside a program nobody knows them: see `validators.checked_lengths`.
+    rows = (page_table, lengths, positions, words)
     if not any(isinstance(x, jax.core.Tracer) for x in (cache_keys, *rows, layer)):
-        sizes = (*cache_keys.shape[:2], cache_keys.shape[4] // packing)
+        sizes = (*cache_keys.shape[:2], args.sizes.page_size)
         validators.check_values(sizes, layer, *rows)
-    options = dict(scale=scale, soft_cap=soft_cap)
-
-    def run(layer, window, *given):
-        pages = given[3:5]
-        if implementation.name != "mosaic_tpu" and packing > 1:
-            pages = tuple(
-                page_layout.unpack(x, packing)[..., : query.shape[4], :] for x in pages
-            )
-        given = (*given[:3], *pages, layer, *given[5:])
-        if implementation.name == "reference":
-            out, log = reference.verify_attention(*given, window=window, **options)
-            return (out, log) if with_log_normaliser else (out, None)
-        kernel = {
-            "mosaic_tpu": pallas_mosaic_tpu.verify_attention,
-            "triton_gpu": pallas_gpu.verify_attention,
-        }[implementation.name]
-        return kernel(
-            *given,
-            window=window,
-            with_log_normaliser=with_log_normaliser,
-            interpret=implementation.interpret,
-            **options,
-            **(dict(packing=packing) if implementation.name == "mosaic_tpu" else {}),
-        )
-
     if implementation.mesh is None or implementation.mesh.size == 1:
-        return run(layer, window, *arrays, *rows)
+        return _run(args, implementation)
+    return _run_spread(args, implementation)
 
-    def split(*axes, shape=query.shape):
+
+def _run(
+    args: arguments.Arguments, implementation: Implementation
+) -> tuple[Array, Array | None]:
+    if implementation.name == "mosaic_tpu":
+        return pallas_mosaic_tpu.verify_attention(args, implementation.interpret)
+    if args.packing > 1:
+        head_dim = args.query.shape[4]
+        cache_keys, cache_values = (
+            page_layout.unpack(x, args.packing)[..., :head_dim, :]
+            for x in (args.cache_keys, args.cache_values)
+        )
+        args = args.replace(cache_keys=cache_keys, cache_values=cache_values, packing=1)
+    if implementation.name == "triton_gpu":
+        return pallas_gpu.verify_attention(args, implementation.interpret)
+    return reference.verify_attention(args)
+
+
+def _run_spread(
+    args: arguments.Arguments, implementation: Implementation
+) -> tuple[Array, Array | None]:
+    """Run on each device with its kv heads; rows and page tables are everywhere."""
+
+    def split(*axes, shape=args.query.shape):
         return sharding.named(
             implementation.mesh, implementation.rules, axes, shape, replicate=True
         ).spec
 
     by_head = split(None, "kv_heads")
-    pages = split(None, None, "kv_heads", shape=cache_keys.shape)
-    whole = split()
+    pages = split(None, None, "kv_heads", shape=args.cache_keys.shape)
+    specs = jax.tree.map(lambda _: split(), args)
+    specs = specs.replace(query=by_head, keys=by_head, values=by_head)
+    specs = specs.replace(cache_keys=pages, cache_values=pages)
     return jax.shard_map(
-        run,
+        functools.partial(_run, implementation=implementation),
         mesh=implementation.mesh,
-        in_specs=(whole, whole, *[by_head] * 3, pages, pages, *[whole] * 4),
+        in_specs=(specs,),
         out_specs=(by_head, by_head),
         check_vma=False,
-    )(layer, window, *arrays, *rows)
+    )(args)

@@ -18,6 +18,7 @@ again for head dimensions between.
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from tlt_jax.pallas_kernels.verify_attention import reference
+from tlt_jax.pallas_kernels.verify_attention import arguments, reference
 from tlt_jax.types import Array
 
 _HIDDEN = reference.HIDDEN
@@ -67,17 +68,7 @@ class Plan:
 
 
 def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) -> Plan:
-    """Cut a call up.
-
-    Args:
-      query_shape: `(B, K, G, T, H)`.
-      dtype: of the query.
-      page_size: slots of a page, a power of two.
-      max_pages: pages of the longest row.
-
-    Returns:
-      The plan.
-    """
+    """Cut a call up; see `arguments.Sizes` for the arguments."""
     _, _, group, num_tokens, head_dim = query_shape
     num_rows = group * num_tokens
     width = pl.next_power_of_2(head_dim)
@@ -107,39 +98,102 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
     )
 
 
+class _Operands(typing.NamedTuple):
+    """What the kernel reads: arrays outside of it, references inside.
+
+    Attributes:
+      layer, window: `[1] int32`.
+      lengths: `[B] int32`.
+      table: `[B, max_pages] int32`.
+      starts: `[B, num_blocks] int32`, the first slot that a block sees.
+      query: `[B, K, rows, width]`, tokens x group in rows.
+      positions: `[B, rows] int32`, of the queries.
+      seen: `[B, 1, rows] int32`, a query's own index, or `[B, ceil(T / 32), rows]`
+        words.
+      fresh_keys, fresh_values: `[B, K, width, fresh]`, `[B, K, fresh, width]`.
+      key_positions: `[B, fresh] int32`.
+      keys, values: `[L, num_pages, K, H, page_size]`.
+    """
+
+    layer: Array
+    lengths: Array
+    table: Array
+    starts: Array
+    window: Array
+    query: Array
+    positions: Array
+    seen: Array
+    fresh_keys: Array
+    fresh_values: Array
+    key_positions: Array
+    keys: Array
+    values: Array
+
+
 def verify_attention(
-    query: Array,
-    keys: Array,
-    values: Array,
-    cache_keys: Array,
-    cache_values: Array,
-    layer: Array | int,
-    page_table: Array,
-    lengths: Array,
-    positions: Array,
-    words: Array | None,
-    *,
-    scale: float,
-    window: Array | int | None,
-    soft_cap: float | None,
-    with_log_normaliser: bool,
-    interpret: bool,
+    args: arguments.Arguments, interpret: bool
 ) -> tuple[Array, Array | None]:
-    """Run the kernel on arguments that were checked.
+    """Run the kernel.
 
     Args:
-      query, keys, values, cache_keys, cache_values, layer: see `api.verify_attention`.
-      page_table, lengths, positions, words, scale, window, soft_cap: likewise.
-      with_log_normaliser: likewise.
+      args: of the call, pages as columns.
       interpret: run its programs one by one on a CPU.
 
     Returns:
-      Output `[B, K, G, T, H]` in the query's dtype and, if asked for, log normalisers
-      `[B, K, G, T] float32`.
+      As `api.verify_attention`.
     """
-    batch, num_kv, group, num_tokens, head_dim = query.shape
-    page_size, max_pages = cache_keys.shape[-1], page_table.shape[1]
-    cut = plan(query.shape, query.dtype, page_size, max_pages)
+    batch, num_kv, group, num_tokens, head_dim = args.query.shape
+    cut = plan(*args.sizes)
+    operands = _operands(args, cut)
+    num_rows = cut.num_blocks * cut.rows
+    shape = (batch, num_kv, num_rows)
+    out_shape = [
+        jax.ShapeDtypeStruct((*shape, cut.width), args.query.dtype),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    ]
+    part_shape = (batch, num_kv, cut.num_stretches, num_rows)
+    parts = [
+        jax.ShapeDtypeStruct((*part_shape, cut.width), jnp.float32),
+        jax.ShapeDtypeStruct(part_shape, jnp.float32),
+        jax.ShapeDtypeStruct(part_shape, jnp.float32),
+    ]
+    options = dict(
+        compiler_params=plgpu.CompilerParams(
+            num_warps=cut.num_warps, num_stages=cut.num_stages
+        ),
+        interpret=interpret,
+    )
+    only = cut.num_stretches == 1
+    made = pl.pallas_call(
+        functools.partial(_kernel, cut=cut, const=args.constants),
+        grid=(cut.num_blocks, cut.num_stretches, batch * num_kv),
+        out_shape=out_shape if only else parts,
+        name="verify_attention",
+        **options,
+    )(*operands)
+    if not only:
+        made = pl.pallas_call(
+            functools.partial(_join, cut=cut, num_kv=num_kv),
+            grid=(cut.num_blocks, batch * num_kv),
+            out_shape=out_shape,
+            name="verify_attention_join",
+            **options,
+        )(operands.lengths, operands.starts, *made)
+    out, log = made
+
+    def unpacked(x):
+        x = x[:, :, : num_tokens * group]
+        x = x.reshape(batch, num_kv, num_tokens, group, *x.shape[3:])
+        return jnp.swapaxes(x, 2, 3)
+
+    out = unpacked(out[..., :head_dim])
+    return out, unpacked(log) if args.with_log_normaliser else None
+
+
+def _operands(args: arguments.Arguments, cut: Plan) -> _Operands:
+    """Bring a call's arrays into the kernel's order, padded to powers of two."""
+    batch, _, group, num_tokens, _ = args.query.shape
+    positions, window = args.positions, args.window
     num_rows = cut.num_blocks * cut.rows
     num_fresh = pl.cdiv(num_tokens, _FRESH) * _FRESH
 
@@ -148,7 +202,7 @@ def verify_attention(
         x = x.reshape(*x.shape[:-3], num_tokens * group, x.shape[-1])
         return _pad(x, -2, num_rows)
 
-    query_rows = _pad(packed(jnp.swapaxes(query, 2, 3)), -1, cut.width)
+    query_rows = _pad(packed(jnp.swapaxes(args.query, 2, 3)), -1, cut.width)
 
     def of_rows(x):
         """Repeat `[B, T]` for the heads of a group, `[B, num_rows]`."""
@@ -156,10 +210,10 @@ def verify_attention(
         return packed(x)[..., 0]
 
     index = jnp.broadcast_to(jnp.arange(num_tokens), (batch, num_tokens))
-    if words is None:
+    if args.words is None:
         seen = of_rows(index)[:, None]
     else:
-        seen = lax.bitcast_convert_type(words, jnp.int32)
+        seen = lax.bitcast_convert_type(args.words, jnp.int32)
         seen = jax.vmap(of_rows, in_axes=2, out_axes=1)(seen)
     # A block begins reading at the first slot that its nearest query sees.
     position_rows = of_rows(positions)
@@ -172,78 +226,25 @@ def verify_attention(
         nearest = nearest.reshape(batch, cut.num_blocks, cut.rows).min(axis=2)
         starts = jnp.maximum(nearest - (window - 1), 0)
     fresh_keys, fresh_values = (
-        _pad(_pad(x.astype(query.dtype), 2, cut.width), 3, num_fresh)
-        for x in (keys, values)
+        _pad(_pad(x.astype(args.query.dtype), 2, cut.width), 3, num_fresh)
+        for x in (args.keys, args.values)
     )
     fresh_values = fresh_values.swapaxes(2, 3)
-
-    only = cut.num_stretches == 1
-    grid = (cut.num_blocks, cut.num_stretches, batch * num_kv)
-    shape = (batch, num_kv, num_rows)
-    out_shape = [
-        jax.ShapeDtypeStruct((*shape, cut.width), query.dtype),
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-    ]
-    part_shape = (batch, num_kv, cut.num_stretches, num_rows)
-    parts = [
-        jax.ShapeDtypeStruct((*part_shape, cut.width), jnp.float32),
-        jax.ShapeDtypeStruct(part_shape, jnp.float32),
-        jax.ShapeDtypeStruct(part_shape, jnp.float32),
-    ]
-    compiler_params = plgpu.CompilerParams(
-        num_warps=cut.num_warps, num_stages=cut.num_stages
+    return _Operands(
+        layer=jnp.full((1,), args.layer, jnp.int32),
+        lengths=args.lengths,
+        table=args.page_table,
+        starts=starts,
+        window=jnp.full((1,), 0 if window is None else window, jnp.int32),
+        query=query_rows,
+        positions=position_rows,
+        seen=seen,
+        fresh_keys=fresh_keys,
+        fresh_values=fresh_values,
+        key_positions=_pad(positions, 1, num_fresh),
+        keys=args.cache_keys,
+        values=args.cache_values,
     )
-    made = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            cut=cut,
-            num_kv=num_kv,
-            group=group,
-            num_tokens=num_tokens,
-            page_size=page_size,
-            head_dim=head_dim,
-            scale=scale,
-            soft_cap=soft_cap,
-            windowed=window is not None,
-            causal=words is None,
-        ),
-        grid=grid,
-        out_shape=out_shape if only else parts,
-        compiler_params=compiler_params,
-        interpret=interpret,
-        name="verify_attention",
-    )(
-        jnp.full((1,), layer, jnp.int32),
-        lengths,
-        page_table,
-        starts,
-        jnp.full((1,), 0 if window is None else window, jnp.int32),
-        query_rows,
-        position_rows,
-        seen,
-        fresh_keys,
-        fresh_values,
-        _pad(positions, 1, num_fresh),
-        cache_keys,
-        cache_values,
-    )
-    if not only:
-        made = pl.pallas_call(
-            functools.partial(_join, cut=cut, num_kv=num_kv),
-            grid=(cut.num_blocks, batch * num_kv),
-            out_shape=out_shape,
-            compiler_params=compiler_params,
-            interpret=interpret,
-            name="verify_attention_join",
-        )(lengths, starts, *made)
-    out, log = made
-
-    def unpacked(x):
-        x = x[:, :, : num_tokens * group]
-        x = x.reshape(batch, num_kv, num_tokens, group, *x.shape[3:])
-        return jnp.swapaxes(x, 2, 3)
-
-    return unpacked(out[..., :head_dim]), unpacked(log) if with_log_normaliser else None
 
 
 def _stretches(cut: Plan, length: Array, start: Array) -> tuple[Array, Array]:
@@ -252,130 +253,53 @@ def _stretches(cut: Plan, length: Array, start: Array) -> tuple[Array, Array]:
     return jnp.minimum(start // cut.stretch, last), last
 
 
-def _kernel(
-    layer_ref,
-    lengths_ref,
-    table_ref,
-    starts_ref,
-    window_ref,
-    query_ref,
-    positions_ref,
-    seen_ref,
-    fresh_keys_ref,
-    fresh_values_ref,
-    key_positions_ref,
-    keys_ref,
-    values_ref,
-    *out_refs,
-    cut: Plan,
-    num_kv: int,
-    group: int,
-    num_tokens: int,
-    page_size: int,
-    head_dim: int,
-    scale: float,
-    soft_cap: float | None,
-    windowed: bool,
-    causal: bool,
-):
+# The running sum of a block: total `[R, width]`, maximum and normaliser `[R]`.
+_Carry = tuple[Array, Array, Array]
+
+
+def _nothing(cut: Plan) -> _Carry:
+    """The sum over no keys."""
+    return (
+        jnp.zeros((cut.rows, cut.width), jnp.float32),
+        jnp.full((cut.rows,), _HIDDEN, jnp.float32),
+        jnp.zeros((cut.rows,), jnp.float32),
+    )
+
+
+def _kernel(*refs, cut: Plan, const: arguments.Constants):
+    """Walk a stretch of a row's pages with a block of one head's queries.
+
+    The row's last stretch also takes the fresh keys.
+    """
+    num_operands = len(_Operands._fields)
+    given, out_refs = _Operands(*refs[:num_operands]), refs[num_operands:]
+    _, num_kv, group, num_tokens, _ = const.sizes.query_shape
     block, stretch = pl.program_id(0), pl.program_id(1)
     row, head = pl.program_id(2) // num_kv, pl.program_id(2) % num_kv
-    length, start = lengths_ref[row], starts_ref[row, block]
+    length, start = given.lengths[row], given.starts[row, block]
     first_stretch, last_stretch = _stretches(cut, length, start)
 
     @pl.when((stretch >= first_stretch) & (stretch <= last_stretch))
     def _():
-        layer = layer_ref[0]
-        here = pl.ds(block * cut.rows, cut.rows)
-        query = query_ref[row, head, here, :]
-        position = positions_ref[row, here]
-        # Rows of a page behind the last one are read as the last one: the query is zero
-        # there, and what they add to the output is cut off.
-        features = jnp.minimum(jnp.arange(cut.width), head_dim - 1)
-        lanes = jnp.arange(cut.tile)
-
-        def update(carry, scores, visible, values):
-            """Add parts of the keys: scores and masks `[R, s]`, values `[s, H]`."""
-            total, maximum, normaliser = carry
-            scores = [
-                jnp.where(mask, reference.cap(part * scale, soft_cap), _HIDDEN)
-                for part, mask in zip(scores, visible, strict=True)
-            ]
-            new = maximum
-            for part in scores:
-                new = jnp.maximum(new, jnp.max(part, axis=1))
-            kept = jnp.exp(maximum - new)
-            total, normaliser = total * kept[:, None], normaliser * kept
-            for part, mask, value in zip(scores, visible, values, strict=True):
-                weights = jnp.where(mask, jnp.exp(part - new[:, None]), 0.0)
-                normaliser += jnp.sum(weights, axis=1)
-                total += _dot(weights.astype(value.dtype), value)
-            return total, new, normaliser
-
-        def tiles(is_end, n, carry):
-            scores, visible, read = [], [], []
-            for j in range(cut.tiles_at_once):
-                first = near = (n * cut.tiles_at_once + j) * cut.tile
-                if is_end:
-                    # Behind the row's end its last tile is read again, and not seen.
-                    near = jnp.minimum(first, (length - 1) // cut.tile * cut.tile)
-                page = table_ref[row, lax.div(near, page_size)]
-                slots = pl.multiple_of(lax.rem(near, page_size), cut.tile) + lanes
-                at = (layer, page, head, features[:, None], slots[None, :])
-                key = plgpu.load(keys_ref.at[at]).astype(query.dtype)
-                # Turned by its addresses: loads behind which the compiler finds a
-                # transposition it does by two bytes, and none ahead.
-                at = (layer, page, head, features[None, :], slots[:, None])
-                value = plgpu.load(values_ref.at[at]).astype(query.dtype)
-                slots = first + lanes
-                mask = jnp.broadcast_to((slots < length)[None], (cut.rows, cut.tile))
-                if windowed:
-                    mask = mask & (position[:, None] - slots[None, :] < window_ref[0])
-                if is_end:
-                    # NaN in a slot that nobody sees would survive its weight of zero.
-                    still = near + lanes < length
-                    value = jnp.where(still[:, None], value, jnp.zeros_like(value))
-                scores.append(_dot(query, key))
-                visible.append(mask)
-                read.append(value)
-            return update(carry, scores, visible, read)
-
-        carry = (
-            jnp.zeros((cut.rows, cut.width), jnp.float32),
-            jnp.full((cut.rows,), _HIDDEN, jnp.float32),
-            jnp.zeros((cut.rows,), jnp.float32),
-        )
+        walk = _Walk.begin(given, cut, const, block, row, head, length)
         unit = cut.tile * cut.tiles_at_once
+        carry = _nothing(cut)
+        # Whole groups of tiles first, then what stands around the row's end.
         begin = jnp.maximum(stretch * cut.stretch, start) // unit
         end = jnp.minimum((stretch + 1) * cut.stretch, length)
         whole = jnp.maximum(end // unit, begin)
-        carry = lax.fori_loop(begin, whole, functools.partial(tiles, False), carry)
-        ends = functools.partial(tiles, True)
+        carry = lax.fori_loop(begin, whole, functools.partial(walk.pages, False), carry)
+        ends = functools.partial(walk.pages, True)
         carry = lax.fori_loop(whole, pl.cdiv(end, unit), ends, carry)
 
-        def fresh_tile(n, carry):
-            at = pl.ds(n * _FRESH, _FRESH)
-            column = jnp.arange(_FRESH)
-            if causal:
-                seen = seen_ref[row, 0, here]
-                mask = n * _FRESH + column[None, :] <= seen[:, None]
-            else:
-                word = seen_ref[row, n, here]
-                mask = (word[:, None] >> column[None, :]) & 1 == 1
-            if windowed:
-                of_keys = key_positions_ref[row, at]
-                near = position[:, None] - of_keys[None, :] < window_ref[0]
-                mask = mask & near
-            scores = _dot(query, fresh_keys_ref[row, head, :, at])
-            return update(carry, [scores], [mask], [fresh_values_ref[row, head, at, :]])
-
         num_tiles = jnp.int32(pl.cdiv(num_tokens, _FRESH))
-        if causal:
+        if const.causal:
             last_token = ((block + 1) * cut.rows - 1) // group
             num_tiles = jnp.minimum(last_token // _FRESH + 1, num_tiles)
         num_tiles = jnp.where(stretch == last_stretch, num_tiles, jnp.int32(0))
-        total, maximum, normaliser = lax.fori_loop(0, num_tiles, fresh_tile, carry)
+        total, maximum, normaliser = lax.fori_loop(0, num_tiles, walk.fresh, carry)
 
+        here = walk.here
         if len(out_refs) == 2:
             _finish(out_refs, (row, head, here), total, maximum, normaliser)
         else:
@@ -383,6 +307,129 @@ def _kernel(
             total_ref[row, head, stretch, here, :] = total
             max_ref[row, head, stretch, here] = maximum
             sum_ref[row, head, stretch, here] = normaliser
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """A block of queries on its way over the keys that it sees.
+
+    Attributes:
+      given: what the kernel reads.
+      cut, const: of the call.
+      layer, row, head: whose keys.
+      here: the block's rows of queries.
+      length: cached slots of the row.
+      query: `[R, width]`.
+      position: `[R] int32`, of the queries.
+      features: `[width] int32`, rows of a page that are read.
+      lanes: `[tile] int32`, slots of a tile.
+    """
+
+    given: _Operands
+    cut: Plan
+    const: arguments.Constants
+    layer: Array
+    row: Array
+    head: Array
+    here: pl.Slice
+    length: Array
+    query: Array
+    position: Array
+    features: Array
+    lanes: Array
+
+    @classmethod
+    def begin(cls, given, cut, const, block, row, head, length) -> "_Walk":
+        """Read the block's queries."""
+        layer = given.layer[0]
+        here = pl.ds(block * cut.rows, cut.rows)
+        query = given.query[row, head, here, :]
+        position = given.positions[row, here]
+        # Rows of a page behind the last one are read as the last one: the query is zero
+        # there, and what they add to the output is cut off.
+        last = const.sizes.query_shape[4] - 1
+        features = jnp.minimum(jnp.arange(cut.width), last)
+        lanes = jnp.arange(cut.tile)
+        return cls(
+            *(given, cut, const, layer, row, head, here, length),
+            *(query, position, features, lanes),
+        )
+
+    def pages(self, is_end: bool, n: Array, carry: _Carry) -> _Carry:
+        """Add the n-th group of tiles of cached slots.
+
+        `is_end`: the row may end within them.
+        """
+        given, cut, page_size = self.given, self.cut, self.const.sizes.page_size
+        scores, visible, read = [], [], []
+        for j in range(cut.tiles_at_once):
+            first = near = (n * cut.tiles_at_once + j) * cut.tile
+            if is_end:
+                # Behind the row's end its last tile is read again, and not seen.
+                near = jnp.minimum(first, (self.length - 1) // cut.tile * cut.tile)
+            page = given.table[self.row, lax.div(near, page_size)]
+            slots = pl.multiple_of(lax.rem(near, page_size), cut.tile) + self.lanes
+            place, features = (self.layer, page, self.head), self.features
+            at = (*place, features[:, None], slots[None, :])
+            key = plgpu.load(given.keys.at[at]).astype(self.query.dtype)
+            # Turned by its addresses: loads behind which the compiler finds a
+            # transposition it does by two bytes, and none ahead.
+            at = (*place, features[None, :], slots[:, None])
+            value = plgpu.load(given.values.at[at]).astype(self.query.dtype)
+            slots = first + self.lanes
+            mask = jnp.broadcast_to((slots < self.length)[None], (cut.rows, cut.tile))
+            if self.const.windowed:
+                distance = self.position[:, None] - slots[None, :]
+                mask = mask & (distance < given.window[0])
+            if is_end:
+                # NaN in a slot that nobody sees would survive its weight of zero.
+                still = near + self.lanes < self.length
+                value = jnp.where(still[:, None], value, jnp.zeros_like(value))
+            scores.append(_dot(self.query, key))
+            visible.append(mask)
+            read.append(value)
+        return self._add(carry, scores, visible, read)
+
+    def fresh(self, n: Array, carry: _Carry) -> _Carry:
+        """Add the n-th tile of fresh keys."""
+        given, row = self.given, self.row
+        at = pl.ds(n * _FRESH, _FRESH)
+        column = jnp.arange(_FRESH)
+        if self.const.causal:
+            seen = given.seen[row, 0, self.here]
+            mask = n * _FRESH + column[None, :] <= seen[:, None]
+        else:
+            word = given.seen[row, n, self.here]
+            mask = (word[:, None] >> column[None, :]) & 1 == 1
+        if self.const.windowed:
+            of_keys = given.key_positions[row, at]
+            near = self.position[:, None] - of_keys[None, :] < given.window[0]
+            mask = mask & near
+        scores = _dot(self.query, given.fresh_keys[row, self.head, :, at])
+        values = given.fresh_values[row, self.head, at, :]
+        return self._add(carry, [scores], [mask], [values])
+
+    def _add(self, carry: _Carry, scores, visible, values) -> _Carry:
+        """Add parts of the keys: scores and masks `[R, s]`, values `[s, width]`."""
+        total, maximum, normaliser = carry
+        scores = [
+            jnp.where(
+                mask,
+                reference.cap(part * self.const.scale, self.const.soft_cap),
+                _HIDDEN,
+            )
+            for part, mask in zip(scores, visible, strict=True)
+        ]
+        new = maximum
+        for part in scores:
+            new = jnp.maximum(new, jnp.max(part, axis=1))
+        kept = jnp.exp(maximum - new)
+        total, normaliser = total * kept[:, None], normaliser * kept
+        for part, mask, value in zip(scores, visible, values, strict=True):
+            weights = jnp.where(mask, jnp.exp(part - new[:, None]), 0.0)
+            normaliser += jnp.sum(weights, axis=1)
+            total += _dot(weights.astype(value.dtype), value)
+        return total, new, normaliser
 
 
 def _join(
@@ -411,12 +458,8 @@ def _join(
         its_sum = sum_ref[row, head, stretch, here]
         return total, new, normaliser * kept + its_sum * its
 
-    start = (
-        jnp.zeros((cut.rows, cut.width), jnp.float32),
-        jnp.full((cut.rows,), _HIDDEN, jnp.float32),
-        jnp.zeros((cut.rows,), jnp.float32),
-    )
-    carry = lax.fori_loop(first, last + 1, add, start)
+    nothing = _nothing(cut)
+    carry = lax.fori_loop(first, last + 1, add, nothing)
     _finish(out_refs, (row, head, here), *carry)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tlt_jax.pallas_kernels.verify_attention import arguments
 from tlt_jax.types import Array
 
 # Scores of invisible keys, and the log normaliser of a query that sees nothing.
@@ -34,74 +35,72 @@ def visible_fresh(
     """
     index = jnp.arange(num_tokens)
     if words is None:
-        mask = (index[None, :] <= index[:, None])[None]
+        mask_BTS = (index[None, :] <= index[:, None])[None]
     else:
-        bits = words[..., index // 32] >> (index % 32).astype(jnp.uint32)
-        mask = (bits & 1).astype(bool)
+        # The word of each key, and its bit in it: [B, T, S] with S = T.
+        bits_BTS = words[..., index // 32] >> (index % 32).astype(jnp.uint32)
+        mask_BTS = (bits_BTS & 1).astype(bool)
     if window is not None:
-        mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
-    return mask
+        distance_BTS = positions[:, :, None] - positions[:, None, :]
+        mask_BTS = mask_BTS & (distance_BTS < window)
+    return mask_BTS
 
 
-def verify_attention(
-    query: Array,
-    keys: Array,
-    values: Array,
-    cache_keys: Array,
-    cache_values: Array,
-    layer: Array | int,
-    page_table: Array,
-    lengths: Array,
-    positions: Array,
-    words: Array | None,
-    *,
-    scale: float,
-    window: Array | int | None,
-    soft_cap: float | None,
-) -> tuple[Array, Array]:
-    """Compute attention by the formula; see `api.verify_attention` for the arguments.
+def verify_attention(args: arguments.Arguments) -> tuple[Array, Array | None]:
+    """Compute attention by the formula.
 
     Returns:
-      Output `[B, K, G, T, H] float32` and log normalisers `[B, K, G, T] float32`.
+      As `api.verify_attention`, the output in float32.
     """
-    page_size = cache_keys.shape[-1]
-    num_slots = page_table.shape[1] * page_size
-    slots = jnp.arange(num_slots)
-    readable = slots < lengths[:, None]
+    positions, lengths, window = args.positions, args.lengths, args.window
+    page_size = args.cache_keys.shape[-1]
+    num_slots = args.page_table.shape[1] * page_size
+    slots_S = jnp.arange(num_slots)
+    readable_BS = slots_S < lengths[:, None]
+    # Entries behind a row's last page name anything: page 0 is read in their place.
     used = jnp.arange(0, num_slots, page_size) < lengths[:, None]
-    pages_used = jnp.where(used, page_table, 0)
+    pages_used = jnp.where(used, args.page_table, 0)
 
     def past(pages):
-        columns = jnp.moveaxis(jnp.asarray(pages)[layer, pages_used], 1, 3)
+        columns = jnp.moveaxis(jnp.asarray(pages)[args.layer, pages_used], 1, 3)
         # Now [B, K, H, pages, slots].
         columns = columns.reshape(*columns.shape[:3], num_slots).astype(jnp.float32)
         # What must not be read may be NaN, which no weight of zero removes.
-        return jnp.where(readable[:, None, None], columns, 0.0)
+        return jnp.where(readable_BS[:, None, None], columns, 0.0)
 
-    fresh_keys, fresh_values = keys.astype(jnp.float32), values.astype(jnp.float32)
-    all_keys = jnp.concatenate([past(cache_keys), fresh_keys], axis=-1)
-    all_values = jnp.concatenate([past(cache_values), fresh_values], axis=-1)
+    # Cached and fresh columns side by side, [B, K, H, num_slots + T].
+    fresh_keys, fresh_values = (x.astype(jnp.float32) for x in (args.keys, args.values))
+    keys_BKHS = jnp.concatenate([past(args.cache_keys), fresh_keys], axis=-1)
+    values_BKHS = jnp.concatenate([past(args.cache_values), fresh_values], axis=-1)
 
+    # Who sees whom of both, the same for all heads: [B, 1, 1, T, num_slots + T].
     batch, num_tokens = positions.shape
-    visible = jnp.broadcast_to(readable[:, None], (batch, num_tokens, num_slots))
+    shape = (batch, num_tokens, num_slots)
+    past_BTS = jnp.broadcast_to(readable_BS[:, None], shape)
     if window is not None:
-        visible = visible & (positions[:, :, None] - slots < window)
-    fresh = visible_fresh(num_tokens, words, positions, window)
-    fresh = jnp.broadcast_to(fresh, (batch, num_tokens, num_tokens))
-    visible = jnp.concatenate([visible, fresh], axis=-1)[:, None, None]
+        past_BTS = past_BTS & (positions[:, :, None] - slots_S < window)
+    fresh_BTS = visible_fresh(num_tokens, args.words, positions, window)
+    fresh_BTS = jnp.broadcast_to(fresh_BTS, (batch, num_tokens, num_tokens))
+    visible_B11TS = jnp.concatenate([past_BTS, fresh_BTS], axis=-1)[:, None, None]
 
     with jax.default_matmul_precision("highest"):
-        scores = jnp.einsum("bkgth,bkhs->bkgts", query.astype(jnp.float32), all_keys)
-        scores = cap(scores * scale, soft_cap)
-        scores = jnp.where(visible, scores, HIDDEN)
-        maximum = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.where(visible, jnp.exp(scores - maximum), 0.0)
-        normaliser = jnp.sum(weights, axis=-1)
-        total = jnp.einsum("bkgts,bkhs->bkgth", weights, all_values)
-    seen = normaliser > 0
-    safe = jnp.where(seen, normaliser, 1.0)
-    log_normaliser = jnp.where(seen, maximum[..., 0] + jnp.log(safe), HIDDEN)
-    return total / safe[..., None], log_normaliser
+        query_BKGTH = args.query.astype(jnp.float32)
+        scores_BKGTS = jnp.einsum("bkgth,bkhs->bkgts", query_BKGTH, keys_BKHS)
+        scores_BKGTS = cap(scores_BKGTS * args.scale, args.soft_cap)
+        scores_BKGTS = jnp.where(visible_B11TS, scores_BKGTS, HIDDEN)
+        maximum_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
+        maximum_BKGT1 = lax.stop_gradient(maximum_BKGT1)
+        weights_BKGTS = jnp.exp(scores_BKGTS - maximum_BKGT1)
+        weights_BKGTS = jnp.where(visible_B11TS, weights_BKGTS, 0.0)
+        normaliser_BKGT = jnp.sum(weights_BKGTS, axis=-1)
+        total_BKGTH = jnp.einsum("bkgts,bkhs->bkgth", weights_BKGTS, values_BKHS)
+    # A query that sees nothing: no division by zero, no log of it.
+    seen_BKGT = normaliser_BKGT > 0
+    safe_BKGT = jnp.where(seen_BKGT, normaliser_BKGT, 1.0)
+    log_BKGT = maximum_BKGT1[..., 0] + jnp.log(safe_BKGT)
+    log_BKGT = jnp.where(seen_BKGT, log_BKGT, HIDDEN)
+    out_BKGTH = total_BKGTH / safe_BKGT[..., None]
+    return out_BKGTH, log_BKGT if args.with_log_normaliser else None
 
 
 def cap(scores: Array, soft_cap: float | None) -> Array:

@@ -50,17 +50,7 @@ class Plan:
 
 
 def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) -> Plan:
-    """Cut a call up.
-
-    Args:
-      query_shape: `(B, K, G, T, H)`.
-      dtype: of query and cache.
-      page_size: slots of a page.
-      max_pages: pages of the longest row.
-
-    Returns:
-      The plan.
-    """
+    """Cut a call up; see `arguments.Sizes` for the arguments."""
     batch, num_kv, group, num_tokens, head_dim = query_shape
     itemsize = jnp.dtype(dtype).itemsize
     sublanes = 32 // itemsize
@@ -143,7 +133,7 @@ def cost(
     """Estimate a call whose rows are as long as the page table allows.
 
     Args:
-      query_shape, dtype, page_size, max_pages: see `plan`.
+      query_shape, dtype, page_size, max_pages: see `arguments.Sizes`.
       window: see `api.verify_attention`; a traced one may be as wide as the row.
 
     Returns:

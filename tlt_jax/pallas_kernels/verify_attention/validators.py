@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax.pallas_kernels.verify_attention import page_layout, tpu_plan
+from tlt_jax.pallas_kernels.verify_attention import (
+    arguments,
+    page_layout,
+    tpu_plan,
+)
 from tlt_jax.types import Array
 
 MAX_NODES = 128
@@ -18,46 +22,37 @@ _PAGE_SIZES = (16, 32, 64, 128)
 _DTYPES = ("float32", "bfloat16")
 
 
-def check_shapes(
-    query: Array,
-    keys: Array,
-    values: Array,
-    cache_keys: Array,
-    cache_values: Array,
-    page_table: Array,
-    lengths: Array,
-    positions: Array,
-    words: Array | None,
-    packing: int = 1,
-) -> None:
-    """Check what shapes and types tell; see `api.verify_attention` for the arguments.
+def check_shapes(args: arguments.Arguments) -> None:
+    """Check what shapes and types tell.
 
     Raises:
       ValueError: an argument's shape or type is not what the others ask for.
     """
+    query, cache_keys, words = args.query, args.cache_keys, args.words
     if query.ndim != 5 or cache_keys.ndim != 5:
         raise ValueError(
             f"query has shape {query.shape} and cache_keys {cache_keys.shape}: give "
             "[B, K, G, T, H] and [L, num_pages, K, H, page_size]."
         )
     batch, num_kv, _, num_tokens, head_dim = query.shape
-    num_features = page_layout.padded(head_dim, packing)
-    lanes = cache_keys.shape[4] // packing * packing
-    pages = (*cache_keys.shape[:2], num_kv, num_features // packing, lanes)
+    num_features = page_layout.padded(head_dim, args.packing)
+    lanes = cache_keys.shape[4] // args.packing * args.packing
+    pages = (*cache_keys.shape[:2], num_kv, num_features // args.packing, lanes)
     fresh = (batch, num_kv, head_dim, num_tokens)
     num_words = -(-num_tokens // 32)
     wanted = {
-        "keys": (keys, fresh, query.dtype),
-        "values": (values, fresh, query.dtype),
-        "cache_keys": (cache_keys, pages, None),
-        "cache_values": (cache_values, pages, cache_keys.dtype),
-        "page_table": (page_table, (batch, page_table.shape[-1]), jnp.int32),
-        "lengths": (lengths, (batch,), jnp.int32),
-        "positions": (positions, (batch, num_tokens), jnp.int32),
+        "keys": (fresh, query.dtype),
+        "values": (fresh, query.dtype),
+        "cache_keys": (pages, None),
+        "cache_values": (pages, cache_keys.dtype),
+        "page_table": ((batch, args.page_table.shape[-1]), jnp.int32),
+        "lengths": ((batch,), jnp.int32),
+        "positions": ((batch, num_tokens), jnp.int32),
     }
     if words is not None:
-        wanted["words"] = (words, (batch, num_tokens, num_words), jnp.uint32)
-    for name, (array, shape, dtype) in wanted.items():
+        wanted["words"] = ((batch, num_tokens, num_words), jnp.uint32)
+    for name, (shape, dtype) in wanted.items():
+        array = getattr(args, name)
         if array.shape != shape:
             raise ValueError(
                 f"{name} has shape {array.shape}, but query {query.shape} and the pages"
@@ -181,35 +176,26 @@ def checked_lengths(
 
 
 def check_kernel(
-    name: str,
-    query: Array,
-    cache_keys: Array,
-    max_pages: int,
-    packing: int = 1,
-    *,
-    compiled: bool = True,
+    name: str, args: arguments.Arguments, *, compiled: bool = True
 ) -> None:
     """Check that a kernel can compute this, whatever the values.
 
     Args:
       name: of the implementation, not `reference`.
-      query, cache_keys, packing: see `api.verify_attention`.
-      max_pages: columns of the page table.
+      args: of the call.
       compiled: for a device, and not interpreted.
 
     Raises:
       NotImplementedError: it cannot; the message says what can.
     """
-    head_dim = query.shape[4]
-    page_size = cache_keys.shape[4] // packing
+    head_dim, page_size = args.query.shape[4], args.sizes.page_size
     reasons = []
     if head_dim not in _HEAD_DIMS:
         reasons.append(f"has head dimensions 16, 32, 48, ... 256, not {head_dim}")
     if page_size not in _PAGE_SIZES:
         reasons.append(f"has page sizes {_PAGE_SIZES}, not {page_size}")
     if name == "mosaic_tpu" and not reasons and compiled:
-        sizes = query.shape, query.dtype, page_size, max_pages
-        told = tpu_plan.obstacle(*sizes, packing)
+        told = tpu_plan.obstacle(*args.sizes, args.packing)
         reasons += [f"cannot take this: {told}"] if told else []
     if reasons:
         raise NotImplementedError(

@@ -61,10 +61,8 @@ class Experience:
             self.rewards[list(chosen)],
         )
 
-    def join(self, other: "Experience | None") -> "Experience":
+    def join(self, other: "Experience") -> "Experience":
         """Append another batch's groups."""
-        if other is None:
-            return self
         return Experience(
             [*self.prompts, *other.prompts],
             [*self.completions, *other.completions],

@@ -124,7 +124,7 @@ class Updater:
           `policy/` and `mismatch/` values.
 
         Raises:
-          failures.TrainingError: several updates in a row were not finite.
+          failures.NotFiniteError: several updates in a row were not finite.
         """
         old_logprobs = batch.logprobs if self._cfg.old_logprobs == "rollout" else None
         reference = None
@@ -196,7 +196,7 @@ class Updater:
             "row)."
         )
         if self.num_skipped >= _MAX_SKIPPED:
-            raise failures.TrainingError(
+            raise failures.NotFiniteError(
                 f"{self.num_skipped} updates in a row were not finite"
             )
 

@@ -30,7 +30,7 @@ def handle(
 
     Args:
       state: before.
-      event: one of the events of `coordinator_records`.
+      event: one of the events of `records`.
       at_s: when it arrived; one clock for all events, never going back.
       cfg: thresholds.
 

@@ -8,7 +8,7 @@ of several processes are numbered through; queue and coordinator are process 0's
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tlt_jax import types
 from tlt_jax.models import params as model_params
@@ -139,7 +139,13 @@ class Workers:
         rolling = _Rollout(self, requests, seed, expected_lengths)
         rolling.on_completion, rolling.on_call = on_completion, on_call
         try:
-            rolling.drive()
+            for worker, turn in rolling.turns():
+                threading.Thread(
+                    target=rolling.generate,
+                    args=(worker, turn),
+                    name=f"worker-{worker}",
+                    daemon=True,
+                ).start()
         finally:
             if self.group.is_first:
                 self._keep_intervals()
@@ -189,22 +195,22 @@ class _Rollout:
         self._errors: list[BaseException] = []
         self.done: dict[int, types.Completion] = {}
         self.stats = rollout_stats.RolloutStats()
+        self._generation = 0
 
-    def drive(self) -> None:
-        """Carry out the coordinator's commands until the rollout's end."""
+    def turns(self) -> Iterator[tuple[int, int]]:
+        """Carry out the coordinator's commands until the rollout's end.
+
+        Yields:
+          A worker that is to generate from now on, and which turn of its it is.
+        """
         workers, c = self._workers, self._workers.coordination
-        generation = self._begin()
+        self._generation = generation = self._begin()
         while (command := c.next_command()) is not None:
             if command.generation != generation:
                 continue
             match command:
                 case records.Generate(_, worker, turn):
-                    threading.Thread(
-                        target=self._generate,
-                        args=(generation, worker, turn),
-                        name=f"worker-{worker}",
-                        daemon=True,
-                    ).start()
+                    yield worker, turn
                 case records.ReturnRequests(_, worker):
                     workers.lost[worker] = c.state.worker(worker).reason
                     self._queue.lose(worker)
@@ -239,10 +245,10 @@ class _Rollout:
             return len(self.done)
         return len(self._requests) - self._queue.num_left
 
-    def _generate(self, generation: int, worker: int, turn: int) -> None:
+    def generate(self, worker: int, turn: int) -> None:
         """Let a worker generate until the queue gives no more; a thread's body."""
         workers, c = self._workers, self._workers.coordination
-        own = worker - workers.first
+        generation, own = self._generation, worker - workers.first
 
         def complete(completion):
             with self._lock:

@@ -1,0 +1,71 @@
+"""Checks a section's keys against tables of defaults, ranges and choices."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from tlt_jax.settings import schema
+
+
+def check(section: type, table: dict[str, tuple[Any, str]]) -> None:
+    """Assert names, defaults and, where `table` names a range, what it refuses.
+
+    Args:
+      section: a section's dataclass.
+      table: by key the default and the range, `[0, 1)`, or nothing.
+    """
+    assert [field.name for field in dataclasses.fields(section)] == list(table)
+    for name, (default, interval) in table.items():
+        found = getattr(section(), name)
+        assert (type(found), found) == (type(default), default), name
+        if not interval:
+            continue
+        # Whole numbers lie one apart, others are as near to the ends as floats can.
+        whole = "float" not in str(section.__dataclass_fields__[name].type)
+        inside, outside = _around(interval, 1 if whole else 1e-6)
+        for value in inside:
+            schema.check_fields(section(**{name: value}))
+        for value in outside:
+            with pytest.raises(schema.ConfigError, match=rf"^{name}={value} is out"):
+                schema.check_fields(section(**{name: value}))
+
+
+def check_choices(section: type, name: str, choices: str) -> None:
+    """Assert that a key takes these words, and lists them where it refuses another.
+
+    The word `package.module:Name` stands for all names of that form.
+    """
+    for choice in choices.split():
+        schema.check_fields(section(**{name: choice}))
+    with pytest.raises(schema.ConfigError) as raised:
+        schema.check_fields(section(**{name: "?"}))
+    listed = ", ".join(choices.split())
+    listed = listed.replace(", package", ", or of your own, package")
+    assert str(raised.value) == f"{name}='?' is not one of {listed}."
+
+
+def named(key: tuple[type, str]) -> str:
+    """Name a section's key among a test's parameters."""
+    return f"{key[0].__name__}.{key[1]}"
+
+
+def _around(interval: str, step: float) -> tuple[list[float], list[float]]:
+    """Return numbers next to the ends, within and beyond."""
+    kind = type(step)
+    ends = [float(text) for text in interval[1:-1].split(",")]
+    inside, outside = [], []
+    for end, sign, closed in (
+        (ends[0], -1, interval[0] == "["),
+        (ends[1], +1, interval[-1] == "]"),
+    ):
+        if math.isinf(end):
+            inside.append(kind(sign * 10**6))
+        elif closed:
+            inside.append(kind(end))
+            outside.append(kind(end + sign * step))
+        else:
+            inside.append(kind(end - sign * step))
+            outside.append(kind(end))
+    return inside, outside

@@ -1,0 +1,167 @@
+"""Every setting of a training run: its name, default and range; choices; overrides."""
+
+import pytest
+
+from tests.settings import tables
+from tlt_jax.settings import sections
+
+# By section and key: the default, and the range as a mathematician writes it.
+SETTINGS = {
+    sections.Model: {
+        "spec": ("", ""),
+        "remat": ("full", ""),
+    },
+    sections.Pretrain: {
+        "num_layers": (2, "[1, inf)"),
+        "d_model": (64, "[1, inf)"),
+        "d_ff": (192, "[1, inf)"),
+        "num_heads": (4, "[1, inf)"),
+        "num_kv_heads": (2, "[1, inf)"),
+        "head_dim": (16, "[2, inf)"),
+        "steps": (300, "[0, inf)"),
+        "num_rows": (64, "[1, inf)"),
+        "learning_rate": (0.003, "(0, inf)"),
+        "noise_frac": (0.7, "[0, 1]"),
+    },
+    sections.Task: {
+        "name": ("", ""),
+        "options": ((), ""),
+        "size": (1000, "[1, inf)"),
+        "seed": (0, "[0, inf)"),
+        "system_prompt": ("", ""),
+        "max_prompt_tokens": (512, "[1, inf)"),
+        "long_prompts": ("refuse", ""),
+    },
+    sections.Sampling: {
+        "temperature": (1.0, "[0, inf)"),
+        "top_p": (1.0, "(0, 1]"),
+        "top_k": (0, "[0, inf)"),
+        "min_p": (0.0, "[0, 1)"),
+    },
+    sections.Rollout: {
+        "prompts_per_step": (8, "[1, inf)"),
+        "group_size": (8, "[1, inf)"),
+        "max_new_tokens": (512, "[1, inf)"),
+        "stop": ((), ""),
+        "max_batch": (64, "[1, inf)"),
+        "steps_per_call": (32, "[1, inf)"),
+        "prefill_chunk": (128, "[1, inf)"),
+        "cpu_kernels": ("auto", ""),
+        "attention": ("auto", ""),
+        "check_kernels": (False, ""),
+        "tensor": (0, "[0, inf)"),
+    },
+    sections.Cache: {
+        "page_size": (64, "[1, inf)"),
+        "num_pages": (0, "[0, inf)"),
+    },
+    sections.Algorithm: {
+        "name": ("grpo", ""),
+        "advantage": (None, ""),
+        "aggregation": (None, ""),
+        "dynamic_sampling": (None, ""),
+        "overlong_shaping": (None, ""),
+        "overlong_buffer_frac": (None, "[0, 1]"),
+        "overlong_penalty": (None, "[0, inf)"),
+        "surrogate": (None, ""),
+        "clip_low": (None, "[0, 1]"),
+        "clip_high": (None, "[0, inf)"),
+        "dual_clip": (None, "(1, inf)"),
+        "ratio_level": (None, ""),
+        "kl_coef": (None, "[0, inf)"),
+        "kl_estimator": (None, ""),
+        "kl_placement": (None, ""),
+        "importance_cap": (None, "(0, inf)"),
+        "entropy_coef": (None, "[0, inf)"),
+    },
+    sections.Optimizer: {
+        "learning_rate": (1e-06, "[0, inf)"),
+        "schedule": ("constant", ""),
+        "warmup_steps": (0, "[0, inf)"),
+        "beta1": (0.9, "[0, 1)"),
+        "beta2": (0.999, "[0, 1)"),
+        "eps": (1e-08, "(0, inf)"),
+        "weight_decay": (0.0, "[0, inf)"),
+        "clip_norm": (1.0, "[0, inf)"),
+    },
+    sections.Learner: {
+        "epochs": (1, "[1, inf)"),
+        "minibatches": (1, "[1, inf)"),
+        "row_tokens": (2048, "[2, inf)"),
+        "rows_per_micro_batch": (1, "[1, inf)"),
+        "old_logprobs": ("recompute", ""),
+    },
+    sections.Mesh: {
+        "data": (1, "[-1, inf)"),
+        "fsdp": (-1, "[-1, inf)"),
+        "tensor": (1, "[-1, inf)"),
+    },
+    sections.Reward: {
+        "function": ("", ""),
+        "workers": (2, "[0, inf)"),
+        "timeout_s": (10.0, "(0, inf)"),
+        "failure_reward": (0.0, "(-inf, inf)"),
+    },
+    sections.Eval: {
+        "every": (0, "[0, inf)"),
+        "num_prompts": (64, "[1, inf)"),
+        "samples": (1, "[1, inf)"),
+        "k": ((1,), ""),
+        "temperature": (None, "[0, inf)"),
+    },
+    sections.Checkpoint: {
+        "every": (10, "[0, inf)"),
+        "keep": (2, "[1, inf)"),
+        "drafter": ("selective", ""),
+    },
+    sections.Log: {
+        "tensorboard": (True, ""),
+        "wandb": ("off", ""),
+        "wandb_project": ("tlt_jax", ""),
+        "plots_every": (10, "[0, inf)"),
+        "rollouts_every": (1, "[0, inf)"),
+        "progress": ("auto", ""),
+    },
+}
+
+
+@pytest.mark.parametrize("section", SETTINGS, ids=lambda section: section.__name__)
+def test_defaults_and_ranges(section):
+    tables.check(section, SETTINGS[section])
+
+
+CHOICES = {
+    (sections.Model, "remat"): "none dots full",
+    (sections.Task, "long_prompts"): "refuse skip",
+    (sections.Rollout, "cpu_kernels"): "auto xla native",
+    (sections.Rollout, "attention"): (
+        "auto portable native_cpu mosaic_tpu triton_gpu mosaic_tpu_interpreted "
+        "triton_gpu_interpreted"
+    ),
+    (sections.Algorithm, "name"): ("grpo dr_grpo dapo rloo reinforce_pp_baseline gspo"),
+    (sections.Algorithm, "advantage"): (
+        "grpo dr_grpo rloo reinforce_pp_baseline package.module:Name"
+    ),
+    (sections.Algorithm, "surrogate"): "clipped package.module:Name",
+    (sections.Algorithm, "aggregation"): "token_mean sequence_mean constant",
+    (sections.Algorithm, "ratio_level"): "token sequence",
+    (sections.Algorithm, "kl_estimator"): "k1 k2 k3",
+    (sections.Algorithm, "kl_placement"): "loss reward",
+    (sections.Optimizer, "schedule"): "constant linear cosine",
+    (sections.Learner, "old_logprobs"): "recompute rollout",
+    (sections.Checkpoint, "drafter"): "selective async blocking",
+    (sections.Log, "wandb"): "off online offline",
+    (sections.Log, "progress"): "auto plain off",
+}
+
+
+@pytest.mark.parametrize("key", CHOICES, ids=tables.named)
+def test_choices(key):
+    tables.check_choices(*key, CHOICES[key])
+
+
+def test_only_what_is_set_overrides_the_algorithms_preset():
+    assert sections.Algorithm(name="dapo").overrides() == {}
+    # Zero and false are settings, too.
+    chosen = {"clip_low": 0.0, "dynamic_sampling": False, "kl_estimator": "k1"}
+    assert sections.Algorithm(name="gspo", **chosen).overrides() == chosen
