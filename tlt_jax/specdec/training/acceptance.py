@@ -14,7 +14,7 @@ from tlt_jax.specdec.training import unroll
 from tlt_jax.types import Array
 
 RANKINGS = ("deterministic", "coupled")
-# Sharpnesses that are tried; see `learned.draft`.
+# Sharpnesses that are tried; see `learned.Draft`.
 SHARPNESSES = (1.0, 1.25, 1.5, 2.0, 3.0)
 # Share of drafts that another sharpness must have accepted more than the one in use. A
 # batch of some hundred bases tells them apart to one or two percent.
