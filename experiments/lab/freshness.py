@@ -107,6 +107,16 @@ class Code:
                     waiting.extend(hashed.references)
         return list(found.values())
 
+    def missing(self) -> set[str]:
+        """Names that what was reached takes from modules which do not have them."""
+        found = {ref for hashed in self._hashed.values() for ref in hashed.references}
+        taken = [(name, self.module(name), wanted) for name, wanted in found if wanted]
+        return {
+            f"{name}.{wanted}"
+            for name, module, wanted in taken
+            if module and wanted not in {*module.places, *module.imports}
+        }
+
     def module(self, name: str) -> "_Module | None":
         """Reads a module; None: there is none, or it shows and measures nothing."""
         if name not in self._modules:
@@ -249,7 +259,8 @@ class _Writer:
             self._dotted(dotted)
             return
         self.parts.append(node.id)
-        if not any(node.id in scope for scope in self._scopes):
+        is_local = any(node.id in scope for scope in self._scopes)
+        if node.id in self._module.places and not is_local:
             self.references.add((self._module.name, node.id))
 
     def _Attribute(self, node: ast.Attribute) -> None:

@@ -231,6 +231,15 @@ def test_a_hash_does_not_depend_on_the_interpreter(code):
     assert code(experiments__made=text) == "aa19dddaef8f"
 
 
+def test_every_name_that_is_taken_from_a_module_is_there():
+    """Programs that only clusters or peers start would tell it late."""
+    code = freshness.Code(freshness.ROOT, ("tlt_jax.viz",))
+    for path in freshness.FOLDER.rglob("*.py"):
+        parts = path.relative_to(freshness.ROOT).with_suffix("").parts
+        code.reached([(".".join(parts), "")])
+    assert code.missing() == {"experiments.rollout_turns.__name__"}
+
+
 def test_all_tables_of_record_are_hashed_quickly():
     """Whoever lists the experiments does not wait for it."""
     freshness.code.cache_clear()
