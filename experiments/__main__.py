@@ -24,7 +24,6 @@ from experiments.lab import (
     catalogue,
     claims,
     experiment,
-    freshness,
     provenance,
     readme_tables,
     tables,
@@ -102,7 +101,7 @@ def carry(slugs: list[str], scale: str, why: str) -> list[tables.Row]:
         )
     commit = provenance.git("rev-parse", "HEAD")
     rows = [
-        {"experiment": slug, "told": freshness.carry(slug, folder, commit, why)}
+        {"experiment": slug, "told": provenance.carry(slug, folder, commit, why)}
         for slug in slugs
     ]
     for row in rows:

@@ -21,7 +21,7 @@ import jax
 from absl import flags
 
 from experiments.lab import prompts, tables
-from tlt_jax import assembly, config, policy, types
+from tlt_jax import assembly, config, policy, speculation, types
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.runtime import (
@@ -64,16 +64,14 @@ def hog(name: str):
 
 def engine_of(run: config.RunConfig, model: policy.Policy) -> engine_lib.Engine:
     """Makes one worker of a recipe, with its drafter if that is ready."""
-    made = assembly.make_speculation(run, model.config)
+    made = speculation.of_run(run, model.config)
     device = jax.devices()[-1]
     mesh = sharding.make_mesh(1, 1, 1, [device])
-    temperature = run.sampling.temperature
-    engine = assembly.make_engine(
-        run, model.config, model.tokenizer, mesh, temperature, made
-    )
+    law = assembly.law_of(run.sampling)
+    engine = assembly.engine_of_run(run, model.config, model.tokenizer, law, made, mesh)
     engine.set_params(jax.device_put(model.params, device), 1)
-    if made.initial is not None:
-        engine.offer_drafter(made.initial, 1)
+    if made.params is not None:
+        engine.offer_drafter(made.params, 1)
     return engine
 
 

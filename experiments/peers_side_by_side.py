@@ -15,7 +15,6 @@ compilation apart, against TRL and Tunix. The range is that of the rounds' worst
 """
 
 import argparse
-import json
 import pathlib
 
 from experiments import decode_speed, grpo_step_speed
@@ -86,8 +85,7 @@ def read(
                 f"{path.name} is not in {source.name}: make it with python "
                 f"-m experiments.{name} --scale={options.scale} --peers=..."
             )
-        told = json.loads((source / f"{name}.json").read_text("utf-8"))
-        found[name] = tables.read(path), told
+        found[name] = tables.read(path), provenance.read(source, name)
     return found
 
 

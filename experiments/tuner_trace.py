@@ -23,11 +23,10 @@ import numpy as np
 
 from experiments.lab import experiment, provenance, speculation_setting
 from experiments.simulation import trace_file
-from tlt_jax import types
+from tlt_jax import speculation, types
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.rl.engine import engine as engine_lib
-from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.texts import layout, shards
@@ -91,24 +90,16 @@ def tuned_engine(
             )
         ),
     )
-    engine = engine_lib.Engine(
-        policy.config,
-        engine_programs.EngineConfig(
-            max_rows=options.max_rows,
-            max_length=setting.max_length,
-            num_pages=setting.num_pages(max(options.max_rows, CACHE_ROWS)),
-            page_size=speculation_setting.PAGE_SIZE,
-            steps_per_call=options.steps_per_call,
-            eos_ids=policy.eos_ids,
-            dtype=policy.precision,
+    return setting.policy.engine(
+        max_rows=options.max_rows,
+        max_length=setting.max_length,
+        speculation=speculation.Speculation(
+            drafting_cfg, setting.drafter.params, tuner
         ),
         speculator_cfg=speculator_cfg,
         decode_text=policy.tokenizer.decode,
         tuner=tuner,
     )
-    engine.set_params(policy.params, version=0)
-    engine.set_drafter(setting.drafter.params, version=0)
-    return engine
 
 
 def requests_of(

@@ -174,13 +174,13 @@ class Experiment:
 
     def redraw(self, folder: pathlib.Path) -> str:
         """Draws the plot again; returns what became of it."""
-        path = folder / f"{self.slug}.json"
+        record = provenance.read(folder, self.slug)
         if self.plot is None:
             return "has no plot"
-        if not path.exists():
+        if not record:
             return "has no results"
         try:
-            self.draw(folder, json.loads(path.read_text("utf-8")))
+            self.draw(folder, record)
         except KeyError as error:
             return f"its tables are of other code and lack {error}: run it again"
         return "drawn"
@@ -218,8 +218,7 @@ class Experiment:
             return A_TOOL
         if scale != "cpu" and not self.larger:
             return AS_CPU
-        folder = RESULTS_DIR / scale
-        return freshness.of_table(self.slug, folder, self.table or f"{self.slug}.csv")
+        return provenance.status(self.slug, RESULTS_DIR / scale, self.table)
 
 
 class _Run:

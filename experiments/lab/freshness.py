@@ -1,4 +1,4 @@
-"""Whether a table still is what its experiment would make: by hashes of the source.
+"""What an experiment measures, as a hash of the source that it runs.
 
 The hash covers the definitions (functions, classes, constants) that an experiment can
 reach by name, from its own module into the others of this folder, into `tlt_jax`, and
@@ -11,18 +11,14 @@ and what is taken from an imported module is hashed by its own name. So nothing 
 where a definition moves or a module is renamed. Left out is also what makes no entry of
 a table: docstrings, comments, annotations of functions, texts of errors and of help,
 what draws, prints or writes what was found, and names that nothing else reads.
-
-A reviewed change that alters no measured value may be *carried*: the record then names
-both hashes, the commit and the reason (`python -m experiments carry SLUG --why=TEXT`).
 """
 
 import ast
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
@@ -50,9 +46,6 @@ _SKIPPED_FIELDS = frozenset(
     ("ctx", "kind", "type_comment", "type_params", "returns", "type_ignores")
 )
 
-FRESH, STALE, PARTIAL, UNDATED, UNRUN = "fresh stale partial undated unrun".split()
-CARRIED = "fresh (carried)"
-
 # A module, and a name in it; no name: all of it.
 _Reference = tuple[str, str]
 
@@ -60,79 +53,6 @@ _Reference = tuple[str, str]
 def source_hash(slug: str) -> str:
     """Returns 12 hex digits that change with what an experiment measures."""
     return code(ROOT).hash_of(f"experiments.{slug}")
-
-
-def status(slug: str, folder: pathlib.Path) -> str:
-    """Tells of a table: fresh (carried or not), stale, partial, undated or unrun."""
-    return of_table(slug, folder, f"{slug}.csv")
-
-
-def of_table(slug: str, folder: pathlib.Path, table: str) -> str:
-    """Does the same where the table is another file than `<slug>.csv`."""
-    if not (folder / table).exists():
-        return UNRUN
-    path = folder / f"{slug}.json"
-    record = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if "source_hash" not in record:
-        return UNDATED
-    if not is_current(record, source_hash(slug)):
-        return STALE
-    cells = record.get("cells", {"done": 0, "wanted": 0})
-    if cells["done"] < cells["wanted"]:
-        return PARTIAL
-    return CARRIED if record["source_hash"] != source_hash(slug) else FRESH
-
-
-def is_current(record: Mapping, current: str) -> bool:
-    """Tells whether a table was made by today's code, or was carried to it.
-
-    Args:
-      record: the table's provenance.
-      current: hash of the code now.
-    """
-    reached = record.get("source_hash")
-    for step in record.get("carried", ()):
-        if reached == current:
-            return True
-        if step["from"] != reached:
-            return False
-        reached = step["to"]
-    return reached == current
-
-
-def carry(slug: str, folder: pathlib.Path, commit: str | None, why: str) -> str:
-    """Says of a stale table that what changed alters nothing that it holds.
-
-    Args:
-      slug: of the experiment.
-      folder: of its provenance.
-      commit: at which the change was reviewed.
-      why: the reason, for people.
-
-    Returns:
-      What became of it, in words.
-
-    Raises:
-      ValueError: there is no record with a hash, or no reason is given.
-    """
-    if not why.strip():
-        raise ValueError(
-            'carry needs --why="...": what shows that nothing measured changes.'
-        )
-    path = folder / f"{slug}.json"
-    record = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if "source_hash" not in record:
-        raise ValueError(
-            f"{path.name} tells no source_hash in {folder.name}: measure {slug} first."
-        )
-    current = source_hash(slug)
-    if is_current(record, current):
-        return "needs no carrying"
-    steps = record.setdefault("carried", [])
-    last = steps[-1]["to"] if steps else record["source_hash"]
-    steps.append({"from": last, "to": current, "commit": commit, "why": why})
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return f"carried from {last} to {current}"
 
 
 @functools.cache
@@ -186,6 +106,16 @@ class Code:
                     found[name, place] = hashed
                     waiting.extend(hashed.references)
         return list(found.values())
+
+    def missing(self) -> set[str]:
+        """Names that what was reached takes from modules which do not have them."""
+        found = {ref for hashed in self._hashed.values() for ref in hashed.references}
+        taken = [(name, self.module(name), wanted) for name, wanted in found if wanted]
+        return {
+            f"{name}.{wanted}"
+            for name, module, wanted in taken
+            if module and wanted not in {*module.places, *module.imports}
+        }
 
     def module(self, name: str) -> "_Module | None":
         """Reads a module; None: there is none, or it shows and measures nothing."""
@@ -329,7 +259,8 @@ class _Writer:
             self._dotted(dotted)
             return
         self.parts.append(node.id)
-        if not any(node.id in scope for scope in self._scopes):
+        is_local = any(node.id in scope for scope in self._scopes)
+        if node.id in self._module.places and not is_local:
             self.references.add((self._module.name, node.id))
 
     def _Attribute(self, node: ast.Attribute) -> None:

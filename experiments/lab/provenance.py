@@ -1,4 +1,9 @@
-"""What must be known to believe, or to repeat, a table: command, code, machine."""
+"""What must be known to believe, or to repeat, a table: command, code, machine.
+
+A table is stale where what its experiment measures is another by now. A reviewed change
+that alters no measured value may be *carried*: the record then names both hashes, the
+commit and the reason (`python -m experiments carry SLUG --why=TEXT`).
+"""
 
 import collections
 import datetime
@@ -15,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experiments.lab import freshness
 
@@ -26,6 +32,10 @@ _PACKAGES = (
 # What a later run tells that adds to a table.
 _OF_A_RUN = ("command", "commit", "uncommitted_changes", "device", "cpu_model")
 _OF_A_RUN += ("started_utc",)
+
+
+FRESH, STALE, PARTIAL, UNDATED, UNRUN = "fresh stale partial undated unrun".split()
+CARRIED = "fresh (carried)"
 
 
 class Provenance:
@@ -74,6 +84,85 @@ class Provenance:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.record, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
+
+
+def status(slug: str, folder: pathlib.Path, table: str = "") -> str:
+    """Tells of a table: fresh (carried or not), stale, partial, undated or unrun.
+
+    Args:
+      slug: of the experiment.
+      folder: of the table.
+      table: its file; empty: `<slug>.csv`.
+    """
+    if not (folder / (table or f"{slug}.csv")).exists():
+        return UNRUN
+    record = read(folder, slug)
+    if "source_hash" not in record:
+        return UNDATED
+    current = freshness.source_hash(slug)
+    if not is_current(record, current):
+        return STALE
+    cells = record.get("cells", {"done": 0, "wanted": 0})
+    if cells["done"] < cells["wanted"]:
+        return PARTIAL
+    return FRESH if record["source_hash"] == current else CARRIED
+
+
+def read(folder: pathlib.Path, slug: str) -> dict[str, Any]:
+    """Reads an experiment's record; empty: there is none."""
+    path = folder / f"{slug}.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def is_current(record: Mapping, current: str) -> bool:
+    """Tells whether a table was made by today's code, or was carried to it.
+
+    Args:
+      record: the table's provenance.
+      current: hash of the code now.
+    """
+    reached = record.get("source_hash")
+    for step in record.get("carried", ()):
+        if reached == current:
+            return True
+        if step["from"] != reached:
+            return False
+        reached = step["to"]
+    return reached == current
+
+
+def carry(slug: str, folder: pathlib.Path, commit: str | None, why: str) -> str:
+    """Says of a stale table that what changed alters nothing that it holds.
+
+    Args:
+      slug: of the experiment.
+      folder: of its provenance.
+      commit: at which the change was reviewed.
+      why: the reason, for people.
+
+    Returns:
+      What became of it, in words.
+
+    Raises:
+      ValueError: there is no record with a hash, or no reason is given.
+    """
+    if not why.strip():
+        raise ValueError(
+            'carry needs --why="...": what shows that nothing measured changes.'
+        )
+    path, record = folder / f"{slug}.json", read(folder, slug)
+    if "source_hash" not in record:
+        raise ValueError(
+            f"{path.name} tells no source_hash in {folder.name}: measure {slug} first."
+        )
+    current = freshness.source_hash(slug)
+    if is_current(record, current):
+        return "needs no carrying"
+    steps = record.setdefault("carried", [])
+    last = steps[-1]["to"] if steps else record["source_hash"]
+    steps.append({"from": last, "to": current, "commit": commit, "why": why})
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return f"carried from {last} to {current}"
 
 
 def stamp(record: Mapping[str, object]) -> str:

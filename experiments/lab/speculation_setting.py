@@ -83,7 +83,7 @@ class Setting:
 
         With a cache for `most_rows` rows engines of fewer find its programs compiled.
         """
-        chosen = None
+        chosen = speculation.PLAIN
         if strategy is not None:
             chosen = speculation.Speculation(
                 dataclasses.replace(

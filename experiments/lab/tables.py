@@ -8,11 +8,10 @@ no table mixes them.
 
 import csv
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from experiments.lab import freshness, provenance
+from experiments.lab import provenance
 
 Row = dict[str, object]
 CELL = "cell"
@@ -118,10 +117,9 @@ def _in_order(
 
 def _stored(path: pathlib.Path, now: Mapping[str, object]) -> dict[str, object]:
     """Returns the record of a table that may be continued."""
-    beside = path.with_suffix(".json")
-    old = json.loads(beside.read_text("utf-8")) if beside.exists() else {}
+    old = provenance.read(path.parent, path.stem)
     for name, what in (("config_hash", "settings"), ("source_hash", "code")):
-        carried = name == "source_hash" and freshness.is_current(old, str(now[name]))
+        carried = name == "source_hash" and provenance.is_current(old, str(now[name]))
         if old.get(name) != now[name] and not carried:
             raise ValueError(
                 f"{path.name} has rows of other {what} ({name} {old.get(name)}, now "

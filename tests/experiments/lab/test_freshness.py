@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from experiments.lab import freshness
+from experiments.lab import freshness, provenance
 
 
 @pytest.fixture
@@ -38,18 +38,18 @@ def test_the_source_hash_is_of_the_code_and_what_it_imports(code, tmp_path):
     assert changed != first
     results = tmp_path / "results"
     results.mkdir()
-    assert freshness.status("made", results) == freshness.UNRUN
+    assert provenance.status("made", results) == provenance.UNRUN
     (results / "made.csv").write_text("a\n1\n")
-    assert freshness.status("made", results) == freshness.UNDATED
+    assert provenance.status("made", results) == provenance.UNDATED
     record = results / "made.json"
     record.write_text(json.dumps({"source_hash": changed}))
-    assert freshness.status("made", results) == freshness.FRESH
+    assert provenance.status("made", results) == provenance.FRESH
     cut = {"source_hash": changed, "cells": {"wanted": 3, "done": 2}}
     record.write_text(json.dumps(cut))
-    assert freshness.status("made", results) == freshness.PARTIAL
+    assert provenance.status("made", results) == provenance.PARTIAL
     record.write_text(json.dumps({"source_hash": changed}))
     code(experiments__parts__a="X = 3\n")
-    assert freshness.status("made", results) == freshness.STALE
+    assert provenance.status("made", results) == provenance.STALE
 
 
 def test_a_carried_table_is_fresh_until_the_next_change(code, tmp_path):
@@ -59,13 +59,13 @@ def test_a_carried_table_is_fresh_until_the_next_change(code, tmp_path):
     record.write_text(json.dumps({"source_hash": hashes[0]}))
     for number, why in ((2, "equal digests"), (3, "equal counts")):
         code(experiments__made=f"X = {number}\n")
-        assert freshness.status("made", tmp_path) == freshness.STALE
+        assert provenance.status("made", tmp_path) == provenance.STALE
         with pytest.raises(ValueError, match="carry needs --why"):
-            freshness.carry("made", tmp_path, "abc", " ")
-        told = freshness.carry("made", tmp_path, "abc", why)
+            provenance.carry("made", tmp_path, "abc", " ")
+        told = provenance.carry("made", tmp_path, "abc", why)
         assert told == f"carried from {hashes[number - 2]} to {hashes[number - 1]}"
-        assert freshness.status("made", tmp_path) == freshness.CARRIED
-    assert freshness.carry("made", tmp_path, "abc", "again") == "needs no carrying"
+        assert provenance.status("made", tmp_path) == provenance.CARRIED
+    assert provenance.carry("made", tmp_path, "abc", "again") == "needs no carrying"
     told = json.loads(record.read_text())
     assert told["source_hash"] == hashes[0]
     assert [step["why"] for step in told["carried"]] == [
@@ -74,12 +74,12 @@ def test_a_carried_table_is_fresh_until_the_next_change(code, tmp_path):
     ]
     assert told["carried"][0]["commit"] == "abc"
     code(experiments__made="X = 4\n")
-    assert freshness.status("made", tmp_path) == freshness.STALE
+    assert provenance.status("made", tmp_path) == provenance.STALE
     # A chain with a link missing carries nothing.
     told["carried"] = told["carried"][1:]
-    assert not freshness.is_current(told, hashes[2])
+    assert not provenance.is_current(told, hashes[2])
     with pytest.raises(ValueError, match=r"other.json tells no source_hash"):
-        freshness.carry("other", tmp_path, "abc", "equal")
+        provenance.carry("other", tmp_path, "abc", "equal")
 
 
 MADE = """
@@ -229,6 +229,15 @@ def test_of_a_declaration_is_hashed_what_makes_the_table(code, old, new, same):
 def test_a_hash_does_not_depend_on_the_interpreter(code):
     text = 'def main(x: int, *, y=2):\n    return f"{x:>{y}} is {y}", [*range(x)]\n'
     assert code(experiments__made=text) == "aa19dddaef8f"
+
+
+def test_every_name_that_is_taken_from_a_module_is_there():
+    """Programs that only clusters or peers start would tell it late."""
+    code = freshness.Code(freshness.ROOT, ("tlt_jax.viz",))
+    for path in freshness.FOLDER.rglob("*.py"):
+        parts = path.relative_to(freshness.ROOT).with_suffix("").parts
+        code.reached([(".".join(parts), "")])
+    assert code.missing() == {"experiments.rollout_turns.__name__"}
 
 
 def test_all_tables_of_record_are_hashed_quickly():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments.lab import freshness, provenance, tables
+from experiments.lab import provenance, tables
 
 
 def record(n=1, source_hash="s", machine="here"):
@@ -69,7 +69,7 @@ def test_a_carried_table_is_continued_and_stays_carried(tmp_path):
     rows = run(tmp_path, CELLS, measured([]), record(source_hash="t"))[""]
     assert len(rows) == 3
     told = json.loads(path.read_text())
-    assert freshness.is_current(told, "t") and told["source_hash"] == "s"
+    assert provenance.is_current(told, "t") and told["source_hash"] == "s"
     with pytest.raises(ValueError, match="rows of other code"):
         run(tmp_path, CELLS, measured([]), record(source_hash="u"))
 
