@@ -80,7 +80,7 @@ def tuned_engine(
     setting: speculation_setting.Setting, tuner: RoundRobin, arms: strategy_lib.Arms
 ) -> engine_lib.Engine:
     """Makes an engine that `tuner` guides."""
-    policy, options = setting.policy, setting.options
+    options = setting.options
     speculator_cfg = dataclasses.replace(
         setting.drafter.speculator_cfg,
         table=strategy_lib.Arms(
@@ -94,11 +94,11 @@ def tuned_engine(
         max_rows=options.max_rows,
         max_length=setting.max_length,
         speculation=speculation.Speculation(
-            drafting_cfg, setting.drafter.params, tuner
+            speculator_cfg, setting.drafter.params, tuner
         ),
-        speculator_cfg=speculator_cfg,
-        decode_text=policy.tokenizer.decode,
-        tuner=tuner,
+        num_pages=setting.num_pages(max(options.max_rows, CACHE_ROWS)),
+        page_size=speculation_setting.PAGE_SIZE,
+        steps_per_call=options.steps_per_call,
     )
 
 
