@@ -1,0 +1,186 @@
+"""All that changes in a run is saved and restored together; nothing is forgotten."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_runs
+from tlt_jax import train
+from tlt_jax.settings import sections
+from tlt_jax.workdir import checkpoint, progress, state
+
+TLT = {
+    "specdec.mode": "tlt",
+    "specdec.tuner": "beg_mab",
+    "specdec.epsilon": 0.5,
+    "specdec.strategies": ("4:D2K1V3,D3K1V4",),
+    "specdec.ngram_strategies": ("4:D2K1V3-ngram,D3K1V4-ngram",),
+    "drafter.features": "last",
+    "adaptation.row_tokens": 64,
+    "adaptation.row_bases": 32,
+    "adaptation.max_frac": 1e3,
+    "adaptation.max_steps": 2,
+    "checkpoint.every": 0,
+}
+
+
+def opened(directory, **more):
+    """A run that has begun nothing yet."""
+    run = tiny_runs.config_of(**TLT | {"num_steps": 3} | more)
+    directory.mkdir(exist_ok=True)
+    return train.Trainer(run, directory, progress.Progress(3, mode="off"))
+
+
+def everything(trainer):
+    """What every part says that it is, as a checkpoint would have it."""
+    parts = trainer.parts
+    snapshot = parts.adaptation.state()
+    told = {
+        "updater": parts.updater.state(),
+        "collector": parts.collector.state(),
+        "sync": parts.sync.state(),
+        "drafter": snapshot.meta,
+    }
+    told |= {name: made.state() for name, made in parts.speculation.tuners.items()}
+    trees = (parts.updater.train_state, snapshot.state, snapshot.arrays)
+    return json.loads(json.dumps(told)), jax.device_get(trees)
+
+
+def test_a_resumed_run_has_the_state_of_every_part(tmp_path):
+    with opened(tmp_path) as trainer:
+        trainer.begin()
+        for _ in range(2):
+            trainer.take_step()
+        parts = trainer.parts
+        # What two short steps leave at its default is set to something else.
+        parts.updater.skips.in_a_row = 2
+        parts.adaptation.learner.sharpness = 1.75
+        parts.adaptation.version = 5
+        trainer.state.save()
+        trainer.state.wait()
+        told, trees = everything(trainer)
+    # Nothing that is compared is what a new run has.
+    with opened(tmp_path / "new") as trainer:
+        new, _ = everything(trainer)
+    assert {name for name in told if told[name] == new[name]} == set()
+    with opened(tmp_path) as trainer:
+        assert trainer.state.step == 2
+        # The first transfer gives the engines this version anew.
+        trainer.parts.sync.sync(trainer.parts.updater.train_state.params)
+        again, same = everything(trainer)
+    for name in told:
+        assert again[name] == told[name], name
+    jax.tree.map(np.testing.assert_array_equal, same, trees)
+    assert len(trees[2]) > 3, "texts, their order and the sampler's random state"
+
+
+class Part:
+    """Remembers what it was given."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def state(self):
+        return {"value": self.value}
+
+    def restore(self, told):
+        self.value = told["value"]
+
+
+class Store:
+    """Says when it was asked."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def save(self, step):
+        self.said.append(("save", step))
+
+    def restore(self, step):
+        self.said.append(("restore", step))
+
+    def wait(self):
+        self.said.append(("wait",))
+
+
+class Checkpointer:
+    """In place of Orbax: one checkpoint, in memory."""
+
+    kept = None
+
+    def __init__(self, *arguments):
+        self.opened = arguments
+
+    def __exit__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def restore_latest(self, params, opt_state):
+        return Checkpointer.kept
+
+    def save(self, step, params, opt_state, model, meta):
+        Checkpointer.kept = checkpoint.Restored(step, params, opt_state, meta)
+
+    def latest_step(self):
+        return Checkpointer.kept and Checkpointer.kept.step
+
+    def wait(self):
+        pass
+
+
+def run_state(parts, said):
+    tree = types.SimpleNamespace(params="p", opt_state="o", num_updates=7)
+    updater = Part(3)
+    updater.train_state = tree
+    updater.learner = types.SimpleNamespace(abstract_state=lambda: tree)
+    cfg = sections.Checkpoint(keep=4)
+    made = state.RunState("d", cfg, "model", updater, parts, (Store(said),), "id")
+    return made, updater
+
+
+@pytest.fixture(autouse=True)
+def in_memory(request, monkeypatch):
+    if "resumed" not in request.node.name:
+        monkeypatch.setattr(checkpoint, "Checkpointer", Checkpointer)
+        monkeypatch.setattr(Checkpointer, "kept", None)
+
+
+def test_parts_get_back_what_they_said_each_its_own():
+    said = []
+    made, _ = run_state({"a": Part(1), "b": Part(2)}, said)
+    assert made._checkpointer.opened == ("d", 4)
+    assert not made.restore() and made.step == 0 and said == []
+    made.step = 6
+    made.save()
+    assert Checkpointer.kept.meta == {
+        "config": "id",
+        "parts": {"a": {"value": 1}, "b": {"value": 2}, "updater": {"value": 3}},
+    }
+    assert made.latest_step() == 6
+    a, b = Part(0), Part(0)
+    other, updater = run_state({"a": a, "b": b}, said)
+    updater.value = 0
+    assert other.restore() and other.step == 6
+    assert (a.value, b.value, updater.value) == (1, 2, 3)
+    trained = updater.train_state
+    assert (trained.params, trained.opt_state, trained.num_updates) == ("p", "o", 7)
+    other.wait()
+    assert said == [("save", 6), ("restore", 6), ("wait",)]
+
+
+@pytest.mark.parametrize("meta", [{"position": 5}, {"parts": {"a": {}}}])
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(meta):
+    part = Part(1)
+    made, updater = run_state({"a": part}, [])
+    Checkpointer.kept = checkpoint.Restored(8, "p", ("o", 7), meta)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        made.restore()
+    assert "step 8 was written by another version" in str(error.value)
+    assert "\n" not in str(error.value)
+    # Nothing was taken of it.
+    assert part.value == 1 and updater.value == 3 and made.step == 0
