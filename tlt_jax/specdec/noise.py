@@ -104,13 +104,8 @@ def gumbel(
     if kernels.noise is not None:
         return kernels.noise(keys, positions, vocab_size)
     half = (vocab_size + 1) // 2
-    counter = (
-        positions.astype(jnp.uint32)[:, None],
-        jnp.arange(half, dtype=jnp.uint32)[None, :],
-    )
-    words = threefry2x32((keys[:, :1], keys[:, 1:]), counter)
-    bits = jnp.concatenate(words, axis=1)[:, :vocab_size]
-    return _gumbel_of(bits)
+    words = _vocabulary_words(keys, positions, jnp.arange(half, dtype=jnp.uint32))
+    return _gumbel_of(jnp.concatenate(words, axis=1)[:, :vocab_size])
 
 
 def gumbel_at(keys: Array, positions: Array, ids: Array, vocab_size: int) -> Array:
@@ -124,12 +119,14 @@ def gumbel_at(keys: Array, positions: Array, ids: Array, vocab_size: int) -> Arr
       `[N, n] float32`.
     """
     half = (vocab_size + 1) // 2
-    counter = (
-        positions.astype(jnp.uint32)[:, None],
-        (ids % half).astype(jnp.uint32)[None, :],
-    )
-    words = threefry2x32((keys[:, :1], keys[:, 1:]), counter)
+    words = _vocabulary_words(keys, positions, ids % half)
     return _gumbel_of(jnp.where(ids < half, *words))
+
+
+def _vocabulary_words(keys: Array, positions: Array, ids: Array) -> tuple[Array, Array]:
+    """Words `[N, n]` of vocabulary entries `ids [n]`, and of those half a V behind."""
+    counter = positions.astype(jnp.uint32)[:, None], ids.astype(jnp.uint32)
+    return threefry2x32((keys[:, :1], keys[:, 1:]), counter)
 
 
 def _gumbel_of(bits: Array) -> Array:

@@ -266,7 +266,7 @@ def test_bad_arguments():
         # Lengths play no role.
         ("** self._length_power", "** 0"),
         # Nothing is owed.
-        ("turns.owed += self", "turns.owed += 2 * self"),
+        ("owed += self", "owed += 2 * self"),
     ],
 )
 def test_offset_test_sees_errors(old, new, monkeypatch):

@@ -110,6 +110,10 @@ class State:
 class Learned(protocols.Proposer):
     """Proposes by a drafter that was trained for the target.
 
+    `strategy.num_drafted` candidates a row; a proposal's extra are the keys and values
+    `[K, H, B, A]` of what was taken in. The host is told `[B] int32`, the positions in
+    the drafter's pages.
+
     Attributes:
       strategy: depth and width.
       settings: of the target; at temperature 0 there is no noise, and the drafter's
@@ -128,22 +132,12 @@ class Learned(protocols.Proposer):
     def _is_sampled(self) -> bool:
         return self.ranking == SAMPLED
 
-    @property
-    def _dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.settings.dtype)
-
     def init(self, inputs: Draft, caches: protocols.Caches, rows: decode.Rows) -> State:
-        """Find what the drafter has still to take in when a call begins."""
         behind_B = rows.lengths - inputs.lengths
-        most = inputs.tokens.shape[1]
-        features_FBA = kv_cache.read_features(
-            caches.target, rows.page_table, inputs.lengths, most
-        )[: self.cfg.num_read]
-        meant_BA = jnp.arange(most) < behind_B[:, None]
+        where = rows.page_table, inputs.lengths, inputs.tokens.shape[1]
         accepted = Accepted(
             tokens=inputs.tokens,
-            # Slots that were never written may hold anything.
-            features=jnp.where(meant_BA, features_FBA, 0),
+            features=_features(caches.target, *where, behind_B, self.cfg),
             start=inputs.lengths,
             # A text of one token has no cached position to draft from: a zero feature.
             counts=jnp.maximum(behind_B, 1),
@@ -153,12 +147,6 @@ class Learned(protocols.Proposer):
     def propose(
         self, inputs: Draft, state: State, rows: decode.Rows, noise: Array
     ) -> protocols.Proposal:
-        """Expand the tree of every row, see `protocols.Proposer`.
-
-        Returns:
-          `strategy.num_drafted` candidates a row; extra the keys and values
-          `[K, H, B, A]` of what was taken in.
-        """
         assert self.strategy.topk == 1 or not self._is_sampled, self.strategy
         weights, accepted = inputs.weights, state.accepted
         grow = expansion.Expansion(
@@ -166,7 +154,15 @@ class Learned(protocols.Proposer):
         )
         score = self._score(inputs, noise)
         view = transformer.CacheView(state.pages, rows.page_table, accepted.start)
-        taken_in = self._take_in(weights, accepted, view)
+        taken_in = _take_in(
+            weights,
+            self.cfg,
+            accepted.tokens,
+            accepted.features,
+            view,
+            jnp.dtype(self.settings.dtype),
+            self.settings.kernels,
+        )
         # The root's output stands where the last token was taken in.
         last = (accepted.counts - 1)[None, :, None]
         root_DB1 = jnp.take_along_axis(taken_in.hidden, last, axis=2)
@@ -194,8 +190,6 @@ class Learned(protocols.Proposer):
         proposal: protocols.Proposal,
         taken: protocols.Taken,
     ) -> State:
-        """Keep what was taken in; what the target took now is next."""
-        del inputs
         walk, alive_B, before = taken.walk, taken.alive, state.accepted
         keys, values = proposal.extra
         pages = kv_cache.append(
@@ -223,7 +217,6 @@ class Learned(protocols.Proposer):
     def finish(
         self, state: State, caches: protocols.Caches
     ) -> tuple[protocols.Caches, Array]:
-        """Give the pages back; tell `[B] int32`, the positions in them."""
         return caches.replace(drafter=state.pages), state.accepted.start
 
     def _score(self, inputs: Draft, noise: Array) -> expansion.Score:
@@ -233,22 +226,27 @@ class Learned(protocols.Proposer):
         coupled = self.ranking == "coupled" and is_drawn
         return expansion.Score(noise if coupled else None, inputs.tau, inputs.sharpness)
 
-    def _take_in(
-        self, weights: DrafterWeights, accepted: Accepted, view: transformer.CacheView
-    ) -> drafter.Output:
-        """Read what the target accepted last, `[..., B, A]`; no page changes."""
-        width, kernels = accepted.tokens.shape[1], self.settings.kernels
-        features_FBA = accepted.features.astype(self._dtype)
-        return drafter.forward(
-            weights.params,
-            self.cfg,
-            weights.embedded(accepted.tokens, self._dtype),
-            drafter.fuse(weights.params, self.cfg, features_FBA, kernels),
-            accepted.start[:, None] + jnp.arange(width),
-            view=view,
-            dtype=self._dtype,
-            kernels=kernels,
-        )
+
+def _features(cache, page_table, start, width, counts, cfg) -> Array:
+    """Read the target's features at `counts` positions from `start` on, `[F, B, T]`."""
+    features_FBT = kv_cache.read_features(cache, page_table, start, width)
+    # Slots that were never written may hold anything.
+    meant_BT = jnp.arange(width) < counts[:, None]
+    return jnp.where(meant_BT, features_FBT[: cfg.num_read], 0)
+
+
+def _take_in(weights, cfg, tokens, features, view, dtype, kernels) -> drafter.Output:
+    """Read tokens and features behind the view's, `[..., B, T]`; no page changes."""
+    return drafter.forward(
+        weights.params,
+        cfg,
+        weights.embedded(tokens, dtype),
+        drafter.fuse(weights.params, cfg, features.astype(dtype), kernels),
+        view.lengths[:, None] + jnp.arange(tokens.shape[1]),
+        view=view,
+        dtype=dtype,
+        kernels=kernels,
+    )
 
 
 def _whole_laws(probs: Array, draft_ids: Array | None, vocab_size: int) -> Array:
@@ -293,20 +291,9 @@ def fill(
     Returns:
       The drafter's pages.
     """
-    width = tokens.shape[1]
-    features = kv_cache.read_features(cache, page_table, start, width)[: cfg.num_read]
-    # Slots that were never written may hold anything.
-    features = jnp.where(jnp.arange(width) < counts[:, None], features, 0)
-    out = drafter.forward(
-        weights.params,
-        cfg,
-        weights.embedded(tokens, dtype),
-        drafter.fuse(weights.params, cfg, features.astype(dtype), kernels),
-        start[:, None] + jnp.arange(width),
-        view=transformer.CacheView(drafter_cache, page_table, start),
-        dtype=dtype,
-        kernels=kernels,
-    )
+    features = _features(cache, page_table, start, tokens.shape[1], counts, cfg)
+    view = transformer.CacheView(drafter_cache, page_table, start)
+    out = _take_in(weights, cfg, tokens, features, view, dtype, kernels)
     return kv_cache.append_pages(
         drafter_cache, (out.keys,), (out.values,), page_table, start, counts
     )

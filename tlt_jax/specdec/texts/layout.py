@@ -15,8 +15,6 @@ import numpy as np
 from tlt_jax.models import rows as rows_lib
 from tlt_jax.specdec.training import unroll
 
-DTYPES = ("float32", "bfloat16")
-
 
 @dataclasses.dataclass(frozen=True)
 class Record:

@@ -38,8 +38,7 @@ class CostModelConfig:
     drafter_discount: float = 0.1
 
     def __post_init__(self):
-        fractions = ("target_discount", "drafter_discount")
-        for name in fractions:
+        for name in ("target_discount", "drafter_discount"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 to 1.")
         for name in ("time_spread", "time_misfit"):
@@ -55,7 +54,7 @@ class CostModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more.")
 
 
-class CostModel:
+class CostModel(tuner.Tuner):
     """Chooses the strategy with the most tokens per second that may be hoped for.
 
     Per row an arm yields `accept length / seconds of a step`; plain decoding is an arm
@@ -110,11 +109,9 @@ class CostModel:
         self._asked = True
 
     def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
-        """List the candidates, and plain decoding."""
         return *self._arms.of(num_rows), None
 
     def choose(self, num_rows: int) -> Strategy | None:
-        """Choose the arm with the highest optimistic speed, the first of several."""
         arms = self.strategies(num_rows)
         bucket = tuner.bucket_of(num_rows, self._max_rows)
         if not self.step_times.tried(bucket, None):
@@ -139,7 +136,6 @@ class CostModel:
         return tokens / seconds
 
     def record(self, call: tuner.Call) -> None:
-        """Learn a call's seconds and what was accepted."""
         if not call.num_steps or call.elapsed_s <= 0:
             return
         step_s = call.elapsed_s / call.num_steps
@@ -157,21 +153,14 @@ class CostModel:
             self._asked = False
 
     def state(self) -> dict[str, Any]:
-        """Return the evidence."""
-        return {
-            "tuner": self.NAME,
+        return super().state() | {
             "asked": self._asked,
             "survival": self.survival.state(),
             "step_times": self.step_times.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-          ValueError: the state is another tuner's.
-        """
-        tuner.check_state(state, self.NAME)
+        super().restore(state)
         self._asked = bool(state["asked"])
         self.survival.restore(state["survival"])
         self.step_times.restore(state["step_times"])
