@@ -165,16 +165,14 @@ def _residual(weights, target_probs, draft_probs) -> tuple[Array, Array]:
 
 
 @struct.dataclass
-class Chance:
-    """The randomness of a step, all of it independent.
+class Chance(verify.Chance):
+    """The randomness of a step, all of it independent; `draft` is the drafter's.
 
     Attributes:
-      draft: `[B, A - 1, V]`, Gumbel noise of the drafter's draws.
       uniforms: `[B, A - 1]` in [0, 1), of the tests.
       follow: `[B, V]`, Gumbel noise of the recovered or bonus token.
     """
 
-    draft: Array
     uniforms: Array
     follow: Array
 

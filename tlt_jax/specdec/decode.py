@@ -286,19 +286,10 @@ def prefill(
     *,
     settings: Settings,
 ) -> kv_cache.PagedCache:
-    """Append a chunk of each row's prompt to the cache.
+    """Append a chunk of each row's prompt to the cache, which is returned: donate it.
 
-    Args:
-      params: the target.
-      cache: its pages; donate them.
-      tokens: `[B, T] int32`, T a multiple of the page size; padding holds zeros.
-      counts: `[B] int32`, valid tokens of each row's chunk.
-      page_table: `[B, max_pages] int32`.
-      lengths: `[B] int32`, cached positions, multiples of the page size.
-      settings: the target; nothing is drawn.
-
-    Returns:
-      The cache.
+    T and `lengths` are multiples of the page size, `counts [B] int32` the valid tokens
+    of each row's chunk; padding holds zeros. See `forward` for the arguments.
     """
     positions_BT = lengths[:, None] + jnp.arange(tokens.shape[1])
     out = forward(

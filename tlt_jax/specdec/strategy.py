@@ -142,10 +142,8 @@ class Arms:
 
     def entry_of(self, num_rows: int) -> int | None:
         """Return the index of the entry for `num_rows` rows; None beyond the last."""
-        for index, (limit, _) in enumerate(self.entries):
-            if num_rows <= limit:
-                return index
-        return None
+        fits = (i for i, (limit, _) in enumerate(self.entries) if num_rows <= limit)
+        return next(fits, None)
 
     def of(self, num_rows: int) -> tuple[Strategy, ...]:
         """List the candidates for `num_rows` rows."""

@@ -35,12 +35,12 @@ class Walk:
 
 @struct.dataclass
 class Chance:
-    """The randomness of a step.
+    """The randomness of a step, of which proposers see a part.
 
     Attributes:
-      draft: `[B, A, V]`, Gumbel noise of the positions behind depth 0 to A - 1: the
-        target draws with it, so that a drafter can guess the draw. One column of zeros
-        at temperature 0.
+      draft: `[B, A, V]`, Gumbel noise of the positions behind depth 0 to A - 1, that
+        part. By the keyed rule the target draws with it, so that a drafter can guess
+        the draw; one column of zeros at temperature 0.
     """
 
     draft: Array

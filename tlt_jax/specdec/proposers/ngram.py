@@ -23,7 +23,7 @@ from tlt_jax.types import Array
 _PADDING, _NOTHING = -1, -2
 # Probabilities stay inside this, so that no candidate is absent for its score alone.
 _LEAST_CHANCE = 1e-4
-# Observations that the prior of an acceptance weighs.
+# Observations that the acceptance assumed beforehand weighs.
 _PRIOR_WEIGHT = 8.0
 
 
@@ -201,17 +201,6 @@ def propose(
     return _merge(jnp.stack(chains, 1), jnp.stack(matches, 1), acceptance)
 
 
-def prior(longest: int) -> Array:
-    """Give the acceptance assumed before anything was observed, `[longest + 1]`.
-
-    k / (k + 4) after a match of k tokens: a fifth after one, two thirds after eight.
-    It says little more than that longer matches are better; what is observed
-    (`update_acceptance`) soon outweighs it.
-    """
-    lengths = jnp.arange(longest + 1, dtype=jnp.float32)
-    return lengths / (lengths + 4.0)
-
-
 def update_acceptance(
     outcomes: Array, match_lengths: Array, accepted: Array, tried: Array
 ) -> Array:
@@ -232,8 +221,14 @@ def update_acceptance(
 
 
 def acceptance_of(outcomes: Array) -> Array:
-    """Estimate the acceptance by match length, `[n + 1]`, of `update_acceptance`'s."""
-    assumed = _PRIOR_WEIGHT * prior(outcomes.shape[0] - 1)
+    """Estimate the acceptance by match length, `[n + 1]`, of `update_acceptance`'s.
+
+    Before anything was observed it is k / (k + 4) after a match of k tokens: a fifth
+    after one, two thirds after eight. That says little more than that longer matches
+    are better; what is observed soon outweighs it.
+    """
+    lengths = jnp.arange(outcomes.shape[0], dtype=jnp.float32)
+    assumed = _PRIOR_WEIGHT * (lengths / (lengths + 4.0))
     return (outcomes[:, 1] + assumed) / (outcomes[:, 0] + _PRIOR_WEIGHT)
 
 

@@ -93,7 +93,7 @@ class TextBuffer:
 
         Args:
           max_bytes: of all texts in host memory; what a batch takes comes on top.
-          dtype: features are kept in it: `float32` or `bfloat16`.
+          dtype: see `arrays.dtype_of`.
           max_age: versions of the target that a text may be behind.
           spill_directory: of this process alone; what a killed one left there goes.
           max_spill_bytes: of all texts there; 0: nothing is written.
@@ -156,9 +156,6 @@ class TextBuffer:
         """Take a copy of a text; never waits for the disk.
 
         A version newer than any before begins a step.
-
-        Args:
-          record: of an id that is not there.
 
         Returns:
           Whether it was kept: it may be too old, have no position to learn from, or be
@@ -283,10 +280,7 @@ class TextBuffer:
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Take `state`'s texts: all of them if the bounds are what they were.
-
-        Args:
-          state: the arrays, also as JAX arrays. Every text goes where it was.
+        """Take `state`'s texts, each to where it was: all if the bounds are the same.
 
         Raises:
           ValueError: the buffer is not empty, or the dtype is another one.
@@ -406,8 +400,8 @@ class TextBuffer:
         victims = retention.victims_of(chosen, on_disk, excess, self.version)
         if victims is None:
             return None
+        self.num_dropped += len(victims)
         for victim in victims:
-            self.num_dropped += 1
             self._drop(victim)
         if victims:
             return None  # They are removed first.

@@ -26,7 +26,7 @@ class Shards:
 
         Args:
           directory: of the texts.
-          dtype: features are kept in it: `float32` or `bfloat16`.
+          dtype: see `arrays.dtype_of`.
         """
         self._dtype = text_arrays.dtype_of(dtype)
         self._directory = pathlib.Path(directory)
