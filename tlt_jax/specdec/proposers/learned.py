@@ -77,33 +77,22 @@ class Draft:
 
 
 @struct.dataclass
-class Accepted:
-    """What the target took since the drafter's cache was last extended.
+class State:
+    """What a step changes: the drafter's cache, and what it has still to take in.
 
     Attributes:
+      pages: the cache.
       tokens: `[B, A] int32`, of positions `start + 1` on.
       features: `[n x D, B, A]`, the target's, of positions `start` on.
-      start: `[B] int32`, positions in the drafter's cache.
+      start: `[B] int32`, positions in the cache.
       counts: `[B] int32`, 1 <= counts <= A columns that are meant.
     """
 
+    pages: kv_cache.PagedCache
     tokens: Array
     features: Array
     start: Array
     counts: Array
-
-
-@struct.dataclass
-class State:
-    """What a step changes.
-
-    Attributes:
-      pages: the drafter's cache.
-      accepted: what it has still to take in.
-    """
-
-    pages: kv_cache.PagedCache
-    accepted: Accepted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,40 +124,40 @@ class Learned(protocols.Proposer):
     def init(self, inputs: Draft, caches: protocols.Caches, rows: decode.Rows) -> State:
         behind_B = rows.lengths - inputs.lengths
         where = rows.page_table, inputs.lengths, inputs.tokens.shape[1]
-        accepted = Accepted(
+        return State(
+            pages=caches.drafter,
             tokens=inputs.tokens,
             features=_features(caches.target, *where, behind_B, self.cfg),
             start=inputs.lengths,
             # A text of one token has no cached position to draft from: a zero feature.
             counts=jnp.maximum(behind_B, 1),
         )
-        return State(caches.drafter, accepted)
 
     def propose(
         self, inputs: Draft, state: State, rows: decode.Rows, noise: Array
     ) -> protocols.Proposal:
         assert self.strategy.topk == 1 or not self._is_sampled, self.strategy
-        weights, accepted = inputs.weights, state.accepted
+        weights = inputs.weights
         grow = expansion.Expansion(
             self.strategy, self.settings, self.cfg, self._is_sampled
         )
         score = self._score(inputs, noise)
-        view = transformer.CacheView(state.pages, rows.page_table, accepted.start)
+        view = transformer.CacheView(state.pages, rows.page_table, state.start)
         taken_in = _take_in(
             weights,
             self.cfg,
-            accepted.tokens,
-            accepted.features,
+            state.tokens,
+            state.features,
             view,
             jnp.dtype(self.settings.dtype),
             self.settings.kernels,
         )
         # The root's output stands where the last token was taken in.
-        last = (accepted.counts - 1)[None, :, None]
+        last = (state.counts - 1)[None, :, None]
         root_DB1 = jnp.take_along_axis(taken_in.hidden, last, axis=2)
-        live = grow.first_level(weights, score, accepted.counts, taken_in, root_DB1)
+        live = grow.first_level(weights, score, state.counts, taken_in, root_DB1)
         if self.strategy.draft_depth > 1:
-            root_position_B = accepted.start + accepted.counts - 1
+            root_position_B = state.start + state.counts - 1
 
             def expand(level, live):
                 positions_B = root_position_B + level - 1
@@ -190,15 +179,15 @@ class Learned(protocols.Proposer):
         proposal: protocols.Proposal,
         taken: protocols.Taken,
     ) -> State:
-        walk, alive_B, before = taken.walk, taken.alive, state.accepted
+        walk, alive_B = taken.walk, taken.alive
         keys, values = proposal.extra
         pages = kv_cache.append(
             state.pages,
             (keys,),
             (values,),
             rows.page_table,
-            decode.after(walk.tokens, before.start),
-            jnp.where(alive_B, before.counts, 0),
+            decode.after(walk.tokens, state.start),
+            jnp.where(alive_B, state.counts, 0),
         )
         # Of the W nodes' features those along the path, `[n x D, B, A]`.
         features_FBA = jnp.take_along_axis(
@@ -206,18 +195,18 @@ class Learned(protocols.Proposer):
         )
         # In a row that rides along nothing changes.
         alive_B1 = alive_B[:, None]
-        accepted = Accepted(
-            tokens=jnp.where(alive_B1, walk.tokens, before.tokens),
-            features=jnp.where(alive_B1, features_FBA, before.features),
-            start=jnp.where(alive_B, rows.lengths, before.start),
-            counts=jnp.where(alive_B, jnp.maximum(taken.counts, 1), before.counts),
+        return State(
+            pages=pages,
+            tokens=jnp.where(alive_B1, walk.tokens, state.tokens),
+            features=jnp.where(alive_B1, features_FBA, state.features),
+            start=jnp.where(alive_B, rows.lengths, state.start),
+            counts=jnp.where(alive_B, jnp.maximum(taken.counts, 1), state.counts),
         )
-        return State(pages, accepted)
 
     def finish(
         self, state: State, caches: protocols.Caches
     ) -> tuple[protocols.Caches, Array]:
-        return caches.replace(drafter=state.pages), state.accepted.start
+        return caches.replace(drafter=state.pages), state.start
 
     def _score(self, inputs: Draft, noise: Array) -> expansion.Score:
         if self._is_sampled:
@@ -276,20 +265,15 @@ def fill(
     """Extend the drafter's cache by a chunk, from the target's features in the pages.
 
     Args:
-      weights: the drafter.
+      weights, cfg: the drafter.
       cache: the target's pages; their features are read.
-      drafter_cache: the drafter's pages; donate them.
+      drafter_cache: the drafter's pages, which are returned: donate them.
       tokens: `[B, T] int32`, of positions `start + 1` on; T a multiple of the page
         size.
       counts: `[B] int32`, positions to fill.
       page_table: `[B, max_pages] int32`.
       start: `[B] int32`, multiples of the page size.
-      cfg: the drafter.
-      dtype: of activations.
-      kernels: see `transformer.forward`.
-
-    Returns:
-      The drafter's pages.
+      dtype, kernels: see `transformer.forward`.
     """
     features = _features(cache, page_table, start, tokens.shape[1], counts, cfg)
     view = transformer.CacheView(drafter_cache, page_table, start)

@@ -1,6 +1,7 @@
 """Finished answers kept for the n-gram proposer, on the host, in bounded memory."""
 
 import collections
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,16 +13,12 @@ class NgramStore:
     """The newest answers of each prompt, the oldest of all dropped when it is full.
 
     An answer is kept behind the last `context` tokens of its prompt: where answers
-    begin a row has nothing else to be recognised by.
+    begin a row has nothing else to be recognised by. All that is kept of all prompts,
+    contexts included, are `max_tokens` at most.
     """
 
     def __init__(self, max_texts_per_prompt: int, max_tokens: int, context: int = 8):
         """Make an empty store.
-
-        Args:
-          max_texts_per_prompt: answers kept of one prompt.
-          max_tokens: tokens kept in all, contexts included.
-          context: tokens of the prompt kept with each answer.
 
         Raises:
           ValueError: a bound leaves no room for anything.
@@ -133,7 +130,9 @@ class NgramStore:
             if prompt_id is None:
                 continue
             alive = [i for i, p in enumerate(prompt_ids) if p == prompt_id and i != row]
-            order = [row, *_by_turns(finished[prompt_id], alive)][:num_sources]
+            turns = itertools.zip_longest(finished[prompt_id], alive)
+            mixed = [index for pair in turns for index in pair if index is not None]
+            order = [row, *mixed][:num_sources]
             sources[row, : len(order)] = order
         return corpus, sources
 
@@ -177,10 +176,3 @@ class NgramStore:
         serials.popleft()
         if not serials:
             del self._of_prompt[prompt_id]
-
-
-def _by_turns(first: list[int], second: list[int]) -> list[int]:
-    """Take one of each list in turn, then the rest of the longer one."""
-    both = min(len(first), len(second))
-    mixed = [x for pair in zip(first[:both], second[:both], strict=True) for x in pair]
-    return mixed + first[both:] + second[both:]

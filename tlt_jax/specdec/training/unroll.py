@@ -16,6 +16,7 @@ predictions of all rows laid end to end, Vd tokens that can be proposed.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -119,9 +120,7 @@ def see(
         _embed_ahead(batch, target, columns_T, 1, cfg.dtype),
         fused_DBT,
         batch.positions,
-        lambda query, keys, values: attention.attend_same(
-            query, keys, values, scale=1.0
-        ),
+        functools.partial(attention.attend_same, scale=1.0),
         dtype=cfg.dtype,
     )
     keys_BKHT, values_BKHT = _rows_first(output)

@@ -42,12 +42,6 @@ class BegMab(tuner.Tuner):
     ):
         """Begin with all arms untried.
 
-        Args:
-          arms: candidates of each bucket.
-          seed: of the exploration.
-          epsilon: share of choices made at random, 0 to 1.
-          window: rewards kept of an arm.
-
         Raises:
           ValueError: `epsilon` or `window` is out of range.
         """
@@ -80,11 +74,12 @@ class BegMab(tuner.Tuner):
             return group[0]
         if self._random.random() < self._epsilon:
             return group[self._random.integers(len(group))]
-        return max(group, key=lambda strategy: self._median(bucket, strategy))
 
-    def _median(self, bucket: int, strategy: Strategy) -> float:
-        rewards = self._rewards[bucket, strategy]
-        return statistics.median(rewards) if rewards else float("inf")
+        def median(strategy):
+            rewards = self._rewards[bucket, strategy]
+            return statistics.median(rewards) if rewards else float("inf")
+
+        return max(group, key=median)
 
     def record(self, call: tuner.Call) -> None:
         """Keep the reward of a speculative call.

@@ -87,11 +87,6 @@ class CostModel(tuner.Tuner):
     ):
         """Begin with nothing tried.
 
-        Args:
-          arms: candidates by rows.
-          max_rows: of the engine: its largest batch bucket.
-          cfg: how it learns.
-
         Raises:
           ValueError: `max_rows` is not positive.
         """
@@ -122,18 +117,14 @@ class CostModel(tuner.Tuner):
             return arms[0]
         return max(arms, key=lambda strategy: self.speed(bucket, strategy))
 
-    def speed(
-        self, bucket: int, strategy: Strategy | None, *, optimistic: bool = True
-    ) -> float:
-        """Return tokens per second of one row, as hoped for or as estimated."""
-        optimism = self._cfg.optimism if optimistic else 0.0
+    def speed(self, bucket: int, strategy: Strategy | None) -> float:
+        """Return the tokens per second of one row that may be hoped for."""
         tokens = 1.0
         if strategy is not None:
+            optimism = self._cfg.optimism
             tokens = self.survival.accept_length(strategy, optimism, bucket)
         seconds, doubt = self.step_times.estimate(bucket, strategy)
-        if optimistic:
-            seconds *= math.exp(-self._cfg.time_optimism * doubt)
-        return tokens / seconds
+        return tokens / (seconds * math.exp(-self._cfg.time_optimism * doubt))
 
     def record(self, call: tuner.Call) -> None:
         if not call.num_steps or call.elapsed_s <= 0:

@@ -135,11 +135,6 @@ class Threshold(Tuner):
     def __init__(self, table: strategy_lib.Arms, start_rows: int, stop_rows: int):
         """Begin with plain decoding.
 
-        Args:
-          table: strategies by rows, at least one, one an entry.
-          start_rows: most rows at which speculation begins.
-          stop_rows: most rows at which it goes on.
-
         Raises:
           ValueError: the table is empty, an entry has several candidates, or the
             thresholds are not in order.
