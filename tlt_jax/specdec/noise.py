@@ -22,15 +22,10 @@ ROUNDS = 13
 def threefry2x32(
     key: tuple[Array, Array], counter: tuple[Array, Array], rounds: int = ROUNDS
 ) -> tuple[Array, Array]:
-    """Encrypt a counter under a key; all are uint32 and broadcast.
+    """Encrypt a counter of two words under a key of two, in `rounds` of mixing.
 
-    Args:
-      key: two words.
-      counter: two words.
-      rounds: of mixing.
-
-    Returns:
-      Two independent uniform words, of the broadcast shape.
+    All are uint32 and broadcast to the shape of the two independent uniform words that
+    come out.
     """
     schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(_PARITY))
     x0, x1 = counter[0] + schedule[0], counter[1] + schedule[1]
@@ -109,14 +104,9 @@ def gumbel(
 
 
 def gumbel_at(keys: Array, positions: Array, ids: Array, vocab_size: int) -> Array:
-    """Draw the same noise as `gumbel`, of some entries alone.
+    """Draw the same noise as `gumbel`, of the entries `ids [n] int32` alone, `[N, n]`.
 
-    Args:
-      keys, positions, vocab_size: see `gumbel`.
-      ids: `[n] int32`, entries of the vocabulary.
-
-    Returns:
-      `[N, n] float32`.
+    See there for the arguments.
     """
     half = (vocab_size + 1) // 2
     words = _vocabulary_words(keys, positions, ids % half)
@@ -137,15 +127,7 @@ def _gumbel_of(bits: Array) -> Array:
 
 
 def uniform(keys: Array, positions: Array) -> Array:
-    """Draw numbers uniform on a grid of 2**-24 in [0, 1).
-
-    Args:
-      keys: `[N, 2] uint32`.
-      positions: `[N] int32`.
-
-    Returns:
-      `[N] float32`.
-    """
+    """Draw `[N] float32` uniform on a grid of 2**-24 in [0, 1); see `gumbel`."""
     zero = jnp.zeros(positions.shape, jnp.uint32)
     counter = (positions.astype(jnp.uint32), zero)
     bits, _ = threefry2x32((keys[:, 0], keys[:, 1]), counter)

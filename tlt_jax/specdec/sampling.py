@@ -107,14 +107,9 @@ class Law:
 
 
 def law(logits: Array, cfg: SamplingConfig) -> Law:
-    """Turn logits into the sampling law.
+    """Turn logits, `[..., V] float32`, into the sampling law.
 
-    Args:
-      logits: `[..., V] float32`.
-      cfg: the settings.
-
-    Returns:
-      The law. At temperature 0 it is the point mass on the first largest logit.
+    At temperature 0 it is the point mass on the first largest logit.
     """
     if cfg.temperature == 0:
         best = argmax(logits)

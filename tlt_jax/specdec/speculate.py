@@ -98,7 +98,7 @@ def run(
     """Decode until a row has drawn `token_limit` tokens, or enough rows finished.
 
     Args:
-      params: the target.
+      params, settings: the target.
       caches: donate them.
       rows: the batch.
       inputs: the proposer's, of this call.
@@ -106,10 +106,6 @@ def run(
       finish_quota: int32 scalar; return once this many rows finished in the call.
       proposer: guesses.
       rule: judges; what a chain rule asks of the others, `chain.check` says.
-      settings: of the target.
-
-    Returns:
-      The caches, and what was drawn.
     """
     num_alive = jnp.sum(rows.remaining > 0)
 

@@ -82,15 +82,12 @@ class Keyed:
 
 
 def walk(tree: tree_lib.DraftTree, drawn: Array, max_accept_length: int) -> Walk:
-    """Follow the drawn tokens down the tree.
+    """Follow the drawn tokens down the trees.
 
     Args:
       tree: the trees.
       drawn: `[B, W] int32`, the target's token at every node.
       max_accept_length: A, one more than the deepest node's depth.
-
-    Returns:
-      The accepted paths.
     """
     num_nodes = tree.tokens.shape[1]
     index = jnp.arange(num_nodes)

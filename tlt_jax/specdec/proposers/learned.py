@@ -143,15 +143,8 @@ class Learned(protocols.Proposer):
         )
         score = self._score(inputs, noise)
         view = transformer.CacheView(state.pages, rows.page_table, state.start)
-        taken_in = _take_in(
-            weights,
-            self.cfg,
-            state.tokens,
-            state.features,
-            view,
-            jnp.dtype(self.settings.dtype),
-            self.settings.kernels,
-        )
+        how = jnp.dtype(self.settings.dtype), self.settings.kernels
+        taken_in = _take_in(weights, self.cfg, state.tokens, state.features, view, *how)
         # The root's output stands where the last token was taken in.
         last = (state.counts - 1)[None, :, None]
         root_DB1 = jnp.take_along_axis(taken_in.hidden, last, axis=2)
@@ -164,11 +157,11 @@ class Learned(protocols.Proposer):
                 return grow.expand(weights, score, view, positions_B, level, live)
 
             live = lax.fori_loop(2, self.strategy.draft_depth + 1, expand, live)
-        laws = live.probs
-        if self._is_sampled:
-            laws = _whole_laws(
-                laws, weights.params.draft_ids, self.settings.cfg.vocab_size
-            )
+        laws, draft_ids = live.probs, weights.params.draft_ids
+        if self._is_sampled and draft_ids is not None:
+            # Over all the vocabulary: tokens that cannot be drafted have 0.
+            shape = (*laws.shape[:-1], self.settings.cfg.vocab_size)
+            laws = jnp.zeros(shape, laws.dtype).at[..., draft_ids].add(laws)
         return protocols.Proposal(live.found, laws, (taken_in.keys, taken_in.values))
 
     def advance(
@@ -236,17 +229,6 @@ def _take_in(weights, cfg, tokens, features, view, dtype, kernels) -> drafter.Ou
         dtype=dtype,
         kernels=kernels,
     )
-
-
-def _whole_laws(probs: Array, draft_ids: Array | None, vocab_size: int) -> Array:
-    """Spread laws over the draft vocabulary, `[..., Vd]`, over all of it, `[..., V]`.
-
-    Tokens that cannot be drafted have 0.
-    """
-    if draft_ids is None:
-        return probs
-    zeros = jnp.zeros((*probs.shape[:-1], vocab_size), probs.dtype)
-    return zeros.at[..., draft_ids].add(probs)
 
 
 def fill(

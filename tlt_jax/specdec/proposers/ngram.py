@@ -113,16 +113,9 @@ class NGram(protocols.Proposer):
 
 
 def extend(corpus: Corpus, tokens: Array, counts: Array) -> Corpus:
-    """Append the tokens drawn to the live rows' texts.
+    """Append the first `counts [B]` of `tokens [B, A]`, both int32, to the live rows.
 
-    Args:
-      corpus: its texts.
-      tokens: `[B, A] int32`, drawn in a step.
-      counts: `[B] int32`, how many of them. What has no room is dropped: such a row's
-        guesses get worse, nothing else happens.
-
-    Returns:
-      The corpus.
+    What has no room is dropped: such a row's guesses get worse, nothing else happens.
     """
     batch, num = tokens.shape
     width = corpus.texts.shape[1]
@@ -204,15 +197,12 @@ def propose(
 def update_acceptance(
     outcomes: Array, match_lengths: Array, accepted: Array, tried: Array
 ) -> Array:
-    """Count what became of the candidates of a step.
+    """Add to `outcomes` what became of the candidates of a step.
 
     Args:
       outcomes: `[n + 1, 2] float32`, tried and accepted by match length; zeros first.
       match_lengths: `[B, C] int32`, from `propose`.
       accepted, tried: `[B, C] bool`, from `candidates.judge`.
-
-    Returns:
-      The counts, as `outcomes`.
     """
     lengths = jnp.arange(outcomes.shape[0])
     of_length = (match_lengths[..., None] == lengths) & tried[..., None]

@@ -121,14 +121,10 @@ def pack(
 
 
 def unpack(packed: dict[str, np.ndarray], dtype: str) -> list[layout.Record]:
-    """Take `pack`'s arrays apart; the records are views of them.
-
-    Args:
-      packed: the arrays, also as JAX arrays.
-      dtype: of the features that is wanted.
+    """Take `pack`'s arrays, also as JAX arrays, apart; the records are views of them.
 
     Raises:
-      ValueError: they are of another dtype.
+      ValueError: the features are of another dtype.
     """
     packed = {name: np.asarray(array) for name, array in packed.items()}
     wanted = np.dtype(jnp.dtype(dtype))

@@ -292,11 +292,10 @@ class TextBuffer:
         self.begin_step(int(state["version"]))
         # Nothing is moved before everything is there.
         works, self._disk_works = self._disk_works, False
-        for moved in (True, False):
-            for record, was_on_disk in zip(records, on_disk, strict=True):
-                if was_on_disk == moved:
-                    if not (moved and works and self._append_to_disk(record)):
-                        self.append(record)
+        moved = sorted(zip(records, on_disk, strict=True), key=lambda pair: not pair[1])
+        for record, was_on_disk in moved:
+            if not (was_on_disk and works and self._append_to_disk(record)):
+                self.append(record)
         with self._changed:
             self._disk_works = works and self.spill_error is None
             self.num_appended = 0

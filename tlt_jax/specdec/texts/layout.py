@@ -90,16 +90,13 @@ def span_of(
     row_bases: int,
     rng: np.random.Generator | None,
 ) -> Span | None:
-    """Cut a text to what a row can hold.
+    """Cut a text to what a row can hold; None if no base is left.
 
     Args:
       index, length, response_start: of the text.
       row_tokens, row_bases: T and M. A text longer than T loses its end; of one with
         more than M bases a run is taken.
       rng: draws the run; None: the first.
-
-    Returns:
-      The span, or None if no base is left.
     """
     length = min(int(length), row_tokens)
     there = num_bases(length, int(response_start))

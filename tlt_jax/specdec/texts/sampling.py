@@ -20,7 +20,6 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -88,15 +87,10 @@ class Sampler:
         self._version = self._num_batches = 0
 
     def next_batch(self, wait_s: float = 0.0) -> unroll.Batch | None:
-        """Make the next batch of what is there now.
+        """Make the next batch of what is there now, in host memory.
 
-        A text is at most once in a batch, so that rows may be empty.
-
-        Args:
-          wait_s: how long to wait for a first text.
-
-        Returns:
-          The batch in host memory, or None: there is no text to learn from.
+        A text is at most once in a batch, so that rows may be empty. None: there is no
+        text to learn from, not after `wait_s` either.
         """
         until = time.monotonic() + wait_s
         with self._lock:
@@ -111,15 +105,6 @@ class Sampler:
                     self._buffer.wait(left)
                 else:
                     return None
-
-    def stream(
-        self, stop: threading.Event, poll_s: float = 0.05
-    ) -> Iterator[unroll.Batch]:
-        """Make batches until `stop` is set, waiting where there is no text."""
-        while not stop.is_set():
-            batch = self.next_batch(poll_s)
-            if batch is not None:
-                yield batch
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all that the line depends on besides the texts, as arrays."""

@@ -125,8 +125,7 @@ def _predictions(
 ) -> tuple[unroll.Predictions, int]:
     """Unroll; the laws are the tokens drawn, their positions and keys.
 
-    Returns:
-      The predictions, and how many of them are looked at at once.
+    Second how many of the predictions are looked at at once.
     """
     if size is None:
         size = batch.bases.shape[1]

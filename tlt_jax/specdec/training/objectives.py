@@ -122,8 +122,7 @@ def sums_of(
     See `unroll.unroll` for the arguments.
 
     Returns:
-      `[U] float32` by name, one number for each unrolled step, as `total_of` takes
-      them.
+      `[U] float32` by name, one number for each unrolled step.
     """
     num_steps = objective.num_steps
     # Step u of a base is compared with the law of the base u places on, so that laws

@@ -89,10 +89,9 @@ class StepTimes:
         """Add a call's seconds per step."""
         assert step_s > 0, step_s
         kind = bucket, strategy
-        if kind not in self._seconds:
-            self._seconds[kind] = collections.deque(maxlen=self._window)
-        self._seconds[kind].append(step_s)
-        self._medians[kind] = statistics.median_low(self._seconds[kind])
+        calls = self._seconds.setdefault(kind, collections.deque(maxlen=self._window))
+        calls.append(step_s)
+        self._medians[kind] = statistics.median_low(calls)
         self._forget()
 
     def tried(self, bucket: int, strategy: Strategy | None) -> bool:

@@ -93,9 +93,7 @@ class Survival:
     def discount(self, factor: float, *, drafted_only: bool = False) -> None:
         """Let what was seen count `factor` of what it did, or `kept` row-steps.
 
-        Args:
-          factor: 0 to 1.
-          drafted_only: what suffix matches alone did stays as it is.
+        With `drafted_only` what suffix matches alone did stays as it is.
         """
         for ((proposer, _, _), _), counts in self._counts.items():
             if drafted_only and proposer == "ngram":
@@ -108,15 +106,12 @@ class Survival:
     def accept_length(
         self, strategy: Strategy, optimism: float = 0.0, bucket: int | None = None
     ) -> float:
-        """Estimate tokens per row and step.
+        """Estimate tokens per row and step, 1 to `strategy.max_accept_length`.
 
         Args:
           strategy: any, tried or not.
           optimism: standard deviations added to every hazard.
           bucket: batch bucket; None: any.
-
-        Returns:
-          The estimate, 1 to `strategy.max_accept_length`.
         """
         family = family_of(strategy)
         every = self._counts.get((family, None), [])
