@@ -53,6 +53,7 @@ class Keyed:
     def chance(
         self, keys: Array, lengths: Array, num: int, settings: decode.Settings
     ) -> Chance:
+        """See `protocols.Rule`."""
         batch, vocab_size = lengths.shape[0], settings.cfg.vocab_size
         if settings.sampling_cfg.temperature == 0:
             return Chance(jnp.zeros((batch, num, 1), jnp.float32))

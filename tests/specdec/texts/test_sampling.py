@@ -264,7 +264,7 @@ def test_bad_arguments():
         # This step's texts only.
         ("return PREVIOUS if owed > 0 else CURRENT", "return CURRENT"),
         # Lengths play no role.
-        ("** self._length_power", "** 0"),
+        ("**self._length_power", "**0"),
         # Nothing is owed.
         ("owed += self", "owed += 2 * self"),
     ],
