@@ -43,7 +43,8 @@ class Texts(Protocol):
     """What `plan` and `lay_out` read: texts by their index.
 
     Attributes:
-      lengths, response_starts: `[num_texts] int64`, see `Record`.
+      lengths, response_starts: `[num_texts] int64`, tokens of every text, and where its
+        response starts.
     """
 
     lengths: np.ndarray
