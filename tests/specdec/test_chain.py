@@ -5,6 +5,8 @@ counted here over many rows of one batch, and not enumerated: what one decision 
 its chance is enumerated in `test_chain_rules`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from tests import mutation
 from tests.specdec import hosts, test_speculate, twins
 from tests.specdec import test_law as whole
 from tlt_jax.models.drafters import drafter
-from tlt_jax.specdec import chain, chain_rules, noise, protocols, sampling, tree
+from tlt_jax.specdec import chain, decode, noise, protocols, sampling, tree
 from tlt_jax.specdec import strategy as strategy_lib
 
 NUM_ROWS = 10_000
@@ -55,20 +57,20 @@ def test_the_law_is_the_targets(sampling_cfg, rule, strategies, limit, how):
     assert scipy.stats.chisquare(counts, expected).pvalue > 0.01
 
 
-# Which rule, which module, what stands for what.
+# Which rule, what stands for what.
 MUTATIONS = {
     "tests by the noise of the drafts": (
-        *("rejection", chain),
+        "rejection",
         "at_places(noise.uniform, testing)",
         "at_places(noise.uniform, drafting)",
     ),
     "drafts by the noise of an earlier step": (
-        *("block", chain),
+        "block",
         "noise.step_keys(keys, lengths, 3)",
         "noise.step_keys(keys, 0 * lengths, 3)",
     ),
     "rejected and drawn from the target's law, not the residual": (
-        *("rejection", chain_rules),
+        "rejection",
         "rest / scale, target_probs), mass",
         "target_probs, target_probs), mass",
     ),
@@ -77,13 +79,10 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_an_error_shows_in_the_law(monkeypatch, name):
-    rule, module, old, new = MUTATIONS[name]
-    mutated = mutation.mutate(module, old, new)
+    rule, old, new = MUTATIONS[name]
+    mutated = mutation.mutate(chain, old, new)
+    monkeypatch.setitem(chain.RULES, rule, mutated.RULES[rule])
     made = rollouts(whole.LAW, rule)
-    if module is chain:
-        monkeypatch.setattr(chain, "chance", mutated.chance)
-    else:
-        monkeypatch.setattr(chain, "chain_rules", mutated)
     counts, expected = counts_of(made, (CHAIN,))
     assert scipy.stats.chisquare(counts, expected).pvalue < 1e-6
 
@@ -114,10 +113,12 @@ def test_texts_log_probs_and_caches():
 
 def test_every_draw_has_noise_of_its_own():
     num, vocab_size = 5, 40
+    cfg = dataclasses.replace(whole.CFG, vocab_size=vocab_size)
     keys = np.repeat(noise.request_keys(1, [3, 2**33]), 3, axis=0)
     lengths = np.array([4, 5, 6] * 2, np.int32)
-    chance = jax.jit(chain.chance, static_argnums=(2, 3))
-    made = jax.device_get(chance(keys, lengths, num, vocab_size))
+    chance = jax.jit(chain.RULES["block"].chance, static_argnums=(2, 3))
+    how = num + 1, decode.Settings(cfg)
+    made = jax.device_get(chance(keys, lengths, *how))
     assert made.draft.shape == (6, num, vocab_size)
     assert made.uniforms.shape == (6, num)
     assert np.all((made.uniforms >= 0) & (made.uniforms < 1))
@@ -129,7 +130,7 @@ def test_every_draw_has_noise_of_its_own():
     uniforms = np.concatenate([uniforms, np.float64(made.uniforms).reshape(-1)])
     assert np.diff(np.sort(uniforms)).min() > 1e-11
     # A row's noise does not depend on the batch.
-    again = jax.device_get(chance(keys[::-1], lengths[::-1], num, vocab_size))
+    again = jax.device_get(chance(keys[::-1], lengths[::-1], *how))
     jax.tree.map(
         np.testing.assert_array_equal, again, jax.tree.map(lambda x: x[::-1], made)
     )

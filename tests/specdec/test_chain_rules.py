@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tlt_jax.specdec import chain_rules
+from tlt_jax.specdec import chain
 
-RULES = {
-    "token": (chain_rules.token_rule, chain_rules.rejection),
-    "block": (chain_rules.block_rule, chain_rules.block_verification),
-}
+RULES = {"token": chain.token_rule, "block": chain.block_rule}
 NAMES = list(RULES)
 VOCAB, DEPTH = 3, 3
 
@@ -47,17 +44,17 @@ def chain_probs(laws, chains):
     )
 
 
-def outcomes(name, target, draft_probs, chains, num_drafted=None):
+def outcomes(name, target, draft_probs, chains):
     """Every outcome: `num_accepted`, its probability and the law of what follows.
 
     Arrays over chains and passed/failed patterns, `[chains, 2**depth]`; the law has V.
     """
-    judge, verify = RULES[name]
+    judge = RULES[name]
     tokens = np.array(chains, np.int32)
     depth = tokens.shape[1]
     target_probs = along(target, chains, depth + 1)
     vocab = target_probs.shape[-1]
-    decision = judge(target_probs, draft_probs, tokens, num_drafted)
+    decision = judge(target_probs, draft_probs, tokens)
     thresholds = np.asarray(decision.thresholds)[:, None]
     assert thresholds.dtype == np.float64
     assert thresholds.min() >= 0 and thresholds.max() <= 1 + 1e-12
@@ -67,16 +64,15 @@ def outcomes(name, target, draft_probs, chains, num_drafted=None):
     # Noise that picks token v wherever v may be drawn at all.
     noise = 1e3 * np.eye(vocab)
 
-    def at_chain(laws, drafts, chain, uniforms, length):
+    def at_chain(laws, drafts, tokens, uniforms):
         def once(uniform, gumbel):
-            return verify(laws, drafts, chain, uniform, gumbel, length)
+            return chain.keep(judge(laws, drafts, tokens), uniform, gumbel)
 
         each_noise = jax.vmap(once, (None, 0))
         return jax.vmap(each_noise, (0, None))(uniforms, noise)
 
-    lengths = np.full(len(chains), depth) if num_drafted is None else num_drafted
     num_accepted, drawn = jax.jit(jax.vmap(at_chain))(
-        target_probs, draft_probs, tokens, uniforms, lengths
+        target_probs, draft_probs, tokens, uniforms
     )
     # The threshold 0 is never passed, 1 never failed; there the halves mean nothing.
     num_accepted = np.asarray(num_accepted)
@@ -93,11 +89,11 @@ def outcomes(name, target, draft_probs, chains, num_drafted=None):
     return num_accepted, probability, follow
 
 
-def output_law(name, target, draft_probs, chains, weights, num_drafted=None):
+def output_law(name, target, draft_probs, chains, weights):
     """Law of the DEPTH + 1 next tokens; plain decoding fills up what is left."""
     vocab = len(target[()])
     law = dict.fromkeys(itertools.product(range(vocab), repeat=DEPTH + 1), 0.0)
-    found = outcomes(name, target, draft_probs, chains, num_drafted)
+    found = outcomes(name, target, draft_probs, chains)
 
     def spread(prefix, mass):
         if mass == 0:
@@ -108,11 +104,11 @@ def output_law(name, target, draft_probs, chains, weights, num_drafted=None):
         for v in range(vocab):
             spread((*prefix, v), mass * target[prefix][v])
 
-    for chain, weight, *rows in zip(chains, weights, *found, strict=True):
+    for drafted, weight, *rows in zip(chains, weights, *found, strict=True):
         for num, probability, follow in zip(*rows, strict=True):
             for v in range(vocab):
                 mass = weight * probability * follow[v]
-                spread((*chain[:num], v), mass)
+                spread((*drafted[:num], v), mass)
     return law
 
 
@@ -150,40 +146,16 @@ def test_a_drafter_that_is_the_target_is_always_accepted(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chain_chosen_without_chance_is_a_point_mass(name):
     target, draft = prefix_laws(4), prefix_laws(104)
-    chain = ()
+    likeliest = ()
     for _ in range(DEPTH):
-        chain = (*chain, int(np.argmax(draft[chain])))
-    tokens = np.array([chain], np.int32)
-    points = chain_rules.point_mass(tokens, VOCAB, np.float64)
-    np.testing.assert_array_equal(points, np.eye(VOCAB)[tokens])
-    law = output_law(name, target, np.asarray(points), [chain], [1.0])
+        likeliest = (*likeliest, int(np.argmax(draft[likeliest])))
+    points = np.eye(VOCAB)[np.array([likeliest])]
+    law = output_law(name, target, points, [likeliest], [1.0])
     assert variation(law, target) < 1e-12
     # The law that the argmax was taken of is not the law of the chain.
-    wrong = output_law(name, target, along(draft, [chain], DEPTH), [chain], [1.0])
+    laws = along(draft, [likeliest], DEPTH)
+    wrong = output_law(name, target, laws, [likeliest], [1.0])
     assert variation(wrong, target) > 0.01
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_stop_rule_may_look_at_laws_and_not_at_the_token(name):
-    target, draft = prefix_laws(5), prefix_laws(105)
-    draft_probs = along(draft, CHAINS, DEPTH)
-    weights = chain_probs(draft, CHAINS)
-    # Some of the chains stop early, and not all at once.
-    least = 0.95 * draft[()].max()
-    num_drafted = chain_rules.num_confident(draft_probs, least)
-    assert len(set(np.asarray(num_drafted).tolist())) > 1
-    law = output_law(name, target, draft_probs, CHAINS, weights, num_drafted)
-    assert variation(law, target) < 1e-12
-    chosen = np.take_along_axis(draft_probs, np.array(CHAINS)[..., None], axis=-1)
-    wrong = np.cumprod(chosen[..., 0] >= least, axis=1).sum(axis=1)
-    law = output_law(name, target, draft_probs, CHAINS, weights, wrong)
-    assert variation(law, target) > 0.01
-
-
-def test_num_confident_counts_the_levels_before_the_first_flat_law():
-    laws = np.array([[0.3, 0.7], [0.5, 0.5], [0.9, 0.1]])
-    counts = [int(chain_rules.num_confident(laws, x)) for x in (0.5, 0.6, 0.8)]
-    assert counts == [3, 1, 0]
 
 
 EXPECTED = {
@@ -196,7 +168,7 @@ EXPECTED = {
 def test_expected_accepted_counts_of_a_memoryless_pair(name):
     target_law = np.array([0.5, 0.2, 0.2, 0.1])
     draft_law = np.array([0.15, 0.55, 0.2, 0.1])
-    judge = jax.jit(RULES[name][0])
+    judge = jax.jit(RULES[name])
     for depth, expected in EXPECTED[name].items():
         chains = np.array(list(itertools.product(range(4), repeat=depth)), np.int32)
         target_probs = np.broadcast_to(target_law, (len(chains), depth + 1, 4))
@@ -223,17 +195,16 @@ def test_frequencies_with_chance_of_its_own(name):
     uniforms = rng.random((num, DEPTH), np.float32)
     gumbel = rng.gumbel(size=(num, VOCAB)).astype(np.float32)
     chains = np.array(CHAINS, np.int32)[picked]
-    num_accepted, token = map(
-        np.asarray,
-        jax.jit(RULES[name][1])(target_probs, draft_probs, chains, uniforms, gumbel),
-    )
+    decision = jax.jit(RULES[name])(target_probs, draft_probs, chains)
+    kept = jax.jit(chain.keep)(decision, uniforms, gumbel)
+    num_accepted, token = map(np.asarray, kept)
     first = np.where(num_accepted > 0, chains[:, 0], token)
     counts = np.bincount(first, minlength=VOCAB)
     assert scipy.stats.chisquare(counts, target[()] * num).pvalue > 0.01
     # And the last token of what was kept whole, after each of its chains.
-    for chain in CHAINS[:3]:
-        here = (num_accepted == DEPTH) & (chains == chain).all(axis=1)
+    for whole in CHAINS[:3]:
+        here = (num_accepted == DEPTH) & (chains == whole).all(axis=1)
         counts = np.bincount(token[here], minlength=VOCAB)
         if here.sum() > 200:
-            expected = target[chain] * here.sum()
+            expected = target[whole] * here.sum()
             assert scipy.stats.chisquare(counts, expected).pvalue > 0.01

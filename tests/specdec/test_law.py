@@ -363,7 +363,7 @@ IN_THE_RULE = {
     ),
     "noise of the next position": ("lengths[:, None] + 1 +", "lengths[:, None] + 2 +"),
     "drafted token taken, not the target's": (
-        "drawn_BW = draw(law, chance.draft, tree, settings.kernels)",
+        "drawn_BW = law.draw(chance.draft, tree.depths, settings.kernels)",
         "drawn_BW = jnp.roll(tree.tokens, -1, axis=1)",
     ),
     "another node's child accepted": (
@@ -371,8 +371,8 @@ IN_THE_RULE = {
         "is_child",
     ),
     "the root's noise at every depth": (
-        "law.draw(noise, tree.depths, kernels)",
-        "law.draw(noise, 0 * tree.depths, kernels)",
+        "law.draw(chance.draft, tree.depths,",
+        "law.draw(chance.draft, 0 * tree.depths,",
     ),
 }
 

@@ -44,13 +44,9 @@ def combine(first: Candidates, second: Candidates) -> Candidates:
     is at or below one of the two parents that did. The cost is Ca x Cb compares a
     level of `second`: the smaller and flatter set goes there.
 
-    Args:
-      first: `[B, Ca]` candidates.
-      second: `[B, Cb]` candidates.
-
-    Returns:
-      `[B, Ca + Cb]` candidates; those of `first` keep their places, those of `second`
-      follow in order, and those that `first` has too are absent there.
+    Of `[B, Ca]` and `[B, Cb]` candidates come `[B, Ca + Cb]`: those of `first` keep
+    their places, those of `second` follow in order, and those that `first` has too are
+    absent there.
     """
     num_first, num_second = first.tokens.shape[1], second.tokens.shape[1]
     there = first.present()[:, None, :]

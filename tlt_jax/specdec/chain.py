@@ -1,9 +1,10 @@
-"""The standard chain rules in the decode loop, to compare the keyed rule with.
+"""The standard rules of chain drafts, to compare the keyed rule with.
 
-The drafter samples a chain from its own laws, and `chain_rules` decides from the laws
-of both models how much of it is kept. The tokens are then a sample of the target's law
-again, but another one than plain decoding draws, and another one for another drafter,
-strategy, batch or cut of the calls. Nothing but naming such a rule turns it on.
+A drafter draws a chain of tokens from its laws; the target's laws at those places, and
+one beyond, decide how many are kept and what follows them. The tokens are then a sample
+of the target's law again, but another one than plain decoding draws, and another one
+for another drafter, strategy, batch or cut of the calls. Nothing but naming such a rule
+turns it on.
 
 Chance of a step. Every draw has noise of its own, keyed by the request, by the length
 of its text when the step begins, by what the draw is for, and by the position:
@@ -22,76 +23,188 @@ of its text when the step begins, by what the draw is for, and by the position:
 - Of the request's key, under counters that no position of plain decoding has, so that
   a run is repeated by its seed, and may switch to plain decoding and back.
 
-Reference: see `chain_rules`.
+Reference: Leviathan, Kalman and Matias, Fast Inference from Transformers via
+Speculative Decoding, 2023, Algorithm 1; Chen et al., Accelerating Large Language Model
+Decoding with Speculative Sampling, 2023, Algorithm 2; Sun et al., Block Verification
+Accelerates Speculative Decoding, 2024, Algorithm 2.
 """
 
-import abc
 import dataclasses
+from collections.abc import Callable
 
 import chex
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax.specdec import chain_rules, decode, noise, protocols, sampling, verify
+from tlt_jax.specdec import decode, noise, protocols, sampling, verify
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec import tree as tree_lib
 from tlt_jax.types import Array
 
 
 @struct.dataclass
-class Chance:
-    """The randomness of a step, all of it independent.
+class Decision:
+    """What a rule makes of one chain, before any chance of its own.
 
     Attributes:
-      draft: `[B, A - 1, V]`, Gumbel noise of the drafter's draws.
+      thresholds: `[..., A - 1]`; the test of drafted token i passes with this
+        probability.
+      replacement: `[..., A, V]`, the law of the token that follows i kept ones.
+      in_order: the first test that fails ends the chain; else the last that passes.
+    """
+
+    thresholds: Array
+    replacement: Array
+    in_order: bool = struct.field(pytree_node=False)
+
+
+def token_rule(
+    target_probs: Array, draft_probs: Array, draft_tokens: Array
+) -> Decision:
+    """Judge each drafted token by itself.
+
+    Token x passes with probability min(1, target(x) / draft(x)). The first that fails
+    is replaced by a draw of the residual, max(0, target - draft) normalised; if none
+    fails the bonus is a draw of the target's last law. It is exact for tokens that were
+    drawn from `draft_probs`; the law of a token chosen without chance (n-gram, argmax)
+    is the point mass on it, whatever law the drafter looked at.
+
+    Reference: Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2.
+
+    Args:
+      target_probs: `[..., A, V]`, the target's laws along the chain; place i follows
+        the i first drafted tokens.
+      draft_probs: `[..., A - 1, V]`, the laws that the tokens were drawn from.
+      draft_tokens: `[..., A - 1] int32`.
+    """
+    ratios = _ratios(target_probs, draft_probs, draft_tokens)
+    ones = jnp.ones(target_probs.shape[:-1], ratios.dtype)
+    laws, _ = _residual(ones, target_probs, draft_probs)
+    return Decision(jnp.minimum(ratios, 1.0), laws, in_order=True)
+
+
+def block_rule(
+    target_probs: Array, draft_probs: Array, draft_tokens: Array
+) -> Decision:
+    """Judge the drafted tokens together: no rule for chains keeps more on average.
+
+    With w_0 = 1 and w_i = min(1, w_{i-1} target_i(x_i) / draft_i(x_i)) the residual
+    after i tokens is R_i = max(0, w_i target_{i+1} - draft_{i+1}), of mass |R_i|. Test
+    i passes with probability |R_i| / (|R_i| + 1 - w_i), the last with w_i. The longest
+    prefix whose test passes is kept, whatever the tests before it say; R_i normalised
+    gives the token that follows, the target's own law after the whole chain.
+
+    Reference: Sun et al. 2024, Algorithm 2. See `token_rule` for the arguments.
+    """
+    ratios = _ratios(target_probs, draft_probs, draft_tokens)
+    weight = jnp.ones_like(ratios[..., 0])
+    weights = [weight]
+    for i in range(ratios.shape[-1]):
+        weight = jnp.minimum(1.0, weight * ratios[..., i])
+        weights.append(weight)
+    weights = jnp.stack(weights, axis=-1)
+    laws, mass = _residual(weights, target_probs, draft_probs)
+    weights, mass = weights[..., 1:], mass[..., 1:]
+    either = mass + 1.0 - weights
+    # A residual without mass under a full weight: the laws agree, later tests pass too.
+    inner = jnp.where(either > 0, mass / jnp.where(either > 0, either, 1.0), 1.0)
+    is_last = jnp.arange(1, ratios.shape[-1] + 1) == ratios.shape[-1]
+    return Decision(jnp.where(is_last, weights, inner), laws, in_order=False)
+
+
+def keep(decision: Decision, uniforms: Array, gumbel: Array) -> tuple[Array, Array]:
+    """Let chance settle a decision.
+
+    Args:
+      decision: of a rule.
+      uniforms: `[..., A - 1]` in [0, 1), independent of how the chain was drawn.
+      gumbel: `[..., V]`, Gumbel noise, independent of both.
+
+    Returns:
+      num_accepted `[...] int32`, and the recovered or bonus token `[...] int32` that
+      follows the accepted ones.
+    """
+    passed = uniforms < decision.thresholds
+    if decision.in_order:
+        num_accepted = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=-1), axis=-1)
+    else:
+        place = jnp.arange(1, passed.shape[-1] + 1, dtype=jnp.int32)
+        num_accepted = jnp.max(jnp.where(passed, place, 0), axis=-1, initial=0)
+    place = num_accepted[..., None, None]
+    law = jnp.take_along_axis(decision.replacement, place, axis=-2)[..., 0, :]
+    # Tokens without probability have log 0 and are never drawn.
+    return num_accepted, sampling.argmax(jnp.log(law) + gumbel)
+
+
+def _ratios(target_probs, draft_probs, draft_tokens) -> Array:
+    """Target's over drafter's probability of each drafted token, `[..., A - 1]`."""
+    *batch, depth = draft_tokens.shape
+    vocab_size = target_probs.shape[-1]
+    chex.assert_shape(target_probs, (*batch, depth + 1, vocab_size))
+    chex.assert_shape(draft_probs, (*batch, depth, vocab_size))
+    chosen = draft_tokens[..., None]
+    ours = jnp.take_along_axis(target_probs[..., :-1, :], chosen, axis=-1)[..., 0]
+    theirs = jnp.take_along_axis(draft_probs, chosen, axis=-1)[..., 0]
+    # A token that the drafter cannot have drawn never passes.
+    possible = (ours > 0) & (theirs > 0)
+    return jnp.where(possible, ours / jnp.where(possible, theirs, 1.0), 0.0)
+
+
+def _residual(weights, target_probs, draft_probs) -> tuple[Array, Array]:
+    """Laws and masses of max(0, weight * target - draft), `[..., A, V]`, `[..., A]`.
+
+    At the chain's end, and where nothing is left, the law is the target's.
+    """
+    rest = weights[..., :-1, None] * target_probs[..., :-1, :] - draft_probs
+    rest = jnp.pad(
+        jnp.maximum(rest, 0.0), [(0, 0)] * (rest.ndim - 2) + [(0, 1), (0, 0)]
+    )
+    mass = jnp.sum(rest, axis=-1)
+    scale = jnp.where(mass > 0, mass, 1.0)[..., None]
+    return jnp.where(mass[..., None] > 0, rest / scale, target_probs), mass
+
+
+@struct.dataclass
+class Chance(verify.Chance):
+    """The randomness of a step, all of it independent; `draft` is the drafter's.
+
+    Attributes:
       uniforms: `[B, A - 1]` in [0, 1), of the tests.
       follow: `[B, V]`, Gumbel noise of the recovered or bonus token.
     """
 
-    draft: Array
     uniforms: Array
     follow: Array
 
 
-def chance(keys: Array, lengths: Array, num_drafted: int, vocab_size: int) -> Chance:
-    """Make the randomness of one step of every row.
+@dataclasses.dataclass(frozen=True)
+class ChainRule:
+    """A rule for chains that the drafter sampled, verified whole.
 
-    Args:
-      keys: `[B, 2] uint32` of requests.
-      lengths: `[B] int32`, cached positions when the step begins.
-      num_drafted: A - 1.
-      vocab_size: V.
-
-    Returns:
-      The noise.
+    Attributes:
+      decide: `token_rule` or `block_rule`.
     """
-    batch = lengths.shape[0]
-    drafting, testing, following = noise.step_keys(keys, lengths, 3)
-    places = lengths[:, None] + 1 + jnp.arange(num_drafted)
 
-    def at_places(draw, keys, *args):
-        drawn = draw(jnp.repeat(keys, num_drafted, axis=0), places.reshape(-1), *args)
-        return drawn.reshape(batch, num_drafted, *drawn.shape[1:])
-
-    return Chance(
-        draft=at_places(noise.gumbel, drafting, vocab_size),
-        uniforms=at_places(noise.uniform, testing),
-        follow=noise.gumbel(following, lengths, vocab_size),
-    )
-
-
-class _ChainRule(abc.ABC):
-    """A rule for chains that the drafter sampled, verified whole."""
-
-    @abc.abstractmethod
-    def decide(self, *chain: Array) -> tuple[Array, Array]:
-        """Decide as `chain_rules.rejection` describes it."""
+    decide: Callable[[Array, Array, Array], Decision]
 
     def chance(
         self, keys: Array, lengths: Array, num: int, settings: decode.Settings
     ) -> Chance:
         """See `protocols.Rule`."""
-        return chance(keys, lengths, num - 1, settings.cfg.vocab_size)
+        batch, num_drafted, vocab_size = len(lengths), num - 1, settings.cfg.vocab_size
+        drafting, testing, following = noise.step_keys(keys, lengths, 3)
+        places = lengths[:, None] + 1 + jnp.arange(num_drafted)
+
+        def at_places(draw, keys, *args):
+            keys = jnp.repeat(keys, num_drafted, axis=0)
+            drawn = draw(keys, places.reshape(-1), *args)
+            return drawn.reshape(batch, num_drafted, *drawn.shape[1:])
+
+        return Chance(
+            draft=at_places(noise.gumbel, drafting, vocab_size),
+            uniforms=at_places(noise.uniform, testing),
+            follow=noise.gumbel(following, lengths, vocab_size),
+        )
 
     def judge(
         self,
@@ -107,18 +220,16 @@ class _ChainRule(abc.ABC):
         the arguments; in a chain, node i has depth i.
         """
         del settings
-        batch, width, vocab_size = law.scores.shape
+        batch, width, _ = law.scores.shape
         chex.assert_shape(tree.tokens, (batch, width))
-        chex.assert_shape(proposal.draft_probs, (batch, width - 1, vocab_size))
         # A drafter that has broken has no laws: then nothing passes.
         broken = jnp.isnan(proposal.draft_probs)
-        num_accepted_B, follow_B = self.decide(
+        decision = self.decide(
             jnp.exp(law.logprobs()),
             jnp.where(broken, 0.0, proposal.draft_probs),
             tree.tokens[:, 1:],
-            chance.uniforms,
-            chance.follow,
         )
+        num_accepted_B, follow_B = keep(decision, chance.uniforms, chance.follow)
         # A row's tokens: those that were kept, then what follows, up to the width.
         steps = jnp.arange(width, dtype=jnp.int32)
         drafted_BA = jnp.roll(tree.tokens, -1, axis=1)
@@ -128,32 +239,17 @@ class _ChainRule(abc.ABC):
             tokens=jnp.where(kept_BA, drafted_BA, follow_B[:, None]),
             num_accepted=num_accepted_B,
         )
-        return walk, verify.logprobs_of(law, walk.tokens, walk)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rejection(_ChainRule):
-    """Each drafted token by itself, see `chain_rules.token_rule`."""
-
-    def decide(self, *chain: Array) -> tuple[Array, Array]:
-        """See `chain_rules.rejection`."""
-        return chain_rules.rejection(*chain)
-
-
-@dataclasses.dataclass(frozen=True)
-class Block(_ChainRule):
-    """The drafted tokens together, see `chain_rules.block_rule`."""
-
-    def decide(self, *chain: Array) -> tuple[Array, Array]:
-        """See `chain_rules.block_verification`."""
-        return chain_rules.block_verification(*chain)
+        logprobs_BA = jnp.take_along_axis(
+            law.logprob_of(walk.tokens), walk.path, axis=1
+        )
+        return walk, logprobs_BA
 
 
 KEYED = "keyed"
 RULES: dict[str, protocols.Rule] = {
     KEYED: verify.Keyed(),
-    "rejection": Rejection(),
-    "block": Block(),
+    "rejection": ChainRule(token_rule),
+    "block": ChainRule(block_rule),
 }
 
 

@@ -98,15 +98,12 @@ def nothing(batch: int, max_tokens: int) -> Emitted:
 
 
 def goes_on(alive: Array, num_alive: Array, finish_quota: Array) -> Array:
-    """Tell whether a call may take another step.
+    """Tell whether a call may take another step, bool scalar.
 
     Args:
       alive: `[B] bool`, rows that may draw more.
       num_alive: int32 scalar, how many there were when the call began.
       finish_quota: int32 scalar; enough once this many finished in the call.
-
-    Returns:
-      bool scalar.
     """
     still = jnp.sum(alive)
     return (still > 0) & (num_alive - still < finish_quota)
@@ -141,9 +138,6 @@ def decode(
       step_limit: int32 scalar, at most `settings.max_tokens`.
       finish_quota: int32 scalar; return once this many rows finished in the call.
       settings: what is compiled in.
-
-    Returns:
-      The cache, and what was drawn.
     """
     start = _State(
         cache=cache,
@@ -241,9 +235,6 @@ def forward(
       positions: `[B, T] int32`.
       visible: which of the tokens see each other; None: each those before it.
       settings: the target, and the features that are wanted of it.
-
-    Returns:
-      What the forward gives, `[..., B, T]`.
     """
     return transformer.forward(
         params,
@@ -286,19 +277,10 @@ def prefill(
     *,
     settings: Settings,
 ) -> kv_cache.PagedCache:
-    """Append a chunk of each row's prompt to the cache.
+    """Append a chunk of each row's prompt to the cache, which is returned: donate it.
 
-    Args:
-      params: the target.
-      cache: its pages; donate them.
-      tokens: `[B, T] int32`, T a multiple of the page size; padding holds zeros.
-      counts: `[B] int32`, valid tokens of each row's chunk.
-      page_table: `[B, max_pages] int32`.
-      lengths: `[B] int32`, cached positions, multiples of the page size.
-      settings: the target; nothing is drawn.
-
-    Returns:
-      The cache.
+    T and `lengths` are multiples of the page size, `counts [B] int32` the valid tokens
+    of each row's chunk; padding holds zeros. See `forward` for the arguments.
     """
     positions_BT = lengths[:, None] + jnp.arange(tokens.shape[1])
     out = forward(
@@ -343,9 +325,6 @@ def donated(
       fn: returns the cache, or the cache and a result.
       cache_sharding: of the cache returned.
       result_sharding: of the result; None where `fn` returns the cache alone.
-
-    Returns:
-      The jitted function.
     """
     out = cache_sharding
     if result_sharding is not None:

@@ -22,15 +22,10 @@ ROUNDS = 13
 def threefry2x32(
     key: tuple[Array, Array], counter: tuple[Array, Array], rounds: int = ROUNDS
 ) -> tuple[Array, Array]:
-    """Encrypt a counter under a key; all are uint32 and broadcast.
+    """Encrypt a counter of two words under a key of two, in `rounds` of mixing.
 
-    Args:
-      key: two words.
-      counter: two words.
-      rounds: of mixing.
-
-    Returns:
-      Two independent uniform words, of the broadcast shape.
+    All are uint32 and broadcast to the shape of the two independent uniform words that
+    come out.
     """
     schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(_PARITY))
     x0, x1 = counter[0] + schedule[0], counter[1] + schedule[1]
@@ -104,32 +99,24 @@ def gumbel(
     if kernels.noise is not None:
         return kernels.noise(keys, positions, vocab_size)
     half = (vocab_size + 1) // 2
-    counter = (
-        positions.astype(jnp.uint32)[:, None],
-        jnp.arange(half, dtype=jnp.uint32)[None, :],
-    )
-    words = threefry2x32((keys[:, :1], keys[:, 1:]), counter)
-    bits = jnp.concatenate(words, axis=1)[:, :vocab_size]
-    return _gumbel_of(bits)
+    words = _vocabulary_words(keys, positions, jnp.arange(half, dtype=jnp.uint32))
+    return _gumbel_of(jnp.concatenate(words, axis=1)[:, :vocab_size])
 
 
 def gumbel_at(keys: Array, positions: Array, ids: Array, vocab_size: int) -> Array:
-    """Draw the same noise as `gumbel`, of some entries alone.
+    """Draw the same noise as `gumbel`, of the entries `ids [n] int32` alone, `[N, n]`.
 
-    Args:
-      keys, positions, vocab_size: see `gumbel`.
-      ids: `[n] int32`, entries of the vocabulary.
-
-    Returns:
-      `[N, n] float32`.
+    See there for the arguments.
     """
     half = (vocab_size + 1) // 2
-    counter = (
-        positions.astype(jnp.uint32)[:, None],
-        (ids % half).astype(jnp.uint32)[None, :],
-    )
-    words = threefry2x32((keys[:, :1], keys[:, 1:]), counter)
+    words = _vocabulary_words(keys, positions, ids % half)
     return _gumbel_of(jnp.where(ids < half, *words))
+
+
+def _vocabulary_words(keys: Array, positions: Array, ids: Array) -> tuple[Array, Array]:
+    """Words `[N, n]` of vocabulary entries `ids [n]`, and of those half a V behind."""
+    counter = positions.astype(jnp.uint32)[:, None], ids.astype(jnp.uint32)
+    return threefry2x32((keys[:, :1], keys[:, 1:]), counter)
 
 
 def _gumbel_of(bits: Array) -> Array:
@@ -140,15 +127,7 @@ def _gumbel_of(bits: Array) -> Array:
 
 
 def uniform(keys: Array, positions: Array) -> Array:
-    """Draw numbers uniform on a grid of 2**-24 in [0, 1).
-
-    Args:
-      keys: `[N, 2] uint32`.
-      positions: `[N] int32`.
-
-    Returns:
-      `[N] float32`.
-    """
+    """Draw `[N] float32` uniform on a grid of 2**-24 in [0, 1); see `gumbel`."""
     zero = jnp.zeros(positions.shape, jnp.uint32)
     counter = (positions.astype(jnp.uint32), zero)
     bits, _ = threefry2x32((keys[:, 0], keys[:, 1]), counter)

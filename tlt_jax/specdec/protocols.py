@@ -121,22 +121,12 @@ class Proposer(Protocol):
         return caches, ()
 
 
-class Chance(Protocol):
-    """The randomness of a step: a pytree, of which proposers see a part.
-
-    Attributes:
-      draft: see `noise` of `Proposer.propose`.
-    """
-
-    draft: Array
-
-
 class Rule(Protocol):
     """Decides from the target's laws how much of a tree is kept, and what follows."""
 
     def chance(
         self, keys: Array, lengths: Array, num: int, settings: decode.Settings
-    ) -> Chance:
+    ) -> verify.Chance:
         """Make the randomness of a step.
 
         Args:
@@ -151,7 +141,7 @@ class Rule(Protocol):
         law: sampling.Law,
         tree: tree_lib.DraftTree,
         proposal: Proposal,
-        chance: Chance,
+        chance: verify.Chance,
         settings: decode.Settings,
     ) -> tuple[verify.Walk, Array]:
         """Walk each tree as far as the rule accepts.

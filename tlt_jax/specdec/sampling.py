@@ -107,14 +107,9 @@ class Law:
 
 
 def law(logits: Array, cfg: SamplingConfig) -> Law:
-    """Turn logits into the sampling law.
+    """Turn logits, `[..., V] float32`, into the sampling law.
 
-    Args:
-      logits: `[..., V] float32`.
-      cfg: the settings.
-
-    Returns:
-      The law. At temperature 0 it is the point mass on the first largest logit.
+    At temperature 0 it is the point mass on the first largest logit.
     """
     if cfg.temperature == 0:
         best = argmax(logits)
@@ -122,7 +117,8 @@ def law(logits: Array, cfg: SamplingConfig) -> Law:
         return Law(jnp.where(here, 0.0, -jnp.inf), jnp.zeros(best.shape, logits.dtype))
     scores = logits if cfg.temperature == 1.0 else logits / cfg.temperature
     if cfg.top_k and cfg.top_k < logits.shape[-1]:
-        scores = _keep_top_k(scores, cfg.top_k)
+        best = lax.top_k(scores, cfg.top_k)[0]
+        scores = jnp.where(scores >= best[..., -1:], scores, -jnp.inf)
     if cfg.top_p < 1:
         scores = _keep_top_p(scores, cfg.top_p)
     if cfg.min_p > 0:
@@ -157,11 +153,6 @@ def _fold(x: Array, reduce) -> Array:
     if x.shape[-1] % lanes:
         return reduce(x, axis=-1)
     return reduce(reduce(x.reshape(*x.shape[:-1], -1, lanes), axis=-2), axis=-1)
-
-
-def _keep_top_k(scores: Array, k: int) -> Array:
-    best = lax.top_k(scores, k)[0]
-    return jnp.where(scores >= best[..., -1:], scores, -jnp.inf)
 
 
 def _keep_top_p(scores: Array, top_p: float) -> Array:

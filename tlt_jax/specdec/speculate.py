@@ -98,7 +98,7 @@ def run(
     """Decode until a row has drawn `token_limit` tokens, or enough rows finished.
 
     Args:
-      params: the target.
+      params, settings: the target.
       caches: donate them.
       rows: the batch.
       inputs: the proposer's, of this call.
@@ -106,10 +106,6 @@ def run(
       finish_quota: int32 scalar; return once this many rows finished in the call.
       proposer: guesses.
       rule: judges; what a chain rule asks of the others, `chain.check` says.
-      settings: of the target.
-
-    Returns:
-      The caches, and what was drawn.
     """
     num_alive = jnp.sum(rows.remaining > 0)
 
@@ -138,10 +134,11 @@ def run_step(
     assert settings.sampling_cfg.temperature > 0, settings
     start, rule = _begin(caches, rows, inputs, proposer, settings), verify.Keyed()
     limit = settings.max_tokens
-    state, seen = _step(params, rows, inputs, limit, proposer, rule, settings, start)
+    state, (chance, tree, law, walk) = _step(
+        params, rows, inputs, limit, proposer, rule, settings, start
+    )
     caches, result = _end(state, caches, proposer)
-    laws_BWV = seen.law.logprobs()
-    return caches, Step(seen.tree, laws_BWV, seen.chance.draft, seen.walk, result)
+    return caches, Step(tree, law.logprobs(), chance.draft, walk, result)
 
 
 def _begin(caches, rows, inputs, proposer, settings) -> _State:
@@ -170,20 +167,10 @@ def _end(state: _State, caches, proposer) -> tuple[protocols.Caches, Speculated]
     )
 
 
-@struct.dataclass
-class _Seen:
-    """What a step saw on its way: the noise, the trees, the target's laws, the walk."""
-
-    chance: protocols.Chance
-    tree: tree_lib.DraftTree
-    law: sampling.Law
-    walk: verify.Walk
-
-
 def _step(
     params, rows, inputs, token_limit, proposer, rule, settings, state: _State
-) -> tuple[_State, _Seen]:
-    """Propose, select, forward, judge, commit."""
+) -> tuple[_State, tuple]:
+    """Propose, select, forward, judge, commit; second what it saw on its way."""
     rows = rows.replace(lengths=state.lengths, pending=state.pending)
     most = proposer.strategy.max_accept_length
     chance = rule.chance(rows.keys, rows.lengths, most, settings)
@@ -201,7 +188,7 @@ def _step(
     taken, ended_B = _take(walk, state.alive, room_B, out, settings)
     state = _commit(state, rows, out, taken, ended_B, logprobs_BA, settings)
     proposed = proposer.advance(inputs, state.proposer, rows, proposal, taken)
-    return state.replace(proposer=proposed), _Seen(chance, tree, law, walk)
+    return state.replace(proposer=proposed), (chance, tree, law, walk)
 
 
 def _forward(params, target, rows, tree, most, settings) -> transformer.Output:

@@ -63,15 +63,10 @@ class Strategy:
         return self.topk + (self.draft_depth - 1) * self.topk**2
 
     @property
-    def num_matched(self) -> int:
-        """Nodes that suffix matches propose: `topk` chains."""
-        return self.topk * self.draft_depth
-
-    @property
     def num_candidates(self) -> int:
-        """Nodes among which the best are chosen."""
+        """Nodes among which the best are chosen: drafted ones, and `topk` matches."""
         drafted = self.num_drafted if self.drafts or self.is_external else 0
-        return drafted + (self.num_matched if self.matches else 0)
+        return drafted + (self.topk * self.draft_depth if self.matches else 0)
 
     @property
     def drafts(self) -> bool:
@@ -147,10 +142,8 @@ class Arms:
 
     def entry_of(self, num_rows: int) -> int | None:
         """Return the index of the entry for `num_rows` rows; None beyond the last."""
-        for index, (limit, _) in enumerate(self.entries):
-            if num_rows <= limit:
-                return index
-        return None
+        fits = (i for i, (limit, _) in enumerate(self.entries) if num_rows <= limit)
+        return next(fits, None)
 
     def of(self, num_rows: int) -> tuple[Strategy, ...]:
         """List the candidates for `num_rows` rows."""

@@ -81,12 +81,8 @@ def select(
 def ancestor_words(tree: DraftTree, draft_depth: int) -> Array:
     """Say for each node which nodes it sees: its ancestors and itself, a bit each.
 
-    Args:
-      tree: the trees.
-      draft_depth: depth of the deepest node, at most.
-
-    Returns:
-      `[B, W, ceil(W / 32)] uint32`; bit s % 32 of word s // 32 stands for node s.
+    No node is deeper than `draft_depth`. Of `[B, W, ceil(W / 32)] uint32` bit s % 32 of
+    word s // 32 stands for node s.
     """
     num_nodes = tree.parents.shape[1]
     words = jnp.arange(-(-num_nodes // _WORD))

@@ -12,7 +12,6 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.specdec import decode, noise, sampling
 from tlt_jax.specdec import tree as tree_lib
 from tlt_jax.types import Array
@@ -36,12 +35,12 @@ class Walk:
 
 @struct.dataclass
 class Chance:
-    """The randomness of a step.
+    """The randomness of a step, of which proposers see a part.
 
     Attributes:
-      draft: `[B, A, V]`, Gumbel noise of the positions behind depth 0 to A - 1: the
-        target draws with it, so that a drafter can guess the draw. One column of zeros
-        at temperature 0.
+      draft: `[B, A, V]`, Gumbel noise of the positions behind depth 0 to A - 1, that
+        part. By the keyed rule the target draws with it, so that a drafter can guess
+        the draw; one column of zeros at temperature 0.
     """
 
     draft: Array
@@ -54,7 +53,7 @@ class Keyed:
     def chance(
         self, keys: Array, lengths: Array, num: int, settings: decode.Settings
     ) -> Chance:
-        """Make the noise of the next `num` positions of each row."""
+        """See `protocols.Rule`."""
         batch, vocab_size = lengths.shape[0], settings.cfg.vocab_size
         if settings.sampling_cfg.temperature == 0:
             return Chance(jnp.zeros((batch, num, 1), jnp.float32))
@@ -77,55 +76,19 @@ class Keyed:
     ) -> tuple[Walk, Array]:
         """Walk by the target's draws, whatever the proposal's laws were."""
         del proposal
-        drawn_BW = draw(law, chance.draft, tree, settings.kernels)
+        drawn_BW = law.draw(chance.draft, tree.depths, settings.kernels)
         taken = walk(tree, drawn_BW, chance.draft.shape[1])
-        return taken, logprobs_of(law, drawn_BW, taken)
-
-
-def logprobs_of(law: sampling.Law, drawn: Array, walk: Walk) -> Array:
-    """Look up the log-probabilities of a walk's tokens.
-
-    Args:
-      law: `[B, W, V]`.
-      drawn: `[B, W] int32`, the token that was drawn at each node.
-      walk: along those nodes.
-
-    Returns:
-      `[B, A] float32`.
-    """
-    return jnp.take_along_axis(law.logprob_of(drawn), walk.path, axis=1)
-
-
-def draw(
-    law: sampling.Law,
-    noise: Array,
-    tree: tree_lib.DraftTree,
-    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
-) -> Array:
-    """Draw the target's token at every node.
-
-    Args:
-      law: of the tokens behind each node, `[B, W, V]`.
-      noise: `[B, A, V]`, Gumbel noise of the positions behind depth 0 to A - 1.
-      tree: the trees.
-      kernels: see `sampling.Law.draw`.
-
-    Returns:
-      `[B, W] int32`.
-    """
-    return law.draw(noise, tree.depths, kernels)
+        logprobs_BW = law.logprob_of(drawn_BW)
+        return taken, jnp.take_along_axis(logprobs_BW, taken.path, axis=1)
 
 
 def walk(tree: tree_lib.DraftTree, drawn: Array, max_accept_length: int) -> Walk:
-    """Follow the drawn tokens down the tree.
+    """Follow the drawn tokens down the trees.
 
     Args:
       tree: the trees.
       drawn: `[B, W] int32`, the target's token at every node.
       max_accept_length: A, one more than the deepest node's depth.
-
-    Returns:
-      The accepted paths.
     """
     num_nodes = tree.tokens.shape[1]
     index = jnp.arange(num_nodes)

@@ -98,8 +98,8 @@ def draft_program(coupled, temperature):
     def fn(weights, cache, table, accepted, noise, tau, sharpness):
         nothing = jnp.zeros((NUM,), jnp.int32)
         rows = decode.Rows(table, *[nothing] * 4)
-        draft = learned.Draft(weights, tau, sharpness, nothing, accepted.tokens)
-        state = learned.State(cache, accepted)
+        draft = learned.Draft(weights, tau, sharpness, nothing, accepted["tokens"])
+        state = learned.State(cache, **accepted)
         return proposer.propose(draft, state, rows, noise)
 
     return jax.jit(fn)
@@ -141,7 +141,7 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
     at = start[:, None] + np.arange(width)
     features = np.take_along_axis(raw, at[None], axis=2)
     features = np.where(np.arange(width) < counts[:, None], features, 0)
-    accepted = learned.Accepted(
+    accepted = dict(
         tokens=np.take_along_axis(tokens, at + 1, axis=1),
         features=features,
         start=start,

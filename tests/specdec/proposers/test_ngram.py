@@ -244,10 +244,10 @@ def test_acceptance_is_counted_by_match_length():
     accepted = np.array([[1, 0, 0, 1], [0, 0, 1, 0]], bool)
     outcomes = ngram.update_acceptance(jnp.zeros((4, 2)), matches, accepted, tried)
     np.testing.assert_array_equal(outcomes, [[0, 0], [0, 0], [1, 1], [4, 2]])
-    outcomes = ngram.update_acceptance(outcomes, matches, accepted, tried, 0.5)
-    np.testing.assert_array_equal(outcomes, [[0, 0], [0, 0], [1.5, 1.5], [6, 3]])
-    table = ngram.acceptance_of(outcomes, strength=2.0)
-    expected = [0, 0.2, (1.5 + 2 / 3) / 3.5, (3 + 2 * 3 / 7) / 8]
+    outcomes = ngram.update_acceptance(outcomes, matches, accepted, tried)
+    np.testing.assert_array_equal(outcomes, [[0, 0], [0, 0], [2, 2], [8, 4]])
+    table = ngram.acceptance_of(outcomes)
+    expected = [0, 0.2, (2 + 8 / 3) / 10, (4 + 8 * 3 / 7) / 16]
     np.testing.assert_allclose(table, expected, rtol=1e-6)
 
 
@@ -258,7 +258,7 @@ def test_acceptance_learned_from_a_text_is_its_frequency():
     wrong = rng.random(400) < 0.15
     text = np.where(wrong, rng.integers(0, 4, 400), text).astype(np.int32)
     sources = np.zeros((1, 1), np.int32)
-    table = ngram.prior(4)
+    table = ngram.acceptance_of(jnp.zeros((5, 2)))
 
     @jax.jit
     def observe(corpus, following, outcomes):

@@ -1,6 +1,4 @@
-"""The store of finished answers: its bounds, its layout, its state."""
-
-import pickle
+"""The store of finished answers: its bounds, its layout."""
 
 import numpy as np
 import pytest
@@ -88,28 +86,6 @@ def test_layout_of_a_batch():
     assert corpus.texts.dtype == corpus.lengths.dtype == sources.dtype == np.int32
     _, few = store.corpus([3, 3], live[:2], num_texts=2, width=6, num_sources=1)
     np.testing.assert_array_equal(few, [[0], [1]])
-
-
-def test_state_returns_through_plain_arrays():
-    store = ngram_store.NgramStore(max_texts_per_prompt=2, max_tokens=100)
-    for prompt_id, answer in [(1, 4), (2**40, 5), (1, 6)]:
-        store.add(prompt_id, ints(1, 2), ints(answer))
-    state = pickle.loads(pickle.dumps(store.state()))
-    assert all(type(array) is np.ndarray for array in state.values())
-    again = ngram_store.NgramStore(max_texts_per_prompt=2, max_tokens=100)
-    again.add(9, ints(), ints(9))
-    again.restore(state)
-    assert lists(again.texts(1)) == [[1, 2, 6], [1, 2, 4]]
-    assert lists(again.texts(2**40)) == [[1, 2, 5]]
-    assert again.texts(9) == [] and again.num_tokens == store.num_tokens
-    # The order of eviction is kept, and smaller bounds hold at once.
-    small = ngram_store.NgramStore(max_texts_per_prompt=2, max_tokens=9, context=1)
-    small.restore(state)
-    assert lists(small.texts(1)) == [[1, 2, 6], [1, 2, 4]]
-    small.add(3, ints(), ints(7))
-    assert lists(small.texts(1)) == [[1, 2, 6]]
-    again.restore(ngram_store.NgramStore(1, 10).state())
-    assert len(again) == again.num_tokens == 0
 
 
 @pytest.mark.parametrize(

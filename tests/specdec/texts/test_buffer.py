@@ -198,7 +198,7 @@ def test_texts_that_are_too_old_go(tmp_path):
         # A newer text begins its step; one of the last step still comes.
         assert buffer.append(made(40, version=4)) and buffer.append(made(30, version=3))
         assert ids(buffer) == [30, 40] and buffer.version == 4
-        buffer.drop_older_than(5)
+        buffer.begin_step(6)
         buffer.flush()
         assert len(buffer) == buffer.num_bytes == buffer.num_disk_bytes == 0
         assert not list(tmp_path.iterdir()) and buffer.num_dropped == 0
@@ -427,7 +427,7 @@ def test_bad_arguments():
     ("old", "new", "test"),
     [
         (
-            "self._num_bytes += entry.num_bytes\n        try:",
+            "self.num_bytes += entry.num_bytes\n        try:",
             "pass\n        try:",
             test_memory_is_taken_before_the_copy_is_made,
         ),

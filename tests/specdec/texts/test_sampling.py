@@ -219,8 +219,8 @@ def test_empty_buffers_give_no_batch():
     assert sampler.next_batch() is None
 
 
-def test_stream_runs_while_texts_arrive():
-    buffer, stop = opened(max_age=2), threading.Event()
+def test_batches_come_while_texts_arrive():
+    buffer = opened(max_age=2)
 
     def fill(worker):
         for number in range(40):
@@ -231,10 +231,10 @@ def test_stream_runs_while_texts_arrive():
     seen = set()
     for thread in threads:
         thread.start()
-    for batch in sampler_of(buffer, length_power=0.0).stream(stop):
-        seen.update(texts_in(batch))
-        if len(seen) == 120:
-            stop.set()
+    sampler = sampler_of(buffer, length_power=0.0)
+    while len(seen) < 120:
+        batch = sampler.next_batch(0.05)
+        seen.update(texts_in(batch) if batch is not None else ())
     for thread in threads:
         thread.join()
     assert len(seen) == 120
@@ -264,9 +264,9 @@ def test_bad_arguments():
         # This step's texts only.
         ("return PREVIOUS if owed > 0 else CURRENT", "return CURRENT"),
         # Lengths play no role.
-        ("** self._length_power", "** 0"),
+        ("**self._length_power", "**0"),
         # Nothing is owed.
-        ("turns.owed += self", "turns.owed += 2 * self"),
+        ("owed += self", "owed += 2 * self"),
     ],
 )
 def test_offset_test_sees_errors(old, new, monkeypatch):

@@ -11,7 +11,8 @@ from tlt_jax.specdec.tuners import bandit, tuner
 
 A, B = strategy.parse("D4K4V16"), strategy.parse("D8K4V16")
 C, D = strategy.parse("D3K2V8"), strategy.parse("D6K2V8")
-ARMS = bandit.group_by_verify((C, A, D, B), thresholds=(1, 4), max_rows=8)
+# Grouped by the tokens verified: the most for the fewest rows.
+ARMS = strategy.Arms(((3, (A, B)), (8, (C, D))))
 
 
 def call(chosen, rows, elapsed_s, accepted):
@@ -23,9 +24,7 @@ def call(chosen, rows, elapsed_s, accepted):
     )
 
 
-def test_arms_are_grouped_by_tokens_to_verify():
-    # The most tokens for the fewest rows; the last bucket is open.
-    assert ARMS.entries == ((3, (A, B)), (8, (C, D)))
+def test_a_bucket_lists_its_arms():
     made = bandit.BegMab(ARMS, seed=0)
     assert [made.strategies(n) for n in (1, 3, 4, 8, 9)] == [
         (A, B),
@@ -34,20 +33,6 @@ def test_arms_are_grouped_by_tokens_to_verify():
         (C, D),
         (None,),
     ]
-
-
-@pytest.mark.parametrize(
-    "thresholds,message",
-    [
-        ((1,), r"for 2 groups: the strategies verify \[16, 8\] tokens"),
-        ((2, 4), "they rise from 1"),
-        ((4, 1), "they rise from 1"),
-        ((1, 9), "to at most max_rows=8"),
-    ],
-)
-def test_thresholds_that_do_not_fit_are_refused(thresholds, message):
-    with pytest.raises(ValueError, match=message):
-        bandit.group_by_verify((A, B, C, D), thresholds, max_rows=8)
 
 
 def test_rewards_and_choices_by_hand():

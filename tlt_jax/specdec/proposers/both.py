@@ -11,7 +11,7 @@ from tlt_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Both(protocols.Proposer):
-    """Unites the candidates of two; inputs, state and progress are pairs of theirs.
+    """Unites the candidates of two; inputs, state, extra and progress are pairs.
 
     Each learns what became of all its candidates, wherever the tree had room for them.
 
@@ -25,23 +25,18 @@ class Both(protocols.Proposer):
 
     @property
     def strategy(self) -> strategy_lib.Strategy:
-        """The shape of the tree."""
         return self.first.strategy
 
     def init(
         self, inputs: Any, caches: protocols.Caches, rows: decode.Rows
     ) -> tuple[Any, Any]:
-        """Make both states."""
         first, second = inputs
-        return (
-            self.first.init(first, caches, rows),
-            self.second.init(second, caches, rows),
-        )
+        first = self.first.init(first, caches, rows)
+        return first, self.second.init(second, caches, rows)
 
     def propose(
         self, inputs: Any, state: Any, rows: decode.Rows, noise: Array
     ) -> protocols.Proposal:
-        """See `protocols.Proposer`; extra the two proposals."""
         first = self.first.propose(inputs[0], state[0], rows, noise)
         second = self.second.propose(inputs[1], state[1], rows, noise)
         united = candidates_lib.combine(first.candidates, second.candidates)
@@ -55,17 +50,13 @@ class Both(protocols.Proposer):
         proposal: protocols.Proposal,
         taken: protocols.Taken,
     ) -> tuple[Any, Any]:
-        """Advance each by its own proposal."""
         first, second = proposal.extra
-        return (
-            self.first.advance(inputs[0], state[0], rows, first, taken),
-            self.second.advance(inputs[1], state[1], rows, second, taken),
-        )
+        first = self.first.advance(inputs[0], state[0], rows, first, taken)
+        return first, self.second.advance(inputs[1], state[1], rows, second, taken)
 
     def finish(
         self, state: Any, caches: protocols.Caches
     ) -> tuple[protocols.Caches, tuple[Any, Any]]:
-        """End both."""
         caches, first = self.first.finish(state[0], caches)
         caches, second = self.second.finish(state[1], caches)
         return caches, (first, second)

@@ -41,15 +41,6 @@ class Score:
 
 
 @struct.dataclass
-class _Children:
-    """The best children of E' nodes of each row; E' is 1 at the root, then E."""
-
-    ids: Array  # [B, E', E]
-    gains: Array  # [B, E', E], log of the estimated chance to be the target's draw
-    probs: Array | None  # [B, Vd], the law behind the first node, where it is kept
-
-
-@struct.dataclass
 class Level:
     """State between levels: what was found, and the nodes to be expanded next."""
 
@@ -85,9 +76,8 @@ class Expansion:
         _, _, batch, width = taken_in.keys.shape
         depth, topk = self.strategy.draft_depth, self.strategy.topk
         num = self.strategy.num_drafted
-        children = self._children(weights, score, root_DB1, 1)
-        ids_BE, scores_BE = children.ids[:, 0], children.gains[:, 0]
-        probs = children.probs
+        ids_B1E, gains_B1E, probs = self._children(weights, score, root_DB1, 1)
+        ids_BE, scores_BE = ids_B1E[:, 0], gains_B1E[:, 0]
         if probs is not None:
             shape = (batch, depth, probs.shape[-1])
             probs = jnp.zeros(shape, probs.dtype).at[:, 0].set(probs)
@@ -136,9 +126,9 @@ class Expansion:
         )
         # E x E candidates (C), each with its path's score; those of the levels before
         # stand first.
-        children = self._children(weights, score, out.hidden, level)
-        ids_BC = children.ids.reshape(batch, topk**2)
-        scores_BC = (live.scores[..., None] + children.gains).reshape(batch, topk**2)
+        ids_BEE, gains_BEE, probs_BV = self._children(weights, score, out.hidden, level)
+        ids_BC = ids_BEE.reshape(batch, topk**2)
+        scores_BC = (live.scores[..., None] + gains_BEE).reshape(batch, topk**2)
         first = topk + (level - 2) * topk**2
 
         def put(x_BC, new_BC):
@@ -162,7 +152,7 @@ class Expansion:
 
         probs = live.probs
         if probs is not None:
-            probs = probs.at[:, level - 1].set(children.probs)
+            probs = probs.at[:, level - 1].set(probs_BV)
         return Level(
             found=found,
             keys=put_columns(live.keys, out.keys),
@@ -175,8 +165,13 @@ class Expansion:
             probs=probs,
         )
 
-    def _children(self, weights, score, hidden_DBE, level) -> _Children:
-        """Choose the best children behind nodes, from the drafter's outputs at them."""
+    def _children(self, weights, score, hidden_DBE, level) -> tuple:
+        """Choose the best children behind nodes, from the drafter's outputs at them.
+
+        Tokens, and log of the estimated chances to be the target's draw, `[B, E', E]`
+        (E' is 1 at the root, then E); and, where laws are kept, the one behind the
+        first node, `[B, Vd]`.
+        """
         draft_ids, kernels = weights.params.draft_ids, self.settings.kernels
         temperature = self.settings.sampling_cfg.temperature
         scores_BEV = drafter_head.logits(
@@ -205,9 +200,9 @@ class Expansion:
         if draft_ids is not None:
             ids_BEE = draft_ids[ids_BEE]
         gains_BEE = best_BEE - sampling.log_sum_exp(scores_BEV)[..., None]
-        return _Children(ids_BEE, gains_BEE, probs_BV)
+        return ids_BEE, gains_BEE, probs_BV
 
-    def _only_child(self, draft_ids, score, scores_BEV, level) -> _Children:
+    def _only_child(self, draft_ids, score, scores_BEV, level) -> tuple:
         """Choose the child of a chain's node by a kernel, `[B, 1, 1]`."""
         batch, num, vocab_size = score.noise.shape
         if draft_ids is None:
@@ -225,7 +220,7 @@ class Expansion:
         )
         if draft_ids is not None:
             ids_B = draft_ids[ids_B]
-        return _Children(ids_B[:, None, None], shares_B[:, None, None], None)
+        return ids_B[:, None, None], shares_B[:, None, None], None
 
 
 def best_of(scores: Array, k: int) -> tuple[Array, Array]:

@@ -77,38 +77,31 @@ class Draft:
 
 
 @struct.dataclass
-class Accepted:
-    """What the target took since the drafter's cache was last extended.
+class State:
+    """What a step changes: the drafter's cache, and what it has still to take in.
 
     Attributes:
+      pages: the cache.
       tokens: `[B, A] int32`, of positions `start + 1` on.
       features: `[n x D, B, A]`, the target's, of positions `start` on.
-      start: `[B] int32`, positions in the drafter's cache.
+      start: `[B] int32`, positions in the cache.
       counts: `[B] int32`, 1 <= counts <= A columns that are meant.
     """
 
+    pages: kv_cache.PagedCache
     tokens: Array
     features: Array
     start: Array
     counts: Array
 
 
-@struct.dataclass
-class State:
-    """What a step changes.
-
-    Attributes:
-      pages: the drafter's cache.
-      accepted: what it has still to take in.
-    """
-
-    pages: kv_cache.PagedCache
-    accepted: Accepted
-
-
 @dataclasses.dataclass(frozen=True)
 class Learned(protocols.Proposer):
     """Proposes by a drafter that was trained for the target.
+
+    `strategy.num_drafted` candidates a row; a proposal's extra are the keys and values
+    `[K, H, B, A]` of what was taken in. The host is told `[B] int32`, the positions in
+    the drafter's pages.
 
     Attributes:
       strategy: depth and width.
@@ -128,62 +121,47 @@ class Learned(protocols.Proposer):
     def _is_sampled(self) -> bool:
         return self.ranking == SAMPLED
 
-    @property
-    def _dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.settings.dtype)
-
     def init(self, inputs: Draft, caches: protocols.Caches, rows: decode.Rows) -> State:
-        """Find what the drafter has still to take in when a call begins."""
         behind_B = rows.lengths - inputs.lengths
-        most = inputs.tokens.shape[1]
-        features_FBA = kv_cache.read_features(
-            caches.target, rows.page_table, inputs.lengths, most
-        )[: self.cfg.num_read]
-        meant_BA = jnp.arange(most) < behind_B[:, None]
-        accepted = Accepted(
+        where = rows.page_table, inputs.lengths, inputs.tokens.shape[1]
+        return State(
+            pages=caches.drafter,
             tokens=inputs.tokens,
-            # Slots that were never written may hold anything.
-            features=jnp.where(meant_BA, features_FBA, 0),
+            features=_features(caches.target, *where, behind_B, self.cfg),
             start=inputs.lengths,
             # A text of one token has no cached position to draft from: a zero feature.
             counts=jnp.maximum(behind_B, 1),
         )
-        return State(caches.drafter, accepted)
 
     def propose(
         self, inputs: Draft, state: State, rows: decode.Rows, noise: Array
     ) -> protocols.Proposal:
-        """Expand the tree of every row, see `protocols.Proposer`.
-
-        Returns:
-          `strategy.num_drafted` candidates a row; extra the keys and values
-          `[K, H, B, A]` of what was taken in.
-        """
         assert self.strategy.topk == 1 or not self._is_sampled, self.strategy
-        weights, accepted = inputs.weights, state.accepted
+        weights = inputs.weights
         grow = expansion.Expansion(
             self.strategy, self.settings, self.cfg, self._is_sampled
         )
         score = self._score(inputs, noise)
-        view = transformer.CacheView(state.pages, rows.page_table, accepted.start)
-        taken_in = self._take_in(weights, accepted, view)
+        view = transformer.CacheView(state.pages, rows.page_table, state.start)
+        how = jnp.dtype(self.settings.dtype), self.settings.kernels
+        taken_in = _take_in(weights, self.cfg, state.tokens, state.features, view, *how)
         # The root's output stands where the last token was taken in.
-        last = (accepted.counts - 1)[None, :, None]
+        last = (state.counts - 1)[None, :, None]
         root_DB1 = jnp.take_along_axis(taken_in.hidden, last, axis=2)
-        live = grow.first_level(weights, score, accepted.counts, taken_in, root_DB1)
+        live = grow.first_level(weights, score, state.counts, taken_in, root_DB1)
         if self.strategy.draft_depth > 1:
-            root_position_B = accepted.start + accepted.counts - 1
+            root_position_B = state.start + state.counts - 1
 
             def expand(level, live):
                 positions_B = root_position_B + level - 1
                 return grow.expand(weights, score, view, positions_B, level, live)
 
             live = lax.fori_loop(2, self.strategy.draft_depth + 1, expand, live)
-        laws = live.probs
-        if self._is_sampled:
-            laws = _whole_laws(
-                laws, weights.params.draft_ids, self.settings.cfg.vocab_size
-            )
+        laws, draft_ids = live.probs, weights.params.draft_ids
+        if self._is_sampled and draft_ids is not None:
+            # Over all the vocabulary: tokens that cannot be drafted have 0.
+            shape = (*laws.shape[:-1], self.settings.cfg.vocab_size)
+            laws = jnp.zeros(shape, laws.dtype).at[..., draft_ids].add(laws)
         return protocols.Proposal(live.found, laws, (taken_in.keys, taken_in.values))
 
     def advance(
@@ -194,17 +172,15 @@ class Learned(protocols.Proposer):
         proposal: protocols.Proposal,
         taken: protocols.Taken,
     ) -> State:
-        """Keep what was taken in; what the target took now is next."""
-        del inputs
-        walk, alive_B, before = taken.walk, taken.alive, state.accepted
+        walk, alive_B = taken.walk, taken.alive
         keys, values = proposal.extra
         pages = kv_cache.append(
             state.pages,
             (keys,),
             (values,),
             rows.page_table,
-            decode.after(walk.tokens, before.start),
-            jnp.where(alive_B, before.counts, 0),
+            decode.after(walk.tokens, state.start),
+            jnp.where(alive_B, state.counts, 0),
         )
         # Of the W nodes' features those along the path, `[n x D, B, A]`.
         features_FBA = jnp.take_along_axis(
@@ -212,19 +188,18 @@ class Learned(protocols.Proposer):
         )
         # In a row that rides along nothing changes.
         alive_B1 = alive_B[:, None]
-        accepted = Accepted(
-            tokens=jnp.where(alive_B1, walk.tokens, before.tokens),
-            features=jnp.where(alive_B1, features_FBA, before.features),
-            start=jnp.where(alive_B, rows.lengths, before.start),
-            counts=jnp.where(alive_B, jnp.maximum(taken.counts, 1), before.counts),
+        return State(
+            pages=pages,
+            tokens=jnp.where(alive_B1, walk.tokens, state.tokens),
+            features=jnp.where(alive_B1, features_FBA, state.features),
+            start=jnp.where(alive_B, rows.lengths, state.start),
+            counts=jnp.where(alive_B, jnp.maximum(taken.counts, 1), state.counts),
         )
-        return State(pages, accepted)
 
     def finish(
         self, state: State, caches: protocols.Caches
     ) -> tuple[protocols.Caches, Array]:
-        """Give the pages back; tell `[B] int32`, the positions in them."""
-        return caches.replace(drafter=state.pages), state.accepted.start
+        return caches.replace(drafter=state.pages), state.start
 
     def _score(self, inputs: Draft, noise: Array) -> expansion.Score:
         if self._is_sampled:
@@ -233,33 +208,27 @@ class Learned(protocols.Proposer):
         coupled = self.ranking == "coupled" and is_drawn
         return expansion.Score(noise if coupled else None, inputs.tau, inputs.sharpness)
 
-    def _take_in(
-        self, weights: DrafterWeights, accepted: Accepted, view: transformer.CacheView
-    ) -> drafter.Output:
-        """Read what the target accepted last, `[..., B, A]`; no page changes."""
-        width, kernels = accepted.tokens.shape[1], self.settings.kernels
-        features_FBA = accepted.features.astype(self._dtype)
-        return drafter.forward(
-            weights.params,
-            self.cfg,
-            weights.embedded(accepted.tokens, self._dtype),
-            drafter.fuse(weights.params, self.cfg, features_FBA, kernels),
-            accepted.start[:, None] + jnp.arange(width),
-            view=view,
-            dtype=self._dtype,
-            kernels=kernels,
-        )
+
+def _features(cache, page_table, start, width, counts, cfg) -> Array:
+    """Read the target's features at `counts` positions from `start` on, `[F, B, T]`."""
+    features_FBT = kv_cache.read_features(cache, page_table, start, width)
+    # Slots that were never written may hold anything.
+    meant_BT = jnp.arange(width) < counts[:, None]
+    return jnp.where(meant_BT, features_FBT[: cfg.num_read], 0)
 
 
-def _whole_laws(probs: Array, draft_ids: Array | None, vocab_size: int) -> Array:
-    """Spread laws over the draft vocabulary, `[..., Vd]`, over all of it, `[..., V]`.
-
-    Tokens that cannot be drafted have 0.
-    """
-    if draft_ids is None:
-        return probs
-    zeros = jnp.zeros((*probs.shape[:-1], vocab_size), probs.dtype)
-    return zeros.at[..., draft_ids].add(probs)
+def _take_in(weights, cfg, tokens, features, view, dtype, kernels) -> drafter.Output:
+    """Read tokens and features behind the view's, `[..., B, T]`; no page changes."""
+    return drafter.forward(
+        weights.params,
+        cfg,
+        weights.embedded(tokens, dtype),
+        drafter.fuse(weights.params, cfg, features.astype(dtype), kernels),
+        view.lengths[:, None] + jnp.arange(tokens.shape[1]),
+        view=view,
+        dtype=dtype,
+        kernels=kernels,
+    )
 
 
 def fill(
@@ -278,35 +247,19 @@ def fill(
     """Extend the drafter's cache by a chunk, from the target's features in the pages.
 
     Args:
-      weights: the drafter.
+      weights, cfg: the drafter.
       cache: the target's pages; their features are read.
-      drafter_cache: the drafter's pages; donate them.
+      drafter_cache: the drafter's pages, which are returned: donate them.
       tokens: `[B, T] int32`, of positions `start + 1` on; T a multiple of the page
         size.
       counts: `[B] int32`, positions to fill.
       page_table: `[B, max_pages] int32`.
       start: `[B] int32`, multiples of the page size.
-      cfg: the drafter.
-      dtype: of activations.
-      kernels: see `transformer.forward`.
-
-    Returns:
-      The drafter's pages.
+      dtype, kernels: see `transformer.forward`.
     """
-    width = tokens.shape[1]
-    features = kv_cache.read_features(cache, page_table, start, width)[: cfg.num_read]
-    # Slots that were never written may hold anything.
-    features = jnp.where(jnp.arange(width) < counts[:, None], features, 0)
-    out = drafter.forward(
-        weights.params,
-        cfg,
-        weights.embedded(tokens, dtype),
-        drafter.fuse(weights.params, cfg, features.astype(dtype), kernels),
-        start[:, None] + jnp.arange(width),
-        view=transformer.CacheView(drafter_cache, page_table, start),
-        dtype=dtype,
-        kernels=kernels,
-    )
+    features = _features(cache, page_table, start, tokens.shape[1], counts, cfg)
+    view = transformer.CacheView(drafter_cache, page_table, start)
+    out = _take_in(weights, cfg, tokens, features, view, dtype, kernels)
     return kv_cache.append_pages(
         drafter_cache, (out.keys,), (out.values,), page_table, start, counts
     )

@@ -23,6 +23,8 @@ from tlt_jax.types import Array
 _PADDING, _NOTHING = -1, -2
 # Probabilities stay inside this, so that no candidate is absent for its score alone.
 _LEAST_CHANCE = 1e-4
+# Observations that the acceptance assumed beforehand weighs.
+_PRIOR_WEIGHT = 8.0
 
 
 @struct.dataclass
@@ -59,6 +61,9 @@ class Matching:
 class NGram(protocols.Proposer):
     """Proposes what followed similar places; needs no weights.
 
+    A proposal's extra is the candidates' match lengths. What was drawn is added to the
+    texts, and what became of the matches to the outcomes, which the host is told.
+
     Attributes:
       strategy: `topk` chains of `draft_depth` tokens.
     """
@@ -68,15 +73,11 @@ class NGram(protocols.Proposer):
     def init(
         self, inputs: Matching, caches: protocols.Caches, rows: decode.Rows
     ) -> Matching:
-        """Begin with the texts as the host laid them out."""
-        del caches, rows
         return inputs
 
     def propose(
         self, inputs: Matching, state: Matching, rows: decode.Rows, noise: Array
     ) -> protocols.Proposal:
-        """See `protocols.Proposer`; extra the candidates' match lengths."""
-        del inputs, rows, noise
         found, match_lengths_BC = propose(
             state.corpus,
             state.sources,
@@ -94,8 +95,6 @@ class NGram(protocols.Proposer):
         proposal: protocols.Proposal,
         taken: protocols.Taken,
     ) -> Matching:
-        """Add what was drawn to the texts, and count what became of the matches."""
-        del inputs, rows
         tokens_BA, count_B = taken.walk.tokens, taken.counts
         accepted_BC, tried_BC = candidates_lib.judge(
             proposal.candidates, tokens_BA, count_B
@@ -110,21 +109,13 @@ class NGram(protocols.Proposer):
     def finish(
         self, state: Matching, caches: protocols.Caches
     ) -> tuple[protocols.Caches, Array]:
-        """Tell the outcomes, added to what was given."""
         return caches, state.outcomes
 
 
 def extend(corpus: Corpus, tokens: Array, counts: Array) -> Corpus:
-    """Append the tokens drawn to the live rows' texts.
+    """Append the first `counts [B]` of `tokens [B, A]`, both int32, to the live rows.
 
-    Args:
-      corpus: its texts.
-      tokens: `[B, A] int32`, drawn in a step.
-      counts: `[B] int32`, how many of them. What has no room is dropped: such a row's
-        guesses get worse, nothing else happens.
-
-    Returns:
-      The corpus.
+    What has no room is dropped: such a row's guesses get worse, nothing else happens.
     """
     batch, num = tokens.shape
     width = corpus.texts.shape[1]
@@ -203,54 +194,32 @@ def propose(
     return _merge(jnp.stack(chains, 1), jnp.stack(matches, 1), acceptance)
 
 
-def prior(longest: int) -> Array:
-    """Give the acceptance assumed before anything was observed, `[longest + 1]`.
-
-    k / (k + 4) after a match of k tokens: a fifth after one, two thirds after eight.
-    It says little more than that longer matches are better; what is observed
-    (`update_acceptance`) soon outweighs it.
-    """
-    lengths = jnp.arange(longest + 1, dtype=jnp.float32)
-    return lengths / (lengths + 4.0)
-
-
 def update_acceptance(
-    outcomes: Array,
-    match_lengths: Array,
-    accepted: Array,
-    tried: Array,
-    discount: float | Array = 1.0,
+    outcomes: Array, match_lengths: Array, accepted: Array, tried: Array
 ) -> Array:
-    """Count what became of the candidates of a step.
+    """Add to `outcomes` what became of the candidates of a step.
 
     Args:
       outcomes: `[n + 1, 2] float32`, tried and accepted by match length; zeros first.
       match_lengths: `[B, C] int32`, from `propose`.
-      accepted: `[B, C] bool`, from `candidates.judge`.
-      tried: `[B, C] bool`, from `candidates.judge`.
-      discount: factor on the counts so far.
-
-    Returns:
-      The counts, `[n + 1, 2] float32`.
+      accepted, tried: `[B, C] bool`, from `candidates.judge`.
     """
     lengths = jnp.arange(outcomes.shape[0])
     of_length = (match_lengths[..., None] == lengths) & tried[..., None]
     seen = jnp.stack([of_length, of_length & accepted[..., None]], axis=-1)
-    return outcomes * discount + jnp.sum(seen, axis=(0, 1), dtype=outcomes.dtype)
+    return outcomes + jnp.sum(seen, axis=(0, 1), dtype=outcomes.dtype)
 
 
-def acceptance_of(outcomes: Array, strength: float = 8.0) -> Array:
-    """Estimate the acceptance by match length.
+def acceptance_of(outcomes: Array) -> Array:
+    """Estimate the acceptance by match length, `[n + 1]`, of `update_acceptance`'s.
 
-    Args:
-      outcomes: `[n + 1, 2] float32`, from `update_acceptance`.
-      strength: observations that the prior weighs.
-
-    Returns:
-      `[n + 1] float32`.
+    Before anything was observed it is k / (k + 4) after a match of k tokens: a fifth
+    after one, two thirds after eight. That says little more than that longer matches
+    are better; what is observed soon outweighs it.
     """
-    assumed = strength * prior(outcomes.shape[0] - 1)
-    return (outcomes[:, 1] + assumed) / (outcomes[:, 0] + strength)
+    lengths = jnp.arange(outcomes.shape[0], dtype=jnp.float32)
+    assumed = _PRIOR_WEIGHT * (lengths / (lengths + 4.0))
+    return (outcomes[:, 1] + assumed) / (outcomes[:, 0] + _PRIOR_WEIGHT)
 
 
 def _searched(corpus: Corpus, sources: Array, before: int, after: int) -> Array:

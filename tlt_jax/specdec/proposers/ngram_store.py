@@ -1,6 +1,7 @@
 """Finished answers kept for the n-gram proposer, on the host, in bounded memory."""
 
 import collections
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,16 +13,12 @@ class NgramStore:
     """The newest answers of each prompt, the oldest of all dropped when it is full.
 
     An answer is kept behind the last `context` tokens of its prompt: where answers
-    begin a row has nothing else to be recognised by.
+    begin a row has nothing else to be recognised by. All that is kept of all prompts,
+    contexts included, are `max_tokens` at most.
     """
 
     def __init__(self, max_texts_per_prompt: int, max_tokens: int, context: int = 8):
         """Make an empty store.
-
-        Args:
-          max_texts_per_prompt: answers kept of one prompt.
-          max_tokens: tokens kept in all, contexts included.
-          context: tokens of the prompt kept with each answer.
 
         Raises:
           ValueError: a bound leaves no room for anything.
@@ -54,15 +51,24 @@ class NgramStore:
 
         Args:
           prompt_id: the same whenever the prompt is.
-          prompt: `[n] int32`.
-          answer: `[m] int32`; an empty one teaches nothing and is not kept. Of one
-            that exceeds `max_tokens` the beginning is.
+          prompt, answer: `[...] int32`; an empty answer teaches nothing and is not
+            kept. Of one that exceeds `max_tokens` the beginning is.
         """
         if len(answer) == 0:
             return
         context = prompt[max(len(prompt) - self._context, 0) :]
         text = np.concatenate([context, answer]).astype(np.int32)[: self._max_tokens]
-        self._keep(int(prompt_id), text)
+        prompt_id = int(prompt_id)
+        serials = self._of_prompt.get(prompt_id, ())
+        if len(serials) == self._max_texts:
+            self._drop(serials[0])
+        while self.num_tokens + len(text) > self._max_tokens:
+            self._drop(next(iter(self._texts)))
+        self._texts[self._next] = (prompt_id, text)
+        # Dropping the last text of a prompt forgets the prompt.
+        self._of_prompt.setdefault(prompt_id, collections.deque()).append(self._next)
+        self._next += 1
+        self.num_tokens += len(text)
 
     def texts(self, prompt_id: int) -> list[np.ndarray]:
         """Return the texts kept of a prompt, the newest first."""
@@ -133,41 +139,11 @@ class NgramStore:
             if prompt_id is None:
                 continue
             alive = [i for i, p in enumerate(prompt_ids) if p == prompt_id and i != row]
-            order = [row, *_by_turns(finished[prompt_id], alive)][:num_sources]
+            turns = itertools.zip_longest(finished[prompt_id], alive)
+            mixed = [index for pair in turns for index in pair if index is not None]
+            order = [row, *mixed][:num_sources]
             sources[row, : len(order)] = order
         return corpus, sources
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return what is kept as plain arrays, the oldest text first.
-
-        Returns:
-          `prompt_ids [N] int64`, `lengths [N] int32`, `tokens [sum of lengths] int32`.
-        """
-        texts = [text for _, text in self._texts.values()]
-        return {
-            "prompt_ids": np.array([p for p, _ in self._texts.values()], np.int64),
-            "lengths": np.array([len(text) for text in texts], np.int32),
-            "tokens": np.concatenate([np.zeros((0,), np.int32), *texts]),
-        }
-
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Replace what is kept by a `state`; this store's bounds hold."""
-        self._texts, self._of_prompt, self.num_tokens = {}, {}, 0
-        texts = np.split(state["tokens"], np.cumsum(state["lengths"])[:-1])
-        for prompt_id, text in zip(state["prompt_ids"], texts, strict=False):
-            self._keep(int(prompt_id), text[: self._max_tokens])
-
-    def _keep(self, prompt_id: int, text: np.ndarray) -> None:
-        serials = self._of_prompt.setdefault(prompt_id, collections.deque())
-        if len(serials) == self._max_texts:
-            self._drop(serials[0])
-        while self.num_tokens + len(text) > self._max_tokens:
-            self._drop(next(iter(self._texts)))
-        self._texts[self._next] = (prompt_id, text)
-        # Dropping the last text of a prompt forgets the prompt.
-        self._of_prompt.setdefault(prompt_id, collections.deque()).append(self._next)
-        self._next += 1
-        self.num_tokens += len(text)
 
     def _drop(self, serial: int) -> None:
         """Forget a text, the oldest of its prompt."""
@@ -177,10 +153,3 @@ class NgramStore:
         serials.popleft()
         if not serials:
             del self._of_prompt[prompt_id]
-
-
-def _by_turns(first: list[int], second: list[int]) -> list[int]:
-    """Take one of each list in turn, then the rest of the longer one."""
-    both = min(len(first), len(second))
-    mixed = [x for pair in zip(first[:both], second[:both], strict=True) for x in pair]
-    return mixed + first[both:] + second[both:]

@@ -8,7 +8,24 @@ import numpy as np
 
 from tlt_jax.specdec.texts import layout
 
+DTYPES = ("float32", "bfloat16")
 _NAMES = ("tokens", "hidden", "features", "key")
+
+
+def dtype_of(name: str) -> np.dtype:
+    """Return the dtype that features are kept in.
+
+    Raises:
+      ValueError: `name` is none of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: use {' or '.join(DTYPES)}.")
+    return np.dtype(jnp.dtype(name))
+
+
+def bits_of(dtype: np.dtype) -> np.dtype:
+    """Return what files hold features as: of bfloat16, which few know, the bits."""
+    return np.dtype(np.uint16) if dtype.itemsize == 2 else dtype
 
 
 def kept(record: layout.Record, dtype: np.dtype) -> layout.Record:
@@ -42,17 +59,12 @@ def arrays(record: layout.Record) -> list[np.ndarray]:
 
 
 def from_bytes(
-    data: memoryview,
-    empty: layout.Record,
-    length: int,
-    shape: tuple[int, int],
-    dtype: np.dtype,
-) -> layout.Record:
-    """Make a record of what `arrays` lists, written end to end.
+    data: memoryview, length: int, shape: tuple[int, int], dtype: np.dtype
+) -> dict[str, np.ndarray | None]:
+    """Take apart what `arrays` lists, written end to end: a record's arrays by name.
 
     Args:
       data: the bytes; the arrays are views of them.
-      empty: the record's other fields.
       length: tokens.
       shape: `widths` of it.
       dtype: of the features.
@@ -64,15 +76,15 @@ def from_bytes(
         "features": ((length, features), dtype),
         "key": ((2,), np.dtype(np.uint32)),
     }
+    found, first = {"features": None}, 0
     if not features:
         del wanted["features"]
-    found, first = {}, 0
     for name, (size, kind) in wanted.items():
         last = first + int(np.prod(size)) * kind.itemsize
         # Through bytes, since bfloat16 is no dtype of the buffer protocol.
         part = np.frombuffer(data[first:last], np.uint8)
         found[name], first = part.view(kind).reshape(size), last
-    return dataclasses.replace(empty, **found)
+    return found
 
 
 def pack(
@@ -90,13 +102,12 @@ def pack(
       `keys` `[num_texts, 2] uint32`; `tokens`, `hidden` and `features` of all texts end
       to end, bfloat16 as its bits (uint16), no features as width 0.
     """
-    bits = np.dtype(np.uint16) if dtype.itemsize == 2 else dtype
     hidden, features = shape
 
     def joined(name, width):
         parts = [np.zeros((0, width), dtype)]
         parts += [getattr(r, name) for r in records if width]
-        return np.concatenate(parts).view(bits)
+        return np.concatenate(parts).view(bits_of(dtype))
 
     rows = [(r.text_id, r.version, len(r.tokens), r.response_start) for r in records]
     tokens = [np.zeros(0, np.int32), *(r.tokens for r in records)]
@@ -110,14 +121,10 @@ def pack(
 
 
 def unpack(packed: dict[str, np.ndarray], dtype: str) -> list[layout.Record]:
-    """Take `pack`'s arrays apart; the records are views of them.
-
-    Args:
-      packed: the arrays, also as JAX arrays.
-      dtype: of the features that is wanted.
+    """Take `pack`'s arrays, also as JAX arrays, apart; the records are views of them.
 
     Raises:
-      ValueError: they are of another dtype.
+      ValueError: the features are of another dtype.
     """
     packed = {name: np.asarray(array) for name, array in packed.items()}
     wanted = np.dtype(jnp.dtype(dtype))

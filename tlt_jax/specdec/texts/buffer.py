@@ -16,7 +16,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax.specdec.texts import arrays as text_arrays
@@ -73,6 +72,8 @@ class TextBuffer:
     """Texts of this step and of the ones before, shared by threads.
 
     Attributes:
+      version: the newest of the target that is known of.
+      num_bytes, num_disk_bytes: of texts in host memory, and on disk.
       spill_error: the first failure of the disk, or None.
       num_appended, num_dropped, num_spilled: texts so far. Dropped are those that the
         bounds left no room for, not those that were too old.
@@ -92,7 +93,7 @@ class TextBuffer:
 
         Args:
           max_bytes: of all texts in host memory; what a batch takes comes on top.
-          dtype: features are kept in it: `float32` or `bfloat16`.
+          dtype: see `arrays.dtype_of`.
           max_age: versions of the target that a text may be behind.
           spill_directory: of this process alone; what a killed one left there goes.
           max_spill_bytes: of all texts there; 0: nothing is written.
@@ -103,9 +104,7 @@ class TextBuffer:
         Raises:
           ValueError: a bound or the dtype makes no sense.
         """
-        if dtype not in layout.DTYPES:
-            names = " or ".join(layout.DTYPES)
-            raise ValueError(f"dtype={dtype!r}: use {names}.")
+        self._dtype = text_arrays.dtype_of(dtype)
         if max_bytes < 1 or max_spill_bytes < 0 or max_age < 0:
             raise ValueError(
                 f"max_bytes={max_bytes}, max_spill_bytes={max_spill_bytes}, "
@@ -118,12 +117,11 @@ class TextBuffer:
             )
         self.spill_error: spill_lib.SpillError | None = None
         self.num_appended = self.num_dropped = self.num_spilled = 0
-        self._dtype = np.dtype(jnp.dtype(dtype))
         self._max_bytes, self._max_disk_bytes = max_bytes, max_spill_bytes
         self._max_age, self._on_spill_error = max_age, on_spill_error
         self._entries: dict[int, retention.Entry] = {}
         self._widths: tuple[int, int] | None = None
-        self._version = self._num_bytes = self._num_disk_bytes = self._serial = 0
+        self.version = self.num_bytes = self.num_disk_bytes = self._serial = 0
         self._trash: list[retention.Entry] = []
         self._changed = threading.Condition()
         self._closed, self._idle = False, True
@@ -143,34 +141,14 @@ class TextBuffer:
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of texts in host memory."""
-        return self._num_bytes
-
-    @property
-    def num_disk_bytes(self) -> int:
-        """Bytes of texts on disk."""
-        return self._num_disk_bytes
-
-    @property
-    def version(self) -> int:
-        """The newest version of the target that is known of."""
-        return self._version
-
     def begin_step(self, version: int) -> None:
         """Say that the target has this version now; texts too old for it go."""
         with self._changed:
-            if version > self._version:
-                self._version = version
+            if version > self.version:
+                self.version = version
                 self._disk_works = self._thread is not None
-        self.drop_older_than(version - self._max_age)
-
-    def drop_older_than(self, version: int) -> None:
-        """Drop the texts of versions below `version`."""
-        with self._changed:
             for entry in list(self._entries.values()):
-                if entry.version < version:
+                if entry.version < version - self._max_age:
                     self._drop(entry)
             self._notify()
 
@@ -179,9 +157,6 @@ class TextBuffer:
 
         A version newer than any before begins a step.
 
-        Args:
-          record: of an id that is not there.
-
         Returns:
           Whether it was kept: it may be too old, have no position to learn from, or be
           the least useful one.
@@ -189,16 +164,16 @@ class TextBuffer:
         Raises:
           ValueError: the id is there, or shapes do not fit together.
         """
-        if record.version > self._version:
+        if record.version > self.version:
             self.begin_step(record.version)
         with self._changed:
             entry = self._new_entry(record)
             self.num_appended += 1
-            if entry.version < self._version - self._max_age or not entry.num_bases:
+            if entry.version < self.version - self._max_age or not entry.num_bases:
                 return False
             there = [e for e in self._entries.values() if e.in_memory]
-            excess = self._num_bytes + entry.num_bytes - self._max_bytes
-            victims = retention.victims_of(entry, there, excess, self._version)
+            excess = self.num_bytes + entry.num_bytes - self._max_bytes
+            victims = retention.victims_of(entry, there, excess, self.version)
             self.num_dropped += 1 if victims is None else len(victims)
             if victims is None:
                 return False
@@ -207,7 +182,7 @@ class TextBuffer:
             # Room is taken before the copy is made, so that the bound holds always.
             self._entries[entry.text_id] = entry
             entry.pins, entry.in_memory = 1, True
-            self._num_bytes += entry.num_bytes
+            self.num_bytes += entry.num_bytes
         try:
             entry.record = text_arrays.kept(record, self._dtype)
         finally:
@@ -259,13 +234,11 @@ class TextBuffer:
             if there:
                 self._report(error)
             raise TextGoneError(f"text {entry.text_id}: {error}") from error
-        fields = (entry.text_id, None, entry.response_start, None, None, None)
-        return text_arrays.from_bytes(
-            data,
-            layout.Record(*fields, version=entry.version),
-            entry.length,
-            self._widths,
-            self._dtype,
+        return layout.Record(
+            text_id=entry.text_id,
+            response_start=entry.response_start,
+            version=entry.version,
+            **text_arrays.from_bytes(data, entry.length, self._widths, self._dtype),
         )
 
     @contextlib.contextmanager
@@ -293,7 +266,7 @@ class TextBuffer:
         """
         with self._changed:
             entries = sorted(self._ready(), key=lambda e: e.text_id)
-            version = self._version
+            version = self.version
         records, on_disk = [], []
         with self.holding(entries):
             for entry in entries:
@@ -307,10 +280,7 @@ class TextBuffer:
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Take `state`'s texts: all of them if the bounds are what they were.
-
-        Args:
-          state: the arrays, also as JAX arrays. Every text goes where it was.
+        """Take `state`'s texts, each to where it was: all if the bounds are the same.
 
         Raises:
           ValueError: the buffer is not empty, or the dtype is another one.
@@ -322,11 +292,10 @@ class TextBuffer:
         self.begin_step(int(state["version"]))
         # Nothing is moved before everything is there.
         works, self._disk_works = self._disk_works, False
-        for moved in (True, False):
-            for record, was_on_disk in zip(records, on_disk, strict=True):
-                if was_on_disk == moved:
-                    if not (moved and works and self._append_to_disk(record)):
-                        self.append(record)
+        moved = sorted(zip(records, on_disk, strict=True), key=lambda pair: not pair[1])
+        for record, was_on_disk in moved:
+            if not (was_on_disk and works and self._append_to_disk(record)):
+                self.append(record)
         with self._changed:
             self._disk_works = works and self.spill_error is None
             self.num_appended = 0
@@ -374,7 +343,7 @@ class TextBuffer:
         entry.record = None
         if entry.in_memory:
             entry.in_memory = False
-            self._num_bytes -= entry.num_bytes
+            self.num_bytes -= entry.num_bytes
 
     def _unpin(self, entry: retention.Entry) -> None:
         entry.pins -= 1
@@ -417,25 +386,25 @@ class TextBuffer:
 
     def _next_to_write(self) -> retention.Entry | None:
         """Choose a text for the disk and count it there; may drop others for it."""
-        full = self._num_bytes > _SPILL_ABOVE * self._max_bytes
+        full = self.num_bytes > _SPILL_ABOVE * self._max_bytes
         if not (full and self._disk_works) or self._trash:
             return None
         in_memory = [e for e in self._entries.values() if e.in_memory]
         idle = [e for e in in_memory if not e.pins]
         if not idle:
             return None
-        chosen = retention.least_useful(idle, in_memory, self._version)
+        chosen = retention.least_useful(idle, in_memory, self.version)
         on_disk = [e for e in self._entries.values() if e.on_disk]
-        excess = self._num_disk_bytes + chosen.num_bytes - self._max_disk_bytes
-        victims = retention.victims_of(chosen, on_disk, excess, self._version)
+        excess = self.num_disk_bytes + chosen.num_bytes - self._max_disk_bytes
+        victims = retention.victims_of(chosen, on_disk, excess, self.version)
         if victims is None:
             return None
+        self.num_dropped += len(victims)
         for victim in victims:
-            self.num_dropped += 1
             self._drop(victim)
         if victims:
             return None  # They are removed first.
-        self._num_disk_bytes += chosen.num_bytes
+        self.num_disk_bytes += chosen.num_bytes
         chosen.pins += 1
         return chosen
 
@@ -451,7 +420,7 @@ class TextBuffer:
                 entry.on_disk = True
                 self.num_spilled += 1
             else:
-                self._num_disk_bytes -= entry.num_bytes
+                self.num_disk_bytes -= entry.num_bytes
                 self._disk_works = False
             self._unpin(entry)
             self._notify()
@@ -467,16 +436,16 @@ class TextBuffer:
             self._report(error)
         else:
             with self._changed:
-                self._num_disk_bytes -= entry.num_bytes
+                self.num_disk_bytes -= entry.num_bytes
 
     def _append_to_disk(self, record: layout.Record) -> bool:
         """Write a text to disk in this thread; say whether it is there."""
         with self._changed:
             entry = self._new_entry(record)
-            excess = self._num_disk_bytes + entry.num_bytes - self._max_disk_bytes
+            excess = self.num_disk_bytes + entry.num_bytes - self._max_disk_bytes
             if excess > 0 or self.spill_error is not None:
                 return False
-            self._num_disk_bytes += entry.num_bytes
+            self.num_disk_bytes += entry.num_bytes
             entry.pins = 1
         entry.record = text_arrays.kept(record, self._dtype)
         self._write(entry)

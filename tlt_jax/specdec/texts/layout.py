@@ -15,8 +15,6 @@ import numpy as np
 from tlt_jax.models import rows as rows_lib
 from tlt_jax.specdec.training import unroll
 
-DTYPES = ("float32", "bfloat16")
-
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -45,15 +43,12 @@ class Texts(Protocol):
     """What `plan` and `lay_out` read: texts by their index.
 
     Attributes:
-      lengths: `[num_texts] int64`, tokens of every text.
-      response_starts: `[num_texts] int64`, where every text's response starts.
+      lengths, response_starts: `[num_texts] int64`, tokens of every text, and where its
+        response starts.
     """
 
-    @property
-    def lengths(self) -> np.ndarray: ...
-
-    @property
-    def response_starts(self) -> np.ndarray: ...
+    lengths: np.ndarray
+    response_starts: np.ndarray
 
     def __len__(self) -> int: ...
 
@@ -96,17 +91,13 @@ def span_of(
     row_bases: int,
     rng: np.random.Generator | None,
 ) -> Span | None:
-    """Cut a text to what a row can hold.
+    """Cut a text to what a row can hold; None if no base is left.
 
     Args:
-      index: of the text.
-      length, response_start: the text's.
+      index, length, response_start: of the text.
       row_tokens, row_bases: T and M. A text longer than T loses its end; of one with
         more than M bases a run is taken.
       rng: draws the run; None: the first.
-
-    Returns:
-      The span, or None if no base is left.
     """
     length = min(int(length), row_tokens)
     there = num_bases(length, int(response_start))
@@ -129,8 +120,7 @@ def plan(
     """Lay texts out over batches, each in one row, the first with room.
 
     Args:
-      texts: the texts.
-      indices: which of them; those without a base are left out.
+      texts, indices: the texts, and which of them; those without a base are left out.
       row_tokens, row_bases: T and M, see `span_of`.
       num_rows: B.
       seed: numbers of the order and of the runs; None: the order given, and first runs.
@@ -161,15 +151,9 @@ def lay_out(
     row_tokens: int,
     row_bases: int,
 ) -> unroll.Batch:
-    """Make a batch of one of `plan`'s.
+    """Make a batch in host memory of one of `plan`'s; see there for the arguments.
 
-    Args:
-      texts: the texts; each is read once and let go before the next one is.
-      rows: of the batch.
-      row_tokens, row_bases: as for `plan`.
-
-    Returns:
-      The batch, in host memory.
+    Each text is read once and let go before the next one is.
     """
     columns = rows_lib.blank(len(rows), row_tokens)
     bases = np.zeros((len(rows), row_bases), np.int32)
@@ -235,24 +219,19 @@ def _blank_features(
     record: Record, num_rows: int, row_tokens: int
 ) -> dict[str, np.ndarray | None]:
     """Zeros for features as wide as a record's."""
+
+    def blank(array):
+        return np.zeros((num_rows, row_tokens, array.shape[1]), array.dtype)
+
     given = {"features": record.features, "hidden": record.hidden}
-    return {
-        name: array
-        if array is None
-        else np.zeros((num_rows, row_tokens, array.shape[1]), array.dtype)
-        for name, array in given.items()
-    }
+    return jax.tree.map(blank, given)
 
 
 def check(record: Record, known: Container[int]) -> None:
     """Refuse a record whose arrays do not fit together.
 
-    Args:
-      record: of any origin.
-      known: ids that are taken.
-
     Raises:
-      ValueError: its id is taken, or a shape is wrong.
+      ValueError: its id is `known` already, or a shape is wrong.
     """
     length = len(record.tokens)
     if record.text_id in known:

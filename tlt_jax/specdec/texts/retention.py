@@ -11,8 +11,7 @@ class Entry:
     """A text and where it is.
 
     Attributes:
-      text_id, version: the record's.
-      length, response_start: the record's.
+      text_id, version, length, response_start: the record's.
       num_bytes: of its arrays.
       serial: its number on disk.
       in_memory: its bytes count there.
@@ -49,13 +48,7 @@ def least_useful(
     step's texts and the last step's share the room: of the side that holds more bytes
     goes the shortest. So neither can push out the other, and long texts stay.
 
-    Args:
-      candidates: at least one.
-      together: all that share the room.
-      version: of this step.
-
-    Returns:
-      One of the candidates.
+    There is one candidate at least; `together` are all that share the room.
     """
 
     def by_length(entry):

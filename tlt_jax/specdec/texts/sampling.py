@@ -20,7 +20,6 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -35,7 +34,11 @@ _LOOK_PAST = 16
 
 
 class Sampler:
-    """Draws batches; one thread at a time."""
+    """Draws batches; one thread at a time.
+
+    Attributes:
+      num_taken: positions so far, of the steps before and of the step at the time.
+    """
 
     def __init__(
         self,
@@ -77,51 +80,31 @@ class Sampler:
         self._length_power, self._age_decay = length_power, age_decay
         self._lock = threading.Lock()
         self._due: dict[int, float] = {}
-        # Of the two sides: the due time of the last turn, and positions taken so far.
+        # Of the two sides: the due time of the last turn.
         self._clock = np.zeros(2)
-        self._taken = np.zeros(2, np.int64)
+        self.num_taken = [0, 0]
         self._owed = 0.0
         self._version = self._num_batches = 0
 
-    @property
-    def num_taken(self) -> tuple[int, int]:
-        """Positions taken so far: of the steps before, and of the step at the time."""
-        previous, current = self._taken.tolist()
-        return previous, current
-
     def next_batch(self, wait_s: float = 0.0) -> unroll.Batch | None:
-        """Make the next batch of what is there now.
+        """Make the next batch of what is there now, in host memory.
 
-        A text is at most once in a batch, so that rows may be empty.
-
-        Args:
-          wait_s: how long to wait for a first text.
-
-        Returns:
-          The batch in host memory, or None: there is no text to learn from.
+        A text is at most once in a batch, so that rows may be empty. None: there is no
+        text to learn from, not after `wait_s` either.
         """
         until = time.monotonic() + wait_s
         with self._lock:
             while True:
                 listed = self._meet(self._buffer.view())
-                turns = self._choose(listed)
-                if turns.spans:
-                    batch = self._lay_out(listed, turns)
+                rows, owed = self._choose(listed)
+                if rows:
+                    batch = self._lay_out(listed, rows, owed)
                     if batch is not None:
                         return batch
                 elif (left := until - time.monotonic()) > 0:
                     self._buffer.wait(left)
                 else:
                     return None
-
-    def stream(
-        self, stop: threading.Event, poll_s: float = 0.05
-    ) -> Iterator[unroll.Batch]:
-        """Make batches until `stop` is set, waiting where there is no text."""
-        while not stop.is_set():
-            batch = self.next_batch(poll_s)
-            if batch is not None:
-                yield batch
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all that the line depends on besides the texts, as arrays."""
@@ -131,7 +114,7 @@ class Sampler:
                 "ids": np.array(ids, np.int64),
                 "due": np.array([self._due[i] for i in ids], np.float64),
                 "clock": self._clock.copy(),
-                "taken": self._taken.copy(),
+                "taken": np.array(self.num_taken, np.int64),
                 "owed": np.array(self._owed),
                 "progress": np.array([self._version, self._num_batches], np.int64),
             }
@@ -142,7 +125,7 @@ class Sampler:
             ids, due = np.asarray(state["ids"]), np.asarray(state["due"])
             self._due = dict(zip(ids.tolist(), due.tolist(), strict=True))
             self._clock = np.array(state["clock"], np.float64)
-            self._taken = np.array(state["taken"], np.int64)
+            self.num_taken = np.asarray(state["taken"]).tolist()
             self._owed = float(state["owed"])
             self._version, self._num_batches = np.asarray(state["progress"]).tolist()
 
@@ -166,27 +149,25 @@ class Sampler:
         return _Listed(view, sides, strides)
 
     def _weights(self, view: text_buffer.View, version: int) -> np.ndarray:
-        bases = [
-            layout.num_bases(length, start)
-            for length, start in zip(
-                view.lengths.tolist(), view.response_starts.tolist(), strict=True
-            )
-        ]
+        columns = view.lengths.tolist(), view.response_starts.tolist()
+        bases = np.array([*map(layout.num_bases, *columns)], float)
         behind = np.maximum(version - view.versions - 1, 0)
-        return np.array(bases, float) ** self._length_power * self._age_decay**behind
+        return bases**self._length_power * self._age_decay**behind
 
-    def _choose(self, listed: "_Listed") -> "_Turns":
-        """Fill rows, side by side, each in the order of due times."""
+    def _choose(self, listed: "_Listed") -> tuple[list[list[layout.Span]], float]:
+        """Fill rows from both sides, each in the order of due times.
+
+        Second the positions that the steps before are owed once the rows are taken.
+        """
         view = listed.view
         queues = self._queues(listed)
         mixed = all(queues)
-        turns = _Turns(
-            rows_lib.Rows(*self._sizes.values(), max_rows=self._num_rows), self._owed
-        )
+        owed = self._owed
+        placed = rows_lib.Rows(*self._sizes.values(), max_rows=self._num_rows)
         rng = np.random.default_rng((self._seed, self._num_batches))
         num_past = 0
         while any(queues) and num_past < _LOOK_PAST:
-            side = self._side(turns.owed) if all(queues) else int(not queues[PREVIOUS])
+            side = self._side(owed) if all(queues) else int(not queues[PREVIOUS])
             index = queues[side].popleft()
             span = layout.span_of(
                 index,
@@ -197,14 +178,12 @@ class Sampler:
             )
             if span is None:
                 continue
-            if turns.rows.place(span, span.num_tokens, span.num_bases) is None:
+            if placed.place(span, span.num_tokens, span.num_bases) is None:
                 num_past += 1
-                continue
-            turns.spans.append(span)
-            if mixed:
+            elif mixed:
                 from_previous = span.num_bases * (side == PREVIOUS)
-                turns.owed += self._previous_frac * span.num_bases - from_previous
-        return turns
+                owed += self._previous_frac * span.num_bases - from_previous
+        return placed.items, owed
 
     def _queues(self, listed: "_Listed") -> list[collections.deque[int]]:
         ids = listed.view.text_ids
@@ -221,25 +200,27 @@ class Sampler:
             return PREVIOUS if self._previous_frac >= 0.5 else CURRENT
         return PREVIOUS if owed > 0 else CURRENT
 
-    def _lay_out(self, listed: "_Listed", turns: "_Turns") -> unroll.Batch | None:
+    def _lay_out(
+        self, listed: "_Listed", rows: list[list[layout.Span]], owed: float
+    ) -> unroll.Batch | None:
         """Read a plan's texts and count their turns; None if one has gone since."""
         view = listed.view
-        rows = turns.rows.items
+        spans = [span for row in rows for span in row]
         rows = rows + [[]] * (self._num_rows - len(rows))
-        with view.holding([span.index for span in turns.spans]) as all_there:
+        with view.holding([span.index for span in spans]) as all_there:
             if not all_there:
                 return None
             try:
                 batch = layout.lay_out(view, rows, **self._sizes)
             except text_buffer.TextGoneError:
                 return None
-        for span in turns.spans:
+        for span in spans:
             text_id, side = int(view.text_ids[span.index]), listed.sides[span.index]
             self._clock[side] = max(self._clock[side], self._due[text_id])
             self._due[text_id] += float(listed.strides[span.index])
-            self._taken[side] += span.num_bases
+            self.num_taken[side] += span.num_bases
         limit = self._num_rows * self._sizes["row_bases"]
-        self._owed = float(np.clip(turns.owed, -limit, limit))
+        self._owed = float(np.clip(owed, -limit, limit))
         self._num_batches += 1
         return batch
 
@@ -251,17 +232,3 @@ class _Listed:
     view: text_buffer.View
     sides: np.ndarray
     strides: np.ndarray
-
-
-class _Turns:
-    """A plan of one batch, not yet counted.
-
-    Attributes:
-      rows: with the texts in their places.
-      spans: the texts in the order chosen.
-      owed: positions that the steps before are owed after it.
-    """
-
-    def __init__(self, rows: rows_lib.Rows, owed: float):
-        self.rows, self.owed = rows, owed
-        self.spans: list[layout.Span] = []

@@ -4,28 +4,18 @@ A shard is a directory of plain arrays, several texts end to end. It gets its na
 it is complete, and is mapped, not read: memory holds what a batch takes.
 """
 
-import dataclasses
 import os
 import pathlib
 import shutil
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
+from tlt_jax.specdec.texts import arrays as text_arrays
 from tlt_jax.specdec.texts import layout
 
-
-@dataclasses.dataclass(frozen=True, order=True)
-class _Entry:
-    """Where a text is."""
-
-    text_id: int
-    shard: int
-    row: int
-    first: int
-    length: int
-    response_start: int
+# Columns of `arrays.pack`'s table of texts in the file `index`, and back.
+_IN_FILE, _PACKED = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
 class Shards:
@@ -36,38 +26,36 @@ class Shards:
 
         Args:
           directory: of the texts.
-          dtype: features are kept in it: `float32` or `bfloat16`.
+          dtype: see `arrays.dtype_of`.
         """
-        if dtype not in layout.DTYPES:
-            raise ValueError(f"dtype={dtype!r}: use {' or '.join(layout.DTYPES)}.")
+        self._dtype = text_arrays.dtype_of(dtype)
         self._directory = pathlib.Path(directory)
-        self._dtype = np.dtype(jnp.dtype(dtype))
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.glob("*.partial"):
             shutil.rmtree(path)
-        self._index: list[_Entry] = []
-        self._shards: list[dict[str, np.ndarray]] = []
+        # Views of the files, in the order of their ids.
+        self._records: list[layout.Record] = []
+        self._num_shards = 0
         for path in sorted(self._directory.glob("shard_*")):
             self._open(path)
-        self._index.sort()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._records)
 
     @property
     def text_ids(self) -> list[int]:
         """Ids of the texts, rising."""
-        return [entry.text_id for entry in self._index]
+        return [record.text_id for record in self._records]
 
     @property
     def lengths(self) -> np.ndarray:
         """`[num_texts] int64`, tokens of every text."""
-        return np.array([entry.length for entry in self._index], np.int64)
+        return np.array([len(record.tokens) for record in self._records], np.int64)
 
     @property
     def response_starts(self) -> np.ndarray:
         """`[num_texts] int64`, where every text's response starts."""
-        return np.array([entry.response_start for entry in self._index], np.int64)
+        return np.array([record.response_start for record in self._records], np.int64)
 
     def append(self, records: Sequence[layout.Record]) -> None:
         """Write a shard.
@@ -78,25 +66,17 @@ class Shards:
         Raises:
           ValueError: an id is there already, or arrays do not fit together.
         """
-        known = {entry.text_id for entry in self._index}
+        known = set(self.text_ids)
         for record in records:
             layout.check(record, known)
             known.add(record.text_id)
-        arrays = {
-            "tokens": np.concatenate([r.tokens for r in records]).astype(np.int32),
-            "hidden": self._stored([r.hidden for r in records]),
-            "index": np.array(
-                [
-                    (r.text_id, len(r.tokens), r.response_start, r.version)
-                    for r in records
-                ],
-                np.int64,
-            ),
-            "keys": np.array([r.key for r in records], np.uint32),
-        }
-        if records[0].features is not None:
-            arrays["features"] = self._stored([r.features for r in records])
-        path = self._directory / f"shard_{len(self._shards):06d}"
+        widths = text_arrays.widths(records[0])
+        kept = [text_arrays.kept(record, self._dtype) for record in records]
+        arrays = text_arrays.pack(kept, widths, self._dtype)
+        arrays["index"] = np.ascontiguousarray(arrays.pop("texts")[:, _IN_FILE])
+        if not widths[1]:
+            del arrays["features"]
+        path = self._directory / f"shard_{self._num_shards:06d}"
         partial = path.with_suffix(".partial")
         partial.mkdir()
         for name, array in arrays.items():
@@ -106,46 +86,22 @@ class Shards:
                 os.fsync(file.fileno())
         partial.rename(path)
         self._open(path)
-        self._index.sort()
 
     def read(self, index: int) -> layout.Record:
         """Read the text at `index`; its features are views of the file."""
-        entry = self._index[index]
-        arrays = self._shards[entry.shard]
-        here = slice(entry.first, entry.first + entry.length)
-        features = arrays.get("features")
-        return layout.Record(
-            text_id=entry.text_id,
-            tokens=np.asarray(arrays["tokens"][here]),
-            response_start=entry.response_start,
-            hidden=self._loaded(arrays["hidden"][here]),
-            features=None if features is None else self._loaded(features[here]),
-            key=np.asarray(arrays["keys"][entry.row]),
-            version=int(arrays["index"][entry.row, 3]),
-        )
+        return self._records[index]
 
     def _open(self, path: pathlib.Path) -> None:
         arrays = {
             file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")
         }
-        wanted = np.dtype(np.uint16) if self._dtype.itemsize == 2 else self._dtype
-        if arrays["hidden"].dtype != wanted:
+        if arrays["hidden"].dtype != text_arrays.bits_of(self._dtype):
             raise ValueError(
                 f"{path} holds features of another dtype than {self._dtype}: name the "
                 "one that it was written with, or another directory."
             )
-        first = 0
-        for row, (text_id, length, start, _) in enumerate(arrays["index"].tolist()):
-            self._index.append(
-                _Entry(text_id, len(self._shards), row, first, length, start)
-            )
-            first += length
-        self._shards.append(arrays)
-
-    def _stored(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """NumPy's files know no bfloat16: its bits are kept."""
-        whole = np.concatenate(parts).astype(self._dtype)
-        return whole.view(np.uint16) if self._dtype.itemsize == 2 else whole
-
-    def _loaded(self, stored: np.ndarray) -> np.ndarray:
-        return stored.view(self._dtype)
+        arrays["texts"] = arrays.pop("index")[:, _PACKED]
+        arrays.setdefault("features", arrays["hidden"][:, :0])
+        self._records += text_arrays.unpack(arrays, self._dtype.name)
+        self._records.sort(key=lambda record: record.text_id)
+        self._num_shards += 1

@@ -24,11 +24,7 @@ class Spill:
     """
 
     def __init__(self, directory: str | os.PathLike):
-        """Take a directory, which is made when the first entry is written.
-
-        Args:
-          directory: for entries alone.
-        """
+        """Take a directory for entries alone; the first one written makes it."""
         self.directory = pathlib.Path(directory).absolute()
         self.clear()
         # Entries need not outlive the process, so nothing waits for the disk.
@@ -55,12 +51,8 @@ class Spill:
     def read(self, number: int, num_bytes: int) -> memoryview:
         """Read an entry back.
 
-        Args:
-          number: of the entry.
-          num_bytes: its size.
-
         Raises:
-          SpillError: it is not there any more, or of another size.
+          SpillError: it is not there any more, or not of `num_bytes`.
         """
         try:
             data = self._store.read(f"{_PREFIX}{number}").result().value

@@ -44,15 +44,8 @@ def measure(
     Reference: Daliri et al., Coupling without Communication and Drafter-Invariant
     Speculative Decoding, 2024 (draft and target share the noise).
 
-    Args:
-      params: the drafter.
-      batch: rows of texts, with the keys that they were drawn with.
-      target: embedding and head.
-      num_steps: U, levels drafted.
-      cfg: how.
-      seen: of `unroll.see`, where it was computed before.
-      start, size: which bases of each row; by themselves all. The sums over all are
-        those of any parts.
+    See `unroll.unroll` for the arguments; `size` bases of each row from `start` on are
+    counted, by themselves all. The sums over all are those of any parts.
 
     Returns:
       Sums `[U] float32`: `count` of the predictions; `deterministic` and `coupled`, the
@@ -103,9 +96,7 @@ def lifetimes(
 
     So the accept length of every chain of up to `num_steps` levels is known at every
     position of a text, wherever its steps begin. The sharpness is the drafter's own.
-
-    Args:
-      params, batch, target, num_steps, cfg: of `measure`.
+    See `measure` for the arguments.
 
     Returns:
       `[B, M] int32`, 0 to `num_steps`: drafts accepted before the first miss or the end
@@ -134,8 +125,7 @@ def _predictions(
 ) -> tuple[unroll.Predictions, int]:
     """Unroll; the laws are the tokens drawn, their positions and keys.
 
-    Returns:
-      The predictions, and how many of them are looked at at once.
+    Second how many of the predictions are looked at at once.
     """
     if size is None:
         size = batch.bases.shape[1]

@@ -17,14 +17,7 @@ _LK_RATE = 3.0
 
 
 def soft_cross_entropy(target_logits: Array, draft_logits: Array) -> Array:
-    """Compute -sum p log q in nats.
-
-    Args:
-      target_logits, draft_logits: `[..., V] float32`.
-
-    Returns:
-      `[...] float32`.
-    """
+    """Compute -sum p log q in nats, `[..., V] float32` to `[...]`."""
     target_probs = jax.nn.softmax(target_logits)
     return -jnp.sum(target_probs * jax.nn.log_softmax(draft_logits), axis=-1)
 
@@ -54,12 +47,7 @@ def lk_hybrid(
     Speculative Decoding, 2026 (the loss with adaptive weight; here the weight is each
     position's own).
 
-    Args:
-      target_logits, draft_logits: `[..., V] float32`.
-      rate: 0 is KL alone; towards infinity TV alone.
-
-    Returns:
-      `[...] float32`.
+    A rate of 0 is KL alone; towards infinity it is TV alone. Arguments as above.
     """
     distance = total_variation(target_logits, draft_logits)
     weight = lax.stop_gradient(jnp.exp(-rate * (1.0 - distance)))
@@ -91,13 +79,7 @@ def token_loss(name: str, target_logits: Array, draft_logits: Array) -> Array:
 def smooth_l1(target_features: Array, features: Array) -> Array:
     """Compute the mean over features of d^2 / 2 where |d| < 1, else |d| - 1 / 2.
 
-    Reference: Girshick, Fast R-CNN, 2015, eq. 3.
-
-    Args:
-      target_features, features: `[D, ...]`.
-
-    Returns:
-      `[...] float32`.
+    `[D, ...]` to `[...] float32`. Reference: Girshick, Fast R-CNN, 2015, eq. 3.
     """
     distance = jnp.abs((features - target_features).astype(jnp.float32))
     near = 0.5 * distance * distance

@@ -117,22 +117,12 @@ def sums_of(
     cfg: unroll.ForwardConfig,
     objective: Objective,
 ) -> dict[str, Array]:
-    """Sum losses and metrics over the predictions of some bases of each row.
+    """Sum losses and metrics over the predictions of `size` bases from `start` on.
 
-    Those of all bases are the sums of any parts.
-
-    Args:
-      params: the drafter.
-      seen: of `unroll.see`.
-      batch: the rows.
-      target: embedding and head.
-      start, size: which bases.
-      cfg: how.
-      objective: what.
+    See `unroll.unroll` for the arguments.
 
     Returns:
-      `[U] float32` by name, one number for each unrolled step, as `total_of` takes
-      them.
+      `[U] float32` by name, one number for each unrolled step.
     """
     num_steps = objective.num_steps
     # Step u of a base is compared with the law of the base u places on, so that laws
@@ -153,9 +143,7 @@ def sums_of(
     ahead_BM = jnp.minimum(wide.bases + 1, batch.tokens.shape[1] - 1)
     law_BMD = jnp.take_along_axis(batch.hidden, ahead_BM[..., None], axis=1)
     law_BMD = law_BMD.astype(cfg.dtype)
-    finished_DBM = tuple(
-        drafter_head.for_head(params, cfg.drafter, x_DBM) for x_DBM in steps_DBM
-    )
+    finished_DBM = [drafter_head.for_head(params, cfg.drafter, x) for x in steps_DBM]
     chunk = min(cfg.head_chunk, law_BMD.shape[0] * law_BMD.shape[1])
     sums = _head_sums(
         objective.token_loss,
@@ -172,12 +160,7 @@ def sums_of(
 def total_of(
     sums: dict[str, Array], batch: unroll.Batch, objective: Objective
 ) -> tuple[Array, dict[str, Array]]:
-    """Turn the sums over all bases into the loss; linear in them.
-
-    Args:
-      sums: of `sums_of`, of any parts of `batch`.
-      batch: the rows, which say how many predictions there are in all.
-      objective: what.
+    """Turn `sums_of` all bases, or any parts of them, into the loss; linear in them.
 
     Returns:
       The scalar, each step's mean over the predictions that exist, weighted; and for
@@ -223,8 +206,7 @@ def _head_sums(token_loss, chunk, heads, predictions):
 
 
 def _head_sums_forward(token_loss, chunk, heads, predictions):
-    sums, grads_UDQ = _walk(token_loss, chunk, heads, predictions, with_grads=True)
-    return sums, grads_UDQ
+    return _walk(token_loss, chunk, heads, predictions, with_grads=True)
 
 
 def _head_sums_backward(token_loss, chunk, grads_UDQ, slopes):

@@ -114,13 +114,7 @@ def update(
 ) -> tuple[train_state.TrainState, dict[str, Array]]:
     """Take the optimizer's step, unless loss or gradient is not finite.
 
-    Args:
-      state: before.
-      grads: of `close`.
-      sums: of all bases.
-      batch: the rows.
-      objective: what was learned.
-      optimizer: static.
+    `grads` are those of `close`, `sums` those of all bases.
 
     Returns:
       The state, bit for bit the old one where the step was skipped, and the metrics of

@@ -16,6 +16,7 @@ predictions of all rows laid end to end, Vd tokens that can be proposed.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -119,9 +120,7 @@ def see(
         _embed_ahead(batch, target, columns_T, 1, cfg.dtype),
         fused_DBT,
         batch.positions,
-        lambda query, keys, values: attention.attend_same(
-            query, keys, values, scale=1.0
-        ),
+        functools.partial(attention.attend_same, scale=1.0),
         dtype=cfg.dtype,
     )
     keys_BKHT, values_BKHT = _rows_first(output)
@@ -272,14 +271,10 @@ def predictions(
     """Lay rows end to end.
 
     Args:
-      steps: of `unroll`.
-      exists: of `step_exists`.
+      steps, exists: of `unroll` and `step_exists`.
       laws: arrays `[B, M + U - 1, ...]`, of the law that step 0 of each base predicts
         from, and of the bases behind: see `bases_from`.
       chunk: Q is a multiple of it.
-
-    Returns:
-      The predictions.
     """
     hidden_UDBM = jnp.stack(steps)
     more, (num_rows, width) = len(steps) - 1, hidden_UDBM.shape[2:]
@@ -348,10 +343,9 @@ def _attend_bases(query_BKGMH, seen, batch, scale, cfg):
     bases_BM, segment_BM = jnp.pad(batch.bases, pads), jnp.pad(segment_BM, pads)
 
     def cut(start):
+        axes = (query_BKGMH, 3), (bases_BM, 1), (segment_BM, 1)
         return one_block(
-            lax.dynamic_slice_in_dim(query_BKGMH, start, block, 3),
-            lax.dynamic_slice_in_dim(bases_BM, start, block, 1),
-            lax.dynamic_slice_in_dim(segment_BM, start, block, 1),
+            *(lax.dynamic_slice_in_dim(x, start, block, axis) for x, axis in axes)
         )
 
     parts = lax.map(jax.checkpoint(cut), jnp.arange(0, width + spare, block))

@@ -38,8 +38,7 @@ class CostModelConfig:
     drafter_discount: float = 0.1
 
     def __post_init__(self):
-        fractions = ("target_discount", "drafter_discount")
-        for name in fractions:
+        for name in ("target_discount", "drafter_discount"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 to 1.")
         for name in ("time_spread", "time_misfit"):
@@ -55,7 +54,7 @@ class CostModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more.")
 
 
-class CostModel:
+class CostModel(tuner.Tuner):
     """Chooses the strategy with the most tokens per second that may be hoped for.
 
     Per row an arm yields `accept length / seconds of a step`; plain decoding is an arm
@@ -88,11 +87,6 @@ class CostModel:
     ):
         """Begin with nothing tried.
 
-        Args:
-          arms: candidates by rows.
-          max_rows: of the engine: its largest batch bucket.
-          cfg: how it learns.
-
         Raises:
           ValueError: `max_rows` is not positive.
         """
@@ -110,11 +104,9 @@ class CostModel:
         self._asked = True
 
     def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
-        """List the candidates, and plain decoding."""
         return *self._arms.of(num_rows), None
 
     def choose(self, num_rows: int) -> Strategy | None:
-        """Choose the arm with the highest optimistic speed, the first of several."""
         arms = self.strategies(num_rows)
         bucket = tuner.bucket_of(num_rows, self._max_rows)
         if not self.step_times.tried(bucket, None):
@@ -125,21 +117,16 @@ class CostModel:
             return arms[0]
         return max(arms, key=lambda strategy: self.speed(bucket, strategy))
 
-    def speed(
-        self, bucket: int, strategy: Strategy | None, *, optimistic: bool = True
-    ) -> float:
-        """Return tokens per second of one row, as hoped for or as estimated."""
-        optimism = self._cfg.optimism if optimistic else 0.0
+    def speed(self, bucket: int, strategy: Strategy | None) -> float:
+        """Return the tokens per second of one row that may be hoped for."""
         tokens = 1.0
         if strategy is not None:
+            optimism = self._cfg.optimism
             tokens = self.survival.accept_length(strategy, optimism, bucket)
         seconds, doubt = self.step_times.estimate(bucket, strategy)
-        if optimistic:
-            seconds *= math.exp(-self._cfg.time_optimism * doubt)
-        return tokens / seconds
+        return tokens / (seconds * math.exp(-self._cfg.time_optimism * doubt))
 
     def record(self, call: tuner.Call) -> None:
-        """Learn a call's seconds and what was accepted."""
         if not call.num_steps or call.elapsed_s <= 0:
             return
         step_s = call.elapsed_s / call.num_steps
@@ -157,21 +144,14 @@ class CostModel:
             self._asked = False
 
     def state(self) -> dict[str, Any]:
-        """Return the evidence."""
-        return {
-            "tuner": self.NAME,
+        return super().state() | {
             "asked": self._asked,
             "survival": self.survival.state(),
             "step_times": self.step_times.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-          ValueError: the state is another tuner's.
-        """
-        tuner.check_state(state, self.NAME)
+        super().restore(state)
         self._asked = bool(state["asked"])
         self.survival.restore(state["survival"])
         self.step_times.restore(state["step_times"])

@@ -73,13 +73,7 @@ class StepTimes:
     """
 
     def __init__(self, window: int = 15, spread: float = 0.12, misfit: float = 0.15):
-        """Begin with nothing tried.
-
-        Args:
-          window: calls of a kind that are kept.
-          spread: relative standard deviation of a call, until it can be measured.
-          misfit: of a kind from the law, the same.
-        """
+        """Begin with nothing tried; see `CostModelConfig` for the arguments."""
         self._window, self._prior_spread, self._misfit = window, spread, misfit
         self._seconds: dict[Kind, collections.deque[float]] = {}
         self._medians: dict[Kind, float] = {}
@@ -95,10 +89,9 @@ class StepTimes:
         """Add a call's seconds per step."""
         assert step_s > 0, step_s
         kind = bucket, strategy
-        if kind not in self._seconds:
-            self._seconds[kind] = collections.deque(maxlen=self._window)
-        self._seconds[kind].append(step_s)
-        self._medians[kind] = statistics.median_low(self._seconds[kind])
+        calls = self._seconds.setdefault(kind, collections.deque(maxlen=self._window))
+        calls.append(step_s)
+        self._medians[kind] = statistics.median_low(calls)
         self._forget()
 
     def tried(self, bucket: int, strategy: Strategy | None) -> bool:

@@ -33,11 +33,11 @@ class Survival:
 
         accept length of depth D = 1 + sum over d = 1..D of k[1]/n[1] * .. * k[d]/n[d].
 
-    Where nothing was seen a depth has the hazard of the one above it, and there is a
-    family's first estimate that of all families of its proposer: `prior_weight`
-    row-steps. Batch buckets differ, since the last rows of a rollout are not like the
-    others: a bucket's hazards start from those of all, which count for `shared_weight`
-    row-steps.
+    Where nothing was seen a depth has the hazard of the one above it (`prior_hazard`
+    is the first's), and there is a family's first estimate that of all families of its
+    proposer: `prior_weight` row-steps. Batch buckets differ, since the last rows of a
+    rollout are not like the others: a bucket's hazards start from those of all, which
+    count for `shared_weight` row-steps.
 
     Evidence counts for at most `memory` row-steps, so old calls fade, at a depth only
     as new ones tell of it: what was learned of a depth that is not drafted any more is
@@ -64,14 +64,9 @@ class Survival:
     ):
         """Begin with nothing seen.
 
-        Args:
-          memory: row-steps at a depth that evidence counts for at most.
-          prior_hazard: of the first depth.
-          prior_weight: row-steps that a prior counts for.
-          shared_weight: row-steps that all buckets count for in each.
-          kept: row-steps that old evidence counts for after any discount, if it did:
-            how acceptance falls with depth is soon known anew, but no reason to draft
-            deep in the meantime.
+        After any discount old evidence counts for `kept` row-steps, if it did: how
+        acceptance falls with depth is soon known anew, but no reason to draft deep in
+        the meantime.
         """
         self._memory, self._shared_weight = memory, shared_weight
         self._kept = kept
@@ -98,9 +93,7 @@ class Survival:
     def discount(self, factor: float, *, drafted_only: bool = False) -> None:
         """Let what was seen count `factor` of what it did, or `kept` row-steps.
 
-        Args:
-          factor: 0 to 1.
-          drafted_only: what suffix matches alone did stays as it is.
+        With `drafted_only` what suffix matches alone did stays as it is.
         """
         for ((proposer, _, _), _), counts in self._counts.items():
             if drafted_only and proposer == "ngram":
@@ -113,15 +106,12 @@ class Survival:
     def accept_length(
         self, strategy: Strategy, optimism: float = 0.0, bucket: int | None = None
     ) -> float:
-        """Estimate tokens per row and step.
+        """Estimate tokens per row and step, 1 to `strategy.max_accept_length`.
 
         Args:
           strategy: any, tried or not.
           optimism: standard deviations added to every hazard.
           bucket: batch bucket; None: any.
-
-        Returns:
-          The estimate, 1 to `strategy.max_accept_length`.
         """
         family = family_of(strategy)
         every = self._counts.get((family, None), [])

@@ -49,7 +49,15 @@ class Call:
 
 
 class Tuner(Protocol):
-    """Chooses the strategy of each decode call."""
+    """Chooses the strategy of each decode call.
+
+    One that learns nothing need not say so: the methods that follow `choose` do that.
+
+    Attributes:
+      NAME: of the tuner, in its state.
+    """
+
+    NAME: str
 
     def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
         """List all that `choose(num_rows)` may ever return."""
@@ -65,6 +73,7 @@ class Tuner(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Return all that was learned, random state included, as JSON has it."""
+        return {"tuner": self.NAME}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state()`: the later choices are the same.
@@ -72,6 +81,12 @@ class Tuner(Protocol):
         Raises:
           ValueError: the state is another tuner's.
         """
+        found = state.get("tuner")
+        if found != self.NAME:
+            raise ValueError(
+                f"the state is of tuner {found!r} and cannot be continued by "
+                f"{self.NAME!r}: choose {found!r}, or begin a new run."
+            )
 
 
 def bucket_of(num_rows: int, max_rows: int) -> int:
@@ -83,21 +98,7 @@ def bucket_of(num_rows: int, max_rows: int) -> int:
     return min(1 << max(num_rows - 1, 0).bit_length(), max_rows)
 
 
-def check_state(state: dict[str, Any], name: str) -> None:
-    """Refuse a state that is not of the tuner `name`.
-
-    Raises:
-      ValueError: it is another's.
-    """
-    found = state.get("tuner")
-    if found != name:
-        raise ValueError(
-            f"the state is of tuner {found!r} and cannot be continued by {name!r}: "
-            f"choose {found!r}, or begin a new run."
-        )
-
-
-class Static:
+class Static(Tuner):
     """Always the table's strategy."""
 
     NAME = "static"
@@ -112,33 +113,13 @@ class Static:
         self._table = table
 
     def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
-        """List the table's one choice."""
         return (self._table.first(num_rows),)
 
     def choose(self, num_rows: int) -> Strategy | None:
-        """Look `num_rows` up."""
         return self._table.first(num_rows)
 
-    def record(self, call: Call) -> None:
-        """Learn nothing."""
 
-    def changed(self, what: Updated) -> None:
-        """Change nothing."""
-
-    def state(self) -> dict[str, Any]:
-        """Return the name alone."""
-        return {"tuner": self.NAME}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Check the name.
-
-        Raises:
-          ValueError: the state is another tuner's.
-        """
-        check_state(state, self.NAME)
-
-
-class Threshold:
+class Threshold(Tuner):
     """Speculate from a threshold of rows on downwards, with hysteresis.
 
     Speculation begins when the active batch has fallen to `start_rows` and ends when it
@@ -153,11 +134,6 @@ class Threshold:
 
     def __init__(self, table: strategy_lib.Arms, start_rows: int, stop_rows: int):
         """Begin with plain decoding.
-
-        Args:
-          table: strategies by rows, at least one, one an entry.
-          start_rows: most rows at which speculation begins.
-          stop_rows: most rows at which it goes on.
 
         Raises:
           ValueError: the table is empty, an entry has several candidates, or the
@@ -176,7 +152,6 @@ class Threshold:
         self._speculating = False
 
     def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
-        """List the table's choice, and None where the hysteresis decides."""
         if num_rows <= self._start_rows:
             return (self._strategy(num_rows),)
         if num_rows <= self._stop_rows:
@@ -184,7 +159,6 @@ class Threshold:
         return (None,)
 
     def choose(self, num_rows: int) -> Strategy | None:
-        """Choose by the number of rows, now and before."""
         if num_rows <= self._start_rows:
             self._speculating = True
         elif num_rows > self._stop_rows:
@@ -194,21 +168,9 @@ class Threshold:
     def _strategy(self, num_rows: int) -> Strategy:
         return self._table.first(num_rows) or self._table.entries[-1][1][0]
 
-    def record(self, call: Call) -> None:
-        """Learn nothing."""
-
-    def changed(self, what: Updated) -> None:
-        """Change nothing."""
-
     def state(self) -> dict[str, Any]:
-        """Return whether it speculates."""
-        return {"tuner": self.NAME, "speculating": self._speculating}
+        return super().state() | {"speculating": self._speculating}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on as it was.
-
-        Raises:
-          ValueError: the state is another tuner's.
-        """
-        check_state(state, self.NAME)
+        super().restore(state)
         self._speculating = bool(state["speculating"])
