@@ -23,7 +23,6 @@ from experiments.lab import claims, experiment, plotting, tables
 from experiments.simulation import (
     arm_replay,
     cluster,
-    cluster_records,
     published,
     trace_file,
     workload,
@@ -92,22 +91,16 @@ def simulated(case: str, seed: int) -> float:
     machine = cluster_size.machine_of(MODEL)
     table = strategy_lib.parse_arms(TABLE)
     arms = strategy_lib.parse_arms((*cluster_size.ARMS[:1], "128:D8K8V16,D4K8V16"))
-    every = strategy_lib.Arms(((1, tuple({*arms.strategies(), *table.strategies()})),))
     if case == "tuner":
         tuner = tuners.build("cost_model", arms, max_rows=NUM_REQUESTS, seed=seed)
     else:
         tuner = threshold_tuner(table, int(case), NUM_REQUESTS)
-    cfg = cluster_records.ClusterConfig(
-        num_workers=1,
-        workers_per_place=1,
-        max_rows=NUM_REQUESTS,
-        num_pages=cluster_size.num_pages_of(machine),
-        page_size=cluster_size.PAGE_SIZE,
-        steps_per_call=64,
-        max_new_tokens=cluster_size.MAX_NEW_TOKENS,
+    cfg = cluster_size.config_of(
+        machine, machine.tensor, max_rows=NUM_REQUESTS, steps_per_call=64
     )
+    acceptance = published.acceptance({*arms.strategies(), *table.strategies()})
     lengths = cluster_size.lengths_of(0, NUM_REQUESTS, seed)
-    made = cluster.Cluster(cfg, machine, published.acceptance(every), tuner, seed=seed)
+    made = cluster.Cluster(cfg, machine, acceptance, tuner, seed=seed)
     responses = workload.grouped(
         lengths, cluster_size.GROUP_SIZE, cluster_size.PROMPT_TOKENS
     )

@@ -12,12 +12,9 @@ The published figure beside a range says more than beside a single prediction.
 import argparse
 import dataclasses
 
-import numpy as np
-
 from experiments import cluster_size
 from experiments.lab import experiment, plotting, tables
 from experiments.simulation import published, rl_step, workload
-from tlt_jax.specdec import strategy as strategy_lib
 
 CLUSTERS = (("qwen2.5-7b", 8), ("qwen2.5-7b", 64), ("qwen2.5-32b", 64))
 AS_ASSUMED = "as assumed"
@@ -63,28 +60,21 @@ def changed(
     count = int(change.get("responses", 128 * size) / (128 * size) * num_prompts) * size
 
     def responses(step):
-        rng = np.random.default_rng((seed, step))
-        lengths = workload.log_normal(
-            rng,
-            count,
-            median=change.get("median", cluster_size.MEDIAN_TOKENS),
-            sigma=change.get("sigma", cluster_size.SIGMA),
-            most=cluster_size.MAX_NEW_TOKENS,
-        )
+        law = {name: change[name] for name in ("median", "sigma") if name in change}
+        lengths = cluster_size.lengths_of(step, count, seed, **law)
         return workload.grouped(lengths, size, cluster_size.PROMPT_TOKENS)
 
     def rest_s(tokens):
         return change.get("rest_factor", 1.0) * scenario.rest_s(tokens)
 
     scale = cluster_size.SCALE_7B if model == "qwen2.5-7b" else 1.0
-    every = strategy_lib.Arms(((1, scenario.table.strategies()),))
     return dataclasses.replace(
         scenario,
         costs=machine,
         responses=responses,
         rest_s=rest_s,
         acceptance=published.acceptance(
-            every, scale * change.get("accept_factor", 1.0)
+            scenario.table.strategies(), scale * change.get("accept_factor", 1.0)
         ),
     )
 
@@ -119,17 +109,13 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
 
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the speedup under every change."""
-    found = list(dict.fromkeys((row["model"], row["devices"]) for row in rows))
+    clusters = tables.groups(rows, "model", "devices")
     fig, panels = plotting.panels(
-        "Predicted speedup if one assumption were another", len(found), stamp
+        "Predicted speedup if one assumption were another", len(clusters), stamp
     )
-    names = list(dict.fromkeys(row["change"] for row in rows))[::-1]
-    for axes, (model, devices) in zip(panels, found, strict=True):
-        its = {
-            row["change"]: row
-            for row in rows
-            if (row["model"], row["devices"]) == (model, devices)
-        }
+    names = tables.values(rows, "change")[::-1]
+    for axes, ((model, devices), found) in zip(panels, clusters.items(), strict=True):
+        its = {row["change"]: row for row in found}
         base = its[AS_ASSUMED]["times_faster"]
         values = [its[name]["times_faster"] - base for name in names]
         axes.barh(names, values, 0.6, base, color=plotting.COLORS[0])

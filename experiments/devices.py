@@ -19,9 +19,7 @@ from tlt_jax.specdec import strategy as strategy_lib
 MODEL = "qwen2.5-7b"
 # Vendors' data sheets: bytes per second, dense bf16 operations per second, bytes.
 DEVICES = {
-    "b200": costs.DEVICES["b200"],
-    "h100": costs.DEVICES["h100"],
-    "a100": costs.DEVICES["a100"],
+    **{name: costs.DEVICES[name] for name in ("b200", "h100", "a100")},
     "rtx 5090": costs.Device(1.792e12, 209.5e12, 32e9),
     "rtx 4090": costs.Device(1.008e12, 165.2e12, 24e9),
     "rtx 3090": costs.Device(0.936e12, 71.2e12, 24e9),
@@ -39,14 +37,7 @@ STRATEGIES = ("D4K8V16", "D8K8V16", "D8K8V32", "D8K8V64", "D12K8V48", "D12K8V64"
 
 def predict(device: str) -> tables.Row:
     """Returns a device's best strategy and speedup."""
-    fit = published.fit()
-    machine = costs.RooflineCosts(
-        DEVICES[device],
-        costs.MODELS[MODEL],
-        1,
-        level_s=fit.level_s,
-        flops_frac=fit.flops_frac,
-    )
+    machine = published.machine(DEVICES[device], costs.MODELS[MODEL], 1)
     plain_s = machine.step_s(1, None, published.CONTEXT)
     speedups = {}
     for name in STRATEGIES:

@@ -46,12 +46,8 @@ class Cluster:
           seed: of what is accepted.
           drafter: its state; None: adapted and constant.
         """
-        self.cfg, self.costs, self.acceptance, self.tuner = (
-            cfg,
-            costs,
-            acceptance,
-            tuner,
-        )
+        self.cfg, self.costs = cfg, costs
+        self.acceptance, self.tuner = acceptance, tuner
         self.drafter = drafter or cluster_records.Drafter()
         # Whether a training of this version of the target has examined the drafter.
         self.is_measured = False
@@ -289,7 +285,7 @@ class _Serving:
         finished = [
             row for row, n, most in zip(rows, counts, left, strict=True) if n == most
         ]
-        total_s = filling_s + elapsed_s + len(finished) * costs.finish_s()
+        total_s = filling_s + elapsed_s + len(finished) * costs.finished_s
         cluster.after(total_s, lambda: self._decoded(rows, counts, call, finished))
 
     def _fill(self, rows, strategy) -> float:
@@ -341,7 +337,7 @@ class _Training:
 
     def start(self) -> None:
         """Begins once programs and texts are there."""
-        self._cluster.after(self._cluster.costs.training_start_s(), self._begun)
+        self._cluster.after(self._cluster.costs.start_s, self._begun)
 
     def _begun(self) -> None:
         if self._stopped():
@@ -352,7 +348,7 @@ class _Training:
             return
         # An RL step's first training begins with what drafts would have had accepted.
         self._cluster.is_measured = True
-        self._cluster.after(self._cluster.costs.measure_s(), self._measured)
+        self._cluster.after(self._cluster.costs.measured_s, self._measured)
 
     def _measured(self) -> None:
         if not self._stopped():
@@ -367,7 +363,7 @@ class _Training:
             joining, self._joining = self._joining, None
             self._runs(joining)
         members = len(self._order.workers)
-        seconds = self._cluster.costs.drafter_step_s(members)
+        seconds = self._cluster.costs.drafter_s
         if not seconds > 0:
             raise ValueError(
                 f"a drafter's step takes {seconds:g} s: where workers train it takes "
@@ -392,7 +388,7 @@ class _Training:
             return False
         publishes = c.may_publish(number) and self._num_steps
         self._cluster.after(
-            self._cluster.costs.publish_s() if publishes else 0.0,
+            self._cluster.costs.sync_s if publishes else 0.0,
             lambda: self._ended(publishes),
         )
         return True
