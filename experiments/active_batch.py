@@ -147,24 +147,24 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
         TIMELINE: "simulated: 128 requests, 32B on 4 H100",
     }
     fig, panels = plotting.panels(
-        "Speculation from how many active rows on?", len(titles), stamp
+        "Speculation from how many active rows on?",
+        list(titles.values()),
+        stamp,
+        xlabel="speculates up to so many rows (0: never)",
+        ylabel="times no speculation",
     )
-    for axes, (world, title) in zip(panels, titles.items(), strict=True):
-        its = {str(r["threshold"]): r for r in summary if r["world"] == world}
+    for axes, world in zip(panels, titles, strict=True):
+        found = tables.where(summary, world=world)
+        its = {str(row["threshold"]): row["times_faster"] for row in found}
         names = [str(n) for n in THRESHOLDS[world]]
-        values = [its[n]["times_faster"] for n in names]
+        values = [its[n] for n in names]
         axes.plot(names, values, "o-", color=plotting.COLORS[0], label="threshold")
         for name, color in (("tuner", plotting.COLORS[1]), ("oracle", plotting.GREY)):
             if name in its:
-                axes.axhline(
-                    its[name]["times_faster"], color=color, linestyle="--", label=name
-                )
+                axes.axhline(its[name], color=color, linestyle="--", label=name)
         for (where, name), value in PUBLISHED.items():
             if where == world:
                 axes.plot([name], [value], "s", color=plotting.COLORS[3], label="paper")
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("speculates up to so many rows (0: never)")
-        axes.set_ylabel("times no speculation")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     return fig

@@ -111,20 +111,20 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the speedup under every change."""
     clusters = tables.groups(rows, "model", "devices")
     fig, panels = plotting.panels(
-        "Predicted speedup if one assumption were another", len(clusters), stamp
+        "Predicted speedup if one assumption were another",
+        [f"{model}, {devices} H100" for model, devices in clusters],
+        stamp,
+        xlabel="times everything off",
     )
     names = tables.values(rows, "change")[::-1]
-    for axes, ((model, devices), found) in zip(panels, clusters.items(), strict=True):
+    for axes, found in zip(panels, clusters.values(), strict=True):
         its = {row["change"]: row for row in found}
         base = its[AS_ASSUMED]["times_faster"]
         values = [its[name]["times_faster"] - base for name in names]
         axes.barh(names, values, 0.6, base, color=plotting.COLORS[0])
-        told = its[AS_ASSUMED]["published"]
-        if told:
+        if told := its[AS_ASSUMED]["published"]:
             axes.axvline(told, color=plotting.COLORS[3], label="published")
         axes.axvline(base, color=plotting.GREY, linewidth=0.8)
-        axes.set_title(f"{model}, {devices} H100", loc="left", fontsize=10)
-        axes.set_xlabel("times everything off")
         axes.tick_params(axis="y", labelsize=7)
     return fig
 

@@ -220,7 +220,11 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws speedups by cluster size."""
     models = tables.values(rows, "model")
     fig, panels = plotting.panels(
-        "Predicted speedup of an RL step (simulation, not measured)", len(models), stamp
+        "Predicted speedup of an RL step (simulation, not measured)",
+        models,
+        stamp,
+        xlabel="H100 devices, 1024 responses a step",
+        ylabel="times everything off",
     )
     for axes, model in zip(panels, models, strict=True):
         its = tables.where(rows, model=model)
@@ -239,9 +243,6 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
         devices = tables.column(its, "devices")
         axes.set_xticks(devices, list(map(str, devices)))
         axes.set_ylim(bottom=1)
-        axes.set_title(model, loc="left", fontsize=10)
-        axes.set_xlabel("H100 devices, 1024 responses a step")
-        axes.set_ylabel("times everything off")
     return fig
 
 

@@ -86,26 +86,22 @@ def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
 def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure:
     """Draws both accept lengths, and the reward that moves the policy."""
     fig, (left, right) = plotting.panels(
-        "A drafter that goes on learning, and one that stopped", 2, stamp
+        "A drafter that goes on learning, and one that stopped", ["", ""], stamp
     )
     seeds = tables.values(rows, "seed")
     for seed, color in zip(seeds, plotting.COLORS, strict=False):
         for system, style in ((ADAPTED, "-"), (FROZEN, "--")):
             its = tables.where(rows, system=system, seed=seed)
-            steps = tables.column(its, "step")
-            lengths = tables.column(its, "accept_length")
-            label = f"{system}, seed {seed}"
-            left.plot(steps, lengths, style, color=color, label=label)
-        right.plot(
-            steps, tables.column(its, "reward"), color=color, label=f"seed {seed}"
-        )
+            look = {"color": color, "label": f"{system}, seed {seed}"}
+            plotting.line(left, its, "step", "accept_length", style, **look)
+        look["label"] = f"seed {seed}"
+        plotting.line(right, its, "step", "reward", **look)
     left.axvline(warm_steps + 0.5, color=plotting.GREY, linewidth=0.8)
-    left.set_xlabel("RL step (at the line the frozen one stops)")
-    left.set_ylabel("accept length")
+    left.set(
+        xlabel="RL step (at the line the frozen one stops)", ylabel="accept length"
+    )
     left.set_ylim(bottom=1)
-    right.set_xlabel("RL step")
-    right.set_ylabel("mean reward, the same with both")
-    right.set_ylim(0, 1)
+    right.set(xlabel="RL step", ylabel="mean reward, the same with both", ylim=(0, 1))
     return fig
 
 

@@ -135,28 +135,27 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
 
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws accept lengths over RL steps, a panel for each size of drift."""
-    drifts = tables.values(rows, "drift")
-    fig, panels = plotting.panels(
-        "A drafter's updates, the same number at another cadence", len(drifts), stamp
-    )
     last = max(row["step"] for row in rows)
-    for axes, drift in zip(panels, drifts, strict=True):
-        its = tables.where(rows, drift=drift)
-        for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
-            steps = tables.groups(tables.where(its, system=system), "step")
-            style = "--" if system == WARM_UP else "-"
-            means = [
-                statistics.mean(tables.column(found, "accept_length"))
-                for found in steps.values()
-            ]
-            axes.plot([s for (s,) in steps], means, style, color=color, label=system)
+    by_drift = tables.groups(rows, "drift")
+    names = []
+    for (drift,), its in by_drift.items():
         ends = tables.column(tables.where(its, step=last), "policy_distance")
-        told = f"drift: {drift} (weights moved {statistics.mean(ends):.1%})"
-        axes.set_title(told, loc="left", fontsize=10)
+        names.append(f"drift: {drift} (weights moved {statistics.mean(ends):.1%})")
+    fig, panels = plotting.panels(
+        "A drafter's updates, the same number at another cadence",
+        names,
+        stamp,
+        xlabel="RL step",
+        ylabel="accept length, mean of the seeds",
+    )
+    for axes, its in zip(panels, by_drift.values(), strict=True):
+        for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
+            drawn = tables.where(its, system=system)
+            style = "--" if system == WARM_UP else "-"
+            look = {"color": color, "label": system}
+            plotting.line(axes, drawn, "step", "accept_length", style, **look)
         axes.axvline(WARM_STEPS + 0.5, color=plotting.GREY, linewidth=0.8)
-        axes.set_xlabel("RL step")
         axes.set_ylim(bottom=1)
-    panels[0].set_ylabel("accept length, mean of the seeds")
     return fig
 
 

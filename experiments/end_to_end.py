@@ -254,18 +254,19 @@ def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure
     counted = [row for row in rows if row["round"] >= warm_steps]
     models = tables.values(counted, "model")
     fig, panels = plotting.panels(
-        "An RL step, everything off to everything on", len(models), stamp, width=5.6
+        "An RL step, everything off to everything on",
+        models,
+        stamp,
+        ylabel="seconds of an RL step, mean",
+        width=5.6,
     )
     for axes, model in zip(panels, models, strict=True):
-        its = tables.where(counted, model=model)
-        present = {row["system"] for row in its}
-        systems = [name for name in SYSTEMS if name in present]
+        by_system = tables.groups(tables.where(counted, model=model), "system")
+        systems = [name for name in SYSTEMS if (name,) in by_system]
         floor = [0.0] * len(systems)
         for stage in STAGES:
             heights = [
-                statistics.mean(
-                    tables.column(tables.where(its, system=name), f"{stage}_s")
-                )
+                statistics.mean(tables.column(by_system[name,], f"{stage}_s"))
                 for name in systems
             ]
             if sum(heights) > 1e-3:  # seconds that can be seen
@@ -276,8 +277,6 @@ def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure
         for place, height in enumerate(floor):
             told = f"{height:.3g} s" + (f"\n{off / height:.2f}x" if off else "")
             axes.annotate(told, (place, height), ha="center", va="bottom", fontsize=8)
-        axes.set_title(model, loc="left", fontsize=10)
-        axes.set_ylabel("seconds of an RL step, mean")
         axes.margins(y=0.18)
     return fig
 

@@ -68,29 +68,24 @@ def plot(
 ) -> plotting.Figure:
     """Draws who is left after how many tokens, and the stages' shares."""
     fig, (left, right) = plotting.panels(
-        "Long tails, and where a step's time goes", 2, stamp
+        "Long tails, and where a step's time goes", ["", ""], stamp
     )
     names = tables.values(lengths, "run")
     for name, color, dash in zip(
         names, plotting.COLORS, ("-", "--", ":", "-.") * 2, strict=False
     ):
         its = tables.where(lengths, run=name)
-        ordered = np.repeat(
-            *(tables.column(its, key) for key in ("tokens", "responses"))
-        )
+        ordered = np.repeat(*(tables.column(its, k) for k in ("tokens", "responses")))
         alive = 1 - np.arange(len(ordered)) / len(ordered)
         left.step(ordered, alive, dash, where="post", color=color, label=name)
-    left.set_xlabel("tokens")
-    left.set_ylabel("responses that are longer, share")
-    left.set_xscale("log")
-    left.set_ylim(0, 1)
+    left.set(xlabel="tokens", ylabel="responses that are longer, share")
+    left.set(xscale="log", ylim=(0, 1))
     floor = np.zeros(len(rows))
     names = tables.column(rows, "run")
-    for stage in STAGES:
-        values = np.array(tables.column(rows, f"time/{stage}_s"))
-        if values.sum() >= 0.005 * sum(
-            sum(r[f"time/{s}_s"] for s in STAGES) for r in rows
-        ):
+    spent_s = {s: np.array(tables.column(rows, f"time/{s}_s")) for s in STAGES}
+    total_s = sum(values.sum() for values in spent_s.values())
+    for stage, values in spent_s.items():
+        if values.sum() >= 0.005 * total_s:
             color = plotting.STAGE_COLORS[stage]
             right.bar(names, values, 0.6, floor, color=color, label=stage)
         floor += values

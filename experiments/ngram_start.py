@@ -13,7 +13,6 @@ Reproduces: the paper's TLT-Base and its start with the model-free drafter, in k
 """
 
 import argparse
-import statistics
 
 from experiments.lab import claims, experiment, plotting, recipes, tables
 
@@ -117,16 +116,11 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     fig, axes = plotting.figure(
         "Before the drafter is ready", "RL step", "tokens per row and step", stamp
     )
+    rated = [row | {"rate": row["tokens"] / row["row_steps"]} for row in rows]
     for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
-        by_step = tables.groups(tables.where(rows, system=system), "step")
-        steps = [step for (step,) in by_step]
-        rates = [
-            [r["tokens"] / r["row_steps"] for r in its] for its in by_step.values()
-        ]
-        means = [statistics.mean(values) for values in rates]
-        axes.plot(steps, means, "o-", markersize=3, color=color, label=system)
-        least, most = [min(values) for values in rates], [max(v) for v in rates]
-        axes.fill_between(steps, least, most, color=color, alpha=0.15, linewidth=0)
+        its = tables.where(rated, system=system)
+        look = {"markersize": 3, "color": color, "label": system}
+        plotting.line(axes, its, "step", "rate", "o-", has_range=True, **look)
     axes.set_ylim(bottom=0)
     return fig
 

@@ -76,7 +76,7 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     # Compilers for CPUs do not tell the size of their code.
     told = [entry for entry in told if any(row[entry[0]] for row in rows)]
     fig, panels = plotting.panels(
-        "Compiled programs of an engine", len(told), stamp, width=3.6
+        "Compiled programs of an engine", [""] * len(told), stamp, width=3.6
     )
     names = [row["case"].replace(", ", ",\n") for row in rows]
     for axes, (column, label, scale) in zip(panels, told, strict=True):

@@ -68,15 +68,13 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     for seed, color in zip(seeds, plotting.COLORS, strict=False):
         for system, style, width in (("off", "-", 3.5), ("on", "--", 1.2)):
             its = tables.where(rows, system=system, seed=seed)
-            axes.plot(
-                tables.column(its, "step"),
-                tables.column(its, "reward"),
-                style,
-                color=color if system == "off" else "black",
-                alpha=0.5 if system == "off" else 1.0,
-                linewidth=width,
-                label=f"{system}, seed {seed}",
+            look = (
+                {"color": color, "alpha": 0.5}
+                if system == "off"
+                else {"color": "black"}
             )
+            look |= {"linewidth": width, "label": f"{system}, seed {seed}"}
+            plotting.line(axes, its, "step", "reward", style, **look)
     axes.set_ylim(0, 1)
     return fig
 

@@ -299,23 +299,23 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     titles = {LENGTHS: "given: lengths", SPEED: "given: lengths, drafts, speed"}
     names = {"off": "everything off", "frozen": "a frozen drafter", "tlt": "all on"}
     fig, panels = plotting.panels(
-        "Simulated against recorded rollouts, RL step by RL step", len(titles), stamp
+        "Simulated against recorded rollouts, RL step by RL step",
+        list(titles.values()),
+        stamp,
+        xlabel="recorded, seconds",
+        ylabel="simulated, seconds",
     )
     seconds = [row[name] for row in rows for name in ("rollout_s/run", "rollout_s")]
     ends = [min(seconds) / 1.2, max(seconds) * 1.2]
-    for axes, (given, title) in zip(panels, titles.items(), strict=True):
+    for axes, given in zip(panels, titles, strict=True):
         bounds = [[end * (1 + sign * TOLERANCE) for end in ends] for sign in (-1, 1)]
         axes.fill_between(ends, *bounds, color=plotting.PALE, label="within 10 %")
         for (system, name), color, marker in zip(
             names.items(), plotting.COLORS, "osx", strict=False
         ):
             its = tables.where(rows, system=system, given=given)
-            found = tables.column(its, "rollout_s")
-            recorded_s = tables.column(its, "rollout_s/run")
-            axes.plot(recorded_s, found, marker, color=color, label=name)
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("recorded, seconds")
-        axes.set_ylabel("simulated, seconds")
+            both = (tables.column(its, n) for n in ("rollout_s/run", "rollout_s"))
+            axes.plot(*both, marker, color=color, label=name)
         axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([1, 2, 5, 10, 20, 40], list("125") + ["10", "20", "40"])

@@ -161,7 +161,7 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws speedups and their bounds: at batch 1 by strategy, then by batch size."""
     chosen = [row for row in summary if row["system"] != PLAIN]
     fig, (left, right) = plotting.panels(
-        "Speculation against plain decoding of the same tokens", 2, stamp
+        "Speculation against plain decoding of the same tokens", ["", ""], stamp
     )
     fewest = min(row["batch"] for row in chosen)
     few = [row for row in chosen if row["batch"] == fewest]
@@ -181,8 +181,7 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
 
 
 def _plot_bounded(axes: axes_lib.Axes, names: list[str], rows: list[tables.Row]):
-    speedups = [row["speedup"] for row in rows]
-    lengths = [row["accept_length"] for row in rows]
+    speedups, lengths = (tables.column(rows, n) for n in ("speedup", "accept_length"))
     places = range(len(names))
     axes.plot(places, lengths, "--", color=plotting.GREY, label="accept length (bound)")
     axes.plot(places, speedups, "o-", color=plotting.COLORS[0], label="measured")

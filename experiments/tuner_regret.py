@@ -302,24 +302,23 @@ def plot(curves: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the regret over a run: the mean of the seeds, and their range."""
     names = tables.values(curves, "world")
     fig, panels = plotting.panels(
-        "Regret against the oracle of each call", len(names), stamp, height=4.4
+        "Regret against the oracle of each call",
+        names,
+        stamp,
+        xlabel="rollouts",
+        ylabel="regret, s",
+        height=4.4,
     )
     for axes, world in zip(panels, names, strict=True):
         its = tables.where(curves, world=world)
         for name, color in _COLORS.items():
             drawn = [r for r in tables.where(its, tuner=name) if r["rollout"]]
-            seeds = tables.groups(drawn, "seed").values()
-            stacked = np.array([tables.column(of, "regret_s") for of in seeds])
-            steps = np.arange(stacked.shape[1]) + 1
             style = "--" if name == FORGETFUL else "-"
-            label = name if axes is panels[0] else None
-            axes.plot(steps, stacked.mean(axis=0), style, color=color, label=label)
-            low, high = stacked.min(axis=0), stacked.max(axis=0)
-            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+            look = {"color": color, "label": name if axes is panels[0] else None}
+            plotting.line(
+                axes, drawn, "rollout", "regret_s", style, has_range=True, **look
+            )
         axes.set_yscale("log")
-        axes.set_title(world, loc="left", fontsize=10)
-        axes.set_xlabel("rollouts")
-    panels[0].set_ylabel("regret, s")
     return fig
 
 
