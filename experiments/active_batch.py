@@ -131,9 +131,7 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
             "world": world,
             "threshold": threshold,
             "seeds": len(times),
-            "times_faster": statistics.median(times),
-            "times_faster/min": min(times),
-            "times_faster/max": max(times),
+            **tables.spread("times_faster", times, statistics.median),
             "published": PUBLISHED.get((world, threshold)),
         }
         for (world, threshold), times in groups.items()

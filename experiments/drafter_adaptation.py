@@ -21,6 +21,8 @@ from experiments.lab import claims, experiment, plotting, recipes, tables
 
 RECIPE = "configs/tiny.py:count"
 ADAPTED, FROZEN = "adapted", "frozen"
+SAME = ("tokens_digest", "policy_loss")
+COLUMNS = ("step", "accept_length", "num_updates", "reward", "rollout_tokens", *SAME)
 
 
 def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
@@ -36,17 +38,7 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
         return system == ADAPTED or number < options.warm_steps
 
     return [
-        {
-            "system": system,
-            "seed": cell.seed,
-            "step": row["step"],
-            "accept_length": row["specdec/accept_length"],
-            "num_updates": row["drafter/num_updates"],
-            "reward": row["reward/mean"],
-            "rollout_tokens": row["rollout/tokens"],
-            "tokens_digest": row["rollout/tokens_digest"],
-            "policy_loss": row["policy/loss"],
-        }
+        {"system": system, "seed": cell.seed} | recipes.columns(row, *COLUMNS)
         for row in recipes.run_planned(settings, trains)
     ]
 
@@ -58,7 +50,7 @@ def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
         return statistics.mean(row[name] for row in chosen)
 
     last = max(row["step"] for row in rows)
-    adapted = {(r["seed"], r["step"]): r for r in rows if r["system"] == ADAPTED}
+    adapted = tables.where(rows, system=ADAPTED)
     summary = []
     for (system,), its in tables.groups(rows, "system").items():
         after = [row for row in its if row["step"] > warm_steps]
@@ -74,9 +66,8 @@ def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
                 "reward_first": mean(tables.where(its, step=1), "reward"),
                 "reward_last": mean(tables.where(its, step=last), "reward"),
                 "steps_differing": sum(
-                    row[name] != adapted[row["seed"], row["step"]][name]
-                    for row in its
-                    for name in ("tokens_digest", "policy_loss")
+                    tables.differing(its, adapted, ("seed", "step"), [name])
+                    for name in SAME
                 ),
             }
         )

@@ -33,6 +33,10 @@ SYSTEMS = {
     "warm-up, then every 6th": (WARM_STEPS, 8, 6),
     WARM_UP: (WARM_STEPS, 0, 0),
 }
+COLUMNS = (
+    *("step", "accept_length", "tokens", "row_steps", "num_updates", "reward"),
+    *("policy_distance", "tokens_digest"),
+)
 # The target's learning rates; the recipe's is 5e-4.
 DRIFTS = {"small": 5e-5, "the recipe's": 5e-4, "large": 2e-3}
 
@@ -74,19 +78,8 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     )
     rows = recipes.run_planned(settings, lambda number: trains(system, number))
     return [
-        {
-            "drift": drift,
-            "system": system,
-            "seed": cell.seed,
-            "step": row["step"],
-            "accept_length": row["specdec/accept_length"],
-            "tokens": row["rollout/tokens"],
-            "row_steps": row["rollout/row_steps"],
-            "num_updates": row["drafter/num_updates"],
-            "reward": row["reward/mean"],
-            "policy_distance": row["policy_distance"],
-            "tokens_digest": row["rollout/tokens_digest"],
-        }
+        {"drift": drift, "system": system, "seed": cell.seed}
+        | recipes.columns(row, *COLUMNS)
         for row in rows
     ]
 
@@ -98,16 +91,12 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
         "after_warm_up": lambda row: row["step"] > WARM_STEPS,
         "last_quarter": lambda row: row["step"] > last - last // 4,
     }
-    found: dict[tuple, dict[str, float]] = {}
-    for key, its in tables.groups(rows, "drift", "system", "seed").items():
-        found[key] = {
-            part: statistics.mean(r["accept_length"] for r in its if chosen(r))
-            for part, chosen in parts.items()
-        }
-    warm = {
-        (r["drift"], r["seed"], r["step"]): r["tokens_digest"]
-        for r in tables.where(rows, system=WARM_UP)
+    found = {
+        (*key, part): statistics.mean(r["accept_length"] for r in its if chosen(r))
+        for key, its in tables.groups(rows, "drift", "system", "seed").items()
+        for part, chosen in parts.items()
     }
+    warm = tables.where(rows, system=WARM_UP)
     summary = []
     for (drift, system), its in tables.groups(rows, "drift", "system").items():
         ends = tables.where(its, step=last)
@@ -118,13 +107,11 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
             "seeds": len(seeds),
             "updates": ends[0]["num_updates"],
             "policy_distance": statistics.mean(r["policy_distance"] for r in ends),
-            "steps_differing": sum(
-                r["tokens_digest"] != warm[drift, r["seed"], r["step"]] for r in its
-            ),
+            "steps_differing": tables.differing(its, warm, ("drift", "seed", "step")),
         }
         for part in parts:
-            values = [found[drift, system, seed][part] for seed in seeds]
-            others = [found[drift, WARM_UP, seed][part] for seed in seeds]
+            values = [found[drift, system, seed, part] for seed in seeds]
+            others = [found[drift, WARM_UP, seed, part] for seed in seeds]
             ratios = [a / b for a, b in zip(values, others, strict=True)]
             entry[f"accept_length/{part}"] = statistics.mean(values)
             entry[f"of_warm_up/{part}"] = statistics.mean(ratios)

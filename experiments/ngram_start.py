@@ -47,18 +47,9 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
     rows, ready = [], 0
     for row in run(options, overrides):
-        rows.append(
-            {
-                "system": system,
-                "seed": cell.seed,
-                "step": row["step"],
-                "tokens": row["rollout/tokens"],
-                "tokens_digest": row["rollout/tokens_digest"],
-                "row_steps": row["rollout/row_steps"],
-                "accept_length": row["specdec/accept_length"],
-                "ready": ready,
-            }
-        )
+        names = ("step", "tokens", "tokens_digest", "row_steps", "accept_length")
+        told = recipes.columns(row, *names)
+        rows.append({"system": system, "seed": cell.seed, **told, "ready": ready})
         # Known at the end of a step, it holds for the next one's rollout.
         ready = row.get("drafter/ready", 0)
     return rows
@@ -71,10 +62,7 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """
     ready = {(r["seed"], r["step"]) for r in rows if r["ready"]}
     early = [r for r in rows if (r["seed"], r["step"]) not in ready]
-    plain = {
-        (r["seed"], r["step"]): r["tokens_digest"]
-        for r in tables.where(rows, system="plain")
-    }
+    plain = tables.where(rows, system="plain")
     summary = []
     for system in SYSTEMS:
         its = tables.where(rows, system=system)
@@ -84,9 +72,7 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
                 "system": system,
                 "seeds": len({r["seed"] for r in its}),
                 "steps": len(its),
-                "steps_differing": sum(
-                    r["tokens_digest"] != plain[r["seed"], r["step"]] for r in its
-                ),
+                "steps_differing": tables.differing(its, plain, ("seed", "step")),
                 **_rates("tokens_per_row_step", its),
                 "early_steps": len(first),
                 **_rates("early_tokens_per_row_step", first),

@@ -87,10 +87,9 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
             "unrolled": its[0]["unrolled"],
         }
         for ranking in ("coupled", "deterministic"):
-            values = tables.column(its, f"accept_length/{ranking}")
-            entry[f"accept_length/{ranking}"] = statistics.median(values)
-            entry[f"accept_length/{ranking}/min"] = min(values)
-            entry[f"accept_length/{ranking}/max"] = max(values)
+            name = f"accept_length/{ranking}"
+            found = tables.column(its, name)
+            entry |= tables.spread(name, found, statistics.median)
         summary.append(entry)
     return summary
 

@@ -45,6 +45,22 @@ DRAFTER = {
     "adaptation.num_rows": 4,
     "adaptation.max_frac": 1.0,
 }
+# Columns of tables, by what a step's record calls them.
+_COLUMNS = {
+    "step": "step",
+    "reward": "reward/mean",
+    "loss": "policy/loss",
+    "policy_loss": "policy/loss",
+    "tokens": "rollout/tokens",
+    "rollout_tokens": "rollout/tokens",
+    "tokens_digest": "rollout/tokens_digest",
+    "row_steps": "rollout/row_steps",
+    "decode_steps": "rollout/decode_steps",
+    "accept_length": "specdec/accept_length",
+    "num_updates": "drafter/num_updates",
+    "mismatch": "mismatch/logprob_max_abs",
+    "policy_distance": "policy_distance",
+}
 # The drafter's time is no limit: `adaptation.max_steps` is.
 _UNLIMITED_FRAC = 1e9
 # Of all runs: large pages for large buffers, where glibc can; an update takes a tenth
@@ -68,6 +84,11 @@ def settings_of(recipe: str, overrides: Mapping[str, object]) -> config.RunConfi
     values = recipe_of(recipe)
     values.update_from_flattened_dict({**SETTINGS, **overrides})
     return config.load(values)
+
+
+def columns(row: tables.Row, *names: str) -> tables.Row:
+    """Returns some columns of a step's record."""
+    return {name: row[_COLUMNS[name]] for name in names}
 
 
 def run(recipe: str, overrides: Mapping[str, object]) -> list[tables.Row]:
