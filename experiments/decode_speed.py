@@ -68,7 +68,7 @@ def load(
     record: provenance.Provenance,
 ) -> tuple[dict, list]:
     """Loads the systems; returns the runners, and the prompts' tokens."""
-    loaded = paired.started(options.systems, load_request(options), LOAD_TIMEOUT_S)
+    loaded = paired.loaded(options.systems, load_request(options), LOAD_TIMEOUT_S)
     runners, versions = closing.enter_context(loaded)
     record.record["versions"] |= versions
     turns = [prompts.as_messages(text) for text in prompts.CHAT]

@@ -66,7 +66,7 @@ def load(
     record: provenance.Provenance,
 ) -> dict:
     """Loads the systems; returns their runners."""
-    loaded = paired.started(
+    loaded = paired.loaded(
         options.systems,
         load_request(options),
         LOAD_TIMEOUT_S,

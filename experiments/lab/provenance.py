@@ -29,10 +29,10 @@ _PACKAGES = (
     *("jax", "jaxlib", "numpy", "llvmlite", "optax", "orbax-checkpoint"),
     *("tensorstore", "libtpu"),
 )
+_CODE = ("--", ":(top)", ":(top,exclude)experiments/results")
 # What a later run tells that adds to a table.
 _OF_A_RUN = ("command", "commit", "uncommitted_changes", "device", "cpu_model")
 _OF_A_RUN += ("started_utc",)
-
 
 FRESH, STALE, PARTIAL, UNDATED, UNRUN = "fresh stale partial undated unrun".split()
 CARRIED = "fresh (carried)"
@@ -48,7 +48,8 @@ class Provenance:
             "experiment": experiment,
             "command": public_command(started_module(experiment), sys.argv[1:]),
             "commit": git("rev-parse", "HEAD"),
-            "uncommitted_changes": _is_changed(),
+            # Results are no code.
+            "uncommitted_changes": bool(git("status", "--porcelain", "-uno", *_CODE)),
             "settings": dict(settings),
             "config_hash": config_hash(settings),
             "source_hash": freshness.source_hash(experiment),
@@ -123,10 +124,8 @@ def is_current(record: Mapping, current: str) -> bool:
     """
     reached = record.get("source_hash")
     for step in record.get("carried", ()):
-        if reached == current:
-            return True
-        if step["from"] != reached:
-            return False
+        if reached == current or step["from"] != reached:
+            break
         reached = step["to"]
     return reached == current
 
@@ -228,12 +227,6 @@ def cpu_model() -> str:
 def git(*arguments: str) -> str | None:
     """Returns what git says of this checkout; None: it is none."""
     return _told("git", *arguments)
-
-
-def _is_changed() -> bool:
-    """Whether the code is another than the commit's; results are no code."""
-    where = ("--", ":(top)", ":(top,exclude)experiments/results")
-    return bool(git("status", "--porcelain", "-uno", *where))
 
 
 def _told(*command: str) -> str | None:
