@@ -74,14 +74,11 @@ def answer(
 def compare(rows: list[tables.Row]) -> list[tables.Row]:
     """Adds to coupled rows how many times longer they accept than deterministic."""
     case = ("texts", "temperature", "strategy")
-    lengths = {
-        (*(row[key] for key in case), row["ranking"]): row["accept_length"]
-        for row in rows
-    }
-    for row in rows:
-        other = (*(row[key] for key in case), GREEDY)
-        if row["ranking"] == "coupled" and other in lengths:
-            row["times_deterministic"] = row["accept_length"] / lengths[other]
+    for its in tables.groups(rows, *case).values():
+        lengths = {row["ranking"]: row["accept_length"] for row in its}
+        for row in tables.where(its, ranking="coupled"):
+            if GREEDY in lengths:
+                row["times_deterministic"] = row["accept_length"] / lengths[GREEDY]
     return rows
 
 

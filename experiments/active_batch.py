@@ -14,6 +14,7 @@ Reproduces: the paper's threshold of 32 rows and its timeline case, as a predict
 """
 
 import argparse
+import itertools
 import statistics
 
 import numpy as np
@@ -50,15 +51,15 @@ def threshold_tuner(
 
 def replayed(trace: trace_file.Trace, case: str, rollouts: int, seed: int) -> float:
     """Returns the seconds of rollouts of the trained drafter's texts."""
-    kinds = sorted(trace.step_s, key=lambda kind: (kind[0], str(kind[1])))
-    by_rows: dict[int, list[strategy_lib.Strategy]] = {}
-    for bucket, strategy in kinds:
-        if strategy is not None:
-            by_rows.setdefault(bucket, []).append(strategy)
+    drafted = [kind for kind in trace.step_s if kind[1] is not None]
+    kinds = sorted(drafted, key=lambda kind: (kind[0], str(kind[1])))
+    by_rows = itertools.groupby(kinds, key=lambda kind: kind[0])
     arms = strategy_lib.Arms(
-        tuple((rows, tuple(found)) for rows, found in sorted(by_rows.items()))
+        tuple(
+            (rows, tuple(strategy for _, strategy in found)) for rows, found in by_rows
+        )
     )
-    max_rows = max(by_rows)
+    max_rows = arms.entries[-1][0]
     machine = arm_replay.Machine(dict(trace.step_s), arms, max_rows, 32)
     # For each number of rows the best of the recording: a table as made by hand.
     texts = [arm_replay.Text(t) for t in list(trace.lifetimes.values())[-1]]
@@ -122,19 +123,19 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Puts each case beside no speculation at all, seed by seed."""
     rows = [{**row, "threshold": str(row["threshold"])} for row in rows]
     off = {(r["world"], r["seed"]): r["seconds"] for r in rows if r["threshold"] == "0"}
-    groups: dict[tuple, list[float]] = {}
     for row in rows:
-        times = off[row["world"], row["seed"]] / row["seconds"]
-        groups.setdefault((row["world"], row["threshold"]), []).append(times)
+        row["times"] = off[row["world"], row["seed"]] / row["seconds"]
     return [
         {
             "world": world,
             "threshold": threshold,
-            "seeds": len(times),
-            **tables.spread("times_faster", times, statistics.median),
+            "seeds": len(its),
+            **tables.spread(
+                "times_faster", tables.column(its, "times"), statistics.median
+            ),
             "published": PUBLISHED.get((world, threshold)),
         }
-        for (world, threshold), times in groups.items()
+        for (world, threshold), its in tables.groups(rows, "world", "threshold").items()
     ]
 
 

@@ -79,13 +79,8 @@ class Saving:
     def measure(self, mode: str) -> tables.Row:
         """Saves, trains a step, and waits for the rest of the writing."""
         if mode == NONE:
-            step_ms = self.train()
-            return {
-                "stall_ms": None,
-                "stall_and_step_ms": step_ms,
-                "complete_ms": None,
-                "megabytes": None,
-            }
+            names = ("stall_ms", "stall_and_step_ms", "complete_ms", "megabytes")
+            return dict.fromkeys(names) | {"stall_and_step_ms": self.train()}
         checkpointer = self._checkpointers[mode]
         self._num_saved += 1
         started = time.perf_counter()

@@ -30,7 +30,6 @@ PEERS = {
 BATCH_LIMITS = {"llamacpp": 8}  # its slots share one product only up to small batches
 MAX_PROMPT_TOKENS = 256
 CASE_KEYS = ("batch", "temperature")
-LOAD_TIMEOUT_S = 900.0
 RUN_TIMEOUT_S = 900.0
 
 
@@ -68,9 +67,7 @@ def load(
     record: provenance.Provenance,
 ) -> tuple[dict, list]:
     """Loads the systems; returns the runners, and the prompts' tokens."""
-    loaded = paired.loaded(options.systems, load_request(options), LOAD_TIMEOUT_S)
-    runners, versions = closing.enter_context(loaded)
-    record.record["versions"] |= versions
+    runners = paired.load(options, load_request(options), closing, record)
     turns = [prompts.as_messages(text) for text in prompts.CHAT]
     return runners, runners[OURS].ask("encode", timeout_s=60.0, messages=turns)["ids"]
 

@@ -28,11 +28,8 @@ COLUMNS = ("step", "accept_length", "num_updates", "reward", "rollout_tokens", *
 def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Runs the recipe with one of the drafters."""
     system = cell["system"]
-    settings = recipes.planned_settings(
-        options.config,
-        {"num_steps": options.steps, "seed": cell.seed},
-        options.updates,
-    )
+    overrides = {"num_steps": options.steps, "seed": cell.seed}
+    settings = recipes.planned_settings(options.config, overrides, options.updates)
 
     def trains(number):
         return system == ADAPTED or number < options.warm_steps

@@ -67,15 +67,10 @@ def num_trainings(system: str, steps: int) -> int:
 def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Runs the recipe with one drafter."""
     system, drift = cell["system"], cell["drift"]
-    settings = recipes.planned_settings(
-        options.config,
-        {
-            "num_steps": options.steps,
-            "seed": cell.seed,
-            "optimizer.learning_rate": DRIFTS[drift],
-        },
-        options.updates // num_trainings(system, options.steps),
-    )
+    overrides = {"num_steps": options.steps, "seed": cell.seed}
+    overrides["optimizer.learning_rate"] = DRIFTS[drift]
+    each = options.updates // num_trainings(system, options.steps)
+    settings = recipes.planned_settings(options.config, overrides, each)
     rows = recipes.run_planned(settings, lambda number: trains(system, number))
     return [
         {"drift": drift, "system": system, "seed": cell.seed}

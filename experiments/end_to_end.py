@@ -121,28 +121,18 @@ def models_of(options: argparse.Namespace) -> dict[str, Model]:
 
 def cells_of(options: argparse.Namespace) -> list[tables.Cell]:
     """Lists the runs."""
-    told = {
-        (model.name, system): {
-            key: provenance.without_paths(value)
-            for key, value in model.settings(system).items()
+    told = [
+        {
+            "model": model.name,
+            "system": system,
+            "config": model.config,
+            "processes": options.processes,
+            **provenance.settings_without_paths(model.settings(system)),
         }
         for model in options.models.values()
         for system in options.systems
-    }
-    return [
-        tables.Cell(
-            {
-                "model": name,
-                "system": system,
-                "config": options.models[name].config,
-                "processes": options.processes,
-                **settings,
-            },
-            seed,
-        )
-        for seed in range(options.seeds)
-        for (name, system), settings in told.items()
     ]
+    return [tables.Cell(cell, seed) for seed in range(options.seeds) for cell in told]
 
 
 def measure(
@@ -179,16 +169,18 @@ def measure(
 def columns(row: dict) -> tables.Row:
     """Reduces a step's record to what is compared."""
     seconds = {f"{name}_s": row.get(f"time/{name}_s", 0.0) for name in STAGES}
-    same = {name.replace("/", "_"): row[name] for name in SAME}
-    kept = {name.replace("/", "_"): row.get(name) for name in KEPT}
     return {
         "seconds": sum(seconds.values()),
         **seconds,
         "reward_s": row["time/reward_s"],
         "compile_s": row["time/compile_s"],
-        **kept,
-        **same,
+        **{_column(name): row.get(name) for name in KEPT},
+        **{_column(name): row[name] for name in SAME},
     }
+
+
+def _column(name: str) -> str:
+    return name.replace("/", "_")
 
 
 def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
@@ -212,12 +204,11 @@ def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
             entry: tables.Row = {"model": model, "system": system}
             entry["processes"] = pairs[0][1]["processes"]
             entry |= _compared(pairs)
-            entry["steps_differing"] = sum(
-                any(
-                    others[key][name] != all_steps[key][name]
-                    for name in (s.replace("/", "_") for s in SAME)
-                )
-                for key in both
+            entry["steps_differing"] = tables.differing(
+                [all_steps[key] for key in both],
+                others.values(),
+                ("seed", "round"),
+                list(map(_column, SAME)),
             )
             summary.append(entry)
     return summary

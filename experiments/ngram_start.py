@@ -85,11 +85,8 @@ def _rates(name: str, rows: list[tables.Row]) -> tables.Row:
     """Of all rows, and of the seed with the least and with the most."""
     each = map(_rate, tables.groups(rows, "seed").values())
     found = [rate for rate in each if rate is not None]
-    return {
-        name: _rate(rows),
-        f"{name}/min": min(found, default=None),
-        f"{name}/max": max(found, default=None),
-    }
+    least, most = min(found, default=None), max(found, default=None)
+    return {name: _rate(rows), f"{name}/min": least, f"{name}/max": most}
 
 
 def _rate(rows: list[tables.Row]) -> float | None:

@@ -177,9 +177,8 @@ def check(options: argparse.Namespace) -> None:
         *("devices", "tensor", "per_host", "num_prompts", "group_size"),
         *("prompt_tokens", "max_tokens", "max_rows", "steps", "accept_depth"),
     ):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}={getattr(options, name)}: at least 1.")
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: at least 1.")
     if options.device not in costs.DEVICES:
         raise ValueError(
             f"--device={options.device} is not known: use one of "
@@ -191,8 +190,8 @@ def check(options: argparse.Namespace) -> None:
             f"--tensor={options.tensor}: choose a divisor."
         )
     for name in ("learned", "lost"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"--{name}={getattr(options, name):g}: 0 to 1.")
+        if not 0 <= (value := getattr(options, name)) <= 1:
+            raise ValueError(f"--{name}={value:g}: 0 to 1.")
     if options.median <= 0 or options.sigma < 0:
         raise ValueError(
             f"--median={options.median:g} --sigma={options.sigma:g}: a median above 0 "
@@ -295,22 +294,10 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
         threshold=cluster_size.THRESHOLD,
         responses=responses,
         rest_s=cluster_size.rest_of(machine, options.devices),
-        drafter=cluster_records.Drafter(
-            learned=options.learned if options.stale_accept_length else 0.0,
-            lost=options.lost if options.stale_accept_length else 0.0,
-        ),
+        drafter=cluster_records.Drafter(learned=options.learned, lost=options.lost)
+        if options.stale_accept_length
+        else cluster_records.Drafter(),
     )
-
-
-def plan(options: argparse.Namespace) -> list[tables.Row]:
-    """Simulates every system; returns a row for each."""
-    scenario = scenario_of(options)
-    summary, reference = [], []
-    for system in (rl_step.OFF, rl_step.PAPER, rl_step.OURS):
-        rows = rl_step.run(scenario, system, options.steps, options.seed)
-        reference = reference or rows
-        summary.append({"system": system, **rl_step.totals(rows, reference)})
-    return summary
 
 
 def verdict(summary: list[tables.Row]) -> str:
@@ -332,9 +319,14 @@ def verdict(summary: list[tables.Row]) -> str:
 
 
 def plan_and_tell(options: argparse.Namespace) -> list[tables.Row]:
-    """Plans; prints and returns the table."""
+    """Simulates every system; prints and returns a row for each."""
+    summary, reference = [], []
     try:
-        summary = plan(options)
+        scenario = scenario_of(options)
+        for system in (rl_step.OFF, rl_step.PAPER, rl_step.OURS):
+            rows = rl_step.run(scenario, system, options.steps, options.seed)
+            reference = reference or rows
+            summary.append({"system": system, **rl_step.totals(rows, reference)})
     except ValueError as error:
         sys.exit(f"planner: {error}")
     print(tables.shown(summary))

@@ -56,6 +56,14 @@ SIZES = {
     "steps_per_call": 32,
     "max_new_tokens": MAX_NEW_TOKENS,
 }
+# What is simulated, and what the run recorded of it.
+_OBSERVED = {
+    "rollout_s": "time/rollout_s",
+    "decode_steps": "rollout/decode_steps",
+    "idle_s": "workers/idle_s",
+    "trained_s": "workers/trained_s",
+    "drafter_steps": "drafter/num_steps",
+}
 # Of seconds at one row in those at two; the best is found by the workers' idle time.
 RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -132,18 +140,6 @@ def simulate(
     return rows
 
 
-def observed(step: recorded.Step) -> tables.Row:
-    """Returns what the run recorded of the same."""
-    values = step.values
-    return {
-        "rollout_s": values["time/rollout_s"],
-        "decode_steps": values["rollout/decode_steps"],
-        "idle_s": values["workers/idle_s"],
-        "trained_s": values["workers/trained_s"],
-        "drafter_steps": values.get("drafter/num_steps", 0),
-    }
-
-
 def table_of(
     system: str,
     steps: list[recorded.Step],
@@ -199,8 +195,8 @@ def ratios(
     table = np.asarray(errors)
     # The first step, which is not compared, is nowhere among the others.
     table[:, 0] = 0.0
-    best = [np.argmin(table.sum(axis=1) - of_step) for of_step in table.T]
-    return [RATIOS[int(n)] for n in best]
+    best = np.argmin(table.sum(axis=1, keepdims=True) - table, axis=0)
+    return [RATIOS[n] for n in best]
 
 
 class Runs:
@@ -268,8 +264,8 @@ def compare(
                 "step": step.step,
                 "responses": step.num_responses,
             }
-            for name, value in observed(step).items():
-                row[f"{name}/run"] = value
+            for name, of_run in _OBSERVED.items():
+                row[f"{name}/run"] = step.values.get(of_run, 0)
                 row[name] = statistics.mean(run[number][name] for run in runs)
             row["ratio"] = row["rollout_s"] / row["rollout_s/run"]
             rows.append(row)

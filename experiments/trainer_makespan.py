@@ -259,10 +259,9 @@ EXPERIMENT = experiment.Experiment(
     ),
     check=check,
     settings=lambda options: {
-        "set": {
-            key: provenance.without_paths(value)
-            for key, value in experiment.parse_pairs(options.set, "set").items()
-        },
+        "set": provenance.settings_without_paths(
+            experiment.parse_pairs(options.set, "set")
+        ),
     },
     constants={"environment": recipes.ENVIRONMENT},
     context=bound_of,

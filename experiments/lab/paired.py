@@ -22,10 +22,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.lab import experiment, tables
+from experiments.lab import experiment, provenance, tables
 
 PEERS_DIR = pathlib.Path(__file__).parents[1] / "peers"
 DEFAULT_MODEL = "smollm2-135m-instruct"  # as tlt_jax.models.formats.source names it
+LOAD_TIMEOUT_S = 900.0
 
 Row = tables.Row
 
@@ -192,6 +193,20 @@ def loaded(
             closing.callback(runner.close)
             told.update(runner.ask("load", **load))
         yield runners, versions
+
+
+def load(
+    options: argparse.Namespace,
+    request: Row,
+    closing: contextlib.ExitStack,
+    record: provenance.Provenance,
+    **how,
+) -> dict[str, Runner | Visitor]:
+    """Loads the systems until the run ends, and records their versions."""
+    systems = loaded(options.systems, request, LOAD_TIMEOUT_S, **how)
+    runners, versions = closing.enter_context(systems)
+    record.record["versions"] |= versions
+    return runners
 
 
 def systems_of(

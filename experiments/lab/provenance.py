@@ -194,6 +194,11 @@ def without_paths(argument: str) -> str:
     return re.sub(r"(^|[=,])[/~][^,=]*", r"\1PATH", argument)
 
 
+def settings_without_paths(settings: Mapping[str, str]) -> dict[str, str]:
+    """Replaces every absolute path of settings by `PATH`."""
+    return {key: without_paths(value) for key, value in settings.items()}
+
+
 def config_hash(settings: Mapping[str, object]) -> str:
     """Returns 12 hex digits that change with any setting."""
     text = json.dumps(settings, sort_keys=True)

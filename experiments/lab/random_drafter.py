@@ -21,14 +21,31 @@ SHAPES = {
 }
 
 
+def model_of(
+    shape: Sequence[int], family: str, **more: object
+) -> model_config.ModelConfig:
+    """Returns a model of such sizes, in the order of `SHAPES`."""
+    vocab, width, d_ff, heads, kv_heads, head_dim, layers = shape
+    return model_config.ModelConfig(
+        family=family,
+        vocab_size=vocab,
+        num_layers=layers,
+        d_model=width,
+        d_ff=d_ff,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        **more,
+    )
+
+
 def check(names: Sequence[str], argument: str) -> None:
     """Refuses a target whose sizes are not known.
 
     Raises:
       ValueError: with those that are.
     """
-    unknown = [name for name in names if name not in SHAPES]
-    if unknown:
+    if unknown := [name for name in names if name not in SHAPES]:
         raise ValueError(
             f"--{argument} names {', '.join(unknown)}; known here are "
             f"{', '.join(SHAPES)}."
@@ -55,22 +72,12 @@ class Training:
           num_steps: unrolled steps.
           head_chunk: bases whose logits are held at once.
         """
-        vocab, width, d_ff, heads, kv_heads, head_dim, layers = SHAPES[name]
-        target = model_config.ModelConfig(
-            family="llama",
-            vocab_size=vocab,
-            num_layers=layers,
-            d_model=width,
-            d_ff=d_ff,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            tie_embeddings=True,
-        )
+        target = model_of(SHAPES[name], "llama", tie_embeddings=True)
+        vocab, width = target.vocab_size, target.d_model
         size = min(draft_vocab, vocab)
         self.cfg = drafter.of_target(
             target,
-            feature_layers=drafter.low_mid_high(layers),
+            feature_layers=drafter.low_mid_high(target.num_layers),
             draft_vocab_size=size,
         )
         keys = iter(jax.random.split(jax.random.key(0), 3))

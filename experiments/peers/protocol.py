@@ -9,6 +9,7 @@ package on the path.
 
 import collections.abc
 import ctypes
+import importlib.metadata
 import json
 import os
 import signal
@@ -106,6 +107,11 @@ def _end_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the versions of installed packages by name."""
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def digit_fraction(text: str) -> float:

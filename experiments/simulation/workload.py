@@ -117,12 +117,6 @@ class Acceptance:
             self._known[key] = np.cumprod(mixed)
         return self._known[key]
 
-    def accept_length(
-        self, strategy: strategy_lib.Strategy, quality: float = 1.0
-    ) -> float:
-        """Returns the mean tokens of a row's step."""
-        return 1.0 + float(self.survival(strategy, quality).sum())
-
 
 def hazard_of(accept_length: float, depth: int) -> float:
     """Returns the constant hazard with which `depth` levels give an accept length.
