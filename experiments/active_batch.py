@@ -60,7 +60,7 @@ def replayed(trace: trace_file.Trace, case: str, rollouts: int, seed: int) -> fl
         )
     )
     max_rows = arms.entries[-1][0]
-    machine = arm_replay.Machine(dict(trace.step_s), arms, max_rows, 32)
+    machine = arm_replay.Machine(dict(trace.step_s), arms, max_rows)
     # For each number of rows the best of the recording: a table as made by hand.
     texts = [arm_replay.Text(t) for t in list(trace.lifetimes.values())[-1]]
     best = []

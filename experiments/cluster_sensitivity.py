@@ -82,13 +82,8 @@ def changed(
 def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Simulates one change on one cluster."""
     model, num_devices = cell["model"], cell["devices"]
-    scenario = changed(
-        model,
-        num_devices,
-        options.num_prompts,
-        options.seed,
-        CHANGES[cell["change"]],
-    )
+    what, change = (options.num_prompts, options.seed), CHANGES[cell["change"]]
+    scenario = changed(model, num_devices, *what, change)
     off, on = (
         rl_step.run(scenario, system, 1, options.seed)
         for system in (rl_step.OFF, rl_step.PAPER)

@@ -178,18 +178,16 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     model, num_devices = cell["model"], cell["devices"]
     scenario = scenario_of(model, num_devices, options.num_prompts, options.seed)
     told = published.CLUSTER_SIZE.get((model, num_devices // DEVICES_PER_NODE))
-    summary, reference = [], []
-    for system in (rl_step.OFF, rl_step.PAPER, rl_step.OURS):
-        started = time.perf_counter()
-        rows = rl_step.run(scenario, system, options.steps, options.seed)
-        reference = reference or rows
+    summary, started = [], time.perf_counter()
+    for system, totals in rl_step.compare(scenario, options.steps, options.seed):
         entry: tables.Row = {
             **cell.overrides,
             "system": system,
-            **rl_step.totals(rows, reference),
+            **totals,
             "published": told if system == rl_step.PAPER else None,
             "simulated_in_s": round(time.perf_counter() - started, 1),
         }
+        started = time.perf_counter()
         summary.append(entry)
         print(
             f"{model} {num_devices} devices, {system}: {entry['step_s']:.0f} s a step, "

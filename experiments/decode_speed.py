@@ -16,7 +16,6 @@ batch 1; ahead of vLLM's CPU build at 8 and 32.
 
 import argparse
 import contextlib
-import hashlib
 
 from experiments.lab import claims, experiment, paired, prompts, provenance, tables
 
@@ -101,7 +100,7 @@ def measure(
             "tokens_per_s": batch * options.new_tokens / total_s,
             # Noise can exceed what a few tokens of a tiny model take.
             "decode_tokens_per_s": decoded / decode_s if decode_s > 0 else None,
-            "tokens_digest": tokens and digest(tokens),
+            "tokens_digest": tokens and provenance.digest(repr(tokens)),
         }
 
     rows = paired.run_paired(
@@ -128,11 +127,6 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
         if its.get("rows_as_ours") is not None:
             row["rows_as_ours"] = its["rows_as_ours"]
     return summary
-
-
-def digest(tokens: list[list[int]]) -> str:
-    """Returns 12 hex digits over all token ids in row order."""
-    return hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]
 
 
 EXPERIMENT = experiment.Experiment(

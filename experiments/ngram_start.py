@@ -33,20 +33,17 @@ SYSTEMS = {
 }
 
 
-def run(options: argparse.Namespace, overrides: dict[str, object]) -> list[tables.Row]:
-    """Runs the recipe; a drafter learns after every rollout."""
-    if overrides["specdec.mode"] != "tlt":
-        return recipes.run(options.config, overrides)
-    settings = recipes.planned_settings(options.config, overrides, options.updates)
-    return recipes.run_planned(settings, lambda number: True)
-
-
 def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
-    """Runs the recipe one of the ways."""
+    """Runs the recipe one of the ways; a drafter learns after every rollout."""
     system = cell["system"]
     overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
+    if overrides["specdec.mode"] == "tlt":
+        settings = recipes.planned_settings(options.config, overrides, options.updates)
+        found = recipes.run_planned(settings, lambda number: True)
+    else:
+        found = recipes.run(options.config, overrides)
     rows, ready = [], 0
-    for row in run(options, overrides):
+    for row in found:
         names = ("step", "tokens", "tokens_digest", "row_steps", "accept_length")
         told = recipes.columns(row, *names)
         rows.append({"system": system, "seed": cell.seed, **told, "ready": ready})

@@ -320,13 +320,9 @@ def verdict(summary: list[tables.Row]) -> str:
 
 def plan_and_tell(options: argparse.Namespace) -> list[tables.Row]:
     """Simulates every system; prints and returns a row for each."""
-    summary, reference = [], []
     try:
-        scenario = scenario_of(options)
-        for system in (rl_step.OFF, rl_step.PAPER, rl_step.OURS):
-            rows = rl_step.run(scenario, system, options.steps, options.seed)
-            reference = reference or rows
-            summary.append({"system": system, **rl_step.totals(rows, reference)})
+        found = rl_step.compare(scenario_of(options), options.steps, options.seed)
+        summary = [{"system": system, **totals} for system, totals in found]
     except ValueError as error:
         sys.exit(f"planner: {error}")
     print(tables.shown(summary))

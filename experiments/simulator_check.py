@@ -140,6 +140,10 @@ def simulate(
     return rows
 
 
+def _strategy(system: str) -> strategy_lib.Strategy | None:
+    return None if system == "off" else STRATEGY
+
+
 def table_of(
     system: str,
     steps: list[recorded.Step],
@@ -147,8 +151,7 @@ def table_of(
     plain: costs.TableCosts | None = None,
 ) -> costs.TableCosts:
     """Calibrates costs on steps; those of plain steps are of a run with all off."""
-    strategy = None if system == "off" else STRATEGY
-    table = recorded.calibrated(steps, strategy, ratio)
+    table = recorded.calibrated(steps, _strategy(system), ratio)
     if plain is not None:
         table = dataclasses.replace(table, steps={**plain.steps, **table.steps})
     return table
@@ -158,8 +161,7 @@ def at_its_speed(
     table: costs.TableCosts, system: str, step: recorded.Step
 ) -> costs.TableCosts:
     """Returns the costs of a machine as fast as it was during the step."""
-    strategy = None if system == "off" else STRATEGY
-    one_s, two_s = (table.steps[rows, strategy] for rows in (1, 2))
+    one_s, two_s = (table.steps[rows, _strategy(system)] for rows in (1, 2))
     expected_s = recorded.decode_s(step, one_s, two_s)
     return table.times(step.values["rollout/decode_s"] / expected_s)
 
@@ -258,12 +260,8 @@ def compare(
             chosen = own_speed if given == SPEED else tables
             runs.append(simulate(system, steps, chosen, texts, seed))
         for number, step in enumerate(steps[1:], 1):
-            row: tables.Row = {
-                "system": system,
-                "given": given,
-                "step": step.step,
-                "responses": step.num_responses,
-            }
+            row: tables.Row = {"system": system, "given": given}
+            row |= {"step": step.step, "responses": step.num_responses}
             for name, of_run in _OBSERVED.items():
                 row[f"{name}/run"] = step.values.get(of_run, 0)
                 row[name] = statistics.mean(run[number][name] for run in runs)

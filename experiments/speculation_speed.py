@@ -143,12 +143,12 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
         plain = {r["round"]: r["step_ms"] for r in tables.where(batch, system=PLAIN)}
         step_costs = sorted(row["step_ms"] / plain[row["round"]] for row in same)
         middle = len(same) // 2
-        entry["accept_length"] = sum(r["accept_length"] for r in same) / len(same)
-        entry["mean_rows"] = sum(row["mean_rows"] for row in same) / len(same)
-        entry["step_ms"] = sorted(row["step_ms"] for row in same)[middle]
+        for name in ("accept_length", "mean_rows"):
+            entry[name] = sum(tables.column(same, name)) / len(same)
+        entry["step_ms"] = sorted(tables.column(same, "step_ms"))[middle]
         entry["step_cost"] = step_costs[middle]
-        entry["num_tokens"] = sum(row["num_tokens"] for row in same)
-        entry["rows_differing"] = sum(row["rows_differing"] for row in same)
+        for name in ("num_tokens", "rows_differing"):
+            entry[name] = sum(tables.column(same, name))
         if entry["system"] != PLAIN:
             # `summarise` states the advantage of the reference.
             entry["speedup"] = 1 / entry.pop("tokens_per_s/times")

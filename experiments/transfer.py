@@ -16,7 +16,6 @@ that was adapted to another task's RL, in kind.
 import argparse
 import contextlib
 import functools
-import hashlib
 import json
 import operator
 import pathlib
@@ -31,6 +30,7 @@ import numpy as np
 from experiments.lab import (
     experiment,
     plotting,
+    provenance,
     recipes,
     speculation_setting,
     tables,
@@ -144,14 +144,12 @@ class World:
         """Trains a drafter, unless it is there; returns its workdir."""
         workdir = self.folder / trained_on
         started = self.options.start_updates
-        if trained_on == START:
-            names, updates = [*TASKS], started
-        else:
-            names = [*TASKS] if trained_on == ALL else [trained_on]
-            updates = started + self.options.updates
+        names = [trained_on] if trained_on in TASKS else [*TASKS]
+        updates = started
         if (workdir / "drafter").exists():
             return workdir
         if trained_on != START:
+            updates += self.options.updates
             # What resuming reads: the drafter and its optimizer.
             kept = pathlib.Path("checkpoints")
             shutil.copytree(self.folder / START / kept, workdir / kept)
@@ -210,9 +208,7 @@ class World:
                         "prompts": len(drawn),
                         "tokens": stats.num_tokens,
                         "accept_length": stats.accept_length,
-                        "tokens_digest": hashlib.sha256(
-                            repr(drawn).encode()
-                        ).hexdigest()[:12],
+                        "tokens_digest": provenance.digest(repr(drawn)),
                     }
                 )
         return rows

@@ -108,9 +108,8 @@ def recorded(
     middle, shallow = str(widest[len(widest) // 2]), str(widest[0])
 
     def make(seed):
-        machine = arm_replay.Machine(
-            dict(trace.step_s), strategy_lib.parse_arms(entries), max_rows, 32
-        )
+        arms = strategy_lib.parse_arms(entries)
+        machine = arm_replay.Machine(dict(trace.step_s), arms, max_rows)
         return machine, recorded_rollouts(trace, options, seed)
 
     few = max(max_rows // 4, 1)
@@ -152,7 +151,7 @@ def simulated(
     max_rows = parsed.entries[-1][0]
 
     def make(seed):
-        machine = simulated_arms.machine(costs, parsed, max_rows, 32, seed)
+        machine = simulated_arms.machine(costs, parsed, seed)
         rollouts = simulated_arms.rollouts(
             drift,
             num_rollouts=options.rollouts,

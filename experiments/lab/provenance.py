@@ -201,7 +201,11 @@ def settings_without_paths(settings: Mapping[str, str]) -> dict[str, str]:
 
 def config_hash(settings: Mapping[str, object]) -> str:
     """Returns 12 hex digits that change with any setting."""
-    text = json.dumps(settings, sort_keys=True)
+    return digest(json.dumps(settings, sort_keys=True))
+
+
+def digest(text: str) -> str:
+    """Returns 12 hex digits of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
