@@ -234,10 +234,10 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     summary = paired.summarise(
         rows, case_keys=CASE_KEYS, metrics=METRICS, reference=SYSTEM
     )
+    about = ("model", "dtype", "device", "minimal_bytes")
     for row in summary:
-        its = tables.where(rows, **{key: row[key] for key in CASE_KEYS})[0]
-        about = ("model", "dtype", "device", "minimal_bytes")
-        row.update({name: its[name] for name in about})
+        its = claims.only(rows, **{key: row[key] for key in CASE_KEYS})
+        row |= {name: its[name] for name in about}
     return summary
 
 

@@ -100,9 +100,8 @@ def measure(
     if name == DECODE:
         rows = tables.where(rows, temperature=0)
     metric, case = METRICS[name]
-    ours = {
-        row[case]: row[f"{metric}/median"] for row in tables.where(rows, system=OURS)
-    }
+    own = tables.where(rows, system=OURS)
+    ours = {row[case]: row[f"{metric}/median"] for row in own}
     return [
         {
             "experiment": name,
@@ -172,11 +171,7 @@ EXPERIMENT = experiment.Experiment(
             name: {key: told[key] for key in ("commit", "config_hash")}
             for name, (_, told) in context.items()
         },
-        **(
-            {name: getattr(options, name) for name in _SETTINGS}
-            if options.peers
-            else {}
-        ),
+        **{name: getattr(options, name) for name in _SETTINGS if options.peers},
     },
     context=read,
     cells={"experiment": (DECODE, STEP)},

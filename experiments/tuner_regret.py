@@ -143,7 +143,6 @@ def simulated(
     arms: tuple[str, ...],
     threshold: int,
     table: tuple[str, ...],
-    drift: simulated_arms.Drift,
     options: argparse.Namespace,
 ) -> World:
     """Makes a world that is made up."""
@@ -153,7 +152,7 @@ def simulated(
     def make(seed):
         machine = simulated_arms.machine(costs, parsed, seed)
         rollouts = simulated_arms.rollouts(
-            drift,
+            simulated_arms.Drift(),
             num_rollouts=options.rollouts,
             num_texts=options.texts * max(max_rows // 8, 1),
             median_tokens=80,
@@ -168,7 +167,6 @@ def simulated(
 
 def worlds(options: argparse.Namespace) -> list[World]:
     """Lists what tuners are replayed against."""
-    drift = simulated_arms.Drift()
     trace = trace_file.given(options)
     *_, trained = trace.lifetimes.items()
     settled = dataclasses.replace(trace, lifetimes=dict([trained]))
@@ -181,7 +179,6 @@ def worlds(options: argparse.Namespace) -> list[World]:
             CPU_ARMS,
             4,
             ("2:D7K1V8", "8:D3K1V4"),
-            drift,
             options,
         ),
         simulated(
@@ -190,7 +187,6 @@ def worlds(options: argparse.Namespace) -> list[World]:
             ACCELERATOR_ARMS,
             32,
             ("16:D7K1V8", "64:D3K1V4"),
-            drift,
             options,
         ),
     ]

@@ -75,10 +75,9 @@ class Training:
         target = model_of(SHAPES[name], "llama", tie_embeddings=True)
         vocab, width = target.vocab_size, target.d_model
         size = min(draft_vocab, vocab)
+        layers = drafter.low_mid_high(target.num_layers)
         self.cfg = drafter.of_target(
-            target,
-            feature_layers=drafter.low_mid_high(target.num_layers),
-            draft_vocab_size=size,
+            target, feature_layers=layers, draft_vocab_size=size
         )
         keys = iter(jax.random.split(jax.random.key(0), 3))
         self.target = unroll.Target(
@@ -91,15 +90,13 @@ class Training:
         self.state = train_state.TrainState(
             params, jax.jit(optimizer.init)(params), jnp.int32(0)
         )
-        self._step = jax.jit(
-            functools.partial(
-                _whole_step,
-                cfg=unroll.ForwardConfig(self.cfg, head_chunk=head_chunk),
-                objective=objectives.Objective(num_steps, decay=0.8),
-                optimizer=optimizer,
-            ),
-            donate_argnums=0,
+        whole_step = functools.partial(
+            _whole_step,
+            cfg=unroll.ForwardConfig(self.cfg, head_chunk=head_chunk),
+            objective=objectives.Objective(num_steps, decay=0.8),
+            optimizer=optimizer,
         )
+        self._step = jax.jit(whole_step, donate_argnums=0)
 
     def step(self, batch: unroll.Batch) -> dict[str, jax.Array]:
         """Takes one step and waits for it; returns its metrics."""

@@ -117,8 +117,7 @@ class _Rollout:
         self.ended = False
         prompts: dict[int, np.ndarray] = {}
         requests, samples = [], {}
-        self._lengths: dict[int, int] = {}
-        self._drafted: dict[int, workload.Drafted | None] = {}
+        self.responses = responses
         for number, response in enumerate(responses):
             text = prompts.setdefault(
                 response.prompt, np.zeros(response.prompt_tokens, np.int32)
@@ -136,8 +135,6 @@ class _Rollout:
                     f"1 and max_new_tokens={cfg.max_new_tokens}."
                 )
             requests.append(request)
-            self._lengths[number] = response.num_tokens
-            self._drafted[number] = response.drafted
         self._queue = request_queue.RequestQueue(
             requests,
             num_workers=cfg.num_workers,
@@ -234,15 +231,15 @@ class _Serving:
         bucket = tuner_lib.bucket_of(len(rows), cfg.max_rows)
         strategy = cluster.tuner.choose(len(rows)) if cluster.tuner else None
         quota = scheduler.finish_quota(len(rows), self._plan.num_waiting, cfg.max_rows)
-        left = np.array(
-            [rolling._lengths[r.request.request_id] - len(r.tokens) for r in rows]
-        )
+        texts = [rolling.responses[row.request.request_id] for row in rows]
+        drawn = [len(row.tokens) for row in rows]
+        left = np.array([text.num_tokens for text in texts]) - drawn
         lifetimes = None
         if strategy is not None:
             lifetimes = draw_lifetimes(
                 cluster.rng,
                 cluster.acceptance.survival(strategy, cluster.drafter.quality),
-                [(rolling._drafted[r.request.request_id], len(r.tokens)) for r in rows],
+                [(text.drafted, n) for text, n in zip(texts, drawn, strict=True)],
                 cfg.steps_per_call,
             )
         num_steps, counts, accepted = decode(left, lifetimes, cfg.steps_per_call, quota)
