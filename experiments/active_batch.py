@@ -72,11 +72,8 @@ def replayed(trace: trace_file.Trace, case: str, rollouts: int, seed: int) -> fl
         }
         best.append((rows, (max(means, key=means.get),)))
     table = strategy_lib.Arms(tuple(best))
-    rng = np.random.default_rng((seed, 3))
-    work = [
-        arm_replay.Rollout(tuple(texts[i] for i in rng.integers(len(texts), size=24)))
-        for _ in range(rollouts)
-    ]
+    drawn = np.random.default_rng((seed, 3)).integers(len(texts), size=(rollouts, 24))
+    work = [arm_replay.Rollout(tuple(texts[i] for i in row)) for row in drawn]
     if case == "oracle":
         tuner = None
     elif case == "tuner":

@@ -224,7 +224,6 @@ def run_paired(
     *,
     rounds: int,
     warmups: int,
-    report: Callable[[str], None] = print,
 ) -> list[Row]:
     """Measures every system on every case, in turn, `rounds` times.
 
@@ -235,7 +234,6 @@ def run_paired(
         take the case. Rounds below zero are warm-up and are not kept.
       rounds: kept rounds per case.
       warmups: rounds before them, in which programs compile.
-      report: takes a line of progress.
 
     Returns:
       One row per measurement: the case, `system`, `round`, `order`, `load_average`
@@ -254,7 +252,7 @@ def run_paired(
                 about = {"system": name, "round": number, "order": order}
                 about["load_average"] = round(load_average, 2)
                 rows.append(row := case | about | measured)
-                report(" ".join(f"{k}={tables.short(v)}" for k, v in row.items()))
+                print(" ".join(f"{k}={tables.short(v)}" for k, v in row.items()))
     return rows
 
 

@@ -12,7 +12,7 @@ where those wait.
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -78,20 +78,14 @@ class Cluster:
             self.tuner.changed("target")
 
     def roll_out(
-        self,
-        responses: Sequence[workload.Response],
-        expected_lengths: Mapping[int, float] | None = None,
+        self, responses: Sequence[workload.Response]
     ) -> cluster_records.Report:
-        """Generates responses; returns what that took.
-
-        Args:
-          responses: in the order in which they are asked for.
-          expected_lengths: tokens by prompt, from earlier epochs.
+        """Generates responses in the order asked for; returns what that took.
 
         Raises:
           ValueError: a response does not fit into a worker's cache.
         """
-        rolling = _Rollout(self, responses, expected_lengths or {})
+        rolling = _Rollout(self, responses)
         rolling.begin()
         while not rolling.ended:
             assert self._events, "the rollout has not ended and nothing will happen"
@@ -112,7 +106,7 @@ class Cluster:
 class _Rollout:
     """One rollout while it runs."""
 
-    def __init__(self, cluster: Cluster, responses, expected_lengths):
+    def __init__(self, cluster: Cluster, responses: Sequence[workload.Response]):
         self.cluster, cfg = cluster, cluster.cfg
         self.ended = False
         prompts: dict[int, np.ndarray] = {}
@@ -135,11 +129,7 @@ class _Rollout:
                     f"1 and max_new_tokens={cfg.max_new_tokens}."
                 )
             requests.append(request)
-        self._queue = request_queue.RequestQueue(
-            requests,
-            num_workers=cfg.num_workers,
-            expected_lengths=expected_lengths,
-        )
+        self._queue = request_queue.RequestQueue(requests, num_workers=cfg.num_workers)
         self._served: set[tuple[int, int]] = set()
         # Sums; and of rows' speculative steps, their number and tokens.
         self.spent = cluster_records.Report()
@@ -261,8 +251,6 @@ class _Serving:
             num_accepted=accepted,
         )
         spent = rolling.spent
-        spent.decode_s += elapsed_s
-        spent.num_calls += 1
         spent.num_steps += num_steps
         spent.num_tokens += call.num_tokens
         spent.steps_by_kind[bucket, strategy] += num_steps

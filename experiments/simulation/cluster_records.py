@@ -65,8 +65,8 @@ class Report:
 
     Attributes:
       makespan_s: from its begin to its end, drafter's last step included.
-      num_tokens, num_calls, num_steps: of decoding, over all workers.
-      decode_s, prefill_s: seconds of workers.
+      num_tokens, num_steps: of decoding, over all workers.
+      prefill_s: seconds of workers.
       accept_length: tokens per row and speculative step; 1 without.
       steps_by_kind: decode steps by (bucket, strategy).
       num_drafter_steps: taken on waiting workers, each worker's counted.
@@ -77,9 +77,7 @@ class Report:
 
     makespan_s: float = 0.0
     num_tokens: int = 0
-    num_calls: int = 0
     num_steps: int = 0
-    decode_s: float = 0.0
     prefill_s: float = 0.0
     accept_length: float = 1.0
     steps_by_kind: collections.Counter[costs.Kind] = dataclasses.field(

@@ -167,7 +167,6 @@ def test_systems_take_turns_and_warm_up_is_not_kept():
         measure,
         rounds=2,
         warmups=1,
-        report=lambda line: None,
     )
     names = "".join(name for name, _ in asked)
     assert names == "cababcbca" + "cababcbca"
