@@ -184,12 +184,7 @@ def _column(name: str) -> str:
 
 
 def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
-    """Sums the steps that count, and says how many times as long `off` takes.
-
-    Args:
-      rows: of the table.
-      warm_steps: first steps of a run, which do not count.
-    """
+    """Sums the steps behind the first, warm ones, beside those of `off`."""
     groups = {
         key: {(row["seed"], row["round"]): row for row in its}
         for key, its in tables.groups(rows, "model", "system").items()

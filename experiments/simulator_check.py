@@ -106,12 +106,7 @@ def simulate(
 ) -> list[tables.Row]:
     """Simulates the rollouts of a run's steps, one after the other.
 
-    Args:
-      system: whose.
-      steps: of the run.
-      tables: of each step, what it costs.
-      drafted: of each step, by round, how drafts fare in the responses.
-      seed: of the tuner.
+    Each step has its own table of costs and, by round, how drafts fare in the texts.
     """
     tuner = acceptance = None
     if system != "off":
@@ -225,13 +220,9 @@ def compare(
     plain: costs.TableCosts | None,
     seeds: int,
 ) -> list[tables.Row]:
-    """Predicts each step but the first from the others.
+    """Predicts each step but the first from the others, with texts drawn by each seed.
 
-    Args:
-      system: whose run.
-      steps: of it.
-      plain: costs of plain steps; None: of the run itself.
-      seeds: repetitions, with other texts drawn.
+    `plain`: costs of plain steps; None: those of the run itself.
     """
     others = others_of(steps)
     tables = [

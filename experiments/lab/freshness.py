@@ -57,12 +57,7 @@ class Code:
     """Modules below a folder, read as far as somebody asks for them."""
 
     def __init__(self, root: pathlib.Path, showing: Sequence[str]):
-        """Reads nothing yet.
-
-        Args:
-          root: folder of the packages.
-          showing: modules and packages that are not hashed.
-        """
+        """Reads nothing yet; modules and packages that show are not hashed."""
         self._root, self._showing = root, tuple(showing)
         self._modules: dict[str, _Module | None] = {}
         self._hashed: dict[tuple[str, int], _Hashed] = {}

@@ -306,11 +306,7 @@ def summarise(
 
 
 def options_of(peers: dict[str, str]) -> tuple[experiment.Option, ...]:
-    """Returns the options that all comparisons with peers share.
-
-    Args:
-      peers: peer -> runner script.
-    """
+    """Returns the options that all comparisons with peers share."""
     told = (
         ("peers", f"of {', '.join(peers)}; separated by commas"),
         ("peer-python", "name=interpreter, separated by commas"),
@@ -339,12 +335,9 @@ def model_request(options: argparse.Namespace) -> Row:
 
 
 def choose_peers(known: dict[str, str], chosen: str, interpreters: str) -> list[System]:
-    """Returns the peers asked for; says which are not.
+    """Returns the peers asked for by `--peers` and `--peer-python`; says which are not.
 
-    Args:
-      known: peer -> runner script.
-      chosen: `--peers`, names separated by commas.
-      interpreters: `--peer-python`, `name=path` items; the default is this one.
+    Where `interpreters` names none, a peer runs under this one.
 
     Raises:
       ValueError: a name is not known.

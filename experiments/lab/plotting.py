@@ -101,15 +101,7 @@ def bars(
     metric: str,
     label: str = "%.3g",
 ) -> None:
-    """Draws medians with their ranges, as `paired.summarise` gives them.
-
-    Args:
-      axes: a panel.
-      names: of the bars.
-      rows: one for each.
-      metric: the column before `/median`, `/min`, `/max`.
-      label: how a median is written.
-    """
+    """Draws a metric's medians and ranges, as `paired.summarise` gives them."""
     medians, lows, highs = (
         np.array(tables.column(rows, f"{metric}/{what}"))
         for what in ("median", "min", "max")

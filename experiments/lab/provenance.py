@@ -66,12 +66,7 @@ class Provenance:
         self._timed = self.record
 
     def resume(self, stored: Mapping[str, object], cells: Sequence[str]) -> None:
-        """Goes on with the record of a table, and notes in it what this run adds.
-
-        Args:
-          stored: the record that is there.
-          cells: what is added; none: the record stays as it is.
-        """
+        """Goes on with a stored record; notes in it the cells that this run adds."""
         added = {name: self.record[name] for name in _OF_A_RUN} | {"cells": cells}
         before = stored.get("continued", [])
         self.record, self._timed = dict(stored), added
@@ -90,10 +85,7 @@ class Provenance:
 def status(slug: str, folder: pathlib.Path, table: str = "") -> str:
     """Tells of a table: fresh (carried or not), stale, partial, undated or unrun.
 
-    Args:
-      slug: of the experiment.
-      folder: of the table.
-      table: its file; empty: `<slug>.csv`.
+    The table is `<slug>.csv` where no other file is named.
     """
     if not (folder / (table or f"{slug}.csv")).exists():
         return UNRUN
@@ -116,12 +108,7 @@ def read(folder: pathlib.Path, slug: str) -> dict[str, Any]:
 
 
 def is_current(record: Mapping, current: str) -> bool:
-    """Tells whether a table was made by today's code, or was carried to it.
-
-    Args:
-      record: the table's provenance.
-      current: hash of the code now.
-    """
+    """Tells whether a record's table is of the current hash, or was carried to it."""
     reached = record.get("source_hash")
     for step in record.get("carried", ()):
         if reached == current or step["from"] != reached:
@@ -131,13 +118,7 @@ def is_current(record: Mapping, current: str) -> bool:
 
 
 def carry(slug: str, folder: pathlib.Path, commit: str | None, why: str) -> str:
-    """Says of a stale table that what changed alters nothing that it holds.
-
-    Args:
-      slug: of the experiment.
-      folder: of its provenance.
-      commit: at which the change was reviewed.
-      why: the reason, for people.
+    """Says of a stale table that what changed up to a commit alters nothing in it.
 
     Returns:
       What became of it, in words.

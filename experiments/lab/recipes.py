@@ -75,12 +75,7 @@ def recipe_of(recipe: str):
 
 
 def settings_of(recipe: str, overrides: Mapping[str, object]) -> config.RunConfig:
-    """Returns a recipe with settings by dotted key.
-
-    Args:
-      recipe: `FILE.py` or `FILE.py:variant`.
-      overrides: stand above `SETTINGS`.
-    """
+    """Returns a recipe with overrides by dotted key, above `SETTINGS`."""
     values = recipe_of(recipe)
     values.update_from_flattened_dict({**SETTINGS, **overrides})
     return config.load(values)
@@ -180,13 +175,7 @@ def weights(trainer: train.Trainer) -> np.ndarray:
 def check_processes(
     processes: int, recipe: str, settings: Mapping[str, str], option: str
 ) -> int:
-    """Returns how many workers each of the processes has.
-
-    Args:
-      processes: among which the recipe's workers are divided.
-      recipe: `FILE.py` or `FILE.py:variant`.
-      settings: overrides by dotted key.
-      option: which asked for it.
+    """Returns how many of a recipe's workers each process has; `option` asked for it.
 
     Raises:
       ValueError: the workers cannot be divided so.

@@ -44,13 +44,9 @@ class Scenario:
 
 
 def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict]:
-    """Takes RL steps; returns a row for each.
+    """Takes RL steps with `OFF`, `PAPER` or `OURS`; returns a row for each.
 
-    Args:
-      scenario: what is simulated.
-      system: `off`, `threshold` (the paper's rule) or `cost_model` (ours).
-      num_steps: RL steps; the tuner goes on learning over them.
-      seed: of acceptance.
+    The tuner goes on learning over them; the seed is that of acceptance.
 
     Raises:
       ValueError: the system is unknown.
