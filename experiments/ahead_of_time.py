@@ -87,10 +87,7 @@ class NoCompilerError(RuntimeError):
 
 
 def described_devices(topology: str) -> Sequence[Any]:
-    """Returns the devices of a TPU slice that need not exist.
-
-    Args:
-      topology: such as `v5p:4x4x4`.
+    """Returns the devices of a TPU slice (`v5p:4x4x4`) that need not exist.
 
     Raises:
       NoCompilerError: libtpu is missing; the message has the command that installs the

@@ -149,15 +149,7 @@ def measure_lifetimes(
     indices: list[int],
     max_levels: int,
 ) -> dict[str, list[np.ndarray]]:
-    """Counts accepted drafts at every position of texts; see `arm_replay.Text`.
-
-    Args:
-      versions: drafters by name.
-      cfg, target: of all of them.
-      texts: read at `indices`.
-      indices: of texts with a response.
-      max_levels: drafted.
-    """
+    """Counts accepted drafts at every position of some texts; see `arm_replay.Text`."""
     lengths = texts.lengths - texts.response_starts
     sizes = {
         "row_tokens": int(max(texts.lengths[indices])),

@@ -134,14 +134,7 @@ class Visitor:
     def __init__(
         self, system: System, log_dir: pathlib.Path, versions: dict[str, Any], **load
     ):
-        """Starts nothing yet.
-
-        Args:
-          system: whose.
-          log_dir: of the runner.
-          versions: takes up what each load reports.
-          **load: the request to load, and its `timeout_s`.
-        """
+        """Starts nothing; `versions` takes up what a `load` by its request tells."""
         self._runner = system, log_dir
         self._versions, self._load = versions, load
 
@@ -168,13 +161,9 @@ def loaded(
     *,
     one_at_a_time: bool = False,
 ) -> Iterator[tuple[dict[str, Runner | Visitor], dict[str, dict]]]:
-    """Starts and loads the systems one after the other; ends them all on leaving.
+    """Starts and loads systems by a request in turn; ends them all on leaving.
 
-    Args:
-      systems: to be measured.
-      request: for `load`.
-      timeout_s: for that.
-      one_at_a_time: load each for its own requests only, see `Visitor`.
+    With `one_at_a_time` each is loaded for its own requests only, see `Visitor`.
 
     Yields:
       The runners by name, and the versions that each reports, once it has.

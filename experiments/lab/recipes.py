@@ -97,11 +97,7 @@ def run(recipe: str, overrides: Mapping[str, object]) -> list[tables.Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Planned(budget.Budget):
-    """Trains now or not, whether that pays or not.
-
-    Attributes:
-      now: whether.
-    """
+    """Trains now or not, whether that pays or not."""
 
     now: bool = False
 

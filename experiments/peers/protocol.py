@@ -58,12 +58,7 @@ class StepClock:
         generate: collections.abc.Callable,
         ids_of: collections.abc.Callable[[object], collections.abc.Iterable],
     ) -> collections.abc.Callable:
-        """Returns `generate`, which is from now on timed.
-
-        Args:
-          generate: the peer's function.
-          ids_of: finds each completion's token ids in what it returns.
-        """
+        """Returns a peer's `generate`, timed; `ids_of` tells completions' ids."""
 
         def wrapped(*args, **kwargs):
             start = time.perf_counter()
