@@ -77,7 +77,11 @@ def show_claims(scale: str) -> list[tables.Row]:
 
 def show_plots(scale: str) -> list[tables.Row]:
     """Draws the plots; prints and returns what became of each."""
-    rows = catalogue.redraw(experiment.RESULTS_DIR / scale)
+    folder = experiment.RESULTS_DIR / scale
+    rows = [
+        {"experiment": item.slug, "plot": item.redraw(folder)}
+        for item in catalogue.every()
+    ]
     for row in rows:
         print(f"{row['experiment']}: {row['plot']}")
     return rows

@@ -74,14 +74,11 @@ def answer(
 def compare(rows: list[tables.Row]) -> list[tables.Row]:
     """Adds to coupled rows how many times longer they accept than deterministic."""
     case = ("texts", "temperature", "strategy")
-    lengths = {
-        (*(row[key] for key in case), row["ranking"]): row["accept_length"]
-        for row in rows
-    }
-    for row in rows:
-        other = (*(row[key] for key in case), GREEDY)
-        if row["ranking"] == "coupled" and other in lengths:
-            row["times_deterministic"] = row["accept_length"] / lengths[other]
+    for its in tables.groups(rows, *case).values():
+        lengths = {row["ranking"]: row["accept_length"] for row in its}
+        for row in tables.where(its, ranking="coupled"):
+            if GREEDY in lengths:
+                row["times_deterministic"] = row["accept_length"] / lengths[GREEDY]
     return rows
 
 
@@ -112,33 +109,32 @@ def measure(
 
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws accept length by strategy, a panel for each kind of text."""
-    kinds_of_text = list(dict.fromkeys(row["texts"] for row in rows))
-    strategies = len({row["strategy"] for row in rows})
+    kinds_of_text = tables.values(rows, "texts")
+    strategies = tables.values(rows, "strategy")
     fig, panels = plotting.panels(
         "Tokens per target forward, by strategy and ranking",
-        len(kinds_of_text),
+        kinds_of_text,
         stamp,
-        width=max(5.0, 1.3 * strategies),
+        xlabel="draft_depth D, topk K, tokens_to_verify V",
+        ylabel="accept length",
+        width=max(5.0, 1.3 * len(strategies)),
         height=4.4,
     )
     for axes, texts in zip(panels, kinds_of_text, strict=True):
-        _plot_panel(axes, [row for row in rows if row["texts"] == texts])
-        axes.set_title(texts, loc="left", fontsize=10)
-        axes.set_xlabel("draft_depth D, topk K, tokens_to_verify V")
-    panels[0].set_ylabel("accept length")
+        _plot_panel(axes, tables.where(rows, texts=texts))
     return fig
 
 
 def _plot_panel(axes: axes_lib.Axes, rows: list[tables.Row]) -> None:
-    strategies = list(dict.fromkeys(row["strategy"] for row in rows))
-    kinds = list(dict.fromkeys((r["temperature"], r["ranking"]) for r in rows))
+    strategies = tables.values(rows, "strategy")
+    kinds = tables.groups(rows, "temperature", "ranking")
     width = 0.8 / len(kinds)
-    for i, (kind, color) in enumerate(zip(kinds, plotting.COLORS, strict=False)):
+    for i, ((temperature, ranking), its) in enumerate(kinds.items()):
+        color = plotting.COLORS[i]
         shift = (i - len(kinds) / 2 + 0.5) * width
-        its = [row for row in rows if (row["temperature"], row["ranking"]) == kind]
         places = [strategies.index(row["strategy"]) + shift for row in its]
-        label = f"T={kind[0]:g}, {kind[1]}" if kind[0] else "T=0"
-        lengths = [row["accept_length"] for row in its]
+        label = f"T={temperature:g}, {ranking}" if temperature else "T=0"
+        lengths = tables.column(its, "accept_length")
         bars = axes.bar(places, lengths, width, color=color, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
     axes.set_xticks(range(len(strategies)), strategies, fontsize=8)

@@ -14,6 +14,7 @@ Reproduces: the paper's threshold of 32 rows and its timeline case, as a predict
 """
 
 import argparse
+import itertools
 import statistics
 
 import numpy as np
@@ -23,7 +24,6 @@ from experiments.lab import claims, experiment, plotting, tables
 from experiments.simulation import (
     arm_replay,
     cluster,
-    cluster_records,
     published,
     trace_file,
     workload,
@@ -51,16 +51,16 @@ def threshold_tuner(
 
 def replayed(trace: trace_file.Trace, case: str, rollouts: int, seed: int) -> float:
     """Returns the seconds of rollouts of the trained drafter's texts."""
-    kinds = sorted(trace.step_s, key=lambda kind: (kind[0], str(kind[1])))
-    by_rows: dict[int, list[strategy_lib.Strategy]] = {}
-    for bucket, strategy in kinds:
-        if strategy is not None:
-            by_rows.setdefault(bucket, []).append(strategy)
+    drafted = [kind for kind in trace.step_s if kind[1] is not None]
+    kinds = sorted(drafted, key=lambda kind: (kind[0], str(kind[1])))
+    by_rows = itertools.groupby(kinds, key=lambda kind: kind[0])
     arms = strategy_lib.Arms(
-        tuple((rows, tuple(found)) for rows, found in sorted(by_rows.items()))
+        tuple(
+            (rows, tuple(strategy for _, strategy in found)) for rows, found in by_rows
+        )
     )
-    max_rows = max(by_rows)
-    machine = arm_replay.Machine(dict(trace.step_s), arms, max_rows, 32)
+    max_rows = arms.entries[-1][0]
+    machine = arm_replay.Machine(dict(trace.step_s), arms, max_rows)
     # For each number of rows the best of the recording: a table as made by hand.
     texts = [arm_replay.Text(t) for t in list(trace.lifetimes.values())[-1]]
     best = []
@@ -72,11 +72,8 @@ def replayed(trace: trace_file.Trace, case: str, rollouts: int, seed: int) -> fl
         }
         best.append((rows, (max(means, key=means.get),)))
     table = strategy_lib.Arms(tuple(best))
-    rng = np.random.default_rng((seed, 3))
-    work = [
-        arm_replay.Rollout(tuple(texts[i] for i in rng.integers(len(texts), size=24)))
-        for _ in range(rollouts)
-    ]
+    drawn = np.random.default_rng((seed, 3)).integers(len(texts), size=(rollouts, 24))
+    work = [arm_replay.Rollout(tuple(texts[i] for i in row)) for row in drawn]
     if case == "oracle":
         tuner = None
     elif case == "tuner":
@@ -92,22 +89,16 @@ def simulated(case: str, seed: int) -> float:
     machine = cluster_size.machine_of(MODEL)
     table = strategy_lib.parse_arms(TABLE)
     arms = strategy_lib.parse_arms((*cluster_size.ARMS[:1], "128:D8K8V16,D4K8V16"))
-    every = strategy_lib.Arms(((1, tuple({*arms.strategies(), *table.strategies()})),))
     if case == "tuner":
         tuner = tuners.build("cost_model", arms, max_rows=NUM_REQUESTS, seed=seed)
     else:
         tuner = threshold_tuner(table, int(case), NUM_REQUESTS)
-    cfg = cluster_records.ClusterConfig(
-        num_workers=1,
-        workers_per_place=1,
-        max_rows=NUM_REQUESTS,
-        num_pages=cluster_size.num_pages_of(machine),
-        page_size=cluster_size.PAGE_SIZE,
-        steps_per_call=64,
-        max_new_tokens=cluster_size.MAX_NEW_TOKENS,
+    cfg = cluster_size.config_of(
+        machine, machine.tensor, max_rows=NUM_REQUESTS, steps_per_call=64
     )
+    acceptance = published.acceptance({*arms.strategies(), *table.strategies()})
     lengths = cluster_size.lengths_of(0, NUM_REQUESTS, seed)
-    made = cluster.Cluster(cfg, machine, published.acceptance(every), tuner, seed=seed)
+    made = cluster.Cluster(cfg, machine, acceptance, tuner, seed=seed)
     responses = workload.grouped(
         lengths, cluster_size.GROUP_SIZE, cluster_size.PROMPT_TOKENS
     )
@@ -129,21 +120,19 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Puts each case beside no speculation at all, seed by seed."""
     rows = [{**row, "threshold": str(row["threshold"])} for row in rows]
     off = {(r["world"], r["seed"]): r["seconds"] for r in rows if r["threshold"] == "0"}
-    groups: dict[tuple, list[float]] = {}
     for row in rows:
-        times = off[row["world"], row["seed"]] / row["seconds"]
-        groups.setdefault((row["world"], row["threshold"]), []).append(times)
+        row["times"] = off[row["world"], row["seed"]] / row["seconds"]
     return [
         {
             "world": world,
             "threshold": threshold,
-            "seeds": len(times),
-            "times_faster": statistics.median(times),
-            "times_faster/min": min(times),
-            "times_faster/max": max(times),
+            "seeds": len(its),
+            **tables.spread(
+                "times_faster", tables.column(its, "times"), statistics.median
+            ),
             "published": PUBLISHED.get((world, threshold)),
         }
-        for (world, threshold), times in groups.items()
+        for (world, threshold), its in tables.groups(rows, "world", "threshold").items()
     ]
 
 
@@ -154,24 +143,24 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
         TIMELINE: "simulated: 128 requests, 32B on 4 H100",
     }
     fig, panels = plotting.panels(
-        "Speculation from how many active rows on?", len(titles), stamp
+        "Speculation from how many active rows on?",
+        list(titles.values()),
+        stamp,
+        xlabel="speculates up to so many rows (0: never)",
+        ylabel="times no speculation",
     )
-    for axes, (world, title) in zip(panels, titles.items(), strict=True):
-        its = {str(r["threshold"]): r for r in summary if r["world"] == world}
+    for axes, world in zip(panels, titles, strict=True):
+        found = tables.where(summary, world=world)
+        its = {str(row["threshold"]): row["times_faster"] for row in found}
         names = [str(n) for n in THRESHOLDS[world]]
-        values = [its[n]["times_faster"] for n in names]
+        values = [its[n] for n in names]
         axes.plot(names, values, "o-", color=plotting.COLORS[0], label="threshold")
         for name, color in (("tuner", plotting.COLORS[1]), ("oracle", plotting.GREY)):
             if name in its:
-                axes.axhline(
-                    its[name]["times_faster"], color=color, linestyle="--", label=name
-                )
+                axes.axhline(its[name], color=color, linestyle="--", label=name)
         for (where, name), value in PUBLISHED.items():
             if where == world:
                 axes.plot([name], [value], "s", color=plotting.COLORS[3], label="paper")
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("speculates up to so many rows (0: never)")
-        axes.set_ylabel("times no speculation")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     return fig

@@ -26,7 +26,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from configs import grpo
 from experiments import recipe_programs
-from experiments.lab import experiment, provenance, tables
+from experiments.lab import experiment, provenance, random_drafter, tables
 from tlt_jax import config as config_lib
 from tlt_jax.models import config as model_config
 
@@ -48,50 +48,28 @@ SLICES = {
     "ds-r1-distill-qwen-7b": "v5p:4x4x4",
     "llama-3.3-70b": "v5p:4x8x8",
 }
-_COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+_COLLECTIVES += ("collective-permute",)
 
-_QWEN_7B = model_config.ModelConfig(
-    family="qwen2",
-    vocab_size=152_064,
-    num_layers=28,
-    d_model=3584,
-    d_ff=18_944,
-    num_heads=28,
-    num_kv_heads=4,
-    head_dim=128,
-    tie_embeddings=False,
-    qkv_bias=True,
-    rope_theta=1e6,
-    max_positions=131_072,
-    eos_ids=(151_643,),
+_QWEN = {
+    "tie_embeddings": False,
+    "qkv_bias": True,
+    "rope_theta": 1e6,
+    "max_positions": 131_072,
+    "eos_ids": (151_643,),
+}
+_QWEN_7B = random_drafter.model_of(
+    (152_064, 3584, 18_944, 28, 4, 128, 28), "qwen2", **_QWEN
 )
 ARCHITECTURES = {
     "qwen2.5-7b": _QWEN_7B,
-    "qwen2.5-32b": dataclasses.replace(
-        _QWEN_7B,
-        num_layers=64,
-        d_model=5120,
-        d_ff=27_648,
-        num_heads=40,
-        num_kv_heads=8,
-        rms_norm_eps=1e-5,
+    "qwen2.5-32b": random_drafter.model_of(
+        (152_064, 5120, 27_648, 40, 8, 128, 64), "qwen2", **_QWEN, rms_norm_eps=1e-5
     ),
     "ds-r1-distill-qwen-7b": dataclasses.replace(_QWEN_7B, rope_theta=1e4),
-    "llama-3.3-70b": model_config.ModelConfig(
-        family="llama",
-        vocab_size=128_256,
-        num_layers=80,
-        d_model=8192,
-        d_ff=28_672,
-        num_heads=64,
-        num_kv_heads=8,
-        head_dim=128,
+    "llama-3.3-70b": random_drafter.model_of(
+        (128_256, 8192, 28_672, 64, 8, 128, 80),
+        "llama",
         tie_embeddings=False,
         rms_norm_eps=1e-5,
         rope_theta=5e5,
@@ -109,10 +87,7 @@ class NoCompilerError(RuntimeError):
 
 
 def described_devices(topology: str) -> Sequence[Any]:
-    """Returns the devices of a TPU slice that need not exist.
-
-    Args:
-      topology: such as `v5p:4x4x4`.
+    """Returns the devices of a TPU slice (`v5p:4x4x4`) that need not exist.
 
     Raises:
       NoCompilerError: libtpu is missing; the message has the command that installs the
@@ -204,17 +179,15 @@ def _first_line(error: Exception) -> str:
     return (told or lines)[0][:200]
 
 
-def run_model(
-    name: str, wanted: Callable[[str], bool], report: Callable[[str], None] = print
-) -> Iterator[tables.Row]:
-    """Compiles the wanted programs of one variant; yields a row for each."""
+def run_model(name: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
+    """Compiles the wanted programs (none named: all) of one variant; yields rows."""
     run = config_lib.load(grpo.get_config(name))
     devices = described_devices(SLICES[name])
     recipe = recipe_programs.Recipe(ARCHITECTURES[name], run, devices)
     for program in recipe.programs():
-        if not wanted(program.name):
+        if wanted and program.name not in wanted:
             continue
-        report(f"Compiling {program.name} of {name} for {SLICES[name]} ...")
+        print(f"Compiling {program.name} of {name} for {SLICES[name]} ...")
         chip = SLICES[name].partition(":")[0]
         yield {
             "model": name,
@@ -251,9 +224,7 @@ def compile_all(
     ]
     made: list[tables.Row] = []
     for name in options.models:
-        for row in run_model(
-            name, lambda p: not options.programs or p in options.programs
-        ):
+        for row in run_model(name, options.programs):
             made.append(row | {"commit": commit})
             tables.write(path, merged(old, made))
             record.write(path.with_suffix(".json"))

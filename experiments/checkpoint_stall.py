@@ -79,13 +79,8 @@ class Saving:
     def measure(self, mode: str) -> tables.Row:
         """Saves, trains a step, and waits for the rest of the writing."""
         if mode == NONE:
-            step_ms = self.train()
-            return {
-                "stall_ms": None,
-                "stall_and_step_ms": step_ms,
-                "complete_ms": None,
-                "megabytes": None,
-            }
+            names = ("stall_ms", "stall_and_step_ms", "complete_ms", "megabytes")
+            return dict.fromkeys(names) | {"stall_and_step_ms": self.train()}
         checkpointer = self._checkpointers[mode]
         self._num_saved += 1
         started = time.perf_counter()
@@ -127,16 +122,17 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
 
 def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the stalls, a panel for each target."""
-    targets = list(dict.fromkeys(row["target"] for row in summary))
+    targets = tables.values(summary, "target")
     fig, panels = plotting.panels(
-        "Drafter training waits for a checkpoint", len(targets), stamp
+        "Drafter training waits for a checkpoint",
+        targets,
+        stamp,
+        ylabel="stall, ms (median and range)",
     )
+    modes = drafter_checkpoint.MODES
     for axes, target in zip(panels, targets, strict=True):
-        rows = {row["system"]: row for row in summary if row["target"] == target}
-        modes = drafter_checkpoint.MODES
-        plotting.bars(axes, modes, [rows[m] for m in modes], "stall_ms", "%.0f ms")
-        axes.set_title(target, loc="left", fontsize=10)
-    panels[0].set_ylabel("stall, ms (median and range)")
+        rows = [claims.only(summary, target=target, system=mode) for mode in modes]
+        plotting.bars(axes, modes, rows, "stall_ms", "%.0f ms")
     return fig
 
 

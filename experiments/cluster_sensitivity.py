@@ -12,12 +12,9 @@ The published figure beside a range says more than beside a single prediction.
 import argparse
 import dataclasses
 
-import numpy as np
-
 from experiments import cluster_size
 from experiments.lab import experiment, plotting, tables
 from experiments.simulation import published, rl_step, workload
-from tlt_jax.specdec import strategy as strategy_lib
 
 CLUSTERS = (("qwen2.5-7b", 8), ("qwen2.5-7b", 64), ("qwen2.5-32b", 64))
 AS_ASSUMED = "as assumed"
@@ -63,28 +60,21 @@ def changed(
     count = int(change.get("responses", 128 * size) / (128 * size) * num_prompts) * size
 
     def responses(step):
-        rng = np.random.default_rng((seed, step))
-        lengths = workload.log_normal(
-            rng,
-            count,
-            median=change.get("median", cluster_size.MEDIAN_TOKENS),
-            sigma=change.get("sigma", cluster_size.SIGMA),
-            most=cluster_size.MAX_NEW_TOKENS,
-        )
+        law = {name: change[name] for name in ("median", "sigma") if name in change}
+        lengths = cluster_size.lengths_of(step, count, seed, **law)
         return workload.grouped(lengths, size, cluster_size.PROMPT_TOKENS)
 
     def rest_s(tokens):
         return change.get("rest_factor", 1.0) * scenario.rest_s(tokens)
 
     scale = cluster_size.SCALE_7B if model == "qwen2.5-7b" else 1.0
-    every = strategy_lib.Arms(((1, scenario.table.strategies()),))
     return dataclasses.replace(
         scenario,
         costs=machine,
         responses=responses,
         rest_s=rest_s,
         acceptance=published.acceptance(
-            every, scale * change.get("accept_factor", 1.0)
+            scenario.table.strategies(), scale * change.get("accept_factor", 1.0)
         ),
     )
 
@@ -92,13 +82,8 @@ def changed(
 def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Simulates one change on one cluster."""
     model, num_devices = cell["model"], cell["devices"]
-    scenario = changed(
-        model,
-        num_devices,
-        options.num_prompts,
-        options.seed,
-        CHANGES[cell["change"]],
-    )
+    what, change = (options.num_prompts, options.seed), CHANGES[cell["change"]]
+    scenario = changed(model, num_devices, *what, change)
     off, on = (
         rl_step.run(scenario, system, 1, options.seed)
         for system in (rl_step.OFF, rl_step.PAPER)
@@ -119,26 +104,22 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
 
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the speedup under every change."""
-    found = list(dict.fromkeys((row["model"], row["devices"]) for row in rows))
+    clusters = tables.groups(rows, "model", "devices")
     fig, panels = plotting.panels(
-        "Predicted speedup if one assumption were another", len(found), stamp
+        "Predicted speedup if one assumption were another",
+        [f"{model}, {devices} H100" for model, devices in clusters],
+        stamp,
+        xlabel="times everything off",
     )
-    names = list(dict.fromkeys(row["change"] for row in rows))[::-1]
-    for axes, (model, devices) in zip(panels, found, strict=True):
-        its = {
-            row["change"]: row
-            for row in rows
-            if (row["model"], row["devices"]) == (model, devices)
-        }
+    names = tables.values(rows, "change")[::-1]
+    for axes, found in zip(panels, clusters.values(), strict=True):
+        its = {row["change"]: row for row in found}
         base = its[AS_ASSUMED]["times_faster"]
         values = [its[name]["times_faster"] - base for name in names]
         axes.barh(names, values, 0.6, base, color=plotting.COLORS[0])
-        told = its[AS_ASSUMED]["published"]
-        if told:
+        if told := its[AS_ASSUMED]["published"]:
             axes.axvline(told, color=plotting.COLORS[3], label="published")
         axes.axvline(base, color=plotting.GREY, linewidth=0.8)
-        axes.set_title(f"{model}, {devices} H100", loc="left", fontsize=10)
-        axes.set_xlabel("times everything off")
         axes.tick_params(axis="y", labelsize=7)
     return fig
 

@@ -17,6 +17,7 @@ and 8 nodes), as a prediction.
 import argparse
 import functools
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -88,18 +89,19 @@ ASSUMPTIONS = (
 
 def machine_of(model: str) -> costs.RooflineCosts:
     """Returns a worker's costs."""
-    fit = published.fit()
-    return costs.RooflineCosts(
-        costs.DEVICES[DEVICE],
-        costs.MODELS[model],
-        TENSOR[model],
-        level_s=fit.level_s,
-        flops_frac=fit.flops_frac,
-    )
+    return published.machine(costs.DEVICES[DEVICE], costs.MODELS[model], TENSOR[model])
 
 
-def num_pages_of(machine: costs.RooflineCosts) -> int:
-    """Returns how many pages a worker's memory holds beside the weights.
+def config_of(
+    machine: costs.RooflineCosts,
+    num_devices: int,
+    *,
+    per_host: int = DEVICES_PER_NODE,
+    max_rows: int = MAX_ROWS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    steps_per_call: int = STEPS_PER_CALL,
+) -> cluster_records.ClusterConfig:
+    """Divides devices into workers, and a worker's memory into weights and cache.
 
     Raises:
       ValueError: the weights leave no room.
@@ -112,18 +114,37 @@ def num_pages_of(machine: costs.RooflineCosts) -> int:
             f"tensor={machine.tensor} devices of {machine.device.memory_bytes / 1e9:g} "
             "GB do not hold the model's weights and a cache: give a worker more."
         )
-    return pages
+    return cluster_records.ClusterConfig(
+        num_workers=num_devices // machine.tensor,
+        workers_per_place=max(per_host // machine.tensor, 1),
+        max_rows=max_rows,
+        num_pages=pages,
+        page_size=PAGE_SIZE,
+        steps_per_call=steps_per_call,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def rest_of(machine: costs.RooflineCosts, num_devices: int) -> Callable[[int], float]:
+    """Returns what tells the seconds after a rollout of so many tokens."""
+    return functools.partial(
+        machine.update_s, num_devices=num_devices, passes=PASSES, exchange_s=EXCHANGE_S
+    )
 
 
 @functools.cache
-def lengths_of(step: int, count: int, seed: int) -> tuple[int, ...]:
+def lengths_of(
+    step: int,
+    count: int,
+    seed: int,
+    median: float = MEDIAN_TOKENS,
+    sigma: float = SIGMA,
+    most: int = MAX_NEW_TOKENS,
+) -> tuple[int, ...]:
     """Draws a step's lengths, the same for every cluster and system."""
     rng = np.random.default_rng((seed, step))
-    return tuple(
-        workload.log_normal(
-            rng, count, median=MEDIAN_TOKENS, sigma=SIGMA, most=MAX_NEW_TOKENS
-        ).tolist()
-    )
+    lengths = workload.log_normal(rng, count, median=median, sigma=sigma, most=most)
+    return tuple(lengths.tolist())
 
 
 def scenario_of(
@@ -133,34 +154,22 @@ def scenario_of(
     machine = machine_of(model)
     arms, table = strategy_lib.parse_arms(ARMS), strategy_lib.parse_arms(TABLE)
     scale = SCALE_7B if model == "qwen2.5-7b" else 1.0
-    every = strategy_lib.Arms(((1, tuple({*arms.strategies(), *table.strategies()})),))
 
     def responses(step):
         lengths = lengths_of(step, num_prompts * GROUP_SIZE, seed)
         return workload.grouped(lengths, GROUP_SIZE, PROMPT_TOKENS)
 
-    def rest_s(tokens):
-        return machine.update_s(
-            tokens, num_devices, passes=PASSES, exchange_s=EXCHANGE_S
-        )
-
     return rl_step.Scenario(
-        cfg=cluster_records.ClusterConfig(
-            num_workers=num_devices // machine.tensor,
-            workers_per_place=max(DEVICES_PER_NODE // machine.tensor, 1),
-            max_rows=MAX_ROWS,
-            num_pages=num_pages_of(machine),
-            page_size=PAGE_SIZE,
-            steps_per_call=STEPS_PER_CALL,
-            max_new_tokens=MAX_NEW_TOKENS,
-        ),
+        cfg=config_of(machine, num_devices),
         costs=machine,
-        acceptance=published.acceptance(every, scale),
+        acceptance=published.acceptance(
+            {*arms.strategies(), *table.strategies()}, scale
+        ),
         arms=arms,
         table=table,
         threshold=THRESHOLD,
         responses=responses,
-        rest_s=rest_s,
+        rest_s=rest_of(machine, num_devices),
     )
 
 
@@ -169,18 +178,16 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     model, num_devices = cell["model"], cell["devices"]
     scenario = scenario_of(model, num_devices, options.num_prompts, options.seed)
     told = published.CLUSTER_SIZE.get((model, num_devices // DEVICES_PER_NODE))
-    summary, reference = [], []
-    for system in (rl_step.OFF, rl_step.PAPER, rl_step.OURS):
-        started = time.perf_counter()
-        rows = rl_step.run(scenario, system, options.steps, options.seed)
-        reference = reference or rows
+    summary, started = [], time.perf_counter()
+    for system, totals in rl_step.compare(scenario, options.steps, options.seed):
         entry: tables.Row = {
             **cell.overrides,
             "system": system,
-            **rl_step.totals(rows, reference),
+            **totals,
             "published": told if system == rl_step.PAPER else None,
             "simulated_in_s": round(time.perf_counter() - started, 1),
         }
+        started = time.perf_counter()
         summary.append(entry)
         print(
             f"{model} {num_devices} devices, {system}: {entry['step_s']:.0f} s a step, "
@@ -192,71 +199,48 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
 
 def assumptions() -> list[tables.Row]:
     """Lists what the prediction rests on."""
-    rows = [
-        {"what": what, "value": value, "from": source}
-        for what, value, source in ASSUMPTIONS
-    ]
     fit = published.fit()
-    rows += [
-        {
-            "what": "fitted: operations reached in decoding",
-            "value": round(fit.flops_frac, 3),
-            "from": "fit",
-        },
-        {
-            "what": "fitted: seconds of a drafted level",
-            "value": round(fit.level_s, 6),
-            "from": "fit",
-        },
+    told = [
+        *ASSUMPTIONS,
+        ("fitted: operations reached in decoding", round(fit.flops_frac, 3), "fit"),
+        ("fitted: seconds of a drafted level", round(fit.level_s, 6), "fit"),
     ]
-    for (verify, batch), predicted in zip(
-        published.SPEEDUPS, fit.predicted, strict=True
-    ):
-        rows.append(
-            {
-                "what": f"fit: speedup at V{verify}, batch {batch}",
-                "value": round(predicted, 2),
-                "from": f"published {published.SPEEDUPS[verify, batch]}",
-            }
-        )
-    return rows
+    pairs = zip(published.SPEEDUPS.items(), fit.predicted, strict=True)
+    for ((verify, batch), speedup), predicted in pairs:
+        what = f"fit: speedup at V{verify}, batch {batch}"
+        told.append((what, round(predicted, 2), f"published {speedup}"))
+    return [
+        {"what": what, "value": value, "from": source} for what, value, source in told
+    ]
 
 
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws speedups by cluster size."""
     models = tables.values(rows, "model")
     fig, panels = plotting.panels(
-        "Predicted speedup of an RL step (simulation, not measured)", len(models), stamp
+        "Predicted speedup of an RL step (simulation, not measured)",
+        models,
+        stamp,
+        xlabel="H100 devices, 1024 responses a step",
+        ylabel="times everything off",
     )
     for axes, model in zip(panels, models, strict=True):
         its = tables.where(rows, model=model)
-        for system, label, color in (
-            (rl_step.PAPER, "paper's rule, simulated", plotting.COLORS[0]),
-            (rl_step.OURS, "our tuner, simulated", plotting.COLORS[1]),
-        ):
-            simulated = tables.where(its, system=system)
-            axes.plot(
-                tables.column(simulated, "devices"),
-                tables.column(simulated, "times_faster"),
-                "o-",
-                color=color,
-                label=label,
-            )
-        told = [row for row in its if row["published"]]
-        axes.plot(
-            tables.column(told, "devices"),
-            tables.column(told, "published"),
-            "s",
-            color=plotting.COLORS[3],
-            label="published",
+        paper, ours = (
+            tables.where(its, system=system) for system in (rl_step.PAPER, rl_step.OURS)
         )
+        told = [row for row in its if row["published"]]
+        for drawn, column, style, color, label in (
+            (paper, "times_faster", "o-", 0, "paper's rule, simulated"),
+            (ours, "times_faster", "o-", 1, "our tuner, simulated"),
+            (told, "published", "s", 3, "published"),
+        ):
+            places, values = (tables.column(drawn, n) for n in ("devices", column))
+            axes.plot(places, values, style, color=plotting.COLORS[color], label=label)
         axes.set_xscale("log", base=2)
-        axes.set_xticks([row["devices"] for row in its], minor=False)
-        axes.set_xticklabels([str(row["devices"]) for row in its])
+        devices = tables.column(its, "devices")
+        axes.set_xticks(devices, list(map(str, devices)))
         axes.set_ylim(bottom=1)
-        axes.set_title(model, loc="left", fontsize=10)
-        axes.set_xlabel("H100 devices, 1024 responses a step")
-        axes.set_ylabel("times everything off")
     return fig
 
 

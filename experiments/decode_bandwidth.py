@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import claims, experiment, paired, plotting, tables
+from experiments.lab import claims, experiment, paired, plotting, random_drafter, tables
 from tlt_jax import policy
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kv_cache
@@ -45,26 +45,14 @@ METRICS = dict.fromkeys(
 CASE_KEYS = ("context", "temperature")
 
 
-def _model(vocab, width, d_ff, heads, kv_heads, head_dim, layers, tied):
-    return model_config.ModelConfig(
-        family="qwen2",
-        vocab_size=vocab,
-        num_layers=layers,
-        d_model=width,
-        d_ff=d_ff,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        tie_embeddings=tied,
-        qkv_bias=True,
-    )
-
-
 # Sizes of published models, and one for tests.
 DESCRIBED = {
-    "qwen2.5-7b": _model(152_064, 3584, 18_944, 28, 4, 128, 28, False),
-    "qwen2.5-1.5b": _model(151_936, 1536, 8960, 12, 2, 128, 28, True),
-    "tiny": _model(64, 32, 48, 2, 1, 16, 2, False),
+    name: random_drafter.model_of(shape, "qwen2", tie_embeddings=tied, qkv_bias=True)
+    for name, shape, tied in (
+        ("qwen2.5-7b", (152_064, 3584, 18_944, 28, 4, 128, 28), False),
+        ("qwen2.5-1.5b", random_drafter.SHAPES["qwen2.5-1.5b"], True),
+        ("tiny", (64, 32, 48, 2, 1, 16, 2), False),
+    )
 }
 _LIMIT_BYTES, _LIMIT_REPEATS = 2**28, 3
 OPTIONS = (
@@ -246,10 +234,10 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     summary = paired.summarise(
         rows, case_keys=CASE_KEYS, metrics=METRICS, reference=SYSTEM
     )
+    about = ("model", "dtype", "device", "minimal_bytes")
     for row in summary:
-        its = tables.where(rows, **{key: row[key] for key in CASE_KEYS})[0]
-        about = ("model", "dtype", "device", "minimal_bytes")
-        row.update({name: its[name] for name in about})
+        its = claims.only(rows, **{key: row[key] for key in CASE_KEYS})
+        row |= {name: its[name] for name in about}
     return summary
 
 

@@ -16,7 +16,6 @@ batch 1; ahead of vLLM's CPU build at 8 and 32.
 
 import argparse
 import contextlib
-import hashlib
 
 from experiments.lab import claims, experiment, paired, prompts, provenance, tables
 
@@ -30,7 +29,6 @@ PEERS = {
 BATCH_LIMITS = {"llamacpp": 8}  # its slots share one product only up to small batches
 MAX_PROMPT_TOKENS = 256
 CASE_KEYS = ("batch", "temperature")
-LOAD_TIMEOUT_S = 900.0
 RUN_TIMEOUT_S = 900.0
 
 
@@ -68,9 +66,7 @@ def load(
     record: provenance.Provenance,
 ) -> tuple[dict, list]:
     """Loads the systems; returns the runners, and the prompts' tokens."""
-    loaded = paired.started(options.systems, load_request(options), LOAD_TIMEOUT_S)
-    runners, versions = closing.enter_context(loaded)
-    record.record["versions"] |= versions
+    runners = paired.load(options, load_request(options), closing, record)
     turns = [prompts.as_messages(text) for text in prompts.CHAT]
     return runners, runners[OURS].ask("encode", timeout_s=60.0, messages=turns)["ids"]
 
@@ -104,7 +100,7 @@ def measure(
             "tokens_per_s": batch * options.new_tokens / total_s,
             # Noise can exceed what a few tokens of a tiny model take.
             "decode_tokens_per_s": decoded / decode_s if decode_s > 0 else None,
-            "tokens_digest": tokens and digest(tokens),
+            "tokens_digest": tokens and provenance.digest(repr(tokens)),
         }
 
     rows = paired.run_paired(
@@ -131,11 +127,6 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
         if its.get("rows_as_ours") is not None:
             row["rows_as_ours"] = its["rows_as_ours"]
     return summary
-
-
-def digest(tokens: list[list[int]]) -> str:
-    """Returns 12 hex digits over all token ids in row order."""
-    return hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]
 
 
 EXPERIMENT = experiment.Experiment(

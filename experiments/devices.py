@@ -19,9 +19,7 @@ from tlt_jax.specdec import strategy as strategy_lib
 MODEL = "qwen2.5-7b"
 # Vendors' data sheets: bytes per second, dense bf16 operations per second, bytes.
 DEVICES = {
-    "b200": costs.DEVICES["b200"],
-    "h100": costs.DEVICES["h100"],
-    "a100": costs.DEVICES["a100"],
+    **{name: costs.DEVICES[name] for name in ("b200", "h100", "a100")},
     "rtx 5090": costs.Device(1.792e12, 209.5e12, 32e9),
     "rtx 4090": costs.Device(1.008e12, 165.2e12, 24e9),
     "rtx 3090": costs.Device(0.936e12, 71.2e12, 24e9),
@@ -37,16 +35,10 @@ PUBLISHED = {
 STRATEGIES = ("D4K8V16", "D8K8V16", "D8K8V32", "D8K8V64", "D12K8V48", "D12K8V64")
 
 
-def predict(device: str) -> tables.Row:
-    """Returns a device's best strategy and speedup."""
-    fit = published.fit()
-    machine = costs.RooflineCosts(
-        DEVICES[device],
-        costs.MODELS[MODEL],
-        1,
-        level_s=fit.level_s,
-        flops_frac=fit.flops_frac,
-    )
+def measure(cell: tables.Cell) -> list[tables.Row]:
+    """Predicts a device's best strategy and speedup."""
+    device = cell["device"]
+    machine = published.machine(DEVICES[device], costs.MODELS[MODEL], 1)
     plain_s = machine.step_s(1, None, published.CONTEXT)
     speedups = {}
     for name in STRATEGIES:
@@ -55,13 +47,15 @@ def predict(device: str) -> tables.Row:
         step_s = machine.step_s(1, strategy, published.CONTEXT)
         speedups[name] = length * plain_s / step_s
     best = max(speedups, key=speedups.get)
-    return {
-        "device": device,
-        "strategy": best,
-        "plain_ms": 1e3 * plain_s,
-        "times_faster": speedups[best],
-        "published": PUBLISHED[device],
-    }
+    return [
+        {
+            "device": device,
+            "strategy": best,
+            "plain_ms": 1e3 * plain_s,
+            "times_faster": speedups[best],
+            "published": PUBLISHED[device],
+        }
+    ]
 
 
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
@@ -72,10 +66,10 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
         "times plain decoding",
         stamp,
     )
-    names = [row["device"] for row in rows]
-    values = [row["times_faster"] for row in rows]
+    names, values, told = (
+        tables.column(rows, name) for name in ("device", "times_faster", "published")
+    )
     axes.bar(names, values, 0.6, color=plotting.COLORS[0], label="predicted")
-    told = [row["published"] for row in rows]
     axes.plot(names, told, "s", color=plotting.COLORS[3], label="published")
     return fig
 
@@ -92,8 +86,8 @@ EXPERIMENT = experiment.Experiment(
     title="devices, 7B, batch 1",
     published="2.33 (B200) to 3.22 (3090) times",
     constants={"model": MODEL, "strategies": STRATEGIES},
-    cells=lambda: [tables.Cell({"device": name}, None) for name in DEVICES],
-    measure=lambda cell: [predict(cell["device"])],
+    cells={"device": DEVICES},
+    measure=measure,
     plot=plot,
     claims={
         "predicted speedups by device are within 10 % of the paper's": _close,

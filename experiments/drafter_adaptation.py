@@ -21,32 +21,21 @@ from experiments.lab import claims, experiment, plotting, recipes, tables
 
 RECIPE = "configs/tiny.py:count"
 ADAPTED, FROZEN = "adapted", "frozen"
+SAME = ("tokens_digest", "policy_loss")
+COLUMNS = ("step", "accept_length", "num_updates", "reward", "rollout_tokens", *SAME)
 
 
 def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Runs the recipe with one of the drafters."""
     system = cell["system"]
-    settings = recipes.planned_settings(
-        options.config,
-        {"num_steps": options.steps, "seed": cell.seed},
-        options.updates,
-    )
+    overrides = {"num_steps": options.steps, "seed": cell.seed}
+    settings = recipes.planned_settings(options.config, overrides, options.updates)
 
     def trains(number):
         return system == ADAPTED or number < options.warm_steps
 
     return [
-        {
-            "system": system,
-            "seed": cell.seed,
-            "step": row["step"],
-            "accept_length": row["specdec/accept_length"],
-            "num_updates": row["drafter/num_updates"],
-            "reward": row["reward/mean"],
-            "rollout_tokens": row["rollout/tokens"],
-            "tokens_digest": row["rollout/tokens_digest"],
-            "policy_loss": row["policy/loss"],
-        }
+        {"system": system, "seed": cell.seed} | recipes.columns(row, *COLUMNS)
         for row in recipes.run_planned(settings, trains)
     ]
 
@@ -58,7 +47,7 @@ def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
         return statistics.mean(row[name] for row in chosen)
 
     last = max(row["step"] for row in rows)
-    adapted = {(r["seed"], r["step"]): r for r in rows if r["system"] == ADAPTED}
+    adapted = tables.where(rows, system=ADAPTED)
     summary = []
     for (system,), its in tables.groups(rows, "system").items():
         after = [row for row in its if row["step"] > warm_steps]
@@ -74,9 +63,8 @@ def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
                 "reward_first": mean(tables.where(its, step=1), "reward"),
                 "reward_last": mean(tables.where(its, step=last), "reward"),
                 "steps_differing": sum(
-                    row[name] != adapted[row["seed"], row["step"]][name]
-                    for row in its
-                    for name in ("tokens_digest", "policy_loss")
+                    tables.differing(its, adapted, ("seed", "step"), [name])
+                    for name in SAME
                 ),
             }
         )
@@ -86,26 +74,22 @@ def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
 def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure:
     """Draws both accept lengths, and the reward that moves the policy."""
     fig, (left, right) = plotting.panels(
-        "A drafter that goes on learning, and one that stopped", 2, stamp
+        "A drafter that goes on learning, and one that stopped", ["", ""], stamp
     )
     seeds = tables.values(rows, "seed")
     for seed, color in zip(seeds, plotting.COLORS, strict=False):
         for system, style in ((ADAPTED, "-"), (FROZEN, "--")):
             its = tables.where(rows, system=system, seed=seed)
-            steps = tables.column(its, "step")
-            lengths = tables.column(its, "accept_length")
-            label = f"{system}, seed {seed}"
-            left.plot(steps, lengths, style, color=color, label=label)
-        right.plot(
-            steps, tables.column(its, "reward"), color=color, label=f"seed {seed}"
-        )
+            look = {"color": color, "label": f"{system}, seed {seed}"}
+            plotting.line(left, its, "step", "accept_length", style, **look)
+        look["label"] = f"seed {seed}"
+        plotting.line(right, its, "step", "reward", **look)
     left.axvline(warm_steps + 0.5, color=plotting.GREY, linewidth=0.8)
-    left.set_xlabel("RL step (at the line the frozen one stops)")
-    left.set_ylabel("accept length")
+    left.set(
+        xlabel="RL step (at the line the frozen one stops)", ylabel="accept length"
+    )
     left.set_ylim(bottom=1)
-    right.set_xlabel("RL step")
-    right.set_ylabel("mean reward, the same with both")
-    right.set_ylim(0, 1)
+    right.set(xlabel="RL step", ylabel="mean reward, the same with both", ylim=(0, 1))
     return fig
 
 

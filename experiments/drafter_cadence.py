@@ -33,6 +33,10 @@ SYSTEMS = {
     "warm-up, then every 6th": (WARM_STEPS, 8, 6),
     WARM_UP: (WARM_STEPS, 0, 0),
 }
+COLUMNS = (
+    *("step", "accept_length", "tokens", "row_steps", "num_updates", "reward"),
+    *("policy_distance", "tokens_digest"),
+)
 # The target's learning rates; the recipe's is 5e-4.
 DRIFTS = {"small": 5e-5, "the recipe's": 5e-4, "large": 2e-3}
 
@@ -63,30 +67,14 @@ def num_trainings(system: str, steps: int) -> int:
 def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     """Runs the recipe with one drafter."""
     system, drift = cell["system"], cell["drift"]
-    settings = recipes.planned_settings(
-        options.config,
-        {
-            "num_steps": options.steps,
-            "seed": cell.seed,
-            "optimizer.learning_rate": DRIFTS[drift],
-        },
-        options.updates // num_trainings(system, options.steps),
-    )
+    overrides = {"num_steps": options.steps, "seed": cell.seed}
+    overrides["optimizer.learning_rate"] = DRIFTS[drift]
+    each = options.updates // num_trainings(system, options.steps)
+    settings = recipes.planned_settings(options.config, overrides, each)
     rows = recipes.run_planned(settings, lambda number: trains(system, number))
     return [
-        {
-            "drift": drift,
-            "system": system,
-            "seed": cell.seed,
-            "step": row["step"],
-            "accept_length": row["specdec/accept_length"],
-            "tokens": row["rollout/tokens"],
-            "row_steps": row["rollout/row_steps"],
-            "num_updates": row["drafter/num_updates"],
-            "reward": row["reward/mean"],
-            "policy_distance": row["policy_distance"],
-            "tokens_digest": row["rollout/tokens_digest"],
-        }
+        {"drift": drift, "system": system, "seed": cell.seed}
+        | recipes.columns(row, *COLUMNS)
         for row in rows
     ]
 
@@ -98,16 +86,12 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
         "after_warm_up": lambda row: row["step"] > WARM_STEPS,
         "last_quarter": lambda row: row["step"] > last - last // 4,
     }
-    found: dict[tuple, dict[str, float]] = {}
-    for key, its in tables.groups(rows, "drift", "system", "seed").items():
-        found[key] = {
-            part: statistics.mean(r["accept_length"] for r in its if chosen(r))
-            for part, chosen in parts.items()
-        }
-    warm = {
-        (r["drift"], r["seed"], r["step"]): r["tokens_digest"]
-        for r in tables.where(rows, system=WARM_UP)
+    found = {
+        (*key, part): statistics.mean(r["accept_length"] for r in its if chosen(r))
+        for key, its in tables.groups(rows, "drift", "system", "seed").items()
+        for part, chosen in parts.items()
     }
+    warm = tables.where(rows, system=WARM_UP)
     summary = []
     for (drift, system), its in tables.groups(rows, "drift", "system").items():
         ends = tables.where(its, step=last)
@@ -118,13 +102,11 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
             "seeds": len(seeds),
             "updates": ends[0]["num_updates"],
             "policy_distance": statistics.mean(r["policy_distance"] for r in ends),
-            "steps_differing": sum(
-                r["tokens_digest"] != warm[drift, r["seed"], r["step"]] for r in its
-            ),
+            "steps_differing": tables.differing(its, warm, ("drift", "seed", "step")),
         }
         for part in parts:
-            values = [found[drift, system, seed][part] for seed in seeds]
-            others = [found[drift, WARM_UP, seed][part] for seed in seeds]
+            values = [found[drift, system, seed, part] for seed in seeds]
+            others = [found[drift, WARM_UP, seed, part] for seed in seeds]
             ratios = [a / b for a, b in zip(values, others, strict=True)]
             entry[f"accept_length/{part}"] = statistics.mean(values)
             entry[f"of_warm_up/{part}"] = statistics.mean(ratios)
@@ -135,28 +117,27 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
 
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws accept lengths over RL steps, a panel for each size of drift."""
-    drifts = tables.values(rows, "drift")
-    fig, panels = plotting.panels(
-        "A drafter's updates, the same number at another cadence", len(drifts), stamp
-    )
     last = max(row["step"] for row in rows)
-    for axes, drift in zip(panels, drifts, strict=True):
-        its = tables.where(rows, drift=drift)
-        for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
-            steps = tables.groups(tables.where(its, system=system), "step")
-            style = "--" if system == WARM_UP else "-"
-            means = [
-                statistics.mean(tables.column(found, "accept_length"))
-                for found in steps.values()
-            ]
-            axes.plot([s for (s,) in steps], means, style, color=color, label=system)
+    by_drift = tables.groups(rows, "drift")
+    names = []
+    for (drift,), its in by_drift.items():
         ends = tables.column(tables.where(its, step=last), "policy_distance")
-        told = f"drift: {drift} (weights moved {statistics.mean(ends):.1%})"
-        axes.set_title(told, loc="left", fontsize=10)
+        names.append(f"drift: {drift} (weights moved {statistics.mean(ends):.1%})")
+    fig, panels = plotting.panels(
+        "A drafter's updates, the same number at another cadence",
+        names,
+        stamp,
+        xlabel="RL step",
+        ylabel="accept length, mean of the seeds",
+    )
+    for axes, its in zip(panels, by_drift.values(), strict=True):
+        for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
+            drawn = tables.where(its, system=system)
+            style = "--" if system == WARM_UP else "-"
+            look = {"color": color, "label": system}
+            plotting.line(axes, drawn, "step", "accept_length", style, **look)
         axes.axvline(WARM_STEPS + 0.5, color=plotting.GREY, linewidth=0.8)
-        axes.set_xlabel("RL step")
         axes.set_ylim(bottom=1)
-    panels[0].set_ylabel("accept length, mean of the seeds")
     return fig
 
 

@@ -121,28 +121,18 @@ def models_of(options: argparse.Namespace) -> dict[str, Model]:
 
 def cells_of(options: argparse.Namespace) -> list[tables.Cell]:
     """Lists the runs."""
-    told = {
-        (model.name, system): {
-            key: provenance.without_paths(value)
-            for key, value in model.settings(system).items()
+    told = [
+        {
+            "model": model.name,
+            "system": system,
+            "config": model.config,
+            "processes": options.processes,
+            **provenance.settings_without_paths(model.settings(system)),
         }
         for model in options.models.values()
         for system in options.systems
-    }
-    return [
-        tables.Cell(
-            {
-                "model": name,
-                "system": system,
-                "config": options.models[name].config,
-                "processes": options.processes,
-                **settings,
-            },
-            seed,
-        )
-        for seed in range(options.seeds)
-        for (name, system), settings in told.items()
     ]
+    return [tables.Cell(cell, seed) for seed in range(options.seeds) for cell in told]
 
 
 def measure(
@@ -179,25 +169,22 @@ def measure(
 def columns(row: dict) -> tables.Row:
     """Reduces a step's record to what is compared."""
     seconds = {f"{name}_s": row.get(f"time/{name}_s", 0.0) for name in STAGES}
-    same = {name.replace("/", "_"): row[name] for name in SAME}
-    kept = {name.replace("/", "_"): row.get(name) for name in KEPT}
     return {
         "seconds": sum(seconds.values()),
         **seconds,
         "reward_s": row["time/reward_s"],
         "compile_s": row["time/compile_s"],
-        **kept,
-        **same,
+        **{_column(name): row.get(name) for name in KEPT},
+        **{_column(name): row[name] for name in SAME},
     }
 
 
-def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
-    """Sums the steps that count, and says how many times as long `off` takes.
+def _column(name: str) -> str:
+    return name.replace("/", "_")
 
-    Args:
-      rows: of the table.
-      warm_steps: first steps of a run, which do not count.
-    """
+
+def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
+    """Sums the steps behind the first, warm ones, beside those of `off`."""
     groups = {
         key: {(row["seed"], row["round"]): row for row in its}
         for key, its in tables.groups(rows, "model", "system").items()
@@ -212,12 +199,11 @@ def summary_of(rows: list[tables.Row], warm_steps: int) -> list[tables.Row]:
             entry: tables.Row = {"model": model, "system": system}
             entry["processes"] = pairs[0][1]["processes"]
             entry |= _compared(pairs)
-            entry["steps_differing"] = sum(
-                any(
-                    others[key][name] != all_steps[key][name]
-                    for name in (s.replace("/", "_") for s in SAME)
-                )
-                for key in both
+            entry["steps_differing"] = tables.differing(
+                [all_steps[key] for key in both],
+                others.values(),
+                ("seed", "round"),
+                list(map(_column, SAME)),
             )
             summary.append(entry)
     return summary
@@ -254,18 +240,19 @@ def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure
     counted = [row for row in rows if row["round"] >= warm_steps]
     models = tables.values(counted, "model")
     fig, panels = plotting.panels(
-        "An RL step, everything off to everything on", len(models), stamp, width=5.6
+        "An RL step, everything off to everything on",
+        models,
+        stamp,
+        ylabel="seconds of an RL step, mean",
+        width=5.6,
     )
     for axes, model in zip(panels, models, strict=True):
-        its = tables.where(counted, model=model)
-        present = {row["system"] for row in its}
-        systems = [name for name in SYSTEMS if name in present]
+        by_system = tables.groups(tables.where(counted, model=model), "system")
+        systems = [name for name in SYSTEMS if (name,) in by_system]
         floor = [0.0] * len(systems)
         for stage in STAGES:
             heights = [
-                statistics.mean(
-                    tables.column(tables.where(its, system=name), f"{stage}_s")
-                )
+                statistics.mean(tables.column(by_system[name,], f"{stage}_s"))
                 for name in systems
             ]
             if sum(heights) > 1e-3:  # seconds that can be seen
@@ -276,8 +263,6 @@ def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure
         for place, height in enumerate(floor):
             told = f"{height:.3g} s" + (f"\n{off / height:.2f}x" if off else "")
             axes.annotate(told, (place, height), ha="center", va="bottom", fontsize=8)
-        axes.set_title(model, loc="left", fontsize=10)
-        axes.set_ylabel("seconds of an RL step, mean")
         axes.margins(y=0.18)
     return fig
 

@@ -37,7 +37,6 @@ METRICS = {
 WARMUPS = 1
 LEARNING_RATE = 1e-6
 NUM_SAMPLES = 4
-LOAD_TIMEOUT_S = 900.0
 RUN_TIMEOUT_S = 1800.0
 
 
@@ -66,15 +65,8 @@ def load(
     record: provenance.Provenance,
 ) -> dict:
     """Loads the systems; returns their runners."""
-    loaded = paired.started(
-        options.systems,
-        load_request(options),
-        LOAD_TIMEOUT_S,
-        one_at_a_time=options.one_at_a_time,
-    )
-    runners, versions = closing.enter_context(loaded)
-    record.record["versions"] |= versions
-    return runners
+    how = {"one_at_a_time": options.one_at_a_time}
+    return paired.load(options, load_request(options), closing, record, **how)
 
 
 def measure(
@@ -92,9 +84,7 @@ def measure(
         tokens = answer["completion_tokens"]
         compile_s = answer.get("compile_s", 0.0)
         return {
-            "step_s": answer["step_s"],
-            "generate_s": answer["generate_s"],
-            "update_s": answer["update_s"],
+            **{name: answer[name] for name in ("step_s", "generate_s", "update_s")},
             "compile_s": compile_s,
             "steady_step_s": answer["step_s"] - compile_s,
             "completion_tokens": tokens,
@@ -119,7 +109,7 @@ EXPERIMENT = experiment.Experiment(
     options=(
         *paired.options_of(PEERS),
         *experiment.plain(max_new_tokens=128, rounds=3),
-        *experiment.plain(recorded=False, lengths=",".join(LENGTHS)),
+        experiment.Option("lengths", ",".join(LENGTHS), recorded=False),
         experiment.Option(
             "one-at-a-time",
             False,

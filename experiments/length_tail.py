@@ -20,21 +20,23 @@ from experiments.lab import experiment, plotting, tables
 from experiments.simulation import workload
 from tlt_jax.workdir import metrics
 
-STAGES = ("rollout", "drafter", "reward", "inference", "update", "sync")
+STAGES = tuple(plotting.STAGE_COLORS)
 
 
-def columns_of(
-    name: str, workdir: pathlib.Path, steps: int
-) -> tuple[tables.Row, list[int]]:
-    """Reads a run's first `steps` steps (0: all); returns its row and all lengths.
+def measure(
+    options: argparse.Namespace, cell: tables.Cell
+) -> dict[str, list[tables.Row]]:
+    """Reads a run, or its first steps; counts its responses of each length.
 
     Raises:
       ValueError: it has no rollouts, or no records.
     """
-    by_step = workload.read_lengths(workdir)
-    if steps:
-        by_step = {step: found for step, found in by_step.items() if step <= steps}
-    rows = [row for row in metrics.read(workdir) if row["step"] in by_step]
+    name = cell["run"]
+    workdir = experiment.parse_pairs(options.workdirs, "workdirs")[name]
+    by_step = workload.read_lengths(pathlib.Path(workdir))
+    if options.steps:
+        by_step = {step: n for step, n in by_step.items() if step <= options.steps}
+    rows = [r for r in metrics.read(pathlib.Path(workdir)) if r["step"] in by_step]
     if not rows:
         raise ValueError(f"{workdir} has no metrics.jsonl of the steps it has kept.")
     lengths = [n for found in by_step.values() for n in found]
@@ -46,16 +48,6 @@ def columns_of(
     row |= {f"time/{stage}_s": value / len(rows) for stage, value in seconds.items()}
     row |= {f"frac/{stage}": value / total for stage, value in seconds.items()}
     row["workers/idle_frac"] = float(np.mean(idle)) if idle else None
-    return row, lengths
-
-
-def measure(
-    options: argparse.Namespace, cell: tables.Cell
-) -> dict[str, list[tables.Row]]:
-    """Reads a run; counts its responses of each length."""
-    name = cell["run"]
-    workdir = experiment.parse_pairs(options.workdirs, "workdirs")[name]
-    row, lengths = columns_of(name, pathlib.Path(workdir), options.steps)
     counted = [
         {"run": name, "tokens": tokens, "responses": count}
         for tokens, count in sorted(collections.Counter(lengths).items())
@@ -68,29 +60,24 @@ def plot(
 ) -> plotting.Figure:
     """Draws who is left after how many tokens, and the stages' shares."""
     fig, (left, right) = plotting.panels(
-        "Long tails, and where a step's time goes", 2, stamp
+        "Long tails, and where a step's time goes", ["", ""], stamp
     )
     names = tables.values(lengths, "run")
     for name, color, dash in zip(
         names, plotting.COLORS, ("-", "--", ":", "-.") * 2, strict=False
     ):
         its = tables.where(lengths, run=name)
-        ordered = np.repeat(
-            *(tables.column(its, key) for key in ("tokens", "responses"))
-        )
+        ordered = np.repeat(*(tables.column(its, k) for k in ("tokens", "responses")))
         alive = 1 - np.arange(len(ordered)) / len(ordered)
         left.step(ordered, alive, dash, where="post", color=color, label=name)
-    left.set_xlabel("tokens")
-    left.set_ylabel("responses that are longer, share")
-    left.set_xscale("log")
-    left.set_ylim(0, 1)
+    left.set(xlabel="tokens", ylabel="responses that are longer, share")
+    left.set(xscale="log", ylim=(0, 1))
     floor = np.zeros(len(rows))
     names = tables.column(rows, "run")
-    for stage in STAGES:
-        values = np.array(tables.column(rows, f"time/{stage}_s"))
-        if values.sum() >= 0.005 * sum(
-            sum(r[f"time/{s}_s"] for s in STAGES) for r in rows
-        ):
+    spent_s = {s: np.array(tables.column(rows, f"time/{s}_s")) for s in STAGES}
+    total_s = sum(values.sum() for values in spent_s.values())
+    for stage, values in spent_s.items():
+        if values.sum() >= 0.005 * total_s:
             color = plotting.STAGE_COLORS[stage]
             right.bar(names, values, 0.6, floor, color=color, label=stage)
         floor += values

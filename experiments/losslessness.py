@@ -61,36 +61,24 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
         "sampling.temperature": temperature,
         **ARMS[arm],
     }
+    names = ("step", "tokens", "tokens_digest", "accept_length", "decode_steps")
     return [
-        {
-            "temperature": temperature,
-            "arm": arm,
-            "step": row["step"],
-            "tokens": row["rollout/tokens"],
-            "tokens_digest": row["rollout/tokens_digest"],
-            "accept_length": row["specdec/accept_length"],
-            "decode_steps": row["rollout/decode_steps"],
-            "mismatch": row["mismatch/logprob_max_abs"],
-        }
+        {"temperature": temperature, "arm": arm}
+        | recipes.columns(row, *names, "mismatch")
         for row in recipes.run(options.config, overrides)
     ]
 
 
 def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Counts steps whose tokens are others than without speculation."""
-    off = {
-        (r["temperature"], r["step"]): r["tokens_digest"]
-        for r in tables.where(rows, arm=OFF)
-    }
+    off = tables.where(rows, arm=OFF)
     return [
         {
             "temperature": temperature,
             "arm": arm,
             "steps": len(its),
             "tokens": sum(r["tokens"] for r in its),
-            "steps_differing": sum(
-                r["tokens_digest"] != off[temperature, r["step"]] for r in its
-            ),
+            "steps_differing": tables.differing(its, off, ("temperature", "step")),
             "accept_length/last": its[-1]["accept_length"],
             "target_steps": sum(r["decode_steps"] for r in its),
             "mismatch_max": max(r["mismatch"] for r in its),
@@ -116,9 +104,7 @@ EXPERIMENT = experiment.Experiment(
         *experiment.plain(config=RECIPE, steps=10),
         experiment.Option("arms", "", "names, separated by semicolons"),
     ),
-    settings=lambda options: {
-        "arms": chosen_arms(options.arms),
-    },
+    settings=lambda options: {"arms": chosen_arms(options.arms)},
     cells=lambda arms: [
         tables.Cell({"sampling.temperature": temperature, "arm": arm})
         for temperature, few in TEMPERATURES.items()

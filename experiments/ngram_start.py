@@ -13,7 +13,6 @@ Reproduces: the paper's TLT-Base and its start with the model-free drafter, in k
 """
 
 import argparse
-import statistics
 
 from experiments.lab import claims, experiment, plotting, recipes, tables
 
@@ -34,32 +33,20 @@ SYSTEMS = {
 }
 
 
-def run(options: argparse.Namespace, overrides: dict[str, object]) -> list[tables.Row]:
-    """Runs the recipe; a drafter learns after every rollout."""
-    if overrides["specdec.mode"] != "tlt":
-        return recipes.run(options.config, overrides)
-    settings = recipes.planned_settings(options.config, overrides, options.updates)
-    return recipes.run_planned(settings, lambda number: True)
-
-
 def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
-    """Runs the recipe one of the ways."""
+    """Runs the recipe one of the ways; a drafter learns after every rollout."""
     system = cell["system"]
     overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
+    if overrides["specdec.mode"] == "tlt":
+        settings = recipes.planned_settings(options.config, overrides, options.updates)
+        found = recipes.run_planned(settings, lambda number: True)
+    else:
+        found = recipes.run(options.config, overrides)
     rows, ready = [], 0
-    for row in run(options, overrides):
-        rows.append(
-            {
-                "system": system,
-                "seed": cell.seed,
-                "step": row["step"],
-                "tokens": row["rollout/tokens"],
-                "tokens_digest": row["rollout/tokens_digest"],
-                "row_steps": row["rollout/row_steps"],
-                "accept_length": row["specdec/accept_length"],
-                "ready": ready,
-            }
-        )
+    for row in found:
+        names = ("step", "tokens", "tokens_digest", "row_steps", "accept_length")
+        told = recipes.columns(row, *names)
+        rows.append({"system": system, "seed": cell.seed, **told, "ready": ready})
         # Known at the end of a step, it holds for the next one's rollout.
         ready = row.get("drafter/ready", 0)
     return rows
@@ -72,10 +59,7 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """
     ready = {(r["seed"], r["step"]) for r in rows if r["ready"]}
     early = [r for r in rows if (r["seed"], r["step"]) not in ready]
-    plain = {
-        (r["seed"], r["step"]): r["tokens_digest"]
-        for r in tables.where(rows, system="plain")
-    }
+    plain = tables.where(rows, system="plain")
     summary = []
     for system in SYSTEMS:
         its = tables.where(rows, system=system)
@@ -85,9 +69,7 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
                 "system": system,
                 "seeds": len({r["seed"] for r in its}),
                 "steps": len(its),
-                "steps_differing": sum(
-                    r["tokens_digest"] != plain[r["seed"], r["step"]] for r in its
-                ),
+                "steps_differing": tables.differing(its, plain, ("seed", "step")),
                 **_rates("tokens_per_row_step", its),
                 "early_steps": len(first),
                 **_rates("early_tokens_per_row_step", first),
@@ -100,11 +82,8 @@ def _rates(name: str, rows: list[tables.Row]) -> tables.Row:
     """Of all rows, and of the seed with the least and with the most."""
     each = map(_rate, tables.groups(rows, "seed").values())
     found = [rate for rate in each if rate is not None]
-    return {
-        name: _rate(rows),
-        f"{name}/min": min(found, default=None),
-        f"{name}/max": max(found, default=None),
-    }
+    least, most = min(found, default=None), max(found, default=None)
+    return {name: _rate(rows), f"{name}/min": least, f"{name}/max": most}
 
 
 def _rate(rows: list[tables.Row]) -> float | None:
@@ -117,16 +96,11 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     fig, axes = plotting.figure(
         "Before the drafter is ready", "RL step", "tokens per row and step", stamp
     )
+    rated = [row | {"rate": row["tokens"] / row["row_steps"]} for row in rows]
     for system, color in zip(SYSTEMS, plotting.COLORS, strict=False):
-        by_step = tables.groups(tables.where(rows, system=system), "step")
-        steps = [step for (step,) in by_step]
-        rates = [
-            [r["tokens"] / r["row_steps"] for r in its] for its in by_step.values()
-        ]
-        means = [statistics.mean(values) for values in rates]
-        axes.plot(steps, means, "o-", markersize=3, color=color, label=system)
-        least, most = [min(values) for values in rates], [max(v) for v in rates]
-        axes.fill_between(steps, least, most, color=color, alpha=0.15, linewidth=0)
+        its = tables.where(rated, system=system)
+        look = {"markersize": 3, "color": color, "label": system}
+        plotting.line(axes, its, "step", "rate", "o-", has_range=True, **look)
     axes.set_ylim(bottom=0)
     return fig
 

@@ -36,39 +36,33 @@ CASES = {
 }
 
 
-def run_of(options: argparse.Namespace, cell: tables.Cell) -> drafter_run.DrafterRun:
-    """Returns a case's recipe."""
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Trains a drafter and measures it."""
+    compile_cache.enable()
     recipe = recipes.recipe_of(options.config)
     case = CASES[cell["case"]]
-    updates = max(options.unrolled // UNROLLED[case["objective.name"]], 1)
+    unrolled = UNROLLED[case["objective.name"]]
     recipe.update_from_flattened_dict(
         {
             "objective.num_steps": None,
             "objective.token_loss": None,
             **case,
-            "num_steps": updates,
+            "num_steps": max(options.unrolled // unrolled, 1),
             "seed": cell.seed,
             "checkpoint.every": 0,
             "eval.every": 0,
             "log.progress": "off",
         }
     )
-    return drafter_run.load(recipe.to_dict())
-
-
-def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
-    """Trains a drafter and measures it."""
-    compile_cache.enable()
-    run = run_of(options, cell)
+    run = drafter_run.load(recipe.to_dict())
     with tempfile.TemporaryDirectory() as folder:
         found = train_drafter.train(run, pathlib.Path(folder))
-    case = CASES[cell["case"]]
     return [
         {
             "case": cell["case"],
             "seed": cell.seed,
             "updates": run.num_steps,
-            "unrolled": run.num_steps * UNROLLED[case["objective.name"]],
+            "unrolled": run.num_steps * unrolled,
             "depth": run.eval.depth,
             "accept_length/coupled": found["eval/coupled_accept_length"],
             "accept_length/deterministic": found["eval/deterministic_accept_length"],
@@ -80,17 +74,12 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Takes medians over seeds."""
     summary = []
     for (case,), its in tables.groups(rows, "case").items():
-        entry: tables.Row = {
-            "case": case,
-            "seeds": len(its),
-            "updates": its[0]["updates"],
-            "unrolled": its[0]["unrolled"],
-        }
+        entry: tables.Row = {"case": case, "seeds": len(its)}
+        entry |= {name: its[0][name] for name in ("updates", "unrolled")}
         for ranking in ("coupled", "deterministic"):
-            values = tables.column(its, f"accept_length/{ranking}")
-            entry[f"accept_length/{ranking}"] = statistics.median(values)
-            entry[f"accept_length/{ranking}/min"] = min(values)
-            entry[f"accept_length/{ranking}/max"] = max(values)
+            name = f"accept_length/{ranking}"
+            found = tables.column(its, name)
+            entry |= tables.spread(name, found, statistics.median)
         summary.append(entry)
     return summary
 
@@ -106,12 +95,8 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
             (-0.15, "deterministic", plotting.COLORS[1]),
         ):
             name = f"accept_length/{ranking}"
-            axes.plot(
-                [row[f"{name}/min"], row[f"{name}/max"]],
-                [place + shift] * 2,
-                "-",
-                color=color,
-            )
+            ends = [row[f"{name}/min"], row[f"{name}/max"]]
+            axes.plot(ends, [place + shift] * 2, "-", color=color)
             label = None if place else ranking
             axes.plot([row[name]], [place + shift], "o", color=color, label=label)
     names = [f"{r['case']} ({r['updates']} updates)" for r in reversed(summary)]

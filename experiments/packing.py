@@ -25,18 +25,16 @@ from tlt_jax.specdec.texts import layout as text_layout
 from tlt_jax.specdec.training import unroll
 
 SYSTEMS = ("packed", "longest", "padded")
-OPTIONS = (
-    *experiment.plain(
-        target="smollm2-135m",
-        draft_vocab=8192,
-        num_texts=48,
-        median_response=64,
-        row_tokens=512,
-        num_rows=4,
-        round_to=128,
-        unroll=2,
-        rounds=5,
-    ),
+OPTIONS = experiment.plain(
+    target="smollm2-135m",
+    draft_vocab=8192,
+    num_texts=48,
+    median_response=64,
+    row_tokens=512,
+    num_rows=4,
+    round_to=128,
+    unroll=2,
+    rounds=5,
 )
 
 

@@ -100,9 +100,8 @@ def measure(
     if name == DECODE:
         rows = tables.where(rows, temperature=0)
     metric, case = METRICS[name]
-    ours = {
-        row[case]: row[f"{metric}/median"] for row in tables.where(rows, system=OURS)
-    }
+    own = tables.where(rows, system=OURS)
+    ours = {row[case]: row[f"{metric}/median"] for row in own}
     return [
         {
             "experiment": name,
@@ -128,7 +127,11 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     }
     present = [name for name in titles if any(r["experiment"] == name for r in rows)]
     fig, panels = plotting.panels(
-        "How many times as fast ours is", len(present), stamp, width=5.4
+        "How many times as fast ours is",
+        [titles[name] for name in present],
+        stamp,
+        xlabel="times the peer's speed (black: down to the worst round)",
+        width=5.4,
     )
     peers = tables.values(rows, "peer")
     colors = dict(zip(peers, plotting.COLORS, strict=False))
@@ -147,8 +150,6 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
         axes.axvline(1, color=plotting.GREY, linewidth=0.8)
         axes.grid(visible=False)
         axes.margins(x=0.15)
-        axes.set_title(titles[name], loc="left", fontsize=10)
-        axes.set_xlabel("times the peer's speed (black: down to the worst round)")
     return fig
 
 
@@ -170,11 +171,7 @@ EXPERIMENT = experiment.Experiment(
             name: {key: told[key] for key in ("commit", "config_hash")}
             for name, (_, told) in context.items()
         },
-        **(
-            {name: getattr(options, name) for name in _SETTINGS}
-            if options.peers
-            else {}
-        ),
+        **{name: getattr(options, name) for name in _SETTINGS if options.peers},
     },
     context=read,
     cells={"experiment": (DECODE, STEP)},

@@ -28,6 +28,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -86,19 +87,6 @@ OPTIONS = (
 )
 
 
-def device_of(name: str) -> costs.Device:
-    """Returns a device's figures.
-
-    Raises:
-      ValueError: it is not known.
-    """
-    if name not in costs.DEVICES:
-        raise ValueError(
-            f"--device={name} is not known: use one of {', '.join(costs.DEVICES)}."
-        )
-    return costs.DEVICES[name]
-
-
 def model_of(name: str) -> costs.Model:
     """Returns a model's sizes, by name or from a Hugging Face configuration.
 
@@ -133,17 +121,16 @@ def model_of(name: str) -> costs.Model:
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredCosts(costs.RooflineCosts):
-    """Measured seconds of decode steps; the rest computed.
+    """Measured seconds of steps, by batch bucket and strategy; the rest computed.
 
-    Attributes:
-      steps: seconds by batch bucket and strategy.
+    They hold for any cache length.
     """
 
-    steps: tuple[tuple[costs.Kind, float], ...] = ()
+    steps: Mapping[costs.Kind, float] = dataclasses.field(default_factory=dict)
 
     def step_s(self, bucket, strategy, context) -> float:
-        """Looks the seconds up: they hold for any cache length."""
-        return costs.TableCosts(dict(self.steps)).step_s(bucket, strategy, context)
+        """See `TableCosts.step_s`."""
+        return costs.TableCosts(self.steps).step_s(bucket, strategy, context)
 
 
 def read_step_times(path: str) -> dict[costs.Kind, float]:
@@ -190,17 +177,21 @@ def check(options: argparse.Namespace) -> None:
         *("devices", "tensor", "per_host", "num_prompts", "group_size"),
         *("prompt_tokens", "max_tokens", "max_rows", "steps", "accept_depth"),
     ):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}={getattr(options, name)}: at least 1.")
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: at least 1.")
+    if options.device not in costs.DEVICES:
+        raise ValueError(
+            f"--device={options.device} is not known: use one of "
+            f"{', '.join(costs.DEVICES)}."
+        )
     if options.devices % options.tensor:
         raise ValueError(
             f"--devices={options.devices} cannot be divided into workers of "
             f"--tensor={options.tensor}: choose a divisor."
         )
     for name in ("learned", "lost"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"--{name}={getattr(options, name):g}: 0 to 1.")
+        if not 0 <= (value := getattr(options, name)) <= 1:
+            raise ValueError(f"--{name}={value:g}: 0 to 1.")
     if options.median <= 0 or options.sigma < 0:
         raise ValueError(
             f"--median={options.median:g} --sigma={options.sigma:g}: a median above 0 "
@@ -209,7 +200,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def acceptance_of(
-    options: argparse.Namespace, every: strategy_lib.Arms
+    options: argparse.Namespace, every: Collection[strategy_lib.Strategy]
 ) -> workload.Acceptance:
     """Returns how drafts fare: as the user says, or as published."""
     adapted = options.accept_length or published.ADAPTED
@@ -222,11 +213,12 @@ def acceptance_of(
     if not options.accept_length:
         scale = cluster_size.SCALE_7B
         return published.acceptance(every, scale, scale * (stale - 1) / (adapted - 1))
-    hazards = [
-        (workload.hazard_of(length, options.accept_depth),)
-        for length in (adapted, stale)
-    ]
-    return workload.Acceptance({None: hazards[0]}, {None: hazards[1]})
+    return workload.Acceptance(
+        *(
+            {None: (workload.hazard_of(length, options.accept_depth),)}
+            for length in (adapted, stale)
+        )
+    )
 
 
 def strategies_of(
@@ -248,16 +240,10 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
       ValueError: an option cannot be; the message names it.
     """
     check(options)
-    fit = published.fit()
-    machine = costs.RooflineCosts(
-        device_of(options.device),
-        model_of(options.model),
-        options.tensor,
-        level_s=fit.level_s,
-        flops_frac=fit.flops_frac,
+    machine = published.machine(
+        costs.DEVICES[options.device], model_of(options.model), options.tensor
     )
     arms, table = strategies_of(options)
-    every = strategy_lib.Arms(((1, tuple({*arms.strategies(), *table.strategies()})),))
     if options.step_times:
         steps = read_step_times(options.step_times)
         lacking = [
@@ -272,8 +258,7 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
                 f"{' and others' if len(lacking) > 6 else ''}: measure them, lower "
                 f"--max-rows={options.max_rows}, or name fewer --strategies."
             )
-        fields = {f.name: getattr(machine, f.name) for f in dataclasses.fields(machine)}
-        machine = MeasuredCosts(**fields, steps=tuple(steps.items()))
+        machine = MeasuredCosts(**vars(machine), steps=steps)
     lengths = None
     if options.lengths:
         found = workload.read_lengths(pathlib.Path(options.lengths))
@@ -286,60 +271,33 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
     count = options.num_prompts * options.group_size
 
     def responses(step):
-        rng = np.random.default_rng((options.seed, step))
         if lengths is not None:
+            rng = np.random.default_rng((options.seed, step))
             drawn = rng.choice(lengths, size=count)
         else:
-            drawn = workload.log_normal(
-                rng,
-                count,
-                median=options.median,
-                sigma=options.sigma,
-                most=options.max_tokens,
-            )
+            law = (options.median, options.sigma, options.max_tokens)
+            drawn = cluster_size.lengths_of(step, count, options.seed, *law)
         return workload.grouped(drawn, options.group_size, options.prompt_tokens)
 
-    def rest_s(tokens):
-        return machine.update_s(
-            tokens,
-            options.devices,
-            passes=cluster_size.PASSES,
-            exchange_s=cluster_size.EXCHANGE_S,
-        )
-
     return rl_step.Scenario(
-        cfg=cluster_records.ClusterConfig(
-            num_workers=options.devices // options.tensor,
-            workers_per_place=max(options.per_host // options.tensor, 1),
+        cfg=cluster_size.config_of(
+            machine,
+            options.devices,
+            per_host=options.per_host,
             max_rows=options.max_rows,
-            num_pages=cluster_size.num_pages_of(machine),
-            page_size=cluster_size.PAGE_SIZE,
-            steps_per_call=cluster_size.STEPS_PER_CALL,
             max_new_tokens=options.max_tokens,
         ),
         costs=machine,
-        acceptance=acceptance_of(options, every),
+        acceptance=acceptance_of(options, {*arms.strategies(), *table.strategies()}),
         arms=arms,
         table=table,
         threshold=cluster_size.THRESHOLD,
         responses=responses,
-        rest_s=rest_s,
-        drafter=cluster_records.Drafter(
-            learned=options.learned if options.stale_accept_length else 0.0,
-            lost=options.lost if options.stale_accept_length else 0.0,
-        ),
+        rest_s=cluster_size.rest_of(machine, options.devices),
+        drafter=cluster_records.Drafter(learned=options.learned, lost=options.lost)
+        if options.stale_accept_length
+        else cluster_records.Drafter(),
     )
-
-
-def plan(options: argparse.Namespace) -> list[tables.Row]:
-    """Simulates every system; returns a row for each."""
-    scenario = scenario_of(options)
-    summary, reference = [], []
-    for system in (rl_step.OFF, rl_step.PAPER, rl_step.OURS):
-        rows = rl_step.run(scenario, system, options.steps, options.seed)
-        reference = reference or rows
-        summary.append({"system": system, **rl_step.totals(rows, reference)})
-    return summary
 
 
 def verdict(summary: list[tables.Row]) -> str:
@@ -361,9 +319,10 @@ def verdict(summary: list[tables.Row]) -> str:
 
 
 def plan_and_tell(options: argparse.Namespace) -> list[tables.Row]:
-    """Plans; prints and returns the table."""
+    """Simulates every system; prints and returns a row for each."""
     try:
-        summary = plan(options)
+        found = rl_step.compare(scenario_of(options), options.steps, options.seed)
+        summary = [{"system": system, **totals} for system, totals in found]
     except ValueError as error:
         sys.exit(f"planner: {error}")
     print(tables.shown(summary))

@@ -40,29 +40,26 @@ PUBLISHED_GB = {
 }
 
 
-def compiled(config: str, case: str) -> tables.Row:
-    """Compiles an engine's programs; returns what they are."""
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Compiles an engine's programs of one case."""
+    case = cell["case"]
     run = recipes.settings_of(
-        config, {**CASES[case], "num_steps": 1, "pretrain.steps": 1}
+        options.config, {**CASES[case], "num_steps": 1, "pretrain.steps": 1}
     )
     jax.config.update("jax_enable_compilation_cache", False)
     with recipes.begun(run) as trainer:
         (engine,) = trainer.parts.workers.engines
         engine.warm_up(wait=True)
         stats = engine.pool.stats
-        return {
+        row = {
+            "case": case,
             "programs": stats.num_compiled,
             "code_bytes": stats.code_bytes,
             "scratch_bytes": stats.temp_bytes,
             "compile_s": stats.compile_s,
+            "published_gb": PUBLISHED_GB.get(case),
         }
-
-
-def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
-    """Compiles the programs of one case."""
-    case = cell["case"]
-    found = compiled(options.config, case)
-    return [{"case": case, **found, "published_gb": PUBLISHED_GB.get(case)}]
+    return [row]
 
 
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
@@ -76,7 +73,7 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     # Compilers for CPUs do not tell the size of their code.
     told = [entry for entry in told if any(row[entry[0]] for row in rows)]
     fig, panels = plotting.panels(
-        "Compiled programs of an engine", len(told), stamp, width=3.6
+        "Compiled programs of an engine", [""] * len(told), stamp, width=3.6
     )
     names = [row["case"].replace(", ", ",\n") for row in rows]
     for axes, (column, label, scale) in zip(panels, told, strict=True):

@@ -46,13 +46,7 @@ class Recipe:
         run: config_lib.RunConfig,
         devices: Sequence[Any],
     ):
-        """Makes learner, weight sync and engine without weights.
-
-        Args:
-          model: the policy.
-          run: the recipe.
-          devices: of the slice, at least as many as the mesh has.
-        """
+        """Makes learner, weight sync and engine of a policy without weights."""
         self.model, self.run = model, run
         self.mesh = sharding.make_mesh(
             run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices=devices

@@ -14,6 +14,7 @@ import argparse
 from experiments.lab import claims, experiment, plotting, recipes, tables
 
 RECIPE = "configs/tiny.py:count"
+SAME = ("reward", "loss", "tokens_digest")
 SYSTEMS = {"off": {"specdec.mode": "off"}, "on": recipes.DRAFTER}
 
 
@@ -22,34 +23,23 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     system = cell["system"]
     overrides = {"num_steps": options.steps, "seed": cell.seed, **SYSTEMS[system]}
     return [
-        {
-            "system": system,
-            "seed": cell.seed,
-            "step": row["step"],
-            "reward": row["reward/mean"],
-            "loss": row["policy/loss"],
-            "tokens_digest": row["rollout/tokens_digest"],
-            "accept_length": row["specdec/accept_length"],
-        }
+        {"system": system, "seed": cell.seed}
+        | recipes.columns(row, "step", *SAME, "accept_length")
         for row in recipes.run(options.config, overrides)
     ]
 
 
 def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Compares both systems step by step, for each seed."""
-    found = {(r["system"], r["seed"], r["step"]): r for r in rows}
     summary = []
     for seed in tables.values(rows, "seed"):
-        off = tables.where(rows, system="off", seed=seed)
-        pairs = [(r, found["on", seed, r["step"]]) for r in off]
+        off, on = (tables.where(rows, system=s, seed=seed) for s in SYSTEMS)
+        pairs = list(zip(off, on, strict=True))
         summary.append(
             {
                 "seed": seed,
                 "steps": len(pairs),
-                "steps_differing": sum(
-                    any(a[n] != b[n] for n in ("reward", "loss", "tokens_digest"))
-                    for a, b in pairs
-                ),
+                "steps_differing": tables.differing(on, off, ("step",), SAME),
                 "reward_gap_max": max(abs(a["reward"] - b["reward"]) for a, b in pairs),
                 "reward_first": pairs[0][0]["reward"],
                 "reward_last": pairs[-1][0]["reward"],
@@ -68,15 +58,13 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     for seed, color in zip(seeds, plotting.COLORS, strict=False):
         for system, style, width in (("off", "-", 3.5), ("on", "--", 1.2)):
             its = tables.where(rows, system=system, seed=seed)
-            axes.plot(
-                tables.column(its, "step"),
-                tables.column(its, "reward"),
-                style,
-                color=color if system == "off" else "black",
-                alpha=0.5 if system == "off" else 1.0,
-                linewidth=width,
-                label=f"{system}, seed {seed}",
+            look = (
+                {"color": color, "alpha": 0.5}
+                if system == "off"
+                else {"color": "black"}
             )
+            look |= {"linewidth": width, "label": f"{system}, seed {seed}"}
+            plotting.line(axes, its, "step", "reward", style, **look)
     axes.set_ylim(0, 1)
     return fig
 

@@ -92,13 +92,7 @@ def by_turns(
 
 
 def main(run: config.RunConfig, directory: pathlib.Path, rounds: int) -> None:
-    """Takes the turns; the first process writes what came of them.
-
-    Args:
-      run: the recipe.
-      directory: the workdir.
-      rounds: turns of each kind, for each RL step.
-    """
+    """Takes so many turns of each kind, for each RL step; the first process writes."""
     host_memory.keep_freed()
     distributed.initialize()
     cpu_devices.prepare(run)

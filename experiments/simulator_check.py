@@ -56,6 +56,14 @@ SIZES = {
     "steps_per_call": 32,
     "max_new_tokens": MAX_NEW_TOKENS,
 }
+# What is simulated, and what the run recorded of it.
+_OBSERVED = {
+    "rollout_s": "time/rollout_s",
+    "decode_steps": "rollout/decode_steps",
+    "idle_s": "workers/idle_s",
+    "trained_s": "workers/trained_s",
+    "drafter_steps": "drafter/num_steps",
+}
 # Of seconds at one row in those at two; the best is found by the workers' idle time.
 RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -98,12 +106,7 @@ def simulate(
 ) -> list[tables.Row]:
     """Simulates the rollouts of a run's steps, one after the other.
 
-    Args:
-      system: whose.
-      steps: of the run.
-      tables: of each step, what it costs.
-      drafted: of each step, by round, how drafts fare in the responses.
-      seed: of the tuner.
+    Each step has its own table of costs and, by round, how drafts fare in the texts.
     """
     tuner = acceptance = None
     if system != "off":
@@ -132,16 +135,8 @@ def simulate(
     return rows
 
 
-def observed(step: recorded.Step) -> tables.Row:
-    """Returns what the run recorded of the same."""
-    values = step.values
-    return {
-        "rollout_s": values["time/rollout_s"],
-        "decode_steps": values["rollout/decode_steps"],
-        "idle_s": values["workers/idle_s"],
-        "trained_s": values["workers/trained_s"],
-        "drafter_steps": values.get("drafter/num_steps", 0),
-    }
+def _strategy(system: str) -> strategy_lib.Strategy | None:
+    return None if system == "off" else STRATEGY
 
 
 def table_of(
@@ -151,8 +146,7 @@ def table_of(
     plain: costs.TableCosts | None = None,
 ) -> costs.TableCosts:
     """Calibrates costs on steps; those of plain steps are of a run with all off."""
-    strategy = None if system == "off" else STRATEGY
-    table = recorded.calibrated(steps, strategy, ratio)
+    table = recorded.calibrated(steps, _strategy(system), ratio)
     if plain is not None:
         table = dataclasses.replace(table, steps={**plain.steps, **table.steps})
     return table
@@ -162,8 +156,7 @@ def at_its_speed(
     table: costs.TableCosts, system: str, step: recorded.Step
 ) -> costs.TableCosts:
     """Returns the costs of a machine as fast as it was during the step."""
-    strategy = None if system == "off" else STRATEGY
-    one_s, two_s = (table.steps[rows, strategy] for rows in (1, 2))
+    one_s, two_s = (table.steps[rows, _strategy(system)] for rows in (1, 2))
     expected_s = recorded.decode_s(step, one_s, two_s)
     return table.times(step.values["rollout/decode_s"] / expected_s)
 
@@ -199,8 +192,8 @@ def ratios(
     table = np.asarray(errors)
     # The first step, which is not compared, is nowhere among the others.
     table[:, 0] = 0.0
-    best = [np.argmin(table.sum(axis=1) - of_step) for of_step in table.T]
-    return [RATIOS[int(n)] for n in best]
+    best = np.argmin(table.sum(axis=1, keepdims=True) - table, axis=0)
+    return [RATIOS[n] for n in best]
 
 
 class Runs:
@@ -227,13 +220,9 @@ def compare(
     plain: costs.TableCosts | None,
     seeds: int,
 ) -> list[tables.Row]:
-    """Predicts each step but the first from the others.
+    """Predicts each step but the first from the others, with texts drawn by each seed.
 
-    Args:
-      system: whose run.
-      steps: of it.
-      plain: costs of plain steps; None: of the run itself.
-      seeds: repetitions, with other texts drawn.
+    `plain`: costs of plain steps; None: those of the run itself.
     """
     others = others_of(steps)
     tables = [
@@ -262,14 +251,10 @@ def compare(
             chosen = own_speed if given == SPEED else tables
             runs.append(simulate(system, steps, chosen, texts, seed))
         for number, step in enumerate(steps[1:], 1):
-            row: tables.Row = {
-                "system": system,
-                "given": given,
-                "step": step.step,
-                "responses": step.num_responses,
-            }
-            for name, value in observed(step).items():
-                row[f"{name}/run"] = value
+            row: tables.Row = {"system": system, "given": given}
+            row |= {"step": step.step, "responses": step.num_responses}
+            for name, of_run in _OBSERVED.items():
+                row[f"{name}/run"] = step.values.get(of_run, 0)
                 row[name] = statistics.mean(run[number][name] for run in runs)
             row["ratio"] = row["rollout_s"] / row["rollout_s/run"]
             rows.append(row)
@@ -299,23 +284,23 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     titles = {LENGTHS: "given: lengths", SPEED: "given: lengths, drafts, speed"}
     names = {"off": "everything off", "frozen": "a frozen drafter", "tlt": "all on"}
     fig, panels = plotting.panels(
-        "Simulated against recorded rollouts, RL step by RL step", len(titles), stamp
+        "Simulated against recorded rollouts, RL step by RL step",
+        list(titles.values()),
+        stamp,
+        xlabel="recorded, seconds",
+        ylabel="simulated, seconds",
     )
     seconds = [row[name] for row in rows for name in ("rollout_s/run", "rollout_s")]
     ends = [min(seconds) / 1.2, max(seconds) * 1.2]
-    for axes, (given, title) in zip(panels, titles.items(), strict=True):
+    for axes, given in zip(panels, titles, strict=True):
         bounds = [[end * (1 + sign * TOLERANCE) for end in ends] for sign in (-1, 1)]
         axes.fill_between(ends, *bounds, color=plotting.PALE, label="within 10 %")
         for (system, name), color, marker in zip(
             names.items(), plotting.COLORS, "osx", strict=False
         ):
             its = tables.where(rows, system=system, given=given)
-            found = tables.column(its, "rollout_s")
-            recorded_s = tables.column(its, "rollout_s/run")
-            axes.plot(recorded_s, found, marker, color=color, label=name)
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("recorded, seconds")
-        axes.set_ylabel("simulated, seconds")
+            both = (tables.column(its, n) for n in ("rollout_s/run", "rollout_s"))
+            axes.plot(*both, marker, color=color, label=name)
         axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([1, 2, 5, 10, 20, 40], list("125") + ["10", "20", "40"])

@@ -143,12 +143,12 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
         plain = {r["round"]: r["step_ms"] for r in tables.where(batch, system=PLAIN)}
         step_costs = sorted(row["step_ms"] / plain[row["round"]] for row in same)
         middle = len(same) // 2
-        entry["accept_length"] = sum(r["accept_length"] for r in same) / len(same)
-        entry["mean_rows"] = sum(row["mean_rows"] for row in same) / len(same)
-        entry["step_ms"] = sorted(row["step_ms"] for row in same)[middle]
+        for name in ("accept_length", "mean_rows"):
+            entry[name] = sum(tables.column(same, name)) / len(same)
+        entry["step_ms"] = sorted(tables.column(same, "step_ms"))[middle]
         entry["step_cost"] = step_costs[middle]
-        entry["num_tokens"] = sum(row["num_tokens"] for row in same)
-        entry["rows_differing"] = sum(row["rows_differing"] for row in same)
+        for name in ("num_tokens", "rows_differing"):
+            entry[name] = sum(tables.column(same, name))
         if entry["system"] != PLAIN:
             # `summarise` states the advantage of the reference.
             entry["speedup"] = 1 / entry.pop("tokens_per_s/times")
@@ -161,7 +161,7 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws speedups and their bounds: at batch 1 by strategy, then by batch size."""
     chosen = [row for row in summary if row["system"] != PLAIN]
     fig, (left, right) = plotting.panels(
-        "Speculation against plain decoding of the same tokens", 2, stamp
+        "Speculation against plain decoding of the same tokens", ["", ""], stamp
     )
     fewest = min(row["batch"] for row in chosen)
     few = [row for row in chosen if row["batch"] == fewest]
@@ -181,8 +181,7 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
 
 
 def _plot_bounded(axes: axes_lib.Axes, names: list[str], rows: list[tables.Row]):
-    speedups = [row["speedup"] for row in rows]
-    lengths = [row["accept_length"] for row in rows]
+    speedups, lengths = (tables.column(rows, n) for n in ("speedup", "accept_length"))
     places = range(len(names))
     axes.plot(places, lengths, "--", color=plotting.GREY, label="accept length (bound)")
     axes.plot(places, speedups, "o-", color=plotting.COLORS[0], label="measured")

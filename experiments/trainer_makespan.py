@@ -61,10 +61,9 @@ _SUMS += ("drafter_steps", "tokens")
 def check(options: argparse.Namespace) -> None:
     """Refuses numbers of processes among which workers cannot be divided."""
     options.processes = [int(number) for number in options.processes.split(",")]
+    settings = settings_of(options)
     for processes in options.processes:
-        recipes.check_processes(
-            processes, options.config, settings_of(options), "--processes"
-        )
+        recipes.check_processes(processes, options.config, settings, "--processes")
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, str]:
@@ -128,16 +127,11 @@ def measure(
     processes = cell["processes"]
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder)
-        recipes.start(
-            recipes.command_of(
-                rollout_turns.__name__,
-                processes,
-                options.config,
-                settings_of(options),
-                workdir,
-                [f"--rounds={options.rounds}"],
-            )
+        command = recipes.command_of(
+            *(rollout_turns.__name__, processes, options.config),
+            *(settings_of(options), workdir, [f"--rounds={options.rounds}"]),
         )
+        recipes.start(command)
         return [row | context for row in turns_of(workdir, processes)]
 
 
@@ -259,10 +253,9 @@ EXPERIMENT = experiment.Experiment(
     ),
     check=check,
     settings=lambda options: {
-        "set": {
-            key: provenance.without_paths(value)
-            for key, value in experiment.parse_pairs(options.set, "set").items()
-        },
+        "set": provenance.settings_without_paths(
+            experiment.parse_pairs(options.set, "set")
+        ),
     },
     constants={"environment": recipes.ENVIRONMENT},
     context=bound_of,

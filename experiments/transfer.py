@@ -16,9 +16,8 @@ that was adapted to another task's RL, in kind.
 import argparse
 import contextlib
 import functools
-import hashlib
-import itertools
 import json
+import operator
 import pathlib
 import random
 import shutil
@@ -28,7 +27,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.lab import experiment, plotting, recipes, tables
+from experiments.lab import (
+    experiment,
+    plotting,
+    provenance,
+    recipes,
+    speculation_setting,
+    tables,
+)
 from tlt_jax import config, policy, speculation, train_drafter, types
 from tlt_jax.rl.tasks import generated, scratch_model
 from tlt_jax.runtime import compile_cache
@@ -138,14 +144,12 @@ class World:
         """Trains a drafter, unless it is there; returns its workdir."""
         workdir = self.folder / trained_on
         started = self.options.start_updates
-        if trained_on == START:
-            names, updates = [*TASKS], started
-        else:
-            names = [*TASKS] if trained_on == ALL else [trained_on]
-            updates = started + self.options.updates
+        names = [trained_on] if trained_on in TASKS else [*TASKS]
+        updates = started
         if (workdir / "drafter").exists():
             return workdir
         if trained_on != START:
+            updates += self.options.updates
             # What resuming reads: the drafter and its optimizer.
             kept = pathlib.Path("checkpoints")
             shutil.copytree(self.folder / START / kept, workdir / kept)
@@ -174,14 +178,9 @@ class World:
         drawn = dict(TASKS[name](rng) for _ in range(20 * self.options.prompts))
         held_out = [q for q in drawn if generated.held_out(q, HELD_OUT_FRAC)]
         prompts = [self.policy.tokenizer.encode_prompt(q) for q in held_out]
-        return [
-            types.Request(
-                i, i % len(prompts), i // len(prompts), prompt, MAX_NEW_TOKENS
-            )
-            for i, prompt in zip(
-                range(self.options.prompts), itertools.cycle(prompts), strict=False
-            )
-        ]
+        return speculation_setting.requests_of(
+            prompts, self.options.prompts, MAX_NEW_TOKENS
+        )
 
     def measure(self, trained_on: str) -> list[tables.Row]:
         """Answers every task's held-out questions with a drafter."""
@@ -209,9 +208,7 @@ class World:
                         "prompts": len(drawn),
                         "tokens": stats.num_tokens,
                         "accept_length": stats.accept_length,
-                        "tokens_digest": hashlib.sha256(
-                            repr(drawn).encode()
-                        ).hexdigest()[:12],
+                        "tokens_digest": provenance.digest(repr(drawn)),
                     }
                 )
         return rows
@@ -231,34 +228,24 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     found = {
         (r["trained_on"], r["measured_on"], r["seed"]): r["accept_length"] for r in rows
     }
-    digests = {
-        (r["measured_on"], r["seed"]): r["tokens_digest"]
-        for r in tables.where(rows, trained_on=START)
-    }
+    first = tables.where(rows, trained_on=START)
     summary = []
     grouped = tables.groups(rows, "trained_on", "measured_on")
     for (trained_on, measured_on), its in grouped.items():
         seeds, lengths = (tables.column(its, n) for n in ("seed", "accept_length"))
         starts = [found[START, measured_on, seed] for seed in seeds]
         own = [found[measured_on, measured_on, seed] for seed in seeds]
-        ratios = [a / b for a, b in zip(lengths, starts, strict=True)]
+        ratios = list(map(operator.truediv, lengths, starts))
         summary.append(
             {
                 "trained_on": trained_on,
                 "measured_on": measured_on,
                 "seeds": len(seeds),
-                "accept_length": statistics.mean(lengths),
-                "accept_length/min": min(lengths),
-                "accept_length/max": max(lengths),
+                **tables.spread("accept_length", lengths),
                 "of_start": statistics.mean(ratios),
                 "of_start/min": min(ratios),
-                "of_own": statistics.mean(
-                    a / b for a, b in zip(lengths, own, strict=True)
-                ),
-                "differing": sum(
-                    r["tokens_digest"] != digests[r["measured_on"], r["seed"]]
-                    for r in its
-                ),
+                "of_own": statistics.mean(map(operator.truediv, lengths, own)),
+                "differing": tables.differing(its, first, ("measured_on", "seed")),
             }
         )
     return summary
@@ -276,14 +263,13 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     kinds = tables.values(summary, "trained_on")
     width = 0.8 / len(kinds)
     for number, (kind, color) in enumerate(zip(kinds, plotting.COLORS, strict=False)):
-        its = {r["measured_on"]: r for r in summary if r["trained_on"] == kind}
-        shift = (number - (len(kinds) - 1) / 2) * width
-        places = [place + shift for place in range(len(names))]
+        its = tables.where(summary, trained_on=kind)
+        places = np.arange(len(names)) + (number - (len(kinds) - 1) / 2) * width
         values, low, high = (
-            [its[name][f"accept_length{end}"] for name in names]
+            np.array(tables.column(its, f"accept_length{end}"))
             for end in ("", "/min", "/max")
         )
-        spread = [np.subtract(values, low), np.subtract(high, values)]
+        spread = [values - low, high - values]
         label = kind if kind == START else f"then on {kind}"
         axes.bar(places, values, 0.9 * width, yerr=spread, color=color, label=label)
     axes.set_xticks(range(len(names)), names)

@@ -36,6 +36,7 @@ ACCELERATOR_ARMS = (
 )
 # Of the drafters in a trace, by the part of the run that is over.
 _SCHEDULE = ((0.0, 0), (0.1, 1), (0.2, 2), (0.3, 3), (0.6, 1), (0.7, 2), (0.8, 3))
+_MEANS = ("times_oracle", "best_frac", "think_us")
 _COLORS = dict(
     zip(
         (OURS, "table", FORGETFUL, REFERENCE, "static", "threshold", "plain"),
@@ -97,23 +98,18 @@ def recorded(
     trace: trace_file.Trace, options: argparse.Namespace, name: str = "recorded"
 ) -> World:
     """Makes the world of a trace: its first bucket's arms and the others'."""
-    by_bucket: dict[int, list[strategy_lib.Strategy]] = {}
-    for bucket, strategy in trace.step_s:
-        by_bucket.setdefault(bucket, [])
-        if strategy is not None:
-            by_bucket[bucket].append(strategy)
-    entries = []
-    for bucket, strategies in sorted(by_bucket.items()):
-        strategies.sort(key=lambda s: s.draft_depth)
-        entries.append(f"{bucket}:{','.join(map(str, strategies))}")
-    widest = sorted(by_bucket[max(by_bucket)], key=lambda s: s.draft_depth)
-    middle, shallow = str(widest[len(widest) // 2]), str(widest[0])
+    by_bucket: dict[int, list[strategy_lib.Strategy]] = {b: [] for b, _ in trace.step_s}
+    drafted = [kind for kind in trace.step_s if kind[1] is not None]
+    for bucket, strategy in sorted(drafted, key=lambda kind: kind[1].draft_depth):
+        by_bucket[bucket].append(strategy)
+    entries = [f"{b}:{','.join(map(str, by_bucket[b]))}" for b in sorted(by_bucket)]
     max_rows = max(by_bucket)
+    widest = by_bucket[max_rows]
+    middle, shallow = str(widest[len(widest) // 2]), str(widest[0])
 
     def make(seed):
-        machine = arm_replay.Machine(
-            dict(trace.step_s), strategy_lib.parse_arms(entries), max_rows, 32
-        )
+        arms = strategy_lib.parse_arms(entries)
+        machine = arm_replay.Machine(dict(trace.step_s), arms, max_rows)
         return machine, recorded_rollouts(trace, options, seed)
 
     few = max(max_rows // 4, 1)
@@ -147,7 +143,6 @@ def simulated(
     arms: tuple[str, ...],
     threshold: int,
     table: tuple[str, ...],
-    drift: simulated_arms.Drift,
     options: argparse.Namespace,
 ) -> World:
     """Makes a world that is made up."""
@@ -155,9 +150,9 @@ def simulated(
     max_rows = parsed.entries[-1][0]
 
     def make(seed):
-        machine = simulated_arms.machine(costs, parsed, max_rows, 32, seed)
+        machine = simulated_arms.machine(costs, parsed, seed)
         rollouts = simulated_arms.rollouts(
-            drift,
+            simulated_arms.Drift(),
             num_rollouts=options.rollouts,
             num_texts=options.texts * max(max_rows // 8, 1),
             median_tokens=80,
@@ -172,7 +167,6 @@ def simulated(
 
 def worlds(options: argparse.Namespace) -> list[World]:
     """Lists what tuners are replayed against."""
-    drift = simulated_arms.Drift()
     trace = trace_file.given(options)
     *_, trained = trace.lifetimes.items()
     settled = dataclasses.replace(trace, lifetimes=dict([trained]))
@@ -185,7 +179,6 @@ def worlds(options: argparse.Namespace) -> list[World]:
             CPU_ARMS,
             4,
             ("2:D7K1V8", "8:D3K1V4"),
-            drift,
             options,
         ),
         simulated(
@@ -194,50 +187,41 @@ def worlds(options: argparse.Namespace) -> list[World]:
             ACCELERATOR_ARMS,
             32,
             ("16:D7K1V8", "64:D3K1V4"),
-            drift,
             options,
         ),
     ]
 
 
-def run(world: World, seed: int) -> tuple[list[tables.Row], list[tables.Row]]:
+def measure(context: list[World], cell: tables.Cell) -> dict[str, list[tables.Row]]:
     """Replays all tuners; returns a row of each, and its regret after each rollout."""
-    machine, rollouts = world.make(seed)
-    oracle = list(arm_replay.replay(machine, rollouts, None, seed))
+    (world,) = [world for world in context if world.name == cell["world"]]
+    machine, rollouts = world.make(cell.seed)
+    oracle = list(arm_replay.replay(machine, rollouts, None, cell.seed))
     oracle_s = sum(choice.seconds for choice in oracle)
     rows, curves = [], []
-    for name, made in world.tuners(seed).items():
+    for name, made in world.tuners(cell.seed).items():
         timed = Timed(made)
-        choices = list(arm_replay.replay(machine, rollouts, timed, seed))
-        regret_s = np.cumsum([choice.regret_s for choice in choices])
+        choices = list(arm_replay.replay(machine, rollouts, timed, cell.seed))
         total_s = sum(choice.seconds for choice in choices)
-        about = {"world": world.name, "tuner": name, "seed": seed}
+        about = {"world": world.name, "tuner": name, "seed": cell.seed}
         curves += [
             about | {"rollout": number, "regret_s": round(float(value), 3)}
             for number, value in enumerate(by_rollout(choices))
         ]
+        best = [choice.call.strategy == choice.best for choice in choices]
         rows.append(
             about
             | {
                 "num_calls": len(choices),
                 "num_tokens": sum(choice.call.num_tokens for choice in choices),
-                "regret_s": float(regret_s[-1]),
+                "regret_s": float(sum(choice.regret_s for choice in choices)),
                 "total_s": total_s,
                 "oracle_s": oracle_s,
                 "times_oracle": total_s / oracle_s,
-                "best_frac": float(
-                    np.mean([c.call.strategy == c.best for c in choices])
-                ),
+                "best_frac": float(np.mean(best)),
                 "think_us": 1e6 * timed.seconds / len(choices),
             }
         )
-    return rows, curves
-
-
-def measure(context: list[World], cell: tables.Cell) -> dict[str, list[tables.Row]]:
-    """Replays all tuners in one world."""
-    (world,) = [world for world in context if world.name == cell["world"]]
-    rows, curves = run(world, cell.seed)
     return {tables.ROWS: rows, "curves": curves}
 
 
@@ -265,10 +249,8 @@ class Timed:
 
 def by_rollout(choices: Sequence[arm_replay.Choice]) -> np.ndarray:
     """Adds regret up over rollouts, from 0 on."""
-    sums = np.zeros(choices[-1].rollout + 2)
-    for choice in choices:
-        sums[choice.rollout + 1] += choice.regret_s
-    return np.cumsum(sums)
+    numbers = [choice.rollout + 1 for choice in choices]
+    return np.cumsum(np.bincount(numbers, [choice.regret_s for choice in choices]))
 
 
 def summarise(rows: Sequence[tables.Row]) -> list[tables.Row]:
@@ -277,22 +259,20 @@ def summarise(rows: Sequence[tables.Row]) -> list[tables.Row]:
     summary = []
     for (world, name), same in tables.groups(rows, "world", "tuner").items():
         ratios = [r["regret_s"] / regrets[world, REFERENCE, r["seed"]] for r in same]
-
-        def mean(key, same=same):
-            return float(np.mean([row[key] for row in same]))
-
+        regret_s, total_s, *others = (
+            float(np.mean(tables.column(same, key)))
+            for key in ("regret_s", "total_s", *_MEANS)
+        )
         summary.append(
             {
                 "world": world,
                 "tuner": name,
                 "seeds": len(same),
-                "regret_s": mean("regret_s"),
-                "regret_frac": mean("regret_s") / mean("total_s"),
+                "regret_s": regret_s,
+                "regret_frac": regret_s / total_s,
                 "of_beg_mab": float(np.mean(ratios)),
                 "of_beg_mab_max": max(ratios),
-                "times_oracle": mean("times_oracle"),
-                "best_frac": mean("best_frac"),
-                "think_us": mean("think_us"),
+                **dict(zip(_MEANS, others, strict=True)),
             }
         )
     return summary
@@ -302,24 +282,23 @@ def plot(curves: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws the regret over a run: the mean of the seeds, and their range."""
     names = tables.values(curves, "world")
     fig, panels = plotting.panels(
-        "Regret against the oracle of each call", len(names), stamp, height=4.4
+        "Regret against the oracle of each call",
+        names,
+        stamp,
+        xlabel="rollouts",
+        ylabel="regret, s",
+        height=4.4,
     )
     for axes, world in zip(panels, names, strict=True):
         its = tables.where(curves, world=world)
         for name, color in _COLORS.items():
             drawn = [r for r in tables.where(its, tuner=name) if r["rollout"]]
-            seeds = tables.groups(drawn, "seed").values()
-            stacked = np.array([tables.column(of, "regret_s") for of in seeds])
-            steps = np.arange(stacked.shape[1]) + 1
             style = "--" if name == FORGETFUL else "-"
-            label = name if axes is panels[0] else None
-            axes.plot(steps, stacked.mean(axis=0), style, color=color, label=label)
-            low, high = stacked.min(axis=0), stacked.max(axis=0)
-            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+            look = {"color": color, "label": name if axes is panels[0] else None}
+            plotting.line(
+                axes, drawn, "rollout", "regret_s", style, has_range=True, **look
+            )
         axes.set_yscale("log")
-        axes.set_title(world, loc="left", fontsize=10)
-        axes.set_xlabel("rollouts")
-    panels[0].set_ylabel("regret, s")
     return fig
 
 

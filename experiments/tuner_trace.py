@@ -12,6 +12,7 @@ these, linear in the weights, which stand for the course of its training.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -81,14 +82,9 @@ def tuned_engine(
 ) -> engine_lib.Engine:
     """Makes an engine that `tuner` guides."""
     options = setting.options
+    entries = ((limit, (s,)) for limit, s in enumerate(arms.strategies(), start=1))
     speculator_cfg = dataclasses.replace(
-        setting.drafter.speculator_cfg,
-        table=strategy_lib.Arms(
-            tuple(
-                (limit, (strategy,))
-                for limit, strategy in enumerate(arms.strategies(), start=1)
-            )
-        ),
+        setting.drafter.speculator_cfg, table=strategy_lib.Arms(tuple(entries))
     )
     return setting.policy.engine(
         max_rows=options.max_rows,
@@ -119,23 +115,18 @@ def record_steps(
     engine: engine_lib.Engine,
     tuner: RoundRobin,
     texts: shards.Shards,
-    *,
-    fewest_calls: int,
-    new_tokens: int,
-    seed: int,
-) -> list[tuner_lib.Call]:
+    options: argparse.Namespace,
+) -> None:
     """Answers prompts until every arm of every bucket has its calls."""
-    max_rows = engine.engine_cfg.max_rows
-    for bucket in reversed(scheduler.buckets(max_rows)):
+    for bucket in reversed(scheduler.buckets(options.max_rows)):
         number = 0
-        while tuner.fewest(bucket) <= fewest_calls:
-            requests = requests_of(texts, bucket, new_tokens)
+        while tuner.fewest(bucket) <= options.calls:
+            requests = requests_of(texts, bucket, options.new_tokens)
             started = time.perf_counter()
-            engine.run(requests, seed + number)
+            engine.run(requests, 1000 + number)
             took = time.perf_counter() - started
             print(f"bucket {bucket}, run {number}: {took:.1f} s", flush=True)
             number += 1
-    return tuner.calls
 
 
 def step_seconds(
@@ -158,31 +149,17 @@ def measure_lifetimes(
     indices: list[int],
     max_levels: int,
 ) -> dict[str, list[np.ndarray]]:
-    """Counts accepted drafts at every position of texts; see `arm_replay.Text`.
-
-    Args:
-      versions: drafters by name.
-      cfg, target: of all of them.
-      texts: read at `indices`.
-      indices: of texts with a response.
-      max_levels: drafted.
-    """
+    """Counts accepted drafts at every position of some texts; see `arm_replay.Text`."""
     lengths = texts.lengths - texts.response_starts
     sizes = {
         "row_tokens": int(max(texts.lengths[indices])),
         "row_bases": int(max(lengths[indices])),
     }
-    measure = jax.jit(
-        functools.partial(
-            acceptance.lifetimes,
-            num_steps=max_levels,
-            cfg=unroll.ForwardConfig(cfg, head_chunk=128),
-        )
-    )
+    how = {"num_steps": max_levels, "cfg": unroll.ForwardConfig(cfg, head_chunk=128)}
+    measure = jax.jit(functools.partial(acceptance.lifetimes, **how))
     found: dict[str, dict] = {name: {} for name in versions}
-    for rows in layout.plan(
-        texts, indices, num_rows=_ROWS_OF_TEXTS, seed=None, **sizes
-    ):
+    plan = layout.plan(texts, indices, num_rows=_ROWS_OF_TEXTS, seed=None, **sizes)
+    for rows in plan:
         batch = layout.lay_out(texts, rows, **sizes)
         for name, params in versions.items():
             counts = np.asarray(measure(params, batch, target))
@@ -250,18 +227,9 @@ def record_trace(
     )
     tuner = RoundRobin(arms, options.max_rows)
     engine = tuned_engine(context, tuner, arms)
-    try:
-        calls = record_steps(
-            engine,
-            tuner,
-            texts,
-            fewest_calls=options.calls,
-            new_tokens=options.new_tokens,
-            seed=1000,
-        )
-    finally:
-        engine.pool.close()
-    trace = trace_file.Trace(step_seconds(calls), found, options.max_levels)
+    with contextlib.closing(engine.pool):
+        record_steps(engine, tuner, texts, options)
+    trace = trace_file.Trace(step_seconds(tuner.calls), found, options.max_levels)
     trace_file.write(trace, folder / "tuner_trace.jsonl")
     record.write(folder / "tuner_trace.json")
     return trace

@@ -54,8 +54,3 @@ def listing(scale: str) -> list[tables.Row]:
 def check(folder: pathlib.Path) -> list[tables.Row]:
     """Decides every claim by the tables of a folder."""
     return [row for item in every() for row in item.check_claims(folder)]
-
-
-def redraw(folder: pathlib.Path) -> list[tables.Row]:
-    """Draws all plots that there are tables of; returns what became of each."""
-    return [{"experiment": i.slug, "plot": i.redraw(folder)} for i in every()]

@@ -4,6 +4,7 @@ A claim is of the paper (does what it says hold here, at this scale?) or of ours
 does not hold is as much a result as what does, and stays in the list.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 from experiments.lab import tables
@@ -29,20 +30,18 @@ def only(rows: Rows, **wanted: object) -> tables.Row:
 
 def at_least(column: str, least: float, **wanted: object) -> Callable[[Rows], Finding]:
     """Decides whether an entry is large enough."""
-
-    def decide(rows):
-        value = only(rows, **wanted)[column]
-        return value >= least, f"{column} {value:.3g}, claimed at least {least:g}"
-
-    return decide
+    return _bounded(column, operator.ge, f"at least {least:g}", least, wanted)
 
 
 def at_most(column: str, most: float, **wanted: object) -> Callable[[Rows], Finding]:
     """Decides whether an entry is small enough."""
+    return _bounded(column, operator.le, f"at most {most:g}", most, wanted)
 
+
+def _bounded(column, holds, claimed, bound, wanted):
     def decide(rows):
         value = only(rows, **wanted)[column]
-        return value <= most, f"{column} {value:.3g}, claimed at most {most:g}"
+        return holds(value, bound), f"{column} {value:.3g}, claimed {claimed}"
 
     return decide
 

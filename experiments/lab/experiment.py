@@ -155,7 +155,9 @@ class Experiment:
 
     def main(self, arguments: Sequence[str] | None = None) -> Any:
         """Runs the experiment; returns the summary that it writes, or the rows."""
-        with _Run(self, self.parse(arguments)) as run:
+        options = self.parse(arguments)
+        with contextlib.ExitStack() as closing:
+            run = _Run(self, options, closing)
             return run.take(self.run) if self.run else run.measure()
 
     def draw(self, folder: pathlib.Path, record: Mapping) -> None:
@@ -221,18 +223,13 @@ class Experiment:
         return provenance.status(self.slug, RESULTS_DIR / scale, self.table)
 
 
+@dataclasses.dataclass
 class _Run:
     """One call of an experiment's command."""
 
-    def __init__(self, experiment: Experiment, options: argparse.Namespace):
-        self.experiment, self.options = experiment, options
-        self.closing = contextlib.ExitStack()
-
-    def __enter__(self) -> "_Run":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.closing.__exit__(*error)
+    experiment: Experiment
+    options: argparse.Namespace
+    closing: contextlib.ExitStack
 
     @property
     def folder(self) -> pathlib.Path:
@@ -264,23 +261,20 @@ class _Run:
     def take(self, function: Callable[..., Any], **given: object) -> Any:
         """Calls a function with what its parameters name."""
         own = ("options", "folder", "context", "closing", "record")
-        arguments = {}
         for name in _wanted(function):
-            if name in given:
-                arguments[name] = given[name]
-            else:
-                is_own = name in own
-                arguments[name] = getattr(self, name) if is_own else self.settings[name]
-        return function(**arguments)
+            if name not in given:
+                given[name] = (
+                    getattr(self, name) if name in own else self.settings[name]
+                )
+        return function(**{name: given[name] for name in _wanted(function)})
 
     def cells(self) -> Sequence[tables.Cell]:
         """Lists what is to be measured."""
         wanted = self.experiment.cells
         if not isinstance(wanted, Mapping):
             return self.take(wanted)
-        seeds = [None]
-        if hasattr(self.options, "seeds"):
-            seeds = range(self.options.seeds)
+        has_seeds = hasattr(self.options, "seeds")
+        seeds = range(self.options.seeds) if has_seeds else [None]
         return [
             tables.Cell(dict(zip(wanted, values, strict=True)), seed)
             for seed in seeds

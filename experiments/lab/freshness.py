@@ -14,37 +14,29 @@ what draws, prints or writes what was found, and names that nothing else reads.
 """
 
 import ast
-import dataclasses
 import functools
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 # Whose definitions are hashed; of others a name is all that is.
 PACKAGES = ("experiments", "tlt_jax", "configs")
 # How tables and plots are written, for all.
+_LAB = ("catalogue", "claims", "experiment", "freshness", "plotting", "provenance")
 SHOWING_MODULES = (
     "tlt_jax.viz",
-    *(
-        f"experiments.lab.{name}"
-        for name in (
-            *("catalogue", "claims", "experiment", "freshness", "plotting"),
-            *("provenance", "readme_tables", "tables"),
-        )
-    ),
+    *(f"experiments.lab.{name}" for name in (*_LAB, "readme_tables", "tables")),
 )
 # How calls begin that show what was found, or ask where to write it.
-_SHOWING = (
-    *("plot", "print", "matplotlib.", "tables.write", "record.write"),
-    "trace_file.write",
-)
+_SHOWING = ("plot", "print", "matplotlib.")
+_SHOWING += ("tables.write", "record.write", "trace_file.write")
 # Of a declaration: what is told of the experiment, and made of its tables.
 _TOLD = {"text", "title", "published", "needs", "larger", "plot", "claims"}
-_SKIPPED_FIELDS = frozenset(
-    ("ctx", "kind", "type_comment", "type_params", "returns", "type_ignores")
-)
+_SKIPPED_FIELDS = {"ctx", "kind", "type_comment", "type_params", "returns"}
 
 # A module, and a name in it; no name: all of it.
 _Reference = tuple[str, str]
@@ -65,12 +57,7 @@ class Code:
     """Modules below a folder, read as far as somebody asks for them."""
 
     def __init__(self, root: pathlib.Path, showing: Sequence[str]):
-        """Reads nothing yet.
-
-        Args:
-          root: folder of the packages.
-          showing: modules and packages that are not hashed.
-        """
+        """Reads nothing yet; modules and packages that show are not hashed."""
         self._root, self._showing = root, tuple(showing)
         self._modules: dict[str, _Module | None] = {}
         self._hashed: dict[tuple[str, int], _Hashed] = {}
@@ -92,41 +79,27 @@ class Code:
                 continue
             seen.add(reference)
             name, wanted = reference
-            module = self.module(name)
-            if module is None:
+            if (module := self.module(name)) is None:
                 continue
             if wanted in module.imports and wanted not in module.places:
                 # Taken over from another module.
                 waiting.extend(self.resolve(module.imports[wanted])[1])
                 continue
-            places = module.places.get(wanted, ()) if wanted else module.all_places
-            for place in (*places, *module.loose):
+            for place in (*module.places_of(wanted), *module.loose):
                 if (name, place) not in found:
                     hashed = self._hash(module, place)
                     found[name, place] = hashed
                     waiting.extend(hashed.references)
         return list(found.values())
 
-    def missing(self) -> set[str]:
-        """Names that what was reached takes from modules which do not have them."""
-        found = {ref for hashed in self._hashed.values() for ref in hashed.references}
-        taken = [(name, self.module(name), wanted) for name, wanted in found if wanted]
-        return {
-            f"{name}.{wanted}"
-            for name, module, wanted in taken
-            if module and wanted not in {*module.places, *module.imports}
-        }
-
     def module(self, name: str) -> "_Module | None":
         """Reads a module; None: there is none, or it shows and measures nothing."""
         if name not in self._modules:
             path = self._root.joinpath(*name.split(".")).with_suffix(".py")
-            is_shown = any(
-                name == shown or name.startswith(shown + ".") for shown in self._showing
-            )
+            is_shown = any(f"{name}.".startswith(f"{s}.") for s in self._showing)
             is_ours = name.partition(".")[0] in PACKAGES and not is_shown
-            made = _Module(name, path) if is_ours and path.exists() else None
-            self._modules[name] = made
+            is_read = is_ours and path.exists()
+            self._modules[name] = _Module(name, path) if is_read else None
         return self._modules[name]
 
     def resolve(self, dotted: str) -> tuple[str, list[_Reference]]:
@@ -137,8 +110,8 @@ class Code:
         for count in range(len(parts), 0, -1):
             name = ".".join(parts[:count])
             if self.module(name) is not None:
-                rest = parts[count:]
-                return ".".join(rest) or "<module>", [(name, rest[0] if rest else "")]
+                first, *_ = rest = parts[count:] or [""]
+                return ".".join(rest) or "<module>", [(name, first)]
         return parts[-1], []
 
     def named_in(self, text: str) -> list[_Reference]:
@@ -159,16 +132,15 @@ class Code:
             writer = _Writer(self, module)
             writer.write(module.body[place])
             digest = hashlib.sha256("\n".join(writer.parts).encode()).hexdigest()
-            self._hashed[key] = _Hashed(digest, frozenset(writer.references))
+            self._hashed[key] = _Hashed(digest, writer.references)
         return self._hashed[key]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Hashed:
+class _Hashed(NamedTuple):
     """A statement's digest, and what it refers to."""
 
     digest: str
-    references: frozenset[_Reference]
+    references: set[_Reference]
 
 
 class _Module:
@@ -176,7 +148,7 @@ class _Module:
 
     Attributes:
       name: dotted.
-      body: its statements, without docstring and imports.
+      body: its statements that are hashed.
       places: of the statements in `body` that bind a name.
       loose: those that bind none: they run wherever the module is imported.
       imports: what each imported name stands for, dotted.
@@ -185,27 +157,24 @@ class _Module:
     def __init__(self, name: str, path: pathlib.Path):
         self.name = name
         tree = ast.parse(path.read_text("utf-8"))
-        self.imports = dict(_imports(tree))
+        # Of two imports of a name the first one counts.
+        self.imports = dict(reversed([*_imports(tree)]))
         self.body = [
-            node
-            for node in tree.body
-            if not _is_import(node) and not _is_text(node) and not _is_start(node)
+            node for node in tree.body if not (_is_left_out(node) or _is_start(node))
         ]
         self.places: dict[str, list[int]] = {}
         self.loose: list[int] = []
         for place, node in enumerate(self.body):
-            if _shows(node):
-                continue
-            names = _bound(node)
+            is_named = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            names = {node.name} if is_named else _stored([node])
             for bound in names:
                 self.places.setdefault(bound, []).append(place)
             if not names:
                 self.loose.append(place)
 
-    @property
-    def all_places(self) -> list[int]:
-        """Places of all that is hashed, in order."""
-        return sorted({place for places in self.places.values() for place in places})
+    def places_of(self, name: str) -> Iterable[int]:
+        """Places of a name's statements; of all that is hashed where it is empty."""
+        return self.places.get(name, ()) if name else {*sum(self.places.values(), [])}
 
 
 class _Writer:
@@ -244,23 +213,22 @@ class _Writer:
         self.parts.append(text)
         self.references.update(references)
 
+    def _is_local(self, name: str) -> bool:
+        return any(name in scope for scope in self._scopes)
+
     def _imported(self, node: ast.expr) -> str | None:
         """What a name stands for that is imported, and bound nowhere nearer."""
-        is_bound = isinstance(node, ast.Name) and (
-            node.id in self._module.places
-            or any(node.id in scope for scope in self._scopes)
-        )
-        if is_bound or not isinstance(node, ast.Name):
+        if not isinstance(node, ast.Name) or self._is_local(node.id):
             return None
-        return self._module.imports.get(node.id)
+        is_bound = node.id in self._module.places
+        return None if is_bound else self._module.imports.get(node.id)
 
     def _Name(self, node: ast.Name) -> None:
         if dotted := self._imported(node):
             self._dotted(dotted)
             return
         self.parts.append(node.id)
-        is_local = any(node.id in scope for scope in self._scopes)
-        if node.id in self._module.places and not is_local:
+        if node.id in self._module.places and not self._is_local(node.id):
             self.references.add((self._module.name, node.id))
 
     def _Attribute(self, node: ast.Attribute) -> None:
@@ -319,8 +287,6 @@ class _Writer:
         body = [part for part in node.body if not _is_left_out(part)]
         self._function(node.args, _read(body))
 
-    _AsyncFunctionDef = _FunctionDef
-
     def _Lambda(self, node: ast.Lambda) -> None:
         self._function(node.args, [node.body])
 
@@ -336,12 +302,7 @@ class _Writer:
 
 def _imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
     """Pairs of a name and the dotted name that it was imported for."""
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
-        for branch in ("body", "orelse", "finalbody", "handlers"):
-            inner = getattr(node, branch, ())
-            waiting.extend(inner if isinstance(inner, list) else ())
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}"
@@ -354,51 +315,31 @@ def _imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
                     yield first, first
 
 
-def _bound(node: ast.stmt) -> set[str]:
-    """The names that a statement of a module binds."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return {node.name}
-    return _stored([node])
-
-
 def _stored(nodes: Sequence[ast.AST]) -> set[str]:
+    """The names that are bound somewhere in some nodes, but for global ones."""
     names, not_local = set(), set()
-    for statement in nodes:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-                names.add(node.id)
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    for node in itertools.chain.from_iterable(map(ast.walk, nodes)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
+                names.add(name)
+            case ast.FunctionDef() | ast.ClassDef() | ast.ExceptHandler():
                 names.add(node.name)
-            elif isinstance(node, ast.ExceptHandler) and node.name:
-                names.add(node.name)
-            elif isinstance(node, ast.Global):
-                not_local.update(node.names)
-    return names - not_local
+            case ast.Global(names=found):
+                not_local.update(found)
+    return names - not_local - {None}
 
 
 def _is_left_out(node: ast.stmt) -> bool:
-    """Whether this is a docstring, an import, or only shows."""
-    return _is_text(node) or _is_import(node) or _shows(node)
-
-
-def _is_import(node: ast.stmt) -> bool:
-    return isinstance(node, (ast.Import, ast.ImportFrom))
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    """Whether this is a text, an import, or only shows."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)) or _shows(node):
+        return True
+    is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return is_constant and isinstance(node.value.value, str)
 
 
 def _is_start(node: ast.stmt) -> bool:
     """Whether this is `if __name__ == "__main__"`."""
-    return isinstance(node, ast.If) and any(
-        isinstance(part, ast.Name) and part.id == "__name__"
-        for part in ast.walk(node.test)
-    )
+    return isinstance(node, ast.If) and "__name__" in _loaded([node.test])
 
 
 def _shows(node: ast.stmt) -> bool:
@@ -410,14 +351,16 @@ def _shows(node: ast.stmt) -> bool:
     return ast.unparse(node).lstrip("_").startswith(_SHOWING)
 
 
+def _loaded(nodes: Sequence[ast.AST]) -> set[str]:
+    """The names that are read somewhere in some nodes."""
+    parts = itertools.chain.from_iterable(map(ast.walk, nodes))
+    names = (part for part in parts if isinstance(part, ast.Name))
+    return {name.id for name in names if isinstance(name.ctx, ast.Load)}
+
+
 def _read(body: list[ast.stmt]) -> list[ast.stmt]:
     """Leaves out assignments to names that nothing reads."""
-    read = {
-        node.id
-        for statement in body
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
+    read = _loaded(body)
 
     def is_read(node):
         if not isinstance(node, ast.Assign):

@@ -10,7 +10,6 @@ is loaded for its own requests only.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -23,10 +22,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.lab import experiment, tables
+from experiments.lab import experiment, provenance, tables
 
 PEERS_DIR = pathlib.Path(__file__).parents[1] / "peers"
 DEFAULT_MODEL = "smollm2-135m-instruct"  # as tlt_jax.models.formats.source names it
+LOAD_TIMEOUT_S = 900.0
 
 Row = tables.Row
 
@@ -132,22 +132,11 @@ class Visitor:
     """Takes requests as a runner does, and has no process between them."""
 
     def __init__(
-        self,
-        start: Callable[[], Runner],
-        request: dict[str, Any],
-        timeout_s: float,
-        versions: dict[str, Any],
+        self, system: System, log_dir: pathlib.Path, versions: dict[str, Any], **load
     ):
-        """Starts nothing yet.
-
-        Args:
-          start: starts a runner.
-          request: for `load`.
-          timeout_s: for that.
-          versions: takes up what each load reports.
-        """
-        self._start, self._request = start, request
-        self._timeout_s, self._versions = timeout_s, versions
+        """Starts nothing; `versions` takes up what a `load` by its request tells."""
+        self._runner = system, log_dir
+        self._versions, self._load = versions, load
 
     def ask(self, command: str, *, timeout_s: float, **fields) -> dict:
         """Loads, asks twice, and returns the second answer: the first one warms up.
@@ -155,14 +144,10 @@ class Visitor:
         Raises:
           RunnerError: as of a runner.
         """
-        runner = self._start()
-        try:
-            answer = runner.ask("load", timeout_s=self._timeout_s, **self._request)
-            self._versions.update(answer)
+        with contextlib.closing(Runner(*self._runner)) as runner:
+            self._versions.update(runner.ask("load", **self._load))
             runner.ask(command, timeout_s=timeout_s, **fields)
             return runner.ask(command, timeout_s=timeout_s, **fields)
-        finally:
-            runner.close()
 
     def close(self) -> None:
         """Does nothing: between requests there is no process."""
@@ -171,52 +156,46 @@ class Visitor:
 @contextlib.contextmanager
 def loaded(
     systems: Sequence[System],
-    log_dir: pathlib.Path,
     request: Row,
     timeout_s: float,
     *,
     one_at_a_time: bool = False,
 ) -> Iterator[tuple[dict[str, Runner | Visitor], dict[str, dict]]]:
-    """Starts and loads the systems one after the other; ends them all on leaving.
+    """Starts and loads systems by a request in turn; ends them all on leaving.
 
-    Args:
-      systems: to be measured.
-      log_dir: of their logs.
-      request: for `load`.
-      timeout_s: for that.
-      one_at_a_time: load each for its own requests only, see `Visitor`.
+    With `one_at_a_time` each is loaded for its own requests only, see `Visitor`.
 
     Yields:
       The runners by name, and the versions that each reports, once it has.
     """
     runners: dict[str, Runner | Visitor] = {}
     versions: dict[str, dict] = {system.name: {} for system in systems}
-    try:
+    load = {"timeout_s": timeout_s, **request}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
         for system in systems:
-            name = system.name
+            name, told = system.name, versions[system.name]
             if one_at_a_time:
-                start = functools.partial(Runner, system, log_dir)
-                runners[name] = Visitor(start, request, timeout_s, versions[name])
+                runners[name] = Visitor(system, pathlib.Path(folder), told, **load)
                 continue
             print(f"Loading {name} ...", flush=True)
-            runners[name] = Runner(system, log_dir)
-            versions[name].update(
-                runners[name].ask("load", timeout_s=timeout_s, **request)
-            )
+            runner = runners[name] = Runner(system, pathlib.Path(folder))
+            closing.callback(runner.close)
+            told.update(runner.ask("load", **load))
         yield runners, versions
-    finally:
-        for runner in runners.values():
-            runner.close()
 
 
-@contextlib.contextmanager
-def started(
-    systems: Sequence[System], request: Row, timeout_s: float, **how
-) -> Iterator[tuple[dict[str, Runner | Visitor], dict[str, dict]]]:
-    """Does as `loaded`, with logs that are gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        with loaded(systems, pathlib.Path(folder), request, timeout_s, **how) as made:
-            yield made
+def load(
+    options: argparse.Namespace,
+    request: Row,
+    closing: contextlib.ExitStack,
+    record: provenance.Provenance,
+    **how,
+) -> dict[str, Runner | Visitor]:
+    """Loads the systems until the run ends, and records their versions."""
+    systems = loaded(options.systems, request, LOAD_TIMEOUT_S, **how)
+    runners, versions = closing.enter_context(systems)
+    record.record["versions"] |= versions
+    return runners
 
 
 def systems_of(
@@ -234,7 +213,6 @@ def run_paired(
     *,
     rounds: int,
     warmups: int,
-    report: Callable[[str], None] = print,
 ) -> list[Row]:
     """Measures every system on every case, in turn, `rounds` times.
 
@@ -245,7 +223,6 @@ def run_paired(
         take the case. Rounds below zero are warm-up and are not kept.
       rounds: kept rounds per case.
       warmups: rounds before them, in which programs compile.
-      report: takes a line of progress.
 
     Returns:
       One row per measurement: the case, `system`, `round`, `order`, `load_average`
@@ -261,16 +238,10 @@ def run_paired(
                 measured = measure(name, case, number)
                 if measured is None or number < 0:
                     continue
-                row = {
-                    **case,
-                    "system": name,
-                    "round": number,
-                    "order": order,
-                    "load_average": round(load_average, 2),
-                    **measured,
-                }
-                rows.append(row)
-                report(" ".join(f"{k}={tables.short(v)}" for k, v in row.items()))
+                about = {"system": name, "round": number, "order": order}
+                about["load_average"] = round(load_average, 2)
+                rows.append(row := case | about | measured)
+                print(" ".join(f"{k}={tables.short(v)}" for k, v in row.items()))
     return rows
 
 
@@ -294,10 +265,10 @@ def summarise(
       the reference `<metric>/times`: the median, over the rounds both have, of how
       many times better the reference is (2.0: twice as fast), with `/times_min`.
     """
-    groups: dict[tuple, dict[int, Row]] = {}
-    for row in rows:
-        key = (*(row[k] for k in case_keys), row["system"])
-        groups.setdefault(key, {})[row["round"]] = row
+    groups = {
+        key: {row["round"]: row for row in its}
+        for key, its in tables.groups(rows, *case_keys, "system").items()
+    }
     summary = []
     for key, by_round in groups.items():
         ours = groups.get((*key[:-1], reference), {})
@@ -307,9 +278,9 @@ def summarise(
             values = [r[metric] for r in by_round.values() if r[metric] is not None]
             if not values:
                 continue
-            out[f"{metric}/median"] = statistics.median(values)
-            out[f"{metric}/min"] = min(values)
-            out[f"{metric}/max"] = max(values)
+            what = f"{metric}/median", f"{metric}/min", f"{metric}/max"
+            found = statistics.median(values), min(values), max(values)
+            out |= zip(what, found, strict=True)
             pairs = [
                 (ours[n][metric], row[metric])
                 for n, row in by_round.items()
@@ -324,18 +295,14 @@ def summarise(
 
 
 def options_of(peers: dict[str, str]) -> tuple[experiment.Option, ...]:
-    """Returns the options that all comparisons with peers share.
-
-    Args:
-      peers: peer -> runner script.
-    """
-    told = {
-        "peers": f"of {', '.join(peers)}; separated by commas",
-        "peer-python": "name=interpreter, separated by commas",
-        "model-dir": "made by experiments.peers.prepare_smollm2; peers need it",
-    }
+    """Returns the options that all comparisons with peers share."""
+    told = (
+        ("peers", f"of {', '.join(peers)}; separated by commas"),
+        ("peer-python", "name=interpreter, separated by commas"),
+        ("model-dir", "made by experiments.peers.prepare_smollm2; peers need it"),
+    )
     return tuple(
-        experiment.Option(name, "", text, recorded=False) for name, text in told.items()
+        experiment.Option(name, help=text, recorded=False) for name, text in told
     )
 
 
@@ -357,12 +324,9 @@ def model_request(options: argparse.Namespace) -> Row:
 
 
 def choose_peers(known: dict[str, str], chosen: str, interpreters: str) -> list[System]:
-    """Returns the peers asked for; says which are not.
+    """Returns the peers asked for by `--peers` and `--peer-python`; says which are not.
 
-    Args:
-      known: peer -> runner script.
-      chosen: `--peers`, names separated by commas.
-      interpreters: `--peer-python`, `name=path` items; the default is this one.
+    Where `interpreters` names none, a peer runs under this one.
 
     Raises:
       ValueError: a name is not known.
@@ -370,13 +334,11 @@ def choose_peers(known: dict[str, str], chosen: str, interpreters: str) -> list[
     names = list(filter(None, chosen.split(",")))
     pythons = experiment.parse_pairs(interpreters, "peer-python")
     for argument, given in (("peers", names), ("peer-python", pythons)):
-        unknown = [name for name in given if name not in known]
-        if unknown:
+        if unknown := [name for name in given if name not in known]:
             raise ValueError(
                 f"--{argument} names {', '.join(unknown)}; known here are "
                 f"{', '.join(known)}."
             )
-    left_out = [name for name in known if name not in names]
-    if left_out:
+    if left_out := [name for name in known if name not in names]:
         print(f"Not compared (see --peers): {', '.join(left_out)}.")
     return [System(n, pythons.get(n, sys.executable), known[n]) for n in names]

@@ -1,21 +1,20 @@
 """The look of the experiments' plots."""
 
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib import axes as axes_lib
 from matplotlib import figure as figure_lib
 
+from experiments.lab import tables
 from tlt_jax.viz import style
 
 COLORS = (
-    style.BLUE,
-    style.ORANGE,
-    style.GREEN,
-    style.RED,
-    style.PURPLE,
-    style.SKY,
-    style.GREY,
+    *(style.BLUE, style.ORANGE, style.GREEN, style.RED),
+    *(style.PURPLE, style.SKY, style.GREY),
 )
 PALE, GREY = style.PALE, style.GREY
 Figure = figure_lib.Figure
@@ -31,17 +30,37 @@ STAGE_COLORS = {
 
 
 def panels(
-    title: str, count: int, stamp_text: str, *, width: float = 4.6, height: float = 4.0
+    title: str,
+    names: Sequence[str],
+    stamp_text: str,
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
+    width: float = 4.6,
+    height: float = 4.0,
 ) -> tuple[figure_lib.Figure, list[axes_lib.Axes]]:
-    """Makes a figure of panels side by side, with its stamp."""
-    fig = figure_lib.Figure(figsize=(width * count, height), layout="constrained")
+    """Makes a figure of panels side by side, with its stamp.
+
+    Args:
+      title: of all.
+      names: of the panels; empty: a panel without.
+      stamp_text: where the figures come from.
+      xlabel: of each panel.
+      ylabel: of the first one, and meant for all.
+      width, height: of a panel, inches.
+    """
+    size = (width * len(names), height)
+    fig = figure_lib.Figure(figsize=size, layout="constrained")
     fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    found = fig.subplots(1, count, squeeze=False)[0]
+    found = fig.subplots(1, len(names), squeeze=False)[0]
     fig.supxlabel(stamp_text, x=0.99, ha="right", fontsize=7, color=GREY)
-    for axes in found:
+    for axes, name in zip(found, names, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=PALE, linewidth=0.8)
         axes.set_axisbelow(True)
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_xlabel(xlabel)
+    found[0].set_ylabel(ylabel)
     return fig, list(found)
 
 
@@ -49,10 +68,30 @@ def figure(
     title: str, xlabel: str, ylabel: str, stamp_text: str
 ) -> tuple[figure_lib.Figure, axes_lib.Axes]:
     """Makes a figure of one panel, with its stamp."""
-    fig, (axes,) = panels(title, 1, stamp_text, width=7.5, height=4.4)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    size = {"width": 7.5, "height": 4.4}
+    fig, (axes,) = panels(title, [""], stamp_text, xlabel=xlabel, ylabel=ylabel, **size)
     return fig, axes
+
+
+def line(
+    axes: axes_lib.Axes,
+    rows: Sequence[tables.Row],
+    x: str,
+    y: str,
+    style: str = "-",
+    *,
+    has_range: bool = False,
+    **look: Any,
+) -> None:
+    """Draws the mean of a column over another; `has_range`: and its least and most."""
+    found = {at: tables.column(its, y) for (at,), its in tables.groups(rows, x).items()}
+    axes.plot(list(found), list(map(statistics.mean, found.values())), style, **look)
+    if has_range:
+        least, most = ([pick(v) for v in found.values()] for pick in (min, max))
+        color = look["color"]
+        axes.fill_between(
+            list(found), least, most, color=color, alpha=0.15, linewidth=0
+        )
 
 
 def bars(
@@ -62,23 +101,13 @@ def bars(
     metric: str,
     label: str = "%.3g",
 ) -> None:
-    """Draws medians with their ranges, as `paired.summarise` gives them.
-
-    Args:
-      axes: a panel.
-      names: of the bars.
-      rows: one for each.
-      metric: the column before `/median`, `/min`, `/max`.
-      label: how a median is written.
-    """
+    """Draws a metric's medians and ranges, as `paired.summarise` gives them."""
     medians, lows, highs = (
-        [row[f"{metric}/{what}"] for row in rows] for what in ("median", "min", "max")
+        np.array(tables.column(rows, f"{metric}/{what}"))
+        for what in ("median", "min", "max")
     )
-    below = [a - b for a, b in zip(medians, lows, strict=True)]
-    above = [b - a for a, b in zip(medians, highs, strict=True)]
-    drawn = axes.bar(
-        names, medians, 0.6, yerr=[below, above], capsize=3, color=COLORS[0]
-    )
+    spread = [medians - lows, highs - medians]
+    drawn = axes.bar(names, medians, 0.6, yerr=spread, capsize=3, color=COLORS[0])
     axes.bar_label(drawn, fmt=label, fontsize=8, padding=2)
     axes.margins(y=0.12)
 

@@ -29,10 +29,10 @@ _PACKAGES = (
     *("jax", "jaxlib", "numpy", "llvmlite", "optax", "orbax-checkpoint"),
     *("tensorstore", "libtpu"),
 )
+_CODE = ("--", ":(top)", ":(top,exclude)experiments/results")
 # What a later run tells that adds to a table.
 _OF_A_RUN = ("command", "commit", "uncommitted_changes", "device", "cpu_model")
 _OF_A_RUN += ("started_utc",)
-
 
 FRESH, STALE, PARTIAL, UNDATED, UNRUN = "fresh stale partial undated unrun".split()
 CARRIED = "fresh (carried)"
@@ -48,7 +48,8 @@ class Provenance:
             "experiment": experiment,
             "command": public_command(started_module(experiment), sys.argv[1:]),
             "commit": git("rev-parse", "HEAD"),
-            "uncommitted_changes": _is_changed(),
+            # Results are no code.
+            "uncommitted_changes": bool(git("status", "--porcelain", "-uno", *_CODE)),
             "settings": dict(settings),
             "config_hash": config_hash(settings),
             "source_hash": freshness.source_hash(experiment),
@@ -65,12 +66,7 @@ class Provenance:
         self._timed = self.record
 
     def resume(self, stored: Mapping[str, object], cells: Sequence[str]) -> None:
-        """Goes on with the record of a table, and notes in it what this run adds.
-
-        Args:
-          stored: the record that is there.
-          cells: what is added; none: the record stays as it is.
-        """
+        """Goes on with a stored record; notes in it the cells that this run adds."""
         added = {name: self.record[name] for name in _OF_A_RUN} | {"cells": cells}
         before = stored.get("continued", [])
         self.record, self._timed = dict(stored), added
@@ -89,10 +85,7 @@ class Provenance:
 def status(slug: str, folder: pathlib.Path, table: str = "") -> str:
     """Tells of a table: fresh (carried or not), stale, partial, undated or unrun.
 
-    Args:
-      slug: of the experiment.
-      folder: of the table.
-      table: its file; empty: `<slug>.csv`.
+    The table is `<slug>.csv` where no other file is named.
     """
     if not (folder / (table or f"{slug}.csv")).exists():
         return UNRUN
@@ -115,30 +108,17 @@ def read(folder: pathlib.Path, slug: str) -> dict[str, Any]:
 
 
 def is_current(record: Mapping, current: str) -> bool:
-    """Tells whether a table was made by today's code, or was carried to it.
-
-    Args:
-      record: the table's provenance.
-      current: hash of the code now.
-    """
+    """Tells whether a record's table is of the current hash, or was carried to it."""
     reached = record.get("source_hash")
     for step in record.get("carried", ()):
-        if reached == current:
-            return True
-        if step["from"] != reached:
-            return False
+        if reached == current or step["from"] != reached:
+            break
         reached = step["to"]
     return reached == current
 
 
 def carry(slug: str, folder: pathlib.Path, commit: str | None, why: str) -> str:
-    """Says of a stale table that what changed alters nothing that it holds.
-
-    Args:
-      slug: of the experiment.
-      folder: of its provenance.
-      commit: at which the change was reviewed.
-      why: the reason, for people.
+    """Says of a stale table that what changed up to a commit alters nothing in it.
 
     Returns:
       What became of it, in words.
@@ -195,9 +175,18 @@ def without_paths(argument: str) -> str:
     return re.sub(r"(^|[=,])[/~][^,=]*", r"\1PATH", argument)
 
 
+def settings_without_paths(settings: Mapping[str, str]) -> dict[str, str]:
+    """Replaces every absolute path of settings by `PATH`."""
+    return {key: without_paths(value) for key, value in settings.items()}
+
+
 def config_hash(settings: Mapping[str, object]) -> str:
     """Returns 12 hex digits that change with any setting."""
-    text = json.dumps(settings, sort_keys=True)
+    return digest(json.dumps(settings, sort_keys=True))
+
+
+def digest(text: str) -> str:
+    """Returns 12 hex digits of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -228,12 +217,6 @@ def cpu_model() -> str:
 def git(*arguments: str) -> str | None:
     """Returns what git says of this checkout; None: it is none."""
     return _told("git", *arguments)
-
-
-def _is_changed() -> bool:
-    """Whether the code is another than the commit's; results are no code."""
-    where = ("--", ":(top)", ":(top,exclude)experiments/results")
-    return bool(git("status", "--porcelain", "-uno", *where))
 
 
 def _told(*command: str) -> str | None:

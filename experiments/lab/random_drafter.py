@@ -21,14 +21,31 @@ SHAPES = {
 }
 
 
+def model_of(
+    shape: Sequence[int], family: str, **more: object
+) -> model_config.ModelConfig:
+    """Returns a model of such sizes, in the order of `SHAPES`."""
+    vocab, width, d_ff, heads, kv_heads, head_dim, layers = shape
+    return model_config.ModelConfig(
+        family=family,
+        vocab_size=vocab,
+        num_layers=layers,
+        d_model=width,
+        d_ff=d_ff,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        **more,
+    )
+
+
 def check(names: Sequence[str], argument: str) -> None:
     """Refuses a target whose sizes are not known.
 
     Raises:
       ValueError: with those that are.
     """
-    unknown = [name for name in names if name not in SHAPES]
-    if unknown:
+    if unknown := [name for name in names if name not in SHAPES]:
         raise ValueError(
             f"--{argument} names {', '.join(unknown)}; known here are "
             f"{', '.join(SHAPES)}."
@@ -55,23 +72,12 @@ class Training:
           num_steps: unrolled steps.
           head_chunk: bases whose logits are held at once.
         """
-        vocab, width, d_ff, heads, kv_heads, head_dim, layers = SHAPES[name]
-        target = model_config.ModelConfig(
-            family="llama",
-            vocab_size=vocab,
-            num_layers=layers,
-            d_model=width,
-            d_ff=d_ff,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            tie_embeddings=True,
-        )
+        target = model_of(SHAPES[name], "llama", tie_embeddings=True)
+        vocab, width = target.vocab_size, target.d_model
         size = min(draft_vocab, vocab)
+        layers = drafter.low_mid_high(target.num_layers)
         self.cfg = drafter.of_target(
-            target,
-            feature_layers=drafter.low_mid_high(layers),
-            draft_vocab_size=size,
+            target, feature_layers=layers, draft_vocab_size=size
         )
         keys = iter(jax.random.split(jax.random.key(0), 3))
         self.target = unroll.Target(
@@ -84,15 +90,13 @@ class Training:
         self.state = train_state.TrainState(
             params, jax.jit(optimizer.init)(params), jnp.int32(0)
         )
-        self._step = jax.jit(
-            functools.partial(
-                _whole_step,
-                cfg=unroll.ForwardConfig(self.cfg, head_chunk=head_chunk),
-                objective=objectives.Objective(num_steps, decay=0.8),
-                optimizer=optimizer,
-            ),
-            donate_argnums=0,
+        whole_step = functools.partial(
+            _whole_step,
+            cfg=unroll.ForwardConfig(self.cfg, head_chunk=head_chunk),
+            objective=objectives.Objective(num_steps, decay=0.8),
+            optimizer=optimizer,
         )
+        self._step = jax.jit(whole_step, donate_argnums=0)
 
     def step(self, batch: unroll.Batch) -> dict[str, jax.Array]:
         """Takes one step and waits for it; returns its metrics."""

@@ -89,31 +89,25 @@ _PEERS = {
 def _clusters(rows: Rows) -> Rows:
     """Puts what other systems had into each row of a cluster."""
     found = {(r["model"], r["devices"], r["system"]): r for r in rows}
-    return [
-        row
-        | {
-            "ours": found[*key, "cost_model"]["times_faster"],
-            "off_rollout_frac": found[*key, "off"]["rollout_frac"],
-        }
-        for row in rows
-        for key in [(row["model"], row["devices"])]
-    ]
+    for (*key, _), row in found.items():
+        row["ours"] = found[*key, "cost_model"]["times_faster"]
+        row["off_rollout_frac"] = found[*key, "off"]["rollout_frac"]
+    return rows
 
 
 def _by_batch(rows: Rows) -> Rows:
     """Puts a system's batch sizes into one row, greedy decoding only."""
-    greedy = [row for row in rows if row["temperature"] == 0]
-    made = []
-    for system in dict.fromkeys(row["system"] for row in greedy):
-        entry: tables.Row = {"system": system}
-        for row in greedy:
-            if row["system"] == system:
-                told = f"{row['tokens_per_s/median']:.0f}"
-                if times := row["tokens_per_s/times"]:
-                    told += f" (ours {times:.2f}x)"
-                entry[f"batch {row['batch']}"] = told
-        made.append(entry)
-    return made
+
+    def told(row):
+        times = row["tokens_per_s/times"]
+        more = f" (ours {times:.2f}x)" if times else ""
+        return f"{row['tokens_per_s/median']:.0f}{more}"
+
+    by_system = tables.groups(tables.where(rows, temperature=0), "system")
+    return [
+        {"system": system, **{f"batch {row['batch']}": told(row) for row in its}}
+        for (system,), its in by_system.items()
+    ]
 
 
 def _batch(number: int) -> Callable[[tables.Row], object]:
@@ -122,18 +116,18 @@ def _batch(number: int) -> Callable[[tables.Row], object]:
 
 def _drafters(rows: Rows) -> Rows:
     """Puts the tasks that a drafter was measured on into one row."""
-    made = []
-    for trained_on in dict.fromkeys(row["trained_on"] for row in rows):
-        its = [row for row in rows if row["trained_on"] == trained_on]
-        name = "start" if trained_on == "start" else f"then on {trained_on}"
-        entry: tables.Row = {"drafter": name}
-        for row in its:
-            told = f"{row['accept_length']:.2f}"
-            if trained_on != "start":
-                told += f" ({row['of_start']:.2f}x)"
-            entry[row["measured_on"]] = told
-        made.append(entry)
-    return made
+
+    def told(row):
+        more = "" if row["trained_on"] == "start" else f" ({row['of_start']:.2f}x)"
+        return f"{row['accept_length']:.2f}{more}"
+
+    return [
+        {
+            "drafter": name if name == "start" else f"then on {name}",
+            **{row["measured_on"]: told(row) for row in its},
+        }
+        for (name,), its in tables.groups(rows, "trained_on").items()
+    ]
 
 
 TABLES = {
@@ -355,12 +349,13 @@ def render(name: str) -> str:
     table = TABLES[name]
     rows = table.prepare(tables.read(experiment.RESULTS_DIR / "cpu" / table.file))
     lines = [list(table.columns), ["---"] * len(table.columns)]
-    for row in filter(table.keep, rows):
-        entries = [
-            make(row) if callable(make) else row[make]
+    lines += [
+        [
+            _text(make(row) if callable(make) else row[make])
             for make in table.columns.values()
         ]
-        lines.append([_text(entry) for entry in entries])
+        for row in filter(table.keep, rows)
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

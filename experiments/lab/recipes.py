@@ -45,6 +45,22 @@ DRAFTER = {
     "adaptation.num_rows": 4,
     "adaptation.max_frac": 1.0,
 }
+# Columns of tables, by what a step's record calls them.
+_COLUMNS = {
+    "step": "step",
+    "reward": "reward/mean",
+    "loss": "policy/loss",
+    "policy_loss": "policy/loss",
+    "tokens": "rollout/tokens",
+    "rollout_tokens": "rollout/tokens",
+    "tokens_digest": "rollout/tokens_digest",
+    "row_steps": "rollout/row_steps",
+    "decode_steps": "rollout/decode_steps",
+    "accept_length": "specdec/accept_length",
+    "num_updates": "drafter/num_updates",
+    "mismatch": "mismatch/logprob_max_abs",
+    "policy_distance": "policy_distance",
+}
 # The drafter's time is no limit: `adaptation.max_steps` is.
 _UNLIMITED_FRAC = 1e9
 # Of all runs: large pages for large buffers, where glibc can; an update takes a tenth
@@ -59,15 +75,15 @@ def recipe_of(recipe: str):
 
 
 def settings_of(recipe: str, overrides: Mapping[str, object]) -> config.RunConfig:
-    """Returns a recipe with settings by dotted key.
-
-    Args:
-      recipe: `FILE.py` or `FILE.py:variant`.
-      overrides: stand above `SETTINGS`.
-    """
+    """Returns a recipe with overrides by dotted key, above `SETTINGS`."""
     values = recipe_of(recipe)
     values.update_from_flattened_dict({**SETTINGS, **overrides})
     return config.load(values)
+
+
+def columns(row: tables.Row, *names: str) -> tables.Row:
+    """Returns some columns of a step's record."""
+    return {name: row[_COLUMNS[name]] for name in names}
 
 
 def run(recipe: str, overrides: Mapping[str, object]) -> list[tables.Row]:
@@ -81,11 +97,7 @@ def run(recipe: str, overrides: Mapping[str, object]) -> list[tables.Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Planned(budget.Budget):
-    """Trains now or not, whether that pays or not.
-
-    Attributes:
-      now: whether.
-    """
+    """Trains now or not, whether that pays or not."""
 
     now: bool = False
 
@@ -159,13 +171,7 @@ def weights(trainer: train.Trainer) -> np.ndarray:
 def check_processes(
     processes: int, recipe: str, settings: Mapping[str, str], option: str
 ) -> int:
-    """Returns how many workers each of the processes has.
-
-    Args:
-      processes: among which the recipe's workers are divided.
-      recipe: `FILE.py` or `FILE.py:variant`.
-      settings: overrides by dotted key.
-      option: which asked for it.
+    """Returns how many of a recipe's workers each process has; `option` asked for it.
 
     Raises:
       ValueError: the workers cannot be divided so.

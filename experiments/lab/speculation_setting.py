@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -110,16 +111,7 @@ class Setting:
 
     def requests(self, count: int) -> list[types.Request]:
         """Makes requests of the held-out prompts in order, as often as needed."""
-        return [
-            types.Request(
-                i,
-                i % len(self.prompts),
-                i // len(self.prompts),
-                self.prompts[i % len(self.prompts)],
-                self.options.new_tokens,
-            )
-            for i in range(count)
-        ]
+        return requests_of(self.prompts, count, self.options.new_tokens)
 
     @property
     def texts(self) -> str:
@@ -151,6 +143,17 @@ class Setting:
         }
 
 
+def requests_of(
+    prompts: Sequence[np.ndarray], count: int, new_tokens: int
+) -> list[types.Request]:
+    """Makes requests of prompts in order, as often as needed."""
+    turns = (divmod(i, len(prompts)) for i in range(count))
+    return [
+        types.Request(i, which, sample, prompts[which], new_tokens)
+        for i, (sample, which) in enumerate(turns)
+    ]
+
+
 def texts_of(workdir: pathlib.Path) -> shards.Shards:
     """Opens the texts that a drafter was trained and measured on.
 
@@ -168,8 +171,4 @@ def texts_of(workdir: pathlib.Path) -> shards.Shards:
 
 def held_out(texts: shards.Shards) -> list[int]:
     """Lists the indices of the texts that the drafter never saw."""
-    return [
-        i
-        for i, text_id in enumerate(texts.text_ids)
-        if text_id >= offline_texts.HELD_OUT
-    ]
+    return np.flatnonzero(np.asarray(texts.text_ids) >= offline_texts.HELD_OUT).tolist()

@@ -9,6 +9,7 @@ no table mixes them.
 import csv
 import dataclasses
 import pathlib
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from experiments.lab import provenance
@@ -34,8 +35,10 @@ class Cell:
     @property
     def name(self) -> str:
         """How it is called in the table."""
-        parts = [f"{key}={value}" for key, value in self.overrides.items()]
-        return " ".join([*parts, *([] if self.seed is None else [f"seed={self.seed}"])])
+        told = dict(self.overrides)
+        if self.seed is not None:
+            told["seed"] = self.seed
+        return " ".join(f"{key}={value}" for key, value in told.items())
 
     def __getitem__(self, key: str) -> object:
         """Returns one of the settings."""
@@ -185,6 +188,26 @@ def values(rows: Iterable[Row], column: str) -> list:
 def column(rows: Iterable[Row], name: str) -> list:
     """Returns a column."""
     return [row[name] for row in rows]
+
+
+def spread(
+    name: str, found: Sequence[float], middle: Callable = statistics.mean
+) -> Row:
+    """Returns what values have in the middle, and beside it the least and the most."""
+    return {name: middle(found), f"{name}/min": min(found), f"{name}/max": max(found)}
+
+
+def differing(
+    rows: Iterable[Row],
+    others: Iterable[Row],
+    by: Sequence[str],
+    entries: Sequence[str] = ("tokens_digest",),
+) -> int:
+    """Counts the rows whose entries are others than in the row of the same `by`."""
+    told = {tuple(row[k] for k in by): [row[k] for k in entries] for row in others}
+    return sum(
+        told[tuple(row[k] for k in by)] != [row[k] for k in entries] for row in rows
+    )
 
 
 def shown(rows: Sequence[Row]) -> str:

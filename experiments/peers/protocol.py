@@ -9,6 +9,7 @@ package on the path.
 
 import collections.abc
 import ctypes
+import importlib.metadata
 import json
 import os
 import signal
@@ -57,12 +58,7 @@ class StepClock:
         generate: collections.abc.Callable,
         ids_of: collections.abc.Callable[[object], collections.abc.Iterable],
     ) -> collections.abc.Callable:
-        """Returns `generate`, which is from now on timed.
-
-        Args:
-          generate: the peer's function.
-          ids_of: finds each completion's token ids in what it returns.
-        """
+        """Returns a peer's `generate`, timed; `ids_of` tells completions' ids."""
 
         def wrapped(*args, **kwargs):
             start = time.perf_counter()
@@ -106,6 +102,11 @@ def _end_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the versions of installed packages by name."""
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def digit_fraction(text: str) -> float:

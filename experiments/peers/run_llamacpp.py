@@ -3,7 +3,6 @@
 Keys and values stay in llama.cpp's default precision (float16): the faster choice.
 """
 
-import importlib.metadata
 import time
 
 import protocol
@@ -27,7 +26,7 @@ class Peer:
         params.warmup = True
         self.server = xllamacpp.Server(params)
         return {
-            "versions": {"xllamacpp": importlib.metadata.version("xllamacpp")},
+            "versions": protocol.versions("xllamacpp"),
             "threads": request["threads"],
             "build": str(xllamacpp.BUILD_INFO),
         }

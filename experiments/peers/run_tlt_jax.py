@@ -1,6 +1,5 @@
 """Decodes with this package's rollout engine, fp32, on the first device."""
 
-import importlib.metadata
 import pathlib
 import sys
 import time
@@ -30,9 +29,8 @@ class Peer:
         self.params = model_params.unstack(self.source.load())
         self.tokenizer = self.source.tokenizer()
         self.engines = {}
-        names = ("jax", "jaxlib")
         return {
-            "versions": {n: importlib.metadata.version(n) for n in names},
+            "versions": protocol.versions("jax", "jaxlib"),
             "device": jax.devices()[0].device_kind,
             "model": self.source.identity,
         }

@@ -5,7 +5,6 @@ sync, the record written to disk.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 import sys
@@ -82,9 +81,8 @@ class Peer:
                 "checkpoint": {"every": 0},
             }
         )
-        names = ("jax", "jaxlib")
         return {
-            "versions": {n: importlib.metadata.version(n) for n in names},
+            "versions": protocol.versions("jax", "jaxlib"),
             "device": jax.devices()[0].device_kind,
             "model": found.identity,
         }

@@ -1,6 +1,5 @@
 """Decodes with `transformers` `generate`: static batch, fp32, default attention."""
 
-import importlib.metadata
 import time
 
 import protocol
@@ -18,9 +17,8 @@ class Peer:
             request["model"], dtype=torch.float32
         ).eval()
         self.pad_id = self.model.generation_config.pad_token_id or 0
-        names = ("torch", "transformers")
         return {
-            "versions": {n: importlib.metadata.version(n) for n in names},
+            "versions": protocol.versions("torch", "transformers"),
             "threads": torch.get_num_threads(),
         }
 

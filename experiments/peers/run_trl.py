@@ -4,7 +4,6 @@ The trainer keeps its own loop. A callback waits for the harness before each ste
 answers after it, so that a step is timed from its first prompt to its new weights.
 """
 
-import importlib.metadata
 import tempfile
 import time
 import traceback
@@ -102,8 +101,7 @@ def main() -> None:
     try:
         load = next(requests)
         trainer = make_trainer(load, StepGate(conversation, requests))
-        names = ("torch", "transformers", "trl")
-        versions = {n: importlib.metadata.version(n) for n in names}
+        versions = protocol.versions("torch", "transformers", "trl")
         threads = torch.get_num_threads()
         conversation.reply({"versions": versions, "threads": threads})
         trainer.train()

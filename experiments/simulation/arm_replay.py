@@ -76,7 +76,7 @@ class Machine:
     step_s: dict[Kind, tuple[float, ...]]
     arms: strategy_lib.Arms
     max_rows: int
-    tokens_per_call: int
+    tokens_per_call: int = 32
 
     @functools.cached_property
     def typical_s(self) -> dict[Kind, float]:

@@ -4,18 +4,19 @@ What decides is the system itself: `request_queue.RequestQueue` hands requests o
 `scheduler.Scheduler` admits rows and gives them pages, `mailboxes.Coordination`
 (under a simulated clock) says who generates, trains and stops, and a `tuner.Tuner`
 chooses strategies. Made up are only the devices: how long something takes (`costs`) and
-how many drafts are accepted (`decoding.lifetimes`). The loops below are those of
+how many drafts are accepted (`draw_lifetimes`). The loops below are those of
 `engine.Engine.serve`, `workers.Workers` and `spot_trainer.SpotTrainer`, with an event
 where those wait.
 """
 
+import dataclasses
 import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments.simulation import cluster_records, decoding, workload
+from experiments.simulation import cluster_records, workload
 from experiments.simulation import costs as costs_lib
 from tlt_jax import types
 from tlt_jax.rl.engine import request_queue, scheduler
@@ -46,12 +47,8 @@ class Cluster:
           seed: of what is accepted.
           drafter: its state; None: adapted and constant.
         """
-        self.cfg, self.costs, self.acceptance, self.tuner = (
-            cfg,
-            costs,
-            acceptance,
-            tuner,
-        )
+        self.cfg, self.costs = cfg, costs
+        self.acceptance, self.tuner = acceptance, tuner
         self.drafter = drafter or cluster_records.Drafter()
         # Whether a training of this version of the target has examined the drafter.
         self.is_measured = False
@@ -81,20 +78,14 @@ class Cluster:
             self.tuner.changed("target")
 
     def roll_out(
-        self,
-        responses: Sequence[workload.Response],
-        expected_lengths: Mapping[int, float] | None = None,
+        self, responses: Sequence[workload.Response]
     ) -> cluster_records.Report:
-        """Generates responses; returns what that took.
-
-        Args:
-          responses: in the order in which they are asked for.
-          expected_lengths: tokens by prompt, from earlier epochs.
+        """Generates responses in the order asked for; returns what that took.
 
         Raises:
           ValueError: a response does not fit into a worker's cache.
         """
-        rolling = _Rollout(self, responses, expected_lengths or {})
+        rolling = _Rollout(self, responses)
         rolling.begin()
         while not rolling.ended:
             assert self._events, "the rollout has not ended and nothing will happen"
@@ -115,13 +106,12 @@ class Cluster:
 class _Rollout:
     """One rollout while it runs."""
 
-    def __init__(self, cluster: Cluster, responses, expected_lengths):
+    def __init__(self, cluster: Cluster, responses: Sequence[workload.Response]):
         self.cluster, cfg = cluster, cluster.cfg
         self.ended = False
         prompts: dict[int, np.ndarray] = {}
         requests, samples = [], {}
-        self._lengths: dict[int, int] = {}
-        self._drafted: dict[int, workload.Drafted | None] = {}
+        self.responses = responses
         for number, response in enumerate(responses):
             text = prompts.setdefault(
                 response.prompt, np.zeros(response.prompt_tokens, np.int32)
@@ -139,19 +129,11 @@ class _Rollout:
                     f"1 and max_new_tokens={cfg.max_new_tokens}."
                 )
             requests.append(request)
-            self._lengths[number] = response.num_tokens
-            self._drafted[number] = response.drafted
-        self._queue = request_queue.RequestQueue(
-            requests,
-            num_workers=cfg.num_workers,
-            expected_lengths=expected_lengths,
-        )
+        self._queue = request_queue.RequestQueue(requests, num_workers=cfg.num_workers)
         self._served: set[tuple[int, int]] = set()
-        self.num_tokens = self.num_calls = self.num_steps = 0
-        self.num_drafter_steps = self.num_preempted = 0
-        self.decode_s = self.prefill_s = 0.0
+        # Sums; and of rows' speculative steps, their number and tokens.
+        self.spent = cluster_records.Report()
         self.accepted = [0, 0]
-        self.steps_by_kind: dict[costs_lib.Kind, int] = {}
 
     def begin(self) -> None:
         """Asks the coordinator for the rollout."""
@@ -193,17 +175,10 @@ class _Rollout:
         """Sums the rollout up."""
         c = self.cluster.coordination
         rows, tokens = self.accepted
-        return cluster_records.Report(
+        return dataclasses.replace(
+            self.spent,
             makespan_s=c.state.ended_s - c.state.began_s,
-            num_tokens=self.num_tokens,
-            num_calls=self.num_calls,
-            num_steps=self.num_steps,
-            decode_s=self.decode_s,
-            prefill_s=self.prefill_s,
             accept_length=tokens / rows if rows else 1.0,
-            steps_by_kind=self.steps_by_kind,
-            num_drafter_steps=self.num_drafter_steps,
-            num_preempted=self.num_preempted,
             intervals=c.timeline(),
             sums=coordinator.metrics(c.state),
         )
@@ -233,9 +208,9 @@ class _Serving:
         jobs = (*admission.prompts, *admission.returns)
         if jobs:
             seconds = costs.prefill_s(sum(len(j.text) - j.start for j in jobs))
-            rolling.prefill_s += seconds
+            rolling.spent.prefill_s += seconds
         if not plan.rows:
-            rolling.num_preempted += plan.num_preempted
+            rolling.spent.num_preempted += plan.num_preempted
             rolling.send(records.WorkerDone(*self._numbers))
             return
         cluster.after(seconds, self._decode)
@@ -246,20 +221,18 @@ class _Serving:
         bucket = tuner_lib.bucket_of(len(rows), cfg.max_rows)
         strategy = cluster.tuner.choose(len(rows)) if cluster.tuner else None
         quota = scheduler.finish_quota(len(rows), self._plan.num_waiting, cfg.max_rows)
-        left = np.array(
-            [rolling._lengths[r.request.request_id] - len(r.tokens) for r in rows]
-        )
+        texts = [rolling.responses[row.request.request_id] for row in rows]
+        drawn = [len(row.tokens) for row in rows]
+        left = np.array([text.num_tokens for text in texts]) - drawn
         lifetimes = None
         if strategy is not None:
-            lifetimes = decoding.lifetimes(
+            lifetimes = draw_lifetimes(
                 cluster.rng,
                 cluster.acceptance.survival(strategy, cluster.drafter.quality),
-                [(rolling._drafted[r.request.request_id], len(r.tokens)) for r in rows],
+                [(text.drafted, n) for text, n in zip(texts, drawn, strict=True)],
                 cfg.steps_per_call,
             )
-        num_steps, counts, accepted = decoding.decode(
-            left, lifetimes, cfg.steps_per_call, quota
-        )
+        num_steps, counts, accepted = decode(left, lifetimes, cfg.steps_per_call, quota)
         context = sum(row.length for row in rows) + counts.sum() / 2
         elapsed_s = num_steps * costs.step_s(bucket, strategy, context)
         if not np.isfinite(elapsed_s) or elapsed_s <= 0:
@@ -277,19 +250,17 @@ class _Serving:
             num_tokens=int(counts.sum()),
             num_accepted=accepted,
         )
-        rolling.decode_s += elapsed_s
-        rolling.num_calls += 1
-        rolling.num_steps += num_steps
-        rolling.num_tokens += call.num_tokens
-        kind = bucket, strategy
-        rolling.steps_by_kind[kind] = rolling.steps_by_kind.get(kind, 0) + num_steps
+        spent = rolling.spent
+        spent.num_steps += num_steps
+        spent.num_tokens += call.num_tokens
+        spent.steps_by_kind[bucket, strategy] += num_steps
         if accepted:
             rolling.accepted[0] += accepted[0]
             rolling.accepted[1] += sum(accepted)
         finished = [
             row for row, n, most in zip(rows, counts, left, strict=True) if n == most
         ]
-        total_s = filling_s + elapsed_s + len(finished) * costs.finish_s()
+        total_s = filling_s + elapsed_s + len(finished) * costs.finished_s
         cluster.after(total_s, lambda: self._decoded(rows, counts, call, finished))
 
     def _fill(self, rows, strategy) -> float:
@@ -341,7 +312,7 @@ class _Training:
 
     def start(self) -> None:
         """Begins once programs and texts are there."""
-        self._cluster.after(self._cluster.costs.training_start_s(), self._begun)
+        self._cluster.after(self._cluster.costs.start_s, self._begun)
 
     def _begun(self) -> None:
         if self._stopped():
@@ -352,9 +323,9 @@ class _Training:
             return
         # An RL step's first training begins with what drafts would have had accepted.
         self._cluster.is_measured = True
-        self._cluster.after(self._cluster.costs.measure_s(), self._measured)
+        self._cluster.after(self._cluster.costs.measured_s, self._go_on)
 
-    def _measured(self) -> None:
+    def _go_on(self) -> None:
         if not self._stopped():
             self._step()
 
@@ -367,7 +338,7 @@ class _Training:
             joining, self._joining = self._joining, None
             self._runs(joining)
         members = len(self._order.workers)
-        seconds = self._cluster.costs.drafter_step_s(members)
+        seconds = self._cluster.costs.drafter_s
         if not seconds > 0:
             raise ValueError(
                 f"a drafter's step takes {seconds:g} s: where workers train it takes "
@@ -381,9 +352,8 @@ class _Training:
             1 - (1 - drafter.learned) ** members
         )
         self._num_steps += 1
-        self._rolling.num_drafter_steps += members
-        if not self._stopped():
-            self._step()
+        self._rolling.spent.num_drafter_steps += members
+        self._go_on()
 
     def _stopped(self) -> bool:
         """Ends the training if the coordinator says so."""
@@ -392,7 +362,7 @@ class _Training:
             return False
         publishes = c.may_publish(number) and self._num_steps
         self._cluster.after(
-            self._cluster.costs.publish_s() if publishes else 0.0,
+            self._cluster.costs.sync_s if publishes else 0.0,
             lambda: self._ended(publishes),
         )
         return True
@@ -403,3 +373,60 @@ class _Training:
             if self._cluster.tuner is not None:
                 self._cluster.tuner.changed("drafter")
         self._rolling.send(records.TrainingStopped(self._order.training))
+
+
+def draw_lifetimes(
+    rng: np.random.Generator,
+    survival: np.ndarray,
+    known: Sequence[tuple[workload.Drafted | None, int]],
+    num_steps: int,
+) -> np.ndarray:
+    """Draws how many drafts each step of each row has accepted, `[rows, num_steps]`.
+
+    Args:
+      rng: of rows of which nothing is known.
+      survival: `[depth]`, the chance that at least 1, 2, ... drafts are accepted.
+      known: of each row how its text fared before, or None, and its tokens so far.
+      num_steps: drawn of each row.
+    """
+    draws = rng.random((len(known), num_steps))
+    # At least d where the draw is below the chance of that.
+    found = np.searchsorted(-survival, -draws, side="left")
+    for i, (drafted, start) in enumerate(known):
+        if drafted is not None:
+            found[i] = drafted.accepted(start, len(survival), num_steps)
+    return found
+
+
+def decode(
+    left: np.ndarray, lifetimes: np.ndarray | None, limit: int, quota: int
+) -> tuple[int, np.ndarray, tuple[int, ...]]:
+    """Decodes rows once, as the engine's program does.
+
+    Steps are taken until a row has drawn `limit` tokens or `quota` rows have ended.
+
+    Args:
+      left: `[n] int`, tokens until each row ends.
+      lifetimes: `[n, limit] int`, drafts accepted by each step; None: plain steps.
+      limit: tokens of a row.
+      quota: rows.
+
+    Returns:
+      Steps; tokens of each row, `[n] int`; `num_accepted` as of `tuner.Call`, up to
+      the deepest draft that was accepted.
+    """
+    most = np.minimum(left, limit)
+    if lifetimes is None:
+        ended = np.sort(left)
+        num_steps = int(min(ended[min(quota, len(left)) - 1], limit))
+        return num_steps, np.minimum(left, num_steps), ()
+    totals = np.minimum(np.cumsum(1 + lifetimes, axis=1), most[:, None])
+    stops = (totals.max(axis=0) >= limit) | (
+        (totals >= left[:, None]).sum(axis=0) >= quota
+    )
+    num_steps = int(np.argmax(stops)) + 1
+    before = np.concatenate([np.zeros((len(left), 1), int), totals], axis=1)
+    alive = before[:, :num_steps] < left[:, None]
+    lived = np.bincount(lifetimes[:, :num_steps][alive])
+    accepted = tuple(int(n) for n in np.cumsum(lived[::-1])[::-1])
+    return num_steps, totals[:, num_steps - 1], accepted

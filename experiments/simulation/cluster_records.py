@@ -1,5 +1,6 @@
 """Plain records of a simulated cluster: its sizes, its drafter, what a rollout took."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 
@@ -58,14 +59,14 @@ class Drafter:
     version: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Report:
     """What came of a rollout.
 
     Attributes:
       makespan_s: from its begin to its end, drafter's last step included.
-      num_tokens, num_calls, num_steps: of decoding, over all workers.
-      decode_s, prefill_s: seconds of workers.
+      num_tokens, num_steps: of decoding, over all workers.
+      prefill_s: seconds of workers.
       accept_length: tokens per row and speculative step; 1 without.
       steps_by_kind: decode steps by (bucket, strategy).
       num_drafter_steps: taken on waiting workers, each worker's counted.
@@ -74,15 +75,15 @@ class Report:
       sums: `workers/` values, as the coordinator gives them.
     """
 
-    makespan_s: float
-    num_tokens: int
-    num_calls: int
-    num_steps: int
-    decode_s: float
-    prefill_s: float
-    accept_length: float
-    steps_by_kind: Mapping[costs.Kind, int]
-    num_drafter_steps: int
-    num_preempted: int
-    intervals: tuple[records.Interval, ...]
-    sums: Mapping[str, float]
+    makespan_s: float = 0.0
+    num_tokens: int = 0
+    num_steps: int = 0
+    prefill_s: float = 0.0
+    accept_length: float = 1.0
+    steps_by_kind: collections.Counter[costs.Kind] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    num_drafter_steps: int = 0
+    num_preempted: int = 0
+    intervals: tuple[records.Interval, ...] = ()
+    sums: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -1,50 +1,17 @@
 """What the parts of a step take, from measured seconds or from a machine's figures.
 
-Seconds are of one worker; tokens of one row unless said otherwise.
+Seconds are of one worker; tokens of one row unless said otherwise. Both kinds of costs
+tell the same: `step_s`, `prefill_s`, `fill_s`, and the constants `finished_s`,
+`measured_s`, `drafter_s`, `start_s`, `sync_s` that `TableCosts` explains.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
 
 from tlt_jax.specdec import strategy as strategy_lib
 
 Strategy = strategy_lib.Strategy
 Kind = tuple[int, Strategy | None]
-
-
-class Costs(Protocol):
-    """Seconds of a worker's work."""
-
-    def step_s(self, bucket: int, strategy: Strategy | None, context: float) -> float:
-        """Returns seconds of a decode step at a batch bucket.
-
-        Args:
-          bucket: rows of the program.
-          strategy: None: plain.
-          context: cached tokens of all rows together.
-        """
-
-    def prefill_s(self, num_tokens: int) -> float:
-        """Returns seconds to cache so many prompt tokens."""
-
-    def fill_s(self, num_tokens: int) -> float:
-        """Returns seconds to take so many positions into the drafter's cache."""
-
-    def finish_s(self) -> float:
-        """Returns seconds spent on a finished response: features read, text kept."""
-
-    def measure_s(self) -> float:
-        """Returns seconds in which an RL step's first training examines the drafter."""
-
-    def drafter_step_s(self, num_members: int) -> float:
-        """Returns seconds of a drafter's training step on so many workers."""
-
-    def training_start_s(self) -> float:
-        """Returns seconds from the order to train to the first step."""
-
-    def publish_s(self) -> float:
-        """Returns seconds to give a trained drafter to the engines."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +22,10 @@ class TableCosts:
       steps: seconds of a decode step by batch bucket and strategy.
       prefill_token_s, fill_token_s: of a token.
       finished_s: of a finished response.
-      measured_s, drafter_s: of examining the drafter, of a step of its training.
-      start_s, sync_s: of a training's beginning, of publishing.
+      measured_s: in which an RL step's first training examines the drafter.
+      drafter_s: of a training step, to which each worker brings rows of its own.
+      start_s: from the order to train to the first step.
+      sync_s: to give a trained drafter to the engines.
     """
 
     steps: Mapping[Kind, float]
@@ -69,7 +38,12 @@ class TableCosts:
     sync_s: float = 0.0
 
     def step_s(self, bucket: int, strategy: Strategy | None, context: float) -> float:
-        """Looks the kind up.
+        """Returns seconds of a decode step.
+
+        Args:
+          bucket: rows of the program.
+          strategy: None: plain.
+          context: cached tokens of all rows together; they do not count here.
 
         Raises:
           ValueError: it was not measured.
@@ -92,36 +66,11 @@ class TableCosts:
         """Returns seconds to fill the drafter's cache."""
         return self.fill_token_s * num_tokens
 
-    def finish_s(self) -> float:
-        """Returns seconds spent on a finished response."""
-        return self.finished_s
-
-    def measure_s(self) -> float:
-        """Returns seconds in which the drafter is examined."""
-        return self.measured_s
-
-    def drafter_step_s(self, num_members: int) -> float:
-        """Returns seconds of a drafter's step; members share the rows of the batch."""
-        del num_members  # Each member brings its own rows along.
-        return self.drafter_s
-
-    def training_start_s(self) -> float:
-        """Returns seconds before the first step."""
-        return self.start_s
-
-    def publish_s(self) -> float:
-        """Returns seconds to hand the drafter over."""
-        return self.sync_s
-
     def times(self, factor: float) -> "TableCosts":
         """Returns them of a machine that takes so many times as long for everything."""
-        seconds = {
-            field.name: factor * getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "steps"
-        }
+        others = {name: factor * s for name, s in vars(self).items() if name != "steps"}
         steps = {kind: factor * value for kind, value in self.steps.items()}
-        return TableCosts(steps, **seconds)
+        return TableCosts(steps, **others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +164,11 @@ class RooflineCosts:
     drafter_rows: int = 4
     row_tokens: int = 8192
 
+    # Features leave the device beside the next step.
+    finished_s = 0.0
+    # What a compiled program's first batch waits for.
+    start_s = 0.5
+
     def _forward_s(
         self, params: float, layers: int, tokens: float, cache_bytes: float
     ) -> float:
@@ -253,28 +207,22 @@ class RooflineCosts:
         """Returns seconds to take positions into the drafter's cache."""
         return self._forward_s(self.model.drafter_params, 1, num_tokens, 0.0)
 
-    def finish_s(self) -> float:
-        """Returns nothing: features leave the device beside the next step."""
-        return 0.0
+    @property
+    def measured_s(self) -> float:
+        """Seconds of a forward over a drafter step's batch."""
+        return self.drafter_s / 3
 
-    def measure_s(self) -> float:
-        """Returns seconds of a forward over a drafter step's batch."""
-        return self.drafter_step_s(1) / 3
-
-    def drafter_step_s(self, num_members: int) -> float:
-        """Returns seconds of a drafter's step, each member with rows of its own."""
-        del num_members
+    @property
+    def drafter_s(self) -> float:
+        """Seconds of a drafter's step."""
         tokens = self.drafter_rows * self.row_tokens
         operations = 6 * self.model.drafter_params * tokens
         speed = self.tensor * self.device.flops * self.training_flops_frac
         return operations / speed + 6 * self.layer_s
 
-    def training_start_s(self) -> float:
-        """Returns what a compiled program's first batch waits for."""
-        return 0.5
-
-    def publish_s(self) -> float:
-        """Returns seconds to broadcast the drafter's weights at 50 GB/s."""
+    @property
+    def sync_s(self) -> float:
+        """Seconds to broadcast the drafter's weights at 50 GB/s."""
         return 2 * self.model.drafter_params / 50e9
 
     def update_s(
@@ -292,3 +240,6 @@ class RooflineCosts:
         operations = 2 * passes * self.model.num_params * num_tokens
         speed = num_devices * self.device.flops * self.training_flops_frac
         return operations / speed + exchange_s
+
+
+Costs = TableCosts | RooflineCosts

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -58,12 +59,12 @@ def accept_length(strategy: Strategy, scale: float = 1.0) -> float:
 
 
 def acceptance(
-    arms: strategy_lib.Arms, adapted: float = 1.0, stale: float | None = None
+    strategies: Collection[Strategy], adapted: float = 1.0, stale: float | None = None
 ) -> workload.Acceptance:
-    """Makes acceptance of the arms, as published or in proportion.
+    """Makes acceptance of strategies, as published or in proportion.
 
     Args:
-      arms: all strategies that may be chosen.
+      strategies: all that may be chosen.
       adapted: scale of tokens beyond the first.
       stale: the same of a drafter that was left behind; None: as adapted.
     """
@@ -71,7 +72,7 @@ def acceptance(
     def table(scale):
         return {
             s: (workload.hazard_of(accept_length(s, scale), s.draft_depth),)
-            for s in arms.strategies()
+            for s in strategies
         }
 
     return workload.Acceptance(
@@ -122,3 +123,12 @@ def fit() -> Fit:
         if best is None or error < best[0]:
             best = error, Fit(float(level_s), float(fraction), found)
     return best[1]
+
+
+def machine(
+    device: costs.Device, model: costs.Model, tensor: int
+) -> costs.RooflineCosts:
+    """Returns a worker's costs with the two fitted numbers."""
+    return costs.RooflineCosts(
+        device, model, tensor, level_s=fit().level_s, flops_frac=fit().flops_frac
+    )

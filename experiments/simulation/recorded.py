@@ -79,14 +79,14 @@ def from_workdir(workdir: pathlib.Path) -> list[Step]:
         if row["step"] not in texts:
             continue
         found = texts[row["step"]]
-        rounds = int(row.get("rollout/rounds", 1))
-        if len(found) % rounds:
+        num_rounds = int(row.get("rollout/rounds", 1))
+        if len(found) % num_rounds:
             raise ValueError(
                 f"step {row['step']} of {workdir} has {len(found)} completions in "
-                f"{rounds} rounds: its rollouts are not whole."
+                f"{num_rounds} rounds: its rollouts are not whole."
             )
-        each = len(found) // rounds
-        starts = range(0, len(found), each)
+        each = len(found) // num_rounds
+        rounds = [found[i : i + each] for i in range(0, len(found), each)]
         drafts = any(len(text.missed) < text.num_tokens for text in found)
         intervals = [
             interval
@@ -96,10 +96,8 @@ def from_workdir(workdir: pathlib.Path) -> list[Step]:
         steps.append(
             Step(
                 row["step"],
-                tuple(tuple(t.num_tokens for t in found[i : i + each]) for i in starts),
-                tuple(tuple(t.missed for t in found[i : i + each]) for i in starts)
-                if drafts
-                else (),
+                tuple(tuple(t.num_tokens for t in texts) for texts in rounds),
+                tuple(tuple(t.missed for t in texts) for texts in rounds if drafts),
                 {name: row[name] for name in _KEPT if name in row},
                 sum(state == timeline.TRAINING for state, _, _ in intervals),
                 published,

@@ -1,7 +1,7 @@
 """RL steps of a simulated cluster: rollout, then inference, update and weight sync."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -44,13 +44,9 @@ class Scenario:
 
 
 def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict]:
-    """Takes RL steps; returns a row for each.
+    """Takes RL steps with `OFF`, `PAPER` or `OURS`; returns a row for each.
 
-    Args:
-      scenario: what is simulated.
-      system: `off`, `threshold` (the paper's rule) or `cost_model` (ours).
-      num_steps: RL steps; the tuner goes on learning over them.
-      seed: of acceptance.
+    The tuner goes on learning over them; the seed is that of acceptance.
 
     Raises:
       ValueError: the system is unknown.
@@ -109,6 +105,17 @@ def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict
     return rows
 
 
+def compare(
+    scenario: Scenario, num_steps: int, seed: int
+) -> Iterator[tuple[str, dict]]:
+    """Takes RL steps with each system; yields it and its totals."""
+    reference = None
+    for system in (OFF, PAPER, OURS):
+        rows = run(scenario, system, num_steps, seed)
+        reference = reference or rows
+        yield system, totals(rows, reference)
+
+
 def totals(rows: Sequence[dict], reference: Sequence[dict]) -> dict:
     """Sums a system's steps up beside those of everything off."""
 
@@ -118,18 +125,15 @@ def totals(rows: Sequence[dict], reference: Sequence[dict]) -> dict:
     def mean(name):
         return float(np.mean([row[name] for row in rows]))
 
-    step_s = total(rows, "step_s")
+    step_s, rollout_s = total(rows, "step_s"), total(rows, "rollout_s")
+    means = ("accept_length", "idle_frac", "trained_of_idle", "drafter_steps")
     return {
         "step_s": step_s / len(rows),
         "rollout_s": mean("rollout_s"),
-        "rollout_frac": total(rows, "rollout_s") / step_s,
+        "rollout_frac": rollout_s / step_s,
         "times_faster": total(reference, "step_s") / step_s,
-        "rollout_times_faster": total(reference, "rollout_s")
-        / total(rows, "rollout_s"),
-        "accept_length": mean("accept_length"),
-        "idle_frac": mean("idle_frac"),
-        "trained_of_idle": mean("trained_of_idle"),
-        "drafter_steps": mean("drafter_steps"),
+        "rollout_times_faster": total(reference, "rollout_s") / rollout_s,
+        **{name: mean(name) for name in means},
         "drafter_quality": rows[-1]["quality"],
         "preempted": mean("preempted"),
     }

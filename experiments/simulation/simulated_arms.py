@@ -92,26 +92,17 @@ class Drift:
         return found
 
 
-def machine(
-    costs: Costs,
-    arms: strategy_lib.Arms,
-    max_rows: int,
-    tokens_per_call: int,
-    seed: int,
-) -> arm_replay.Machine:
+def machine(costs: Costs, arms: strategy_lib.Arms, seed: int) -> arm_replay.Machine:
     """Makes up what was observed of each arm at each bucket."""
     rng = np.random.default_rng((seed, 1))
+    max_rows = arms.entries[-1][0]
     kinds = [
         (bucket, strategy)
         for bucket in scheduler.buckets(max_rows)
         for strategy in (None, *arms.strategies())
     ]
-    return arm_replay.Machine(
-        {kind: costs.draw(*kind, rng) for kind in kinds},
-        arms,
-        max_rows,
-        tokens_per_call,
-    )
+    step_s = {kind: costs.draw(*kind, rng) for kind in kinds}
+    return arm_replay.Machine(step_s, arms, max_rows)
 
 
 def rollouts(

@@ -22,7 +22,6 @@ OPTION = experiment.Option(
     pathlib.Path,
     recorded=False,
 )
-MOST_LEVELS = len(_DIGITS) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,28 +42,17 @@ class Trace:
 def write(trace: Trace, path: pathlib.Path) -> None:
     """Writes a line of JSON for each kind of step and for each text."""
     lines: list[dict] = [{"kind": "trace", "max_levels": trace.max_levels}]
-    for (bucket, strategy), seconds in sorted(
-        trace.step_s.items(), key=lambda item: (item[0][0], str(item[0][1]))
+    for bucket, strategy in sorted(
+        trace.step_s, key=lambda kind: (kind[0], str(kind[1]))
     ):
-        lines.append(
-            {
-                "kind": "steps",
-                "bucket": bucket,
-                "strategy": None if strategy is None else str(strategy),
-                "step_s": [round(s, 6) for s in seconds],
-            }
-        )
+        line = {"kind": "steps", "bucket": bucket}
+        line["strategy"] = None if strategy is None else str(strategy)
+        line["step_s"] = [round(s, 6) for s in trace.step_s[bucket, strategy]]
+        lines.append(line)
     for drafter, texts in trace.lifetimes.items():
         for number, text in enumerate(texts):
-            digits = "".join(_DIGITS[n] for n in text)
-            lines.append(
-                {
-                    "kind": "text",
-                    "drafter": drafter,
-                    "text": number,
-                    "lifetimes": digits,
-                }
-            )
+            line = {"kind": "text", "drafter": drafter, "text": number}
+            lines.append(line | {"lifetimes": "".join(_DIGITS[n] for n in text)})
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8")

@@ -102,6 +102,7 @@ class Acceptance:
         """Returns the chance that at least d drafts are accepted, d from 1 on."""
         key = strategy, round(quality, 2)
         if key not in self._known:
+            levels = np.arange(strategy.draft_depth)
             parts = []
             for table in (self._adapted, self._stale):
                 hazards = table.get(strategy, table.get(None))
@@ -110,18 +111,10 @@ class Acceptance:
                         f"strategy {strategy} has no acceptance: name it, or give one "
                         "for all."
                     )
-                short = strategy.draft_depth - len(hazards)
-                levels = [*hazards, *[hazards[-1]] * max(short, 0)]
-                parts.append(np.asarray(levels[: strategy.draft_depth]))
+                parts.append(np.take(hazards, levels, mode="clip"))
             mixed = key[1] * parts[0] + (1 - key[1]) * parts[1]
             self._known[key] = np.cumprod(mixed)
         return self._known[key]
-
-    def accept_length(
-        self, strategy: strategy_lib.Strategy, quality: float = 1.0
-    ) -> float:
-        """Returns the mean tokens of a row's step."""
-        return 1.0 + float(self.survival(strategy, quality).sum())
 
 
 def hazard_of(accept_length: float, depth: int) -> float:

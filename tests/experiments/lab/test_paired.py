@@ -119,7 +119,7 @@ def _alive(stat):
 
 def test_loaded_ends_every_runner_even_after_an_error(system, tmp_path):
     with pytest.raises(KeyError):
-        with paired.loaded([system], tmp_path, {"model": "m"}, 30) as (got, versions):
+        with paired.loaded([system], {"model": "m"}, 30) as (got, versions):
             process = got["fake"]._process
             assert versions == {"fake": {"versions": {"fake": "1"}, "model": "m"}}
             raise KeyError("from the experiment")
@@ -138,7 +138,7 @@ def test_a_visitor_is_there_for_its_request_only_and_has_warmed_up(
             return answer
 
     monkeypatch.setattr(paired, "Runner", Watched)
-    with paired.loaded([system], tmp_path, {"model": "m"}, 30, one_at_a_time=True) as (
+    with paired.loaded([system], {"model": "m"}, 30, one_at_a_time=True) as (
         visitors,
         versions,
     ):
@@ -167,7 +167,6 @@ def test_systems_take_turns_and_warm_up_is_not_kept():
         measure,
         rounds=2,
         warmups=1,
-        report=lambda line: None,
     )
     names = "".join(name for name, _ in asked)
     assert names == "cababcbca" + "cababcbca"

@@ -17,7 +17,6 @@ from experiments.simulation import (
     cluster,
     cluster_records,
     costs,
-    decoding,
     published,
     recorded,
     rl_step,
@@ -89,7 +88,7 @@ def test_a_call_is_what_steps_one_by_one_are(speculates):
         left = rng.integers(1, 20, rows)
         quota = int(rng.integers(1, rows + 1))
         lifetimes = rng.integers(0, 4, (rows, limit)) if speculates else None
-        steps, counts, accepted = decoding.decode(left, lifetimes, limit, quota)
+        steps, counts, accepted = cluster.decode(left, lifetimes, limit, quota)
         expected = decode_slowly(left, lifetimes, limit, quota)
         assert (steps, counts.tolist(), accepted) == expected
 
