@@ -6,13 +6,9 @@ group of one included): such a group says nothing about which response to prefer
 rounding must not invent it. What they refuse stands at `estimate`.
 """
 
-from typing import Literal, get_args
-
 import numpy as np
 
 from tlt_jax.runtime import external
-
-Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"]
 
 # Added to the standard deviation, in units of reward, and to the variance.
 _GRPO_EPS, _REINFORCE_EPS = 1e-6, 1e-8
@@ -87,23 +83,13 @@ def estimate(estimator: str, rewards: np.ndarray) -> np.ndarray:
       `[P, R] float32`.
 
     Raises:
-      ValueError: unknown name, rewards of another shape, or one is not finite.
+      ValueError: rewards of another shape, or one is not finite; or there is no such
+        function.
     """
-    match estimator:
-        case "grpo":
-            return grpo(rewards)
-        case "dr_grpo":
-            return dr_grpo(rewards)
-        case "rloo":
-            return rloo(rewards)
-        case "reinforce_pp_baseline":
-            return reinforce_pp_baseline(rewards)
     if external.is_external(estimator):
         return external.load("advantage", estimator)(rewards)
-    raise ValueError(
-        f"advantage estimator {estimator!r} is unknown: choose from "
-        f"{', '.join(get_args(Estimator))}."
-    )
+    ours = (grpo, dr_grpo, rloo, reinforce_pp_baseline)
+    return {function.__name__: function for function in ours}[estimator](rewards)
 
 
 def carries_signal(rewards: np.ndarray) -> np.ndarray:
