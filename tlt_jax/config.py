@@ -72,13 +72,7 @@ def default() -> ml_collections.ConfigDict:
 
 
 def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
-    """Check a whole configuration and freeze it.
-
-    Args:
-      config: nested keys and values; absent keys keep their defaults.
-
-    Returns:
-      The frozen, hashable form.
+    """Check nested keys and values and freeze them; absent keys keep their defaults.
 
     Raises:
       schema.ConfigError: a key is unknown (the nearest one is named), or a value has
@@ -89,19 +83,14 @@ def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     return schema.build(RunConfig, config)
 
 
-def to_dict(run: RunConfig) -> dict[str, Any]:
-    """Return nested plain dicts, fit for JSON and for `load`."""
-    return schema.to_dict(run)
-
-
 def to_json(run: RunConfig) -> str:
     """Write `run` as JSON; `load(json.loads(text))` gives it back."""
-    return json.dumps(to_dict(run), indent=2, sort_keys=True) + "\n"
+    return json.dumps(schema.to_dict(run), indent=2, sort_keys=True) + "\n"
 
 
 def digest(run: RunConfig) -> str:
     """Return 16 hex digits that identify the configuration."""
-    text = json.dumps(to_dict(run), sort_keys=True)
+    text = json.dumps(schema.to_dict(run), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

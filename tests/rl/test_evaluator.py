@@ -1,5 +1,6 @@
 """An evaluation says the same, however many engines share it."""
 
+import itertools
 import types
 
 import numpy as np
@@ -126,3 +127,28 @@ def test_a_process_without_engines_leaves_its_prompts_to_the_others(first, index
     rewards = Rewards()
     made = evaluator_of([first], rewards, group, used=[False])
     assert made.evaluate() == expected and not rewards.judged
+
+
+@pytest.mark.parametrize("num_right", range(6))
+@pytest.mark.parametrize("k", range(1, 6))
+def test_pass_at_k_counts_the_subsets(num_right, k):
+    correct = np.arange(5) < num_right
+    subsets = list(itertools.combinations(correct, k))
+    assert evaluator.pass_at_k(correct[None], k) == pytest.approx(
+        sum(map(any, subsets)) / len(subsets), abs=1e-12
+    )
+
+
+def test_pass_at_k_literals():
+    # 1 - C(7, 5) / C(10, 5) = 1 - 21 / 252.
+    correct = np.arange(10)[None] < 3
+    assert evaluator.pass_at_k(correct, 5) == pytest.approx(11 / 12)
+    # Problems count equally: (11/12 + 0) / 2.
+    both = np.concatenate([correct, np.zeros((1, 10), bool)])
+    assert evaluator.pass_at_k(both, 5) == pytest.approx(11 / 24)
+
+
+def test_pass_at_k_stays_exact_with_many_samples():
+    correct = np.zeros((1, 10_000), bool)
+    correct[0, 0] = True
+    assert evaluator.pass_at_k(correct, 100) == pytest.approx(0.01, rel=1e-9)

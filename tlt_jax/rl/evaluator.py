@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tlt_jax import types
-from tlt_jax.rl import evaluation
 from tlt_jax.rl.engine import answering
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.tasks import prompts, reward_pool
@@ -113,7 +112,32 @@ class Evaluator:
 
     def _row(self, rewards: np.ndarray) -> dict[str, float]:
         samples = rewards.shape[1]
-        row = {f"eval/avg@{samples}": evaluation.avg_at_k(rewards, samples)}
+        row = {f"eval/avg@{samples}": float(rewards.astype(np.float64).mean())}
         for k in self._cfg.k:
-            row[f"eval/pass@{k}"] = evaluation.pass_at_k(rewards >= _RIGHT, k)
+            row[f"eval/pass@{k}"] = pass_at_k(rewards >= _RIGHT, k)
         return row
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> float:
+    """Estimates the chance that at least one of k samples is right, without bias.
+
+    With c of n samples right, `1 - C(n - c, k) / C(n, k)`: the chance that a subset of
+    k of the samples at hand holds a right one, averaged over problems. Computed as a
+    product of k factors below one, so it neither overflows nor cancels.
+
+    Reference: Chen et al., "Evaluating Large Language Models Trained on Code",
+    section 2.1.
+
+    Args:
+      correct: `[P, n]` bool, n >= k samples of each of P >= 1 problems.
+      k: subset size, >= 1.
+
+    Returns:
+      A number in [0, 1].
+    """
+    num_samples = correct.shape[1]
+    num_wrong = num_samples - correct.sum(axis=1)
+    drawn = np.arange(k)
+    # The i-th of k draws without replacement is wrong with (n - c - i) / (n - i).
+    all_wrong = np.maximum(num_wrong[:, None] - drawn, 0) / (num_samples - drawn)
+    return float(np.mean(1.0 - all_wrong.prod(axis=1)))

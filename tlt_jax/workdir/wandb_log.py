@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from tlt_jax import config
+from tlt_jax.settings import schema
 from tlt_jax.workdir import metrics
 
 # Made once for a workdir, so that a resumed run goes on in the same W&B run.
@@ -95,6 +96,6 @@ def open_writer(
     """
     log, more = run.log, []
     if log.wandb != "off":
-        settings = config.to_dict(run)
+        settings = schema.to_dict(run)
         more.append(WandbLog(workdir, log.wandb, log.wandb_project, settings))
     return metrics.MetricsWriter(workdir, first_step, log.tensorboard, more)

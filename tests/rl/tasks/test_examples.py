@@ -1,11 +1,8 @@
 import json
 import logging
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tlt_jax.rl.tasks import examples as examples_lib
@@ -113,50 +110,3 @@ def test_files_that_hold_no_examples(tmp_path):
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.parquet is not a Parquet file"):
         examples_lib.read_examples(tmp_path / "text.parquet")
-
-
-def test_epoch_order_is_fixed_for_all_time():
-    # Golden: a change of these numbers changes what resumed runs train on.
-    assert examples_lib.epoch_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert examples_lib.epoch_order(8, 3, 5).tolist() == [0, 6, 2, 1, 3, 4, 7, 5]
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 50), st.integers(0, 2**63), st.integers(0, 1000))
-def test_epoch_order_is_a_permutation(num_examples, seed, epoch):
-    order = examples_lib.epoch_order(num_examples, seed, epoch)
-    np.testing.assert_array_equal(np.sort(order), np.arange(num_examples))
-
-
-def test_epoch_orders_differ_between_epochs_and_seeds():
-    orders = {
-        tuple(examples_lib.epoch_order(20, seed, epoch).tolist())
-        for seed in range(10)
-        for epoch in range(10)
-    }
-    assert len(orders) == 100
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 99))
-def test_batches_cut_the_line_of_epochs(num_examples, batch_size, seed):
-    num_steps = 10
-    num_epochs = -(-num_steps * batch_size // num_examples)
-    line = np.concatenate(
-        [
-            examples_lib.epoch_order(num_examples, seed, epoch)
-            for epoch in range(num_epochs)
-        ]
-    )
-    for step in reversed(range(num_steps)):
-        np.testing.assert_array_equal(
-            examples_lib.batch_indices(num_examples, batch_size, seed, step),
-            line[step * batch_size : (step + 1) * batch_size],
-        )
-
-
-@pytest.mark.parametrize("name", ["num_examples", "batch_size", "seed", "step"])
-def test_batch_arguments_out_of_range_are_named(name):
-    arguments = {"num_examples": 4, "batch_size": 2, "seed": 0, "step": 0, name: -1}
-    with pytest.raises(ValueError, match=f"{name}=-1 is out of range: at least"):
-        examples_lib.batch_indices(**arguments)

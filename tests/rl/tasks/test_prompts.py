@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tlt_jax import types
 from tlt_jax.rl.tasks import prompts
@@ -31,6 +33,42 @@ def test_every_epoch_has_every_prompt_once_in_another_order():
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert ids(made.draw(0, 11, seed=4)) != epochs[0]
+
+
+def test_epoch_order_is_fixed_for_all_time():
+    # Golden: a change of these numbers changes what resumed runs train on.
+    assert prompts.epoch_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert prompts.epoch_order(8, 3, 5).tolist() == [0, 6, 2, 1, 3, 4, 7, 5]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 50), st.integers(0, 2**63), st.integers(0, 1000))
+def test_epoch_order_is_a_permutation(num_examples, seed, epoch):
+    order = prompts.epoch_order(num_examples, seed, epoch)
+    np.testing.assert_array_equal(np.sort(order), np.arange(num_examples))
+
+
+def test_epoch_orders_differ_between_epochs_and_seeds():
+    orders = {
+        tuple(prompts.epoch_order(20, seed, epoch).tolist())
+        for seed in range(10)
+        for epoch in range(10)
+    }
+    assert len(orders) == 100
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 99))
+def test_draws_cut_the_line_of_epochs(num_examples, count, seed):
+    made = make(*"abcdefghijkl"[:num_examples])
+    num_epochs = -(-10 * count // num_examples)
+    orders = [prompts.epoch_order(num_examples, seed, e) for e in range(num_epochs)]
+    line = np.concatenate(orders)
+    for step in reversed(range(10)):
+        np.testing.assert_array_equal(
+            ids(made.draw(step * count, count, seed)),
+            line[step * count : (step + 1) * count],
+        )
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7])

@@ -115,7 +115,7 @@ def test_weights_are_a_function_of_the_settings(learnt, tmp_path):
     assert weights(tmp_path / "again") == weights(learnt[0])
     for seed in (0, 1):
         run = run_config(steps=0)
-        run = config.load(config.to_dict(run) | {"seed": seed})
+        run = config.load(schema.to_dict(run) | {"seed": seed})
         make(tmp_path / f"seed_{seed}", run)
     assert weights(tmp_path / "seed_0") != weights(tmp_path / "seed_1")
 

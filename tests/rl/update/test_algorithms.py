@@ -84,22 +84,18 @@ def test_defaults_of_the_loss_are_not_repeated_differently():
     )
 
 
-def without(name):
+def test_no_setting_is_passed_over():
     settings = algorithms.preset("grpo")
-    del settings[name]
-    return settings
+    with pytest.raises(TypeError, match="'clip_hi'"):
+        algorithms.build(settings | {"clip_hi": 1})
+    for name in settings:
+        with pytest.raises((KeyError, TypeError), match=name):
+            algorithms.build({k: v for k, v in settings.items() if k != name})
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: algorithms.preset("grop"), "did you mean 'grpo'"),
-        (lambda: algorithms.preset("DrGRPO"), "is unknown: did you mean"),
-        (
-            lambda: algorithms.build(algorithms.preset("grpo") | {"clip_hi": 1}),
-            "setting 'clip_hi' is unknown: did you mean 'clip_high'",
-        ),
-        (lambda: algorithms.build(without("kl_coef")), "lacks kl_coef"),
         (
             lambda: algorithms.build(algorithms.preset("grpo") | {"advantage": "gae"}),
             "advantage='gae'",

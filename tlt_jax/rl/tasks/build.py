@@ -87,7 +87,8 @@ class ReasoningGymTask(generated.GeneratedTask):
         _check_generator(name)
         super().__init__(name, size, eval_size, holdout_frac)
         self._options = dict(options or {})
-        self._seed = int(_digest(f"{seed}"), 16) >> 35  # 29 bits
+        digest = hashlib.blake2b(f"{seed}".encode(), digest_size=8).digest()
+        self._seed = int.from_bytes(digest, "big") >> 35  # 29 bits
         self._sizes["shots"] = 32
         self._style, self._chat = style, chat
         self._raw_score = raw_score
@@ -137,20 +138,20 @@ class ReasoningGymTask(generated.GeneratedTask):
         )
 
     def _example(self, split: generated.Split, index: int) -> types.Example:
-        solved = dict(self._shots)
+        def make(attempt: int) -> tuple[str, dict[str, Any]]:
+            entry = self._dataset(split, attempt)[index]
+            return entry["question"], entry
 
-        def fits(entry: dict[str, Any]) -> bool:
-            question = entry["question"]
-            return question not in solved and self.belongs(question, split)
-
-        draws = (self._dataset(split, a)[index] for a in range(generated.MAX_DRAWS))
-        entry = generated.draw(self.name, draws, fits)
+        question, entry = self.draw(split, make)
         return types.Example(
             example_id=f"{self.name}/{split}/{index}",
-            prompt=self._prompt(entry["question"]),
+            prompt=self._prompt(question),
             answer=entry["answer"],
-            metadata={"question": entry["question"], "metadata": entry["metadata"]},
+            metadata={"question": question, "metadata": entry["metadata"]},
         )
+
+    def belongs(self, question: str, split: generated.Split) -> bool:
+        return question not in dict(self._shots) and super().belongs(question, split)
 
     def _prompt(self, question: str) -> str | tuple[dict[str, str], ...]:
         if self._chat:
@@ -191,10 +192,6 @@ class ReasoningGymTask(generated.GeneratedTask):
         return float(score >= 0.99)
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def _reasoning_gym() -> Any:
     # Here, because it takes a second that other tasks need not spend.
     from reasoning_gym import factory
@@ -214,6 +211,19 @@ def _check_generator(name: str) -> None:
         )
 
 
+def _check_options(
+    name: str, options: Mapping[str, Any], accepted: Sequence[str]
+) -> None:
+    for key in options:
+        if key not in accepted:
+            near = difflib.get_close_matches(key, accepted, 1)
+            raise ValueError(
+                f"task {name!r} has no option {key!r}"
+                + (f"; did you mean {near[0]!r}? " if near else ". ")
+                + f"It has {', '.join(accepted)}."
+            )
+
+
 def _create_dataset(name: str, options: Mapping[str, Any], **sizes: int) -> Any:
     factory = _reasoning_gym()
     reserved = set(options) & set(sizes)
@@ -223,14 +233,7 @@ def _create_dataset(name: str, options: Mapping[str, Any], **sizes: int) -> Any:
             "task's own size and seed."
         )
     known = getattr(factory.DATASETS[name][1], "__dataclass_fields__", {})
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise ValueError(
-                f"task {name!r} has no option {key!r}"
-                + (f"; did you mean {near[0]!r}? " if near else ". ")
-                + f"It has {', '.join(k for k in known if k not in sizes)}."
-            )
+    _check_options(name, options, [key for key in known if key not in sizes])
     try:
         return factory.create_dataset(name, **options, **sizes)
     except (AssertionError, TypeError, ValueError) as error:
@@ -278,7 +281,6 @@ class FileTask:
     ):
         generated.check_sizes(1 if limit is None else limit, eval_size, holdout_frac)
         self.name = path
-        self._reward = reward
         self.score = rewards.named(reward)
         reading = {
             "prompt_key": prompt_key,
@@ -301,9 +303,8 @@ class FileTask:
         else:
             parts: dict[bool, list[types.Example]] = {True: [], False: []}
             for example in train:
-                parts[generated.held_out(repr(example.prompt), holdout_frac)].append(
-                    example
-                )
+                is_held = generated.held_out(repr(example.prompt), holdout_frac)
+                parts[is_held].append(example)
             train, held_out = parts[False], parts[True]
         self._splits = {"train": train[:limit], "eval": held_out[:eval_size]}
 
@@ -313,7 +314,6 @@ class FileTask:
         Raises:
           ValueError: it has none.
         """
-        generated.check_split(split)
         examples = self._splits[split]
         if not examples:
             raise ValueError(
@@ -327,14 +327,13 @@ def _read_answered(
     path: str, reward: str, reading: Mapping[str, Any]
 ) -> list[types.Example]:
     examples = examples_lib.read_examples(path, **reading)
-    if rewards.needs_answer(reward):
-        for example in examples:
-            if example.answer is None:
-                raise ValueError(
-                    f"{path}: example {example.example_id!r} has no answer, which the "
-                    f"reward {reward!r} compares with: add it, name its column with "
-                    "answer_key, or use a reward function of yours."
-                )
+    for example in examples:
+        if example.answer is None and rewards.needs_answer(reward):
+            raise ValueError(
+                f"{path}: example {example.example_id!r} has no answer, which the "
+                f"reward {reward!r} compares with: add it, name its column with "
+                "answer_key, or use a reward function of yours."
+            )
     return examples
 
 
@@ -344,7 +343,6 @@ class _Adapted:
     def __init__(self, task: Task, system_prompt: str, reward: str):
         self.name = task.name
         self._task, self._system_prompt = task, system_prompt
-        self._reward = reward
         self.score = rewards.named(reward) if reward else task.score
 
     def examples(self, split: generated.Split) -> Sequence[types.Example]:
@@ -416,14 +414,7 @@ def _make(
     parameters = inspect.signature(kind).parameters.values()
     accepted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     accepted = [key for key in accepted if key not in settings]
-    for key in options:
-        if key not in accepted:
-            near = difflib.get_close_matches(key, accepted, 1)
-            raise ValueError(
-                f"task {name!r} has no option {key!r}"
-                + (f"; did you mean {near[0]!r}? " if near else ". ")
-                + f"It has {', '.join(accepted)}."
-            )
+    _check_options(name, options, accepted)
     path = (name,) if kind is FileTask else ()
     return kind(*path, **options, **settings)
 

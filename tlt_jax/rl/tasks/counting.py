@@ -71,11 +71,7 @@ class CountingTask(generated.GeneratedTask):
 
     def _example(self, split: generated.Split, index: int) -> types.Example:
         rng = random.Random(f"{self._seed}/{split}/{index}")
-        question, answer = generated.draw(
-            self.name,
-            (self._question(rng) for _ in range(generated.MAX_DRAWS)),
-            lambda item: self.belongs(item[0], split),
-        )
+        question, answer = self.draw(split, lambda _: self._question(rng))
         messages = (*self._shots, {"role": "user", "content": question})
         return types.Example(f"{self.name}/{split}/{index}", messages, answer)
 
@@ -89,14 +85,8 @@ class CountingTask(generated.GeneratedTask):
 
         So neither stopping early nor going on is free; words between numbers are.
         """
-        if example.answer is None:
-            raise ValueError(f"example {example.example_id!r} has no answer.")
         wanted = example.answer.split(", ")
-        got = re.findall(r"\d+", text)
-        right = 0
-        while right < min(len(wanted), len(got)) and wanted[right] == got[right]:
-            right += 1
-        score = right / max(len(wanted), len(got))
+        score = generated.leading_frac(wanted, re.findall(r"\d+", text))
         return float(score >= self._pass_mark) if self._pass_mark else score
 
 

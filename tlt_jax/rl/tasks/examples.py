@@ -1,15 +1,11 @@
-"""Examples of data sets, and the order in which training visits them."""
+"""Examples of data sets."""
 
 import dataclasses
-import functools
 import json
 import logging
-import operator
 import os
 from collections.abc import Iterator
 from typing import Any, Literal
-
-import numpy as np
 
 from tlt_jax import types
 from tlt_jax.rl.tasks import files as data_files
@@ -219,74 +215,3 @@ def _check_prompt(prompt: Any, key: str) -> str | tuple[dict[str, str], ...]:
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """Draws the order in which one epoch visits the examples.
-
-    A pure function of its arguments, the same on every platform and NumPy release: the
-    examples are sorted by the raw output of a counter-based generator.
-
-    Args:
-      num_examples: at least 1.
-      seed: at least 0.
-      epoch: at least 0.
-
-    Returns:
-      `[num_examples] int64`, a permutation; read-only.
-
-    Raises:
-      ValueError: an argument is out of range.
-    """
-    for name, value, low in (
-        ("num_examples", num_examples, 1),
-        ("seed", seed, 0),
-        ("epoch", epoch, 0),
-    ):
-        _at_least(name, value, low)
-    generator = np.random.Philox(key=np.array([seed, epoch], np.uint64))
-    order = np.argsort(generator.random_raw(num_examples), kind="stable")
-    order.setflags(write=False)
-    return order
-
-
-def batch_indices(
-    num_examples: int, batch_size: int, seed: int, step: int
-) -> np.ndarray:
-    """Gives the examples of one step's batch.
-
-    The epochs' orders stand one after another and the batches are cut from that line,
-    so a batch may reach over an epoch's end, every example comes once per epoch, and
-    nothing but `step` is needed to resume. Where a batch reaches over an epoch's end
-    (always, if it is larger than the data), an example may come twice in it.
-
-    Args:
-      num_examples: at least 1.
-      batch_size: at least 1.
-      seed: at least 0.
-      step: at least 0.
-
-    Returns:
-      `[batch_size] int64`, indices below `num_examples`.
-
-    Raises:
-      ValueError: an argument is out of range.
-    """
-    _at_least("num_examples", num_examples, 1)
-    _at_least("batch_size", batch_size, 1)
-    _at_least("step", step, 0)
-    start = operator.index(step) * operator.index(batch_size)
-    parts: list[np.ndarray] = []
-    missing = batch_size
-    while missing:
-        epoch, offset = divmod(start + batch_size - missing, num_examples)
-        part = epoch_order(num_examples, seed, epoch)[offset : offset + missing]
-        parts.append(part)
-        missing -= len(part)
-    return np.concatenate(parts)
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ValueError(f"{name}={value} is out of range: at least {low}.")

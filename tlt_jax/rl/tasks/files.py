@@ -129,11 +129,7 @@ def _arrow_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
 
 
 def _numbered(batches) -> Iterator[tuple[int, Any]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def _from_directory(directory: pathlib.Path, split: str | None) -> list[pathlib.Path]:

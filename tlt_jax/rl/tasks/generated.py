@@ -9,12 +9,13 @@ because small tasks repeat themselves: products of two digits are 100 questions.
 import hashlib
 import operator
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 from tlt_jax import types
 
 Split = Literal["train", "eval"]
+Drawn = TypeVar("Drawn")
 
 # Draws per example before a split counts as empty.
 MAX_DRAWS = 250
@@ -45,12 +46,6 @@ def held_out(question: str, holdout_frac: float) -> bool:
     return int.from_bytes(digest, "big") < holdout_frac * 2**64
 
 
-def check_split(split: str) -> None:
-    """Raises ValueError unless `split` is one."""
-    if split not in ("train", "eval"):
-        raise ValueError(f"split={split!r} is not one of train, eval.")
-
-
 def check_sizes(size: int, eval_size: int, holdout_frac: float) -> None:
     """Raises ValueError if a split's size or the held-out fraction is out of range."""
     for name, value in (("size", size), ("eval_size", eval_size)):
@@ -76,7 +71,6 @@ class GeneratedTask:
 
     def examples(self, split: Split) -> Sequence[types.Example]:
         """Returns the split's examples, generated when indexed."""
-        check_split(split)
         return LazyExamples(
             self._sizes[split], lambda index: self._example(split, index)
         )
@@ -89,17 +83,35 @@ class GeneratedTask:
         frac = self._holdout_frac
         return not frac or held_out(question, frac) == (split == "eval")
 
+    def draw(
+        self, split: Split, make: Callable[[int], tuple[str, Drawn]]
+    ) -> tuple[str, Drawn]:
+        """Returns the first (question, what belongs to it) that may stand in a split.
 
-def draw(name: str, draws: Iterator[Any], fits: Callable[[Any], bool]) -> Any:
-    """Returns the first draw that fits; ValueError if none of `MAX_DRAWS` does."""
-    for item in draws:
-        if fits(item):
-            return item
-    raise ValueError(
-        f"task {name!r}: {MAX_DRAWS} draws gave no question for this split; the task "
-        "has too few different questions. Make it harder, or change holdout_frac "
-        "(0: the splits may share questions)."
-    )
+        Args:
+          split: which.
+          make: draws one, given how many were drawn before.
+
+        Raises:
+          ValueError: none of `MAX_DRAWS` may.
+        """
+        for attempt in range(MAX_DRAWS):
+            drawn = make(attempt)
+            if self.belongs(drawn[0], split):
+                return drawn
+        raise ValueError(
+            f"task {self.name!r}: {MAX_DRAWS} draws gave no question for this split; "
+            "the task has too few different questions. Make it harder, or change "
+            "holdout_frac (0: the splits may share questions)."
+        )
+
+
+def leading_frac(wanted: Sequence[str], got: Sequence[str]) -> float:
+    """Returns the right leading items as a part of the longer of both."""
+    right = 0
+    while right < min(len(wanted), len(got)) and wanted[right] == got[right]:
+        right += 1
+    return right / max(len(wanted), len(got))
 
 
 def pareto(rng: random.Random, least: int, most: int, alpha: float) -> int:
@@ -116,13 +128,8 @@ class _TextTask(GeneratedTask):
 
     def supervised_text(self, num: int) -> list[tuple[str, str]]:
         """Returns `num` (prompt, right answer) pairs of the training split."""
-        examples = self.examples("train")
-        if num > len(examples):
-            raise ValueError(
-                f"num={num} exceeds the {len(examples)} training examples: give a "
-                "larger size."
-            )
-        return [(example.prompt, example.answer) for example in examples[:num]]
+        examples = self.examples("train")[:num]
+        return [(example.prompt, example.answer) for example in examples]
 
 
 class ArithmeticTask(_TextTask):
@@ -160,11 +167,7 @@ class ArithmeticTask(_TextTask):
 
     def _example(self, split: Split, index: int) -> types.Example:
         rng = random.Random(f"{self._seed}/{split}/{index}")
-        question, answer = draw(
-            self.name,
-            (self._sum(rng) for _ in range(MAX_DRAWS)),
-            lambda item: self.belongs(item[0], split),
-        )
+        question, answer = self.draw(split, lambda _: self._sum(rng))
         return types.Example(f"{self.name}/{split}/{index}", question, answer)
 
     def _sum(self, rng: random.Random) -> tuple[str, str]:
@@ -232,12 +235,6 @@ class CountTask(_TextTask):
         With partial credit: right leading numbers divided by the longer of text and
         answer in numbers, so that neither stopping early nor going on is free.
         """
-        if example.answer is None:
-            raise ValueError(f"example {example.example_id!r} has no answer.")
         if not self._partial_credit:
             return float(text.strip() == example.answer)
-        wanted, got = example.answer.split(), text.split()
-        right = 0
-        while right < min(len(wanted), len(got)) and wanted[right] == got[right]:
-            right += 1
-        return right / max(len(wanted), len(got))
+        return leading_frac(example.answer.split(), text.split())

@@ -1,12 +1,12 @@
 """A task's prompts as token ids, drawn in an order that is a function of a position."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tlt_jax import types
-from tlt_jax.rl.tasks import examples as examples_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +77,30 @@ class PromptSet:
         The line is one permutation of all prompts per epoch, so that a position is all
         that a resumed run must know.
         """
-        chosen = [
-            int(examples_lib.batch_indices(len(self.prompts), 1, seed, position + i)[0])
-            for i in range(count)
-        ]
-        return [self.prompts[i] for i in chosen]
+        num = len(self.prompts)
+        places = [divmod(position + i, num) for i in range(count)]
+        return [self.prompts[epoch_order(num, seed, e)[i]] for e, i in places]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Draws the order in which one epoch visits the examples.
+
+    A pure function of its arguments, the same on every platform and NumPy release: the
+    examples are sorted by the raw output of a counter-based generator.
+
+    Args:
+      num_examples: at least 1.
+      seed: at least 0.
+      epoch: at least 0.
+
+    Returns:
+      `[num_examples] int64`, a permutation; read-only.
+    """
+    generator = np.random.Philox(key=np.array([seed, epoch], np.uint64))
+    order = np.argsort(generator.random_raw(num_examples), kind="stable")
+    order.setflags(write=False)
+    return order
 
 
 def requests_of(

@@ -51,32 +51,24 @@ class RandomNumbersTask(generated.GeneratedTask):
         rng = random.Random(f"{self._seed}/{split}/{index}")
         messages = []
         for _ in range(self._num_shots):
-            num, top = self._sizes_of_a_question(rng)
+            question, (num, top) = self._question(rng)
             numbers = rng.sample(range(1, top + 1), num)
             answer = ", ".join(map(str, numbers))
-            messages += [("user", _question(num, top)), ("assistant", answer)]
-        num, top = generated.draw(
-            self.name,
-            (self._sizes_of_a_question(rng) for _ in range(generated.MAX_DRAWS)),
-            lambda sizes: self.belongs(_question(*sizes), split),
-        )
-        messages.append(("user", _question(num, top)))
+            messages += [("user", question), ("assistant", answer)]
+        question, (num, top) = self.draw(split, lambda _: self._question(rng))
+        messages.append(("user", question))
         turns = tuple({"role": role, "content": text} for role, text in messages)
         return types.Example(f"{self.name}/{split}/{index}", turns, f"{num} of {top}")
 
-    def _sizes_of_a_question(self, rng: random.Random) -> tuple[int, int]:
+    def _question(self, rng: random.Random) -> tuple[str, tuple[int, int]]:
         num = rng.randint(self._min_num, self._max_num)
-        return num, rng.randint(2 * self._max_num, self._max_top)
+        top = rng.randint(2 * self._max_num, self._max_top)
+        text = f"Write {num} different random numbers from 1 to {top}, separated by"
+        return f"{text} commas.", (num, top)
 
     def score(self, example: types.Example, text: str) -> float:
         """Scores different numbers in range by the larger of asked for and given."""
-        if example.answer is None:
-            raise ValueError(f"example {example.example_id!r} has no answer.")
         num, top = map(int, example.answer.split(" of "))
         given = [int(digits) for digits in re.findall(r"\d{1,9}", text)]
         right = {number for number in given if 1 <= number <= top}
         return min(len(right), num) / max(len(given), num)
-
-
-def _question(num: int, top: int) -> str:
-    return f"Write {num} different random numbers from 1 to {top}, separated by commas."

@@ -133,34 +133,27 @@ class RewardPool:
           failure_reward: reward of a call that failed, finite.
 
         Raises:
-          ValueError: an argument is out of range, or `score_fn` cannot be pickled.
+          ValueError: `score_fn` cannot be pickled.
         """
-        if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers} is out of range: at least 0.")
-        if not 0.0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s={timeout_s} is out of range: above 0, finite.")
-        if not math.isfinite(failure_reward):
-            raise ValueError(f"failure_reward={failure_reward} is not finite.")
         self._score_fn = score_fn
-        self._failure_reward = float(failure_reward)
+        self._failure_reward = failure_reward
         self._changed = threading.Condition()
         self._pending: list[tuple[types.Example, str]] = []
         self._done: dict[int, Scored] = {}
         self._broken: str | None = None
         self._jobs: queue.SimpleQueue[tuple[int, types.Example, str] | None]
         self._jobs = queue.SimpleQueue()
-        self._workers = []
-        if num_workers:
-            start = _pickled(score_fn), timeout_s
-            for _ in range(num_workers):
-                worker = _Worker(*start)
-                thread = threading.Thread(
-                    target=self._drive, args=(worker,), daemon=True, name="reward"
-                )
-                self._workers.append((worker, thread))
-                thread.start()
-        self._in_process = not num_workers
         self._closed = False
+        self._in_process = not num_workers
+        payload = b"" if self._in_process else _pickled(score_fn)
+        self._workers = []
+        for _ in range(num_workers):
+            worker = _Worker(payload, timeout_s)
+            thread = threading.Thread(
+                target=self._drive, args=(worker,), daemon=True, name="reward"
+            )
+            self._workers.append((worker, thread))
+            thread.start()
 
     def __enter__(self) -> "RewardPool":
         return self
@@ -191,7 +184,7 @@ class RewardPool:
         start = time.perf_counter()
         if self._in_process:
             for index, (example, text) in enumerate(self._pending):
-                self._done[index] = self._finish(*_call(self._score_fn, example, text))
+                self._done[index] = self._finish(_call(self._score_fn, example, text))
         with self._changed:
             while len(self._done) < len(self._pending):
                 if self._broken is not None:
@@ -217,11 +210,10 @@ class RewardPool:
         for _, thread in self._workers:
             thread.join()
 
-    def _finish(
-        self, status: Status, reward: float, message: str, scoring_s: float
-    ) -> Scored:
-        reward = reward if status == "ok" else self._failure_reward
-        return Scored(reward, status, message, scoring_s)
+    def _finish(self, scored: Scored) -> Scored:
+        if scored.status == "ok":
+            return scored
+        return dataclasses.replace(scored, reward=self._failure_reward)
 
     def _drive(self, worker: "_Worker") -> None:
         """Runs one worker: a thread's whole life."""
@@ -229,7 +221,7 @@ class RewardPool:
             worker.start()
             while not self._closed and (job := self._jobs.get()) is not None:
                 index, example, text = job
-                outcome = self._finish(*worker.call(example, text))
+                outcome = self._finish(worker.call(example, text))
                 with self._changed:
                     self._done[index] = outcome
                     self._changed.notify_all()
@@ -262,19 +254,14 @@ class _Worker:
         if self._process is not None and self._process.poll() is None:
             return
         self._stop()
+        paths = json.dumps(list(map(str, sys.path)))
         ours, theirs = connection.Pipe()
         with self._lock:
             if self._closed:
                 raise _StartError("the pool is closed")
             self._pipe = ours
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _WORKER,
-                    json.dumps(list(map(str, sys.path))),
-                    f"{theirs.fileno()}",
-                ],
+                [sys.executable, "-c", _WORKER, paths, f"{theirs.fileno()}"],
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -295,9 +282,7 @@ class _Worker:
             self._stop()
             raise _StartError(f"a reward worker cannot start: {failure}")
 
-    def call(
-        self, example: types.Example, text: str
-    ) -> tuple[Status, float, str, float]:
+    def call(self, example: types.Example, text: str) -> Scored:
         """Scores one pair within the time limit."""
         start = time.perf_counter()
         try:
@@ -307,13 +292,13 @@ class _Worker:
         except (EOFError, OSError):
             spent = time.perf_counter() - start
             message = f"the reward function ended its process ({self._fate()})"
-            return "crashed", 0.0, message, spent
+            return Scored(0.0, "crashed", message, spent)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
             message = f"example {example.example_id!r} cannot be pickled: {error}"
-            return "error", 0.0, message, 0.0
+            return Scored(0.0, "error", message, 0.0)
         self._stop()
         message = f"the reward function took more than timeout_s={self._timeout_s:g}"
-        return "timeout", 0.0, message, time.perf_counter() - start
+        return Scored(0.0, "timeout", message, time.perf_counter() - start)
 
     def close(self) -> None:
         """Ends the process for good; may be called by another thread."""
@@ -389,31 +374,30 @@ def serve(fileno: int) -> None:
 
 def _call(
     score_fn: Callable[[types.Example, str], float], example: types.Example, text: str
-) -> tuple[Status, float, str, float]:
-    """Returns status, reward, message and duration of one call; never raises."""
+) -> Scored:
+    """Returns the outcome of one call, 0 as a failure's reward; never raises."""
     start = time.perf_counter()
     try:
-        value = score_fn(example, text)
-        status, reward, message = _check(value)
+        reward, status, message = _check(score_fn(example, text))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # Foreign code; SystemExit is one of them.
-        status, reward, message = "error", 0.0, _describe(error)
-    return status, reward, message, time.perf_counter() - start
+        reward, status, message = 0.0, "error", _describe(error)
+    return Scored(reward, status, message, time.perf_counter() - start)
 
 
-def _check(value: Any) -> tuple[Status, float, str]:
+def _check(value: Any) -> tuple[float, Status, str]:
     if isinstance(value, numbers.Real | np.bool_) or (
         not isinstance(value, str | bytes) and getattr(value, "shape", None) == ()
     ):
         reward = float(value)
         if math.isfinite(reward):
-            return "ok", reward, ""
+            return reward, "ok", ""
     message = (
         f"the reward function returned {repr(value)[:80]} of type "
         f"{type(value).__name__}: a finite number is accepted"
     )
-    return "nonfinite", 0.0, message
+    return 0.0, "nonfinite", message
 
 
 def _describe(error: BaseException) -> str:

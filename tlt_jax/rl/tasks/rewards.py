@@ -143,9 +143,8 @@ def _math_verify() -> Any:
     import math_verify
 
     # It warns once per process that its time limit is off; the pool's takes its place.
-    logging.getLogger("math_verify.utils").setLevel(logging.ERROR)
-    logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
-    logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
+    for module in ("utils", "parser", "grader"):
+        logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
     return math_verify
 
 

@@ -116,7 +116,7 @@ def make(
     """
     directory = os.path.abspath(directory)
     record = _record_of(settings)
-    if _complete(directory):
+    if os.path.isdir(directory) and _FILES <= set(os.listdir(directory)):
         _check_same(directory, record)
         return
     _remove_remains(directory)
@@ -233,13 +233,7 @@ def noisy(
 ) -> Iterator[Text]:
     """Draws texts without end and gives some of them a random text's answer.
 
-    Args:
-      texts: questions and right answers.
-      noise_frac: the probability that an answer is exchanged, in [0, 1].
-      rng: drawn from.
-
-    Yields:
-      A question and an answer.
+    An answer is exchanged with the probability `noise_frac`.
     """
     while True:
         chosen, other = rng.integers(len(texts), size=2)
@@ -248,14 +242,9 @@ def noisy(
 
 
 def fill(texts: Iterator[Text], width: int) -> Iterator[list[Text]]:
-    """Gathers texts to rows, in their order, as many as fit.
+    """Gathers texts to rows of `width` tokens, in their order, as many as fit.
 
-    Args:
-      texts: none longer than `width`.
-      width: tokens of a row.
-
-    Yields:
-      The texts of one row. None is left out, or long ones would be rarer than drawn.
+    No text is longer, and none is left out, or long ones would be rarer than drawn.
     """
     row = rows_lib.Rows(width, max_rows=1)
     for text in texts:
@@ -285,13 +274,7 @@ def loss(
 ) -> Array:
     """Computes the mean cross entropy of answer tokens, given their text before them.
 
-    Args:
-      params: the weights.
-      batch: rows of texts.
-      cfg: the model.
-
-    Returns:
-      Scalar, nats per token.
+    A scalar, in nats per token.
     """
     inputs = jax.tree.map(lambda x: x[:, :-1], batch)
     hidden = transformer.forward(
@@ -321,16 +304,9 @@ def _width(texts: Sequence[Text]) -> int:
 
 def _record_of(settings: Settings) -> dict[str, Any]:
     """All settings on which the weights depend."""
-    record = {
-        "seed": settings.seed,
-        "pretrain": schema.to_dict(settings.pretrain),
-        "task": schema.to_dict(settings.task),
-    }
+    record = schema.to_dict(settings)
+    del record["max_new_tokens"]  # No weight depends on it.
     return json.loads(json.dumps(record))  # Tuples become lists, as they are read.
-
-
-def _complete(directory: str) -> bool:
-    return os.path.isdir(directory) and _FILES <= set(os.listdir(directory))
 
 
 def _check_same(directory: str, record: dict[str, Any]) -> None:

@@ -1,61 +1,34 @@
 """Advantages of responses from the rewards of their group, on the host.
 
-Every estimator maps rewards `[P, R]` and a mask of the responses that exist to
-advantages `[P, R] float32`. All of them give exactly zero to a dropped response and to
-every response of a group whose rewards are all equal (a group of one included): such a
-group says nothing about which response to prefer, and rounding must not invent it.
+Every estimator maps finite rewards `[P, R]` float to advantages `[P, R] float32`. All
+of them give exactly zero to every response of a group whose rewards are all equal (a
+group of one included): such a group says nothing about which response to prefer, and
+rounding must not invent it. What they refuse stands at `estimate`.
 """
-
-from typing import Literal, get_args
 
 import numpy as np
 
 from tlt_jax.runtime import external
 
-Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"]
+# Added to the standard deviation, in units of reward, and to the variance.
+_GRPO_EPS, _REINFORCE_EPS = 1e-6, 1e-8
 
 
-def grpo(
-    rewards: np.ndarray,
-    mask: np.ndarray | None = None,
-    *,
-    ddof: Literal[0, 1] = 1,
-    eps: float = 1e-6,
-) -> np.ndarray:
+def grpo(rewards: np.ndarray) -> np.ndarray:
     """Standardizes rewards within their group: `(r - mean) / (std + eps)`.
 
     DAPO and GSPO use this estimator too.
 
     Reference: Shao et al., "DeepSeekMath", section 4.1.2. The paper leaves open which
-    standard deviation is meant; the default is the sample's (`ddof=1`), as in veRL.
-
-    Args:
-      rewards: `[P, R]` float, finite wherever `mask` holds.
-      mask: `[P, R]` bool, False for a dropped response; None: all exist.
-      ddof: 0 divides the sum of squares by the group's size n, 1 by n - 1.
-      eps: added to the standard deviation; in units of reward, > 0.
-
-    Returns:
-      `[P, R] float32`.
-
-    Raises:
-      ValueError: shapes differ, a reward is not finite, or `ddof` or `eps` is out of
-        range.
+    standard deviation is meant; it is the sample's here, as in veRL.
     """
-    if ddof not in (0, 1):
-        raise ValueError(
-            f"ddof={ddof!r}: give 0 (population) or 1 (sample standard deviation)."
-        )
-    if not eps > 0:
-        raise ValueError(f"eps={eps!r} must be positive: it keeps the quotient finite.")
-    rewards, mask = _check(rewards, mask)
-    centred = _centred(rewards, mask)
-    num = mask.sum(axis=1, keepdims=True)
-    variance = (centred**2).sum(axis=1, keepdims=True) / np.maximum(num - ddof, 1)
-    return (centred / (np.sqrt(variance) + eps)).astype(np.float32)
+    centred = _centred(rewards)
+    num = max(centred.shape[1] - 1, 1)
+    variance = (centred**2).sum(axis=1, keepdims=True) / num
+    return (centred / (np.sqrt(variance) + _GRPO_EPS)).astype(np.float32)
 
 
-def dr_grpo(rewards: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def dr_grpo(rewards: np.ndarray) -> np.ndarray:
     """Subtracts the group's mean and leaves the scale: `r - mean`.
 
     Dividing by the standard deviation would weight very easy and very hard prompts
@@ -63,21 +36,11 @@ def dr_grpo(rewards: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
 
     Reference: Liu et al., "Understanding R1-Zero-Like Training: A Critical
     Perspective", section 3.
-
-    Args:
-      rewards: `[P, R]` float, finite wherever `mask` holds.
-      mask: `[P, R]` bool, False for a dropped response; None: all exist.
-
-    Returns:
-      `[P, R] float32`.
-
-    Raises:
-      ValueError: shapes differ or a reward is not finite.
     """
-    return _centred(*_check(rewards, mask)).astype(np.float32)
+    return _centred(rewards).astype(np.float32)
 
 
-def rloo(rewards: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def rloo(rewards: np.ndarray) -> np.ndarray:
     """Subtracts the mean of the group's other responses.
 
     With n responses, `r_i - sum_{j != i} r_j / (n - 1)`, which equals
@@ -86,25 +49,13 @@ def rloo(rewards: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
 
     Reference: Ahmadian et al., "Back to Basics: Revisiting REINFORCE-Style Optimization
     for Learning from Human Feedback in LLMs", section 3 (REINFORCE leave-one-out).
-
-    Args:
-      rewards: `[P, R]` float, finite wherever `mask` holds.
-      mask: `[P, R]` bool, False for a dropped response; None: all exist.
-
-    Returns:
-      `[P, R] float32`.
-
-    Raises:
-      ValueError: shapes differ or a reward is not finite.
     """
-    rewards, mask = _check(rewards, mask)
-    num = mask.sum(axis=1, keepdims=True)
-    return (_centred(rewards, mask) * num / np.maximum(num - 1, 1)).astype(np.float32)
+    centred = _centred(rewards)
+    num = centred.shape[1]
+    return (centred * num / max(num - 1, 1)).astype(np.float32)
 
 
-def reinforce_pp_baseline(
-    rewards: np.ndarray, mask: np.ndarray | None = None, *, eps: float = 1e-8
-) -> np.ndarray:
+def reinforce_pp_baseline(rewards: np.ndarray) -> np.ndarray:
     """Subtracts the group's mean, then scales by the whole batch's deviation.
 
     The mean of the centred rewards over the batch is zero, so whitening is one division
@@ -114,62 +65,35 @@ def reinforce_pp_baseline(
 
     Reference: Hu et al., "REINFORCE++: Stabilizing Critic-Free Policy Optimization with
     Global Advantage Normalization", the variant with baseline.
-
-    Args:
-      rewards: `[P, R]` float, finite wherever `mask` holds.
-      mask: `[P, R]` bool, False for a dropped response; None: all exist.
-      eps: added to the variance; in units of squared reward, > 0.
-
-    Returns:
-      `[P, R] float32`.
-
-    Raises:
-      ValueError: shapes differ, a reward is not finite or `eps` is not positive.
     """
-    if not eps > 0:
-        raise ValueError(f"eps={eps!r} must be positive: it keeps the quotient finite.")
-    rewards, mask = _check(rewards, mask)
-    centred = _centred(rewards, mask)
-    variance = (centred**2).sum() / max(mask.sum() - 1, 1)
-    return (centred / np.sqrt(variance + eps)).astype(np.float32)
+    centred = _centred(rewards)
+    variance = (centred**2).sum() / max(centred.size - 1, 1)
+    return (centred / np.sqrt(variance + _REINFORCE_EPS)).astype(np.float32)
 
 
-def estimate(
-    estimator: str, rewards: np.ndarray, mask: np.ndarray | None = None
-) -> np.ndarray:
-    """Computes advantages with the estimator called by name, at its defaults.
+def estimate(estimator: str, rewards: np.ndarray) -> np.ndarray:
+    """Computes advantages with the estimator called by name.
 
     Args:
       estimator: `grpo`, `dr_grpo`, `rloo` or `reinforce_pp_baseline`; or a function of
         one's own, `package.module:name`, `[P, R]` to `[P, R]`.
-      rewards: `[P, R]` float, finite wherever `mask` holds.
-      mask: `[P, R]` bool, False for a dropped response; None: all exist.
+      rewards: `[P, R]` float, finite.
 
     Returns:
       `[P, R] float32`.
 
     Raises:
-      ValueError: unknown name, shapes differ or a reward is not finite.
+      ValueError: rewards of another shape, or one is not finite; or there is no such
+        function.
     """
-    match estimator:
-        case "grpo":
-            return grpo(rewards, mask)
-        case "dr_grpo":
-            return dr_grpo(rewards, mask)
-        case "rloo":
-            return rloo(rewards, mask)
-        case "reinforce_pp_baseline":
-            return reinforce_pp_baseline(rewards, mask)
     if external.is_external(estimator):
         return external.load("advantage", estimator)(rewards)
-    raise ValueError(
-        f"advantage estimator {estimator!r} is unknown: choose from "
-        f"{', '.join(get_args(Estimator))}."
-    )
+    ours = (grpo, dr_grpo, rloo, reinforce_pp_baseline)
+    return {function.__name__: function for function in ours}[estimator](rewards)
 
 
-def carries_signal(rewards: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """Says which groups hold two different rewards.
+def carries_signal(rewards: np.ndarray) -> np.ndarray:
+    """Says which groups of `[P, R]` rewards hold two different ones: `[P]` bool.
 
     DAPO's dynamic sampling keeps these groups and samples further prompts until enough
     of them are there. Give it rewards before overlong shaping: the rule asks whether
@@ -177,44 +101,12 @@ def carries_signal(rewards: np.ndarray, mask: np.ndarray | None = None) -> np.nd
 
     Reference: Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at
     Scale", section 3.2.
-
-    Args:
-      rewards: `[P, R]` float, finite wherever `mask` holds.
-      mask: `[P, R]` bool, False for a dropped response; None: all exist.
-
-    Returns:
-      `[P]` bool; False for an empty group.
-
-    Raises:
-      ValueError: shapes differ or a reward is not finite.
     """
-    rewards, mask = _check(rewards, mask)
-    return _differ(rewards, mask)[:, 0]
-
-
-def zero_std_frac(rewards: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Computes the fraction of groups whose rewards are all equal.
-
-    Args:
-      rewards: `[P, R]` float, finite wherever `mask` holds.
-      mask: `[P, R]` bool, False for a dropped response; None: all exist.
-
-    Returns:
-      A number in [0, 1]; groups without any response are not counted, and without any
-      group it is 0.
-
-    Raises:
-      ValueError: shapes differ or a reward is not finite.
-    """
-    rewards, mask = _check(rewards, mask)
-    present = mask.any(axis=1)
-    if not present.any():
-        return 0.0
-    return float(np.mean(~_differ(rewards, mask)[present, 0]))
+    return rewards.max(axis=1) > rewards.min(axis=1)
 
 
 def overlong_shaping(
-    lengths: np.ndarray, *, max_length: int, buffer: int, penalty: float = 1.0
+    lengths: np.ndarray, *, max_length: int, buffer: int, penalty: float
 ) -> np.ndarray:
     """Computes what is added to the reward of a response that grows too long.
 
@@ -232,59 +124,24 @@ def overlong_shaping(
 
     Returns:
       `[...] float32`, between -penalty and 0.
-
-    Raises:
-      ValueError: `buffer` or `penalty` is out of range.
     """
-    if not 0 <= buffer <= max_length:
-        raise ValueError(
-            f"buffer={buffer} is outside [0, max_length={max_length}]: it is the part "
-            "of the length limit over which the penalty grows."
-        )
-    if not penalty >= 0:
-        raise ValueError(
-            f"penalty={penalty!r} is negative: give the amount to subtract, as a "
-            "positive number."
-        )
     excess = np.asarray(lengths, np.float64) - (max_length - buffer)
     return (-penalty * np.clip(excess / max(buffer, 1), 0.0, 1.0)).astype(np.float32)
 
 
-def _check(
-    rewards: np.ndarray, mask: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `[P, R]` float64 rewards, zero where dropped, and the bool mask."""
+def _centred(rewards: np.ndarray) -> np.ndarray:
+    """`[P, R] float64` less the group's mean; exactly 0 where nothing differs."""
     rewards = np.asarray(rewards, np.float64)
     if rewards.ndim != 2:
         raise ValueError(
             f"rewards has shape {rewards.shape}: give [prompts, responses per prompt]."
         )
-    mask = np.ones(rewards.shape, bool) if mask is None else np.asarray(mask, bool)
-    if mask.shape != rewards.shape:
-        raise ValueError(
-            f"mask has shape {mask.shape} for rewards of shape {rewards.shape}: give "
-            "one entry per response."
-        )
-    bad = np.argwhere(mask & ~np.isfinite(rewards))
+    bad = np.argwhere(~np.isfinite(rewards))
     if len(bad):
         prompt, response = bad[0]
         raise ValueError(
             f"rewards[{prompt}, {response}] is {rewards[prompt, response]} ({len(bad)} "
-            "not finite in all): drop such responses by the mask or give them a finite "
-            "reward."
+            "not finite in all): give such responses a finite reward."
         )
-    return np.where(mask, rewards, 0.0), mask
-
-
-def _differ(rewards: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`[P, 1]` bool: the group holds two different rewards."""
-    high = np.max(rewards, axis=1, keepdims=True, where=mask, initial=-np.inf)
-    low = np.min(rewards, axis=1, keepdims=True, where=mask, initial=np.inf)
-    return high > low
-
-
-def _centred(rewards: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`[P, R]` rewards less their group's mean; exactly 0 where nothing differs."""
-    num = mask.sum(axis=1, keepdims=True)
-    mean = rewards.sum(axis=1, keepdims=True) / np.maximum(num, 1)
-    return np.where(mask & _differ(rewards, mask), rewards - mean, 0.0)
+    mean = rewards.sum(axis=1, keepdims=True) / rewards.shape[1]
+    return np.where(carries_signal(rewards)[:, None], rewards - mean, 0.0)

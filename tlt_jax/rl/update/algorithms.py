@@ -1,7 +1,6 @@
 """Named presets of the policy-gradient algorithms."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,64 +43,31 @@ def preset(name: str) -> dict[str, Any]:
     Returns:
       A new flat dict: every field of `losses.LossConfig` and every field of `Algorithm`
       but `loss`. `build` turns it into an `Algorithm`.
-
-    Raises:
-      ValueError: unknown name; the message gives the nearest.
     """
-    presets = {
-        "grpo": _grpo,
-        "dr_grpo": _dr_grpo,
-        "dapo": _dapo,
-        "rloo": _rloo,
-        "reinforce_pp_baseline": _reinforce_pp_baseline,
-        "gspo": _gspo,
-    }
-    if name not in presets:
-        raise ValueError(_unknown("algorithm", name, presets))
-    return presets[name]()
+    return _PRESETS["grpo"] | _PRESETS[name]
 
 
 def build(settings: Mapping[str, Any]) -> Algorithm:
-    """Makes the frozen algorithm from a preset's settings, changed or not.
-
-    Args:
-      settings: what `preset` returns, with values overridden.
-
-    Returns:
-      The algorithm.
+    """Makes the frozen algorithm from what `preset` returns, with values overridden.
 
     Raises:
-      ValueError: a setting is missing, unknown (the message gives the nearest) or out
-        of range.
+      ValueError: a setting is out of range.
     """
-    known = _grpo()
-    for key in settings:
-        if key not in known:
-            raise ValueError(_unknown("setting", key, known))
-    missing = sorted(known.keys() - set(settings))
-    if missing:
-        raise ValueError(
-            f"settings lacks {', '.join(missing)}: start from preset(name) and "
-            "override."
-        )
-    loss_fields = {field.name for field in dataclasses.fields(losses.LossConfig)}
-    loss = losses.LossConfig(**{k: settings[k] for k in known if k in loss_fields})
-    host = {k: settings[k] for k in known if k not in loss_fields}
-    return Algorithm(loss=loss, **host)
+    loss = {f.name: settings[f.name] for f in dataclasses.fields(losses.LossConfig)}
+    host = {key: value for key, value in settings.items() if key not in loss}
+    return Algorithm(loss=losses.LossConfig(**loss), **host)
 
 
-def _grpo() -> dict[str, Any]:
-    """Group relative policy optimization.
-
-    Standardized group rewards, symmetric clipping at 0.2, the mean over sequences of
-    token means, low-variance KL to the reference in the loss.
-
-    Reference: Shao et al., "DeepSeekMath: Pushing the Limits of Mathematical Reasoning
-    in Open Language Models", section 4.1 (its section 4.2 uses a KL coefficient of
-    0.04). The coefficient 0.001 here is the one of later reasoning runs: DeepSeek-AI,
-    "DeepSeek-R1", and TLT, "Taming the Long-Tail", evaluation setup.
-    """
-    return {
+# What an algorithm does not say is as in GRPO.
+_PRESETS: dict[str, dict[str, Any]] = {
+    # Group relative policy optimization: standardized group rewards, symmetric clipping
+    # at 0.2, the mean over sequences of token means, low-variance KL to the reference
+    # in the loss. Reference: Shao et al., "DeepSeekMath: Pushing the Limits of
+    # Mathematical Reasoning in Open Language Models", section 4.1 (its section 4.2 uses
+    # a KL coefficient of 0.04). The coefficient 0.001 here is the one of later
+    # reasoning runs: DeepSeek-AI, "DeepSeek-R1", and TLT, "Taming the Long-Tail",
+    # evaluation setup.
+    "grpo": {
         "advantage": "grpo",
         "aggregation": "sequence_mean",
         "dynamic_sampling": False,
@@ -118,92 +84,51 @@ def _grpo() -> dict[str, Any]:
         "kl_placement": "loss",
         "importance_cap": None,
         "entropy_coef": 0.0,
-    }
-
-
-def _dr_grpo() -> dict[str, Any]:
-    """GRPO done right: no division by the deviation nor by the response's length.
-
-    Reference: Liu et al., "Understanding R1-Zero-Like Training: A Critical
-    Perspective", section 3.2; no KL term, as in its experiments.
-    """
-    return _grpo() | {
-        "advantage": "dr_grpo",
-        "aggregation": "constant",
-        "kl_coef": 0.0,
-    }
-
-
-def _dapo() -> dict[str, Any]:
-    """Decoupled clip and dynamic sampling policy optimization.
-
-    Clip-higher 0.2/0.28 (section 3.1), dynamic sampling (3.2), token mean (3.3),
-    overlong shaping over the last fifth of the limit (3.4: 4096 of 20480 tokens), no KL
-    (2.3).
-
-    Reference: Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at
-    Scale", sections 2.3, 3.1 to 3.4 and 4.1.
-    """
-    return _grpo() | {
+    },
+    # GRPO done right: no division by the deviation nor by the response's length.
+    # Reference: Liu et al., "Understanding R1-Zero-Like Training: A Critical
+    # Perspective", section 3.2; no KL term, as in its experiments.
+    "dr_grpo": {"advantage": "dr_grpo", "aggregation": "constant", "kl_coef": 0.0},
+    # Decoupled clip and dynamic sampling policy optimization: clip-higher 0.2/0.28
+    # (section 3.1), dynamic sampling (3.2), token mean (3.3), overlong shaping over the
+    # last fifth of the limit (3.4: 4096 of 20480 tokens), no KL (2.3). Reference: Yu et
+    # al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", sections
+    # 2.3, 3.1 to 3.4 and 4.1.
+    "dapo": {
         "aggregation": "token_mean",
         "dynamic_sampling": True,
         "overlong_shaping": True,
         "clip_high": 0.28,
         "kl_coef": 0.0,
-    }
-
-
-def _rloo() -> dict[str, Any]:
-    """REINFORCE leave-one-out: a response is one action, KL is part of its reward.
-
-    Token terms are summed, not averaged, within a sequence (`constant`). The paper has
-    no clipping; with one update per rollout the ratio is 1 and the clip never acts.
-    The KL coefficient is GRPO's; the paper tunes it per task.
-
-    Reference: Ahmadian et al., "Back to Basics: Revisiting REINFORCE-Style Optimization
-    for Learning from Human Feedback in LLMs", section 3.
-    """
-    return _grpo() | {
+    },
+    # REINFORCE leave-one-out: a response is one action, KL is part of its reward. Token
+    # terms are summed, not averaged, within a sequence (`constant`). The paper has no
+    # clipping; with one update per rollout the ratio is 1 and the clip never acts. The
+    # KL coefficient is GRPO's; the paper tunes it per task. Reference: Ahmadian et al.,
+    # "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human
+    # Feedback in LLMs", section 3.
+    "rloo": {
         "advantage": "rloo",
         "aggregation": "constant",
         "kl_estimator": "k1",
         "kl_placement": "reward",
-    }
-
-
-def _reinforce_pp_baseline() -> dict[str, Any]:
-    """REINFORCE++ with baseline: group mean subtracted, whitened over the batch.
-
-    The KL coefficient is GRPO's.
-
-    Reference: Hu et al., "REINFORCE++: Stabilizing Critic-Free Policy Optimization with
-    Global Advantage Normalization", the variant with baseline, whose KL is a separate
-    loss with the k2 estimator.
-    """
-    return _grpo() | {
+    },
+    # REINFORCE++ with baseline: group mean subtracted, whitened over the batch. The KL
+    # coefficient is GRPO's. Reference: Hu et al., "REINFORCE++: Stabilizing Critic-Free
+    # Policy Optimization with Global Advantage Normalization", the variant with
+    # baseline, whose KL is a separate loss with the k2 estimator.
+    "reinforce_pp_baseline": {
         "advantage": "reinforce_pp_baseline",
         "aggregation": "token_mean",
         "kl_estimator": "k2",
-    }
-
-
-def _gspo() -> dict[str, Any]:
-    """Group sequence policy optimization: one length-normalized ratio per sequence.
-
-    Reference: Zheng et al., "Group Sequence Policy Optimization", sections 4.1 and 4.3;
-    clipping ranges 3e-4 and 4e-4 from section 5.1.
-    """
-    return _grpo() | {
+    },
+    # Group sequence policy optimization: one length-normalized ratio per sequence.
+    # Reference: Zheng et al., "Group Sequence Policy Optimization", sections 4.1 and
+    # 4.3; clipping ranges 3e-4 and 4e-4 from section 5.1.
+    "gspo": {
         "ratio_level": "sequence",
         "clip_low": 3e-4,
         "clip_high": 4e-4,
         "kl_coef": 0.0,
-    }
-
-
-def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-    return (
-        f"{what} {name!r} is unknown: did you mean {near!r}? Choose from "
-        f"{', '.join(known)}."
-    )
+    },
+}

@@ -73,12 +73,11 @@ class Experience:
 def filling(width: int, num_prompts: int, group_size: int) -> Experience:
     """Make up a batch that packs into rows of a width, to prepare programs with.
 
+    It has a first completion that fills the row, and others without tokens.
+
     Args:
       width: of one row; at least 2.
       num_prompts, group_size: P and R of the batches to come.
-
-    Returns:
-      A first completion that fills the row, and others without tokens.
     """
 
     def completion(number, length):
@@ -212,15 +211,12 @@ def max_mismatch(
     parts: Sequence[packing.Packed],
     trainer_logprobs: Sequence[np.ndarray],
 ) -> float:
-    """Largest difference between the rollout's log-probabilities and the trainer's.
+    """Largest absolute difference, in nats, of rollout's and trainer's logprobs.
 
     Args:
       batch: what was rolled out.
       parts: its packed parts.
       trainer_logprobs: `[rows, M]` for each part, by the weights that rolled out.
-
-    Returns:
-      The maximum over tokens of the absolute difference, in nats.
     """
     trainer = packing.scatter(parts, trainer_logprobs)
     gaps = [
@@ -241,21 +237,13 @@ def tokens_digest(completions: Sequence[types.Completion]) -> str:
 def reward_and_length_row(
     rewards: np.ndarray, completions: Sequence[types.Completion]
 ) -> dict[str, Any]:
-    """Record rewards and lengths of all completions of a step.
-
-    Args:
-      rewards: `[P, R]`.
-      completions: P x R.
-
-    Returns:
-      Values by metric name.
-    """
+    """Record `[P, R]` rewards and the lengths of all P x R completions of a step."""
     lengths = np.array([len(c.tokens) for c in completions])
     cut = [c.finish_reason == "length" for c in completions]
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
-        "reward/zero_std_frac": float(advantages.zero_std_frac(rewards)),
+        "reward/zero_std_frac": float(np.mean(~advantages.carries_signal(rewards))),
         "length/mean": float(lengths.mean()),
         "length/p50": float(np.percentile(lengths, 50)),
         "length/p95": float(np.percentile(lengths, 95)),

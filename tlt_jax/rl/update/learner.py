@@ -69,9 +69,6 @@ def make_optimizer(
 
     Args:
       cfg, num_steps, updates_per_step: as for `learning_rate`.
-
-    Returns:
-      The transformation.
     """
     schedule = learning_rate(
         cfg, num_steps=num_steps, updates_per_step=updates_per_step
@@ -86,36 +83,6 @@ def make_optimizer(
     if not cfg.clip_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw)
-
-
-def apply_gradients(
-    state: train_state.TrainState,
-    gradient: policy_gradient.Gradient,
-    *,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[Array], Array],
-) -> tuple[train_state.TrainState, dict[str, Array]]:
-    """Take an optimizer step, unless loss or gradient is not finite.
-
-    Args:
-      state: before.
-      gradient: of the whole minibatch.
-      optimizer: static.
-      schedule: its learning rate, for the record.
-
-    Returns:
-      The state, bit for bit the old one where the step was skipped, and scalars
-      `policy/grad_norm` (before clipping), `policy/learning_rate` and
-      `policy/update_skipped` (0 or 1).
-    """
-    metrics = {"policy/learning_rate": schedule(state.num_updates)}
-    state, norm, skipped = train_state.step(
-        state, gradient.params, gradient.loss, optimizer
-    )
-    return state, metrics | {
-        "policy/grad_norm": norm,
-        "policy/update_skipped": skipped,
-    }
 
 
 class Learner:
@@ -137,7 +104,6 @@ class Learner:
         remat: str,
         mesh: jax.sharding.Mesh,
         pool: programs.ProgramPool,
-        rules: sharding_lib.ShardingRules | None = None,
         head_chunk: int = 1024,
     ):
         """Prepare shardings and the optimizer; nothing is compiled yet.
@@ -152,7 +118,6 @@ class Learner:
           remat: what the backward pass recomputes, see `sections.Model`.
           mesh: with the axes of `sharding.MESH_AXES`.
           pool: of compiled programs.
-          rules: logical to mesh axes; None: the default ones.
           head_chunk: predictions whose logits each part of the batch holds at once;
             see `policy_gradient.ForwardConfig`, which counts them over all parts.
 
@@ -160,7 +125,7 @@ class Learner:
           ValueError: a weight does not divide over the mesh.
         """
         self.mesh = mesh
-        self.rules = rules or sharding_lib.ShardingRules()
+        self.rules = sharding_lib.ShardingRules()
         self.forward_cfg = policy_gradient.ForwardConfig(
             model=model,
             law=law,
@@ -169,8 +134,9 @@ class Learner:
             head_chunk=head_chunk * self._num_parts,
         )
         self._pool = pool
-        updates_per_step = cfg.minibatches * cfg.epochs
-        settings = dict(num_steps=num_steps, updates_per_step=updates_per_step)
+        settings = dict(
+            num_steps=num_steps, updates_per_step=cfg.minibatches * cfg.epochs
+        )
         self.optimizer = make_optimizer(optimizer, **settings)
         self._schedule = learning_rate(optimizer, **settings)
         self._rows_per_device = cfg.rows_per_micro_batch
@@ -203,9 +169,6 @@ class Learner:
         Args:
           params: layers stacked, any float dtype; not changed and not kept.
 
-        Returns:
-          The state.
-
         Raises:
           ValueError: a shape is not the model's.
         """
@@ -217,15 +180,11 @@ class Learner:
 
         placed = jax.device_put(params, _shardings(self._state.params))
         dtypes = tuple(str(x.dtype) for x in jax.tree.leaves(placed))
-        program = self._pool.get(
-            programs.Program(
-                (*self._step_key, "init", dtypes),
-                lambda: jax.jit(start, out_shardings=_shardings(self._state)).lower(
-                    placed
-                ),
-            )
+        jitted = jax.jit(start, out_shardings=_shardings(self._state))
+        program = programs.Program(
+            (*self._step_key, "init", dtypes), lambda: jitted.lower(placed)
         )
-        return program(placed)
+        return self._pool.get(program)(placed)
 
     def logprobs(
         self, params: model_params.Params, parts: Sequence[packing.Packed]
@@ -247,11 +206,7 @@ class Learner:
         return [np.asarray(x) for x in jax.device_get(outputs)]
 
     def digest(self, params: model_params.Params) -> str:
-        """Digest weights, placed as the state's, wherever their parts lie.
-
-        Returns:
-          16 hexadecimal digits, see `weights_digest`.
-        """
+        """Digest weights, placed as the state's, to 16 hexadecimal digits."""
         words = self._pool.get(self._digest_program())(params)
         return weights_digest.text(np.asarray(jax.device_get(words)))
 
@@ -273,11 +228,7 @@ class Learner:
         wanted = [self._accumulate_program(rows, columns, cfg, batch.num_sequences)]
         if with_logprobs:
             wanted.append(self._logprobs_program(rows))
-        wanted += [
-            self._zeros_program(),
-            self._apply_program(),
-            self._digest_program(),
-        ]
+        wanted += [self._zeros_program(), self._apply_program(), self._digest_program()]
         for program in wanted:
             self._pool.prepare(program)
 
@@ -301,20 +252,16 @@ class Learner:
           `[rows, M] float32` of each micro-batch under the policy before the step.
 
         Raises:
-          ValueError: there is no micro-batch, or its rows do not divide over the mesh.
+          ValueError: the rows do not divide over the mesh.
         """
-        if not micro_batches:
-            raise ValueError(
-                "micro_batches is empty: skip the update when nothing was packed."
-            )
         carry = self._pool.get(self._zeros_program())()
         fetched = []
         for batch in micro_batches:
             rows, columns = self._place(batch.rows), self._place(batch.columns)
-            program = self._pool.get(
-                self._accumulate_program(rows, columns, cfg, batch.num_sequences)
+            program = self._accumulate_program(rows, columns, cfg, batch.num_sequences)
+            carry, *outputs = self._pool.get(program)(
+                state.params, carry, rows, columns
             )
-            carry, *outputs = program(state.params, carry, rows, columns)
             fetched.append(outputs)
         step = self._pool.get(self._apply_program())
         state, outcome = step(state, carry)
@@ -378,50 +325,25 @@ class Learner:
         )
         return lax.with_sharding_constraint(x_DBT, where)
 
-    def _logprobs_program(self, rows):
-        lower = functools.partial(self._lower_logprobs, rows)
-        return programs.Program((*self._key, "logprobs", _shapes(rows)), lower)
-
-    def _accumulate_program(self, rows, columns, cfg, num_sequences):
-        shapes = _shapes((rows, columns))
-        lower = functools.partial(
-            self._lower_accumulate, rows, columns, cfg, num_sequences
-        )
-        key = (*self._key, "accumulate", cfg, num_sequences, shapes)
-        return programs.Program(key, lower)
-
-    def _zeros_program(self):
-        return programs.Program((*self._key, "zeros"), self._lower_zeros)
-
-    def _apply_program(self):
-        return programs.Program((*self._step_key, "apply"), self._lower_apply)
-
-    def _digest_program(self):
-        return programs.Program((*self._key, "digest"), self._lower_digest)
-
     def _fetched(self):
         """Where a value per row is left: by rows, unless others hold some of them."""
         if sharding_lib.spans_processes(self.mesh):
             return self._replicated
         return sharding_lib.named(self.mesh, self.rules, ("batch",))
 
-    def _lower_logprobs(self, rows: policy_gradient.Rows) -> jax.stages.Lowered:
+    def _logprobs_program(self, rows: policy_gradient.Rows) -> programs.Program:
         def compute(params, rows):
             return policy_gradient.token_logprobs(
                 params, rows, cfg=self.forward_cfg, constrain=self._constrain
             )[0]
 
-        return jax.jit(compute, out_shardings=self._fetched()).lower(
-            self._state.params, rows
-        )
+        def lower():
+            jitted = jax.jit(compute, out_shardings=self._fetched())
+            return jitted.lower(self._state.params, rows)
 
-    def _lower_zeros(self) -> jax.stages.Lowered:
-        def zeros():
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._gradient)
+        return programs.Program((*self._key, "logprobs", _shapes(rows)), lower)
 
-        return jax.jit(zeros, out_shardings=_shardings(self._gradient)).lower()
-
-    def _lower_accumulate(self, rows, columns, cfg, num_sequences):
+    def _accumulate_program(self, rows, columns, cfg, num_sequences):
         compute = functools.partial(
             policy_gradient.accumulate,
             cfg=self.forward_cfg,
@@ -429,21 +351,50 @@ class Learner:
             num_sequences=num_sequences,
             constrain=self._constrain,
         )
-        outputs = (_shardings(self._gradient), self._replicated, self._fetched())
-        jitted = jax.jit(compute, donate_argnums=1, out_shardings=outputs)
-        return jitted.lower(self._state.params, self._gradient, rows, columns)
 
-    def _lower_apply(self) -> jax.stages.Lowered:
-        step = functools.partial(
-            apply_gradients, optimizer=self.optimizer, schedule=self._schedule
-        )
-        outputs = (_shardings(self._state), self._replicated)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=outputs)
-        return jitted.lower(self._state, self._gradient)
+        def lower():
+            outputs = (_shardings(self._gradient), self._replicated, self._fetched())
+            jitted = jax.jit(compute, donate_argnums=1, out_shardings=outputs)
+            return jitted.lower(self._state.params, self._gradient, rows, columns)
 
-    def _lower_digest(self) -> jax.stages.Lowered:
-        jitted = jax.jit(weights_digest.sums, out_shardings=self._replicated)
-        return jitted.lower(self._state.params)
+        shapes = _shapes((rows, columns))
+        key = (*self._key, "accumulate", cfg, num_sequences, shapes)
+        return programs.Program(key, lower)
+
+    def _zeros_program(self) -> programs.Program:
+        def zeros():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._gradient)
+
+        def lower():
+            return jax.jit(zeros, out_shardings=_shardings(self._gradient)).lower()
+
+        return programs.Program((*self._key, "zeros"), lower)
+
+    def _apply_program(self) -> programs.Program:
+        def apply(state, gradient):
+            rate = self._schedule(state.num_updates)
+            state, norm, skipped = train_state.step(
+                state, gradient.params, gradient.loss, self.optimizer
+            )
+            return state, {
+                "policy/learning_rate": rate,
+                "policy/grad_norm": norm,
+                "policy/update_skipped": skipped,
+            }
+
+        def lower():
+            outputs = (_shardings(self._state), self._replicated)
+            jitted = jax.jit(apply, donate_argnums=0, out_shardings=outputs)
+            return jitted.lower(self._state, self._gradient)
+
+        return programs.Program((*self._step_key, "apply"), lower)
+
+    def _digest_program(self) -> programs.Program:
+        def lower():
+            jitted = jax.jit(weights_digest.sums, out_shardings=self._replicated)
+            return jitted.lower(self._state.params)
+
+        return programs.Program((*self._key, "digest"), lower)
 
 
 def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

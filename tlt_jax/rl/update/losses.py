@@ -8,7 +8,7 @@ up to those of the batch in one piece.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import chex
 import flax.struct
@@ -238,7 +238,11 @@ def summarise(sums: Mapping[str, Any]) -> dict[str, float]:
 
 
 def token_kl(
-    logprobs: types.Array, ref_logprobs: types.Array, *, estimator: KlEstimator
+    logprobs: types.Array,
+    ref_logprobs: types.Array,
+    *,
+    estimator: KlEstimator,
+    xp: Any = jnp,
 ) -> types.Array:
     """Estimates the policy's KL divergence from the reference at sampled tokens.
 
@@ -249,17 +253,21 @@ def token_kl(
     Reference: Schulman, "Approximating KL Divergence", 2020.
 
     Args:
-      logprobs: `[...]` float32, the policy's, natural.
-      ref_logprobs: `[...]` float32, the reference's.
+      logprobs: `[...]` float, the policy's, natural.
+      ref_logprobs: `[...]` float, the reference's.
       estimator: `k1`, `k2` or `k3`.
+      xp: what computes: jax.numpy, or numpy on the host.
 
     Returns:
-      `[...]` float32, in nats.
-
-    Raises:
-      ValueError: unknown estimator.
+      `[...]` float, in nats.
     """
-    return _kl(logprobs - ref_logprobs, estimator, jnp)
+    difference = logprobs - ref_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference**2 / 2
+    bounded = xp.clip(-difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return xp.expm1(bounded) + difference
 
 
 def kl_as_reward(
@@ -282,38 +290,18 @@ def kl_as_reward(
 
     Returns:
       `[n] float64`.
-
-    Raises:
-      ValueError: counts or lengths differ, or `kl_placement` is not `reward`.
     """
-    if cfg.kl_placement != "reward":
-        raise ValueError(
-            f"kl_placement={cfg.kl_placement!r}: the loss holds the KL term already; "
-            "set 'reward' or do not call this."
-        )
-    rewards = np.asarray(rewards, np.float64)
-    if rewards.shape != (len(logprobs),) or len(logprobs) != len(ref_logprobs):
-        raise ValueError(
-            f"rewards of shape {rewards.shape}, {len(logprobs)} logprobs and "
-            f"{len(ref_logprobs)} ref_logprobs: give one of each per response."
-        )
-    shaped = rewards.copy()
+    shaped = np.array(rewards, np.float64)
     for i, (own, ref) in enumerate(zip(logprobs, ref_logprobs, strict=True)):
         own, ref = np.asarray(own, np.float64), np.asarray(ref, np.float64)
-        if own.shape != ref.shape:
-            raise ValueError(
-                f"response {i} has logprobs of shape {own.shape} but ref_logprobs of "
-                f"shape {ref.shape}: give one of each per token."
-            )
         used = ~(np.isneginf(own) | np.isneginf(ref))
-        shaped[i] -= (
-            cfg.kl_coef * _kl(own[used] - ref[used], cfg.kl_estimator, np).sum()
-        )
+        kl = token_kl(own[used], ref[used], estimator=cfg.kl_estimator, xp=np)
+        shaped[i] -= cfg.kl_coef * kl.sum()
     return shaped
 
 
 def token_weights(
-    lengths: np.ndarray, aggregation: Aggregation, *, max_length: int | None = None
+    lengths: np.ndarray, aggregation: Aggregation, *, max_length: int
 ) -> np.ndarray:
     """Computes the weight that every token of a sequence has in the batch's loss.
 
@@ -330,33 +318,14 @@ def token_weights(
     Args:
       lengths: `[n]` int >= 0, predicted tokens of each sequence of the whole batch.
       aggregation: see the table.
-      max_length: the length limit in tokens, needed by `constant` alone.
+      max_length: the length limit in tokens, at least 1; only `constant` reads it.
 
     Returns:
       `[n] float32`.
-
-    Raises:
-      ValueError: unknown aggregation, negative lengths or `max_length` missing.
     """
-    lengths = np.asarray(lengths)
-    if lengths.ndim != 1 or (lengths < 0).any():
-        raise ValueError(
-            f"lengths must be one count >= 0 per sequence, got shape {lengths.shape}, "
-            f"smallest {lengths.min(initial=0)}."
-        )
-    if aggregation not in get_args(Aggregation):
-        raise ValueError(
-            f"aggregation={aggregation!r} is unknown: choose from "
-            f"{', '.join(get_args(Aggregation))}."
-        )
     present = lengths > 0
     num_sequences = max(int(present.sum()), 1)
     if aggregation == "constant":
-        if max_length is None or max_length < 1:
-            raise ValueError(
-                f"max_length={max_length} with aggregation='constant': give the length "
-                "limit in tokens that divides every sequence's sum."
-            )
         weight = np.full(lengths.shape, 1.0 / (num_sequences * max_length))
     elif aggregation == "sequence_mean":
         weight = 1.0 / (num_sequences * np.maximum(lengths, 1))
@@ -369,27 +338,18 @@ def _require(
     cfg: LossConfig, entropy: types.Array | None, columns: TokenColumns
 ) -> None:
     """Refuses a configuration whose input is not there."""
-    needs = (
-        (
-            "kl_coef",
-            cfg.kl_coef and cfg.kl_placement == "loss",
-            "ref_logprobs",
-            columns.ref_logprobs,
-        ),
-        (
-            "importance_cap",
-            cfg.importance_cap is not None,
-            "rollout_logprobs",
-            columns.rollout_logprobs,
-        ),
-        ("entropy_coef", cfg.entropy_coef, "entropy", entropy),
-    )
-    for setting, wanted, name, value in needs:
-        if wanted and value is None:
-            raise ValueError(
-                f"{name}=None but {setting}={getattr(cfg, setting)} needs it: compute "
-                f"{name} or turn {setting} off."
-            )
+    missing = []
+    if cfg.kl_coef and cfg.kl_placement == "loss" and columns.ref_logprobs is None:
+        missing.append(("kl_coef", "ref_logprobs"))
+    if cfg.importance_cap is not None and columns.rollout_logprobs is None:
+        missing.append(("importance_cap", "rollout_logprobs"))
+    if cfg.entropy_coef and entropy is None:
+        missing.append(("entropy_coef", "entropy"))
+    for setting, name in missing:
+        raise ValueError(
+            f"{name}=None but {setting}={getattr(cfg, setting)} needs it: compute "
+            f"{name} or turn {setting} off."
+        )
 
 
 def _surrogate(
@@ -422,22 +382,6 @@ def _sequence_mean(
     total = jax.ops.segment_sum(jnp.where(used, values, 0.0), ids, num_sequences)
     num = jax.ops.segment_sum(used.astype(values.dtype), ids, num_sequences)
     return (total / jnp.maximum(num, 1))[ids]
-
-
-def _kl(difference, estimator: KlEstimator, xp):
-    """The estimators of `token_kl` on `xp` = numpy or jax.numpy."""
-    match estimator:
-        case "k1":
-            return difference
-        case "k2":
-            return difference**2 / 2
-        case "k3":
-            bounded = xp.clip(-difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-            return xp.expm1(bounded) + difference
-    raise ValueError(
-        f"kl_estimator={estimator!r} is unknown: choose from "
-        f"{', '.join(get_args(KlEstimator))}."
-    )
 
 
 def _count(condition: types.Array) -> types.Array:

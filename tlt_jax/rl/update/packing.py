@@ -21,6 +21,10 @@ import numpy as np
 
 from tlt_jax.rl.update import row_filling
 
+_COLUMNS = ("tokens", "positions", "segment", "prefix")
+_PREDICTIONS = ("source", "target", "sequence", "index")
+_PADDING = {"segment": -1, "prefix": -1, "index": -1}
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -99,55 +103,17 @@ def pack(
       uniform: M is T and `row_sequences` bounds all n completions, so that T and n
         alone decide what a micro-batch compiles.
 
-    Returns:
-      The rows.
-
     Raises:
-      ValueError: a prompt with one response exceeds `row_tokens`, a prompt is empty,
-        tokens are not 1-D integers, nothing is there to pack, or a rounding is below 1.
+      ValueError: a prompt with one response exceeds `row_tokens`, or there is nothing
+        to pack.
     """
-    trees = []
-    for group_index, tree in _trees(groups):
-        _check_fits(group_index, tree, row_tokens)
-        trees.append(tree)
     rows, width = row_filling.choose(
-        trees,
+        _trees(groups, row_tokens),
         row_tokens=row_tokens,
         rows_multiple=rows_multiple,
         rounding=rounding,
     )
     return _lay_out(rows, groups, width, rows_multiple, rounding, uniform)
-
-
-def pad(
-    groups: Sequence[Group],
-    *,
-    row_tokens: int,
-    rows_multiple: row_filling.Rounding = 1,
-    rounding: row_filling.Rounding = "power_of_two",
-) -> Packed:
-    """Lays out one row per response, each with its own copy of the prompt.
-
-    The plain form that `pack` must agree with, at the cost R x (prompt + response).
-
-    Args:
-      groups, row_tokens, rows_multiple, rounding: as for `pack`.
-
-    Returns:
-      The rows, in the order of completions, empty ones left out.
-
-    Raises:
-      ValueError: as for `pack`.
-    """
-    rows = []
-    for group_index, tree in _trees(groups):
-        _check_fits(group_index, tree, row_tokens)
-        rows += [
-            [row_filling.Tree(tree.prompt, (response,))] for response in tree.responses
-        ]
-    longest = max(tree.size for (tree,) in rows)
-    width = min(row_filling.round_up("rounding", longest, rounding), row_tokens)
-    return _lay_out(rows, groups, width, rows_multiple, rounding)
 
 
 def split(packed: Packed, rows_per_micro_batch: int) -> list[Packed]:
@@ -177,24 +143,19 @@ def split(packed: Packed, rows_per_micro_batch: int) -> list[Packed]:
             for field in dataclasses.fields(Packed)
             if field.name not in ("lengths", "row_sequences")
         }
-        first = start * packed.row_sequences
-        arrays["sequence"] = np.where(
-            arrays["valid"], arrays["sequence"] - first, 0
-        ).astype(np.int32)
+        counted = arrays["sequence"] - start * packed.row_sequences
+        arrays["sequence"] = np.where(arrays["valid"], counted, 0).astype(np.int32)
         parts.append(dataclasses.replace(packed, **arrays))
     return parts
 
 
-def gather(
-    packed: Packed, values: Sequence[np.ndarray] | np.ndarray, *, padding: float = 0
-) -> np.ndarray:
-    """Lays values of completions out over predictions.
+def gather(packed: Packed, values: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    """Lays values of completions out over predictions, 0 where there is none.
 
     Args:
       packed: the layout, whole or a part of it.
       values: either n arrays, `[length_i]` for completion i (log-probabilities), or one
         array `[n]`, a number for each completion (advantages, weights).
-      padding: what stands where no prediction is.
 
     Returns:
       `[B, M]` of the values' dtype.
@@ -203,51 +164,37 @@ def gather(
       ValueError: the number of completions or a length differs from the layout's.
     """
     if getattr(values, "ndim", None) == 1:
-        if len(values) != len(packed.lengths):
-            raise ValueError(
-                f"values has {len(values)} entries for {len(packed.lengths)} "
-                "completions: give one each."
-            )
         flat = np.repeat(np.asarray(values), packed.lengths)
     else:
         lengths = np.array([len(array) for array in values], np.int32)
-        _check_lengths("values", lengths, packed.lengths)
+        if not np.array_equal(lengths, packed.lengths):
+            raise ValueError(
+                f"values are for completions of lengths {_short(lengths)}, but the "
+                f"layout's are {_short(packed.lengths)}: give them in the order they "
+                "were packed."
+            )
         flat = np.concatenate([np.asarray(array) for array in values])
-    filled = flat[np.maximum(packed.index, 0)]
-    return np.where(packed.valid, filled, np.asarray(padding, flat.dtype))
+    return np.where(packed.valid, flat[np.maximum(packed.index, 0)], 0)
 
 
-def scatter(
-    parts: Sequence[Packed], values: Sequence[np.ndarray], *, padding: float = 0
-) -> list[np.ndarray]:
+def scatter(parts: Sequence[Packed], values: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Brings values of predictions back to completions; the inverse of `gather`.
 
     Args:
-      parts: layouts of one batch, `[packed]` or what `split` gave, not necessarily all.
+      parts: layouts of one batch, `[packed]` or what `split` gave, not necessarily all
+        but at least one.
       values: `[B, M]` for each part.
-      padding: what a token gets that lies in none of the parts.
 
     Returns:
-      n arrays, `[length_i]` for completion i, of the values' dtype.
+      n arrays, `[length_i]` for completion i, of the values' dtype; 0 for a token that
+      lies in none of the parts.
 
     Raises:
-      ValueError: no part, counts that differ, or values not of their part's shape.
+      ValueError: counts differ.
     """
-    if not parts or len(parts) != len(values):
-        raise ValueError(
-            f"{len(parts)} parts with {len(values)} values: give at least one part and "
-            "one array for each."
-        )
     lengths = parts[0].lengths
-    arrays = [np.asarray(array) for array in values]
-    flat = np.full(int(lengths.sum()), padding, arrays[0].dtype)
-    for part, array in zip(parts, arrays, strict=True):
-        if array.shape != part.valid.shape:
-            raise ValueError(
-                f"values of shape {array.shape} for predictions of shape "
-                f"{part.valid.shape}: give [rows, M] as gathered."
-            )
-        _check_lengths("parts", part.lengths, lengths)
+    flat = np.zeros(int(lengths.sum()), values[0].dtype)
+    for part, array in zip(parts, values, strict=True):
         flat[part.index[part.valid]] = array[part.valid]
     return np.split(flat, np.cumsum(lengths)[:-1])
 
@@ -274,27 +221,26 @@ def visible(packed: Packed) -> np.ndarray:
     )
 
 
-def _trees(groups: Sequence[Group]) -> list[tuple[int, row_filling.Tree]]:
-    """Numbers the completions and drops the empty ones; (group's index, tree)."""
+def _trees(groups: Sequence[Group], row_tokens: int) -> list[row_filling.Tree]:
+    """Numbers the completions and drops the empty ones."""
     trees = []
     number = 0
     for index, group in enumerate(groups):
-        _check_tokens(f"groups[{index}].prompt", group.prompt)
-        if not len(group.prompt):
-            raise ValueError(
-                f"groups[{index}].prompt is empty: its responses' first tokens need a "
-                "token that predicts them; begin with BOS."
-            )
         responses = []
-        for sample, tokens in enumerate(group.responses):
-            _check_tokens(f"groups[{index}].responses[{sample}]", tokens)
+        for tokens in group.responses:
             if len(tokens):
                 responses.append((number, np.asarray(tokens)))
             number += 1
         if responses:
-            trees.append(
-                (index, row_filling.Tree(np.asarray(group.prompt), tuple(responses)))
-            )
+            tree = row_filling.Tree(np.asarray(group.prompt), tuple(responses))
+            if tree.least_width > row_tokens:
+                longest = tree.least_width - len(tree.prompt)
+                raise ValueError(
+                    f"row_tokens={row_tokens} is less than the {len(tree.prompt)} "
+                    f"prompt and {longest} response tokens in groups[{index}]: raise "
+                    "row_tokens or limit the lengths."
+                )
+            trees.append(tree)
     if not trees:
         raise ValueError(
             f"the {len(groups)} groups hold no response token: there is nothing to "
@@ -303,23 +249,13 @@ def _trees(groups: Sequence[Group]) -> list[tuple[int, row_filling.Tree]]:
     return trees
 
 
-def _check_fits(index: int, tree: row_filling.Tree, row_tokens: int) -> None:
-    if tree.least_width > row_tokens:
-        longest = tree.least_width - len(tree.prompt)
-        raise ValueError(
-            f"row_tokens={row_tokens} is less than the {len(tree.prompt)} prompt and "
-            f"{longest} response tokens in groups[{index}]: raise row_tokens or limit "
-            "the lengths."
-        )
-
-
 def _lay_out(
     rows: Sequence[Sequence[row_filling.Tree]],
     groups: Sequence[Group],
     num_columns: int,
     rows_multiple: row_filling.Rounding,
     rounding: row_filling.Rounding,
-    uniform: bool = False,
+    uniform: bool,
 ) -> Packed:
     """Writes the trees of each row into arrays of this width and rounded shape."""
     lengths = np.array([len(r) for g in groups for r in g.responses], np.int32)
@@ -328,25 +264,16 @@ def _lay_out(
         num_predictions, most_sequences = num_columns, len(lengths)
     else:
         most = max(sum(tree.num_predictions for tree in row) for row in rows)
-        num_predictions = min(
-            row_filling.round_up("rounding", most, rounding), num_columns
-        )
+        num_predictions = min(row_filling.round_up(most, rounding), num_columns)
         most_sequences = max(sum(len(tree.responses) for tree in row) for row in rows)
-    num_rows = row_filling.round_up("rows_multiple", len(rows), rows_multiple)
-    row_sequences = row_filling.round_up("rounding", most_sequences, "power_of_two")
+    num_rows = row_filling.round_up(len(rows), rows_multiple)
+    row_sequences = row_filling.round_up(most_sequences, "power_of_two")
 
+    widths = dict.fromkeys(_COLUMNS, num_columns)
+    widths |= dict.fromkeys(_PREDICTIONS, num_predictions)
     arrays = {
-        name: np.full((num_rows, width), fill, np.int32)
-        for name, width, fill in (
-            ("tokens", num_columns, 0),
-            ("positions", num_columns, 0),
-            ("segment", num_columns, -1),
-            ("prefix", num_columns, -1),
-            ("source", num_predictions, 0),
-            ("target", num_predictions, 0),
-            ("sequence", num_predictions, 0),
-            ("index", num_predictions, -1),
-        )
+        name: np.full((num_rows, width), _PADDING.get(name, 0), np.int32)
+        for name, width in widths.items()
     }
     for row_index, row in enumerate(rows):
         for name, values in _row(row, row_index * row_sequences, starts).items():
@@ -363,8 +290,9 @@ def _row(
     row: Sequence[row_filling.Tree], first_sequence: int, starts: np.ndarray
 ) -> dict[str, np.ndarray]:
     """One row's arrays, without padding."""
-    names = "tokens positions segment prefix source target sequence index".split()
-    pieces: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    pieces: dict[str, list[np.ndarray]] = {
+        name: [] for name in (*_COLUMNS, *_PREDICTIONS)
+    }
     column = segment = sequence = 0
 
     def append(tokens, **arrays):
@@ -372,13 +300,9 @@ def _row(
             pieces[name].append(np.broadcast_to(values, tokens.shape))
 
     for tree in row:
-        prompt_segment = segment
-        append(
-            tree.prompt,
-            positions=np.arange(len(tree.prompt)),
-            segment=segment,
-            prefix=prompt_segment,
-        )
+        prefix = segment
+        places = np.arange(len(tree.prompt))
+        append(tree.prompt, positions=places, segment=segment, prefix=prefix)
         column += len(tree.prompt)
         segment += 1
         last_of_prompt = column - 1
@@ -388,7 +312,7 @@ def _row(
                 tokens,
                 positions=len(tree.prompt) + offsets,
                 segment=segment,
-                prefix=prompt_segment,
+                prefix=prefix,
                 source=np.where(offsets == 0, last_of_prompt, column + offsets - 1),
                 target=tokens,
                 sequence=first_sequence + sequence,
@@ -398,23 +322,6 @@ def _row(
             segment += 1
             sequence += 1
     return {name: np.concatenate(values) for name, values in pieces.items()}
-
-
-def _check_tokens(name: str, tokens: np.ndarray) -> None:
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-        raise ValueError(
-            f"{name} has shape {tokens.shape} and dtype {tokens.dtype}: give a flat "
-            "array of token ids."
-        )
-
-
-def _check_lengths(name: str, lengths: np.ndarray, expected: np.ndarray) -> None:
-    if not np.array_equal(lengths, expected):
-        raise ValueError(
-            f"{name} are for completions of lengths {_short(lengths)}, but the "
-            f"layout's are {_short(expected)}: give them in the order they were packed."
-        )
 
 
 def _short(lengths: np.ndarray) -> str:

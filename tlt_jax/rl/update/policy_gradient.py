@@ -56,12 +56,11 @@ class ForwardConfig:
 
     Attributes:
       model: the policy.
-      law: settings of the sampling law whose log-probabilities are meant.
+      law: whose log-probabilities are meant; not greedy, a point mass has no gradient.
       dtype: of activations and products.
       remat: see `transformer.forward`.
       head_chunk: predictions whose logits are held at once, so that the head needs
         `head_chunk x V` numbers; at least 1.
-      unroll: layers are unrolled instead of scanned over.
     """
 
     model: model_config.ModelConfig
@@ -69,19 +68,6 @@ class ForwardConfig:
     dtype: Any = jnp.float32
     remat: str = "full"
     head_chunk: int = 1024
-    unroll: bool = False
-
-    def __post_init__(self):
-        if self.head_chunk < 1:
-            raise ValueError(
-                f"head_chunk={self.head_chunk}: give the number of predictions whose "
-                "logits are held at once, at least 1."
-            )
-        if self.law.temperature == 0:
-            raise ValueError(
-                "sampling.temperature=0 is a point mass, which has no gradient: train "
-                "at a temperature above 0."
-            )
 
 
 def rows_of(packed: packing.Packed) -> Rows:
@@ -106,9 +92,6 @@ def micro_batch(
       weights: `[n] float32`, of `losses.token_weights` over the batch.
       old_logprobs, rollout_logprobs, ref_logprobs: n arrays `[length_i] float32`, or
         None, see `losses.TokenColumns`.
-
-    Returns:
-      The micro-batch.
 
     Raises:
       ValueError: counts or lengths differ from the layout's.
@@ -155,8 +138,6 @@ def token_logprobs(
       `[B, M] float32` natural log-probabilities of `rows.target` under the sampling
       law, and entropies `[B, M] float32` in nats or None.
     """
-    if cfg.unroll:
-        params = model_params.unstack(params)
     hidden = transformer.forward(
         params,
         cfg.model,

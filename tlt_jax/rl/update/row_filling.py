@@ -13,6 +13,7 @@ import numpy as np
 
 from tlt_jax.models import rows as rows_lib
 
+# A multiple, at least 1, or the next power of two.
 Rounding = int | Literal["power_of_two"]
 
 
@@ -66,26 +67,18 @@ def choose(
         for rows in (_whole(trees, width), _filled(trees, width)):
             # Rows narrower than what was asked for cost less still.
             longest = max(sum(tree.size for tree in row) for row in rows)
-            needed = min(round_up("rounding", longest, rounding), row_tokens)
-            num_rows = round_up("rows_multiple", len(rows), rows_multiple)
+            needed = min(round_up(longest, rounding), row_tokens)
+            num_rows = round_up(len(rows), rows_multiple)
             if best is None or (num_rows * needed, num_rows) < best[0]:
                 best = (num_rows * needed, num_rows), rows, needed
     _, rows, width = best
     return rows, width
 
 
-def round_up(name: str, value: int, rounding: Rounding) -> int:
-    """Round up to a multiple or a power of two.
-
-    Raises:
-      ValueError: the rounding is neither.
-    """
+def round_up(value: int, rounding: Rounding) -> int:
+    """Round up to a multiple or a power of two."""
     if rounding == "power_of_two":
         return 1 << (value - 1).bit_length()
-    if isinstance(rounding, str) or rounding < 1:
-        raise ValueError(
-            f"{name}={rounding!r}: give a multiple of at least 1 or 'power_of_two'."
-        )
     return -(-value // rounding) * rounding
 
 
@@ -96,10 +89,10 @@ _MOST_WIDTHS = 8
 def _widths(least: int, row_tokens: int, rounding: Rounding) -> list[int]:
     """Rounded widths from `least` on, the widest first."""
     found = []
-    width = round_up("rounding", least, rounding)
+    width = round_up(least, rounding)
     while width < row_tokens:
         found.append(width)
-        width = round_up("rounding", width + 1, rounding)
+        width = round_up(width + 1, rounding)
     step = -(-len(found) // _MOST_WIDTHS) or 1
     return [row_tokens, *reversed(found[::step])]
 
