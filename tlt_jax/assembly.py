@@ -87,6 +87,7 @@ def assemble(
       ValueError: settings that do not go together, with this model or these devices.
     """
     model, tokenizer = source.config, source.tokenizer()
+    law = law_of(run.sampling)
     learning = updater.Updater(
         model,
         algorithm=run.algorithm,
@@ -94,7 +95,7 @@ def assemble(
         learner=run.learner,
         optimizer=run.optimizer,
         mesh=run.mesh,
-        law=law_of(run.sampling),
+        law=law,
         num_steps=run.num_steps,
         precision=run.precision,
         remat=run.model.remat,
@@ -103,10 +104,29 @@ def assemble(
     mesh = learning.learner.mesh
     meshes = weight_sync.engine_meshes(mesh, run.workers.num, run.rollout.tensor)
     speculation = speculation_lib.of_run(run, model)
-    team = workers_of(run, model, tokenizer, meshes, speculation, group)
-    adapting = _adaptation_of(
-        run, speculation, team, model, tokenizer, directory, group, observer
+    team = workers.Workers(
+        [engine_of_run(run, model, tokenizer, law, speculation, m) for m in meshes],
+        records.Config(
+            min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
+        ),
+        group,
     )
+    adapting = adaptation.NoAdaptation()
+    if run.specdec.mode == "tlt":
+        own = "" if group.is_first else f"processes/{group.index}"
+        adapting = adaptation.Adaptation(
+            run.adaptation,
+            speculation.speculator_cfg.drafter_cfg,
+            team,
+            tuple(speculation.tuners.values()),
+            initial=speculation.params,
+            eos_ids=eos_ids_of(model, tokenizer),
+            sampling_cfg=law,
+            precision=run.precision,
+            seed=run.seed,
+            directory=directory / own,
+            observer=observer,
+        )
     closing.callback(adapting.close)
     closing.callback(team.close)
     sync = weight_sync.WeightSync(
@@ -221,25 +241,6 @@ def prompts_of(
     return found
 
 
-def workers_of(
-    run: config.RunConfig,
-    model: model_config.ModelConfig,
-    tokenizer: model_tokenizer.Tokenizer,
-    meshes: Sequence[jax.sharding.Mesh],
-    speculation: speculation_lib.Speculation,
-    group: distributed.Group,
-) -> workers.Workers:
-    """Make an engine on each mesh, all of them devices of this process."""
-    law = law_of(run.sampling)
-    engines = [
-        engine_of_run(run, model, tokenizer, law, speculation, mesh) for mesh in meshes
-    ]
-    limits = records.Config(
-        min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
-    )
-    return workers.Workers(engines, limits, group)
-
-
 def engine_of_run(
     run: config.RunConfig,
     model: model_config.ModelConfig,
@@ -336,33 +337,3 @@ def _evaluation_engines(
     for engine in engines:
         closing.callback(engine.pool.close)
     return engines
-
-
-def _adaptation_of(
-    run: config.RunConfig,
-    speculation: speculation_lib.Speculation,
-    team: workers.Workers,
-    model: model_config.ModelConfig,
-    tokenizer: model_tokenizer.Tokenizer,
-    directory: pathlib.Path,
-    group: distributed.Group,
-    observer: observer_lib.Observer,
-) -> adaptation.Adaptation | adaptation.NoAdaptation:
-    """What trains the drafter of a run, where it has a learned one."""
-    if run.specdec.mode != "tlt":
-        return adaptation.NoAdaptation()
-    if not group.is_first:
-        directory = directory / f"processes/{group.index}"
-    return adaptation.Adaptation(
-        run.adaptation,
-        speculation.speculator_cfg.drafter_cfg,
-        team,
-        tuple(speculation.tuners.values()),
-        initial=speculation.params,
-        eos_ids=eos_ids_of(model, tokenizer),
-        sampling_cfg=law_of(run.sampling),
-        precision=run.precision,
-        seed=run.seed,
-        directory=directory,
-        observer=observer,
-    )

@@ -100,9 +100,8 @@ class Trainer:
             self._closing = closing.pop_all()
 
     def _start(self, closing: contextlib.ExitStack) -> None:
-        run, directory, display, group = (
-            *(self.run, self._directory, self._display, self.group),
-        )
+        run, directory = self.run, self._directory
+        display, group = self._display, self.group
         display.stage("loading")
         task = tasks.build(
             run.task, reward=run.reward.function, eval_size=run.eval.num_prompts
@@ -193,7 +192,11 @@ class Trainer:
         # One worker waits for nobody: it trains here, if it pays.
         parts.adaptation.end_rollout(collected.stats.accept_length, watch)
         row = collected.row() | parts.adaptation.row() | self._about_workers(watch)
-        self._note_failures(collected, watch)
+        if collected.scores.num_failed:
+            watch.note(
+                f"{collected.scores.num_failed} rewards failed, the first: "
+                f"{collected.scores.first_failure()}"
+            )
         parts.workers.release_caches()
         if collected.useful is not None:
             row |= parts.updater.update(collected.useful, watch)
@@ -214,16 +217,16 @@ class Trainer:
 
     def with_remedy(self, error: failures.NotFiniteError) -> failures.TrainingError:
         """Say what may be done where updates are not finite any more."""
-        newest = self.state.latest_step()
+        newest, there = self.state.latest_step(), "There is no checkpoint yet."
+        if newest is not None:
+            there = (
+                f"The newest checkpoint is that of step {newest}; exported "
+                "(tlt_jax.export) it is a model to begin from."
+            )
         return failures.TrainingError(
             f"{error} (step {self.state.step + 1}): lower optimizer.learning_rate or "
             "check the rewards and the weights, and begin again in another --workdir. "
-            + (
-                "There is no checkpoint yet."
-                if newest is None
-                else f"The newest checkpoint is that of step {newest}; exported "
-                "(tlt_jax.export) it is a model to begin from."
-            )
+            f"{there}"
         )
 
     def _evaluate(self, watch: watch_lib.Watch) -> dict[str, float]:
@@ -234,15 +237,6 @@ class Trainer:
     def _push_weights(self) -> None:
         params = self.parts.updater.train_state.params
         self.parts.workers.set_params(*self.parts.sync.sync(params))
-
-    def _note_failures(
-        self, collected: collector.Collected, watch: watch_lib.Watch
-    ) -> None:
-        if collected.scores.num_failed:
-            watch.note(
-                f"{collected.scores.num_failed} rewards failed, the first: "
-                f"{collected.scores.first_failure()}"
-            )
 
     def _about_workers(self, watch: watch_lib.Watch) -> dict[str, Any]:
         """What the workers did in this step's rollouts; the timeline is written."""

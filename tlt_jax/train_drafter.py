@@ -74,7 +74,10 @@ class _Trainer:
         self.objective = dataclasses.replace(
             objectives.preset(run.objective.name), **run.objective.overrides()
         )
-        self.cfg = self._drafter()
+        max_length = min(run.batch.row_tokens, self._longest)
+        self.cfg = speculation.drafter_of(
+            run.drafter, self.objective, self.policy.config, max_length
+        )
         with self._stage("texts"):
             texts = self._texts()
         learner = self._learner()
@@ -162,22 +165,6 @@ class _Trainer:
             scratch_model.make(settings, tasks.build(task), spec)
         return policy.load(spec, run.precision)
 
-    def _drafter(self) -> drafter.DrafterConfig:
-        run, target = self.run, self.policy.config
-        layers = run.drafter.feature_layers
-        if run.drafter.features == "low_mid_high":
-            published = run.drafter.architecture == "eagle3"
-            choose = drafter.published_layers if published else drafter.low_mid_high
-            layers = choose(target.num_layers)
-        return drafter.of_target(
-            target,
-            feature_layers=layers,
-            output_norm=not self.objective.feature_weight,
-            draft_vocab_size=run.drafter.draft_vocab_size,
-            max_length=min(run.batch.row_tokens, self._longest),
-            architecture=run.drafter.architecture,
-        )
-
     @property
     def _longest(self) -> int:
         """Tokens of the longest text."""
@@ -227,7 +214,6 @@ class _Trainer:
                     engine,
                     asked,
                     texts,
-                    max_new_tokens=run.texts.max_new_tokens,
                     seed=run.seed,
                     on_progress=show,
                 )

@@ -6,7 +6,6 @@ import numpy as np
 
 from tlt_jax import types
 from tlt_jax.rl import evaluation
-from tlt_jax.rl.engine import answering
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.rl.workers import workers as workers_lib
@@ -106,7 +105,7 @@ class Evaluator:
     ) -> list[types.Completion]:
         if not requests:
             return []
-        completions, _ = answering.answer(engines, requests, self._seed)
+        completions, _ = engine_lib.answer(engines, requests, self._seed)
         for engine in engines:
             engine.release_cache()
         return completions

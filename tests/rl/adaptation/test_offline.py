@@ -38,7 +38,9 @@ def asked():
     rng = np.random.default_rng(2)
     ids = [*range(9), FIRST, FIRST + 1, FIRST + 2]
     return [
-        offline_texts.Asked(i, rng.integers(3, 32, 1 + n).astype(np.int32))
+        offline_texts.request_of(
+            i, rng.integers(3, 32, 1 + n).astype(np.int32), NEW_TOKENS
+        )
         for n, i in enumerate(ids)
     ]
 
@@ -78,7 +80,6 @@ def write(engine, directory, told=None):
         engine,
         asked(),
         texts,
-        max_new_tokens=NEW_TOKENS,
         seed=SEED,
         on_progress=None if told is None else lambda *given: told.append(given),
     )

@@ -46,12 +46,12 @@ def test_an_undisturbed_rollout_from_begin_to_end():
         records.EndRollout(1),
     ]
     assert (state.began_s, state.ended_s) == (0, 21)
-    assert coordinator.metrics(state) == {
+    assert not state.which(records.Activity.LOST)
+    assert coordinator.sums(coordinator.timeline(state)) == {
         # Worker 0 waits from 20 to 21, worker 1 from 10 on, worker 2 from 14 on.
         "workers/idle_s": 1 + 11 + 7,
         "workers/trained_s": 10 + 6,
         "workers/idle_frac": pytest.approx(19 / 63),
-        "workers/num_lost": 0,
     }
     busy, idle, training = "busy", "idle", "training"
     spans = {
@@ -107,7 +107,7 @@ def test_requests_of_a_dead_worker_wake_those_who_wait():
         records.Generate(1, 0, 1),
         records.EndRollout(1),
     ]
-    assert coordinator.metrics(state)["workers/num_lost"] == 1
+    assert len(state.which(records.Activity.LOST)) == 1
 
 
 def test_those_who_train_go_on_while_others_see_to_returned_requests():
@@ -272,7 +272,7 @@ def test_waiting_workers_are_used_where_nothing_fails():
     for seed in range(50):
         world = coordinated.World(seed, faults=False)
         world.run()
-        found = coordinator.metrics(world.state)
+        found = coordinator.sums(coordinator.timeline(world.state))
         # The rest are ticks until Train arrives, the trainer's step ends and its answer
         # comes; and those of the last worker until the training ends.
         rest = found["workers/idle_s"] - found["workers/trained_s"]

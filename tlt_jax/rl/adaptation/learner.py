@@ -18,6 +18,7 @@ import optax
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.runtime import programs, sharding, train_state
 from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.training import acceptance, objectives, unroll
@@ -308,7 +309,7 @@ class DrafterLearner:
         split = sharding.named(by_rows.mesh, sharding.ShardingRules(), (None, "batch"))
         seen = unroll.Seen(split, by_rows, by_rows)
         where = step_lib.UnderWay(seen, everywhere, seen, everywhere)
-        under_way = _described(under_way, _spread(where, under_way))
+        under_way = engine_programs.abstract_of(under_way, where)
         given_now = state.params, batch, given
         match name:
             case "begin":
@@ -345,43 +346,19 @@ class DrafterLearner:
 
     def _arguments(self, devices: Devices, target: model_params.Params):
         """Describe state, batch and target on devices; and the replicated sharding."""
-        mesh = _mesh(devices)
+        mesh, cfg = _mesh(devices), self.cfg
         everywhere = sharding.replicated(mesh)
-        state = _described(self.state, everywhere)
-        batch = _described(self._batch, self._by_rows(mesh))
-        size = self.cfg.num_draft_tokens
-        ids = None
-        if self.cfg.draft_vocab_size:
-            ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=everywhere)
-        given = _described((target.embed, target.head), everywhere)
-        head = jax.ShapeDtypeStruct(
-            (size, given[1].shape[1]), given[1].dtype, sharding=everywhere
-        )
-        return state, batch, unroll.Target(given[0], head, ids), everywhere
+        state = engine_programs.abstract_of(self.state, everywhere)
+        batch = engine_programs.abstract_of(self._batch, self._by_rows(mesh))
+        shape = (cfg.num_draft_tokens, target.head.shape[1])
+        head = jax.ShapeDtypeStruct(shape, target.head.dtype)
+        ids = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+        given = unroll.Target(target.embed, head, ids if cfg.draft_vocab_size else None)
+        return state, batch, engine_programs.abstract_of(given, everywhere), everywhere
 
 
 def _mesh(devices: Devices) -> jax.sharding.Mesh:
     return sharding.make_mesh(len(devices), 1, 1, devices)
-
-
-def _described(tree: Any, where: Any) -> Any:
-    """Shapes and dtypes of a tree's leaves, at one sharding or a tree of them."""
-    if isinstance(where, jax.sharding.Sharding):
-        where = jax.tree.map(lambda _: where, tree)
-    return jax.tree.map(
-        lambda leaf, here: jax.ShapeDtypeStruct(
-            jnp.shape(leaf), jnp.result_type(leaf), sharding=here
-        ),
-        tree,
-        where,
-    )
-
-
-def _spread(where: Any, tree: Any) -> Any:
-    """Give each leaf of `tree` the sharding that stands at its place or above it."""
-    return jax.tree.map(
-        lambda here, part: jax.tree.map(lambda _: here, part), where, tree
-    )
 
 
 def run_through(

@@ -7,26 +7,12 @@ everywhere, and a training of another process with what the last one learned.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import TypeVar
 
 from tlt_jax.rl.adaptation import spot_trainer
 from tlt_jax.runtime import distributed
 
 _T = TypeVar("_T")
-
-
-class Shared(NamedTuple, Generic[_T]):
-    """What all processes have after a meeting.
-
-    Attributes:
-      report: of all trainings of the RL step.
-      version: newest of the drafter's.
-      learned: what the process that trained has learned; None: none has.
-    """
-
-    report: spot_trainer.Report
-    version: int
-    learned: _T | None
 
 
 class Sharing:
@@ -43,7 +29,7 @@ class Sharing:
 
     def meet(
         self, report: spot_trainer.Report, version: int, learned: Callable[[], _T]
-    ) -> Shared[_T]:
+    ) -> tuple[spot_trainer.Report, int, _T | None]:
         """Exchange what was learned since the last meeting; all processes call this.
 
         Args:
@@ -51,6 +37,10 @@ class Sharing:
             with what this process has trained since.
           version: of the drafter, as this process has it.
           learned: gives what this process has learned; asked only if it has trained.
+
+        Returns:
+          What all have now: the report of all trainings of the RL step, the drafter's
+          newest version, and what the process that trained has learned, or None.
         """
         own = learned() if report.num_steps > self._num_known else None
         found = self._group.exchange("drafter", (report, version, own))
@@ -58,8 +48,6 @@ class Sharing:
         newest, _, learned_there = max(found, key=lambda one: one[0].num_steps)
         self._num_known = newest.num_steps
         failures = dict.fromkeys(text for one, _, _ in found for text in one.failures)
-        return Shared(
-            dataclasses.replace(newest, failures=list(failures)),
-            max(version for _, version, _ in found),
-            learned_there,
-        )
+        newest_version = max(version for _, version, _ in found)
+        newest = dataclasses.replace(newest, failures=list(failures))
+        return newest, newest_version, learned_there

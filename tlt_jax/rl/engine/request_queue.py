@@ -148,7 +148,7 @@ class RequestQueue:
         return next(iter(self._waiting))
 
 
-class Share:
+class Share(RequestSource):
     """What one worker sees of the queue."""
 
     def __init__(self, queue: RequestQueue, worker: int):
@@ -157,19 +157,15 @@ class Share:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that nobody has taken."""
         return self._queue.num_waiting
 
     def take(self) -> types.Request | None:
-        """Take a request, see `RequestQueue.take`."""
         return self._queue.take(self._worker)
 
     def finish(self, request_id: int) -> bool:
-        """Note that a request is done, see `RequestQueue.finish`."""
         return self._queue.finish(self._worker, request_id)
 
     def waits(self, prompt_id: int) -> bool:
-        """Tell whether a request of this prompt is waiting."""
         return self._queue.waits(prompt_id)
 
 

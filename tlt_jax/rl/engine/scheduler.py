@@ -110,6 +110,11 @@ class Prefill:
     start: int
     pages: tuple[int, ...]
 
+    @property
+    def stop(self) -> int:
+        """The position behind the last."""
+        return len(self.text)
+
 
 @dataclasses.dataclass(frozen=True)
 class Admission:

@@ -165,74 +165,17 @@ class Fill:
     pages: tuple[int, ...]
 
 
-class Plain:
-    """Speculates never: what an engine asks where it was not told how to."""
-
-    rule = chain.KEYED
-    version = -1
-    weights: learned.DrafterWeights | None = None
-
-    def offer(self, params: drafter.DrafterParams, version: int) -> None:
-        """Refuse a drafter.
-
-        Raises:
-          ValueError: always.
-        """
-        raise ValueError("the engine was made without speculator_cfg: give one.")
-
-    def take_up(
-        self, rows: Sequence[scheduler.Row], target: model_params.Params | None
-    ) -> None:
-        """Nothing was offered."""
-
-    def set_target(self, target: model_params.Params) -> None:
-        """Nothing is read of the target."""
-
-    def begin(self) -> None:
-        """Nothing is remembered."""
-
-    def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
-        """Decode plainly."""
-        return None
-
-    def choices(self, num_rows: int) -> tuple[strategy_lib.Strategy | None, ...]:
-        """List plain decoding alone."""
-        return (None,)
-
-    def written(self, jobs: Sequence[scheduler.Prefill]) -> None:
-        """No page is another's."""
-
-    def missing(
-        self,
-        rows: Sequence[scheduler.Row],
-        strategy: strategy_lib.Strategy | None,
-    ) -> list[list[Fill]]:
-        """Nothing is to be filled."""
-        return []
-
-    def inputs(
-        self,
-        rows: Sequence[scheduler.Row],
-        batch: int,
-        strategy: strategy_lib.Strategy | None,
-    ) -> Any:
-        """No proposer is given anything."""
-        return ()
-
-    def took(
-        self,
-        rows: Sequence[scheduler.Row],
-        call: tuner_lib.Call,
-        progress: Any,
-    ) -> None:
-        """Nothing is learned."""
-
-    def finished(self, request: types.Request, tokens: np.ndarray) -> None:
-        """Nothing is kept."""
+# What an engine has that was not told how to.
+NEVER = SpeculatorConfig(strategy_lib.Arms(()))
 
 
-class Speculator(Plain):
-    """Chooses strategies and gives their proposers what they need of the host."""
+class Speculator:
+    """Chooses strategies and gives their proposers what they need of the host.
+
+    Attributes:
+      version: of the drafter in use; -1: none.
+      weights: the drafter with embedding and head of the target; None: not both yet.
+    """
 
     def __init__(
         self,
@@ -255,6 +198,8 @@ class Speculator(Plain):
         """
         self.cfg = cfg
         self.rule = cfg.rule
+        self.version = -1
+        self.weights: learned.DrafterWeights | None = None
         self._tuner = tuner or tuner_lib.Static(cfg.table)
         self._early_tuner = early_tuner
         self._offer_lock = threading.Lock()
@@ -310,9 +255,10 @@ class Speculator(Plain):
     def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
         """Choose how to decode `num_rows` rows; None: plainly."""
         strategy = self._chooser.choose(num_rows)
-        # Without a tuner for the time before, a drafter is waited for.
-        ready = strategy is None or not strategy.drafts or self.weights is not None
-        return strategy if ready else None
+        if strategy is not None and strategy.drafts and self.weights is None:
+            # Without a tuner for the time before, a drafter is waited for.
+            return None
+        return strategy
 
     def choices(self, num_rows: int) -> tuple[strategy_lib.Strategy | None, ...]:
         """All that `choose` may ever return for so many rows."""

@@ -151,22 +151,10 @@ class Coordination:
         """Say whether the training's drafter counts; ask before `TrainingStopped`."""
         return coordinator.may_publish(self._state, training)
 
-    def metrics(self) -> dict[str, float]:
-        """Return `workers/` values of the last rollout."""
-        return coordinator.metrics(self._state)
-
     def timeline(self) -> tuple[records.Interval, ...]:
         """Return what each worker did, times counted from the rollout's begin."""
         state = self._state
-        return tuple(
-            records.Interval(
-                i.worker,
-                i.activity,
-                i.start_s - state.began_s,
-                i.stop_s - state.began_s,
-            )
-            for i in coordinator.timeline(state)
-        )
+        return coordinator.timeline(state, state.began_s)
 
     def close(self) -> None:
         """Let every thread that waits go, and the trainer stop."""

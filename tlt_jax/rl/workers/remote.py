@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from tlt_jax import types
 from tlt_jax.rl.engine import request_queue
-from tlt_jax.rl.workers import coordinator, mailboxes, records
+from tlt_jax.rl.workers import mailboxes, records
 from tlt_jax.runtime import channel, distributed
 
 _COORDINATION, _QUEUE = "coordination", "queue"
@@ -63,21 +63,21 @@ class Home:
         Returns:
           The request's id or None, prompts of which requests wait, and how many wait.
         """
-        with self._lock:
-            if generation != self._generation:
-                return None, frozenset(), 0
-            queue = self._queue
+        queue = self._queue_of(generation)
+        if queue is None:
+            return None, frozenset(), 0
         request = queue.take(worker)
         taken = None if request is None else request.request_id
         return taken, queue.prompts_waiting(), queue.num_waiting
 
     def finish(self, generation: int, worker: int, request_id: int) -> bool:
         """See `RequestQueue.finish`; nothing of an earlier rollout counts."""
+        queue = self._queue_of(generation)
+        return queue is not None and queue.finish(worker, request_id)
+
+    def _queue_of(self, generation: int) -> request_queue.RequestQueue | None:
         with self._lock:
-            if generation != self._generation:
-                return False
-            queue = self._queue
-        return queue.finish(worker, request_id)
+            return self._queue if generation == self._generation else None
 
 
 class Guest:
@@ -105,7 +105,7 @@ class Guest:
         return RemoteShare(self._group, generation, worker, self._requests)
 
 
-class RemoteShare:
+class RemoteShare(request_queue.RequestSource):
     """What a worker of another process sees of the queue, as of its last look.
 
     A queue that was found empty is not asked again: of requests that a lost worker
@@ -127,11 +127,9 @@ class RemoteShare:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that nobody had taken."""
         return self._num_waiting
 
     def take(self) -> types.Request | None:
-        """Take a request, see `RequestQueue.take`."""
         if not self._num_waiting:
             return None
         taken, self._prompts, self._num_waiting = self._group.call(
@@ -140,11 +138,9 @@ class RemoteShare:
         return None if taken is None else self._requests[taken]
 
     def finish(self, request_id: int) -> bool:
-        """Note that a request is done, see `RequestQueue.finish`."""
         return self._group.call(_QUEUE, "finish", *self._worker, request_id)
 
     def waits(self, prompt_id: int) -> bool:
-        """Tell whether a request of this prompt was waiting."""
         return prompt_id in self._prompts
 
 
@@ -208,14 +204,6 @@ class RemoteCoordination:
     def may_publish(self, training: int) -> bool:
         """Say whether the training's drafter counts."""
         return bool(self._call("may_publish", training))
-
-    def metrics(self) -> dict[str, float]:
-        """Return `workers/` values of the last rollout."""
-        return coordinator.metrics(self.state)
-
-    def timeline(self) -> tuple[records.Interval, ...]:
-        """Return what each worker did."""
-        return self._call("timeline") or ()
 
     def close(self) -> None:
         """Let this process's threads go when they next look."""

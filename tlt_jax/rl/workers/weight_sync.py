@@ -12,6 +12,7 @@ from jax import lax
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
+from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.runtime import programs
 from tlt_jax.runtime import sharding as sharding_lib
 
@@ -99,12 +100,8 @@ class WeightSync:
         self._version = 0
         self._num_layers = model.num_layers
         self._replicated = sharding_lib.replicated(source)
-        self._learners = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=where
-            ),
-            model_params.abstract(model),
-            _shardings(model, source, rules),
+        self._learners = engine_programs.abstract_of(
+            model_params.abstract(model), _shardings(model, source, rules)
         )
         self._targets = [_unstacked(model, target, rules) for target in targets]
         same = [list(source.devices.flat) == list(t.devices.flat) for t in targets]
