@@ -149,7 +149,6 @@ def assemble(
         tokenizer.decode,
         dynamic_sampling=learning.algorithm.dynamic_sampling,
         between=adapting.hand_over,
-        group=group,
     )
     judging = None
     if run.eval.every:
@@ -162,7 +161,6 @@ def assemble(
             _evaluation_engines(run, model, tokenizer, team, closing),
             rewards,
             tokenizer.decode,
-            group,
         )
     return Parts(
         model=model,

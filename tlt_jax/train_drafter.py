@@ -82,15 +82,8 @@ class _Trainer:
             texts = self._texts()
         learner = self._learner()
         closing.callback(learner.pool.close)
-        batch = run.batch
         self.training = offline.OfflineTraining(
-            learner,
-            texts,
-            row_tokens=batch.row_tokens,
-            row_bases=batch.row_bases,
-            num_rows=batch.num_rows,
-            seed=run.seed,
-            eos_ids=self.policy.eos_ids,
+            learner, texts, seed=run.seed, eos_ids=self.policy.eos_ids, **self._sizes
         )
         self.checkpointer = closing.enter_context(
             checkpoint.Checkpointer(directory, run.checkpoint.keep)
@@ -166,24 +159,28 @@ class _Trainer:
         return policy.load(spec, run.precision)
 
     @property
+    def _sizes(self) -> dict[str, int]:
+        """B, T and M."""
+        names = "num_rows", "row_tokens", "row_bases"
+        return {name: getattr(self.run.batch, name) for name in names}
+
+    @property
     def _longest(self) -> int:
         """Tokens of the longest text."""
         return self.run.texts.max_prompt_tokens + self.run.texts.max_new_tokens
 
     def _texts(self) -> shards.Shards:
         run, target, directory = self.run, self.policy, self.directory / "texts"
+        made_with = {
+            "target": drafter.identify(target.config),
+            "model": run.model.spec,
+            "seed": run.seed,
+            "precision": run.precision,
+            "texts": dataclasses.asdict(run.texts),
+            "feature_layers": self.cfg.feature_layers,
+        }
         with workdir.writing(directory):
-            offline_texts.claim(
-                directory,
-                {
-                    "target": drafter.identify(target.config),
-                    "model": run.model.spec,
-                    "seed": run.seed,
-                    "precision": run.precision,
-                    "texts": dataclasses.asdict(run.texts),
-                    "feature_layers": self.cfg.feature_layers,
-                },
-            )
+            offline_texts.claim(directory, made_with)
         texts = shards.Shards(directory, run.texts.dtype)
         asked = offline_texts.ask(
             run.texts, lambda example: target.tokenizer.encode_prompt(example.prompt)
@@ -211,11 +208,7 @@ class _Trainer:
         try:
             with workdir.writing(directory):
                 offline_texts.write(
-                    engine,
-                    asked,
-                    texts,
-                    seed=run.seed,
-                    on_progress=show,
+                    engine, asked, texts, seed=run.seed, on_progress=show
                 )
         finally:
             engine.pool.close()
@@ -223,16 +216,15 @@ class _Trainer:
 
     def _learner(self) -> drafter_learner.DrafterLearner:
         run, cfg = self.run, self.cfg
+        optimizer = policy_learner.make_optimizer(
+            run.optimizer, num_steps=run.num_steps, updates_per_step=1
+        )
         return drafter_learner.DrafterLearner(
             cfg,
             self.objective,
-            policy_learner.make_optimizer(
-                run.optimizer, num_steps=run.num_steps, updates_per_step=1
-            ),
+            optimizer,
             batch=layout.described(
-                num_rows=run.batch.num_rows,
-                row_tokens=run.batch.row_tokens,
-                row_bases=run.batch.row_bases,
+                **self._sizes,
                 d_model=cfg.layer.d_model,
                 num_features=len(cfg.feature_layers),
                 dtype=run.texts.dtype,
@@ -287,29 +279,21 @@ class _Trainer:
     def _save(self) -> None:
         snapshot = self.training.state()
         state = snapshot.state
-        self.checkpointer.save(
-            self.step,
-            state.params,
-            (state.opt_state, state.num_updates),
-            self.cfg,
-            snapshot.meta,
-        )
+        learned = state.params, (state.opt_state, state.num_updates)
+        self.checkpointer.save(self.step, *learned, self.cfg, snapshot.meta)
 
     def _export(self) -> None:
         learner = self.training.learner
         if learner.sharpness is None:
             self._measure()
-        with workdir.writing(self.directory / "drafter"):
-            drafter_io.save(
-                self.directory / "drafter",
-                learner.weights("float32"),
-                self.cfg,
-                {
-                    "target": self.policy.identity,
-                    "num_steps": self.step,
-                    "objective": dataclasses.asdict(self.objective),
-                },
-            )
+        folder, weights = self.directory / "drafter", learner.weights("float32")
+        about = {
+            "target": self.policy.identity,
+            "num_steps": self.step,
+            "objective": dataclasses.asdict(self.objective),
+        }
+        with workdir.writing(folder):
+            drafter_io.save(folder, weights, self.cfg, about)
 
 
 def main(run: drafter_run.DrafterRun) -> None:

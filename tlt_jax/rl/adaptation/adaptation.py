@@ -168,15 +168,10 @@ class Adaptation:
             max_age=settings.max_age,
             spill_directory=directory / SPILL if settings.spill_mb else None,
             max_spill_bytes=settings.spill_mb * _MIB,
-            on_spill_error=lambda error: observer.note(
-                f"{error} Texts stay in memory."
-            ),
+            on_spill_error=lambda e: observer.note(f"{e} Texts stay in memory."),
         )
         self.sampler = text_sampling.Sampler(
-            self.buffer,
-            seed=seed,
-            previous_frac=settings.previous_frac,
-            **sizes,
+            self.buffer, seed=seed, previous_frac=settings.previous_frac, **sizes
         )
         objective = dataclasses.replace(
             objectives.preset(settings.name), **settings.overrides()
@@ -197,7 +192,7 @@ class Adaptation:
             dtype=precision,
         )
         # What drafts would have had accepted can be read off texts of this law alone.
-        measures = sampling_cfg == sampling.SamplingConfig()
+        self._measures = sampling_cfg == sampling.SamplingConfig()
         self.trainer = spot_trainer.SpotTrainer(
             self.learner,
             self.sampler,
@@ -205,9 +200,8 @@ class Adaptation:
             prepare=self._choose_vocabulary,
             publish=self._publish,
             publish_steps=settings.publish_steps,
-            measures=measures,
+            measures=self._measures,
         )
-        self._measures = measures
 
     def start(self) -> None:
         """Give the drafter its weights and the engines theirs; begin to follow.
@@ -222,8 +216,7 @@ class Adaptation:
             self.learner.state = self.learner.init_state(
                 self._initial, norm, self._seed
             )
-            if self.is_ready:
-                self._offer()
+            self._publish()
         elif self.version:
             self._workers.offer_drafter(
                 self.learner.weights(self._precision), self.version
@@ -296,12 +289,10 @@ class Adaptation:
             self._meet()
 
     def _meet(self) -> None:
-        if self._settings.enabled and self._workers.group.num > 1:
-            self.trainer.settle()
-            self._share()
-
-    def _share(self) -> None:
         """Take over what another process has learned, if one has."""
+        if not self._settings.enabled or self._workers.group.num == 1:
+            return
+        self.trainer.settle()
         learner = self.learner
 
         def learned():
@@ -379,11 +370,8 @@ class Adaptation:
 
     def for_others(self, snapshot: train_state.Snapshot) -> train_state.Snapshot:
         """Leave the texts out, which are the larger part and the first process's."""
-        arrays = {
-            name: array
-            for name, array in snapshot.arrays.items()
-            if not name.startswith((_BUFFER, _SAMPLER))
-        }
+        given = snapshot.arrays.items()
+        arrays = {n: x for n, x in given if not n.startswith((_BUFFER, _SAMPLER))}
         state = jax.device_get(snapshot.state)
         return train_state.Snapshot(state, arrays, snapshot.meta)
 
@@ -401,13 +389,11 @@ class Adaptation:
         """Let the engines use the drafter once it beats what they do without it."""
         measured = self.trainer.report.measured
         if not self._measures:
-            better = self.learner.num_updates > 0
-        else:
-            here = 1.0 if measured is None else measured["coupled/accept_length"]
-            better = here > max(self._ngram_accept_length, 1.0)
-        if better:
-            self.is_ready = True
-            self._offer()
+            self.is_ready = self.learner.num_updates > 0
+        elif measured is not None:
+            here = measured["coupled/accept_length"]
+            self.is_ready = bool(here > max(self._ngram_accept_length, 1.0))
+        self._publish()
 
     def _publish(self) -> None:
         if self.is_ready:

@@ -44,16 +44,9 @@ class CacheWriter:
         admission: scheduler.Admission,
         stats: rollout_stats.RolloutStats,
     ) -> protocols.Caches:
-        """Do what an admission asks for.
+        """Do what an admission asks for: prompts, returning rows, then copies of pages.
 
-        Args:
-          caches: donated.
-          params: the target.
-          admission: prompts, returning rows and copies of pages, in this order.
-          stats: seconds and positions are added.
-
-        Returns:
-          The caches, complete.
+        `caches` are donated; seconds and positions are added to `stats`.
         """
         if not admission.any():
             return caches
@@ -81,15 +74,8 @@ class CacheWriter:
     ) -> protocols.Caches:
         """Bring the drafter to where a speculative call may begin.
 
-        Args:
-          caches: donated.
-          params: the target.
-          weights: the drafter.
-          rounds: of independent jobs, one after the other.
-          stats: seconds and positions are added.
-
-        Returns:
-          The caches, complete.
+        `rounds` of independent jobs come one after the other. `caches` are donated;
+        seconds and positions are added to `stats`.
         """
         if not rounds:
             return caches

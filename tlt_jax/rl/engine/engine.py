@@ -52,7 +52,6 @@ class Engine:
         early_tuner: tuner_lib.Tuner | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        rules: sharding.ShardingRules | None = None,
     ):
         """Make an engine without weights; `set_params` gives it some.
 
@@ -64,7 +63,6 @@ class Engine:
           tuner, early_tuner: choose strategies, see `speculator.Speculator`.
           decode_text: token ids to text; needed for stop strings.
           mesh: devices of this engine; None: the first device.
-          rules: how the cache is split over the mesh.
 
         Raises:
           ValueError: stop strings without `decode_text`, or `speculator_cfg` does not
@@ -91,11 +89,7 @@ class Engine:
             early_tuner=early_tuner,
         )
         self.programs = engine_programs.EnginePrograms(
-            cfg,
-            engine_cfg,
-            speculator_cfg,
-            self.mesh,
-            rules or sharding.ShardingRules(),
+            cfg, engine_cfg, speculator_cfg, self.mesh
         )
         self._writer = cache_writer.CacheWriter(self.pool, self.programs, engine_cfg)
         self._caches = None
@@ -106,22 +100,18 @@ class Engine:
         self._caches = None
 
     def set_params(self, params: model_params.Params, version: int) -> None:
-        """Use these weights from the next run on.
+        """Use these weights, on the engine's mesh, from the next run on.
 
-        Args:
-          params: on the engine's mesh; a tuple of layers decodes fastest on CPUs.
-          version: counts the policy's updates.
+        A tuple of layers decodes fastest on CPUs. `version` counts updates.
         """
         self.params = params
         self.version = version
         self._speculator.set_target(params)
 
     def set_drafter(self, params: drafter.DrafterParams, version: int) -> None:
-        """Speculate with these weights from the next run on.
+        """Speculate with these weights, of any devices, from the next run on.
 
-        Args:
-          params: of any devices; every one of the engine's gets them all.
-          version: counts the drafter's updates.
+        `version` counts the drafter's updates.
 
         Raises:
           ValueError: the engine was made without `speculator_cfg`.
@@ -148,8 +138,7 @@ class Engine:
     def warm_up(self, wait: bool = True) -> None:
         """Compile every program that any run may need, those needed first, first.
 
-        Args:
-          wait: return when all are ready; else they are compiled in the background.
+        They are compiled in the background; `wait`: return when all are ready.
         """
         self._require_params()
         made, max_rows = self.programs, self.engine_cfg.max_rows

@@ -93,16 +93,8 @@ class EnginePrograms:
         engine_cfg: EngineConfig,
         speculator_cfg: speculator.SpeculatorConfig | None,
         mesh: jax.sharding.Mesh,
-        rules: sharding.ShardingRules,
     ):
         """Describe the caches; weights are given to each program's builder.
-
-        Args:
-          cfg: the target.
-          engine_cfg: sizes and law.
-          speculator_cfg: how to speculate, or None.
-          mesh: devices of the engine.
-          rules: how the caches are split over them.
 
         Raises:
           ValueError: `engine_cfg.cpu_kernels` or `.attention` cannot be had.
@@ -111,6 +103,7 @@ class EnginePrograms:
         self._speculator_cfg = speculator_cfg
         self._drafter_cfg = drafter_cfg = speculator_cfg and speculator_cfg.drafter_cfg
         self.captures = speculator_cfg is not None and speculator_cfg.capture
+        rules = sharding.ShardingRules()
         self._replicated = sharding.replicated(mesh)
         self._dtype = jnp.dtype(engine_cfg.dtype)
         self.kernels = kernels.choose(

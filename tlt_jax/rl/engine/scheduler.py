@@ -147,14 +147,10 @@ class Scheduler:
         page_size: int,
         max_rows: int,
     ):
-        """Begin without rows.
+        """Begin without rows; `num_pages` includes the scratch page.
 
-        Args:
-          source: where requests come from; equal `prompt_id` means equal prompts, and
-            each was found to `fit`.
-          num_pages: of the cache, scratch page included.
-          page_size: positions in a page.
-          max_rows: rows decoded at once.
+        Of the source's requests equal `prompt_id` means equal prompts, and each has
+        passed `check_fits`.
         """
         self._source = source
         self._pool = PagePool(num_pages)
@@ -180,9 +176,6 @@ class Scheduler:
         is the same, since noise is keyed by position. A waiting row is admitted into a
         free slot if there are pages for all of its next `num_steps` tokens, too, so
         that what is cached for it is used before it can be put back.
-
-        Args:
-          num_steps: tokens drawn before the next `admit`, at most.
 
         Returns:
           What the device must do, before pages are written by anything else.
@@ -216,11 +209,7 @@ class Scheduler:
         return Admission(tuple(prompts), tuple(returns), tuple(copies))
 
     def finish(self, row: Row) -> bool:
-        """Take a finished row out and free its pages.
-
-        Returns:
-          Whether it counts, see `request_queue.RequestQueue.finish`.
-        """
+        """Take a finished row out and free its pages; tell whether it counts."""
         self.rows.remove(row)
         self._pool.release(row.pages)
         row.pages = []
@@ -299,12 +288,7 @@ def check_fits(request: types.Request, *, num_pages: int, page_size: int) -> Non
     """Refuse a request that no cache of this size can hold, even alone.
 
     The last token drawn is never cached. A prompt that ends within a page holds that
-    page beside the row's copy.
-
-    Args:
-      request: what is asked for.
-      num_pages: of the cache, scratch page included.
-      page_size: positions in a page.
+    page beside the row's copy. `num_pages` includes the scratch page.
 
     Raises:
       ValueError: its prompt is empty, or it may grow beyond the cache.

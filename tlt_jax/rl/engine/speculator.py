@@ -85,12 +85,7 @@ class SpeculatorConfig:
         max_length: int,
         sampling_cfg: sampling.SamplingConfig,
     ) -> None:
-        """Refuse what cannot be built.
-
-        Args:
-          target: the model that verifies.
-          max_length: longest text in positions.
-          sampling_cfg: the law.
+        """Refuse what cannot be built for a target, texts up to a length, and a law.
 
         Raises:
           ValueError: a setting is out of range, the drafter is another target's, texts
@@ -188,13 +183,8 @@ class Speculator:
     ):
         """Begin without weights; `offer` and `take_up` give some.
 
-        Args:
-          cfg: how to speculate.
-          page_size: positions in a page.
-          max_length: longest text in positions.
-          tuner: chooses among the strategies; None: the table, unchanged.
-          early_tuner: chooses while there are no drafter's weights; None: plain
-            decoding.
+        `tuner` chooses among the strategies, None: the table does. `early_tuner`
+        chooses while there are no drafter's weights, None: plain decoding is all then.
         """
         self.cfg = cfg
         self.rule = cfg.rule
@@ -223,9 +213,7 @@ class Speculator:
     ) -> None:
         """Use what was offered from now on; what `rows` have cached is stale.
 
-        Args:
-          rows: that are being decoded.
-          target: whose embedding and head the drafter reads.
+        The drafter reads embedding and head of `target`.
         """
         with self._offer_lock:
             offer, self._offered = self._offered, None
@@ -286,41 +274,30 @@ class Speculator:
     ) -> list[list[Fill]]:
         """List what to fill before `rows` speculate, and count it as done.
 
-        Args:
-          rows: of the decode call.
-          strategy: what it will do.
-
         Returns:
           Rounds of independent jobs: shared pages first, then each row's own.
         """
         if strategy is None or not strategy.drafts:
             return []
         shared: dict[int, Fill] = {}
-        own = []
+        own, size = [], self._page_size
         for row in rows:
             if 1 <= row.length - row.drafted <= strategy.max_accept_length:
                 continue
             text, pages = row.text(), tuple(row.pages)
-            prompt_length = len(row.request.prompt) - 1
-            num_full = prompt_length // self._page_size
+            num_full = (len(row.request.prompt) - 1) // size
             lacking = [page not in self._filled for page in pages[:num_full]]
             if any(lacking):
                 first = lacking.index(True)
-                job = Fill(
-                    text,
-                    first * self._page_size,
-                    num_full * self._page_size,
-                    pages,
-                )
+                job = Fill(text, first * size, num_full * size, pages)
                 shared.setdefault(pages[first], job)
-            start = max(num_full * self._page_size, row.drafted)
-            start = start // self._page_size * self._page_size
+            start = max(num_full * size, row.drafted) // size * size
             stop = max(row.length - 1, 0)
             if start < stop:
                 own.append(Fill(text, start, stop, pages))
             row.drafted = stop
         for job in shared.values():
-            self._filled.update(job.pages[: job.stop // self._page_size])
+            self._filled.update(job.pages[: job.stop // size])
         return [jobs for jobs in (list(shared.values()), own) if jobs]
 
     def inputs(
@@ -331,10 +308,7 @@ class Speculator:
     ) -> Any:
         """Give what the strategy's proposer needs, padded to the batch bucket.
 
-        Args:
-          rows: of the decode call, after what was `missing` is filled.
-          batch: the bucket.
-          strategy: what the call will do.
+        What was `missing` of the rows is filled by now.
 
         Returns:
           A `learned.Draft`, an `ngram.Matching`, a pair of them, or nothing.
@@ -376,13 +350,10 @@ class Speculator:
         call: tuner_lib.Call,
         progress: Any,
     ) -> None:
-        """Note what came of a decode call.
+        """Note what came of a decode call, and tell whoever chose its strategy.
 
-        Args:
-          rows: of the call.
-          call: told to whoever chose its strategy.
-          progress: what its proposer tells: how far the drafter came, how the matches
-            did, or both.
+        `progress` is what its proposer tells: how far the drafter came, how the matches
+        did, or both.
         """
         self._chooser.record(call)
         strategy = call.strategy

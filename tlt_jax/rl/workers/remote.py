@@ -123,16 +123,12 @@ class RemoteShare(request_queue.RequestSource):
         self._group, self._requests = group, requests
         self._worker = generation, worker
         self._prompts: frozenset[int] = frozenset()
-        self._num_waiting = len(requests)
-
-    @property
-    def num_waiting(self) -> int:
-        return self._num_waiting
+        self.num_waiting = len(requests)
 
     def take(self) -> types.Request | None:
-        if not self._num_waiting:
+        if not self.num_waiting:
             return None
-        taken, self._prompts, self._num_waiting = self._group.call(
+        taken, self._prompts, self.num_waiting = self._group.call(
             _QUEUE, "take", *self._worker
         )
         return None if taken is None else self._requests[taken]
@@ -151,23 +147,21 @@ class RemoteCoordination:
 
     A trainer asks a thousand times a second whether it shall stop, while process 0
     decodes: a thread waits there for the answer instead, of one training at a time.
+
+    Attributes:
+      closed: threads shall end.
     """
 
     def __init__(self, group: distributed.Group):
         """Find it through the group's channel."""
         self._group = group
-        self._closed = False
+        self.closed = False
         self._watched: tuple[int, threading.Event] = 0, threading.Event()
 
     @property
     def state(self) -> records.State:
         """What process 0 knows now."""
         return self._call("state", name=_QUEUE) or records.State()
-
-    @property
-    def closed(self) -> bool:
-        """Whether threads shall end."""
-        return self._closed
 
     def send(self, event: object) -> None:
         """Give an event."""
@@ -193,11 +187,11 @@ class RemoteCoordination:
                 threading.Thread(
                     target=self._watch, args=(training, stop), daemon=True
                 ).start()
-        return self._closed or stop.is_set()
+        return self.closed or stop.is_set()
 
     def _watch(self, training: int, stop: threading.Event) -> None:
         """Wait until a training shall stop, or nobody asks for it any more."""
-        while not stop.is_set() and self._watched[1] is stop and not self._closed:
+        while not stop.is_set() and self._watched[1] is stop and not self.closed:
             if self._call("wait_to_stop", training, _WATCH_S) is not False:
                 stop.set()
 
@@ -207,12 +201,12 @@ class RemoteCoordination:
 
     def close(self) -> None:
         """Let this process's threads go when they next look."""
-        self._closed = True
+        self.closed = True
 
     def _call(self, method: str, *args, name: str = _COORDINATION):
         """Call it; None where process 0 is gone, which the next meeting tells."""
         try:
             return self._group.call(name, method, *args)
         except channel.ProcessError:
-            self._closed = True
+            self.closed = True
             return None

@@ -45,13 +45,7 @@ class Workers:
         cfg: records.Config | None = None,
         group: distributed.Group | None = None,
     ):
-        """Take the engines.
-
-        Args:
-          engines: at least one; as many in every process.
-          cfg: thresholds of the coordinator.
-          group: the processes; None: this one is alone.
-        """
+        """Take the engines: at least one, as many in every process of the group."""
         self.engines = tuple(engines)
         self.group = group or distributed.alone()
         self.num = self.group.num * len(self.engines)
@@ -69,9 +63,7 @@ class Workers:
         self._began_s: float | None = None
 
     @property
-    def coordination(
-        self,
-    ) -> mailboxes.Coordination | remote.RemoteCoordination:
+    def coordination(self) -> mailboxes.Coordination | remote.RemoteCoordination:
         """Tells who is busy; a spot trainer listens to it."""
         return self.home.coordination
 
@@ -135,8 +127,9 @@ class Workers:
           channel.ProcessError: another process has ended.
         """
         self.engines[0].check(requests)
-        rolling = _Rollout(self, requests, seed, expected_lengths)
-        rolling.on_completion, rolling.on_call = on_completion, on_call
+        rolling = _Rollout(
+            *(self, requests, seed, expected_lengths, on_completion, on_call)
+        )
         try:
             for worker, turn in rolling.turns():
                 threading.Thread(
@@ -176,11 +169,11 @@ class Workers:
 class _Rollout:
     """One rollout, while it runs."""
 
-    on_completion: Callable[[types.Completion], None] | None = None
-    on_call: Callable[[int, int], None] | None = None
-
-    def __init__(self, workers: Workers, requests, seed, expected_lengths):
+    def __init__(
+        self, workers: Workers, requests, seed, expected_lengths, on_completion, on_call
+    ):
         self._workers, self._seed = workers, seed
+        self._on_completion, self._on_call = on_completion, on_call
         self._requests, self._expected_lengths = requests, expected_lengths
         self._queue: request_queue.RequestQueue | None = None
         self._lock = threading.Lock()
@@ -248,15 +241,15 @@ class _Rollout:
         def complete(completion):
             with self._lock:
                 self.done[completion.request_id] = completion
-                if self.on_completion:
-                    self.on_completion(completion)
+                if self._on_completion:
+                    self._on_completion(completion)
 
         def report(num_tokens):
             c.send(records.WorkerAlive(generation, worker, turn))
             with self._lock:
                 self._tokens[own] = num_tokens
-                if self.on_call and worker not in workers.lost:
-                    self.on_call(self._num_done(), sum(self._tokens))
+                if self._on_call and worker not in workers.lost:
+                    self._on_call(self._num_done(), sum(self._tokens))
 
         try:
             stats = workers.engines[own].serve(
