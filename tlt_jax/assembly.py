@@ -74,14 +74,8 @@ def assemble(
 ) -> Parts:
     """Make the parts of a run; none has weights yet.
 
-    Args:
-      run: what to do.
-      source: of the policy.
-      task: where prompts come from.
-      directory: the workdir; exists.
-      group: the processes that do this together.
-      observer: is told what happens.
-      closing: closes what holds processes, threads or files.
+    `directory` is the workdir and exists; `closing` will close what holds processes,
+    threads or files.
 
     Raises:
       ValueError: settings that do not go together, with this model or these devices.
@@ -277,12 +271,8 @@ def engine_of(
 ) -> engine_lib.Engine:
     """Make an engine without weights: the only place where one is.
 
-    Args:
-      model: the target.
-      tokenizer: the target's; a text ends where the model's or its own EOS comes.
-      speculation: how to speculate.
-      mesh: devices of the engine; None: the first one.
-      **sizes: and law, the other fields of `programs.EngineConfig`.
+    A text ends where the model's or the tokenizer's own EOS comes. `sizes` and law are
+    the other fields of `programs.EngineConfig`.
 
     Raises:
       ValueError: the drafter does not fit the target, the sizes or the law.

@@ -51,16 +51,10 @@ class Policy:
         speculation: speculation_lib.Speculation = speculation_lib.PLAIN,
         **settings: Any,
     ) -> engine_lib.Engine:
-        """Make an engine that has the weights.
+        """Make an engine that has the weights; it compiles what it needs when it does.
 
-        Args:
-          max_rows: rows decoded at once.
-          max_length: longest text in tokens, prompt and completion.
-          speculation: how to speculate.
-          **settings: further ones of `engine_programs.EngineConfig`.
-
-        Returns:
-          A `engine.Engine`; it compiles what it needs when it needs it.
+        `max_length` is of the longest text in tokens, prompt and completion; `settings`
+        are further ones of `engine_programs.EngineConfig`.
         """
         # On TPUs the attention kernel takes pages of a whole tile.
         page_size = 128 if jax.default_backend() == "tpu" else 64

@@ -149,13 +149,7 @@ def drafter_of(
     target: model_config.ModelConfig,
     max_length: int,
 ) -> drafter.DrafterConfig:
-    """Describe a new drafter.
-
-    Args:
-      shape: what it computes and reads.
-      objective: what it will learn.
-      target: the model that verifies.
-      max_length: positions of the longest text that it will learn from.
+    """Describe a new drafter of a target, for texts of at most `max_length` positions.
 
     Raises:
       schema.ConfigError: the target has too few layers for these features.

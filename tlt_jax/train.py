@@ -83,14 +83,9 @@ class Trainer:
         display: progress.Progress,
         group: distributed.Group | None = None,
     ):
-        """Load model, task and the newest checkpoint.
+        """Load model, task and the newest checkpoint; `directory` exists.
 
-        Args:
-          run: what to do.
-          directory: the workdir; exists.
-          display: shows what happens.
-          group: the processes that do this together; the first of them writes. None:
-            this one is alone.
+        Of the group's processes the first one writes; None: this one is alone.
         """
         self.run, self._directory, self._display = run, directory, display
         self.group = group or distributed.alone()

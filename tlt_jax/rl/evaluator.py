@@ -34,8 +34,7 @@ class Evaluator:
 
         Args:
           cfg: how many samples, and the k of pass@k.
-          max_new_tokens: longest completion.
-          seed: of the run.
+          max_new_tokens, seed: longest completion, and seed of the run.
           prompt_set: of the held-out split.
           workers: have the policy's weights; those that are lost have no part. Of the
             processes that they are of, each evaluates a part of the prompts.

@@ -303,16 +303,16 @@ MUTATIONS = {
     ),
     "ends before requests are returned": ("if not state.unreturned:", "if True:"),
     "does not look for returned requests": (
-        "unreturned=unreturned, unclaimed=True",
-        "unreturned=unreturned, unclaimed=False",
+        "unreturned=left, unclaimed=True",
+        "unreturned=left, unclaimed=False",
     ),
     "wakes those who train": (
         "found = [n for n in state.which(records.Activity.IDLE) if n not in members]",
         "found = list(state.which(records.Activity.IDLE))",
     ),
     "keeps the round when it wakes": (
-        "round=state.worker(number).round + 1,",
-        "round=state.worker(number).round,",
+        "number, turn = worker.number, worker.round + 1",
+        "number, turn = worker.number, worker.round",
     ),
     "trains on with a lost member": (
         "# Its devices are part of the training's mesh.\n        state = _stop(state, "
@@ -348,8 +348,8 @@ MUTATIONS = {
         "",
     ),
     "never loses the silent": (
-        "and silent_s > cfg.heartbeat_timeout_s",
-        "and False",
+        "if silent_s > cfg.heartbeat_timeout_s:",
+        "if False:",
     ),
     "goes on without workers": (
         "if len(state.which(records.Activity.LOST)) == len(state.workers):",
@@ -362,16 +362,16 @@ MUTATIONS = {
         "        return _promote",
     ),
     "lets the trainer work on after a stop": (
-        "and current.stop_asked_s is None",
-        "",
+        "return may_publish(state, training) and state.training.stop_asked_s is None",
+        "return may_publish(state, training)",
     ),
     "forgets an interval": (
-        "state, intervals=(*state.intervals, _interval(worker, state.now_s))",
+        "state, intervals=(*state.intervals, done)",
         "state, intervals=state.intervals",
     ),
     "does not write down what was done last": (
-        "intervals=state.intervals + last,",
-        "",
+        "intervals = state.intervals + last",
+        "intervals = state.intervals",
     ),
     "trains on several processes": (
         "late = [w for w in idle.get(training.place, ()) if w not in training.members]",

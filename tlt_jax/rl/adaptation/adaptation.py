@@ -138,16 +138,14 @@ class Adaptation:
 
         Args:
           settings: of the training.
-          cfg: the drafter.
-          workers: engines that were made for it.
-          tuners: told of new versions.
+          cfg, workers: the drafter, and engines that were made for it.
+          tuners, observer: told of new versions, and what the user should know.
           initial: trained weights, or None: random ones.
           eos_ids: always among the tokens that can be proposed.
           sampling_cfg: the law of the rollouts.
           precision: of activations, and of the engines' copies.
           seed: of weights and of the order of texts.
           directory: for what memory does not hold.
-          observer: told what the user should know.
         """
         self.cfg, self._settings = cfg, settings
         self._workers, self._tuners = workers, tuners
@@ -294,12 +292,11 @@ class Adaptation:
             return
         self.trainer.settle()
         learner = self.learner
-
-        def learned():
-            return learner.state, learner.draft_ids, learner.sharpness
-
-        shared = self._sharing.meet(self.trainer.report, self.version, learned)
-        self.trainer.report, self.version, found = shared
+        self.trainer.report, self.version, found = self._sharing.meet(
+            self.trainer.report,
+            self.version,
+            lambda: (learner.state, learner.draft_ids, learner.sharpness),
+        )
         if found is not None:
             learner.state, learner.draft_ids, learner.sharpness = found
             self._publish()

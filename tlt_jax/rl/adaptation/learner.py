@@ -120,12 +120,9 @@ class DrafterLearner:
     def init_state(
         self, params: drafter.DrafterParams | None, norm: Array, seed: int
     ) -> train_state.TrainState:
-        """Make a state with these weights, or random ones.
+        """Make a state with these weights, or random ones of a seed.
 
-        Args:
-          params: trained before, or None.
-          norm: `[D]`, the target's final norm: the head is made for its scale.
-          seed: of random weights.
+        `norm [D]` is the target's final norm: the head is made for its scale.
         """
         state = self._random_state(seed)
         own = state.params
@@ -147,13 +144,9 @@ class DrafterLearner:
         return jax.eval_shape(lambda: self._random_state(0))
 
     def devices_of(self, meshes: Sequence[jax.sharding.Mesh]) -> Devices:
-        """Choose what to train on: a device of each worker, as many as divide a batch.
+        """Choose the first devices of the first workers, as many as divide a batch.
 
-        Args:
-          meshes: of the workers that wait, in their order.
-
-        Returns:
-          The first devices of the first workers.
+        `meshes` are those of the workers that wait, in their order.
         """
         first = [mesh.devices.flat[0] for mesh in meshes]
         num_rows = self._batch.tokens.shape[0]
@@ -173,10 +166,8 @@ class DrafterLearner:
 
         Raises an error of their compilation.
         """
-        return all(
-            self.pool.is_ready(program, timeout_s)
-            for program in self._programs(devices, target).values()
-        )
+        made = self._programs(devices, target).values()
+        return all(self.pool.is_ready(program, timeout_s) for program in made)
 
     def begin(self, devices: Devices, target: model_params.Params) -> None:
         """Move to these devices, with what is read of the target.
@@ -272,12 +263,13 @@ class DrafterLearner:
     def _programs(self, devices: Devices, target: model_params.Params):
         """A training's programs, by name."""
         key = tuple(device.id for device in devices)
-
-        def program(name: str) -> programs.Program:
-            lower = functools.partial(self._lower, name, devices, target)
-            return programs.Program(("drafter", name, key), lower)
-
-        return {name: program(name) for name in _NAMES}
+        return {
+            name: programs.Program(
+                ("drafter", name, key),
+                functools.partial(self._lower, name, devices, target),
+            )
+            for name in _NAMES
+        }
 
     def _lower(self, name: str, devices: Devices, target: model_params.Params):
         """Trace a program of a training."""
@@ -324,7 +316,7 @@ class DrafterLearner:
         return jitted.lower(*given_now, under_way.seen, start)
 
     def _abstract_target(self, target: model_params.Params, where) -> unroll.Target:
-        """Describe what is read of the target, which the vocabulary's choice decides."""
+        """Describe what is read of the target: embedding and rows of the head."""
         shape = (self.cfg.num_draft_tokens, target.head.shape[1])
         head, ids = jax.ShapeDtypeStruct(shape, target.head.dtype), None
         if self.cfg.draft_vocab_size:

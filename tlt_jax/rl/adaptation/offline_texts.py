@@ -32,9 +32,7 @@ _GROUP_ROUNDS = 8
 def claim(directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Keep texts of other settings apart: they would be mixed without a word.
 
-    Args:
-      directory: of the texts; made if it is not there.
-      settings: all that the texts depend on.
+    `settings` are all that they depend on. The directory is made if it is not there.
 
     Raises:
       schema.ConfigError: the directory holds texts of other settings.
@@ -60,10 +58,6 @@ def ask(
     settings: drafter_run.Texts, encode: Callable[[types.Example], np.ndarray]
 ) -> list[types.Request]:
     """Choose the prompts, training ones first, of every task in turns.
-
-    Args:
-      settings: which and how many.
-      encode: example to token ids.
 
     Returns:
       Requests of `num + num_held_out` texts, by their ids.

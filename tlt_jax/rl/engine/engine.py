@@ -146,11 +146,11 @@ class Engine:
         for rows in cache_writer.BUCKETS:
             self.pool.prepare(made.prefill(self.params, rows))
         self.pool.prepare(made.copy())
-        chosen = {}
-        for num_rows in range(max_rows, 0, -1):
-            bucket = tuner_lib.bucket_of(num_rows, max_rows)
-            choices = self._speculator.choices(num_rows)
-            chosen |= dict.fromkeys((bucket, strategy) for strategy in choices)
+        chosen = dict.fromkeys(
+            (tuner_lib.bucket_of(num_rows, max_rows), strategy)
+            for num_rows in range(max_rows, 0, -1)
+            for strategy in self._speculator.choices(num_rows)
+        )
         for bucket, strategy in chosen:
             self.pool.prepare(made.decoding(self.params, bucket, strategy))
         if any(strategy and strategy.drafts for _, strategy in chosen):

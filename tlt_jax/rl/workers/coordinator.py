@@ -26,13 +26,7 @@ from tlt_jax.rl.workers import records
 def handle(
     state: records.State, event: object, at_s: float, cfg: records.Config
 ) -> tuple[records.State, list[records.Command]]:
-    """Take in one event.
-
-    Args:
-      state: before.
-      event: one of the events of `records`.
-      at_s: when it arrived; one clock for all events, never going back.
-      cfg: thresholds.
+    """Take in one of the events of `records`, which arrived at `at_s`.
 
     Returns:
       The state after it, and the commands to give, in order.

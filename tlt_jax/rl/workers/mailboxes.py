@@ -65,11 +65,8 @@ class Coordination:
         """Ask for the next rollout.
 
         It begins, with a `Generate` for each worker, at once or when the training that
-        still runs has ended. A rollout that has not ended is given up.
-
-        Args:
-          workers: numbers of those that take part.
-          places: the process of each; empty: all are of process 0.
+        still runs has ended. A rollout that has not ended is given up. `places` are the
+        processes of the workers; empty: all are of process 0.
 
         Returns:
           The rollout's generation, to be given back in events.

@@ -132,8 +132,7 @@ class WeightSync:
     ) -> tuple[list[model_params.Params], int]:
         """Give the engines the learner's present weights.
 
-        Args:
-          params: as in `train_state.TrainState`; kept as they are.
+        `params` are as in `train_state.TrainState`, and kept as they are.
 
         Returns:
           Each engine's params (a tuple of layers, on its mesh, in its dtype), complete
@@ -145,17 +144,13 @@ class WeightSync:
             others(_without_layers(params)),
             [_without_layers(target) for target in self.placed],
         )
-        layers: list[list] = [[] for _ in copies]
+        layers = []
         for i in range(self._num_layers):
             index = sharding_lib.place(np.int32(i), self._replicated)
             wanted = [target.layers[i] for target in self.placed]
-            given = self._give(one_layer(params.layers, index), wanted)
-            for own, layer in zip(layers, given, strict=True):
-                own.append(layer)
-        placed = [
-            copy.replace(layers=tuple(own))
-            for copy, own in zip(copies, layers, strict=True)
-        ]
+            layers.append(self._give(one_layer(params.layers, index), wanted))
+        each = zip(copies, zip(*layers, strict=True), strict=True)
+        placed = [copy.replace(layers=own) for copy, own in each]
         jax.block_until_ready(placed)
         self.version += 1
         return placed, self.version
