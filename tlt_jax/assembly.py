@@ -7,7 +7,6 @@ so that "how to speculate" and "which law" mean the same everywhere.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,16 +38,10 @@ class Parts:
     """The parts of a run; `assemble` makes them.
 
     Attributes:
-      model: the policy's architecture.
-      tokenizer: the policy's.
-      rewards: judges completions.
       speculation: how the workers' engines speculate.
-      updater: the learner, its weights and its optimizer.
-      workers: the engines of this process.
-      sync: brings the learner's weights to them.
+      sync: brings the learner's weights to the workers.
       adaptation: what trains the drafter, or stands in for it.
-      collector: where experience comes from.
-      evaluator: judges the policy on held-out prompts; None: it is never asked.
+      evaluator: None: the run is never evaluated.
     """
 
     model: model_config.ModelConfig
@@ -144,7 +137,16 @@ def assemble(
         dynamic_sampling=learning.algorithm.dynamic_sampling,
         between=adapting.hand_over,
     )
-    judging = None
+    judging, beside = None, team.engines
+    # The same law has the same programs; of another one, an engine is beside each.
+    if run.eval.every and run.eval.temperature not in (None, law.temperature):
+        its = law_of(run.sampling, run.eval.temperature)
+        beside = [
+            engine_of_run(run, model, tokenizer, its, mesh=engine.mesh)
+            for engine in team.engines
+        ]
+        for engine in beside:
+            closing.callback(engine.pool.close)
     if run.eval.every:
         judging = evaluator.Evaluator(
             run.eval,
@@ -152,7 +154,7 @@ def assemble(
             run.seed,
             prompts_of(run.task, task, "eval", tokenizer, observer),
             team,
-            _evaluation_engines(run, model, tokenizer, team, closing),
+            beside,
             rewards,
             tokenizer.decode,
         )
@@ -303,25 +305,3 @@ def load_weights(
         lambda leaf: leaf.sharding, learning.learner.abstract_state().params
     )
     return source.load("float32", shardings)
-
-
-def _evaluation_engines(
-    run: config.RunConfig,
-    model: model_config.ModelConfig,
-    tokenizer: model_tokenizer.Tokenizer,
-    team: workers.Workers,
-    closing: contextlib.ExitStack,
-) -> Sequence[engine_lib.Engine]:
-    """The workers' engines, or engines of another law, one beside each."""
-    temperature = run.eval.temperature
-    # The same law has the same programs.
-    if temperature in (None, run.sampling.temperature):
-        return team.engines
-    law = law_of(run.sampling, temperature)
-    engines = [
-        engine_of_run(run, model, tokenizer, law, mesh=worker.mesh)
-        for worker in team.engines
-    ]
-    for engine in engines:
-        closing.callback(engine.pool.close)
-    return engines

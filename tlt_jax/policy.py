@@ -17,6 +17,7 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.workdir import checkpoint, metrics
 
 _TOKENIZER = "tokenizer"
+# The workdir of a run has one of these.
 _RUN_MARKS = (checkpoint.DIRECTORY, metrics.FILE, _TOKENIZER)
 
 
@@ -74,20 +75,17 @@ class Policy:
 
 
 def load(spec: str, precision: str = "float32") -> Policy:
-    """Load the policy that `spec` names.
+    """Load the policy that `spec` names, in `float32` or `bfloat16`.
 
-    Args:
-      spec: what `models.source.resolve` takes, or the workdir of a run, whose newest
-        checkpoint is read.
-      precision: `float32` or `bfloat16`.
+    It names what `models.formats.source.resolve` takes, or the workdir of a run, whose
+    newest checkpoint is read.
 
     Raises:
       ValueError: nothing of that name can be had, or it is not computed here.
       CheckpointError: the run has no complete checkpoint, or it is damaged.
     """
-    dtype = jnp.dtype(precision)
-    if is_run(spec):
-        directory = os.path.expanduser(spec)
+    dtype, directory = jnp.dtype(precision), os.path.expanduser(spec)
+    if any(os.path.exists(os.path.join(directory, name)) for name in _RUN_MARKS):
         params, cfg, step = checkpoint.restore_policy(directory)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         tokenizer = model_tokenizer.from_directory(os.path.join(directory, _TOKENIZER))
@@ -97,9 +95,3 @@ def load(spec: str, precision: str = "float32") -> Policy:
         params, cfg, tokenizer = found.load(dtype), found.config, found.tokenizer()
         identity = spec
     return Policy(cfg, model_params.unstack(params), tokenizer, identity, precision)
-
-
-def is_run(spec: str) -> bool:
-    """Tell whether `spec` is the workdir of a run."""
-    directory = os.path.expanduser(spec)
-    return any(os.path.exists(os.path.join(directory, name)) for name in _RUN_MARKS)

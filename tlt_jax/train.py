@@ -32,12 +32,7 @@ from tlt_jax.workdir import (
 def train(run: config.RunConfig, directory: str | pathlib.Path) -> dict[str, Any]:
     """Train until `run.num_steps`, from the newest checkpoint of the directory if any.
 
-    Args:
-      run: what to do.
-      directory: the workdir; holds everything the run writes.
-
-    Returns:
-      The last step's record.
+    Everything that the run writes is in there. Returns the last step's record.
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.

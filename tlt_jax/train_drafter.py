@@ -40,14 +40,9 @@ from tlt_jax.workdir import directory as workdir
 
 
 def train(run: drafter_run.DrafterRun, directory: str | pathlib.Path) -> dict:
-    """Do what is left of a run.
+    """Do what is left of a run, in the directory that holds everything it writes.
 
-    Args:
-      run: what to do.
-      directory: the workdir; holds everything the run writes.
-
-    Returns:
-      The last measurement's record.
+    Returns the last measurement's record.
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.

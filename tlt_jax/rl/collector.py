@@ -156,7 +156,9 @@ class Collector:
                 rewards, judged = asked.rewards(self._workers.group)
             scores.append(judged)
             batch = experience.Experience(asked.prompts, completions, rewards)
-            self._remember_lengths(batch)
+            means = batch.lengths.reshape(batch.rewards.shape).mean(axis=1)
+            for prompt, mean in zip(batch.prompts, means, strict=True):
+                self.expected_lengths[prompt.prompt_id] = float(mean)
             everything = batch if everything is None else everything.join(batch)
             useful = _useful(batch) if self._dynamic_sampling else batch
             kept = useful if kept is None else kept.join(useful)
@@ -181,11 +183,6 @@ class Collector:
         first_id = (step << 32) + round_index * count * size
         requests = prompts.requests_of(drawn, size, self._cfg.max_new_tokens, first_id)
         return _Asked(drawn, requests, self._rewards, self._decode_text)
-
-    def _remember_lengths(self, batch: experience.Experience) -> None:
-        means = batch.lengths.reshape(batch.rewards.shape).mean(axis=1)
-        for prompt, mean in zip(batch.prompts, means, strict=True):
-            self.expected_lengths[prompt.prompt_id] = float(mean)
 
 
 @dataclasses.dataclass

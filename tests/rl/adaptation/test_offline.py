@@ -107,9 +107,9 @@ def test_features_are_those_of_a_forward_that_nobody_made(
     used = []
     get = engine.pool.get
 
-    def noted(key, lower):
-        used.append(key[0])
-        return get(key, lower)
+    def noted(program):
+        used.append(program.key[0])
+        return get(program)
 
     monkeypatch.setattr(engine.pool, "get", noted)
     told = []
@@ -117,7 +117,7 @@ def test_features_are_those_of_a_forward_that_nobody_made(
     # Texts cost what drawing them costs, and one reading of pages each.
     assert set(used) - {"cache", "copy"} == {"prefill", "decode", "read_features"}
     assert used.count("read_features") == len(texts) == 12
-    prompts = {one.text_id: one.prompt for one in asked()}
+    prompts = {one.request_id: one.prompt for one in asked()}
     forward = jax.jit(
         lambda tokens: transformer.forward(
             engines.PARAMS,

@@ -51,7 +51,7 @@ def test_shared_pages_are_filled_first_and_once():
     assert [row.drafted for row in rows] == [9, 9]
     assert state.missing(rows, CHAIN) == []
     # Page 2 is written anew: a row that comes then needs it, and no page before it.
-    state.written([scheduler.Prefill(np.arange(8, dtype=np.int32), 4, (1, 2))])
+    state.written([scheduler.Part(np.arange(8, dtype=np.int32), 4, 8, (1, 2))])
     assert ranges(state.missing([row_of(11, (1, 2, 7))], CHAIN)) == [
         [(4, 8, (1, 2, 7))],
         [(8, 9, (1, 2, 7))],

@@ -9,21 +9,20 @@ earlier text, the engines propose from text.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.rl.adaptation import budget, sharing, spot_trainer
+from tlt_jax.rl.adaptation import budget, spot_trainer
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.workers import workers as workers_lib
+from tlt_jax.runtime import distributed, train_state
 from tlt_jax.runtime import observer as observer_lib
-from tlt_jax.runtime import train_state
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import sampling
@@ -75,7 +74,7 @@ def _clip(most: float) -> optax.GradientTransformation:
 
 
 class NoAdaptation:
-    """Stands where a run has no learned drafter; see `Adaptation`.
+    """Stands where a run has no learned drafter; does nothing, see `Adaptation`.
 
     Attributes:
       trains: false.
@@ -83,23 +82,10 @@ class NoAdaptation:
 
     trains = False
 
-    def start(self) -> None:
-        """See `Adaptation`."""
+    def _ignore(self, *_: Any, **__: Any) -> None:
+        pass
 
-    def close(self) -> None:
-        """See `Adaptation`."""
-
-    def warm_up(self, *, wait: bool) -> None:
-        """See `Adaptation`."""
-
-    def begin_rollout(self) -> None:
-        """See `Adaptation`."""
-
-    def end_rollout(self, accept_length: float, watch: watch_lib.Watch) -> None:
-        """See `Adaptation`."""
-
-    def hand_over(self, watch: watch_lib.Watch) -> None:
-        """See `Adaptation`."""
+    start = close = warm_up = begin_rollout = end_rollout = hand_over = _ignore
 
     def row(self) -> dict[str, Any]:
         """Return nothing to be recorded."""
@@ -153,7 +139,7 @@ class Adaptation:
         self._precision, self._seed, self._observer = precision, seed, observer
         self._ngram_accept_length: float | None = None
         self.budget = budget.Budget()
-        self._sharing = sharing.Sharing(workers.group)
+        self._sharing = Sharing(workers.group)
         self.version, self.is_ready = 0, initial is not None
         sizes = {
             "row_tokens": settings.row_tokens,
@@ -208,8 +194,6 @@ class Adaptation:
         kept.
         """
         if self.learner.state is None:
-            ids = None if self._initial is None else self._initial.draft_ids
-            self.learner.draft_ids = None if ids is None else np.asarray(ids)
             norm = jax.device_get(self._workers.engines[0].params.final_norm)
             self.learner.state = self.learner.init_state(
                 self._initial, norm, self._seed
@@ -281,7 +265,7 @@ class Adaptation:
     def hand_over(self, watch: watch_lib.Watch) -> None:
         """Between the rollouts of an RL step: let all processes have the same drafter.
 
-        See `sharing`; where one process has all workers nothing is waited for.
+        See `Sharing`; where one process has all workers nothing is waited for.
         """
         with watch.stage("drafter"):
             self._meet()
@@ -401,3 +385,46 @@ class Adaptation:
         self._workers.offer_drafter(self.learner.weights(self._precision), self.version)
         for tuner in self._tuners:
             tuner.changed("drafter")
+
+
+class Sharing:
+    """One drafter for all processes: what one of them learned, the others take over.
+
+    Of several processes at most one trains beside a rollout, on its own workers and
+    texts. After every rollout they meet, so that the next one begins with the same
+    drafter everywhere, and another process's training with what the last one learned.
+    """
+
+    def __init__(self, group: distributed.Group):
+        """Begin an RL step."""
+        self._group = group
+        self._num_known = 0
+
+    def begin_step(self) -> None:
+        """Begin the next RL step, with an empty report."""
+        self._num_known = 0
+
+    def meet(
+        self, report: spot_trainer.Report, version: int, learned: Callable[[], Any]
+    ) -> tuple[spot_trainer.Report, int, Any]:
+        """Exchange what was learned since the last meeting; all processes call this.
+
+        Args:
+          report: of the RL step so far: the one of the last meeting, or an empty one,
+            with what this process has trained since.
+          version: of the drafter, as this process has it.
+          learned: gives what this process has learned; asked only if it has trained.
+
+        Returns:
+          What all have now: the report of all trainings of the RL step, the drafter's
+          newest version, and what the process that trained has learned, or None.
+        """
+        own = learned() if report.num_steps > self._num_known else None
+        found = self._group.exchange("drafter", (report, version, own))
+        # Reports grow from a common one: the longest is the one that has trained.
+        newest, _, learned_there = max(found, key=lambda one: one[0].num_steps)
+        self._num_known = newest.num_steps
+        failures = dict.fromkeys(text for one, _, _ in found for text in one.failures)
+        newest_version = max(version for _, version, _ in found)
+        newest = dataclasses.replace(newest, failures=list(failures))
+        return newest, newest_version, learned_there

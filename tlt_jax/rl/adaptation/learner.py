@@ -122,6 +122,7 @@ class DrafterLearner:
     ) -> train_state.TrainState:
         """Make a state with these weights, or random ones of a seed.
 
+        What else the weights came with is taken over: sharpness and draft vocabulary.
         `norm [D]` is the target's final norm: the head is made for its scale.
         """
         state = self._random_state(seed)
@@ -129,6 +130,8 @@ class DrafterLearner:
         if params is not None:
             if params.sharpness is not None:
                 self.sharpness = float(params.sharpness)
+            if params.draft_ids is not None:
+                self.draft_ids = np.asarray(params.draft_ids)
             own = params.replace(draft_ids=None, sharpness=None)
             own = jax.tree.map(lambda x: x.astype(jnp.float32), own)
         elif own.norm is not None:

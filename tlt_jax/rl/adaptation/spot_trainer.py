@@ -101,9 +101,7 @@ class SpotTrainer:
         """Take the parts; `start` makes the thread.
 
         Args:
-          learner: the drafter.
-          sampler: of batches.
-          workers: on whose devices it trains.
+          learner, sampler, workers: trains on batches, on devices of workers.
           prepare: settles what the texts decide, such as the draft vocabulary; false:
             not yet.
           publish: offers the learner's weights to the engines.

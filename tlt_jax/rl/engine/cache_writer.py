@@ -13,7 +13,7 @@ import numpy as np
 
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.engine import programs as engine_programs
-from tlt_jax.rl.engine import scheduler, speculator
+from tlt_jax.rl.engine import scheduler
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs
 from tlt_jax.specdec import protocols
@@ -69,7 +69,7 @@ class CacheWriter:
         caches: protocols.Caches,
         params: model_params.Params,
         weights: learned.DrafterWeights,
-        rounds: Sequence[Sequence[speculator.Fill]],
+        rounds: Sequence[Sequence[scheduler.Part]],
         stats: rollout_stats.RolloutStats,
     ) -> protocols.Caches:
         """Bring the drafter to where a speculative call may begin.

@@ -56,8 +56,7 @@ class Engine:
         """Make an engine without weights; `set_params` gives it some.
 
         Args:
-          cfg: the target.
-          engine_cfg: sizes and law.
+          cfg, engine_cfg: the target; sizes and law.
           speculator_cfg: how to speculate, once `set_drafter` gave weights; None:
             never.
           tuner, early_tuner: choose strategies, see `speculator.Speculator`.
@@ -141,23 +140,22 @@ class Engine:
         They are compiled in the background; `wait`: return when all are ready.
         """
         self._require_params()
-        made, max_rows = self.programs, self.engine_cfg.max_rows
-        self.pool.prepare(made.empty_caches())
-        for rows in cache_writer.BUCKETS:
-            self.pool.prepare(made.prefill(self.params, rows))
-        self.pool.prepare(made.copy())
+        made, params, max_rows = self.programs, self.params, self.engine_cfg.max_rows
         chosen = dict.fromkeys(
             (tuner_lib.bucket_of(num_rows, max_rows), strategy)
             for num_rows in range(max_rows, 0, -1)
             for strategy in self._speculator.choices(num_rows)
         )
-        for bucket, strategy in chosen:
-            self.pool.prepare(made.decoding(self.params, bucket, strategy))
+        wanted = [made.empty_caches()]
+        wanted += [made.prefill(params, rows) for rows in cache_writer.BUCKETS]
+        wanted.append(made.copy())
+        wanted += [made.decoding(params, *one) for one in chosen]
         if any(strategy and strategy.drafts for _, strategy in chosen):
-            for rows in cache_writer.BUCKETS:
-                self.pool.prepare(made.fill(self.params, rows))
+            wanted += [made.fill(params, rows) for rows in cache_writer.BUCKETS]
         if made.captures:
-            self.pool.prepare(made.read_features())
+            wanted.append(made.read_features())
+        for program in wanted:
+            self.pool.prepare(program)
         if wait:
             self.pool.wait()
 

@@ -153,11 +153,8 @@ class EnginePrograms:
 
     def empty_caches(self) -> programs.Program:
         """Make the empty `protocols.Caches`."""
-
-        def lower():
-            return jax.jit(self._empty, out_shardings=self._shardings).lower()
-
-        return programs.Program(("cache",), lower)
+        jitted = jax.jit(self._empty, out_shardings=self._shardings)
+        return programs.Program(("cache",), jitted.lower)
 
     def prefill(self, params: model_params.Params, batch: int) -> programs.Program:
         """Append a chunk to `batch` rows of the target's cache."""
@@ -244,15 +241,10 @@ class EnginePrograms:
         """Append a chunk to `batch` rows of the drafter's cache."""
 
         def lower():
-            fn = functools.partial(
-                learned.fill,
-                cfg=self._drafter_cfg,
-                dtype=self._dtype,
-                kernels=self.kernels,
-            )
-            jitted = jax.jit(
-                fn, donate_argnums=(2,), out_shardings=self._shardings.drafter
-            )
+            how = {"cfg": self._drafter_cfg, "dtype": self._dtype}
+            fn = functools.partial(learned.fill, kernels=self.kernels, **how)
+            where = self._shardings.drafter
+            jitted = jax.jit(fn, donate_argnums=(2,), out_shardings=where)
             return jitted.lower(
                 self._drafter_weights(params),
                 self.abstract_caches.target,

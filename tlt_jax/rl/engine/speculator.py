@@ -143,23 +143,6 @@ class SpeculatorConfig:
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Fill:
-    """Positions of a text to be taken into the drafter's cache.
-
-    Attributes:
-      text: `[n] int32`; position t is filled with feature t and token t + 1.
-      start: a multiple of the page size.
-      stop: at most n - 1.
-      pages: of the text.
-    """
-
-    text: np.ndarray
-    start: int
-    stop: int
-    pages: tuple[int, ...]
-
-
 # What an engine has that was not told how to.
 NEVER = SpeculatorConfig(strategy_lib.Arms(()))
 
@@ -262,7 +245,7 @@ class Speculator:
         early = self._early_tuner is not None and self.weights is None
         return self._early_tuner if early else self._tuner
 
-    def written(self, jobs: Sequence[scheduler.Prefill]) -> None:
+    def written(self, jobs: Sequence[scheduler.Part]) -> None:
         """Note that pages hold other positions from now on."""
         for job in jobs:
             self._filled.difference_update(job.pages[job.start // self._page_size :])
@@ -271,7 +254,7 @@ class Speculator:
         self,
         rows: Sequence[scheduler.Row],
         strategy: strategy_lib.Strategy | None,
-    ) -> list[list[Fill]]:
+    ) -> list[list[scheduler.Part]]:
         """List what to fill before `rows` speculate, and count it as done.
 
         Returns:
@@ -279,7 +262,7 @@ class Speculator:
         """
         if strategy is None or not strategy.drafts:
             return []
-        shared: dict[int, Fill] = {}
+        shared: dict[int, scheduler.Part] = {}
         own, size = [], self._page_size
         for row in rows:
             if 1 <= row.length - row.drafted <= strategy.max_accept_length:
@@ -289,12 +272,12 @@ class Speculator:
             lacking = [page not in self._filled for page in pages[:num_full]]
             if any(lacking):
                 first = lacking.index(True)
-                job = Fill(text, first * size, num_full * size, pages)
+                job = scheduler.Part(text, first * size, num_full * size, pages)
                 shared.setdefault(pages[first], job)
             start = max(num_full * size, row.drafted) // size * size
             stop = max(row.length - 1, 0)
             if start < stop:
-                own.append(Fill(text, start, stop, pages))
+                own.append(scheduler.Part(text, start, stop, pages))
             row.drafted = stop
         for job in shared.values():
             self._filled.update(job.pages[: job.stop // size])

@@ -111,14 +111,10 @@ class Coordination:
     def next_training(
         self, timeout_s: float | None = None, place: int = 0
     ) -> records.Train | None:
-        """Wait for a training to begin, or for more workers to join it.
+        """Wait for a training in process `place` to begin, or for more to join it.
 
         That it shall end is told by `should_stop`. A training that was called off
-        before it was taken here never shows up.
-
-        Args:
-          timeout_s: None: as long as it takes; 0 just looks.
-          place: the trainer's process.
+        before it was taken here never shows up. A `timeout_s` of 0 just looks.
 
         Returns:
           The newest `Train`, each once; None after the time, or once closed.

@@ -24,13 +24,8 @@ def engine_meshes(
     """Return the meshes of this process's rollout engines beside a learner on `mesh`.
 
     Each has `tensor` devices that stand side by side in the learner's mesh and belong
-    to this process.
-
-    Args:
-      mesh: the learner's.
-      num_workers: engines of this process.
-      tensor: devices of an engine, over which heads and vocabulary are split; 0: as
-        many as the learner splits them over.
+    to this process; heads and vocabulary are split over them. 0: as many as the learner
+    splits them over.
 
     Raises:
       ValueError: there are not as many places, or the mesh does not divide into them.
