@@ -43,7 +43,6 @@ class Evaluator:
           rewards: judges completions.
           decode_text: token ids to the text that is judged.
         """
-        self._group = workers.group
         self._cfg, self._max_new_tokens = cfg, max_new_tokens
         self._seed = _SEED_OFFSET + seed
         self._prompts, self._workers = prompt_set, workers
@@ -65,7 +64,7 @@ class Evaluator:
             self._prompts.prompts, samples, self._max_new_tokens, 0
         )
         engines = self._at_work()
-        group, count = self._group, len(requests)
+        group, count = self._workers.group, len(requests)
         # A process whose workers are all lost has no part either.
         able = group.exchange("evaluators", bool(engines))
         places = [place for place, is_able in enumerate(able) if is_able]
@@ -95,7 +94,7 @@ class Evaluator:
         """Give the engines beside workers that are not lost their weights."""
         workers = self._workers
         # Only the first process knows of all that are lost.
-        lost = self._group.first("lost workers", lambda: frozenset(workers.lost))
+        lost = workers.group.first("lost workers", lambda: frozenset(workers.lost))
         engines = []
         beside = zip(self._engines, workers.engines, strict=True)
         for number, (engine, policy) in enumerate(beside, workers.first):

@@ -160,13 +160,10 @@ class Engine:
             self.pool.wait()
 
     def run(
-        self,
-        requests: Sequence[types.Request],
-        seed: int,
-        **callbacks: Any,
+        self, requests: Sequence[types.Request], seed: int, **options: Any
     ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
         """Generate a completion for every request; see `answer` for the arguments."""
-        return answer([self], requests, seed, **callbacks)
+        return answer([self], requests, seed, **options)
 
     def check(self, requests: Sequence[types.Request]) -> None:
         """Refuse requests that this engine cannot serve; see `run`."""

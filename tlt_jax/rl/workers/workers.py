@@ -34,6 +34,7 @@ class Workers:
       first: number of this process's first worker.
       num: of workers, those of other processes included.
       home: where the queue is.
+      coordination: tells who is busy; a spot trainer listens to it.
       on_text: gets finished texts with features, if set; from several threads.
       capture_frac: part of the texts that it gets.
       lost: why workers are lost, by number.
@@ -56,16 +57,12 @@ class Workers:
             self.home = remote.Home(shared, self.group)
         else:
             self.home = remote.Guest(self.group)
+        self.coordination = self.home.coordination
         self.on_text: Callable[[layout.Record], None] | None = None
         self.capture_frac = 1.0
         self.lost: dict[int, str] = {}
         self._intervals: list[records.Interval] = []
         self._began_s: float | None = None
-
-    @property
-    def coordination(self) -> mailboxes.Coordination | remote.RemoteCoordination:
-        """Tells who is busy; a spot trainer listens to it."""
-        return self.home.coordination
 
     @property
     def version(self) -> int:
@@ -116,7 +113,7 @@ class Workers:
         on_completion: Callable[[types.Completion], None] | None = None,
         on_call: Callable[[int, int], None] | None = None,
     ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
-        """Generate a completion for every request; see `engine.Engine.run`.
+        """Generate a completion for every request; see `engine.answer`.
 
         Callbacks are called by one thread at a time, `on_completion` in the process
         that generated. Seconds of the stats are summed over workers. All processes
@@ -128,7 +125,7 @@ class Workers:
         """
         self.engines[0].check(requests)
         rolling = _Rollout(
-            *(self, requests, seed, expected_lengths, on_completion, on_call)
+            self, requests, seed, expected_lengths, on_completion, on_call
         )
         try:
             for worker, turn in rolling.turns():
