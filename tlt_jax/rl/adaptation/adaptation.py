@@ -74,7 +74,7 @@ def _clip(most: float) -> optax.GradientTransformation:
 
 
 class NoAdaptation:
-    """Stands where a run has no learned drafter; does nothing, see `Adaptation`.
+    """Stands where a run has no learned drafter; see `Adaptation`.
 
     Attributes:
       trains: false.
@@ -82,10 +82,23 @@ class NoAdaptation:
 
     trains = False
 
-    def _ignore(self, *_: Any, **__: Any) -> None:
-        pass
+    def start(self) -> None:
+        """See `Adaptation`."""
 
-    start = close = warm_up = begin_rollout = end_rollout = hand_over = _ignore
+    def close(self) -> None:
+        """See `Adaptation`."""
+
+    def warm_up(self, *, wait: bool) -> None:
+        """See `Adaptation`."""
+
+    def begin_rollout(self) -> None:
+        """See `Adaptation`."""
+
+    def end_rollout(self, accept_length: float, watch: watch_lib.Watch) -> None:
+        """See `Adaptation`."""
+
+    def hand_over(self, watch: watch_lib.Watch) -> None:
+        """See `Adaptation`."""
 
     def row(self) -> dict[str, Any]:
         """Return nothing to be recorded."""
