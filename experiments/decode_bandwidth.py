@@ -126,7 +126,7 @@ class Decoder:
             ),
         )
         engine.set_params(params, version=0)
-        self._program = engine.pool.get(engine.programs.plain_decode(params, 1))
+        self._program = engine.pool.get(engine.programs.decoding(params, 1, None))
         self._cache = engine.pool.get(engine.programs.empty_caches())().target
         engine.pool.close()
         num_pages = engine.engine_cfg.max_pages

@@ -7,7 +7,6 @@ so that "how to speculate" and "which law" mean the same everywhere.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,16 +38,10 @@ class Parts:
     """The parts of a run; `assemble` makes them.
 
     Attributes:
-      model: the policy's architecture.
-      tokenizer: the policy's.
-      rewards: judges completions.
       speculation: how the workers' engines speculate.
-      updater: the learner, its weights and its optimizer.
-      workers: the engines of this process.
-      sync: brings the learner's weights to them.
+      sync: brings the learner's weights to the workers.
       adaptation: what trains the drafter, or stands in for it.
-      collector: where experience comes from.
-      evaluator: judges the policy on held-out prompts; None: it is never asked.
+      evaluator: None: the run is never evaluated.
     """
 
     model: model_config.ModelConfig
@@ -74,19 +67,14 @@ def assemble(
 ) -> Parts:
     """Make the parts of a run; none has weights yet.
 
-    Args:
-      run: what to do.
-      source: of the policy.
-      task: where prompts come from.
-      directory: the workdir; exists.
-      group: the processes that do this together.
-      observer: is told what happens.
-      closing: closes what holds processes, threads or files.
+    `directory` is the workdir and exists; `closing` will close what holds processes,
+    threads or files.
 
     Raises:
       ValueError: settings that do not go together, with this model or these devices.
     """
     model, tokenizer = source.config, source.tokenizer()
+    law = law_of(run.sampling)
     learning = updater.Updater(
         model,
         algorithm=run.algorithm,
@@ -94,7 +82,7 @@ def assemble(
         learner=run.learner,
         optimizer=run.optimizer,
         mesh=run.mesh,
-        law=law_of(run.sampling),
+        law=law,
         num_steps=run.num_steps,
         precision=run.precision,
         remat=run.model.remat,
@@ -103,10 +91,29 @@ def assemble(
     mesh = learning.learner.mesh
     meshes = weight_sync.engine_meshes(mesh, run.workers.num, run.rollout.tensor)
     speculation = speculation_lib.of_run(run, model)
-    team = workers_of(run, model, tokenizer, meshes, speculation, group)
-    adapting = _adaptation_of(
-        run, speculation, team, model, tokenizer, directory, group, observer
+    team = workers.Workers(
+        [engine_of_run(run, model, tokenizer, law, speculation, m) for m in meshes],
+        records.Config(
+            min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
+        ),
+        group,
     )
+    adapting = adaptation.NoAdaptation()
+    if run.specdec.mode == "tlt":
+        own = "" if group.is_first else f"processes/{group.index}"
+        adapting = adaptation.Adaptation(
+            run.adaptation,
+            speculation.speculator_cfg.drafter_cfg,
+            team,
+            tuple(speculation.tuners.values()),
+            initial=speculation.params,
+            eos_ids=eos_ids_of(model, tokenizer),
+            sampling_cfg=law,
+            precision=run.precision,
+            seed=run.seed,
+            directory=directory / own,
+            observer=observer,
+        )
     closing.callback(adapting.close)
     closing.callback(team.close)
     sync = weight_sync.WeightSync(
@@ -129,9 +136,17 @@ def assemble(
         tokenizer.decode,
         dynamic_sampling=learning.algorithm.dynamic_sampling,
         between=adapting.hand_over,
-        group=group,
     )
-    judging = None
+    judging, beside = None, team.engines
+    # The same law has the same programs; of another one, an engine is beside each.
+    if run.eval.every and run.eval.temperature not in (None, law.temperature):
+        its = law_of(run.sampling, run.eval.temperature)
+        beside = [
+            engine_of_run(run, model, tokenizer, its, mesh=engine.mesh)
+            for engine in team.engines
+        ]
+        for engine in beside:
+            closing.callback(engine.pool.close)
     if run.eval.every:
         judging = evaluator.Evaluator(
             run.eval,
@@ -139,10 +154,9 @@ def assemble(
             run.seed,
             prompts_of(run.task, task, "eval", tokenizer, observer),
             team,
-            _evaluation_engines(run, model, tokenizer, team, closing),
+            beside,
             rewards,
             tokenizer.decode,
-            group,
         )
     return Parts(
         model=model,
@@ -221,25 +235,6 @@ def prompts_of(
     return found
 
 
-def workers_of(
-    run: config.RunConfig,
-    model: model_config.ModelConfig,
-    tokenizer: model_tokenizer.Tokenizer,
-    meshes: Sequence[jax.sharding.Mesh],
-    speculation: speculation_lib.Speculation,
-    group: distributed.Group,
-) -> workers.Workers:
-    """Make an engine on each mesh, all of them devices of this process."""
-    law = law_of(run.sampling)
-    engines = [
-        engine_of_run(run, model, tokenizer, law, speculation, mesh) for mesh in meshes
-    ]
-    limits = records.Config(
-        min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
-    )
-    return workers.Workers(engines, limits, group)
-
-
 def engine_of_run(
     run: config.RunConfig,
     model: model_config.ModelConfig,
@@ -278,12 +273,8 @@ def engine_of(
 ) -> engine_lib.Engine:
     """Make an engine without weights: the only place where one is.
 
-    Args:
-      model: the target.
-      tokenizer: the target's; a text ends where the model's or its own EOS comes.
-      speculation: how to speculate.
-      mesh: devices of the engine; None: the first one.
-      **sizes: and law, the other fields of `programs.EngineConfig`.
+    A text ends where the model's or the tokenizer's own EOS comes. `sizes` and law are
+    the other fields of `programs.EngineConfig`.
 
     Raises:
       ValueError: the drafter does not fit the target, the sizes or the law.
@@ -314,55 +305,3 @@ def load_weights(
         lambda leaf: leaf.sharding, learning.learner.abstract_state().params
     )
     return source.load("float32", shardings)
-
-
-def _evaluation_engines(
-    run: config.RunConfig,
-    model: model_config.ModelConfig,
-    tokenizer: model_tokenizer.Tokenizer,
-    team: workers.Workers,
-    closing: contextlib.ExitStack,
-) -> Sequence[engine_lib.Engine]:
-    """The workers' engines, or engines of another law, one beside each."""
-    temperature = run.eval.temperature
-    # The same law has the same programs.
-    if temperature in (None, run.sampling.temperature):
-        return team.engines
-    law = law_of(run.sampling, temperature)
-    engines = [
-        engine_of_run(run, model, tokenizer, law, mesh=worker.mesh)
-        for worker in team.engines
-    ]
-    for engine in engines:
-        closing.callback(engine.pool.close)
-    return engines
-
-
-def _adaptation_of(
-    run: config.RunConfig,
-    speculation: speculation_lib.Speculation,
-    team: workers.Workers,
-    model: model_config.ModelConfig,
-    tokenizer: model_tokenizer.Tokenizer,
-    directory: pathlib.Path,
-    group: distributed.Group,
-    observer: observer_lib.Observer,
-) -> adaptation.Adaptation | adaptation.NoAdaptation:
-    """What trains the drafter of a run, where it has a learned one."""
-    if run.specdec.mode != "tlt":
-        return adaptation.NoAdaptation()
-    if not group.is_first:
-        directory = directory / f"processes/{group.index}"
-    return adaptation.Adaptation(
-        run.adaptation,
-        speculation.speculator_cfg.drafter_cfg,
-        team,
-        tuple(speculation.tuners.values()),
-        initial=speculation.params,
-        eos_ids=eos_ids_of(model, tokenizer),
-        sampling_cfg=law_of(run.sampling),
-        precision=run.precision,
-        seed=run.seed,
-        directory=directory,
-        observer=observer,
-    )

@@ -17,6 +17,7 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.workdir import checkpoint, metrics
 
 _TOKENIZER = "tokenizer"
+# The workdir of a run has one of these.
 _RUN_MARKS = (checkpoint.DIRECTORY, metrics.FILE, _TOKENIZER)
 
 
@@ -51,16 +52,10 @@ class Policy:
         speculation: speculation_lib.Speculation = speculation_lib.PLAIN,
         **settings: Any,
     ) -> engine_lib.Engine:
-        """Make an engine that has the weights.
+        """Make an engine that has the weights; it compiles what it needs when it does.
 
-        Args:
-          max_rows: rows decoded at once.
-          max_length: longest text in tokens, prompt and completion.
-          speculation: how to speculate.
-          **settings: further ones of `engine_programs.EngineConfig`.
-
-        Returns:
-          A `engine.Engine`; it compiles what it needs when it needs it.
+        `max_length` is of the longest text in tokens, prompt and completion; `settings`
+        are further ones of `engine_programs.EngineConfig`.
         """
         # On TPUs the attention kernel takes pages of a whole tile.
         page_size = 128 if jax.default_backend() == "tpu" else 64
@@ -80,20 +75,17 @@ class Policy:
 
 
 def load(spec: str, precision: str = "float32") -> Policy:
-    """Load the policy that `spec` names.
+    """Load the policy that `spec` names, in `float32` or `bfloat16`.
 
-    Args:
-      spec: what `models.source.resolve` takes, or the workdir of a run, whose newest
-        checkpoint is read.
-      precision: `float32` or `bfloat16`.
+    It names what `models.formats.source.resolve` takes, or the workdir of a run, whose
+    newest checkpoint is read.
 
     Raises:
       ValueError: nothing of that name can be had, or it is not computed here.
       CheckpointError: the run has no complete checkpoint, or it is damaged.
     """
-    dtype = jnp.dtype(precision)
-    if is_run(spec):
-        directory = os.path.expanduser(spec)
+    dtype, directory = jnp.dtype(precision), os.path.expanduser(spec)
+    if any(os.path.exists(os.path.join(directory, name)) for name in _RUN_MARKS):
         params, cfg, step = checkpoint.restore_policy(directory)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         tokenizer = model_tokenizer.from_directory(os.path.join(directory, _TOKENIZER))
@@ -103,9 +95,3 @@ def load(spec: str, precision: str = "float32") -> Policy:
         params, cfg, tokenizer = found.load(dtype), found.config, found.tokenizer()
         identity = spec
     return Policy(cfg, model_params.unstack(params), tokenizer, identity, precision)
-
-
-def is_run(spec: str) -> bool:
-    """Tell whether `spec` is the workdir of a run."""
-    directory = os.path.expanduser(spec)
-    return any(os.path.exists(os.path.join(directory, name)) for name in _RUN_MARKS)

@@ -13,6 +13,7 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.engine import speculator
 from tlt_jax.settings import schema
+from tlt_jax.settings import speculation as settings_lib
 from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.training import objectives
@@ -83,7 +84,7 @@ def of_run(run: config.RunConfig, model: model_config.ModelConfig) -> Speculatio
     early_tuner = tuner_of(early, run.seed) if early.entries else None
     if settings.mode == "ngram":
         return Speculation(speculator.SpeculatorConfig(early), tuner=early_tuner)
-    cfg, params = _drafter_of(run, model)
+    cfg, params = _drafter_of_run(run, model)
     arms = strategy_lib.parse_arms(settings.strategies)
     speculator_cfg = speculator.SpeculatorConfig(
         arms,
@@ -142,38 +143,51 @@ def folder(spec: str) -> str:
     return inside if os.path.isdir(inside) else directory
 
 
-def _drafter_of(
+def drafter_of(
+    shape: settings_lib.DrafterShape,
+    objective: objectives.Objective,
+    target: model_config.ModelConfig,
+    max_length: int,
+) -> drafter.DrafterConfig:
+    """Describe a new drafter of a target, for texts of at most `max_length` positions.
+
+    Raises:
+      schema.ConfigError: the target has too few layers for these features.
+    """
+    layers = tuple(shape.feature_layers)
+    if shape.features == "low_mid_high":
+        published = shape.architecture == "eagle3"
+        choose = drafter.published_layers if published else drafter.low_mid_high
+        try:
+            layers = choose(target.num_layers)
+        except ValueError as error:
+            raise schema.ConfigError(
+                f"drafter.features={shape.features!r}: {error} Set drafter.features to "
+                "'last' or 'layers'."
+            ) from error
+    return drafter.of_target(
+        target,
+        feature_layers=layers,
+        output_norm=not objective.feature_weight,
+        draft_vocab_size=shape.draft_vocab_size,
+        max_length=max_length,
+        architecture=shape.architecture,
+    )
+
+
+def _drafter_of_run(
     run: config.RunConfig, model: model_config.ModelConfig
 ) -> tuple[drafter.DrafterConfig, drafter.DrafterParams | None]:
     """The drafter that is named, or the description of a new one."""
     settings, longest = run.drafter, run.longest_text
-    if settings.directory:
-        cfg, params = drafter_io.load(
-            folder(settings.directory), model, jnp.dtype(run.precision)
-        )
-        # Going on, it will be trained on texts of this length.
-        wanted = longest if run.adaptation.enabled else settings.max_length
-        if 0 < cfg.max_length < wanted:
-            cfg = dataclasses.replace(cfg, max_length=wanted)
-        return cfg, params
-    layers = tuple(settings.feature_layers)
-    if settings.features == "low_mid_high":
-        try:
-            published = settings.architecture == "eagle3"
-            choose = drafter.published_layers if published else drafter.low_mid_high
-            layers = choose(model.num_layers)
-        except ValueError as error:
-            raise schema.ConfigError(
-                f"drafter.features={settings.features!r}: {error} Set drafter.features "
-                "to 'last' or 'layers'."
-            ) from error
-    preset = objectives.preset(run.adaptation.name)
-    cfg = drafter.of_target(
-        model,
-        feature_layers=layers,
-        output_norm=not preset.feature_weight,
-        draft_vocab_size=settings.draft_vocab_size,
-        max_length=longest,
-        architecture=settings.architecture,
+    if not settings.directory:
+        objective = objectives.preset(run.adaptation.name)
+        return drafter_of(settings, objective, model, longest), None
+    cfg, params = drafter_io.load(
+        folder(settings.directory), model, jnp.dtype(run.precision)
     )
-    return cfg, None
+    # Going on, it will be trained on texts of this length.
+    wanted = longest if run.adaptation.enabled else settings.max_length
+    if 0 < cfg.max_length < wanted:
+        cfg = dataclasses.replace(cfg, max_length=wanted)
+    return cfg, params

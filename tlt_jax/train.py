@@ -32,12 +32,7 @@ from tlt_jax.workdir import (
 def train(run: config.RunConfig, directory: str | pathlib.Path) -> dict[str, Any]:
     """Train until `run.num_steps`, from the newest checkpoint of the directory if any.
 
-    Args:
-      run: what to do.
-      directory: the workdir; holds everything the run writes.
-
-    Returns:
-      The last step's record.
+    Everything that the run writes is in there. Returns the last step's record.
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.
@@ -83,14 +78,9 @@ class Trainer:
         display: progress.Progress,
         group: distributed.Group | None = None,
     ):
-        """Load model, task and the newest checkpoint.
+        """Load model, task and the newest checkpoint; `directory` exists.
 
-        Args:
-          run: what to do.
-          directory: the workdir; exists.
-          display: shows what happens.
-          group: the processes that do this together; the first of them writes. None:
-            this one is alone.
+        Of the group's processes the first one writes; None: this one is alone.
         """
         self.run, self._directory, self._display = run, directory, display
         self.group = group or distributed.alone()
@@ -100,9 +90,8 @@ class Trainer:
             self._closing = closing.pop_all()
 
     def _start(self, closing: contextlib.ExitStack) -> None:
-        run, directory, display, group = (
-            *(self.run, self._directory, self._display, self.group),
-        )
+        run, directory = self.run, self._directory
+        display, group = self._display, self.group
         display.stage("loading")
         task = tasks.build(
             run.task, reward=run.reward.function, eval_size=run.eval.num_prompts
@@ -193,7 +182,11 @@ class Trainer:
         # One worker waits for nobody: it trains here, if it pays.
         parts.adaptation.end_rollout(collected.stats.accept_length, watch)
         row = collected.row() | parts.adaptation.row() | self._about_workers(watch)
-        self._note_failures(collected, watch)
+        if collected.scores.num_failed:
+            watch.note(
+                f"{collected.scores.num_failed} rewards failed, the first: "
+                f"{collected.scores.first_failure()}"
+            )
         parts.workers.release_caches()
         if collected.useful is not None:
             row |= parts.updater.update(collected.useful, watch)
@@ -214,16 +207,16 @@ class Trainer:
 
     def with_remedy(self, error: failures.NotFiniteError) -> failures.TrainingError:
         """Say what may be done where updates are not finite any more."""
-        newest = self.state.latest_step()
+        newest, there = self.state.latest_step(), "There is no checkpoint yet."
+        if newest is not None:
+            there = (
+                f"The newest checkpoint is that of step {newest}; exported "
+                "(tlt_jax.export) it is a model to begin from."
+            )
         return failures.TrainingError(
             f"{error} (step {self.state.step + 1}): lower optimizer.learning_rate or "
             "check the rewards and the weights, and begin again in another --workdir. "
-            + (
-                "There is no checkpoint yet."
-                if newest is None
-                else f"The newest checkpoint is that of step {newest}; exported "
-                "(tlt_jax.export) it is a model to begin from."
-            )
+            f"{there}"
         )
 
     def _evaluate(self, watch: watch_lib.Watch) -> dict[str, float]:
@@ -234,15 +227,6 @@ class Trainer:
     def _push_weights(self) -> None:
         params = self.parts.updater.train_state.params
         self.parts.workers.set_params(*self.parts.sync.sync(params))
-
-    def _note_failures(
-        self, collected: collector.Collected, watch: watch_lib.Watch
-    ) -> None:
-        if collected.scores.num_failed:
-            watch.note(
-                f"{collected.scores.num_failed} rewards failed, the first: "
-                f"{collected.scores.first_failure()}"
-            )
 
     def _about_workers(self, watch: watch_lib.Watch) -> dict[str, Any]:
         """What the workers did in this step's rollouts; the timeline is written."""

@@ -40,14 +40,9 @@ from tlt_jax.workdir import directory as workdir
 
 
 def train(run: drafter_run.DrafterRun, directory: str | pathlib.Path) -> dict:
-    """Do what is left of a run.
+    """Do what is left of a run, in the directory that holds everything it writes.
 
-    Args:
-      run: what to do.
-      directory: the workdir; holds everything the run writes.
-
-    Returns:
-      The last measurement's record.
+    Returns the last measurement's record.
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.
@@ -74,20 +69,16 @@ class _Trainer:
         self.objective = dataclasses.replace(
             objectives.preset(run.objective.name), **run.objective.overrides()
         )
-        self.cfg = self._drafter()
+        max_length = min(run.batch.row_tokens, self._longest)
+        self.cfg = speculation.drafter_of(
+            run.drafter, self.objective, self.policy.config, max_length
+        )
         with self._stage("texts"):
             texts = self._texts()
         learner = self._learner()
         closing.callback(learner.pool.close)
-        batch = run.batch
         self.training = offline.OfflineTraining(
-            learner,
-            texts,
-            row_tokens=batch.row_tokens,
-            row_bases=batch.row_bases,
-            num_rows=batch.num_rows,
-            seed=run.seed,
-            eos_ids=self.policy.eos_ids,
+            learner, texts, seed=run.seed, eos_ids=self.policy.eos_ids, **self._sizes
         )
         self.checkpointer = closing.enter_context(
             checkpoint.Checkpointer(directory, run.checkpoint.keep)
@@ -162,21 +153,11 @@ class _Trainer:
             scratch_model.make(settings, tasks.build(task), spec)
         return policy.load(spec, run.precision)
 
-    def _drafter(self) -> drafter.DrafterConfig:
-        run, target = self.run, self.policy.config
-        layers = run.drafter.feature_layers
-        if run.drafter.features == "low_mid_high":
-            published = run.drafter.architecture == "eagle3"
-            choose = drafter.published_layers if published else drafter.low_mid_high
-            layers = choose(target.num_layers)
-        return drafter.of_target(
-            target,
-            feature_layers=layers,
-            output_norm=not self.objective.feature_weight,
-            draft_vocab_size=run.drafter.draft_vocab_size,
-            max_length=min(run.batch.row_tokens, self._longest),
-            architecture=run.drafter.architecture,
-        )
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """B, T and M."""
+        names = "num_rows", "row_tokens", "row_bases"
+        return {name: getattr(self.run.batch, name) for name in names}
 
     @property
     def _longest(self) -> int:
@@ -185,18 +166,16 @@ class _Trainer:
 
     def _texts(self) -> shards.Shards:
         run, target, directory = self.run, self.policy, self.directory / "texts"
+        made_with = {
+            "target": drafter.identify(target.config),
+            "model": run.model.spec,
+            "seed": run.seed,
+            "precision": run.precision,
+            "texts": dataclasses.asdict(run.texts),
+            "feature_layers": self.cfg.feature_layers,
+        }
         with workdir.writing(directory):
-            offline_texts.claim(
-                directory,
-                {
-                    "target": drafter.identify(target.config),
-                    "model": run.model.spec,
-                    "seed": run.seed,
-                    "precision": run.precision,
-                    "texts": dataclasses.asdict(run.texts),
-                    "feature_layers": self.cfg.feature_layers,
-                },
-            )
+            offline_texts.claim(directory, made_with)
         texts = shards.Shards(directory, run.texts.dtype)
         asked = offline_texts.ask(
             run.texts, lambda example: target.tokenizer.encode_prompt(example.prompt)
@@ -224,12 +203,7 @@ class _Trainer:
         try:
             with workdir.writing(directory):
                 offline_texts.write(
-                    engine,
-                    asked,
-                    texts,
-                    max_new_tokens=run.texts.max_new_tokens,
-                    seed=run.seed,
-                    on_progress=show,
+                    engine, asked, texts, seed=run.seed, on_progress=show
                 )
         finally:
             engine.pool.close()
@@ -237,16 +211,15 @@ class _Trainer:
 
     def _learner(self) -> drafter_learner.DrafterLearner:
         run, cfg = self.run, self.cfg
+        optimizer = policy_learner.make_optimizer(
+            run.optimizer, num_steps=run.num_steps, updates_per_step=1
+        )
         return drafter_learner.DrafterLearner(
             cfg,
             self.objective,
-            policy_learner.make_optimizer(
-                run.optimizer, num_steps=run.num_steps, updates_per_step=1
-            ),
+            optimizer,
             batch=layout.described(
-                num_rows=run.batch.num_rows,
-                row_tokens=run.batch.row_tokens,
-                row_bases=run.batch.row_bases,
+                **self._sizes,
                 d_model=cfg.layer.d_model,
                 num_features=len(cfg.feature_layers),
                 dtype=run.texts.dtype,
@@ -301,29 +274,21 @@ class _Trainer:
     def _save(self) -> None:
         snapshot = self.training.state()
         state = snapshot.state
-        self.checkpointer.save(
-            self.step,
-            state.params,
-            (state.opt_state, state.num_updates),
-            self.cfg,
-            snapshot.meta,
-        )
+        learned = state.params, (state.opt_state, state.num_updates)
+        self.checkpointer.save(self.step, *learned, self.cfg, snapshot.meta)
 
     def _export(self) -> None:
         learner = self.training.learner
         if learner.sharpness is None:
             self._measure()
-        with workdir.writing(self.directory / "drafter"):
-            drafter_io.save(
-                self.directory / "drafter",
-                learner.weights("float32"),
-                self.cfg,
-                {
-                    "target": self.policy.identity,
-                    "num_steps": self.step,
-                    "objective": dataclasses.asdict(self.objective),
-                },
-            )
+        folder, weights = self.directory / "drafter", learner.weights("float32")
+        about = {
+            "target": self.policy.identity,
+            "num_steps": self.step,
+            "objective": dataclasses.asdict(self.objective),
+        }
+        with workdir.writing(folder):
+            drafter_io.save(folder, weights, self.cfg, about)
 
 
 def main(run: drafter_run.DrafterRun) -> None:

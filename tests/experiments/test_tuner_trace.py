@@ -56,13 +56,14 @@ def recorded(tmp_path_factory):
     offline_texts.write(
         engine,
         [
-            offline_texts.Asked(
-                offline_texts.HELD_OUT + i, rng.integers(4, 90, 3 + i).astype(np.int32)
+            offline_texts.request_of(
+                offline_texts.HELD_OUT + i,
+                rng.integers(4, 90, 3 + i).astype(np.int32),
+                NEW_TOKENS,
             )
             for i in range(3)
         ],
         shards.Shards(workdir / "texts", "float32"),
-        max_new_tokens=NEW_TOKENS,
         seed=1000,
     )
     engine.pool.close()

@@ -345,7 +345,7 @@ def check_accounts(machine, state: records.State, chosen) -> None:
                 assert interval.start_s == at_s, "a gap in the timeline"
                 at_s = interval.stop_s
         assert at_s == state.ended_s, "seconds do not add up"
-    found = machine.metrics(state)
+    found = machine.sums(machine.timeline(state))
     present_s = (state.ended_s - state.began_s) * len(chosen) - sum(
         i.stop_s - i.start_s
         for i in machine.timeline(state)

@@ -10,7 +10,7 @@ from tlt_jax import types
 from tlt_jax.rl import collector
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
-from tlt_jax.runtime import observer
+from tlt_jax.runtime import distributed, observer
 from tlt_jax.runtime import watch as watch_lib
 
 P, R = 4, 4  # As in `tiny_runs`.
@@ -18,6 +18,8 @@ P, R = 4, 4  # As in `tiny_runs`.
 
 class FakeEngine:
     """Draws completions whose first token is the request, and ends them in disorder."""
+
+    group = distributed.alone()
 
     def __init__(self):
         self.calls = []

@@ -9,6 +9,7 @@ import pytest
 from tests.rl import engines
 from tlt_jax.rl import evaluator
 from tlt_jax.rl.tasks import prompts
+from tlt_jax.runtime import distributed
 from tlt_jax.settings import sections
 
 SAMPLES = 3
@@ -54,12 +55,13 @@ def evaluator_of(some_engines, rewards, group=None, used=None):
     used = used or [True] * len(some_engines)
     policy = types.SimpleNamespace(params=engines.PARAMS, version=4)
     workers = types.SimpleNamespace(
+        group=group or distributed.alone(),
         engines=[policy] * len(used),
         first=10,
         lost={10 + i: "it fell silent" for i, use in enumerate(used) if not use},
     )
     return evaluator.Evaluator(
-        *(cfg, 12, 3, prompt_set, workers, some_engines, rewards, tuple, group)
+        *(cfg, 12, 3, prompt_set, workers, some_engines, rewards, tuple)
     )
 
 

@@ -90,7 +90,6 @@ class Collector:
         *,
         dynamic_sampling: bool,
         between: Callable[[watch_lib.Watch], None],
-        group: distributed.Group | None = None,
     ):
         """Take the parts; nothing is drawn yet.
 
@@ -98,15 +97,13 @@ class Collector:
           cfg: how many prompts, how many completions of each, and how long.
           seed: of the order of prompts, and of the noise.
           prompt_set: of the training split.
-          workers: with weights by the time of `collect`.
+          workers: with weights by the time of `collect`. Of the processes among which
+            they divide a rollout, each judges what it has generated.
           rewards: judges completions.
           decode_text: token ids to the text that is judged.
           dynamic_sampling: sample until every group carries signal.
           between: called between two rollouts of a step.
-          group: the processes among which `workers` divide a rollout; each judges what
-            it has generated. None: this one is alone.
         """
-        self._group = group or distributed.alone()
         self.position = 0
         self.expected_lengths: dict[int, float] = {}
         self._cfg, self._seed = cfg, seed
@@ -156,10 +153,12 @@ class Collector:
                 )
             stats = stats.join(spent)
             with watch.stage("reward"):
-                rewards, judged = asked.rewards(self._group)
+                rewards, judged = asked.rewards(self._workers.group)
             scores.append(judged)
             batch = experience.Experience(asked.prompts, completions, rewards)
-            self._remember_lengths(batch)
+            means = batch.lengths.reshape(batch.rewards.shape).mean(axis=1)
+            for prompt, mean in zip(batch.prompts, means, strict=True):
+                self.expected_lengths[prompt.prompt_id] = float(mean)
             everything = batch if everything is None else everything.join(batch)
             useful = _useful(batch) if self._dynamic_sampling else batch
             kept = useful if kept is None else kept.join(useful)
@@ -184,11 +183,6 @@ class Collector:
         first_id = (step << 32) + round_index * count * size
         requests = prompts.requests_of(drawn, size, self._cfg.max_new_tokens, first_id)
         return _Asked(drawn, requests, self._rewards, self._decode_text)
-
-    def _remember_lengths(self, batch: experience.Experience) -> None:
-        means = batch.lengths.reshape(batch.rewards.shape).mean(axis=1)
-        for prompt, mean in zip(batch.prompts, means, strict=True):
-            self.expected_lengths[prompt.prompt_id] = float(mean)
 
 
 @dataclasses.dataclass
@@ -221,6 +215,5 @@ class _Asked:
 
 def _useful(batch: experience.Experience) -> experience.Experience:
     """Keep the groups that carry signal."""
-    return batch.select(
-        np.flatnonzero(advantages.carries_signal(batch.rewards)).tolist()
-    )
+    chosen = np.flatnonzero(advantages.carries_signal(batch.rewards))
+    return batch.select(chosen.tolist())

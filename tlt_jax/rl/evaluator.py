@@ -4,12 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tlt_jax import types
-from tlt_jax.rl.engine import answering
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.rl.workers import workers as workers_lib
-from tlt_jax.runtime import distributed
 from tlt_jax.settings import sections
 
 # Evaluation noise never coincides with a rollout's: seeds of runs are below this.
@@ -31,24 +28,20 @@ class Evaluator:
         engines: Sequence[engine_lib.Engine],
         rewards: reward_pool.RewardPool,
         decode_text: Callable[[np.ndarray], str],
-        group: distributed.Group | None = None,
     ):
         """Take the parts.
 
         Args:
           cfg: how many samples, and the k of pass@k.
-          max_new_tokens: longest completion.
-          seed: of the run.
+          max_new_tokens, seed: longest completion, and seed of the run.
           prompt_set: of the held-out split.
-          workers: have the policy's weights; those that are lost have no part.
+          workers: have the policy's weights; those that are lost have no part. Of the
+            processes that they are of, each evaluates a part of the prompts.
           engines: sample by the law of evaluation, side by side: the workers' own, or
             one beside each.
           rewards: judges completions.
           decode_text: token ids to the text that is judged.
-          group: the processes that evaluate together, a part of the prompts each; None:
-            this one is alone.
         """
-        self._group = group or distributed.alone()
         self._cfg, self._max_new_tokens = cfg, max_new_tokens
         self._seed = _SEED_OFFSET + seed
         self._prompts, self._workers = prompt_set, workers
@@ -70,14 +63,19 @@ class Evaluator:
             self._prompts.prompts, samples, self._max_new_tokens, 0
         )
         engines = self._at_work()
-        group, count = self._group, len(requests)
+        group, count = self._workers.group, len(requests)
         # A process whose workers are all lost has no part either.
         able = group.exchange("evaluators", bool(engines))
         places = [place for place, is_able in enumerate(able) if is_able]
         own = [
             i for i in range(count) if places[i // samples % len(places)] == group.index
         ]
-        completions = self._answers(engines, [requests[i] for i in own])
+        completions = []
+        if own:
+            asked = [requests[i] for i in own]
+            completions, _ = engine_lib.answer(engines, asked, self._seed)
+            for engine in engines:
+                engine.release_cache()
         scores = self._rewards.score(
             (examples[i // samples], self._decode_text(completion.tokens))
             for i, completion in zip(own, completions, strict=True)
@@ -85,37 +83,24 @@ class Evaluator:
         rewards = np.empty(count, np.float32)
         for indices, found in group.exchange("evaluation", (own, scores.rewards)):
             rewards[indices] = found
-        return self._row(rewards.reshape(-1, samples))
+        rewards = rewards.reshape(-1, samples)
+        row = {f"eval/avg@{samples}": float(rewards.astype(np.float64).mean())}
+        for k in self._cfg.k:
+            row[f"eval/pass@{k}"] = pass_at_k(rewards >= _RIGHT, k)
+        return row
 
     def _at_work(self) -> list[engine_lib.Engine]:
         """Give the engines beside workers that are not lost their weights."""
         workers = self._workers
         # Only the first process knows of all that are lost.
-        lost = self._group.first("lost workers", lambda: frozenset(workers.lost))
+        lost = workers.group.first("lost workers", lambda: frozenset(workers.lost))
         engines = []
-        for number, engine in enumerate(self._engines, workers.first):
+        beside = zip(self._engines, workers.engines, strict=True)
+        for number, (engine, policy) in enumerate(beside, workers.first):
             if number not in lost:
-                policy = workers.engines[number - workers.first]
                 engine.set_params(policy.params, policy.version)
                 engines.append(engine)
         return engines
-
-    def _answers(
-        self, engines: Sequence[engine_lib.Engine], requests: Sequence[types.Request]
-    ) -> list[types.Completion]:
-        if not requests:
-            return []
-        completions, _ = answering.answer(engines, requests, self._seed)
-        for engine in engines:
-            engine.release_cache()
-        return completions
-
-    def _row(self, rewards: np.ndarray) -> dict[str, float]:
-        samples = rewards.shape[1]
-        row = {f"eval/avg@{samples}": float(rewards.astype(np.float64).mean())}
-        for k in self._cfg.k:
-            row[f"eval/pass@{k}"] = pass_at_k(rewards >= _RIGHT, k)
-        return row
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:

@@ -38,7 +38,9 @@ def asked():
     rng = np.random.default_rng(2)
     ids = [*range(9), FIRST, FIRST + 1, FIRST + 2]
     return [
-        offline_texts.Asked(i, rng.integers(3, 32, 1 + n).astype(np.int32))
+        offline_texts.request_of(
+            i, rng.integers(3, 32, 1 + n).astype(np.int32), NEW_TOKENS
+        )
         for n, i in enumerate(ids)
     ]
 
@@ -78,7 +80,6 @@ def write(engine, directory, told=None):
         engine,
         asked(),
         texts,
-        max_new_tokens=NEW_TOKENS,
         seed=SEED,
         on_progress=None if told is None else lambda *given: told.append(given),
     )
@@ -106,9 +107,9 @@ def test_features_are_those_of_a_forward_that_nobody_made(
     used = []
     get = engine.pool.get
 
-    def noted(key, lower):
-        used.append(key[0])
-        return get(key, lower)
+    def noted(program):
+        used.append(program.key[0])
+        return get(program)
 
     monkeypatch.setattr(engine.pool, "get", noted)
     told = []
@@ -116,7 +117,7 @@ def test_features_are_those_of_a_forward_that_nobody_made(
     # Texts cost what drawing them costs, and one reading of pages each.
     assert set(used) - {"cache", "copy"} == {"prefill", "decode", "read_features"}
     assert used.count("read_features") == len(texts) == 12
-    prompts = {one.text_id: one.prompt for one in asked()}
+    prompts = {one.request_id: one.prompt for one in asked()}
     forward = jax.jit(
         lambda tokens: transformer.forward(
             engines.PARAMS,

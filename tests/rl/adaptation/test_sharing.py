@@ -2,7 +2,7 @@
 
 import threading
 
-from tlt_jax.rl.adaptation import sharing, spot_trainer
+from tlt_jax.rl.adaptation import adaptation, spot_trainer
 
 
 class Group:
@@ -29,7 +29,7 @@ class Process:
     """A drafter that is the list of what was trained on."""
 
     def __init__(self, meetings, index):
-        self.sharing = sharing.Sharing(Group(meetings, index))
+        self.sharing = adaptation.Sharing(Group(meetings, index))
         self.report, self.version, self.weights = spot_trainer.Report(), 0, []
         self.num_asked = 0
 

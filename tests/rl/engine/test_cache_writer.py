@@ -9,7 +9,7 @@ from tests.rl import engines
 from tests.rl.engine.test_engine_speculation import EAGLE, engine_of
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
-from tlt_jax.rl.engine import cache_writer, scheduler, speculator
+from tlt_jax.rl.engine import cache_writer, scheduler
 from tlt_jax.rl.engine import stats as rollout_stats
 
 PAGE = engines.BASE.page_size
@@ -62,9 +62,9 @@ def test_pages_hold_the_texts_that_they_were_written_for(engine):
     # A prompt of 10 cached positions, a row that comes back and shares its two full
     # pages, and a copy of the prompt's last page for another row.
     admission = scheduler.Admission(
-        prompts=(scheduler.Prefill(text[:10], 0, (7, 3, 5)),),
-        returns=(scheduler.Prefill(text[:14], 8, (7, 3, 8, 2)),),
-        copies=((5, 9),),
+        prompts=[scheduler.Part(text[:10], 0, 10, (7, 3, 5))],
+        returns=[scheduler.Part(text[:14], 8, 14, (7, 3, 8, 2))],
+        copies=[(5, 9)],
     )
     caches = engine._writer.admit(caches, engine.params, admission, stats)
     assert stats.num_prefill_tokens == 10 + 6
@@ -81,8 +81,8 @@ def test_pages_hold_the_texts_that_they_were_written_for(engine):
     assert not np.asarray(caches.drafter.keys).any()
 
     rounds = [
-        [speculator.Fill(text[:14], 0, 8, (7, 3, 8, 2))],
-        [speculator.Fill(text[:14], 8, 13, (7, 3, 8, 2))],
+        [scheduler.Part(text[:14], 0, 8, (7, 3, 8, 2))],
+        [scheduler.Part(text[:14], 8, 13, (7, 3, 8, 2))],
     ]
     caches = engine._writer.fill(caches, engine.params, weights, rounds, stats)
     assert stats.num_fill_tokens == 8 + 5
@@ -94,7 +94,7 @@ def test_pages_hold_the_texts_that_they_were_written_for(engine):
 
 def test_nothing_to_do_does_nothing(engine):
     stats = rollout_stats.RolloutStats()
-    nothing = scheduler.Admission((), (), ())
+    nothing = scheduler.Admission()
     caches = object()
     assert engine._writer.admit(caches, None, nothing, stats) is caches
     assert engine._writer.fill(caches, None, None, [], stats) is caches

@@ -122,7 +122,7 @@ def test_nothing_is_checked_where_nobody_asks():
     for check in (False, True):
         sizes = dataclasses.replace(SIZES, check_kernels=check)
         engine = engine_lib.Engine(CFG, sizes)
-        program = engine.programs.plain_decode(weights(), 1)
+        program = engine.programs.decoding(weights(), 1, None)
         texts.append(program.lower().as_text())
         engine.pool.close()
     assert ["callback" in text for text in texts] == [False, True]

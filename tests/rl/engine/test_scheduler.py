@@ -166,11 +166,11 @@ def test_a_groups_prompt_is_computed_once_and_its_full_pages_are_shared():
     (prefill,) = admission.prompts
     np.testing.assert_array_equal(prefill.text, np.arange(9))
     assert (prefill.start, len(prefill.pages)) == (0, 3)
-    assert admission.returns == ()
+    assert admission.returns == []
     shared = list(prefill.pages[:2])
     own = [row.pages[2:] for row in plan.rows]
     assert [row.pages[:2] for row in plan.rows] == [shared] * 4
-    assert admission.copies == tuple((prefill.pages[2], pages[0]) for pages in own)
+    assert admission.copies == [(prefill.pages[2], pages[0]) for pages in own]
     assert [len(pages) for pages in own] == [1] * 4
     # Nobody is left who could join: the prompt's partial page is free again.
     assert plan._pool.num_free == 19 - 2 - 4

@@ -1,7 +1,5 @@
 """The host's side of speculation: what is filled, what proposers get, what is kept."""
 
-import inspect
-
 import numpy as np
 import pytest
 
@@ -53,7 +51,7 @@ def test_shared_pages_are_filled_first_and_once():
     assert [row.drafted for row in rows] == [9, 9]
     assert state.missing(rows, CHAIN) == []
     # Page 2 is written anew: a row that comes then needs it, and no page before it.
-    state.written([scheduler.Prefill(np.arange(8, dtype=np.int32), 4, (1, 2))])
+    state.written([scheduler.Part(np.arange(8, dtype=np.int32), 4, 8, (1, 2))])
     assert ranges(state.missing([row_of(11, (1, 2, 7))], CHAIN)) == [
         [(4, 8, (1, 2, 7))],
         [(8, 9, (1, 2, 7))],
@@ -163,15 +161,11 @@ def test_the_early_tuner_chooses_until_there_is_a_drafter():
     assert alone.choose(2) is None
 
 
-def test_plain_does_all_that_an_engine_asks_and_nothing_else():
-    plain = speculator.Plain()
-    names = [n for n, _ in inspect.getmembers(speculator.Speculator, callable)]
-    assert {n for n in names if not n.startswith("_")} == {
-        n for n, _ in inspect.getmembers(plain, callable) if not n.startswith("_")
-    }
+def test_an_engine_that_was_not_told_how_never_speculates():
+    plain = speculator.Speculator(speculator.NEVER, page_size=PAGE, max_length=20)
     rows = [row_of(9, (1, 2))]
     assert plain.choose(1) is None and plain.choices(1) == (None,)
     assert plain.missing(rows, None) == [] and plain.inputs(rows, 1, None) == ()
     assert (plain.version, plain.rule, plain.weights) == (-1, "keyed", None)
     with pytest.raises(ValueError, match="without speculator_cfg"):
-        plain.offer(drafter_params(EAGLE), 0)
+        engines.engine_of().offer_drafter(drafter_params(EAGLE), 0)

@@ -46,12 +46,12 @@ def test_an_undisturbed_rollout_from_begin_to_end():
         records.EndRollout(1),
     ]
     assert (state.began_s, state.ended_s) == (0, 21)
-    assert coordinator.metrics(state) == {
+    assert not state.which(records.Activity.LOST)
+    assert coordinator.sums(coordinator.timeline(state)) == {
         # Worker 0 waits from 20 to 21, worker 1 from 10 on, worker 2 from 14 on.
         "workers/idle_s": 1 + 11 + 7,
         "workers/trained_s": 10 + 6,
         "workers/idle_frac": pytest.approx(19 / 63),
-        "workers/num_lost": 0,
     }
     busy, idle, training = "busy", "idle", "training"
     spans = {
@@ -107,7 +107,7 @@ def test_requests_of_a_dead_worker_wake_those_who_wait():
         records.Generate(1, 0, 1),
         records.EndRollout(1),
     ]
-    assert coordinator.metrics(state)["workers/num_lost"] == 1
+    assert len(state.which(records.Activity.LOST)) == 1
 
 
 def test_those_who_train_go_on_while_others_see_to_returned_requests():
@@ -272,7 +272,7 @@ def test_waiting_workers_are_used_where_nothing_fails():
     for seed in range(50):
         world = coordinated.World(seed, faults=False)
         world.run()
-        found = coordinator.metrics(world.state)
+        found = coordinator.sums(coordinator.timeline(world.state))
         # The rest are ticks until Train arrives, the trainer's step ends and its answer
         # comes; and those of the last worker until the training ends.
         rest = found["workers/idle_s"] - found["workers/trained_s"]
@@ -303,16 +303,16 @@ MUTATIONS = {
     ),
     "ends before requests are returned": ("if not state.unreturned:", "if True:"),
     "does not look for returned requests": (
-        "unreturned=unreturned, unclaimed=True",
-        "unreturned=unreturned, unclaimed=False",
+        "unreturned=left, unclaimed=True",
+        "unreturned=left, unclaimed=False",
     ),
     "wakes those who train": (
         "found = [n for n in state.which(records.Activity.IDLE) if n not in members]",
         "found = list(state.which(records.Activity.IDLE))",
     ),
     "keeps the round when it wakes": (
-        "round=state.worker(number).round + 1,",
-        "round=state.worker(number).round,",
+        "number, turn = worker.number, worker.round + 1",
+        "number, turn = worker.number, worker.round",
     ),
     "trains on with a lost member": (
         "# Its devices are part of the training's mesh.\n        state = _stop(state, "
@@ -348,8 +348,8 @@ MUTATIONS = {
         "",
     ),
     "never loses the silent": (
-        "and silent_s > cfg.heartbeat_timeout_s",
-        "and False",
+        "if silent_s > cfg.heartbeat_timeout_s:",
+        "if False:",
     ),
     "goes on without workers": (
         "if len(state.which(records.Activity.LOST)) == len(state.workers):",
@@ -362,16 +362,16 @@ MUTATIONS = {
         "        return _promote",
     ),
     "lets the trainer work on after a stop": (
-        "and current.stop_asked_s is None",
-        "",
+        "return may_publish(state, training) and state.training.stop_asked_s is None",
+        "return may_publish(state, training)",
     ),
     "forgets an interval": (
-        "state, intervals=(*state.intervals, _interval(worker, state.now_s))",
+        "state, intervals=(*state.intervals, done)",
         "state, intervals=state.intervals",
     ),
     "does not write down what was done last": (
-        "intervals=state.intervals + last,",
-        "",
+        "intervals = state.intervals + last",
+        "intervals = state.intervals",
     ),
     "trains on several processes": (
         "late = [w for w in idle.get(training.place, ()) if w not in training.members]",

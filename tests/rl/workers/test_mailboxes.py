@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from tlt_jax.rl.workers import mailboxes, records
+from tlt_jax.rl.workers import coordinator, mailboxes, records
 
 
 class Clock:
@@ -84,9 +84,9 @@ def test_threads_generate_and_train():
     for _ in range(5):
         drive(shared, generating, [0.05, 0.001, 0.02])
         assert shared.state.training is None
-        found = shared.metrics()
-        assert 0 < found["workers/trained_s"] <= found["workers/idle_s"]
         spans = shared.timeline()
+        found = coordinator.sums(spans)
+        assert 0 < found["workers/trained_s"] <= found["workers/idle_s"]
         assert min(i.start_s for i in spans) == 0
         assert {str(i.activity) for i in spans} >= {"busy", "training"}
     commands = drive(shared, generating, [0.03, 0.001], failing=[0])

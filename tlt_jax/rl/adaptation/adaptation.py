@@ -9,21 +9,20 @@ earlier text, the engines propose from text.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.rl.adaptation import budget, sharing, spot_trainer
+from tlt_jax.rl.adaptation import budget, spot_trainer
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.workers import workers as workers_lib
+from tlt_jax.runtime import distributed, train_state
 from tlt_jax.runtime import observer as observer_lib
-from tlt_jax.runtime import train_state
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import sampling
@@ -138,16 +137,14 @@ class Adaptation:
 
         Args:
           settings: of the training.
-          cfg: the drafter.
-          workers: engines that were made for it.
-          tuners: told of new versions.
+          cfg, workers: the drafter, and engines that were made for it.
+          tuners, observer: told of new versions, and what the user should know.
           initial: trained weights, or None: random ones.
           eos_ids: always among the tokens that can be proposed.
           sampling_cfg: the law of the rollouts.
           precision: of activations, and of the engines' copies.
           seed: of weights and of the order of texts.
           directory: for what memory does not hold.
-          observer: told what the user should know.
         """
         self.cfg, self._settings = cfg, settings
         self._workers, self._tuners = workers, tuners
@@ -155,7 +152,7 @@ class Adaptation:
         self._precision, self._seed, self._observer = precision, seed, observer
         self._ngram_accept_length: float | None = None
         self.budget = budget.Budget()
-        self._sharing = sharing.Sharing(workers.group)
+        self._sharing = Sharing(workers.group)
         self.version, self.is_ready = 0, initial is not None
         sizes = {
             "row_tokens": settings.row_tokens,
@@ -168,15 +165,10 @@ class Adaptation:
             max_age=settings.max_age,
             spill_directory=directory / SPILL if settings.spill_mb else None,
             max_spill_bytes=settings.spill_mb * _MIB,
-            on_spill_error=lambda error: observer.note(
-                f"{error} Texts stay in memory."
-            ),
+            on_spill_error=lambda e: observer.note(f"{e} Texts stay in memory."),
         )
         self.sampler = text_sampling.Sampler(
-            self.buffer,
-            seed=seed,
-            previous_frac=settings.previous_frac,
-            **sizes,
+            self.buffer, seed=seed, previous_frac=settings.previous_frac, **sizes
         )
         objective = dataclasses.replace(
             objectives.preset(settings.name), **settings.overrides()
@@ -197,7 +189,7 @@ class Adaptation:
             dtype=precision,
         )
         # What drafts would have had accepted can be read off texts of this law alone.
-        measures = sampling_cfg == sampling.SamplingConfig()
+        self._measures = sampling_cfg == sampling.SamplingConfig()
         self.trainer = spot_trainer.SpotTrainer(
             self.learner,
             self.sampler,
@@ -205,9 +197,8 @@ class Adaptation:
             prepare=self._choose_vocabulary,
             publish=self._publish,
             publish_steps=settings.publish_steps,
-            measures=measures,
+            measures=self._measures,
         )
-        self._measures = measures
 
     def start(self) -> None:
         """Give the drafter its weights and the engines theirs; begin to follow.
@@ -216,14 +207,11 @@ class Adaptation:
         kept.
         """
         if self.learner.state is None:
-            ids = None if self._initial is None else self._initial.draft_ids
-            self.learner.draft_ids = None if ids is None else np.asarray(ids)
             norm = jax.device_get(self._workers.engines[0].params.final_norm)
             self.learner.state = self.learner.init_state(
                 self._initial, norm, self._seed
             )
-            if self.is_ready:
-                self._offer()
+            self._publish()
         elif self.version:
             self._workers.offer_drafter(
                 self.learner.weights(self._precision), self.version
@@ -290,25 +278,22 @@ class Adaptation:
     def hand_over(self, watch: watch_lib.Watch) -> None:
         """Between the rollouts of an RL step: let all processes have the same drafter.
 
-        See `sharing`; where one process has all workers nothing is waited for.
+        See `Sharing`; where one process has all workers nothing is waited for.
         """
         with watch.stage("drafter"):
             self._meet()
 
     def _meet(self) -> None:
-        if self._settings.enabled and self._workers.group.num > 1:
-            self.trainer.settle()
-            self._share()
-
-    def _share(self) -> None:
         """Take over what another process has learned, if one has."""
+        if not self._settings.enabled or self._workers.group.num == 1:
+            return
+        self.trainer.settle()
         learner = self.learner
-
-        def learned():
-            return learner.state, learner.draft_ids, learner.sharpness
-
-        shared = self._sharing.meet(self.trainer.report, self.version, learned)
-        self.trainer.report, self.version, found = shared
+        self.trainer.report, self.version, found = self._sharing.meet(
+            self.trainer.report,
+            self.version,
+            lambda: (learner.state, learner.draft_ids, learner.sharpness),
+        )
         if found is not None:
             learner.state, learner.draft_ids, learner.sharpness = found
             self._publish()
@@ -379,11 +364,8 @@ class Adaptation:
 
     def for_others(self, snapshot: train_state.Snapshot) -> train_state.Snapshot:
         """Leave the texts out, which are the larger part and the first process's."""
-        arrays = {
-            name: array
-            for name, array in snapshot.arrays.items()
-            if not name.startswith((_BUFFER, _SAMPLER))
-        }
+        given = snapshot.arrays.items()
+        arrays = {n: x for n, x in given if not n.startswith((_BUFFER, _SAMPLER))}
         state = jax.device_get(snapshot.state)
         return train_state.Snapshot(state, arrays, snapshot.meta)
 
@@ -401,13 +383,11 @@ class Adaptation:
         """Let the engines use the drafter once it beats what they do without it."""
         measured = self.trainer.report.measured
         if not self._measures:
-            better = self.learner.num_updates > 0
-        else:
-            here = 1.0 if measured is None else measured["coupled/accept_length"]
-            better = here > max(self._ngram_accept_length, 1.0)
-        if better:
-            self.is_ready = True
-            self._offer()
+            self.is_ready = self.learner.num_updates > 0
+        elif measured is not None:
+            here = measured["coupled/accept_length"]
+            self.is_ready = bool(here > max(self._ngram_accept_length, 1.0))
+        self._publish()
 
     def _publish(self) -> None:
         if self.is_ready:
@@ -418,3 +398,46 @@ class Adaptation:
         self._workers.offer_drafter(self.learner.weights(self._precision), self.version)
         for tuner in self._tuners:
             tuner.changed("drafter")
+
+
+class Sharing:
+    """One drafter for all processes: what one of them learned, the others take over.
+
+    Of several processes at most one trains beside a rollout, on its own workers and
+    texts. After every rollout they meet, so that the next one begins with the same
+    drafter everywhere, and another process's training with what the last one learned.
+    """
+
+    def __init__(self, group: distributed.Group):
+        """Begin an RL step."""
+        self._group = group
+        self._num_known = 0
+
+    def begin_step(self) -> None:
+        """Begin the next RL step, with an empty report."""
+        self._num_known = 0
+
+    def meet(
+        self, report: spot_trainer.Report, version: int, learned: Callable[[], Any]
+    ) -> tuple[spot_trainer.Report, int, Any]:
+        """Exchange what was learned since the last meeting; all processes call this.
+
+        Args:
+          report: of the RL step so far: the one of the last meeting, or an empty one,
+            with what this process has trained since.
+          version: of the drafter, as this process has it.
+          learned: gives what this process has learned; asked only if it has trained.
+
+        Returns:
+          What all have now: the report of all trainings of the RL step, the drafter's
+          newest version, and what the process that trained has learned, or None.
+        """
+        own = learned() if report.num_steps > self._num_known else None
+        found = self._group.exchange("drafter", (report, version, own))
+        # Reports grow from a common one: the longest is the one that has trained.
+        newest, _, learned_there = max(found, key=lambda one: one[0].num_steps)
+        self._num_known = newest.num_steps
+        failures = dict.fromkeys(text for one, _, _ in found for text in one.failures)
+        newest_version = max(version for _, version, _ in found)
+        newest = dataclasses.replace(newest, failures=list(failures))
+        return newest, newest_version, learned_there

@@ -35,14 +35,9 @@ class Budget:
     num_idle: int = 0
 
     def seconds(self, rollout_s: float, max_frac: float) -> float:
-        """Decide how long to train now.
+        """Decide how many seconds to train now; 0: not at all.
 
-        Args:
-          rollout_s: R, of the last rollout.
-          max_frac: most, as a part of R.
-
-        Returns:
-          Seconds; 0: not at all.
+        `rollout_s` is R of the last rollout, of which `max_frac` is the most.
         """
         most = max_frac * rollout_s
         if self.gain_per_s is None:
@@ -55,11 +50,9 @@ class Budget:
         return _PROBE_FRAC * most if self.num_idle >= _PROBE_AFTER else 0.0
 
     def trained(self, seconds: float, before: float, after: float) -> "Budget":
-        """Take in what a training brought, measured on texts that it did not see.
+        """Take in by what a training of `seconds` (above 0) raised the accept length.
 
-        Args:
-          seconds: that it took, above 0.
-          before, after: accept lengths.
+        It was measured on texts that the training did not see.
         """
         gain = (after - before) / seconds
         if self.gain_per_s is not None:

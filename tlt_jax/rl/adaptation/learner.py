@@ -18,6 +18,7 @@ import optax
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.runtime import programs, sharding, train_state
 from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.training import acceptance, objectives, unroll
@@ -31,8 +32,7 @@ _POLL_S = 0.001
 # Work of which each piece is begun when it is asked for, and that ends with a result.
 Pieces = Generator[Array, None, _T]
 # Programs of a training, by name.
-_BEGIN, _ADD, _CLOSE, _UPDATE, _MEASURE = "begin", "add", "close", "update", "measure"
-_NAMES = _BEGIN, _ADD, _CLOSE, _UPDATE, _MEASURE
+_NAMES = "begin", "add", "close", "update", "measure"
 
 
 class DrafterLearner:
@@ -62,9 +62,7 @@ class DrafterLearner:
         """Prepare; `begin` gives weights.
 
         Args:
-          cfg: the drafter.
-          objective: what it learns.
-          optimizer: as is.
+          cfg, objective, optimizer: the drafter, what it learns, and how.
           batch: of the shapes and dtypes that all have.
           head_chunk: bases whose logits are held at once.
           piece_bases: bases of each row that a piece takes; 0: all of them.
@@ -89,11 +87,6 @@ class DrafterLearner:
         self._compiled: dict[str, Callable] = {}
 
     @property
-    def num_rows(self) -> int:
-        """Rows of a batch."""
-        return self._batch.tokens.shape[0]
-
-    @property
     def num_updates(self) -> int:
         """Optimizer steps taken so far."""
         return 0 if self.state is None else int(self.state.num_updates)
@@ -113,9 +106,7 @@ class DrafterLearner:
     ) -> None:
         """Choose the tokens that can be proposed, unless all can: once texts tell.
 
-        Args:
-          texts: whose responses are counted; none: it stays open.
-          eos_ids: always among the tokens.
+        Tokens of the texts' responses are counted; `eos_ids` are always among them.
         """
         if self.has_vocabulary or not texts:
             return
@@ -129,24 +120,23 @@ class DrafterLearner:
     def init_state(
         self, params: drafter.DrafterParams | None, norm: Array, seed: int
     ) -> train_state.TrainState:
-        """Make a state with these weights, or random ones.
+        """Make a state with these weights, or random ones of a seed.
 
-        Args:
-          params: trained before, or None.
-          norm: `[D]`, the target's final norm: the head is made for its scale.
-          seed: of random weights.
+        What else the weights came with is taken over: sharpness and draft vocabulary.
+        `norm [D]` is the target's final norm: the head is made for its scale.
         """
         state = self._random_state(seed)
+        own = state.params
         if params is not None:
             if params.sharpness is not None:
                 self.sharpness = float(params.sharpness)
+            if params.draft_ids is not None:
+                self.draft_ids = np.asarray(params.draft_ids)
             own = params.replace(draft_ids=None, sharpness=None)
             own = jax.tree.map(lambda x: x.astype(jnp.float32), own)
-            state = state.replace(params=own)
-        elif state.params.norm is not None:
-            own = state.params.replace(norm=jnp.asarray(norm, jnp.float32))
-            state = state.replace(params=own)
-        return jax.device_get(state)
+        elif own.norm is not None:
+            own = own.replace(norm=jnp.asarray(norm, jnp.float32))
+        return jax.device_get(state.replace(params=own))
 
     def _random_state(self, seed: int) -> train_state.TrainState:
         params = drafter.init(self.cfg, jax.random.key(seed))
@@ -157,19 +147,15 @@ class DrafterLearner:
         return jax.eval_shape(lambda: self._random_state(0))
 
     def devices_of(self, meshes: Sequence[jax.sharding.Mesh]) -> Devices:
-        """Choose what to train on: a device of each worker, as many as divide a batch.
+        """Choose the first devices of the first workers, as many as divide a batch.
 
-        Args:
-          meshes: of the workers that wait, in their order.
-
-        Returns:
-          The first devices of the first workers.
+        `meshes` are those of the workers that wait, in their order.
         """
         first = [mesh.devices.flat[0] for mesh in meshes]
-        count = len(first)
-        while self.num_rows % count:
-            count -= 1
-        return tuple(first[:count])
+        num_rows = self._batch.tokens.shape[0]
+        while num_rows % len(first):
+            first.pop()
+        return tuple(first)
 
     def prepare(self, devices: Devices, target: model_params.Params) -> None:
         """Compile step and measurement for devices, in the background."""
@@ -183,27 +169,20 @@ class DrafterLearner:
 
         Raises an error of their compilation.
         """
-        return all(
-            self.pool.is_ready(program, timeout_s)
-            for program in self._programs(devices, target).values()
-        )
+        made = self._programs(devices, target).values()
+        return all(self.pool.is_ready(program, timeout_s) for program in made)
 
     def begin(self, devices: Devices, target: model_params.Params) -> None:
         """Move to these devices, with what is read of the target.
 
-        Args:
-          devices: one, or several that share each batch's rows.
-          target: as some engine has it.
+        Several devices share each batch's rows.
         """
-        mesh = _mesh(devices)
-        everywhere = sharding.replicated(mesh)
+        self._mesh = _mesh(devices)
+        everywhere = sharding.replicated(self._mesh)
         self._placed = jax.device_put(self.newest, everywhere)
         ids = None if self.draft_ids is None else jnp.asarray(self.draft_ids)
-        self._target = jax.device_put(
-            unroll.Target(target.embed, drafter_head.head_rows(target, ids), ids),
-            everywhere,
-        )
-        self._mesh = mesh
+        given = unroll.Target(target.embed, drafter_head.head_rows(target, ids), ids)
+        self._target = jax.device_put(given, everywhere)
         self._compiled = {
             name: self.pool.get(program)
             for name, program in self._programs(devices, target).items()
@@ -220,17 +199,15 @@ class DrafterLearner:
         """
         run, params, given = self._compiled, self._placed.params, self._target
         placed = self._place(batch)
-        under_way = run[_BEGIN](params, placed, given)
+        under_way = run["begin"](params, placed, given)
         yield under_way.seen.keys
         for start in self._starts(batch):
-            under_way = run[_ADD](under_way, params, placed, given, np.int32(start))
+            under_way = run["add"](under_way, params, placed, given, np.int32(start))
             yield under_way.sums["token_loss"]
-        sums = under_way.sums
-        grads = run[_CLOSE](
-            under_way.grads, under_way.seen_grads, params, placed, given
-        )
+        sums, seen_grads = under_way.sums, under_way.seen_grads
+        grads = run["close"](under_way.grads, seen_grads, params, placed, given)
         yield grads.layer.down
-        self._placed, outcome = run[_UPDATE](self._placed, grads, sums, placed)
+        self._placed, outcome = run["update"](self._placed, grads, sums, placed)
         return outcome
 
     def measure(self, batches: Iterable[unroll.Batch]) -> Pieces[dict[str, Any]]:
@@ -248,10 +225,10 @@ class DrafterLearner:
         sums = acceptance.nothing(self._depth)
         for batch in batches:
             placed = self._place(batch)
-            seen = run[_BEGIN](params, placed, given).seen
+            seen = run["begin"](params, placed, given).seen
             yield seen.keys
             for start in self._starts(batch):
-                here = run[_MEASURE](params, placed, given, seen, np.int32(start))
+                here = run["measure"](params, placed, given, seen, np.int32(start))
                 yield here["count"]
                 sums = jax.tree.map(np.add, sums, jax.device_get(here))
         found = acceptance.summarise(sums, self.sharpness)
@@ -289,26 +266,30 @@ class DrafterLearner:
     def _programs(self, devices: Devices, target: model_params.Params):
         """A training's programs, by name."""
         key = tuple(device.id for device in devices)
-
-        def program(name: str) -> programs.Program:
-            lower = functools.partial(self._lower, name, devices, target)
-            return programs.Program(("drafter", name, key), lower)
-
-        return {name: program(name) for name in _NAMES}
+        return {
+            name: programs.Program(
+                ("drafter", name, key),
+                functools.partial(self._lower, name, devices, target),
+            )
+            for name in _NAMES
+        }
 
     def _lower(self, name: str, devices: Devices, target: model_params.Params):
         """Trace a program of a training."""
-        state, batch, given, everywhere = self._arguments(devices, target)
+        mesh = _mesh(devices)
+        everywhere, by_rows = sharding.replicated(mesh), self._by_rows(mesh)
+        state = engine_programs.abstract_of(self.state, everywhere)
+        batch = engine_programs.abstract_of(self._batch, by_rows)
+        given = self._abstract_target(target, everywhere)
         how = {"cfg": self._forward, "objective": self._objective}
         start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         size = self._piece_size
         begin = functools.partial(step_lib.begin, **how)
         under_way = jax.eval_shape(begin, state.params, batch, given)
-        by_rows = self._by_rows(_mesh(devices))
-        split = sharding.named(by_rows.mesh, sharding.ShardingRules(), (None, "batch"))
+        split = sharding.named(mesh, sharding.ShardingRules(), (None, "batch"))
         seen = unroll.Seen(split, by_rows, by_rows)
         where = step_lib.UnderWay(seen, everywhere, seen, everywhere)
-        under_way = _described(under_way, _spread(where, under_way))
+        under_way = engine_programs.abstract_of(under_way, where)
         given_now = state.params, batch, given
         match name:
             case "begin":
@@ -323,65 +304,33 @@ class DrafterLearner:
                 jitted = jax.jit(close, donate_argnums=0, out_shardings=everywhere)
                 return jitted.lower(under_way.grads, under_way.seen_grads, *given_now)
             case "update":
-                update = functools.partial(
-                    step_lib.update,
-                    objective=self._objective,
-                    optimizer=self._optimizer,
-                )
+                learning = {"objective": self._objective, "optimizer": self._optimizer}
+                update = functools.partial(step_lib.update, **learning)
                 jitted = jax.jit(update, donate_argnums=0, out_shardings=everywhere)
                 return jitted.lower(state, under_way.grads, under_way.sums, batch)
-        measure = functools.partial(
-            acceptance.measure,
-            num_steps=self._depth,
-            cfg=self._forward,
-            size=size,
-        )
+        how = {"num_steps": self._depth, "cfg": self._forward, "size": size}
 
-        def measure_part(params, batch, given, seen, start):
-            return measure(params, batch, given, seen=seen, start=start)
+        def measure(params, batch, given, seen, start):
+            return acceptance.measure(
+                params, batch, given, seen=seen, start=start, **how
+            )
 
-        jitted = jax.jit(measure_part, out_shardings=everywhere)
+        jitted = jax.jit(measure, out_shardings=everywhere)
         return jitted.lower(*given_now, under_way.seen, start)
 
-    def _arguments(self, devices: Devices, target: model_params.Params):
-        """Describe state, batch and target on devices; and the replicated sharding."""
-        mesh = _mesh(devices)
-        everywhere = sharding.replicated(mesh)
-        state = _described(self.state, everywhere)
-        batch = _described(self._batch, self._by_rows(mesh))
-        size = self.cfg.num_draft_tokens
-        ids = None
+    def _abstract_target(self, target: model_params.Params, where) -> unroll.Target:
+        """Describe what is read of the target: embedding and rows of the head."""
+        shape = (self.cfg.num_draft_tokens, target.head.shape[1])
+        head, ids = jax.ShapeDtypeStruct(shape, target.head.dtype), None
         if self.cfg.draft_vocab_size:
-            ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=everywhere)
-        given = _described((target.embed, target.head), everywhere)
-        head = jax.ShapeDtypeStruct(
-            (size, given[1].shape[1]), given[1].dtype, sharding=everywhere
+            ids = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+        return engine_programs.abstract_of(
+            unroll.Target(target.embed, head, ids), where
         )
-        return state, batch, unroll.Target(given[0], head, ids), everywhere
 
 
 def _mesh(devices: Devices) -> jax.sharding.Mesh:
     return sharding.make_mesh(len(devices), 1, 1, devices)
-
-
-def _described(tree: Any, where: Any) -> Any:
-    """Shapes and dtypes of a tree's leaves, at one sharding or a tree of them."""
-    if isinstance(where, jax.sharding.Sharding):
-        where = jax.tree.map(lambda _: where, tree)
-    return jax.tree.map(
-        lambda leaf, here: jax.ShapeDtypeStruct(
-            jnp.shape(leaf), jnp.result_type(leaf), sharding=here
-        ),
-        tree,
-        where,
-    )
-
-
-def _spread(where: Any, tree: Any) -> Any:
-    """Give each leaf of `tree` the sharding that stands at its place or above it."""
-    return jax.tree.map(
-        lambda here, part: jax.tree.map(lambda _: here, part), where, tree
-    )
 
 
 def run_through(

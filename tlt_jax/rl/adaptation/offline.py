@@ -39,20 +39,20 @@ class OfflineTraining:
         learner: drafter_learner.DrafterLearner,
         texts: shards.Shards,
         *,
-        row_tokens: int,
-        row_bases: int,
         num_rows: int,
         seed: int,
         eos_ids: Sequence[int],
+        **sizes: int,
     ):
         """Take the parts; `begin` gives the drafter weights.
 
         Args:
           learner: the drafter; its draft vocabulary is chosen here.
           texts: of `offline_texts.write`.
-          row_tokens, row_bases, num_rows: T, M and B.
+          num_rows: B.
           seed: of the weights and of the order of texts.
           eos_ids: always among the tokens that can be proposed.
+          **sizes: T and M, `row_tokens` and `row_bases`.
 
         Raises:
           ValueError: no text has a position to learn from.
@@ -62,8 +62,7 @@ class OfflineTraining:
         # No drafter was measured before, whose sharpness would be kept.
         learner.sharpness = None
         self._texts, self._seed = texts, seed
-        self._sizes = {"row_tokens": row_tokens, "row_bases": row_bases}
-        self._num_rows = num_rows
+        self._sizes, self._num_rows = sizes, num_rows
         ids = np.array(texts.text_ids)
         self._train = np.flatnonzero(ids < offline_texts.HELD_OUT)
         self._held_out = np.flatnonzero(ids >= offline_texts.HELD_OUT)
@@ -79,9 +78,7 @@ class OfflineTraining:
     ) -> None:
         """Go to devices, with random weights unless `restore` gave some.
 
-        Args:
-          devices: see `DrafterLearner.begin`.
-          target: what the drafter is trained for.
+        See `DrafterLearner.begin`.
         """
         if self.learner.state is None:
             norm = jax.device_get(target.final_norm)

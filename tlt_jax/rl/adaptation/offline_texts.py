@@ -4,7 +4,6 @@ Texts are on disk some at a time; a killed process goes on with those that are m
 A text is a function of the settings and its id alone.
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,20 +29,10 @@ _SHARD_TEXTS = 32
 _GROUP_ROUNDS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A prompt that the target shall answer."""
-
-    text_id: int
-    prompt: np.ndarray
-
-
 def claim(directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Keep texts of other settings apart: they would be mixed without a word.
 
-    Args:
-      directory: of the texts; made if it is not there.
-      settings: all that the texts depend on.
+    `settings` are all that they depend on. The directory is made if it is not there.
 
     Raises:
       schema.ConfigError: the directory holds texts of other settings.
@@ -67,15 +56,11 @@ def claim(directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
 
 def ask(
     settings: drafter_run.Texts, encode: Callable[[types.Example], np.ndarray]
-) -> list[Asked]:
+) -> list[types.Request]:
     """Choose the prompts, training ones first, of every task in turns.
 
-    Args:
-      settings: which and how many.
-      encode: example to token ids.
-
     Returns:
-      `num + num_held_out` prompts.
+      Requests of `num + num_held_out` texts, by their ids.
 
     Raises:
       ValueError: a task is unknown or has no prompt that is short enough.
@@ -100,22 +85,26 @@ def ask(
         ]
         for i in range(count):
             turn, which = divmod(i, len(sets))
-            chosen = sets[which][turn % len(sets[which])]
-            asked.append(Asked(first_id + i, chosen.tokens))
+            chosen = sets[which][turn % len(sets[which])].tokens
+            asked.append(request_of(first_id + i, chosen, settings.max_new_tokens))
     return asked
 
 
-def missing(asked: Sequence[Asked], kept: shards.Shards) -> set[int]:
+def request_of(text_id: int, prompt: np.ndarray, max_new_tokens: int) -> types.Request:
+    """Ask for the text that a prompt begins; each has a prompt of its own."""
+    return types.Request(text_id, text_id, 0, prompt, max_new_tokens)
+
+
+def missing(asked: Sequence[types.Request], kept: shards.Shards) -> set[int]:
     """Return the ids of the texts that are not there yet."""
-    return {one.text_id for one in asked} - set(kept.text_ids)
+    return {request.request_id for request in asked} - set(kept.text_ids)
 
 
 def write(
     engine: engine_lib.Engine,
-    asked: Sequence[Asked],
+    asked: Sequence[types.Request],
     kept: shards.Shards,
     *,
-    max_new_tokens: int,
     seed: int,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> None:
@@ -128,9 +117,8 @@ def write(
 
     Args:
       engine: has the weights, draws at temperature 1 and captures.
-      asked: all prompts.
+      asked: for all texts.
       kept: gets the texts with their features.
-      max_new_tokens: longest response.
       seed: of the noise.
       on_progress: called with texts done, texts in all, and tokens drawn.
     """
@@ -144,13 +132,8 @@ def write(
     for first in range(0, len(asked), size):
         group = asked[first : first + size]
         wanted = missing(group, kept)
-        if not wanted:
-            continue
-        requests = [
-            types.Request(one.text_id, one.text_id, 0, one.prompt, max_new_tokens)
-            for one in group
-        ]
-        num_tokens += _answer(engine, requests, wanted, kept, seed, report)
+        if wanted:
+            num_tokens += _answer(engine, group, wanted, kept, seed, report)
 
 
 def _answer(engine, requests, wanted, kept, seed, report) -> int:

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.workers import mailboxes, records
@@ -102,9 +101,7 @@ class SpotTrainer:
         """Take the parts; `start` makes the thread.
 
         Args:
-          learner: the drafter.
-          sampler: of batches.
-          workers: on whose devices it trains.
+          learner, sampler, workers: trains on batches, on devices of workers.
           prepare: settles what the texts decide, such as the draft vocabulary; false:
             not yet.
           publish: offers the learner's weights to the engines.
@@ -152,9 +149,7 @@ class SpotTrainer:
     def train_for(self, seconds: float, max_steps: int = 0) -> None:
         """Train here and now on the first worker, for so long and at least a step.
 
-        Args:
-          seconds: most of them.
-          max_steps: most steps; 0: as many as the time allows.
+        Of more than `max_steps` none is taken; 0: as many as the time allows.
         """
         until = time.perf_counter() + seconds
 
@@ -214,9 +209,7 @@ class SpotTrainer:
             self._sampler.restore(unused)
             return
         if train is not None:
-            self._coordination.send(
-                records.TrainingRuns(train.training, train.revision)
-            )
+            self._tell_that_it_runs(train)
         unseen = None
         # By itself nobody asks for the devices in the midst of a step.
         interrupted = should_stop if train is not None else lambda: False
@@ -238,19 +231,18 @@ class SpotTrainer:
             unused = self._sampler.state()
             following = self._sampler.next_batch()
             outcome = jax.device_get(outcome)
-            self._count(outcome)
+            self.report.num_steps += 1
+            self.report.num_skipped += int(outcome["skipped"])
+            self.report.outcome = outcome
             skips.count(outcome["skipped"])
             skips.check("lower adaptation.learning_rate")
-            if self._publish_steps and not (
-                self.report.num_steps % self._publish_steps
-            ):
+            every = self._publish_steps
+            if every and self.report.num_steps % every == 0:
                 self._publish()
             if train is not None:
                 joining = self._coordination.next_training(0) or joining
             if joining and self._move(joining.workers, should_stop, wait=False):
-                self._coordination.send(
-                    records.TrainingRuns(joining.training, joining.revision)
-                )
+                self._tell_that_it_runs(joining)
                 joining = None
             batch = following
             if batch is None:
@@ -262,6 +254,9 @@ class SpotTrainer:
             self.report.measured_after = drafter_learner.run_through(
                 self.learner.measure([unseen]), interrupted
             )
+
+    def _tell_that_it_runs(self, train: records.Train) -> None:
+        self._coordination.send(records.TrainingRuns(train.training, train.revision))
 
     def _first_batch(self, should_stop) -> unroll.Batch | None:
         """Wait for texts."""
@@ -284,8 +279,3 @@ class SpotTrainer:
                 return False
         self.learner.begin(devices, target)
         return True
-
-    def _count(self, outcome: dict[str, np.ndarray]) -> None:
-        self.report.num_steps += 1
-        self.report.num_skipped += int(outcome["skipped"])
-        self.report.outcome = outcome

@@ -13,7 +13,7 @@ import numpy as np
 
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.engine import programs as engine_programs
-from tlt_jax.rl.engine import scheduler, speculator
+from tlt_jax.rl.engine import scheduler
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs
 from tlt_jax.specdec import protocols
@@ -44,16 +44,9 @@ class CacheWriter:
         admission: scheduler.Admission,
         stats: rollout_stats.RolloutStats,
     ) -> protocols.Caches:
-        """Do what an admission asks for.
+        """Do what an admission asks for: prompts, returning rows, then copies of pages.
 
-        Args:
-          caches: donated.
-          params: the target.
-          admission: prompts, returning rows and copies of pages, in this order.
-          stats: seconds and positions are added.
-
-        Returns:
-          The caches, complete.
+        `caches` are donated; seconds and positions are added to `stats`.
         """
         if not admission.any():
             return caches
@@ -76,20 +69,13 @@ class CacheWriter:
         caches: protocols.Caches,
         params: model_params.Params,
         weights: learned.DrafterWeights,
-        rounds: Sequence[Sequence[speculator.Fill]],
+        rounds: Sequence[Sequence[scheduler.Part]],
         stats: rollout_stats.RolloutStats,
     ) -> protocols.Caches:
         """Bring the drafter to where a speculative call may begin.
 
-        Args:
-          caches: donated.
-          params: the target.
-          weights: the drafter.
-          rounds: of independent jobs, one after the other.
-          stats: seconds and positions are added.
-
-        Returns:
-          The caches, complete.
+        `rounds` of independent jobs come one after the other. `caches` are donated;
+        seconds and positions are added to `stats`.
         """
         if not rounds:
             return caches
@@ -102,50 +88,39 @@ class CacheWriter:
         return caches
 
     def _prefill(self, caches, params, jobs, stats) -> protocols.Caches:
-        chunk = self._cfg.chunk
-        for call in _calls([len(job.text) - job.start for job in jobs], chunk):
-            batch, table = self._table([jobs[i] for i, _ in call])
-            tokens = np.zeros((batch, chunk), np.int32)
-            counts = np.zeros((batch,), np.int32)
-            lengths = np.zeros((batch,), np.int32)
-            for row, (i, offset) in enumerate(call):
-                first = jobs[i].start + offset
-                part = jobs[i].text[first:][:chunk]
-                tokens[row, : len(part)] = part
-                counts[row], lengths[row] = len(part), first
+        for batch, chunks in self._chunks(jobs, 0):
             program = self._pool.get(self._programs.prefill(params, batch))
-            target = program(params, caches.target, tokens, counts, table, lengths)
-            caches = caches.replace(target=target)
-            stats.num_prefill_tokens += int(counts.sum())
+            caches = caches.replace(target=program(params, caches.target, *chunks))
+            stats.num_prefill_tokens += int(chunks[1].sum())
         return caches
 
     def _fill(self, caches, params, weights, jobs, stats) -> protocols.Caches:
-        chunk = self._cfg.chunk
-        for call in _calls([job.stop - job.start for job in jobs], chunk):
-            batch, table = self._table([jobs[i] for i, _ in call])
-            tokens = np.zeros((batch, chunk), np.int32)
-            counts = np.zeros((batch,), np.int32)
-            starts = np.zeros((batch,), np.int32)
-            for row, (i, offset) in enumerate(call):
-                first = jobs[i].start + offset
-                count = min(chunk, jobs[i].stop - first)
-                tokens[row, :count] = jobs[i].text[first + 1 : first + 1 + count]
-                counts[row], starts[row] = count, first
+        for batch, chunks in self._chunks(jobs, 1):
             program = self._pool.get(self._programs.fill(params, batch))
-            filled = program(
-                weights, caches.target, caches.drafter, tokens, counts, table, starts
-            )
+            filled = program(weights, caches.target, caches.drafter, *chunks)
             caches = caches.replace(drafter=filled)
-            stats.num_fill_tokens += int(counts.sum())
+            stats.num_fill_tokens += int(chunks[1].sum())
         return caches
 
-    def _table(self, jobs) -> tuple[int, np.ndarray]:
-        """The batch bucket of some jobs, and their pages."""
-        batch = tuner.bucket_of(len(jobs), _MOST_ROWS)
-        table = np.zeros((batch, self._cfg.max_pages), np.int32)
-        for i, job in enumerate(jobs):
-            table[i, : len(job.pages)] = job.pages
-        return batch, table
+    def _chunks(self, jobs, ahead: int) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+        """Yield each call's batch bucket, and its tokens, counts, pages and starts.
+
+        A position's token is that which stands `ahead` of it in the text.
+        """
+        chunk = self._cfg.chunk
+        for call in _calls([job.stop - job.start for job in jobs], chunk):
+            batch = tuner.bucket_of(len(call), _MOST_ROWS)
+            tokens = np.zeros((batch, chunk), np.int32)
+            counts = np.zeros((batch,), np.int32)
+            table = np.zeros((batch, self._cfg.max_pages), np.int32)
+            starts = np.zeros((batch,), np.int32)
+            for row, (i, offset) in enumerate(call):
+                job, first = jobs[i], jobs[i].start + offset
+                count = min(chunk, job.stop - first)
+                tokens[row, :count] = job.text[first + ahead :][:count]
+                table[row, : len(job.pages)] = job.pages
+                counts[row], starts[row] = count, first
+            yield batch, (tokens, counts, table, starts)
 
 
 def _calls(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int]]]:

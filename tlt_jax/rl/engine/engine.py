@@ -6,8 +6,11 @@ speculate or not. Tokens do not depend on any of this: noise is keyed by request
 position. (With a chain rule, `SpeculatorConfig.rule`, they do, and their law does not.)
 """
 
+import concurrent.futures
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +20,6 @@ from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import (
-    answering,
     cache_writer,
     capture,
     request_queue,
@@ -34,7 +36,11 @@ from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 
 class Engine:
-    """Generates completions with one copy of the target on one mesh."""
+    """Generates completions with one copy of the target on one mesh.
+
+    Attributes:
+      params: the weights in use; None: none yet.
+    """
 
     def __init__(
         self,
@@ -46,19 +52,16 @@ class Engine:
         early_tuner: tuner_lib.Tuner | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        rules: sharding.ShardingRules | None = None,
     ):
         """Make an engine without weights; `set_params` gives it some.
 
         Args:
-          cfg: the target.
-          engine_cfg: sizes and law.
+          cfg, engine_cfg: the target; sizes and law.
           speculator_cfg: how to speculate, once `set_drafter` gave weights; None:
             never.
           tuner, early_tuner: choose strategies, see `speculator.Speculator`.
           decode_text: token ids to text; needed for stop strings.
           mesh: devices of this engine; None: the first device.
-          rules: how the cache is split over the mesh.
 
         Raises:
           ValueError: stop strings without `decode_text`, or `speculator_cfg` does not
@@ -74,59 +77,46 @@ class Engine:
         self.version = -1
         self._decode_text = decode_text
         self.mesh = mesh or sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-        self._speculator = speculator.Plain()
+        self._speculates = speculator_cfg is not None
         if speculator_cfg is not None:
             speculator_cfg.check(cfg, engine_cfg.max_length, engine_cfg.sampling_cfg)
-            self._speculator = speculator.Speculator(
-                speculator_cfg,
-                page_size=engine_cfg.page_size,
-                max_length=engine_cfg.max_length,
-                tuner=tuner,
-                early_tuner=early_tuner,
-            )
+        self._speculator = speculator.Speculator(
+            speculator_cfg or speculator.NEVER,
+            page_size=engine_cfg.page_size,
+            max_length=engine_cfg.max_length,
+            tuner=tuner,
+            early_tuner=early_tuner,
+        )
         self.programs = engine_programs.EnginePrograms(
-            cfg,
-            engine_cfg,
-            speculator_cfg,
-            self.mesh,
-            rules or sharding.ShardingRules(),
+            cfg, engine_cfg, speculator_cfg, self.mesh
         )
         self._writer = cache_writer.CacheWriter(self.pool, self.programs, engine_cfg)
         self._caches = None
-        self._params = None
-
-    @property
-    def params(self) -> model_params.Params | None:
-        """The weights in use."""
-        return self._params
+        self.params: model_params.Params | None = None
 
     def release_cache(self) -> None:
         """Free the cache's memory until the next run."""
         self._caches = None
 
     def set_params(self, params: model_params.Params, version: int) -> None:
-        """Use these weights from the next run on.
+        """Use these weights, on the engine's mesh, from the next run on.
 
-        Args:
-          params: on the engine's mesh; a tuple of layers decodes fastest on CPUs.
-          version: counts the policy's updates.
+        A tuple of layers decodes fastest on CPUs. `version` counts updates.
         """
-        self._params = params
+        self.params = params
         self.version = version
         self._speculator.set_target(params)
 
     def set_drafter(self, params: drafter.DrafterParams, version: int) -> None:
-        """Speculate with these weights from the next run on.
+        """Speculate with these weights, of any devices, from the next run on.
 
-        Args:
-          params: of any devices; every one of the engine's gets them all.
-          version: counts the drafter's updates.
+        `version` counts the drafter's updates.
 
         Raises:
           ValueError: the engine was made without `speculator_cfg`.
         """
         self.offer_drafter(params, version)
-        self._speculator.take_up((), self._params)
+        self._speculator.take_up((), self.params)
 
     def offer_drafter(self, params: drafter.DrafterParams, version: int) -> None:
         """Speculate with these weights from the next decode call on.
@@ -134,6 +124,8 @@ class Engine:
         Safe to call from another thread while `serve` runs; nothing is compiled anew.
         See `set_drafter`.
         """
+        if not self._speculates:
+            raise ValueError("the engine was made without speculator_cfg: give one.")
         placed = jax.device_put(params, sharding.replicated(self.mesh))
         self._speculator.offer(placed, version)
 
@@ -145,48 +137,33 @@ class Engine:
     def warm_up(self, wait: bool = True) -> None:
         """Compile every program that any run may need, those needed first, first.
 
-        Args:
-          wait: return when all are ready; else they are compiled in the background.
+        They are compiled in the background; `wait`: return when all are ready.
         """
         self._require_params()
-        made, max_rows = self.programs, self.engine_cfg.max_rows
-        self.pool.prepare(made.empty_caches())
-        for rows in cache_writer.BUCKETS:
-            self.pool.prepare(made.prefill(self._params, rows))
-        self.pool.prepare(made.copy())
-        chosen = {}
-        for num_rows in range(max_rows, 0, -1):
-            bucket = tuner_lib.bucket_of(num_rows, max_rows)
-            choices = self._speculator.choices(num_rows)
-            chosen |= dict.fromkeys((bucket, strategy) for strategy in choices)
-        for bucket, strategy in chosen:
-            self.pool.prepare(made.decoding(self._params, bucket, strategy))
+        made, params, max_rows = self.programs, self.params, self.engine_cfg.max_rows
+        chosen = dict.fromkeys(
+            (tuner_lib.bucket_of(num_rows, max_rows), strategy)
+            for num_rows in range(max_rows, 0, -1)
+            for strategy in self._speculator.choices(num_rows)
+        )
+        wanted = [made.empty_caches()]
+        wanted += [made.prefill(params, rows) for rows in cache_writer.BUCKETS]
+        wanted.append(made.copy())
+        wanted += [made.decoding(params, *one) for one in chosen]
         if any(strategy and strategy.drafts for _, strategy in chosen):
-            for rows in cache_writer.BUCKETS:
-                self.pool.prepare(made.fill(self._params, rows))
+            wanted += [made.fill(params, rows) for rows in cache_writer.BUCKETS]
         if made.captures:
-            self.pool.prepare(made.read_features())
+            wanted.append(made.read_features())
+        for program in wanted:
+            self.pool.prepare(program)
         if wait:
             self.pool.wait()
 
     def run(
-        self,
-        requests: Sequence[types.Request],
-        seed: int,
-        *,
-        expected_lengths: Mapping[int, float] | None = None,
-        on_completion: Callable[[types.Completion], None] | None = None,
-        on_call: Callable[[int, int], None] | None = None,
+        self, requests: Sequence[types.Request], seed: int, **options: Any
     ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
-        """Generate a completion for every request; see `answering.answer`."""
-        return answering.answer(
-            [self],
-            requests,
-            seed,
-            expected_lengths=expected_lengths,
-            on_completion=on_completion,
-            on_call=on_call,
-        )
+        """Generate a completion for every request; see `answer` for the arguments."""
+        return answer([self], requests, seed, **options)
 
     def check(self, requests: Sequence[types.Request]) -> None:
         """Refuse requests that this engine cannot serve; see `run`."""
@@ -239,12 +216,12 @@ class Engine:
         while True:
             admission = plan.admit(engine_cfg.steps_per_call)
             self._caches = self._writer.admit(
-                self._caches, self._params, admission, stats
+                self._caches, self.params, admission, stats
             )
             self._speculator.written((*admission.prompts, *admission.returns))
             if not plan.rows:
                 break
-            self._speculator.take_up(plan.rows, self._params)
+            self._speculator.take_up(plan.rows, self.params)
             for row, reason in self._decode_call(plan, keys, stats):
                 completion = types.Completion(
                     row.request.request_id,
@@ -261,7 +238,8 @@ class Engine:
                 if not plan.finish(row):
                     # Given up for lost, this worker's requests are others' by now.
                     continue
-                self._speculator.finished(row.request, completion.tokens)
+                if self._speculates:
+                    self._speculator.finished(row.request, completion.tokens)
                 stats.num_tokens += len(completion.tokens)
                 on_completion(completion)
                 if text is not None:
@@ -297,7 +275,7 @@ class Engine:
         strategy = self._speculator.choose(len(rows))
         lacking = self._speculator.missing(rows, strategy)
         self._caches = self._writer.fill(
-            self._caches, self._params, self._speculator.weights, lacking, stats
+            self._caches, self.params, self._speculator.weights, lacking, stats
         )
         arrays = decode.Rows(
             page_table=plan.page_table(rows, batch, cfg.max_pages),
@@ -308,18 +286,16 @@ class Engine:
         )
         quota = scheduler.finish_quota(len(rows), plan.num_waiting, cfg.max_rows)
         limits = np.int32(cfg.steps_per_call), np.int32(quota)
-        program = self.pool.get(self.programs.decoding(self._params, batch, strategy))
+        program = self.pool.get(self.programs.decoding(self.params, batch, strategy))
         inputs = self._speculator.inputs(rows, batch, strategy)
         started = time.perf_counter()
         if strategy is None:
-            target, emitted = program(
-                self._params, self._caches.target, arrays, *limits
-            )
+            target, emitted = program(self.params, self._caches.target, arrays, *limits)
             self._caches = self._caches.replace(target=target)
             result = speculate.plain(jax.device_get(emitted))
         else:
             self._caches, result = program(
-                self._params, self._caches, arrays, inputs, *limits
+                self.params, self._caches, arrays, inputs, *limits
             )
             result = jax.device_get(result)
         elapsed = time.perf_counter() - started
@@ -360,8 +336,71 @@ class Engine:
         return finished
 
     def _require_params(self) -> None:
-        if self._params is None:
+        if self.params is None:
             raise ValueError("the engine has no weights: call set_params first.")
+
+
+def answer(
+    engines: Sequence[Engine],
+    requests: Sequence[types.Request],
+    seed: int,
+    *,
+    expected_lengths: Mapping[int, float] | None = None,
+    on_completion: Callable[[types.Completion], None] | None = None,
+    on_call: Callable[[int, int], None] | None = None,
+) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
+    """Generate a completion for every request; which engine does changes no token.
+
+    For engines of this process that are not expected to fail: `workers.Workers` does it
+    for those that are, and for several processes.
+
+    Args:
+      engines: of equal sizes and weights; at least one. They run side by side.
+      requests: ids distinct; prompts of equal `prompt_id` equal.
+      seed: of the noise.
+      expected_lengths: tokens by `prompt_id`; the longest are started first.
+      on_completion: called with each completion as soon as it is there, by one thread
+        at a time.
+      on_call: called after each decode call with completions done, and tokens.
+
+    Returns:
+      Completions in the order of the requests, and what was done; seconds are summed
+      over engines.
+
+    Raises:
+      ValueError: see `requests.check` and `scheduler.check_fits`.
+    """
+    engines[0].check(requests)
+    queue = request_queue.RequestQueue(
+        requests, num_workers=len(engines), expected_lengths=expected_lengths
+    )
+    lock, tokens = threading.Lock(), [0] * len(engines)
+    done: dict[int, types.Completion] = {}
+
+    def serve(number):
+        def keep(completion):
+            with lock:
+                done[completion.request_id] = completion
+                if on_completion:
+                    on_completion(completion)
+
+        def report(num_tokens):
+            with lock:
+                tokens[number] = num_tokens
+                if on_call:
+                    on_call(len(done), sum(tokens))
+
+        source = queue.share(number)
+        return engines[number].serve(source, seed, on_completion=keep, on_call=report)
+
+    if len(engines) == 1:
+        stats = serve(0)
+    else:
+        stats = rollout_stats.RolloutStats()
+        with concurrent.futures.ThreadPoolExecutor(len(engines), "answer") as pool:
+            for own in pool.map(serve, range(len(engines))):
+                stats = stats.join(own)
+    return [done[request.request_id] for request in requests], stats
 
 
 class _Keys:

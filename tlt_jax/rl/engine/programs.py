@@ -82,6 +82,9 @@ class EnginePrograms:
 
     Attributes:
       kernels: that they compute with.
+      abstract_caches: shapes and shardings of the caches.
+      settings: what every program of the target is compiled for.
+      captures: texts' features are read for the drafter's training.
     """
 
     def __init__(
@@ -90,29 +93,35 @@ class EnginePrograms:
         engine_cfg: EngineConfig,
         speculator_cfg: speculator.SpeculatorConfig | None,
         mesh: jax.sharding.Mesh,
-        rules: sharding.ShardingRules,
     ):
         """Describe the caches; weights are given to each program's builder.
-
-        Args:
-          cfg: the target.
-          engine_cfg: sizes and law.
-          speculator_cfg: how to speculate, or None.
-          mesh: devices of the engine.
-          rules: how the caches are split over them.
 
         Raises:
           ValueError: `engine_cfg.cpu_kernels` or `.attention` cannot be had.
         """
         self._cfg, self._engine_cfg = cfg, engine_cfg
         self._speculator_cfg = speculator_cfg
-        self._drafter_cfg = speculator_cfg and speculator_cfg.drafter_cfg
+        self._drafter_cfg = drafter_cfg = speculator_cfg and speculator_cfg.drafter_cfg
+        self.captures = speculator_cfg is not None and speculator_cfg.capture
+        rules = sharding.ShardingRules()
         self._replicated = sharding.replicated(mesh)
         self._dtype = jnp.dtype(engine_cfg.dtype)
         self.kernels = kernels.choose(
             *(engine_cfg.cpu_kernels, engine_cfg.attention),
             *(mesh, rules, self._dtype),
             checked=engine_cfg.check_kernels,
+        )
+        layers = drafter_cfg and drafter_cfg.feature_layers
+        self.settings = decode.Settings(
+            cfg=cfg,
+            sampling_cfg=engine_cfg.sampling_cfg,
+            eos_ids=engine_cfg.eos_ids,
+            max_tokens=engine_cfg.steps_per_call,
+            feature_layers=layers,
+            # Beside what is fused: training needs the last features, too.
+            keep_hidden=bool(layers) and self.captures,
+            dtype=engine_cfg.dtype,
+            kernels=self.kernels,
         )
         abstract = jax.eval_shape(self._empty)
         axes = (None, "page", "kv_heads", None, None)
@@ -123,41 +132,7 @@ class EnginePrograms:
             return sharding.named(mesh, rules, named, leaf.shape)
 
         self._shardings = jax.tree.map(split, abstract)
-        self._caches = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=where
-            ),
-            abstract,
-            self._shardings,
-        )
-
-    @property
-    def abstract_caches(self) -> protocols.Caches:
-        """Shapes and shardings of the caches."""
-        return self._caches
-
-    @property
-    def captures(self) -> bool:
-        """Whether texts' features are read for the drafter's training."""
-        return self._speculator_cfg is not None and self._speculator_cfg.capture
-
-    @property
-    def settings(self) -> decode.Settings:
-        """What every program of the target is compiled for."""
-        cfg, layers = self._engine_cfg, None
-        if self._drafter_cfg is not None:
-            layers = self._drafter_cfg.feature_layers
-        return decode.Settings(
-            cfg=self._cfg,
-            sampling_cfg=cfg.sampling_cfg,
-            eos_ids=cfg.eos_ids,
-            max_tokens=cfg.steps_per_call,
-            feature_layers=layers,
-            # Beside what is fused: training needs the last features, too.
-            keep_hidden=bool(layers) and self._speculator_cfg.capture,
-            dtype=cfg.dtype,
-            kernels=self.kernels,
-        )
+        self.abstract_caches = abstract_of(abstract, self._shardings)
 
     def _drafter_weights(self, params: model_params.Params) -> learned.DrafterWeights:
         """Describe the drafter's weights, which need not be there yet."""
@@ -170,10 +145,7 @@ class EnginePrograms:
             return learned.weights_of(own.replace(draft_ids=ids), target)
 
         made = jax.eval_shape(make, abstract_of(params))
-        placed = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated),
-            made,
-        )
+        placed = abstract_of(made, self._replicated)
         kept = {"embed": abstract_of(params.embed)}
         if not size and not cfg.own_head:
             kept["head"] = abstract_of(params.head)
@@ -181,25 +153,16 @@ class EnginePrograms:
 
     def empty_caches(self) -> programs.Program:
         """Make the empty `protocols.Caches`."""
-
-        def lower():
-            return jax.jit(self._empty, out_shardings=self._shardings).lower()
-
-        return programs.Program(("cache",), lower)
+        jitted = jax.jit(self._empty, out_shardings=self._shardings)
+        return programs.Program(("cache",), jitted.lower)
 
     def prefill(self, params: model_params.Params, batch: int) -> programs.Program:
         """Append a chunk to `batch` rows of the target's cache."""
 
         def lower():
-            cfg = self._engine_cfg
             fn = functools.partial(decode.prefill, settings=self.settings)
             return decode.donated(fn, self._shardings.target).lower(
-                abstract_of(params),
-                self._caches.target,
-                self._ints(batch, cfg.chunk),
-                self._ints(batch),
-                self._ints(batch, cfg.max_pages),
-                self._ints(batch),
+                abstract_of(params), self.abstract_caches.target, *self._chunk(batch)
             )
 
         return programs.Program(("prefill", batch), lower)
@@ -211,54 +174,34 @@ class EnginePrograms:
         strategy: strategy_lib.Strategy | None,
     ) -> programs.Program:
         """Decode `batch` rows as the strategy says; None: plainly."""
-        if strategy is None:
-            return self.plain_decode(params, batch)
-        return self.speculative_decode(params, batch, strategy)
 
-    def plain_decode(self, params: model_params.Params, batch: int) -> programs.Program:
-        """Decode `batch` rows plainly."""
-
-        def lower():
+        def plain():
             fn = functools.partial(decode.decode, settings=self.settings)
             return decode.donated(fn, self._shardings.target, self._replicated).lower(
                 abstract_of(params),
-                self._caches.target,
+                self.abstract_caches.target,
                 self._rows(batch),
-                self._ints(),
-                self._ints(),
+                *(self._ints(), self._ints()),
             )
 
-        return programs.Program(("decode", batch), lower)
-
-    def speculative_decode(
-        self,
-        params: model_params.Params,
-        batch: int,
-        strategy: strategy_lib.Strategy,
-    ) -> programs.Program:
-        """Decode `batch` rows speculatively."""
-
-        def lower():
-            jitted = jax.jit(
-                functools.partial(
-                    speculate.run,
-                    proposer=self._proposer(strategy),
-                    rule=chain.RULES[self._speculator_cfg.rule],
-                    settings=self.settings,
-                ),
-                donate_argnums=(1,),
-                out_shardings=(self._shardings, self._replicated),
+        def speculative():
+            fn = functools.partial(
+                speculate.run,
+                proposer=self._proposer(strategy),
+                rule=chain.RULES[self._speculator_cfg.rule],
+                settings=self.settings,
             )
-            return jitted.lower(
+            return decode.donated(fn, self._shardings, self._replicated).lower(
                 abstract_of(params),
-                self._caches,
+                self.abstract_caches,
                 self._rows(batch),
                 self._inputs(params, batch, strategy),
-                self._ints(),
-                self._ints(),
+                *(self._ints(), self._ints()),
             )
 
-        return programs.Program(("speculate", batch, strategy), lower)
+        if strategy is None:
+            return programs.Program(("decode", batch), plain)
+        return programs.Program(("speculate", batch, strategy), speculative)
 
     def _proposer(self, strategy: strategy_lib.Strategy) -> protocols.Proposer:
         cfg = self._speculator_cfg
@@ -298,24 +241,15 @@ class EnginePrograms:
         """Append a chunk to `batch` rows of the drafter's cache."""
 
         def lower():
-            cfg = self._engine_cfg
-            fn = functools.partial(
-                learned.fill,
-                cfg=self._drafter_cfg,
-                dtype=self._dtype,
-                kernels=self.kernels,
-            )
-            jitted = jax.jit(
-                fn, donate_argnums=(2,), out_shardings=self._shardings.drafter
-            )
+            how = {"cfg": self._drafter_cfg, "dtype": self._dtype}
+            fn = functools.partial(learned.fill, kernels=self.kernels, **how)
+            where = self._shardings.drafter
+            jitted = jax.jit(fn, donate_argnums=(2,), out_shardings=where)
             return jitted.lower(
                 self._drafter_weights(params),
-                self._caches.target,
-                self._caches.drafter,
-                self._ints(batch, cfg.chunk),
-                self._ints(batch),
-                self._ints(batch, cfg.max_pages),
-                self._ints(batch),
+                self.abstract_caches.target,
+                self.abstract_caches.drafter,
+                *self._chunk(batch),
             )
 
         return programs.Program(("fill", batch), lower)
@@ -324,11 +258,9 @@ class EnginePrograms:
         """Read what pages keep of the target's features, `[max_pages, F, page]`."""
 
         def lower():
-            def read(cache, pages):
-                return kv_cache.read_feature_pages(cache, pages)
-
-            fn = jax.jit(read, out_shardings=self._replicated)
-            return fn.lower(self._caches.target, self._ints(self._engine_cfg.max_pages))
+            pages = self._ints(self._engine_cfg.max_pages)
+            fn = jax.jit(kv_cache.read_feature_pages, out_shardings=self._replicated)
+            return fn.lower(self.abstract_caches.target, pages)
 
         return programs.Program(("read_features",), lower)
 
@@ -336,13 +268,10 @@ class EnginePrograms:
         """Copy up to `max_rows` pages of the target's cache."""
 
         def lower():
-            width = self._engine_cfg.max_rows
-            fn = jax.jit(
-                kv_cache.copy_pages,
-                donate_argnums=(0,),
-                out_shardings=self._shardings.target,
-            )
-            return fn.lower(self._caches.target, self._ints(width), self._ints(width))
+            pages = self._ints(self._engine_cfg.max_rows)
+            where = self._shardings.target
+            fn = jax.jit(kv_cache.copy_pages, donate_argnums=(0,), out_shardings=where)
+            return fn.lower(self.abstract_caches.target, pages, pages)
 
         return programs.Program(("copy",), lower)
 
@@ -370,6 +299,16 @@ class EnginePrograms:
             self.kernels.packing(cfg.page_size, model.head_dim),
         )
 
+    def _chunk(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Describe tokens, their counts, pages and lengths of some rows' chunks."""
+        cfg = self._engine_cfg
+        return (
+            self._ints(batch, cfg.chunk),
+            self._ints(batch),
+            self._ints(batch, cfg.max_pages),
+            self._ints(batch),
+        )
+
     def _rows(self, batch: int) -> decode.Rows:
         return decode.Rows(
             page_table=self._ints(batch, self._engine_cfg.max_pages),
@@ -383,11 +322,20 @@ class EnginePrograms:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
 
-def abstract_of(tree: Any) -> Any:
-    """Describe the shape, dtype and sharding of every leaf."""
+def abstract_of(tree: Any, where: Any = None) -> Any:
+    """Describe the shape, dtype and sharding of every leaf.
+
+    Args:
+      tree: of arrays, numbers or what describes them.
+      where: a sharding for all leaves, or a tree of them whose leaves stand at the
+        places of `tree`'s or above; None: those that the leaves have.
+    """
+    if where is None:
+        where = jax.tree.map(lambda leaf: leaf.sharding, tree)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        lambda leaf, here: jax.ShapeDtypeStruct(
+            jnp.shape(leaf), jnp.result_type(leaf), sharding=here
         ),
         tree,
+        jax.tree.broadcast(where, tree),
     )

@@ -15,11 +15,13 @@ from tlt_jax import types
 
 
 class RequestSource(Protocol):
-    """Where an engine takes its requests from: `Share` here, `remote.RemoteShare`."""
+    """Where an engine takes its requests from: `Share` here, `remote.RemoteShare`.
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that nobody has taken."""
+    Attributes:
+      num_waiting: requests that nobody has taken.
+    """
+
+    num_waiting: int
 
     def take(self) -> types.Request | None:
         """Take a request; None: none is waiting, or this engine has its part."""
@@ -32,7 +34,11 @@ class RequestSource(Protocol):
 
 
 class RequestQueue:
-    """Requests that wait, and which worker holds which. Safe to use from threads."""
+    """Requests that wait, and which worker holds which. Safe to use from threads.
+
+    Attributes:
+      num_waiting: requests that nobody has taken.
+    """
 
     def __init__(
         self,
@@ -41,12 +47,9 @@ class RequestQueue:
         num_workers: int = 1,
         expected_lengths: Mapping[int, float] | None = None,
     ):
-        """Queue `requests`, those expected to run longest first.
+        """Queue requests of distinct ids, those expected to run longest first.
 
-        Args:
-          requests: ids distinct.
-          num_workers: that will take from it, at least 1.
-          expected_lengths: tokens by `prompt_id`, see `in_order`.
+        `expected_lengths` are tokens by `prompt_id`, see `in_order`.
         """
         self._lock = threading.Lock()
         # By prompt, in the order of their first requests: a dict keeps it.
@@ -54,20 +57,15 @@ class RequestQueue:
         for request in in_order(requests, expected_lengths or {}):
             group = self._waiting.setdefault(request.prompt_id, collections.deque())
             group.append(request)
-        self._num_waiting = len(requests)
+        self.num_waiting = len(requests)
         self._held: list[dict[int, types.Request]] = [{} for _ in range(num_workers)]
         self._lost: set[int] = set()
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that nobody has taken."""
-        return self._num_waiting
 
     @property
     def num_left(self) -> int:
         """Requests that are waiting or being decoded."""
         with self._lock:
-            return self._num_waiting + sum(map(len, self._held))
+            return self.num_waiting + sum(map(len, self._held))
 
     def prompts_waiting(self) -> frozenset[int]:
         """Return the prompts of which requests are waiting."""
@@ -82,20 +80,15 @@ class RequestQueue:
         """Take the next request for a worker.
 
         First one of a prompt that the worker holds already, whose pages it shares; then
-        the first of a prompt that no worker holds; then the first.
-
-        Args:
-          worker: its number.
-
-        Returns:
-          The request; None if none is waiting, or the worker has its part.
+        the first of a prompt that no worker holds; then the first. None: none is
+        waiting, or the worker has its part.
         """
         with self._lock:
             if not self._waiting or worker in self._lost:
                 return None
             num_held = sum(map(len, self._held))
             num_workers = len(self._held) - len(self._lost)
-            part = -(-(self._num_waiting + num_held) // num_workers)
+            part = -(-(self.num_waiting + num_held) // num_workers)
             if len(self._held[worker]) >= part:
                 return None
             prompt_id = self._choose(worker)
@@ -103,15 +96,14 @@ class RequestQueue:
             request = group.popleft()
             if not group:
                 del self._waiting[prompt_id]
-            self._num_waiting -= 1
+            self.num_waiting -= 1
             self._held[worker][request.request_id] = request
             return request
 
     def finish(self, worker: int, request_id: int) -> bool:
-        """Note that a worker is through with a request.
+        """Note that a worker is through with a request; tell whether it counts.
 
-        Returns:
-          Whether it counts: a worker given up for lost finishes nothing any more.
+        A worker given up for lost finishes nothing any more.
         """
         with self._lock:
             return self._held[worker].pop(request_id, None) is not None
@@ -121,11 +113,7 @@ class RequestQueue:
         return prompt_id in self._waiting
 
     def lose(self, worker: int) -> list[types.Request]:
-        """Put what a worker holds back to the front; it gets nothing any more.
-
-        Returns:
-          The requests put back.
-        """
+        """Put back to the front, and return, what a worker holds: it is lost."""
         with self._lock:
             self._lost.add(worker)
             held = list(self._held[worker].values())
@@ -134,7 +122,7 @@ class RequestQueue:
                 group = self._waiting.pop(request.prompt_id, collections.deque())
                 group.appendleft(request)
                 self._waiting = {request.prompt_id: group, **self._waiting}
-            self._num_waiting += len(held)
+            self.num_waiting += len(held)
             return held
 
     def _choose(self, worker: int) -> int:
@@ -148,7 +136,7 @@ class RequestQueue:
         return next(iter(self._waiting))
 
 
-class Share:
+class Share(RequestSource):
     """What one worker sees of the queue."""
 
     def __init__(self, queue: RequestQueue, worker: int):
@@ -157,26 +145,22 @@ class Share:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that nobody has taken."""
         return self._queue.num_waiting
 
     def take(self) -> types.Request | None:
-        """Take a request, see `RequestQueue.take`."""
         return self._queue.take(self._worker)
 
     def finish(self, request_id: int) -> bool:
-        """Note that a request is done, see `RequestQueue.finish`."""
         return self._queue.finish(self._worker, request_id)
 
     def waits(self, prompt_id: int) -> bool:
-        """Tell whether a request of this prompt is waiting."""
         return self._queue.waits(prompt_id)
 
 
 def in_order(
     requests: Sequence[types.Request], expected_lengths: Mapping[int, float]
 ) -> list[types.Request]:
-    """Order requests: longest expected first, otherwise as given.
+    """Order requests: longest expected first, otherwise as given; a stable sort.
 
     A long answer that starts late decides when the rollout ends. Requests of a prompt
     without history count as of mean expected length, so that nothing is known to be
@@ -185,9 +169,6 @@ def in_order(
     Args:
       requests: in the caller's order.
       expected_lengths: tokens, by `prompt_id`.
-
-    Returns:
-      The requests, a stable sort.
     """
     known = [
         expected_lengths[r.prompt_id]

@@ -9,12 +9,7 @@ from tlt_jax.rl.engine import scheduler
 
 
 def check(requests: Sequence[types.Request], vocab_size: int, max_length: int) -> None:
-    """Refuse requests that an engine cannot answer.
-
-    Args:
-      requests: of one run.
-      vocab_size: the target's.
-      max_length: longest text in positions that the engine was made for.
+    """Refuse requests that an engine for texts of `max_length` cannot answer.
 
     Raises:
       ValueError: a request is empty, does not fit, its id is not unique, or its prompt
@@ -40,13 +35,12 @@ def check(requests: Sequence[types.Request], vocab_size: int, max_length: int) -
                 f"vocabulary of {vocab_size}: encode it with the model's "
                 "own tokenizer."
             )
-        longest = len(request.prompt) + request.max_new_tokens
         if request.max_new_tokens < 1:
             raise ValueError(
                 f"request {request.request_id} asks for max_new_tokens="
                 f"{request.max_new_tokens}: at least 1."
             )
-        if longest > max_length:
+        if len(request.prompt) + request.max_new_tokens > max_length:
             raise ValueError(
                 f"request {request.request_id} has a prompt of "
                 f"{len(request.prompt)} tokens and asks for up to "
@@ -89,7 +83,7 @@ def _stop_length(tokens, num_new, stop, decode_text) -> int | None:
     """Return after how many tokens a stop string first stands in the text."""
     if not stop or not any(s in decode_text(tokens) for s in stop):
         return None
-    for length in range(len(tokens) - num_new + 1, len(tokens) + 1):
+    for length in range(len(tokens) - num_new + 1, len(tokens)):
         if any(s in decode_text(tokens[:length]) for s in stop):
             return length
     return len(tokens)

@@ -97,21 +97,24 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prefill:
-    """Tokens to be cached: `text[start:]` into `pages`, from position `start` on.
+class Part:
+    """Positions of a text that a cache is to be given: `start` to `stop`, exclusive.
 
     Attributes:
-      text: `[n] int32`, from position 0.
+      text: `[n] int32`, from position 0. The target's cache is given token t at
+        position t; the drafter's feature t and token t + 1, so `stop` is below n.
       start: a multiple of the page size; earlier positions are cached already.
-      pages: of all n positions.
+      stop: at most n.
+      pages: of the text up to `stop`, or more.
     """
 
     text: np.ndarray
     start: int
+    stop: int
     pages: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Admission:
     """What the device must do before newly admitted rows can be decoded.
 
@@ -122,9 +125,9 @@ class Admission:
       copies: (source page, target page), last.
     """
 
-    prompts: tuple[Prefill, ...]
-    returns: tuple[Prefill, ...]
-    copies: tuple[tuple[int, int], ...]
+    prompts: list[Part] = dataclasses.field(default_factory=list)
+    returns: list[Part] = dataclasses.field(default_factory=list)
+    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     def any(self) -> bool:
         """Tell whether there is anything to do."""
@@ -142,14 +145,10 @@ class Scheduler:
         page_size: int,
         max_rows: int,
     ):
-        """Begin without rows.
+        """Begin without rows; `num_pages` includes the scratch page.
 
-        Args:
-          source: where requests come from; equal `prompt_id` means equal prompts, and
-            each was found to `fit`.
-          num_pages: of the cache, scratch page included.
-          page_size: positions in a page.
-          max_rows: rows decoded at once.
+        Of the source's requests equal `prompt_id` means equal prompts, and each has
+        passed `check_fits`.
         """
         self._source = source
         self._pool = PagePool(num_pages)
@@ -176,16 +175,11 @@ class Scheduler:
         free slot if there are pages for all of its next `num_steps` tokens, too, so
         that what is cached for it is used before it can be put back.
 
-        Args:
-          num_steps: tokens drawn before the next `admit`, at most.
-
         Returns:
           What the device must do, before pages are written by anything else.
         """
         self._reserve(num_steps)
-        prompts: list[Prefill] = []
-        returns: list[Prefill] = []
-        copies: list[tuple[int, int]] = []
+        admission = Admission()
         while len(self.rows) < self._max_rows:
             if not self.waiting:
                 request = self._source.take()
@@ -193,29 +187,22 @@ class Scheduler:
                     break
                 self.waiting.append(Row(request))
             row = self.waiting[0]
-            admitted = self._admit(row, num_steps, prompts, returns, copies)
+            admitted = self._admit(row, num_steps, admission)
             if not admitted and not self.rows:
                 # By itself every row fits: that was checked at the start.
                 self._drop(list(self._prompts))
-                admitted = self._admit(row, num_steps, prompts, returns, copies)
+                admitted = self._admit(row, num_steps, admission)
             if not admitted:
                 break
             self.waiting.popleft()
             self.rows.append(row)
         awaited = {row.request.prompt_id for row in self.waiting}
-        self._drop(
-            p
-            for p in list(self._prompts)
-            if p not in awaited and not self._source.waits(p)
-        )
-        return Admission(tuple(prompts), tuple(returns), tuple(copies))
+        unused = [p for p in self._prompts if p not in awaited]
+        self._drop([p for p in unused if not self._source.waits(p)])
+        return admission
 
     def finish(self, row: Row) -> bool:
-        """Take a finished row out and free its pages.
-
-        Returns:
-          Whether it counts, see `request_queue.RequestQueue.finish`.
-        """
+        """Take a finished row out and free its pages; tell whether it counts."""
         self.rows.remove(row)
         self._pool.release(row.pages)
         row.pages = []
@@ -243,9 +230,7 @@ class Scheduler:
             else:
                 self._drop(list(self._prompts))
 
-    def _admit(
-        self, row: Row, num_steps: int, prompts: list, returns: list, copies: list
-    ) -> bool:
+    def _admit(self, row: Row, num_steps: int, admission: Admission) -> bool:
         """Give a row its pages; False, with nothing changed, where there are none."""
         page_size = self._page_size
         prompt_length = len(row.request.prompt) - 1
@@ -261,7 +246,7 @@ class Scheduler:
             self._prompts[row.request.prompt_id] = prompt
             if prompt_length:
                 text = row.request.prompt[:-1]
-                prompts.append(Prefill(text, 0, tuple(prompt)))
+                admission.prompts.append(Part(text, 0, prompt_length, tuple(prompt)))
         shared = prompt[:num_shared]
         self._pool.share(shared)
         row.pages = shared + self._pool.take(num_own)
@@ -269,9 +254,10 @@ class Scheduler:
         if row.tokens:
             # Comes back after preemption: what it had drawn is cached anew.
             pages = tuple(row.pages[: self._pages_for(length)])
-            returns.append(Prefill(row.text()[:-1], num_shared * page_size, pages))
+            start, text = num_shared * page_size, row.text()[:-1]
+            admission.returns.append(Part(text, start, length, pages))
         elif prompt_length % page_size:
-            copies.append((prompt[num_shared], row.pages[num_shared]))
+            admission.copies.append((prompt[num_shared], row.pages[num_shared]))
         return True
 
     def _preempt(self, row: Row) -> None:
@@ -294,12 +280,7 @@ def check_fits(request: types.Request, *, num_pages: int, page_size: int) -> Non
     """Refuse a request that no cache of this size can hold, even alone.
 
     The last token drawn is never cached. A prompt that ends within a page holds that
-    page beside the row's copy.
-
-    Args:
-      request: what is asked for.
-      num_pages: of the cache, scratch page included.
-      page_size: positions in a page.
+    page beside the row's copy. `num_pages` includes the scratch page.
 
     Raises:
       ValueError: its prompt is empty, or it may grow beyond the cache.

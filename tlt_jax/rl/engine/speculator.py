@@ -85,12 +85,7 @@ class SpeculatorConfig:
         max_length: int,
         sampling_cfg: sampling.SamplingConfig,
     ) -> None:
-        """Refuse what cannot be built.
-
-        Args:
-          target: the model that verifies.
-          max_length: longest text in positions.
-          sampling_cfg: the law.
+        """Refuse what cannot be built for a target, texts up to a length, and a law.
 
         Raises:
           ValueError: a setting is out of range, the drafter is another target's, texts
@@ -148,91 +143,17 @@ class SpeculatorConfig:
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Fill:
-    """Positions of a text to be taken into the drafter's cache.
+# What an engine has that was not told how to.
+NEVER = SpeculatorConfig(strategy_lib.Arms(()))
+
+
+class Speculator:
+    """Chooses strategies and gives their proposers what they need of the host.
 
     Attributes:
-      text: `[n] int32`; position t is filled with feature t and token t + 1.
-      start: a multiple of the page size.
-      stop: at most n - 1.
-      pages: of the text.
+      version: of the drafter in use; -1: none.
+      weights: the drafter with embedding and head of the target; None: not both yet.
     """
-
-    text: np.ndarray
-    start: int
-    stop: int
-    pages: tuple[int, ...]
-
-
-class Plain:
-    """Speculates never: what an engine asks where it was not told how to."""
-
-    rule = chain.KEYED
-    version = -1
-    weights: learned.DrafterWeights | None = None
-
-    def offer(self, params: drafter.DrafterParams, version: int) -> None:
-        """Refuse a drafter.
-
-        Raises:
-          ValueError: always.
-        """
-        raise ValueError("the engine was made without speculator_cfg: give one.")
-
-    def take_up(
-        self, rows: Sequence[scheduler.Row], target: model_params.Params | None
-    ) -> None:
-        """Nothing was offered."""
-
-    def set_target(self, target: model_params.Params) -> None:
-        """Nothing is read of the target."""
-
-    def begin(self) -> None:
-        """Nothing is remembered."""
-
-    def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
-        """Decode plainly."""
-        return None
-
-    def choices(self, num_rows: int) -> tuple[strategy_lib.Strategy | None, ...]:
-        """List plain decoding alone."""
-        return (None,)
-
-    def written(self, jobs: Sequence[scheduler.Prefill]) -> None:
-        """No page is another's."""
-
-    def missing(
-        self,
-        rows: Sequence[scheduler.Row],
-        strategy: strategy_lib.Strategy | None,
-    ) -> list[list[Fill]]:
-        """Nothing is to be filled."""
-        return []
-
-    def inputs(
-        self,
-        rows: Sequence[scheduler.Row],
-        batch: int,
-        strategy: strategy_lib.Strategy | None,
-    ) -> Any:
-        """No proposer is given anything."""
-        return ()
-
-    def took(
-        self,
-        rows: Sequence[scheduler.Row],
-        call: tuner_lib.Call,
-        progress: Any,
-    ) -> None:
-        """Nothing is learned."""
-
-    def finished(self, request: types.Request, tokens: np.ndarray) -> None:
-        """Nothing is kept."""
-
-
-class Speculator(Plain):
-    """Chooses strategies and gives their proposers what they need of the host."""
 
     def __init__(
         self,
@@ -245,16 +166,13 @@ class Speculator(Plain):
     ):
         """Begin without weights; `offer` and `take_up` give some.
 
-        Args:
-          cfg: how to speculate.
-          page_size: positions in a page.
-          max_length: longest text in positions.
-          tuner: chooses among the strategies; None: the table, unchanged.
-          early_tuner: chooses while there are no drafter's weights; None: plain
-            decoding.
+        `tuner` chooses among the strategies, None: the table does. `early_tuner`
+        chooses while there are no drafter's weights, None: plain decoding is all then.
         """
         self.cfg = cfg
         self.rule = cfg.rule
+        self.version = -1
+        self.weights: learned.DrafterWeights | None = None
         self._tuner = tuner or tuner_lib.Static(cfg.table)
         self._early_tuner = early_tuner
         self._offer_lock = threading.Lock()
@@ -278,9 +196,7 @@ class Speculator(Plain):
     ) -> None:
         """Use what was offered from now on; what `rows` have cached is stale.
 
-        Args:
-          rows: that are being decoded.
-          target: whose embedding and head the drafter reads.
+        The drafter reads embedding and head of `target`.
         """
         with self._offer_lock:
             offer, self._offered = self._offered, None
@@ -310,9 +226,10 @@ class Speculator(Plain):
     def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
         """Choose how to decode `num_rows` rows; None: plainly."""
         strategy = self._chooser.choose(num_rows)
-        # Without a tuner for the time before, a drafter is waited for.
-        ready = strategy is None or not strategy.drafts or self.weights is not None
-        return strategy if ready else None
+        if strategy is not None and strategy.drafts and self.weights is None:
+            # Without a tuner for the time before, a drafter is waited for.
+            return None
+        return strategy
 
     def choices(self, num_rows: int) -> tuple[strategy_lib.Strategy | None, ...]:
         """All that `choose` may ever return for so many rows."""
@@ -328,7 +245,7 @@ class Speculator(Plain):
         early = self._early_tuner is not None and self.weights is None
         return self._early_tuner if early else self._tuner
 
-    def written(self, jobs: Sequence[scheduler.Prefill]) -> None:
+    def written(self, jobs: Sequence[scheduler.Part]) -> None:
         """Note that pages hold other positions from now on."""
         for job in jobs:
             self._filled.difference_update(job.pages[job.start // self._page_size :])
@@ -337,44 +254,33 @@ class Speculator(Plain):
         self,
         rows: Sequence[scheduler.Row],
         strategy: strategy_lib.Strategy | None,
-    ) -> list[list[Fill]]:
+    ) -> list[list[scheduler.Part]]:
         """List what to fill before `rows` speculate, and count it as done.
-
-        Args:
-          rows: of the decode call.
-          strategy: what it will do.
 
         Returns:
           Rounds of independent jobs: shared pages first, then each row's own.
         """
         if strategy is None or not strategy.drafts:
             return []
-        shared: dict[int, Fill] = {}
-        own = []
+        shared: dict[int, scheduler.Part] = {}
+        own, size = [], self._page_size
         for row in rows:
             if 1 <= row.length - row.drafted <= strategy.max_accept_length:
                 continue
             text, pages = row.text(), tuple(row.pages)
-            prompt_length = len(row.request.prompt) - 1
-            num_full = prompt_length // self._page_size
+            num_full = (len(row.request.prompt) - 1) // size
             lacking = [page not in self._filled for page in pages[:num_full]]
             if any(lacking):
                 first = lacking.index(True)
-                job = Fill(
-                    text,
-                    first * self._page_size,
-                    num_full * self._page_size,
-                    pages,
-                )
+                job = scheduler.Part(text, first * size, num_full * size, pages)
                 shared.setdefault(pages[first], job)
-            start = max(num_full * self._page_size, row.drafted)
-            start = start // self._page_size * self._page_size
+            start = max(num_full * size, row.drafted) // size * size
             stop = max(row.length - 1, 0)
             if start < stop:
-                own.append(Fill(text, start, stop, pages))
+                own.append(scheduler.Part(text, start, stop, pages))
             row.drafted = stop
         for job in shared.values():
-            self._filled.update(job.pages[: job.stop // self._page_size])
+            self._filled.update(job.pages[: job.stop // size])
         return [jobs for jobs in (list(shared.values()), own) if jobs]
 
     def inputs(
@@ -385,10 +291,7 @@ class Speculator(Plain):
     ) -> Any:
         """Give what the strategy's proposer needs, padded to the batch bucket.
 
-        Args:
-          rows: of the decode call, after what was `missing` is filled.
-          batch: the bucket.
-          strategy: what the call will do.
+        What was `missing` of the rows is filled by now.
 
         Returns:
           A `learned.Draft`, an `ngram.Matching`, a pair of them, or nothing.
@@ -430,13 +333,10 @@ class Speculator(Plain):
         call: tuner_lib.Call,
         progress: Any,
     ) -> None:
-        """Note what came of a decode call.
+        """Note what came of a decode call, and tell whoever chose its strategy.
 
-        Args:
-          rows: of the call.
-          call: told to whoever chose its strategy.
-          progress: what its proposer tells: how far the drafter came, how the matches
-            did, or both.
+        `progress` is what its proposer tells: how far the drafter came, how the matches
+        did, or both.
         """
         self._chooser.record(call)
         strategy = call.strategy

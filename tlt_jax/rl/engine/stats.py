@@ -85,13 +85,11 @@ class RolloutStats:
 
     def join(self, other: "RolloutStats") -> "RolloutStats":
         """Add what another engine did; its calls come behind."""
-        values = {}
-        for field in dataclasses.fields(self):
-            mine, its = getattr(self, field.name), getattr(other, field.name)
-            values[field.name] = mine if field.name == "rule" else mine + its
+        mine, its = vars(self), vars(other)
+        values = {name: mine[name] + its[name] for name in mine if name != "rule"}
         for name in ("num_accepted", "num_tried"):
-            values[name] = _sum(getattr(self, name), getattr(other, name))
-        return RolloutStats(**values)
+            values[name] = _sum(mine[name], its[name])
+        return dataclasses.replace(self, **values)
 
 
 def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:

@@ -26,13 +26,7 @@ from tlt_jax.rl.workers import records
 def handle(
     state: records.State, event: object, at_s: float, cfg: records.Config
 ) -> tuple[records.State, list[records.Command]]:
-    """Take in one event.
-
-    Args:
-      state: before.
-      event: one of the events of `records`.
-      at_s: when it arrived; one clock for all events, never going back.
-      cfg: thresholds.
+    """Take in one of the events of `records`, which arrived at `at_s`.
 
     Returns:
       The state after it, and the commands to give, in order.
@@ -49,10 +43,8 @@ def handle(
                 state = _lose(state, worker, reason, commands)
         case records.RequestsReturned(generation, worker):
             if generation == state.generation and worker in state.unreturned:
-                unreturned = state.unreturned - {worker}
-                state = dataclasses.replace(
-                    state, unreturned=unreturned, unclaimed=True
-                )
+                left = state.unreturned - {worker}
+                state = dataclasses.replace(state, unreturned=left, unclaimed=True)
         case records.TrainingRuns(number, revision):
             state = _runs(state, number, revision)
         case records.TrainingStopped(number):
@@ -72,12 +64,7 @@ def handle(
 
 def may_train(state: records.State, training: int) -> bool:
     """Say whether the trainer may begin another step of this training."""
-    current = state.training
-    return (
-        current is not None
-        and current.number == training
-        and current.stop_asked_s is None
-    )
+    return may_publish(state, training) and state.training.stop_asked_s is None
 
 
 def may_publish(state: records.State, training: int) -> bool:
@@ -85,26 +72,21 @@ def may_publish(state: records.State, training: int) -> bool:
     return state.training is not None and state.training.number == training
 
 
-def timeline(state: records.State) -> tuple[records.Interval, ...]:
+def timeline(
+    state: records.State, since_s: float = 0.0
+) -> tuple[records.Interval, ...]:
     """Return what each worker did in the rollout, up to `state.now_s` or its end.
 
-    Times are those of the events; the rollout began at `state.began_s`.
+    Times are those of the events, less `since_s`; it began at `state.began_s`.
     """
     found = state.intervals
     if state.rolling:
         found += tuple(_interval(w, state.now_s) for w in state.workers)
-    return tuple(i for i in found if i.stop_s > i.start_s)
-
-
-def metrics(state: records.State) -> dict[str, float]:
-    """Sum up the rollout that has ended, or the one that runs up to `state.now_s`.
-
-    Returns:
-      What `sums` gives, and `workers/num_lost`.
-    """
-    return sums(timeline(state)) | {
-        "workers/num_lost": len(state.which(records.Activity.LOST))
-    }
+    return tuple(
+        records.Interval(i.worker, i.activity, i.start_s - since_s, i.stop_s - since_s)
+        for i in found
+        if i.stop_s > i.start_s
+    )
 
 
 def sums(intervals: Iterable[records.Interval]) -> dict[str, float]:
@@ -162,8 +144,7 @@ def _heard(
         return state
     if worker.activity != records.Activity.BUSY or worker.round != event.round:
         return state
-    worker = dataclasses.replace(worker, heard_s=state.now_s, answered=True)
-    state = _put(state, worker)
+    state = _put(state, dataclasses.replace(worker, heard_s=state.now_s, answered=True))
     if isinstance(event, records.WorkerDone):
         state = _switch(state, [worker.number], records.Activity.IDLE)
     return state
@@ -212,33 +193,28 @@ def _ended(state: records.State, number: int, reason: str) -> records.State:
 def _disband(state: records.State) -> records.State:
     """Free the workers of a training that has ended."""
     if state.rolling:
-        state = _switch(
-            state, state.which(records.Activity.TRAINING), records.Activity.IDLE
-        )
+        members = state.which(records.Activity.TRAINING)
+        state = _switch(state, members, records.Activity.IDLE)
     return dataclasses.replace(state, training=None)
 
 
 def _passed(state: records.State, cfg: records.Config, commands: list) -> records.State:
     """Find out who has been silent for too long."""
-    for worker in state.workers if state.rolling else ():
+    busy = state.which(records.Activity.BUSY) if state.rolling else ()
+    for worker in map(state.worker, busy):
         silent_s = state.now_s - worker.heard_s
-        if (
-            worker.activity == records.Activity.BUSY
-            and silent_s > cfg.heartbeat_timeout_s
-        ):
+        if silent_s > cfg.heartbeat_timeout_s:
             reason = f"it was silent for {silent_s:.0f} s"
             state = _lose(state, worker.number, reason, commands)
     training = state.training
-    if training is not None and training.stop_asked_s is not None:
-        if state.now_s - training.stop_asked_s > cfg.stop_timeout_s:
-            state = dataclasses.replace(
-                state,
-                given_up=training.number,
-                trainer_failure=(
-                    f"it was asked to stop and did not within {cfg.stop_timeout_s:g} s"
-                ),
-            )
-            state = _disband(state)
+    if training is None or training.stop_asked_s is None:
+        return state
+    if state.now_s - training.stop_asked_s > cfg.stop_timeout_s:
+        failure = f"it was asked to stop and did not within {cfg.stop_timeout_s:g} s"
+        state = dataclasses.replace(
+            state, given_up=training.number, trainer_failure=failure
+        )
+        state = _disband(state)
     return state
 
 
@@ -294,20 +270,16 @@ def _begin(state: records.State, commands: list) -> records.State:
     commands.extend(
         records.Generate(asked.generation, w.number, w.round) for w in workers
     )
-    return dataclasses.replace(
-        state,
+    return records.State(
+        now_s=now_s,
         generation=asked.generation,
         rolling=True,
         began_s=now_s,
         ended_s=now_s,
         workers=workers,
-        intervals=(),
-        asked=None,
-        num_restarts=0,
-        unreturned=frozenset(),
-        unclaimed=False,
-        failure="",
-        trainer_failure="",
+        num_trainings=state.num_trainings,
+        given_up=state.given_up,
+        sent_s=state.sent_s,
     )
 
 
@@ -325,11 +297,9 @@ def _abort(state: records.State, commands: list) -> records.State:
 def _close(state: records.State) -> records.State:
     """Write down what each worker did last."""
     last = tuple(_interval(w, state.now_s) for w in state.workers)
+    intervals = state.intervals + last
     return dataclasses.replace(
-        state,
-        rolling=False,
-        ended_s=state.now_s,
-        intervals=state.intervals + last,
+        state, rolling=False, ended_s=state.now_s, intervals=intervals
     )
 
 
@@ -337,15 +307,13 @@ def _wake(state: records.State, commands: list) -> records.State:
     """Let waiting workers look into the queue again, where requests were returned."""
     members = () if state.training is None else state.training.members
     found = [n for n in state.which(records.Activity.IDLE) if n not in members]
-    for number in found:
+    for worker in map(state.worker, found):
+        number, turn = worker.number, worker.round + 1
         worker = dataclasses.replace(
-            state.worker(number),
-            round=state.worker(number).round + 1,
-            heard_s=state.now_s,
-            answered=False,
+            worker, round=turn, heard_s=state.now_s, answered=False
         )
         state = _switch(_put(state, worker), [number], records.Activity.BUSY)
-        commands.append(records.Generate(state.generation, number, worker.round))
+        commands.append(records.Generate(state.generation, number, turn))
     return dataclasses.replace(state, unclaimed=not found)
 
 
@@ -394,13 +362,10 @@ def _switch(
     """Let workers do something else from now on."""
     for number in numbers:
         worker = state.worker(number)
-        state = dataclasses.replace(
-            state, intervals=(*state.intervals, _interval(worker, state.now_s))
-        )
-        state = _put(
-            state,
-            dataclasses.replace(worker, activity=activity, since_s=state.now_s),
-        )
+        done = _interval(worker, state.now_s)
+        worker = dataclasses.replace(worker, activity=activity, since_s=state.now_s)
+        state = dataclasses.replace(state, intervals=(*state.intervals, done))
+        state = _put(state, worker)
     return state
 
 

@@ -25,7 +25,6 @@ need no further thread.
 """
 
 import collections
-import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,20 +37,20 @@ _T = TypeVar("_T")
 
 
 class Coordination:
-    """Holds the coordinator's state for the threads of a process."""
+    """Holds the coordinator's state for the threads of a process.
+
+    Attributes:
+      state: what is known now; a frozen record, read without the lock.
+      closed: `close` was called: threads shall end.
+    """
 
     def __init__(
         self, cfg: records.Config, clock: Callable[[], float] = time.monotonic
     ):
-        """Start without a rollout.
-
-        Args:
-          cfg: thresholds.
-          clock: seconds, never going back.
-        """
+        """Start without a rollout; `clock` gives seconds and never goes back."""
         self._cfg, self._clock = cfg, clock
         self._changed = threading.Condition()
-        self._state = records.State(now_s=clock())
+        self.state = records.State(now_s=clock())
         # Commands for the driver of each place.
         self._for_rollout: dict[int, collections.deque[records.Command]]
         self._for_rollout = collections.defaultdict(collections.deque)
@@ -60,27 +59,14 @@ class Coordination:
         self._for_trainer: dict[int, records.Train] = {}
         # The last training that the trainer has heard of.
         self._heard_of = 0
-        self._closed = False
-
-    @property
-    def state(self) -> records.State:
-        """What is known now; a frozen record, read without the lock."""
-        return self._state
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called: threads shall end."""
-        return self._closed
+        self.closed = False
 
     def begin(self, workers: Sequence[int], places: Sequence[int] = ()) -> int:
         """Ask for the next rollout.
 
         It begins, with a `Generate` for each worker, at once or when the training that
-        still runs has ended. A rollout that has not ended is given up.
-
-        Args:
-          workers: numbers of those that take part.
-          places: the process of each; empty: all are of process 0.
+        still runs has ended. A rollout that has not ended is given up. `places` are the
+        processes of the workers; empty: all are of process 0.
 
         Returns:
           The rollout's generation, to be given back in events.
@@ -89,7 +75,7 @@ class Coordination:
           ValueError: `workers` is empty or names one twice.
         """
         with self._changed:
-            state = self._state
+            state = self.state
             generation = 1 + (state.asked or state).generation
             # What the last rollout's driver has left, is of no use to this one.
             self._for_rollout.clear()
@@ -107,40 +93,44 @@ class Coordination:
     def next_command(
         self, timeout_s: float | None = None, place: int = 0
     ) -> records.Command | None:
-        """Wait for the next command to the rollout's driver.
+        """Wait for the next command to the rollout's driver in process `place`.
 
         `Generate` goes to the worker's process, `ReturnRequests` to process 0, the
         others to all.
 
-        Args:
-          timeout_s: None: as long as it takes.
-          place: the driver's process.
-
         Returns:
           The oldest command not taken yet; None after the time, or once closed.
         """
-        return self._wait(functools.partial(self._take_command, place), timeout_s)
+
+        def take():
+            waiting = self._for_rollout[place]
+            return waiting.popleft() if waiting else None
+
+        return self._wait(take, timeout_s)
 
     def next_training(
         self, timeout_s: float | None = None, place: int = 0
     ) -> records.Train | None:
-        """Wait for a training to begin, or for more workers to join it.
+        """Wait for a training in process `place` to begin, or for more to join it.
 
         That it shall end is told by `should_stop`. A training that was called off
-        before it was taken here never shows up.
-
-        Args:
-          timeout_s: None: as long as it takes; 0 just looks.
-          place: the trainer's process.
+        before it was taken here never shows up. A `timeout_s` of 0 just looks.
 
         Returns:
           The newest `Train`, each once; None after the time, or once closed.
         """
-        return self._wait(functools.partial(self._take_training, place), timeout_s)
+
+        def take():
+            command = self._for_trainer.pop(place, None)
+            if command is not None:
+                self._heard_of = command.training
+            return command
+
+        return self._wait(take, timeout_s)
 
     def should_stop(self, training: int) -> bool:
         """Say whether the trainer must not begin another step; costs no lock."""
-        return self._closed or not coordinator.may_train(self._state, training)
+        return self.closed or not coordinator.may_train(self.state, training)
 
     def wait_to_stop(self, training: int, timeout_s: float) -> bool:
         """Wait for so long until `should_stop`; return what it says then."""
@@ -149,64 +139,42 @@ class Coordination:
 
     def may_publish(self, training: int) -> bool:
         """Say whether the training's drafter counts; ask before `TrainingStopped`."""
-        return coordinator.may_publish(self._state, training)
-
-    def metrics(self) -> dict[str, float]:
-        """Return `workers/` values of the last rollout."""
-        return coordinator.metrics(self._state)
+        return coordinator.may_publish(self.state, training)
 
     def timeline(self) -> tuple[records.Interval, ...]:
         """Return what each worker did, times counted from the rollout's begin."""
-        state = self._state
-        return tuple(
-            records.Interval(
-                i.worker,
-                i.activity,
-                i.start_s - state.began_s,
-                i.stop_s - state.began_s,
-            )
-            for i in coordinator.timeline(state)
-        )
+        state = self.state
+        return coordinator.timeline(state, state.began_s)
 
     def close(self) -> None:
         """Let every thread that waits go, and the trainer stop."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify_all()
 
     def _handle(self, event: object) -> None:
-        self._state, commands = coordinator.handle(
-            self._state, event, self._clock(), self._cfg
+        self.state, commands = coordinator.handle(
+            self.state, event, self._clock(), self._cfg
         )
         for command in commands:
             match command:
                 case records.Train():
-                    self._for_trainer[self._state.training.place] = command
+                    self._for_trainer[self.state.training.place] = command
                 case records.Stop(training):
                     self._for_trainer.clear()
                     if training > self._heard_of:
                         self._heard_of = training
                         self._handle(records.TrainingStopped(training))
                 case records.Generate(_, worker, _):
-                    place = self._state.worker(worker).place
+                    place = self.state.worker(worker).place
                     self._for_rollout[place].append(command)
                 case records.ReturnRequests():
                     self._for_rollout[0].append(command)
                 case _:
-                    for place in sorted(self._places):
+                    for place in self._places:
                         self._for_rollout[place].append(command)
         if commands:
             self._changed.notify_all()
-
-    def _take_command(self, place: int) -> records.Command | None:
-        waiting = self._for_rollout[place]
-        return waiting.popleft() if waiting else None
-
-    def _take_training(self, place: int) -> records.Train | None:
-        command = self._for_trainer.pop(place, None)
-        if command is not None:
-            self._heard_of = command.training
-        return command
 
     def _wait(
         self, take: Callable[[], _T | None], timeout_s: float | None
@@ -214,7 +182,7 @@ class Coordination:
         """Wait for what `take` finds; time-outs of the coordinator pass meanwhile."""
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            while not self._closed:
+            while not self.closed:
                 if (found := take()) is not None:
                     return found
                 left_s = _LONGEST_WAIT_S

@@ -43,76 +43,77 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} is not above 0.")
 
 
+# Events and commands, of classes that say what they carry.
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfRollout:
+    generation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfWorker(_OfRollout):
+    worker: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfRound(_OfWorker):
+    round: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfTraining:
+    training: int
+
+
 # Events.
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutAsked:
+class RolloutAsked(_OfRollout):
     """The driver wants rollout number `generation` (rising) on these workers.
 
     `places` names for each the process that it belongs to; empty: all to process 0.
     """
 
-    generation: int
     workers: tuple[int, ...]
     places: tuple[int, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class WorkerAlive:
+class WorkerAlive(_OfRound):
     """A worker generates in this round."""
 
-    generation: int
-    worker: int
-    round: int
 
-
-@dataclasses.dataclass(frozen=True)
-class WorkerDone:
+class WorkerDone(_OfRound):
     """A worker has finished its requests and found the queue empty."""
 
-    generation: int
-    worker: int
-    round: int
-
 
 @dataclasses.dataclass(frozen=True)
-class WorkerFailed:
+class WorkerFailed(_OfWorker):
     """A worker has died."""
 
-    generation: int
-    worker: int
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class RequestsReturned:
+class RequestsReturned(_OfWorker):
     """A lost worker's unfinished requests, if any, are in the queue again."""
 
-    generation: int
-    worker: int
-
 
 @dataclasses.dataclass(frozen=True)
-class TrainingRuns:
+class TrainingRuns(_OfTraining):
     """The trainer works on the members of `Train` number `training`, `revision`."""
 
-    training: int
     revision: int
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingStopped:
+class TrainingStopped(_OfTraining):
     """The trainer has ended this training, or never heard of it and never will."""
 
-    training: int
-
 
 @dataclasses.dataclass(frozen=True)
-class TrainingFailed:
+class TrainingFailed(_OfTraining):
     """The trainer has ended this training after an error; the drafter is unchanged."""
 
-    training: int
     reason: str
 
 
@@ -124,65 +125,47 @@ class Tick:
 # Commands.
 
 
-@dataclasses.dataclass(frozen=True)
-class Generate:
+class Generate(_OfRound):
     """A worker shall take requests until the queue is empty.
 
     A worker ignores a pair (generation, round) that is not above its last one.
     """
 
-    generation: int
-    worker: int
-    round: int
 
-
-@dataclasses.dataclass(frozen=True)
-class ReturnRequests:
+class ReturnRequests(_OfWorker):
     """A lost worker's unfinished requests shall go back into the queue.
 
     From then on it gets no requests in this rollout, should it come to life again.
     `RequestsReturned` answers.
     """
 
-    generation: int
-    worker: int
 
-
-@dataclasses.dataclass(frozen=True)
-class EndRollout:
+class EndRollout(_OfRollout):
     """All requests have been generated and nobody trains."""
 
-    generation: int
-
 
 @dataclasses.dataclass(frozen=True)
-class Abort:
+class Abort(_OfRollout):
     """No worker is left; the run must stop with this message."""
 
-    generation: int
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(_OfTraining):
     """The trainer shall work on these workers; a higher revision has more of them.
 
-    They are all of one process.
-
-    `TrainingRuns` answers, or `TrainingFailed`. A trainer ignores what is not above the
-    last number and revision it heard, and numbers it was told to stop.
+    They are all of one process. `TrainingRuns` answers, or `TrainingFailed`. A trainer
+    ignores what is not above the last number and revision it heard, and numbers it was
+    told to stop.
     """
 
-    training: int
     revision: int
     workers: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Stop:
+class Stop(_OfTraining):
     """The trainer shall begin no further step; `TrainingStopped` answers."""
-
-    training: int
 
 
 Command = Generate | ReturnRequests | EndRollout | Abort | Train | Stop

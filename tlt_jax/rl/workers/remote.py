@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from tlt_jax import types
 from tlt_jax.rl.engine import request_queue
-from tlt_jax.rl.workers import coordinator, mailboxes, records
+from tlt_jax.rl.workers import mailboxes, records
 from tlt_jax.runtime import channel, distributed
 
 _COORDINATION, _QUEUE = "coordination", "queue"
@@ -63,21 +63,21 @@ class Home:
         Returns:
           The request's id or None, prompts of which requests wait, and how many wait.
         """
-        with self._lock:
-            if generation != self._generation:
-                return None, frozenset(), 0
-            queue = self._queue
+        queue = self._queue_of(generation)
+        if queue is None:
+            return None, frozenset(), 0
         request = queue.take(worker)
         taken = None if request is None else request.request_id
         return taken, queue.prompts_waiting(), queue.num_waiting
 
     def finish(self, generation: int, worker: int, request_id: int) -> bool:
         """See `RequestQueue.finish`; nothing of an earlier rollout counts."""
+        queue = self._queue_of(generation)
+        return queue is not None and queue.finish(worker, request_id)
+
+    def _queue_of(self, generation: int) -> request_queue.RequestQueue | None:
         with self._lock:
-            if generation != self._generation:
-                return False
-            queue = self._queue
-        return queue.finish(worker, request_id)
+            return self._queue if generation == self._generation else None
 
 
 class Guest:
@@ -105,7 +105,7 @@ class Guest:
         return RemoteShare(self._group, generation, worker, self._requests)
 
 
-class RemoteShare:
+class RemoteShare(request_queue.RequestSource):
     """What a worker of another process sees of the queue, as of its last look.
 
     A queue that was found empty is not asked again: of requests that a lost worker
@@ -123,28 +123,20 @@ class RemoteShare:
         self._group, self._requests = group, requests
         self._worker = generation, worker
         self._prompts: frozenset[int] = frozenset()
-        self._num_waiting = len(requests)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that nobody had taken."""
-        return self._num_waiting
+        self.num_waiting = len(requests)
 
     def take(self) -> types.Request | None:
-        """Take a request, see `RequestQueue.take`."""
-        if not self._num_waiting:
+        if not self.num_waiting:
             return None
-        taken, self._prompts, self._num_waiting = self._group.call(
+        taken, self._prompts, self.num_waiting = self._group.call(
             _QUEUE, "take", *self._worker
         )
         return None if taken is None else self._requests[taken]
 
     def finish(self, request_id: int) -> bool:
-        """Note that a request is done, see `RequestQueue.finish`."""
         return self._group.call(_QUEUE, "finish", *self._worker, request_id)
 
     def waits(self, prompt_id: int) -> bool:
-        """Tell whether a request of this prompt was waiting."""
         return prompt_id in self._prompts
 
 
@@ -155,23 +147,21 @@ class RemoteCoordination:
 
     A trainer asks a thousand times a second whether it shall stop, while process 0
     decodes: a thread waits there for the answer instead, of one training at a time.
+
+    Attributes:
+      closed: threads shall end.
     """
 
     def __init__(self, group: distributed.Group):
         """Find it through the group's channel."""
         self._group = group
-        self._closed = False
+        self.closed = False
         self._watched: tuple[int, threading.Event] = 0, threading.Event()
 
     @property
     def state(self) -> records.State:
         """What process 0 knows now."""
         return self._call("state", name=_QUEUE) or records.State()
-
-    @property
-    def closed(self) -> bool:
-        """Whether threads shall end."""
-        return self._closed
 
     def send(self, event: object) -> None:
         """Give an event."""
@@ -197,11 +187,11 @@ class RemoteCoordination:
                 threading.Thread(
                     target=self._watch, args=(training, stop), daemon=True
                 ).start()
-        return self._closed or stop.is_set()
+        return self.closed or stop.is_set()
 
     def _watch(self, training: int, stop: threading.Event) -> None:
         """Wait until a training shall stop, or nobody asks for it any more."""
-        while not stop.is_set() and self._watched[1] is stop and not self._closed:
+        while not stop.is_set() and self._watched[1] is stop and not self.closed:
             if self._call("wait_to_stop", training, _WATCH_S) is not False:
                 stop.set()
 
@@ -209,22 +199,14 @@ class RemoteCoordination:
         """Say whether the training's drafter counts."""
         return bool(self._call("may_publish", training))
 
-    def metrics(self) -> dict[str, float]:
-        """Return `workers/` values of the last rollout."""
-        return coordinator.metrics(self.state)
-
-    def timeline(self) -> tuple[records.Interval, ...]:
-        """Return what each worker did."""
-        return self._call("timeline") or ()
-
     def close(self) -> None:
         """Let this process's threads go when they next look."""
-        self._closed = True
+        self.closed = True
 
     def _call(self, method: str, *args, name: str = _COORDINATION):
         """Call it; None where process 0 is gone, which the next meeting tells."""
         try:
             return self._group.call(name, method, *args)
         except channel.ProcessError:
-            self._closed = True
+            self.closed = True
             return None

@@ -1,6 +1,5 @@
 """Transfer of the policy from the learner's mesh to a rollout engine's, versioned."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +11,11 @@ from jax import lax
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
+from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.runtime import programs
 from tlt_jax.runtime import sharding as sharding_lib
+
+_RULES = sharding_lib.ShardingRules()
 
 
 def engine_meshes(
@@ -22,13 +24,8 @@ def engine_meshes(
     """Return the meshes of this process's rollout engines beside a learner on `mesh`.
 
     Each has `tensor` devices that stand side by side in the learner's mesh and belong
-    to this process.
-
-    Args:
-      mesh: the learner's.
-      num_workers: engines of this process.
-      tensor: devices of an engine, over which heads and vocabulary are split; 0: as
-        many as the learner splits them over.
+    to this process; heads and vocabulary are split over them. 0: as many as the learner
+    splits them over.
 
     Raises:
       ValueError: there are not as many places, or the mesh does not divide into them.
@@ -67,6 +64,10 @@ class WeightSync:
     is one layer, or the embedding and the head. If the learner's mesh spans several
     processes, all take part at the same time, and each gets the whole weights for its
     own engines.
+
+    Attributes:
+      version: transfers made so far; the version of the newest weights.
+      placed: the engines' shardings.
     """
 
     def __init__(
@@ -77,7 +78,6 @@ class WeightSync:
         targets: Sequence[jax.sharding.Mesh],
         pool: programs.ProgramPool,
         dtype: Any = jnp.float32,
-        rules: sharding_lib.ShardingRules | None = None,
     ):
         """Prepare the shardings; nothing is compiled yet.
 
@@ -87,64 +87,47 @@ class WeightSync:
           targets: the engines' meshes, all of one size.
           pool: of compiled programs.
           dtype: of the engine's weights.
-          rules: logical to mesh axes, on both meshes; None: the default ones.
 
         Raises:
           ValueError: a weight does not divide over a mesh.
         """
-        rules = rules or sharding_lib.ShardingRules()
         self._pool = pool
         self._dtype = jnp.dtype(dtype)
-        self._key = ("weight_sync", model, source, *targets, rules, self._dtype)
-        self._version = 0
+        self._key = ("weight_sync", model, source, *targets, self._dtype)
+        self.version = 0
         self._num_layers = model.num_layers
         self._replicated = sharding_lib.replicated(source)
-        self._learners = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=where
-            ),
-            model_params.abstract(model),
-            _shardings(model, source, rules),
+        self._learners = engine_programs.abstract_of(
+            model_params.abstract(model), _shardings(model, source)
         )
-        self._targets = [_unstacked(model, target, rules) for target in targets]
+        self.placed = [_unstacked(model, target) for target in targets]
         same = [list(source.devices.flat) == list(t.devices.flat) for t in targets]
         self._same_devices = same == [True]
         self._spans_processes = sharding_lib.spans_processes(source)
         if self._same_devices:
-            self._middle = self._targets[0]
+            self._middle = self.placed[0]
         elif self._spans_processes:
             # Every process gets what its engines need.
-            gathered = dataclasses.replace(rules, embed=())
+            gathered = sharding_lib.ShardingRules(embed=())
             places = sharding_lib.regrouped(source, targets[0].size)
             self._middle = _unstacked(model, places, gathered)
         else:
-            self._middle = _unstacked(model, source, rules)
-
-    @property
-    def version(self) -> int:
-        """Transfers made so far; the version of the newest weights."""
-        return self._version
-
-    @property
-    def placed(self) -> list[model_params.Params]:
-        """The engines' shardings."""
-        return self._targets
+            self._middle = _unstacked(model, source)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON."""
-        return {"version": self._version}
+        return {"version": self.version}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`: the next transfer makes that version anew."""
-        self._version = state["version"] - 1
+        self.version = state["version"] - 1
 
     def sync(
         self, params: model_params.Params
     ) -> tuple[list[model_params.Params], int]:
         """Give the engines the learner's present weights.
 
-        Args:
-          params: as in `train_state.TrainState`; kept as they are.
+        `params` are as in `train_state.TrainState`, and kept as they are.
 
         Returns:
           Each engine's params (a tuple of layers, on its mesh, in its dtype), complete
@@ -154,22 +137,18 @@ class WeightSync:
         others = self._pool.get(self.others_program())
         copies = self._give(
             others(_without_layers(params)),
-            [_without_layers(target) for target in self._targets],
+            [_without_layers(target) for target in self.placed],
         )
-        layers: list[list] = [[] for _ in copies]
+        layers = []
         for i in range(self._num_layers):
             index = sharding_lib.place(np.int32(i), self._replicated)
-            wanted = [target.layers[i] for target in self._targets]
-            given = self._give(one_layer(params.layers, index), wanted)
-            for own, layer in zip(layers, given, strict=True):
-                own.append(layer)
-        placed = [
-            copy.replace(layers=tuple(own))
-            for copy, own in zip(copies, layers, strict=True)
-        ]
+            wanted = [target.layers[i] for target in self.placed]
+            layers.append(self._give(one_layer(params.layers, index), wanted))
+        each = zip(copies, zip(*layers, strict=True), strict=True)
+        placed = [copy.replace(layers=own) for copy, own in each]
         jax.block_until_ready(placed)
-        self._version += 1
-        return placed, self._version
+        self.version += 1
+        return placed, self.version
 
     def _layer_program(self) -> programs.Program:
         """Make one layer of the engines' weights."""
@@ -235,21 +214,17 @@ def _without_layers(params: model_params.Params) -> model_params.Params:
     return params.replace(layers=())
 
 
-def _axes(model: model_config.ModelConfig) -> model_params.Params:
-    """Logical axes of unstacked params."""
-    axes = model_params.logical_axes(model)
-    one_layer = jax.tree.map(
-        lambda names: names[1:], axes.layers, is_leaf=sharding_lib.is_axes
-    )
-    return axes.replace(layers=(one_layer,) * model.num_layers)
-
-
-def _shardings(model, mesh, rules) -> model_params.Params:
+def _shardings(model, mesh, rules=_RULES) -> model_params.Params:
     return sharding_lib.tree_shardings(
         mesh, rules, model_params.logical_axes(model), model_params.abstract(model)
     )
 
 
-def _unstacked(model, mesh, rules) -> model_params.Params:
+def _unstacked(model, mesh, rules=_RULES) -> model_params.Params:
     _shardings(model, mesh, rules)  # checks divisibility, naming the leaf
-    return sharding_lib.tree_shardings(mesh, rules, _axes(model))
+    axes = model_params.logical_axes(model)
+    layer = jax.tree.map(
+        lambda names: names[1:], axes.layers, is_leaf=sharding_lib.is_axes
+    )
+    axes = axes.replace(layers=(layer,) * model.num_layers)
+    return sharding_lib.tree_shardings(mesh, rules, axes)
