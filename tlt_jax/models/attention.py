@@ -148,10 +148,8 @@ def _part(scores: Array, visible: Array, values: Array, spec: str) -> Partial:
 
 def attend_cached(
     query: Array,
-    cache: kv_cache.PagedCache,
+    view: kv_cache.CacheView,
     layer: Array | int,
-    page_table: Array,
-    lengths: Array,
     *,
     scale: float,
     positions: Array | None = None,
@@ -161,10 +159,8 @@ def attend_cached(
 
     Args:
       query: `[B, K, M, H]`, M = G x T, G outermost.
-      cache: the pages.
+      view: the cached past.
       layer: which layer's pages.
-      page_table: `[B, max_pages] int32`.
-      lengths: `[B] int32`; slots at or beyond are not read into the result.
       scale: multiplies the scores.
       positions: `[B, M] int32` of the queries; needed with `window`.
       window: see only keys at distance below this, or None.
@@ -172,8 +168,8 @@ def attend_cached(
     Returns:
       The part; empty rows have normaliser 0.
     """
+    cache, lengths = view.cache, view.lengths
     page_size = cache.page_size
-    batch, num_kv, num_queries, head_dim = query.shape
     prec = model_layers.precision(query.dtype)
     # The longest row decides how far all walk; shorter ones see nothing further on.
     num_pages = (jnp.max(lengths) + page_size - 1) // page_size
@@ -182,9 +178,9 @@ def attend_cached(
         j, partial = state
         # The j-th page of every row, whose S slots are its columns: no copy of the
         # cache is made but this.
-        pages_B = lax.dynamic_index_in_dim(page_table, j, axis=1, keepdims=False)
+        pages_B = lax.dynamic_index_in_dim(view.page_table, j, axis=1, keepdims=False)
         keys_BKHS, values_BKHS = (
-            cache.columns(x[layer, pages_B])[..., :head_dim, :]
+            cache.columns(x[layer, pages_B])[..., : query.shape[-1], :]
             for x in (cache.keys, cache.values)
         )
         scores_BKMS = jnp.einsum(
@@ -206,7 +202,7 @@ def attend_cached(
         part = _part(scores_BKMS * scale, visible_B1MS, values_BKHS, "bkms,bkhs->bkmh")
         return j + 1, join(partial, part)
 
-    start = (jnp.int32(0), _nothing(batch, num_kv, num_queries, head_dim))
+    start = (jnp.int32(0), _nothing(*query.shape))
     _, partial = lax.while_loop(lambda state: state[0] < num_pages, body, start)
     return partial
 

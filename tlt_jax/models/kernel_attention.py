@@ -15,10 +15,8 @@ def attend(
     query: Array,
     keys: Array,
     values: Array,
-    cache: kv_cache.PagedCache,
+    view: kv_cache.CacheView,
     layer: Array | int,
-    page_table: Array,
-    lengths: Array,
     positions: Array,
     visibility: attention.Visibility,
     *,
@@ -32,7 +30,7 @@ def attend(
     Args:
       query, keys, values: see `attention.attend_fresh`; at most 128 tokens where the
         visibility names ancestors.
-      cache, layer, page_table, lengths: see `attention.attend_cached`.
+      view, layer: see `attention.attend_cached`.
       positions: `[B, T] int32`.
       visibility: causal, or by ancestors.
       scale, window: see `attention.attend_fresh`.
@@ -51,18 +49,10 @@ def attend(
             f"visibility by segments has no kernel ({kernel.name!r}): packed rows are "
             "for training; use attention='portable'."
         )
-    words = words_of(visibility)
+    cache = view.cache
     out, log = verify_attention.verify_attention(
-        query,
-        keys,
-        values,
-        cache.keys,
-        cache.values,
-        layer,
-        page_table,
-        lengths,
-        positions,
-        words,
+        *(query, keys, values, cache.keys, cache.values, layer),
+        *(view.page_table, view.lengths, positions, words_of(visibility)),
         scale=scale,
         window=window,
         packing=cache.packing,
@@ -74,9 +64,8 @@ def attend(
     # `Partial` wants sums. What was normalised weighs as one key of that score, and a
     # query that saw nothing as none.
     weight = jnp.where(log > attention.HIDDEN, 1.0, 0.0)
-    return attention.merge_queries(
-        attention.Partial(out.astype(jnp.float32), log, weight)
-    )
+    part = attention.Partial(out.astype(jnp.float32), log, weight)
+    return attention.merge_queries(part)
 
 
 def words_of(visibility: attention.Visibility) -> Array | None:

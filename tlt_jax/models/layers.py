@@ -23,22 +23,26 @@ def precision(dtype) -> lax.Precision:
 
 
 def product(
-    weight: Array, x: Array, kernels: kernels_lib.Kernels = kernels_lib.PORTABLE
+    weight: Array,
+    x: Array,
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+    bias: Array | None = None,
 ) -> Array:
-    """Multiply columns by a weight.
+    """Multiply columns by a weight, in their dtype.
 
     Args:
       weight: `[*out, in]`.
-      x: `[in, B, T]`, of the same dtype.
+      x: `[in, B, T]`.
       kernels: whose native products take the kernel for few columns on CPUs, which
         has no derivative and cannot be partitioned; see `cpu_kernels.product`.
+      bias: `[*out]`, or None.
 
     Returns:
       `[*out, B, T]`.
     """
-    if takes_native(kernels, x):
-        return cpu_product.product(weight, x)
-    return _product(weight, x)
+    multiply = cpu_product.product if takes_native(kernels, x) else _product
+    y = multiply(weight.astype(x.dtype), x)
+    return y if bias is None else y + bias.astype(x.dtype)[..., None, None]
 
 
 def takes_native(kernels: kernels_lib.Kernels, x: Array) -> bool:
@@ -112,8 +116,7 @@ def rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
     """
     dim, theta = cfg.head_dim, cfg.rope_theta
     freqs = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    scaling = cfg.rope_scaling
-    factor = 1.0
+    scaling, factor = cfg.rope_scaling, 1.0
     if scaling is None:
         pass
     elif scaling.kind == "linear":
@@ -163,12 +166,7 @@ def _yarn(
 def rope_tables(cfg: model_config.ModelConfig, positions: Array) -> tuple[Array, Array]:
     """Tabulate cos and sin of every rotary angle.
 
-    Args:
-      cfg: the model.
-      positions: `[B, T] int32`.
-
-    Returns:
-      cos and sin, `[H / 2, B, T] float32`.
+    Positions are `[B, T] int32`, the tables `[H / 2, B, T] float32`.
     """
     freqs, factor = rope_frequencies(cfg)
     # [H / 2, B, T]: features first, as the activations that they turn.
@@ -177,14 +175,9 @@ def rope_tables(cfg: model_config.ModelConfig, positions: Array) -> tuple[Array,
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs (i, i + H/2) of every head by their angles.
+    """Turn the pairs (i, i + H/2) of every head, `[..., H, B, T]`, by their angles.
 
-    Args:
-      x: `[..., H, B, T]`.
-      cos, sin: `[H / 2, B, T] float32`.
-
-    Returns:
-      As `x`.
+    See `rope_tables` for the arguments `cos` and `sin`.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-3)
     turned = jnp.concatenate(
@@ -203,22 +196,12 @@ def mlp(
     Reference: Shazeer, GLU Variants Improve Transformer, 2020, section 2.
 
     Args:
-      layer: one layer's weights.
-      x: `[D, B, T]`, normed.
-      kernels: see `product`.
-
-    Returns:
-      `[D, B, T]`.
+      layer, kernels: one layer's weights, and see `product`.
+      x: `[D, B, T]`, normed; the result is as large.
     """
-    dtype = x.dtype
     # Both projections in one product: [2, F, B, T], gate first.
-    hidden_2FBT = product(layer.gate_up.astype(dtype), x, kernels)
-    if layer.gate_up_bias is not None:
-        hidden_2FBT = hidden_2FBT + layer.gate_up_bias.astype(dtype)[..., None, None]
+    hidden_2FBT = product(layer.gate_up, x, kernels, layer.gate_up_bias)
     # A split, not two slices: its gradient is one concatenation.
     gate, up = jnp.split(hidden_2FBT, 2)
     gated_FBT = jax.nn.silu(gate[0]) * up[0]
-    y_DBT = product(layer.down.astype(dtype), gated_FBT, kernels)
-    if layer.down_bias is not None:
-        y_DBT = y_DBT + layer.down_bias.astype(dtype)[:, None, None]
-    return y_DBT
+    return product(layer.down, gated_FBT, kernels, layer.down_bias)

@@ -15,7 +15,7 @@ def takes(
     kernels: kernels_lib.Kernels,
     x_DBT: Array,
     head_dim: int,
-    cache: kv_cache.PagedCache | None,
+    view: kv_cache.CacheView | None,
     visibility: attention.Visibility,
     window: Array | int | None = None,
 ) -> bool:
@@ -23,19 +23,17 @@ def takes(
 
     Args:
       kernels: of the program.
-      x_DBT: the layer's input.
-      head_dim: of its heads.
-      cache: the cached past; None: there is none.
+      x_DBT, head_dim, window: the layer's input, and what it is.
+      view: the cached past; None: there is none.
       visibility: which fresh keys a query sees.
-      window: of the layer.
     """
     return (
         kernels.native_attention
-        and cache is not None
+        and view is not None
         and window is None
         and visibility.segment is None
         and layers.takes_native(kernels, x_DBT)
-        and cpu_attention.takes(x_DBT.shape[2], head_dim, cache.page_size)
+        and cpu_attention.takes(x_DBT.shape[2], head_dim, view.cache.page_size)
     )
 
 
@@ -44,9 +42,7 @@ def attend(
     cos: Array,
     sin: Array,
     *,
-    cache: kv_cache.PagedCache,
-    page_table: Array,
-    lengths: Array,
+    view: kv_cache.CacheView,
     layer: Array | int,
     visibility: attention.Visibility,
     past: tuple[Array, Array, Array] | None = None,
@@ -56,7 +52,7 @@ def attend(
     Args:
       qkv: `[K, G + 2, H, B, T]`.
       cos, sin: `[H / 2, B, T]`.
-      cache, page_table, lengths, layer: see `attention.attend_cached`.
+      view, layer: see `attention.attend_cached`.
       visibility: causal, or by ancestors.
       past: keys and values `[K, H, B, S]` of earlier calls, and who sees them,
         `[B, T, S] bool`.
@@ -74,17 +70,8 @@ def attend(
         # Earlier keys stand before the fresh ones, [B, T, S + T].
         mask_BTS = jnp.concatenate([seen_BTS, mask_BTS], axis=2)
     return cpu_attention.attend(
-        *(
-            qkv,
-            cos,
-            sin,
-            cache.keys,
-            cache.values,
-            page_table,
-            lengths,
-            mask_BTS,
-            layer,
-        ),
+        *(qkv, cos, sin, view.cache.keys, view.cache.values),
+        *(view.page_table, view.lengths, mask_BTS, layer),
         scale=head_dim**-0.5,
         past_keys=keys,
         past_values=values,

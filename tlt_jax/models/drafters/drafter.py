@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax.models import attention, layers, native_attention, transformer
+from tlt_jax.models import attention, kv_cache, layers, native_attention, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
@@ -333,7 +333,7 @@ def fuse(
     if cfg.architecture == "tlt":
         parts = jnp.split(features, cfg.num_features)
         features = jnp.concatenate([_unit(part, cfg) for part in parts])
-    return layers.product(params.fuse.astype(features.dtype), features, kernels)
+    return layers.product(params.fuse, features, kernels)
 
 
 def forward(
@@ -344,7 +344,7 @@ def forward(
     positions: Array,
     *,
     visibility: attention.Visibility | None = None,
-    view: transformer.CacheView | None = None,
+    view: kv_cache.CacheView | None = None,
     past: Past | None = None,
     dtype=jnp.float32,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
@@ -393,29 +393,13 @@ def forward(
         )
         return attention.join(earlier, partial)
 
-    native, head_dim = None, cfg.layer.head_dim
-    cache = None if view is None else view.cache
-    if native_attention.takes(kernels, embedded, head_dim, cache, visible):
-        native = functools.partial(
-            native_attention.attend,
-            cache=cache,
-            page_table=view.page_table,
-            lengths=view.lengths,
-            layer=0,
-            visibility=visible,
-            past=None if past is None else (past.keys, past.values, past.mask),
-        )
-    return apply(
-        params,
-        cfg,
-        embedded,
-        features,
-        positions,
-        attend,
-        dtype=dtype,
-        kernels=kernels,
-        attend_columns=native,
-    )
+    native = None
+    if native_attention.takes(kernels, embedded, cfg.layer.head_dim, view, visible):
+        earlier = None if past is None else (past.keys, past.values, past.mask)
+        seen = dict(view=view, layer=0, visibility=visible, past=earlier)
+        native = functools.partial(native_attention.attend, **seen)
+    options = dict(dtype=dtype, kernels=kernels, attend_columns=native)
+    return apply(params, cfg, embedded, features, positions, attend, **options)
 
 
 def apply(
@@ -460,9 +444,7 @@ def apply(
             halves = [_unit(x, cfg) for x in halves]
         # One over the other, [2D, B, T], and a product that makes one of both.
         joined = jnp.concatenate(halves)
-        x_DBT = layers.product(params.join.astype(dtype), joined, kernels)
-        if params.join_bias is not None:
-            x_DBT = x_DBT + params.join_bias.astype(dtype)[:, None, None]
+        x_DBT = layers.product(params.join, joined, kernels, params.join_bias)
         if cfg.architecture == "eagle":
             attention_input = x_DBT
     x_DBT, keys, values = transformer.decoder_layer(

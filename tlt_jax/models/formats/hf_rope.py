@@ -4,6 +4,7 @@ They stand there in one of two forms, or both: nested `rope_parameters` (transfo
 and `rope_theta` with `rope_scaling` (transformers 4).
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +16,12 @@ _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": tuple(
-        "factor low_freq_factor high_freq_factor "
-        "original_max_position_embeddings".split()
+        "factor original_max_position_embeddings low_freq_factor "
+        "high_freq_factor".split()
     ),
     "yarn": tuple(
-        "factor original_max_position_embeddings attention_factor beta_fast beta_slow "
-        "truncate mscale mscale_all_dim".split()
+        "factor original_max_position_embeddings beta_fast beta_slow truncate "
+        "attention_factor mscale mscale_all_dim".split()
     ),
 }
 
@@ -97,20 +98,11 @@ def to_hf(scaling: model_config.RopeScaling | None) -> dict[str, Any]:
     """
     if scaling is None:
         return {"rope_type": "default"}
-    settings = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "linear":
-        return settings
-    settings["original_max_position_embeddings"] = scaling.original_max_positions
-    if scaling.kind == "llama3":
-        settings["low_freq_factor"] = scaling.low_freq_factor
-        settings["high_freq_factor"] = scaling.high_freq_factor
-        return settings
-    settings["beta_fast"] = scaling.beta_fast
-    settings["beta_slow"] = scaling.beta_slow
-    settings["truncate"] = scaling.truncate
-    if scaling.attention_factor is not None:
-        settings["attention_factor"] = scaling.attention_factor
-    return settings
+    fields = dataclasses.asdict(scaling)
+    fields["original_max_position_embeddings"] = scaling.original_max_positions
+    settings = {key: fields.get(key) for key in _ROPE_KEYS[scaling.kind]}
+    given = {key: value for key, value in settings.items() if value is not None}
+    return {"rope_type": scaling.kind, **given}
 
 
 def _rope_scaling(

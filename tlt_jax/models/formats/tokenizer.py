@@ -1,5 +1,6 @@
 """Text to token ids and back, with a model's chat template."""
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -19,6 +20,7 @@ from tlt_jax.models.formats import hf_config
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
+@dataclasses.dataclass(eq=False)
 class Tokenizer:
     """A tokenizer of the `tokenizers` library and what `transformers` adds to it.
 
@@ -29,15 +31,9 @@ class Tokenizer:
       chat_template: Jinja source that renders messages, or None.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        config: Mapping[str, Any],
-        chat_template: str | None = None,
-    ):
-        self.backend = backend
-        self.config = dict(config)
-        self.chat_template = chat_template
+    backend: tokenizers.Tokenizer
+    config: dict[str, Any]
+    chat_template: str | None = None
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -113,9 +109,8 @@ class Tokenizer:
         """
         if isinstance(prompt, str):
             return self.encode(prompt)
-        return self.encode(
-            self.render(prompt, **template_arguments), add_special_tokens=False
-        )
+        text = self.render(prompt, **template_arguments)
+        return self.encode(text, add_special_tokens=False)
 
     def render(
         self,
@@ -154,9 +149,8 @@ class Tokenizer:
         Ids beyond the tokenizer's vocabulary, which a padded model can produce, decode
         to nothing.
         """
-        return self.backend.decode(
-            [int(i) for i in ids], skip_special_tokens=skip_special
-        )
+        ids = [int(i) for i in ids]
+        return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for.

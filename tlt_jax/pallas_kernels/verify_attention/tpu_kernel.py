@@ -277,7 +277,7 @@ class _Step:
                 tpu_products.packed_sum, value=value, cut=cut, page_size=page_size
             )
         key, value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
-        scores = tpu_products.dot(query, key, (1, 1 if cut.turned else 0))
+        scores = reference.dot(query, key, (1, 1 if cut.turned else 0))
         contract = (1, 0 if cut.turned else 1)
         return scores, functools.partial(
             tpu_products.weighted, value=value, contract=contract
@@ -303,7 +303,7 @@ class _Step:
 
         def one_head(head):
             scores = sum(
-                tpu_products.dot(
+                reference.dot(
                     given.query[0, head, 0, pl.ds(part * cut.rows, cut.rows)],
                     given.fresh_keys[0, head, part, here],
                     (1, 1),
@@ -337,11 +337,8 @@ class _Step:
 
         As lists: scores and masks `[R, s]`, and what weighs the parts' values.
         """
-        own, const, packing = self.own, self.const, self.cut.packing
-        scores = [
-            jnp.where(mask, reference.cap(part * const.scale, const.soft_cap), _HIDDEN)
-            for part, mask in zip(scores, visible, strict=True)
-        ]
+        own, packing = self.own, self.cut.packing
+        scores = reference.masked(scores, visible, self.const)
         old = own.maximum[head, :, 0:1]
         new = old
         for part in scores:

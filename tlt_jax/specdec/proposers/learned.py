@@ -13,7 +13,7 @@ from flax import struct
 from jax import lax
 
 from tlt_jax.models import kernels as kernels_lib
-from tlt_jax.models import kv_cache, transformer
+from tlt_jax.models import kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
@@ -165,7 +165,7 @@ class Learned(protocols.Proposer):
             self.strategy, self.settings, self.cfg, self._is_sampled
         )
         score = self._score(inputs, noise)
-        view = transformer.CacheView(state.pages, rows.page_table, accepted.start)
+        view = kv_cache.CacheView(state.pages, rows.page_table, accepted.start)
         taken_in = self._take_in(weights, accepted, view)
         # The root's output stands where the last token was taken in.
         last = (accepted.counts - 1)[None, :, None]
@@ -234,7 +234,7 @@ class Learned(protocols.Proposer):
         return expansion.Score(noise if coupled else None, inputs.tau, inputs.sharpness)
 
     def _take_in(
-        self, weights: DrafterWeights, accepted: Accepted, view: transformer.CacheView
+        self, weights: DrafterWeights, accepted: Accepted, view: kv_cache.CacheView
     ) -> drafter.Output:
         """Read what the target accepted last, `[..., B, A]`; no page changes."""
         width, kernels = accepted.tokens.shape[1], self.settings.kernels
@@ -303,7 +303,7 @@ def fill(
         weights.embedded(tokens, dtype),
         drafter.fuse(weights.params, cfg, features.astype(dtype), kernels),
         start[:, None] + jnp.arange(width),
-        view=transformer.CacheView(drafter_cache, page_table, start),
+        view=kv_cache.CacheView(drafter_cache, page_table, start),
         dtype=dtype,
         kernels=kernels,
     )
