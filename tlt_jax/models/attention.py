@@ -128,6 +128,14 @@ def finish(partial: Partial) -> Array:
     return partial.total / safe[..., None]
 
 
+def _einsum(spec: str, left: Array, right: Array) -> Array:
+    """Multiply arrays of one dtype; sums are float32."""
+    precision = model_layers.precision(left.dtype)
+    return jnp.einsum(
+        spec, left, right, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
 def _part(scores: Array, visible: Array, values: Array, spec: str) -> Partial:
     """Reduce masked scores `[B, K, M, S]` against values by the einsum `spec`."""
     scores = jnp.where(visible, scores, HIDDEN)
@@ -136,13 +144,7 @@ def _part(scores: Array, visible: Array, values: Array, spec: str) -> Partial:
     # Where nothing is visible the maximum is the hidden score itself, and exp(0) is 1:
     # what is invisible must be masked once more.
     weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0.0)
-    total = jnp.einsum(
-        spec,
-        weights.astype(values.dtype),
-        values,
-        precision=model_layers.precision(values.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    total = _einsum(spec, weights.astype(values.dtype), values)
     return Partial(total, maximum, jnp.sum(weights, axis=-1))
 
 
@@ -170,7 +172,6 @@ def attend_cached(
     """
     cache, lengths = view.cache, view.lengths
     page_size = cache.page_size
-    prec = model_layers.precision(query.dtype)
     # The longest row decides how far all walk; shorter ones see nothing further on.
     num_pages = (jnp.max(lengths) + page_size - 1) // page_size
 
@@ -183,13 +184,8 @@ def attend_cached(
             cache.columns(x[layer, pages_B])[..., : query.shape[-1], :]
             for x in (cache.keys, cache.values)
         )
-        scores_BKMS = jnp.einsum(
-            "bkmh,bkhs->bkms",
-            query,
-            keys_BKHS.astype(query.dtype),
-            precision=prec,
-            preferred_element_type=jnp.float32,
-        )
+        keys_BKHS = keys_BKHS.astype(query.dtype)
+        scores_BKMS = _einsum("bkmh,bkhs->bkms", query, keys_BKHS)
         # Every query of a row sees all that is filled, or what of it is near.
         slots_S = j * page_size + jnp.arange(page_size)
         visible_B1MS = (slots_S[None, :] < lengths[:, None])[:, None, None, :]
@@ -270,10 +266,9 @@ def attend_masked(
     """Attend over keys that stand in no order, under an explicit mask.
 
     Args:
-      query: `[B, K, G, T, H]`.
+      query, scale: see `attend_fresh`.
       keys, values: `[B, K, H, S]`; finite, also where nobody sees them.
       mask: `[B, T, S] bool`, who sees whom.
-      scale: multiplies the scores.
 
     Returns:
       The part over M = G x T queries, G outermost.
@@ -283,13 +278,7 @@ def attend_masked(
 
 def _scores(query: Array, keys: Array) -> Array:
     """Multiply queries `[B, K, G, T, H]` by keys `[B, K, H, S]`."""
-    return jnp.einsum(
-        "bkgth,bkhs->bkgts",
-        query,
-        keys,
-        precision=model_layers.precision(query.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return _einsum("bkgth,bkhs->bkgts", query, keys)
 
 
 def _part_of_queries(query, keys, values, mask, scale) -> Partial:
@@ -305,13 +294,7 @@ def _part_of_queries(query, keys, values, mask, scale) -> Partial:
 def attend_same(query: Array, keys: Array, values: Array, *, scale: float) -> Partial:
     """Attend to one key each, the one at the query's own index.
 
-    Args:
-      query: `[B, K, G, T, H]`.
-      keys, values: `[B, K, H, T]`.
-      scale: multiplies the scores.
-
-    Returns:
-      The part over M = G x T queries, G outermost.
+    See `attend_fresh` for the arguments and the part returned.
     """
     # An axis for the group: all query heads of a kv head meet the same key.
     keys_BK1TH, values_BK1TH = (x.swapaxes(2, 3)[:, :, None] for x in (keys, values))
@@ -431,11 +414,6 @@ def _tiled_forward(scale, size, query, keys, values, tiles):
 def _tiled_backward(scale, size, kept, slope):
     """Walk the tiles again; a name with `d_` is the loss's slope by what it names."""
     query, keys, values, tiles, maximum = kept
-    einsum = functools.partial(
-        jnp.einsum,
-        precision=model_layers.precision(query.dtype),
-        preferred_element_type=jnp.float32,
-    )
     num_tokens = query.shape[3]
 
     # A row of tiles finishes its queries' slope, and adds to those of all keys and
@@ -465,10 +443,10 @@ def _tiled_backward(scale, size, kept, slope):
             d_scores_BKGTS = d_scores_BKGTS.astype(query.dtype)
             weights_BKGTS = weights_BKGTS.astype(values.dtype)
             # Through both products, to each of their factors.
-            d_query_BKGTH += einsum("bkgts,bkhs->bkgth", d_scores_BKGTS, keys_BKHS)
-            here = einsum("bkgts,bkgth->bkhs", d_scores_BKGTS, query_BKGTH)
+            d_query_BKGTH += _einsum("bkgts,bkhs->bkgth", d_scores_BKGTS, keys_BKHS)
+            here = _einsum("bkgts,bkgth->bkhs", d_scores_BKGTS, query_BKGTH)
             d_keys_BKHS = _add_at(d_keys_BKHS, here, column)
-            here = einsum("bkgts,bkgth->bkhs", weights_BKGTS, d_total_BKGTH)
+            here = _einsum("bkgts,bkgth->bkhs", weights_BKGTS, d_total_BKGTH)
             d_values_BKHS = _add_at(d_values_BKHS, here, column)
             return d_query_BKGTH, d_keys_BKHS, d_values_BKHS
 

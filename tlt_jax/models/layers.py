@@ -122,7 +122,7 @@ def rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
     elif scaling.kind == "linear":
         freqs = freqs / scaling.factor
     elif scaling.kind == "llama3":
-        freqs = _llama3(freqs, scaling)
+        freqs = llama3_frequencies(freqs, scaling)
     elif scaling.kind == "yarn":
         freqs, factor = _yarn(freqs, scaling, dim, theta)
     else:
@@ -133,7 +133,10 @@ def rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
     return freqs.astype(np.float32), factor
 
 
-def _llama3(freqs: np.ndarray, scaling: model_config.RopeScaling) -> np.ndarray:
+def llama3_frequencies(
+    freqs: np.ndarray, scaling: model_config.RopeScaling
+) -> np.ndarray:
+    """Stretch angular frequencies, in radians per position, as Llama 3 does."""
     # What turns often within the context of pre-training stays as it is; what never
     # comes round is stretched, and between them a mean of both is taken.
     turns = scaling.original_max_positions * freqs / (2 * math.pi)

@@ -85,9 +85,6 @@ def forward(
       kernels: what computes products and attention; the portable ones have
         derivatives.
 
-    Returns:
-      `Output`.
-
     Raises:
       ValueError: `remat` is not one of the three, or a feature's layer is not there.
     """

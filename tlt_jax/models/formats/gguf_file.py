@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from tlt_jax.models import config as model_config
+from tlt_jax.models import layers
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import layout as model_layout
 from tlt_jax.models.formats import tokenizer as model_tokenizer
@@ -246,11 +247,8 @@ class GGUFFile:
             high_freq_factor=4.0,
         )
         theta = self._get("rope.freq_base", 10_000.0)
-        turns = scaling.original_max_positions / (
-            2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-        )
-        smooth = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
-        expected = 1 / ((1 - smooth) / scaling.factor + smooth)
+        freqs = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        expected = freqs / layers.llama3_frequencies(freqs, scaling)
         if divisors.shape != expected.shape or not np.allclose(
             divisors, expected, rtol=1e-3
         ):

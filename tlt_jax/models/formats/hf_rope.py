@@ -5,6 +5,7 @@ and `rope_theta` with `rope_scaling` (transformers 4).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -93,8 +94,7 @@ def from_hf(
 def to_hf(scaling: model_config.RopeScaling | None) -> dict[str, Any]:
     """Write the entries of `rope_scaling`, which are also those of `rope_parameters`.
 
-    Returns:
-      `rope_type` and the settings of that kind, without theta.
+    These are `rope_type` and the settings of that kind, without theta.
     """
     if scaling is None:
         return {"rope_type": "default"}
@@ -110,28 +110,25 @@ def _rope_scaling(
 ) -> model_config.RopeScaling | None:
     if kind == "default":
         return None
+    positive = functools.partial(hf_settings.positive, settings)
     if kind == "linear":
-        return model_config.RopeScaling(
-            "linear", hf_settings.positive(settings, "factor")
-        )
+        return model_config.RopeScaling("linear", positive("factor"))
     original = hf_settings.integer(
         settings, "original_max_position_embeddings", max_positions
     )
     if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        given = {name: positive(name) for name in names}
         return model_config.RopeScaling(
-            "llama3",
-            factor=hf_settings.positive(settings, "factor"),
-            original_max_positions=original,
-            low_freq_factor=hf_settings.positive(settings, "low_freq_factor"),
-            high_freq_factor=hf_settings.positive(settings, "high_freq_factor"),
+            "llama3", original_max_positions=original, **given
         )
-    factor = hf_settings.positive(settings, "factor", max_positions / original)
+    factor = positive("factor", max_positions / original)
     return model_config.RopeScaling(
         "yarn",
         factor=factor,
         original_max_positions=original,
-        beta_fast=hf_settings.positive(settings, "beta_fast", 32.0),
-        beta_slow=hf_settings.positive(settings, "beta_slow", 1.0),
+        beta_fast=positive("beta_fast", 32.0),
+        beta_slow=positive("beta_slow", 1.0),
         truncate=hf_settings.boolean(settings, "truncate", True),
         attention_factor=_yarn_attention_factor(settings, factor),
     )

@@ -45,7 +45,7 @@ def verify_attention(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=max(cut.vmem_bytes, 16 * 2**20),
         ),
-        cost_estimate=tpu_plan.cost(*args.sizes, args.window),
+        cost_estimate=tpu_plan.cost(args.sizes, args.window),
         interpret=interpret,
         name="verify_attention",
     )
