@@ -7,7 +7,7 @@ import pytest
 
 from tests.cpu_kernels import hosts
 from tlt_jax.cpu_kernels import attention as cpu_attention
-from tlt_jax.models import attention, kernels, kv_cache, layers, native_attention
+from tlt_jax.models import attention, kernel_attention, kernels, kv_cache, layers
 from tlt_jax.models import config as model_config
 
 NATIVE = kernels.Kernels(products="native", native_attention=True)
@@ -37,7 +37,7 @@ def test_what_the_kernel_does_not_compute_is_left_to_the_portable_walk():
         view=kv_cache.CacheView(cache, *rows),
         visibility=attention.Visibility(),
     )
-    assert native_attention.takes(**right)
+    assert kernel_attention.takes_native(**right)
     for change in (
         dict(kernels=kernels.Kernels(products="native")),
         dict(kernels=kernels.Kernels(native_attention=True)),
@@ -47,7 +47,7 @@ def test_what_the_kernel_does_not_compute_is_left_to_the_portable_walk():
         dict(x_DBT=jax.ShapeDtypeStruct((64, 300, 1), jnp.float32)),
         dict(head_dim=6),
     ):
-        assert not native_attention.takes(**right | change), change
+        assert not kernel_attention.takes_native(**right | change), change
 
 
 @hosts.needs_native
@@ -69,7 +69,7 @@ def test_it_attends_as_the_portable_parts_joined(num_past):
     rope = layers.rope_tables(CFG, lengths[:, None] + jnp.array([0, 1, 1]))
     earlier = normal(2, 2, 16, BATCH, num_past)
     seen = jnp.asarray(rng.random((BATCH, TOKENS, num_past)) < 0.5)
-    heads, keys, values = jax.jit(native_attention.attend)(
+    heads, keys, values = jax.jit(kernel_attention.attend_native)(
         qkv,
         *rope,
         view=view,

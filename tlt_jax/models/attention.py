@@ -82,7 +82,7 @@ class Visibility:
 
 @struct.dataclass
 class Partial:
-    """Attention over a part of the keys.
+    """Attention over a part of the keys, of M = G x T queries, G outermost.
 
     Attributes:
       total: `[B, K, M, H] float32`, sum of exp(score - maximum) x value.
@@ -157,7 +157,7 @@ def attend_cached(
     positions: Array | None = None,
     window: Array | int | None = None,
 ) -> Partial:
-    """Attend over a layer's cached keys, page by page.
+    """Attend over a layer's cached keys, page by page; empty rows have normaliser 0.
 
     Args:
       query: `[B, K, M, H]`, M = G x T, G outermost.
@@ -166,9 +166,6 @@ def attend_cached(
       scale: multiplies the scores.
       positions: `[B, M] int32` of the queries; needed with `window`.
       window: see only keys at distance below this, or None.
-
-    Returns:
-      The part; empty rows have normaliser 0.
     """
     cache, lengths = view.cache, view.lengths
     page_size = cache.page_size
@@ -229,9 +226,6 @@ def attend_fresh(
       positions: `[B, T] int32`; needed with `window`.
       window: see only keys at distance below this, or None.
       block: queries in a block.
-
-    Returns:
-      The part over M = G x T queries, G outermost.
     """
     num_tokens = query.shape[3]
     if num_tokens > _MAX_UNROLLED_BLOCKS * block:
@@ -269,9 +263,6 @@ def attend_masked(
       query, scale: see `attend_fresh`.
       keys, values: `[B, K, H, S]`; finite, also where nobody sees them.
       mask: `[B, T, S] bool`, who sees whom.
-
-    Returns:
-      The part over M = G x T queries, G outermost.
     """
     return merge_queries(_part_of_queries(query, keys, values, mask, scale))
 
@@ -294,7 +285,7 @@ def _part_of_queries(query, keys, values, mask, scale) -> Partial:
 def attend_same(query: Array, keys: Array, values: Array, *, scale: float) -> Partial:
     """Attend to one key each, the one at the query's own index.
 
-    See `attend_fresh` for the arguments and the part returned.
+    See `attend_fresh` for the arguments.
     """
     # An axis for the group: all query heads of a kv head meet the same key.
     keys_BK1TH, values_BK1TH = (x.swapaxes(2, 3)[:, :, None] for x in (keys, values))

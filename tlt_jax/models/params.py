@@ -138,7 +138,8 @@ def draw(described: _Tree, key: jax.Array, dtype=jnp.float32) -> _Tree:
     # By its place alone: a leaf added behind leaves the others' draws as they are.
     def one(i: int, weight: Weight) -> jax.Array:
         if weight.init != "normal":
-            return jnp.full(weight.shape, weight.init == "ones", dtype)
+            value = {"zeros": 0, "ones": 1}[weight.init]
+            return jnp.full(weight.shape, value, dtype)
         scale = 1.0 / math.sqrt(weight.fan_in)
         noise = jax.random.normal(jax.random.fold_in(key, i), weight.shape)
         return (noise * scale).astype(dtype)

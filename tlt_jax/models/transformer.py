@@ -19,7 +19,6 @@ from tlt_jax.models import (
     kernel_attention,
     kv_cache,
     layers,
-    native_attention,
 )
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
@@ -114,9 +113,14 @@ def forward(
         )
         # The native kernel rotates and attends in one, where shapes allow it.
         native, head_dim = None, cfg.head_dim
-        if native_attention.takes(kernels, x_DBT, head_dim, view, visibility, window):
+        if kernel_attention.takes_native(
+            kernels, x_DBT, head_dim, view, visibility, window
+        ):
             native = functools.partial(
-                native_attention.attend, view=view, layer=index, visibility=visibility
+                kernel_attention.attend_native,
+                view=view,
+                layer=index,
+                visibility=visibility,
             )
         x_DBT, keys, values = decoder_layer(
             layer, x_DBT, cfg, rope, attend, kernels, attend_columns=native
@@ -293,18 +297,11 @@ def attend_parts(
     """Attend over the fresh part and, where there is one, a layer's cached past.
 
     Args:
-      query: `[B, K, G, T, H]`.
-      keys, values: `[B, K, H, T]`, fresh.
-      positions: `[B, T] int32`.
-      visibility: which fresh keys each query sees.
+      query, keys, values, positions, visibility, window: see `attention.attend_fresh`.
       view: the cached past or None.
       index: the layer in the cache.
-      window: see only keys at distance below this, or None.
       kernel: what computes where there is a cached past; None: the portable walk.
       with_log_normaliser: the part will be joined with attention over more keys.
-
-    Returns:
-      The part over M = G x T queries, G outermost.
     """
     batch, num_kv, group, num_tokens, head_dim = query.shape
     options = dict(scale=head_dim**-0.5, window=window)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax.models import attention, kv_cache, layers, native_attention, transformer
+from tlt_jax.models import attention, kernel_attention, kv_cache, layers, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
@@ -368,10 +368,12 @@ def forward(
         return attention.join(earlier, partial)
 
     native = None
-    if native_attention.takes(kernels, embedded, cfg.layer.head_dim, view, visible):
+    if kernel_attention.takes_native(
+        kernels, embedded, cfg.layer.head_dim, view, visible
+    ):
         earlier = None if past is None else (past.keys, past.values, past.mask)
         seen = dict(view=view, layer=0, visibility=visible, past=earlier)
-        native = functools.partial(native_attention.attend, **seen)
+        native = functools.partial(kernel_attention.attend_native, **seen)
     options = dict(dtype=dtype, kernels=kernels, attend_columns=native)
     return apply(params, cfg, embedded, features, positions, attend, **options)
 

@@ -76,16 +76,13 @@ def load(
     dtype=jnp.float32,
     sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[drafter.DrafterConfig, drafter.DrafterParams]:
-    """Read a drafter for `target`.
+    """Read a drafter and its weights for `target`.
 
     Args:
       directory: of `save`, or of another project: EAGLE, EAGLE-3, speculators.
       target: the model that shall verify.
       dtype: of the weights.
       sharding: of every leaf; None: the first device holds them.
-
-    Returns:
-      The drafter and its weights.
 
     Raises:
       ValueError: there is none, it is damaged, or of another target or vocabulary.
@@ -197,8 +194,7 @@ def about(directory: str | os.PathLike) -> dict[str, Any]:
 
 def _read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        with safetensors.safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{path} is missing, truncated or corrupt ({error}): export the drafter "

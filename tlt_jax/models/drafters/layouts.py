@@ -175,7 +175,7 @@ def to_tensors(
     layout: Layout,
     head: Any = None,
 ) -> dict[str, np.ndarray]:
-    """Write a drafter's weights as tensors of a layout, of their own types.
+    """Write a drafter's weights as named tensors of a layout, of their own types.
 
     Args:
       params: with `draft_ids` where the vocabulary is reduced.
@@ -183,9 +183,6 @@ def to_tensors(
       layout: checked by `check_expressible`.
       head: `[Vd, D]` of the target, for a drafter that has none of its own; engines
         other than this one ask for it.
-
-    Returns:
-      Arrays by name.
     """
     c, layer = cfg.layer, jax.tree.map(np.asarray, params.layer)
     group = c.heads_per_kv

@@ -203,37 +203,27 @@ def assemble(
     return jax.tree.map(place, leaves, shardings)
 
 
-def some(names: list[str], limit: int = 6) -> str:
+def some(names: list[str]) -> str:
     """List some of `names` for a message."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more
 
 
 def read(leaf: Leaf, source: Source, index: tuple[slice, ...], dtype) -> np.ndarray:
     """Read `leaf[index]` and nothing else of the tensors; `index` has bounds."""
-    result = np.empty([s.stop - s.start for s in index], jnp.dtype(dtype))
+    starts, stops = np.array([(s.start, s.stop) for s in index]).T
+    result = np.empty(stops - starts, jnp.dtype(dtype))
     for piece in leaf.pieces:
-        bounds = [
-            (max(s.start, start), min(s.stop, start + n))
-            for s, start, n in zip(index, piece.start, piece.block, strict=True)
-        ]
-        if any(low >= high for low, high in bounds):
-            continue
-        inside = tuple(
-            slice(low - s.start, high - s.start)
-            for (low, high), s in zip(bounds, index, strict=True)
-        )
-        block = [
-            (low - start, high - start)
-            for (low, high), start in zip(bounds, piece.start, strict=True)
-        ]
-        result[inside] = _read_block(piece, source, block)
+        low = np.maximum(starts, piece.start)
+        high = np.minimum(stops, np.add(piece.start, piece.block))
+        if np.all(low < high):
+            inside = tuple(map(slice, low - starts, high - starts))
+            bounds = np.subtract((low, high), piece.start).T.tolist()
+            result[inside] = _read_block(piece, source, bounds)
     return result
 
 
-def _read_block(
-    piece: Piece, source: Source, bounds: list[tuple[int, int]]
-) -> np.ndarray:
+def _read_block(piece: Piece, source: Source, bounds: list[list[int]]) -> np.ndarray:
     """Read a sub-block: files are sliced along the first long axis of each group."""
     file_index, shape, rest, axis = [], [], [], 0
     for group in piece.groups:
@@ -255,11 +245,8 @@ def _check_names(leaves: model_params.Params, source: Source) -> None:
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
     if missing or surplus:
-        listed = "; ".join(
-            f"{kind} {some(names)}"
-            for kind, names in (("missing", missing), ("surplus", surplus))
-            if names
-        )
+        kinds = {"missing": missing, "surplus": surplus}
+        listed = "; ".join(f"{kind} {some(n)}" for kind, n in kinds.items() if n)
         raise ValueError(
             f"the weights are not those of the configuration: {listed}. Check that "
             "config.json belongs to these files."

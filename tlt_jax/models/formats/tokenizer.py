@@ -5,6 +5,7 @@ import datetime
 import functools
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,15 +69,12 @@ class Tokenizer:
         return () if eos is None else (eos,)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> np.ndarray:
-        """Encode text; special tokens that are spelled out in it are recognised.
+        """Encode text to `[n] int32`; special tokens spelled out in it are recognised.
 
         Args:
           text: any text.
           add_special_tokens: let the tokenizer's own post-processor add what it adds,
             such as a first BOS.
-
-        Returns:
-          `[n] int32`.
 
         Raises:
           ValueError: if the tokenizer has no tokens for a part of the text.
@@ -93,15 +91,12 @@ class Tokenizer:
     def encode_prompt(
         self, prompt: str | Sequence[Mapping[str, Any]], **template_arguments
     ) -> np.ndarray:
-        """Encode a prompt: text as it stands, messages through the chat template.
+        """Encode text as it stands, and messages through the chat template.
 
         Args:
           prompt: text, or messages with `role` and `content`; the rendered text ends
             where the assistant's turn begins.
           **template_arguments: seen by the template, such as `enable_thinking=False`.
-
-        Returns:
-          `[n] int32`.
 
         Raises:
           ValueError: if there are messages but no chat template, or the template
@@ -161,15 +156,13 @@ class Tokenizer:
         token = self.backend.id_to_token(int(token_id))
         if token is None:
             return b""
-        if int(token_id) in self._added:
-            return token.encode()
-        decoder = self.backend.decoder
+        decoder = None if int(token_id) in self._added else self.backend.decoder
         if isinstance(decoder, decoders.ByteLevel):
             return bytes(_byte_of()[character] for character in token)
         if isinstance(decoder, decoders.Sequence):  # sentencepiece with byte fallback
             if len(token) == 6 and token.startswith("<0x"):
                 return bytes([int(token[3:5], 16)])
-            return token.replace("\u2581", " ").encode()
+            token = token.replace("\u2581", " ")
         return token.encode()
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -180,12 +173,11 @@ class Tokenizer:
         if self.chat_template is not None:
             # Older programs look in the configuration, newer ones beside it.
             config["chat_template"] = self.chat_template
-            path = os.path.join(directory, "chat_template.jinja")
-            with open(path, "w", encoding="utf-8", newline="") as file:
-                file.write(self.chat_template)
-        path = os.path.join(directory, "tokenizer_config.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2, ensure_ascii=False)
+            path = pathlib.Path(directory, "chat_template.jinja")
+            path.write_text(self.chat_template, encoding="utf-8", newline="")
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        path = pathlib.Path(directory, "tokenizer_config.json")
+        path.write_text(text, encoding="utf-8")
 
     @functools.cached_property
     def _added(self) -> frozenset[int]:

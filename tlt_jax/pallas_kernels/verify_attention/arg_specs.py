@@ -97,13 +97,8 @@ SUITE = (
     ArgSpec("decode_bf16", (70, 130), page_size=128, dtype="bfloat16", **_decode),
     ArgSpec("tree", (31, 0, 48), 7),
     ArgSpec(
-        "tree_bf16",
-        (90, 64),
-        16,
-        num_kv=1,
-        head_dim=128,
-        page_size=64,
-        dtype="bfloat16",
+        *("tree_bf16", (90, 64), 16),
+        **dict(num_kv=1, head_dim=128, page_size=64, dtype="bfloat16"),
     ),
     ArgSpec("tree_wide", (20,), 128, num_kv=1, group=1, page_size=32),
     ArgSpec(

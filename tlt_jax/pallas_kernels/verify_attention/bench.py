@@ -239,29 +239,28 @@ def measure(spec: arg_specs.ArgSpec, name: str, calls: int = 32) -> Row:
 def verdicts(rows: list[Row]) -> list[str]:
     """Say of each target whether our kernels' rows reach it; nothing without one."""
     told = []
-    for row in rows:
-        if row["implementation"] not in OURS[:2] or "failed" in row:
+    done = {
+        (row["arguments"], row["implementation"]): row
+        for row in rows
+        if "failed" not in row
+    }
+
+    def tell(reached, what):
+        told.append(f"{'reached' if reached else 'missed'}: {what}")
+
+    for (name, implementation), row in done.items():
+        if implementation not in OURS[:2]:
             continue
-        name, ours = row["arguments"], row["median_us"]
-        if name == TARGET_ARGUMENTS and row["bandwidth_frac"] is not None:
-            reached = row["bandwidth_frac"] >= TARGET_FRAC
-            told.append(
-                f"{'reached' if reached else 'missed'}: {TARGET_FRAC:.0%} of the "
-                f"bandwidth on {name} ({row['bandwidth_frac']:.1%})"
-            )
-        theirs = {
-            other["implementation"]: other["median_us"]
-            for other in rows
-            if other["arguments"] == name
-            and other["implementation"] in PEERS
-            and "failed" not in other
-        }
+        ours, frac = row["median_us"], row["bandwidth_frac"]
+        if name == TARGET_ARGUMENTS and frac is not None:
+            goal = f"{TARGET_FRAC:.0%} of the bandwidth on {name} ({frac:.1%})"
+            tell(frac >= TARGET_FRAC, goal)
+        peers = [peer for peer in PEERS if (name, peer) in done]
+        theirs = {peer: done[name, peer]["median_us"] for peer in peers}
         if theirs:
             best = min(theirs, key=theirs.get)
-            told.append(
-                f"{'reached' if ours <= theirs[best] else 'missed'}: jax's own speed on"
-                f" {name} ({ours} us; {best} {theirs[best]} us)"
-            )
+            goal = f"jax's own speed on {name} ({ours} us; {best} {theirs[best]} us)"
+            tell(ours <= theirs[best], goal)
     return told
 
 
