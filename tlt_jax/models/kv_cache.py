@@ -149,12 +149,7 @@ def append(
 
 @struct.dataclass
 class _Write:
-    """Columns and where they belong.
-
-    Attributes:
-      fresh: in the order of the pages' axes, `[L, K, H, B, T]` each.
-      page_table, lengths, counts, sources: see `append`.
-    """
+    """Columns, `fresh` of `_fresh`, and where they belong, see `append`."""
 
     fresh: PagedCache
     page_table: Array

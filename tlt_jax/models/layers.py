@@ -87,13 +87,10 @@ def rms_norm(x: Array, scale: Array, eps: float, axis: int = 0) -> Array:
     Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, eq. 4.
 
     Args:
-      x: features along `axis`.
+      x: features along `axis`; the result is alike.
       scale: `[x.shape[axis]]`.
       eps: added to the mean square.
       axis: the feature axis.
-
-    Returns:
-      As `x`.
     """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=axis, keepdims=True)
@@ -104,7 +101,7 @@ def rms_norm(x: Array, scale: Array, eps: float, axis: int = 0) -> Array:
     return (normed * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)
 
 
-def rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
+def _rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
     """Compute the rotary frequencies of `cfg`, stretched as `rope_scaling` says.
 
     Reference: Su et al., RoFormer, 2021; Peng et al., YaRN, 2023, section 3; the
@@ -171,7 +168,7 @@ def rope_tables(cfg: model_config.ModelConfig, positions: Array) -> tuple[Array,
 
     Positions are `[B, T] int32`, the tables `[H / 2, B, T] float32`.
     """
-    freqs, factor = rope_frequencies(cfg)
+    freqs, factor = _rope_frequencies(cfg)
     # [H / 2, B, T]: features first, as the activations that they turn.
     angles = jnp.asarray(freqs)[:, None, None] * positions.astype(jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor

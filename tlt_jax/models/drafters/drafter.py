@@ -295,7 +295,7 @@ def fuse(
     features: Array,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Array:
-    """Make one feature of the target's n.
+    """Make one feature `[D, B, T]` of the target's n.
 
     Each of several is divided by its root mean square first: the outputs of different
     layers differ by orders of magnitude, and single positions do, too. EAGLE-3 takes
@@ -305,9 +305,6 @@ def fuse(
       params, cfg: the drafter.
       features: `[n * D, B, T]`, the first layer's D rows first.
       kernels: see `transformer.forward`.
-
-    Returns:
-      `[D, B, T]`.
     """
     if params.fuse is None:
         return features

@@ -134,10 +134,12 @@ def _places(directory: str) -> dict[str, Any]:
     """What reads each tensor, by its name."""
     pickled = os.path.join(directory, _PICKLED)
     single = ("model.safetensors", "model.safetensors.index.json")
-    if not any(os.path.exists(os.path.join(directory, name)) for name in single):
-        if os.path.exists(pickled):
-            tensors = dict(_unpickled(pickled))
-            return dict.fromkeys(tensors, tensors.__getitem__)
+    has_safetensors = any(
+        os.path.exists(os.path.join(directory, name)) for name in single
+    )
+    if not has_safetensors and os.path.exists(pickled):
+        tensors = dict(_unpickled(pickled))
+        return dict.fromkeys(tensors, tensors.__getitem__)
     places: dict[str, Any] = {}
     for path in convert.weight_files(directory):
         file = convert.open_safetensors(path)

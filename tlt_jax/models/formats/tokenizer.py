@@ -108,12 +108,9 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        **template_arguments,
+        self, messages: Sequence[Mapping[str, Any]], **template_arguments
     ) -> str:
-        """Render messages through the chat template.
+        """Render messages through the chat template, up to the assistant's turn.
 
         Raises:
           ValueError: if there is no chat template, or it refuses the messages.
@@ -127,7 +124,7 @@ class Tokenizer:
         try:
             return _compile(self.chat_template).render(
                 messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=True,
                 tools=None,
                 documents=None,
                 **self.special_tokens,

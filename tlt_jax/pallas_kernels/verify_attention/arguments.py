@@ -43,13 +43,7 @@ class Constants:
 
 @struct.dataclass
 class Arguments:
-    """A checked call.
-
-    Attributes:
-      query, keys, values, cache_keys, cache_values, layer: see `api.verify_attention`.
-      page_table, lengths, positions, words, window: likewise.
-      scale, soft_cap, packing, with_log_normaliser: likewise; known when traced.
-    """
+    """A checked call; for the fields see `api.verify_attention`."""
 
     query: Array
     keys: Array

@@ -99,11 +99,8 @@ def _exchange(x: Array, upper: Array, distance: int) -> Array:
 
 
 def weighted(weights: Array, value: Array, contract: tuple[int, int]) -> Array:
-    """Multiply weights, in the values' precision, by values; see `reference.dot`.
+    """Multiply weights `[R, S] float32` by values, in the values' precision.
 
-    Args:
-      weights: `[R, S] float32`.
-      value: of the cache's dtype.
-      contract: an axis of each.
+    See `reference.dot` for `contract`.
     """
     return reference.dot(weights.astype(value.dtype), value, contract)
