@@ -203,10 +203,10 @@ def assemble(
     return jax.tree.map(place, leaves, shardings)
 
 
-def some(names: list[str]) -> str:
+def some(names: list[str], limit: int = 6) -> str:
     """List some of `names` for a message."""
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return ", ".join(names[:6]) + more
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def read(leaf: Leaf, source: Source, index: tuple[slice, ...], dtype) -> np.ndarray:
