@@ -74,10 +74,8 @@ def attend(query, cache, table, lengths, keys, values, mask, depths, window, blo
     positions = lengths[:, None] + depths
     cached = attention.attend_cached(
         query.reshape(batch, K, -1, H),
-        cache,
+        kv_cache.CacheView(cache, table, lengths),
         LAYER,
-        table,
-        lengths,
         scale=SCALE,
         positions=jnp.tile(positions, (1, G)),
         window=window,

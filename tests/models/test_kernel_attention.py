@@ -18,7 +18,7 @@ def parts(visibility, kernel, arguments, window):
     """Attention over cache and fresh keys, alone and joined with more keys."""
     a = jax.tree.map(jnp.asarray, arguments)
     cache = kv_cache.PagedCache(a["cache_keys"], a["cache_values"])
-    view = transformer.CacheView(cache, a["page_table"], a["lengths"])
+    view = kv_cache.CacheView(cache, a["page_table"], a["lengths"])
     given = (a["query"], a["keys"], a["values"], a["positions"], visibility, view, 1)
     part = transformer.attend_parts(
         *given, window=window, kernel=kernel, with_log_normaliser=True
@@ -73,7 +73,7 @@ def checked(page_table, lengths, positions, mask):
     visible = attention.Visibility(ancestors=mask)
 
     def step(lengths):
-        view = transformer.CacheView(cache, page_table, lengths)
+        view = kv_cache.CacheView(cache, page_table, lengths)
         return transformer.checked_view(view, positions, visible).lengths + 6
 
     return jax.lax.while_loop(lambda lengths: lengths[0] < 30, step, lengths)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cpu_kernels import hosts
 from tlt_jax.cpu_kernels import attention as cpu_attention
-from tlt_jax.models import attention, kernels, kv_cache, layers, native_attention
+from tlt_jax.models import attention, kernel_attention, kernels, kv_cache, layers
 from tlt_jax.models import config as model_config
 
 NATIVE = kernels.Kernels(products="native", native_attention=True)
@@ -28,25 +28,26 @@ BATCH, TOKENS, PAGE = 2, 3, 16
 def test_what_the_kernel_does_not_compute_is_left_to_the_portable_walk():
     x = jax.ShapeDtypeStruct((64, BATCH, TOKENS), jnp.float32)
     cache = jax.eval_shape(lambda: kv_cache.create(CFG, 4, PAGE, jnp.float32))
+    rows = jnp.zeros((BATCH, 2), jnp.int32), jnp.zeros(BATCH, jnp.int32)
     segment = jnp.zeros((BATCH, TOKENS), jnp.int32)
     right = dict(
         kernels=NATIVE,
         x_DBT=x,
         head_dim=16,
-        cache=cache,
+        view=kv_cache.CacheView(cache, *rows),
         visibility=attention.Visibility(),
     )
-    assert native_attention.takes(**right)
+    assert kernel_attention.takes_native(**right)
     for change in (
         dict(kernels=kernels.Kernels(products="native")),
         dict(kernels=kernels.Kernels(native_attention=True)),
-        dict(cache=None),
+        dict(view=None),
         dict(window=5),
         dict(visibility=attention.Visibility(segment=segment, prefix=segment)),
         dict(x_DBT=jax.ShapeDtypeStruct((64, 300, 1), jnp.float32)),
         dict(head_dim=6),
     ):
-        assert not native_attention.takes(**right | change), change
+        assert not kernel_attention.takes_native(**right | change), change
 
 
 @hosts.needs_native
@@ -62,17 +63,16 @@ def test_it_attends_as_the_portable_parts_joined(num_past):
     table = jnp.array([[3, 1], [0, 0]])
     pages = normal(2, 4, 2, 16, PAGE)
     cache = kv_cache.PagedCache(pages, normal(*pages.shape))
+    view = kv_cache.CacheView(cache, table, lengths)
     ancestors = jnp.tile(jnp.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]]) == 1, (2, 1, 1))
     qkv = normal(2, 4, 16, BATCH, TOKENS)
     rope = layers.rope_tables(CFG, lengths[:, None] + jnp.array([0, 1, 1]))
     earlier = normal(2, 2, 16, BATCH, num_past)
     seen = jnp.asarray(rng.random((BATCH, TOKENS, num_past)) < 0.5)
-    heads, keys, values = jax.jit(native_attention.attend)(
+    heads, keys, values = jax.jit(kernel_attention.attend_native)(
         qkv,
         *rope,
-        cache=cache,
-        page_table=table,
-        lengths=lengths,
+        view=view,
         layer=1,
         visibility=attention.Visibility(ancestors=ancestors),
         past=(*earlier, seen) if num_past else None,
@@ -85,7 +85,7 @@ def test_it_attends_as_the_portable_parts_joined(num_past):
     of_rows = [x.transpose(2, 0, 1, 3) for x in (wanted_keys, values)]
     part = attention.attend_masked(query, *of_rows, ancestors, scale=0.25)
     cached = attention.attend_cached(
-        query.reshape(BATCH, 2, -1, 16), cache, 1, table, lengths, scale=0.25
+        query.reshape(BATCH, 2, -1, 16), view, 1, scale=0.25
     )
     part = attention.join(part, cached)
     if num_past:

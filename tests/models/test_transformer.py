@@ -71,7 +71,7 @@ def causal(params, tokens, **options):
 def feed(params, cache, table, lengths, tokens, counts):
     """Feed `tokens [B, T]`, of which each row keeps the first `counts`."""
     positions = lengths[:, None] + jnp.arange(tokens.shape[1])
-    view = transformer.CacheView(cache, table, lengths)
+    view = kv_cache.CacheView(cache, table, lengths)
     out = transformer.forward(params, CFG, tokens, positions, None, view)
     cache = kv_cache.append(cache, out.keys, out.values, table, lengths, counts)
     return transformer.logits(params, out.hidden), cache

@@ -82,7 +82,7 @@ class Visibility:
 
 @struct.dataclass
 class Partial:
-    """Attention over a part of the keys.
+    """Attention over a part of the keys, of M = G x T queries, G outermost.
 
     Attributes:
       total: `[B, K, M, H] float32`, sum of exp(score - maximum) x value.
@@ -128,6 +128,14 @@ def finish(partial: Partial) -> Array:
     return partial.total / safe[..., None]
 
 
+def _einsum(spec: str, left: Array, right: Array) -> Array:
+    """Multiply arrays of one dtype; sums are float32."""
+    precision = model_layers.precision(left.dtype)
+    return jnp.einsum(
+        spec, left, right, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
 def _part(scores: Array, visible: Array, values: Array, spec: str) -> Partial:
     """Reduce masked scores `[B, K, M, S]` against values by the einsum `spec`."""
     scores = jnp.where(visible, scores, HIDDEN)
@@ -136,45 +144,31 @@ def _part(scores: Array, visible: Array, values: Array, spec: str) -> Partial:
     # Where nothing is visible the maximum is the hidden score itself, and exp(0) is 1:
     # what is invisible must be masked once more.
     weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0.0)
-    total = jnp.einsum(
-        spec,
-        weights.astype(values.dtype),
-        values,
-        precision=model_layers.precision(values.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    total = _einsum(spec, weights.astype(values.dtype), values)
     return Partial(total, maximum, jnp.sum(weights, axis=-1))
 
 
 def attend_cached(
     query: Array,
-    cache: kv_cache.PagedCache,
+    view: kv_cache.CacheView,
     layer: Array | int,
-    page_table: Array,
-    lengths: Array,
     *,
     scale: float,
     positions: Array | None = None,
     window: Array | int | None = None,
 ) -> Partial:
-    """Attend over a layer's cached keys, page by page.
+    """Attend over a layer's cached keys, page by page; empty rows have normaliser 0.
 
     Args:
       query: `[B, K, M, H]`, M = G x T, G outermost.
-      cache: the pages.
+      view: the cached past.
       layer: which layer's pages.
-      page_table: `[B, max_pages] int32`.
-      lengths: `[B] int32`; slots at or beyond are not read into the result.
       scale: multiplies the scores.
       positions: `[B, M] int32` of the queries; needed with `window`.
       window: see only keys at distance below this, or None.
-
-    Returns:
-      The part; empty rows have normaliser 0.
     """
+    cache, lengths = view.cache, view.lengths
     page_size = cache.page_size
-    batch, num_kv, num_queries, head_dim = query.shape
-    prec = model_layers.precision(query.dtype)
     # The longest row decides how far all walk; shorter ones see nothing further on.
     num_pages = (jnp.max(lengths) + page_size - 1) // page_size
 
@@ -182,18 +176,13 @@ def attend_cached(
         j, partial = state
         # The j-th page of every row, whose S slots are its columns: no copy of the
         # cache is made but this.
-        pages_B = lax.dynamic_index_in_dim(page_table, j, axis=1, keepdims=False)
+        pages_B = lax.dynamic_index_in_dim(view.page_table, j, axis=1, keepdims=False)
         keys_BKHS, values_BKHS = (
-            cache.columns(x[layer, pages_B])[..., :head_dim, :]
+            cache.columns(x[layer, pages_B])[..., : query.shape[-1], :]
             for x in (cache.keys, cache.values)
         )
-        scores_BKMS = jnp.einsum(
-            "bkmh,bkhs->bkms",
-            query,
-            keys_BKHS.astype(query.dtype),
-            precision=prec,
-            preferred_element_type=jnp.float32,
-        )
+        keys_BKHS = keys_BKHS.astype(query.dtype)
+        scores_BKMS = _einsum("bkmh,bkhs->bkms", query, keys_BKHS)
         # Every query of a row sees all that is filled, or what of it is near.
         slots_S = j * page_size + jnp.arange(page_size)
         visible_B1MS = (slots_S[None, :] < lengths[:, None])[:, None, None, :]
@@ -206,7 +195,7 @@ def attend_cached(
         part = _part(scores_BKMS * scale, visible_B1MS, values_BKHS, "bkms,bkhs->bkmh")
         return j + 1, join(partial, part)
 
-    start = (jnp.int32(0), _nothing(batch, num_kv, num_queries, head_dim))
+    start = (jnp.int32(0), _nothing(*query.shape))
     _, partial = lax.while_loop(lambda state: state[0] < num_pages, body, start)
     return partial
 
@@ -237,9 +226,6 @@ def attend_fresh(
       positions: `[B, T] int32`; needed with `window`.
       window: see only keys at distance below this, or None.
       block: queries in a block.
-
-    Returns:
-      The part over M = G x T queries, G outermost.
     """
     num_tokens = query.shape[3]
     if num_tokens > _MAX_UNROLLED_BLOCKS * block:
@@ -274,26 +260,16 @@ def attend_masked(
     """Attend over keys that stand in no order, under an explicit mask.
 
     Args:
-      query: `[B, K, G, T, H]`.
+      query, scale: see `attend_fresh`.
       keys, values: `[B, K, H, S]`; finite, also where nobody sees them.
       mask: `[B, T, S] bool`, who sees whom.
-      scale: multiplies the scores.
-
-    Returns:
-      The part over M = G x T queries, G outermost.
     """
     return merge_queries(_part_of_queries(query, keys, values, mask, scale))
 
 
 def _scores(query: Array, keys: Array) -> Array:
     """Multiply queries `[B, K, G, T, H]` by keys `[B, K, H, S]`."""
-    return jnp.einsum(
-        "bkgth,bkhs->bkgts",
-        query,
-        keys,
-        precision=model_layers.precision(query.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return _einsum("bkgth,bkhs->bkgts", query, keys)
 
 
 def _part_of_queries(query, keys, values, mask, scale) -> Partial:
@@ -309,13 +285,7 @@ def _part_of_queries(query, keys, values, mask, scale) -> Partial:
 def attend_same(query: Array, keys: Array, values: Array, *, scale: float) -> Partial:
     """Attend to one key each, the one at the query's own index.
 
-    Args:
-      query: `[B, K, G, T, H]`.
-      keys, values: `[B, K, H, T]`.
-      scale: multiplies the scores.
-
-    Returns:
-      The part over M = G x T queries, G outermost.
+    See `attend_fresh` for the arguments.
     """
     # An axis for the group: all query heads of a kv head meet the same key.
     keys_BK1TH, values_BK1TH = (x.swapaxes(2, 3)[:, :, None] for x in (keys, values))
@@ -435,11 +405,6 @@ def _tiled_forward(scale, size, query, keys, values, tiles):
 def _tiled_backward(scale, size, kept, slope):
     """Walk the tiles again; a name with `d_` is the loss's slope by what it names."""
     query, keys, values, tiles, maximum = kept
-    einsum = functools.partial(
-        jnp.einsum,
-        precision=model_layers.precision(query.dtype),
-        preferred_element_type=jnp.float32,
-    )
     num_tokens = query.shape[3]
 
     # A row of tiles finishes its queries' slope, and adds to those of all keys and
@@ -469,10 +434,10 @@ def _tiled_backward(scale, size, kept, slope):
             d_scores_BKGTS = d_scores_BKGTS.astype(query.dtype)
             weights_BKGTS = weights_BKGTS.astype(values.dtype)
             # Through both products, to each of their factors.
-            d_query_BKGTH += einsum("bkgts,bkhs->bkgth", d_scores_BKGTS, keys_BKHS)
-            here = einsum("bkgts,bkgth->bkhs", d_scores_BKGTS, query_BKGTH)
+            d_query_BKGTH += _einsum("bkgts,bkhs->bkgth", d_scores_BKGTS, keys_BKHS)
+            here = _einsum("bkgts,bkgth->bkhs", d_scores_BKGTS, query_BKGTH)
             d_keys_BKHS = _add_at(d_keys_BKHS, here, column)
-            here = einsum("bkgts,bkgth->bkhs", weights_BKGTS, d_total_BKGTH)
+            here = _einsum("bkgts,bkgth->bkhs", weights_BKGTS, d_total_BKGTH)
             d_values_BKHS = _add_at(d_values_BKHS, here, column)
             return d_query_BKGTH, d_keys_BKHS, d_values_BKHS
 

@@ -1,12 +1,14 @@
-"""Attention over cached and fresh keys by an accelerator's kernel.
+"""Attention over cached and fresh keys by a kernel: an accelerator's, or a CPU's.
 
-The same result as the portable walk over pages in `attention`, which is for CPUs and
-for training.
+The same result as the portable walk over pages in `attention`, which works everywhere
+and is for training.
 """
 
 import jax.numpy as jnp
 
-from tlt_jax.models import attention, kv_cache
+from tlt_jax.cpu_kernels import attention as cpu_attention
+from tlt_jax.models import attention, kv_cache, layers
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.types import Array
 
@@ -15,10 +17,8 @@ def attend(
     query: Array,
     keys: Array,
     values: Array,
-    cache: kv_cache.PagedCache,
+    view: kv_cache.CacheView,
     layer: Array | int,
-    page_table: Array,
-    lengths: Array,
     positions: Array,
     visibility: attention.Visibility,
     *,
@@ -27,21 +27,17 @@ def attend(
     with_log_normaliser: bool,
     kernel: verify_attention.Implementation,
 ) -> attention.Partial:
-    """Attend over cached and fresh keys with an accelerator's kernel.
+    """Attend over cached and fresh keys; the part is normalised already.
 
     Args:
       query, keys, values: see `attention.attend_fresh`; at most 128 tokens where the
         visibility names ancestors.
-      cache, layer, page_table, lengths: see `attention.attend_cached`.
-      positions: `[B, T] int32`.
+      view, layer: see `attention.attend_cached`.
       visibility: causal, or by ancestors.
-      scale, window: see `attention.attend_fresh`.
+      positions, scale, window: see `attention.attend_fresh`.
       with_log_normaliser: the part will be joined with others; else only
         `attention.finish` may take it.
       kernel: what computes.
-
-    Returns:
-      The part over M = G x T queries, G outermost, normalised already.
 
     Raises:
       NotImplementedError: the kernel cannot do this.
@@ -51,18 +47,10 @@ def attend(
             f"visibility by segments has no kernel ({kernel.name!r}): packed rows are "
             "for training; use attention='portable'."
         )
-    words = words_of(visibility)
+    cache = view.cache
     out, log = verify_attention.verify_attention(
-        query,
-        keys,
-        values,
-        cache.keys,
-        cache.values,
-        layer,
-        page_table,
-        lengths,
-        positions,
-        words,
+        *(query, keys, values, cache.keys, cache.values, layer),
+        *(view.page_table, view.lengths, positions, words_of(visibility)),
         scale=scale,
         window=window,
         packing=cache.packing,
@@ -74,9 +62,8 @@ def attend(
     # `Partial` wants sums. What was normalised weighs as one key of that score, and a
     # query that saw nothing as none.
     weight = jnp.where(log > attention.HIDDEN, 1.0, 0.0)
-    return attention.merge_queries(
-        attention.Partial(out.astype(jnp.float32), log, weight)
-    )
+    part = attention.Partial(out.astype(jnp.float32), log, weight)
+    return attention.merge_queries(part)
 
 
 def words_of(visibility: attention.Visibility) -> Array | None:
@@ -90,3 +77,72 @@ def words_of(visibility: attention.Visibility) -> Array | None:
     bits = padded.reshape(*mask_BTS.shape[:2], -1, 32).astype(jnp.uint32)
     # Each bit stands alone in its place, so that their sum is the word.
     return jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+
+def takes_native(
+    kernels: kernels_lib.Kernels,
+    x_DBT: Array,
+    head_dim: int,
+    view: kv_cache.CacheView | None,
+    visibility: attention.Visibility,
+    window: Array | int | None = None,
+) -> bool:
+    """Tell whether the native kernel for CPUs computes a layer's attention.
+
+    Args:
+      kernels: of the program.
+      x_DBT, head_dim, window: the layer's input, and what it is.
+      view: the cached past; None: there is none.
+      visibility: which fresh keys a query sees.
+    """
+    return (
+        kernels.native_attention
+        and view is not None
+        and window is None
+        and visibility.segment is None
+        and layers.takes_native(kernels, x_DBT)
+        and cpu_attention.takes(x_DBT.shape[2], head_dim, view.cache.page_size)
+    )
+
+
+def attend_native(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    view: kv_cache.CacheView,
+    layer: Array | int,
+    visibility: attention.Visibility,
+    past: tuple[Array, Array, Array] | None = None,
+) -> tuple[Array, Array, Array]:
+    """Rotate and attend with the native kernel for CPUs, the same to rounding.
+
+    See `attend_columns` of `transformer.decoder_layer`.
+
+    Args:
+      qkv: `[K, G + 2, H, B, T]`.
+      cos, sin: `[H / 2, B, T]`.
+      view, layer: see `attention.attend_cached`.
+      visibility: causal, or by ancestors.
+      past: keys and values `[K, H, B, S]` of earlier calls, and who sees them,
+        `[B, T, S] bool`.
+
+    Returns:
+      Heads `[K, G, H, B, T]`; keys and values `[K, H, B, T]`.
+    """
+    _, _, head_dim, batch, num_tokens = qkv.shape
+    # The kernel reads a mask of each row: [B, T, T], a causal one as well.
+    mask_BTS = visibility.block(0, num_tokens)
+    mask_BTS = jnp.broadcast_to(mask_BTS, (batch, num_tokens, num_tokens))
+    keys = values = None
+    if past is not None:
+        keys, values, seen_BTS = past
+        # Earlier keys stand before the fresh ones, [B, T, S + T].
+        mask_BTS = jnp.concatenate([seen_BTS, mask_BTS], axis=2)
+    return cpu_attention.attend(
+        *(qkv, cos, sin, view.cache.keys, view.cache.values),
+        *(view.page_table, view.lengths, mask_BTS, layer),
+        scale=head_dim**-0.5,
+        past_keys=keys,
+        past_values=values,
+    )

@@ -80,13 +80,9 @@ def choose(
         `native_cpu`, with native products only), else `portable`; or one by name. A
         name with `_interpreted` behind it runs a kernel's
         program step by step on CPUs, for tests.
-      mesh: devices that the program runs on.
-      rules: which mesh axes split kv heads.
+      mesh, rules: devices that the program runs on, and which axes split kv heads.
       dtype: of weights and activations.
       checked: see `Kernels`.
-
-    Returns:
-      The kernels.
 
     Raises:
       ValueError: a choice is not known, or cannot be had on these devices.

@@ -57,6 +57,22 @@ class PagedCache:
         return page_layout.unpack(pages, self.packing)
 
 
+@struct.dataclass
+class CacheView:
+    """What a forward reads of the cache.
+
+    Attributes:
+      cache: the pages.
+      page_table: `[B, max_pages] int32`.
+      lengths: `[B] int32`, positions cached for each row; slots at or beyond are not
+        read into any result.
+    """
+
+    cache: PagedCache
+    page_table: Array
+    lengths: Array
+
+
 def create(
     cfg: model_config.ModelConfig,
     num_pages: int,
@@ -65,7 +81,7 @@ def create(
     feature_size: int = 0,
     packing: int = 1,
 ) -> PagedCache:
-    """Make an empty cache.
+    """Make an empty cache, zeros.
 
     Args:
       cfg: the model.
@@ -74,9 +90,6 @@ def create(
       dtype: of everything in it.
       feature_size: n x D, features kept of each position; 0: none.
       packing: see `page_layout`; divides `feature_size`.
-
-    Returns:
-      The cache, zeros.
     """
 
     def zeros(*shape):
@@ -112,16 +125,13 @@ def append(
     """Write `counts` fresh columns of each row behind its `lengths` old ones.
 
     Args:
-      cache: the cache; donate it, the write is in place.
+      cache: to donate: the write is in place.
       keys, values: `[L, K, H, B, T]` fresh columns, as the forward returns them.
       page_table: `[B, max_pages] int32`.
       lengths: `[B] int32`, columns that the row holds already.
       counts: `[B] int32`, columns to write, not more than `sources` names.
       features: `[n x D, B, T]`, of the same columns; None where the cache has none.
       sources: `[B, A] int32`, which fresh columns to write, in order; None: the first.
-
-    Returns:
-      The cache with the columns written.
     """
     fresh = _fresh(cache, keys, values, features)
     if sources is None:
@@ -139,12 +149,7 @@ def append(
 
 @struct.dataclass
 class _Write:
-    """Columns and where they belong.
-
-    Attributes:
-      fresh: in the order of the pages' axes, `[L, K, H, B, T]` each.
-      page_table, lengths, counts, sources: see `append`.
-    """
+    """Columns, `fresh` of `_fresh`, and where they belong, see `append`."""
 
     fresh: PagedCache
     page_table: Array
@@ -294,11 +299,8 @@ def copy_pages(cache: PagedCache, sources: Array, targets: Array) -> PagedCache:
     """Copy page `sources[i]` to page `targets[i]`; pairs (0, 0) do nothing.
 
     Args:
-      cache: the cache; donate it.
+      cache: to donate: the write is in place.
       sources, targets: `[n] int32`.
-
-    Returns:
-      The cache with the pages copied.
     """
 
     def copy(i, cache):
@@ -317,7 +319,7 @@ def read_features(
     """Read the features of `count` positions of each row.
 
     Args:
-      cache: the cache; it has features.
+      cache: with features.
       page_table: `[B, max_pages] int32`.
       start: `[B] int32`, first position of each row.
       count: T.
@@ -365,10 +367,6 @@ def _padded(block: Array, num_features: int) -> Array:
     return jnp.pad(block, [(0, spare if i == 3 else 0) for i in range(block.ndim)])
 
 
-def _stacked(columns: Fresh) -> Array:
-    return jnp.stack(columns) if isinstance(columns, tuple) else columns
-
-
 def _fresh(cache, keys: Fresh, values: Fresh, features: Array | None) -> PagedCache:
     """Bring fresh columns into the order of the pages' axes, `[L, K, H, B, T]`."""
     if (features is None) != (cache.features is None):
@@ -379,7 +377,8 @@ def _fresh(cache, keys: Fresh, values: Fresh, features: Array | None) -> PagedCa
         )
     if features is not None:
         features = features[None, None]
-    return PagedCache(_stacked(keys), _stacked(values), features, cache.packing)
+    stacked = (jnp.stack(x) if isinstance(x, tuple) else x for x in (keys, values))
+    return PagedCache(*stacked, features, cache.packing)
 
 
 def _write_columns(cache, fresh, row, t, page, slot, width=1) -> PagedCache:
@@ -388,11 +387,8 @@ def _write_columns(cache, fresh, row, t, page, slot, width=1) -> PagedCache:
     # [L, K, H, 1, width] becomes [L, 1, K, H, width], packed as the pages are.
     def put(pages, fresh):
         num_layers, num_heads, head_dim = fresh.shape[:3]
-        columns = lax.dynamic_slice(
-            fresh,
-            (0, 0, 0, row, t),
-            (num_layers, num_heads, head_dim, 1, width),
-        )
+        sizes = (*fresh.shape[:3], 1, width)
+        columns = lax.dynamic_slice(fresh, (0, 0, 0, row, t), sizes)
         block = columns.reshape(num_layers, 1, num_heads, head_dim, width)
         block = _padded(block, pages.shape[3] * cache.packing)
         block = page_layout.pack(block, cache.packing)

@@ -23,22 +23,26 @@ def precision(dtype) -> lax.Precision:
 
 
 def product(
-    weight: Array, x: Array, kernels: kernels_lib.Kernels = kernels_lib.PORTABLE
+    weight: Array,
+    x: Array,
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+    bias: Array | None = None,
 ) -> Array:
-    """Multiply columns by a weight.
+    """Multiply columns by a weight, in their dtype.
 
     Args:
       weight: `[*out, in]`.
-      x: `[in, B, T]`, of the same dtype.
+      x: `[in, B, T]`.
       kernels: whose native products take the kernel for few columns on CPUs, which
         has no derivative and cannot be partitioned; see `cpu_kernels.product`.
+      bias: `[*out]`, or None.
 
     Returns:
       `[*out, B, T]`.
     """
-    if takes_native(kernels, x):
-        return cpu_product.product(weight, x)
-    return _product(weight, x)
+    multiply = cpu_product.product if takes_native(kernels, x) else _product
+    y = multiply(weight.astype(x.dtype), x)
+    return y if bias is None else y + bias.astype(x.dtype)[..., None, None]
 
 
 def takes_native(kernels: kernels_lib.Kernels, x: Array) -> bool:
@@ -83,13 +87,10 @@ def rms_norm(x: Array, scale: Array, eps: float, axis: int = 0) -> Array:
     Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, eq. 4.
 
     Args:
-      x: features along `axis`.
+      x: features along `axis`; the result is alike.
       scale: `[x.shape[axis]]`.
       eps: added to the mean square.
       axis: the feature axis.
-
-    Returns:
-      As `x`.
     """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=axis, keepdims=True)
@@ -100,7 +101,7 @@ def rms_norm(x: Array, scale: Array, eps: float, axis: int = 0) -> Array:
     return (normed * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)
 
 
-def rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
+def _rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
     """Compute the rotary frequencies of `cfg`, stretched as `rope_scaling` says.
 
     Reference: Su et al., RoFormer, 2021; Peng et al., YaRN, 2023, section 3; the
@@ -112,14 +113,13 @@ def rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
     """
     dim, theta = cfg.head_dim, cfg.rope_theta
     freqs = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    scaling = cfg.rope_scaling
-    factor = 1.0
+    scaling, factor = cfg.rope_scaling, 1.0
     if scaling is None:
         pass
     elif scaling.kind == "linear":
         freqs = freqs / scaling.factor
     elif scaling.kind == "llama3":
-        freqs = _llama3(freqs, scaling)
+        freqs = llama3_frequencies(freqs, scaling)
     elif scaling.kind == "yarn":
         freqs, factor = _yarn(freqs, scaling, dim, theta)
     else:
@@ -130,7 +130,10 @@ def rope_frequencies(cfg: model_config.ModelConfig) -> tuple[np.ndarray, float]:
     return freqs.astype(np.float32), factor
 
 
-def _llama3(freqs: np.ndarray, scaling: model_config.RopeScaling) -> np.ndarray:
+def llama3_frequencies(
+    freqs: np.ndarray, scaling: model_config.RopeScaling
+) -> np.ndarray:
+    """Stretch angular frequencies, in radians per position, as Llama 3 does."""
     # What turns often within the context of pre-training stays as it is; what never
     # comes round is stretched, and between them a mean of both is taken.
     turns = scaling.original_max_positions * freqs / (2 * math.pi)
@@ -163,28 +166,18 @@ def _yarn(
 def rope_tables(cfg: model_config.ModelConfig, positions: Array) -> tuple[Array, Array]:
     """Tabulate cos and sin of every rotary angle.
 
-    Args:
-      cfg: the model.
-      positions: `[B, T] int32`.
-
-    Returns:
-      cos and sin, `[H / 2, B, T] float32`.
+    Positions are `[B, T] int32`, the tables `[H / 2, B, T] float32`.
     """
-    freqs, factor = rope_frequencies(cfg)
+    freqs, factor = _rope_frequencies(cfg)
     # [H / 2, B, T]: features first, as the activations that they turn.
     angles = jnp.asarray(freqs)[:, None, None] * positions.astype(jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs (i, i + H/2) of every head by their angles.
+    """Turn the pairs (i, i + H/2) of every head, `[..., H, B, T]`, by their angles.
 
-    Args:
-      x: `[..., H, B, T]`.
-      cos, sin: `[H / 2, B, T] float32`.
-
-    Returns:
-      As `x`.
+    See `rope_tables` for the arguments `cos` and `sin`.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-3)
     turned = jnp.concatenate(
@@ -203,22 +196,12 @@ def mlp(
     Reference: Shazeer, GLU Variants Improve Transformer, 2020, section 2.
 
     Args:
-      layer: one layer's weights.
-      x: `[D, B, T]`, normed.
-      kernels: see `product`.
-
-    Returns:
-      `[D, B, T]`.
+      layer, kernels: one layer's weights, and see `product`.
+      x: `[D, B, T]`, normed; the result is as large.
     """
-    dtype = x.dtype
     # Both projections in one product: [2, F, B, T], gate first.
-    hidden_2FBT = product(layer.gate_up.astype(dtype), x, kernels)
-    if layer.gate_up_bias is not None:
-        hidden_2FBT = hidden_2FBT + layer.gate_up_bias.astype(dtype)[..., None, None]
+    hidden_2FBT = product(layer.gate_up, x, kernels, layer.gate_up_bias)
     # A split, not two slices: its gradient is one concatenation.
     gate, up = jnp.split(hidden_2FBT, 2)
     gated_FBT = jax.nn.silu(gate[0]) * up[0]
-    y_DBT = product(layer.down.astype(dtype), gated_FBT, kernels)
-    if layer.down_bias is not None:
-        y_DBT = y_DBT + layer.down_bias.astype(dtype)[:, None, None]
-    return y_DBT
+    return product(layer.down, gated_FBT, kernels, layer.down_bias)

@@ -92,11 +92,7 @@ class Params:
 
 
 def describe(cfg: model_config.ModelConfig) -> Params:
-    """Describe every leaf of `cfg`'s weights.
-
-    Returns:
-      `Params` whose leaves are `Weight`s, layers stacked.
-    """
+    """Describe every leaf of `cfg`'s weights as a `Weight`, layers stacked."""
     d, f, h, v = cfg.d_model, cfg.d_ff, cfg.head_dim, cfg.vocab_size
     k, g = cfg.num_kv_heads, cfg.heads_per_kv
 
@@ -141,10 +137,9 @@ def draw(described: _Tree, key: jax.Array, dtype=jnp.float32) -> _Tree:
 
     # By its place alone: a leaf added behind leaves the others' draws as they are.
     def one(i: int, weight: Weight) -> jax.Array:
-        if weight.init == "ones":
-            return jnp.ones(weight.shape, dtype)
-        if weight.init == "zeros":
-            return jnp.zeros(weight.shape, dtype)
+        if weight.init != "normal":
+            value = {"zeros": 0, "ones": 1}[weight.init]
+            return jnp.full(weight.shape, value, dtype)
         scale = 1.0 / math.sqrt(weight.fan_in)
         noise = jax.random.normal(jax.random.fold_in(key, i), weight.shape)
         return (noise * scale).astype(dtype)
@@ -177,9 +172,6 @@ def unstack(params: Params) -> Params:
     """
     if isinstance(params.layers, tuple):
         return params
-    num_layers = params.layers.attn_norm.shape[0]
-    layers = tuple(
-        jax.tree.map(lambda leaf, i=i: leaf[i], params.layers)
-        for i in range(num_layers)
-    )
-    return params.replace(layers=layers)
+    indices = range(params.layers.attn_norm.shape[0])
+    layers = (jax.tree.map(lambda leaf, i=i: leaf[i], params.layers) for i in indices)
+    return params.replace(layers=tuple(layers))

@@ -13,11 +13,7 @@ import numpy as np
 
 
 class Rows:
-    """Rows that are filled first fit.
-
-    Attributes:
-      items: of each row, in the order placed.
-    """
+    """Rows that are filled first fit; `items` are those of each, as placed."""
 
     def __init__(
         self,
@@ -68,11 +64,7 @@ class Rows:
         return len(self.items) - 1
 
     def place(self, item: Any, *size: int) -> int | None:
-        """Place an item in the first row with room, or in a new one.
-
-        Returns:
-          The row's number, or None: there is no room.
-        """
+        """Place an item in the first row with room, or in a new one; see `open`."""
         row = self.find(*size)
         row = self.open() if row is None else row
         if row is not None:

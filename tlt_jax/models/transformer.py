@@ -19,7 +19,6 @@ from tlt_jax.models import (
     kernel_attention,
     kv_cache,
     layers,
-    native_attention,
 )
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
@@ -33,21 +32,6 @@ REMAT_POLICIES = ("none", "full", "dots")
 # Above it logits have the vocabulary last from the start: on a CPU, 49152 words and 576
 # features, 128 columns take 51 ms either way and 512 columns 102 against 158 ms.
 _MANY_COLUMNS = 128
-
-
-@struct.dataclass
-class CacheView:
-    """What a forward reads of the cache.
-
-    Attributes:
-      cache: the pages.
-      page_table: `[B, max_pages] int32`.
-      lengths: `[B] int32`, positions cached for each row.
-    """
-
-    cache: kv_cache.PagedCache
-    page_table: Array
-    lengths: Array
 
 
 @struct.dataclass
@@ -73,7 +57,7 @@ def forward(
     tokens: Array,
     positions: Array,
     visibility: attention.Visibility | None = None,
-    view: CacheView | None = None,
+    view: kv_cache.CacheView | None = None,
     *,
     dtype=jnp.float32,
     features: tuple[int, ...] = (),
@@ -100,9 +84,6 @@ def forward(
       kernels: what computes products and attention; the portable ones have
         derivatives.
 
-    Returns:
-      `Output`.
-
     Raises:
       ValueError: `remat` is not one of the three, or a feature's layer is not there.
     """
@@ -121,36 +102,23 @@ def forward(
     # Angles are the same in all layers: cos and sin [H / 2, B, T], once.
     rope = layers.rope_tables(cfg, positions)
     # Rows of the table [B, T, D], turned so that features come first.
-    x_DBT = jnp.moveaxis(params.embed[tokens].astype(dtype), -1, 0)
-    x_DBT = constrain(x_DBT)
+    x_DBT = constrain(jnp.moveaxis(params.embed[tokens].astype(dtype), -1, 0))
+    where = dict(positions=positions, visibility=visibility, view=view)
 
     # One layer for both ways to walk them: its index is an int where they are unrolled,
     # and traced where they are scanned over.
     def one_layer(layer, x_DBT, index, window):
-        def attend(query, keys, values):
-            return attend_parts(
-                query,
-                keys,
-                values,
-                positions,
-                visibility,
-                view,
-                index,
-                window=window,
-                kernel=kernels.attention,
-            )
-
+        attend = functools.partial(
+            attend_parts, **where, index=index, window=window, kernel=kernels.attention
+        )
         # The native kernel rotates and attends in one, where shapes allow it.
-        cache = None if view is None else view.cache
-        native = None
-        if native_attention.takes(
-            kernels, x_DBT, cfg.head_dim, cache, visibility, window
+        native, head_dim = None, cfg.head_dim
+        if kernel_attention.takes_native(
+            kernels, x_DBT, head_dim, view, visibility, window
         ):
             native = functools.partial(
-                native_attention.attend,
-                cache=cache,
-                page_table=view.page_table,
-                lengths=view.lengths,
+                kernel_attention.attend_native,
+                view=view,
                 layer=index,
                 visibility=visibility,
             )
@@ -161,13 +129,9 @@ def forward(
         # [K, H, B, T] each: read once more by whoever appends them, and never here.
         return x_DBT, (keys, values) if with_cache_columns else (None, None)
 
-    if remat == "full":
-        one_layer = jax.checkpoint(one_layer)
-    elif remat == "dots":
-        one_layer = jax.checkpoint(
-            one_layer, policy=jax.checkpoint_policies.dots_saveable
-        )
-
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
+        one_layer = jax.checkpoint(one_layer, policy=policy)
     run = _unrolled if isinstance(params.layers, tuple) else _scanned
     x_DBT, (keys, values), kept = run(params, cfg, one_layer, x_DBT, features)
     hidden = layers.rms_norm(x_DBT, params.final_norm, cfg.rms_norm_eps)
@@ -175,17 +139,12 @@ def forward(
 
 
 def checked_view(
-    view: CacheView, positions: Array, visibility: attention.Visibility
-) -> CacheView:
+    view: kv_cache.CacheView, positions: Array, visibility: attention.Visibility
+) -> kv_cache.CacheView:
     """Have the host check what attention reads by, before it does; all layers' at once.
 
-    Args:
-      view: the cached past.
-      positions: `[B, T] int32`, of the fresh tokens.
-      visibility: which of them see which.
-
-    Returns:
-      The view; using it fails where a value is wrong, see `validators.checked_lengths`.
+    `positions` are `[B, T] int32`, of the fresh tokens. Using the view returned fails
+    where a value is wrong, see `validators.checked_lengths`.
     """
     cache = view.cache
     lengths = validators.checked_lengths(
@@ -233,24 +192,13 @@ def head_logits(
     if layers.takes_native(kernels, hidden):
         return cpu_product.product_transposed(head, hidden)
     prec = layers.precision(hidden.dtype)
+    options = dict(precision=prec, preferred_element_type=jnp.float32)
     if math.prod(hidden.shape[1:]) > _MANY_COLUMNS:
         # The result is so large that transposing it costs more than the better form of
         # the product gains. The barrier keeps the features' own transposition apart.
         rows = lax.optimization_barrier(jnp.moveaxis(hidden, 0, -1))
-        return jnp.einsum(
-            "...d,vd->...v",
-            rows,
-            head,
-            precision=prec,
-            preferred_element_type=jnp.float32,
-        )
-    logits_first = jnp.tensordot(
-        head,
-        hidden,
-        axes=1,
-        precision=prec,
-        preferred_element_type=jnp.float32,
-    )
+        return jnp.einsum("...d,vd->...v", rows, head, **options)
+    logits_first = jnp.tensordot(head, hidden, axes=1, **options)
     # Without the barrier the compiler for CPUs folds the transposition into the
     # product, which then takes up to ten times as long.
     return jnp.moveaxis(lax.optimization_barrier(logits_first), 0, -1)
@@ -339,7 +287,7 @@ def attend_parts(
     values: Array,
     positions: Array,
     visibility: attention.Visibility,
-    view: CacheView | None,
+    view: kv_cache.CacheView | None,
     index: Array | int,
     *,
     window: Array | int | None = None,
@@ -349,18 +297,11 @@ def attend_parts(
     """Attend over the fresh part and, where there is one, a layer's cached past.
 
     Args:
-      query: `[B, K, G, T, H]`.
-      keys, values: `[B, K, H, T]`, fresh.
-      positions: `[B, T] int32`.
-      visibility: which fresh keys each query sees.
+      query, keys, values, positions, visibility, window: see `attention.attend_fresh`.
       view: the cached past or None.
       index: the layer in the cache.
-      window: see only keys at distance below this, or None.
       kernel: what computes where there is a cached past; None: the portable walk.
       with_log_normaliser: the part will be joined with attention over more keys.
-
-    Returns:
-      The part over M = G x T queries, G outermost.
     """
     batch, num_kv, group, num_tokens, head_dim = query.shape
     options = dict(scale=head_dim**-0.5, window=window)
@@ -368,15 +309,7 @@ def attend_parts(
     # pages, and nothing that it would save.
     if view is not None and kernel is not None:
         return kernel_attention.attend(
-            query,
-            keys,
-            values,
-            view.cache,
-            index,
-            view.page_table,
-            view.lengths,
-            positions,
-            visibility,
+            *(query, keys, values, view, index, positions, visibility),
             with_log_normaliser=with_log_normaliser,
             kernel=kernel,
             **options,
@@ -388,28 +321,19 @@ def attend_parts(
         return partial
     # All queries of a kv head read its pages together: M = G x T of them.
     query_BKMH = query.reshape(batch, num_kv, group * num_tokens, head_dim)
+    positions_BM = jnp.tile(positions, (1, group))
     cached = attention.attend_cached(
-        query_BKMH,
-        view.cache,
-        index,
-        view.page_table,
-        view.lengths,
-        positions=jnp.tile(positions, (1, group)),
-        **options,
+        query_BKMH, view, index, positions=positions_BM, **options
     )
     return attention.join(cached, partial)
 
 
 def _self_attention(layer, x_DBT, cfg, rope, attend, kernels, attend_columns):
     """Project, rotate, attend, project back."""
-    dtype = x_DBT.dtype
     group = cfg.heads_per_kv
-    _, batch, num_tokens = x_DBT.shape
     # All projections in one product, [K, C, H, B, T] with C = G + 2: a kv head's
     # queries, its key and its value, so that devices that split K have whole families.
-    qkv_KCHBT = layers.product(layer.qkv.astype(dtype), x_DBT, kernels)
-    if layer.qkv_bias is not None:
-        qkv_KCHBT = qkv_KCHBT + layer.qkv_bias.astype(dtype)[..., None, None]
+    qkv_KCHBT = layers.product(layer.qkv, x_DBT, kernels, layer.qkv_bias)
     query_KGHBT, key_K1HBT, value_K1HBT = jnp.split(
         qkv_KCHBT, [group, group + 1], axis=1
     )
@@ -425,14 +349,9 @@ def _self_attention(layer, x_DBT, cfg, rope, attend, kernels, attend_columns):
             query_KGHBT, key_K1HBT, value_K1HBT, rope, attend
         )
     # As a plain product: with the heads' axes kept the compiler reorders the weight.
-    attended_DBT = layers.product(
-        layer.out.astype(dtype).reshape(layer.out.shape[0], -1),
-        heads_KGHBT.reshape(-1, batch, num_tokens),
-        kernels,
-    )
-    if layer.out_bias is not None:
-        attended_DBT = attended_DBT + layer.out_bias.astype(dtype)[:, None, None]
-    return attended_DBT, key_KHBT, value_KHBT
+    out = layer.out.astype(x_DBT.dtype).reshape(layer.out.shape[0], -1)
+    heads = heads_KGHBT.reshape(-1, *x_DBT.shape[1:])
+    return layers.product(out, heads, kernels, layer.out_bias), key_KHBT, value_KHBT
 
 
 def _rotate_and_attend(query_KGHBT, key_K1HBT, value_K1HBT, rope, attend):

@@ -242,7 +242,7 @@ def forward(
         tokens,
         positions,
         visible,
-        transformer.CacheView(cache, page_table, lengths),
+        kv_cache.CacheView(cache, page_table, lengths),
         dtype=jnp.dtype(settings.dtype),
         kernels=settings.kernels,
         features=settings.feature_layers or (),

@@ -51,7 +51,7 @@ def test_extension_over_cache_and_earlier_keys_is_the_forward_in_one():
         zeros,
         zeros + 5,
     )
-    view = transformer.CacheView(cache, table, zeros + 5)
+    view = kv_cache.CacheView(cache, table, zeros + 5)
     middle = part(5, 6, view=view)
     past = drafter.Past(middle.keys, middle.values, jnp.ones((2, 2, 1), bool))
     last = part(6, 8, view=view, past=past)

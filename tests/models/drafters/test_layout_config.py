@@ -39,10 +39,9 @@ def written(cfg, layout):
     return layout_config.to_config(
         cfg,
         layout,
-        num_target_layers=TARGET.num_layers,
+        TARGET,
         dtype="bfloat16",
         verifier="org/name",
-        verifier_class="Qwen3ForCausalLM",
         num_speculative_tokens=4,
     )
 

@@ -151,7 +151,7 @@ class Recording:
 
 def test_only_the_slices_of_the_shards_held_are_read(saved):
     source = Recording(tensors_of(saved))
-    leaves = layout.layout(CFG, convert.HF_NAMES)
+    leaves = layout.layout(CFG, layout.HF_NAMES)
     shardings = sharding.tree_shardings(
         sharding.make_mesh(2, 2, 2),
         sharding.ShardingRules(),
@@ -179,7 +179,7 @@ def test_any_slice_of_any_leaf_is_that_slice_of_the_whole(saved):
             block = layout.read(leaf, source, index, jnp.float32)
             np.testing.assert_array_equal(block, whole[index])
 
-    leaves = layout.layout(CFG, convert.HF_NAMES)
+    leaves = layout.layout(CFG, layout.HF_NAMES)
     jax.tree.map(check, leaves, jax.tree.map(np.asarray, random_params()))
 
 

@@ -6,7 +6,14 @@ import pytest
 
 from tests.models import tiny_hf
 from tlt_jax.models.config import RopeScaling
-from tlt_jax.models.formats import convert, gguf_file, hf_config, source, tokenizer
+from tlt_jax.models.formats import (
+    convert,
+    gguf_file,
+    hf_config,
+    layout,
+    source,
+    tokenizer,
+)
 
 # As byte-level vocabularies spell them: Ġ is a space, Ċ a newline.
 TOKENS = ["<|end|>", "<|begin|>", *"abc0123.", "Ġ", "Ċ", "ab", "ĊĊ", "Ġ1", "12", "Ġa"]
@@ -70,7 +77,7 @@ def write(path, model, quantize=None, metadata=(), tensors=(), pre="smollm", ski
     writer.add_add_bos_token("add_bos" in skip)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
 
-    roles = {name: role for role, name in convert.HF_NAMES.items()}
+    roles = {name: role for role, name in layout.HF_NAMES.items()}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         layer = parts[2] if parts[1] == "layers" else ""
@@ -82,7 +89,7 @@ def write(path, model, quantize=None, metadata=(), tensors=(), pre="smollm", ski
             tensor = permuted(tensor, config.num_attention_heads)
         if arch == "llama" and role in ("k", "k_bias"):
             tensor = permuted(tensor, config.num_key_value_heads)
-        name = gguf_file.GGUF_NAMES[role].format(layer)
+        name = layout.GGUF_NAMES[role].format(layer)
         if name in skip:
             continue
         if quantize is not None and tensor.ndim == 2:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from tests.specdec import tiny_drafter
-from tlt_jax.models import attention, kv_cache, transformer
+from tlt_jax.models import attention, kv_cache
 from tlt_jax.models.drafters import drafter
 from tlt_jax.runtime import train_state
 from tlt_jax.specdec.texts import layout
@@ -84,7 +84,7 @@ def drafted(params, record, base, num_steps):
             jnp.array([0]),
             jnp.array([base]),
         )
-    view = transformer.CacheView(cache, table, jnp.array([base]))
+    view = kv_cache.CacheView(cache, table, jnp.array([base]))
     feature, past, outputs = features[..., base : base + 1], None, []
     for k in range(num_steps):
         out = FORWARD_ONE(

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax.models import attention, layers, native_attention, transformer
+from tlt_jax.models import attention, kernel_attention, kv_cache, layers, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
@@ -213,15 +213,8 @@ def of_target(
 ) -> DrafterConfig:
     """Describe a drafter for `target`.
 
-    That of a published architecture is a Llama layer of the target's sizes.
-
-    Args:
-      target: the model that verifies.
-      feature_layers, output_norm, draft_vocab_size, max_length, architecture: see
-        `DrafterConfig`.
-
-    Returns:
-      The description.
+    That of a published architecture is a Llama layer of the target's sizes. See
+    `DrafterConfig` for the arguments.
 
     Raises:
       ValueError: a layer is not the target's, or a size is out of range.
@@ -232,15 +225,12 @@ def of_target(
             f"feature_layers names layers {absent} of a target with num_layers="
             f"{target.num_layers}: use 0 to {target.num_layers - 1}."
         )
-    layer = dataclasses.replace(
-        target, num_layers=1, sliding_window=None, windowed_layers=()
-    )
+    plain = dict(num_layers=1, sliding_window=None, windowed_layers=())
     if architecture != "tlt":
-        plain = dict.fromkeys(_FAMILIES_OWN, False)
-        layer = dataclasses.replace(layer, family="llama", **plain)
+        plain |= dict.fromkeys(_FAMILIES_OWN, False) | dict(family="llama")
         output_norm = architecture == "eagle3"
     return DrafterConfig(
-        layer=layer,
+        layer=dataclasses.replace(target, **plain),
         target=identify(target),
         feature_layers=tuple(feature_layers),
         output_norm=output_norm,
@@ -251,19 +241,13 @@ def of_target(
 
 
 def describe(cfg: DrafterConfig) -> DrafterParams:
-    """Describe every trained leaf.
-
-    Returns:
-      `DrafterParams` whose leaves are `params.Weight`s, without `draft_ids` and
-      `sharpness`.
-    """
+    """Describe every trained leaf, not `draft_ids` and `sharpness`, as a `Weight`."""
     d, n = cfg.layer.d_model, cfg.num_features
     stacked = model_params.describe(cfg.layer).layers
 
     def table(num_inputs):
-        return model_params.Weight(
-            (d, num_inputs), ("embed", None), "normal", num_inputs
-        )
+        shape = (d, num_inputs)
+        return model_params.Weight(shape, ("embed", None), "normal", num_inputs)
 
     def vector(init):
         return model_params.Weight((d,), (None,), init)
@@ -284,9 +268,8 @@ def describe(cfg: DrafterConfig) -> DrafterParams:
     if cfg.architecture == "eagle3":
         wide = (*layer.qkv.shape[:-1], 2 * d)
         qkv = dataclasses.replace(layer.qkv, shape=wide, fan_in=2 * d)
-        head = model_params.Weight(
-            (cfg.num_draft_tokens, d), ("vocab", "embed"), "normal", d
-        )
+        rows = (cfg.num_draft_tokens, d)
+        head = model_params.Weight(rows, ("vocab", "embed"), "normal", d)
         return described.replace(
             join=None,
             layer=layer.replace(qkv=qkv),
@@ -312,20 +295,16 @@ def fuse(
     features: Array,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Array:
-    """Make one feature of the target's n.
+    """Make one feature `[D, B, T]` of the target's n.
 
     Each of several is divided by its root mean square first: the outputs of different
     layers differ by orders of magnitude, and single positions do, too. EAGLE-3 takes
     them as they are.
 
     Args:
-      params: the weights.
-      cfg: the drafter.
+      params, cfg: the drafter.
       features: `[n * D, B, T]`, the first layer's D rows first.
       kernels: see `transformer.forward`.
-
-    Returns:
-      `[D, B, T]`.
     """
     if params.fuse is None:
         return features
@@ -333,7 +312,7 @@ def fuse(
     if cfg.architecture == "tlt":
         parts = jnp.split(features, cfg.num_features)
         features = jnp.concatenate([_unit(part, cfg) for part in parts])
-    return layers.product(params.fuse.astype(features.dtype), features, kernels)
+    return layers.product(params.fuse, features, kernels)
 
 
 def forward(
@@ -344,7 +323,7 @@ def forward(
     positions: Array,
     *,
     visibility: attention.Visibility | None = None,
-    view: transformer.CacheView | None = None,
+    view: kv_cache.CacheView | None = None,
     past: Past | None = None,
     dtype=jnp.float32,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
@@ -355,8 +334,7 @@ def forward(
     and the caller appends the keys of what was accepted.
 
     Args:
-      params: the weights.
-      cfg: the drafter.
+      params, cfg: the drafter.
       embedded: `[D, B, T]`, embedding of the token behind each position.
       features: `[D, B, T]`, fused features of the target or the drafter's own.
       positions: `[B, T] int32`, rotary positions.
@@ -364,11 +342,7 @@ def forward(
         tree level each sees itself alone.
       view: the drafter's cache, whose one layer every query sees; None: there is none.
       past: keys of earlier levels; None: there are none.
-      dtype: of activations and products.
-      kernels: see `transformer.forward`.
-
-    Returns:
-      `Output`.
+      dtype, kernels: see `transformer.forward`.
     """
     visible = attention.Visibility() if visibility is None else visibility
     if view is not None and kernels.checked:
@@ -384,38 +358,21 @@ def forward(
         if past is None:
             return partial
         # [K, H, B, S] as the layer returned them, [B, K, H, S] as attention reads them.
-        earlier = attention.attend_masked(
-            query,
-            jnp.moveaxis(past.keys, 2, 0).astype(query.dtype),
-            jnp.moveaxis(past.values, 2, 0).astype(query.dtype),
-            past.mask,
-            scale=cfg.layer.head_dim**-0.5,
-        )
+        columns = (past.keys, past.values)
+        columns = (jnp.moveaxis(x, 2, 0).astype(query.dtype) for x in columns)
+        scale = cfg.layer.head_dim**-0.5
+        earlier = attention.attend_masked(query, *columns, past.mask, scale=scale)
         return attention.join(earlier, partial)
 
-    native, head_dim = None, cfg.layer.head_dim
-    cache = None if view is None else view.cache
-    if native_attention.takes(kernels, embedded, head_dim, cache, visible):
-        native = functools.partial(
-            native_attention.attend,
-            cache=cache,
-            page_table=view.page_table,
-            lengths=view.lengths,
-            layer=0,
-            visibility=visible,
-            past=None if past is None else (past.keys, past.values, past.mask),
-        )
-    return apply(
-        params,
-        cfg,
-        embedded,
-        features,
-        positions,
-        attend,
-        dtype=dtype,
-        kernels=kernels,
-        attend_columns=native,
-    )
+    native = None
+    if kernel_attention.takes_native(
+        kernels, embedded, cfg.layer.head_dim, view, visible
+    ):
+        earlier = None if past is None else (past.keys, past.values, past.mask)
+        seen = dict(view=view, layer=0, visibility=visible, past=earlier)
+        native = functools.partial(kernel_attention.attend_native, **seen)
+    options = dict(dtype=dtype, kernels=kernels, attend_columns=native)
+    return apply(params, cfg, embedded, features, positions, attend, **options)
 
 
 def apply(
@@ -440,9 +397,6 @@ def apply(
     Args:
       params, cfg, embedded, features, positions, dtype, kernels: as for `forward`.
       attend, attend_columns: see `transformer.decoder_layer`.
-
-    Returns:
-      `Output`.
     """
     embedded_DBT, features_DBT = embedded.astype(dtype), features.astype(dtype)
     eps = cfg.layer.rms_norm_eps
@@ -460,9 +414,7 @@ def apply(
             halves = [_unit(x, cfg) for x in halves]
         # One over the other, [2D, B, T], and a product that makes one of both.
         joined = jnp.concatenate(halves)
-        x_DBT = layers.product(params.join.astype(dtype), joined, kernels)
-        if params.join_bias is not None:
-            x_DBT = x_DBT + params.join_bias.astype(dtype)[:, None, None]
+        x_DBT = layers.product(params.join, joined, kernels, params.join_bias)
         if cfg.architecture == "eagle":
             attention_input = x_DBT
     x_DBT, keys, values = transformer.decoder_layer(

@@ -33,15 +33,9 @@ def logits(
     hidden: Array,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Array:
-    """Multiply the drafter's features by the frozen head.
+    """Multiply the drafter's features `[D, B, T]` by the frozen head.
 
-    Args:
-      params, cfg: the drafter.
-      head: `[Vd, D]`, see `head_rows` and `head_of`.
-      hidden: `[D, B, T]`.
-      kernels: see `transformer.forward`.
-
-    Returns:
-      `[B, T, Vd] float32`; entry i is token `draft_ids[i]`.
+    The head is `[Vd, D]`, see `head_rows` and `head_of`; the logits are
+    `[B, T, Vd] float32`, and entry i is token `draft_ids[i]`.
     """
     return transformer.head_logits(head, for_head(params, cfg, hidden), kernels)

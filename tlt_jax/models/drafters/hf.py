@@ -20,9 +20,8 @@ _PICKLED = "pytorch_model.bin"
 
 def layout_of(directory: str | os.PathLike) -> layouts.Layout | None:
     """Tell the layout of a directory; None: it has none of the published ones."""
-    path = os.path.join(directory, "config.json")
     try:
-        config = hf_config.read_json(path)
+        config = hf_config.read_json(os.path.join(directory, "config.json"))
     except ValueError:
         return None
     return layout_config.layout_of(config)
@@ -100,12 +99,9 @@ def save(
         raise ValueError(f"dtype={dtype!r}; accepted: {', '.join(convert.DTYPES)}.")
     layouts.check_expressible(cfg, layout, target.num_layers)
     config = layout_config.to_config(
-        cfg,
-        layout,
-        num_target_layers=target.num_layers,
+        *(cfg, layout, target),
         dtype=dtype,
         verifier=verifier,
-        verifier_class=hf_config.architecture(target),
         num_speculative_tokens=num_speculative_tokens,
     )
     tensors = {
@@ -138,10 +134,12 @@ def _places(directory: str) -> dict[str, Any]:
     """What reads each tensor, by its name."""
     pickled = os.path.join(directory, _PICKLED)
     single = ("model.safetensors", "model.safetensors.index.json")
-    if not any(os.path.exists(os.path.join(directory, name)) for name in single):
-        if os.path.exists(pickled):
-            tensors = dict(_unpickled(pickled))
-            return dict.fromkeys(tensors, tensors.__getitem__)
+    has_safetensors = any(
+        os.path.exists(os.path.join(directory, name)) for name in single
+    )
+    if not has_safetensors and os.path.exists(pickled):
+        tensors = dict(_unpickled(pickled))
+        return dict.fromkeys(tensors, tensors.__getitem__)
     places: dict[str, Any] = {}
     for path in convert.weight_files(directory):
         file = convert.open_safetensors(path)

@@ -62,9 +62,8 @@ def save(
         made = pathlib.Path(temp) / "made"
         made.mkdir()
         (made / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        arrays = {
-            name: np.asarray(leaf, order="C") for name, leaf in _named(params).items()
-        }
+        named = _named(params).items()
+        arrays = {name: np.asarray(leaf, order="C") for name, leaf in named}
         safetensors.numpy.save_file(arrays, made / WEIGHTS_FILE)
         if directory.exists():
             shutil.move(directory, pathlib.Path(temp) / "old")
@@ -77,16 +76,13 @@ def load(
     dtype=jnp.float32,
     sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[drafter.DrafterConfig, drafter.DrafterParams]:
-    """Read a drafter for `target`.
+    """Read a drafter and its weights for `target`.
 
     Args:
       directory: of `save`, or of another project: EAGLE, EAGLE-3, speculators.
       target: the model that shall verify.
       dtype: of the weights.
       sharding: of every leaf; None: the first device holds them.
-
-    Returns:
-      The drafter and its weights.
 
     Raises:
       ValueError: there is none, it is damaged, or of another target or vocabulary.
@@ -115,11 +111,8 @@ def _load(directory: pathlib.Path, target: model_config.ModelConfig):
     shapes = {name: tuple(leaf.shape) for name, leaf in _named(wanted).items()}
     present = {name: array.shape for name, array in arrays.items()}
     if present != shapes:
-        names = sorted(
-            name
-            for name in {*present, *shapes}
-            if present.get(name) != shapes.get(name)
-        )
+        both = {*present, *shapes}
+        names = sorted(n for n in both if present.get(n) != shapes.get(n))
         name = names[0]
         raise ValueError(
             f"{directory / WEIGHTS_FILE} does not fit its config.json: {name} is "
@@ -127,8 +120,12 @@ def _load(directory: pathlib.Path, target: model_config.ModelConfig):
             f"({len(names)} tensors differ). Export the drafter again."
         )
     _check_ids(directory, arrays.get("draft_ids"), target.vocab_size)
-    _check_sharpness(directory, arrays.get("sharpness"))
-
+    sharpness = arrays.get("sharpness")
+    if sharpness is not None and not 0 < sharpness < np.inf:
+        raise ValueError(
+            f"{directory} has sharpness {sharpness}, which should be positive: export "
+            "the drafter again."
+        )
     named = {name: arrays[name] for name in shapes}
     return cfg, jax.tree.unflatten(jax.tree.structure(wanted), named.values())
 
@@ -197,8 +194,7 @@ def about(directory: str | os.PathLike) -> dict[str, Any]:
 
 def _read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        with safetensors.safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{path} is missing, truncated or corrupt ({error}): export the drafter "
@@ -217,14 +213,6 @@ def _check_ids(directory, ids: np.ndarray | None, vocab_size: int) -> None:
         raise ValueError(
             f"{directory} has draft_ids from {ids[0]} to {ids[-1]}, outside the "
             f"target's vocabulary of {vocab_size}: export the drafter again."
-        )
-
-
-def _check_sharpness(directory, sharpness: np.ndarray | None) -> None:
-    if sharpness is not None and not 0 < sharpness < np.inf:
-        raise ValueError(
-            f"{directory} has sharpness {sharpness}, which should be positive: export "
-            "the drafter again."
         )
 
 

@@ -39,11 +39,10 @@ _OFF: Mapping[str, Any] = {
 def to_config(
     cfg: drafter.DrafterConfig,
     layout: layouts.Layout,
+    target: model_config.ModelConfig,
     *,
-    num_target_layers: int,
     dtype: str,
     verifier: str,
-    verifier_class: str,
     num_speculative_tokens: int,
 ) -> dict[str, Any]:
     """Write the `config.json` of a layout.
@@ -51,10 +50,9 @@ def to_config(
     Args:
       cfg: the drafter, checked by `check_expressible`.
       layout: which.
-      num_target_layers: layers of the target.
+      target: the model that it was made for.
       dtype: of the tensors beside it.
       verifier: name or directory of the target, for `speculators`.
-      verifier_class: the target's Hugging Face class.
       num_speculative_tokens: tokens that vLLM shall draft, for `speculators`.
     """
     c = cfg.layer
@@ -63,22 +61,19 @@ def to_config(
     )
     layer["pad_token_id"] = c.pad_id
     own = {"tlt_jax": {"target": cfg.target, "max_length": cfg.max_length}}
+    named = {"architectures": [layouts.CLASS_OF[layout]]}
     if layout == "eagle":
-        bias = {"bias": cfg.join_bias}
-        return layer | {"architectures": [layouts.CLASS_OF[layout]]} | bias | own
+        return layer | named | {"bias": cfg.join_bias} | own
     if layout == "eagle3":
-        layer |= {
-            "architectures": [layouts.CLASS_OF[layout]],
-            "draft_vocab_size": cfg.num_draft_tokens,
-        }
-        if cfg.feature_layers != layouts.published(num_target_layers):
-            named = list(cfg.feature_layers)
+        layer |= named | {"draft_vocab_size": cfg.num_draft_tokens}
+        if cfg.feature_layers != layouts.published(target.num_layers):
             layer["eagle_config"] = {
-                "eagle_aux_hidden_state_layer_ids": named,
+                "eagle_aux_hidden_state_layer_ids": list(cfg.feature_layers),
                 "use_aux_hidden_state": True,
             }
         return layer | own
     del layer["architectures"]
+    verifier_class = hf_config.architecture(target)
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": num_speculative_tokens,
@@ -86,7 +81,7 @@ def to_config(
         "accept_tolerance": 0.0,
     }
     return {
-        "architectures": [layouts.CLASS_OF[layout]],
+        **named,
         "speculators_model_type": "eagle3",
         "speculators_version": "0.3.0",
         "speculators_config": {
@@ -183,15 +178,13 @@ def from_config(
     )
     by_role = {role: name for name, (role, _) in layouts.TENSORS[layout].items()}
     size = outer.get("draft_vocab_size") or 0
+    normed = outer.get("norm_before_residual", layout == "speculators")
     return dataclasses.replace(
         made,
         layer=dataclasses.replace(layer, num_layers=1),
         draft_vocab_size=size if by_role.get("d2t") in present else 0,
         join_bias=by_role.get("join_bias") in present,
-        norm_before_residual=bool(
-            outer.get("norm_before_residual", layout == "speculators")
-        )
-        and layout != "eagle",
+        norm_before_residual=layout != "eagle" and bool(normed),
         own_head=by_role.get("head") in present,
     )
 

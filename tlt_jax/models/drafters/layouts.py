@@ -32,11 +32,9 @@ from tlt_jax.models.drafters import head as drafter_head
 
 Layout = Literal["eagle", "eagle3", "speculators"]
 LAYOUTS: tuple[Layout, ...] = typing.get_args(Layout)
-ARCHITECTURE_OF: Mapping[Layout, drafter.Architecture] = {
-    "eagle": "eagle",
-    "eagle3": "eagle3",
-    "speculators": "eagle3",
-}
+ARCHITECTURE_OF: Mapping[Layout, drafter.Architecture] = dict(
+    eagle="eagle", eagle3="eagle3", speculators="eagle3"
+)
 CLASS_OF: Mapping[Layout, str] = {
     "eagle": "LlamaForCausalLMEagle",
     "eagle3": "LlamaForCausalLMEagle3",
@@ -83,6 +81,9 @@ TENSORS: Mapping[Layout, Spec] = {
     "eagle3": _eagle3("midlayer"),
     "speculators": _eagle3("layers.0"),
 }
+# What is the same array here, in the layer and beside it.
+_SAME_OF_LAYER = ("out", "down", "mlp_norm", "attn_norm")
+_SAME = ("join", "join_bias", "fuse", "norm", "feature_norm")
 # What a file need not have.
 OPTIONAL = frozenset({"join_bias", "head", "d2t", "t2d"})
 # Copies of the target's, in whose place the loaders put the target's own.
@@ -174,7 +175,7 @@ def to_tensors(
     layout: Layout,
     head: Any = None,
 ) -> dict[str, np.ndarray]:
-    """Write a drafter's weights as tensors of a layout, of their own types.
+    """Write a drafter's weights as named tensors of a layout, of their own types.
 
     Args:
       params: with `draft_ids` where the vocabulary is reduced.
@@ -182,9 +183,6 @@ def to_tensors(
       layout: checked by `check_expressible`.
       head: `[Vd, D]` of the target, for a drafter that has none of its own; engines
         other than this one ask for it.
-
-    Returns:
-      Arrays by name.
     """
     c, layer = cfg.layer, jax.tree.map(np.asarray, params.layer)
     group = c.heads_per_kv
@@ -193,14 +191,10 @@ def to_tensors(
         "q": qkv[:, :group],
         "k": qkv[:, group],
         "v": qkv[:, group + 1],
-        "out": layer.out,
         "gate": layer.gate_up[0],
         "up": layer.gate_up[1],
-        "down": layer.down,
-        "mlp_norm": layer.mlp_norm,
-        "attn_norm": layer.attn_norm,
-        **{n: getattr(params, n) for n in ("join", "fuse", "norm", "feature_norm")},
-        "join_bias": params.join_bias,
+        **{name: getattr(layer, name) for name in _SAME_OF_LAYER},
+        **{name: getattr(params, name) for name in _SAME},
         "head": drafter_head.head_of(params, head),
     }
     if layout == "eagle" and params.join_bias is None:
@@ -241,9 +235,8 @@ def from_tensors(
         or (role == "head" and cfg.own_head)
     }
     wrong = [f"{name} is missing" for name in sorted(needed - set(tensors))]
-    wrong += [
-        f"{name} has no meaning here" for name in sorted(set(tensors) - set(spec))
-    ]
+    surplus = sorted(set(tensors) - set(spec))
+    wrong += [f"{name} has no meaning here" for name in surplus]
     wrong += [
         f"{name} is {tensors[name].shape}, not {wanted[name]}"
         for name in spec
@@ -272,14 +265,9 @@ def from_tensors(
         ids = by_role["d2t"].astype(np.int64) + np.arange(cfg.draft_vocab_size)
         _check_vocabulary(ids, by_role.get("t2d"), c.vocab_size)
     return drafter.DrafterParams(
-        join=by_role.get("join"),
         layer=layer,
-        fuse=by_role.get("fuse"),
-        norm=by_role.get("norm"),
         draft_ids=None if ids is None else ids.astype(np.int32),
-        join_bias=by_role.get("join_bias"),
-        feature_norm=by_role.get("feature_norm"),
-        head=by_role.get("head"),
+        **{name: by_role.get(name) for name in (*_SAME, "head")},
     )
 
 

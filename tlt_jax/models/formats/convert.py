@@ -32,34 +32,6 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 
-HF_NAMES: Mapping[str, str] = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-} | {
-    role: f"model.layers.{{}}.{name}"
-    for role, name in {
-        "attn_norm": "input_layernorm.weight",
-        "q": "self_attn.q_proj.weight",
-        "k": "self_attn.k_proj.weight",
-        "v": "self_attn.v_proj.weight",
-        "q_bias": "self_attn.q_proj.bias",
-        "k_bias": "self_attn.k_proj.bias",
-        "v_bias": "self_attn.v_proj.bias",
-        "q_norm": "self_attn.q_norm.weight",
-        "k_norm": "self_attn.k_norm.weight",
-        "out": "self_attn.o_proj.weight",
-        "out_bias": "self_attn.o_proj.bias",
-        "mlp_norm": "post_attention_layernorm.weight",
-        "gate": "mlp.gate_proj.weight",
-        "up": "mlp.up_proj.weight",
-        "gate_bias": "mlp.gate_proj.bias",
-        "up_bias": "mlp.up_proj.bias",
-        "down": "mlp.down_proj.weight",
-        "down_bias": "mlp.down_proj.bias",
-    }.items()
-}
-
 
 def load(
     directory: str | os.PathLike,
@@ -83,9 +55,8 @@ def load(
     """
     source = _Safetensors(directory)
     _check_tied_head(source, cfg)
-    return model_layout.assemble(
-        model_layout.layout(cfg, HF_NAMES), source, dtype, shardings
-    )
+    leaves = model_layout.layout(cfg, model_layout.HF_NAMES)
+    return model_layout.assemble(leaves, source, dtype, shardings)
 
 
 def save(
@@ -174,7 +145,7 @@ def named_tensors(
     params: model_params.Params, cfg: model_config.ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor of the Hugging Face form, layer by layer, on the host."""
-    leaves = model_layout.layout(cfg, HF_NAMES)
+    leaves = model_layout.layout(cfg, model_layout.HF_NAMES)
     yield _single(leaves.embed, params.embed)
     for i in range(cfg.num_layers):
         for field in dataclasses.fields(model_params.LayerParams):
@@ -201,11 +172,8 @@ def _layer(layers, field: str, i: int) -> np.ndarray:
         return np.asarray(getattr(layers[i], field))
     # A traced index: one program per leaf, not one per layer, and only one layer's
     # weights on the host.
-    return np.asarray(
-        jax.lax.dynamic_index_in_dim(
-            getattr(layers, field), jnp.asarray(i, jnp.int32), keepdims=False
-        )
-    )
+    leaf, index = getattr(layers, field), jnp.asarray(i, jnp.int32)
+    return np.asarray(jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False))
 
 
 class _Safetensors:
@@ -287,7 +255,7 @@ def open_safetensors(path: str) -> safetensors.safe_open:
 
 def _check_tied_head(source: _Safetensors, cfg: model_config.ModelConfig) -> None:
     """Accept a stored copy of a tied head if it is one."""
-    head, embed = HF_NAMES["lm_head"], HF_NAMES["embed"]
+    head, embed = model_layout.HF_NAMES["lm_head"], model_layout.HF_NAMES["embed"]
     shapes = source.shapes()
     if not cfg.tie_embeddings or head not in shapes or embed not in shapes:
         return
@@ -306,43 +274,32 @@ def _check_tied_head(source: _Safetensors, cfg: model_config.ModelConfig) -> Non
 
 def _write_weights(params, cfg, directory: str, dtype, max_shard_bytes: int) -> None:
     """Write safetensors, a new file where the next tensor would exceed the limit."""
-    shards, sizes, weight_map = 0, 0, {}
-    pending, total = {}, 0
+    pending, shards, total = {}, [], 0
 
     def flush():
-        nonlocal shards, pending, sizes
-        shards += 1
-        file = f"shard-{shards}"
-        safetensors.numpy.save_file(
-            pending, os.path.join(directory, file), metadata={"format": "pt"}
-        )
-        weight_map.update(dict.fromkeys(pending, shards))
-        pending, sizes = {}, 0
+        path = os.path.join(directory, f"shard-{len(shards)}")
+        safetensors.numpy.save_file(pending, path, metadata={"format": "pt"})
+        shards.append(tuple(pending))
+        pending.clear()
 
     for name, tensor in named_tensors(params, cfg):
         tensor = np.ascontiguousarray(tensor.astype(dtype))
-        if pending and sizes + tensor.nbytes > max_shard_bytes:
+        size = sum(other.nbytes for other in pending.values())
+        if pending and size + tensor.nbytes > max_shard_bytes:
             flush()
         pending[name] = tensor
-        sizes += tensor.nbytes
         total += tensor.nbytes
     flush()
-    if shards == 1:
-        final = {1: "model.safetensors"}
-    else:
-        final = {
-            i: f"model-{i:05d}-of-{shards:05d}.safetensors"
-            for i in range(1, shards + 1)
-        }
-        write_json(
-            directory,
-            "model.safetensors.index.json",
-            {
-                "metadata": {"total_size": total},
-                "weight_map": {name: final[i] for name, i in weight_map.items()},
-            },
-        )
-    for i, file in final.items():
+    count, files = len(shards), ["model.safetensors"]
+    if count > 1:
+        files = [
+            f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
+        ]
+        places = zip(files, shards, strict=True)
+        weight_map = {name: file for file, names in places for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory, "model.safetensors.index.json", index)
+    for i, file in enumerate(files):
         path = os.path.join(directory, file)
         os.rename(os.path.join(directory, f"shard-{i}"), path)
         with open(path, "rb+") as handle:

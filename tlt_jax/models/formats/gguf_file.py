@@ -2,6 +2,7 @@
 
 import functools
 import os
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,43 +13,12 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from tlt_jax.models import config as model_config
+from tlt_jax.models import layers
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import layout as model_layout
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 
-FAMILIES: Mapping[str, model_config.Family] = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-}
-
-GGUF_NAMES: Mapping[str, str] = {
-    "embed": "token_embd.weight",
-    "final_norm": "output_norm.weight",
-    "lm_head": "output.weight",
-} | {
-    role: f"blk.{{}}.{name}"
-    for role, name in {
-        "attn_norm": "attn_norm.weight",
-        "q": "attn_q.weight",
-        "k": "attn_k.weight",
-        "v": "attn_v.weight",
-        "q_bias": "attn_q.bias",
-        "k_bias": "attn_k.bias",
-        "v_bias": "attn_v.bias",
-        "q_norm": "attn_q_norm.weight",
-        "k_norm": "attn_k_norm.weight",
-        "out": "attn_output.weight",
-        "out_bias": "attn_output.bias",
-        "mlp_norm": "ffn_norm.weight",
-        "gate": "ffn_gate.weight",
-        "up": "ffn_up.weight",
-        "gate_bias": "ffn_gate.bias",
-        "up_bias": "ffn_up.bias",
-        "down": "ffn_down.weight",
-        "down_bias": "ffn_down.bias",
-    }.items()
-}
+FAMILIES: tuple[model_config.Family, ...] = typing.get_args(model_config.Family)
 
 # Suffixes of `<architecture>.` that are read; any other is refused by name.
 _READ = frozenset(
@@ -67,11 +37,7 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class GGUFFile:
-    """A model in one file.
-
-    Attributes:
-      path: of the file.
-    """
+    """A model in the file at `path`."""
 
     def __init__(self, path: str | os.PathLike):
         """Open a file and read its metadata; weights stay on disk.
@@ -112,14 +78,14 @@ class GGUFFile:
         eos = [self._meta(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot")]
         return model_config.ModelConfig(
             family=family,
-            vocab_size=self._shape(GGUF_NAMES["embed"])[0],
+            vocab_size=self._shape(model_layout.GGUF_NAMES["embed"])[0],
             num_layers=self._require("block_count"),
             d_model=d_model,
             d_ff=self._require("feed_forward_length"),
             num_heads=num_heads,
             num_kv_heads=self._get("attention.head_count_kv", num_heads),
             head_dim=head_dim,
-            tie_embeddings=GGUF_NAMES["lm_head"] not in self._tensors,
+            tie_embeddings=model_layout.GGUF_NAMES["lm_head"] not in self._tensors,
             qkv_bias=self._has("q_bias"),
             out_bias=self._has("out_bias"),
             mlp_bias=self._has("gate_bias"),
@@ -146,7 +112,7 @@ class GGUFFile:
           ValueError: naming tensors that are missing, surplus, misshapen or of a type
             that cannot be dequantised.
         """
-        leaves = model_layout.layout(self.config, GGUF_NAMES)
+        leaves = model_layout.layout(self.config, model_layout.GGUF_NAMES)
         return model_layout.assemble(leaves, self, dtype, shardings)
 
     def tokenizer(self) -> model_tokenizer.Tokenizer:
@@ -163,37 +129,26 @@ class GGUFFile:
                 "directory."
             )
         tokens = self._meta("tokenizer.ggml.tokens")
-        backend = _byte_level_bpe(
-            self._meta("tokenizer.ggml.pre"),
-            tokens,
-            self._meta("tokenizer.ggml.merges"),
-        )
+        pre, merges = (self._meta(f"tokenizer.ggml.{key}") for key in ("pre", "merges"))
+        backend = _byte_level_bpe(pre, tokens, merges)
         types = self._meta("tokenizer.ggml.token_type") or [1] * len(tokens)
-        added = (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL)
-        backend.add_special_tokens(
-            [
+
+        def added(*wanted):
+            return [
                 tokenizers.AddedToken(token, normalized=False)
                 for token, type_ in zip(tokens, types, strict=True)
-                if type_ in added
+                if type_ in wanted
             ]
-        )
-        backend.add_tokens(
-            [
-                tokenizers.AddedToken(token, normalized=False)
-                for token, type_ in zip(tokens, types, strict=True)
-                if type_ == gguf.TokenType.USER_DEFINED
-            ]
-        )
+
+        special = gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL
+        backend.add_special_tokens(added(*special))
+        backend.add_tokens(added(gguf.TokenType.USER_DEFINED))
         config = {"clean_up_tokenization_spaces": False}
-        for role, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("pad_token", "padding"),
-            ("unk_token", "unknown"),
-        ):
+        roles = dict(bos="bos", eos="eos", pad="padding", unk="unknown")
+        for role, key in roles.items():
             token_id = self._meta(f"tokenizer.ggml.{key}_token_id")
             if token_id is not None:
-                config[role] = tokens[token_id]
+                config[f"{role}_token"] = tokens[token_id]
         if self._meta("tokenizer.ggml.add_bos_token"):
             bos = config["bos_token"]
             first = processors.TemplateProcessing(
@@ -248,7 +203,7 @@ class GGUFFile:
                 f"{self.path}: {key}={field.contents()!r} is not supported for "
                 f"{architecture} models."
             )
-        return FAMILIES[architecture]
+        return architecture
 
     def _rope_scaling(self, head_dim: int) -> model_config.RopeScaling | None:
         kind = self._get("rope.scaling.type", "none")
@@ -264,13 +219,12 @@ class GGUFFile:
                 f"{self.path}: rope.scaling.type={kind!r}; accepted: none, linear, "
                 "yarn."
             )
+        original = self._require("rope.scaling.original_context_length")
         attention = self._get("rope.scaling.attn_factor", 1.0)
         return model_config.RopeScaling(
             "yarn",
             factor=factor,
-            original_max_positions=self._require(
-                "rope.scaling.original_context_length"
-            ),
+            original_max_positions=original,
             beta_fast=self._get("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=self._get("rope.scaling.yarn_beta_slow", 1.0),
             attention_factor=(
@@ -293,11 +247,8 @@ class GGUFFile:
             high_freq_factor=4.0,
         )
         theta = self._get("rope.freq_base", 10_000.0)
-        turns = scaling.original_max_positions / (
-            2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-        )
-        smooth = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
-        expected = 1 / ((1 - smooth) / scaling.factor + smooth)
+        freqs = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        expected = freqs / layers.llama3_frequencies(freqs, scaling)
         if divisors.shape != expected.shape or not np.allclose(
             divisors, expected, rtol=1e-3
         ):
@@ -308,7 +259,7 @@ class GGUFFile:
         return scaling
 
     def _has(self, role: str) -> bool:
-        return GGUF_NAMES[role].format(0) in self._tensors
+        return model_layout.GGUF_NAMES[role].format(0) in self._tensors
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._tensors:

@@ -203,9 +203,7 @@ def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, An
         "rope_scaling": rope if rope["rope_type"] != "default" else None,
         "rope_parameters": {"rope_theta": cfg.rope_theta, **rope},
         "attention_dropout": 0.0,
-        "bos_token_id": cfg.bos_id,
-        "eos_token_id": _one_or_list(cfg.eos_ids),
-        "pad_token_id": cfg.pad_id,
+        **to_hf_generation(cfg),
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -329,20 +327,19 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_exportable(cfg: model_config.ModelConfig) -> None:
-    qwen2_biases = cfg.qkv_bias and not cfg.out_bias
-    problems = []
-    if cfg.qk_norm != (cfg.family == "qwen3"):
-        problems.append(f"qk_norm={cfg.qk_norm}")
-    if cfg.family == "qwen2" and not qwen2_biases:
-        problems.append(f"qkv_bias={cfg.qkv_bias}, out_bias={cfg.out_bias}")
-    if cfg.family != "qwen2" and cfg.qkv_bias != cfg.out_bias:
-        problems.append(f"qkv_bias={cfg.qkv_bias} apart from out_bias={cfg.out_bias}")
-    if cfg.family != "llama" and cfg.mlp_bias:
-        problems.append("mlp_bias=True")
-    if cfg.family == "llama" and any(cfg.windowed_layers):
-        problems.append("windowed_layers")
-    if cfg.family == "llama" and cfg.d_model % cfg.num_heads:
-        problems.append(f"d_model={cfg.d_model} over num_heads={cfg.num_heads}")
+    is_llama, is_qwen2 = cfg.family == "llama", cfg.family == "qwen2"
+    biases = f"qkv_bias={cfg.qkv_bias}", f"out_bias={cfg.out_bias}"
+    refused = {
+        f"qk_norm={cfg.qk_norm}": cfg.qk_norm != (cfg.family == "qwen3"),
+        ", ".join(biases): is_qwen2 and (cfg.out_bias or not cfg.qkv_bias),
+        " apart from ".join(biases): not is_qwen2 and cfg.qkv_bias != cfg.out_bias,
+        "mlp_bias=True": not is_llama and cfg.mlp_bias,
+        "windowed_layers": is_llama and any(cfg.windowed_layers),
+        f"d_model={cfg.d_model} over num_heads={cfg.num_heads}": (
+            is_llama and cfg.d_model % cfg.num_heads > 0
+        ),
+    }
+    problems = [problem for problem, is_there in refused.items() if is_there]
     if problems:
         raise ValueError(
             f"no Hugging Face {cfg.family} model has {'; '.join(problems)}: change the "

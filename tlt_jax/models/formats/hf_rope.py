@@ -4,6 +4,8 @@ They stand there in one of two forms, or both: nested `rope_parameters` (transfo
 and `rope_theta` with `rope_scaling` (transformers 4).
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +17,12 @@ _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": tuple(
-        "factor low_freq_factor high_freq_factor "
-        "original_max_position_embeddings".split()
+        "factor original_max_position_embeddings low_freq_factor "
+        "high_freq_factor".split()
     ),
     "yarn": tuple(
-        "factor original_max_position_embeddings attention_factor beta_fast beta_slow "
-        "truncate mscale mscale_all_dim".split()
+        "factor original_max_position_embeddings beta_fast beta_slow truncate "
+        "attention_factor mscale mscale_all_dim".split()
     ),
 }
 
@@ -92,25 +94,15 @@ def from_hf(
 def to_hf(scaling: model_config.RopeScaling | None) -> dict[str, Any]:
     """Write the entries of `rope_scaling`, which are also those of `rope_parameters`.
 
-    Returns:
-      `rope_type` and the settings of that kind, without theta.
+    These are `rope_type` and the settings of that kind, without theta.
     """
     if scaling is None:
         return {"rope_type": "default"}
-    settings = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "linear":
-        return settings
-    settings["original_max_position_embeddings"] = scaling.original_max_positions
-    if scaling.kind == "llama3":
-        settings["low_freq_factor"] = scaling.low_freq_factor
-        settings["high_freq_factor"] = scaling.high_freq_factor
-        return settings
-    settings["beta_fast"] = scaling.beta_fast
-    settings["beta_slow"] = scaling.beta_slow
-    settings["truncate"] = scaling.truncate
-    if scaling.attention_factor is not None:
-        settings["attention_factor"] = scaling.attention_factor
-    return settings
+    fields = dataclasses.asdict(scaling)
+    fields["original_max_position_embeddings"] = scaling.original_max_positions
+    settings = {key: fields.get(key) for key in _ROPE_KEYS[scaling.kind]}
+    given = {key: value for key, value in settings.items() if value is not None}
+    return {"rope_type": scaling.kind, **given}
 
 
 def _rope_scaling(
@@ -118,28 +110,25 @@ def _rope_scaling(
 ) -> model_config.RopeScaling | None:
     if kind == "default":
         return None
+    positive = functools.partial(hf_settings.positive, settings)
     if kind == "linear":
-        return model_config.RopeScaling(
-            "linear", hf_settings.positive(settings, "factor")
-        )
+        return model_config.RopeScaling("linear", positive("factor"))
     original = hf_settings.integer(
         settings, "original_max_position_embeddings", max_positions
     )
     if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        given = {name: positive(name) for name in names}
         return model_config.RopeScaling(
-            "llama3",
-            factor=hf_settings.positive(settings, "factor"),
-            original_max_positions=original,
-            low_freq_factor=hf_settings.positive(settings, "low_freq_factor"),
-            high_freq_factor=hf_settings.positive(settings, "high_freq_factor"),
+            "llama3", original_max_positions=original, **given
         )
-    factor = hf_settings.positive(settings, "factor", max_positions / original)
+    factor = positive("factor", max_positions / original)
     return model_config.RopeScaling(
         "yarn",
         factor=factor,
         original_max_positions=original,
-        beta_fast=hf_settings.positive(settings, "beta_fast", 32.0),
-        beta_slow=hf_settings.positive(settings, "beta_slow", 1.0),
+        beta_fast=positive("beta_fast", 32.0),
+        beta_slow=positive("beta_slow", 1.0),
         truncate=hf_settings.boolean(settings, "truncate", True),
         attention_factor=_yarn_attention_factor(settings, factor),
     )

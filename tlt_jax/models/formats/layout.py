@@ -18,6 +18,43 @@ import numpy as np
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 
+# What a role is called in Hugging Face directories and in GGUF files: tables and norms
+# outside of the layers, norms in them, and projections, which may have a bias.
+_OUTSIDE = {
+    "embed": ("model.embed_tokens", "token_embd"),
+    "final_norm": ("model.norm", "output_norm"),
+    "lm_head": ("lm_head", "output"),
+}
+_NORMS = {
+    "attn_norm": ("input_layernorm", "attn_norm"),
+    "q_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "k_norm": ("self_attn.k_norm", "attn_k_norm"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+}
+_PROJECTIONS = {
+    "q": ("self_attn.q_proj", "attn_q"),
+    "k": ("self_attn.k_proj", "attn_k"),
+    "v": ("self_attn.v_proj", "attn_v"),
+    "out": ("self_attn.o_proj", "attn_output"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+}
+
+
+def _names(form: int, layer: str) -> dict[str, str]:
+    """Name the tensor of every role in one of the forms."""
+    names = {role: f"{own[form]}.weight" for role, own in _OUTSIDE.items()}
+    for role, own in (_NORMS | _PROJECTIONS).items():
+        names[role] = f"{layer}.{own[form]}.weight"
+    for role, own in _PROJECTIONS.items():
+        names[f"{role}_bias"] = f"{layer}.{own[form]}.bias"
+    return names
+
+
+# `{}` stands for the layer.
+HF_NAMES, GGUF_NAMES = _names(0, "model.layers.{}"), _names(1, "blk.{}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -66,14 +103,9 @@ class Source(Protocol):
 def layout(
     cfg: model_config.ModelConfig, names: Mapping[str, str]
 ) -> model_params.Params:
-    """Describe which named tensors fill every leaf.
+    """Describe which named tensors fill every leaf, as `Params` of `Leaf`.
 
-    Args:
-      cfg: the model.
-      names: a tensor's name for every role, `{}` standing for the layer.
-
-    Returns:
-      `Params` of `Leaf`, layers stacked.
+    See `HF_NAMES` for `names`; layers are stacked.
     """
     weights = model_params.describe(cfg)
     d, f, h = cfg.d_model, cfg.d_ff, cfg.head_dim
@@ -95,10 +127,8 @@ def layout(
     def table(weight, role):
         if weight is None:
             return None
-        groups = tuple((n,) for n in weight.shape)
-        return Leaf(
-            weight.shape, (Piece(names[role], groups, (0,) * len(weight.shape)),)
-        )
+        groups, start = tuple((n,) for n in weight.shape), (0,) * len(weight.shape)
+        return Leaf(weight.shape, (Piece(names[role], groups, start),))
 
     def heads(weight, suffix, last, start):
         def part(role, count, offset):
@@ -181,29 +211,19 @@ def some(names: list[str], limit: int = 6) -> str:
 
 def read(leaf: Leaf, source: Source, index: tuple[slice, ...], dtype) -> np.ndarray:
     """Read `leaf[index]` and nothing else of the tensors; `index` has bounds."""
-    result = np.empty([s.stop - s.start for s in index], jnp.dtype(dtype))
+    starts, stops = np.array([(s.start, s.stop) for s in index]).T
+    result = np.empty(stops - starts, jnp.dtype(dtype))
     for piece in leaf.pieces:
-        bounds = [
-            (max(s.start, start), min(s.stop, start + n))
-            for s, start, n in zip(index, piece.start, piece.block, strict=True)
-        ]
-        if any(low >= high for low, high in bounds):
-            continue
-        inside = tuple(
-            slice(low - s.start, high - s.start)
-            for (low, high), s in zip(bounds, index, strict=True)
-        )
-        block = [
-            (low - start, high - start)
-            for (low, high), start in zip(bounds, piece.start, strict=True)
-        ]
-        result[inside] = _read_block(piece, source, block)
+        low = np.maximum(starts, piece.start)
+        high = np.minimum(stops, np.add(piece.start, piece.block))
+        if np.all(low < high):
+            inside = tuple(map(slice, low - starts, high - starts))
+            bounds = np.subtract((low, high), piece.start).T.tolist()
+            result[inside] = _read_block(piece, source, bounds)
     return result
 
 
-def _read_block(
-    piece: Piece, source: Source, bounds: list[tuple[int, int]]
-) -> np.ndarray:
+def _read_block(piece: Piece, source: Source, bounds: list[list[int]]) -> np.ndarray:
     """Read a sub-block: files are sliced along the first long axis of each group."""
     file_index, shape, rest, axis = [], [], [], 0
     for group in piece.groups:
@@ -219,20 +239,14 @@ def _read_block(
 
 
 def _check_names(leaves: model_params.Params, source: Source) -> None:
-    expected = {
-        piece.name: piece.shape
-        for leaf in jax.tree.leaves(leaves)
-        for piece in leaf.pieces
-    }
+    pieces = [piece for leaf in jax.tree.leaves(leaves) for piece in leaf.pieces]
+    expected = {piece.name: piece.shape for piece in pieces}
     found = source.shapes()
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
     if missing or surplus:
-        listed = "; ".join(
-            f"{kind} {some(names)}"
-            for kind, names in (("missing", missing), ("surplus", surplus))
-            if names
-        )
+        kinds = {"missing": missing, "surplus": surplus}
+        listed = "; ".join(f"{kind} {some(n)}" for kind, n in kinds.items() if n)
         raise ValueError(
             f"the weights are not those of the configuration: {listed}. Check that "
             "config.json belongs to these files."

@@ -80,23 +80,17 @@ class DirectorySource(ModelSource):
         return model_tokenizer.from_directory(self.directory)
 
 
-class GGUFSource(ModelSource):
-    """A GGUF file."""
+class GGUFSource(gguf_file.GGUFFile, ModelSource):
+    """A GGUF file whose model is computed here."""
 
     def __init__(self, path: str):
-        self._file = gguf_file.GGUFFile(path)
-        self.config = self._file.config
+        super().__init__(path)
+        _ = self.config  # what is not computed here is refused now
 
     @functools.cached_property
     def identity(self) -> str:
         """A digest over the file's bytes."""
-        return f"gguf sha256:{_digest([self._file.path])}"
-
-    def load(self, dtype=jnp.float32, shardings=None) -> model_params.Params:
-        return self._file.load(dtype, shardings)
-
-    def tokenizer(self) -> model_tokenizer.Tokenizer:
-        return self._file.tokenizer()
+        return f"gguf sha256:{_digest([self.path])}"
 
 
 def resolve(spec: str) -> ModelSource:
@@ -249,6 +243,5 @@ def _digest(paths) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

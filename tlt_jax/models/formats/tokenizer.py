@@ -1,9 +1,11 @@
 """Text to token ids and back, with a model's chat template."""
 
+import dataclasses
 import datetime
 import functools
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from tlt_jax.models.formats import hf_config
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
+@dataclasses.dataclass(eq=False)
 class Tokenizer:
     """A tokenizer of the `tokenizers` library and what `transformers` adds to it.
 
@@ -29,15 +32,9 @@ class Tokenizer:
       chat_template: Jinja source that renders messages, or None.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        config: Mapping[str, Any],
-        chat_template: str | None = None,
-    ):
-        self.backend = backend
-        self.config = dict(config)
-        self.chat_template = chat_template
+    backend: tokenizers.Tokenizer
+    config: dict[str, Any]
+    chat_template: str | None = None
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -72,15 +69,12 @@ class Tokenizer:
         return () if eos is None else (eos,)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> np.ndarray:
-        """Encode text; special tokens that are spelled out in it are recognised.
+        """Encode text to `[n] int32`; special tokens spelled out in it are recognised.
 
         Args:
           text: any text.
           add_special_tokens: let the tokenizer's own post-processor add what it adds,
             such as a first BOS.
-
-        Returns:
-          `[n] int32`.
 
         Raises:
           ValueError: if the tokenizer has no tokens for a part of the text.
@@ -97,15 +91,12 @@ class Tokenizer:
     def encode_prompt(
         self, prompt: str | Sequence[Mapping[str, Any]], **template_arguments
     ) -> np.ndarray:
-        """Encode a prompt: text as it stands, messages through the chat template.
+        """Encode text as it stands, and messages through the chat template.
 
         Args:
           prompt: text, or messages with `role` and `content`; the rendered text ends
             where the assistant's turn begins.
           **template_arguments: seen by the template, such as `enable_thinking=False`.
-
-        Returns:
-          `[n] int32`.
 
         Raises:
           ValueError: if there are messages but no chat template, or the template
@@ -113,17 +104,13 @@ class Tokenizer:
         """
         if isinstance(prompt, str):
             return self.encode(prompt)
-        return self.encode(
-            self.render(prompt, **template_arguments), add_special_tokens=False
-        )
+        text = self.render(prompt, **template_arguments)
+        return self.encode(text, add_special_tokens=False)
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        **template_arguments,
+        self, messages: Sequence[Mapping[str, Any]], **template_arguments
     ) -> str:
-        """Render messages through the chat template.
+        """Render messages through the chat template, up to the assistant's turn.
 
         Raises:
           ValueError: if there is no chat template, or it refuses the messages.
@@ -137,7 +124,7 @@ class Tokenizer:
         try:
             return _compile(self.chat_template).render(
                 messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=True,
                 tools=None,
                 documents=None,
                 **self.special_tokens,
@@ -154,9 +141,8 @@ class Tokenizer:
         Ids beyond the tokenizer's vocabulary, which a padded model can produce, decode
         to nothing.
         """
-        return self.backend.decode(
-            [int(i) for i in ids], skip_special_tokens=skip_special
-        )
+        ids = [int(i) for i in ids]
+        return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for.
@@ -167,15 +153,13 @@ class Tokenizer:
         token = self.backend.id_to_token(int(token_id))
         if token is None:
             return b""
-        if int(token_id) in self._added:
-            return token.encode()
-        decoder = self.backend.decoder
+        decoder = None if int(token_id) in self._added else self.backend.decoder
         if isinstance(decoder, decoders.ByteLevel):
             return bytes(_byte_of()[character] for character in token)
         if isinstance(decoder, decoders.Sequence):  # sentencepiece with byte fallback
             if len(token) == 6 and token.startswith("<0x"):
                 return bytes([int(token[3:5], 16)])
-            return token.replace("\u2581", " ").encode()
+            token = token.replace("\u2581", " ")
         return token.encode()
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -186,12 +170,11 @@ class Tokenizer:
         if self.chat_template is not None:
             # Older programs look in the configuration, newer ones beside it.
             config["chat_template"] = self.chat_template
-            path = os.path.join(directory, "chat_template.jinja")
-            with open(path, "w", encoding="utf-8", newline="") as file:
-                file.write(self.chat_template)
-        path = os.path.join(directory, "tokenizer_config.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2, ensure_ascii=False)
+            path = pathlib.Path(directory, "chat_template.jinja")
+            path.write_text(self.chat_template, encoding="utf-8", newline="")
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        path = pathlib.Path(directory, "tokenizer_config.json")
+        path.write_text(text, encoding="utf-8")
 
     @functools.cached_property
     def _added(self) -> frozenset[int]:

@@ -116,17 +116,8 @@ def verify_attention(
       NotImplementedError: the implementation cannot do this, or not here.
     """
     args = arguments.Arguments(
-        query,
-        keys,
-        values,
-        cache_keys,
-        cache_values,
-        layer,
-        page_table,
-        lengths,
-        positions,
-        words,
-        window,
+        *(query, keys, values, cache_keys, cache_values, layer),
+        *(page_table, lengths, positions, words, window),
         scale=scale,
         soft_cap=soft_cap,
         packing=packing,

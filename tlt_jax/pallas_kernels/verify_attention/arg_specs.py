@@ -55,6 +55,11 @@ class ArgSpec:
         return max(self.lengths) // self.page_size + 1
 
     @property
+    def num_filled(self) -> list[int]:
+        """Pages that each row fills."""
+        return [-(-length // self.page_size) for length in self.lengths]
+
+    @property
     def scale(self) -> float:
         """What the scores are multiplied by."""
         return self.head_dim**-0.5
@@ -92,13 +97,8 @@ SUITE = (
     ArgSpec("decode_bf16", (70, 130), page_size=128, dtype="bfloat16", **_decode),
     ArgSpec("tree", (31, 0, 48), 7),
     ArgSpec(
-        "tree_bf16",
-        (90, 64),
-        16,
-        num_kv=1,
-        head_dim=128,
-        page_size=64,
-        dtype="bfloat16",
+        *("tree_bf16", (90, 64), 16),
+        **dict(num_kv=1, head_dim=128, page_size=64, dtype="bfloat16"),
     ),
     ArgSpec("tree_wide", (20,), 128, num_kv=1, group=1, page_size=32),
     ArgSpec(
@@ -121,57 +121,36 @@ SUITE = (
     ArgSpec("prefill_long", (128,), 160, num_kv=1, group=8, page_size=128, **_prefill),
 )
 
+_verify = dict(lengths=(8192,) * 32, num_tokens=16)
 _qwen_7b = dict(group=7, num_kv=4, head_dim=128, page_size=128, dtype="bfloat16")
 _llama_70b = dict(group=8, num_kv=2, head_dim=128, page_size=128, dtype="bfloat16")
 _smollm2 = dict(group=3, num_kv=3, head_dim=64, page_size=128, dtype="bfloat16")
 LARGE = (
     ArgSpec("decode_b1_8k", (8192,), **_decode, **_qwen_7b),
     ArgSpec("decode_b32_8k", (8192,) * 32, **_decode, **_qwen_7b),
-    ArgSpec("verify_b32_8k_w16", (8192,) * 32, 16, **_qwen_7b),
+    ArgSpec("verify_b32_8k_w16", **_verify | _qwen_7b),
     ArgSpec("verify_b4_32k_w64", (32768,) * 4, 64, **_qwen_7b),
-    ArgSpec("verify_b32_8k_w16_llama_70b", (8192,) * 32, 16, **_llama_70b),
+    ArgSpec("verify_b32_8k_w16_llama_70b", **_verify | _llama_70b),
     ArgSpec("verify_b32_2k_w16_h64", (2048,) * 32, 16, **_smollm2),
     ArgSpec(
         "verify_b32_8k_w16_h80",
-        (8192,) * 32,
-        16,
-        **_qwen_7b | dict(head_dim=80, group=1, num_kv=8),
+        **_verify | _qwen_7b | dict(head_dim=80, group=1, num_kv=8),
     ),
     ArgSpec(
         "verify_b32_8k_w16_h256_window",
-        (8192,) * 32,
-        16,
-        window=4096,
-        soft_cap=50.0,
-        **_qwen_7b | dict(head_dim=256, group=2, num_kv=4),
+        **_verify | _qwen_7b | dict(head_dim=256, group=2, num_kv=4),
+        **dict(window=4096, soft_cap=50.0),
     ),
     ArgSpec(
         "verify_b8_8k_w16_fp32", (8192,) * 8, 16, **_qwen_7b | dict(dtype="float32")
     ),
     ArgSpec("prefill_b4_8k_t1024", (8192,) * 4, 1024, **_prefill, **_qwen_7b),
-    ArgSpec(
-        "verify_b32_8k_w16_page16",
-        (8192,) * 32,
-        16,
-        **_qwen_7b | dict(page_size=16),
-    ),
+    ArgSpec("verify_b32_8k_w16_page16", **_verify | _qwen_7b | dict(page_size=16)),
     # Packed on TPUs; the first with the default page size.
+    ArgSpec("verify_b32_8k_w16_h64_page64", **_verify | _smollm2 | dict(page_size=64)),
+    ArgSpec("verify_b32_8k_w16_h64_page16", **_verify | _smollm2 | dict(page_size=16)),
     ArgSpec(
-        "verify_b32_8k_w16_h64_page64",
-        (8192,) * 32,
-        16,
-        **_smollm2 | dict(page_size=64),
-    ),
-    ArgSpec(
-        "verify_b32_8k_w16_h64_page16",
-        (8192,) * 32,
-        16,
-        **_smollm2 | dict(page_size=16),
-    ),
-    ArgSpec(
-        "verify_b8_8k_w16_h80_page32_fp32",
-        (8192,) * 8,
-        16,
+        *("verify_b8_8k_w16_h80_page32_fp32", (8192,) * 8, 16),
         **_smollm2 | dict(head_dim=80, page_size=32, dtype="float32"),
     ),
 )
@@ -183,30 +162,24 @@ def by_name(name: str) -> ArgSpec:
     Raises:
       ValueError: there is none of this name.
     """
-    for spec in (*SUITE, *LARGE):
-        if spec.name == name:
-            return spec
-    known = ", ".join(spec.name for spec in (*SUITE, *LARGE))
-    raise ValueError(f"no arguments are called {name!r}: use one of {known}.")
+    specs = {spec.name: spec for spec in (*SUITE, *LARGE)}
+    if name not in specs:
+        known = ", ".join(specs)
+        raise ValueError(f"no arguments are called {name!r}: use one of {known}.")
+    return specs[name]
 
 
 def shapes(
     spec: ArgSpec, implementation: str | None = None
 ) -> dict[str, jax.ShapeDtypeStruct | None]:
-    """Describe the arguments that `make` would draw.
+    """Describe the arguments that `make` would draw, by name.
 
-    Args:
-      spec: the sizes.
-      implementation: pages lie as its kernel reads them; None: as columns.
-
-    Returns:
-      Shapes and dtypes by name.
+    Pages lie as the kernel of `implementation` reads them; None: as columns.
     """
     dtype, batch, num_tokens = jnp.dtype(spec.dtype), spec.batch, spec.num_tokens
-    num_pages = 1 + sum(-(-length // spec.page_size) for length in spec.lengths)
     packing = page_layout.packing(implementation, spec.page_size, spec.head_dim)
     num_rows = page_layout.padded(spec.head_dim, packing) // packing
-    pages = (spec.num_layers, num_pages, spec.num_kv, num_rows)
+    pages = (spec.num_layers, 1 + sum(spec.num_filled), spec.num_kv, num_rows)
     pages = (*pages, spec.page_size * packing)
     fresh = (batch, spec.num_kv, spec.head_dim, num_tokens)
     words = (batch, num_tokens, -(-num_tokens // 32))
@@ -227,11 +200,7 @@ def shapes(
 
 
 def random_words(rng: np.random.Generator, num_tokens: int) -> tuple[np.ndarray, ...]:
-    """Draw a tree.
-
-    Args:
-      rng: random numbers.
-      num_tokens: W.
+    """Draw a tree of W = `num_tokens` nodes.
 
     Returns:
       Ancestors and self as words `[W, ceil(W / 32)] uint32`, depths `[W] int32`.
@@ -254,31 +223,32 @@ def words_of(mask: np.ndarray) -> np.ndarray:
     return packed.view("<u4").astype(np.uint32)
 
 
-def make(spec: ArgSpec, seed: int = 0) -> dict[str, np.ndarray | int | None]:
+def draw_page_table(spec: ArgSpec, rng: np.random.Generator, behind: int) -> np.ndarray:
+    """Draw pages in no order, `[B, max_pages] int32`, with `behind` after the last."""
+    order = 1 + rng.permutation(sum(spec.num_filled))
+    table = np.full((spec.batch, spec.max_pages), behind, np.int32)
+    for row, count in enumerate(spec.num_filled):
+        table[row, :count], order = order[:count], order[count:]
+    return table
+
+
+def make(spec: ArgSpec) -> dict[str, np.ndarray | int | None]:
     """Draw arguments, with NaN in every slot that no row may read.
 
     Pages stand in no order. Entries of the table behind a row's last page name pages
     that do not exist, so that reading one shows.
 
-    Args:
-      spec: the sizes.
-      seed: of the numbers.
-
     Returns:
       The arrays of `api.verify_attention` by name.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     dtype = np.dtype(ml_dtypes.bfloat16) if spec.dtype == "bfloat16" else np.float32
-    size = spec.page_size
-    filled = [-(-length // size) for length in spec.lengths]
-    num_pages = 1 + sum(filled)
-    order = 1 + rng.permutation(num_pages - 1)
-    table = np.full((spec.batch, spec.max_pages), num_pages + 1000, np.int32)
+    size, num_pages = spec.page_size, 1 + sum(spec.num_filled)
+    table = draw_page_table(spec, rng, num_pages + 1000)
     pages = (spec.num_layers, num_pages, spec.num_kv, spec.head_dim, size)
     cache = np.full((2, *pages), np.nan, dtype)
-    for row, (length, count) in enumerate(zip(spec.lengths, filled, strict=True)):
-        table[row, :count], order = order[:count], order[count:]
-        for j, page in enumerate(table[row, :count]):
+    for row, length in enumerate(spec.lengths):
+        for j, page in enumerate(table[row, : spec.num_filled[row]]):
             slots = min(length - j * size, size)
             shape = (2, spec.num_kv, spec.head_dim, slots)
             cache[:, -1, page, :, :, :slots] = rng.normal(size=shape)

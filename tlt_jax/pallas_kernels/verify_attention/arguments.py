@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 
+import jax.numpy as jnp
 from flax import struct
 
 from tlt_jax.types import Array
@@ -12,10 +13,8 @@ class Sizes(typing.NamedTuple):
     """The sizes that a call is cut up by.
 
     Attributes:
-      query_shape: `(B, K, G, T, H)`.
-      dtype: of the query.
-      page_size: slots of a page.
-      max_pages: pages of the longest row.
+      query_shape, dtype: `(B, K, G, T, H)` of the query, and its type.
+      page_size, max_pages: slots of a page, and pages of the longest row.
     """
 
     query_shape: tuple[int, ...]
@@ -44,13 +43,7 @@ class Constants:
 
 @struct.dataclass
 class Arguments:
-    """A checked call.
-
-    Attributes:
-      query, keys, values, cache_keys, cache_values, layer: see `api.verify_attention`.
-      page_table, lengths, positions, words, window: likewise.
-      scale, soft_cap, packing, with_log_normaliser: likewise; known when traced.
-    """
+    """A checked call; for the fields see `api.verify_attention`."""
 
     query: Array
     keys: Array
@@ -85,3 +78,12 @@ class Arguments:
             windowed=self.window is not None,
             causal=self.words is None,
         )
+
+
+def pad(x: Array, axis: int, size: int, **options) -> Array:
+    """Fill an axis up to a size; see `jnp.pad` for the options."""
+    axis %= x.ndim
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
+    return jnp.pad(x, widths, **options)

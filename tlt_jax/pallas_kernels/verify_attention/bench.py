@@ -42,14 +42,12 @@ BANDWIDTH = {
     "TPU v6 lite": 1.64e12,
 }
 OURS = ("mosaic_tpu", "triton_gpu", "reference")
-PEERS = (
-    "dot_product_attention_cudnn",
-    "dot_product_attention_xla",
-    "paged_attention",
-)
+_DENSE = "dot_product_attention_"
+PEERS = (_DENSE + "cudnn", _DENSE + "xla", "paged_attention")
 TARGET_ARGUMENTS, TARGET_FRAC = "verify_b32_8k_w16", 0.8
 # What all layers together take at least: several times a chip's caches.
 _COLD_BYTES = 2**28
+_ROUNDS = 5
 
 Row = dict[str, Any]
 # What a call reads, and the call: state (an array like the query), a layer's index and
@@ -72,22 +70,16 @@ def arguments(spec: arg_specs.ArgSpec, name: str) -> dict[str, jax.Array | None]
             key = jax.random.key(len(made))
             draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
             made[argument] = draw(key, leaf.shape, leaf.dtype)
-    num_pages = made["cache_keys"].shape[1]
-    filled = [-(-length // spec.page_size) for length in spec.lengths]
-    order = 1 + rng.permutation(num_pages - 1)
-    table = np.zeros((spec.batch, spec.max_pages), np.int32)
-    for row, count in enumerate(filled):
-        table[row, :count], order = order[:count], order[count:]
+    table = arg_specs.draw_page_table(spec, rng, 0)
     lengths = np.array(spec.lengths, np.int32)
     words, depths = None, np.arange(spec.num_tokens)
     if spec.kind == "tree":
         words, depths = arg_specs.random_words(rng, spec.num_tokens)
         words = jnp.asarray(np.broadcast_to(words, (spec.batch, *words.shape)))
-    positions = (lengths[:, None] + depths).astype(np.int32)
     return made | dict(
         page_table=jnp.asarray(table),
         lengths=jnp.asarray(lengths),
-        positions=jnp.asarray(positions),
+        positions=jnp.asarray(lengths[:, None] + depths, jnp.int32),
         words=words,
         layer=jnp.int32(0),
     )
@@ -150,7 +142,7 @@ def peer_call(spec: arg_specs.ArgSpec, name: str) -> Call:
 
         return (pages, table, lengths), call
 
-    backend = name.removeprefix("dot_product_attention_")
+    backend = name.removeprefix(_DENSE)
     num_keys = length + spec.num_tokens
     both = draw(2, spec.num_layers, batch, num_keys, num_kv, spec.head_dim)
 
@@ -185,21 +177,16 @@ def _paged_attention() -> Callable:
 
 
 def seconds_per_call(
-    call: Call, query: jax.Array, num_layers: int, rounds: int = 5, calls: int = 32
+    call: Call, query: jax.Array, num_layers: int, calls: int
 ) -> list[float]:
-    """Time a call.
+    """Time a call; return seconds per call, one of each round.
 
     Args:
       call: what to time.
       query: the first state.
       num_layers: that the calls read in turn.
-      rounds: measurements.
       calls: of the long run; the short one has a quarter.
-
-    Returns:
-      Seconds per call, one of each round.
     """
-
     given, one = call
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -217,7 +204,7 @@ def seconds_per_call(
     few = max(calls // 4, 1)
     for count in (few, calls):
         timed(count)
-    return [(timed(calls) - timed(few)) / (calls - few) for _ in range(rounds)]
+    return [(timed(calls) - timed(few)) / (calls - few) for _ in range(_ROUNDS)]
 
 
 def measure(spec: arg_specs.ArgSpec, name: str, calls: int = 32) -> Row:
@@ -232,15 +219,12 @@ def measure(spec: arg_specs.ArgSpec, name: str, calls: int = 32) -> Row:
     try:
         call = (our_call if name in OURS else peer_call)(spec, name)
         query = jax.random.normal(jax.random.key(9), spec.query_shape)
-        times = seconds_per_call(
-            call, query.astype(spec.dtype), spec.num_layers, calls=calls
-        )
+        times = seconds_per_call(call, query.astype(spec.dtype), spec.num_layers, calls)
     except (NotImplementedError, ValueError, RuntimeError, ImportError) as error:
         # A peer that is missing, or refuses, is a row of its own; so are we.
         return row | {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-    middle = float(np.median(times))
+    middle, moved = float(np.median(times)), spec.minimal_bytes
     bandwidth = BANDWIDTH.get(kind)
-    moved = spec.minimal_bytes
     return row | {
         "median_us": round(middle * 1e6, 1),
         "min_us": round(min(times) * 1e6, 1),
@@ -255,29 +239,28 @@ def measure(spec: arg_specs.ArgSpec, name: str, calls: int = 32) -> Row:
 def verdicts(rows: list[Row]) -> list[str]:
     """Say of each target whether our kernels' rows reach it; nothing without one."""
     told = []
-    for row in rows:
-        if row["implementation"] not in OURS[:2] or "failed" in row:
+    done = {
+        (row["arguments"], row["implementation"]): row
+        for row in rows
+        if "failed" not in row
+    }
+
+    def tell(reached, what):
+        told.append(f"{'reached' if reached else 'missed'}: {what}")
+
+    for (name, implementation), row in done.items():
+        if implementation not in OURS[:2]:
             continue
-        name, ours = row["arguments"], row["median_us"]
-        if name == TARGET_ARGUMENTS and row["bandwidth_frac"] is not None:
-            reached = row["bandwidth_frac"] >= TARGET_FRAC
-            told.append(
-                f"{'reached' if reached else 'missed'}: {TARGET_FRAC:.0%} of the "
-                f"bandwidth on {name} ({row['bandwidth_frac']:.1%})"
-            )
-        theirs = {
-            other["implementation"]: other["median_us"]
-            for other in rows
-            if other["arguments"] == name
-            and other["implementation"] in PEERS
-            and "failed" not in other
-        }
+        ours, frac = row["median_us"], row["bandwidth_frac"]
+        if name == TARGET_ARGUMENTS and frac is not None:
+            goal = f"{TARGET_FRAC:.0%} of the bandwidth on {name} ({frac:.1%})"
+            tell(frac >= TARGET_FRAC, goal)
+        peers = [peer for peer in PEERS if (name, peer) in done]
+        theirs = {peer: done[name, peer]["median_us"] for peer in peers}
         if theirs:
             best = min(theirs, key=theirs.get)
-            told.append(
-                f"{'reached' if ours <= theirs[best] else 'missed'}: jax's own speed on"
-                f" {name} ({ours} us; {best} {theirs[best]} us)"
-            )
+            goal = f"jax's own speed on {name} ({ours} us; {best} {theirs[best]} us)"
+            tell(ours <= theirs[best], goal)
     return told
 
 

@@ -16,13 +16,7 @@ LANES, SUBLANES = 128, 8
 def packing(name: str | None, page_size: int, head_dim: int) -> int:
     """Say how many features lie side by side in pages that a kernel reads.
 
-    Args:
-      name: of the implementation; None: no kernel's.
-      page_size: positions in a page.
-      head_dim: H.
-
-    Returns:
-      The number, 1 where pages hold columns.
+    That is 1 where pages hold columns. A `name` of None is no kernel's.
     """
     if name != "mosaic_tpu" or head_dim % LANES == 0 or LANES % page_size:
         return 1

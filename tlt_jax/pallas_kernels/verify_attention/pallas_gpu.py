@@ -46,8 +46,7 @@ class Plan:
     """How a call is cut up; follows from its shapes alone, and not from the batch.
 
     Attributes:
-      rows: of queries in a block.
-      num_blocks: query blocks of a row.
+      rows, num_blocks: of queries in a block, and blocks of a row.
       width: of the head dimension, padded.
       tile: slots of a tile, which is part of one page.
       tiles_at_once: tiles that are worked on together.
@@ -133,15 +132,7 @@ class _Operands(typing.NamedTuple):
 def verify_attention(
     args: arguments.Arguments, interpret: bool
 ) -> tuple[Array, Array | None]:
-    """Run the kernel.
-
-    Args:
-      args: of the call, pages as columns.
-      interpret: run its programs one by one on a CPU.
-
-    Returns:
-      As `api.verify_attention`.
-    """
+    """Run the kernel on pages as columns; see `api.verify_attention`."""
     batch, num_kv, group, num_tokens, head_dim = args.query.shape
     cut = plan(*args.sizes)
     operands = _operands(args, cut)
@@ -152,11 +143,8 @@ def verify_attention(
         jax.ShapeDtypeStruct(shape, jnp.float32),
     ]
     part_shape = (batch, num_kv, cut.num_stretches, num_rows)
-    parts = [
-        jax.ShapeDtypeStruct((*part_shape, cut.width), jnp.float32),
-        jax.ShapeDtypeStruct(part_shape, jnp.float32),
-        jax.ShapeDtypeStruct(part_shape, jnp.float32),
-    ]
+    of_rows = jax.ShapeDtypeStruct(part_shape, jnp.float32)
+    total = jax.ShapeDtypeStruct((*part_shape, cut.width), jnp.float32)
     options = dict(
         compiler_params=plgpu.CompilerParams(
             num_warps=cut.num_warps, num_stages=cut.num_stages
@@ -167,7 +155,7 @@ def verify_attention(
     made = pl.pallas_call(
         functools.partial(_kernel, cut=cut, const=args.constants),
         grid=(cut.num_blocks, cut.num_stretches, batch * num_kv),
-        out_shape=out_shape if only else parts,
+        out_shape=out_shape if only else [total, of_rows, of_rows],
         name="verify_attention",
         **options,
     )(*operands)
@@ -200,9 +188,9 @@ def _operands(args: arguments.Arguments, cut: Plan) -> _Operands:
     def packed(x):
         """Cut `[..., T, G, n]` into rows, `[..., num_rows, n]`."""
         x = x.reshape(*x.shape[:-3], num_tokens * group, x.shape[-1])
-        return _pad(x, -2, num_rows)
+        return arguments.pad(x, -2, num_rows)
 
-    query_rows = _pad(packed(jnp.swapaxes(args.query, 2, 3)), -1, cut.width)
+    query_rows = arguments.pad(packed(jnp.swapaxes(args.query, 2, 3)), -1, cut.width)
 
     def of_rows(x):
         """Repeat `[B, T]` for the heads of a group, `[B, num_rows]`."""
@@ -220,13 +208,14 @@ def _operands(args: arguments.Arguments, cut: Plan) -> _Operands:
     starts = jnp.zeros((batch, cut.num_blocks), jnp.int32)
     if window is not None:
         farthest = jnp.iinfo(jnp.int32).max
-        nearest = _pad(
-            of_rows(positions)[:, : num_tokens * group], 1, num_rows, farthest
-        )
+        nearest = of_rows(positions)[:, : num_tokens * group]
+        nearest = arguments.pad(nearest, 1, num_rows, constant_values=farthest)
         nearest = nearest.reshape(batch, cut.num_blocks, cut.rows).min(axis=2)
         starts = jnp.maximum(nearest - (window - 1), 0)
     fresh_keys, fresh_values = (
-        _pad(_pad(x.astype(args.query.dtype), 2, cut.width), 3, num_fresh)
+        arguments.pad(
+            arguments.pad(x.astype(args.query.dtype), 2, cut.width), 3, num_fresh
+        )
         for x in (args.keys, args.values)
     )
     fresh_values = fresh_values.swapaxes(2, 3)
@@ -241,7 +230,7 @@ def _operands(args: arguments.Arguments, cut: Plan) -> _Operands:
         seen=seen,
         fresh_keys=fresh_keys,
         fresh_values=fresh_values,
-        key_positions=_pad(positions, 1, num_fresh),
+        key_positions=arguments.pad(positions, 1, num_fresh),
         keys=args.cache_keys,
         values=args.cache_values,
     )
@@ -314,8 +303,7 @@ class _Walk:
     """A block of queries on its way over the keys that it sees.
 
     Attributes:
-      given: what the kernel reads.
-      cut, const: of the call.
+      given, cut, const: what the kernel reads, and of the call.
       layer, row, head: whose keys.
       here: the block's rows of queries.
       length: cached slots of the row.
@@ -350,10 +338,8 @@ class _Walk:
         last = const.sizes.query_shape[4] - 1
         features = jnp.minimum(jnp.arange(cut.width), last)
         lanes = jnp.arange(cut.tile)
-        return cls(
-            *(given, cut, const, layer, row, head, here, length),
-            *(query, position, features, lanes),
-        )
+        place = (layer, row, head, here, length)
+        return cls(given, cut, const, *place, query, position, features, lanes)
 
     def pages(self, is_end: bool, n: Array, carry: _Carry) -> _Carry:
         """Add the n-th group of tiles of cached slots.
@@ -385,7 +371,7 @@ class _Walk:
                 # NaN in a slot that nobody sees would survive its weight of zero.
                 still = near + self.lanes < self.length
                 value = jnp.where(still[:, None], value, jnp.zeros_like(value))
-            scores.append(_dot(self.query, key))
+            scores.append(reference.dot(self.query, key))
             visible.append(mask)
             read.append(value)
         return self._add(carry, scores, visible, read)
@@ -403,23 +389,16 @@ class _Walk:
             mask = (word[:, None] >> column[None, :]) & 1 == 1
         if self.const.windowed:
             of_keys = given.key_positions[row, at]
-            near = self.position[:, None] - of_keys[None, :] < given.window[0]
-            mask = mask & near
-        scores = _dot(self.query, given.fresh_keys[row, self.head, :, at])
+            distance = self.position[:, None] - of_keys[None, :]
+            mask = mask & (distance < given.window[0])
+        scores = reference.dot(self.query, given.fresh_keys[row, self.head, :, at])
         values = given.fresh_values[row, self.head, at, :]
         return self._add(carry, [scores], [mask], [values])
 
     def _add(self, carry: _Carry, scores, visible, values) -> _Carry:
         """Add parts of the keys: scores and masks `[R, s]`, values `[s, width]`."""
         total, maximum, normaliser = carry
-        scores = [
-            jnp.where(
-                mask,
-                reference.cap(part * self.const.scale, self.const.soft_cap),
-                _HIDDEN,
-            )
-            for part, mask in zip(scores, visible, strict=True)
-        ]
+        scores = reference.masked(scores, visible, self.const)
         new = maximum
         for part in scores:
             new = jnp.maximum(new, jnp.max(part, axis=1))
@@ -428,21 +407,13 @@ class _Walk:
         for part, mask, value in zip(scores, visible, values, strict=True):
             weights = jnp.where(mask, jnp.exp(part - new[:, None]), 0.0)
             normaliser += jnp.sum(weights, axis=1)
-            total += _dot(weights.astype(value.dtype), value)
+            total += reference.dot(weights.astype(value.dtype), value)
         return total, new, normaliser
 
 
-def _join(
-    lengths_ref,
-    starts_ref,
-    total_ref,
-    max_ref,
-    sum_ref,
-    *out_refs,
-    cut: Plan,
-    num_kv: int,
-):
+def _join(lengths_ref, starts_ref, *refs, cut: Plan, num_kv: int):
     """Join a block's stretches in their order."""
+    (total_ref, max_ref, sum_ref), out_refs = refs[:3], refs[3:]
     block = pl.program_id(0)
     row, head = pl.program_id(1) // num_kv, pl.program_id(1) % num_kv
     here = pl.ds(block * cut.rows, cut.rows)
@@ -469,22 +440,3 @@ def _finish(out_refs, at, total: Array, maximum: Array, normaliser: Array) -> No
     safe = jnp.where(seen, normaliser, 1.0)
     out_ref[(*at, slice(None))] = (total / safe[:, None]).astype(out_ref.dtype)
     log_ref[at] = jnp.where(seen, maximum + jnp.log(safe), _HIDDEN)
-
-
-def _dot(left: Array, right: Array) -> Array:
-    exact = left.dtype == jnp.float32
-    return lax.dot_general(
-        left,
-        right,
-        (((1,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _pad(x: Array, axis: int, size: int, value: int = 0) -> Array:
-    axis %= x.ndim
-    if x.shape[axis] == size:
-        return x
-    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, widths, constant_values=value)

@@ -30,14 +30,9 @@ from tlt_jax.types import Array
 def verify_attention(
     args: arguments.Arguments, interpret
 ) -> tuple[Array, Array | None]:
-    """Run the kernel.
+    """Run the kernel; see `api.verify_attention`.
 
-    Args:
-      args: of the call.
-      interpret: False, True, or `pltpu.InterpretParams`.
-
-    Returns:
-      As `api.verify_attention`.
+    `interpret` may also be `pltpu.InterpretParams`.
     """
     batch, num_kv, group, num_tokens, head_dim = args.query.shape
     cut = tpu_plan.plan(*args.sizes)
@@ -50,7 +45,7 @@ def verify_attention(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=max(cut.vmem_bytes, 16 * 2**20),
         ),
-        cost_estimate=tpu_plan.cost(*args.sizes, args.window),
+        cost_estimate=tpu_plan.cost(args.sizes, args.window),
         interpret=interpret,
         name="verify_attention",
     )
@@ -78,40 +73,37 @@ def _operands(args: arguments.Arguments, cut: tpu_plan.Plan) -> tpu_kernel.Opera
 
     def packed(x):
         """Cut `[..., T, G, n]` into blocks of rows, `[..., num_blocks, R, n]`."""
-        x = _pad(x, -3, padded_tokens)
+        x = arguments.pad(x, -3, padded_tokens)
         lead, last = x.shape[:-3], x.shape[-1]
         x = x.reshape(*lead, cut.num_blocks, cut.tokens * group, last)
-        return _pad(x, -2, cut.rows)
+        return arguments.pad(x, -2, cut.rows)
 
     def in_parts(x):
         """Split features that lie side by side, `[..., parts, n, H / parts]`."""
-        x = _pad(x, -1, num_features)
+        x = arguments.pad(x, -1, num_features)
         return jnp.moveaxis(x.reshape(*x.shape[:-1], part_dim, parts), -1, -3)
 
     # The rows of each part under those of the one before.
     query_rows = in_parts(packed(jnp.swapaxes(args.query, 2, 3)))
     query_rows = query_rows.reshape(*query_rows.shape[:3], parts * cut.rows, part_dim)
     # What each row of queries sees: its position, then its words or its own index.
-    index = jnp.broadcast_to(jnp.arange(num_tokens), (batch, num_tokens))[..., None]
-    seen = index
+    seen = jnp.broadcast_to(jnp.arange(num_tokens), (batch, num_tokens))[..., None]
     if args.words is not None:
         seen = lax.bitcast_convert_type(args.words, jnp.int32)
     sight = jnp.concatenate([positions[..., None], seen], axis=-1)
-    sight = jnp.broadcast_to(
-        sight[:, :, None], (batch, num_tokens, group, sight.shape[-1])
-    )
-    sight = packed(sight)
+    shape = (batch, num_tokens, group, sight.shape[-1])
+    sight = packed(jnp.broadcast_to(sight[:, :, None], shape))
     # Fresh columns become rows: few of them would be padded to 128 lanes.
     num_fresh = cut.num_tiles * cut.tile
     fresh_keys, fresh_values = (
-        in_parts(_pad(x.swapaxes(2, 3).astype(args.query.dtype), 2, num_fresh))
+        in_parts(arguments.pad(x.swapaxes(2, 3).astype(args.query.dtype), 2, num_fresh))
         for x in (args.keys, args.values)
     )
-    key_positions = _pad(positions, 1, num_fresh)[:, None]
+    key_positions = arguments.pad(positions, 1, num_fresh)[:, None]
 
     starts = jnp.zeros((batch, cut.num_blocks), jnp.int32)
     if window is not None:
-        nearest = _pad(positions, 1, padded_tokens, mode="edge")
+        nearest = arguments.pad(positions, 1, padded_tokens, mode="edge")
         nearest = jnp.min(nearest.reshape(batch, cut.num_blocks, cut.tokens), axis=2)
         starts = jnp.maximum(nearest - (window - 1), 0)
 
@@ -120,7 +112,9 @@ def _operands(args: arguments.Arguments, cut: tpu_plan.Plan) -> tpu_kernel.Opera
         pages = tuple(x.swapaxes(3, 4) for x in pages)
     elif args.packing != parts:
         # Interpreted; on a TPU this copies all pages and is refused.
-        pages = tuple(page_layout.pack(_pad(x, 3, num_features), parts) for x in pages)
+        pages = tuple(
+            page_layout.pack(arguments.pad(x, 3, num_features), parts) for x in pages
+        )
     return tpu_kernel.Operands(
         layer=jnp.full((1,), args.layer, jnp.int32),
         lengths=args.lengths.astype(jnp.int32),
@@ -151,9 +145,6 @@ def _places(
     def per_block(core, i, j, *_):
         return row(core, i), 0, j, 0, 0
 
-    def per_row(core, i, j, *_):
-        return row(core, i), 0, 0, 0, 0
-
     row_shape, rows_shape = (1, num_kv, 1, cut.rows), (1, num_kv, 1, parts * cut.rows)
     out_shape = [jax.ShapeDtypeStruct(operands.query.shape, args.query.dtype)]
     out_specs = [pl.BlockSpec((*rows_shape, part_dim), per_block)]
@@ -161,7 +152,10 @@ def _places(
         shape = (batch, num_kv, cut.num_blocks, cut.rows, page_layout.LANES)
         out_shape.append(jax.ShapeDtypeStruct(shape, jnp.float32))
         out_specs.append(pl.BlockSpec((*row_shape, page_layout.LANES), per_block))
-    fresh_spec = pl.BlockSpec((1, num_kv, parts, num_fresh, part_dim), per_row)
+    fresh_spec = pl.BlockSpec(
+        (1, num_kv, parts, num_fresh, part_dim),
+        lambda core, i, j, *_: (row(core, i), 0, 0, 0, 0),
+    )
     buffer = pltpu.VMEM((2, cut.pages, *operands.keys.shape[2:]), operands.keys.dtype)
     of_rows = pltpu.VMEM((num_kv, cut.rows, page_layout.LANES), jnp.float32)
     scratch = tpu_kernel.Scratch(
@@ -196,11 +190,3 @@ def _places(
             scratch_shapes=list(scratch),
         ),
     )
-
-
-def _pad(x: Array, axis: int, size: int, mode: str = "constant") -> Array:
-    axis %= x.ndim
-    if x.shape[axis] == size:
-        return x
-    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, widths, mode=mode)

@@ -15,43 +15,24 @@ from tlt_jax.types import Array
 HIDDEN = -1e30
 
 
-def visible_fresh(
-    num_tokens: int,
-    words: Array | None,
-    positions: Array,
-    window: Array | int | None,
-) -> Array:
-    """Say which fresh keys each fresh query sees.
-
-    Args:
-      num_tokens: T.
-      words: `[B, T, ceil(T / 32)] uint32`, bit s % 32 of word s // 32 of query t: it
-        sees key s; None: causal.
-      positions: `[B, T] int32`.
-      window: see only keys at distance below this, or None.
-
-    Returns:
-      `[B or 1, T, T] bool`.
-    """
-    index = jnp.arange(num_tokens)
+def _visible_fresh(args: arguments.Arguments) -> Array:
+    """Say which fresh keys each fresh query sees, `[B or 1, T, T] bool`."""
+    positions, words = args.positions, args.words
+    index = jnp.arange(positions.shape[1])
     if words is None:
         mask_BTS = (index[None, :] <= index[:, None])[None]
     else:
         # The word of each key, and its bit in it: [B, T, S] with S = T.
         bits_BTS = words[..., index // 32] >> (index % 32).astype(jnp.uint32)
         mask_BTS = (bits_BTS & 1).astype(bool)
-    if window is not None:
+    if args.window is not None:
         distance_BTS = positions[:, :, None] - positions[:, None, :]
-        mask_BTS = mask_BTS & (distance_BTS < window)
+        mask_BTS = mask_BTS & (distance_BTS < args.window)
     return mask_BTS
 
 
 def verify_attention(args: arguments.Arguments) -> tuple[Array, Array | None]:
-    """Compute attention by the formula.
-
-    Returns:
-      As `api.verify_attention`, the output in float32.
-    """
+    """Compute attention by the formula; as `api.verify_attention`, in float32."""
     positions, lengths, window = args.positions, args.lengths, args.window
     page_size = args.cache_keys.shape[-1]
     num_slots = args.page_table.shape[1] * page_size
@@ -75,11 +56,10 @@ def verify_attention(args: arguments.Arguments) -> tuple[Array, Array | None]:
 
     # Who sees whom of both, the same for all heads: [B, 1, 1, T, num_slots + T].
     batch, num_tokens = positions.shape
-    shape = (batch, num_tokens, num_slots)
-    past_BTS = jnp.broadcast_to(readable_BS[:, None], shape)
+    past_BTS = jnp.broadcast_to(readable_BS[:, None], (batch, num_tokens, num_slots))
     if window is not None:
         past_BTS = past_BTS & (positions[:, :, None] - slots_S < window)
-    fresh_BTS = visible_fresh(num_tokens, args.words, positions, window)
+    fresh_BTS = _visible_fresh(args)
     fresh_BTS = jnp.broadcast_to(fresh_BTS, (batch, num_tokens, num_tokens))
     visible_B11TS = jnp.concatenate([past_BTS, fresh_BTS], axis=-1)[:, None, None]
 
@@ -108,3 +88,25 @@ def cap(scores: Array, soft_cap: float | None) -> Array:
     if soft_cap is None:
         return scores
     return jnp.tanh(scores / soft_cap) * soft_cap
+
+
+def masked(
+    products: list[Array], visible: list[Array], const: arguments.Constants
+) -> list[Array]:
+    """Make scores of parts of the keys from their products with the queries."""
+    return [
+        jnp.where(mask, cap(part * const.scale, const.soft_cap), HIDDEN)
+        for part, mask in zip(products, visible, strict=True)
+    ]
+
+
+def dot(left: Array, right: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Multiply two matrices of one dtype over an axis of each; float32, exactly."""
+    exact = left.dtype == jnp.float32
+    return lax.dot_general(
+        left,
+        right,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )

@@ -147,12 +147,9 @@ class _Step:
     """A step of the grid, with the running sum in its scratch.
 
     Attributes:
-      given, own: what it reads and keeps.
-      cut, const: of the call.
-      core: of the chip.
-      index: of the step among the core's.
-      row: whose queries.
-      length: its cached slots.
+      given, own, cut, const: what it reads and keeps, and of the call.
+      core, index: of the chip, and of the step among the core's.
+      row, length: whose queries, and its cached slots.
     """
 
     given: Operands
@@ -185,13 +182,12 @@ class _Step:
         given, own = self.given, self.own
         index = given.table[row * self.const.sizes.max_pages + page]
         source = (given.layer[0], index)
+        pairs = ((given.keys, own.keys), (given.values, own.values))
         return tuple(
             pltpu.make_async_copy(
                 pages.at[source], block.at[turn, slot], own.arrived.at[turn, i]
             )
-            for i, (pages, block) in enumerate(
-                ((given.keys, own.keys), (given.values, own.values))
-            )
+            for i, (pages, block) in enumerate(pairs)
         )
 
     def fetch(self, row: Array, first: Array, stop: Array, turn: Array | int) -> None:
@@ -277,7 +273,7 @@ class _Step:
                 tpu_products.packed_sum, value=value, cut=cut, page_size=page_size
             )
         key, value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
-        scores = tpu_products.dot(query, key, (1, 1 if cut.turned else 0))
+        scores = reference.dot(query, key, (1, 1 if cut.turned else 0))
         contract = (1, 0 if cut.turned else 1)
         return scores, functools.partial(
             tpu_products.weighted, value=value, contract=contract
@@ -303,7 +299,7 @@ class _Step:
 
         def one_head(head):
             scores = sum(
-                tpu_products.dot(
+                reference.dot(
                     given.query[0, head, 0, pl.ds(part * cut.rows, cut.rows)],
                     given.fresh_keys[0, head, part, here],
                     (1, 1),
@@ -312,14 +308,10 @@ class _Step:
             )
 
             def add(weights):
-                return jnp.concatenate(
-                    [
-                        tpu_products.weighted(
-                            weights, given.fresh_values[0, head, part, here], (1, 0)
-                        )
-                        for part in range(cut.packing)
-                    ]
-                )
+                values = given.fresh_values
+                parts = (values[0, head, part, here] for part in range(cut.packing))
+                sums = [tpu_products.weighted(weights, v, (1, 0)) for v in parts]
+                return jnp.concatenate(sums)
 
             self._add(head, [scores], [mask], [add])
 
@@ -337,11 +329,8 @@ class _Step:
 
         As lists: scores and masks `[R, s]`, and what weighs the parts' values.
         """
-        own, const, packing = self.own, self.const, self.cut.packing
-        scores = [
-            jnp.where(mask, reference.cap(part * const.scale, const.soft_cap), _HIDDEN)
-            for part, mask in zip(scores, visible, strict=True)
-        ]
+        own, packing = self.own, self.cut.packing
+        scores = reference.masked(scores, visible, self.const)
         old = own.maximum[head, :, 0:1]
         new = old
         for part in scores:

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlt_jax.pallas_kernels.verify_attention import page_layout
+from tlt_jax.pallas_kernels.verify_attention import arguments, page_layout
 from tlt_jax.types import Array
 
 # Bytes of pages that are on their way at once: about bandwidth times latency.
@@ -23,13 +23,10 @@ class Plan:
     """How a call is cut up; follows from its shapes alone.
 
     Attributes:
-      tokens: of a query block.
-      num_blocks: query blocks of a row.
+      tokens, num_blocks: of a query block, and such blocks of a row.
       rows: R, of a query block, padded to whole tiles.
-      tile: fresh keys that are worked on at once.
-      num_tiles: of a row.
-      pages: in a block of pages.
-      pages_at_once: of those, how many are worked on together.
+      tile, num_tiles: fresh keys that are worked on at once, and tiles of a row.
+      pages, pages_at_once: in a block of pages, and those worked on together.
       turned: features are the lanes of a page, and not slots.
       packing: parts of the features, side by side in packed pages; else 1.
       cores: into how many parts the batch is cut for chips of two cores.
@@ -61,10 +58,7 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
     row_bytes = num_kv * (4 * lanes * itemsize + 4 * lanes + 2 * 4 * page_layout.LANES)
     most = max(_MAX_ROW_BYTES // row_bytes, 1)
     tokens = max(min(most, _MAX_ROWS // packing) // group, 1)
-    if tokens >= num_tokens:
-        tokens = num_tokens
-    else:
-        tokens = max(tokens // 16, 1) * 16
+    tokens = num_tokens if tokens >= num_tokens else max(tokens // 16, 1) * 16
     num_blocks = -(-num_tokens // tokens)
     rows = round_up(tokens * group, sublanes)
     tile = min(page_layout.LANES, round_up(num_tokens, sublanes))
@@ -74,12 +68,10 @@ def plan(query_shape: tuple[int, ...], dtype, page_size: int, max_pages: int) ->
     column_bytes = num_kv * itemsize
     if turned:
         page_bytes = 2 * column_bytes * round_up(page_size, sublanes) * head_dim
+        at_once = min(_SLOTS // page_size, max_pages)
     else:
         page_bytes = 2 * column_bytes * round_up(part_dim, sublanes)
         page_bytes *= round_up(page_size, page_layout.LANES)
-    if turned:
-        at_once = min(_SLOTS // page_size, max_pages)
-    else:
         at_once = min(max(4 // packing, 1), -(-max_pages // packing)) * packing
     at_once = max(at_once, 1)
     pages = max(_BLOCK_BYTES // page_bytes // at_once, 1) * at_once
@@ -113,38 +105,26 @@ def obstacle(
             f"{packing} side by side, would be copied into another layout at every "
             f"call: give them with packing={cut.packing} (page_layout.pack)"
         )
-    if query_shape[3] > 1:
-        if cut.vmem_bytes > VMEM_BYTES:
-            return (
-                f"T={query_shape[3]} fresh tokens need {cut.vmem_bytes / 2**20:.0f} MiB"
-                f" of vector memory, more than {VMEM_BYTES / 2**20:.0f}: give fewer at "
-                "once (rollout.prefill_chunk)"
-            )
+    if query_shape[3] > 1 and cut.vmem_bytes > VMEM_BYTES:
+        return (
+            f"T={query_shape[3]} fresh tokens need {cut.vmem_bytes / 2**20:.0f} MiB"
+            f" of vector memory, more than {VMEM_BYTES / 2**20:.0f}: give fewer at "
+            "once (rollout.prefill_chunk)"
+        )
     return None
 
 
-def cost(
-    query_shape: tuple[int, ...],
-    dtype,
-    page_size: int,
-    max_pages: int,
-    window: Array | int | None = None,
-) -> pl.CostEstimate:
+def cost(sizes: arguments.Sizes, window: Array | int | None) -> pl.CostEstimate:
     """Estimate a call whose rows are as long as the page table allows.
 
-    Args:
-      query_shape, dtype, page_size, max_pages: see `arguments.Sizes`.
-      window: see `api.verify_attention`; a traced one may be as wide as the row.
-
-    Returns:
-      What the kernel computes and moves.
+    See `api.verify_attention` for `window`; a traced one may be as wide as the row.
     """
-    batch, num_kv, group, num_tokens, head_dim = query_shape
-    cut = plan(query_shape, dtype, page_size, max_pages)
-    itemsize = jnp.dtype(dtype).itemsize
-    num_slots = max_pages * page_size
+    batch, num_kv, group, num_tokens, head_dim = sizes.query_shape
+    cut = plan(*sizes)
+    itemsize = jnp.dtype(sizes.dtype).itemsize
+    num_slots = sizes.max_pages * sizes.page_size
     if isinstance(window, int):
-        num_slots = min(num_slots, window + page_size)
+        num_slots = min(num_slots, window + sizes.page_size)
     scores = batch * num_kv * group * num_tokens * (num_slots + num_tokens)
     columns = batch * (cut.num_blocks * num_slots + num_tokens) * num_kv
     queries = batch * num_kv * cut.num_blocks * cut.rows

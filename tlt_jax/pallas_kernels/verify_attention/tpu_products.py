@@ -4,7 +4,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from tlt_jax.pallas_kernels.verify_attention import page_layout, tpu_plan
+from tlt_jax.pallas_kernels.verify_attention import (
+    page_layout,
+    reference,
+    tpu_plan,
+)
 from tlt_jax.types import Array
 
 
@@ -27,10 +31,10 @@ def packed_scores(
     Returns:
       Products `[R, 128]`, the pages' slots side by side.
     """
-    stretch = _stretches((cut.rows, page_layout.LANES), page_size)
+    stretch = _stretches(cut.rows, page_size)
     pages = []
     for page in range(cut.packing):
-        product = dot(query, keys[page], (1, 0))
+        product = reference.dot(query, keys[page], (1, 0))
         right = product[: cut.rows]
         for part in range(1, cut.packing):
             rows = product[part * cut.rows : (part + 1) * cut.rows]
@@ -54,14 +58,12 @@ def packed_sum(
 
     Args:
       weights: `[R, 128] float32`, the pages' slots side by side.
-      value: `[packing, H / packing, 128]`, a page each.
-      cut: of the call.
-      page_size: lanes of a stretch.
+      value, cut, page_size: see `packed_scores`, for its keys.
 
     Returns:
       Sums `[packing x R, H / packing] float32`, parts one under the other.
     """
-    stretch = _stretches((cut.rows, page_layout.LANES), page_size)
+    stretch = _stretches(cut.rows, page_size)
     pages, half = [weights], cut.packing // 2
     # Each page's weights come to stand in all stretches.
     while half:
@@ -83,7 +85,8 @@ def packed_sum(
     return total
 
 
-def _stretches(shape: tuple[int, int], page_size: int) -> Array:
+def _stretches(num_rows: int, page_size: int) -> Array:
+    shape = (num_rows, page_layout.LANES)
     return lax.broadcasted_iota(jnp.int32, shape, 1) // page_size
 
 
@@ -96,34 +99,8 @@ def _exchange(x: Array, upper: Array, distance: int) -> Array:
 
 
 def weighted(weights: Array, value: Array, contract: tuple[int, int]) -> Array:
-    """Multiply weights, in the values' precision, by values; see `dot`.
+    """Multiply weights `[R, S] float32` by values, in the values' precision.
 
-    Args:
-      weights: `[R, S] float32`.
-      value: of the cache's dtype.
-      contract: an axis of each.
-
-    Returns:
-      The product, float32.
+    See `reference.dot` for `contract`.
     """
-    return dot(weights.astype(value.dtype), value, contract)
-
-
-def dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
-    """Multiply two matrices, float32 exactly.
-
-    Args:
-      left, right: of one dtype.
-      contract: an axis of each.
-
-    Returns:
-      The product, float32.
-    """
-    exact = left.dtype == jnp.float32
-    return lax.dot_general(
-        left,
-        right,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )
+    return reference.dot(weights.astype(value.dtype), value, contract)

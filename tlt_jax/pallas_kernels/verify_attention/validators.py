@@ -9,11 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlt_jax.pallas_kernels.verify_attention import (
-    arguments,
-    page_layout,
-    tpu_plan,
-)
+from tlt_jax.pallas_kernels.verify_attention import arguments, page_layout, tpu_plan
 from tlt_jax.types import Array
 
 MAX_NODES = 128
@@ -39,7 +35,6 @@ def check_shapes(args: arguments.Arguments) -> None:
     lanes = cache_keys.shape[4] // args.packing * args.packing
     pages = (*cache_keys.shape[:2], num_kv, num_features // args.packing, lanes)
     fresh = (batch, num_kv, head_dim, num_tokens)
-    num_words = -(-num_tokens // 32)
     wanted = {
         "keys": (fresh, query.dtype),
         "values": (fresh, query.dtype),
@@ -50,7 +45,7 @@ def check_shapes(args: arguments.Arguments) -> None:
         "positions": ((batch, num_tokens), jnp.int32),
     }
     if words is not None:
-        wanted["words"] = ((batch, num_tokens, num_words), jnp.uint32)
+        wanted["words"] = ((batch, num_tokens, -(-num_tokens // 32)), jnp.uint32)
     for name, (shape, dtype) in wanted.items():
         array = getattr(args, name)
         if array.shape != shape:
@@ -118,13 +113,9 @@ def check_values(
         )
     if words is None:
         return
-    num_tokens = np.shape(positions)[1]
-    bits = np.unpackbits(
-        np.ascontiguousarray(words).astype("<u4").view(np.uint8),
-        axis=-1,
-        bitorder="little",
-    )
-    itself = np.arange(num_tokens)
+    octets = np.ascontiguousarray(words).astype("<u4").view(np.uint8)
+    bits = np.unpackbits(octets, axis=-1, bitorder="little")
+    itself = np.arange(np.shape(positions)[1])
     for what, wrong in (
         ("does not name node {} itself", ~bits[:, itself, itself].astype(bool)),
         (
@@ -145,7 +136,7 @@ def checked_lengths(
     positions: Array,
     words: Array | None,
     *,
-    first_page: int = 0,
+    first_page: int,
 ) -> Array:
     """Check values inside a compiled program, on the host and before they are used.
 
@@ -162,22 +153,14 @@ def checked_lengths(
     """
 
     def check(*given):
-        check_values(
-            sizes, 0, *given, *(() if words is not None else (None,)), **options
-        )
+        check_values(sizes, 0, *given, first_page=first_page)
         return np.asarray(given[1])
 
-    options = dict(first_page=first_page)
-    given = (page_table, lengths, positions)
-    if words is not None:
-        given += (words,)
     described = jax.ShapeDtypeStruct(lengths.shape, lengths.dtype)
-    return jax.pure_callback(check, described, *given)
+    return jax.pure_callback(check, described, page_table, lengths, positions, words)
 
 
-def check_kernel(
-    name: str, args: arguments.Arguments, *, compiled: bool = True
-) -> None:
+def check_kernel(name: str, args: arguments.Arguments, *, compiled: bool) -> None:
     """Check that a kernel can compute this, whatever the values.
 
     Args:

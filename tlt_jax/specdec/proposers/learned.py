@@ -13,7 +13,7 @@ from flax import struct
 from jax import lax
 
 from tlt_jax.models import kernels as kernels_lib
-from tlt_jax.models import kv_cache, transformer
+from tlt_jax.models import kv_cache
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
@@ -142,7 +142,7 @@ class Learned(protocols.Proposer):
             self.strategy, self.settings, self.cfg, self._is_sampled
         )
         score = self._score(inputs, noise)
-        view = transformer.CacheView(state.pages, rows.page_table, state.start)
+        view = kv_cache.CacheView(state.pages, rows.page_table, state.start)
         how = jnp.dtype(self.settings.dtype), self.settings.kernels
         taken_in = _take_in(weights, self.cfg, state.tokens, state.features, view, *how)
         # The root's output stands where the last token was taken in.
@@ -258,7 +258,7 @@ def fill(
       dtype, kernels: see `transformer.forward`.
     """
     features = _features(cache, page_table, start, tokens.shape[1], counts, cfg)
-    view = transformer.CacheView(drafter_cache, page_table, start)
+    view = kv_cache.CacheView(drafter_cache, page_table, start)
     out = _take_in(weights, cfg, tokens, features, view, dtype, kernels)
     return kv_cache.append_pages(
         drafter_cache, (out.keys,), (out.values,), page_table, start, counts
