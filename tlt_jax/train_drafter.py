@@ -34,7 +34,7 @@ from tlt_jax.settings import drafter_run, sections
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.texts import layout, shards
 from tlt_jax.specdec.training import objectives
-from tlt_jax.viz import drafter_plots
+from tlt_jax.viz import plots
 from tlt_jax.workdir import checkpoint, metrics, progress
 from tlt_jax.workdir import directory as workdir
 
@@ -135,7 +135,7 @@ class _Trainer:
         self.checkpointer.wait()
         self._export()
         with workdir.writing(self.directory / "plots"):
-            drafter_plots.draw(self.directory)
+            plots.draw_training(self.directory)
         return row
 
     @contextlib.contextmanager
