@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from tlt_jax import policy, types
 from tlt_jax import speculation as speculation_lib
@@ -26,7 +26,6 @@ from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import command_line, compile_cache
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec.proposers import learned
-from tlt_jax.workdir import checkpoint
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Hugging Face directory, gguf:FILE, hub name, or a run's workdir."
@@ -315,15 +314,8 @@ def main(argv: Sequence[str]) -> None:
     """Generate; what a user can mend is one line, not a traceback."""
     if len(argv) > 1:
         command_line.fail(f"unexpected argument {argv[1]!r}: did you quote the prompt?")
-    if not flags.FLAGS["verbosity"].present:
-        # Backends report that they are not there.
-        logging.set_verbosity(logging.WARNING)
-    try:
+    with command_line.told(OSError):
         run()
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        if logging.level_debug():
-            raise
-        command_line.fail(f"{error} (--verbosity=1 shows where)")
 
 
 def parse(argv: Sequence[str]) -> list[str]:

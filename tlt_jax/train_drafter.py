@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from tlt_jax import assembly, policy, speculation
 from tlt_jax.models.drafters import drafter
@@ -26,7 +26,6 @@ from tlt_jax.rl.update import learner as policy_learner
 from tlt_jax.runtime import (
     command_line,
     compile_cache,
-    failures,
     host_memory,
     train_state,
 )
@@ -301,12 +300,9 @@ class _Trainer:
     def _save(self) -> None:
         snapshot = self.training.state()
         state = snapshot.state
+        counted = (state.opt_state, state.num_updates)
         self.checkpointer.save(
-            self.step,
-            state.params,
-            (state.opt_state, state.num_updates),
-            self.cfg,
-            snapshot.meta,
+            self.step, state.params, counted, self.cfg, snapshot.meta
         )
 
     def _export(self) -> None:
@@ -330,20 +326,8 @@ def main(run: drafter_run.DrafterRun) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
     host_memory.keep_freed()
     compile_cache.enable()
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    try:
+    with command_line.told():
         train(run, flags.FLAGS.workdir)
-    except (
-        ValueError,
-        failures.TrainingError,
-        checkpoint.CheckpointError,
-        metrics.MetricsError,
-        workdir.WorkdirError,
-    ) as error:
-        if logging.level_debug():
-            raise
-        command_line.fail(f"{error} (--verbosity=1 shows where)")
 
 
 if __name__ == "__main__":

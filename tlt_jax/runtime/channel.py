@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
+from tlt_jax.runtime import failures
+
 _GOODBYE, _BEAT = "goodbye", "beat"
 _BEAT_S = 5.0
 # JAX gives a process up a little later, and then ends all without a word for users.
@@ -23,7 +25,7 @@ _LEAVE_S = 10.0
 _REMEDY = "The same command resumes from the newest checkpoint."
 
 
-class ProcessError(RuntimeError):
+class ProcessError(failures.UserError):
     """Another process of the run has ended or does something else."""
 
 

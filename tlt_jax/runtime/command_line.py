@@ -4,20 +4,22 @@ Whatever is wrong with what the user typed, or with the recipe, is one line and 
 status 2, never a traceback.
 """
 
+import contextlib
 import difflib
 import functools
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from tlt_jax import config
+from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
 
 _FREE_SECTION = "task.options"
@@ -57,6 +59,23 @@ def run(
             fail(str(error))
 
     app.run(checked, flags_parser=functools.partial(parse, section=section))
+
+
+@contextlib.contextmanager
+def told(*more: type[Exception]) -> Iterator[None]:
+    """Make one line and status 2 of what a user can mend, of `more` errors as well.
+
+    Libraries that report every file they write, and backends that they are not there,
+    are silent unless the user has asked for it: programs have their own display.
+    """
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        yield
+    except (ValueError, failures.UserError, *more) as error:
+        if logging.level_debug():
+            raise
+        fail(f"{error} (--verbosity=1 shows where)")
 
 
 def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ through `jax.distributed`, so that a mesh may span their devices; a `Group` carr
 is not an array of such a mesh. A program of one process has a group of one.
 """
 
+import contextlib
 import os
 import secrets
 import socket
@@ -77,7 +78,7 @@ def _settings() -> dict[str, Any]:
     return settings
 
 
-class Group:
+class Group(contextlib.AbstractContextManager):
     """What the processes of a run have in common. Use as a context manager.
 
     Attributes:
@@ -95,9 +96,6 @@ class Group:
         self.index, self.num = index, num
         self._link = link
         self._num_meetings = 0
-
-    def __enter__(self) -> "Group":
-        return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         if self._link is not None:

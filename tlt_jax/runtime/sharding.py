@@ -192,12 +192,11 @@ def tree_shardings(
     rules: ShardingRules,
     axes: Any,
     shapes: Any = None,
-    replicate: bool = False,
 ) -> Any:
     """Return the shardings of a tree of arrays.
 
     Args:
-      mesh, rules, replicate: see `named`.
+      mesh, rules: see `named`.
       axes: tree with a tuple of logical names at the place of every array.
       shapes: tree of the same structure whose leaves have a `.shape` (arrays or
         abstract ones); divisibility is checked when given.
@@ -209,7 +208,7 @@ def tree_shardings(
     def one(path, names: Axes, leaf: Any = None) -> NamedSharding:
         try:
             shape = None if leaf is None else leaf.shape
-            return named(mesh, rules, names, shape, replicate)
+            return named(mesh, rules, names, shape)
         except ValueError as error:
             raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from error
 

@@ -134,19 +134,19 @@ def time_split(rows: Rows) -> figure.Figure | None:
     steps = np.array([row["step"] for row in rows])
     total = np.array([row["time/step_s"] for row in rows], float)
     fig, axes = style.figure("Time per step", "seconds")
-    key: list[tuple[str, str]] = []
-    base = np.zeros(len(rows))
-    for name, label, color in _STAGES:
-        spent = np.array([row.get(name) or 0.0 for row in rows], float)
-        if spent.any():
-            style.stack(axes, steps, base, spent, color)
-            key.append((color, label))
-            base = base + spent
-    rest = np.maximum(0.0, total - base)
+    parts = [
+        (np.array([row.get(name) or 0.0 for row in rows], float), color, label)
+        for name, label, color in _STAGES
+    ]
+    rest = np.maximum(0.0, total - sum(spent for spent, *_ in parts))
     if rest.sum() > 0.005 * total.sum():
-        style.stack(axes, steps, base, rest, style.GREY)
-        key.append((style.GREY, "other"))
-        base = base + rest
+        parts.append((rest, style.GREY, "other"))
+    base, key = np.zeros(len(rows)), []
+    for spent, *look in parts:
+        if spent.any():
+            style.stack(axes, steps, base, spent, look[0])
+            key.append(look)
+            base = base + spent
     ceiling = 1.15 * np.quantile(base, 0.95)
     if len(steps) >= 8 and base.max() > 2 * ceiling:
         # One step with compilation would squeeze all others flat.

@@ -6,6 +6,7 @@ written. The policy, the optimizer state and the JSON record are separate items:
 export reads the policy alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
+from tlt_jax.runtime import failures
 
 DIRECTORY = "checkpoints"
 _POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
@@ -27,19 +29,16 @@ _Tree = TypeVar("_Tree")
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names the remedy."""
+class CheckpointError(failures.UserError):
+    """A checkpoint that cannot be written or read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint's content.
 
-    Attributes:
-      step: the number of RL steps done when it was taken.
-      params: the policy, layers stacked.
-      opt_state: the optimizer state.
-      meta: what the driver gave to `save`.
+    `step` is the number of RL steps done when it was taken; the rest is what `save` was
+    given.
     """
 
     step: int
@@ -48,7 +47,7 @@ class Restored:
     meta: dict[str, Any]
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Writes a run's checkpoints in the background and reads the newest one.
 
     Use as a context manager, or call `close`: a checkpoint still being written is
@@ -102,9 +101,6 @@ class Checkpointer:
             ),
         )
 
-    def __enter__(self) -> "Checkpointer":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -133,7 +129,7 @@ class Checkpointer:
           cfg: its architecture, a dataclass, so that a policy can be restored without
             the run.
           meta: anything that JSON can hold: config digest, task position, ...
-          more: further trees of arrays by name, read with `restore_item`. Orbax takes
+          more: further trees of arrays by name, read with `restore_arrays`. Orbax takes
             no array of size zero.
 
         Raises:
@@ -204,8 +200,8 @@ class Checkpointer:
         _check_shapes(step, record["shapes"], _shapes(params, opt_state))
         content = read(
             {
-                _POLICY: ocp.args.StandardRestore(_abstract(params)),
-                _OPTIMIZER: ocp.args.StandardRestore(_abstract(opt_state)),
+                _POLICY: ocp.args.StandardRestore(params),
+                _OPTIMIZER: ocp.args.StandardRestore(opt_state),
             }
         )
         return Restored(step, content[_POLICY], content[_OPTIMIZER], record["driver"])
@@ -216,20 +212,19 @@ class Checkpointer:
             if later > step:
                 self._manager.delete(later)
 
-    def restore_item(self, step: int, name: str, tree: Any) -> Any:
-        """Read one of the trees that `save` was given as `more`.
+    def restore_arrays(self, step: int, name: str, kinds: Any) -> dict[str, np.ndarray]:
+        """Read one of the trees that `save` was given as `more`, of NumPy arrays.
 
         Args:
           step: of the checkpoint.
           name: of the tree.
-          tree: of arrays, NumPy's or JAX's, or of `jax.ShapeDtypeStruct`s with a
-            sharding, as saved.
+          kinds: shape and dtype of each array by name. Those of size zero are not read.
 
         Raises:
           CheckpointError: it is damaged, or has no such tree.
         """
-        args = {name: ocp.args.StandardRestore(_abstract(tree))}
-        return _restore(self._manager, self._directory, step, args)[name]
+        read = functools.partial(_restore, self._manager, self._directory, step)
+        return _arrays(read, name, kinds)
 
     def _write_error(self, error: Exception, step: int | None = None):
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
@@ -241,18 +236,17 @@ class Checkpointer:
 
 
 def restore_policy(
-    workdir: str | pathlib.Path, step: int | None = None, sharding: Any = None
+    workdir: str | pathlib.Path, step: int | None = None
 ) -> tuple[params_lib.Params, model_config.ModelConfig, int]:
     """Read the policy of a run and nothing else.
 
     Args:
       workdir: the run's directory.
       step: which checkpoint; None: the newest.
-      sharding: one `jax.sharding.Sharding` for all leaves or a tree of them; None: the
-        first device holds everything.
 
     Returns:
-      The policy with its layers stacked, its architecture, and its step.
+      The policy with its layers stacked, on the first device, its architecture, and its
+      step.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
@@ -260,7 +254,7 @@ def restore_policy(
     with _Reader(workdir, DIRECTORY, step) as reader:
         cfg = model_config.ModelConfig.from_json(reader.meta["model"])
         abstract = params_lib.abstract(cfg, reader.meta["param_dtype"])
-        return reader.params(abstract, sharding), cfg, reader.step
+        return reader.params(abstract), cfg, reader.step
 
 
 def restore_trained(
@@ -268,7 +262,7 @@ def restore_trained(
     name: str,
     step: int | None,
     describe: Callable[[dict[str, Any], str], _Tree],
-    item: str | None = None,
+    item: str,
 ) -> tuple[_Tree, dict[str, Any], dict[str, np.ndarray]]:
     """Read what was trained of a checkpoint that is no policy's.
 
@@ -279,7 +273,7 @@ def restore_trained(
       describe: takes the architecture's JSON form and a dtype, and returns a tree of
         `jax.ShapeDtypeStruct`s.
       item: of `save`'s `more`: arrays whose shapes and dtypes stand in the driver's
-        record as `arrays`. None: they are left out.
+        record as `arrays`.
 
     Returns:
       The tree, the record with `step`, `model` and `driver`, and the item's arrays.
@@ -289,18 +283,11 @@ def restore_trained(
     """
     with _Reader(workdir, name, step) as reader:
         abstract = describe(reader.meta["model"], reader.meta["param_dtype"])
-        arrays = {
-            key: np.empty(shape, jnp.dtype(dtype))
-            for key, (shape, dtype) in reader.meta["driver"].get("arrays", {}).items()
-        }
-        filled = {key: array for key, array in arrays.items() if array.size}
-        if item is not None and filled:
-            args = ocp.args.StandardRestore(filled)
-            arrays |= reader.read({item: args})[item]
+        arrays = _arrays(reader.read, item, reader.meta["driver"].get("arrays", {}))
         return reader.params(abstract), reader.meta, arrays
 
 
-class _Reader:
+class _Reader(contextlib.AbstractContextManager):
     """Looks at a checkpoint of a run that may still be going on."""
 
     def __init__(self, workdir: str | pathlib.Path, name: str, step: int | None):
@@ -331,38 +318,27 @@ class _Reader:
             self._manager.close()
             raise
 
-    def __enter__(self) -> "_Reader":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._manager.close()
 
-    def params(self, abstract: _Tree, sharding: Any = None) -> _Tree:
-        """Read what is trained, onto the first device unless told otherwise."""
-        if sharding is None:
-            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if isinstance(sharding, jax.sharding.Sharding):
-            sharding = jax.tree.map(lambda _: sharding, abstract)
-        target = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            abstract,
-            sharding,
-        )
+    def params(self, abstract: _Tree) -> _Tree:
+        """Read what is trained, onto the first device."""
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(lambda leaf: leaf.update(sharding=first), abstract)
         return self.read({_POLICY: ocp.args.StandardRestore(target)})[_POLICY]
 
 
-def _directory(workdir: str | pathlib.Path, name: str = DIRECTORY) -> pathlib.Path:
+def _directory(workdir: str | pathlib.Path, name: str) -> pathlib.Path:
     return pathlib.Path(workdir).absolute() / name
 
 
-def _abstract(tree: Any) -> Any:
-    def describe(leaf):
-        if isinstance(leaf, np.ndarray):
-            return leaf  # read back as such
-        sharding = getattr(leaf, "sharding", None)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(describe, tree)
+def _arrays(read: Callable[[Any], Any], name: str, kinds: Any) -> dict[str, np.ndarray]:
+    arrays = {key: np.empty(n, jnp.dtype(dtype)) for key, (n, dtype) in kinds.items()}
+    # Orbax takes no empty ones.
+    filled = {key: array for key, array in arrays.items() if array.size}
+    return arrays | (
+        read({name: ocp.args.StandardRestore(filled)})[name] if filled else {}
+    )
 
 
 def _restore(

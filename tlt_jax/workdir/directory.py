@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from tlt_jax import config
 from tlt_jax.rl.update import experience
 from tlt_jax.rl.workers import records
+from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
 from tlt_jax.workdir import metrics
 
@@ -30,8 +31,8 @@ _LOCK = ".lock"
 TIMELINE = "timeline.jsonl"
 
 
-class WorkdirError(RuntimeError):
-    """The directory cannot be used; the message names the remedy."""
+class WorkdirError(failures.UserError):
+    """The directory cannot be used."""
 
 
 @contextlib.contextmanager

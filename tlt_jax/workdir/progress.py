@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live display, or one line per RL step."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -51,7 +52,7 @@ class Workers:
         return ", ".join(parts)
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Shows a run. Use as a context manager, or call `close`.
 
     On a terminal a display is redrawn in place: the run's bar and remaining time, the
@@ -84,19 +85,15 @@ class Progress:
         self._look: Callable[[], Workers | None] | None = None
         self._stage, self._detail, self._fraction = "starting", "", None
         self._stage_since = self._printed_at = clock()
-        self._plain = mode == "plain" or not self._console.is_terminal
         self._off = mode == "off"
+        in_lines = mode == "plain" or not self._console.is_terminal
+        self._plain = in_lines and not self._off
         self._live = None
-        if not self._plain and not self._off:
+        if not in_lines and not self._off:
             self._live = rich.live.Live(
-                get_renderable=self._render,
-                console=self._console,
-                refresh_per_second=4,
+                get_renderable=self._render, console=self._console, refresh_per_second=4
             )
             self._live.start()
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -132,7 +129,7 @@ class Progress:
         self._fraction = done / total if total else 1.0
         self._detail = f"{done}/{total}  {detail}".rstrip()
         now = self._clock()
-        if self._plain and not self._off and now - self._printed_at > _PLAIN_EVERY_S:
+        if self._plain and now - self._printed_at > _PLAIN_EVERY_S:
             self._printed_at = now
             seen = self._seen()
             self._print(
@@ -152,7 +149,7 @@ class Progress:
         if row.get("reward/mean") is not None:
             self._rewards.append(float(row["reward/mean"]))
         self.stage("next step" if self._done < self._num_steps else "finishing")
-        if self._plain and not self._off:
+        if self._plain:
             self._print(line(row, self._done, self._num_steps, self.remaining_s()))
 
     def note(self, text: str) -> None:
