@@ -206,14 +206,12 @@ def report(stats: rollout_stats.RolloutStats, num_samples: int) -> str:
         return "\n".join([*lines, "accept length 1.00: a token per target forward"])
     rates = " ".join(f"{rate:.2f}" for rate in stats.accept_rates())
     calls = ", ".join(f"{name} {count}" for name, count in stats.strategies.items())
-    return "\n".join(
-        [
-            *lines,
-            f"accept length {stats.accept_length:.2f} tokens per target forward; "
-            f"accepted by depth: {rates}",
-            f"calls by strategy: {calls}",
-        ]
-    )
+    lines += [
+        f"accept length {stats.accept_length:.2f} tokens per target forward; "
+        f"accepted by depth: {rates}",
+        f"calls by strategy: {calls}",
+    ]
+    return "\n".join(lines)
 
 
 def compare(

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from tlt_jax.runtime import distributed
+from tlt_jax.runtime import command_line, distributed
 
 _POLL_S = 0.1
 # How long processes that were asked to end may take.
@@ -34,7 +34,8 @@ _USER_ERROR = 2
 
 def main(argv: Sequence[str]) -> int:
     """Start the processes and wait for them; return the exit status."""
-    own, program = _split(argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    own, program = argv[:at], argv[at + 1 :]
     parser = argparse.ArgumentParser(
         prog="python -m tlt_jax.launch",
         description="Run tlt_jax.main in several processes of this machine.",
@@ -56,11 +57,12 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(own)
     if options.processes < 1:
         parser.error(f"--processes={options.processes}: give at least 1.")
-    directory = _workdir(program)
-    if directory is None:
+    directory = command_line.last_value(program, "workdir")
+    if not directory:
         parser.error("--workdir=DIR is missing behind --.")
     try:
-        children = _Children(options, program, directory / "processes")
+        logs = pathlib.Path(directory) / "processes"
+        children = _Children(options, program, logs)
     except OSError as error:
         parser.error(f"{directory} cannot be written ({error.strerror}).")
     return children.wait()
@@ -73,12 +75,14 @@ class _Children:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
         port = free_port()
-        cores = shares(_cores(), options.processes)
+        # None where nobody can say.
+        own = sorted(getattr(os, "sched_getaffinity", lambda _: ())(0))
+        cores = shares(own, options.processes)
         self._processes: list[subprocess.Popen] = []
         signal.signal(signal.SIGTERM, _interrupt)
         for index in range(options.processes):
-            first = index * options.devices_per_process
-            devices = range(first, first + options.devices_per_process)
+            num = options.devices_per_process
+            devices = range(index * num, (index + 1) * num)
             environment = os.environ | {
                 distributed.COORDINATOR: f"127.0.0.1:{port}",
                 distributed.NUM_PROCESSES: str(options.processes),
@@ -162,32 +166,6 @@ def shares(cores: Sequence[int], count: int) -> list[list[int]]:
         return [list(cores)] * count
     bounds = [len(cores) * i // count for i in range(count + 1)]
     return [list(cores[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line at `--`."""
-    argv = list(argv)
-    if "--" not in argv:
-        return argv, []
-    at = argv.index("--")
-    return argv[:at], argv[at + 1 :]
-
-
-def _workdir(program: Sequence[str]) -> pathlib.Path | None:
-    """Return what the last `--workdir` names."""
-    found = None
-    for argument, after in zip(program, [*program[1:], ""], strict=False):
-        name, equals, value = argument.partition("=")
-        if name in ("--workdir", "-workdir"):
-            found = value if equals else after
-    return pathlib.Path(found) if found else None
-
-
-def _cores() -> list[int]:
-    """Return the cores that this process may use; empty where nobody can say."""
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    return sorted(os.sched_getaffinity(0))
 
 
 def free_port() -> int:

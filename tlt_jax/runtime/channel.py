@@ -6,6 +6,7 @@ breaks the channel: all who wait are told which process is gone.
 """
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import socket
@@ -54,9 +55,8 @@ class Server:
         self._left = threading.Event()
         self._life_lines: set[connection.Connection] = set()
         self._num = num_processes
-        self._listener = connection.Listener(
-            (host, 0), backlog=4 * num_processes, authkey=secret
-        )
+        backlog = 4 * num_processes
+        self._listener = connection.Listener((host, 0), None, backlog, secret)
         self._objects: dict[str, Any] = {}
         self._changed = threading.Condition()
         self._meetings: dict[int, _Meeting] = {}
@@ -100,7 +100,7 @@ class Server:
             meeting.values[index] = value
             self._changed.notify_all()
             while len(meeting.values) < self._num:
-                self._check()
+                self.check()
                 self._changed.wait()
             meeting.num_left += 1
             if meeting.num_left == self._num:
@@ -110,7 +110,8 @@ class Server:
     def check(self) -> None:
         """Raise a `ProcessError` if a process is gone."""
         with self._changed:
-            self._check()
+            if self._broken:
+                raise ProcessError(f"{self._broken} {_REMEDY}")
 
     def close(self, failed: bool = False) -> None:
         """Leave when the others have; after a failure at once, and tell them."""
@@ -176,9 +177,8 @@ class Server:
 
     def _answer(self, name: str | None, method: str, args: tuple) -> tuple[bool, Any]:
         try:
-            if name is None:
-                return True, getattr(self, method)(*args)
-            return True, getattr(self._object(name), method)(*args)
+            target = self if name is None else self._object(name)
+            return True, getattr(target, method)(*args)
         # All of them: the object may raise anything, this thread knows none of it, and
         # the caller in the other process, who waits for an answer, raises it there.
         except Exception as error:
@@ -191,13 +191,9 @@ class Server:
     def _object(self, name: str) -> Any:
         with self._changed:
             while name not in self._objects:
-                self._check()
+                self.check()
                 self._changed.wait()
             return self._objects[name]
-
-    def _check(self) -> None:
-        if self._broken:
-            raise ProcessError(f"{self._broken} {_REMEDY}")
 
     def _break(self, reason: str) -> None:
         if self._broken:
@@ -214,11 +210,11 @@ class Server:
                 target.close()
 
 
+@dataclasses.dataclass
 class _Meeting:
-    def __init__(self, topic: str):
-        self.topic = topic
-        self.values: dict[int, Any] = {}
-        self.num_left = 0
+    topic: str
+    values: dict[int, Any] = dataclasses.field(default_factory=dict)
+    num_left: int = 0
 
 
 class Client:

@@ -98,13 +98,19 @@ def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:
 
 def recipe_path(argv: Sequence[str]) -> pathlib.Path | None:
     """Return the file that the last `--config` names, or None."""
+    found = last_value(argv[1:], "config")
+    return None if found is None else pathlib.Path(found.partition(":")[0])
+
+
+def last_value(arguments: Sequence[str], flag: str) -> str | None:
+    """Return what is given last by `--flag=VALUE` or `--flag VALUE`, or None."""
     found = None
-    for argument, after in zip(argv[1:], [*argv[2:], ""], strict=False):
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         if argument == "--":
             break
-        if name in ("--config", "-config"):
-            found = pathlib.Path((value if equals else after).partition(":")[0])
+        if name in (f"--{flag}", f"-{flag}"):
+            found = value if equals else after
     return found
 
 

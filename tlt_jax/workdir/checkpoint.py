@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -153,10 +153,8 @@ class Checkpointer(contextlib.AbstractContextManager):
             _META: ocp.args.JsonSave(record),
         }
         items |= {n: ocp.args.StandardSave(tree) for n, tree in (more or {}).items()}
-        try:
+        with self._writing(f"the checkpoint of step {step}"):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise self._write_error(error, step) from error
 
     def wait(self) -> None:
         """Wait until every checkpoint is complete on disk.
@@ -164,11 +162,9 @@ class Checkpointer(contextlib.AbstractContextManager):
         Raises:
           CheckpointError: one could not be written.
         """
-        try:
+        with self._writing("a checkpoint"):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except (OSError, RuntimeError, ValueError) as error:
-            raise self._write_error(error) from error
 
     def close(self) -> None:
         """Wait, then release the directory."""
@@ -226,13 +222,16 @@ class Checkpointer(contextlib.AbstractContextManager):
         read = functools.partial(_restore, self._manager, self._directory, step)
         return _arrays(read, name, kinds)
 
-    def _write_error(self, error: Exception, step: int | None = None):
-        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        return CheckpointError(
-            f"writing {which} below {self._directory} failed ({_summary(error)}): "
-            "check free space and permissions, then run the same command again; it "
-            "resumes from the newest complete checkpoint."
-        )
+    @contextlib.contextmanager
+    def _writing(self, which: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"writing {which} below {self._directory} failed ({_summary(error)}): "
+                "check free space and permissions, then run the same command again; it "
+                "resumes from the newest complete checkpoint."
+            ) from error
 
 
 def restore_policy(
