@@ -75,9 +75,9 @@ class _Children:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
         port = free_port()
-        # None where nobody can say.
-        own = sorted(getattr(os, "sched_getaffinity", lambda _: ())(0))
-        cores = shares(own, options.processes)
+        # Not every system can say which cores are ours.
+        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        cores = shares(sorted(own), options.processes)
         self._processes: list[subprocess.Popen] = []
         signal.signal(signal.SIGTERM, _interrupt)
         for index in range(options.processes):

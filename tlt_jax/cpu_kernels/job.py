@@ -12,7 +12,7 @@ device's share of them and no more, so that devices do not slow one another down
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
@@ -94,9 +94,7 @@ class Call:
         """Point to a result's first element."""
         return self._code.field(self._buffer("result", index), _BUFFER["data"])
 
-    def dims(
-        self, index: int, count: int, kind: str = "argument"
-    ) -> Sequence[ir.Value]:
+    def dims(self, index: int, count: int, kind: str = "argument") -> list[ir.Value]:
         """Read the first `count` dimensions of an argument or `result`."""
         dims = self._code.field(self._buffer(kind, index), _BUFFER["dims"])
         return [self._code.get(dims, i, kind=I64) for i in range(count)]

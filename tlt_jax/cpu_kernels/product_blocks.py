@@ -15,8 +15,8 @@ from llvmlite import ir
 
 from tlt_jax.cpu_kernels import code as code_lib
 
-F32, I8, I32, I64 = code_lib.F32, code_lib.I8, code_lib.I32, code_lib.I64
-POINTER, VOID = code_lib.POINTER, code_lib.VOID
+F32, F64, I8, I32 = code_lib.F32, code_lib.F64, code_lib.I8, code_lib.I32
+I64, POINTER, VOID = code_lib.I64, code_lib.POINTER, code_lib.VOID
 # What a block's function takes: w, x, tail, y, size, main, n, columns, skip. It stores
 # the rows from `skip` on to `y`, `n` columns apart.
 SIGNATURE = (VOID, *[POINTER] * 4, *[I64] * 5)
@@ -161,10 +161,8 @@ class _Rows:
         """Point to a weight of each row."""
         code, pointers = self._code, []
         for third in self._thirds:
-            base = third.value
-            pointers.append(base)
-            pointers.append(code.at(base, self._size))
-            pointers.append(code.at(base, self._size, kind=code_lib.F64))
+            base, size = third.value, self._size
+            pointers += [base, code.at(base, size), code.at(base, size, kind=F64)]
         return pointers[: self._count]
 
     def advance(self, count: int) -> None:

@@ -65,13 +65,8 @@ class ProgramPool:
     def get(self, program: Program) -> jax.stages.Compiled:
         """Return a program compiled, compiling or waiting for it if need be.
 
-        One that is only queued in the background is compiled here at once.
-
-        Args:
-          program: lowered only if nobody has begun to.
-
-        Returns:
-          The program. An error of its compilation is raised, and its key forgotten.
+        One that is only queued in the background is compiled here at once. An error of
+        its compilation is raised, and its key forgotten.
         """
         future, mine = self._claim(program.key)
         if not mine and future.done():
@@ -102,11 +97,9 @@ class ProgramPool:
             self._tasks[program.key] = task
 
     def is_ready(self, program: Program, timeout_s: float = 0.0) -> bool:
-        """Tell whether a program can be had at once.
+        """Tell whether a program can be had within `timeout_s`.
 
-        Args:
-          program: if it was prepared, an error of its compilation is raised.
-          timeout_s: wait so long for it.
+        If it was prepared, an error of its compilation is raised.
         """
         future = self._programs.get(program.key)
         if future is None:
@@ -166,8 +159,7 @@ class ProgramPool:
             self.stats.num_compiled += 1
             self.stats.compile_s += elapsed
             if memory is not None:
-                self.stats.temp_bytes = max(
-                    self.stats.temp_bytes, memory.temp_size_in_bytes
-                )
+                scratch = memory.temp_size_in_bytes
+                self.stats.temp_bytes = max(self.stats.temp_bytes, scratch)
                 self.stats.code_bytes += memory.generated_code_size_in_bytes
         future.set_result(compiled)
