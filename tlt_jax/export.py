@@ -61,16 +61,13 @@ _MADE_TARGET, _TRAINED = "target", "drafter"
 
 
 def export(workdir: str, out: str, step: int | None = None, dtype="bfloat16") -> int:
-    """Write the policy of a checkpoint as a Hugging Face directory.
+    """Write the policy of a checkpoint as a Hugging Face directory; return its step.
 
     Args:
       workdir: of the run.
       out: absent or empty; complete or absent afterwards.
       step: RL step of the checkpoint, None for the newest.
       dtype: of the weights written.
-
-    Returns:
-      The step that was written.
 
     Raises:
       CheckpointError: if there is no such checkpoint or it is damaged.
@@ -97,25 +94,20 @@ def export_drafter(
     verifier: str = "",
     num_speculative_tokens: int = 5,
 ) -> str:
-    """Write a run's drafter.
+    """Write a run's drafter; return which one it was, for people to read.
 
     Args:
       workdir: of a run with specdec.mode=tlt, or of a training of a drafter.
-      out: absent or empty; complete or absent afterwards.
+      out, step: see `export`.
       layout: one of `layouts.LAYOUTS`, or `tlt`.
-      step: RL step of the checkpoint, None for the newest.
       dtype: of the weights written; `tlt` keeps their own.
       verifier: for `speculators`; empty: the run's model.spec.
       num_speculative_tokens: for `speculators`.
 
-    Returns:
-      Which drafter was written, for people to read.
-
     Raises:
-      CheckpointError: if there is no such checkpoint or it is damaged.
+      CheckpointError, OSError: see `export`.
       ValueError: if the workdir holds no drafter, the layout has no place for what it
         computes, or `out` is not empty.
-      OSError: if the disk is full or not writable.
     """
     cfg, params, (target_cfg, target_params, spec), what = _drafter(workdir, step)
     if layout == _OWN:

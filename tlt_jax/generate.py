@@ -101,11 +101,7 @@ def encode(
 ) -> np.ndarray:
     """Encode a prompt: as a chat where the tokenizer has a template, else as it is.
 
-    Args:
-      tokenizer: the model's.
-      text: what the user says.
-      system: the system message; needs a chat template.
-      raw: leave the template out.
+    A system message needs a chat template; `raw` leaves the template out.
 
     Returns:
       `[n] int32`.
@@ -138,20 +134,17 @@ def complete(
     seed: int = 0,
     speculation: speculation_lib.Speculation = speculation_lib.PLAIN,
 ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
-    """Draw completions of one prompt.
+    """Draw completions of one prompt, `[n] int32`, whose computation they share.
 
     Args:
       asked: the policy.
-      prompt: `[n] int32`.
+      prompt: token ids.
       sampling_cfg: the law.
-      num_samples: completions; they share the prompt's computation.
+      num_samples: completions.
       max_new_tokens: longest completion, EOS included.
       stop: strings that end a completion.
       seed: of the noise.
       speculation: how to speculate.
-
-    Returns:
-      The completions, and what was done.
 
     Raises:
       ValueError: the text would be longer than the model's context, or than the

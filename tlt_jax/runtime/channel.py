@@ -80,11 +80,8 @@ class Server:
     def meet(self, number: int, topic: str, index: int, value: Any) -> list[Any]:
         """Wait until every process has come to a meeting; return what all brought.
 
-        Args:
-          number: of the meeting; counted alike by all processes.
-          topic: what they do there, so that it is seen where they do not.
-          index: whose value it is.
-          value: anything.
+        All count meetings alike. They tell the `topic`, so that it is seen where they
+        do not do the same; `index` says whose value it is.
 
         Raises:
           ProcessError: a process is gone, or came for something else.
@@ -227,12 +224,7 @@ class Client:
         secret: bytes,
         on_gone: Callable[[str], None] | None = None,
     ):
-        """Connect.
-
-        Args:
-          index: of this process, above 0.
-          address: `Server.address`.
-          secret, on_gone: as the server's.
+        """Connect as process `index`, above 0, to `Server.address`; see `Server`.
 
         Raises:
           ProcessError: process 0 cannot be reached.

@@ -105,7 +105,7 @@ def recipe_path(argv: Sequence[str]) -> pathlib.Path | None:
 def last_value(arguments: Sequence[str], flag: str) -> str | None:
     """Return what is given last by `--flag=VALUE` or `--flag VALUE`, or None."""
     found = None
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
         if argument == "--":
             break

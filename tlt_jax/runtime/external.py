@@ -15,14 +15,9 @@ def is_external(name: str) -> bool:
 
 
 def load(what: str, name: str) -> Any:
-    """Import what `name` says.
+    """Import what `name`, `package.module:Name`, says: a function or class.
 
-    Args:
-      what: its kind, for people to read: `tuner`, `reward function`, ...
-      name: `package.module:Name`, where the module can be imported.
-
-    Returns:
-      A function or class.
+    Its kind is for people to read: `tuner`, `reward function`, ...
 
     Raises:
       ValueError: the form is another one, module or name is missing, importing fails,

@@ -16,12 +16,9 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A device program that can be had.
+    """A device program that can be had: `lower` traces and lowers it.
 
-    Attributes:
-      key: names it, and says everything that decides its shapes; equal keys are one
-        program.
-      lower: traces and lowers it.
+    The key says everything that decides its shapes: equal keys are one program.
     """
 
     key: Hashable

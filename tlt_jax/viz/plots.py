@@ -50,10 +50,7 @@ _TRAINING = (
 
 
 def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
-    """Draw every plot that the run's record has data for.
-
-    Args:
-      workdir: a run's directory with at least one recorded step.
+    """Draw every plot that the run's record has data for, at least one step's.
 
     Returns:
       The files written.
@@ -209,10 +206,7 @@ def drafter_training(rows: Rows) -> figure.Figure | None:
 
 
 def draw_training(workdir: str | pathlib.Path) -> pathlib.Path:
-    """Draw a drafter's loss, accuracy and acceptance by depth over the steps.
-
-    Args:
-      workdir: of a run of `tlt_jax.train_drafter`.
+    """Draw loss, accuracy and acceptance by depth of a `tlt_jax.train_drafter` run.
 
     Returns:
       The file written, `<workdir>/plots/drafter.png`.

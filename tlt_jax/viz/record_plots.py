@@ -19,11 +19,8 @@ def completions(
 ) -> figure.Figure:
     """Draw a step's groups: a row for each prompt, a cell for each completion.
 
-    Args:
-      batch: the groups; the first ten are shown.
-      decode_text: token ids to text.
-      values: `[P, R]`, what colours the cells; None: the rewards.
-      title: of the picture.
+    The first ten groups are shown; `values`, `[P, R]`, colour the cells, where they are
+    None the rewards.
     """
     shown = min(len(batch.prompts), _MAX_GROUPS)
     size = batch.group_size

@@ -58,15 +58,12 @@ def write(
     out: str | pathlib.Path | None = None,
     num_answers: int = 8,
 ) -> pathlib.Path:
-    """Write the report of a run.
+    """Write the report of a run with at least one recorded step.
 
     Args:
-      workdir: a run's directory with at least one recorded step.
+      workdir: of the run.
       out: the file; None: `report.html` in the workdir. It is replaced whole.
       num_answers: sample answers of the newest step whose completions were kept.
-
-    Returns:
-      The file.
 
     Raises:
       metrics.MetricsError: there is no record, or it is damaged.
@@ -147,14 +144,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def sample_answers(
     workdir: str | pathlib.Path, num: int
 ) -> tuple[int, list[page_lib.Answer]]:
-    """Choose completions of the newest step whose completions were kept.
-
-    Args:
-      workdir: the run's directory.
-      num: at most so many: the longest, then best to worst in even steps.
+    """Choose up to `num` completions of the newest step whose completions were kept.
 
     Returns:
-      The step, and the answers; none where no completions were kept.
+      The step, and the answers: the longest, then best to worst in even steps; none
+      where no completions were kept.
     """
     files = sorted(pathlib.Path(workdir).glob("rollouts/step_*.jsonl"))
     if not files or num < 1:

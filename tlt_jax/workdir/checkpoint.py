@@ -211,10 +211,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     def restore_arrays(self, step: int, name: str, kinds: Any) -> dict[str, np.ndarray]:
         """Read one of the trees that `save` was given as `more`, of NumPy arrays.
 
-        Args:
-          step: of the checkpoint.
-          name: of the tree.
-          kinds: shape and dtype of each array by name. Those of size zero are not read.
+        `kinds` has the shape and dtype of each by name. Those of size zero are not
+        read.
 
         Raises:
           CheckpointError: it is damaged, or has no such tree.
@@ -244,8 +242,7 @@ def restore_policy(
       step: which checkpoint; None: the newest.
 
     Returns:
-      The policy with its layers stacked, on the first device, its architecture, and its
-      step.
+      The policy, layers stacked, on the first device; its architecture; its step.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.

@@ -46,13 +46,9 @@ def claimed(
 ) -> Iterator[None]:
     """Hold the directory for a run: no other process may work there meanwhile.
 
-    `config.json` is written; the run that it describes must be this one if it has
-    taken a step (a start that failed binds nobody).
-
-    Args:
-      workdir: made if it is not there.
-      run: what is to be done there, a dataclass of settings.
-      load: makes it of the plain values in `config.json`.
+    It is made if it is not there. `config.json` is written; the run that it describes
+    must be this one if it has taken a step (a start that failed binds nobody). `load`
+    makes a run of the plain values there.
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.

@@ -53,11 +53,8 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
     ):
         """Open `<workdir>/drafter_checkpoints`, creating it if needed.
 
-        Args:
-          workdir: the run's directory.
-          mode: what is written, and who waits.
-          keep: newest checkpoints kept. One more than the run keeps of its own, so that
-            each of those finds the drafter's of its step.
+        The newest `keep` are kept: one more than the run keeps of its own, so that each
+        of those finds the drafter's of its step.
         """
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: use {', '.join(MODES)}.")
@@ -89,8 +86,7 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
           The seconds that the caller waited.
 
         Raises:
-          checkpoint.CheckpointError: this checkpoint or the one before could not be
-            written.
+          checkpoint.CheckpointError: this one or the one before could not be written.
         """
         started = time.perf_counter()
         arrays = {name: np.asarray(array) for name, array in snapshot.arrays.items()}
@@ -214,11 +210,7 @@ class DrafterStore(contextlib.AbstractContextManager):
     ):
         """Open the directory, in the first process.
 
-        Args:
-          trained: what is saved.
-          directory, mode, keep: see `DrafterCheckpointer`.
-          group: the processes; all of them call `restore` and `save`.
-          observer: told what the user should know.
+        All processes of the group call `restore` and `save`; see `DrafterCheckpointer`.
         """
         self._trained, self._group, self._observer = trained, group, observer
         self._checkpointer: DrafterCheckpointer | None = None

@@ -79,13 +79,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
         Rows of that step and later ones, which a killed process wrote after its last
         checkpoint, are dropped: they will be written again. A half-written last line is
-        dropped too. Both are logged.
-
-        Args:
-          workdir: the run's directory.
-          first_step: `step` of the first row to be written.
-          tensorboard: write event files to `<workdir>/tensorboard` as well.
-          copies: get every row that is on disk; closed with this.
+        dropped too. Both are logged. Event files go to `<workdir>/tensorboard`, and
+        every row that is on disk to the copies, which are closed with this.
 
         Raises:
           MetricsError: another process writes here, or the file is damaged.
@@ -177,11 +172,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     """Read all complete rows of a run, which may still be going on.
 
-    Args:
-      workdir: the run's directory.
-
-    Returns:
-      The rows in order; a half-written last line is left out.
+    A half-written last line is left out.
 
     Raises:
       MetricsError: there is no record, or a line is damaged.

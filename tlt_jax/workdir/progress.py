@@ -69,13 +69,9 @@ class Progress(contextlib.AbstractContextManager):
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Start the display.
+        """Start the display of a run of `num_steps`, `first_step` of them done before.
 
-        Args:
-          num_steps: RL steps of the whole run.
-          first_step: steps done before (a resumed run).
-          mode: `auto` looks whether there is a terminal.
-          console, clock: for tests.
+        In the mode `auto` it looks whether there is a terminal.
         """
         self._console = console or rich.console.Console(highlight=False)
         self._num_steps, self._done = num_steps, first_step
@@ -111,11 +107,9 @@ class Progress(contextlib.AbstractContextManager):
         self.note(f"resuming after step {step} of {self._num_steps}")
 
     def watch(self, look: Callable[[], Workers | None]) -> None:
-        """Show what the workers do.
+        """Show what the workers do, as `look` says it; None: nothing for the run.
 
-        Args:
-          look: says it; None while they have nothing to do with the run. Called from
-            the display's thread, several times a second.
+        It is called from the display's thread, several times a second.
         """
         self._look = look
 
@@ -139,11 +133,7 @@ class Progress(contextlib.AbstractContextManager):
             )
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Show a finished step.
-
-        Args:
-          row: its record, with the names of `metrics.NAMES`; absent ones are left out.
-        """
+        """Show a finished step; its record may lack any of `metrics.NAMES`."""
         self._done += 1
         self._rows.append(dict(row))
         if row.get("reward/mean") is not None:

@@ -54,14 +54,9 @@ class RunState(contextlib.AbstractContextManager):
     ):
         """Open the directory; nothing is read yet.
 
-        Args:
-          directory: the workdir.
-          cfg: how many checkpoints are kept.
-          model: the policy's architecture.
-          learning: has weights and optimizer.
-          parts: whatever else changes, by the name that the checkpoint has for it.
-          stores: of the parts that keep arrays of their own.
-          identity: of the run's settings.
+        `parts` are whatever changes beside weights and optimizer, by the name that the
+        checkpoint has for it; `stores` keep arrays of their own. `identity` is that of
+        the run's settings.
         """
         self.step = 0
         self._model, self._learning = model, learning
@@ -73,10 +68,7 @@ class RunState(contextlib.AbstractContextManager):
         self._checkpointer.close()
 
     def restore(self) -> bool:
-        """Take up the newest checkpoint.
-
-        Returns:
-          Whether there is one; if not, nothing is changed.
+        """Take up the newest checkpoint, and say whether there is one.
 
         Raises:
           checkpoint.CheckpointError: it is damaged, or of an earlier version of this

@@ -30,13 +30,10 @@ class WandbLog:
         project: str,
         settings: Mapping[str, Any],
     ):
-        """Begin, or go on.
+        """Begin, or go on, with the run's nested settings.
 
-        Args:
-          workdir: of the run; what W&B writes lies in its folder `wandb`.
-          mode: `offline` writes files alone, for `wandb sync` to send later.
-          project: at W&B.
-          settings: of the run, nested.
+        What W&B writes lies in the workdir's folder `wandb`; the mode `offline` writes
+        files alone, for `wandb sync` to send later.
 
         Raises:
           metrics.MetricsError: the package is missing, or the run cannot be begun.
@@ -83,12 +80,7 @@ class WandbLog:
 def open_writer(
     workdir: str | pathlib.Path, first_step: int, run: config.RunConfig
 ) -> metrics.MetricsWriter:
-    """Open the record of a run as its settings say.
-
-    Args:
-      workdir: the run's directory.
-      first_step: see `metrics.MetricsWriter`.
-      run: the settings.
+    """Open the record of a run as its settings say; see `metrics.MetricsWriter`.
 
     Raises:
       metrics.MetricsError: as `metrics.MetricsWriter` and `WandbLog`.
