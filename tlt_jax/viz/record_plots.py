@@ -30,12 +30,10 @@ def completions(
     width = 2 + size * min(max(0.09 * longest, 0.7), 1.5)
     fig, axes = style.panels(width, 1.2 + 0.32 * shown)
     most = max(float(np.abs(values).max()), 1e-6)
-    palette = colors.LinearSegmentedColormap.from_list(
-        "signed", [style.RED, "#FFFFFF", style.GREEN]
-    )
-    image = axes.imshow(
-        values[:shown], cmap=palette, vmin=-most, vmax=most, aspect="auto", alpha=0.7
-    )
+    from_colors = colors.LinearSegmentedColormap.from_list
+    palette = from_colors("signed", [style.RED, "#FFFFFF", style.GREEN])
+    look = dict(cmap=palette, vmin=-most, vmax=most, aspect="auto", alpha=0.7)
+    image = axes.imshow(values[:shown], **look)
     for i, text in enumerate(texts):
         told = text if len(text) <= 16 else text[:6] + "…" + text[-9:]
         axes.text(i % size, i // size, told, ha="center", va="center", fontsize=7)
@@ -60,9 +58,8 @@ def packed(part: packing.Packed) -> figure.Figure:
     shades[is_prompt] = 0.0
     response_colors = (style.BLUE, style.SKY, style.GREEN, "#9ED9C5")
     palette = colors.ListedColormap([style.ORANGE, style.ORANGE, *response_colors])
-    row_axes.imshow(
-        shades, cmap=palette, vmin=0, vmax=5, aspect="auto", interpolation="nearest"
-    )
+    look = dict(vmin=0, vmax=5, aspect="auto", interpolation="nearest")
+    row_axes.imshow(shades, cmap=palette, **look)
     told = "packed rows: prompts orange, responses in turn"
     row_axes.set_title(told, loc="left", fontsize=9)
     row_axes.set(xlabel="column", ylabel="row")
@@ -72,13 +69,10 @@ def packed(part: packing.Packed) -> figure.Figure:
     used = int((part.segment[0] >= 0).sum())
     width = min(used, 96)
     seen = packing.visible(part)[0][:width, :width]
-    mask_axes.imshow(
-        np.where(seen, np.where(is_prompt[0][None, :width], 1.0, 2.0), 0.0),
-        cmap=colors.ListedColormap(["#FFFFFF", style.ORANGE, style.BLUE]),
-        vmin=0,
-        vmax=2,
-        interpolation="nearest",
-    )
+    shades = np.where(seen, np.where(is_prompt[0][None, :width], 1.0, 2.0), 0.0)
+    palette = colors.ListedColormap(["#FFFFFF", style.ORANGE, style.BLUE])
+    look = dict(vmin=0, vmax=2, interpolation="nearest")
+    mask_axes.imshow(shades, cmap=palette, **look)
     told = "" if width == used else f", its first {width} columns"
     mask_axes.set_title(f"what row 0 sees{told}", loc="left", fontsize=9)
     mask_axes.set(xlabel="column seen", ylabel="column that attends")
@@ -96,9 +90,8 @@ def change(
       before, after: log-probabilities of each completion's tokens, n arrays each.
       advantages: `[n]`.
     """
-    moved = np.array(
-        [new.sum() - old.sum() for old, new in zip(before, after, strict=True)]
-    )
+    pairs = zip(before, after, strict=True)
+    moved = np.array([new.sum() - old.sum() for old, new in pairs])
     fig, axes = style.panels(6.4, 4.2)
     up = np.where(np.asarray(advantages) >= 0, style.GREEN, style.RED)
     axes.scatter(advantages, moved, c=up, s=18, alpha=0.7, linewidths=0)

@@ -76,11 +76,8 @@ def draw(records: Sequence[Record]) -> figure.Figure | None:
     several = len(records) > 1
     if several:
         heights.insert(0, 2.2)
-    fig, grid = style.panels(
-        *(8.5, sum(heights) + 0.6, len(heights), 1),
-        height_ratios=heights,
-        squeeze=False,
-    )
+    shape = (8.5, sum(heights) + 0.6, len(heights), 1)
+    fig, grid = style.panels(*shape, height_ratios=heights, squeeze=False)
     panels = [axes for (axes,) in grid]
     if several:
         _draw_shares(panels.pop(0), records)

@@ -40,20 +40,16 @@ def tree(step: Step, name: Name) -> figure.Figure:
     deep = max(y for _, y in places.values()) + 2
     fig, axes = style.panels(max(7.5, 3.4 + 0.75 * wide), 0.8 + 0.72 * deep)
     _draw_tree(axes, step, name, places)
-    fig.suptitle(
-        f"A pass of the target reads {int(step.valid.sum())} nodes, accepts "
-        f"{step.num_accepted}, and adds {len(step.emitted)} to the text",
-        fontsize=10,
+    told = f"A pass of the target reads {int(step.valid.sum())} nodes, accepts "
+    told += f"{step.num_accepted}, and adds {len(step.emitted)} to the text"
+    fig.suptitle(told, fontsize=10)
+    looks = (
+        (_ROOT, "root: the text's last token"),
+        (_ACCEPTED, "drafted, accepted"),
+        (_REFUSED, "drafted, refused"),
+        (_TARGET, "drawn by the target behind them"),
     )
-    style.key(
-        axes,
-        (
-            (_ROOT, "root: the text's last token"),
-            (_ACCEPTED, "drafted, accepted"),
-            (_REFUSED, "drafted, refused"),
-            (_TARGET, "drawn by the target behind them"),
-        ),
-    )
+    style.key(axes, looks)
     return fig
 
 
@@ -67,31 +63,26 @@ def mask(step: Step, name: Name) -> figure.Figure:
     on_path = np.isin(nodes, step.path)
     shades[on_path] += (shades[on_path] == 2).astype(int)
     palette = colors.ListedColormap(["#FFFFFF", "#CFE5F2", style.BLUE, style.GREEN])
-    axes.pcolormesh(
-        shades, cmap=palette, vmin=0, vmax=3, edgecolors="#EEEEEE", linewidth=0.8
-    )
+    look = dict(vmin=0, vmax=3, edgecolors="#EEEEEE", linewidth=0.8)
+    axes.pcolormesh(shades, cmap=palette, **look)
     axes.axvline(len(text), color="black", lw=1.2)
-    labels = [name(int(t)) for t in text] + [name(int(step.tokens[n])) for n in nodes]
+    labels = [name(int(t)) for t in (*text, *step.tokens[nodes])]
     axes.set_xticks(np.arange(len(labels)) + 0.5, labels, fontsize=8)
-    axes.set_yticks(
-        np.arange(num) + 0.5,
-        [f"{name(int(step.tokens[n]))}  depth {step.depths[n]}" for n in nodes],
-        fontsize=8,
-    )
+    pairs = zip(labels[len(text) :], step.depths[nodes], strict=True)
+    rows = [f"{label}  depth {depth}" for label, depth in pairs]
+    axes.set_yticks(np.arange(num) + 0.5, rows, fontsize=8)
     axes.invert_yaxis()
     axes.xaxis.tick_top()
     style.no_frame(axes)
     more = "…, " if len(step.text) - 1 > _TAIL else ""
     axes.set_xlabel(f"{more}cached text | nodes of the tree", fontsize=9)
     axes.set_ylabel("node that attends", fontsize=9)
-    style.key(
-        axes,
-        (
-            ("#CFE5F2", "cached text: every node sees it"),
-            (style.BLUE, "ancestor or itself"),
-            (style.GREEN, "the same, on the accepted path"),
-        ),
+    looks = (
+        ("#CFE5F2", "cached text: every node sees it"),
+        (style.BLUE, "ancestor or itself"),
+        (style.GREEN, "the same, on the accepted path"),
     )
+    style.key(axes, looks)
     return fig
 
 
@@ -122,23 +113,18 @@ def draw_at(step: Step, node: int, name: Name, *, num_shown: int = 12) -> figure
     low = min(finite.min(), 0.0) - 0.5
     score_axes.bar(at, finite - low, bottom=low, color=paint)
     score_axes.set_ylabel("log-prob + noise")
-    score_axes.set_title(
-        f"with this position's noise: the largest is drawn, {name(drawn)!r}",
-        loc="left",
-        fontsize=10,
-    )
+    told = f"with this position's noise: the largest is drawn, {name(drawn)!r}"
+    score_axes.set_title(told, loc="left", fontsize=10)
     score_axes.set_xticks(at, [name(token) for token in tokens])
     for axes in (law_axes, score_axes):
         style.open_frame(axes)
-    style.key(
-        law_axes,
-        (
-            (_ACCEPTED, "drawn, and drafted: accepted"),
-            (_TARGET, "drawn, and not drafted"),
-            (style.GREY, "drafted, not drawn"),
-            (_REFUSED, "neither"),
-        ),
+    looks = (
+        (_ACCEPTED, "drawn, and drafted: accepted"),
+        (_TARGET, "drawn, and not drafted"),
+        (style.GREY, "drafted, not drawn"),
+        (_REFUSED, "neither"),
     )
+    style.key(law_axes, looks)
     return fig
 
 
@@ -152,18 +138,14 @@ def text(steps: Sequence[Step], name: Name) -> figure.Figure:
             _box(axes, column, row, 0.94, 0.8, color, name(int(token)))
     axes.set_xlim(-0.6, longest - 0.4)
     axes.set_ylim(len(steps) - 0.4, -0.6)
-    axes.set_yticks(
-        range(len(steps)), [f"pass {i + 1}" for i in range(len(steps))], fontsize=8
-    )
+    passes = [f"pass {i + 1}" for i in range(len(steps))]
+    axes.set_yticks(range(len(steps)), passes, fontsize=8)
     axes.set_xticks([])
     style.no_frame(axes)
     num_tokens = sum(len(step.emitted) for step in steps)
-    axes.set_title(
-        f"{num_tokens} tokens in {len(steps)} passes of the target, "
-        f"{num_tokens / len(steps):.2f} a pass",
-        loc="left",
-        fontsize=10,
-    )
+    told = f"{num_tokens} tokens in {len(steps)} passes of the target, "
+    told += f"{num_tokens / len(steps):.2f} a pass"
+    axes.set_title(told, loc="left", fontsize=10)
     style.key(axes, ((_ACCEPTED, "drafted, accepted"), (_TARGET, "the target's")))
     return fig
 
@@ -176,33 +158,24 @@ def acceptance(by_ranking: Mapping[str, Sequence[Step]], name: Name) -> figure.F
     """
     first = next(iter(by_ranking.values()))
     at, height = np.arange(len(first)), 0.45 * len(by_ranking)
-    fig, (law_axes, axes) = style.panels(
-        1.8 + 0.3 * len(first),
-        2.2 + height,
-        *(2, 1),
-        sharex=True,
-        height_ratios=(1.4, height),
-    )
+    size, ratios = (1.8 + 0.3 * len(first), 2.2 + height), (1.4, height)
+    fig, grid = style.panels(*size, 2, 1, sharex=True, height_ratios=ratios)
+    law_axes, axes = grid
     probs = [float(np.exp(s.logprobs[0, int(s.drawn[0])])) for s in first]
     law_axes.bar(at, probs, color=style.SKY)
     law_axes.set_ylim(0, 1)
     law_axes.set_ylabel("probability\nof what is drawn", fontsize=8)
     style.open_frame(law_axes)
-    counts = np.array(
-        [[s.num_accepted for s in steps] for steps in by_ranking.values()]
-    )
-    axes.imshow(
-        counts, cmap="Greens", vmin=0, vmax=max(int(counts.max()), 1), aspect="auto"
-    )
+    counts = [[s.num_accepted for s in steps] for steps in by_ranking.values()]
+    counts = np.array(counts)
+    most = max(int(counts.max()), 1)
+    axes.imshow(counts, cmap="Greens", vmin=0, vmax=most, aspect="auto")
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if count > 0.6 * counts.max() else "black"
         axes.text(column, row, count, size=8, color=color, **_CENTRED)
-    means = [f"{row.mean() + 1:.2f}" for row in counts]
-    axes.set_yticks(
-        range(len(by_ranking)),
-        [f"{k}: {m} a pass" for k, m in zip(by_ranking, means, strict=True)],
-        fontsize=9,
-    )
+    pairs = zip(by_ranking, counts, strict=True)
+    means = [f"{label}: {row.mean() + 1:.2f} a pass" for label, row in pairs]
+    axes.set_yticks(range(len(means)), means, fontsize=9)
     axes.set_xticks(at, [name(int(s.drawn[0])) for s in first], fontsize=8)
     axes.set_xlabel("the text; below it, drafted tokens accepted from here on")
     style.no_frame(axes)
@@ -231,13 +204,9 @@ def _draw_tree(axes: axes_lib.Axes, step: Step, name: Name, places) -> None:
         x, y = places[node]
         accepted = int(node) in on_path
         if node:
-            look = (
-                dict(color=_ACCEPTED, lw=3)
-                if accepted
-                else dict(color=style.GREY, lw=1)
-            )
+            color, width = (_ACCEPTED, 3) if accepted else (style.GREY, 1)
             branch = zip(places[step.parents[node]], (x, y), strict=True)
-            axes.plot(*branch, zorder=1, **look)
+            axes.plot(*branch, color=color, lw=width, zorder=1)
         color = _ROOT if not node else _ACCEPTED if accepted else _REFUSED
         _box(axes, x, y, 0.8, 0.52, color, name(int(step.tokens[node])))
         drawn = f"draws {name(int(step.drawn[node]))}"
@@ -261,17 +230,9 @@ def _draw_tree(axes: axes_lib.Axes, step: Step, name: Name, places) -> None:
 
 def _box(axes, x, y, width, height, color, text) -> None:
     axes.text(x, y, text, size=9, **_CENTRED)
-    axes.add_patch(
-        patches.FancyBboxPatch(
-            (x - width / 2, y - height / 2),
-            width,
-            height,
-            boxstyle="round,pad=0,rounding_size=0.1",
-            facecolor=color,
-            edgecolor="none",
-            zorder=2,
-        )
-    )
+    corner, look = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.1"
+    paint = dict(facecolor=color, edgecolor="none", zorder=2)
+    axes.add_patch(patches.FancyBboxPatch(corner, width, height, look, **paint))
 
 
 def _children(step: Step, node: int) -> list[int]:

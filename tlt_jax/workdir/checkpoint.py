@@ -147,12 +147,9 @@ class Checkpointer(contextlib.AbstractContextManager):
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "driver": meta,
         }
-        items = {
-            _POLICY: ocp.args.StandardSave(params),
-            _OPTIMIZER: ocp.args.StandardSave(opt_state),
-            _META: ocp.args.JsonSave(record),
-        }
-        items |= {n: ocp.args.StandardSave(tree) for n, tree in (more or {}).items()}
+        trees = {_POLICY: params, _OPTIMIZER: opt_state} | (more or {})
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items[_META] = ocp.args.JsonSave(record)
         with self._writing(f"the checkpoint of step {step}"):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -194,12 +191,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         record = read({_META: ocp.args.JsonRestore()})[_META]
         # Compared here because Orbax notices in the midst of reading.
         _check_shapes(step, record["shapes"], _shapes(params, opt_state))
-        content = read(
-            {
-                _POLICY: ocp.args.StandardRestore(params),
-                _OPTIMIZER: ocp.args.StandardRestore(opt_state),
-            }
-        )
+        wanted = {_POLICY: params, _OPTIMIZER: opt_state}
+        content = read({k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
         return Restored(step, content[_POLICY], content[_OPTIMIZER], record["driver"])
 
     def delete_after(self, step: int) -> None:
@@ -247,10 +240,14 @@ def restore_policy(
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    with _Reader(workdir, DIRECTORY, step) as reader:
-        cfg = model_config.ModelConfig.from_json(reader.meta["model"])
-        abstract = params_lib.abstract(cfg, reader.meta["param_dtype"])
-        return reader.params(abstract), cfg, reader.step
+    from_json = model_config.ModelConfig.from_json
+    params, record, _ = restore_trained(
+        workdir,
+        DIRECTORY,
+        step,
+        lambda model, dtype: params_lib.abstract(from_json(model), dtype),
+    )
+    return params, from_json(record["model"]), record["step"]
 
 
 def restore_trained(
@@ -258,9 +255,9 @@ def restore_trained(
     name: str,
     step: int | None,
     describe: Callable[[dict[str, Any], str], _Tree],
-    item: str,
+    item: str = "",
 ) -> tuple[_Tree, dict[str, Any], dict[str, np.ndarray]]:
-    """Read what was trained of a checkpoint that is no policy's.
+    """Read what was trained, of a run that may still be going on.
 
     Args:
       workdir: the run's directory.
@@ -269,59 +266,45 @@ def restore_trained(
       describe: takes the architecture's JSON form and a dtype, and returns a tree of
         `jax.ShapeDtypeStruct`s.
       item: of `save`'s `more`: arrays whose shapes and dtypes stand in the driver's
-        record as `arrays`.
+        record as `arrays`, if they do.
 
     Returns:
-      The tree, the record with `step`, `model` and `driver`, and the item's arrays.
+      The tree, on the first device; the record with `step`, `model` and `driver`; and
+      the item's arrays.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    with _Reader(workdir, name, step) as reader:
-        abstract = describe(reader.meta["model"], reader.meta["param_dtype"])
-        arrays = _arrays(reader.read, item, reader.meta["driver"].get("arrays", {}))
-        return reader.params(abstract), reader.meta, arrays
-
-
-class _Reader(contextlib.AbstractContextManager):
-    """Looks at a checkpoint of a run that may still be going on."""
-
-    def __init__(self, workdir: str | pathlib.Path, name: str, step: int | None):
-        directory = _directory(workdir, name)
-        if not directory.is_dir():
+    directory = _directory(workdir, name)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{workdir} holds no {name}: give the --workdir of a run."
+        )
+    # Neither creates nor deletes.
+    options = ocp.CheckpointManagerOptions(create=False, max_to_keep=None)
+    made = ocp.CheckpointManager(directory, options=options)
+    with contextlib.closing(made) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
             raise CheckpointError(
-                f"{workdir} holds no {name}: give the --workdir of a run."
+                f"{directory} holds no complete checkpoint: let the run reach one "
+                "(checkpoint.every RL steps)."
             )
-        # Neither creates nor deletes.
-        options = ocp.CheckpointManagerOptions(create=False, max_to_keep=None)
-        self._manager = ocp.CheckpointManager(directory, options=options)
-        try:
-            steps = sorted(self._manager.all_steps())
-            if not steps:
-                raise CheckpointError(
-                    f"{directory} holds no complete checkpoint: let the run reach one "
-                    "(checkpoint.every RL steps)."
-                )
-            self.step = steps[-1] if step is None else step
-            if self.step not in steps:
-                raise CheckpointError(
-                    f"step={step} has no checkpoint in {directory}: there are "
-                    f"{', '.join(map(str, steps))}."
-                )
-            self.read = functools.partial(_restore, self._manager, directory, self.step)
-            self.meta = self.read({_META: ocp.args.JsonRestore()})[_META]
-        except BaseException:
-            self._manager.close()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
-
-    def params(self, abstract: _Tree) -> _Tree:
-        """Read what is trained, onto the first device."""
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise CheckpointError(
+                f"step={step} has no checkpoint in {directory}: there are "
+                f"{', '.join(map(str, steps))}."
+            )
+        read = functools.partial(_restore, manager, directory, step)
+        record = read({_META: ocp.args.JsonRestore()})[_META]
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(lambda leaf: leaf.update(sharding=first), abstract)
-        return self.read({_POLICY: ocp.args.StandardRestore(target)})[_POLICY]
+        target = jax.tree.map(
+            lambda leaf: leaf.update(sharding=first),
+            describe(record["model"], record["param_dtype"]),
+        )
+        params = read({_POLICY: ocp.args.StandardRestore(target)})[_POLICY]
+        return params, record, _arrays(read, item, record["driver"].get("arrays", {}))
 
 
 def _directory(workdir: str | pathlib.Path, name: str) -> pathlib.Path:
@@ -354,20 +337,18 @@ def _restore(
 
 
 def _shapes(params: Any, opt_state: Any) -> dict[str, list[int]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        {_POLICY: params, _OPTIMIZER: opt_state}
-    )
+    both = {_POLICY: params, _OPTIMIZER: opt_state}
+    leaves = jax.tree_util.tree_leaves_with_path(both)
     return {jax.tree_util.keystr(path): list(np.shape(leaf)) for path, leaf in leaves}
 
 
 def _check_shapes(
     step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]
 ) -> None:
-    differing = sorted(
-        path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path)
-    )
+    paths = {*saved, *wanted}
+    differing = [path for path in paths if saved.get(path) != wanted.get(path)]
     if differing:
-        path = differing[0]
+        path = min(differing)
         raise CheckpointError(
             f"the checkpoint of step {step} is of another model or optimizer: "
             f"{path} is {saved.get(path, 'absent')} there and "

@@ -31,12 +31,8 @@ Mode = Literal["blocking", "async", "selective"]
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
 _FROZEN, _ARRAYS = "frozen", "arrays"
 # What checkpoints of earlier versions do not say of a drafter.
-_DEFAULTS = {
-    "architecture": "tlt",
-    "join_bias": False,
-    "norm_before_residual": False,
-    "own_head": False,
-}
+_DEFAULTS = dict.fromkeys(("join_bias", "norm_before_residual", "own_head"), False)
+_DEFAULTS["architecture"] = "tlt"
 
 
 class DrafterCheckpointer(contextlib.AbstractContextManager):
@@ -283,7 +279,7 @@ def restore_weights(
         workdir, DIRECTORY, step, describe, _ARRAYS
     )
     cfg = drafter_io.from_json(_DEFAULTS | record["model"])
-    version = record["driver"]["meta"].get("version", 0)
-    sharpness = np.float32(record["driver"]["meta"].get("sharpness", 1.0))
+    meta = record["driver"]["meta"]
+    sharpness = np.float32(meta.get("sharpness", 1.0))
     params = params.replace(draft_ids=arrays.get("draft_ids"), sharpness=sharpness)
-    return cfg, params, record["step"], version
+    return cfg, params, record["step"], meta.get("version", 0)
