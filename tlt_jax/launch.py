@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
 from tlt_jax.runtime import command_line, distributed
 
@@ -79,7 +78,7 @@ class _Children:
         own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
         cores = shares(sorted(own), options.processes)
         self._processes: list[subprocess.Popen] = []
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         for index in range(options.processes):
             num = options.devices_per_process
             devices = range(index * num, (index + 1) * num)
@@ -186,10 +185,6 @@ def _before_start(cores: Sequence[int]):
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     return prepare
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -20,10 +20,7 @@ MOST_TOKENS = 32
 def takes(num_tokens: int, head_dim: int, page_size: int) -> bool:
     """Tell whether the kernel computes these shapes, and is worth it.
 
-    Args:
-      num_tokens: fresh tokens of a row.
-      head_dim: elements of a head.
-      page_size: slots of a page.
+    They are the fresh tokens of a row, elements of a head, and slots of a page.
     """
     lanes = attention_code.LANES
     whole = head_dim % lanes == 0 and page_size % lanes == 0

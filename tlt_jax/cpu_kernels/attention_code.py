@@ -49,47 +49,28 @@ def kernel(fused: bool) -> code_lib.Module:
 
 
 class _Tile(NamedTuple):
-    """A stretch of keys and values, columns `stride` apart, and who sees which.
+    """A stretch of keys and values, columns `stride` apart, and who sees which."""
 
-    Attributes:
-      keys, values: of the first slot.
-      stride: floats from an element of a head to the next.
-      vectors: of 16 slots.
-      mask: bytes of the first query's slots, 0 where it sees nothing.
-      mask_stride: bytes from a token's slots to the next token's.
-    """
-
-    keys: ir.Value
+    keys: ir.Value  # Of the first slot, as the values.
     values: ir.Value
-    stride: ir.Value
-    vectors: ir.Value
-    mask: ir.Value
-    mask_stride: ir.Value
+    stride: ir.Value  # Floats from an element of a head to the next.
+    vectors: ir.Value  # Of 16 slots.
+    mask: ir.Value  # Bytes of the first query's slots, 0 where it sees nothing.
+    mask_stride: ir.Value  # Bytes from a token's slots to the next token's.
 
 
 class _Queries(NamedTuple):
-    """A unit's queries and what they have come to.
+    """A unit's queries and what they have come to."""
 
-    Attributes:
-      query: `[padded, head_dim]`, rotated and scaled.
-      total: `[padded, head_dim]`, sums of weighted values.
-      maximum, normaliser: `[padded]`.
-      scores: `[padded, width]`, of a tile.
-      width: slots that the scores have room for.
-      count, padded: queries; rounded up.
-      tokens: of them one after the other, group by group.
-      head_dim: elements of a head.
-    """
-
-    query: ir.Value
-    total: ir.Value
-    maximum: ir.Value
-    normaliser: ir.Value
-    scores: ir.Value
-    width: ir.Value
-    count: ir.Value
-    padded: ir.Value
-    tokens: ir.Value
+    query: ir.Value  # `[padded, head_dim]`, rotated and scaled.
+    total: ir.Value  # `[padded, head_dim]`, sums of weighted values.
+    maximum: ir.Value  # `[padded]`
+    normaliser: ir.Value  # `[padded]`
+    scores: ir.Value  # `[padded, width]`, of a tile.
+    width: ir.Value  # Slots that the scores have room for.
+    count: ir.Value  # Queries.
+    padded: ir.Value  # Queries, rounded up.
+    tokens: ir.Value  # Queries one after the other, group by group.
     head_dim: ir.Value
 
 

@@ -162,12 +162,8 @@ def write_handler(
 ) -> None:
     """Write a handler that makes the job and runs its units on the program's threads.
 
-    Args:
-      module: to which the handler is added.
-      name: of the handler.
-      unit: function of `module`, of a job and a unit's number.
-      fields: of the job.
-      numbers: gives, for a call, the job's numbers and how many units there are.
+    `unit` is a function of the module, of a job and a unit's number; `numbers` gives,
+    for a call, the job's numbers and how many units there are.
     """
     with handler(module, name) as (code, call):
         values, units = numbers(code, call)

@@ -173,9 +173,8 @@ class _Rows:
     def prefetch(self, count: int, locality: int) -> None:
         """Fetch the next block's weights in the order in which they lie in memory.
 
-        Args:
-          count: weights of each row that a pass of the loop takes.
-          locality: 3 for the first cache, 2 for the second one.
+        A pass of the loop takes `count` weights of each row; `locality` is 3 for the
+        first cache, 2 for the second one.
         """
         code, num_bytes = self._code, count * self._count * 4
         flags = [ir.Constant(I32, flag) for flag in (0, locality, 1)]

@@ -43,11 +43,8 @@ def run(
 ) -> None:
     """Parse the command line and call `main` with the checked configuration.
 
-    Args:
-      main: the program; further flags are read from `absl.flags.FLAGS`. A
-        `schema.ConfigError` that it raises is reported as the command line's are.
-      flag: of `define_config_flag`.
-      section: the configuration's dataclass.
+    Further flags are read from `absl.flags.FLAGS`. A `schema.ConfigError` that `main`
+    raises is reported as the command line's are; `section` is the dataclass.
     """
 
     def checked(argv: Sequence[str]) -> None:
@@ -56,7 +53,7 @@ def run(
         try:
             main(_frozen(flag.value, section))
         except schema.ConfigError as error:
-            fail(str(error))
+            fail(error)
 
     app.run(checked, flags_parser=functools.partial(parse, section=section))
 
@@ -86,7 +83,7 @@ def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:
         _check_exists(recipe)
         return flags.FLAGS(list(argv))
     except schema.ConfigError as error:
-        fail(str(error))
+        fail(error)
     except (flags.Error, AttributeError, KeyError) as error:
         # The last two come from a ConfigDict that a recipe filled wrongly, or from a
         # mistake of the recipe's own, whose traceback its author wants to see.

@@ -66,11 +66,11 @@ def initialize(on_cluster: bool = False) -> None:
 def _settings() -> dict[str, Any]:
     """Read what a launcher has said."""
     coordinator, devices = os.environ[COORDINATOR], os.environ.get(DEVICES)
-    settings: dict[str, Any] = {
-        "coordinator_address": coordinator,
-        "num_processes": int(os.environ[NUM_PROCESSES]),
-        "process_id": int(os.environ[PROCESS]),
-    }
+    settings: dict[str, Any] = dict(
+        coordinator_address=coordinator,
+        num_processes=int(os.environ[NUM_PROCESSES]),
+        process_id=int(os.environ[PROCESS]),
+    )
     if devices:
         settings["local_device_ids"] = [int(i) for i in devices.split(",")]
     if _is_local():
@@ -79,12 +79,7 @@ def _settings() -> dict[str, Any]:
 
 
 class Group(contextlib.AbstractContextManager):
-    """What the processes of a run have in common. Use as a context manager.
-
-    Attributes:
-      index: of this process.
-      num: of processes.
-    """
+    """What the processes of a run have in common; this one has the `index` of `num`."""
 
     def __init__(
         self,

@@ -27,21 +27,13 @@ class Program:
 
 @dataclasses.dataclass
 class PoolStats:
-    """What the pool did so far.
-
-    Attributes:
-      num_compiled: programs compiled.
-      compile_s: seconds spent compiling, wherever that happened.
-      waited_s: seconds for which a caller had to wait for a program.
-      temp_bytes: largest scratch memory of any program, as its compiler says.
-      code_bytes: generated code of all programs, as their compilers say.
-    """
+    """What the pool did so far; bytes are what compilers say."""
 
     num_compiled: int = 0
-    compile_s: float = 0.0
-    waited_s: float = 0.0
-    temp_bytes: int = 0
-    code_bytes: int = 0
+    compile_s: float = 0.0  # Wherever that happened.
+    waited_s: float = 0.0  # For which a caller had to wait for a program.
+    temp_bytes: int = 0  # The largest scratch memory of any program.
+    code_bytes: int = 0  # Of all programs.
 
 
 class ProgramPool:

@@ -25,27 +25,17 @@ Axes = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Mesh axes over which each logical axis is split; empty: not split.
+    """Mesh axes over which each logical axis is split; empty: not split."""
 
-    Attributes:
-      embed: D, of weights.
-      mlp: F.
-      kv_heads: K, of weights and of the cache.
-      vocab: V.
-      layer: L.
-      batch: rows of any batch.
-      sequence: T, of the activations between layers that training keeps.
-      page: pages of the cache.
-    """
-
-    embed: tuple[str, ...] = ("fsdp",)
-    mlp: tuple[str, ...] = ("tensor",)
-    kv_heads: tuple[str, ...] = ("tensor",)
-    vocab: tuple[str, ...] = ("tensor",)
-    layer: tuple[str, ...] = ()
-    batch: tuple[str, ...] = ("data", "fsdp")
+    embed: tuple[str, ...] = ("fsdp",)  # D, of weights.
+    mlp: tuple[str, ...] = ("tensor",)  # F.
+    kv_heads: tuple[str, ...] = ("tensor",)  # K, of weights and of the cache.
+    vocab: tuple[str, ...] = ("tensor",)  # V.
+    layer: tuple[str, ...] = ()  # L.
+    batch: tuple[str, ...] = ("data", "fsdp")  # Rows of any batch.
+    # T, of the activations between layers that training keeps.
     sequence: tuple[str, ...] = ("tensor",)
-    page: tuple[str, ...] = ()
+    page: tuple[str, ...] = ()  # Pages of the cache.
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -92,10 +92,8 @@ class Skips:
 class Snapshot:
     """What survives a kill of something that is trained beside other state.
 
-    Attributes:
-      state: of its training.
-      arrays: further arrays by name, of any shapes, in host memory.
-      meta: anything that JSON can hold.
+    Beside the state of its training further arrays, by name and in host memory, and
+    anything that JSON can hold.
     """
 
     state: TrainState

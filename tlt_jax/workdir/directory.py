@@ -61,7 +61,9 @@ def claimed(
         # Until it is closed, by us or by our end.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path = workdir / "config.json"
-        if path.exists() and _begun(workdir):
+        # Of a step there is a record before there is any checkpoint.
+        record = workdir / metrics.FILE
+        if path.exists() and record.exists() and record.stat().st_size > 0:
             _check_same(workdir, path, run, load)
         with writing(path):
             temporary = path.with_suffix(".json.partial")
@@ -157,12 +159,6 @@ def _runs(flags: Sequence[bool] | None) -> list[list[int]] | None:
         return None
     changes = np.diff(np.pad(np.asarray(flags, np.int8), 1))
     return np.flatnonzero(changes).reshape(-1, 2).tolist()
-
-
-def _begun(workdir: pathlib.Path) -> bool:
-    """Say whether there is a record of a step, as there is before any checkpoint."""
-    record = workdir / metrics.FILE
-    return record.exists() and record.stat().st_size > 0
 
 
 def _check_same(workdir: pathlib.Path, path: pathlib.Path, run: Any, load) -> None:

@@ -36,13 +36,7 @@ _DEFAULTS["architecture"] = "tlt"
 
 
 class DrafterCheckpointer(contextlib.AbstractContextManager):
-    """Writes a drafter's checkpoints and reads the one of a step.
-
-    Use as a context manager, or call `close`.
-
-    Attributes:
-      stall_s: seconds that callers of `save` have waited, in all.
-    """
+    """Writes a drafter's checkpoints and reads the one of a step."""
 
     def __init__(
         self, workdir: str | pathlib.Path, mode: Mode = "selective", keep: int = 3
@@ -54,7 +48,6 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
         """
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: use {', '.join(MODES)}.")
-        self.stall_s = 0.0
         self._mode = mode
         self._checkpointer = checkpoint.Checkpointer(workdir, keep, DIRECTORY, True)
 
@@ -103,9 +96,7 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
         self._checkpointer.save(step, state.params, counted, cfg, record, more)
         if self._mode == "blocking":
             self._checkpointer.wait()
-        waited = time.perf_counter() - started
-        self.stall_s += waited
-        return waited
+        return time.perf_counter() - started
 
     def restore(
         self, like: train_state.TrainState, at_most: int | None = None
@@ -148,9 +139,7 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
 class Trained(Protocol):
     """A drafter that a run trains, as its checkpoints need it.
 
-    Attributes:
-      trains: false: there is none, and nothing of the rest.
-      cfg: the drafter.
+    Where it does not train there is none, and nothing of the rest.
     """
 
     trains: bool
@@ -190,10 +179,7 @@ def opened(
 
 
 class DrafterStore(contextlib.AbstractContextManager):
-    """Keeps a run's drafter: written by the first process, read for all.
-
-    Use as a context manager.
-    """
+    """Keeps a run's drafter: written by the first process, read for all."""
 
     def __init__(
         self,

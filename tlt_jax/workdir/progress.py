@@ -78,7 +78,7 @@ class Progress(contextlib.AbstractContextManager):
         self._clock = clock
         self._rows: collections.deque = collections.deque(maxlen=_SHOWN_STEPS)
         self._rewards: list[float] = []
-        self._look: Callable[[], Workers | None] | None = None
+        self._look: Callable[[], Workers | None] = lambda: None
         self._stage, self._detail, self._fraction = "starting", "", None
         self._stage_since = self._printed_at = clock()
         self._off = mode == "off"
@@ -125,7 +125,7 @@ class Progress(contextlib.AbstractContextManager):
         now = self._clock()
         if self._plain and now - self._printed_at > _PLAIN_EVERY_S:
             self._printed_at = now
-            seen = self._seen()
+            seen = self._look()
             self._print(
                 f"  step {self._done + 1}: {self._stage} {self._detail} after "
                 f"{duration(now - self._stage_since)}"
@@ -158,9 +158,6 @@ class Progress(contextlib.AbstractContextManager):
             return None
         return max(0.0, statistics.median(times)) * (self._num_steps - self._done)
 
-    def _seen(self) -> Workers | None:
-        return self._look() if self._look is not None else None
-
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
@@ -182,7 +179,7 @@ class Progress(contextlib.AbstractContextManager):
             if self._fraction is not None:
                 head.append(_bar(self._fraction), "green")
             head.append(f" {self._detail}", "dim")
-        if (seen := self._seen()) is not None:
+        if (seen := self._look()) is not None:
             head.append("\nworkers ")
             for activity in seen.activities[:_MANY_WORKERS]:
                 head.append(*_LOOK[activity])

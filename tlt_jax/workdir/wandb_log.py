@@ -14,7 +14,6 @@ from tlt_jax.workdir import metrics
 
 # Made once for a workdir, so that a resumed run goes on in the same W&B run.
 ID_FILE = "wandb_id"
-INSTALL = "pip install wandb, or pip install -e '.[wandb]'"
 
 
 class WandbLog:
@@ -41,7 +40,8 @@ class WandbLog:
         if importlib.util.find_spec("wandb") is None:
             raise metrics.MetricsError(
                 f"log.wandb={mode!r} needs the package wandb, which is not installed: "
-                f"{INSTALL}, or set log.wandb to off."
+                "pip install wandb, or pip install -e '.[wandb]', or set log.wandb to "
+                "off."
             )
         import wandb
 
