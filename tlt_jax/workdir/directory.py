@@ -127,7 +127,8 @@ def write_rollouts(
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(lines), encoding="utf-8")
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def write_timeline(
