@@ -9,7 +9,7 @@ from tlt_jax import train
 from tlt_jax.rl.adaptation import adaptation, spot_trainer
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.viz import timeline
-from tlt_jax.workdir import drafter_checkpoint, metrics, progress
+from tlt_jax.workdir import metrics, progress
 
 values = tiny_runs.values
 BASE = {
@@ -162,8 +162,6 @@ def test_a_resumed_run_takes_the_drafter_up_bit_for_bit(
     assert num_updates == first[-1]["drafter/num_updates"] > 0
     assert version == first[-1]["drafter/version"]
     assert rows[2]["drafter/num_updates"] >= num_updates
-    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as kept:
-        assert kept.stall_s == 0
     assert arrays.keys() and meta["is_ready"]
 
 

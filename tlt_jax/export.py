@@ -13,7 +13,6 @@ name means and nothing else: drafters of ours that shall go there are trained wi
 drafter.architecture=eagle or eagle3.
 """
 
-import dataclasses
 import json
 import os
 import sys
@@ -21,8 +20,6 @@ import sys
 from absl import app, flags, logging
 
 from tlt_jax import policy
-from tlt_jax.models import config as model_config
-from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
@@ -63,26 +60,14 @@ TOKENIZER_DIRECTORY = "tokenizer"
 _MADE_TARGET, _TRAINED = "target", "drafter"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """The model that a drafter was made for."""
-
-    config: model_config.ModelConfig
-    params: model_params.Params
-    identity: str
-
-
 def export(workdir: str, out: str, step: int | None = None, dtype="bfloat16") -> int:
-    """Write the policy of a checkpoint as a Hugging Face directory.
+    """Write the policy of a checkpoint as a Hugging Face directory; return its step.
 
     Args:
       workdir: of the run.
       out: absent or empty; complete or absent afterwards.
       step: RL step of the checkpoint, None for the newest.
       dtype: of the weights written.
-
-    Returns:
-      The step that was written.
 
     Raises:
       CheckpointError: if there is no such checkpoint or it is damaged.
@@ -109,27 +94,22 @@ def export_drafter(
     verifier: str = "",
     num_speculative_tokens: int = 5,
 ) -> str:
-    """Write a run's drafter.
+    """Write a run's drafter; return which one it was, for people to read.
 
     Args:
       workdir: of a run with specdec.mode=tlt, or of a training of a drafter.
-      out: absent or empty; complete or absent afterwards.
+      out, step: see `export`.
       layout: one of `layouts.LAYOUTS`, or `tlt`.
-      step: RL step of the checkpoint, None for the newest.
       dtype: of the weights written; `tlt` keeps their own.
       verifier: for `speculators`; empty: the run's model.spec.
       num_speculative_tokens: for `speculators`.
 
-    Returns:
-      Which drafter was written, for people to read.
-
     Raises:
-      CheckpointError: if there is no such checkpoint or it is damaged.
+      CheckpointError, OSError: see `export`.
       ValueError: if the workdir holds no drafter, the layout has no place for what it
         computes, or `out` is not empty.
-      OSError: if the disk is full or not writable.
     """
-    cfg, params, target, what = _drafter(workdir, step)
+    cfg, params, (target_cfg, target_params, spec), what = _drafter(workdir, step)
     if layout == _OWN:
         if os.path.exists(out) and os.listdir(out):
             raise ValueError(f"out={out} is not empty: name another or remove it.")
@@ -140,17 +120,20 @@ def export_drafter(
         params,
         cfg,
         layout,
-        target.config,
-        head=drafter_head.head_rows(target.params, params.draft_ids),
+        target_cfg,
+        head=drafter_head.head_rows(target_params, params.draft_ids),
         dtype=dtype,
-        verifier=verifier or target.identity,
+        verifier=verifier or spec,
         num_speculative_tokens=num_speculative_tokens,
     )
     return what
 
 
 def _drafter(workdir: str, step: int | None):
-    """Find a workdir's drafter: description, weights, target, and what to call it."""
+    """Find a workdir's drafter: description, weights, target, and what to call it.
+
+    The target is its configuration, weights, and name.
+    """
     if os.path.isdir(os.path.join(workdir, drafter_checkpoint.DIRECTORY)):
         cfg, params, step, version = drafter_checkpoint.restore_weights(workdir, step)
         if not version:
@@ -165,7 +148,7 @@ def _drafter(workdir: str, step: int | None):
                 "proposes yet: let the run train it first."
             )
         target_params, target_cfg, _ = checkpoint.restore_policy(workdir, step)
-        target = _Target(target_cfg, target_params, _spec(workdir))
+        target = (target_cfg, target_params, _spec(workdir))
         return cfg, params, target, f"the drafter of step {step}"
     directory = os.path.join(workdir, _TRAINED)
     if not os.path.isdir(directory):
@@ -182,7 +165,7 @@ def _drafter(workdir: str, step: int | None):
     spec = made if os.path.isdir(made) else _spec(workdir)
     loaded = policy.load(spec)
     cfg, params = drafter_io.load(directory, loaded.config)
-    target = _Target(loaded.config, loaded.params, spec)
+    target = (loaded.config, loaded.params, spec)
     steps = drafter_io.about(directory).get("num_steps")
     return cfg, params, target, f"the drafter trained for {steps} steps"
 
@@ -212,15 +195,9 @@ def main(argv: list[str]) -> None:
             step = export(_WORKDIR.value, _OUT.value, _STEP.value, _DTYPE.value)
             what = f"the policy of step {step}"
         else:
-            what = export_drafter(
-                _WORKDIR.value,
-                _OUT.value,
-                _LAYOUT.value,
-                _STEP.value,
-                _DTYPE.value,
-                _VERIFIER.value,
-                _NUM_SPECULATIVE_TOKENS.value,
-            )
+            asked = (_LAYOUT, _STEP, _DTYPE, _VERIFIER, _NUM_SPECULATIVE_TOKENS)
+            values = [flag.value for flag in asked]
+            what = export_drafter(_WORKDIR.value, _OUT.value, *values)
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
         # What a user can repair needs no traceback.
         logging.error("%s", error)

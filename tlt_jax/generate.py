@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from tlt_jax import policy, types
 from tlt_jax import speculation as speculation_lib
@@ -26,7 +26,6 @@ from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import command_line, compile_cache
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec.proposers import learned
-from tlt_jax.workdir import checkpoint
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Hugging Face directory, gguf:FILE, hub name, or a run's workdir."
@@ -102,11 +101,7 @@ def encode(
 ) -> np.ndarray:
     """Encode a prompt: as a chat where the tokenizer has a template, else as it is.
 
-    Args:
-      tokenizer: the model's.
-      text: what the user says.
-      system: the system message; needs a chat template.
-      raw: leave the template out.
+    A system message needs a chat template; `raw` leaves the template out.
 
     Returns:
       `[n] int32`.
@@ -139,20 +134,17 @@ def complete(
     seed: int = 0,
     speculation: speculation_lib.Speculation = speculation_lib.PLAIN,
 ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
-    """Draw completions of one prompt.
+    """Draw completions of one prompt, `[n] int32`, whose computation they share.
 
     Args:
       asked: the policy.
-      prompt: `[n] int32`.
+      prompt: token ids.
       sampling_cfg: the law.
-      num_samples: completions; they share the prompt's computation.
+      num_samples: completions.
       max_new_tokens: longest completion, EOS included.
       stop: strings that end a completion.
       seed: of the noise.
       speculation: how to speculate.
-
-    Returns:
-      The completions, and what was done.
 
     Raises:
       ValueError: the text would be longer than the model's context, or than the
@@ -207,14 +199,12 @@ def report(stats: rollout_stats.RolloutStats, num_samples: int) -> str:
         return "\n".join([*lines, "accept length 1.00: a token per target forward"])
     rates = " ".join(f"{rate:.2f}" for rate in stats.accept_rates())
     calls = ", ".join(f"{name} {count}" for name, count in stats.strategies.items())
-    return "\n".join(
-        [
-            *lines,
-            f"accept length {stats.accept_length:.2f} tokens per target forward; "
-            f"accepted by depth: {rates}",
-            f"calls by strategy: {calls}",
-        ]
-    )
+    lines += [
+        f"accept length {stats.accept_length:.2f} tokens per target forward; "
+        f"accepted by depth: {rates}",
+        f"calls by strategy: {calls}",
+    ]
+    return "\n".join(lines)
 
 
 def compare(
@@ -315,15 +305,8 @@ def main(argv: Sequence[str]) -> None:
     """Generate; what a user can mend is one line, not a traceback."""
     if len(argv) > 1:
         command_line.fail(f"unexpected argument {argv[1]!r}: did you quote the prompt?")
-    if not flags.FLAGS["verbosity"].present:
-        # Backends report that they are not there.
-        logging.set_verbosity(logging.WARNING)
-    try:
+    with command_line.told(OSError):
         run()
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        if logging.level_debug():
-            raise
-        command_line.fail(f"{error} (--verbosity=1 shows where)")
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -19,9 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
-from tlt_jax.runtime import distributed
+from tlt_jax.runtime import command_line, distributed
 
 _POLL_S = 0.1
 # How long processes that were asked to end may take.
@@ -34,7 +33,8 @@ _USER_ERROR = 2
 
 def main(argv: Sequence[str]) -> int:
     """Start the processes and wait for them; return the exit status."""
-    own, program = _split(argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    own, program = argv[:at], argv[at + 1 :]
     parser = argparse.ArgumentParser(
         prog="python -m tlt_jax.launch",
         description="Run tlt_jax.main in several processes of this machine.",
@@ -56,11 +56,12 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(own)
     if options.processes < 1:
         parser.error(f"--processes={options.processes}: give at least 1.")
-    directory = _workdir(program)
-    if directory is None:
+    directory = command_line.last_value(program, "workdir")
+    if not directory:
         parser.error("--workdir=DIR is missing behind --.")
     try:
-        children = _Children(options, program, directory / "processes")
+        logs = pathlib.Path(directory) / "processes"
+        children = _Children(options, program, logs)
     except OSError as error:
         parser.error(f"{directory} cannot be written ({error.strerror}).")
     return children.wait()
@@ -73,12 +74,14 @@ class _Children:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
         port = free_port()
-        cores = shares(_cores(), options.processes)
+        # Not every system can say which cores are ours.
+        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        cores = shares(sorted(own), options.processes)
         self._processes: list[subprocess.Popen] = []
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         for index in range(options.processes):
-            first = index * options.devices_per_process
-            devices = range(first, first + options.devices_per_process)
+            num = options.devices_per_process
+            devices = range(index * num, (index + 1) * num)
             environment = os.environ | {
                 distributed.COORDINATOR: f"127.0.0.1:{port}",
                 distributed.NUM_PROCESSES: str(options.processes),
@@ -164,32 +167,6 @@ def shares(cores: Sequence[int], count: int) -> list[list[int]]:
     return [list(cores[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line at `--`."""
-    argv = list(argv)
-    if "--" not in argv:
-        return argv, []
-    at = argv.index("--")
-    return argv[:at], argv[at + 1 :]
-
-
-def _workdir(program: Sequence[str]) -> pathlib.Path | None:
-    """Return what the last `--workdir` names."""
-    found = None
-    for argument, after in zip(program, [*program[1:], ""], strict=False):
-        name, equals, value = argument.partition("=")
-        if name in ("--workdir", "-workdir"):
-            found = value if equals else after
-    return pathlib.Path(found) if found else None
-
-
-def _cores() -> list[int]:
-    """Return the cores that this process may use; empty where nobody can say."""
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    return sorted(os.sched_getaffinity(0))
-
-
 def free_port() -> int:
     """Find a port of this machine that nobody uses."""
     with socket.socket() as probe:
@@ -208,10 +185,6 @@ def _before_start(cores: Sequence[int]):
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     return prepare
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

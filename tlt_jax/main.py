@@ -5,20 +5,16 @@ Any setting of the recipe is overridden by `--config.key=value`; `tlt_jax/config
 resumes. Several processes of one machine are started by `tlt_jax.launch`.
 """
 
-from absl import flags, logging
+from absl import flags
 
 from tlt_jax import config, train
 from tlt_jax.runtime import (
-    channel,
     command_line,
     compile_cache,
     cpu_devices,
     distributed,
-    failures,
     host_memory,
 )
-from tlt_jax.workdir import checkpoint, metrics
-from tlt_jax.workdir import directory as workdir
 
 _CONFIG = command_line.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -37,27 +33,13 @@ _CLUSTER = flags.DEFINE_boolean(
 
 def main(run: config.RunConfig) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
-    if not flags.FLAGS["verbosity"].present:
-        # Libraries report every file they write; the run has its own display.
-        logging.set_verbosity(logging.WARNING)
     # First of all, as others begin threads.
     host_memory.keep_freed()
-    try:
+    with command_line.told():
         distributed.initialize(_CLUSTER.value)
         cpu_devices.prepare(run)
         compile_cache.enable()
         train.train(run, _WORKDIR.value)
-    except (
-        ValueError,
-        channel.ProcessError,
-        failures.TrainingError,
-        checkpoint.CheckpointError,
-        metrics.MetricsError,
-        workdir.WorkdirError,
-    ) as error:
-        if logging.level_debug():
-            raise
-        command_line.fail(f"{error} (--verbosity=1 shows where)")
 
 
 if __name__ == "__main__":

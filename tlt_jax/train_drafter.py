@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from tlt_jax import assembly, policy, speculation
 from tlt_jax.models.drafters import drafter
@@ -26,7 +26,6 @@ from tlt_jax.rl.update import learner as policy_learner
 from tlt_jax.runtime import (
     command_line,
     compile_cache,
-    failures,
     host_memory,
     train_state,
 )
@@ -34,7 +33,7 @@ from tlt_jax.settings import drafter_run, sections
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.texts import layout, shards
 from tlt_jax.specdec.training import objectives
-from tlt_jax.viz import drafter_plots
+from tlt_jax.viz import plots
 from tlt_jax.workdir import checkpoint, metrics, progress
 from tlt_jax.workdir import directory as workdir
 
@@ -126,7 +125,7 @@ class _Trainer:
         self.checkpointer.wait()
         self._export()
         with workdir.writing(self.directory / "plots"):
-            drafter_plots.draw(self.directory)
+            plots.draw_training(self.directory)
         return row
 
     @contextlib.contextmanager
@@ -295,20 +294,8 @@ def main(run: drafter_run.DrafterRun) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
     host_memory.keep_freed()
     compile_cache.enable()
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    try:
+    with command_line.told():
         train(run, flags.FLAGS.workdir)
-    except (
-        ValueError,
-        failures.TrainingError,
-        checkpoint.CheckpointError,
-        metrics.MetricsError,
-        workdir.WorkdirError,
-    ) as error:
-        if logging.level_debug():
-            raise
-        command_line.fail(f"{error} (--verbosity=1 shows where)")
 
 
 if __name__ == "__main__":

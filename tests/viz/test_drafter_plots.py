@@ -7,7 +7,7 @@ import pytest
 from matplotlib import figure
 
 from tests.viz import test_plots
-from tlt_jax.viz import drafter_plots
+from tlt_jax.viz import plots
 
 ROWS = [
     {"step": 10, "loss": 2.5, "rates": [0.5, 0.25]},
@@ -27,7 +27,7 @@ def lines(axes):
 
 
 def test_a_number_is_one_curve(axes):
-    assert drafter_plots.curves(axes, ROWS, "loss")
+    plots.curves(axes, ROWS, "loss")
     ((steps, values),) = lines(axes)
     np.testing.assert_array_equal(steps, [10, 30, 50])
     np.testing.assert_array_equal(values, [2.5, np.nan, 1.5])
@@ -35,7 +35,7 @@ def test_a_number_is_one_curve(axes):
 
 
 def test_a_list_is_a_curve_for_each_depth(axes):
-    assert drafter_plots.curves(axes, ROWS, "rates")
+    plots.curves(axes, ROWS, "rates")
     for (steps, values), expected in zip(
         lines(axes), ([0.5, 0.75], [0.25, 0.5], [np.nan, 0.125]), strict=True
     ):
@@ -49,13 +49,13 @@ def test_a_list_is_a_curve_for_each_depth(axes):
 @pytest.mark.parametrize("num,marker", [(29, "o"), (30, "None")])
 def test_few_points_are_seen_as_points(axes, num, marker):
     rows = [{"step": i, "loss": 1.0} for i in range(num)]
-    drafter_plots.curves(axes, rows, "loss")
+    plots.curves(axes, rows, "loss")
     assert axes.lines[0].get_marker() == marker
 
 
 def test_what_is_not_recorded_is_not_drawn(axes):
-    assert not drafter_plots.curves(axes, ROWS, "top1")
-    assert not drafter_plots.curves(axes, [{"step": 1, "top1": None}], "top1")
+    plots.curves(axes, ROWS, "top1")
+    plots.curves(axes, [{"step": 1, "top1": None}], "top1")
     assert not axes.lines
 
 
@@ -67,13 +67,13 @@ def test_the_file(tmp_path, monkeypatch):
     ]
     test_plots.write(tmp_path, rows)
     drawn = []
-    save = drafter_plots.style.save
+    save = plots.style.save
     monkeypatch.setattr(
-        drafter_plots.style,
+        plots.style,
         "save",
         lambda fig, path: drawn.append(fig) or save(fig, path),
     )
-    path = drafter_plots.draw(str(tmp_path))
+    path = plots.draw_training(str(tmp_path))
     assert path == tmp_path / "plots" / "drafter.png"
     assert path.read_bytes().startswith(b"\x89PNG")
     panels = drawn[0].axes

@@ -20,10 +20,7 @@ MOST_TOKENS = 32
 def takes(num_tokens: int, head_dim: int, page_size: int) -> bool:
     """Tell whether the kernel computes these shapes, and is worth it.
 
-    Args:
-      num_tokens: fresh tokens of a row.
-      head_dim: elements of a head.
-      page_size: slots of a page.
+    They are the fresh tokens of a row, elements of a head, and slots of a page.
     """
     lanes = attention_code.LANES
     whole = head_dim % lanes == 0 and page_size % lanes == 0
@@ -84,17 +81,14 @@ def attend(
         past_keys = past_values = jnp.zeros((num_kv, head_dim, batch, 0), jnp.float32)
     num_past = past_keys.shape[-1]
     past_shape = (num_kv, head_dim, batch, num_past)
+    cache_shape = (*cache_keys.shape[:2], num_kv, head_dim, page_size)
     expected = {
         "past_keys": (past_keys, past_shape, jnp.float32),
         "past_values": (past_values, past_shape, jnp.float32),
         "cos": (cos, (head_dim // 2, batch, num_tokens), jnp.float32),
         "sin": (sin, (head_dim // 2, batch, num_tokens), jnp.float32),
         "cache_values": (cache_values, cache_keys.shape, jnp.float32),
-        "cache_keys": (
-            cache_keys,
-            (*cache_keys.shape[:2], num_kv, head_dim, page_size),
-            jnp.float32,
-        ),
+        "cache_keys": (cache_keys, cache_shape, jnp.float32),
         "page_table": (page_table, (batch, page_table.shape[-1]), jnp.int32),
         "lengths": (lengths, (batch,), jnp.int32),
         "mask": (mask, (batch, num_tokens, num_past + num_tokens), jnp.bool_),

@@ -9,7 +9,7 @@ elements of the result the sums over lanes are taken together.
 A query's numbers are the same whatever other rows and queries there are.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 from llvmlite import ir
 
@@ -42,73 +42,50 @@ def kernel(fused: bool) -> code_lib.Module:
     """Write the kernel; `fused`: the CPU multiplies and adds in one rounding."""
     module = job_lib.begin(fused)
     _write_tile(module)
-    _write_unit(module)
+    code, (address, unit) = module.begin("attention_unit", *job_lib.UNIT)
+    _Unit(code, _FIELDS.load(code, address), unit).write()
     job_lib.write_handler(module, HANDLER, "attention_unit", _FIELDS, _numbers)
     return module
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tile:
-    """A stretch of keys and values, columns `stride` apart, and who sees which.
+class _Tile(NamedTuple):
+    """A stretch of keys and values, columns `stride` apart, and who sees which."""
 
-    Attributes:
-      keys, values: of the first slot.
-      stride: floats from an element of a head to the next.
-      vectors: of 16 slots.
-      mask: bytes of the first query's slots, 0 where it sees nothing.
-      mask_stride: bytes from a token's slots to the next token's.
-    """
-
-    keys: ir.Value
+    keys: ir.Value  # Of the first slot, as the values.
     values: ir.Value
-    stride: ir.Value
-    vectors: ir.Value
-    mask: ir.Value
-    mask_stride: ir.Value
+    stride: ir.Value  # Floats from an element of a head to the next.
+    vectors: ir.Value  # Of 16 slots.
+    mask: ir.Value  # Bytes of the first query's slots, 0 where it sees nothing.
+    mask_stride: ir.Value  # Bytes from a token's slots to the next token's.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Queries:
-    """A unit's queries and what they have come to.
+class _Queries(NamedTuple):
+    """A unit's queries and what they have come to."""
 
-    Attributes:
-      query: `[padded, head_dim]`, rotated and scaled.
-      total: `[padded, head_dim]`, sums of weighted values.
-      maximum, normaliser: `[padded]`.
-      scores: `[padded, width]`, of a tile.
-      width: slots that the scores have room for.
-      count, padded: queries; rounded up.
-      tokens: of them one after the other, group by group.
-      head_dim: elements of a head.
-    """
-
-    query: ir.Value
-    total: ir.Value
-    maximum: ir.Value
-    normaliser: ir.Value
-    scores: ir.Value
-    width: ir.Value
-    count: ir.Value
-    padded: ir.Value
-    tokens: ir.Value
+    query: ir.Value  # `[padded, head_dim]`, rotated and scaled.
+    total: ir.Value  # `[padded, head_dim]`, sums of weighted values.
+    maximum: ir.Value  # `[padded]`
+    normaliser: ir.Value  # `[padded]`
+    scores: ir.Value  # `[padded, width]`, of a tile.
+    width: ir.Value  # Slots that the scores have room for.
+    count: ir.Value  # Queries.
+    padded: ir.Value  # Queries, rounded up.
+    tokens: ir.Value  # Queries one after the other, group by group.
     head_dim: ir.Value
 
 
-def _kinds(record: type) -> list[ir.Type]:
-    pointers = ("query", "total", "maximum", "normaliser", "scores", "keys", "values")
-    names = [field.name for field in dataclasses.fields(record)]
-    return [POINTER if name in (*pointers, "mask") else I64 for name in names]
-
-
-def _values(record) -> list[ir.Value]:
-    return [getattr(record, field.name) for field in dataclasses.fields(record)]
+_POINTERS = (
+    *("query", "total", "maximum", "normaliser", "scores"),
+    *("keys", "values", "mask"),
+)
 
 
 def _write_tile(module: code_lib.Module) -> None:
     """Add a tile to the online softmax of all queries."""
-    kinds = _kinds(_Queries) + _kinds(_Tile)
+    names = _Queries._fields + _Tile._fields
+    kinds = [POINTER if name in _POINTERS else I64 for name in names]
     code, arguments = module.begin("attend_tile", VOID, *kinds)
-    size = len(_kinds(_Queries))
+    size = len(_Queries._fields)
     of, tile = _Queries(*arguments[:size]), _Tile(*arguments[size:])
     with code.loop(of.padded, _QUERIES) as first, code.loop(tile.vectors) as vector:
         _write_scores(code, of, tile, first, code.times(vector, LANES))
@@ -192,14 +169,8 @@ def _write_softmax(code, of: _Queries, tile: _Tile, query) -> None:
         code.put_vector(code.multiply_add(old, fade, added), totals, h)
 
 
-def _write_unit(module: code_lib.Module) -> None:
-    """Attend for one row and kv head: a unit of a job."""
-    code, (address, unit) = module.begin("attention_unit", *job_lib.UNIT)
-    _Unit(code, _FIELDS.load(code, address), unit).write()
-
-
 class _Unit:
-    """A row's queries of one kv head: where its numbers lie, and the steps."""
+    """A unit of a job, a row's queries of one kv head: where numbers lie, the steps."""
 
     def __init__(self, code: code_lib.Code, job: dict[str, ir.Value], unit: ir.Value):
         """Find places and sizes, and allocate what the unit needs."""
@@ -383,8 +354,7 @@ class _Unit:
         )
 
     def _attend(self, **tile: ir.Value) -> None:
-        values = _values(self._queries) + _values(_Tile(**tile))
-        self._code.invoke("attend_tile", *values)
+        self._code.invoke("attend_tile", *self._queries, *_Tile(**tile))
 
     def _store(self) -> None:
         """Divide the sums, and write heads: [K, G, H, B, T]."""

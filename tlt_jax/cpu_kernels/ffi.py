@@ -82,9 +82,7 @@ def register(
             passes.run(fn, builder)
     engine = llvm.create_mcjit_compiler(compiled, machine)
     engine.finalize_object()
-    addresses = {
-        target: engine.get_function_address(name) for target, name in handlers.items()
-    }
+    addresses = {t: engine.get_function_address(name) for t, name in handlers.items()}
     engine.detach()
     new_capsule = ctypes.pythonapi.PyCapsule_New
     new_capsule.restype = ctypes.py_object

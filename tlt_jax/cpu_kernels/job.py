@@ -12,7 +12,7 @@ device's share of them and no more, so that devices do not slow one another down
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
@@ -94,9 +94,7 @@ class Call:
         """Point to a result's first element."""
         return self._code.field(self._buffer("result", index), _BUFFER["data"])
 
-    def dims(
-        self, index: int, count: int, kind: str = "argument"
-    ) -> Sequence[ir.Value]:
+    def dims(self, index: int, count: int, kind: str = "argument") -> list[ir.Value]:
         """Read the first `count` dimensions of an argument or `result`."""
         dims = self._code.field(self._buffer(kind, index), _BUFFER["dims"])
         return [self._code.get(dims, i, kind=I64) for i in range(count)]
@@ -164,12 +162,8 @@ def write_handler(
 ) -> None:
     """Write a handler that makes the job and runs its units on the program's threads.
 
-    Args:
-      module: to which the handler is added.
-      name: of the handler.
-      unit: function of `module`, of a job and a unit's number.
-      fields: of the job.
-      numbers: gives, for a call, the job's numbers and how many units there are.
+    `unit` is a function of the module, of a job and a unit's number; `numbers` gives,
+    for a call, the job's numbers and how many units there are.
     """
     with handler(module, name) as (code, call):
         values, units = numbers(code, call)

@@ -251,12 +251,8 @@ def _write_call(
 
 def _numbers_of(code, block) -> dict[str, ir.Value]:
     """What a call must know of a block: job function, and job sizes."""
-    numbers = dict(
-        width=block.width,
-        rows=block.rows,
-        is_packed=int(block.is_packed),
-        vectors=-(-block.width // block.lanes),
-    )
+    numbers = dict(width=block.width, rows=block.rows, is_packed=int(block.is_packed))
+    numbers |= dict(vectors=-(-block.width // block.lanes))
     function = code.address(block.name).ptrtoint(I64)
     return dict(block=function) | {k: code.number(v) for k, v in numbers.items()}
 

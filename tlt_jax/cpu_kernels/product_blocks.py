@@ -15,8 +15,8 @@ from llvmlite import ir
 
 from tlt_jax.cpu_kernels import code as code_lib
 
-F32, I8, I32, I64 = code_lib.F32, code_lib.I8, code_lib.I32, code_lib.I64
-POINTER, VOID = code_lib.POINTER, code_lib.VOID
+F32, F64, I8, I32 = code_lib.F32, code_lib.F64, code_lib.I8, code_lib.I32
+I64, POINTER, VOID = code_lib.I64, code_lib.POINTER, code_lib.VOID
 # What a block's function takes: w, x, tail, y, size, main, n, columns, skip. It stores
 # the rows from `skip` on to `y`, `n` columns apart.
 SIGNATURE = (VOID, *[POINTER] * 4, *[I64] * 5)
@@ -161,10 +161,8 @@ class _Rows:
         """Point to a weight of each row."""
         code, pointers = self._code, []
         for third in self._thirds:
-            base = third.value
-            pointers.append(base)
-            pointers.append(code.at(base, self._size))
-            pointers.append(code.at(base, self._size, kind=code_lib.F64))
+            base, size = third.value, self._size
+            pointers += [base, code.at(base, size), code.at(base, size, kind=F64)]
         return pointers[: self._count]
 
     def advance(self, count: int) -> None:
@@ -175,9 +173,8 @@ class _Rows:
     def prefetch(self, count: int, locality: int) -> None:
         """Fetch the next block's weights in the order in which they lie in memory.
 
-        Args:
-          count: weights of each row that a pass of the loop takes.
-          locality: 3 for the first cache, 2 for the second one.
+        A pass of the loop takes `count` weights of each row; `locality` is 3 for the
+        first cache, 2 for the second one.
         """
         code, num_bytes = self._code, count * self._count * 4
         flags = [ir.Constant(I32, flag) for flag in (0, locality, 1)]

@@ -6,6 +6,7 @@ breaks the channel: all who wait are told which process is gone.
 """
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import socket
@@ -13,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
+
+from tlt_jax.runtime import failures
 
 _GOODBYE, _BEAT = "goodbye", "beat"
 _BEAT_S = 5.0
@@ -23,7 +26,7 @@ _LEAVE_S = 10.0
 _REMEDY = "The same command resumes from the newest checkpoint."
 
 
-class ProcessError(RuntimeError):
+class ProcessError(failures.UserError):
     """Another process of the run has ended or does something else."""
 
 
@@ -52,9 +55,8 @@ class Server:
         self._left = threading.Event()
         self._life_lines: set[connection.Connection] = set()
         self._num = num_processes
-        self._listener = connection.Listener(
-            (host, 0), backlog=4 * num_processes, authkey=secret
-        )
+        backlog = 4 * num_processes
+        self._listener = connection.Listener((host, 0), None, backlog, secret)
         self._objects: dict[str, Any] = {}
         self._changed = threading.Condition()
         self._meetings: dict[int, _Meeting] = {}
@@ -78,11 +80,8 @@ class Server:
     def meet(self, number: int, topic: str, index: int, value: Any) -> list[Any]:
         """Wait until every process has come to a meeting; return what all brought.
 
-        Args:
-          number: of the meeting; counted alike by all processes.
-          topic: what they do there, so that it is seen where they do not.
-          index: whose value it is.
-          value: anything.
+        All count meetings alike. They tell the `topic`, so that it is seen where they
+        do not do the same; `index` says whose value it is.
 
         Raises:
           ProcessError: a process is gone, or came for something else.
@@ -98,7 +97,7 @@ class Server:
             meeting.values[index] = value
             self._changed.notify_all()
             while len(meeting.values) < self._num:
-                self._check()
+                self.check()
                 self._changed.wait()
             meeting.num_left += 1
             if meeting.num_left == self._num:
@@ -108,7 +107,8 @@ class Server:
     def check(self) -> None:
         """Raise a `ProcessError` if a process is gone."""
         with self._changed:
-            self._check()
+            if self._broken:
+                raise ProcessError(f"{self._broken} {_REMEDY}")
 
     def close(self, failed: bool = False) -> None:
         """Leave when the others have; after a failure at once, and tell them."""
@@ -174,9 +174,8 @@ class Server:
 
     def _answer(self, name: str | None, method: str, args: tuple) -> tuple[bool, Any]:
         try:
-            if name is None:
-                return True, getattr(self, method)(*args)
-            return True, getattr(self._object(name), method)(*args)
+            target = self if name is None else self._object(name)
+            return True, getattr(target, method)(*args)
         # All of them: the object may raise anything, this thread knows none of it, and
         # the caller in the other process, who waits for an answer, raises it there.
         except Exception as error:
@@ -189,13 +188,9 @@ class Server:
     def _object(self, name: str) -> Any:
         with self._changed:
             while name not in self._objects:
-                self._check()
+                self.check()
                 self._changed.wait()
             return self._objects[name]
-
-    def _check(self) -> None:
-        if self._broken:
-            raise ProcessError(f"{self._broken} {_REMEDY}")
 
     def _break(self, reason: str) -> None:
         if self._broken:
@@ -212,11 +207,11 @@ class Server:
                 target.close()
 
 
+@dataclasses.dataclass
 class _Meeting:
-    def __init__(self, topic: str):
-        self.topic = topic
-        self.values: dict[int, Any] = {}
-        self.num_left = 0
+    topic: str
+    values: dict[int, Any] = dataclasses.field(default_factory=dict)
+    num_left: int = 0
 
 
 class Client:
@@ -229,12 +224,7 @@ class Client:
         secret: bytes,
         on_gone: Callable[[str], None] | None = None,
     ):
-        """Connect.
-
-        Args:
-          index: of this process, above 0.
-          address: `Server.address`.
-          secret, on_gone: as the server's.
+        """Connect as process `index`, above 0, to `Server.address`; see `Server`.
 
         Raises:
           ProcessError: process 0 cannot be reached.

@@ -4,20 +4,22 @@ Whatever is wrong with what the user typed, or with the recipe, is one line and 
 status 2, never a traceback.
 """
 
+import contextlib
 import difflib
 import functools
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from tlt_jax import config
+from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
 
 _FREE_SECTION = "task.options"
@@ -41,11 +43,8 @@ def run(
 ) -> None:
     """Parse the command line and call `main` with the checked configuration.
 
-    Args:
-      main: the program; further flags are read from `absl.flags.FLAGS`. A
-        `schema.ConfigError` that it raises is reported as the command line's are.
-      flag: of `define_config_flag`.
-      section: the configuration's dataclass.
+    Further flags are read from `absl.flags.FLAGS`. A `schema.ConfigError` that `main`
+    raises is reported as the command line's are; `section` is the dataclass.
     """
 
     def checked(argv: Sequence[str]) -> None:
@@ -54,9 +53,26 @@ def run(
         try:
             main(_frozen(flag.value, section))
         except schema.ConfigError as error:
-            fail(str(error))
+            fail(error)
 
     app.run(checked, flags_parser=functools.partial(parse, section=section))
+
+
+@contextlib.contextmanager
+def told(*more: type[Exception]) -> Iterator[None]:
+    """Make one line and status 2 of what a user can mend, of `more` errors as well.
+
+    Libraries that report every file they write, and backends that they are not there,
+    are silent unless the user has asked for it: programs have their own display.
+    """
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        yield
+    except (ValueError, failures.UserError, *more) as error:
+        if logging.level_debug():
+            raise
+        fail(f"{error} (--verbosity=1 shows where)")
 
 
 def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:
@@ -67,7 +83,7 @@ def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:
         _check_exists(recipe)
         return flags.FLAGS(list(argv))
     except schema.ConfigError as error:
-        fail(str(error))
+        fail(error)
     except (flags.Error, AttributeError, KeyError) as error:
         # The last two come from a ConfigDict that a recipe filled wrongly, or from a
         # mistake of the recipe's own, whose traceback its author wants to see.
@@ -79,13 +95,19 @@ def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:
 
 def recipe_path(argv: Sequence[str]) -> pathlib.Path | None:
     """Return the file that the last `--config` names, or None."""
+    found = last_value(argv[1:], "config")
+    return None if found is None else pathlib.Path(found.partition(":")[0])
+
+
+def last_value(arguments: Sequence[str], flag: str) -> str | None:
+    """Return what is given last by `--flag=VALUE` or `--flag VALUE`, or None."""
     found = None
-    for argument, after in zip(argv[1:], [*argv[2:], ""], strict=False):
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
         if argument == "--":
             break
-        if name in ("--config", "-config"):
-            found = pathlib.Path((value if equals else after).partition(":")[0])
+        if name in (f"--{flag}", f"-{flag}"):
+            found = value if equals else after
     return found
 
 

@@ -19,9 +19,6 @@ def prepare(run: config.RunConfig) -> None:
     effect, jax 0.10, 0.11.) Workers in processes of their own share no threads, see
     `launch`.
     Accelerators, and devices that the user has asked for, are left as they are.
-
-    Args:
-      run: its workers and its mesh are read.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     tensor = max(run.mesh.tensor, 1)

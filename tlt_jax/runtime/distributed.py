@@ -5,6 +5,7 @@ through `jax.distributed`, so that a mesh may span their devices; a `Group` carr
 is not an array of such a mesh. A program of one process has a group of one.
 """
 
+import contextlib
 import os
 import secrets
 import socket
@@ -65,11 +66,11 @@ def initialize(on_cluster: bool = False) -> None:
 def _settings() -> dict[str, Any]:
     """Read what a launcher has said."""
     coordinator, devices = os.environ[COORDINATOR], os.environ.get(DEVICES)
-    settings: dict[str, Any] = {
-        "coordinator_address": coordinator,
-        "num_processes": int(os.environ[NUM_PROCESSES]),
-        "process_id": int(os.environ[PROCESS]),
-    }
+    settings: dict[str, Any] = dict(
+        coordinator_address=coordinator,
+        num_processes=int(os.environ[NUM_PROCESSES]),
+        process_id=int(os.environ[PROCESS]),
+    )
     if devices:
         settings["local_device_ids"] = [int(i) for i in devices.split(",")]
     if _is_local():
@@ -77,13 +78,8 @@ def _settings() -> dict[str, Any]:
     return settings
 
 
-class Group:
-    """What the processes of a run have in common. Use as a context manager.
-
-    Attributes:
-      index: of this process.
-      num: of processes.
-    """
+class Group(contextlib.AbstractContextManager):
+    """What the processes of a run have in common; this one has the `index` of `num`."""
 
     def __init__(
         self,
@@ -95,9 +91,6 @@ class Group:
         self.index, self.num = index, num
         self._link = link
         self._num_meetings = 0
-
-    def __enter__(self) -> "Group":
-        return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         if self._link is not None:

@@ -15,14 +15,9 @@ def is_external(name: str) -> bool:
 
 
 def load(what: str, name: str) -> Any:
-    """Import what `name` says.
+    """Import what `name`, `package.module:Name`, says: a function or class.
 
-    Args:
-      what: its kind, for people to read: `tuner`, `reward function`, ...
-      name: `package.module:Name`, where the module can be imported.
-
-    Returns:
-      A function or class.
+    Its kind is for people to read: `tuner`, `reward function`, ...
 
     Raises:
       ValueError: the form is another one, module or name is missing, importing fails,
@@ -33,21 +28,18 @@ def load(what: str, name: str) -> Any:
         raise ValueError(f"{what} {name!r}: accepted is 'package.module:name'.")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(
-                f"{what} {name!r}: there is no module {error.name!r}. Install it, or "
-                "put its directory on PYTHONPATH."
-            ) from error
-        raise ValueError(
-            f"{what} {name!r}: importing {module_name!r} fails, it needs the module "
-            f"{error.name!r}."
-        ) from error
     except Exception as error:  # A user's module may raise anything.
-        raise ValueError(
-            f"{what} {name!r}: importing {module_name!r} fails with "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        why = f"importing {module_name!r} fails"
+        if not isinstance(error, ModuleNotFoundError):
+            why += f" with {type(error).__name__}: {error}"
+        elif error.name and f"{module_name}.".startswith(f"{error.name}."):
+            why = (
+                f"there is no module {error.name!r}. Install it, or put its directory "
+            )
+            why += "on PYTHONPATH."
+        else:
+            why += f", it needs the module {error.name!r}."
+        raise ValueError(f"{what} {name!r}: {why}") from error
     if not hasattr(module, attribute):
         public = [n for n in dir(module) if callable(getattr(module, n))]
         near = difflib.get_close_matches(attribute, public, 1)

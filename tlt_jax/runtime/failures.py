@@ -1,8 +1,12 @@
 """What ends a run with a message instead of a traceback."""
 
 
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message names the cause and the remedy."""
+class UserError(RuntimeError):
+    """What a user can mend; the message names the cause and the remedy."""
+
+
+class TrainingError(UserError):
+    """The run cannot go on."""
 
 
 class NotFiniteError(TrainingError):

@@ -21,10 +21,8 @@ def keep_freed() -> bool:
 
     Only where nothing but CPUs can be computed on: with accelerators the host has other
     uses for its memory. The process then holds the most that it ever had. Threads made
-    earlier keep arenas of their own, which cannot be kept.
-
-    Returns:
-      Whether it was done; not without glibc either.
+    earlier keep arenas of their own, which cannot be kept. Returns whether it was done;
+    not without glibc either.
     """
     if not _computes_on_cpus_alone():
         return False

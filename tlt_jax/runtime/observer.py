@@ -20,17 +20,5 @@ class Observer(Protocol):
         """Take a finished step's record."""
 
 
-class Silent:
-    """An `Observer` that shows nothing."""
-
-    def stage(self, name: str) -> None:
-        """See `Observer`."""
-
-    def within(self, done: int, total: int, detail: str = "") -> None:
-        """See `Observer`."""
-
-    def note(self, text: str) -> None:
-        """See `Observer`."""
-
-    def record(self, row: Mapping[str, Any]) -> None:
-        """See `Observer`."""
+class Silent(Observer):
+    """Shows nothing."""

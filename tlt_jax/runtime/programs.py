@@ -16,12 +16,9 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A device program that can be had.
+    """A device program that can be had: `lower` traces and lowers it.
 
-    Attributes:
-      key: names it, and says everything that decides its shapes; equal keys are one
-        program.
-      lower: traces and lowers it.
+    The key says everything that decides its shapes: equal keys are one program.
     """
 
     key: Hashable
@@ -30,21 +27,13 @@ class Program:
 
 @dataclasses.dataclass
 class PoolStats:
-    """What the pool did so far.
-
-    Attributes:
-      num_compiled: programs compiled.
-      compile_s: seconds spent compiling, wherever that happened.
-      waited_s: seconds for which a caller had to wait for a program.
-      temp_bytes: largest scratch memory of any program, as its compiler says.
-      code_bytes: generated code of all programs, as their compilers say.
-    """
+    """What the pool did so far; bytes are what compilers say."""
 
     num_compiled: int = 0
-    compile_s: float = 0.0
-    waited_s: float = 0.0
-    temp_bytes: int = 0
-    code_bytes: int = 0
+    compile_s: float = 0.0  # Wherever that happened.
+    waited_s: float = 0.0  # For which a caller had to wait for a program.
+    temp_bytes: int = 0  # The largest scratch memory of any program.
+    code_bytes: int = 0  # Of all programs.
 
 
 class ProgramPool:
@@ -65,13 +54,8 @@ class ProgramPool:
     def get(self, program: Program) -> jax.stages.Compiled:
         """Return a program compiled, compiling or waiting for it if need be.
 
-        One that is only queued in the background is compiled here at once.
-
-        Args:
-          program: lowered only if nobody has begun to.
-
-        Returns:
-          The program. An error of its compilation is raised, and its key forgotten.
+        One that is only queued in the background is compiled here at once. An error of
+        its compilation is raised, and its key forgotten.
         """
         future, mine = self._claim(program.key)
         if not mine and future.done():
@@ -102,11 +86,9 @@ class ProgramPool:
             self._tasks[program.key] = task
 
     def is_ready(self, program: Program, timeout_s: float = 0.0) -> bool:
-        """Tell whether a program can be had at once.
+        """Tell whether a program can be had within `timeout_s`.
 
-        Args:
-          program: if it was prepared, an error of its compilation is raised.
-          timeout_s: wait so long for it.
+        If it was prepared, an error of its compilation is raised.
         """
         future = self._programs.get(program.key)
         if future is None:
@@ -166,8 +148,7 @@ class ProgramPool:
             self.stats.num_compiled += 1
             self.stats.compile_s += elapsed
             if memory is not None:
-                self.stats.temp_bytes = max(
-                    self.stats.temp_bytes, memory.temp_size_in_bytes
-                )
+                scratch = memory.temp_size_in_bytes
+                self.stats.temp_bytes = max(self.stats.temp_bytes, scratch)
                 self.stats.code_bytes += memory.generated_code_size_in_bytes
         future.set_result(compiled)

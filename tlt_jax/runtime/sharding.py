@@ -25,27 +25,17 @@ Axes = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Mesh axes over which each logical axis is split; empty: not split.
+    """Mesh axes over which each logical axis is split; empty: not split."""
 
-    Attributes:
-      embed: D, of weights.
-      mlp: F.
-      kv_heads: K, of weights and of the cache.
-      vocab: V.
-      layer: L.
-      batch: rows of any batch.
-      sequence: T, of the activations between layers that training keeps.
-      page: pages of the cache.
-    """
-
-    embed: tuple[str, ...] = ("fsdp",)
-    mlp: tuple[str, ...] = ("tensor",)
-    kv_heads: tuple[str, ...] = ("tensor",)
-    vocab: tuple[str, ...] = ("tensor",)
-    layer: tuple[str, ...] = ()
-    batch: tuple[str, ...] = ("data", "fsdp")
+    embed: tuple[str, ...] = ("fsdp",)  # D, of weights.
+    mlp: tuple[str, ...] = ("tensor",)  # F.
+    kv_heads: tuple[str, ...] = ("tensor",)  # K, of weights and of the cache.
+    vocab: tuple[str, ...] = ("tensor",)  # V.
+    layer: tuple[str, ...] = ()  # L.
+    batch: tuple[str, ...] = ("data", "fsdp")  # Rows of any batch.
+    # T, of the activations between layers that training keeps.
     sequence: tuple[str, ...] = ("tensor",)
-    page: tuple[str, ...] = ()
+    page: tuple[str, ...] = ()  # Pages of the cache.
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -192,12 +182,11 @@ def tree_shardings(
     rules: ShardingRules,
     axes: Any,
     shapes: Any = None,
-    replicate: bool = False,
 ) -> Any:
     """Return the shardings of a tree of arrays.
 
     Args:
-      mesh, rules, replicate: see `named`.
+      mesh, rules: see `named`.
       axes: tree with a tuple of logical names at the place of every array.
       shapes: tree of the same structure whose leaves have a `.shape` (arrays or
         abstract ones); divisibility is checked when given.
@@ -209,7 +198,7 @@ def tree_shardings(
     def one(path, names: Axes, leaf: Any = None) -> NamedSharding:
         try:
             shape = None if leaf is None else leaf.shape
-            return named(mesh, rules, names, shape, replicate)
+            return named(mesh, rules, names, shape)
         except ValueError as error:
             raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from error
 

@@ -45,13 +45,7 @@ def step(
     loss: Array,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Array, Array]:
-    """Take an optimizer step, unless loss or gradient is not finite.
-
-    Args:
-      state: before.
-      grads: of `state.params`.
-      loss: scalar.
-      optimizer: static.
+    """Take an optimizer step, unless the gradient or the scalar loss is not finite.
 
     Returns:
       The state, bit for bit the old one where the step was skipped; the gradient's norm
@@ -72,12 +66,7 @@ def step(
 
 @dataclasses.dataclass
 class Skips:
-    """Counts steps that were skipped one after the other.
-
-    Attributes:
-      most: so many end the training.
-      in_a_row: up to now.
-    """
+    """Counts steps that were skipped one after the other; `most` end the training."""
 
     most: int
     in_a_row: int = 0
@@ -87,10 +76,7 @@ class Skips:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
 
     def check(self, remedy: str = "") -> None:
-        """End a training that has diverged.
-
-        Args:
-          remedy: for the message; where there is none the caller adds it.
+        """End a training that has diverged; without a `remedy` the caller adds it.
 
         Raises:
           failures.NotFiniteError: too many steps in a row were skipped.
@@ -106,10 +92,8 @@ class Skips:
 class Snapshot:
     """What survives a kill of something that is trained beside other state.
 
-    Attributes:
-      state: of its training.
-      arrays: further arrays by name, of any shapes, in host memory.
-      meta: anything that JSON can hold.
+    Beside the state of its training further arrays, by name and in host memory, and
+    anything that JSON can hold.
     """
 
     state: TrainState

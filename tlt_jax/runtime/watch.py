@@ -25,13 +25,7 @@ class Watch:
         observer: observer_lib.Observer | None = None,
         step: int = 0,
     ):
-        """Begin a step.
-
-        Args:
-          pools: of programs that the step may wait for.
-          observer: is told; None: nobody.
-          step: RL steps done before.
-        """
+        """Begin the step behind `step` others; it may wait for programs of `pools`."""
         self._pools = tuple(pools)
         self._observer = observer or observer_lib.Silent()
         self._step = step

@@ -55,14 +55,10 @@ details pre { background: var(--card); border: 1px solid var(--line);
 
 
 class Answer(NamedTuple):
-    """A completion to be shown.
+    """A completion to be shown; `about` says which one it is.
 
-    Attributes:
-      about: which one it is, in a few words.
-      reward: as judged.
-      prompt: what was asked.
-      reference: the right answer, if there is one.
-      pieces: the text in parts, each with whether it had been drafted.
+    `reference` is the right answer, if there is one, `pieces` the text in parts, each
+    with whether it had been drafted.
     """
 
     about: str
@@ -95,9 +91,8 @@ def plots(pictures: Sequence[tuple[str, bytes, str]]) -> str:
 def answer(shown: Answer) -> str:
     """Show a completion; what had been drafted is marked."""
     kind = "good" if shown.reward > 0 else "poor"
-    wanted = (
-        "" if shown.reference is None else f" · right answer: {_text(shown.reference)}"
-    )
+    known = shown.reference is not None
+    wanted = f" · right answer: {_text(shown.reference)}" if known else ""
     body = "".join(
         f"<mark>{_text(text)}</mark>" if drafted else _text(text)
         for text, drafted in shown.pieces
@@ -121,9 +116,8 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def folded(title: str, text: str) -> str:
     """Hide a longer text behind its title."""
-    return (
-        f"<details><summary>{_text(title)}</summary><pre>{_text(text)}</pre></details>"
-    )
+    title, text = _text(title), _text(text)
+    return f"<details><summary>{title}</summary><pre>{text}</pre></details>"
 
 
 def section(title: str, body: str, note: str = "") -> str:

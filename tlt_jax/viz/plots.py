@@ -1,4 +1,4 @@
-"""PNG plots of a run's record, into `<workdir>/plots`.
+"""PNG plots of the record of a run, or of a drafter's training, into `<workdir>/plots`.
 
 `python -m tlt_jax.plots --workdir=DIR` redraws them at any time.
 """
@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import figure
+from matplotlib import axes as axes_lib
+from matplotlib import cm, figure
 
-from tlt_jax.viz import drafter_plots, style, timeline
+from tlt_jax.viz import style, timeline
 from tlt_jax.workdir import metrics
 
 Rows = Sequence[Mapping[str, Any]]
@@ -23,13 +24,33 @@ _STAGES = (
     ("time/sync_s", "weight sync", style.GREEN),
     ("time/compile_s", "compilation", style.RED),
 )
+_LENGTHS = (
+    ("length/max", "longest", style.RED, 1.2),
+    ("length/p95", "95th percentile", style.ORANGE, 1.6),
+    ("length/p50", "median", style.BLUE, 2),
+)
+_POLICY = (
+    ("policy/entropy", "entropy, nats"),
+    ("policy/kl", "KL from the initial policy"),
+    ("policy/grad_norm", "gradient norm"),
+    ("mismatch/logprob_max_abs", "largest log-prob mismatch"),
+)
+_DRAFTER = (
+    ("specdec/accept_length", "tokens per verification"),
+    ("drafter/top1_acc", "drafter's likeliest token is the target's"),
+    ("drafter/loss", "drafter's loss"),
+)
+# Of a training of a drafter alone.
+_TRAINING = (
+    ("drafter/loss", "training loss"),
+    ("drafter/top1_acc", "both laws' likeliest token agree, by step unrolled"),
+    ("eval/coupled_rate_by_depth", "held out: accepted by depth, coupled"),
+    ("eval/deterministic_rate_by_depth", "held out: accepted, deterministic"),
+)
 
 
 def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
-    """Draw every plot that the run's record has data for.
-
-    Args:
-      workdir: a run's directory with at least one recorded step.
+    """Draw every plot that the run's record has data for, at least one step's.
 
     Returns:
       The files written.
@@ -52,24 +73,10 @@ def figures(workdir: str | pathlib.Path) -> dict[str, figure.Figure]:
     """
     workdir = pathlib.Path(workdir)
     rows = metrics.read(workdir)
-
-    def worker_timeline(_: Rows) -> figure.Figure | None:
-        return timeline.draw(timeline.read(workdir))
-
-    made = {}
-    for name, draw in (
-        ("reward", reward),
-        ("lengths", lengths),
-        ("time_split", time_split),
-        ("accept_length", accept_length),
-        ("policy", policy),
-        ("drafter_training", drafter_training),
-        ("timeline", worker_timeline),
-    ):
-        drawn = draw(rows)
-        if drawn is not None:
-            made[name] = drawn
-    return made
+    draws = (reward, lengths, time_split, accept_length, policy, drafter_training)
+    made = {draw.__name__: draw(rows) for draw in draws}
+    made["timeline"] = timeline.draw(timeline.read(workdir))
+    return {name: drawn for name, drawn in made.items() if drawn is not None}
 
 
 def reward(rows: Rows) -> figure.Figure | None:
@@ -81,77 +88,36 @@ def reward(rows: Rows) -> figure.Figure | None:
     # Rows without a deviation have a band of no width.
     by_step = dict(zip(*_series(rows, "reward/std"), strict=True))
     std = np.array([by_step.get(step, 0.0) for step in steps])
-    axes.fill_between(
-        steps,
-        mean - std,
-        mean + std,
-        color=style.BLUE,
-        alpha=0.12,
-        linewidth=0,
-        label="± 1 standard deviation",
-    )
+    look = dict(color=style.BLUE, lw=2)
+    band, told = (mean - std, mean + std), "± 1 standard deviation"
+    axes.fill_between(steps, *band, color=style.BLUE, alpha=0.12, lw=0, label=told)
     window = max(1, min(10, len(steps) // 5))
     if window > 1:
-        axes.plot(steps, mean, color=style.BLUE, alpha=0.35, linewidth=1, label="mean")
-        axes.plot(
-            steps,
-            smooth(mean, window),
-            color=style.BLUE,
-            linewidth=2,
-            label=f"mean of the last {window} steps",
-        )
+        axes.plot(steps, mean, color=style.BLUE, alpha=0.35, lw=1, label="mean")
+        told = f"mean of the last {window} steps"
+        axes.plot(steps, smooth(mean, window), label=told, **look)
     else:
-        axes.plot(
-            steps,
-            mean,
-            color=style.BLUE,
-            linewidth=2,
-            marker="o",
-            ms=3,
-            label="mean",
-        )
-    colors = (
-        style.GREEN,
-        style.ORANGE,
-        style.RED,
-        style.PURPLE,
-        style.SKY,
-        style.GREY,
-    )
-    held_out = sorted(_eval_names(rows))[: len(colors)]
-    for (name, label), color in zip(held_out, colors, strict=False):
-        eval_steps, values = _series(rows, name)
-        axes.plot(
-            eval_steps,
-            values,
-            ls="--",
-            marker="D",
-            ms=4,
-            label=label,
-            lw=1.2,
-            color=color,
-        )
+        axes.plot(steps, mean, marker="o", ms=3, label="mean", **look)
+    names = {name for row in rows for name in row}
+    held_out = sorted(n for n in names if n.startswith(("eval/avg@", "eval/pass@")))
+    colors = (style.GREEN, style.ORANGE, style.RED, style.PURPLE, style.SKY, style.GREY)
+    # As many as there are colours.
+    for name, color in zip(held_out, colors, strict=False):
+        label = "held out, " + name.removeprefix("eval/")
+        look = dict(ls="--", marker="D", ms=4, lw=1.2, color=color)
+        axes.plot(*_series(rows, name), label=label, **look)
     return style.finish(fig, axes)
 
 
 def lengths(rows: Rows) -> figure.Figure | None:
     """Draw the median, 95th percentile and maximum completion length."""
-    curves = (
-        ("length/max", "longest", style.RED, 1.2),
-        ("length/p95", "95th percentile", style.ORANGE, 1.6),
-        ("length/p50", "median", style.BLUE, 2),
-    )
     fig, axes = style.figure("Completion length", "tokens")
-    drawn = 0
-    for name, label, color, width in curves:
+    for name, label, color, width in _LENGTHS:
         steps, values = _series(rows, name)
         if len(steps):
-            marker = "o" if len(steps) < 30 else None
-            axes.plot(
-                steps, values, color=color, lw=width, label=label, marker=marker, ms=3
-            )
-            drawn += 1
-    if not drawn:
+            look = dict(color=color, lw=width, marker=_marker(steps), ms=3)
+            axes.plot(steps, values, label=label, **look)
+    if not axes.lines:
         return None
     axes.set_ylim(bottom=0)
     return style.finish(fig, axes)
@@ -165,24 +131,26 @@ def time_split(rows: Rows) -> figure.Figure | None:
     steps = np.array([row["step"] for row in rows])
     total = np.array([row["time/step_s"] for row in rows], float)
     fig, axes = style.figure("Time per step", "seconds")
-    base = np.zeros(len(rows))
-    for name, label, color in _STAGES:
-        spent = np.array([row.get(name) or 0.0 for row in rows], float)
-        if spent.any():
-            _stack(axes, steps, base, spent, label, color)
-            base = base + spent
-    rest = np.maximum(0.0, total - base)
+    parts = [
+        (np.array([row.get(name) or 0.0 for row in rows], float), color, label)
+        for name, label, color in _STAGES
+    ]
+    rest = np.maximum(0.0, total - sum(spent for spent, *_ in parts))
     if rest.sum() > 0.005 * total.sum():
-        _stack(axes, steps, base, rest, "other", style.GREY)
-        base = base + rest
+        parts.append((rest, style.GREY, "other"))
+    base, key = np.zeros(len(rows)), []
+    for spent, *look in parts:
+        if spent.any():
+            style.stack(axes, steps, base, spent, look[0])
+            key.append(look)
+            base = base + spent
     ceiling = 1.15 * np.quantile(base, 0.95)
     if len(steps) >= 8 and base.max() > 2 * ceiling:
         # One step with compilation would squeeze all others flat.
         axes.set_ylim(0, ceiling)
         over = int((base > ceiling).sum())
         axes.text(
-            0.01,
-            0.97,
+            *(0.01, 0.97),
             f"{over} step{'s' * (over > 1)} beyond the scale "
             f"(highest {base.max():.0f} s)",
             transform=axes.transAxes,
@@ -193,7 +161,9 @@ def time_split(rows: Rows) -> figure.Figure | None:
         )
     else:
         axes.set_ylim(bottom=0)
-    return style.finish(fig, axes)
+    style.style(axes)
+    style.key(axes, key, 9)
+    return fig
 
 
 def accept_length(rows: Rows) -> figure.Figure | None:
@@ -210,23 +180,13 @@ def accept_length(rows: Rows) -> figure.Figure | None:
 
 def policy(rows: Rows) -> figure.Figure | None:
     """Draw entropy, divergence, gradient norm and sampler mismatch, one panel each."""
-    panels = (
-        ("policy/entropy", "entropy, nats"),
-        ("policy/kl", "KL from the initial policy"),
-        ("policy/grad_norm", "gradient norm"),
-        ("mismatch/logprob_max_abs", "largest log-prob mismatch"),
-    )
-    panels = [p for p in panels if len(_series(rows, p[0])[0])]
+    panels = [p for p in _POLICY if len(_series(rows, p[0])[0])]
     if not panels:
         return None
-    fig = figure.Figure(figsize=(7.5, 1.7 * len(panels) + 0.6), layout="constrained")
-    grid = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, label) in zip(grid, panels, strict=True):
-        steps, values = _series(rows, name)
-        axes.plot(steps, values, color=style.BLUE, lw=1.5)
-        axes.set_title(label, loc="left", fontsize=9)
+    fig, grid = _column(panels, 1.7 * len(panels) + 0.6)
+    for axes, (name, _) in zip(grid, panels, strict=True):
+        axes.plot(*_series(rows, name), color=style.BLUE, lw=1.5)
         style.style(axes)
-    grid[-1].set_xlabel("RL step")
     return fig
 
 
@@ -235,22 +195,54 @@ def drafter_training(rows: Rows) -> figure.Figure | None:
 
     A list holds a number for each unrolled step.
     """
-    panels = (
-        ("specdec/accept_length", "tokens per verification"),
-        ("drafter/top1_acc", "drafter's likeliest token is the target's"),
-        ("drafter/loss", "drafter's loss"),
-    )
-    there = [p for p in panels if any(row.get(p[0]) is not None for row in rows)]
-    if not any(name.startswith("drafter/") for name, _ in there):
+    panels = [p for p in _DRAFTER if any(row.get(p[0]) is not None for row in rows)]
+    if not any(name.startswith("drafter/") for name, _ in panels):
         return None
-    fig = figure.Figure(figsize=(7.5, 2.2 * len(there) + 0.4), layout="constrained")
-    grid = fig.subplots(len(there), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, label) in zip(grid, there, strict=True):
-        drafter_plots.curves(axes, rows, name)
-        axes.set_title(label, loc="left", fontsize=9)
+    fig, grid = _column(panels, 2.2 * len(panels) + 0.4)
+    for axes, (name, _) in zip(grid, panels, strict=True):
+        curves(axes, rows, name)
         style.style(axes)
-    grid[-1].set_xlabel("RL step")
     return fig
+
+
+def draw_training(workdir: str | pathlib.Path) -> pathlib.Path:
+    """Draw loss, accuracy and acceptance by depth of a `tlt_jax.train_drafter` run.
+
+    Returns:
+      The file written, `<workdir>/plots/drafter.png`.
+    """
+    workdir = pathlib.Path(workdir)
+    rows = metrics.read(workdir)
+    drawn, grid = style.panels(10, 6.5, 2, 2)
+    for axes, (name, title) in zip(grid.flat, _TRAINING, strict=True):
+        curves(axes, rows, name)
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_xlabel("step")
+        style.open_frame(axes)
+        axes.grid(axis="y", color=style.PALE, linewidth=0.8)
+        if name != "drafter/loss":
+            axes.set_ylim(0, 1)
+    path = workdir / "plots" / "drafter.png"
+    path.parent.mkdir(exist_ok=True)
+    style.save(drawn, path)
+    return path
+
+
+def curves(axes: axes_lib.Axes, rows: Rows, name: str) -> None:
+    """Draw a number over the steps, or one curve for each depth of a list."""
+    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    steps, lists = [step for step, _ in found], [np.atleast_1d(x) for _, x in found]
+    values = np.full((len(found), max(map(len, lists), default=0)), np.nan)
+    for of_step, found_there in zip(values, lists, strict=True):
+        of_step[: len(found_there)] = found_there
+    several = values.shape[1] > 1
+    colors = cm.viridis(np.linspace(0, 0.85, values.shape[1]))
+    for depth, color in enumerate(colors):
+        label = f"depth {depth + 1}" if several else None
+        look = dict(color=color, lw=1.5, marker=_marker(steps), ms=3)
+        axes.plot(steps, values[:, depth], label=label, **look)
+    if several:
+        axes.legend(frameon=False, fontsize=7)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -269,12 +261,16 @@ def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps, int), np.array(values, float)
 
 
-def _eval_names(rows: Rows) -> set[tuple[str, str]]:
-    names = {name for row in rows for name in row if name.startswith("eval/")}
-    shown = [n for n in names if n.startswith(("eval/avg@", "eval/pass@"))]
-    return {(n, "held out, " + n.removeprefix("eval/")) for n in shown}
+def _marker(steps: Sequence[int] | np.ndarray) -> str | None:
+    """Let few points be seen as points."""
+    return "o" if len(steps) < 30 else None
 
 
-def _stack(axes, steps, base, spent, label, color) -> None:
-    axes.bar(steps, spent, 0.9 if len(steps) < 60 else 1.0, base, color=color, lw=0)
-    axes.plot([], [], color=color, lw=6, label=label)
+def _column(panels: Sequence[tuple[str, str]], height: float):
+    """Make a figure of panels over RL steps, each with its title, and the panels."""
+    size = (7.5, height, len(panels), 1)
+    fig, grid = style.panels(*size, sharex=True, squeeze=False)
+    for axes, (_, label) in zip(grid[:, 0], panels, strict=True):
+        axes.set_title(label, loc="left", fontsize=9)
+    grid[-1, 0].set_xlabel("RL step")
+    return fig, grid[:, 0]

@@ -19,29 +19,21 @@ def completions(
 ) -> figure.Figure:
     """Draw a step's groups: a row for each prompt, a cell for each completion.
 
-    Args:
-      batch: the groups; the first ten are shown.
-      decode_text: token ids to text.
-      values: `[P, R]`, what colours the cells; None: the rewards.
-      title: of the picture.
+    The first ten groups are shown; `values`, `[P, R]`, colour the cells, where they are
+    None the rewards.
     """
     shown = min(len(batch.prompts), _MAX_GROUPS)
     size = batch.group_size
     values = batch.rewards if values is None else np.asarray(values)
     texts = [decode_text(c.tokens) for c in batch.completions[: shown * size]]
     longest = max(map(len, texts))
-    fig = figure.Figure(
-        figsize=(2 + size * min(max(0.09 * longest, 0.7), 1.5), 1.2 + 0.32 * shown),
-        layout="constrained",
-    )
-    axes = fig.subplots()
+    width = 2 + size * min(max(0.09 * longest, 0.7), 1.5)
+    fig, axes = style.panels(width, 1.2 + 0.32 * shown)
     most = max(float(np.abs(values).max()), 1e-6)
-    palette = colors.LinearSegmentedColormap.from_list(
-        "signed", [style.RED, "#FFFFFF", style.GREEN]
-    )
-    image = axes.imshow(
-        values[:shown], cmap=palette, vmin=-most, vmax=most, aspect="auto", alpha=0.7
-    )
+    from_colors = colors.LinearSegmentedColormap.from_list
+    palette = from_colors("signed", [style.RED, "#FFFFFF", style.GREEN])
+    look = dict(cmap=palette, vmin=-most, vmax=most, aspect="auto", alpha=0.7)
+    image = axes.imshow(values[:shown], **look)
     for i, text in enumerate(texts):
         told = text if len(text) <= 16 else text[:6] + "…" + text[-9:]
         axes.text(i % size, i // size, told, ha="center", va="center", fontsize=7)
@@ -49,8 +41,7 @@ def completions(
     axes.set_yticks(range(shown), asked, fontsize=8)
     axes.set_xticks(range(size), [f"sample {i}" for i in range(size)], fontsize=8)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    style.no_frame(axes)
     fig.colorbar(image, ax=axes, shrink=0.8)
     return fig
 
@@ -61,46 +52,30 @@ def packed(part: packing.Packed) -> figure.Figure:
     A prompt is computed once; its responses are branches behind it that do not see
     each other.
     """
-    fig = figure.Figure(figsize=(10, 4.6), layout="constrained")
-    row_axes, mask_axes = fig.subplots(1, 2)
+    fig, (row_axes, mask_axes) = style.panels(10, 4.6, 1, 2)
     is_prompt = (part.segment == part.prefix) & (part.segment >= 0)
     shades = np.where(part.segment < 0, np.nan, 2.0 + part.segment % 4)
     shades[is_prompt] = 0.0
-    palette = colors.ListedColormap(
-        [
-            style.ORANGE,
-            style.ORANGE,
-            style.BLUE,
-            style.SKY,
-            style.GREEN,
-            "#9ED9C5",
-        ]
-    )
-    row_axes.imshow(
-        shades, cmap=palette, vmin=0, vmax=5, aspect="auto", interpolation="nearest"
-    )
-    row_axes.set_title(
-        "packed rows: prompts orange, responses in turn", loc="left", fontsize=9
-    )
-    row_axes.set_xlabel("column")
-    row_axes.set_ylabel("row")
+    response_colors = (style.BLUE, style.SKY, style.GREEN, "#9ED9C5")
+    palette = colors.ListedColormap([style.ORANGE, style.ORANGE, *response_colors])
+    look = dict(vmin=0, vmax=5, aspect="auto", interpolation="nearest")
+    row_axes.imshow(shades, cmap=palette, **look)
+    told = "packed rows: prompts orange, responses in turn"
+    row_axes.set_title(told, loc="left", fontsize=9)
+    row_axes.set(xlabel="column", ylabel="row")
     row_axes.set_yticks(range(len(part.tokens)))
     # A single row need not fill the panel.
     row_axes.set_ylim(max(len(part.tokens), 4) - 0.5, -0.5)
     used = int((part.segment[0] >= 0).sum())
     width = min(used, 96)
     seen = packing.visible(part)[0][:width, :width]
-    mask_axes.imshow(
-        np.where(seen, np.where(is_prompt[0][None, :width], 1.0, 2.0), 0.0),
-        cmap=colors.ListedColormap(["#FFFFFF", style.ORANGE, style.BLUE]),
-        vmin=0,
-        vmax=2,
-        interpolation="nearest",
-    )
+    shades = np.where(seen, np.where(is_prompt[0][None, :width], 1.0, 2.0), 0.0)
+    palette = colors.ListedColormap(["#FFFFFF", style.ORANGE, style.BLUE])
+    look = dict(vmin=0, vmax=2, interpolation="nearest")
+    mask_axes.imshow(shades, cmap=palette, **look)
     told = "" if width == used else f", its first {width} columns"
     mask_axes.set_title(f"what row 0 sees{told}", loc="left", fontsize=9)
-    mask_axes.set_xlabel("column seen")
-    mask_axes.set_ylabel("column that attends")
+    mask_axes.set(xlabel="column seen", ylabel="column that attends")
     return fig
 
 
@@ -115,11 +90,9 @@ def change(
       before, after: log-probabilities of each completion's tokens, n arrays each.
       advantages: `[n]`.
     """
-    moved = np.array(
-        [new.sum() - old.sum() for old, new in zip(before, after, strict=True)]
-    )
-    fig = figure.Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = fig.subplots()
+    pairs = zip(before, after, strict=True)
+    moved = np.array([new.sum() - old.sum() for old, new in pairs])
+    fig, axes = style.panels(6.4, 4.2)
     up = np.where(np.asarray(advantages) >= 0, style.GREEN, style.RED)
     axes.scatter(advantages, moved, c=up, s=18, alpha=0.7, linewidths=0)
     axes.axhline(0, color=style.GREY, lw=0.8)
@@ -127,5 +100,5 @@ def change(
     axes.set_title("What one update did", loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("advantage of the completion")
     axes.set_ylabel("change of its log-probability, nats")
-    axes.spines[["top", "right"]].set_visible(False)
+    style.open_frame(axes)
     return fig

@@ -58,15 +58,12 @@ def write(
     out: str | pathlib.Path | None = None,
     num_answers: int = 8,
 ) -> pathlib.Path:
-    """Write the report of a run.
+    """Write the report of a run with at least one recorded step.
 
     Args:
-      workdir: a run's directory with at least one recorded step.
+      workdir: of the run.
       out: the file; None: `report.html` in the workdir. It is replaced whole.
       num_answers: sample answers of the newest step whose completions were kept.
-
-    Returns:
-      The file.
 
     Raises:
       metrics.MetricsError: there is no record, or it is damaged.
@@ -80,14 +77,15 @@ def write(
     return path
 
 
-def page(workdir: pathlib.Path, num_answers: int = 8) -> str:
+def page(workdir: pathlib.Path, num_answers: int) -> str:
     """Make the report's HTML; see `write`."""
     rows = metrics.read(workdir)
     if not rows:
         raise metrics.MetricsError(
             f"{workdir / metrics.FILE} has no step yet: wait for the first one."
         )
-    config = _config(workdir)
+    path = workdir / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
     pictures = [
         (name, style.picture(drawn, dpi=110).png, _CAPTIONS[name])
         for name, drawn in plots.figures(workdir).items()
@@ -126,13 +124,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if tokens:
         told["tokens drawn"] = f"{tokens:,}"
     if steps:
-        times = [row["time/step_s"] - (row.get("time/compile_s") or 0) for row in steps]
-        told["a step, median, without compiling"] = progress.duration(
-            statistics.median(times)
-        )
-        told["compiling"] = progress.duration(
-            sum(row.get("time/compile_s") or 0 for row in steps)
-        )
+        compiling = [row.get("time/compile_s") or 0 for row in steps]
+        pairs = zip(steps, compiling, strict=True)
+        median_s = statistics.median(row["time/step_s"] - spent for row, spent in pairs)
+        told["a step, median, without compiling"] = progress.duration(median_s)
+        told["compiling"] = progress.duration(sum(compiling))
     drafted = [row for row in steps if row.get("specdec/num_accepted")]
     if drafted:
         passes = sum(row["specdec/num_accepted"][0] for row in drafted)
@@ -148,14 +144,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def sample_answers(
     workdir: str | pathlib.Path, num: int
 ) -> tuple[int, list[page_lib.Answer]]:
-    """Choose completions of the newest step whose completions were kept.
-
-    Args:
-      workdir: the run's directory.
-      num: at most so many: the longest, then best to worst in even steps.
+    """Choose up to `num` completions of the newest step whose completions were kept.
 
     Returns:
-      The step, and the answers; none where no completions were kept.
+      The step, and the answers: the longest, then best to worst in even steps; none
+      where no completions were kept.
     """
     files = sorted(pathlib.Path(workdir).glob("rollouts/step_*.jsonl"))
     if not files or num < 1:
@@ -201,41 +194,26 @@ def pieces(
 
 def _answer(record, tokenizer, is_longest) -> page_lib.Answer:
     drafted = record.get("drafted")
-    count = sum(end - first for first, end in drafted or ())
-    about = [
-        f"{record['num_tokens']} tokens",
-        f"ended by {record['finish_reason']}",
-    ]
+    about = [f"{record['num_tokens']} tokens", f"ended by {record['finish_reason']}"]
     if is_longest:
         about.insert(0, "the longest")
     if drafted is not None:
-        about.append(f"{count} drafted")
+        about.append(f"{sum(end - first for first, end in drafted)} drafted")
     prompt = record.get("prompt", record["example_id"])
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    return page_lib.Answer(
-        ", ".join(about),
-        record["reward"],
-        prompt,
-        record["answer"],
-        pieces(record, tokenizer),
-    )
+    cut = pieces(record, tokenizer)
+    told = ", ".join(about)
+    return page_lib.Answer(told, record["reward"], prompt, record["answer"], cut)
 
 
 def _table(rows) -> tuple[list[str], list[list[str]]]:
     shown = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
-    last = rows[-_SHOWN_ROWS:]
-    cells = [[_cell(row.get(name), spec) for _, name, spec in shown] for row in last]
+    cells = [
+        ["" if row.get(n) is None else format(row[n], spec) for _, n, spec in shown]
+        for row in rows[-_SHOWN_ROWS:]
+    ]
     return [title for title, _, _ in shown], cells
-
-
-def _cell(value: Any, spec: str) -> str:
-    return "" if value is None else format(value, spec)
-
-
-def _config(workdir: pathlib.Path) -> dict[str, Any]:
-    path = workdir / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _subtitle(rows, config: Mapping[str, Any]) -> str:

@@ -20,9 +20,9 @@ from tlt_jax.workdir import directory as workdir_lib
 FILE = workdir_lib.TIMELINE
 BUSY, TRAINING, IDLE = "busy", "training", "idle"
 _LOOK = {
-    BUSY: ("decoding", style.BLUE),
-    TRAINING: ("training the drafter", style.GREEN),
-    IDLE: ("idle", style.PALE),
+    BUSY: (style.BLUE, "decoding"),
+    TRAINING: (style.GREEN, "training the drafter"),
+    IDLE: (style.PALE, "idle"),
 }
 # Steps shown worker by worker; all are in the panel of shares.
 _NUM_SHOWN = 3
@@ -66,11 +66,7 @@ def trained_frac(spent: Mapping[str, float]) -> float | None:
 def draw(records: Sequence[Record]) -> figure.Figure | None:
     """Draw the states' shares of every step, and some steps worker by worker.
 
-    Args:
-      records: of `read`.
-
-    Returns:
-      The figure; None without an interval.
+    None without an interval.
     """
     records = [record for record in records if list(_intervals(record))]
     if not records:
@@ -80,18 +76,15 @@ def draw(records: Sequence[Record]) -> figure.Figure | None:
     several = len(records) > 1
     if several:
         heights.insert(0, 2.2)
-    fig = figure.Figure(figsize=(8.5, sum(heights) + 0.6), layout="constrained")
-    panels = list(fig.subplots(len(heights), 1, height_ratios=heights, squeeze=False))
-    panels = [axes for (axes,) in panels]
+    shape = (8.5, sum(heights) + 0.6, len(heights), 1)
+    fig, grid = style.panels(*shape, height_ratios=heights, squeeze=False)
+    panels = [axes for (axes,) in grid]
     if several:
         _draw_shares(panels.pop(0), records)
     for axes, index in zip(panels, shown, strict=True):
         _draw_step(axes, records[index])
     panels[-1].set_xlabel("seconds since the rollout's begin")
-    top = fig.axes[0]
-    for label, color in _LOOK.values():
-        top.plot([], [], color=color, lw=6, label=label)
-    style.legend(top)
+    style.key(fig.axes[0], _LOOK.values(), 9)
     return fig
 
 
@@ -100,13 +93,12 @@ def _draw_shares(axes, records: Sequence[Record]) -> None:
     spent = [seconds(record) for record in records]
     total = np.array([sum(s[state] for state in _LOOK) for s in spent])
     base = np.zeros(len(steps))
-    for state, (_, color) in _LOOK.items():
+    for state, (color, _) in _LOOK.items():
         share = np.array([s[state] for s in spent]) / np.maximum(total, 1e-9)
-        axes.bar(steps, share, 0.9 if len(steps) < 60 else 1.0, base, color=color, lw=0)
+        style.stack(axes, steps, base, share, color)
         base = base + share
     axes.set_title("Workers' time", loc="left", fontsize=12, fontweight="bold")
-    axes.set_xlabel("RL step")
-    axes.set_ylim(0, 1)
+    axes.set(xlabel="RL step", ylim=(0, 1))
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     style.style(axes)
 
@@ -116,7 +108,7 @@ def _draw_step(axes, record: Record) -> None:
     workers = record["workers"]
     for row, worker in enumerate(workers):
         for state, start, stop in worker["intervals"]:
-            _, color = _LOOK.get(state, (state, style.GREY))
+            color, _ = _LOOK.get(state, (style.GREY, state))
             span = [(start - first, stop - start)]
             axes.broken_barh(span, (row - 0.4, 0.8), color=color, lw=0)
     frac = trained_frac(seconds(record))
@@ -125,7 +117,7 @@ def _draw_step(axes, record: Record) -> None:
     axes.set_yticks(range(len(workers)), [f"worker {w['worker']}" for w in workers])
     axes.set_ylim(len(workers) - 0.4, -0.6)
     axes.margins(x=0)
-    axes.spines[["top", "right"]].set_visible(False)
+    style.open_frame(axes)
     axes.tick_params(axis="y", length=0)
 
 

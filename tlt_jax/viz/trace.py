@@ -106,13 +106,10 @@ class Tracer:
         num_pages = -(-(max_length + strategy.max_accept_length) // _PAGE_SIZE)
         self._width = num_pages * _PAGE_SIZE
         self._table = np.arange(1, num_pages + 1, dtype=np.int32)[None]
+        size = (num_pages + 1, _PAGE_SIZE, dtype)
         self._caches = protocols.Caches(
-            target=kv_cache.create(
-                cfg, num_pages + 1, _PAGE_SIZE, dtype, drafter_cfg.num_read
-            ),
-            drafter=kv_cache.create(
-                drafter_cfg.layer, num_pages + 1, _PAGE_SIZE, dtype
-            ),
+            target=kv_cache.create(cfg, *size, drafter_cfg.num_read),
+            drafter=kv_cache.create(drafter_cfg.layer, *size),
         )
         given = drafting.params.sharpness
         self._sharpness = np.float32(1.0 if given is None else given)
@@ -126,17 +123,11 @@ class Tracer:
             feature_layers=drafter_cfg.feature_layers,
             dtype=asked.precision,
         )
-        self._step = jax.jit(
-            functools.partial(
-                speculate.run_step,
-                proposer=learned.Learned(strategy, settings, drafter_cfg, ranking),
-                settings=settings,
-            )
-        )
-        self._prefill = jax.jit(functools.partial(decode.prefill, settings=settings))
-        self._fill = jax.jit(
-            functools.partial(learned.fill, cfg=drafter_cfg, dtype=dtype)
-        )
+        proposer = learned.Learned(strategy, settings, drafter_cfg, ranking)
+        take, partial = speculate.run_step, functools.partial
+        self._step = jax.jit(partial(take, proposer=proposer, settings=settings))
+        self._prefill = jax.jit(partial(decode.prefill, settings=settings))
+        self._fill = jax.jit(partial(learned.fill, cfg=drafter_cfg, dtype=dtype))
 
     def steps(
         self,
@@ -166,10 +157,11 @@ class Tracer:
                 f"need 1 to {self._max_length} tokens: give some text, or a larger "
                 "max_length."
             )
-        text, drafted = np.asarray(prompt, np.int32), max(len(prompt) - 2, 0)
-        keys = noise.request_keys(seed, [request_id])
-        self._begin(text, drafted)
-        steps, ended = [], False
+        text, keys = (
+            np.asarray(prompt, np.int32),
+            noise.request_keys(seed, [request_id]),
+        )
+        drafted, steps, ended = self._begin(text), [], False
         while len(text) < limit and not ended:
             step, drafted, ended = self._advance(text, drafted, limit, keys)
             steps.append(step)
@@ -199,14 +191,13 @@ class Tracer:
         keys = noise.request_keys(seed, [request_id])
         found = []
         for length in range(len(prompt), len(text)):
-            drafted = max(length - 2, 0)
-            self._begin(text[:length], drafted)
+            drafted = self._begin(text[:length])
             found.append(self._advance(text[:length], drafted, limit, keys)[0])
         return found
 
-    def _begin(self, text, drafted) -> None:
-        """Cache all but the last token, and what the drafter makes of them."""
-        zero = np.zeros((1,), np.int32)
+    def _begin(self, text) -> int:
+        """Cache all but the last token, and what the drafter makes of so many."""
+        zero, drafted = np.zeros((1,), np.int32), max(len(text) - 2, 0)
         target = self._prefill(
             self._asked.params,
             self._caches.target,
@@ -225,18 +216,14 @@ class Tracer:
             zero,
         )
         self._caches = protocols.Caches(target, draft_cache)
+        return drafted
 
     def _advance(self, text, drafted, limit, keys) -> tuple[Step, int, bool]:
         rest = text[drafted + 1 :]
         tokens = np.zeros((1, self._strategy.max_accept_length), np.int32)
         tokens[0, : len(rest)] = rest
-        draft = learned.Draft(
-            self._weights,
-            self._tau,
-            self._sharpness,
-            np.array([drafted], np.int32),
-            tokens,
-        )
+        cached = np.array([drafted], np.int32)
+        draft = learned.Draft(self._weights, self._tau, self._sharpness, cached, tokens)
         rows = decode.Rows(
             page_table=self._table,
             lengths=np.array([len(text) - 1], np.int32),

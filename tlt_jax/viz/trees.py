@@ -20,6 +20,7 @@ Name = Callable[[int], str]
 _ACCEPTED, _REFUSED, _TARGET = style.GREEN, style.PALE, style.ORANGE
 _ROOT = style.SKY
 _TAIL = 8
+_CENTRED = dict(ha="center", va="center")
 
 
 def names_of(tokenizer: model_tokenizer.Tokenizer) -> Name:
@@ -35,15 +36,20 @@ def names_of(tokenizer: model_tokenizer.Tokenizer) -> Name:
 def tree(step: Step, name: Name) -> figure.Figure:
     """Draw a step's tree, the path that the target took, and what it drew behind it."""
     places = _places(step)
-    fig = figure.Figure(figsize=_size(places), layout="constrained")
-    axes = fig.subplots()
+    wide = max(x for x, _ in places.values()) + 1
+    deep = max(y for _, y in places.values()) + 2
+    fig, axes = style.panels(max(7.5, 3.4 + 0.75 * wide), 0.8 + 0.72 * deep)
     _draw_tree(axes, step, name, places)
-    fig.suptitle(
-        f"A pass of the target reads {int(step.valid.sum())} nodes, accepts "
-        f"{step.num_accepted}, and adds {len(step.emitted)} to the text",
-        fontsize=10,
+    told = f"A pass of the target reads {int(step.valid.sum())} nodes, accepts "
+    told += f"{step.num_accepted}, and adds {len(step.emitted)} to the text"
+    fig.suptitle(told, fontsize=10)
+    looks = (
+        (_ROOT, "root: the text's last token"),
+        (_ACCEPTED, "drafted, accepted"),
+        (_REFUSED, "drafted, refused"),
+        (_TARGET, "drawn by the target behind them"),
     )
-    _key(axes)
+    style.key(axes, looks)
     return fig
 
 
@@ -51,55 +57,40 @@ def mask(step: Step, name: Name) -> figure.Figure:
     """Draw what each node of the tree attends to: the text, its ancestors, itself."""
     text, nodes = step.text[:-1][-_TAIL:], np.flatnonzero(step.valid)
     num = len(nodes)
-    fig = figure.Figure(
-        figsize=(2.2 + 0.34 * (len(text) + num), 1.6 + 0.34 * num), layout="constrained"
-    )
-    axes = fig.subplots()
-    seen = step.sees[np.ix_(nodes, nodes)]
-    shades = np.where(seen, 2, 0)
-    shades = np.concatenate([np.ones((num, len(text)), int), shades], axis=1)
+    fig, axes = style.panels(2.2 + 0.34 * (len(text) + num), 1.6 + 0.34 * num)
+    seen = np.where(step.sees[np.ix_(nodes, nodes)], 2, 0)
+    shades = np.concatenate([np.ones((num, len(text)), int), seen], axis=1)
     on_path = np.isin(nodes, step.path)
     shades[on_path] += (shades[on_path] == 2).astype(int)
     palette = colors.ListedColormap(["#FFFFFF", "#CFE5F2", style.BLUE, style.GREEN])
-    axes.pcolormesh(
-        shades, cmap=palette, vmin=0, vmax=3, edgecolors="#EEEEEE", linewidth=0.8
-    )
+    look = dict(vmin=0, vmax=3, edgecolors="#EEEEEE", linewidth=0.8)
+    axes.pcolormesh(shades, cmap=palette, **look)
     axes.axvline(len(text), color="black", lw=1.2)
-    labels = [name(int(t)) for t in text] + [name(int(step.tokens[n])) for n in nodes]
+    labels = [name(int(t)) for t in (*text, *step.tokens[nodes])]
     axes.set_xticks(np.arange(len(labels)) + 0.5, labels, fontsize=8)
-    axes.set_yticks(
-        np.arange(num) + 0.5,
-        [f"{name(int(step.tokens[n]))}  depth {step.depths[n]}" for n in nodes],
-        fontsize=8,
-    )
+    pairs = zip(labels[len(text) :], step.depths[nodes], strict=True)
+    rows = [f"{label}  depth {depth}" for label, depth in pairs]
+    axes.set_yticks(np.arange(num) + 0.5, rows, fontsize=8)
     axes.invert_yaxis()
     axes.xaxis.tick_top()
-    axes.tick_params(length=0)
+    style.no_frame(axes)
     more = "…, " if len(step.text) - 1 > _TAIL else ""
     axes.set_xlabel(f"{more}cached text | nodes of the tree", fontsize=9)
     axes.set_ylabel("node that attends", fontsize=9)
-    axes.spines[:].set_visible(False)
-    for color, label in (
+    looks = (
         ("#CFE5F2", "cached text: every node sees it"),
         (style.BLUE, "ancestor or itself"),
         (style.GREEN, "the same, on the accepted path"),
-    ):
-        axes.plot([], [], color=color, lw=6, label=label)
-    style.legend(axes, 8)
+    )
+    style.key(axes, looks)
     return fig
 
 
 def draw_at(step: Step, node: int, name: Name, *, num_shown: int = 12) -> figure.Figure:
     """Draw how the target draws at a node: its law, then law and noise together.
 
-    Args:
-      step: any.
-      node: of its tree.
-      name: of tokens.
-      num_shown: tokens shown, the likeliest of the law and those of the children.
-
-    Returns:
-      Two panels. Children of the node are marked: they are the draft's guesses.
+    Up to `num_shown` tokens are shown, the likeliest of the law and those of the node's
+    children, which are marked: they are the draft's guesses.
     """
     logprobs, children = step.logprobs[node], _children(step, node)
     guesses = {int(step.tokens[child]) for child in children}
@@ -110,19 +101,11 @@ def draw_at(step: Step, node: int, name: Name, *, num_shown: int = 12) -> figure
     rest = [int(t) for t in order if int(t) not in wanted]
     shown = set(wanted) | set(rest[: max(num_shown - len(set(wanted)), 0)])
     tokens = [int(t) for t in order if int(t) in shown]
-    fig = figure.Figure(figsize=(7.5, 4.4), layout="constrained")
-    law_axes, score_axes = fig.subplots(2, 1, sharex=True)
+    fig, (law_axes, score_axes) = style.panels(7.5, 4.4, 2, 1, sharex=True)
     at = np.arange(len(tokens))
-    paint = [
-        _TARGET
-        if token == drawn and token not in guesses
-        else _ACCEPTED
-        if token == drawn
-        else style.GREY
-        if token in guesses
-        else _REFUSED
-        for token in tokens
-    ]
+    # By whether a token was drawn, and whether it was drafted.
+    paints = ((_REFUSED, style.GREY), (_TARGET, _ACCEPTED))
+    paint = [paints[token == drawn][token in guesses] for token in tokens]
     law_axes.bar(at, np.exp(logprobs[tokens]), color=paint)
     law_axes.set_ylabel("probability")
     law_axes.set_title("the target's law", loc="left", fontsize=10)
@@ -130,109 +113,78 @@ def draw_at(step: Step, node: int, name: Name, *, num_shown: int = 12) -> figure
     low = min(finite.min(), 0.0) - 0.5
     score_axes.bar(at, finite - low, bottom=low, color=paint)
     score_axes.set_ylabel("log-prob + noise")
-    score_axes.set_title(
-        f"with this position's noise: the largest is drawn, {name(drawn)!r}",
-        loc="left",
-        fontsize=10,
-    )
+    told = f"with this position's noise: the largest is drawn, {name(drawn)!r}"
+    score_axes.set_title(told, loc="left", fontsize=10)
     score_axes.set_xticks(at, [name(token) for token in tokens])
     for axes in (law_axes, score_axes):
-        axes.spines[["top", "right"]].set_visible(False)
-    for color, label in (
+        style.open_frame(axes)
+    looks = (
         (_ACCEPTED, "drawn, and drafted: accepted"),
         (_TARGET, "drawn, and not drafted"),
         (style.GREY, "drafted, not drawn"),
         (_REFUSED, "neither"),
-    ):
-        law_axes.plot([], [], color=color, lw=6, label=label)
-    style.legend(law_axes, 8)
+    )
+    style.key(law_axes, looks)
     return fig
 
 
 def text(steps: Sequence[Step], name: Name) -> figure.Figure:
     """Draw a completion step by step: a row for each pass of the target."""
     longest = max(len(step.emitted) for step in steps)
-    fig = figure.Figure(
-        figsize=(max(7.0, 2.6 + 0.75 * longest), 0.9 + 0.32 * len(steps)),
-        layout="constrained",
-    )
-    axes = fig.subplots()
+    fig, axes = style.panels(max(7.0, 2.6 + 0.75 * longest), 0.9 + 0.32 * len(steps))
     for row, step in enumerate(steps):
         for column, token in enumerate(step.emitted):
             color = _ACCEPTED if column < step.num_accepted else _TARGET
-            _box(axes, column, row, 0.94, 0.8, color)
-            axes.text(column, row, name(int(token)), ha="center", va="center", size=9)
+            _box(axes, column, row, 0.94, 0.8, color, name(int(token)))
     axes.set_xlim(-0.6, longest - 0.4)
     axes.set_ylim(len(steps) - 0.4, -0.6)
-    axes.set_yticks(
-        range(len(steps)), [f"pass {i + 1}" for i in range(len(steps))], fontsize=8
-    )
+    passes = [f"pass {i + 1}" for i in range(len(steps))]
+    axes.set_yticks(range(len(steps)), passes, fontsize=8)
     axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    style.no_frame(axes)
     num_tokens = sum(len(step.emitted) for step in steps)
-    axes.set_title(
-        f"{num_tokens} tokens in {len(steps)} passes of the target, "
-        f"{num_tokens / len(steps):.2f} a pass",
-        loc="left",
-        fontsize=10,
-    )
-    for color, label in ((_ACCEPTED, "drafted, accepted"), (_TARGET, "the target's")):
-        axes.plot([], [], color=color, lw=6, label=label)
-    style.legend(axes, 8)
+    told = f"{num_tokens} tokens in {len(steps)} passes of the target, "
+    told += f"{num_tokens / len(steps):.2f} a pass"
+    axes.set_title(told, loc="left", fontsize=10)
+    style.key(axes, ((_ACCEPTED, "drafted, accepted"), (_TARGET, "the target's")))
     return fig
 
 
 def acceptance(by_ranking: Mapping[str, Sequence[Step]], name: Name) -> figure.Figure:
     """Draw, position by position of one text, how far different drafts came.
 
-    Args:
-      by_ranking: for each way of drafting a step at every position of the same text.
-      name: of tokens.
-
-    Returns:
-      Above how certain the target is, below how many tokens each draft got accepted.
+    Above stands how certain the target is, below how many tokens each draft got
+    accepted; `by_ranking` has for each a step at every position of the same text.
     """
     first = next(iter(by_ranking.values()))
-    at = np.arange(len(first))
-    fig = figure.Figure(
-        figsize=(1.8 + 0.3 * len(first), 2.2 + 0.45 * len(by_ranking)),
-        layout="constrained",
-    )
-    law_axes, axes = fig.subplots(
-        2, 1, sharex=True, height_ratios=(1.4, 0.45 * len(by_ranking))
-    )
+    at, height = np.arange(len(first)), 0.45 * len(by_ranking)
+    size, ratios = (1.8 + 0.3 * len(first), 2.2 + height), (1.4, height)
+    fig, grid = style.panels(*size, 2, 1, sharex=True, height_ratios=ratios)
+    law_axes, axes = grid
     probs = [float(np.exp(s.logprobs[0, int(s.drawn[0])])) for s in first]
     law_axes.bar(at, probs, color=style.SKY)
     law_axes.set_ylim(0, 1)
     law_axes.set_ylabel("probability\nof what is drawn", fontsize=8)
-    law_axes.spines[["top", "right"]].set_visible(False)
-    counts = np.array(
-        [[s.num_accepted for s in steps] for steps in by_ranking.values()]
-    )
-    axes.imshow(
-        counts, cmap="Greens", vmin=0, vmax=max(int(counts.max()), 1), aspect="auto"
-    )
+    style.open_frame(law_axes)
+    counts = [[s.num_accepted for s in steps] for steps in by_ranking.values()]
+    counts = np.array(counts)
+    most = max(int(counts.max()), 1)
+    axes.imshow(counts, cmap="Greens", vmin=0, vmax=most, aspect="auto")
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if count > 0.6 * counts.max() else "black"
-        axes.text(column, row, count, ha="center", va="center", fontsize=8, color=color)
-    means = [f"{row.mean() + 1:.2f}" for row in counts]
-    axes.set_yticks(
-        range(len(by_ranking)),
-        [f"{k}: {m} a pass" for k, m in zip(by_ranking, means, strict=True)],
-        fontsize=9,
-    )
+        axes.text(column, row, count, size=8, color=color, **_CENTRED)
+    pairs = zip(by_ranking, counts, strict=True)
+    means = [f"{label}: {row.mean() + 1:.2f} a pass" for label, row in pairs]
+    axes.set_yticks(range(len(means)), means, fontsize=9)
     axes.set_xticks(at, [name(int(s.drawn[0])) for s in first], fontsize=8)
     axes.set_xlabel("the text; below it, drafted tokens accepted from here on")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    style.no_frame(axes)
     return fig
 
 
 def rates(by_label: Mapping[str, Sequence[float]]) -> figure.Figure:
     """Draw how often a draft was accepted at each depth, its parent being accepted."""
-    fig = figure.Figure(figsize=(7.5, 3.2), layout="constrained")
-    axes = fig.subplots()
+    fig, axes = style.panels(7.5, 3.2)
     width = 0.8 / len(by_label)
     paints = (_ACCEPTED, "#9ED9C5", style.GREY, _REFUSED, _ROOT, _TARGET)
     for i, (label, values) in enumerate(by_label.items()):
@@ -240,9 +192,8 @@ def rates(by_label: Mapping[str, Sequence[float]]) -> figure.Figure:
         axes.bar(at, values, 0.92 * width, color=paints[i % len(paints)], label=label)
     deepest = max(len(values) for values in by_label.values())
     axes.set_xticks(range(deepest), [f"depth {i + 1}" for i in range(deepest)])
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("accepted, of those tried")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(ylim=(0, 1), ylabel="accepted, of those tried")
+    style.open_frame(axes)
     style.legend(axes, 8)
     return fig
 
@@ -253,74 +204,35 @@ def _draw_tree(axes: axes_lib.Axes, step: Step, name: Name, places) -> None:
         x, y = places[node]
         accepted = int(node) in on_path
         if node:
-            parent = places[step.parents[node]]
-            axes.plot(
-                [parent[0], x],
-                [parent[1], y],
-                color=_ACCEPTED if accepted else style.GREY,
-                lw=3 if accepted else 1,
-                zorder=1,
-            )
+            color, width = (_ACCEPTED, 3) if accepted else (style.GREY, 1)
+            branch = zip(places[step.parents[node]], (x, y), strict=True)
+            axes.plot(*branch, color=color, lw=width, zorder=1)
         color = _ROOT if not node else _ACCEPTED if accepted else _REFUSED
-        _box(axes, x, y, 0.8, 0.52, color)
-        axes.text(x, y, name(int(step.tokens[node])), ha="center", va="center", size=9)
-        axes.text(
-            x,
-            y + 0.36,
-            f"draws {name(int(step.drawn[node]))}",
-            ha="center",
-            va="center",
-            size=6,
-            color="#666666",
-        )
+        _box(axes, x, y, 0.8, 0.52, color, name(int(step.tokens[node])))
+        drawn = f"draws {name(int(step.drawn[node]))}"
+        axes.text(x, y + 0.36, drawn, size=6, color="#666666", **_CENTRED)
     last = int(step.path[-1])
     (x, y), token = places[last], int(step.drawn[last])
     beside = [p[0] for p in places.values() if p[1] == y + 1]
     if beside:
         # Behind everything that stands at this depth already.
         x = max(beside) + 1
-    axes.plot(
-        [places[last][0], x],
-        [places[last][1], y + 1],
-        color=_TARGET,
-        lw=3,
-        ls=(0, (2, 1)),
-        zorder=0,
-    )
-    _box(axes, x, y + 1, 0.8, 0.52, _TARGET)
-    axes.text(x, y + 1, name(token), ha="center", va="center", size=9)
+    behind = [[places[last][0], x], [y, y + 1]]
+    axes.plot(*behind, color=_TARGET, lw=3, ls=(0, (2, 1)), zorder=0)
+    _box(axes, x, y + 1, 0.8, 0.52, _TARGET, name(token))
     axes.set_ylim(max(y + 1, *(p[1] for p in places.values())) + 0.6, -0.5)
     depths = range(int(step.depths.max()) + 1)
     axes.set_yticks(list(depths), [f"depth {d}" if d else "text's end" for d in depths])
     axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    style.no_frame(axes)
     axes.margins(x=0.08)
 
 
-def _key(axes: axes_lib.Axes) -> None:
-    for color, label in (
-        (_ROOT, "root: the text's last token"),
-        (_ACCEPTED, "drafted, accepted"),
-        (_REFUSED, "drafted, refused"),
-        (_TARGET, "drawn by the target behind them"),
-    ):
-        axes.plot([], [], color=color, lw=6, label=label)
-    style.legend(axes, 8)
-
-
-def _box(axes, x, y, width, height, color) -> None:
-    axes.add_patch(
-        patches.FancyBboxPatch(
-            (x - width / 2, y - height / 2),
-            width,
-            height,
-            boxstyle="round,pad=0,rounding_size=0.1",
-            facecolor=color,
-            edgecolor="none",
-            zorder=2,
-        )
-    )
+def _box(axes, x, y, width, height, color, text) -> None:
+    axes.text(x, y, text, size=9, **_CENTRED)
+    corner, look = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.1"
+    paint = dict(facecolor=color, edgecolor="none", zorder=2)
+    axes.add_patch(patches.FancyBboxPatch(corner, width, height, look, **paint))
 
 
 def _children(step: Step, node: int) -> list[int]:
@@ -346,9 +258,3 @@ def _places(step: Step) -> dict[int, tuple[float, float]]:
 
     place(0)
     return places
-
-
-def _size(places) -> tuple[float, float]:
-    wide = max(x for x, _ in places.values()) + 1
-    deep = max(y for _, y in places.values()) + 2
-    return max(7.5, 3.4 + 0.75 * wide), 0.8 + 0.72 * deep

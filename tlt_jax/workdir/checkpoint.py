@@ -6,11 +6,12 @@ written. The policy, the optimizer state and the JSON record are separate items:
 export reads the policy alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
+from tlt_jax.runtime import failures
 
 DIRECTORY = "checkpoints"
 _POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
@@ -27,19 +29,16 @@ _Tree = TypeVar("_Tree")
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names the remedy."""
+class CheckpointError(failures.UserError):
+    """A checkpoint that cannot be written or read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint's content.
 
-    Attributes:
-      step: the number of RL steps done when it was taken.
-      params: the policy, layers stacked.
-      opt_state: the optimizer state.
-      meta: what the driver gave to `save`.
+    `step` is the number of RL steps done when it was taken; the rest is what `save` was
+    given.
     """
 
     step: int
@@ -48,7 +47,7 @@ class Restored:
     meta: dict[str, Any]
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Writes a run's checkpoints in the background and reads the newest one.
 
     Use as a context manager, or call `close`: a checkpoint still being written is
@@ -102,9 +101,6 @@ class Checkpointer:
             ),
         )
 
-    def __enter__(self) -> "Checkpointer":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -133,7 +129,7 @@ class Checkpointer:
           cfg: its architecture, a dataclass, so that a policy can be restored without
             the run.
           meta: anything that JSON can hold: config digest, task position, ...
-          more: further trees of arrays by name, read with `restore_item`. Orbax takes
+          more: further trees of arrays by name, read with `restore_arrays`. Orbax takes
             no array of size zero.
 
         Raises:
@@ -151,16 +147,11 @@ class Checkpointer:
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "driver": meta,
         }
-        items = {
-            _POLICY: ocp.args.StandardSave(params),
-            _OPTIMIZER: ocp.args.StandardSave(opt_state),
-            _META: ocp.args.JsonSave(record),
-        }
-        items |= {n: ocp.args.StandardSave(tree) for n, tree in (more or {}).items()}
-        try:
+        trees = {_POLICY: params, _OPTIMIZER: opt_state} | (more or {})
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items[_META] = ocp.args.JsonSave(record)
+        with self._writing(f"the checkpoint of step {step}"):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise self._write_error(error, step) from error
 
     def wait(self) -> None:
         """Wait until every checkpoint is complete on disk.
@@ -168,11 +159,9 @@ class Checkpointer:
         Raises:
           CheckpointError: one could not be written.
         """
-        try:
+        with self._writing("a checkpoint"):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except (OSError, RuntimeError, ValueError) as error:
-            raise self._write_error(error) from error
 
     def close(self) -> None:
         """Wait, then release the directory."""
@@ -202,12 +191,8 @@ class Checkpointer:
         record = read({_META: ocp.args.JsonRestore()})[_META]
         # Compared here because Orbax notices in the midst of reading.
         _check_shapes(step, record["shapes"], _shapes(params, opt_state))
-        content = read(
-            {
-                _POLICY: ocp.args.StandardRestore(_abstract(params)),
-                _OPTIMIZER: ocp.args.StandardRestore(_abstract(opt_state)),
-            }
-        )
+        wanted = {_POLICY: params, _OPTIMIZER: opt_state}
+        content = read({k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
         return Restored(step, content[_POLICY], content[_OPTIMIZER], record["driver"])
 
     def delete_after(self, step: int) -> None:
@@ -216,51 +201,53 @@ class Checkpointer:
             if later > step:
                 self._manager.delete(later)
 
-    def restore_item(self, step: int, name: str, tree: Any) -> Any:
-        """Read one of the trees that `save` was given as `more`.
+    def restore_arrays(self, step: int, name: str, kinds: Any) -> dict[str, np.ndarray]:
+        """Read one of the trees that `save` was given as `more`, of NumPy arrays.
 
-        Args:
-          step: of the checkpoint.
-          name: of the tree.
-          tree: of arrays, NumPy's or JAX's, or of `jax.ShapeDtypeStruct`s with a
-            sharding, as saved.
+        `kinds` has the shape and dtype of each by name. Those of size zero are not
+        read.
 
         Raises:
           CheckpointError: it is damaged, or has no such tree.
         """
-        args = {name: ocp.args.StandardRestore(_abstract(tree))}
-        return _restore(self._manager, self._directory, step, args)[name]
+        read = functools.partial(_restore, self._manager, self._directory, step)
+        return _arrays(read, name, kinds)
 
-    def _write_error(self, error: Exception, step: int | None = None):
-        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        return CheckpointError(
-            f"writing {which} below {self._directory} failed ({_summary(error)}): "
-            "check free space and permissions, then run the same command again; it "
-            "resumes from the newest complete checkpoint."
-        )
+    @contextlib.contextmanager
+    def _writing(self, which: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"writing {which} below {self._directory} failed ({_summary(error)}): "
+                "check free space and permissions, then run the same command again; it "
+                "resumes from the newest complete checkpoint."
+            ) from error
 
 
 def restore_policy(
-    workdir: str | pathlib.Path, step: int | None = None, sharding: Any = None
+    workdir: str | pathlib.Path, step: int | None = None
 ) -> tuple[params_lib.Params, model_config.ModelConfig, int]:
     """Read the policy of a run and nothing else.
 
     Args:
       workdir: the run's directory.
       step: which checkpoint; None: the newest.
-      sharding: one `jax.sharding.Sharding` for all leaves or a tree of them; None: the
-        first device holds everything.
 
     Returns:
-      The policy with its layers stacked, its architecture, and its step.
+      The policy, layers stacked, on the first device; its architecture; its step.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    with _Reader(workdir, DIRECTORY, step) as reader:
-        cfg = model_config.ModelConfig.from_json(reader.meta["model"])
-        abstract = params_lib.abstract(cfg, reader.meta["param_dtype"])
-        return reader.params(abstract, sharding), cfg, reader.step
+    from_json = model_config.ModelConfig.from_json
+    params, record, _ = restore_trained(
+        workdir,
+        DIRECTORY,
+        step,
+        lambda model, dtype: params_lib.abstract(from_json(model), dtype),
+    )
+    return params, from_json(record["model"]), record["step"]
 
 
 def restore_trained(
@@ -268,9 +255,9 @@ def restore_trained(
     name: str,
     step: int | None,
     describe: Callable[[dict[str, Any], str], _Tree],
-    item: str | None = None,
+    item: str = "",
 ) -> tuple[_Tree, dict[str, Any], dict[str, np.ndarray]]:
-    """Read what was trained of a checkpoint that is no policy's.
+    """Read what was trained, of a run that may still be going on.
 
     Args:
       workdir: the run's directory.
@@ -279,90 +266,58 @@ def restore_trained(
       describe: takes the architecture's JSON form and a dtype, and returns a tree of
         `jax.ShapeDtypeStruct`s.
       item: of `save`'s `more`: arrays whose shapes and dtypes stand in the driver's
-        record as `arrays`. None: they are left out.
+        record as `arrays`, if they do.
 
     Returns:
-      The tree, the record with `step`, `model` and `driver`, and the item's arrays.
+      The tree, on the first device; the record with `step`, `model` and `driver`; and
+      the item's arrays.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    with _Reader(workdir, name, step) as reader:
-        abstract = describe(reader.meta["model"], reader.meta["param_dtype"])
-        arrays = {
-            key: np.empty(shape, jnp.dtype(dtype))
-            for key, (shape, dtype) in reader.meta["driver"].get("arrays", {}).items()
-        }
-        filled = {key: array for key, array in arrays.items() if array.size}
-        if item is not None and filled:
-            args = ocp.args.StandardRestore(filled)
-            arrays |= reader.read({item: args})[item]
-        return reader.params(abstract), reader.meta, arrays
-
-
-class _Reader:
-    """Looks at a checkpoint of a run that may still be going on."""
-
-    def __init__(self, workdir: str | pathlib.Path, name: str, step: int | None):
-        directory = _directory(workdir, name)
-        if not directory.is_dir():
-            raise CheckpointError(
-                f"{workdir} holds no {name}: give the --workdir of a run."
-            )
-        # Neither creates nor deletes.
-        options = ocp.CheckpointManagerOptions(create=False, max_to_keep=None)
-        self._manager = ocp.CheckpointManager(directory, options=options)
-        try:
-            steps = sorted(self._manager.all_steps())
-            if not steps:
-                raise CheckpointError(
-                    f"{directory} holds no complete checkpoint: let the run reach one "
-                    "(checkpoint.every RL steps)."
-                )
-            self.step = steps[-1] if step is None else step
-            if self.step not in steps:
-                raise CheckpointError(
-                    f"step={step} has no checkpoint in {directory}: there are "
-                    f"{', '.join(map(str, steps))}."
-                )
-            self.read = functools.partial(_restore, self._manager, directory, self.step)
-            self.meta = self.read({_META: ocp.args.JsonRestore()})[_META]
-        except BaseException:
-            self._manager.close()
-            raise
-
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
-
-    def params(self, abstract: _Tree, sharding: Any = None) -> _Tree:
-        """Read what is trained, onto the first device unless told otherwise."""
-        if sharding is None:
-            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if isinstance(sharding, jax.sharding.Sharding):
-            sharding = jax.tree.map(lambda _: sharding, abstract)
-        target = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            abstract,
-            sharding,
+    directory = _directory(workdir, name)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{workdir} holds no {name}: give the --workdir of a run."
         )
-        return self.read({_POLICY: ocp.args.StandardRestore(target)})[_POLICY]
+    # Neither creates nor deletes.
+    options = ocp.CheckpointManagerOptions(create=False, max_to_keep=None)
+    made = ocp.CheckpointManager(directory, options=options)
+    with contextlib.closing(made) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise CheckpointError(
+                f"{directory} holds no complete checkpoint: let the run reach one "
+                "(checkpoint.every RL steps)."
+            )
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise CheckpointError(
+                f"step={step} has no checkpoint in {directory}: there are "
+                f"{', '.join(map(str, steps))}."
+            )
+        read = functools.partial(_restore, manager, directory, step)
+        record = read({_META: ocp.args.JsonRestore()})[_META]
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda leaf: leaf.update(sharding=first),
+            describe(record["model"], record["param_dtype"]),
+        )
+        params = read({_POLICY: ocp.args.StandardRestore(target)})[_POLICY]
+        return params, record, _arrays(read, item, record["driver"].get("arrays", {}))
 
 
-def _directory(workdir: str | pathlib.Path, name: str = DIRECTORY) -> pathlib.Path:
+def _directory(workdir: str | pathlib.Path, name: str) -> pathlib.Path:
     return pathlib.Path(workdir).absolute() / name
 
 
-def _abstract(tree: Any) -> Any:
-    def describe(leaf):
-        if isinstance(leaf, np.ndarray):
-            return leaf  # read back as such
-        sharding = getattr(leaf, "sharding", None)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(describe, tree)
+def _arrays(read: Callable[[Any], Any], name: str, kinds: Any) -> dict[str, np.ndarray]:
+    arrays = {key: np.empty(n, jnp.dtype(dtype)) for key, (n, dtype) in kinds.items()}
+    # Orbax takes no empty ones.
+    filled = {key: array for key, array in arrays.items() if array.size}
+    return arrays | (
+        read({name: ocp.args.StandardRestore(filled)})[name] if filled else {}
+    )
 
 
 def _restore(
@@ -382,20 +337,18 @@ def _restore(
 
 
 def _shapes(params: Any, opt_state: Any) -> dict[str, list[int]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        {_POLICY: params, _OPTIMIZER: opt_state}
-    )
+    both = {_POLICY: params, _OPTIMIZER: opt_state}
+    leaves = jax.tree_util.tree_leaves_with_path(both)
     return {jax.tree_util.keystr(path): list(np.shape(leaf)) for path, leaf in leaves}
 
 
 def _check_shapes(
     step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]
 ) -> None:
-    differing = sorted(
-        path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path)
-    )
+    paths = {*saved, *wanted}
+    differing = [path for path in paths if saved.get(path) != wanted.get(path)]
     if differing:
-        path = differing[0]
+        path = min(differing)
         raise CheckpointError(
             f"the checkpoint of step {step} is of another model or optimizer: "
             f"{path} is {saved.get(path, 'absent')} there and "

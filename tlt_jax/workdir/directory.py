@@ -6,17 +6,21 @@ Its layout: `config.json`, `metrics.jsonl`, `timeline.jsonl`, `rollouts/`,
 a folder for each process but the first.
 """
 
+import collections
 import contextlib
 import fcntl
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
+
+import numpy as np
 
 from tlt_jax import config
 from tlt_jax.rl.update import experience
 from tlt_jax.rl.workers import records
+from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
 from tlt_jax.workdir import metrics
 
@@ -30,8 +34,8 @@ _LOCK = ".lock"
 TIMELINE = "timeline.jsonl"
 
 
-class WorkdirError(RuntimeError):
-    """The directory cannot be used; the message names the remedy."""
+class WorkdirError(failures.UserError):
+    """The directory cannot be used."""
 
 
 @contextlib.contextmanager
@@ -42,13 +46,9 @@ def claimed(
 ) -> Iterator[None]:
     """Hold the directory for a run: no other process may work there meanwhile.
 
-    `config.json` is written; the run that it describes must be this one if it has
-    taken a step (a start that failed binds nobody).
-
-    Args:
-      workdir: made if it is not there.
-      run: what is to be done there, a dataclass of settings.
-      load: makes it of the plain values in `config.json`.
+    It is made if it is not there. `config.json` is written; the run that it describes
+    must be this one if it has taken a step (a start that failed binds nobody). `load`
+    makes a run of the plain values there.
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.
@@ -58,14 +58,23 @@ def claimed(
         workdir.mkdir(parents=True, exist_ok=True)
         lock = os.open(workdir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        _lock(lock, workdir)
+        # Until it is closed, by us or by our end.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path = workdir / "config.json"
-        if path.exists() and _begun(workdir):
+        # Of a step there is a record before there is any checkpoint.
+        record = workdir / metrics.FILE
+        if path.exists() and record.exists() and record.stat().st_size > 0:
             _check_same(workdir, path, run, load)
         with writing(path):
             temporary = path.with_suffix(".json.partial")
             temporary.write_text(config.to_json(run))
             temporary.replace(path)
+    except BlockingIOError as error:
+        raise WorkdirError(
+            f"another process works in {workdir}: wait for it, end it, or use another "
+            "--workdir."
+        ) from error
+    else:
         yield
     finally:
         os.close(lock)
@@ -100,23 +109,26 @@ def write_rollouts(
     indices of `tokens`; null where it was not noted.
     """
     path = workdir / "rollouts" / f"step_{step:06d}.jsonl"
-    rewards = batch.rewards.reshape(-1)
-    with writing(path), _new_file(path) as file:
-        for i, completion in enumerate(batch.completions):
-            prompt = batch.prompts[i // batch.group_size]
-            record = {
-                "example_id": prompt.example.example_id,
-                "request_id": completion.request_id,
-                "reward": float(rewards[i]),
-                "num_tokens": len(completion.tokens),
-                "finish_reason": completion.finish_reason,
-                "prompt": prompt.example.prompt,
-                "answer": prompt.example.answer,
-                "text": decode_text(completion.tokens),
-                "tokens": [int(token) for token in completion.tokens],
-                "drafted": _runs(completion.was_drafted),
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    lines = []
+    for i, completion in enumerate(batch.completions):
+        example = batch.prompts[i // batch.group_size].example
+        record = {
+            "example_id": example.example_id,
+            "request_id": completion.request_id,
+            "reward": float(batch.rewards.flat[i]),
+            "num_tokens": len(completion.tokens),
+            "finish_reason": completion.finish_reason,
+            "prompt": example.prompt,
+            "answer": example.answer,
+            "text": decode_text(completion.tokens),
+            "tokens": [int(token) for token in completion.tokens],
+            "drafted": _runs(completion.was_drafted),
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def write_timeline(
@@ -129,10 +141,10 @@ def write_timeline(
     One line a step: `{"step", "workers": [{"worker", "intervals": [[activity, start_s,
     stop_s], ...]}, ...]}`, times counted from the rollout's beginning.
     """
-    found: dict[int, list] = {}
+    found = collections.defaultdict(list)
     for one in intervals:
-        spans = found.setdefault(one.worker, [])
-        spans.append([str(one.activity), one.start_s, one.stop_s])
+        span = [str(one.activity), one.start_s, one.stop_s]
+        found[one.worker].append(span)
     record = {
         "step": step,
         "workers": [{"worker": w, "intervals": found[w]} for w in sorted(found)],
@@ -146,35 +158,8 @@ def _runs(flags: Sequence[bool] | None) -> list[list[int]] | None:
     """Return where runs of true values begin and end."""
     if flags is None:
         return None
-    runs: list[list[int]] = []
-    for index, flag in enumerate(flags):
-        if flag and runs and runs[-1][1] == index:
-            runs[-1][1] += 1
-        elif flag:
-            runs.append([index, index + 1])
-    return runs
-
-
-def _new_file(path: pathlib.Path) -> TextIO:
-    path.parent.mkdir(exist_ok=True)
-    return open(path, "w", encoding="utf-8")
-
-
-def _lock(lock: int, workdir: pathlib.Path) -> None:
-    """Lock an open file until it is closed, by us or by our end."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise WorkdirError(
-            f"another process works in {workdir}: wait for it, end it, or use another "
-            "--workdir."
-        ) from error
-
-
-def _begun(workdir: pathlib.Path) -> bool:
-    """Say whether there is a record of a step, as there is before any checkpoint."""
-    record = workdir / metrics.FILE
-    return record.exists() and record.stat().st_size > 0
+    changes = np.diff(np.pad(np.asarray(flags, np.int8), 1))
+    return np.flatnonzero(changes).reshape(-1, 2).tolist()
 
 
 def _check_same(workdir: pathlib.Path, path: pathlib.Path, run: Any, load) -> None:

@@ -8,12 +8,11 @@ drafter computes with, in the background and with the caller waiting; they are w
 """
 
 import contextlib
-import dataclasses
 import pathlib
 import time
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,44 +31,25 @@ Mode = Literal["blocking", "async", "selective"]
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
 _FROZEN, _ARRAYS = "frozen", "arrays"
 # What checkpoints of earlier versions do not say of a drafter.
-_DEFAULTS = {
-    "architecture": "tlt",
-    "join_bias": False,
-    "norm_before_residual": False,
-    "own_head": False,
-}
+_DEFAULTS = dict.fromkeys(("join_bias", "norm_before_residual", "own_head"), False)
+_DEFAULTS["architecture"] = "tlt"
 
 
-class DrafterCheckpointer:
-    """Writes a drafter's checkpoints and reads the one of a step.
-
-    Use as a context manager, or call `close`.
-
-    Attributes:
-      stall_s: seconds that callers of `save` have waited, in all.
-    """
+class DrafterCheckpointer(contextlib.AbstractContextManager):
+    """Writes a drafter's checkpoints and reads the one of a step."""
 
     def __init__(
         self, workdir: str | pathlib.Path, mode: Mode = "selective", keep: int = 3
     ):
         """Open `<workdir>/drafter_checkpoints`, creating it if needed.
 
-        Args:
-          workdir: the run's directory.
-          mode: what is written, and who waits.
-          keep: newest checkpoints kept. One more than the run keeps of its own, so that
-            each of those finds the drafter's of its step.
+        The newest `keep` are kept: one more than the run keeps of its own, so that each
+        of those finds the drafter's of its step.
         """
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: use {', '.join(MODES)}.")
-        self.stall_s = 0.0
         self._mode = mode
-        self._checkpointer = checkpoint.Checkpointer(
-            workdir, keep, DIRECTORY, alone=True
-        )
-
-    def __enter__(self) -> "DrafterCheckpointer":
-        return self
+        self._checkpointer = checkpoint.Checkpointer(workdir, keep, DIRECTORY, True)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -95,8 +75,7 @@ class DrafterCheckpointer:
           The seconds that the caller waited.
 
         Raises:
-          checkpoint.CheckpointError: this checkpoint or the one before could not be
-            written.
+          checkpoint.CheckpointError: this one or the one before could not be written.
         """
         started = time.perf_counter()
         arrays = {name: np.asarray(array) for name, array in snapshot.arrays.items()}
@@ -108,28 +87,16 @@ class DrafterCheckpointer:
         if self._mode != "selective":
             if target is None:
                 raise ValueError(f"mode={self._mode!r} writes the target: give it.")
-            more[_FROZEN] = _frozen(target)
-        record = {
-            "arrays": {
-                name: [list(array.shape), array.dtype.name]
-                for name, array in arrays.items()
-            },
-            "meta": snapshot.meta,
-        }
+            # A tree without a missing leaf.
+            more[_FROZEN] = {k: v for k, v in vars(target).items() if v is not None}
+        kinds = {name: [list(x.shape), x.dtype.name] for name, x in arrays.items()}
+        record = {"arrays": kinds, "meta": snapshot.meta}
         state = snapshot.state
-        self._checkpointer.save(
-            step,
-            state.params,
-            (state.opt_state, state.num_updates),
-            cfg,
-            record,
-            more,
-        )
+        counted = (state.opt_state, state.num_updates)
+        self._checkpointer.save(step, state.params, counted, cfg, record, more)
         if self._mode == "blocking":
             self._checkpointer.wait()
-        waited = time.perf_counter() - started
-        self.stall_s += waited
-        return waited
+        return time.perf_counter() - started
 
     def restore(
         self, like: train_state.TrainState, at_most: int | None = None
@@ -155,24 +122,10 @@ class DrafterCheckpointer:
         )
         if found is None:
             return None
-        arrays = {
-            name: np.empty(shape, jnp.dtype(dtype))
-            for name, (shape, dtype) in found.meta["arrays"].items()
-        }
-        filled = {name: array for name, array in arrays.items() if array.size}
-        if filled:
-            arrays |= self._checkpointer.restore_item(found.step, _ARRAYS, filled)
+        kinds = found.meta["arrays"]
+        arrays = self._checkpointer.restore_arrays(found.step, _ARRAYS, kinds)
         state = train_state.TrainState(found.params, *found.opt_state)
         return found.step, train_state.Snapshot(state, arrays, found.meta["meta"])
-
-    def restore_target(self, step: int, like: unroll.Target) -> unroll.Target:
-        """Read embedding and head, which `selective` does not write.
-
-        Raises:
-          checkpoint.CheckpointError: they are not there.
-        """
-        frozen = self._checkpointer.restore_item(step, _FROZEN, _frozen(like))
-        return unroll.Target(**frozen)
 
     def wait(self) -> None:
         """Wait until every checkpoint is complete on disk."""
@@ -186,9 +139,7 @@ class DrafterCheckpointer:
 class Trained(Protocol):
     """A drafter that a run trains, as its checkpoints need it.
 
-    Attributes:
-      trains: false: there is none, and nothing of the rest.
-      cfg: the drafter.
+    Where it does not train there is none, and nothing of the rest.
     """
 
     trains: bool
@@ -227,11 +178,8 @@ def opened(
         yield (store,)
 
 
-class DrafterStore:
-    """Keeps a run's drafter: written by the first process, read for all.
-
-    Use as a context manager.
-    """
+class DrafterStore(contextlib.AbstractContextManager):
+    """Keeps a run's drafter: written by the first process, read for all."""
 
     def __init__(
         self,
@@ -244,24 +192,16 @@ class DrafterStore:
     ):
         """Open the directory, in the first process.
 
-        Args:
-          trained: what is saved.
-          directory, mode, keep: see `DrafterCheckpointer`.
-          group: the processes; all of them call `restore` and `save`.
-          observer: told what the user should know.
+        All processes of the group call `restore` and `save`; see `DrafterCheckpointer`.
         """
         self._trained, self._group, self._observer = trained, group, observer
         self._checkpointer: DrafterCheckpointer | None = None
         if group.is_first:
             self._checkpointer = DrafterCheckpointer(directory, mode, keep)
 
-    def __enter__(self) -> "DrafterStore":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.ExitStack() as closing:
-            if self._checkpointer is not None:
-                closing.enter_context(self._checkpointer)
+    def __exit__(self, *details: object) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.__exit__(*details)
 
     def wait(self) -> None:
         """Wait until every checkpoint is complete on disk."""
@@ -271,10 +211,8 @@ class DrafterStore:
     def save(self, step: int) -> None:
         """Write what the first process has; the texts of the others are not kept."""
         if self._checkpointer is not None:
-            trained = self._trained
-            self._checkpointer.save(
-                step, trained.state(), trained.cfg, trained.target()
-            )
+            one = self._trained
+            self._checkpointer.save(step, one.state(), one.cfg, one.target())
 
     def restore(self, step: int) -> None:
         """Go on from the drafter's checkpoint of the run's step, or the newest before.
@@ -327,14 +265,7 @@ def restore_weights(
         workdir, DIRECTORY, step, describe, _ARRAYS
     )
     cfg = drafter_io.from_json(_DEFAULTS | record["model"])
-    version = record["driver"]["meta"].get("version", 0)
-    sharpness = np.float32(record["driver"]["meta"].get("sharpness", 1.0))
+    meta = record["driver"]["meta"]
+    sharpness = np.float32(meta.get("sharpness", 1.0))
     params = params.replace(draft_ids=arrays.get("draft_ids"), sharpness=sharpness)
-    return cfg, params, record["step"], version
-
-
-def _frozen(target: unroll.Target) -> dict[str, Any]:
-    """What the target's record holds, as a tree without a missing leaf."""
-    names = [field.name for field in dataclasses.fields(target)]
-    values = {name: getattr(target, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+    return cfg, params, record["step"], meta.get("version", 0)

@@ -7,7 +7,9 @@ JSON has no words for non-finite numbers; they are written as the strings "NaN",
 "Infinity" and "-Infinity", and `read` turns these back into numbers.
 """
 
+import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -21,6 +23,8 @@ import numpy as np
 from absl import logging
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
+
+from tlt_jax.runtime import failures
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -47,8 +51,8 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 Value = float | int | str | bool | None | list
 
 
-class MetricsError(RuntimeError):
-    """The record cannot be written or read; the message names the remedy."""
+class MetricsError(failures.UserError):
+    """The record cannot be written or read."""
 
 
 class Copy(Protocol):
@@ -61,7 +65,7 @@ class Copy(Protocol):
         """Complete it."""
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     """Appends rows to a run's record. Use as a context manager, or call `close`."""
 
     def __init__(
@@ -75,13 +79,8 @@ class MetricsWriter:
 
         Rows of that step and later ones, which a killed process wrote after its last
         checkpoint, are dropped: they will be written again. A half-written last line is
-        dropped too. Both are logged.
-
-        Args:
-          workdir: the run's directory.
-          first_step: `step` of the first row to be written.
-          tensorboard: write event files to `<workdir>/tensorboard` as well.
-          copies: get every row that is on disk; closed with this.
+        dropped too. Both are logged. Event files go to `<workdir>/tensorboard`, and
+        every row that is on disk to the copies, which are closed with this.
 
         Raises:
           MetricsError: another process writes here, or the file is damaged.
@@ -102,9 +101,6 @@ class MetricsWriter:
             # Makes TensorBoard forget what it read of this step and later ones.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._add_event(event_pb2.Event(step=first_step, session_log=start))
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -132,7 +128,10 @@ class MetricsWriter:
         self._last_step = step
         numbers = _numbers(values)
         if self._events:
-            self._add_event(event_pb2.Event(step=step, summary=_summary(numbers)))
+            summary = summary_pb2.Summary()
+            for tag, number in numbers.items():
+                summary.value.add(tag=tag, simple_value=number)
+            self._add_event(event_pb2.Event(step=step, summary=summary))
         for copy in self._copies:
             copy.write(step, numbers)
 
@@ -173,11 +172,7 @@ class MetricsWriter:
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     """Read all complete rows of a run, which may still be going on.
 
-    Args:
-      workdir: the run's directory.
-
-    Returns:
-      The rows in order; a half-written last line is left out.
+    A half-written last line is left out.
 
     Raises:
       MetricsError: there is no record, or a line is damaged.
@@ -225,26 +220,18 @@ def _open_locked(path: pathlib.Path) -> int:
 def _drop_rows(file: int, path: pathlib.Path, first_step: int) -> int:
     """Cut the file before `first_step`; return the last step kept, or -1."""
     data = os.pread(file, os.fstat(file).st_size, 0)
-    kept, last_step = 0, -1
     rows = _rows(data, path)
+    before = itertools.takewhile(lambda one: one[0]["step"] < first_step, rows)
+    kept = list(before)
     half = len(data) - sum(len(line) for _, line in rows)
-    num_kept = 0
-    for row, line in rows:
-        if row["step"] >= first_step:
-            break
-        kept, last_step, num_kept = kept + len(line), row["step"], num_kept + 1
     if half:
         logging.warning("%s ended in half a line (%d bytes): dropped.", path, half)
-    if num_kept < len(rows):
-        logging.warning(
-            "%s: dropped %d rows from step %d on; they will be written again.",
-            path,
-            len(rows) - num_kept,
-            first_step,
-        )
-    os.ftruncate(file, kept)
+    if dropped := len(rows) - len(kept):
+        told = "%s: dropped %d rows from step %d on; they will be written again."
+        logging.warning(told, path, dropped, first_step)
+    os.ftruncate(file, sum(len(line) for _, line in kept))
     os.fsync(file)
-    return last_step
+    return kept[-1][0]["step"] if kept else -1
 
 
 def _plain(name: str, value: Any) -> Value:
@@ -288,11 +275,4 @@ def _numbers(values: Mapping[str, Value]) -> dict[str, float]:
         for i, item in enumerate(items):
             if isinstance(item, bool | int | float) and name != "step":
                 out[f"{name}/{i}" if isinstance(value, list) else name] = float(item)
-    return out
-
-
-def _summary(numbers: Mapping[str, float]) -> summary_pb2.Summary:
-    out = summary_pb2.Summary()
-    for tag, number in numbers.items():
-        out.value.add(tag=tag, simple_value=number)
     return out

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live display, or one line per RL step."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -51,7 +52,7 @@ class Workers:
         return ", ".join(parts)
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Shows a run. Use as a context manager, or call `close`.
 
     On a terminal a display is redrawn in place: the run's bar and remaining time, the
@@ -68,35 +69,27 @@ class Progress:
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Start the display.
+        """Start the display of a run of `num_steps`, `first_step` of them done before.
 
-        Args:
-          num_steps: RL steps of the whole run.
-          first_step: steps done before (a resumed run).
-          mode: `auto` looks whether there is a terminal.
-          console, clock: for tests.
+        In the mode `auto` it looks whether there is a terminal.
         """
         self._console = console or rich.console.Console(highlight=False)
         self._num_steps, self._done = num_steps, first_step
         self._clock = clock
         self._rows: collections.deque = collections.deque(maxlen=_SHOWN_STEPS)
         self._rewards: list[float] = []
-        self._look: Callable[[], Workers | None] | None = None
+        self._look: Callable[[], Workers | None] = lambda: None
         self._stage, self._detail, self._fraction = "starting", "", None
         self._stage_since = self._printed_at = clock()
-        self._plain = mode == "plain" or not self._console.is_terminal
         self._off = mode == "off"
+        in_lines = mode == "plain" or not self._console.is_terminal
+        self._plain = in_lines and not self._off
         self._live = None
-        if not self._plain and not self._off:
+        if not in_lines and not self._off:
             self._live = rich.live.Live(
-                get_renderable=self._render,
-                console=self._console,
-                refresh_per_second=4,
+                get_renderable=self._render, console=self._console, refresh_per_second=4
             )
             self._live.start()
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -114,11 +107,9 @@ class Progress:
         self.note(f"resuming after step {step} of {self._num_steps}")
 
     def watch(self, look: Callable[[], Workers | None]) -> None:
-        """Show what the workers do.
+        """Show what the workers do, as `look` says it; None: nothing for the run.
 
-        Args:
-          look: says it; None while they have nothing to do with the run. Called from
-            the display's thread, several times a second.
+        It is called from the display's thread, several times a second.
         """
         self._look = look
 
@@ -132,9 +123,9 @@ class Progress:
         self._fraction = done / total if total else 1.0
         self._detail = f"{done}/{total}  {detail}".rstrip()
         now = self._clock()
-        if self._plain and not self._off and now - self._printed_at > _PLAIN_EVERY_S:
+        if self._plain and now - self._printed_at > _PLAIN_EVERY_S:
             self._printed_at = now
-            seen = self._seen()
+            seen = self._look()
             self._print(
                 f"  step {self._done + 1}: {self._stage} {self._detail} after "
                 f"{duration(now - self._stage_since)}"
@@ -142,17 +133,13 @@ class Progress:
             )
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Show a finished step.
-
-        Args:
-          row: its record, with the names of `metrics.NAMES`; absent ones are left out.
-        """
+        """Show a finished step; its record may lack any of `metrics.NAMES`."""
         self._done += 1
         self._rows.append(dict(row))
         if row.get("reward/mean") is not None:
             self._rewards.append(float(row["reward/mean"]))
         self.stage("next step" if self._done < self._num_steps else "finishing")
-        if self._plain and not self._off:
+        if self._plain:
             self._print(line(row, self._done, self._num_steps, self.remaining_s()))
 
     def note(self, text: str) -> None:
@@ -170,9 +157,6 @@ class Progress:
         if not times:
             return None
         return max(0.0, statistics.median(times)) * (self._num_steps - self._done)
-
-    def _seen(self) -> Workers | None:
-        return self._look() if self._look is not None else None
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
@@ -195,7 +179,7 @@ class Progress:
             if self._fraction is not None:
                 head.append(_bar(self._fraction), "green")
             head.append(f" {self._detail}", "dim")
-        if (seen := self._seen()) is not None:
+        if (seen := self._look()) is not None:
             head.append("\nworkers ")
             for activity in seen.activities[:_MANY_WORKERS]:
                 head.append(*_LOOK[activity])

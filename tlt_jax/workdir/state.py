@@ -35,7 +35,7 @@ class Store(Protocol):
         """Wait until all is on disk."""
 
 
-class RunState:
+class RunState(contextlib.AbstractContextManager):
     """The state of a run in its directory. Use as a context manager.
 
     Attributes:
@@ -54,14 +54,9 @@ class RunState:
     ):
         """Open the directory; nothing is read yet.
 
-        Args:
-          directory: the workdir.
-          cfg: how many checkpoints are kept.
-          model: the policy's architecture.
-          learning: has weights and optimizer.
-          parts: whatever else changes, by the name that the checkpoint has for it.
-          stores: of the parts that keep arrays of their own.
-          identity: of the run's settings.
+        `parts` are whatever changes beside weights and optimizer, by the name that the
+        checkpoint has for it; `stores` keep arrays of their own. `identity` is that of
+        the run's settings.
         """
         self.step = 0
         self._model, self._learning = model, learning
@@ -69,18 +64,11 @@ class RunState:
         self._stores, self._identity = stores, identity
         self._checkpointer = checkpoint.Checkpointer(directory, cfg.keep)
 
-    def __enter__(self) -> "RunState":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        with contextlib.ExitStack() as closing:
-            closing.enter_context(self._checkpointer)
+        self._checkpointer.close()
 
     def restore(self) -> bool:
-        """Take up the newest checkpoint.
-
-        Returns:
-          Whether there is one; if not, nothing is changed.
+        """Take up the newest checkpoint, and say whether there is one.
 
         Raises:
           checkpoint.CheckpointError: it is damaged, or of an earlier version of this
@@ -98,10 +86,8 @@ class RunState:
                 f"the checkpoint of step {found.step} was written by another version "
                 "of tlt_jax: go on with that version, or begin in another --workdir."
             )
-        opt_state, num_updates = found.opt_state
-        self._learning.train_state = train_state.TrainState(
-            found.params, opt_state, num_updates
-        )
+        state = train_state.TrainState(found.params, *found.opt_state)
+        self._learning.train_state = state
         self.step = found.step
         for name, part in self._parts.items():
             part.restore(saved[name])
@@ -115,16 +101,10 @@ class RunState:
         for store in self._stores:
             store.save(self.step)
         state = self._learning.train_state
-        self._checkpointer.save(
-            self.step,
-            state.params,
-            (state.opt_state, state.num_updates),
-            self._model,
-            {
-                "config": self._identity,
-                "parts": {name: part.state() for name, part in self._parts.items()},
-            },
-        )
+        counted = (state.opt_state, state.num_updates)
+        parts = {name: part.state() for name, part in self._parts.items()}
+        meta = {"config": self._identity, "parts": parts}
+        self._checkpointer.save(self.step, state.params, counted, self._model, meta)
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, waiting for one to be."""

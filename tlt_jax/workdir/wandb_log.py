@@ -15,7 +15,6 @@ from tlt_jax.workdir import metrics
 
 # Made once for a workdir, so that a resumed run goes on in the same W&B run.
 ID_FILE = "wandb_id"
-INSTALL = "pip install wandb, or pip install -e '.[wandb]'"
 
 
 class WandbLog:
@@ -31,13 +30,10 @@ class WandbLog:
         project: str,
         settings: Mapping[str, Any],
     ):
-        """Begin, or go on.
+        """Begin, or go on, with the run's nested settings.
 
-        Args:
-          workdir: of the run; what W&B writes lies in its folder `wandb`.
-          mode: `offline` writes files alone, for `wandb sync` to send later.
-          project: at W&B.
-          settings: of the run, nested.
+        What W&B writes lies in the workdir's folder `wandb`; the mode `offline` writes
+        files alone, for `wandb sync` to send later.
 
         Raises:
           metrics.MetricsError: the package is missing, or the run cannot be begun.
@@ -45,7 +41,8 @@ class WandbLog:
         if importlib.util.find_spec("wandb") is None:
             raise metrics.MetricsError(
                 f"log.wandb={mode!r} needs the package wandb, which is not installed: "
-                f"{INSTALL}, or set log.wandb to off."
+                "pip install wandb, or pip install -e '.[wandb]', or set log.wandb to "
+                "off."
             )
         import wandb
 
@@ -84,12 +81,7 @@ class WandbLog:
 def open_writer(
     workdir: str | pathlib.Path, first_step: int, run: config.RunConfig
 ) -> metrics.MetricsWriter:
-    """Open the record of a run as its settings say.
-
-    Args:
-      workdir: the run's directory.
-      first_step: see `metrics.MetricsWriter`.
-      run: the settings.
+    """Open the record of a run as its settings say; see `metrics.MetricsWriter`.
 
     Raises:
       metrics.MetricsError: as `metrics.MetricsWriter` and `WandbLog`.
