@@ -17,7 +17,7 @@ MISTAKES = {
     ),
     "a value": (
         [TINY, WORKDIR, "--config.sampling.temperature=-1.0"],
-        "error: sampling.temperature=-1.0 is out of range: above 0.",
+        "error: sampling.temperature=-1.0 is out of range: at least 0.",
     ),
     "a flag": ([TINY, "--workdr=unused"], "error: Unknown command line flag 'workdr'"),
     "no directory": ([TINY], "workdir"),

@@ -180,7 +180,7 @@ class _Rollout:
             makespan_s=c.state.ended_s - c.state.began_s,
             accept_length=tokens / rows if rows else 1.0,
             intervals=c.timeline(),
-            sums=coordinator.metrics(c.state),
+            sums=coordinator.sums(c.timeline()),
         )
 
 
