@@ -21,13 +21,7 @@ import numpy as np
 
 from experiments import cluster_size
 from experiments.lab import claims, experiment, plotting, tables
-from experiments.simulation import (
-    arm_replay,
-    cluster,
-    published,
-    trace_file,
-    workload,
-)
+from experiments.simulation import arm_replay, cluster, published, trace_file, workload
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.tuners import build as tuners
 from tlt_jax.specdec.tuners import tuner as tuner_lib

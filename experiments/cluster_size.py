@@ -22,13 +22,7 @@ from collections.abc import Callable
 import numpy as np
 
 from experiments.lab import claims, experiment, plotting, tables
-from experiments.simulation import (
-    cluster_records,
-    costs,
-    published,
-    rl_step,
-    workload,
-)
+from experiments.simulation import cluster_records, costs, published, rl_step, workload
 from tlt_jax.specdec import strategy as strategy_lib
 
 DEVICE = "h100"

@@ -55,13 +55,7 @@ KEPT = (
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A recipe that is run with every system.
-
-    Attributes:
-      name: as it stands in the tables.
-      config: the recipe, `FILE.py` or `FILE.py:variant`.
-      overrides: settings by dotted key.
-    """
+    """A recipe, `FILE.py` or `FILE.py:variant`, and its settings by dotted key."""
 
     name: str
     config: str

@@ -25,12 +25,7 @@ from jax.sharding import Mesh
 
 from experiments import ahead_of_time, kernel_peers
 from experiments.lab import experiment, tables
-from tlt_jax.pallas_kernels.verify_attention import (
-    api,
-    arg_specs,
-    bench,
-    page_layout,
-)
+from tlt_jax.pallas_kernels.verify_attention import api, arg_specs, bench, page_layout
 from tlt_jax.runtime import sharding
 
 OURS = "ours"

@@ -23,13 +23,7 @@ _VMEM_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A call, ready to be lowered.
-
-    Attributes:
-      call: takes `shapes`.
-      shapes: of its arguments.
-      kernel_bytes: that the kernel itself moves.
-    """
+    """A call with its arguments' shapes, and the bytes that its kernel itself moves."""
 
     call: Callable[..., Any]
     shapes: tuple[jax.ShapeDtypeStruct, ...]

@@ -34,13 +34,7 @@ import numpy as np
 
 from experiments import cluster_size
 from experiments.lab import experiment, tables
-from experiments.simulation import (
-    cluster_records,
-    costs,
-    published,
-    rl_step,
-    workload,
-)
+from experiments.simulation import cluster_records, costs, published, rl_step, workload
 from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -168,11 +162,7 @@ def read_step_times(path: str) -> dict[costs.Kind, float]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses numbers that describe no cluster.
-
-    Raises:
-      ValueError: one does not.
-    """
+    """Refuses, by a `ValueError`, numbers that describe no cluster."""
     for name in (
         *("devices", "tensor", "per_host", "num_prompts", "group_size"),
         *("prompt_tokens", "max_tokens", "max_rows", "steps", "accept_depth"),

@@ -23,13 +23,9 @@ from tlt_jax.runtime import programs, sharding
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program of a run.
+    """One program of a run, and what traces and lowers it.
 
-    Attributes:
-      name: as it stands in the table.
-      lower: traces and lowers it.
-      beside_bytes: what the run holds on the fullest device while the program runs,
-        besides its arguments.
+    Besides its arguments the run then holds `beside_bytes` on the fullest device.
     """
 
     name: str
@@ -140,8 +136,7 @@ class Recipe:
     def micro_batch(self) -> tuple[policy_gradient.Rows, Any, int]:
         """Makes the largest micro-batch: full rows of one prompt and response each.
 
-        Returns:
-          Rows and columns, abstract and placed, and the bound on sequences.
+        Returns rows and columns, abstract and placed, and the bound on sequences.
         """
         run, num_rows = self.run, self.learner.rows_per_micro_batch
         algorithm = self._algorithm()

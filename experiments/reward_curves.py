@@ -56,14 +56,11 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     )
     seeds = tables.values(rows, "seed")
     for seed, color in zip(seeds, plotting.COLORS, strict=False):
-        for system, style, width in (("off", "-", 3.5), ("on", "--", 1.2)):
+        off = {"color": color, "alpha": 0.5, "linewidth": 3.5}
+        on = {"color": "black", "linewidth": 1.2}
+        for system, style, look in (("off", "-", off), ("on", "--", on)):
             its = tables.where(rows, system=system, seed=seed)
-            look = (
-                {"color": color, "alpha": 0.5}
-                if system == "off"
-                else {"color": "black"}
-            )
-            look |= {"linewidth": width, "label": f"{system}, seed {seed}"}
+            look["label"] = f"{system}, seed {seed}"
             plotting.line(axes, its, "step", "reward", style, **look)
     axes.set_ylim(0, 1)
     return fig

@@ -197,11 +197,7 @@ def ratios(
 
 
 class Runs:
-    """The recorded runs, and what plain steps cost by the one with all off.
-
-    Attributes:
-      steps: by system.
-    """
+    """The recorded runs by system; what plain steps cost by the one with all off."""
 
     def __init__(self, workdirs: str):
         """Reads them; see `read_runs`."""

@@ -167,14 +167,10 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     few = [row for row in chosen if row["batch"] == fewest]
     _plot_bounded(left, [row["system"] for row in few], few)
     left.set_xlabel(f"strategy, at batch {fewest}")
-    best: dict[int, tables.Row] = {}
-    for row in chosen:
-        other = best.setdefault(row["batch"], row)
-        if row["speedup"] > other["speedup"]:
-            best[row["batch"]] = row
-    batches = sorted(best)
-    names = [f"{batch}\n{best[batch]['system']}" for batch in batches]
-    _plot_bounded(right, names, [best[batch] for batch in batches])
+    by_batch = sorted(tables.groups(chosen, "batch").items())
+    best = [max(its, key=lambda row: row["speedup"]) for _, its in by_batch]
+    names = [f"{row['batch']}\n{row['system']}" for row in best]
+    _plot_bounded(right, names, best)
     right.set_xlabel("batch, and the best strategy at it")
     left.set_ylabel("times plain decoding")
     return fig

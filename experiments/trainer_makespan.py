@@ -79,8 +79,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, str]:
 def bound_of(options: argparse.Namespace) -> tables.Row:
     """Measures a decode step of one worker beside what other cores may do.
 
-    Returns:
-      Milliseconds, as `step_ms_alone` and so on.
+    Returns milliseconds, as `step_ms_alone` and so on.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "found.json"

@@ -48,15 +48,10 @@ _COLORS = dict(
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Something that tuners are replayed against.
+    """What tuners are replayed against: machine and rollouts, made by a seed.
 
-    Attributes:
-      name: as it stands in the tables.
-      arms: candidates by rows.
-      static: a strategy for always; every bucket's arms have it.
-      threshold: rows at which the threshold rule begins with it.
-      table: entries, one strategy each, chosen before the run.
-      make: seed to machine and rollouts.
+    Every bucket's arms have `static`, the strategy for always, with which the threshold
+    rule begins at `threshold` rows; `table` has one strategy by rows, chosen before.
     """
 
     name: str

@@ -31,16 +31,10 @@ _Grid = Mapping[str, Iterable[object]]
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A flag of the command line.
+    """A flag of the command line, named without its dashes; a default False: a switch.
 
-    Attributes:
-      name: without the dashes before it.
-      default: False makes a switch.
-      help: what it is.
-      kind: reads the text; None: the default's type.
-      required: whether it has to be given.
-      recorded: whether a table with another value of it is another table.
-      choices: what it may be; empty: anything.
+    `kind` reads the text; None: the default's type. Where it is `recorded`, a table
+    with another value of it is another table.
     """
 
     name: str

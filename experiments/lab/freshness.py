@@ -146,12 +146,8 @@ class _Hashed(NamedTuple):
 class _Module:
     """A module's statements by the names that they bind.
 
-    Attributes:
-      name: dotted.
-      body: its statements that are hashed.
-      places: of the statements in `body` that bind a name.
-      loose: those that bind none: they run wherever the module is imported.
-      imports: what each imported name stands for, dotted.
+    `places` are those in `body`, the statements that are hashed; `loose` are those that
+    bind no name: they run wherever the module is imported. Imports are dotted.
     """
 
     def __init__(self, name: str, path: pathlib.Path):

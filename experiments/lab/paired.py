@@ -33,13 +33,7 @@ Row = tables.Row
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """Something to measure.
-
-    Attributes:
-      name: as it stands in the tables.
-      python: interpreter that has the system installed.
-      script: runner, a file name in `experiments/peers/`.
-    """
+    """A script in `experiments/peers/`, and the interpreter that can run it."""
 
     name: str
     python: str
@@ -139,11 +133,7 @@ class Visitor:
         self._versions, self._load = versions, load
 
     def ask(self, command: str, *, timeout_s: float, **fields) -> dict:
-        """Loads, asks twice, and returns the second answer: the first one warms up.
-
-        Raises:
-          RunnerError: as of a runner.
-        """
+        """Loads, then asks twice as `Runner.ask`: the first time warms up."""
         with contextlib.closing(Runner(*self._runner)) as runner:
             self._versions.update(runner.ask("load", **self._load))
             runner.ask(command, timeout_s=timeout_s, **fields)
@@ -216,13 +206,9 @@ def run_paired(
 ) -> list[Row]:
     """Measures every system on every case, in turn, `rounds` times.
 
-    Args:
-      names: the systems; who goes first moves on by one each round.
-      cases: what is measured; a case's items become columns.
-      measure: `(name, case, round) -> columns`, or None where the system does not
-        take the case. Rounds below zero are warm-up and are not kept.
-      rounds: kept rounds per case.
-      warmups: rounds before them, in which programs compile.
+    Who goes first moves on by one each round. `measure`, of system, case and round,
+    returns columns, or None where the system does not take the case. Rounds below zero
+    are `warmups`, in which programs compile; they are not kept.
 
     Returns:
       One row per measurement: the case, `system`, `round`, `order`, `load_average`
@@ -252,13 +238,10 @@ def summarise(
     metrics: dict[str, str],
     reference: str,
 ) -> list[Row]:
-    """Reduces rows to one per case and system: medians, ranges, paired ratios.
+    """Reduces rows of `run_paired` to one per case and system: medians, paired ratios.
 
-    Args:
-      rows: of `run_paired`.
-      case_keys: the columns that make a case.
-      metrics: column -> `higher` or `lower`, whichever is better.
-      reference: the system whose advantage the ratios state.
+    `case_keys` are the columns that make a case; of metrics `higher` or `lower` is
+    better; ratios state the advantage of the reference.
 
     Returns:
       For each metric `<metric>/median`, `/min`, `/max`, and for systems other than

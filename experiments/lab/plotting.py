@@ -39,15 +39,9 @@ def panels(
     width: float = 4.6,
     height: float = 4.0,
 ) -> tuple[figure_lib.Figure, list[axes_lib.Axes]]:
-    """Makes a figure of panels side by side, with its stamp.
+    """Makes a figure of named panels, `width` by `height` inches each, with its stamp.
 
-    Args:
-      title: of all.
-      names: of the panels; empty: a panel without.
-      stamp_text: where the figures come from.
-      xlabel: of each panel.
-      ylabel: of the first one, and meant for all.
-      width, height: of a panel, inches.
+    `xlabel` stands below each panel, `ylabel` at the first one and is meant for all.
     """
     size = (width * len(names), height)
     fig = figure_lib.Figure(figsize=size, layout="constrained")

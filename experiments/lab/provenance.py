@@ -44,9 +44,10 @@ class Provenance:
     def __init__(self, experiment: str, settings: Mapping[str, object]):
         self._start = time.monotonic()
         now = datetime.datetime.now(datetime.UTC)
+        program = ["python", "-m", f"experiments.{started_module(experiment)}"]
         self.record = {
             "experiment": experiment,
-            "command": public_command(started_module(experiment), sys.argv[1:]),
+            "command": shlex.join([*program, *map(without_paths, sys.argv[1:])]),
             "commit": git("rev-parse", "HEAD"),
             # Results are no code.
             "uncommitted_changes": bool(git("status", "--porcelain", "-uno", *_CODE)),
@@ -120,8 +121,7 @@ def is_current(record: Mapping, current: str) -> bool:
 def carry(slug: str, folder: pathlib.Path, commit: str | None, why: str) -> str:
     """Says of a stale table that what changed up to a commit alters nothing in it.
 
-    Returns:
-      What became of it, in words.
+    Returns what became of it, in words.
 
     Raises:
       ValueError: there is no record with a hash, or no reason is given.
@@ -162,12 +162,6 @@ def started_module(experiment: str) -> str:
     folder, _, name = (spec.name if spec else "").rpartition(".")
     is_other = folder == freshness.FOLDER.name and not name.startswith("__")
     return name if is_other else experiment
-
-
-def public_command(experiment: str, arguments: Sequence[str]) -> str:
-    """Returns the command line with every absolute path replaced by `PATH`."""
-    told = [without_paths(argument) for argument in arguments]
-    return shlex.join(["python", "-m", f"experiments.{experiment}", *told])
 
 
 def without_paths(argument: str) -> str:

@@ -53,24 +53,14 @@ def check(names: Sequence[str], argument: str) -> None:
 
 
 class Training:
-    """A drafter in training: three fused features, a reduced vocabulary, AdamW.
-
-    Attributes:
-      cfg: the drafter.
-      target: embedding and head, random.
-      state: what training changes.
-    """
+    """A drafter in training: three fused features, a reduced vocabulary, AdamW."""
 
     def __init__(
         self, name: str, draft_vocab: int, *, num_steps: int = 1, head_chunk: int = 256
     ):
-        """Makes a drafter.
+        """Makes a drafter of `SHAPES`, which can propose at most `draft_vocab` tokens.
 
-        Args:
-          name: of `SHAPES`.
-          draft_vocab: tokens that can be proposed, at most.
-          num_steps: unrolled steps.
-          head_chunk: bases whose logits are held at once.
+        Unrolls `num_steps`; the logits of `head_chunk` bases are held at once.
         """
         target = model_of(SHAPES[name], "llama", tie_embeddings=True)
         vocab, width = target.vocab_size, target.d_model

@@ -17,13 +17,10 @@ Rows = list[tables.Row]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of the README.
+    """A table of the README, of a file under results/cpu.
 
-    Attributes:
-      file: under results/cpu.
-      columns: heading -> a column's name, or what makes an entry of a row.
-      keep: which rows.
-      prepare: what is made of all rows before.
+    A heading has a column's name, or what makes an entry of a row; `prepare` is what is
+    made of all rows before `keep` chooses.
     """
 
     file: str
@@ -108,10 +105,6 @@ def _by_batch(rows: Rows) -> Rows:
         {"system": system, **{f"batch {row['batch']}": told(row) for row in its}}
         for (system,), its in by_system.items()
     ]
-
-
-def _batch(number: int) -> Callable[[tables.Row], object]:
-    return lambda row: row.get(f"batch {number}")
 
 
 def _drafters(rows: Rows) -> Rows:
@@ -268,9 +261,9 @@ TABLES = {
         "decode_speed_summary.csv",
         {
             "": lambda row: _PEERS.get(row["system"], row["system"]),
-            "batch 1": _batch(1),
-            "batch 8": _batch(8),
-            "batch 32": _batch(32),
+            "batch 1": lambda row: row.get("batch 1"),
+            "batch 8": lambda row: row.get("batch 8"),
+            "batch 32": lambda row: row.get("batch 32"),
         },
         prepare=_by_batch,
     ),

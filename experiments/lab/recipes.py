@@ -129,15 +129,11 @@ def planned_settings(
 def run_planned(
     settings: config.RunConfig, trains: Callable[[int], bool]
 ) -> list[tables.Row]:
-    """Runs a recipe to its end; returns the records of its steps.
+    """Runs `planned_settings` to their end; returns the records of the steps.
 
-    Args:
-      settings: of `planned_settings`.
-      trains: whether the drafter learns after the rollout of a step, counted from 0.
-
-    Returns:
-      Each step's record, and with it `policy_distance`: how far the policy's weights
-      have gone from where they began, as a part of their own length.
+    With `policy_distance`: how far the policy's weights have gone from where they
+    began, as a part of their own length. `trains` says whether the drafter learns
+    after the rollout of a step, counted from 0.
     """
     compile_cache.enable()
     rows = []
@@ -193,15 +189,10 @@ def command_of(
     workdir: pathlib.Path,
     more: Sequence[str] = (),
 ) -> list[str]:
-    """Returns the command that runs a recipe.
+    """Returns the command by which `tlt_jax.main`, or a module like it, runs a recipe.
 
-    Args:
-      module: that is started, `tlt_jax.main` or one with its flags.
-      processes: 1, or as many as `check_processes` lets pass; by `tlt_jax.launch`.
-      recipe: `FILE.py` or `FILE.py:variant`.
-      settings: overrides by dotted key, of all workers together.
-      workdir: of the run.
-      more: flags of the module's own.
+    Settings are of all workers together, by dotted key; `check_processes` must let
+    `processes` pass; `more` are flags of the module's own.
     """
     own = {}
     if processes > 1:

@@ -22,12 +22,7 @@ ROWS = ""
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is measured at once.
-
-    Attributes:
-      overrides: settings that differ from the experiment's others, by dotted name.
-      seed: of the run; None: it has none.
-    """
+    """What is measured at once: settings by dotted name, and a seed if it has one."""
 
     overrides: Mapping[str, object]
     seed: int | None = 0
@@ -66,14 +61,9 @@ def measure(
     and code are kept. A record that is there stays: what is added to its table is noted
     in it, and where nothing is, `record` becomes the one that is there.
 
-    Args:
-      folder: of the tables.
-      slug: of the experiment.
-      record: of this run; its hashes decide what may be continued.
-      cells: wanted; their names distinct.
-      measure_cell: returns a cell's rows, or rows by the table's name.
-      others: tables beside `ROWS`.
-      again: measure every cell, and drop the tables that are there.
+    The hashes of `record` decide what may be continued; cells' names are distinct.
+    `measure_cell` returns rows, or rows by the table's name (`ROWS` and `others`). With
+    `again` every cell is measured, and the tables that are there are dropped.
 
     Raises:
       ValueError: the table that is there has rows of other settings or code.

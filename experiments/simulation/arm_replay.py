@@ -24,15 +24,10 @@ Kind = tuple[int, Strategy | None]
 
 
 class Text:
-    """A row's completion.
-
-    Attributes:
-      lifetimes: `[n] int`: entry i tells how many drafts of a long chain are accepted
-        by a step that begins after i tokens were drawn.
-    """
+    """A row's completion."""
 
     def __init__(self, lifetimes: np.ndarray):
-        """Holds `lifetimes`."""
+        """Holds `[n] int`: accepted drafts of a long chain begun after i tokens."""
         self.lifetimes = [int(x) for x in lifetimes]
         self._sums: dict[int, np.ndarray] = {}
 
@@ -51,12 +46,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One RL step's generation.
-
-    Attributes:
-      texts: in the order in which they are started.
-      changed: what was updated before it.
-    """
+    """One RL step's texts, in order of their starts, and what was updated before."""
 
     texts: tuple[Text, ...]
     changed: tuple[tuner_lib.Updated, ...] = ()
@@ -64,13 +54,9 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What steps cost, and the engine's sizes.
+    """Seconds of a step in each observed call of a kind, and the engine's sizes.
 
-    Attributes:
-      step_s: seconds of a step, one per observed call, by (batch bucket, strategy).
-      arms: candidates by rows.
-      max_rows: decoded at once.
-      tokens_per_call: of a row.
+    `max_rows` are decoded at once, `tokens_per_call` are of a row.
     """
 
     step_s: dict[Kind, tuple[float, ...]]
@@ -90,14 +76,10 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A decode call of a replay.
+    """A decode call of a rollout, as the tuner was told it, beside the oracle's arm.
 
-    Attributes:
-      rollout: its number.
-      call: what the tuner was told.
-      seconds: what the call takes typically; `call.elapsed_s` has the noise.
-      regret_s: how much of it the oracle's arm would have saved.
-      best: the oracle's arm.
+    It takes `seconds` typically (`call.elapsed_s` has the noise); the oracle's arm
+    would have saved `regret_s` of them.
     """
 
     rollout: int
@@ -130,11 +112,8 @@ def replay(
     the most tokens per second. The regret of a call is the part of its typical seconds
     that the oracle's arm would have saved on the same tokens.
 
-    Args:
-      machine: costs and sizes.
-      rollouts: the work.
-      tuner: chooses and is told; None: the oracle chooses.
-      seed: of the noise of times; it does not enter regrets.
+    Without a tuner the oracle chooses. The seed is of the noise of times, which does
+    not enter regrets.
     """
     rng = np.random.default_rng(seed)
     for number, rollout in enumerate(rollouts):
@@ -189,15 +168,9 @@ def decode(
 ) -> tuple[int, int, tuple[int, ...]]:
     """Advances the rows by one decode call, as `speculate.run` would.
 
-    Args:
-      rows: alive; moved on.
-      chosen: the arm.
-      limit: tokens of a row in the call.
-      quota: the call ends once so many rows finished.
-
-    Returns:
-      Steps, tokens kept, and `num_accepted` as of `tuner.Call`. Drafts behind the end
-      of a text are not counted as accepted: what they are is not known.
+    It ends once a row has `limit` tokens or `quota` rows have finished. Returns steps,
+    tokens kept, and `num_accepted` as of `tuner.Call`. Drafts behind the end of a text
+    are not counted as accepted: what they are is not known.
     """
     depth = chosen.draft_depth if chosen else 0
     counts = [0] * len(rows)

@@ -37,15 +37,10 @@ class Cluster:
         seed: int,
         drafter: cluster_records.Drafter | None = None,
     ):
-        """Begins at time 0 with nothing to do.
+        """Begins at time 0 with nothing to do; the seed is of what is accepted.
 
-        Args:
-          cfg: sizes.
-          costs: of one worker's work.
-          acceptance: of drafts; None: nothing is speculated.
-          tuner: chooses for all workers, as in a run; None: plain decoding.
-          seed: of what is accepted.
-          drafter: its state; None: adapted and constant.
+        One tuner chooses for all workers, as in a run. Without acceptance or tuner all
+        decoding is plain; without a drafter's state it is adapted and constant.
         """
         self.cfg, self.costs = cfg, costs
         self.acceptance, self.tuner = acceptance, tuner
@@ -383,11 +378,8 @@ def draw_lifetimes(
 ) -> np.ndarray:
     """Draws how many drafts each step of each row has accepted, `[rows, num_steps]`.
 
-    Args:
-      rng: of rows of which nothing is known.
-      survival: `[depth]`, the chance that at least 1, 2, ... drafts are accepted.
-      known: of each row how its text fared before, or None, and its tokens so far.
-      num_steps: drawn of each row.
+    By `survival`, `[depth]`, the chance that at least 1, 2, ... drafts are accepted; or
+    as is known of a row: how its text fared before, or None, and its tokens so far.
     """
     draws = rng.random((len(known), num_steps))
     # At least d where the draw is below the chance of that.
@@ -404,12 +396,8 @@ def decode(
     """Decodes rows once, as the engine's program does.
 
     Steps are taken until a row has drawn `limit` tokens or `quota` rows have ended.
-
-    Args:
-      left: `[n] int`, tokens until each row ends.
-      lifetimes: `[n, limit] int`, drafts accepted by each step; None: plain steps.
-      limit: tokens of a row.
-      quota: rows.
+    `left`, `[n] int`, are tokens until each row ends; `lifetimes`, `[n, limit] int`,
+    drafts accepted by each step; None: plain steps.
 
     Returns:
       Steps; tokens of each row, `[n] int`; `num_accepted` as of `tuner.Call`, up to

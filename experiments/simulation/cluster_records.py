@@ -10,17 +10,11 @@ from tlt_jax.rl.workers import records
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
-    """Sizes of a cluster and its engines.
+    """Sizes of a cluster of rollout workers and their engines.
 
-    Attributes:
-      num_workers: rollout workers.
-      workers_per_place: those of one process, which train together.
-      max_rows: rows that a worker decodes at once.
-      num_pages, page_size: of a worker's cache, scratch page included.
-      steps_per_call: tokens of a row in a decode call.
-      max_new_tokens: length limit, for which pages are reserved.
-      trains: whether waiting workers train the drafter.
-      min_idle: waiting workers that begin a training.
+    Those of one process, a place, train together; a training begins when `min_idle`
+    wait. A worker decodes `max_rows` at once, `steps_per_call` tokens of a row in a
+    call; its pages include the scratch page, and are reserved for `max_new_tokens`.
     """
 
     num_workers: int
@@ -44,13 +38,10 @@ class ClusterConfig:
 
 @dataclasses.dataclass
 class Drafter:
-    """The state of the drafter.
+    """The drafter's `quality`, 0 to 1 (see `workload.Acceptance`), and publications.
 
-    Attributes:
-      quality: 0 to 1, see `workload.Acceptance`.
-      learned: share of the distance to 1 that one worker's training step covers.
-      lost: share of `quality` that an update of the target takes.
-      version: counts publications.
+    One worker's training step covers `learned` of the distance to 1; an update of the
+    target takes the share `lost`.
     """
 
     quality: float = 1.0
@@ -61,18 +52,11 @@ class Drafter:
 
 @dataclasses.dataclass
 class Report:
-    """What came of a rollout.
+    """What came of a rollout, over all workers, and what each of them did.
 
-    Attributes:
-      makespan_s: from its begin to its end, drafter's last step included.
-      num_tokens, num_steps: of decoding, over all workers.
-      prefill_s: seconds of workers.
-      accept_length: tokens per row and speculative step; 1 without.
-      steps_by_kind: decode steps by (bucket, strategy).
-      num_drafter_steps: taken on waiting workers, each worker's counted.
-      num_preempted: rows put back for want of pages.
-      intervals: what each worker did.
-      sums: `workers/` values, as the coordinator gives them.
+    `makespan_s` includes the drafter's last step; `accept_length` is 1 without
+    speculative steps; of `num_drafter_steps` each worker's count; `num_preempted` rows
+    were put back for want of pages; `sums` are the coordinator's `workers/` values.
     """
 
     makespan_s: float = 0.0

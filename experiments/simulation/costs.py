@@ -38,12 +38,9 @@ class TableCosts:
     sync_s: float = 0.0
 
     def step_s(self, bucket: int, strategy: Strategy | None, context: float) -> float:
-        """Returns seconds of a decode step.
+        """Returns seconds of a decode step of `bucket` rows; None: a plain one.
 
-        Args:
-          bucket: rows of the program.
-          strategy: None: plain.
-          context: cached tokens of all rows together; they do not count here.
+        `context` are cached tokens of all rows together; they do not count here.
 
         Raises:
           ValueError: it was not measured.
@@ -75,13 +72,7 @@ class TableCosts:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """An accelerator's published figures.
-
-    Attributes:
-      bandwidth: bytes per second of its memory.
-      flops: dense bf16 operations per second.
-      memory_bytes: of it.
-    """
+    """Published bytes and dense bf16 operations per second of an accelerator."""
 
     bandwidth: float
     flops: float
@@ -100,12 +91,7 @@ DEVICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A target's sizes.
-
-    Attributes:
-      num_params: of it.
-      num_layers, d_model, kv_heads, head_dim, vocab_size: as its configuration says.
-    """
+    """A target's sizes, as its configuration says."""
 
     num_params: float
     num_layers: int
@@ -143,14 +129,9 @@ class RooflineCosts:
     computing, and `layer_s` of each layer for launches and collectives. A step of a
     strategy costs a forward over all nodes, and per level drafted a forward of the
     drafter, which has one layer and the target's head; `level_s` comes on top.
-
-    Attributes:
-      device, model, tensor: what runs on what.
-      bandwidth_frac, flops_frac: of the published figures that are reached.
-      layer_s: of a layer, beyond the roofline.
-      level_s: of a drafted level, beyond the drafter's own roofline.
-      training_flops_frac: of the figures, when training.
-      drafter_rows, row_tokens: a drafter step's batch of each member.
+    `bandwidth_frac` and `flops_frac` of the published figures are reached, when
+    training `training_flops_frac`. A member of a drafter step has `drafter_rows` of
+    `row_tokens`.
     """
 
     device: Device
@@ -228,14 +209,10 @@ class RooflineCosts:
     def update_s(
         self, num_tokens: float, num_devices: int, *, passes: float, exchange_s: float
     ) -> float:
-        """Returns seconds of inference or training over all tokens of a step.
+        """Returns seconds of inference or training, `exchange_s` of them constant.
 
-        Args:
-          num_tokens: prompts included.
-          num_devices: of the whole cluster.
-          passes: forward passes' worth of operations: 1 for a forward, 3 with its
-            gradient.
-          exchange_s: constant.
+        Of all tokens of a step, prompts included, on all devices of the cluster.
+        `passes`: forwards' worth of operations, 1 for a forward, 3 with its gradient.
         """
         operations = 2 * passes * self.model.num_params * num_tokens
         speed = num_devices * self.device.flops * self.training_flops_frac

@@ -44,9 +44,8 @@ CONTEXT = 4096
 def accept_length(strategy: Strategy, scale: float = 1.0) -> float:
     """Interpolates the published accept lengths in depth and in log2 of the nodes.
 
-    Args:
-      strategy: depth 4 to 16; verified tokens are taken into 16 to 128.
-      scale: of the tokens beyond the first.
+    Depth 4 to 16; verified tokens are taken into 16 to 128. The scale is of the tokens
+    beyond the first.
     """
     depths = sorted(ACCEPT_LENGTHS)
     share = (math.log2(min(max(strategy.tokens_to_verify, 16), 128)) - 4) / 3
@@ -63,10 +62,7 @@ def acceptance(
 ) -> workload.Acceptance:
     """Makes acceptance of strategies, as published or in proportion.
 
-    Args:
-      strategies: all that may be chosen.
-      adapted: scale of tokens beyond the first.
-      stale: the same of a drafter that was left behind; None: as adapted.
+    `adapted` and `stale` scale tokens beyond the first; without `stale` both are alike.
     """
 
     def table(scale):
@@ -82,12 +78,9 @@ def acceptance(
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What the published speedups say of the machine.
+    """What the published speedups say of the machine: fields of `costs.RooflineCosts`.
 
-    Attributes:
-      level_s: seconds of a drafted level beyond the drafter's own roofline.
-      flops_frac: of the published operations that decoding reaches.
-      predicted: speedups, in the order of `SPEEDUPS`.
+    And what these predict: speedups, in the order of `SPEEDUPS`.
     """
 
     level_s: float

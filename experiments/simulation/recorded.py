@@ -20,16 +20,11 @@ from tlt_jax.workdir import metrics
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One RL step's rollouts.
+    """One RL step's rollouts: the lengths of their responses, by round.
 
-    Attributes:
-      step: its number.
-      rounds: lengths of the responses of each rollout.
-      missed: of each the tokens that no draft had guessed; nothing of a run without.
-      values: of the run's record, by name.
-      starts: trainings begun, by the timeline.
-      published: versions of the drafter that they gave to the engines.
-      busy_s: seconds of all workers with requests.
+    And of each response the tokens that no draft had guessed; nothing of a run without.
+    `starts` are trainings begun, by the timeline, `published` the drafter's versions
+    that they gave to the engines, `busy_s` seconds of all workers with requests.
     """
 
     step: int
@@ -154,10 +149,8 @@ def calibrated(
 ) -> costs.TableCosts:
     """Makes a table of costs from steps of a run of two rows a worker.
 
-    Args:
-      steps: of the run; all decoding of theirs is taken to be of one strategy.
-      strategy: that one.
-      one_by_two: seconds of a decode step at one row, in those at two.
+    All their decoding is taken to be of one strategy. `one_by_two`: seconds of a decode
+    step at one row, in those at two.
     """
 
     def total(name):
@@ -205,12 +198,9 @@ class Texts:
     """
 
     def __init__(self, steps: Sequence[Step], limit: int, num_nearest: int = 8):
-        """Keeps the texts.
+        """Keeps the texts of a run that drafted, cut at `limit` tokens.
 
-        Args:
-          steps: of a run that drafted.
-          limit: length at which texts were cut.
-          num_nearest: texts of nearest length, of which one is drawn.
+        One is drawn of the `num_nearest` texts of nearest length.
         """
         texts = [text for step in steps for texts in step.drafted for text in texts]
         ended = [text for text in texts if text.num_tokens < limit]

@@ -15,19 +15,12 @@ OFF, PAPER, OURS = "off", "threshold", "cost_model"
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A cluster with its work.
+    """A cluster with its work: responses of an RL step by its number.
 
-    Attributes:
-      cfg: sizes.
-      costs: of a worker.
-      acceptance: of drafts.
-      arms: candidates of the tuner `cost_model`.
-      table: one strategy for each number of rows, for the tuner `threshold`.
-      threshold: rows of a worker at which that one begins.
-      responses: of an RL step, by its number.
-      rest_s: seconds after a rollout of so many tokens, prompts included: inference,
-        update and sync.
-      drafter: its state at the beginning.
+    `arms` are candidates of the tuner `cost_model`; `table` has one strategy for each
+    number of rows, for the tuner `threshold`, which begins at `threshold` of a worker.
+    `rest_s` are seconds after a rollout of so many tokens, prompts included: inference,
+    update and sync. The drafter's state is that at the beginning.
     """
 
     cfg: cluster_records.ClusterConfig

@@ -21,13 +21,9 @@ from tlt_jax.specdec import strategy as strategy_lib
 class Costs:
     """Seconds of a step: `base + token * max(tokens, free) + level * depth`.
 
-    Attributes:
-      base_s: of any step.
-      token_s: of a token that is verified, over all rows.
-      free_tokens: so many cost as much as one: what memory bandwidth hides.
-      level_s: of a level drafted.
-      noise: relative standard deviation of a call's seconds.
-      slow_frac: share of calls that something delays, twofold.
+    Tokens are those verified, over all rows; `free_tokens` cost as much as one: what
+    memory bandwidth hides. `noise` is the relative standard deviation of a call's
+    seconds; something delays `slow_frac` of the calls, twofold.
     """
 
     base_s: float
@@ -64,13 +60,10 @@ ACCELERATOR = Costs(base_s=0.010, token_s=2e-5, free_tokens=128, level_s=0.0006)
 class Drift:
     """Chance of acceptance at the first level, over a run.
 
-    Attributes:
-      start, best: before training, and at most.
-      learned: share of the distance to `best` that an update of the drafter covers.
-      lost: what an update of the target takes.
-      shock_frac: at which part of the run the target changes much.
-      level_decay: factor on the chance with each level.
-      row_spread: standard deviation between rows.
+    From `start`, an update of the drafter covers `learned` of the distance to `best`,
+    one of the target takes `lost`, which changes much at the part `shock_frac` of the
+    run. `level_decay` is a factor on the chance with each level, `row_spread` the
+    standard deviation between rows.
     """
 
     start: float = 0.25

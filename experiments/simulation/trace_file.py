@@ -28,10 +28,8 @@ OPTION = experiment.Option(
 class Trace:
     """What was measured once and can be replayed under any tuner.
 
-    Attributes:
-      step_s: seconds of a step of each observed call, by (batch bucket, strategy).
-      lifetimes: by drafter, and then by text, `[n] int` as `arm_replay.Text` has them.
-      max_levels: where they were cut.
+    `lifetimes` are by drafter and then by text, `[n] int` as `arm_replay.Text` has
+    them, cut at `max_levels`; `step_s` are those of `arm_replay.Machine`.
     """
 
     step_s: Mapping[arm_replay.Kind, tuple[float, ...]]

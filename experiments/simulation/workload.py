@@ -18,12 +18,7 @@ from tlt_jax.specdec import strategy as strategy_lib
 
 @dataclasses.dataclass(frozen=True)
 class Drafted:
-    """How drafts fared in a text when a real run decoded it.
-
-    Attributes:
-      num_tokens: of the text.
-      missed: places, in order, of tokens that no draft had guessed.
-    """
+    """A text of a real run: the places, in order, of tokens that no draft guessed."""
 
     num_tokens: int
     missed: tuple[int, ...]
@@ -50,13 +45,10 @@ class Drafted:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """One completion to come.
+    """One completion to come, of at least one token.
 
-    Attributes:
-      prompt: number of its prompt; responses of a prompt share its pages.
-      prompt_tokens: of the prompt.
-      num_tokens: of the completion, at least 1.
-      drafted: how drafts fare in it, where that is known of it; None: as in all.
+    Responses with the same number of the prompt share its pages. `drafted` tells how
+    drafts fare in it, where that is known of it; None: as in all.
     """
 
     prompt: int
@@ -78,12 +70,10 @@ class Acceptance:
         adapted: Mapping[strategy_lib.Strategy | None, Sequence[float]],
         stale: Mapping[strategy_lib.Strategy | None, Sequence[float]] | None = None,
     ):
-        """Holds hazards.
+        """Holds conditional chances by depth; beyond the last that one's.
 
-        Args:
-          adapted: conditional chances by depth; the key None serves every strategy that
-            is not named. Depths beyond the last have the last one's chance.
-          stale: of a drafter that was left behind; None: the same.
+        The key None serves every strategy that is not named. `stale` is of a drafter
+        that was left behind; None: as adapted.
 
         Raises:
           ValueError: a chance is no probability, or there is none.
