@@ -61,9 +61,9 @@ class Drift:
     """Chance of acceptance at the first level, over a run.
 
     From `start`, an update of the drafter covers `learned` of the distance to `best`,
-    one of the target takes `lost`, which changes much at the part `shock_frac` of the
-    run. `level_decay` is a factor on the chance with each level, `row_spread` the
-    standard deviation between rows.
+    and one of the target takes `lost`; at the part `shock_frac` of the run the target
+    changes much, and it starts again. `level_decay` is a factor on the chance with each
+    level, `row_spread` the standard deviation between rows.
     """
 
     start: float = 0.25
