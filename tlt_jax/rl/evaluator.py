@@ -31,16 +31,10 @@ class Evaluator:
     ):
         """Take the parts.
 
-        Args:
-          cfg: how many samples, and the k of pass@k.
-          max_new_tokens, seed: longest completion, and seed of the run.
-          prompt_set: of the held-out split.
-          workers: have the policy's weights; those that are lost have no part. Of the
-            processes that they are of, each evaluates a part of the prompts.
-          engines: sample by the law of evaluation, side by side: the workers' own, or
-            one beside each.
-          rewards: judges completions.
-          decode_text: token ids to the text that is judged.
+        `workers` have the policy's weights; those that are lost have no part. Of the
+        processes that they are of, each evaluates a part of the prompts. `engines`
+        sample by the law of evaluation, side by side: the workers' own, or one beside
+        each.
         """
         self._cfg, self._max_new_tokens = cfg, max_new_tokens
         self._seed = _SEED_OFFSET + seed

@@ -63,16 +63,10 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
     ) -> float:
         """Write a checkpoint, or begin to; the state may be donated afterwards.
 
-        Args:
-          step: RL steps done.
-          snapshot: the drafter and its optimizer, and what else shall be there: the
-            state of a `text_buffer.TextBuffer` and of a `text_sampling.Sampler`, say.
-          cfg: the drafter's architecture.
-          target: embedding and head; written in the modes `blocking` and `async` only,
-            and needed there.
-
-        Returns:
-          The seconds that the caller waited.
+        `step` counts RL steps done. The snapshot has the drafter and its optimizer, and
+        what else shall be there: the state of a `text_buffer.TextBuffer` and of a
+        `text_sampling.Sampler`, say. `target` is written in the modes `blocking` and
+        `async` only, and needed there. Returns the seconds that the caller waited.
 
         Raises:
           checkpoint.CheckpointError: this one or the one before could not be written.
@@ -242,9 +236,7 @@ def restore_weights(
 ) -> tuple[drafter.DrafterConfig, drafter.DrafterParams, int, int]:
     """Read a run's drafter and nothing else of its training; the run may go on.
 
-    Args:
-      workdir: the run's directory.
-      step: RL steps done; None: the newest checkpoint.
+    `step` counts RL steps done; None: the newest checkpoint.
 
     Returns:
       The drafter, its weights with `draft_ids` and `sharpness`, the step, and its

@@ -79,11 +79,7 @@ class Teachable(Protocol):
 class Settings:
     """All that a model made on the spot depends on.
 
-    Attributes:
-      seed: of weights, order and noise.
-      pretrain: sizes and teaching.
-      task: what it learns.
-      max_new_tokens: longest completion that it will be asked for.
+    It will be asked for completions of at most `max_new_tokens`.
     """
 
     seed: int
@@ -191,17 +187,11 @@ def train(
     seed: int,
     on_progress: Callable[[int, int, float], None] | None = None,
 ) -> model_params.Params:
-    """Draws weights and teaches them the texts.
+    """Draws weights and teaches them the texts, questions and right answers.
 
     Texts are drawn at random and the fraction `noise_frac` of their answers exchanged,
-    anew each time, so that of the noise nothing but its proportion can be learnt.
-
-    Args:
-      cfg: the model.
-      texts: questions and right answers.
-      settings: steps, batch, learning rate, noise.
-      seed: of weights, order and noise.
-      on_progress: see `make`.
+    anew each time, so that of the noise nothing but its proportion can be learnt. For
+    `on_progress` see `make`.
 
     Returns:
       float32 weights, layers stacked.

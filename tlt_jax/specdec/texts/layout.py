@@ -191,11 +191,8 @@ def described(
 ) -> unroll.Batch:
     """Describe what `lay_out` returns, in shapes and dtypes.
 
-    Args:
-      num_rows, row_tokens, row_bases: B, T and M.
-      d_model: D of the target.
-      num_features: layers whose outputs are fused; 0: the last feature alone.
-      dtype: that features are kept in.
+    Rows are B of T and M; `num_features` layers of D are fused, 0: the last feature
+    alone. `dtype` is that which features are kept in.
     """
 
     def of(*shape, dtype=jnp.int32):

@@ -139,19 +139,12 @@ def unroll(
 ) -> tuple[Array, ...]:
     """Compute the features of every base's unrolled steps.
 
-    Keys of step 0 are those of all columns, since later steps see them; everything
-    else is computed for the bases alone: each attends to the former under a mask and
-    to its own base's further steps at its own index. So bases may be computed part by
-    part.
+    Keys of step 0 are those of all columns, since later steps see them; everything else
+    is computed for the bases alone: each attends to the former under a mask and to its
+    own base's further steps at its own index. So bases may be computed part by part.
 
-    Args:
-      params: the drafter.
-      batch: the rows.
-      target: embedding and head.
-      num_steps: U.
-      cfg: how.
-      detach: gradients end between steps.
-      seen: of `see`, where it was computed before.
+    U is `num_steps`. With `detach` gradients end between steps; `seen` is that of
+    `see`, where it was computed before.
 
     Returns:
       U arrays `[D, B, M]`. A step that reaches beyond its text has no meaning.
