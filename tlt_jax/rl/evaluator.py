@@ -102,17 +102,11 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
 
     With c of n samples right, `1 - C(n - c, k) / C(n, k)`: the chance that a subset of
     k of the samples at hand holds a right one, averaged over problems. Computed as a
-    product of k factors below one, so it neither overflows nor cancels.
+    product of k factors below one, so it neither overflows nor cancels. `correct` is
+    `[P, n]` bool, n >= k >= 1 samples of each of P >= 1 problems.
 
-    Reference: Chen et al., "Evaluating Large Language Models Trained on Code",
-    section 2.1.
-
-    Args:
-      correct: `[P, n]` bool, n >= k samples of each of P >= 1 problems.
-      k: subset size, >= 1.
-
-    Returns:
-      A number in [0, 1].
+    Reference: Chen et al., "Evaluating Large Language Models Trained on Code", section
+    2.1.
     """
     num_samples = correct.shape[1]
     num_wrong = num_samples - correct.sum(axis=1)

@@ -100,8 +100,8 @@ def nothing(batch: int, max_tokens: int) -> Emitted:
 def goes_on(alive: Array, num_alive: Array, finish_quota: Array) -> Array:
     """Tell whether a call may take another step, bool scalar.
 
-    `alive [B] bool` are rows that may draw more; of `num_alive`, int32 as the call
-    began, `finish_quota`, int32, is enough to have finished.
+    `alive [B] bool` are rows that may draw more, of `num_alive` when the call began;
+    `finish_quota` of them finished in it are enough. Both are int32 scalars.
     """
     still = jnp.sum(alive)
     return (still > 0) & (num_alive - still < finish_quota)

@@ -133,9 +133,8 @@ def step_keys(keys: Array, lengths: Array, num: int) -> Array:
     """Derive keys for chance that belongs to one step of a row, and not to a position.
 
     The counters have the top bit, which no position has: nothing derived is noise of
-    the request itself. Of `keys [B, 2] uint32` and `lengths [B] int32`, of the texts
-    when the step begins, come `num` independent keys for each row, `[num, B, 2]
-    uint32`.
+    the request itself. From `keys [B, 2] uint32` of requests and `lengths [B]`, int32,
+    of texts as the step begins come `num` independent keys a row, `[num, B, 2] uint32`.
     """
     counter = (
         lengths.astype(jnp.uint32) | np.uint32(1 << 31),

@@ -98,7 +98,7 @@ def run(
     """Decode until a row has drawn `token_limit` tokens, or enough rows finished.
 
     Both limits are int32 scalars: `token_limit`, which no row exceeds, is at most
-    `settings.max_tokens`; `finish_quota` counts the rows that finished in the call.
+    `settings.max_tokens`; `finish_quota` is how many finished rows are enough.
     Donate the caches; `inputs` are the proposer's, of this call. What a chain rule asks
     of the others, `chain.check` says.
     """

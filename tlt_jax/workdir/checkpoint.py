@@ -166,15 +166,11 @@ class Checkpointer(contextlib.AbstractContextManager):
             self._manager.close()
 
     def restore_latest(self, params: Any, opt_state: Any) -> Restored | None:
-        """Read the newest complete checkpoint.
+        """Read the newest complete checkpoint, bit for bit, or None if there is none.
 
-        Args:
-          params, opt_state: trees of arrays, or of `jax.ShapeDtypeStruct`s with a
-            sharding, of the wanted shapes, dtypes and shardings. The mesh need not be
-            the one that the checkpoint was written from.
-
-        Returns:
-          What was saved, bit for bit, or None if there is no checkpoint.
+        `params` and `opt_state` are trees of arrays, or of `jax.ShapeDtypeStruct`s with
+        a sharding, of the wanted shapes, dtypes and shardings. The mesh need not be the
+        one that the checkpoint was written from.
 
         Raises:
           CheckpointError: it is damaged, or of another model or optimizer.

@@ -95,16 +95,14 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
     def restore(
         self, like: train_state.TrainState, at_most: int | None = None
     ) -> tuple[int, train_state.Snapshot] | None:
-        """Read the newest checkpoint.
+        """Read the newest checkpoint, bit for bit, its arrays in host memory.
 
-        Args:
-          like: a state of the wanted shapes and shardings.
-          at_most: the run's own step. Later checkpoints, left by a run that was killed
-            before its own was complete, are removed: they will be written again.
+        `like` is a state of the wanted shapes and shardings, `at_most` the run's own
+        step. Later checkpoints, left by a run that was killed before its own was
+        complete, are removed: they will be written again.
 
         Returns:
-          RL steps done when it was taken, and what was saved, bit for bit, its arrays
-          in host memory; or None if there is none.
+          RL steps done when it was taken, and what was saved; or None if there is none.
 
         Raises:
           checkpoint.CheckpointError: it is damaged, or of another drafter.

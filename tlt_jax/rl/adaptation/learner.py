@@ -187,11 +187,8 @@ class DrafterLearner:
     def step(self, batch: unroll.Batch) -> Pieces[dict[str, Array]]:
         """Take a step piece by piece; given up before its end it changes nothing.
 
-        Yields:
-          A result of each piece, which is on its way.
-
-        Returns:
-          The metrics of `step.update`, on their way too.
+        Yields a result of each piece and returns the metrics of `step.update`; all of
+        them are on their way.
         """
         run, params, given = self._compiled, self._placed.params, self._target
         placed = self._place(batch)
@@ -210,12 +207,8 @@ class DrafterLearner:
         """Say what drafts along the batches' texts would have had accepted.
 
         A sharpness that would have been clearly better than the one in use replaces it.
-
-        Yields:
-          A result of each part, which is on its way.
-
-        Returns:
-          What was found, see `acceptance.summarise`.
+        Yields a result of each part, which is on its way; returns what was found, see
+        `acceptance.summarise`.
         """
         run, params, given = self._compiled, self._placed.params, self._target
         sums = acceptance.nothing(self._depth)

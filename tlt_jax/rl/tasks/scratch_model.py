@@ -96,15 +96,11 @@ def make(
 ) -> None:
     """Makes a model for a task and writes it as a Hugging Face directory.
 
-    The directory appears complete or not at all. One that is complete is left as it
-    is; one that lacks files is made again. The weights are a function of the settings.
-
-    Args:
-      settings: of the model.
-      task: of `settings.task`; has an alphabet and `supervised_text`, see `TASKS`.
-      directory: where the model shall be.
-      on_progress: called every few steps with the steps done, the steps in all, and
-        the loss of the last one in nats per answer token.
+    The directory appears complete or not at all. One that is complete is left as it is;
+    one that lacks files is made again. The weights are a function of the settings,
+    whose task has an alphabet and `supervised_text`, see `TASKS`. `on_progress` is
+    called every few steps with the steps done, the steps in all, and the loss of the
+    last one in nats per answer token.
 
     Raises:
       ValueError: the task teaches nothing, no model has these sizes, or the directory

@@ -93,11 +93,8 @@ def span_of(
 ) -> Span | None:
     """Cut a text to what a row can hold; None if no base is left.
 
-    Args:
-      index, length, response_start: of the text.
-      row_tokens, row_bases: T and M. A text longer than T loses its end; of one with
-        more than M bases a run is taken.
-      rng: draws the run; None: the first.
+    T and M are `row_tokens` and `row_bases`. A text longer than T loses its end; of one
+    with more than M bases a run is taken, which `rng` draws; None: the first.
     """
     length = min(int(length), row_tokens)
     there = num_bases(length, int(response_start))

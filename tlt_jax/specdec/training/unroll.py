@@ -261,13 +261,11 @@ class Predictions:
 def predictions(
     steps: tuple[Array, ...], exists: Array, laws: Any, chunk: int
 ) -> Predictions:
-    """Lay rows end to end.
+    """Lay rows end to end, so that Q is a multiple of `chunk`.
 
-    Args:
-      steps, exists: of `unroll` and `step_exists`.
-      laws: arrays `[B, M + U - 1, ...]`, of the law that step 0 of each base predicts
-        from, and of the bases behind: see `bases_from`.
-      chunk: Q is a multiple of it.
+    Steps and `exists` are of `unroll` and `step_exists`; `laws` are arrays
+    `[B, M + U - 1, ...]`, of the law that step 0 of each base predicts from, and of the
+    bases behind: see `bases_from`.
     """
     hidden_UDBM = jnp.stack(steps)
     more, (num_rows, width) = len(steps) - 1, hidden_UDBM.shape[2:]
