@@ -63,11 +63,7 @@ _MADE_TARGET, _TRAINED = "target", "drafter"
 def export(workdir: str, out: str, step: int | None = None, dtype="bfloat16") -> int:
     """Write the policy of a checkpoint as a Hugging Face directory; return its step.
 
-    Args:
-      workdir: of the run.
-      out: absent or empty; complete or absent afterwards.
-      step: RL step of the checkpoint, None for the newest.
-      dtype: of the weights written.
+    `out` is absent or empty; complete or absent afterwards. `step` None: the newest.
 
     Raises:
       CheckpointError: if there is no such checkpoint or it is damaged.
@@ -96,13 +92,10 @@ def export_drafter(
 ) -> str:
     """Write a run's drafter; return which one it was, for people to read.
 
-    Args:
-      workdir: of a run with specdec.mode=tlt, or of a training of a drafter.
-      out, step: see `export`.
-      layout: one of `layouts.LAYOUTS`, or `tlt`.
-      dtype: of the weights written; `tlt` keeps their own.
-      verifier: for `speculators`; empty: the run's model.spec.
-      num_speculative_tokens: for `speculators`.
+    The run has specdec.mode=tlt, or is a training of a drafter. `layout` is one of
+    `layouts.LAYOUTS`, or `tlt`, which keeps the weights' own dtype; `verifier` (empty:
+    the run's model.spec) and `num_speculative_tokens` are for `speculators`. `out` and
+    `step` are as in `export`.
 
     Raises:
       CheckpointError, OSError: see `export`.

@@ -99,12 +99,9 @@ def encode(
     system: str | None = None,
     raw: bool = False,
 ) -> np.ndarray:
-    """Encode a prompt: as a chat where the tokenizer has a template, else as it is.
+    """Encode a prompt, `[n] int32`: as a chat where there is a template, else as it is.
 
     A system message needs a chat template; `raw` leaves the template out.
-
-    Returns:
-      `[n] int32`.
 
     Raises:
       ValueError: the prompt is empty, or `system` has no place.
@@ -136,15 +133,8 @@ def complete(
 ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
     """Draw completions of one prompt, `[n] int32`, whose computation they share.
 
-    Args:
-      asked: the policy.
-      prompt: token ids.
-      sampling_cfg: the law.
-      num_samples: completions.
-      max_new_tokens: longest completion, EOS included.
-      stop: strings that end a completion.
-      seed: of the noise.
-      speculation: how to speculate.
+    `max_new_tokens` is the longest completion, EOS included; `stop` are strings that
+    end one, and the seed is of the noise.
 
     Raises:
       ValueError: the text would be longer than the model's context, or than the

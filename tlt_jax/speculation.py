@@ -111,14 +111,10 @@ def load(
 ) -> Speculation:
     """Load the drafter that `spec` names, for a command that speculates.
 
-    Args:
-      spec: a drafter's directory, ours or in a published layout, or `ngram` for suffix
-        matches alone.
-      target: the model that verifies.
-      table: entries as of `strategy.parse_arms`; empty: the default.
-      ranking, tau: see `proposers.learned`.
-      rule: of acceptance, see `speculator.SpeculatorConfig`.
-      dtype: of the drafter's weights.
+    It is a directory, ours or in a published layout, or `ngram` for suffix matches
+    alone. The table's entries are as of `strategy.parse_arms`; empty: the default. For
+    `rule` see `speculator.SpeculatorConfig`, for `ranking` and `tau` see
+    `proposers.learned`; `dtype` is that of the drafter's weights.
 
     Raises:
       ValueError: the directory holds no drafter of this target, or an entry cannot be

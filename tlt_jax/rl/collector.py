@@ -93,16 +93,10 @@ class Collector:
     ):
         """Take the parts; nothing is drawn yet.
 
-        Args:
-          cfg: how many prompts, how many completions of each, and how long.
-          seed: of the order of prompts, and of the noise.
-          prompt_set: of the training split.
-          workers: with weights by the time of `collect`. Of the processes among which
-            they divide a rollout, each judges what it has generated.
-          rewards: judges completions.
-          decode_text: token ids to the text that is judged.
-          dynamic_sampling: sample until every group carries signal.
-          between: called between two rollouts of a step.
+        `workers` have weights by the time of `collect`; of the processes among which
+        they divide a rollout, each judges what it has generated. The seed is of the
+        order of prompts, and of the noise; `between` is called between two rollouts of
+        a step.
         """
         self.position = 0
         self.expected_lengths: dict[int, float] = {}
@@ -126,11 +120,8 @@ class Collector:
         """Collect the experience of one step.
 
         With dynamic sampling, groups whose rewards are all equal are replaced by those
-        of further prompts, for at most four batches in all.
-
-        Args:
-          step: RL steps done; it keys the requests.
-          watch: gets the stages `rollout` and `reward`.
+        of further prompts, for at most four batches in all. `step`, RL steps done, keys
+        the requests; `watch` gets the stages `rollout` and `reward`.
         """
         wanted, everything, kept = self._cfg.prompts_per_step, None, None
         stats, scores = rollout_stats.RolloutStats(), []
@@ -160,7 +151,10 @@ class Collector:
             for prompt, mean in zip(batch.prompts, means, strict=True):
                 self.expected_lengths[prompt.prompt_id] = float(mean)
             everything = batch if everything is None else everything.join(batch)
-            useful = _useful(batch) if self._dynamic_sampling else batch
+            useful = batch
+            if self._dynamic_sampling:
+                signal = advantages.carries_signal(batch.rewards)
+                useful = batch.select(np.flatnonzero(signal).tolist())
             kept = useful if kept is None else kept.join(useful)
             if len(kept.prompts) >= wanted:
                 break
@@ -211,9 +205,3 @@ class _Asked:
         rewards = np.empty(len(self.requests))
         rewards[[index for indices, _ in parts for index in indices]] = scores.rewards
         return rewards.reshape(len(self.prompts), -1), scores
-
-
-def _useful(batch: experience.Experience) -> experience.Experience:
-    """Keep the groups that carry signal."""
-    chosen = np.flatnonzero(advantages.carries_signal(batch.rewards))
-    return batch.select(chosen.tolist())

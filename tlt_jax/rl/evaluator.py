@@ -31,16 +31,10 @@ class Evaluator:
     ):
         """Take the parts.
 
-        Args:
-          cfg: how many samples, and the k of pass@k.
-          max_new_tokens, seed: longest completion, and seed of the run.
-          prompt_set: of the held-out split.
-          workers: have the policy's weights; those that are lost have no part. Of the
-            processes that they are of, each evaluates a part of the prompts.
-          engines: sample by the law of evaluation, side by side: the workers' own, or
-            one beside each.
-          rewards: judges completions.
-          decode_text: token ids to the text that is judged.
+        `workers` have the policy's weights; those that are lost have no part. Of the
+        processes that they are of, each evaluates a part of the prompts. `engines`
+        sample by the law of evaluation, side by side: the workers' own, or one beside
+        each.
         """
         self._cfg, self._max_new_tokens = cfg, max_new_tokens
         self._seed = _SEED_OFFSET + seed
@@ -108,17 +102,11 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
 
     With c of n samples right, `1 - C(n - c, k) / C(n, k)`: the chance that a subset of
     k of the samples at hand holds a right one, averaged over problems. Computed as a
-    product of k factors below one, so it neither overflows nor cancels.
+    product of k factors below one, so it neither overflows nor cancels. `correct` is
+    `[P, n]` bool, n >= k >= 1 samples of each of P >= 1 problems.
 
-    Reference: Chen et al., "Evaluating Large Language Models Trained on Code",
-    section 2.1.
-
-    Args:
-      correct: `[P, n]` bool, n >= k samples of each of P >= 1 problems.
-      k: subset size, >= 1.
-
-    Returns:
-      A number in [0, 1].
+    Reference: Chen et al., "Evaluating Large Language Models Trained on Code", section
+    2.1.
     """
     num_samples = correct.shape[1]
     num_wrong = num_samples - correct.sum(axis=1)

@@ -37,10 +37,9 @@ _TOLD_S = 1.0
 def initialize(on_cluster: bool = False) -> None:
     """Join the run's other processes, if there are any; before any array is made.
 
-    Args:
-      on_cluster: let JAX find out from the cluster's own launcher (Slurm, Open MPI,
-        Kubernetes, TPU pods) who takes part. Otherwise the environment variables of
-        `tlt_jax.launch` are read; without them this process is alone.
+    With `on_cluster` JAX finds out from the cluster's own launcher (Slurm, Open MPI,
+    Kubernetes, TPU pods) who takes part. Otherwise the environment variables of
+    `tlt_jax.launch` are read; without them this process is alone.
 
     Raises:
       channel.ProcessError: the others could not be joined.

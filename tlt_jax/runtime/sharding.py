@@ -183,16 +183,11 @@ def tree_shardings(
     axes: Any,
     shapes: Any = None,
 ) -> Any:
-    """Return the shardings of a tree of arrays.
+    """Return the `NamedSharding`s of a tree of arrays.
 
-    Args:
-      mesh, rules: see `named`.
-      axes: tree with a tuple of logical names at the place of every array.
-      shapes: tree of the same structure whose leaves have a `.shape` (arrays or
-        abstract ones); divisibility is checked when given.
-
-    Returns:
-      A tree of `NamedSharding`s in the structure of `axes`.
+    `axes` has a tuple of logical names at the place of every array. Divisibility is
+    checked where `shapes` are given: a tree of the same structure whose leaves have a
+    `.shape`. For mesh and rules see `named`.
     """
 
     def one(path, names: Axes, leaf: Any = None) -> NamedSharding:

@@ -47,9 +47,8 @@ def step(
 ) -> tuple[TrainState, Array, Array]:
     """Take an optimizer step, unless the gradient or the scalar loss is not finite.
 
-    Returns:
-      The state, bit for bit the old one where the step was skipped; the gradient's norm
-      before clipping; and whether it was skipped, int32 0 or 1.
+    Returns the state, bit for bit the old one where the step was skipped; the
+    gradient's norm before clipping; and whether it was skipped, int32 0 or 1.
     """
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)

@@ -260,11 +260,6 @@ def check(
 ) -> None:
     """Refuse a rule that is none, or cannot judge what it would be given.
 
-    Args:
-      rule: one of `RULES`.
-      strategies: that may be chosen.
-      sampling_cfg: the law.
-
     Raises:
       ValueError: the rule is unknown; or it is a chain rule, and a strategy is no chain
         of the learned drafter verified whole, or the law is the point mass.

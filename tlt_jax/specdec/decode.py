@@ -100,10 +100,8 @@ def nothing(batch: int, max_tokens: int) -> Emitted:
 def goes_on(alive: Array, num_alive: Array, finish_quota: Array) -> Array:
     """Tell whether a call may take another step, bool scalar.
 
-    Args:
-      alive: `[B] bool`, rows that may draw more.
-      num_alive: int32 scalar, how many there were when the call began.
-      finish_quota: int32 scalar; enough once this many finished in the call.
+    `alive [B] bool` are rows that may draw more, of `num_alive` when the call began;
+    `finish_quota` of them finished in it are enough. Both are int32 scalars.
     """
     still = jnp.sum(alive)
     return (still > 0) & (num_alive - still < finish_quota)
@@ -131,13 +129,7 @@ def decode(
 ) -> tuple[kv_cache.PagedCache, Emitted]:
     """Decode until `step_limit` steps, `finish_quota` finished rows, or none alive.
 
-    Args:
-      params: the target.
-      cache: its pages; donate them.
-      rows: the batch.
-      step_limit: int32 scalar, at most `settings.max_tokens`.
-      finish_quota: int32 scalar; return once this many rows finished in the call.
-      settings: what is compiled in.
+    Both are int32 scalars, the first at most `settings.max_tokens`. Donate the cache.
     """
     start = _State(
         cache=cache,
@@ -226,15 +218,9 @@ def forward(
 ) -> transformer.Output:
     """Read tokens behind what the cache holds of each row; the cache stays as it is.
 
-    Args:
-      params: the target.
-      cache: its pages.
-      page_table: `[B, max_pages] int32`.
-      lengths: `[B] int32`, cached positions.
-      tokens: `[B, T] int32`.
-      positions: `[B, T] int32`.
-      visible: which of the tokens see each other; None: each those before it.
-      settings: the target, and the features that are wanted of it.
+    All in int32: `page_table [B, max_pages]`; `lengths [B]`, cached positions; `tokens`
+    and `positions`, `[B, T]`. `visible` says which of the tokens see each other; None:
+    each those before it. `settings` name the features that are wanted.
     """
     return transformer.forward(
         params,
@@ -321,10 +307,8 @@ def donated(
 ) -> jax.stages.Wrapped:
     """Jit `decode` or `prefill` (bound to its settings), donating the cache.
 
-    Args:
-      fn: returns the cache, or the cache and a result.
-      cache_sharding: of the cache returned.
-      result_sharding: of the result; None where `fn` returns the cache alone.
+    The shardings are of the cache that `fn` returns, and of the result beside it, if
+    any.
     """
     out = cache_sharding
     if result_sharding is not None:

@@ -53,14 +53,9 @@ def split_words(value: int) -> tuple[np.uint32, np.uint32]:
 
 
 def request_keys(seed: int, request_ids) -> np.ndarray:
-    """Derive the key of each request from the run's seed, on the host.
+    """Derive the key of each request from the run's seed: `[B, 2] uint32`, on the host.
 
-    Args:
-      seed: of the run, 0 <= seed < 2**64.
-      request_ids: sequence of B ids, 0 <= id < 2**64.
-
-    Returns:
-      `[B, 2] uint32`.
+    Seed and ids are in [0, 2**64).
 
     Raises:
       ValueError: the seed or an id is no integer, or out of range.
@@ -138,15 +133,8 @@ def step_keys(keys: Array, lengths: Array, num: int) -> Array:
     """Derive keys for chance that belongs to one step of a row, and not to a position.
 
     The counters have the top bit, which no position has: nothing derived is noise of
-    the request itself.
-
-    Args:
-      keys: `[B, 2] uint32` of requests.
-      lengths: `[B] int32`, of the texts when the step begins.
-      num: independent keys for each row.
-
-    Returns:
-      `[num, B, 2] uint32`.
+    the request itself. From `keys [B, 2] uint32` of requests and `lengths [B]`, int32,
+    of texts as the step begins come `num` independent keys a row, `[num, B, 2] uint32`.
     """
     counter = (
         lengths.astype(jnp.uint32) | np.uint32(1 << 31),

@@ -107,15 +107,11 @@ class Proposer(Protocol):
         return state
 
     def finish(self, state: Any, caches: Caches) -> tuple[Caches, Any]:
-        """End a call.
+        """End a call after its last step.
 
-        Args:
-          state: after the last step.
-          caches: with the target's pages as they are now, and those of the drafter as
-            `init` had them.
-
-        Returns:
-          The caches for the next call, and what the host is to know of the state.
+        `caches` have the target's pages as they are now, and those of the drafter as
+        `init` had them. Returns the caches for the next call, and what the host is to
+        know.
         """
         del state
         return caches, ()
@@ -129,11 +125,8 @@ class Rule(Protocol):
     ) -> verify.Chance:
         """Make the randomness of a step.
 
-        Args:
-          keys: `[B, 2] uint32` of requests.
-          lengths: `[B] int32`, cached positions when the step begins.
-          num: A, the tokens that the step yields at most.
-          settings: vocabulary, law and kernels.
+        Keys of requests are `[B, 2] uint32`, lengths `[B] int32` cached positions when
+        it begins; `num` is A, the tokens that it yields at most.
         """
 
     def judge(
@@ -144,15 +137,9 @@ class Rule(Protocol):
         chance: verify.Chance,
         settings: decode.Settings,
     ) -> tuple[verify.Walk, Array]:
-        """Walk each tree as far as the rule accepts.
+        """Walk each tree, selected from the proposal, as far as the rule accepts.
 
-        Args:
-          law: the target's, of the tokens behind each node, `[B, W, V]`.
-          tree: the nodes.
-          proposal: that the tree was selected from.
-          chance: of the step.
-          settings: as `chance` had them.
-
-        Returns:
-          The walk, and `[B, A] float32`, log-probabilities of its tokens under the law.
+        The law is the target's, of the tokens behind each node, `[B, W, V]`; the chance
+        is the step's. Returns the walk, and `[B, A] float32`, log-probabilities of its
+        tokens under the law.
         """

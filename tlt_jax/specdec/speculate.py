@@ -97,15 +97,10 @@ def run(
 ) -> tuple[protocols.Caches, Speculated]:
     """Decode until a row has drawn `token_limit` tokens, or enough rows finished.
 
-    Args:
-      params, settings: the target.
-      caches: donate them.
-      rows: the batch.
-      inputs: the proposer's, of this call.
-      token_limit: int32 scalar, at most `settings.max_tokens`; no row draws more.
-      finish_quota: int32 scalar; return once this many rows finished in the call.
-      proposer: guesses.
-      rule: judges; what a chain rule asks of the others, `chain.check` says.
+    Both limits are int32 scalars: `token_limit`, which no row exceeds, is at most
+    `settings.max_tokens`; `finish_quota` is how many finished rows are enough.
+    Donate the caches; `inputs` are the proposer's, of this call. What a chain rule asks
+    of the others, `chain.check` says.
     """
     num_alive = jnp.sum(rows.remaining > 0)
 

@@ -39,15 +39,9 @@ def select(
     """Keep the best nodes of a candidate set as a tree.
 
     A node's score is never above its parent's and parents stand first, so that the best
-    nodes by score, ties by index, contain the parents of all their members.
-
-    Args:
-      candidates: at least `tokens_to_verify - 1` for each row.
-      root: `[B] int32`, pending tokens.
-      tokens_to_verify: W, root included.
-
-    Returns:
-      The tree; where candidates are absent its nodes are not valid.
+    nodes by score, ties by index, contain the parents of all their members. Of W nodes,
+    `tokens_to_verify`, one is the pending token, `root [B] int32`: at least W - 1
+    candidates are given for each row, and where they are absent nodes are not valid.
     """
     batch, num = candidates.tokens.shape
     _, best = lax.top_k(candidates.scores, tokens_to_verify - 1)

@@ -85,10 +85,8 @@ class Keyed:
 def walk(tree: tree_lib.DraftTree, drawn: Array, max_accept_length: int) -> Walk:
     """Follow the drawn tokens down the trees.
 
-    Args:
-      tree: the trees.
-      drawn: `[B, W] int32`, the target's token at every node.
-      max_accept_length: A, one more than the deepest node's depth.
+    `drawn [B, W] int32` has the target's token at every node; `max_accept_length` is A,
+    one more than the deepest node's depth.
     """
     num_nodes = tree.tokens.shape[1]
     index = jnp.arange(num_nodes)

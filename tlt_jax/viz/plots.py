@@ -50,11 +50,7 @@ _TRAINING = (
 
 
 def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
-    """Draw every plot that the run's record has data for, at least one step's.
-
-    Returns:
-      The files written.
-    """
+    """Draw what a record of at least one step has data for; return the files."""
     drawn = figures(workdir)
     directory = pathlib.Path(workdir) / "plots"
     directory.mkdir(exist_ok=True)
@@ -208,8 +204,7 @@ def drafter_training(rows: Rows) -> figure.Figure | None:
 def draw_training(workdir: str | pathlib.Path) -> pathlib.Path:
     """Draw loss, accuracy and acceptance by depth of a `tlt_jax.train_drafter` run.
 
-    Returns:
-      The file written, `<workdir>/plots/drafter.png`.
+    Returns the file written, `<workdir>/plots/drafter.png`.
     """
     workdir = pathlib.Path(workdir)
     rows = metrics.read(workdir)

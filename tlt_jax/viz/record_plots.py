@@ -86,9 +86,7 @@ def change(
 ) -> figure.Figure:
     """Draw how an update moved the completions that it was made of.
 
-    Args:
-      before, after: log-probabilities of each completion's tokens, n arrays each.
-      advantages: `[n]`.
+    Log-probabilities are n arrays, of each completion's tokens; advantages `[n]`.
     """
     pairs = zip(before, after, strict=True)
     moved = np.array([new.sum() - old.sum() for old, new in pairs])

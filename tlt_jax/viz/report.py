@@ -60,10 +60,8 @@ def write(
 ) -> pathlib.Path:
     """Write the report of a run with at least one recorded step.
 
-    Args:
-      workdir: of the run.
-      out: the file; None: `report.html` in the workdir. It is replaced whole.
-      num_answers: sample answers of the newest step whose completions were kept.
+    `out` is replaced whole; None: `report.html` in the workdir. `num_answers` are
+    sample answers of the newest step whose completions were kept.
 
     Raises:
       metrics.MetricsError: there is no record, or it is damaged.

@@ -72,13 +72,10 @@ class Tracer:
     ):
         """Make caches for one row.
 
-        Args:
-          asked: the target.
-          drafting: a learned drafter; its own strategies are not looked at.
-          strategy: of every step; it asks the drafter alone.
-          max_length: longest text in tokens, prompt and completion.
-          sampling_cfg: the law; None: temperature 1.
-          ranking: of the drafter's candidates, see `propose`.
+        `asked` is the target; `drafting` has a learned drafter, whose own strategies
+        are not looked at: `strategy` is that of every step. `max_length` counts prompt
+        and completion. Without `sampling_cfg` the temperature is 1; for `ranking` see
+        `proposers.learned`.
 
         Raises:
           ValueError: there is no learned drafter, the strategy or the law has no trees
@@ -139,13 +136,9 @@ class Tracer:
     ) -> list[Step]:
         """Decode a completion, and show every step of it.
 
-        Args:
-          prompt: `[n] int32`, at least one token.
-          max_new_tokens: longest completion, EOS included.
-          seed, request_id: of the noise.
-
-        Returns:
-          The steps. The tokens are those of plain decoding with the same noise.
+        The prompt is `[n] int32`, at least one token; `max_new_tokens` counts EOS;
+        `seed` and `request_id` are of the noise, with which plain decoding has the same
+        tokens.
 
         Raises:
           ValueError: the prompt is empty, or the text may not fit.

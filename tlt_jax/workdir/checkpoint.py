@@ -63,14 +63,9 @@ class Checkpointer(contextlib.AbstractContextManager):
     ):
         """Open `<workdir>/<name>`, creating it if needed.
 
-        What a killed process left half written there is removed.
-
-        Args:
-          workdir: the run's directory.
-          keep: newest checkpoints kept on disk, at least 1.
-          name: of the directory below it.
-          alone: of several processes this one alone writes and reads here, what it
-            holds alone; otherwise all of them take part.
+        What a killed process left half written there is removed. The newest `keep` are
+        kept on disk, at least 1. If this one is `alone`, it alone of several processes
+        writes and reads here what it holds alone; otherwise all of them take part.
         """
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint: at least 1.")
@@ -171,15 +166,11 @@ class Checkpointer(contextlib.AbstractContextManager):
             self._manager.close()
 
     def restore_latest(self, params: Any, opt_state: Any) -> Restored | None:
-        """Read the newest complete checkpoint.
+        """Read the newest complete checkpoint, bit for bit, or None if there is none.
 
-        Args:
-          params, opt_state: trees of arrays, or of `jax.ShapeDtypeStruct`s with a
-            sharding, of the wanted shapes, dtypes and shardings. The mesh need not be
-            the one that the checkpoint was written from.
-
-        Returns:
-          What was saved, bit for bit, or None if there is no checkpoint.
+        `params` and `opt_state` are trees of arrays, or of `jax.ShapeDtypeStruct`s with
+        a sharding, of the wanted shapes, dtypes and shardings. The mesh need not be the
+        one that the checkpoint was written from.
 
         Raises:
           CheckpointError: it is damaged, or of another model or optimizer.
@@ -228,11 +219,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 def restore_policy(
     workdir: str | pathlib.Path, step: int | None = None
 ) -> tuple[params_lib.Params, model_config.ModelConfig, int]:
-    """Read the policy of a run and nothing else.
-
-    Args:
-      workdir: the run's directory.
-      step: which checkpoint; None: the newest.
+    """Read the policy of a run and nothing else, of a step; None: of the newest.
 
     Returns:
       The policy, layers stacked, on the first device; its architecture; its step.
@@ -259,14 +246,10 @@ def restore_trained(
 ) -> tuple[_Tree, dict[str, Any], dict[str, np.ndarray]]:
     """Read what was trained, of a run that may still be going on.
 
-    Args:
-      workdir: the run's directory.
-      name: of the directory below it.
-      step: which checkpoint; None: the newest.
-      describe: takes the architecture's JSON form and a dtype, and returns a tree of
-        `jax.ShapeDtypeStruct`s.
-      item: of `save`'s `more`: arrays whose shapes and dtypes stand in the driver's
-        record as `arrays`, if they do.
+    The directory `name` lies in the run's; a `step` of None is the newest. `describe`
+    takes the architecture's JSON form and a dtype, and returns a tree of
+    `jax.ShapeDtypeStruct`s. The `item` is of `save`'s `more`: arrays whose shapes and
+    dtypes stand in the driver's record as `arrays`, if they do.
 
     Returns:
       The tree, on the first device; the record with `step`, `model` and `driver`; and

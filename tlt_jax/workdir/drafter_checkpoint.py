@@ -63,16 +63,10 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
     ) -> float:
         """Write a checkpoint, or begin to; the state may be donated afterwards.
 
-        Args:
-          step: RL steps done.
-          snapshot: the drafter and its optimizer, and what else shall be there: the
-            state of a `text_buffer.TextBuffer` and of a `text_sampling.Sampler`, say.
-          cfg: the drafter's architecture.
-          target: embedding and head; written in the modes `blocking` and `async` only,
-            and needed there.
-
-        Returns:
-          The seconds that the caller waited.
+        `step` counts RL steps done. The snapshot has the drafter and its optimizer, and
+        what else shall be there: the state of a `text_buffer.TextBuffer` and of a
+        `text_sampling.Sampler`, say. `target` is written in the modes `blocking` and
+        `async` only, and needed there. Returns the seconds that the caller waited.
 
         Raises:
           checkpoint.CheckpointError: this one or the one before could not be written.
@@ -101,16 +95,14 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
     def restore(
         self, like: train_state.TrainState, at_most: int | None = None
     ) -> tuple[int, train_state.Snapshot] | None:
-        """Read the newest checkpoint.
+        """Read the newest checkpoint, bit for bit, its arrays in host memory.
 
-        Args:
-          like: a state of the wanted shapes and shardings.
-          at_most: the run's own step. Later checkpoints, left by a run that was killed
-            before its own was complete, are removed: they will be written again.
+        `like` is a state of the wanted shapes and shardings, `at_most` the run's own
+        step. Later checkpoints, left by a run that was killed before its own was
+        complete, are removed: they will be written again.
 
         Returns:
-          RL steps done when it was taken, and what was saved, bit for bit, its arrays
-          in host memory; or None if there is none.
+          RL steps done when it was taken, and what was saved; or None if there is none.
 
         Raises:
           checkpoint.CheckpointError: it is damaged, or of another drafter.
@@ -242,9 +234,7 @@ def restore_weights(
 ) -> tuple[drafter.DrafterConfig, drafter.DrafterParams, int, int]:
     """Read a run's drafter and nothing else of its training; the run may go on.
 
-    Args:
-      workdir: the run's directory.
-      step: RL steps done; None: the newest checkpoint.
+    `step` counts RL steps done; None: the newest checkpoint.
 
     Returns:
       The drafter, its weights with `draft_ids` and `sharpness`, the step, and its

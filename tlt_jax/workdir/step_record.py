@@ -13,15 +13,10 @@ def complete(
 ) -> dict[str, Any]:
     """Complete a step's record: every name that stays, and what follows from counts.
 
-    Args:
-      row: what the step's parts have said, by metric name.
-      step: RL steps done, this one included.
-      seconds: `time/<stage>_s`, of `watch.Watch.row`.
-      started: when the step began, by `time.perf_counter`.
-
-    Returns:
-      The record. Where nothing else is known it says: no speculation, no idle workers,
-      and no update (of a step in which no group carried signal).
+    `row` is what the step's parts have said, `step` counts this one too; `seconds` are
+    `time/<stage>_s` of `watch.Watch.row`, and it began at `started` by
+    `time.perf_counter`. Where nothing else is known the record says: no speculation, no
+    idle workers, and no update (of a step in which no group carried signal).
     """
     row = _absent() | {"step": step} | dict(row) | dict(seconds)
     if "specdec/num_accepted" in row:

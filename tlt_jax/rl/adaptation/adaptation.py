@@ -74,11 +74,7 @@ def _clip(most: float) -> optax.GradientTransformation:
 
 
 class NoAdaptation:
-    """Stands where a run has no learned drafter; see `Adaptation`.
-
-    Attributes:
-      trains: false.
-    """
+    """Stands where a run has no learned drafter; see `Adaptation`."""
 
     trains = False
 
@@ -135,16 +131,10 @@ class Adaptation:
     ):
         """Take the parts; `start` gives the drafter weights.
 
-        Args:
-          settings: of the training.
-          cfg, workers: the drafter, and engines that were made for it.
-          tuners, observer: told of new versions, and what the user should know.
-          initial: trained weights, or None: random ones.
-          eos_ids: always among the tokens that can be proposed.
-          sampling_cfg: the law of the rollouts.
-          precision: of activations, and of the engines' copies.
-          seed: of weights and of the order of texts.
-          directory: for what memory does not hold.
+        `initial` are trained weights, or None: random ones; `precision` is of
+        activations and of the engines' copies. `eos_ids` are always among the tokens
+        that can be proposed; tuners and observer are told of new versions, and
+        `directory` is for what memory does not hold.
         """
         self.cfg, self._settings = cfg, settings
         self._workers, self._tuners = workers, tuners
@@ -390,10 +380,8 @@ class Adaptation:
         self._publish()
 
     def _publish(self) -> None:
-        if self.is_ready:
-            self._offer()
-
-    def _offer(self) -> None:
+        if not self.is_ready:
+            return
         self.version += 1
         self._workers.offer_drafter(self.learner.weights(self._precision), self.version)
         for tuner in self._tuners:
@@ -422,11 +410,9 @@ class Sharing:
     ) -> tuple[spot_trainer.Report, int, Any]:
         """Exchange what was learned since the last meeting; all processes call this.
 
-        Args:
-          report: of the RL step so far: the one of the last meeting, or an empty one,
-            with what this process has trained since.
-          version: of the drafter, as this process has it.
-          learned: gives what this process has learned; asked only if it has trained.
+        `report` is of the RL step so far: the one of the last meeting, or an empty one,
+        with what this process has trained since. `learned` gives what this process has
+        learned, and is asked only if it has trained.
 
         Returns:
           What all have now: the report of all trainings of the RL step, the drafter's

@@ -61,14 +61,10 @@ class DrafterLearner:
     ):
         """Prepare; `begin` gives weights.
 
-        Args:
-          cfg, objective, optimizer: the drafter, what it learns, and how.
-          batch: of the shapes and dtypes that all have.
-          head_chunk: bases whose logits are held at once.
-          piece_bases: bases of each row that a piece takes; 0: all of them.
-          depth: levels of which acceptance is measured.
-          dtype: of activations and products.
-          remat: compute activations again in the backward pass.
+        `batch` is of the shapes and dtypes that all have. Of `head_chunk` bases the
+        logits are held at once, and a piece takes `piece_bases` bases of each row, 0:
+        all. Acceptance is measured on `depth` levels. With `remat` activations are
+        computed again in the backward pass.
         """
         self.cfg = cfg
         self.draft_ids: np.ndarray | None = None
@@ -191,11 +187,8 @@ class DrafterLearner:
     def step(self, batch: unroll.Batch) -> Pieces[dict[str, Array]]:
         """Take a step piece by piece; given up before its end it changes nothing.
 
-        Yields:
-          A result of each piece, which is on its way.
-
-        Returns:
-          The metrics of `step.update`, on their way too.
+        Yields a result of each piece and returns the metrics of `step.update`; all of
+        them are on their way.
         """
         run, params, given = self._compiled, self._placed.params, self._target
         placed = self._place(batch)
@@ -214,12 +207,8 @@ class DrafterLearner:
         """Say what drafts along the batches' texts would have had accepted.
 
         A sharpness that would have been clearly better than the one in use replaces it.
-
-        Yields:
-          A result of each part, which is on its way.
-
-        Returns:
-          What was found, see `acceptance.summarise`.
+        Yields a result of each part, which is on its way; returns what was found, see
+        `acceptance.summarise`.
         """
         run, params, given = self._compiled, self._placed.params, self._target
         sums = acceptance.nothing(self._depth)
@@ -336,13 +325,11 @@ def _mesh(devices: Devices) -> jax.sharding.Mesh:
 def run_through(
     pieces: Pieces[_T], interrupted: Callable[[], bool] | None = None
 ) -> _T | None:
-    """Compute piece after piece.
+    """Compute piece after piece of `DrafterLearner.step` or `measure`.
 
-    Args:
-      pieces: of `DrafterLearner.step` or `measure`.
-      interrupted: says that they shall be given up. Then each piece is waited for
-        before the next is begun, and what is under way is left to itself, its result
-        dropped. None: they are begun one after the other, and nobody waits.
+    Where `interrupted` can say that they shall be given up, each piece is waited for
+    before the next is begun, and what is under way then is left to itself, its result
+    dropped. Without it they are begun one after the other, and nobody waits.
 
     Returns:
       What they end with, or None: they were given up, and nothing changed.

@@ -44,15 +44,11 @@ class OfflineTraining:
         eos_ids: Sequence[int],
         **sizes: int,
     ):
-        """Take the parts; `begin` gives the drafter weights.
+        """Take the parts, choose the draft vocabulary; `begin` gives weights.
 
-        Args:
-          learner: the drafter; its draft vocabulary is chosen here.
-          texts: of `offline_texts.write`.
-          num_rows: B.
-          seed: of the weights and of the order of texts.
-          eos_ids: always among the tokens that can be proposed.
-          **sizes: T and M, `row_tokens` and `row_bases`.
+        The texts are `offline_texts.write`'s; the rows of a step are B, `num_rows`, and
+        of T and M, `row_tokens` and `row_bases`. The seed is of weights and of the
+        order of texts; `eos_ids` are always among the tokens that can be proposed.
 
         Raises:
           ValueError: no text has a position to learn from.
@@ -86,10 +82,7 @@ class OfflineTraining:
         self.learner.begin(devices, target)
 
     def steps(self, until: int) -> Iterator[dict[str, Array]]:
-        """Take steps up to the number `until`.
-
-        Yields:
-          The metrics of each, see `step.update`, on their way.
+        """Take steps up to the number `until`; yield their metrics, on their way.
 
         Raises:
           failures.NotFiniteError: steps are not finite any more.

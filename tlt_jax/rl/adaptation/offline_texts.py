@@ -115,12 +115,8 @@ def write(
     together. Prompts are therefore answered in fixed groups, and of a group that was
     begun by a killed process all are answered again.
 
-    Args:
-      engine: has the weights, draws at temperature 1 and captures.
-      asked: for all texts.
-      kept: gets the texts with their features.
-      seed: of the noise.
-      on_progress: called with texts done, texts in all, and tokens drawn.
+    `engine` has the weights, draws at temperature 1 and captures; `on_progress` is
+    called with texts done, texts in all, and tokens drawn.
     """
     size = max(_SHARD_TEXTS, _GROUP_ROUNDS * engine.engine_cfg.max_rows)
     num_tokens = 0

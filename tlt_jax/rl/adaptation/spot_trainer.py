@@ -100,13 +100,10 @@ class SpotTrainer:
     ):
         """Take the parts; `start` makes the thread.
 
-        Args:
-          learner, sampler, workers: trains on batches, on devices of workers.
-          prepare: settles what the texts decide, such as the draft vocabulary; false:
-            not yet.
-          publish: offers the learner's weights to the engines.
-          publish_steps: steps between publications within a training; 0: none.
-          measures: fresh texts say what drafts would have had accepted.
+        `prepare` settles what the texts decide, such as the draft vocabulary; false:
+        not yet. `publish` offers the learner's weights to the engines: at a training's
+        end, and within it every `publish_steps` steps, 0: not. With `measures` fresh
+        texts say what drafts would have had accepted.
         """
         self.learner, self.report = learner, Report()
         self._sampler, self._workers = sampler, workers

@@ -55,13 +55,9 @@ class Engine:
     ):
         """Make an engine without weights; `set_params` gives it some.
 
-        Args:
-          cfg, engine_cfg: the target; sizes and law.
-          speculator_cfg: how to speculate, once `set_drafter` gave weights; None:
-            never.
-          tuner, early_tuner: choose strategies, see `speculator.Speculator`.
-          decode_text: token ids to text; needed for stop strings.
-          mesh: devices of this engine; None: the first device.
+        It speculates once `set_drafter` gave weights, by strategies that the tuners
+        choose, see `speculator.Speculator`; without `speculator_cfg` never. Stop
+        strings need `decode_text`, and without a mesh the engine has the first device.
 
         Raises:
           ValueError: stop strings without `decode_text`, or `speculator_cfg` does not
@@ -186,18 +182,10 @@ class Engine:
     ) -> rollout_stats.RolloutStats:
         """Generate completions for requests from a queue until it gives no more.
 
-        Args:
-          source: of requests that passed `check`.
-          seed: of the noise.
-          on_completion: called with each completion as soon as it is there.
-          on_call: called after each decode call with the tokens drawn so far.
-          on_text: called with a finished text and the target's features of it, which
-            its pages keep: no forward is spent on them. Needs
-            `SpeculatorConfig.capture`.
-          capture_frac: part of the texts that `on_text` gets, chosen by request id.
-
-        Returns:
-          What was done.
+        They have passed `check`. `on_call` is called after each decode call with the
+        tokens drawn so far. `on_text` gets the part `capture_frac` of the finished
+        texts, chosen by request id, with the target's features, which its pages keep:
+        no forward is spent on them. It needs `SpeculatorConfig.capture`.
         """
         self._require_params()
         engine_cfg = self.engine_cfg

@@ -162,13 +162,9 @@ def in_order(
 ) -> list[types.Request]:
     """Order requests: longest expected first, otherwise as given; a stable sort.
 
-    A long answer that starts late decides when the rollout ends. Requests of a prompt
-    without history count as of mean expected length, so that nothing is known to be
-    shorter than they are stands before them.
-
-    Args:
-      requests: in the caller's order.
-      expected_lengths: tokens, by `prompt_id`.
+    A long answer that starts late decides when the rollout ends. Lengths are in tokens,
+    by `prompt_id`. Requests of a prompt without history count as of mean expected
+    length, so that nothing is known to be shorter than they are stands before them.
     """
     known = [
         expected_lengths[r.prompt_id]

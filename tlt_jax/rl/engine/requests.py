@@ -66,9 +66,6 @@ def finish(
       ended: the last token drawn ends the text.
       stop: strings that end a completion; the token that completes one is kept.
       decode_text: token ids to text; needed where there are stop strings.
-
-    Returns:
-      The reason, or None.
     """
     length = _stop_length(row.tokens, num_new, stop, decode_text)
     if length is not None and not (ended and length == len(row.tokens)):

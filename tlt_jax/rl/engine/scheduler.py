@@ -173,10 +173,8 @@ class Scheduler:
         last are put back into the queue with what they have drawn: their continuation
         is the same, since noise is keyed by position. A waiting row is admitted into a
         free slot if there are pages for all of its next `num_steps` tokens, too, so
-        that what is cached for it is used before it can be put back.
-
-        Returns:
-          What the device must do, before pages are written by anything else.
+        that what is cached for it is used before it can be put back. Returns what the
+        device must do, before pages are written by anything else.
         """
         self._reserve(num_steps)
         admission = Admission()

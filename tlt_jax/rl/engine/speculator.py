@@ -257,8 +257,7 @@ class Speculator:
     ) -> list[list[scheduler.Part]]:
         """List what to fill before `rows` speculate, and count it as done.
 
-        Returns:
-          Rounds of independent jobs: shared pages first, then each row's own.
+        Returns rounds of independent jobs: shared pages first, then each row's own.
         """
         if strategy is None or not strategy.drafts:
             return []

@@ -88,9 +88,7 @@ class GeneratedTask:
     ) -> tuple[str, Drawn]:
         """Returns the first (question, what belongs to it) that may stand in a split.
 
-        Args:
-          split: which.
-          make: draws one, given how many were drawn before.
+        `make` draws one, given how many were drawn before.
 
         Raises:
           ValueError: none of `MAX_DRAWS` may.

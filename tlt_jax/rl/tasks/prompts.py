@@ -87,12 +87,8 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """Draws the order in which one epoch visits the examples.
 
     A pure function of its arguments, the same on every platform and NumPy release: the
-    examples are sorted by the raw output of a counter-based generator.
-
-    Args:
-      num_examples: at least 1.
-      seed: at least 0.
-      epoch: at least 0.
+    examples are sorted by the raw output of a counter-based generator. There is one
+    example at least; seed and epoch are not negative.
 
     Returns:
       `[num_examples] int64`, a permutation; read-only.

@@ -79,11 +79,7 @@ class Teachable(Protocol):
 class Settings:
     """All that a model made on the spot depends on.
 
-    Attributes:
-      seed: of weights, order and noise.
-      pretrain: sizes and teaching.
-      task: what it learns.
-      max_new_tokens: longest completion that it will be asked for.
+    It will be asked for completions of at most `max_new_tokens`.
     """
 
     seed: int
@@ -100,15 +96,11 @@ def make(
 ) -> None:
     """Makes a model for a task and writes it as a Hugging Face directory.
 
-    The directory appears complete or not at all. One that is complete is left as it
-    is; one that lacks files is made again. The weights are a function of the settings.
-
-    Args:
-      settings: of the model.
-      task: of `settings.task`; has an alphabet and `supervised_text`, see `TASKS`.
-      directory: where the model shall be.
-      on_progress: called every few steps with the steps done, the steps in all, and
-        the loss of the last one in nats per answer token.
+    The directory appears complete or not at all. One that is complete is left as it is;
+    one that lacks files is made again. The weights are a function of the settings,
+    whose task has an alphabet and `supervised_text`, see `TASKS`. `on_progress` is
+    called every few steps with the steps done, the steps in all, and the loss of the
+    last one in nats per answer token.
 
     Raises:
       ValueError: the task teaches nothing, no model has these sizes, or the directory
@@ -191,17 +183,11 @@ def train(
     seed: int,
     on_progress: Callable[[int, int, float], None] | None = None,
 ) -> model_params.Params:
-    """Draws weights and teaches them the texts.
+    """Draws weights and teaches them the texts, questions and right answers.
 
     Texts are drawn at random and the fraction `noise_frac` of their answers exchanged,
-    anew each time, so that of the noise nothing but its proportion can be learnt.
-
-    Args:
-      cfg: the model.
-      texts: questions and right answers.
-      settings: steps, batch, learning rate, noise.
-      seed: of weights, order and noise.
-      on_progress: see `make`.
+    anew each time, so that of the noise nothing but its proportion can be learnt. For
+    `on_progress` see `make`.
 
     Returns:
       float32 weights, layers stacked.

@@ -73,11 +73,8 @@ class Experience:
 def filling(width: int, num_prompts: int, group_size: int) -> Experience:
     """Make up a batch that packs into rows of a width, to prepare programs with.
 
-    It has a first completion that fills the row, and others without tokens.
-
-    Args:
-      width: of one row; at least 2.
-      num_prompts, group_size: P and R of the batches to come.
+    It has a first completion that fills the row, which is at least 2 wide, and others
+    without tokens; P and R are those of the batches to come.
     """
 
     def completion(number, length):
@@ -100,16 +97,10 @@ def advantages_of(
     max_new_tokens: int,
     ref_logprobs: Sequence[np.ndarray] | None,
 ) -> np.ndarray:
-    """Shape the rewards as the algorithm says and estimate advantages.
+    """Shape the rewards as the algorithm says and estimate advantages, `[n] float32`.
 
-    Args:
-      batch: P groups of R.
-      algorithm: which shaping and estimator.
-      max_new_tokens: the length limit, for overlong shaping.
-      ref_logprobs: n arrays, needed where the KL term is part of the reward.
-
-    Returns:
-      `[n] float32`.
+    `max_new_tokens` is the length limit, for overlong shaping; `ref_logprobs` are n
+    arrays, needed where the KL term is part of the reward.
     """
     shaped = batch.rewards.reshape(-1).astype(np.float64)
     if algorithm.overlong_shaping:
@@ -177,13 +168,8 @@ def micro_batches(
 ) -> tuple[list[packing.Packed], list[policy_gradient.MicroBatch]]:
     """Lay one optimizer step's batch out for the learner.
 
-    Args:
-      batch: its groups.
-      layout: how they are packed.
-      algorithm: gives the aggregation.
-      advantages_n: `[n] float32`.
-      max_new_tokens: the length limit, for the `constant` aggregation.
-      old_logprobs, ref_logprobs: n arrays or None, see `losses.TokenColumns`.
+    `advantages_n` are `[n] float32`; the length limit is for the `constant`
+    aggregation; log-probabilities are n arrays or None, see `losses.TokenColumns`.
 
     Returns:
       The packed parts, and for each what the learner reads.
@@ -213,10 +199,8 @@ def max_mismatch(
 ) -> float:
     """Largest absolute difference, in nats, of rollout's and trainer's logprobs.
 
-    Args:
-      batch: what was rolled out.
-      parts: its packed parts.
-      trainer_logprobs: `[rows, M]` for each part, by the weights that rolled out.
+    The latter are `[rows, M]` for each of the batch's packed parts, by the weights that
+    rolled out.
     """
     trainer = packing.scatter(parts, trainer_logprobs)
     gaps = [

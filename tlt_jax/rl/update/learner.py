@@ -7,7 +7,7 @@ follows. What is jitted are pure functions; the `Learner` places, compiles and c
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,10 +65,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Make AdamW with global norm clipping and the configured schedule.
 
-    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
-
-    Args:
-      cfg, num_steps, updates_per_step: as for `learning_rate`.
+    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019. See
+    `learning_rate` for the arguments.
     """
     schedule = learning_rate(
         cfg, num_steps=num_steps, updates_per_step=updates_per_step
@@ -108,18 +106,11 @@ class Learner:
     ):
         """Prepare shardings and the optimizer; nothing is compiled yet.
 
-        Args:
-          model: the policy.
-          law: that completions were drawn from.
-          cfg: how many updates a step takes, and how large micro-batches are.
-          optimizer: AdamW's settings.
-          num_steps: RL steps of the run.
-          precision: of activations and products.
-          remat: what the backward pass recomputes, see `sections.Model`.
-          mesh: with the axes of `sharding.MESH_AXES`.
-          pool: of compiled programs.
-          head_chunk: predictions whose logits each part of the batch holds at once;
-            see `policy_gradient.ForwardConfig`, which counts them over all parts.
+        `law` is that which completions were drawn from; `precision` is of activations
+        and products, for `remat` see `sections.Model`. The mesh has the axes of
+        `sharding.MESH_AXES`; each part of the batch on it holds the logits of
+        `head_chunk` predictions at once, of which `policy_gradient.ForwardConfig`
+        counts those of all parts.
 
         Raises:
           ValueError: a weight does not divide over the mesh.
@@ -191,9 +182,8 @@ class Learner:
     ) -> list[np.ndarray]:
         """Compute log-probabilities without gradients: the old or reference policy's.
 
-        Args:
-          params: float32, placed as the state's.
-          parts: micro-batches of packed rows, each of `rows_per_micro_batch` rows.
+        `params` are float32, placed as the state's; `parts` have `rows_per_micro_batch`
+        rows.
 
         Returns:
           For each part `[rows, M] float32`, for `packing.scatter`; what stands where no
@@ -219,10 +209,7 @@ class Learner:
     ) -> None:
         """Compile what micro-batches of these shapes need, in the background.
 
-        Args:
-          batch: of the shapes; its numbers do not matter.
-          cfg: the loss.
-          with_logprobs: `logprobs` will be called as well.
+        Their numbers do not matter; `with_logprobs`: `logprobs` will be called as well.
         """
         rows, columns = self._place(batch.rows), self._place(batch.columns)
         wanted = [self._accumulate_program(rows, columns, cfg, batch.num_sequences)]
@@ -240,10 +227,8 @@ class Learner:
     ) -> tuple[train_state.TrainState, dict[str, float], list[np.ndarray]]:
         """Take one optimizer step on the sum of the micro-batches' losses.
 
-        Args:
-          state: given up: its buffers become the new state's.
-          micro_batches: of one minibatch, at least one.
-          cfg: the loss.
+        They are of one minibatch, at least one; the state is given up: its buffers
+        become the new state's.
 
         Returns:
           The new state; the record of `losses.summarise` with `policy/grad_norm`,
@@ -268,7 +253,9 @@ class Learner:
         del carry
         sums, logprobs = zip(*jax.device_get(fetched), strict=True)
         record = {name: float(value) for name, value in outcome.items()}
-        return state, losses.summarise(_add(sums)) | record, list(logprobs)
+        # On the host, in double precision.
+        total = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+        return state, losses.summarise(total) | record, list(logprobs)
 
     def _abstract_train_state(self) -> train_state.TrainState:
         model = self.forward_cfg.model
@@ -409,8 +396,3 @@ def _shapes(tree: Any) -> tuple:
     """Hashable description of arrays, absent ones included."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
     return tuple(None if x is None else x.shape for x in leaves)
-
-
-def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Add the micro-batches' metric sums on the host, in double precision."""
-    return {name: sum(float(part[name]) for part in sums) for name in sums[0]}

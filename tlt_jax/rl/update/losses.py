@@ -203,8 +203,7 @@ def policy_loss(
 def summarise(sums: Mapping[str, Any]) -> dict[str, float]:
     """Turns metric sums, added over all micro-batches, into records.
 
-    Args:
-      sums: of `policy_loss`, as host or device scalars.
+    They are those of `policy_loss`, scalars of host or device.
 
     Returns:
       `policy/loss`, `policy/clip_frac`, `policy/dual_clip_frac`, `policy/ratio_mean`,

@@ -117,11 +117,7 @@ def pack(
 
 
 def split(packed: Packed, rows_per_micro_batch: int) -> list[Packed]:
-    """Cuts rows into micro-batches of equal shape, `sequence` counted anew in each.
-
-    Args:
-      packed: B rows.
-      rows_per_micro_batch: a divisor of B.
+    """Cuts B rows into micro-batches of equal shape, `sequence` counted anew in each.
 
     Returns:
       `B / rows_per_micro_batch` parts; none of them shares a response with another.
@@ -204,9 +200,6 @@ def visible(packed: Packed) -> np.ndarray:
 
     Key k is visible to query q of its row iff `k <= q`, `segment[k] >= 0`, and
     `segment[k]` is `segment[q]` or `prefix[q]`. A padding query sees nothing.
-
-    Args:
-      packed: the rows.
 
     Returns:
       `[B, T, T]` bool, query before key.

@@ -125,14 +125,9 @@ def token_logprobs(
     """Compute the log-probability of every prediction of packed rows.
 
     The logits of `cfg.head_chunk` predictions exist at a time; with more than one chunk
-    they are computed again in the backward pass.
-
-    Args:
-      params: the policy, layers stacked or a tuple.
-      rows: B rows of T columns and M predictions.
-      cfg: how; static.
-      with_entropy: compute the entropy of the predicting laws too.
-      constrain: sharding of `[D, B, T]` activations.
+    they are computed again in the backward pass. The layers of `params` are stacked or
+    a tuple; `with_entropy` asks for the entropy of the predicting laws, too, and
+    `constrain` is the sharding of `[D, B, T]` activations.
 
     Returns:
       `[B, M] float32` natural log-probabilities of `rows.target` under the sampling
@@ -202,14 +197,10 @@ def accumulate(
     num_sequences: int,
     constrain: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Gradient, dict[str, Array], Array]:
-    """Add a micro-batch's loss and gradient to `carry`.
+    """Add a micro-batch's loss and gradient to `carry`, those of the ones before.
 
-    Args:
-      params: the policy, layers stacked.
-      carry: of the micro-batches before.
-      rows, columns: the micro-batch.
-      cfg, loss_cfg, num_sequences: static.
-      constrain: sharding of `[D, B, T]` activations.
+    The layers of `params` are stacked; configs and `num_sequences` are static, and
+    `constrain` is the sharding of `[D, B, T]` activations.
 
     Returns:
       The sums, the metric sums of `losses.policy_loss` for this micro-batch

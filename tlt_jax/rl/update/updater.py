@@ -46,11 +46,7 @@ class Updater:
     ):
         """Make the learner; `train_state` and `reference` are given by the caller.
 
-        Args:
-          model: the policy.
-          algorithm, rollout, learner, optimizer, mesh: sections of the settings.
-          law: that completions are drawn from.
-          num_steps, precision, remat: see `learner.Learner`.
+        See `learner.Learner` for the arguments that are no sections of the settings.
 
         Raises:
           ValueError: the algorithm contradicts itself, or the mesh is not to be had.
@@ -114,15 +110,9 @@ class Updater:
     def update(
         self, batch: experience.Experience, watch: watch_lib.Watch
     ) -> dict[str, Any]:
-        """Train on the groups of a step.
+        """Train on the groups of a step; return `policy/` and `mismatch/` values.
 
-        Args:
-          batch: groups with rewards.
-          watch: gets the stages `inference` and `update`, and notes of updates that
-            were skipped.
-
-        Returns:
-          `policy/` and `mismatch/` values.
+        `watch` gets the stages `inference` and `update`, and notes of skipped updates.
 
         Raises:
           failures.NotFiniteError: several updates in a row were not finite.

@@ -20,10 +20,7 @@ _PLACE, _LEAF, _SECOND = 0x9E3779B1, 0x85EBCA77, 0x27D4EB2F
 
 
 def sums(tree: Any) -> Array:
-    """Digest a tree on the devices that hold it; to be compiled.
-
-    Args:
-      tree: of float32 arrays.
+    """Digest a tree of float32 arrays on the devices that hold it; to be compiled.
 
     Returns:
       `[2] uint32`: two sums over all weights' bits, mixed with their places in the

@@ -28,8 +28,7 @@ def handle(
 ) -> tuple[records.State, list[records.Command]]:
     """Take in one of the events of `records`, which arrived at `at_s`.
 
-    Returns:
-      The state after it, and the commands to give, in order.
+    Returns the state after it, and the commands to give, in order.
     """
     state = dataclasses.replace(state, now_s=max(state.now_s, at_s))
     commands: list[records.Command] = []

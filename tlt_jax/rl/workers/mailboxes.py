@@ -62,14 +62,11 @@ class Coordination:
         self.closed = False
 
     def begin(self, workers: Sequence[int], places: Sequence[int] = ()) -> int:
-        """Ask for the next rollout.
+        """Ask for the next rollout; return its generation, to be given back in events.
 
         It begins, with a `Generate` for each worker, at once or when the training that
         still runs has ended. A rollout that has not ended is given up. `places` are the
         processes of the workers; empty: all are of process 0.
-
-        Returns:
-          The rollout's generation, to be given back in events.
 
         Raises:
           ValueError: `workers` is empty or names one twice.

@@ -19,11 +19,7 @@ _WATCH_S = 1.0
 
 
 class Home:
-    """What process 0 has: the coordinator, and the queue of the present rollout.
-
-    Attributes:
-      coordination: of all workers.
-    """
+    """What process 0 has: the coordinator, and the queue of the present rollout."""
 
     def __init__(self, shared: mailboxes.Coordination, group: distributed.Group):
         """Offer both to the other processes."""
@@ -60,8 +56,7 @@ class Home:
     ) -> tuple[int | None, frozenset[int], int]:
         """Take a request for a worker of another process.
 
-        Returns:
-          The request's id or None, prompts of which requests wait, and how many wait.
+        Returns its id or None, prompts of which requests wait, and how many wait.
         """
         queue = self._queue_of(generation)
         if queue is None:
@@ -81,11 +76,7 @@ class Home:
 
 
 class Guest:
-    """What another process has of the same.
-
-    Attributes:
-      coordination: answers like that of process 0.
-    """
+    """What another process has of the same: `coordination` answers like process 0's."""
 
     def __init__(self, group: distributed.Group):
         """Find them through the group's channel."""

@@ -81,12 +81,8 @@ class WeightSync:
     ):
         """Prepare the shardings; nothing is compiled yet.
 
-        Args:
-          model: the policy.
-          source: the learner's mesh.
-          targets: the engines' meshes, all of one size.
-          pool: of compiled programs.
-          dtype: of the engine's weights.
+        `source` is the learner's mesh; `targets` are the engines', all of one size, and
+        `dtype` is that of their weights.
 
         Raises:
           ValueError: a weight does not divide over a mesh.

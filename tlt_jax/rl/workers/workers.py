@@ -137,7 +137,10 @@ class Workers:
                 ).start()
         finally:
             if self.group.is_first:
-                self._keep_intervals()
+                state = self.coordination.state
+                if self._began_s is None:
+                    self._began_s = state.began_s
+                self._intervals += coordinator.timeline(state, self._began_s)
         done: dict[int, types.Completion] = {}
         stats = rollout_stats.RolloutStats()
         for part, spent in self.group.exchange(
@@ -155,12 +158,6 @@ class Workers:
         """
         intervals, self._intervals, self._began_s = self._intervals, [], None
         return intervals
-
-    def _keep_intervals(self) -> None:
-        state = self.coordination.state
-        if self._began_s is None:
-            self._began_s = state.began_s
-        self._intervals += coordinator.timeline(state, self._began_s)
 
 
 class _Rollout:
@@ -183,8 +180,7 @@ class _Rollout:
     def turns(self) -> Iterator[tuple[int, int]]:
         """Carry out the coordinator's commands until the rollout's end.
 
-        Yields:
-          A worker that is to generate from now on, and which turn of its it is.
+        Yields a worker that is to generate from now on, and which turn of its it is.
         """
         workers, c = self._workers, self._workers.coordination
         self._generation = generation = self._begin()

@@ -15,12 +15,9 @@ def build(
 ) -> protocols.Proposer:
     """Build the proposer that a strategy names.
 
-    Args:
-      strategy: its shape; a name `package.module:Name` stands for a class of one's own,
-        which is given strategy and settings, and no inputs of the host.
-      settings: of the target.
-      drafter_cfg: the learned drafter, where it is asked.
-      ranking: of the learned drafter, see `learned.Learned`.
+    A name `package.module:Name` stands for a class of one's own, which is given
+    strategy and settings, and no inputs of the host. `drafter_cfg` is needed where the
+    learned drafter is asked; for its `ranking` see `learned.Learned`.
 
     Raises:
       ValueError: a class of one's own is not to be had.

@@ -49,10 +49,9 @@ class NgramStore:
     def add(self, prompt_id: int, prompt: np.ndarray, answer: np.ndarray) -> None:
         """Keep a finished answer, and drop what has no room any more.
 
-        Args:
-          prompt_id: the same whenever the prompt is.
-          prompt, answer: `[...] int32`; an empty answer teaches nothing and is not
-            kept. Of one that exceeds `max_tokens` the beginning is.
+        Of an answer that exceeds `max_tokens` the beginning is kept; an empty one
+        teaches nothing and is not. Arrays are int32; a `prompt_id` always has the same
+        prompt.
         """
         if len(answer) == 0:
             return

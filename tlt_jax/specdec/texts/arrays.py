@@ -63,11 +63,7 @@ def from_bytes(
 ) -> dict[str, np.ndarray | None]:
     """Take apart what `arrays` lists, written end to end: a record's arrays by name.
 
-    Args:
-      data: the bytes; the arrays are views of them.
-      length: tokens.
-      shape: `widths` of it.
-      dtype: of the features.
+    They are views of `data`, of `length` tokens; `shape` is `widths` of the record.
     """
     hidden, features = shape
     wanted = {

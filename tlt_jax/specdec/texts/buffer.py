@@ -259,10 +259,8 @@ class TextBuffer:
     def state(self) -> dict[str, np.ndarray]:
         """Copy everything into arrays, for a checkpoint.
 
-        They take as many bytes as the texts in memory and on disk together.
-
-        Returns:
-          `text_arrays.pack`'s arrays, and `version` `[]` and `on_disk` `[num_texts]`.
+        They are `arrays.pack`'s, with `version` `[]` and `on_disk` `[num_texts]`, and
+        take as many bytes as the texts in memory and on disk together.
         """
         with self._changed:
             entries = sorted(self._ready(), key=lambda e: e.text_id)

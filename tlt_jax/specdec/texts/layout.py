@@ -93,11 +93,8 @@ def span_of(
 ) -> Span | None:
     """Cut a text to what a row can hold; None if no base is left.
 
-    Args:
-      index, length, response_start: of the text.
-      row_tokens, row_bases: T and M. A text longer than T loses its end; of one with
-        more than M bases a run is taken.
-      rng: draws the run; None: the first.
+    T and M are `row_tokens` and `row_bases`. A text longer than T loses its end; of one
+    with more than M bases a run is taken, which `rng` draws; None: the first.
     """
     length = min(int(length), row_tokens)
     there = num_bases(length, int(response_start))
@@ -191,11 +188,8 @@ def described(
 ) -> unroll.Batch:
     """Describe what `lay_out` returns, in shapes and dtypes.
 
-    Args:
-      num_rows, row_tokens, row_bases: B, T and M.
-      d_model: D of the target.
-      num_features: layers whose outputs are fused; 0: the last feature alone.
-      dtype: that features are kept in.
+    Rows are B of T and M; `num_features` layers of D are fused, 0: the last feature
+    alone. `dtype` is that which features are kept in.
     """
 
     def of(*shape, dtype=jnp.int32):

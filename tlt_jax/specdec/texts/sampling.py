@@ -54,14 +54,11 @@ class Sampler:
     ):
         """Begin a line of batches.
 
-        Args:
-          buffer: the texts.
-          row_tokens, row_bases: T and M, see `layout.span_of`.
-          num_rows: B.
-          seed: of the line.
-          previous_frac: share of the positions from the steps before this one.
-          length_power: 0: every text alike; 1: in proportion to its positions.
-          age_decay: weight of a text two versions old against one version old.
+        They have B rows (`num_rows`) of T and M, see `layout.span_of`. `previous_frac`
+        is the share of the positions from the steps before this one. With a
+        `length_power` of 0 every text counts alike, of 1 in proportion to its
+        positions; `age_decay` is the weight of a text two versions old against one
+        version old.
 
         Raises:
           ValueError: a setting makes no sense.

@@ -24,9 +24,7 @@ class Shards:
     def __init__(self, directory: str | os.PathLike, dtype: str = "bfloat16"):
         """Open or make the directory; what a killed process left unfinished is removed.
 
-        Args:
-          directory: of the texts.
-          dtype: see `arrays.dtype_of`.
+        For `dtype` see `arrays.dtype_of`.
         """
         self._dtype = text_arrays.dtype_of(dtype)
         self._directory = pathlib.Path(directory)
@@ -58,10 +56,7 @@ class Shards:
         return np.array([record.response_start for record in self._records], np.int64)
 
     def append(self, records: Sequence[layout.Record]) -> None:
-        """Write a shard.
-
-        Args:
-          records: at least one, of ids that are not there yet.
+        """Write a shard of one record at least.
 
         Raises:
           ValueError: an id is there already, or arrays do not fit together.

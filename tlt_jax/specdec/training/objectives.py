@@ -119,10 +119,8 @@ def sums_of(
 ) -> dict[str, Array]:
     """Sum losses and metrics over the predictions of `size` bases from `start` on.
 
-    See `unroll.unroll` for the arguments.
-
-    Returns:
-      `[U] float32` by name, one number for each unrolled step.
+    Returns `[U] float32` by name, one number for each unrolled step. See
+    `unroll.unroll` for the arguments.
     """
     num_steps = objective.num_steps
     # Step u of a base is compared with the law of the base u places on, so that laws

@@ -114,11 +114,9 @@ def update(
 ) -> tuple[train_state.TrainState, dict[str, Array]]:
     """Take the optimizer's step, unless loss or gradient is not finite.
 
-    `grads` are those of `close`, `sums` those of all bases.
-
-    Returns:
-      The state, bit for bit the old one where the step was skipped, and the metrics of
-      `objectives.total_of` with `loss`, `grad_norm` and `skipped` (0 or 1).
+    `grads` are those of `close`, `sums` those of all bases. Returns the state, bit for
+    bit the old one where the step was skipped, and the metrics of `objectives.total_of`
+    with `loss`, `grad_norm` and `skipped` (0 or 1).
     """
     loss, metrics = objectives.total_of(sums, batch, objective)
     state, norm, skipped = train_state.step(state, grads, loss, optimizer)

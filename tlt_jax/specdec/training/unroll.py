@@ -139,19 +139,12 @@ def unroll(
 ) -> tuple[Array, ...]:
     """Compute the features of every base's unrolled steps.
 
-    Keys of step 0 are those of all columns, since later steps see them; everything
-    else is computed for the bases alone: each attends to the former under a mask and
-    to its own base's further steps at its own index. So bases may be computed part by
-    part.
+    Keys of step 0 are those of all columns, since later steps see them; everything else
+    is computed for the bases alone: each attends to the former under a mask and to its
+    own base's further steps at its own index. So bases may be computed part by part.
 
-    Args:
-      params: the drafter.
-      batch: the rows.
-      target: embedding and head.
-      num_steps: U.
-      cfg: how.
-      detach: gradients end between steps.
-      seen: of `see`, where it was computed before.
+    U is `num_steps`. With `detach` gradients end between steps; `seen` is that of
+    `see`, where it was computed before.
 
     Returns:
       U arrays `[D, B, M]`. A step that reaches beyond its text has no meaning.
@@ -268,13 +261,11 @@ class Predictions:
 def predictions(
     steps: tuple[Array, ...], exists: Array, laws: Any, chunk: int
 ) -> Predictions:
-    """Lay rows end to end.
+    """Lay rows end to end, so that Q is a multiple of `chunk`.
 
-    Args:
-      steps, exists: of `unroll` and `step_exists`.
-      laws: arrays `[B, M + U - 1, ...]`, of the law that step 0 of each base predicts
-        from, and of the bases behind: see `bases_from`.
-      chunk: Q is a multiple of it.
+    Steps and `exists` are of `unroll` and `step_exists`; `laws` are arrays
+    `[B, M + U - 1, ...]`, of the law that step 0 of each base predicts from, and of the
+    bases behind: see `bases_from`.
     """
     hidden_UDBM = jnp.stack(steps)
     more, (num_rows, width) = len(steps) - 1, hidden_UDBM.shape[2:]

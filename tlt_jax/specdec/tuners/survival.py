@@ -108,10 +108,8 @@ class Survival:
     ) -> float:
         """Estimate tokens per row and step, 1 to `strategy.max_accept_length`.
 
-        Args:
-          strategy: any, tried or not.
-          optimism: standard deviations added to every hazard.
-          bucket: batch bucket; None: any.
+        `optimism` is in standard deviations, added to every hazard; `bucket` is of
+        batches, None: any. The strategy need not have been tried.
         """
         family = family_of(strategy)
         every = self._counts.get((family, None), [])
