@@ -40,26 +40,29 @@ PUBLISHED_GB = {
 }
 
 
-def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
-    """Compiles an engine's programs of one case."""
-    case = cell["case"]
+def compiled(config: str, case: str) -> tables.Row:
+    """Compiles an engine's programs; returns what they are."""
     run = recipes.settings_of(
-        options.config, {**CASES[case], "num_steps": 1, "pretrain.steps": 1}
+        config, {**CASES[case], "num_steps": 1, "pretrain.steps": 1}
     )
     jax.config.update("jax_enable_compilation_cache", False)
     with recipes.begun(run) as trainer:
         (engine,) = trainer.parts.workers.engines
         engine.warm_up(wait=True)
         stats = engine.pool.stats
-        row = {
-            "case": case,
+        return {
             "programs": stats.num_compiled,
             "code_bytes": stats.code_bytes,
             "scratch_bytes": stats.temp_bytes,
             "compile_s": stats.compile_s,
-            "published_gb": PUBLISHED_GB.get(case),
         }
-    return [row]
+
+
+def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
+    """Compiles the programs of one case."""
+    case = cell["case"]
+    found = compiled(options.config, case)
+    return [{"case": case, **found, "published_gb": PUBLISHED_GB.get(case)}]
 
 
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:

@@ -40,10 +40,7 @@ def test_an_example_is_short(folder):
 
 def test_the_page_s_commands_use_all_of_them(folder, tmp_path):
     (block,) = re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S)
-    more = (
-        *("--config.pretrain.steps=200", "--config.rollout.prompts_per_step=4"),
-        *("--config.log.progress=off", "--config.log.tensorboard=false"),
-    )
+    more = ("--config.log.progress=off", "--config.log.tensorboard=false")
     path = os.pathsep.join([str(folder), str(ROOT)])
     for line in block.replace("workdirs", str(tmp_path)).splitlines():
         python, *words = shlex.split(line)

@@ -107,7 +107,7 @@ def test_it_imports_and_defines_no_algorithm(name):
                 assert node.module.split(".")[0] in ("tlt_jax", "configs")
             assert not isinstance(node, ast.ClassDef | ast.While)
     text = "\n".join(sources)
-    assert "plot_style.picture(" in text
+    assert "style.picture(" in text
 
 
 @pytest.mark.parametrize("name", runner.names())
