@@ -87,7 +87,7 @@ def seen(monkeypatch):
     found, within = [], progress.Progress.within
 
     def watched(display, *given):
-        found.append(display._seen())
+        found.append(display._look())
         within(display, *given)
 
     monkeypatch.setattr(progress.Progress, "within", watched)
