@@ -74,7 +74,11 @@ def _clip(most: float) -> optax.GradientTransformation:
 
 
 class NoAdaptation:
-    """Stands where a run has no learned drafter; see `Adaptation`."""
+    """Stands where a run has no learned drafter; see `Adaptation`.
+
+    Attributes:
+      trains: false.
+    """
 
     trains = False
 
@@ -131,10 +135,16 @@ class Adaptation:
     ):
         """Take the parts; `start` gives the drafter weights.
 
-        `initial` are trained weights, or None: random ones; `precision` is of
-        activations and of the engines' copies. `eos_ids` are always among the tokens
-        that can be proposed; tuners and observer are told of new versions, and
-        `directory` is for what memory does not hold.
+        Args:
+          settings: of the training.
+          cfg, workers: the drafter, and engines that were made for it.
+          tuners, observer: told of new versions, and what the user should know.
+          initial: trained weights, or None: random ones.
+          eos_ids: always among the tokens that can be proposed.
+          sampling_cfg: the law of the rollouts.
+          precision: of activations, and of the engines' copies.
+          seed: of weights and of the order of texts.
+          directory: for what memory does not hold.
         """
         self.cfg, self._settings = cfg, settings
         self._workers, self._tuners = workers, tuners
@@ -380,8 +390,10 @@ class Adaptation:
         self._publish()
 
     def _publish(self) -> None:
-        if not self.is_ready:
-            return
+        if self.is_ready:
+            self._offer()
+
+    def _offer(self) -> None:
         self.version += 1
         self._workers.offer_drafter(self.learner.weights(self._precision), self.version)
         for tuner in self._tuners:
@@ -410,9 +422,11 @@ class Sharing:
     ) -> tuple[spot_trainer.Report, int, Any]:
         """Exchange what was learned since the last meeting; all processes call this.
 
-        `report` is of the RL step so far: the one of the last meeting, or an empty one,
-        with what this process has trained since. `learned` gives what this process has
-        learned, and is asked only if it has trained.
+        Args:
+          report: of the RL step so far: the one of the last meeting, or an empty one,
+            with what this process has trained since.
+          version: of the drafter, as this process has it.
+          learned: gives what this process has learned; asked only if it has trained.
 
         Returns:
           What all have now: the report of all trainings of the RL step, the drafter's

@@ -185,13 +185,11 @@ class EnginePrograms:
             )
 
         def speculative():
-            cfg, settings = self._speculator_cfg, self.settings
-            ranking = cfg.ranking if cfg.rule == chain.KEYED else learned.SAMPLED
             fn = functools.partial(
                 speculate.run,
-                proposer=proposers.build(strategy, settings, cfg.drafter_cfg, ranking),
-                rule=chain.RULES[cfg.rule],
-                settings=settings,
+                proposer=self._proposer(strategy),
+                rule=chain.RULES[self._speculator_cfg.rule],
+                settings=self.settings,
             )
             return decode.donated(fn, self._shardings, self._replicated).lower(
                 abstract_of(params),
@@ -204,6 +202,11 @@ class EnginePrograms:
         if strategy is None:
             return programs.Program(("decode", batch), plain)
         return programs.Program(("speculate", batch, strategy), speculative)
+
+    def _proposer(self, strategy: strategy_lib.Strategy) -> protocols.Proposer:
+        cfg = self._speculator_cfg
+        ranking = cfg.ranking if cfg.rule == chain.KEYED else learned.SAMPLED
+        return proposers.build(strategy, self.settings, cfg.drafter_cfg, ranking)
 
     def _inputs(
         self,
