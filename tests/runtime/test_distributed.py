@@ -1,6 +1,7 @@
 """Groups of processes, here threads that share a channel; what a launcher says."""
 
 import concurrent.futures
+import functools
 import queue
 import threading
 import types
@@ -64,7 +65,8 @@ def test_differences_are_seen_by_all_whoever_differs(groups, pool):
 
     assert all_do(pool, groups, lambda group: check(group, None)) == [None] * NUM
     for other in range(NUM):
-        for error in all_do(pool, groups, lambda group: check(group, other)):  # noqa: B023
+        check_other = functools.partial(check, other=other)
+        for error in all_do(pool, groups, check_other):
             assert type(error) is ValueError
             assert str(error) == (
                 "the processes have different settings: start all of them with the "
