@@ -15,6 +15,8 @@ import rich.live
 import rich.table
 import rich.text
 
+from tlt_jax.rl.workers import workers as workers_lib
+
 _SHOWN_STEPS = 10
 _PLAIN_EVERY_S = 30.0
 _BAR = 24
@@ -50,6 +52,15 @@ class Workers:
         if self.drafter_version >= 0:
             parts.append(f"drafter v{self.drafter_version}")
         return ", ".join(parts)
+
+
+def seen(team: workers_lib.Workers) -> Workers | None:
+    """Return what a run's workers do at this moment; None between rollouts."""
+    state = team.coordination.state
+    if not state.rolling:
+        return None
+    activities = tuple(str(worker.activity) for worker in state.workers)
+    return Workers(activities, team.drafter_version)
 
 
 class Progress(contextlib.AbstractContextManager):
@@ -146,6 +157,10 @@ class Progress(contextlib.AbstractContextManager):
         """Print a line that stays."""
         if not self._off:
             self._print(text)
+
+    def tell(self, text: str) -> None:
+        """Print a line that answers the user, where nothing else is shown as well."""
+        self._print(text)
 
     def remaining_s(self) -> float | None:
         """Return the estimated time to the end of the run in seconds, if known."""

@@ -50,6 +50,8 @@ def handle(
             state = _ended(state, number, "it stopped by itself")
         case records.TrainingFailed(number, reason):
             state = _ended(state, number, reason)
+        case records.RunAbandoned():
+            state = dataclasses.replace(state, abandoned=True)
         case records.Tick():
             state = _passed(state, cfg, commands)
         case _:
@@ -130,7 +132,7 @@ def _asked(
 
 
 def _end_of(state: records.State, generation: int) -> records.Command:
-    if state.failure and generation == state.generation:
+    if generation == state.generation and (state.failure or state.abandoned):
         return records.Abort(generation, state.failure)
     return records.EndRollout(generation)
 
@@ -243,7 +245,10 @@ def _settle(state: records.State, cfg: records.Config, commands: list) -> record
     if not state.rolling:
         return state
     if len(state.which(records.Activity.LOST)) == len(state.workers):
-        return _abort(state, commands)
+        reasons = "; ".join(f"worker {w.number}: {w.reason}" for w in state.workers)
+        return _abort(state, f"no worker is left: {reasons}", commands)
+    if state.abandoned:
+        return _abort(state, "", commands)
     if state.unclaimed:
         state = _wake(state, commands)
     if state.which(records.Activity.BUSY):
@@ -278,17 +283,15 @@ def _begin(state: records.State, commands: list) -> records.State:
         workers=workers,
         num_trainings=state.num_trainings,
         given_up=state.given_up,
+        abandoned=state.abandoned,
         sent_s=state.sent_s,
     )
 
 
-def _abort(state: records.State, commands: list) -> records.State:
+def _abort(state: records.State, failure: str, commands: list) -> records.State:
     if state.training is not None and state.training.stop_asked_s is None:
         state = _stop(state, commands)
-    reasons = "; ".join(f"worker {w.number}: {w.reason}" for w in state.workers)
-    state = dataclasses.replace(
-        _close(state), failure=f"no worker is left: {reasons}", unreturned=frozenset()
-    )
+    state = dataclasses.replace(_close(state), failure=failure, unreturned=frozenset())
     commands.append(_end_of(state, state.generation))
     return state
 

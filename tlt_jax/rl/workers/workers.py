@@ -98,6 +98,10 @@ class Workers:
             if engine.mesh.devices.flat[0].platform != "cpu":
                 engine.release_cache()
 
+    def abandon(self) -> None:
+        """Let all processes give up the rollout, or the next; from any thread."""
+        self.coordination.send(records.RunAbandoned())
+
     def close(self) -> None:
         """End what waits, and drop programs that are not yet compiled."""
         self.coordination.close()
@@ -121,6 +125,7 @@ class Workers:
 
         Raises:
           failures.TrainingError: every worker is lost.
+          failures.Abandoned: see `abandon`.
           channel.ProcessError: another process has ended.
         """
         self.engines[0].check(requests)
@@ -173,6 +178,7 @@ class _Rollout:
         self._lock = threading.Lock()
         self._tokens = [0] * len(workers.engines)
         self._errors: list[BaseException] = []
+        self._abandoned = False
         self.done: dict[int, types.Completion] = {}
         self.stats = rollout_stats.RolloutStats()
         self._generation = 0
@@ -194,6 +200,9 @@ class _Rollout:
                     workers.lost[worker] = c.state.worker(worker).reason
                     self._queue.lose(worker)
                     c.send(records.RequestsReturned(generation, worker))
+                case records.Abort(_, ""):
+                    self._abandoned = True
+                    raise failures.Abandoned
                 case records.Abort(_, reason):
                     error = failures.TrainingError(f"{reason}: {_REMEDY}")
                     raise error from (self._errors[0] if self._errors else None)
@@ -238,6 +247,8 @@ class _Rollout:
                     self._on_completion(completion)
 
         def report(num_tokens):
+            if self._abandoned:
+                raise failures.Abandoned
             c.send(records.WorkerAlive(generation, worker, turn))
             with self._lock:
                 self._tokens[own] = num_tokens
