@@ -18,7 +18,7 @@ ones are told from new ones. Commands that were not acknowledged are repeated.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tlt_jax.rl.workers import records
 
@@ -90,6 +90,28 @@ def timeline(
     )
 
 
+def told_apart(
+    intervals: Iterable[records.Interval],
+    waits: Mapping[int, Iterable[tuple[float, float]]],
+) -> list[records.Interval]:
+    """Cut out of workers' busy time what they waited for compilers.
+
+    `waits` are each worker's, from and until, without overlap, by the intervals' clock.
+    """
+    found: list[records.Interval] = []
+    for whole in intervals:
+        at_s = whole.start_s
+        for start_s, stop_s in sorted(waits.get(whole.worker, ())):
+            start_s, stop_s = max(start_s, at_s), min(stop_s, whole.stop_s)
+            if whole.activity == records.Activity.BUSY and start_s < stop_s:
+                found.append(dataclasses.replace(whole, start_s=at_s, stop_s=start_s))
+                compiling = records.Activity.COMPILING
+                found.append(records.Interval(whole.worker, compiling, start_s, stop_s))
+                at_s = stop_s
+        found.append(dataclasses.replace(whole, start_s=at_s))
+    return [one for one in found if one.stop_s > one.start_s]
+
+
 def sums(intervals: Iterable[records.Interval]) -> dict[str, float]:
     """Add up what workers did.
 
@@ -103,6 +125,7 @@ def sums(intervals: Iterable[records.Interval]) -> dict[str, float]:
         spent[interval.activity] += interval.stop_s - interval.start_s
     idle_s = spent[records.Activity.IDLE] + spent[records.Activity.TRAINING]
     present_s = idle_s + spent[records.Activity.BUSY]
+    present_s += spent[records.Activity.COMPILING]
     return {
         "workers/idle_s": idle_s,
         "workers/trained_s": spent[records.Activity.TRAINING],

@@ -6,9 +6,14 @@ import math
 
 
 class Activity(enum.StrEnum):
-    """What a worker does. LOST: it died or hangs, and takes no part any more."""
+    """What a worker does.
+
+    LOST: it died or hangs, and takes no part any more. COMPILING: it waits for a
+    program; the coordinator takes it for busy, the timeline tells it apart.
+    """
 
     BUSY = "busy"
+    COMPILING = "compiling"
     IDLE = "idle"
     TRAINING = "training"
     LOST = "lost"

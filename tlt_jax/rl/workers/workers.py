@@ -7,6 +7,7 @@ of several processes are numbered through; queue and coordinator are process 0's
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tlt_jax import types
@@ -132,28 +133,51 @@ class Workers:
         rolling = _Rollout(
             self, requests, seed, expected_lengths, on_completion, on_call
         )
-        try:
-            for worker, turn in rolling.turns():
-                threading.Thread(
-                    target=rolling.generate,
-                    args=(worker, turn),
-                    name=f"worker-{worker}",
-                    daemon=True,
-                ).start()
-        finally:
-            if self.group.is_first:
-                state = self.coordination.state
-                if self._began_s is None:
-                    self._began_s = state.began_s
-                self._intervals += coordinator.timeline(state, self._began_s)
+        for worker, turn in rolling.turns():
+            threading.Thread(
+                target=rolling.generate,
+                args=(worker, turn),
+                name=f"worker-{worker}",
+                daemon=True,
+            ).start()
         done: dict[int, types.Completion] = {}
         stats = rollout_stats.RolloutStats()
-        for part, spent in self.group.exchange(
-            "completions", (rolling.done, rolling.stats)
+        waits: dict[int, list[tuple[float, float]]] = {}
+        for part, spent, waited in self.group.exchange(
+            "completions", (rolling.done, rolling.stats, self._waits())
         ):
             done |= part
             stats = stats.join(spent)
+            waits |= waited
+        if self.group.is_first:
+            self._note_intervals(waits)
         return [done[r.request_id] for r in requests], stats
+
+    def _waits(self) -> dict[int, list[tuple[float, float]]]:
+        """When each worker of this process waited for compilers, in seconds from now.
+
+        Now is the rollout's end for every process, whose clocks differ.
+        """
+        now = time.perf_counter()
+        return {
+            worker: [(a - now, b - now) for a, b in engine.pool.stats.waits]
+            for worker, engine in enumerate(self.engines, self.first)
+        }
+
+    def _note_intervals(
+        self, waits: Mapping[int, Sequence[tuple[float, float]]]
+    ) -> None:
+        """Keep what every worker did in the rollout that has ended."""
+        state = self.coordination.state
+        if self._began_s is None:
+            self._began_s = state.began_s
+        end_s = state.ended_s - self._began_s
+        shifted = {
+            worker: [(a + end_s, b + end_s) for a, b in found]
+            for worker, found in waits.items()
+        }
+        whole = coordinator.timeline(state, self._began_s)
+        self._intervals += coordinator.told_apart(whole, shifted)
 
     def take_intervals(self) -> list[records.Interval]:
         """Return what every worker did in the runs since the last call.
