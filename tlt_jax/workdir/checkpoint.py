@@ -67,11 +67,21 @@ class Checkpointer(contextlib.AbstractContextManager):
         What a killed process left half written there is removed. The newest `keep` are
         kept on disk, at least 1. If this one is `alone`, it alone of several processes
         writes and reads here what it holds alone; otherwise all of them take part.
+
+        Raises:
+          CheckpointError: something else is in its place.
         """
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint: at least 1.")
         self._directory = _directory(workdir, name)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._begun: int | None = None
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._directory} cannot be a directory ({error.strerror}): move "
+                "what is in its place, or use another --workdir."
+            ) from error
         processes = ocp.options.MultiprocessingOptions()
         if alone:
             own = jax.process_index()
@@ -146,7 +156,10 @@ class Checkpointer(contextlib.AbstractContextManager):
         trees = {_POLICY: params, _OPTIMIZER: opt_state} | (more or {})
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items[_META] = ocp.args.JsonSave(record)
-        with self._writing(f"the checkpoint of step {step}"):
+        # What is wrong with the one before shall not be said of this one.
+        self.wait()
+        self._begun = step
+        with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
@@ -155,7 +168,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         Raises:
           CheckpointError: one could not be written.
         """
-        with self._writing("a checkpoint"):
+        with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -206,14 +219,15 @@ class Checkpointer(contextlib.AbstractContextManager):
         return _arrays(read, name, kinds)
 
     @contextlib.contextmanager
-    def _writing(self, which: str) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"writing {which} below {self._directory} failed ({_summary(error)}): "
-                "check free space and permissions, then run the same command again; it "
-                "resumes from the newest complete checkpoint."
+                f"writing the checkpoint of step {self._begun} below {self._directory} "
+                f"failed ({_summary(error)}): check free space and permissions, then "
+                "run the same command again; it resumes from the newest complete "
+                "checkpoint."
             ) from error
 
 
