@@ -115,7 +115,8 @@ def test_bad_command_lines(arguments, told, capsys):
     with pytest.raises(SystemExit) as ended:
         launch.main(arguments)
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and told in line
 
 
 class Process:
