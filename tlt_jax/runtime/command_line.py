@@ -7,6 +7,7 @@ status 2, never a traceback.
 import contextlib
 import difflib
 import functools
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -71,6 +72,8 @@ def told(*more: type[Exception]) -> Iterator[None]:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         logging.get_absl_logger().addFilter(_has_no_traceback)
+        # It tells of every attempt where there is no network.
+        python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)
     try:
         yield
     except (ValueError, failures.UserError, *more) as error:
