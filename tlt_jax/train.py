@@ -56,7 +56,8 @@ def train(
         stop.last_words = lambda: display.close() or where()
         row = group.first("finished", lambda: ending.last_row(directory, run))
         if row is not None:
-            display.note(ending.finished(directory, run))
+            if group.is_first:
+                display.note(ending.finished(directory, run))
             return row
         try:
             trainer = closing.enter_context(Trainer(run, directory, display, group))
@@ -190,7 +191,7 @@ class Trainer:
         """Save the last step; of a complete run draw it, and say where it is."""
         self._display.stage("writing")
         self.state.complete()
-        if self.state.step == self.run.num_steps:
+        if self.state.step == self.run.num_steps and self.group.is_first:
             self._draw()
             self._display.note(ending.finished(self._directory, self.run))
 
