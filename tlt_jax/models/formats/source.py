@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import huggingface_hub
 import jax.numpy as jnp
@@ -44,10 +45,12 @@ class ModelSource(abc.ABC):
     Attributes:
       config: the model.
       identity: which weights these are, for the records of a run.
+      sampling: how its makers sample from it, see `hf_config.read_sampling`.
     """
 
     config: model_config.ModelConfig
     identity: str
+    sampling: Mapping[str, float] = types.MappingProxyType({})
 
     @abc.abstractmethod
     def load(
@@ -66,6 +69,7 @@ class DirectorySource(ModelSource):
     def __init__(self, directory: str, identity: str | None = None):
         self.directory = directory
         self.config = hf_config.read(directory)
+        self.sampling = hf_config.read_sampling(directory)
         self._identity = identity
 
     @functools.cached_property
