@@ -119,6 +119,7 @@ def _check(run: RunConfig) -> None:
             "teaches nothing: set it above 0 (eval.temperature=0 is greedy evaluation)."
         )
     speculation.check_shape(run.drafter)
+    sections.check_reward(run.reward)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)
     if asked and not getattr(run.specdec, asked):
         raise schema.ConfigError(
