@@ -22,15 +22,17 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from tlt_jax import assembly, config, policy
+from tlt_jax import assembly, config, policy, types
+from tlt_jax import speculation as speculation_lib
 from tlt_jax.rl import evaluator
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import files as data_files
 from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.runtime import command_line, compile_cache
+from tlt_jax.runtime import observer as observer_lib
 from tlt_jax.settings import schema, sections
 from tlt_jax.specdec import sampling
-from tlt_jax.viz import speed, status_line
+from tlt_jax.viz import status_line
 
 _FLAGS = policy.Flags()
 _TASK = flags.DEFINE_string(
@@ -93,7 +95,8 @@ _SEED = flags.DEFINE_integer(
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "File to write, .jsonl, a line for each prompt with its completions; absent before.",
+    "File to write, .jsonl, a line for each prompt with its completions; absent "
+    "before.",
     allow_override=True,
 )
 
@@ -129,7 +132,8 @@ def plan_of(
     *,
     options: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
-    reward: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    rewards: Sequence[str] = (),
     num_prompts: int | None = None,
     num_samples: int | None = None,
     ks: Sequence[int] | None = None,
@@ -154,6 +158,7 @@ def plan_of(
     base = run.task if run else sections.Task()
     values: dict[str, Any] = {"options": dict(base.options) if own else {}}
     values["options"] |= options or {}
+    values["template_options"] = dict(base.template_options) | (template_options or {})
     split = "eval"
     if not own:
         values["name"] = task
@@ -174,8 +179,8 @@ def plan_of(
             f"--num_samples={samples}: draw more or lower k."
         )
     judging = run.reward if run else sections.Reward()
-    if reward is not None or not own:
-        judging = dataclasses.replace(judging, function=reward or "")
+    if rewards or not own:
+        judging = dataclasses.replace(judging, functions=tuple(rewards), weights=())
     rollout = run.rollout if run else sections.Rollout()
     longest = max_new_tokens or rollout.max_new_tokens
     law, engine = None, {}
@@ -253,23 +258,22 @@ def run() -> None:
     """Evaluate as the flags say."""
     _FLAGS.check()
     if _OUT.value is not None:
-        command_line.check_new("out", _OUT.value)
+        policy.check_new("out", _OUT.value)
     workdir = policy.workdir_of(_FLAGS.model)
     plan = plan_of(
         policy.run_of(workdir) if workdir else None,
         _TASK.value,
         options=policy.literals("option", _OPTION.value),
         system_prompt=_SYSTEM_PROMPT.value,
-        reward=_REWARD.value,
+        template_options=_FLAGS.template_options(),
+        rewards=[name for name in (_REWARD.value or "").split(",") if name],
         num_prompts=_NUM_PROMPTS.value,
         num_samples=_NUM_SAMPLES.value,
         ks=_K.value,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         seed=_SEED.value,
     )
-    task = tasks.build(
-        plan.task, reward=plan.reward.function, eval_size=plan.num_prompts
-    )
+    task = tasks.build(plan.task, reward=plan.reward, eval_size=plan.num_prompts)
     compile_cache.enable()
     with status_line.StatusLine() as display:
         asked, speculation = _FLAGS.load(display)
@@ -288,14 +292,108 @@ def run() -> None:
     print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
-def evaluate(asked, plan, task, law, speculation, display):
-    """Evaluate; see below."""
+def evaluate(
+    asked: policy.Policy,
+    plan: Plan,
+    task: tasks.Task,
+    law: sampling.SamplingConfig,
+    speculation: speculation_lib.Speculation,
+    observer: observer_lib.Observer,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask, judge, and say what came of it.
+
+    Returns:
+      The record, and one of each prompt with its completions, fit for JSON.
+
+    Raises:
+      ValueError: the task has no such examples, or a prompt is too long.
+    """
+    # A run's own limit stands: its engines were made for it. Elsewhere the model's
+    # context is the limit, which is looked at when the engine is made.
+    own_limit = "max_length" in plan.engine
+    limit = plan.task.max_prompt_tokens if own_limit else sys.maxsize
+    found = assembly.prompts_of(
+        dataclasses.replace(plan.task, max_prompt_tokens=limit),
+        task,
+        plan.split,
+        asked.tokenizer,
+        observer,
+    ).prompts
+    num_samples = plan.num_samples
+    requests = prompts.requests_of(found, num_samples, plan.max_new_tokens, 0)
+    judging = plan.reward
+    engine = asked.engine_for(requests, speculation, sampling_cfg=law, **plan.engine)
+    observer.stage("compiling, reading prompts")
+
+    def progress(num_done, num_tokens):
+        observer.stage("generating")
+        observer.within(num_done, len(requests), f"{num_tokens} tokens")
+
+    with reward_pool.RewardPool(
+        task.score,
+        judging.workers,
+        judging.timeout_s,
+        failure_reward=judging.failure_reward,
+    ) as pool:
+        try:
+            answers = evaluator.answer(
+                [engine],
+                [found[i // num_samples].example for i in range(len(requests))],
+                requests,
+                plan.seed,
+                pool,
+                asked.tokenizer.decode,
+                progress,
+            )
+        finally:
+            engine.pool.close()
+    if answers.scores.num_failed:
+        observer.note(
+            f"{answers.scores.num_failed} rewards failed, the first: "
+            f"{answers.scores.first_failure()}"
+        )
+    rewards = answers.scores.rewards.reshape(-1, num_samples)
+    record = {
+        "model": asked.identity,
+        "precision": asked.precision,
+        "task": task.name,
+        "split": "eval" if plan.split == "eval" else "all",
+        "num_prompts": len(found),
+        "num_samples": num_samples,
+        **dataclasses.asdict(law),
+        "max_new_tokens": plan.max_new_tokens,
+        "seed": plan.seed,
+        **record_of(answers, rewards, plan.ks),
+    }
+    return record, [
+        _line(prompt.example, i * num_samples, num_samples, answers)
+        for i, prompt in enumerate(found)
+    ]
+
+
+def _line(
+    example: types.Example, first: int, count: int, answers: evaluator.Answers
+) -> dict[str, Any]:
+    """What was said to a prompt: `count` answers from the `first` on."""
+    completions = [
+        {
+            "text": answers.texts[i],
+            "reward": float(answers.scores.items[i].reward),
+            "num_tokens": len(answers.completions[i].tokens),
+            "finish_reason": answers.completions[i].finish_reason,
+        }
+        for i in range(first, first + count)
+    ]
+    named = dict(id=example.example_id, prompt=example.prompt, answer=example.answer)
+    return named | {"completions": completions}
 
 
 def main(argv: Sequence[str]) -> None:
     """Evaluate; what a user can mend is one line, not a traceback."""
     if len(argv) > 1:
-        command_line.fail(f"unexpected argument {argv[1]!r}: every setting is a --flag.")
+        command_line.fail(
+            f"unexpected argument {argv[1]!r}: every setting is a --flag."
+        )
     with command_line.told(OSError):
         run()
 

@@ -138,7 +138,7 @@ def encode(
                 "their own: leave one of them out."
             )
         prompt = [{"role": "system", "content": system}, *prompt]
-    return tokenizer.encode_prompt(prompt, template_options=template_options)
+    return tokenizer.encode_prompt(prompt, **(template_options or {}))
 
 
 def requests_of(
@@ -417,10 +417,7 @@ def _check() -> None:
             "and no --out."
         )
     if _OUT.value is not None:
-        out = pathlib.Path(_OUT.value)
-        if out.exists() or not out.parent.is_dir():
-            why = "is there already" if out.exists() else "lies in no directory"
-            raise ValueError(f"--out={out} {why}: name another file.")
+        policy.check_new("out", _OUT.value)
 
 
 def _prompts() -> list[tuple[str, Prompt]]:

@@ -181,7 +181,8 @@ def load(
             f"and without a run (one of {', '.join(_RUN_MARKS)}): name another one; "
             f"accepted: {source.ACCEPTED}, or a run's workdir."
         )
-    observer.stage(f"{'loading' if is_here else 'fetching'} {spec}")
+    if not is_here and not spec.startswith("gguf:"):
+        observer.stage(f"fetching {spec} (unless it is here already)")
     found = source.resolve(spec)
     observer.stage(f"loading {spec}")
     precision = precision or "float32"
@@ -433,3 +434,15 @@ def literals(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[key] = value
     return found
+
+
+def check_new(flag: str, path: str) -> None:
+    """Refuse a file to write that is there already, or that cannot be made.
+
+    Raises:
+      ValueError: it is so.
+    """
+    file = pathlib.Path(path)
+    if file.exists() or not file.parent.is_dir():
+        why = "is there already" if file.exists() else "lies in no directory"
+        raise ValueError(f"--{flag}={path} {why}: name another file.")

@@ -58,8 +58,7 @@ class StatusLine(contextlib.AbstractContextManager):
         """Take a step's record: commands have none to show."""
 
     def clear(self) -> None:
-        """Take the line away, for what others print; the stage is over."""
-        self._stage = ""
+        """Take the line away, for what others print."""
         if self._is_shown:
             print(_ERASE, end="", file=self._file, flush=True)
             self._is_shown = False
