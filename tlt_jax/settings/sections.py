@@ -70,7 +70,7 @@ class Task:
       seed: of the generated examples; held-out examples use another one.
       system_prompt: put before every prompt; empty: none.
       template_options: settings of the model's chat template, such as
-        `enable_thinking`; of those that it does not know it takes no notice.
+        `enable_thinking`; names that it does not read are refused.
       max_prompt_tokens: longest prompt in tokens, template included, at least 1.
       long_prompts: a longer one stops the run (`refuse`) or is left out and counted
         (`skip`).
@@ -367,10 +367,12 @@ class Log:
     """What is shown and written besides metrics.jsonl.
 
     Attributes:
-      tensorboard: write event files.
+      tensorboard: write event files: numbers, settings, sampled completions.
       wandb: copy the record to Weights & Biases: `online`, or `offline` into files that
         `wandb sync` sends later. Needs the package wandb.
-      wandb_project: where there.
+      trackio: copy the record to Trackio, which keeps it on this machine. Needs the
+        package trackio.
+      project: where there, for both of them.
       plots_every: RL steps between redrawings of plots/; 0: only at the end.
       rollouts_every: RL steps between steps whose completions are written to
         rollouts/; 0: never.
@@ -379,7 +381,8 @@ class Log:
 
     tensorboard: bool = True
     wandb: Literal["off", "online", "offline"] = "off"
-    wandb_project: str = "tlt_jax"
+    trackio: bool = False
+    project: str = "tlt_jax"
     plots_every: int = schema.number(10, 0)
     rollouts_every: int = schema.number(1, 0)
     progress: Literal["auto", "plain", "off"] = "auto"
