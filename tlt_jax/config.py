@@ -68,6 +68,7 @@ def default() -> ml_collections.ConfigDict:
     config = schema.to_config_dict(RunConfig)
     config.lock()
     config.task.options.unlock()
+    config.task.template_options.unlock()
     return config
 
 

@@ -29,6 +29,7 @@ SETTINGS = {
         "size": (1000, "[1, inf)"),
         "seed": (0, "[0, inf)"),
         "system_prompt": ("", ""),
+        "template_options": ((), ""),
         "max_prompt_tokens": (512, "[1, inf)"),
         "long_prompts": ("refuse", ""),
     },

@@ -68,6 +68,8 @@ class Task:
       size: number of distinct examples, at least 1.
       seed: of the generated examples; held-out examples use another one.
       system_prompt: put before every prompt; empty: none.
+      template_options: settings of the model's chat template, such as
+        `enable_thinking`; of those that it does not know it takes no notice.
       max_prompt_tokens: longest prompt in tokens, template included, at least 1.
       long_prompts: a longer one stops the run (`refuse`) or is left out and counted
         (`skip`).
@@ -78,6 +80,7 @@ class Task:
     size: int = schema.number(1000, 1)
     seed: int = schema.number(0, 0)
     system_prompt: str = ""
+    template_options: schema.Options = ()
     max_prompt_tokens: int = schema.number(512, 1)
     long_prompts: Literal["refuse", "skip"] = "refuse"
 

@@ -291,7 +291,8 @@ def _width(texts: Sequence[Text]) -> int:
 def _record_of(settings: Settings) -> dict[str, Any]:
     """All settings on which the weights depend."""
     record = schema.to_dict(settings)
-    del record["max_new_tokens"]  # No weight depends on it.
+    # No weight depends on these: such a model has no chat template.
+    del record["max_new_tokens"], record["task"]["template_options"]
     return json.loads(json.dumps(record))  # Tuples become lists, as they are read.
 
 
