@@ -50,9 +50,11 @@ def start(commands: Sequence[Sequence[str]], *, stop: bool) -> list[Started]:
 
 
 def in_process(module: types.ModuleType, *arguments: str) -> Started:
-    """Starts a program of absl's flags here: `module` has `parse` and `main`."""
+    """Starts a program that has flags alone in this process, by its `main`."""
     from absl import flags
     from absl.testing import flagsaver
+
+    from tlt_jax.runtime import command_line
 
     out, err, status = io.StringIO(), io.StringIO(), 0
     was_parsed = flags.FLAGS.is_parsed()
@@ -60,7 +62,7 @@ def in_process(module: types.ModuleType, *arguments: str) -> Started:
         flags.FLAGS.unparse_flags()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                module.main(module.parse([module.__name__, *arguments]))
+                module.main(command_line.parse_flags([module.__name__, *arguments]))
             except SystemExit as stopped:
                 status = stopped.code
     if was_parsed:

@@ -395,16 +395,12 @@ def main(argv: Sequence[str]) -> None:
             f"unexpected argument {argv[1]!r}: every setting is a --flag."
         )
     with command_line.told(OSError):
-        run()
-
-
-def parse(argv: Sequence[str]) -> list[str]:
-    """Parse flags; exit with status 2 and one line if they cannot be used."""
-    try:
-        return flags.FLAGS(list(argv))
-    except flags.Error as error:
-        command_line.fail(error)
+        try:
+            run()
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse_flags)

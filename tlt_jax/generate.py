@@ -438,12 +438,12 @@ def _prompts() -> list[tuple[str, Prompt]]:
 
 def _rows(name: str) -> list[tuple[str, Prompt]]:
     """Read a data set; its prompts are in the column prompt, or else messages."""
-    try:
-        first = next(examples_lib.scan(name, prompt_key="messages"), None)
-        key = "messages" if first is not None and first.example else "prompt"
-        found = examples_lib.read_examples(name, prompt_key=key)
-    except FileNotFoundError as error:
-        raise ValueError(f"--prompts_file={error}") from None
+    firsts = {
+        key: next(examples_lib.scan(name, prompt_key=key), None)
+        for key in ("prompt", "messages")
+    }
+    good = [key for key, first in firsts.items() if first and first.example]
+    found = examples_lib.read_examples(name, prompt_key=good[0] if good else "prompt")
     return [(example.example_id, example.prompt) for example in found]
 
 
@@ -464,16 +464,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         command_line.fail(f"unexpected argument {argv[1]!r}: did you quote the prompt?")
     with command_line.told(OSError):
-        run()
-
-
-def parse(argv: Sequence[str]) -> list[str]:
-    """Parse flags; exit with status 2 and one line if they cannot be used."""
-    try:
-        return flags.FLAGS(list(argv))
-    except flags.Error as error:
-        command_line.fail(error)
+        try:
+            run()
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -135,8 +135,13 @@ class Evaluator:
         self._engines = tuple(engines)
         self._rewards, self._decode_text = rewards, decode_text
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(
+        self, on_call: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
         """Judge the policy that the workers have.
+
+        `on_call` hears of each decode call: completions done in this process, and
+        tokens.
 
         Returns:
           `eval/avg@n`, the mean reward over n samples per prompt, and `eval/pass@k`.
@@ -163,6 +168,7 @@ class Evaluator:
                 self._seed,
                 self._rewards,
                 self._decode_text,
+                on_call,
             ).scores.rewards
             for engine in engines:
                 engine.release_cache()
