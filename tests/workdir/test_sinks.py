@@ -149,6 +149,7 @@ class Fake(types.ModuleType):
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_sink_by_name_gets_all_of_it(name, tmp_path, monkeypatch, capsys):
     package = Fake(name, monkeypatch)
+    (tmp_path / "run").mkdir()
     on = {"log.wandb": "off", f"log.{name}": "online" if name == "wandb" else True}
     for step in (1, 2):
         with opened(tmp_path / "run", step, **on) as writer:

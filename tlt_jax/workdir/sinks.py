@@ -162,12 +162,13 @@ class Trackio(metrics.Sink):
 
         workdir = pathlib.Path(workdir).absolute()
         # Runs are found by their names: two workdirs may be called alike.
-        name = f"{workdir.name}-{uuid.uuid4().hex[:6]}"
+        new = f"{workdir.name}-{uuid.uuid4().hex[:6]}"
+        name = _kept(workdir / TRACKIO_FILE, new)
         try:
             with _silent():
                 self._run = trackio.init(
                     project=project,
-                    name=_kept(workdir / TRACKIO_FILE, name),
+                    name=name,
                     resume="allow",
                     config=dict(settings),
                     embed=False,
