@@ -178,7 +178,7 @@ class Trackio(metrics.Sink):
                 f"log.trackio=True could not begin a run ({error}): mend that, or set "
                 "log.trackio to False."
             ) from error
-        self._table_of = trackio.Table
+        self._trackio = trackio
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Keep the numbers of one row."""
@@ -186,13 +186,13 @@ class Trackio(metrics.Sink):
 
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep a table."""
-        table = self._table_of(columns=list(_COLUMNS), data=_table(records))
+        table = self._trackio.Table(columns=list(_COLUMNS), data=_table(records))
         self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         """Wait until everything is kept."""
         with _silent():
-            self._run.finish()
+            self._trackio.finish()
 
 
 def open_writer(
