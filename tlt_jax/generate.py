@@ -360,9 +360,12 @@ def _converse(
                 show(stream.feed(tokens))
                 check()
 
-            (completion,), _ = fitting(len(prompt) + most).run(
-                [request], _SEED.value or 0, on_tokens=take
-            )
+            try:
+                (completion,), _ = fitting(len(prompt) + most).run(
+                    [request], _SEED.value or 0, on_tokens=take
+                )
+            finally:
+                display.clear()
         show(stream.end())
         return asked.tokenizer.decode(completion.tokens)
 
