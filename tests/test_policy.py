@@ -72,10 +72,10 @@ def test_without_a_generation_config_the_makers_say_nothing(tmp_path):
 
 
 def test_settings_are_literals_and_text_where_not():
-    pairs = ["a=1", "b=0.5", "c=True", "d=word", "e=(1, 2)", "f=x=y", "g="]
+    pairs = ["a=1", "b=0.5", "c=true", "d=word", "e=(1, 2)", "f=x=y", "g=", "h=False"]
     found = policy.literals("option", pairs)
-    assert found == dict(a=1, b=0.5, c=True, d="word", e=(1, 2), f="x=y", g="")
-    assert type(found["c"]) is bool
+    expected = dict(a=1, b=0.5, c=True, d="word", e=(1, 2), f="x=y", g="", h=False)
+    assert found == expected and type(found["c"]) is bool
     for pairs, message in (
         (["a"], "--option='a' is not of the form KEY=VALUE"),
         (["=1"], "not of the form"),

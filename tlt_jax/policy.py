@@ -3,7 +3,6 @@
 `Flags` are those by which a command names a policy and how it is asked.
 """
 
-import ast
 import dataclasses
 import json
 import os
@@ -23,6 +22,7 @@ from tlt_jax.models.formats import source
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.runtime import observer as observer_lib
+from tlt_jax.settings import text
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec.proposers import learned
 from tlt_jax.workdir import checkpoint, metrics
@@ -221,8 +221,8 @@ def _law_of_run(directory: str) -> tuple[dict[str, float], str]:
     They are read also where other settings are another version's.
     """
     try:
-        text = pathlib.Path(directory, _SETTINGS).read_text(encoding="utf-8")
-        settings = json.loads(text)
+        path = pathlib.Path(directory, _SETTINGS)
+        settings = json.loads(path.read_text(encoding="utf-8"))
         law, precision = settings["sampling"], settings["precision"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}, "float32"
@@ -290,7 +290,7 @@ class Flags:
             "Of weights and activations; default: float32, or the run's.",
             **shared,
         )
-        helps = {
+        meanings = {
             "temperature": "Divides the logits; 0 takes the likeliest token. Default: "
             "what the model's generation_config.json or its run says, else 0.7.",
             "top_p": "Draw from the smallest set with this probability; 1: from all.",
@@ -298,8 +298,8 @@ class Flags:
             "likeliest; 0: from all.",
         }
         self._law = {
-            name: flags.DEFINE_float(name, None, text, **shared)
-            for name, text in helps.items()
+            name: flags.DEFINE_float(name, None, meaning, **shared)
+            for name, meaning in meanings.items()
         }
         self._law["top_k"] = flags.DEFINE_integer(
             "top_k", None, "Draw from the k likeliest; 0: from all.", **shared
@@ -417,7 +417,7 @@ class Flags:
 
 
 def literals(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` settings: values are Python literals, and text where not.
+    """Read `KEY=VALUE` settings: values as free settings of a run are written.
 
     Raises:
       ValueError: one is not of this form, or a key comes twice.
@@ -429,10 +429,7 @@ def literals(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--{flag}={pair!r} is not of the form KEY=VALUE.")
         if key in found:
             raise ValueError(f"--{flag}={key}=... is given twice: give it once.")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key] = value
+        found[key] = text.literal(value)
     return found
 
 
