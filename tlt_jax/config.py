@@ -23,9 +23,9 @@ class RunConfig:
     """One training run; see the sections' own classes.
 
     Attributes:
-      seed: of all randomness, at least 0.
-      num_steps: RL steps in all, at least 1.
-      precision: of activations and products; weights and optimizer are float32.
+      seed: fixes all randomness.
+      num_steps: RL steps in all.
+      precision: type of activations and products; weights and optimizer are float32.
     """
 
     seed: int = schema.number(0, 0)
@@ -68,6 +68,7 @@ def default() -> ml_collections.ConfigDict:
     config = schema.to_config_dict(RunConfig)
     config.lock()
     config.task.options.unlock()
+    config.task.template_options.unlock()
     return config
 
 
@@ -119,6 +120,7 @@ def _check(run: RunConfig) -> None:
             "teaches nothing: set it above 0 (eval.temperature=0 is greedy evaluation)."
         )
     speculation.check_shape(run.drafter)
+    sections.check_reward(run.reward)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)
     if asked and not getattr(run.specdec, asked):
         raise schema.ConfigError(

@@ -23,9 +23,9 @@ from tlt_jax.workdir import (
     drafter_checkpoint,
     ending,
     progress,
+    sinks,
     state,
     step_record,
-    wandb_log,
 )
 
 
@@ -108,9 +108,7 @@ class Trainer:
         run, directory = self.run, self._directory
         display, group = self._display, self.group
         display.stage("loading")
-        task = tasks.build(
-            run.task, reward=run.reward.function, eval_size=run.eval.num_prompts
-        )
+        task = tasks.build(run.task, reward=run.reward, eval_size=run.eval.num_prompts)
         source = assembly.source_of(run, task, directory, group, display)
         self.parts = parts = assembly.assemble(
             run, source, task, directory, group, display, closing
@@ -255,7 +253,7 @@ class Trainer:
         if self._writer is not None:
             self._writer.close()
         if self.group.is_first:
-            opened = wandb_log.open_writer(self._directory, first_step, self.run)
+            opened = sinks.open_writer(self._directory, first_step, self.run)
             self._writer = self._closing.enter_context(opened)
 
     def _push_weights(self) -> None:
@@ -278,18 +276,21 @@ class Trainer:
     def _write(
         self, row: dict[str, Any], collected: collector.Collected | None = None
     ) -> None:
-        """Write a record, and the completions if they are due."""
+        """Write a record, and the completions if they are due; sinks get both."""
         if self._writer is None:
             return
         self._writer.write(row)
         every = self.run.log.rollouts_every
         if collected is not None and every and row["step"] % every == 0:
-            workdir.write_rollouts(
+            scores = collected.scores
+            records = workdir.write_rollouts(
                 self._directory,
                 row["step"],
                 collected.everything,
                 self.parts.tokenizer.decode,
+                [one.parts for one in scores.items] if scores.names else (),
             )
+            self._writer.samples(row["step"], records)
 
     def _draw(self) -> None:
         if self.group.is_first:
