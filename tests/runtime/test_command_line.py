@@ -33,10 +33,26 @@ def get_config(arg=""):
         config.seed = {}["a"]
     if arg == "nothing":
         return None
+    if arg == "import":
+        import nothing_of_that_name
     return config
 """
+_FILES = {
+    "recipe.py": _RECIPE,
+    "mine.yaml": "model: {spec: other/model}\n"
+    "task:\n  name: count\n  options: {a: off}\n"
+    "specdec: {mode: off}\noptimizer: {learning_rate: 2e-6}\n",
+    "wrong.yaml": "sed: 1\n",
+    "broken.yaml": "seed: 1\n  x: [\n",
+    "list.json": "[1]",
+    "type.yaml": "seed: a\n",
+    "syntax.py": "def get_config(:\n",
+    "empty.py": "",
+    "notes.txt": "",
+}
 
 _PROGRAM = """
+'Train: a command line of a test.'
 from absl import flags
 from tlt_jax import config
 from tlt_jax.runtime import command_line
@@ -47,7 +63,8 @@ command_line.run(lambda run: print(config.to_json(run)), flag)
 
 
 def run_program(tmp_path, *arguments):
-    (tmp_path / "recipe.py").write_text(_RECIPE)
+    for name, content in _FILES.items():
+        (tmp_path / name).write_text(content)
     return subprocess.run(
         [sys.executable, "-c", _PROGRAM, *arguments],
         capture_output=True,
@@ -66,9 +83,13 @@ def test_command_line_overrides(tmp_path):
         "--config.rollout.stop=('a',)",
         "--config.algorithm.clip_high=0.3",
         "--noconfig.log.tensorboard",
-        "--config.task.options.longest=5",
+        "--config.task.options.longest=5.5",
+        "--config.task.options.names=('a',)",
+        "--config.task.template_options.enable_thinking=false",
         "--config.optimizer.learning_rate",
         "1",
+        "--config.reward.functions=number,mine:short",
+        "--config.reward.weights=1,0.5",
     )
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
@@ -76,17 +97,35 @@ def test_command_line_overrides(tmp_path):
     assert values["rollout"]["stop"] == ["a"]
     assert values["algorithm"]["clip_high"] == 0.3
     assert values["log"]["tensorboard"] is False
-    assert values["task"]["options"] == {"longest": 5}
+    assert values["task"]["options"] == {"longest": 5.5, "names": ["a"]}
+    assert values["task"]["template_options"] == {"enable_thinking": False}
     assert values["optimizer"]["learning_rate"] == 1.0
+    assert values["reward"]["functions"] == ["number", "mine:short"]
+    assert values["reward"]["weights"] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--config=recipe.py --config.sed=1", "did you mean 'seed'?"),
+        ("--config=recipe.py --config.learning_rate=1", "'optimizer.learning_rate'?"),
         ("--config=recipe.py --noconfig.log.tensorbord", "'log.tensorboard'?"),
         ("--config=recipe.py --config.seed=1.5", "--config.seed=1.5: invalid"),
-        ("--config=recipe.py --config.task.options.z=1", "needs KEY in the recipe"),
+        ("--config=recipe.py --config.task.options.z.y=1", "task.options has no dot."),
+        ("--config=recipe.py --config.task=1", "is a section of keys: give --config.t"),
+        ("--config=recipe.py --config.seed", "give a value, --config.seed=VALUE."),
+        ("--config=recipe.py --noconfig.seed", "give a value, --config.seed=VALUE."),
+        ("--config=recipe.py --learning_rate=1", "--config.optimizer.learning_rate ?"),
+        ("--config=recipe.py --workdir", "Missing value for flag --workdir"),
+        ("--config=wrong.yaml", "wrong.yaml: unknown config key 'sed': did you mean"),
+        ("--config=broken.yaml", "broken.yaml: line 2: this is no YAML: "),
+        ("--config=list.json", "list.json: settings are keys with values"),
+        ("--config=type.yaml", "type.yaml: seed='a' is of type str: give int."),
+        ("--config=type.yaml:x", "type.yaml has no variants: leave the colon out."),
+        ("--config=recipe.py:import", "recipe.py:25: import nothing_of_that_name: No"),
+        ("--config=syntax.py", "syntax.py:1: "),
+        ("--config=empty.py", "empty.py defines no get_config()"),
+        ("--config=notes.txt", "recipes are .py files, or a run's config.yaml."),
         ("--config=recipe.py:attribute", "recipe.py:10: config.optimizer.learning_rat"),
         ("--config=recipe.py:attribute", "did you mean 'learning_rate'?"),
         ("--config=recipe.py:section", "did you mean 'optimizer'?"),
@@ -98,6 +137,7 @@ def test_command_line_overrides(tmp_path):
         ("--config=recipe.py --workdr=x", "Did you mean: workdir"),
         ("--config=recipe.py more", "unexpected argument 'more'"),
         ("--config=recipe.py --config.num_steps=0", "at least 1."),
+        ("--config=recipe.py --config.reward.function=a", "'reward.functions'?"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(tmp_path, arguments, message):
@@ -118,35 +158,98 @@ def test_a_bug_of_the_recipe_shows_its_traceback(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--config=a/b.py", "a/b.py"),
-        ("--config=b.py:qwen3:8b", "b.py"),
-        ("-config b.py:x --workdir=c.py", "b.py"),
+        ("--workdir=a/b", "a/b"),
+        ("-workdir b:x --config=c", "b:x"),
         # The last one counts, and what is behind `--` is no flag.
-        ("--config=a.py --seed=1 --config=b.py -- --config=c.py", "b.py"),
-        ("--config.seed=3 --configs=a.py", None),
+        ("--workdir=a --seed=1 --workdir=b -- --workdir=c", "b"),
+        ("--workdir.seed=3 --workdirs=a", None),
     ],
 )
-def test_the_recipe_of_a_command_line(arguments, expected):
-    found = command_line.recipe_path(["program", *arguments.split()])
-    assert found == (expected and pathlib.Path(expected))
+def test_the_last_value_of_a_flag(arguments, expected):
+    assert command_line.last_value(arguments.split(), "workdir") == expected
 
 
-def test_overrides_are_checked_against_the_programs_own_settings():
-    def check(*arguments):
-        command_line.check_overrides(["--config.x=1", *arguments])
+def test_overrides_are_taken_out_and_read_by_the_programs_own_settings():
+    def taken(*arguments, **section):
+        return command_line.overrides(["--config.x=1", *arguments], **section)
 
-    check("--config.rollout.max_batch=1", "config.x=1", "--seed=1", "--config.log")
-    check("--config.task.options.whatever=1", "--noconfig.log.tensorboard")
-    check("--", "--config.x=1")
+    assert taken(
+        "--config.rollout.max_batch=1",
+        "config.x=1",
+        "--seed=1",
+        "-config.log.wandb",
+        "off",
+        "--config.task.options.a=2",
+        "--noconfig.log.tensorboard",
+        "--config.log.tensorboard",
+        "--",
+        "--config.x=1",
+    ) == (
+        ["--config.x=1", "config.x=1", "--seed=1", "--", "--config.x=1"],
+        [
+            ("rollout.max_batch", 1),
+            ("log.wandb", "off"),
+            ("task.options.a", 2),
+            ("log.tensorboard", False),
+            ("log.tensorboard", True),
+        ],
+    )
     with pytest.raises(schema.ConfigError, match="'texts.num': did you mean 'work"):
-        check("--config.texts.num=1")
-    arguments = ["program", "--config.texts.num=1"]
-    command_line.check_overrides(arguments, drafter_run.DrafterRun)
+        taken("--config.texts.num=1")
+    _, changes = taken("--config.texts.num=1", section=drafter_run.DrafterRun)
+    assert changes == [("texts.num", 1)]
     with pytest.raises(schema.ConfigError) as raised:
-        check("--seed=1", "-config.cache.num_page=1")
+        taken("--seed=1", "-config.cache.num_page=1")
     assert str(raised.value) == (
         "unknown config key 'cache.num_page': did you mean 'cache.num_pages'?"
     )
+
+
+def test_another_task_leaves_the_recipes_options_behind(tmp_path):
+    result = run_program(
+        tmp_path,
+        "--config=recipe.py",
+        "--config.task.options.prompt_key=question",
+        "--config.task.name=mine.jsonl",
+    )
+    assert result.returncode == 0, result.stderr
+    task = json.loads(result.stdout)["task"]
+    assert task["name"] == "mine.jsonl"
+    assert task["options"] == {"prompt_key": "question"}
+
+
+def test_settings_as_yaml_are_a_recipe(tmp_path):
+    result = run_program(
+        tmp_path, "--config=mine.yaml", "--config.seed=3", "--config.task.options.b=1"
+    )
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert (values["seed"], values["model"]["spec"]) == (3, "other/model")
+    assert values["task"]["options"] == {"a": "off", "b": 1}
+    assert values["specdec"]["mode"] == "off"
+    assert values["optimizer"]["learning_rate"] == 2e-6
+    # What a run has written is read back.
+    (tmp_path / "again.json").write_text(result.stdout)
+    again = run_program(tmp_path, "--config=again.json")
+    assert (again.stdout, again.returncode) == (result.stdout, 0)
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "--helpshort"])
+def test_help_needs_nothing_and_ends_well(tmp_path, word):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.py").write_text(
+        '"""Ours.\n\npython -m tlt_jax.main --config=x"""\nVARIANTS = ("a", "b")'
+    )
+    result = run_program(tmp_path, "--config=gone.py", "--config.sed=1", word)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("Train: a command line of a test.\n\nRecipes")
+    assert "  configs/mine.py\n      Ours.\n      :a, :b\n" in result.stdout
+    assert "  --workdir=DIR\n          Directory.\n" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 88
+    described = (
+        "  cache.page_size = 64  (integer, at least 1)\n      Tokens per page.\n"
+    )
+    assert (described in result.stdout) == (word != "--helpshort")
 
 
 def test_failing_is_one_line_and_status_2(capsys):

@@ -98,7 +98,8 @@ SETTINGS = {
         "tensor": (1, "[-1, inf)"),
     },
     sections.Reward: {
-        "function": ("", ""),
+        "functions": ((), ""),
+        "weights": ((), ""),
         "workers": (2, "[0, inf)"),
         "timeout_s": (10.0, "(0, inf)"),
         "failure_reward": (0.0, "(-inf, inf)"),

@@ -5,6 +5,7 @@ is unset by default; what that means stands beside it.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from tlt_jax.settings import schema
@@ -293,18 +294,38 @@ class Reward:
     """How a completion is judged.
 
     Attributes:
-      function: a reward by name, or `module:function` of one's own; empty: the task's
-        own verifier.
+      functions: names of rewards: `task` (the task's own verifier), `exact`, `number`,
+        `math_verify`, or `module:function` of one's own; empty: `task`.
+      weights: what each one's value counts in their sum, finite; empty: 1 each.
       workers: processes that judge; 0: none, in the run's own process and without a
         time limit.
       timeout_s: time that judging one completion may take in seconds.
-      failure_reward: the reward where the function fails, hangs or is not finite.
+      failure_reward: the reward, in the sum's place, where a function fails, hangs or
+        is not finite.
     """
 
-    function: str = ""
+    functions: tuple[str, ...] = schema.names()
+    weights: tuple[float, ...] = ()
     workers: int = schema.number(2, 0)
     timeout_s: float = schema.number(10.0, above=0.0)
     failure_reward: float = schema.number(0.0)
+
+
+def check_reward(cfg: Reward) -> None:
+    """Check what no single field of the rewards can say.
+
+    Raises:
+      schema.ConfigError: a weight is not finite, or there are not as many as functions.
+    """
+    names, weights = cfg.functions, cfg.weights
+    if weights and len(weights) != len(names):
+        raise schema.ConfigError(
+            f"reward.weights={weights} of reward.functions={names}: give each function "
+            "its weight, or leave the weights out, which is 1 each."
+        )
+    for i, weight in enumerate(weights):
+        if not math.isfinite(weight):
+            raise schema.ConfigError(f"reward.weights[{i}]={weight} is not finite.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,7 +136,7 @@ def read(task: tasks.Task) -> tuple[model_tokenizer.Tokenizer, list[Text]]:
         raise ValueError(
             f"task {task.name!r} cannot teach a model made from scratch: "
             f"task.name={' or '.join(map(repr, TASKS))} can, with task.system_prompt "
-            "and reward.function left empty; or give a model.spec with weights."
+            "and reward.functions left empty; or give a model.spec with weights."
         )
     tokenizer = model_tokenizer.from_alphabet(task.alphabet)
     pairs = task.supervised_text(len(task.examples("train")))
