@@ -7,8 +7,10 @@ as well. `python -m tlt_jax.check_data mine.jsonl` names every bad line before a
     python -m tlt_jax.main --config=configs/mine.py:mine.jsonl --workdir=workdirs/mine
 
 What stands below is what one usually touches, each with its reason; `--help` lists all
-settings. On the command line: --config.task.options.prompt_key=question,
---config.reward.functions=exact,mine.rewards:short, --config.model.spec=DIR.
+settings, docs/own_data.md says more of files and rewards. On the command line:
+--config.task.options.prompt_key=question, --config.model.spec=DIR,
+--config.reward.functions=exact,my_reward:short. A file given as --config.task.name=FILE
+leaves `task.options` below behind, as with every recipe: they are this file's.
 
 Expected outcome: the first step's reward says how often the model is right today. If it
 is 0 or 1 for nearly all prompts, groups carry no signal: take other questions, a model
@@ -29,8 +31,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = config_lib.default()
     config.num_steps = 20
 
-    # A Hugging Face directory, a name on its hub, or gguf:FILE. Instruct models get the
-    # prompt as a chat, by their own template.
+    # A Hugging Face directory, a name on its hub, or gguf:FILE.
     config.model.spec = "smollm2-135m-instruct"
     config.model.remat = "none"  # "full" where activations do not fit.
 
@@ -39,6 +40,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         # Columns; a.b is field b of column a.
         prompt_key="prompt",
         answer_key="answer",
+        # Prompts that are text go through the model's chat template; False for models
+        # that have none, which continue the text as it stands.
+        chat=True,
         # Held out for evaluation; or name a file of its own: eval_path="test.jsonl".
         holdout_frac=0.1,
         # "skip" leaves bad rows out, after counting them.
@@ -50,7 +54,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     # Empty: the file's own reward, math_verify, which compares with the answer. Others:
     # "exact", "number", or a function of yours, score(example, text) -> float, named
-    # "package.module:function". Of several the sum is paid, with weights.
+    # "module:function". Of several the weighted sum is paid: config.reward.weights.
     config.reward.functions = ()
     config.reward.workers = 2  # Processes, each judgement with a time limit.
 

@@ -17,7 +17,7 @@ def test_a_file_is_read_judged_and_held_out_in_part(tmp_path):
     train, held_out = task.examples("train"), task.examples("eval")
     assert len(train) + len(held_out) == 60 and 2 <= len(held_out) <= 12
     first = train[0]
-    assert first.prompt[0]["content"] == run.task.system_prompt
+    assert [message["role"] for message in first.prompt] == ["system", "user"]
     right, wrong = f"Answer: {first.answer}", f"Answer: {first.answer}0"
     assert (task.score(first, right), task.score(first, wrong)) == (1.0, 0.0)
 

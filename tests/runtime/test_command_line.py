@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -62,22 +63,70 @@ command_line.run(lambda run: print(config.to_json(run)), flag)
 """
 
 
-def run_program(tmp_path, *arguments):
+# Imports once, then runs the program in a child for every line of arguments.
+_SERVER = """
+import json, os, sys, tempfile, traceback
+from tlt_jax.runtime import command_line
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            sys.argv, status = ["program", *json.loads(line)], 0
+            try:
+                exec(os.environ["PROGRAM"])
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush(), sys.stderr.flush(), os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0), err.seek(0)
+        print(json.dumps([status, out.read(), err.read()]), flush=True)
+"""
+
+
+class Ran(NamedTuple):
+    """What came of the program."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the program runs, with recipes good and bad."""
+    made = tmp_path_factory.mktemp("recipes")
     for name, content in _FILES.items():
-        (tmp_path / name).write_text(content)
-    return subprocess.run(
-        [sys.executable, "-c", _PROGRAM, *arguments],
-        capture_output=True,
+        (made / name).write_text(content)
+    return made
+
+
+@pytest.fixture(scope="module")
+def run_program(folder):
+    """Calls the program with arguments."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PROGRAM": _PROGRAM},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
-    )
+    ) as server:
+
+        def run(*arguments):
+            server.stdin.write(json.dumps(arguments) + "\n")
+            server.stdin.flush()
+            return Ran(*json.loads(server.stdout.readline()))
+
+        yield run
+        server.stdin.close()
 
 
-def test_command_line_overrides(tmp_path):
+def test_command_line_overrides(run_program):
     result = run_program(
-        tmp_path,
         "--config=recipe.py",
         "--config.seed=7",
         "--config.rollout.stop=('a',)",
@@ -122,7 +171,7 @@ def test_command_line_overrides(tmp_path):
         ("--config=list.json", "list.json: settings are keys with values"),
         ("--config=type.yaml", "type.yaml: seed='a' is of type str: give int."),
         ("--config=type.yaml:x", "type.yaml has no variants: leave the colon out."),
-        ("--config=recipe.py:import", "recipe.py:25: import nothing_of_that_name: No"),
+        ("--config=recipe.py:import", "recipe.py:22: import nothing_of_that_name: No"),
         ("--config=syntax.py", "syntax.py:1: "),
         ("--config=empty.py", "empty.py defines no get_config()"),
         ("--config=notes.txt", "recipes are .py files, or a run's config.yaml."),
@@ -140,8 +189,8 @@ def test_command_line_overrides(tmp_path):
         ("--config=recipe.py --config.reward.function=a", "'reward.functions'?"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(tmp_path, arguments, message):
-    result = run_program(tmp_path, *arguments.split())
+def test_mistakes_are_one_line_and_status_2(run_program, arguments, message):
+    result = run_program(*arguments.split())
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -149,8 +198,8 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, arguments, message):
     assert last.startswith("error: ") and message in last
 
 
-def test_a_bug_of_the_recipe_shows_its_traceback(tmp_path):
-    result = run_program(tmp_path, "--config=recipe.py:bug")
+def test_a_bug_of_the_recipe_shows_its_traceback(run_program):
+    result = run_program("--config=recipe.py:bug")
     assert result.returncode == 1
     assert "KeyError: 'a'" in result.stderr and "line 18" in result.stderr
 
@@ -205,9 +254,8 @@ def test_overrides_are_taken_out_and_read_by_the_programs_own_settings():
     )
 
 
-def test_another_task_leaves_the_recipes_options_behind(tmp_path):
+def test_another_task_leaves_the_recipes_options_behind(run_program):
     result = run_program(
-        tmp_path,
         "--config=recipe.py",
         "--config.task.options.prompt_key=question",
         "--config.task.name=mine.jsonl",
@@ -218,9 +266,9 @@ def test_another_task_leaves_the_recipes_options_behind(tmp_path):
     assert task["options"] == {"prompt_key": "question"}
 
 
-def test_settings_as_yaml_are_a_recipe(tmp_path):
+def test_settings_as_yaml_are_a_recipe(run_program, folder):
     result = run_program(
-        tmp_path, "--config=mine.yaml", "--config.seed=3", "--config.task.options.b=1"
+        "--config=mine.yaml", "--config.seed=3", "--config.task.options.b=1"
     )
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
@@ -229,18 +277,18 @@ def test_settings_as_yaml_are_a_recipe(tmp_path):
     assert values["specdec"]["mode"] == "off"
     assert values["optimizer"]["learning_rate"] == 2e-6
     # What a run has written is read back.
-    (tmp_path / "again.json").write_text(result.stdout)
-    again = run_program(tmp_path, "--config=again.json")
+    (folder / "again.json").write_text(result.stdout)
+    again = run_program("--config=again.json")
     assert (again.stdout, again.returncode) == (result.stdout, 0)
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "--helpshort"])
-def test_help_needs_nothing_and_ends_well(tmp_path, word):
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "mine.py").write_text(
+def test_help_needs_nothing_and_ends_well(run_program, folder, word):
+    (folder / "configs").mkdir(exist_ok=True)
+    (folder / "configs" / "mine.py").write_text(
         '"""Ours.\n\npython -m tlt_jax.main --config=x"""\nVARIANTS = ("a", "b")'
     )
-    result = run_program(tmp_path, "--config=gone.py", "--config.sed=1", word)
+    result = run_program("--config=gone.py", "--config.sed=1", word)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Train: a command line of a test.\n\nRecipes")
     assert "  configs/mine.py\n      Ours.\n      :a, :b\n" in result.stdout

@@ -108,6 +108,7 @@ def test_yaml_there_and_back():
         + ["free", "  a", "  b", "  c"]
     )
     assert "  ovens: [1]\n" in written
+    assert "  lines: [\"\\n\\n\", 'ä: b', 'null']\n" in written
 
 
 def test_yaml_by_hand_means_what_it_says():

@@ -43,6 +43,12 @@ for _name, (_pattern, _first) in _SCALARS.items():
             f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first
         )
 _Dumper.add_representer(
+    str,
+    lambda dumper, value: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style='"' if "\n" in value else None
+    ),
+)
+_Dumper.add_representer(
     tuple,
     lambda dumper, value: dumper.represent_sequence(
         "tag:yaml.org,2002:seq", value, flow_style=True
