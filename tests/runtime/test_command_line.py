@@ -264,6 +264,11 @@ def test_another_task_leaves_the_recipes_options_behind(run_program):
     task = json.loads(result.stdout)["task"]
     assert task["name"] == "mine.jsonl"
     assert task["options"] == {"prompt_key": "question"}
+    # Its own name again is no other task.
+    result = run_program(
+        "--config=recipe.py", "--config.task.name=count", "--config.task.options.b=1"
+    )
+    assert json.loads(result.stdout)["task"]["options"] == {"longest": 3, "b": 1}
 
 
 def test_settings_as_yaml_are_a_recipe(run_program, folder):
