@@ -304,7 +304,7 @@ class Reward:
         is not finite.
     """
 
-    functions: tuple[str, ...] = ()
+    functions: tuple[str, ...] = schema.names()
     weights: tuple[float, ...] = ()
     workers: int = schema.number(2, 0)
     timeout_s: float = schema.number(10.0, above=0.0)
