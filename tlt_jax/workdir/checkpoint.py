@@ -9,6 +9,7 @@ export reads the policy alone.
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -337,12 +338,16 @@ def _restore(
 ) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be read "
-            f"({_summary(error)}): it is damaged. Delete {directory / str(step)} to "
-            "go on from the checkpoint before it."
-        ) from error
+    # All of them: of an array that is missing Orbax raises an `Exception` as such.
+    except Exception as error:
+        found = CheckpointError(
+            f"the checkpoint of step {step} could not be read ({_summary(error)}): it "
+            f"is damaged. Delete {directory / str(step)} to go on from the checkpoint "
+            "before it."
+        )
+    # What Orbax has begun to read would complain at the interpreter's end.
+    gc.collect()
+    raise found
 
 
 def _shapes(params: Any, opt_state: Any) -> dict[str, list[int]]:
@@ -366,7 +371,10 @@ def _check_shapes(
         )
 
 
-def _summary(error: Exception) -> str:
-    """Return the first line of an error; of a long one the end, where the cause is."""
+def _summary(error: BaseException) -> str:
+    """Return the first line of what caused an error; of a long one both its ends."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     line = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {line if len(line) < 300 else '...' + line[-240:]}"
+    short = line if len(line) < 300 else f"{line[:60]} ... {line[-200:]}"
+    return f"{type(error).__name__}: {short}"
