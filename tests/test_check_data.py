@@ -96,8 +96,20 @@ def test_prompts_that_are_too_long(check, tmp_path, monkeypatch):
     assert status == 1 and "line 3: the prompt has " in out
     assert "more than 6: shorten it, raise task.max_prompt_tokens" in out
     assert out.splitlines()[-1].endswith("1 bad")
+    made.chat_template = "{% for m in messages %}+{{ m.content }}=?{% endfor %}"
+    status, out = check("--chat", "--tokenizer_of=some", limit, path)
+    assert status == 1 and "line 1: the prompt has 7 tokens, more than 6" in out
     status, out = check(limit, path)
     assert status == 2 and "belong together" in out
+
+
+def test_half_a_character_is_a_bad_row(check, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a"}\n' + r'{"prompt": "a", "answer": "\ud83d"}' + "\n")
+    status, out = check(path)
+    assert status == 1
+    assert f"{path}, line 2: answer holds half a character (U+D83D): text is" in out
+    assert out.splitlines()[-1].endswith("2 rows, 0 with an answer, 1 bad")
 
 
 def test_files_that_are_not_there(check, tmp_path):

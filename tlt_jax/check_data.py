@@ -2,9 +2,9 @@ r"""Check data sets before a run: name every bad line, say how it is mended.
 
     python -m tlt_jax.check_data NAME ...
 
-NAME is a .jsonl file (one JSON object a line, UTF-8), a .parquet file, a directory of
-such or one that datasets' save_to_disk wrote, or hub:ORGANISATION/NAME. What a row
-holds:
+NAME is a .jsonl file (one JSON object a line, UTF-8), a .csv file (with a header), a
+.parquet file, a directory of such or one that datasets' save_to_disk wrote, or
+hub:ORGANISATION/NAME. What a row holds:
 
     prompt   text, or a list of messages {"role": ..., "content": ...} that ends with
              the user's; roles are system, user, assistant, tool
@@ -23,7 +23,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from tlt_jax import types
 from tlt_jax.models.formats import source
@@ -44,6 +44,9 @@ _REWARD = flags.DEFINE_string(
 )
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer_of", None, "Model whose tokenizer and chat template measure prompts."
+)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Prompts that are text become messages, as with task.options.chat."
 )
 _MAX_PROMPT_TOKENS = flags.DEFINE_integer(
     "max_prompt_tokens",
@@ -91,8 +94,10 @@ def answers(reward: str) -> Check:
     return check
 
 
-def lengths(spec: str, max_tokens: int) -> Check:
+def lengths(spec: str, max_tokens: int, chat: bool = False) -> Check:
     """Make the check of a prompt's length with the tokenizer of a model.
+
+    With `chat` text goes through the chat template, too.
 
     Raises:
       ValueError: there is no such model.
@@ -100,7 +105,8 @@ def lengths(spec: str, max_tokens: int) -> Check:
     tokenizer = source.resolve(spec).tokenizer()
 
     def check(example: types.Example) -> str | None:
-        num = len(tokenizer.encode_prompt(example.prompt))
+        asked = examples_lib.as_chat(example) if chat else example
+        num = len(tokenizer.encode_prompt(asked.prompt))
         if num <= max_tokens:
             return None
         return (
@@ -139,7 +145,8 @@ def run(names: Sequence[str]) -> bool:
     if _REWARD.value is not None:
         checks.append(answers(_REWARD.value))
     if _TOKENIZER.value is not None:
-        checks.append(lengths(_TOKENIZER.value, _MAX_PROMPT_TOKENS.value))
+        limit = _MAX_PROMPT_TOKENS.value
+        checks.append(lengths(_TOKENIZER.value, limit, _CHAT.value))
     keys = {name: flag.value for name, flag in _KEYS.items()}
     good = True
     for name in names:
@@ -151,7 +158,7 @@ def run(names: Sequence[str]) -> bool:
                 print(line)
             # The rest is counted.
             collections.deque(wrong, maxlen=0)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             print(error)
             good = False
             continue
@@ -169,14 +176,10 @@ def main(argv: Sequence[str]) -> None:
     """Check; status 1: a row is bad, status 2: the command line is."""
     if len(argv) < 2:
         command_line.fail(f"name at least one data set: {data_files.ACCEPTED}.")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    try:
+    with command_line.told():
         good = run(argv[1:])
-    except ValueError as error:
-        command_line.fail(error)
     sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -1,8 +1,8 @@
 """Train: `python -m tlt_jax.main --config=configs/<recipe>.py --workdir=DIR`.
 
-Any setting of the recipe is overridden by `--config.key=value`; `tlt_jax/settings/`
-lists them with their meaning. The same command on the same directory resumes. Several
-processes of one machine are started by `tlt_jax.launch`.
+Any setting of the recipe is overridden by `--config.key=value`; `--help` lists them
+with their meaning. The same command on the same directory resumes. Several processes of
+one machine are started by `tlt_jax.launch`.
 """
 
 from absl import flags
@@ -14,6 +14,7 @@ from tlt_jax.runtime import (
     cpu_devices,
     distributed,
     host_memory,
+    stopping,
 )
 
 _CONFIG = command_line.define_config_flag()
@@ -35,11 +36,11 @@ def main(run: config.RunConfig) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
     # First of all, as others begin threads.
     host_memory.keep_freed()
-    with command_line.told():
+    with command_line.told(), stopping.heard() as stop:
         distributed.initialize(_CLUSTER.value)
         cpu_devices.prepare(run)
         compile_cache.enable()
-        train.train(run, _WORKDIR.value)
+        train.train(run, _WORKDIR.value, stop)
 
 
 if __name__ == "__main__":

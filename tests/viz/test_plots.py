@@ -28,7 +28,7 @@ def make_row(step: int, **more):
 
 
 def write(workdir, rows):
-    with metrics.MetricsWriter(workdir, tensorboard=False) as writer:
+    with metrics.MetricsWriter(workdir) as writer:
         for row in rows:
             writer.write(row)
 
@@ -57,6 +57,14 @@ def test_what_is_not_recorded_is_not_drawn(tmp_path):
     assert [path.name for path in plots.draw_all(tmp_path)] == ["reward.png"]
 
 
+def test_without_speculation_there_is_no_accept_length():
+    rows = [make_row(s, **{"specdec/accept_length": 1.0}) for s in range(3)]
+    assert plots.accept_length(rows) is None
+    # Where nothing was accepted it is a finding.
+    rows[1]["specdec/num_accepted"] = [4, 0]
+    assert plots.accept_length(rows) is not None
+
+
 def test_reward_shows_what_was_recorded():
     rows = [make_row(s, **{"eval/pass@4": 0.5} if s == 2 else {}) for s in range(20)]
     (axes,) = plots.reward(rows).axes
@@ -65,6 +73,11 @@ def test_reward_shows_what_was_recorded():
     last = curves["mean of the last 4 steps"].get_ydata()[-1]
     assert last == pytest.approx((1.6 + 1.7 + 1.8 + 1.9) / 4)
     assert list(curves["held out, pass@4"].get_xdata()) == [2]
+    assert len(curves) == 3
+    rows = [row | {"reward/exact": 0.5, "reward/num_failed": 1} for row in rows]
+    (axes,) = plots.reward(rows).axes
+    curves = {line.get_label(): line for line in axes.lines}
+    assert len(curves) == 4 and set(curves["exact"].get_ydata()) == {0.5}
 
 
 def test_time_split_stacks_to_the_step_and_names_the_rest():

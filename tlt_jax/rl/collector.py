@@ -32,7 +32,7 @@ class Collected:
       everything: all that was sampled and judged.
       useful: the groups to train on; None: none carries signal.
       stats: of the engines, all rollouts together.
-      scores: of all completions, as they were gathered.
+      scores: of all completions, in the order of `everything`.
       num_rounds: rollouts that it took.
       num_skipped: prompts of the data that are too long to be asked.
     """
@@ -107,7 +107,8 @@ class Collector:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON."""
-        return {"position": self.position, "expected_lengths": self.expected_lengths}
+        lengths = dict(self.expected_lengths)
+        return {"position": self.position, "expected_lengths": lengths}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`; JSON has made text of the lengths' keys."""
@@ -160,11 +161,17 @@ class Collector:
                 break
         if self._dynamic_sampling:
             kept = kept.select(range(min(wanted, len(kept.prompts))))
+        judgements = reward_pool.joined(scores)
+        if judgements.num_failed:
+            watch.note(
+                f"{judgements.num_failed} rewards failed, the first: "
+                f"{judgements.first_failure()}"
+            )
         return Collected(
             everything,
             kept if kept.prompts else None,
             stats,
-            reward_pool.joined(scores),
+            judgements,
             len(scores),
             self._prompts.num_skipped,
         )
@@ -202,6 +209,9 @@ class _Asked:
         """Gather what all processes have judged: `[P, R]`, and how it went."""
         parts = group.exchange("rewards", (self.judged, self.pool.gather()))
         scores = reward_pool.joined([part for _, part in parts])
-        rewards = np.empty(len(self.requests))
-        rewards[[index for indices, _ in parts for index in indices]] = scores.rewards
+        # Judged in the order in which they ended; from here on in that of requests.
+        judged = [index for indices, _ in parts for index in indices]
+        items = tuple(scores.items[i] for i in np.argsort(judged))
+        scores = dataclasses.replace(scores, items=items)
+        rewards = scores.rewards.astype(np.float64)
         return rewards.reshape(len(self.prompts), -1), scores

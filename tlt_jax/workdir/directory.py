@@ -1,9 +1,9 @@
 """The directory of a run: whose it is, and the completions written into it.
 
-Its layout: `config.json`, `metrics.jsonl`, `timeline.jsonl`, `rollouts/`,
-`checkpoints/`, `drafter_checkpoints/`, `spilled_texts/`, `plots/`, `tokenizer/`,
-`tensorboard/`, `initial_model/` where the model was made on the spot, and `processes/`,
-a folder for each process but the first.
+Its layout: `config.json`, `config.yaml` (the same), `metrics.jsonl`, `timeline.jsonl`,
+`rollouts/`, `checkpoints/`, `drafter_checkpoints/`, `spilled_texts/`, `plots/`,
+`tokenizer/`, `tensorboard/`, `initial_model/` where the model was made on the spot, and
+`processes/`, a folder for each process but the first.
 """
 
 import collections
@@ -21,8 +21,8 @@ from tlt_jax import config
 from tlt_jax.rl.update import experience
 from tlt_jax.rl.workers import records
 from tlt_jax.runtime import failures
-from tlt_jax.settings import schema
-from tlt_jax.workdir import metrics
+from tlt_jax.settings import schema, text
+from tlt_jax.workdir import checkpoint, metrics
 
 # Settings that may change when a run is taken up again: none decides what is computed.
 _FREE_ON_RESUME = (
@@ -46,12 +46,14 @@ def claimed(
 ) -> Iterator[None]:
     """Hold the directory for a run: no other process may work there meanwhile.
 
-    It is made if it is not there. `config.json` is written; the run that it describes
+    It is made if it is not there. `config.json` is written, and `config.yaml` for
+    people and for `--config`, unless the run is complete; the run that it describes
     must be this one if it has taken a step (a start that failed binds nobody). `load`
     makes a run of the plain values there.
 
     Raises:
-      schema.ConfigError: the directory holds a run with other settings.
+      schema.ConfigError: the directory holds a run with other settings, or one that has
+        taken more steps.
       WorkdirError: another process works there, or it cannot be written.
     """
     with writing(workdir):
@@ -65,10 +67,10 @@ def claimed(
         record = workdir / metrics.FILE
         if path.exists() and record.exists() and record.stat().st_size > 0:
             _check_same(workdir, path, run, load)
-        with writing(path):
-            temporary = path.with_suffix(".json.partial")
-            temporary.write_text(config.to_json(run))
-            temporary.replace(path)
+        _check_reached(workdir, run.num_steps)
+        if checkpoint.newest(workdir) != run.num_steps:
+            _write(path, config.to_json(run))
+            _write(path.with_suffix(".yaml"), text.to_yaml(run))
     except BlockingIOError as error:
         raise WorkdirError(
             f"another process works in {workdir}: wait for it, end it, or use another "
@@ -97,19 +99,32 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+def _write(path: pathlib.Path, content: str) -> None:
+    with writing(path):
+        temporary = path.with_name(f"{path.name}.partial")
+        temporary.write_text(content, "utf-8")
+        temporary.replace(path)
+
+
 def write_rollouts(
     workdir: pathlib.Path,
     step: int,
     batch: experience.Experience,
     decode_text: Callable[[Sequence[int]], str],
-) -> None:
+    parts: Sequence[Mapping[str, float]] = (),
+) -> list[dict[str, Any]]:
     """Write a step's completions to `rollouts/step_N.jsonl`, one line each.
 
-    `drafted` lists the runs of tokens that a draft had guessed, as `[first, end)`
-    indices of `tokens`; null where it was not noted.
+    `parts` are what each of several reward functions said of each completion, empty
+    where one failed; without them lines have no `rewards`. `drafted` lists the runs of
+    tokens that a draft had guessed, as `[first, end)` indices of `tokens`; null where
+    it was not noted.
+
+    Returns:
+      What the lines say.
     """
     path = workdir / "rollouts" / f"step_{step:06d}.jsonl"
-    lines = []
+    records = []
     for i, completion in enumerate(batch.completions):
         example = batch.prompts[i // batch.group_size].example
         record = {
@@ -124,11 +139,16 @@ def write_rollouts(
             "tokens": [int(token) for token in completion.tokens],
             "drafted": _runs(completion.was_drafted),
         }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        if parts:
+            record["rewards"] = dict(parts[i])
+        records.append(record)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(lines)
+        part = path.with_suffix(".part")
+        part.write_text("".join(lines), encoding="utf-8")
+        part.replace(path)
+    return records
 
 
 def write_timeline(
@@ -160,6 +180,18 @@ def _runs(flags: Sequence[bool] | None) -> list[list[int]] | None:
         return None
     changes = np.diff(np.pad(np.asarray(flags, np.int8), 1))
     return np.flatnonzero(changes).reshape(-1, 2).tolist()
+
+
+def _check_reached(workdir: pathlib.Path, num_steps: int) -> None:
+    """Refuse a run of fewer steps than are done: records would be dropped."""
+    rows = metrics.read(workdir) if (workdir / metrics.FILE).exists() else []
+    reached = max([checkpoint.newest(workdir) or 0, *(row["step"] for row in rows)])
+    if num_steps < reached:
+        raise schema.ConfigError(
+            f"num_steps={num_steps}, but the run in {workdir} has taken {reached} "
+            f"steps: give --config.num_steps={reached} or more, or use another "
+            "--workdir."
+        )
 
 
 def _check_same(workdir: pathlib.Path, path: pathlib.Path, run: Any, load) -> None:
