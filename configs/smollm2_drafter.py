@@ -4,7 +4,8 @@ The target answers prompts at temperature 1; a drafter of one layer on three fus
 features learns over four unrolled steps to propose from the tokens that the target
 writes most. Three sets of prompts:
 
-    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py --workdir=DIR
+    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py \
+        --workdir=workdirs/smollm2_drafter
 
 640 prompts, half chats and half reasoning tasks. At temperature 1 this model writes
 them with little certainty, which bounds what any drafter can guess: held-out accept
@@ -13,14 +14,14 @@ other load took 14 minutes for the texts and 3 to 6 seconds a step; the run was 
 at step 285.
 
     python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
-        --workdir=DIR
+        --workdir=workdirs/counting_drafter
 
 320 prompts of the task `counting`, answers of long-tailed length: a drafter for one
 task, as RL training has it. Held-out accept length 6.8 coupled, 7.1 deterministic
 (depth 8); 10 minutes for the texts under other load, 5 minutes for the steps.
 
     python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:random_numbers \
-        --workdir=DIR
+        --workdir=workdirs/random_numbers_drafter
 
 160 prompts of the task `random_numbers`: text whose next token nobody can foresee, and
 whose law is easily learned. There coupling pays most: held-out accept length 4.06

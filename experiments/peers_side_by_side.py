@@ -7,7 +7,8 @@
 With `--peers` all of them are measured in this one run, in interleaved rounds with
 ours: first a GRPO step by `experiments.grpo_step_speed`, a system at a time in memory,
 then decoding by `experiments.decode_speed`; both write their tables anew. Without
-`--peers` the tables that are there are read.
+`--peers` nothing is measured: your own tables of both are read, where you have none
+those of record, and the picture says whose they are.
 
 A figure is how many times as fast ours is: tokens per second of greedy decoding with
 prefill, by batch, against transformers, llama.cpp and vLLM; seconds of a GRPO step,
@@ -72,21 +73,24 @@ def read(
     Raises:
       ValueError: one of them is not there.
     """
-    source = experiment.RESULTS_DIR / options.scale
     if options.peers:
-        source = folder
         for name, command in commands_of(options, folder).items():
             MEASURED[name].main(command)
     found = {}
     for name in METRICS:
-        path = tables.path_of(source, name, "summary")
+        path = summary_path(options, name)
         if not path.exists():
             raise ValueError(
-                f"{path.name} is not in {source.name}: make it with python "
+                f"{path.name} is not in {path.parent.name}: make it with python "
                 f"-m experiments.{name} --scale={options.scale} --peers=..."
             )
-        found[name] = tables.read(path), provenance.read(source, name)
+        found[name] = tables.read(path), provenance.read(path.parent, name)
     return found
+
+
+def summary_path(options: argparse.Namespace, name: str) -> pathlib.Path:
+    """Returns the summary of one of the two that is read."""
+    return experiment.find(options, f"{name}_summary.csv")
 
 
 def measure(
@@ -176,6 +180,9 @@ EXPERIMENT = experiment.Experiment(
     context=read,
     cells={"experiment": (DECODE, STEP)},
     measure=measure,
+    sources=lambda options: [
+        summary_path(options, name).with_name(f"{name}.csv") for name in METRICS
+    ],
     is_derived=True,
     plot=plot,
 )

@@ -1,6 +1,7 @@
 """Speculative against plain decoding of the same tokens: how many times as fast.
 
-    python -m experiments.speculation_speed --scale=cpu --drafter=WORKDIR
+    python -m experiments.speculation_speed --scale=cpu \
+        --drafter=workdirs/counting_drafter
 
 Each round decodes the same requests plainly and under every strategy, in turns, at
 temperature 1 by default; filling the drafter's cache counts, prefill and compilation do
@@ -8,6 +9,11 @@ not. The bound beside a figure is what the accept length would give if drafting,
 and bookkeeping cost nothing and the target's pass over the tree cost a plain step.
 `noise_ms` is what the noise of a step's positions takes by itself, in a step of the
 mean size: a batch shrinks as its answers end.
+
+The drafter of record is that of `configs/smollm2_drafter.py:counting`, trained by
+
+    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
+        --workdir=workdirs/counting_drafter
 
 Target: at least twice plain decoding at batch 1 on CPU.
 """
@@ -26,6 +32,7 @@ from experiments.lab import (
     experiment,
     paired,
     plotting,
+    recipes,
     speculation_setting,
     tables,
 )
@@ -213,7 +220,8 @@ EXPERIMENT = experiment.Experiment(
     text=__doc__,
     title="speedup by batch and tokens verified",
     published="V16: 3.22 to 2.48, V64: 3.62 to 1.70 (batch 1 to 32)",
-    needs="--drafter=DIR",
+    needs=f"--drafter={recipes.COUNTING_DRAFTER}",
+    before={recipes.TRAIN_COUNTING: 15},
     larger=experiment.models(
         "--cases=1:D10K8V16,8:D10K8V16,32:D10K8V16,1:D10K8V64,8:D10K8V64,32:D10K8V64"
     ),

@@ -316,6 +316,7 @@ EXPERIMENT = experiment.Experiment(
     ],
     measure=measure,
     others=("curves",),
+    sources=lambda options: [trace_file.path_of(options)],
     summary=summarise,
     plot=plot,
     claims={

@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 
-from experiments.lab import catalogue, readme_tables
+from experiments.lab import catalogue, result_tables
 from tests import command_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -161,7 +161,7 @@ def test_tables_of_the_readme_are_those_of_the_results():
     """`python -m experiments tables` writes them."""
     text = DOCUMENTS["README.md"]
     assert "<!-- table: " in text
-    assert readme_tables.rendered(text) == text
+    assert result_tables.rendered(text) == text
 
 
 def extras() -> dict[str, str]:

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lab import claims as claims_lib
-from experiments.lab import freshness, plotting, provenance, tables
+from experiments.lab import command_line, freshness, plotting, provenance, tables
 
+# Tables of record, by scale: only `--out` writes there.
 RESULTS_DIR = freshness.FOLDER / "results"
 # `cpu` runs on two cores, `one_gpu` needs one accelerator, `paper` what the paper used.
 SCALES = ("cpu", "one_gpu", "paper")
@@ -74,12 +75,40 @@ def seeds(count: int) -> Option:
     return Option("seeds", count, recorded=False)
 
 
-# What all experiments understand.
+# What all experiments understand, tools apart.
 SHARED = (
-    Option("scale", SCALES[0], choices=SCALES, recorded=False),
-    Option("out", None, "folder of the tables; default results/<scale>", pathlib.Path),
-    Option("again", False, "measure every cell, and drop the table that is there"),
+    Option("scale", SCALES[0], "whose machine this is", choices=SCALES, recorded=False),
+    Option(
+        "out",
+        None,
+        "folder of tables and picture; default experiments/results/mine/SCALE, which "
+        "git ignores. Tables of record are in experiments/results/SCALE",
+        pathlib.Path,
+    ),
+    Option(
+        "again",
+        False,
+        "measure anew what --out has already; without it cells that are there are kept "
+        "and lacking ones added",
+    ),
 )
+VERBOSITY = Option("verbosity", 0, "1: a traceback with an error")
+
+
+def record_folder(scale: str) -> pathlib.Path:
+    """Returns where a scale's tables of record are."""
+    return RESULTS_DIR / scale
+
+
+def own_folder(scale: str) -> pathlib.Path:
+    """Returns where experiments write unless told otherwise; git ignores it."""
+    return RESULTS_DIR / "mine" / scale
+
+
+def find(options: argparse.Namespace, name: str) -> pathlib.Path:
+    """Returns a file among the user's own results, else among those of record."""
+    own = options.out / name
+    return own if own.exists() else record_folder(options.scale) / name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +121,7 @@ class Experiment:
       title: the paper's item, or ours, in a line.
       published: the paper's figures; empty: ours alone.
       needs: flags and inputs beside `--scale` that its command needs.
+      before: commands that make what it needs, and the minutes of each.
       larger: the same by larger scale; empty: they have no figures of their own.
       options: of its command line.
       constants: what else stands in the record: another value makes another table.
@@ -102,6 +132,8 @@ class Experiment:
         the options ask for; or what lists the cells.
       measure: measures a cell; returns its rows, or rows by table.
       others: names of the tables beside the rows that `measure` returns.
+      sources: returns the tables of other experiments that are read: the picture names
+        their machines, too.
       derived: makes tables that hang on no cell, by name.
       summary: reduces the rows; None: they are the result.
       plot: draws the tables; returns a figure.
@@ -117,6 +149,7 @@ class Experiment:
     title: str
     published: str = ""
     needs: str = ""
+    before: Mapping[str, int] = dataclasses.field(default_factory=dict)
     larger: Mapping[str, str] = dataclasses.field(default_factory=dict)
     options: tuple[Option, ...] = ()
     constants: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -126,6 +159,7 @@ class Experiment:
     cells: _Grid | Callable[..., Sequence[tables.Cell]] | None = None
     measure: Callable[..., Any] | None = None
     others: tuple[str, ...] = ()
+    sources: Callable[..., Sequence[pathlib.Path]] | None = None
     derived: Callable[..., Mapping[str, Sequence[tables.Row]]] | None = None
     summary: Callable[..., list[tables.Row]] | None = None
     plot: Callable[..., Any] | None = None
@@ -137,22 +171,67 @@ class Experiment:
 
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Reads the command line; None: that of the process."""
-        parser = argparse.ArgumentParser(
-            description=self.text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        for option in (*self.options, *(() if self.is_tool else SHARED)):
-            option.add_to(parser)
-        options = parser.parse_args(arguments)
+        options = self._read(arguments)
         if self.check:
             self.check(options)
         return options
 
+    def _read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        parser = command_line.Parser(f"experiments.{self.slug}", self.text)
+        shared = () if self.is_tool else SHARED
+        for option in (*self.options, *shared, VERBOSITY):
+            option.add_to(parser)
+        options = parser.parse_args(arguments)
+        if not self.is_tool:
+            options.out = options.out or own_folder(options.scale)
+        return options
+
     def main(self, arguments: Sequence[str] | None = None) -> Any:
-        """Runs the experiment; returns the summary that it writes, or the rows."""
-        options = self.parse(arguments)
+        """Runs the experiment; returns the summary that it writes, or the rows.
+
+        None: with the process's command line, and what a user can mend is a line and a
+        status.
+        """
+        if arguments is not None:
+            return self._run(self.parse(arguments))
+        options = self._read(None)
+        with command_line.told(options.verbosity, lambda: self.kept(options)):
+            if self.check:
+                self.check(options)
+            return self._run(options)
+
+    def _run(self, options: argparse.Namespace) -> Any:
         with contextlib.ExitStack() as closing:
             run = _Run(self, options, closing)
-            return run.take(self.run) if self.run else run.measure()
+            result = run.take(self.run) if self.run else run.measure()
+        if not self.is_tool:
+            self.tell_where(options)
+        return result
+
+    def kept(self, options: argparse.Namespace) -> str:
+        """Says what a run that was stopped leaves."""
+        if self.is_tool:
+            return "nothing is lost, since nothing was kept."
+        path = options.out / (self.table or f"{self.slug}.csv")
+        if not path.exists():
+            return "no cell was through, so that nothing is kept."
+        cells = provenance.read(options.out, self.slug).get("cells")
+        told = (
+            f"{cells['done']} of {cells['wanted']} cells are" if cells else "rows are"
+        )
+        where = command_line.shown(path)
+        return f"{told} kept in {where}; the same command goes on from there."
+
+    def tell_where(self, options: argparse.Namespace) -> None:
+        """Says where the results are, and where those of record."""
+        found = sorted(path.name for path in options.out.glob(f"{self.slug}*"))
+        print(f"In {command_line.shown(options.out)}: {', '.join(found)}.")
+        record, folder = {}, record_folder(options.scale)
+        if folder.resolve() != options.out.resolve():
+            record = provenance.read(folder, self.slug)
+        if record:
+            stamp = provenance.stamp(record)
+            print(f"Those of record ({stamp}) are in {command_line.shown(folder)}.")
 
     def draw(self, folder: pathlib.Path, record: Mapping) -> None:
         """Draws the plot from the tables in a folder.
@@ -160,7 +239,8 @@ class Experiment:
         Raises:
           LookupError: they lack what it needs.
         """
-        given = {**record["settings"], "stamp": provenance.stamp(record)}
+        stamp = provenance.stamp(record, is_read=self.is_derived)
+        given = {**record["settings"], "stamp": stamp}
         for name in (*self.others, _SUMMARY, tables.ROWS):
             path = tables.path_of(folder, self.slug, name)
             if path.exists():
@@ -214,7 +294,11 @@ class Experiment:
             return A_TOOL
         if scale != "cpu" and not self.larger:
             return AS_CPU
-        return provenance.status(self.slug, RESULTS_DIR / scale, self.table)
+        return self.status_in(record_folder(scale))
+
+    def status_in(self, folder: pathlib.Path) -> str:
+        """Tells the same of a folder, whatever the scale."""
+        return provenance.status(self.slug, folder, self.table)
 
 
 @dataclasses.dataclass
@@ -228,7 +312,7 @@ class _Run:
     @property
     def folder(self) -> pathlib.Path:
         """Where tables go."""
-        return self.options.out or RESULTS_DIR / self.options.scale
+        return self.options.out
 
     @functools.cached_property
     def context(self) -> Any:
@@ -250,7 +334,10 @@ class _Run:
     @functools.cached_property
     def record(self) -> provenance.Provenance:
         """The provenance, begun when it is first asked for."""
-        return provenance.Provenance(self.experiment.slug, self.settings)
+        made = provenance.Provenance(self.experiment.slug, self.settings)
+        if self.experiment.sources:
+            made.read_from(self.take(self.experiment.sources))
+        return made
 
     def take(self, function: Callable[..., Any], **given: object) -> Any:
         """Calls a function with what its parameters name."""

@@ -14,7 +14,7 @@ from experiments.lab import (
     claims,
     experiment,
     freshness,
-    readme_tables,
+    result_tables,
     tables,
 )
 from tests import command_lines
@@ -55,14 +55,14 @@ def test_a_table_of_the_readme_follows_its_csv(monkeypatch, tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "t.csv").write_text("a,b\n1,0.25\n2,\n")
     monkeypatch.setattr(experiment, "RESULTS_DIR", tmp_path)
-    table = readme_tables.Table("t.csv", {"A": "a", "B": "b"})
-    monkeypatch.setattr(readme_tables, "TABLES", {"mine": table})
+    table = result_tables.Table("t.csv", {"A": "a", "B": "b"})
+    monkeypatch.setattr(result_tables, "TABLES", {"mine": table})
     text = "x\n<!-- table: mine -->\nold\n<!-- end of table -->\ny\n"
-    new = readme_tables.rendered(text)
+    new = result_tables.rendered(text)
     assert "| A | B |\n| --- | --- |\n| 1 | 0.25 |\n| 2 | - |\n" in new
-    assert readme_tables.rendered(new) == new
+    assert result_tables.rendered(new) == new
     with pytest.raises(ValueError, match="'gone'; made here are mine"):
-        readme_tables.rendered(text.replace("mine", "gone"))
+        result_tables.rendered(text.replace("mine", "gone"))
 
 
 def test_results_are_of_experiments_and_tell_where_they_come_from():
