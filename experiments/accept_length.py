@@ -123,15 +123,14 @@ def measure(
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws accept length by strategy, a panel for each kind of text."""
     kinds_of_text = tables.values(rows, "texts")
-    strategies = tables.values(rows, "strategy")
     fig, panels = plotting.panels(
         "Tokens per target forward, by strategy and ranking",
         kinds_of_text,
         stamp,
         xlabel="draft_depth D, topk K, tokens_to_verify V",
         ylabel="accept length",
-        width=max(5.0, 1.3 * len(strategies)),
-        height=4.4,
+        columns=1,
+        height=3.4,
     )
     for axes, texts in zip(panels, kinds_of_text, strict=True):
         _plot_panel(axes, tables.where(rows, texts=texts))

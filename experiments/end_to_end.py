@@ -244,7 +244,6 @@ def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure
         models,
         stamp,
         ylabel="seconds of an RL step, mean",
-        width=5.6,
     )
     for axes, model in zip(panels, models, strict=True):
         by_system = tables.groups(tables.where(counted, model=model), "system")

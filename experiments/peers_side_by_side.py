@@ -131,11 +131,10 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     }
     present = [name for name in titles if any(r["experiment"] == name for r in rows)]
     fig, panels = plotting.panels(
-        "How many times as fast ours is",
+        "How many times as fast ours is (black: down to the worst round)",
         [titles[name] for name in present],
         stamp,
-        xlabel="times the peer's speed (black: down to the worst round)",
-        width=5.4,
+        xlabel="times the peer's speed",
     )
     peers = tables.values(rows, "peer")
     colors = dict(zip(peers, plotting.COLORS, strict=False))

@@ -178,6 +178,7 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     best = [max(its, key=lambda row: row["speedup"]) for _, its in by_batch]
     names = [f"{row['batch']}\n{row['system']}" for row in best]
     _plot_bounded(right, names, best)
+    right.tick_params(axis="x", labelsize=7)
     right.set_xlabel("batch, and the best strategy at it")
     left.set_ylabel("times plain decoding")
     return fig

@@ -282,7 +282,6 @@ def plot(curves: list[tables.Row], stamp: str) -> plotting.Figure:
         stamp,
         xlabel="rollouts",
         ylabel="regret, s",
-        height=4.4,
     )
     for axes, world in zip(panels, names, strict=True):
         its = tables.where(curves, world=world)
