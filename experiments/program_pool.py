@@ -79,13 +79,17 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     fig, panels = plotting.panels(
         "Compiled programs of an engine", [""] * len(told), stamp, columns=3
     )
-    names = [textwrap.fill(row["case"], 9, break_long_words=False) for row in rows]
+    names = [_label(row["case"]) for row in rows]
     for axes, (column, label, scale) in zip(panels, told, strict=True):
         values = [row[column] / scale for row in rows]
         axes.bar(names, values, 0.6, color=plotting.COLORS[0])
         axes.set_ylabel(label)
         axes.tick_params(axis="x", labelsize=7)
     return fig
+
+
+def _label(case: str) -> str:
+    return textwrap.fill(case.replace("no speculation", "plain"), 9)
 
 
 EXPERIMENT = experiment.Experiment(

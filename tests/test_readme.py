@@ -159,9 +159,10 @@ def test_every_experiment_prints_its_command():
 
 def test_tables_of_the_readme_are_those_of_the_results():
     """`python -m experiments tables` writes them."""
-    text = DOCUMENTS["README.md"]
-    assert "<!-- table: " in text
-    assert result_tables.rendered(text) == text
+    for page in ("README.md", "experiments/RESULTS.md"):
+        text = DOCUMENTS[page]
+        assert "<!-- table: " in text
+        assert result_tables.rendered(text) == text
 
 
 def extras() -> dict[str, str]:

@@ -175,6 +175,15 @@ def stamp(record: Mapping, *, is_read: bool = False) -> str:
     `is_read`: of these alone, where there are any, since nothing else was measured.
     """
     scale = re.search(r"--scale=(\w+)", str(record.get("command")))
+    return f"scale {scale[1] if scale else 'cpu'} · {_places(record, is_read)}"
+
+
+def caption(record: Mapping) -> str:
+    """Returns the line that says under a table where its rows come from."""
+    return f"{_places(record, False)} · {str(record['started_utc'])[:10]}"
+
+
+def _places(record: Mapping, is_read: bool) -> str:
     sources = record.get("sources", [])
     runs = [*sources] if is_read and sources else [*_runs(record), *sources]
     commits: dict[str, dict[str, None]] = {}
@@ -182,7 +191,7 @@ def stamp(record: Mapping, *, is_read: bool = False) -> str:
         commits.setdefault(machine(run), {})[_commit(run)] = None
     places = [f"{name} · {_short(list(found))}" for name, found in commits.items()]
     several = f"{len(places)} machines: " if len(places) > 1 else ""
-    return f"scale {scale[1] if scale else 'cpu'} · {several}{'; '.join(places)}"
+    return several + "; ".join(places)
 
 
 def machine(run: Mapping) -> str:
