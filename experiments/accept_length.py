@@ -97,7 +97,16 @@ def compare(rows: list[tables.Row]) -> list[tables.Row]:
 
 def temperatures_of(options: argparse.Namespace) -> list[float]:
     """Reads the temperatures."""
-    return [float(text) for text in options.temperatures.split(",")]
+    return experiment.numbers(options.temperatures, "temperatures", float)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses lists that cannot be read, and drafters that are not there."""
+    temperatures_of(options)
+    for text in options.strategies.split(","):
+        strategy_lib.parse(text)
+    for directory in options.drafter.split(","):
+        speculation_setting.check_drafter(directory, options.scale)
 
 
 def measure(
@@ -180,6 +189,7 @@ EXPERIMENT = experiment.Experiment(
         *experiment.plain(strategies=STRATEGIES, temperatures="1,0"),
         experiment.Option("batch", 4, recorded=False),
     ),
+    check=check,
     context=load,
     settings=lambda options, context: {
         "drafters": [setting.about() for setting in context],

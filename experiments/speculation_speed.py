@@ -53,12 +53,26 @@ FEWEST_REQUESTS = 8
 
 
 def parse_cases(text: str) -> dict[int, list[strategy_lib.Strategy]]:
-    """Reads the strategies of each batch size."""
+    """Reads the strategies of each batch size.
+
+    Raises:
+      ValueError: an entry is not of that form.
+    """
     cases: dict[int, list] = {}
     for entry in text.split(","):
         batch, _, strategy = entry.partition(":")
+        if not batch.isdigit():
+            raise ValueError(
+                f"--cases={text}: {entry!r} is not batch:strategy, for example 8:D7K1V8."
+            )
         cases.setdefault(int(batch), []).append(strategy_lib.parse(strategy))
     return cases
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses cases that cannot be read, and a drafter that is not there."""
+    parse_cases(options.cases)
+    speculation_setting.check_drafter(options.drafter, options.scale)
 
 
 def noise_ms(
@@ -231,6 +245,7 @@ EXPERIMENT = experiment.Experiment(
         experiment.Option("cases", ",".join(CASES), "batch:strategy, by commas"),
         *experiment.plain(temperature=1.0, rounds=3),
     ),
+    check=check,
     context=lambda options: speculation_setting.Setting(options),
     settings=lambda context: context.about(),
     cells=lambda options: [

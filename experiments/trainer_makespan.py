@@ -71,7 +71,7 @@ def check(options: argparse.Namespace) -> None:
             f"--drafter={options.drafter} is no directory here: train one, for the "
             f"recipe by {recipes.TRAIN_COUNTING}"
         )
-    options.processes = [int(number) for number in options.processes.split(",")]
+    options.processes = experiment.numbers(options.processes, "processes")
     settings = settings_of(options)
     for processes in options.processes:
         recipes.check_processes(processes, options.config, settings, "--processes")

@@ -239,6 +239,13 @@ def record_trace(
     return trace
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuses lists that cannot be read, and a drafter that is not there."""
+    strategy_lib.parse_arms(options.arms.split())
+    experiment.numbers(options.blends, "blends", float)
+    speculation_setting.check_drafter(options.drafter, options.scale)
+
+
 EXPERIMENT = experiment.Experiment(
     slug="tuner_trace",
     text=__doc__,
@@ -247,6 +254,7 @@ EXPERIMENT = experiment.Experiment(
     before={recipes.TRAIN_COUNTING: 15},
     larger=experiment.models("--max-rows=32"),
     options=(*speculation_setting.OPTIONS, *OPTIONS),
+    check=check,
     context=lambda options: speculation_setting.Setting(options),
     settings=lambda context: context.about(),
     run=record_trace,

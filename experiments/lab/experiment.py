@@ -429,6 +429,24 @@ def parse_pairs(text: str, argument: str) -> dict[str, str]:
     return pairs
 
 
+def numbers(text: str, argument: str, kind: Callable = int, by: str = ",") -> list:
+    """Reads numbers.
+
+    Raises:
+      ValueError: an item is none.
+    """
+    found = []
+    for item in text.split(by):
+        try:
+            found.append(kind(item))
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise ValueError(
+                f"--{argument}={text}: {item!r} is no {what}; separate them by {by!r}."
+            ) from None
+    return found
+
+
 def known(text: str, choices: Sequence[str], argument: str, by: str = ",") -> list[str]:
     """Reads names.
 

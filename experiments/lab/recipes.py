@@ -112,7 +112,8 @@ def print_other_tasks(drafter: str, tasks: Sequence[str], used_for: str) -> None
     if trained_on and not {*trained_on} & {*tasks}:
         print(
             f"note: the drafter {drafter} was trained on {', '.join(trained_on)}, and "
-            f"{used_for} {', '.join(tasks)}: it will guess less than one of its own.",
+            f"{used_for} {', '.join(tasks)}: what it brings is not what one of these "
+            "brings.",
             flush=True,
         )
 

@@ -46,7 +46,6 @@ class Setting:
         """Loads all of it."""
         compile_cache.enable()
         self.options = options
-        check_drafter(options)
         self.policy = policy.load(options.model)
         self.drafter = speculation.load(options.drafter, self.policy.config)
         found = self._held_out(pathlib.Path(options.drafter))
@@ -146,20 +145,20 @@ class Setting:
         }
 
 
-def check_drafter(options: argparse.Namespace) -> None:
+def check_drafter(directory: str, scale: str) -> None:
     """Refuses a workdir that is not there; says of other texts than of record's.
 
     Raises:
       ValueError: there is no such directory.
     """
-    if not pathlib.Path(options.drafter).is_dir():
+    if not pathlib.Path(directory).is_dir():
         raise ValueError(
-            f"--drafter={options.drafter} is no directory here: train one, for example "
+            f"--drafter={directory} is no directory here: train one, for example "
             f"with {recipes.TRAIN_COUNTING}"
         )
-    if options.scale == "cpu":
+    if scale == "cpu":
         used_for = "the tables of record are of"
-        recipes.print_other_tasks(options.drafter, TASKS_OF_RECORD, used_for)
+        recipes.print_other_tasks(directory, TASKS_OF_RECORD, used_for)
 
 
 def requests_of(
