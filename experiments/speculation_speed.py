@@ -63,7 +63,8 @@ def parse_cases(text: str) -> dict[int, list[strategy_lib.Strategy]]:
         batch, _, strategy = entry.partition(":")
         if not batch.isdigit():
             raise ValueError(
-                f"--cases={text}: {entry!r} is not batch:strategy, for example 8:D7K1V8."
+                f"--cases={text}: {entry!r} is not batch:strategy, for example "
+                "8:D7K1V8."
             )
         cases.setdefault(int(batch), []).append(strategy_lib.parse(strategy))
     return cases

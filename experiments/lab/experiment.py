@@ -215,12 +215,12 @@ class Experiment:
         path = options.out / (self.table or f"{self.slug}.csv")
         if not path.exists():
             return "no cell was through, so that nothing is kept."
-        cells = provenance.read(options.out, self.slug).get("cells")
-        told = (
-            f"{cells['done']} of {cells['wanted']} cells are" if cells else "rows are"
-        )
         where = command_line.shown(path)
-        return f"{told} kept in {where}; the same command goes on from there."
+        cells = provenance.read(options.out, self.slug).get("cells")
+        if not cells:
+            return f"what was written before is in {where}."
+        told = f"{cells['done']} of {cells['wanted']} cells are kept in {where}"
+        return f"{told}; the same command goes on from there."
 
     def tell_where(self, options: argparse.Namespace) -> None:
         """Says where the results are, and where those of record."""

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -128,37 +129,32 @@ def test_what_is_wrong_is_one_line(started, words, told):
     assert told in line_of(started[tuple(words)])
 
 
-MADE = """
-import sys, time
-from experiments.lab import experiment
-
-def measure(cell):
-    if cell["kind"] == "last":
-        raise {error}
-    return [dict(value=1)]
-
-EXPERIMENT = experiment.Experiment(
-    slug="packing", text="Made.", title="made",
-    cells=dict(kind=("first", "last")), measure=measure,
-)
-sys.argv = ["x", "--out={out}"]
-EXPERIMENT.main()
-"""
-
-
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
-        ("KeyboardInterrupt", 130, "stopped: 1 of 2 cells are kept in"),
-        ("ValueError('of a cell')", 2, "error: of a cell (--verbosity=1 shows where)"),
-        ("OSError(28, 'No space left')", 2, "error: [Errno 28] No space left"),
+        (KeyboardInterrupt(), 130, "stopped: 1 of 2 cells are kept in"),
+        (ValueError("of a cell"), 2, "error: of a cell (--verbosity=1 shows where)"),
+        (OSError(28, "No space left"), 2, "error: [Errno 28] No space left"),
     ],
 )
 def test_what_ends_an_experiment_is_a_line_and_rows_are_kept(
     tmp_path, monkeypatch, capsys, error, status, told
 ):
+    def measure(cell):
+        if cell["kind"] == "last":
+            raise error
+        return [{"value": 1}]
+
+    made = experiment.Experiment(
+        slug="packing",
+        text="Made.",
+        title="made",
+        cells={"kind": ("first", "last")},
+        measure=measure,
+    )
+    monkeypatch.setattr(sys, "argv", ["x", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as ended:
-        exec(MADE.format(error=error, out=tmp_path), {"__name__": "made"})
+        made.main()
     assert ended.value.code == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(told)
