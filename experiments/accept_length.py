@@ -1,4 +1,4 @@
-"""Accept length of a drafter: coupled against deterministic, over depth and budget.
+r"""Accept length of a drafter: coupled against deterministic, over depth and budget.
 
     python -m experiments.accept_length --scale=cpu \
         --drafter=workdirs/random_numbers_drafter,workdirs/counting_drafter

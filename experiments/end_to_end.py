@@ -1,4 +1,4 @@
-"""Whole RL runs with everything off, with matches, a frozen drafter, everything on.
+r"""Whole RL runs with everything off, with matches, a frozen drafter, everything on.
 
     python -m experiments.end_to_end --scale=cpu --processes=2
     python -m experiments.end_to_end --scale=cpu --systems=off,ngram,frozen,tlt \

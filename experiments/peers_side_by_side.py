@@ -1,4 +1,4 @@
-"""Ours beside its peers in one picture: decoding, and a whole GRPO step.
+r"""Ours beside its peers in one picture: decoding, and a whole GRPO step.
 
     python -m experiments.peers_side_by_side --scale=cpu
     python -m experiments.peers_side_by_side --scale=cpu --model-dir=DIR \

@@ -1,4 +1,4 @@
-"""Speculative against plain decoding of the same tokens: how many times as fast.
+r"""Speculative against plain decoding of the same tokens: how many times as fast.
 
     python -m experiments.speculation_speed --scale=cpu \
         --drafter=workdirs/counting_drafter

@@ -1,4 +1,4 @@
-"""What training the drafter on idle workers costs those that still generate.
+r"""What training the drafter on idle workers costs those that still generate.
 
     python -m experiments.trainer_makespan --scale=cpu \
         --drafter=workdirs/counting_drafter

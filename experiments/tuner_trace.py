@@ -1,4 +1,4 @@
-"""Trace of a real engine and drafter, against which tuners are replayed.
+r"""Trace of a real engine and drafter, against which tuners are replayed.
 
     python -m experiments.tuner_trace --scale=cpu --drafter=workdirs/counting_drafter
 

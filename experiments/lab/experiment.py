@@ -27,6 +27,28 @@ RESULTS_DIR = freshness.FOLDER / "results"
 SCALES = ("cpu", "one_gpu", "paper")
 A_TOOL, AS_CPU = "a tool", "as cpu"
 _SUMMARY = "summary"
+# What options of these names mean wherever they stand without words of their own.
+_USUAL = {
+    "config": "recipe, FILE.py or FILE.py:variant",
+    "model": "directory, name of the hub, or one that comes with a package",
+    "models": "names, separated by commas",
+    "seeds": "runs of every case; with more a table is continued",
+    "seed": "of what is drawn",
+    "steps": "RL steps",
+    "warm-steps": "first RL steps, which are not compared",
+    "rounds": "turns of every case",
+    "rollouts": "of a case",
+    "new-tokens": "most tokens of an answer",
+    "max-new-tokens": "most tokens of an answer",
+    "num-prompts": "of an RL step, or to be answered",
+    "temperature": "of sampling; 0: greedy",
+    "temperatures": "of sampling, separated by commas; 0: greedy",
+    "strategies": "D<draft_depth>K<topk>V<tokens_to_verify>, separated by commas",
+    "batches": "rows at a time, separated by commas",
+    "draft-vocab": "tokens that the drafter can propose",
+    "max-rows": "rows at a time",
+    "page-size": "positions of a page of the cache",
+}
 _Grid = Mapping[str, Iterable[object]]
 
 
@@ -53,7 +75,12 @@ class Option:
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Adds it to a parser."""
-        more: dict[str, Any] = {"help": self.help or None, "default": self.default}
+        told = self.help or _USUAL.get(self.name, "")
+        if self.default not in (None, "", False):
+            told = f"{told} (default {self.default})".strip()
+        # argparse formats what follows a percent sign.
+        told = told.replace("%", "%%") or None
+        more: dict[str, Any] = {"help": told, "default": self.default}
         if self.default is False:
             more["action"] = "store_true"
         else:
@@ -71,7 +98,7 @@ def plain(*, recorded: bool = True, **defaults: object) -> tuple[Option, ...]:
 
 
 def seeds(count: int) -> Option:
-    """Returns the option of how many seeds: with more a table is continued."""
+    """Returns the option of how many seeds."""
     return Option("seeds", count, recorded=False)
 
 
