@@ -148,8 +148,8 @@ class Experiment:
       title: the paper's item, or ours, in a line.
       published: the paper's figures; empty: ours alone.
       needs: flags and inputs beside `--scale` that its command needs.
-      before: commands that make what it needs, and the minutes of each.
       larger: the same by larger scale; empty: they have no figures of their own.
+      before: commands that make what it needs, and the minutes of each.
       options: of its command line.
       constants: what else stands in the record: another value makes another table.
       settings: makes what stands in the record beside them, or in their place.
@@ -176,8 +176,8 @@ class Experiment:
     title: str
     published: str = ""
     needs: str = ""
-    before: Mapping[str, int] = dataclasses.field(default_factory=dict)
     larger: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    before: Mapping[str, int] = dataclasses.field(default_factory=dict)
     options: tuple[Option, ...] = ()
     constants: Mapping[str, object] = dataclasses.field(default_factory=dict)
     settings: Callable[..., Mapping[str, object]] | None = None
