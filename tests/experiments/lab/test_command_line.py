@@ -11,16 +11,6 @@ from tests import command_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 MEASURED = [item for item in catalogue.every() if not item.is_tool]
-# Beside a wrong flag every experiment has what it needs.
-FLAGS = {
-    "length_tail": ["--workdirs=a=nowhere"],
-    **{
-        item.slug: ["--drafter=nowhere"]
-        for item in catalogue.every()
-        if any(option.required for option in item.options)
-    },
-}
-FLAGS["length_tail"] = ["--workdirs=a=nowhere"]
 # A command; what its line has to say.
 WRONG = [
     (["experiments.length_tail"], "--workdirs= is missing: NAME=DIR"),
@@ -48,7 +38,7 @@ WRONG = [
     (["experiments.end_to_end", "--set=seed"], "'seed' has no value; write name=value"),
     (["experiments.reward_curves", "--config=gone.py"], "gone.py is no file here"),
     (["experiments.losslessness", "--arms=gone"], "--arms names gone; known are"),
-    (["experiments.packing", "--target=gone"], "--target names gone; known are"),
+    (["experiments.packing", "--target=gone"], "--target names gone; known"),
     (["experiments.checkpoint_stall", "--targets=gone"], "--targets names gone; known"),
     (["experiments.grpo_step_speed", "--lengths=gone"], "--lengths names gone; known"),
     (
@@ -85,48 +75,85 @@ WRONG = [
     (["experiments", "lits"], "invalid choice: 'lits'"),
     (["experiments", "check", "packing"], "check takes no names, and packing came"),
 ]
-TYPOS = [
-    [f"experiments.{item.slug}", *FLAGS.get(item.slug, []), "--again", "--scael=cpu"]
-    for item in MEASURED
+# Started as a user starts them, one of each kind; the others within this process.
+STARTED = [
+    (
+        ["experiments.active_batch", "--scael=cpu"],
+        "--scael=cpu is unknown: did you mean --scale? (python -m",
+    ),
+    *(
+        entry
+        for entry in WRONG
+        if entry[0][0] in ("experiments", "experiments.planner")
+    ),
+    *(
+        entry
+        for entry in WRONG
+        if entry[0][0].endswith(("length_tail", "cluster_size"))
+    ),
+    *(entry for entry in WRONG if entry[0][0].endswith(("end_to_end", "makespan"))),
 ]
-SCALES = [
-    [f"experiments.{item.slug}", *FLAGS.get(item.slug, []), "--scale=huge"]
-    for item in MEASURED
-]
+INSIDE = [entry for entry in WRONG if entry not in STARTED]
+
+
+def named(value):
+    """Names a case by its command alone."""
+    return " ".join(value)[:70] if isinstance(value, list) else ""
 
 
 @pytest.fixture(scope="module")
 def started():
-    """What came of each wrong command, started once."""
-    commands = [*TYPOS, *SCALES, *(words for words, _ in WRONG)]
+    """What came of the wrong commands that are started."""
+    commands = [words for words, _ in STARTED]
     results = command_lines.start(commands, stop=False)
     return {tuple(w): r for w, r in zip(commands, results, strict=True)}
 
 
-def line_of(result):
+def line_of(status, errors):
     """The one line that is told, with status 2 and nothing else."""
-    lines = result.errors.strip().splitlines()
-    assert result.status == 2, result
-    assert lines[-1].startswith("error: ") and len(lines) == 1, result.errors
+    lines = errors.strip().splitlines()
+    assert status == 2, errors
+    assert len(lines) == 1 and lines[0].startswith("error: "), errors
     return lines[0]
 
 
-@pytest.mark.parametrize("words", TYPOS, ids=lambda words: words[0])
-def test_a_misspelt_flag_is_told_with_the_nearest(started, words):
-    line = line_of(started[tuple(words)])
-    assert "--scael=cpu is unknown: did you mean --scale?" in line
-    assert f"(python -m {words[0]} --help lists all)" in line
+@pytest.mark.parametrize(("words", "told"), STARTED, ids=named)
+def test_what_is_wrong_with_a_command_is_one_line(started, words, told):
+    status, _, errors = started[tuple(words)]
+    assert told in line_of(status, errors)
 
 
-@pytest.mark.parametrize("words", SCALES, ids=lambda words: words[0])
-def test_an_unknown_scale_is_told_with_those_that_are(started, words):
-    line = line_of(started[tuple(words)])
-    assert "--scale: invalid choice: 'huge' (choose from" in line and "one_gpu" in line
+def ended(item, flags, monkeypatch, capsys):
+    """Runs an experiment as its command line does; returns the line that it ends by."""
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    with pytest.raises(SystemExit) as end:
+        item.main()
+    return line_of(end.value.code, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("words", "told"), WRONG, ids=lambda x: " ".join(x)[:60])
-def test_what_is_wrong_is_one_line(started, words, told):
-    assert told in line_of(started[tuple(words)])
+@pytest.mark.parametrize(("words", "told"), INSIDE, ids=named)
+def test_what_is_wrong_with_any_experiment_is_one_line(
+    words, told, monkeypatch, capsys
+):
+    item = catalogue.declared(words[0].partition(".")[2])
+    assert told in ended(item, words[1:], monkeypatch, capsys)
+
+
+def test_every_experiment_refuses_a_misspelt_flag_and_an_unknown_scale(
+    monkeypatch, capsys
+):
+    for item in MEASURED:
+        needed = [f"--{option.name}=x" for option in item.options if option.required]
+        line = ended(item, [*needed, "--scael=cpu"], monkeypatch, capsys)
+        assert line == (
+            "error: --scael=cpu is unknown: did you mean --scale? "
+            f"(python -m experiments.{item.slug} --help lists all)"
+        )
+        line = ended(item, [*needed, "--scale=huge"], monkeypatch, capsys)
+        assert "--scale: invalid choice: 'huge' (choose from 'cpu', 'one_gpu'" in line
+        # A flag is not taken for another that begins alike.
+        line = ended(item, [*needed, "--scal=cpu"], monkeypatch, capsys)
+        assert "--scal=cpu is unknown: did you mean --scale?" in line
 
 
 @pytest.mark.parametrize(
