@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from experiments.lab import catalogue, readme_tables
+from experiments.lab import catalogue, result_tables
 from tests import command_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -171,9 +171,10 @@ def test_every_experiment_prints_its_command():
 
 def test_tables_of_the_readme_are_those_of_the_results():
     """`python -m experiments tables` writes them."""
-    text = DOCUMENTS["README.md"]
-    assert "<!-- table: " in text
-    assert readme_tables.rendered(text) == text
+    for page in ("README.md", "experiments/RESULTS.md"):
+        text = DOCUMENTS[page]
+        assert "<!-- table: " in text
+        assert result_tables.rendered(text) == text
 
 
 def extras() -> dict[str, str]:
