@@ -287,6 +287,14 @@ def test_settings_as_yaml_are_a_recipe(run_program, folder):
     assert (again.stdout, again.returncode) == (result.stdout, 0)
 
 
+def test_a_recipe_may_be_named_as_a_module(run_program):
+    by_name, by_path = run_program("--config=recipe"), run_program("--config=recipe.py")
+    assert by_name.stdout == by_path.stdout and by_name.returncode == 0
+    assert "--config=no.recipe: there is no such file" in (
+        run_program("--config=no.recipe").stderr
+    )
+
+
 @pytest.mark.parametrize("word", ["--help", "-h", "--helpshort"])
 def test_help_needs_nothing_and_ends_well(run_program, folder, word):
     (folder / "configs").mkdir(exist_ok=True)

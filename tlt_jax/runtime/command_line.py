@@ -26,8 +26,8 @@ def define_config_flag() -> flags.FlagHolder:
     return flags.DEFINE_string(
         "config",
         None,
-        "The recipe: a Python file whose get_config() returns the settings, after a "
-        "colon its variant; or the config.yaml of another run.",
+        "The recipe: a Python file (or package.module) whose get_config() returns the "
+        "settings, after a colon its variant; or the config.yaml of another run.",
     )
 
 
