@@ -4,7 +4,6 @@ import pytest
 
 from tlt_jax import assembly, types
 from tlt_jax.models.formats import tokenizer
-from tlt_jax.runtime import observer
 from tlt_jax.settings import sections
 
 
@@ -24,7 +23,7 @@ def test_template_options_reach_every_prompt():
 
     def prompt(split, **options):
         cfg = sections.Task(template_options=tuple(options.items()))
-        found = assembly.prompts_of(cfg, Task(), split, made, observer.Silent())
+        found = assembly.prompts_of(cfg, Task(), split, made, None)
         return made.decode(found.prompts[0].tokens)
 
     assert prompt("train") == prompt("train", thinking=False) == "1+1="
