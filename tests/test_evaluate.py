@@ -209,7 +209,7 @@ def test_a_record_counts_what_was_said():
         (["--model=M", "--task=count", "--reward=exakt"], "did you mean 'exact'"),
         (["--model=M", "--task=count", "--out=absent/o.jsonl"], "lies in no directory"),
         (["--model=M", "--task=count", "--strategy=1:D1K1V2"], "name a drafter"),
-        (["--model=M", "--task=count", "--tsk=1"], "Did you mean: task"),
+        (["--model=M", "--task=count", "--num_promts=1"], "Did you mean: num_prompts"),
         (["--model=M", "--task=count", "count"], "every setting is a --flag"),
         (["--model=M", "--task=count"], "without a model (config.json and"),
         (["--model=org/absent", "--task=count"], "could not be fetched from the model"),
