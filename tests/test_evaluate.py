@@ -19,7 +19,11 @@ SAMPLES = 3
 def workdir(tmp_path_factory):
     """A run that was evaluated after each of two steps."""
     directory = tmp_path_factory.mktemp("run") / "run"
-    evaluation = {
+    settings = {
+        "num_steps": 2,
+        # Right now and then.
+        "pretrain.steps": 150,
+        "pretrain.noise_frac": 0.3,
         "eval.every": 1,
         "eval.num_prompts": 6,
         "eval.samples": SAMPLES,
@@ -29,7 +33,7 @@ def workdir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Drawing takes longer than training here.
         patch.setattr(train.plots, "draw_all", lambda directory: None)
-        tiny_runs.start("scratch", directory, num_steps=2, **evaluation)
+        train.train(tiny_runs.config_of(**settings), directory)
     return directory
 
 
@@ -74,7 +78,8 @@ def test_examples_are_written_with_their_answers(workdir, tmp_path):
         assert len(line["completions"]) == SAMPLES
         for one in line["completions"]:
             assert one.keys() == {"text", "reward", "num_tokens", "finish_reason"}
-            # tests.judges.odd judges, as it did in training.
+            # The run's own verifier judges, as it did in training.
+            assert one["reward"] == float(one["text"].strip() == line["answer"])
             rewards.append(one["reward"])
             lengths.append(one["num_tokens"])
     assert record["avg@3"] == pytest.approx(np.mean(rewards))
