@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from tests import command_lines, tiny_runs
-from tlt_jax import evaluate, train, types
+from tlt_jax import evaluate, policy, train, types
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl import evaluator
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import reward_pool
@@ -89,17 +92,21 @@ def test_examples_are_written_with_their_answers(workdir, tmp_path):
 
 def test_a_model_is_judged_by_a_file(workdir, tmp_path):
     path = tmp_path / "sums.jsonl"
-    rows = [{"q": f"{a}+{9 - a}=", "answer": 9} for a in range(10)]
+    rows = [{"q": f"{a}+{9 - a}=", "answer": 9} for a in range(0, 8, 2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = (f"--model={workdir / 'initial_model'}", f"--task={path}")
     model += ("--option=prompt_key=q", "--reward=exact", "--max_new_tokens=6")
     plain, errors = command(*model, "--num_samples=4")
-    assert plain["num_prompts"] == 10 and plain["split"] == "all"
+    assert plain["num_prompts"] == 4 and plain["split"] == "all"
     assert plain["temperature"] == 0.7 and "(by default)" in errors
     assert 0 < plain["avg@4"] == plain["pass@1"] < plain["pass@4"]
     assert plain["accept_length"] == 1.0
     # Speculation changes how fast it is and nothing else.
-    quick, _ = command(*model, "--num_samples=4", "--drafter=ngram")
+    target = policy.load(str(workdir / "initial_model")).config
+    cfg = drafter.of_target(target, output_norm=False, max_length=50)
+    drafter_io.save(tmp_path / "d", drafter.init(cfg, jax.random.key(0)), cfg)
+    speculate = (f"--drafter={tmp_path / 'd'}", "--strategy=16:D2K2V4")
+    quick, _ = command(*model, "--num_samples=4", *speculate)
     assert quick["accept_length"] > 1.0
     changing = ("accept_length", "tokens_per_s")
     assert {k: v for k, v in quick.items() if k not in changing} == {
