@@ -297,15 +297,22 @@ class Reward:
       workers: processes that judge; 0: none, in the run's own process and without a
         time limit.
       timeout_s: time that judging one completion may take in seconds, above 0.
+      memory_mb: memory (address space, in MiB) that judging may take in each of these
+        processes, beyond what the process has when it starts; 0: no limit, as functions
+        need that reserve much more than they use (on GPUs, for example).
       failure_reward: the reward, in the sum's place, where a function fails, hangs or
         is not finite.
+      unfinished_thoughts: a completion that ends within its thoughts (`<think>`) is
+        searched for an answer, too; else it has none.
     """
 
     functions: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
-    workers: int = schema.number(2, 0)
-    timeout_s: float = schema.number(10.0, above=0.0)
-    failure_reward: float = schema.number(0.0)
+    workers: int = schema.number(2, 0, 1024)
+    timeout_s: float = schema.number(10.0, above=0.0, high=86_400.0)
+    memory_mb: int = schema.number(8192, 0, 1 << 30)
+    failure_reward: float = schema.number(0.0, -3e38, 3e38)
+    unfinished_thoughts: bool = False
 
 
 def check_reward(cfg: Reward) -> None:
