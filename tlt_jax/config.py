@@ -23,9 +23,9 @@ class RunConfig:
     """One training run; see the sections' own classes.
 
     Attributes:
-      seed: of all randomness, at least 0.
-      num_steps: RL steps in all, at least 1.
-      precision: of activations and products; weights and optimizer are float32.
+      seed: fixes all randomness.
+      num_steps: RL steps in all.
+      precision: type of activations and products; weights and optimizer are float32.
     """
 
     seed: int = schema.number(0, 0)

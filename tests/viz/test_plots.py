@@ -28,7 +28,7 @@ def make_row(step: int, **more):
 
 
 def write(workdir, rows):
-    with metrics.MetricsWriter(workdir, tensorboard=False) as writer:
+    with metrics.MetricsWriter(workdir) as writer:
         for row in rows:
             writer.write(row)
 
