@@ -124,6 +124,7 @@ def assemble(
             task.score,
             run.reward.workers,
             run.reward.timeout_s,
+            memory_mb=run.reward.memory_mb,
             failure_reward=run.reward.failure_reward,
         )
     )

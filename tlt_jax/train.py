@@ -140,6 +140,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Give the workers their weights, and compile what the steps need."""
+        self.parts.rewards.wait_until_ready()
         self._push_weights()
         self.parts.adaptation.start()
         if self.state.step < self.run.num_steps:

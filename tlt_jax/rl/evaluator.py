@@ -74,11 +74,11 @@ class Evaluator:
             (examples[i // samples], self._decode_text(completion.tokens))
             for i, completion in zip(own, completions, strict=True)
         )
-        rewards = np.empty(count, np.float32)
+        rewards = np.empty(count)
         for indices, found in group.exchange("evaluation", (own, scores.rewards)):
             rewards[indices] = found
         rewards = rewards.reshape(-1, samples)
-        row = {f"eval/avg@{samples}": float(rewards.astype(np.float64).mean())}
+        row = {f"eval/avg@{samples}": float(rewards.mean())}
         for k in self._cfg.k:
             row[f"eval/pass@{k}"] = pass_at_k(rewards >= _RIGHT, k)
         return row

@@ -130,7 +130,7 @@ def extract_answer(
 def _boxed(text: str) -> str | None:
     r"""Returns what the last balanced `\boxed{}` holds, and those beside it; or None.
 
-    Of boxes within each other it is the outer one, the marks of the inner ones left out.
+    Of boxes within each other it is the outer one, without the inner ones' marks.
     """
     opened: list[tuple[bool, int, int]] = []
     found: list[tuple[int, int, int]] = []
@@ -149,9 +149,7 @@ def _boxed(text: str) -> str | None:
     for start, inner, end in reversed(found):
         if not _BETWEEN.fullmatch(text, end, next_start):
             break
-        content = re.sub(
-            r"\\boxed\s*(?:\{([^{}]*)\})?", r"\1", text[inner : end - 1]
-        )
+        content = re.sub(r"\\boxed\s*(?:\{([^{}]*)\})?", r"\1", text[inner : end - 1])
         together.insert(0, _unbraced(content.strip()))
         next_start = start
     return ", ".join(dict.fromkeys(together))
@@ -252,7 +250,7 @@ def _items(text: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _stands_alone(text: str, number: re.Match) -> bool:
-    r"""Tells numbers from exponents, arguments (`\sqrt{2}`), factors (`2x`) and bases."""
+    r"""Tells numbers from exponents, arguments (`\sqrt{2}`), factors and bases."""
     before = text[max(number.start() - 9, 0) : number.start()]
     return (
         not before.endswith("{")

@@ -24,6 +24,7 @@ OWN = "task"
 # What the record says of rewards otherwise: no function's mean may have such a name.
 _TAKEN = re.compile("mean|std|zero_std_frac|first_failure|scoring_.*|num_.*")
 
+
 def exact_match(gold: str, text: str, *, unfinished_thoughts: bool = False) -> float:
     """Scores 1.0 if the final answer is `gold`, letter for letter.
 
