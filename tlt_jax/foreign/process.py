@@ -129,13 +129,18 @@ class Process:
             self._stop()
             raise
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """Ends the process for good; may be called by another thread."""
         with self._lock:
             self._closed = True
             process = self._process
         if process is not None:
             _kill(process)
+
+    def close(self) -> None:
+        """Ends the process for good; called by the thread that calls it, or none."""
+        self.kill()
+        self._stop()
 
     def _is_fit(self) -> bool:
         """Tells whether there is a process that lives, and has said nothing unasked."""

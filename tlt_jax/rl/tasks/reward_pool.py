@@ -235,7 +235,7 @@ class RewardPool:
         for _ in self._workers:
             self._jobs.put(None)
         for worker, _ in self._workers:
-            worker.close()
+            worker.kill()
         for _, thread in self._workers:
             thread.join()
         self._break("the reward pool is closed: make another one.")
