@@ -101,7 +101,11 @@ class Process:
         if self._is_fit():
             return
         self._stop()
-        self._spawn()
+        try:
+            self._spawn()
+        except StartError:
+            self._stop()
+            raise
         self._number = _NEVER_CALLED
         failure: str | None = "it does not answer"
         with contextlib.suppress(TooLongError):

@@ -114,7 +114,8 @@ class Rollout:
       prompts_per_step: P, prompts per RL step.
       group_size: R, completions per prompt.
       max_new_tokens: longest completion in tokens, EOS included.
-      stop: strings that end a completion.
+      stop: strings that end a completion, none of them empty; a special token is named
+        by its text, such as <|im_end|>.
       max_batch: rows decoded at once; batches are powers of two up to it.
       steps_per_call: decode steps per jitted call.
       prefill_chunk: prompt tokens per prefill call.

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -164,6 +164,29 @@ class Tokenizer:
         """
         ids = [int(i) for i in ids]
         return self.backend.decode(ids, skip_special_tokens=skip_special)
+
+    def decoder_for(self, stop: Sequence[str]) -> Callable[[Sequence[int]], str]:
+        """Return a `decode` whose texts hold the special tokens that `stop` names.
+
+        In `decode` they are nothing, so that a completion would not stop at them.
+        """
+        named = {
+            token_id: token.content
+            for token_id, token in self.backend.get_added_tokens_decoder().items()
+            if token.special and any(token.content in one for one in stop)
+        }
+        if not named:
+            return self.decode
+
+        def decode(ids: Sequence[int]) -> str:
+            parts, since = [], 0
+            for i, token_id in enumerate(map(int, ids)):
+                if token_id in named:
+                    parts += [self.decode(ids[since:i]), named[token_id]]
+                    since = i + 1
+            return "".join([*parts, self.decode(ids[since:])])
+
+        return decode
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for.

@@ -312,7 +312,7 @@ def _check(
 ) -> None:
     if num_workers < 0:
         raise ValueError(
-            f"num_workers={num_workers}: give at least 1, or 0 to judge in this process."
+            f"num_workers={num_workers}: give at least 1, or 0 to judge right here."
         )
     if not 0 < timeout_s <= _LONGEST_S:
         raise ValueError(
