@@ -82,8 +82,8 @@ def unknown_keys(rows, table=record_keys.TRAINING):
 
 def is_key(name, table=record_keys.TRAINING):
     """Tell whether the table explains a key otherwise than as some reward's mean."""
-    found = record_keys.find(name, table)
-    return found is not None and found.name != "reward/{name}"
+    known = record_keys.find(name, table) is not None
+    return known and not record_keys.is_function(name)
 
 
 def decisive(rows):

@@ -13,7 +13,7 @@ _PARTS = {
     "{name}": r"[a-z0-9_.]+",
     "{samples}": r"\d+",
     "{k}": r"\d+",
-    "{ranking}": "coupled|deterministic",
+    "{ranking}": "(?:coupled|deterministic)",
 }
 
 
@@ -255,12 +255,14 @@ TRAINING = (
         "reward",
         "mean over `eval.samples` completions of each held-out prompt",
         _EVALUATES,
+        code="avg@{",
     ),
     Key(
         "eval/pass@{k}",
         "probability",
         "that one of k completions is right (a reward of at least 1), without bias",
         _EVALUATES,
+        code="pass@{",
     ),
     # Seconds
     Key("time/step_s", "s", "the whole step", stays=True),
@@ -366,6 +368,12 @@ def find(name: str, table: tuple[Key, ...] = TRAINING) -> Key | None:
     """Return what a key of a record means; None: it is no key of the table."""
     exact = [key for key in table if key.name == name]
     return next(iter(exact + [key for key in table if key.matches(name)]), None)
+
+
+def is_function(name: str) -> bool:
+    """Tell whether a key is the mean of one reward function among several."""
+    found = find(name)
+    return found is not None and found.name == "reward/{name}"
 
 
 def page() -> str:

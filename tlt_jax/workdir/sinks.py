@@ -162,12 +162,13 @@ class Trackio(metrics.Sink):
 
         workdir = pathlib.Path(workdir).absolute()
         # Runs are found by their names: two workdirs may be called alike.
-        name = f"{workdir.name}-{uuid.uuid4().hex[:6]}"
+        new = f"{workdir.name}-{uuid.uuid4().hex[:6]}"
+        name = _kept(workdir / TRACKIO_FILE, new)
         try:
             with _silent():
                 self._run = trackio.init(
                     project=project,
-                    name=_kept(workdir / TRACKIO_FILE, name),
+                    name=name,
                     resume="allow",
                     config=dict(settings),
                     embed=False,
@@ -177,7 +178,7 @@ class Trackio(metrics.Sink):
                 f"log.trackio=True could not begin a run ({error}): mend that, or set "
                 "log.trackio to False."
             ) from error
-        self._table_of = trackio.Table
+        self._trackio = trackio
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Keep the numbers of one row."""
@@ -185,13 +186,13 @@ class Trackio(metrics.Sink):
 
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep a table."""
-        table = self._table_of(columns=list(_COLUMNS), data=_table(records))
+        table = self._trackio.Table(columns=list(_COLUMNS), data=_table(records))
         self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         """Wait until everything is kept."""
         with _silent():
-            self._run.finish()
+            self._trackio.finish()
 
 
 def open_writer(
