@@ -101,7 +101,7 @@ class Tokenizer:
         return np.asarray(encoding.ids, np.int32)
 
     def encode_prompt(
-        self, prompt: str | Sequence[Mapping[str, Any]], **template_options
+        self, prompt: str | Sequence[Mapping[str, Any]], /, **template_options
     ) -> np.ndarray:
         """Encode text as it stands, and messages through the chat template.
 
@@ -126,7 +126,9 @@ class Tokenizer:
         text = self.render(prompt, **template_options)
         return self.encode(text, add_special_tokens=False)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **template_options) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], /, **template_options
+    ) -> str:
         """Render messages through the chat template, up to the assistant's turn.
 
         Raises:
