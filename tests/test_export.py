@@ -79,7 +79,7 @@ def test_both_eos_of_model_and_tokenizer_are_written(tmp_path):
     """Rollouts end at both, so whoever loads the policy must know both."""
     cfg = dataclasses.replace(CFG, eos_ids=(0,))
     with checkpoint.Checkpointer(tmp_path / "run") as checkpointer:
-        checkpointer.save(1, random_params(1), {}, cfg, {})
+        checkpointer.save(1, random_params(1), {"count": 1}, cfg, {})
     own = tokenizer.from_alphabet("0123456789+=")
     own.save(tmp_path / "run" / "tokenizer")
     assert assembly.eos_ids_of(cfg, own) == (0, 2)

@@ -229,6 +229,7 @@ def prompts_of(
         lambda example: tokenizer.encode_prompt(example.prompt, **options),
         max_tokens=cfg.max_prompt_tokens,
         long_prompts=cfg.long_prompts,
+        decode=lambda ids: tokenizer.decode(ids, skip_special=False),
     )
     if found.num_skipped:
         observer.note(

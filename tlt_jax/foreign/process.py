@@ -150,7 +150,9 @@ class Process:
         """Tells whether there is a process that lives, and has said nothing unasked."""
         if self._process is None or self._process.poll() is not None:
             return False
-        return not select.select([self._link], [], [], 0)[0]
+        said = select.poll()
+        said.register(self._link, select.POLLIN)
+        return not said.poll(0)
 
     def _spawn(self) -> None:
         paths = json.dumps(list(map(str, sys.path)))

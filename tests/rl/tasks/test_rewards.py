@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from tlt_jax import types
-from tlt_jax.rl.tasks import rewards
+from tlt_jax.rl.tasks import answers, rewards
 
 
 @pytest.mark.parametrize(
@@ -232,6 +232,11 @@ def test_unfinished_thoughts_are_paid_where_that_is_wanted():
         paying = rewards.named(name, unfinished_thoughts=True)
         assert paying(example, text) == 1.0
         assert pickle.loads(pickle.dumps(paying))(example, text) == 1.0
+    # Where the prompt has begun the thought, the text need not.
+    begun = types.Example("e", "p", "5", {answers.IN_THOUGHT: True})
+    judge = rewards.named("number")
+    texts = (r"is it \boxed{5}?", r"5?</think> \boxed{5}")
+    assert [judge(begun, one) for one in texts] == [0.0, 1.0]
     names = ("exact", "number")
     for unfinished, values in ((False, (0.0, 0.0)), (True, (1.0, 1.0))):
         several = rewards.combined(names, (), None, unfinished)

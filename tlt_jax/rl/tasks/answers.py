@@ -11,7 +11,12 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+from tlt_jax import types
+
 Kind = Literal["text", "formula", "number"]
+
+# Key of an example's metadata: its prompt ends within a thought, as some templates do.
+IN_THOUGHT = "in_thought"
 
 _THOUGHT = re.compile(r"[<\[](/?)(?:think(?:ing)?|thoughts?|reasoning)[>\]]", re.I)
 # "Answer: 7", "**Final answer:** 7", "ANSWER : 7".
@@ -125,6 +130,17 @@ def extract_answer(
     if kind == "text":
         return text.strip() or None
     return last_number(text) if kind == "number" else last_formula(text)
+
+
+def opens_thought(prompt: str) -> bool:
+    """Tells whether a prompt ends with the tag that opens a thought."""
+    *_, thought = [None, *_THOUGHT.finditer(prompt)]
+    return bool(thought and not thought[1] and not prompt[thought.end() :].strip())
+
+
+def turn(example: types.Example, text: str) -> str:
+    """Returns a completion behind what the prompt has already begun of it."""
+    return f"<think>{text}" if example.metadata.get(IN_THOUGHT) else text
 
 
 def _boxed(text: str) -> str | None:

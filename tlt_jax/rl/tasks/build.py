@@ -179,7 +179,7 @@ class ReasoningGymTask(generated.GeneratedTask):
         if not self._chat and self._style != "cot":
             text = f"Answer: {text}"  # The prompt ends with it.
         answer = answers.extract_answer(
-            text,
+            answers.turn(example, text),
             kind="number" if gold is not None and answers.is_number(gold) else "text",
             multiline=gold is None or "\n" in gold,
             unfinished_thoughts=self._unfinished_thoughts,

@@ -178,7 +178,7 @@ def _score_answer(
 ) -> float:
     if example.answer is None:
         raise ValueError(f"example {example.example_id!r} has no answer to compare.")
-    return compare(example.answer, text)
+    return compare(example.answer, answers.turn(example, text))
 
 
 def load_function(path: str) -> RewardFunction:
