@@ -53,16 +53,21 @@ def test_bytes_that_trickle_do_not_put_the_deadline_off():
     one = process.Process("a test", ECHO, 0, process.Limits(0.2))
     one._link, theirs = socket.socketpair()
 
+    done = threading.Event()
+
     def trickle():
-        for _ in range(20):
+        for _ in range(200):
+            if done.wait(0.02):
+                break
             theirs.sendall(bytes(1))
-            time.sleep(0.02)
 
     with one._link, theirs:
         thread = threading.Thread(target=trickle)
         thread.start()
         with pytest.raises(TimeoutError):
             one._receive(1000, time.monotonic() + 0.2)
+        assert thread.is_alive()
+        done.set()
         thread.join()
 
 

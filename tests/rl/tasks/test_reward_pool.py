@@ -81,6 +81,12 @@ def pool(act):
         yield pool
 
 
+def with_paths():
+    """Environment of a program that finds the package and the fixture's module."""
+    paths = [pathlib.Path(reward_pool.__file__).parents[3], sys.path[0]]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
 def ends(pid):
     """Tell whether a process ends within seconds; zombies have ended."""
     stat = pathlib.Path(f"/proc/{pid}/stat")
@@ -145,12 +151,32 @@ def test_every_failure_becomes_a_value_and_nothing_is_lost(pool):
     assert score(pool, ["number 3"]).items[0].status == "ok"
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_forked_child_never_serves(act, num_workers):
-    with reward_pool.RewardPool(act, num_workers, timeout_s=5.0) as pool:
+def test_a_forked_child_never_serves(act):
+    with reward_pool.RewardPool(act, 1, timeout_s=5.0) as pool:
         scores = score(pool, [f"fork {i}" for i in range(6)])
     np.testing.assert_array_equal(scores.rewards, range(6))
     assert scores.num_failed == 0
+
+
+FORKS = """
+from tlt_jax import types
+from tlt_jax.rl.tasks import reward_pool, rewards
+with reward_pool.RewardPool(rewards.named("user_actions:act"), 0) as pool:
+    scores = pool.score([(types.Example("e", "", "4"), f"fork {i}") for i in range(3)])
+    print(scores.rewards.tolist(), scores.num_failed, flush=True)
+"""
+
+
+def test_a_forked_child_does_not_go_on_with_the_run(act):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        env=with_paths(),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "[0.0, 1.0, 2.0] 0\n"
 
 
 def test_an_answer_belongs_to_its_jobs_number():
@@ -229,11 +255,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_nothing_outlives_a_killed_run(act, tmp_path):
     """Nor what a reward that is at work has started."""
     note = tmp_path / "pid"
-    paths = [pathlib.Path(reward_pool.__file__).parents[3], sys.path[0]]
     done = subprocess.run(
-        [sys.executable, "-c", ORPHANS, str(note)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
-        timeout=60,
+        [sys.executable, "-c", ORPHANS, str(note)], env=with_paths(), timeout=60
     )
     assert done.returncode == -9
     assert ends(int(note.read_text()))
