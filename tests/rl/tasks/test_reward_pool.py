@@ -38,6 +38,7 @@ def act(example, text):
         if os.fork() == 0:
             time.sleep(0.02)
             sys.exit(0)
+        time.sleep(0.03)
         return float(argument)
     if action == "write":
         for fd in range(3, 20):
