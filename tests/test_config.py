@@ -92,7 +92,7 @@ def test_differences_name_the_keys():
         ("model__spec", "", "model.spec is empty"),
         ("rollout__stop", ("a", ""), "rollout.stop=('a', '') holds an empty string"),
         ("reward__timeout_s", 1e308, "above 0, at most 86400."),
-        ("reward__failure_reward", 1e39, "at least -3e+38, at most 3e+38"),
+        ("reward__failure_reward", 1e39, "at least -1e+09, at most 1e+09"),
         ("reward__memory_mb", -1, "reward.memory_mb=-1 is out of range"),
         ("learner__row_tokens", 1023, "give at least 1024"),
         ("learner__minibatches", 3, "does not divide rollout.prompts_per_step=8"),
