@@ -25,8 +25,8 @@ def test_its_commands_are_settings_that_go_together(monkeypatch):
         words, changes = command_line.overrides(["main", *shlex.split(line)])
         recipe = command_line.last_value(words, "config")
         runs.append(command_line.settings_of(recipe, changes, config.RunConfig))
-    assert len(runs) >= 4
-    alone, both, thinking, _ = runs[:4]
+    template, alone, both, thinking, *_ = runs
+    assert template.task.name == "mine.jsonl" and not template.reward.functions
     assert alone.task.name == "mine.jsonl" and alone.reward.functions == ("number",)
     assert dict(alone.task.options)["chat"] is True
     assert both.reward.functions == ("number", "my_reward:short")

@@ -135,9 +135,11 @@ def _accepts(field: dataclasses.Field) -> str:
     if choices := field.metadata.get("choices"):
         return f"one of {', '.join(choices)}, or package.module:Name"
     if kind is tuple:
+        if "names" in field.metadata:
+            return "names, as a,b"
         item = typing.get_args(field.type)[0]
         return f"tuple, as {('a', 'b') if item is str else (1, 2)}"
-    bounds = schema.range_text(**field.metadata) if field.metadata else ""
+    bounds = schema.range_text(**field.metadata) if "low" in field.metadata else ""
     return f"{_KINDS[kind]}, {bounds}" if bounds else _KINDS[kind]
 
 

@@ -29,7 +29,7 @@ class Texts:
       dtype: type that features are kept in.
     """
 
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = schema.names()
     num: int = schema.number(1024, 1)
     num_held_out: int = schema.number(64, 1)
     seed: int = schema.number(0, 0)

@@ -47,6 +47,11 @@ def choice(default: Any, *choices: str) -> Any:
     return dataclasses.field(default=default, metadata={"choices": choices})
 
 
+def names() -> Any:
+    """Declare a field: names, none by default; without commas inside."""
+    return dataclasses.field(default=(), metadata={"names": True})
+
+
 def keys(section: type) -> tuple[str, ...]:
     """Return the dotted names of all keys, sections included."""
     names = []
@@ -261,7 +266,7 @@ def _check_value(name: str, value: Any, field: dataclasses.Field) -> None:
     choices = field.metadata.get("choices", closed)
     if choices:
         _check_choice(name, value, choices, is_open=not closed)
-    elif field.metadata:
+    elif "low" in field.metadata:
         _check_range(name, value, **field.metadata)
 
 

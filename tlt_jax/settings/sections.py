@@ -310,7 +310,7 @@ class Reward:
         searched for an answer, too; else it has none.
     """
 
-    functions: tuple[str, ...] = ()
+    functions: tuple[str, ...] = schema.names()
     weights: tuple[float, ...] = ()
     workers: int = schema.number(2, 0, 1024)
     timeout_s: float = schema.number(10.0, above=0.0, high=86_400.0)

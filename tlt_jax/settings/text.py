@@ -23,8 +23,6 @@ _SCALARS = {
     "null": (r"null|~|", ["n", "~", ""]),
 }
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
-# No strategy is such a list: it begins with a number.
-_NAMES = re.compile(r"[A-Za-z_][\w.]*(:\w+)?(,[A-Za-z_][\w.]*(:\w+)?)*")
 _LINE = 88
 
 
@@ -44,6 +42,12 @@ for _name, (_pattern, _first) in _SCALARS.items():
         _yaml.add_implicit_resolver(
             f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first
         )
+_Dumper.add_representer(
+    str,
+    lambda dumper, value: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style='"' if "\n" in value else None
+    ),
+)
 _Dumper.add_representer(
     tuple,
     lambda dumper, value: dumper.represent_sequence(
@@ -89,9 +93,10 @@ def parse(section: type, key: str, text: str) -> Any:
     Raises:
       schema.ConfigError: there is no such setting, or it takes no such value.
     """
-    hint = _hint(section, key)
-    if hint is None:
+    field = _field(section, key)
+    if field is None:
         return literal(text)
+    hint = field.type
     if hint is schema.Options:
         with contextlib.suppress(ValueError, SyntaxError):
             values = ast.literal_eval(text)
@@ -103,7 +108,8 @@ def parse(section: type, key: str, text: str) -> Any:
         return None
     try:
         if kind is tuple:
-            return _tuple(text, typing.get_args(hint)[0])
+            parted = "names" in field.metadata
+            return _tuple(text, typing.get_args(hint)[0], parted)
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return kind(text)
@@ -126,17 +132,19 @@ def literal(text: str) -> Any:
 
 def is_flag(section: type, key: str) -> bool:
     """Tell whether a setting (dotted) is true or false."""
-    hint = _hint(section, key)
-    return hint is not None and schema.value_type(hint)[0] is bool
+    field = _field(section, key)
+    if field is None or field.type is schema.Options:
+        return False
+    return schema.value_type(field.type)[0] is bool
 
 
-def _hint(section: type, key: str) -> Any:
-    """Return the declared type of a key; None: it stands among free ones.
+def _field(section: type, key: str) -> dataclasses.Field | None:
+    """Return the declaration of a key; None: it stands among free ones.
 
     Raises:
       schema.ConfigError: there is no such setting, or it is a section.
     """
-    hint: Any = section
+    hint, field = section, None
     names = key.split(".")
     for i, name in enumerate(names):
         if hint is schema.Options:
@@ -145,25 +153,27 @@ def _hint(section: type, key: str) -> Any:
                     f"--config.{key}: a key of {'.'.join(names[:i])} has no dot."
                 )
             return None
-        if not dataclasses.is_dataclass(hint) or name not in hint.__dataclass_fields__:
+        fields = getattr(hint, "__dataclass_fields__", {})
+        if name not in fields:
             raise schema.ConfigError(schema.unknown_key_message(section, key))
-        hint = hint.__dataclass_fields__[name].type
+        field = fields[name]
+        hint = field.type
     if dataclasses.is_dataclass(hint):
         raise schema.ConfigError(
             f"--config.{key} is a section of keys: give --config.{key}.KEY=VALUE."
         )
-    return hint
+    return field
 
 
-def _tuple(text: str, item: type) -> tuple[Any, ...]:
-    """Read `('a', 'b')`, `a`, nothing, or names parted by commas, `a,b.c:d`."""
-    if item is str and _NAMES.fullmatch(text):
-        return tuple(text.split(","))
+def _tuple(text: str, item: type, parted: bool) -> tuple[Any, ...]:
+    """Read `('a', 'b')`, `a`, nothing, or where names are `parted` `a,b`."""
     value = literal(text)
     if isinstance(value, tuple | list):
         return tuple(value)
     if item is str and not isinstance(value, str):
         value = text
+    if value == text and parted:
+        return tuple(name.strip() for name in text.split(",") if name.strip())
     if value == text and ("," in text or " " in text):
         raise ValueError("write a tuple as Python does, \"('a','b')\"")
     return (value,) if value != "" else ()

@@ -1,6 +1,7 @@
 """What `--help` prints: usage, recipes, a program's own flags, its settings."""
 
 import pathlib
+import re
 import sys
 import textwrap
 
@@ -15,6 +16,7 @@ _FOLDERS = (
     pathlib.Path(__file__).resolve().parents[2] / "configs",
 )
 _NEXT = "          "
+_PLACES = {"config": "FILE[:VARIANT]", "workdir": "DIR"}
 _VERBOSITY = (
     "1: with the traceback that an error's line stands for, and libraries' notes."
 )
@@ -79,7 +81,8 @@ def _flags() -> str:
     for name, flag in own.items():
         shown = f"--[no]{name}" if flag.boolean else f"--{name}"
         lines.append(f"  {shown}{_takes(flag)}")
-        lines += _wrapped(flag.help or "", _NEXT)
+        # absl puts the choices of an enumeration before its text.
+        lines += _wrapped(re.sub(r"^<[^>]*>: ", "", flag.help or ""), _NEXT)
     lines += ["  --verbosity=0", *_wrapped(_VERBOSITY, _NEXT)]
     return "\n".join(lines)
 
@@ -89,6 +92,7 @@ def _takes(flag: flags.Flag) -> str:
         return f"  (default: {str(bool(flag.default)).lower()})"
     choices = getattr(flag.parser, "enum_values", None)
     kind = {"int": "N", "float": "X"}.get(flag.parser.flag_type(), "TEXT")
+    kind = _PLACES.get(flag.name, kind)
     text = f"={'|'.join(choices) if choices else kind}"
     if flag.default not in (None, "", []):
         text += f"  (default: {flag.default})"
