@@ -102,7 +102,7 @@ SETTINGS = {
         "weights": ((), ""),
         "workers": (2, "[0, 1024]"),
         "timeout_s": (10.0, "(0, 86400]"),
-        "memory_mb": (8192, "[0, 1073741824]"),
+        "memory_mb": (8192, "[0, 1000000]"),
         "failure_reward": (0.0, "[-1e9, 1e9]"),
         "unfinished_thoughts": (False, ""),
     },

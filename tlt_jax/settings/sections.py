@@ -314,7 +314,7 @@ class Reward:
     weights: tuple[float, ...] = ()
     workers: int = schema.number(2, 0, 1024)
     timeout_s: float = schema.number(10.0, above=0.0, high=86_400.0)
-    memory_mb: int = schema.number(8192, 0, 1 << 30)
+    memory_mb: int = schema.number(8192, 0, 1_000_000)
     failure_reward: float = schema.number(0.0, -1e9, 1e9)
     unfinished_thoughts: bool = False
 
