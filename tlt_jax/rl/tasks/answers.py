@@ -22,7 +22,7 @@ _THOUGHT = re.compile(r"[<\[](/?)(?:think(?:ing)?|thoughts?|reasoning)[>\]]", re
 # "Answer: 7", "**Final answer:** 7", "ANSWER : 7".
 _MARKER = re.compile(r"\banswer[*_ \t]*:[*_]*", re.IGNORECASE)
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_BRACE = re.compile(r"(\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
+_BRACE = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 # What may stand between two candidates.
 _BETWEEN = re.compile(
     r"[\s$,;()]*(?:\\(?:text|mathrm)\s*\{\s*)?(?:(?:or|and)\b)?[\s$,;()}]*"
@@ -40,7 +40,7 @@ _NUMBER = re.compile(
     rf"|(?<![\w.])(?:(?<![\w)\]]){_SIGN})?\.\d+"
 )
 _FRACTION = (
-    r"\\[dt]?frac\s*(?:\{\s*(?P<over>[-+]?\d+)\s*\}|(?P<over1>\d))"
+    r"\\[cdt]?frac\s*(?:\{\s*(?P<over>[-+]?\d+)\s*\}|(?P<over1>\d))"
     r"\s*(?:\{\s*(?P<under>\d+)\s*\}|(?P<under1>\d))"
 )
 _LATEX_FRACTION = re.compile(rf"(?<![\w.])(?:(?<![\w)\]]){_SIGN})?\d*\s*{_FRACTION}")
@@ -67,6 +67,7 @@ _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"
 _POWER = r"(?:\^(?:\{-?\d\}|-?\d)|[\u00b2\u00b3])?"
 _UNIT = re.compile(
     rf"(?:[\s/]+[^\W\d_]+{_POWER}\.?){{1,4}}\s*"
+    r"|\s*[$\u00a3\u20ac\u00a5]"
     rf"|(?:[kcm]?[mg]|m?[lL]|m?s|k?[WVN]|k?Hz|h|min|lb|ft){_POWER}"
 )
 _LETTERS = frozenset("mgshlLWVAKCFJN")
@@ -123,6 +124,9 @@ def extract_answer(
         answer = text[markers[-1].end() :].strip() if markers else tags[-1].strip()
         if markers and not multiline:
             answer = answer.partition("\n")[0].strip()
+        # One mark within the other is the same answer.
+        *_, inner = [answer, *_TAG.findall(answer)]
+        answer = re.sub(r"</?answer>", "", inner, flags=re.IGNORECASE).strip()
         return _boxed(answer) or answer or None
     boxed = _boxed(text)
     if boxed is not None:
@@ -165,7 +169,9 @@ def _boxed(text: str) -> str | None:
     for start, inner, end in reversed(found):
         if not _BETWEEN.fullmatch(text, end, next_start):
             break
-        content = re.sub(r"\\boxed\s*(?:\{([^{}]*)\})?", r"\1", text[inner : end - 1])
+        content = re.sub(
+            r"\\(?:boxed|fbox)\s*(?:\{([^{}]*)\})?", r"\1", text[inner : end - 1]
+        )
         together.insert(0, _unbraced(content.strip()))
         next_start = start
     return ", ".join(dict.fromkeys(together))
