@@ -21,7 +21,7 @@ IN_THOUGHT = "in_thought"
 _THOUGHT = re.compile(r"[<\[](/?)(?:think(?:ing)?|thoughts?|reasoning)[>\]]", re.I)
 # "Answer: 7", "**Final answer:** 7", "ANSWER : 7".
 _MARKER = re.compile(r"\banswer[*_ \t]*:[*_]*", re.IGNORECASE)
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BRACE = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 # What may stand between two candidates.
 _BETWEEN = re.compile(
@@ -46,7 +46,8 @@ _FRACTION = (
 _LATEX_FRACTION = re.compile(rf"(?<![\w.])(?:(?<![\w)\]]){_SIGN})?\d*\s*{_FRACTION}")
 # Money ("$5 and $7") is no formula: it would end before a blank, or a digit follows.
 _FORMULA = re.compile(
-    r"\$\$(.+?)\$\$|(?<!\\)\$(?=\S)([^$]*[^\s\\$])\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
+    r"\$\$(.+?)\$\$|(?<!\\)\$(?=\S)([^$]*[^\s\\$])\$(?!\d)"
+    r"|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]",
     re.DOTALL,
 )
 # One number as people write it, and what follows it.
