@@ -14,14 +14,14 @@ other load took 14 minutes for the texts and 3 to 6 seconds a step; the run was 
 at step 285.
 
     python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
-        --workdir=workdirs/smollm2_counting_drafter
+        --workdir=workdirs/counting_drafter
 
 320 prompts of the task `counting`, answers of long-tailed length: a drafter for one
 task, as RL training has it. Held-out accept length 6.8 coupled, 7.1 deterministic
 (depth 8); 10 minutes for the texts under other load, 5 minutes for the steps.
 
     python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:random_numbers \
-        --workdir=workdirs/smollm2_random_numbers_drafter
+        --workdir=workdirs/random_numbers_drafter
 
 160 prompts of the task `random_numbers`: text whose next token nobody can foresee, and
 whose law is easily learned. There coupling pays most: held-out accept length 4.06

@@ -7,7 +7,7 @@ trains the drafter until the other is through, on the texts of this step and the
 The drafter begins with random weights and is used once its drafts would have more
 accepted than plain decoding. To begin with a trained one, train it with
 configs/smollm2_drafter.py:counting and name its workdir:
---config.drafter.directory=workdirs/smollm2_counting_drafter.
+--config.drafter.directory=workdirs/counting_drafter.
 
 A process for each worker, with a core of its own, or both as threads of one:
 

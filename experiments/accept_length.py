@@ -1,6 +1,7 @@
-"""Accept length of a drafter: coupled against deterministic, over depth and budget.
+r"""Accept length of a drafter: coupled against deterministic, over depth and budget.
 
-    python -m experiments.accept_length --scale=cpu --drafter=WORKDIR[,WORKDIR]
+    python -m experiments.accept_length --scale=cpu \
+        --drafter=workdirs/random_numbers_drafter,workdirs/counting_drafter
 
 Held-out prompts of each drafter's own texts are answered at temperatures 0 and 1 under
 each strategy. How uncertain the texts are is told by `nats_per_token`, the mean of
@@ -8,7 +9,13 @@ each strategy. How uncertain the texts are is told by `nats_per_token`, the mean
 lengths compare; not so under the standard chain rules (`rejection`, `block`), whose
 tokens are other samples of the same law.
 Accept length: tokens per target forward and row, recovered or bonus token included.
-What it is worth in time is `experiments.speculation_speed`.
+What it is worth in time is `experiments.speculation_speed`. The drafters of record are
+those of `configs/smollm2_drafter.py`, `:random_numbers` and `:counting`, by
+
+    python -m tlt_jax.train_drafter --workdir=workdirs/random_numbers_drafter \
+        --config=configs/smollm2_drafter.py:random_numbers
+    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
+        --workdir=workdirs/counting_drafter
 
 Target: coupled drafting at temperature 1 has at least 1.4 times the accept length of
 deterministic top-k at equal drafter and budget. Where the text is nearly certain both
@@ -20,7 +27,13 @@ import statistics
 
 from matplotlib import axes as axes_lib
 
-from experiments.lab import experiment, plotting, speculation_setting, tables
+from experiments.lab import (
+    experiment,
+    plotting,
+    recipes,
+    speculation_setting,
+    tables,
+)
 from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -84,7 +97,16 @@ def compare(rows: list[tables.Row]) -> list[tables.Row]:
 
 def temperatures_of(options: argparse.Namespace) -> list[float]:
     """Reads the temperatures."""
-    return [float(text) for text in options.temperatures.split(",")]
+    return experiment.numbers(options.temperatures, "temperatures", float)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses lists that cannot be read, and drafters that are not there."""
+    temperatures_of(options)
+    for text in options.strategies.split(","):
+        strategy_lib.parse(text)
+    for directory in options.drafter.split(","):
+        speculation_setting.check_drafter(directory, options.scale)
 
 
 def measure(
@@ -110,15 +132,14 @@ def measure(
 def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     """Draws accept length by strategy, a panel for each kind of text."""
     kinds_of_text = tables.values(rows, "texts")
-    strategies = tables.values(rows, "strategy")
     fig, panels = plotting.panels(
         "Tokens per target forward, by strategy and ranking",
         kinds_of_text,
         stamp,
         xlabel="draft_depth D, topk K, tokens_to_verify V",
         ylabel="accept length",
-        width=max(5.0, 1.3 * len(strategies)),
-        height=4.4,
+        columns=1,
+        height=3.4,
     )
     for axes, texts in zip(panels, kinds_of_text, strict=True):
         _plot_panel(axes, tables.where(rows, texts=texts))
@@ -157,7 +178,8 @@ EXPERIMENT = experiment.Experiment(
     text=__doc__,
     title="depth by tokens verified, children; rankings, chain rules over temperature",
     published="d4: 4.63 to 4.82, d16: 7.25 to 9.78 (V16 to V128)",
-    needs="--drafter=DIR",
+    needs=f"--drafter={recipes.NUMBERS_DRAFTER},{recipes.COUNTING_DRAFTER}",
+    before={recipes.TRAIN_NUMBERS: 32, recipes.TRAIN_COUNTING: 15},
     larger=experiment.models(
         "--strategies=D4K1V5,D16K1V17,D4K8V16,D4K8V128,D16K8V16,D16K8V128 "
         "--temperatures=1,0.6,0"
@@ -167,6 +189,7 @@ EXPERIMENT = experiment.Experiment(
         *experiment.plain(strategies=STRATEGIES, temperatures="1,0"),
         experiment.Option("batch", 4, recorded=False),
     ),
+    check=check,
     context=load,
     settings=lambda options, context: {
         "drafters": [setting.about() for setting in context],

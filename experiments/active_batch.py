@@ -179,6 +179,7 @@ EXPERIMENT = experiment.Experiment(
         for seed in range(options.seeds)
     ],
     measure=measure,
+    sources=lambda options: [trace_file.path_of(options)],
     summary=summary_of,
     plot=plot,
     claims={

@@ -24,7 +24,6 @@ import importlib.util
 import os
 import pathlib
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -38,6 +37,7 @@ from experiments import recipe_programs
 from experiments.lab import experiment, provenance, random_drafter, tables
 from tlt_jax import config as config_lib
 from tlt_jax.models import config as model_config
+from tlt_jax.runtime import failures
 
 GIB = 2**30
 # Memory of a chip that its compiler gives to programs.
@@ -82,7 +82,7 @@ ARCHITECTURES = {
 }
 
 
-class NoCompilerError(RuntimeError):
+class NoCompilerError(failures.UserError):
     """The TPU compiler is not installed."""
 
 
@@ -272,7 +272,4 @@ main = EXPERIMENT.main
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NoCompilerError as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -273,9 +273,9 @@ EXPERIMENT = experiment.Experiment(
     ),
     constants={"arms": ARMS, "table": TABLE},
     cells=lambda options: [
-        tables.Cell({"model": model, "devices": int(devices)}, None)
-        for model in options.models.split(",")
-        for devices in options.devices.split(",")
+        tables.Cell({"model": model, "devices": devices}, None)
+        for model in experiment.known(options.models, TENSOR, "models")
+        for devices in experiment.numbers(options.devices, "devices")
     ],
     measure=measure,
     derived=lambda: {"assumptions": assumptions()},

@@ -75,6 +75,8 @@ def check(options: argparse.Namespace) -> None:
     """Refuses calls too short for a slope."""
     if options.steps < 4:
         raise ValueError(f"--steps={options.steps}: a slope needs at least 4.")
+    experiment.numbers(options.contexts, "contexts")
+    experiment.numbers(options.temperatures, "temperatures", float)
 
 
 def settings_of(options: argparse.Namespace) -> tables.Row:
@@ -277,9 +279,11 @@ EXPERIMENT = experiment.Experiment(
     settings=settings_of,
     context=load,
     cells=lambda options: [
-        tables.Cell({"context": int(context), "temperature": float(temperature)}, None)
-        for context in options.contexts.split(",")
-        for temperature in options.temperatures.split(",")
+        tables.Cell({"context": context, "temperature": temperature}, None)
+        for context in experiment.numbers(options.contexts, "contexts")
+        for temperature in experiment.numbers(
+            options.temperatures, "temperatures", float
+        )
     ],
     measure=measure,
     summary=summary_of,

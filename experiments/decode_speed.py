@@ -44,9 +44,11 @@ def check(options: argparse.Namespace) -> None:
 def cases_of(options: argparse.Namespace) -> list[tables.Row]:
     """Lists the batches at each temperature."""
     return [
-        {"batch": int(batch), "temperature": float(temperature)}
-        for temperature in options.temperatures.split(",")
-        for batch in options.batches.split(",")
+        {"batch": batch, "temperature": temperature}
+        for temperature in experiment.numbers(
+            options.temperatures, "temperatures", float
+        )
+        for batch in experiment.numbers(options.batches, "batches")
     ]
 
 
@@ -54,7 +56,7 @@ def load_request(options: argparse.Namespace) -> tables.Row:
     """Returns what every runner is told when it loads."""
     return {
         **paired.model_request(options),
-        "max_batch": max(map(int, options.batches.split(","))),
+        "max_batch": max(experiment.numbers(options.batches, "batches")),
         "max_length": options.new_tokens + MAX_PROMPT_TOKENS,
         "threads": options.threads,
     }

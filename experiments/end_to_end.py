@@ -1,9 +1,10 @@
-"""Whole RL runs with everything off, with matches, a frozen drafter, everything on.
+r"""Whole RL runs with everything off, with matches, a frozen drafter, everything on.
 
     python -m experiments.end_to_end --scale=cpu --processes=2
     python -m experiments.end_to_end --scale=cpu --systems=off,ngram,frozen,tlt \
-        --models=smollm2=configs/smollm2_tlt.py,tiny=configs/tiny.py:count \
-        --set=smollm2:drafter.directory=DIR,tiny:drafter.directory=DIR
+        --processes=2 --set=drafter.directory=workdirs/counting_drafter
+    python -m experiments.end_to_end --scale=cpu --systems=off,ngram,tlt \
+        --models=tiny=configs/tiny.py:count --set=drafter.features=last
 
 A recipe is run once with each system, one after the other, each as a user would run it:
 its workers as threads of one process or divided among `--processes`. Digests of tokens,
@@ -15,6 +16,10 @@ and the share of time in which workers wait.
 
 Systems: `off`; `ngram`, matches of earlier text alone (the paper's TLT-Base); `frozen`,
 a drafter trained before (`drafter.directory`) that learns no more; `tlt`, everything.
+Each recipe has a drafter of its own: SmolLM2's of this task is trained by
+
+    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
+        --workdir=workdirs/counting_drafter
 
 Target: at least 1.5 times on CPU, on a long-tailed workload.
 """
@@ -92,6 +97,7 @@ def check(options: argparse.Namespace) -> None:
         recipes.check_processes(
             options.processes, model.config, model.overrides, "--processes"
         )
+        recipes.print_other_task_of(model.config, model.overrides)
 
 
 def models_of(options: argparse.Namespace) -> dict[str, Model]:
@@ -238,7 +244,6 @@ def plot(rows: list[tables.Row], warm_steps: int, stamp: str) -> plotting.Figure
         models,
         stamp,
         ylabel="seconds of an RL step, mean",
-        width=5.6,
     )
     for axes, model in zip(panels, models, strict=True):
         by_system = tables.groups(tables.where(counted, model=model), "system")
@@ -267,7 +272,8 @@ EXPERIMENT = experiment.Experiment(
     title="end to end by model",
     published="1.71 to 2.12 times; TLT-Base 1.31 to 1.54",
     needs=f"--processes=2 {_ALL_SYSTEMS} "
-    "--set=drafter.directory=DIR,drafter.max_length=704",
+    f"--set=drafter.directory={recipes.COUNTING_DRAFTER},drafter.max_length=704",
+    before={recipes.TRAIN_COUNTING: 15},
     larger=experiment.both(
         f"{_ALL_SYSTEMS} --set=drafter.directory=DIR,workers.num=1,mesh.data=1,"
         "rollout.max_batch=32",

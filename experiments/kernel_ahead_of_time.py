@@ -14,7 +14,6 @@ No time is measured: `bound_us` is that least by the chip's bandwidth.
 """
 
 import functools
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -145,7 +144,4 @@ main = EXPERIMENT.main
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ahead_of_time.NoCompilerError as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -1,4 +1,4 @@
-"""Ours beside its peers in one picture: decoding, and a whole GRPO step.
+r"""Ours beside its peers in one picture: decoding, and a whole GRPO step.
 
     python -m experiments.peers_side_by_side --scale=cpu
     python -m experiments.peers_side_by_side --scale=cpu --model-dir=DIR \
@@ -7,7 +7,8 @@
 With `--peers` all of them are measured in this one run, in interleaved rounds with
 ours: first a GRPO step by `experiments.grpo_step_speed`, a system at a time in memory,
 then decoding by `experiments.decode_speed`; both write their tables anew. Without
-`--peers` the tables that are there are read.
+`--peers` nothing is measured: your own tables of both are read, where you have none
+those of record, and the picture says whose they are.
 
 A figure is how many times as fast ours is: tokens per second of greedy decoding with
 prefill, by batch, against transformers, llama.cpp and vLLM; seconds of a GRPO step,
@@ -72,21 +73,24 @@ def read(
     Raises:
       ValueError: one of them is not there.
     """
-    source = experiment.RESULTS_DIR / options.scale
     if options.peers:
-        source = folder
         for name, command in commands_of(options, folder).items():
             MEASURED[name].main(command)
     found = {}
     for name in METRICS:
-        path = tables.path_of(source, name, "summary")
+        path = summary_path(options, name)
         if not path.exists():
             raise ValueError(
-                f"{path.name} is not in {source.name}: make it with python "
+                f"{path.name} is not in {path.parent.name}: make it with python "
                 f"-m experiments.{name} --scale={options.scale} --peers=..."
             )
-        found[name] = tables.read(path), provenance.read(source, name)
+        found[name] = tables.read(path), provenance.read(path.parent, name)
     return found
+
+
+def summary_path(options: argparse.Namespace, name: str) -> pathlib.Path:
+    """Returns the summary of one of the two that is read."""
+    return experiment.find(options, f"{name}_summary.csv")
 
 
 def measure(
@@ -127,11 +131,10 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     }
     present = [name for name in titles if any(r["experiment"] == name for r in rows)]
     fig, panels = plotting.panels(
-        "How many times as fast ours is",
+        "How many times as fast ours is (black: down to the worst round)",
         [titles[name] for name in present],
         stamp,
-        xlabel="times the peer's speed (black: down to the worst round)",
-        width=5.4,
+        xlabel="times the peer's speed",
     )
     peers = tables.values(rows, "peer")
     colors = dict(zip(peers, plotting.COLORS, strict=False))
@@ -176,6 +179,9 @@ EXPERIMENT = experiment.Experiment(
     context=read,
     cells={"experiment": (DECODE, STEP)},
     measure=measure,
+    sources=lambda options: [
+        summary_path(options, name).with_name(f"{name}.csv") for name in METRICS
+    ],
     is_derived=True,
     plot=plot,
 )

@@ -27,7 +27,6 @@ import csv
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -310,11 +309,8 @@ def verdict(summary: list[tables.Row]) -> str:
 
 def plan_and_tell(options: argparse.Namespace) -> list[tables.Row]:
     """Simulates every system; prints and returns a row for each."""
-    try:
-        found = rl_step.compare(scenario_of(options), options.steps, options.seed)
-        summary = [{"system": system, **totals} for system, totals in found]
-    except ValueError as error:
-        sys.exit(f"planner: {error}")
+    found = rl_step.compare(scenario_of(options), options.steps, options.seed)
+    summary = [{"system": system, **totals} for system, totals in found]
     print(tables.shown(summary))
     print(verdict(summary))
     if options.assumptions:

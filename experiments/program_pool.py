@@ -11,6 +11,7 @@ Nothing is taken from the compilation cache.
 """
 
 import argparse
+import textwrap
 
 import jax
 
@@ -76,15 +77,19 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
     # Compilers for CPUs do not tell the size of their code.
     told = [entry for entry in told if any(row[entry[0]] for row in rows)]
     fig, panels = plotting.panels(
-        "Compiled programs of an engine", [""] * len(told), stamp, width=3.6
+        "Compiled programs of an engine", [""] * len(told), stamp, columns=3
     )
-    names = [row["case"].replace(", ", ",\n") for row in rows]
+    names = [_label(row["case"]) for row in rows]
     for axes, (column, label, scale) in zip(panels, told, strict=True):
         values = [row[column] / scale for row in rows]
         axes.bar(names, values, 0.6, color=plotting.COLORS[0])
         axes.set_ylabel(label)
         axes.tick_params(axis="x", labelsize=7)
     return fig
+
+
+def _label(case: str) -> str:
+    return textwrap.fill(case.replace("no speculation", "plain"), 9)
 
 
 EXPERIMENT = experiment.Experiment(

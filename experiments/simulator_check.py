@@ -25,6 +25,7 @@ nobody knows before; what is off with `drafts` and not with `speed` is the machi
 what is off with all is the simulator.
 
 With `--workdirs` the runs are read from there and written down beside the results.
+Without it your own of an earlier call are taken up, else those of record.
 """
 
 import argparse
@@ -73,28 +74,32 @@ def check(options: argparse.Namespace) -> None:
     options.again = options.again or bool(options.workdirs)
 
 
-def record_path(system: str) -> pathlib.Path:
-    """Returns where a recorded run lies."""
-    return experiment.RESULTS_DIR / "cpu" / f"simulator_check_{system}.jsonl"
+def file_of(system: str) -> str:
+    """Names the file of a recorded run."""
+    return f"simulator_check_{system}.jsonl"
 
 
-def read_runs(workdirs: str) -> dict[str, list[recorded.Step]]:
+def read_runs(options: argparse.Namespace) -> dict[str, list[recorded.Step]]:
     """Reads the recorded runs, or writes them down first.
 
     Raises:
       ValueError: `--workdirs` names something else than the systems.
     """
-    given = experiment.parse_pairs(workdirs, "workdirs")
+    given = experiment.parse_pairs(options.workdirs, "workdirs")
     unknown = [name for name in given if name not in SYSTEMS]
     if unknown or (given and len(given) < len(SYSTEMS)):
         raise ValueError(
-            f"--workdirs={workdirs}: name {'=DIR,'.join(SYSTEMS)}=DIR, all of "
+            f"--workdirs={options.workdirs}: name {'=DIR,'.join(SYSTEMS)}=DIR, all of "
             "experiments.end_to_end."
         )
     for system, folder in given.items():
         steps = recorded.from_workdir(pathlib.Path(folder))
-        recorded.write(steps, record_path(system))
-    return {system: recorded.read(record_path(system)) for system in SYSTEMS}
+        options.out.mkdir(parents=True, exist_ok=True)
+        recorded.write(steps, options.out / file_of(system))
+    return {
+        system: recorded.read(experiment.find(options, file_of(system)))
+        for system in SYSTEMS
+    }
 
 
 def simulate(
@@ -199,9 +204,9 @@ def ratios(
 class Runs:
     """The recorded runs by system; what plain steps cost by the one with all off."""
 
-    def __init__(self, workdirs: str):
+    def __init__(self, options: argparse.Namespace):
         """Reads them; see `read_runs`."""
-        self.steps = read_runs(workdirs)
+        self.steps = read_runs(options)
 
     @functools.cached_property
     def plain(self) -> costs.TableCosts:
@@ -328,7 +333,7 @@ EXPERIMENT = experiment.Experiment(
     ),
     constants={"sizes": SIZES, "strategy": str(STRATEGY)},
     check=check,
-    context=lambda options: Runs(options.workdirs),
+    context=lambda options: Runs(options),
     cells=lambda: [tables.Cell({"system": system}, None) for system in SYSTEMS],
     measure=lambda options, context, cell: compare(
         cell["system"],

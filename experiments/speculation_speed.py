@@ -1,6 +1,7 @@
-"""Speculative against plain decoding of the same tokens: how many times as fast.
+r"""Speculative against plain decoding of the same tokens: how many times as fast.
 
-    python -m experiments.speculation_speed --scale=cpu --drafter=WORKDIR
+    python -m experiments.speculation_speed --scale=cpu \
+        --drafter=workdirs/counting_drafter
 
 Each round decodes the same requests plainly and under every strategy, in turns, at
 temperature 1 by default; filling the drafter's cache counts, prefill and compilation do
@@ -8,6 +9,11 @@ not. The bound beside a figure is what the accept length would give if drafting,
 and bookkeeping cost nothing and the target's pass over the tree cost a plain step.
 `noise_ms` is what the noise of a step's positions takes by itself, in a step of the
 mean size: a batch shrinks as its answers end.
+
+The drafter of record is that of `configs/smollm2_drafter.py:counting`, trained by
+
+    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
+        --workdir=workdirs/counting_drafter
 
 Target: at least twice plain decoding at batch 1 on CPU.
 """
@@ -26,6 +32,7 @@ from experiments.lab import (
     experiment,
     paired,
     plotting,
+    recipes,
     speculation_setting,
     tables,
 )
@@ -46,12 +53,27 @@ FEWEST_REQUESTS = 8
 
 
 def parse_cases(text: str) -> dict[int, list[strategy_lib.Strategy]]:
-    """Reads the strategies of each batch size."""
+    """Reads the strategies of each batch size.
+
+    Raises:
+      ValueError: an entry is not of that form.
+    """
     cases: dict[int, list] = {}
     for entry in text.split(","):
         batch, _, strategy = entry.partition(":")
+        if not batch.isdigit():
+            raise ValueError(
+                f"--cases={text}: {entry!r} is not batch:strategy, for example "
+                "8:D7K1V8."
+            )
         cases.setdefault(int(batch), []).append(strategy_lib.parse(strategy))
     return cases
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses cases that cannot be read, and a drafter that is not there."""
+    parse_cases(options.cases)
+    speculation_setting.check_drafter(options.drafter, options.scale)
 
 
 def noise_ms(
@@ -171,6 +193,7 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
     best = [max(its, key=lambda row: row["speedup"]) for _, its in by_batch]
     names = [f"{row['batch']}\n{row['system']}" for row in best]
     _plot_bounded(right, names, best)
+    right.tick_params(axis="x", labelsize=7)
     right.set_xlabel("batch, and the best strategy at it")
     left.set_ylabel("times plain decoding")
     return fig
@@ -213,7 +236,8 @@ EXPERIMENT = experiment.Experiment(
     text=__doc__,
     title="speedup by batch and tokens verified",
     published="V16: 3.22 to 2.48, V64: 3.62 to 1.70 (batch 1 to 32)",
-    needs="--drafter=DIR",
+    needs=f"--drafter={recipes.COUNTING_DRAFTER}",
+    before={recipes.TRAIN_COUNTING: 15},
     larger=experiment.models(
         "--cases=1:D10K8V16,8:D10K8V16,32:D10K8V16,1:D10K8V64,8:D10K8V64,32:D10K8V64"
     ),
@@ -222,6 +246,7 @@ EXPERIMENT = experiment.Experiment(
         experiment.Option("cases", ",".join(CASES), "batch:strategy, by commas"),
         *experiment.plain(temperature=1.0, rounds=3),
     ),
+    check=check,
     context=lambda options: speculation_setting.Setting(options),
     settings=lambda context: context.about(),
     cells=lambda options: [

@@ -1,6 +1,7 @@
-"""What training the drafter on idle workers costs those that still generate.
+r"""What training the drafter on idle workers costs those that still generate.
 
-    python -m experiments.trainer_makespan --scale=cpu --drafter=DIR
+    python -m experiments.trainer_makespan --scale=cpu \
+        --drafter=workdirs/counting_drafter
 
 The rollouts of a recipe's first RL steps, by turns without training and with training
 at a learning rate so small that no weight moves (1e-30): the same tokens by the same
@@ -20,6 +21,11 @@ decode steps that take longer; further decode steps; and the rest, such as prefi
 and reading the texts' features. Beside it stands what the machine itself imposes: a
 decode step of one row on one core, while another core does nothing, computes, or
 streams memory (`experiments.decode_beside`).
+
+The recipe's drafter is that of `configs/smollm2_drafter.py:counting`, trained by
+
+    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
+        --workdir=workdirs/counting_drafter
 
 Target: rollouts last at most 2 % longer with the trainer than without.
 """
@@ -59,11 +65,17 @@ _SUMS += ("drafter_steps", "tokens")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses numbers of processes among which workers cannot be divided."""
-    options.processes = [int(number) for number in options.processes.split(",")]
+    """Refuses workers that cannot be divided, and a drafter that is not there."""
+    if not pathlib.Path(options.drafter).is_dir():
+        raise ValueError(
+            f"--drafter={options.drafter} is no directory here: train one, for the "
+            f"recipe by {recipes.TRAIN_COUNTING}"
+        )
+    options.processes = experiment.numbers(options.processes, "processes")
     settings = settings_of(options)
     for processes in options.processes:
         recipes.check_processes(processes, options.config, settings, "--processes")
+    recipes.print_other_task_of(options.config, settings)
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, str]:
@@ -95,7 +107,8 @@ def waited_s(record: timeline.Record) -> float:
     busy, others = [], []
     for worker in record["workers"]:
         for activity, start_s, stop_s in worker["intervals"]:
-            (busy if activity == timeline.BUSY else others).append((start_s, stop_s))
+            decodes = activity in (timeline.BUSY, timeline.COMPILING)
+            (busy if decodes else others).append((start_s, stop_s))
     total, last_s = 0.0, 0.0
     for start_s, stop_s in [*sorted(busy), (float("inf"), 0.0)]:
         if start_s > last_s:
@@ -232,13 +245,15 @@ EXPERIMENT = experiment.Experiment(
     slug="trainer_makespan",
     text=__doc__,
     title="what the spot trainer costs a rollout",
-    needs="--drafter=DIR",
+    needs=f"--drafter={recipes.COUNTING_DRAFTER}",
+    before={recipes.TRAIN_COUNTING: 15},
     options=(
         *experiment.plain(config="configs/smollm2_tlt.py", rounds=6),
         experiment.Option(
             "drafter",
             "",
-            "what drafter.directory takes: a trained one",
+            "what drafter.directory takes: a trained one, for the recipe by "
+            f"{recipes.TRAIN_COUNTING}",
             required=True,
             recorded=False,
         ),

@@ -282,7 +282,6 @@ def plot(curves: list[tables.Row], stamp: str) -> plotting.Figure:
         stamp,
         xlabel="rollouts",
         ylabel="regret, s",
-        height=4.4,
     )
     for axes, world in zip(panels, names, strict=True):
         its = tables.where(curves, world=world)
@@ -316,6 +315,7 @@ EXPERIMENT = experiment.Experiment(
     ],
     measure=measure,
     others=("curves",),
+    sources=lambda options: [trace_file.path_of(options)],
     summary=summarise,
     plot=plot,
     claims={

@@ -1,13 +1,17 @@
-"""Trace of a real engine and drafter, against which tuners are replayed.
+r"""Trace of a real engine and drafter, against which tuners are replayed.
 
-    python -m experiments.tuner_trace --scale=cpu --drafter=WORKDIR
+    python -m experiments.tuner_trace --scale=cpu --drafter=workdirs/counting_drafter
 
 Two things are measured. The seconds of a step of every arm at every batch bucket: an
 engine answers held-out prompts and takes the arm with the fewest calls so far at each
 call. And what drafted chains would have had accepted at every position of the held-out
 texts: for the drafter as trained, and for drafters between its initial weights and
 these, linear in the weights, which stand for the course of its training.
-`experiments.tuner_regret` replays it.
+`experiments.tuner_regret` replays it. The drafter of record is that of
+`configs/smollm2_drafter.py:counting`, trained by
+
+    python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
+        --workdir=workdirs/counting_drafter
 """
 
 import argparse
@@ -22,7 +26,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from experiments.lab import experiment, provenance, speculation_setting
+from experiments.lab import experiment, provenance, recipes, speculation_setting
 from experiments.simulation import trace_file
 from tlt_jax import speculation, types
 from tlt_jax.models.drafters import drafter
@@ -235,13 +239,22 @@ def record_trace(
     return trace
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuses lists that cannot be read, and a drafter that is not there."""
+    strategy_lib.parse_arms(options.arms.split())
+    experiment.numbers(options.blends, "blends", float)
+    speculation_setting.check_drafter(options.drafter, options.scale)
+
+
 EXPERIMENT = experiment.Experiment(
     slug="tuner_trace",
     text=__doc__,
     title="trace for the tuners' replay",
-    needs="--drafter=DIR",
+    needs=f"--drafter={recipes.COUNTING_DRAFTER}",
+    before={recipes.TRAIN_COUNTING: 15},
     larger=experiment.models("--max-rows=32"),
     options=(*speculation_setting.OPTIONS, *OPTIONS),
+    check=check,
     context=lambda options: speculation_setting.Setting(options),
     settings=lambda context: context.about(),
     run=record_trace,

@@ -7,9 +7,13 @@ and with the settings it has.
 
 import ast
 import contextlib
+import importlib.util
 import io
 import json
 import re
+import subprocess
+import sys
+import urllib.request
 
 import pytest
 
@@ -128,6 +132,62 @@ def test_it_opens_in_colab_and_holds_what_it_shows(name):
     ]
     assert "image/png" in kinds
     assert (runner.FOLDER / f"{name}.ipynb").stat().st_size < 400_000
+
+
+def test_the_first_cell_is_one():
+    cells = {"".join(load(name)["cells"][1]["source"]) for name in runner.names()}
+    assert len(cells) == 1
+
+
+@pytest.mark.parametrize(
+    ("opened", "cloned"),
+    [
+        (
+            "/x/fileId=https%3A%2F%2Fgithub.com%2Fme%2Fmy.fork%2Fblob%2Fside%2Fb"
+            "%2Fnotebooks%2F1.ipynb",
+            ["--branch=side/b", "https://github.com/me/my.fork"],
+        ),
+        ("/x/drive/1.ipynb", ["https://github.com/OWNER/tlt_jax"]),
+        (None, ["https://github.com/OWNER/tlt_jax"]),
+    ],
+)
+def test_the_first_cell_installs_the_fork_it_was_opened_from(
+    tmp_path, monkeypatch, opened, cloned
+):
+    """With Colab's answer to who runs here, and without one."""
+
+    def urlopen(address, data, timeout):
+        assert address == "http://172.28.0.12:9000/api/sessions"
+        if opened is None:
+            raise OSError("no such server")
+        return io.BytesIO(json.dumps([{"path": opened}]).encode())
+
+    found, started = iter([None, importlib.util.find_spec("tlt_jax")]), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLAB_JUPYTER_IP", "172.28.0.12")
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: next(found))
+    monkeypatch.setattr(subprocess, "run", lambda words, check: started.append(words))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sources, _ = code_of(runner.names()[0])
+    exec(sources[0], {})
+    clone, install = started
+    assert clone == [
+        *("git", "clone", "--quiet", "--depth=1", *cloned, "tlt_jax_clone"),
+    ]
+    assert install[1:] == ["-m", "pip", "install", "--quiet", "tlt_jax_clone"]
+
+
+def test_the_first_cell_finds_the_clone_it_lies_in(monkeypatch):
+    """Jupyter starts a notebook in its own folder."""
+    root = runner.FOLDER.parent
+    monkeypatch.chdir(runner.FOLDER)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.delitem(sys.modules, "tlt_jax")
+    sources, _ = code_of(runner.names()[0])
+    exec(sources[0], {})
+    assert sys.path[0] == str(root)
 
 
 def test_an_address_is_written_everywhere(tmp_path, monkeypatch):

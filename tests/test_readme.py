@@ -3,22 +3,32 @@
 import ast
 import configparser
 import importlib.util
+import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
-from experiments.lab import catalogue, readme_tables
+from experiments.lab import catalogue, result_tables
 from tests import command_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+# What a newcomer reads; recipes and experiments print commands in their docstrings.
+PAGES = [
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "experiments/RESULTS.md")
+    ),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def documents() -> dict[str, str]:
     """Returns the texts that print commands, by their path."""
-    found = {"README.md": README.read_text("utf-8")}
+    found = {str(p.relative_to(ROOT)): p.read_text("utf-8") for p in PAGES}
     for folder in ("configs", "experiments"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             doc = ast.get_docstring(ast.parse(path.read_text("utf-8")))
@@ -36,6 +46,8 @@ def shell_lines(text: str) -> list[str]:
     lines = []
     for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
         block = block.replace("\\\n", " ")
+        # What is written into a file is no command.
+        block = re.sub(r"(<<'?(\w+)'?)\n.*?^\2$", r"\1", block, flags=re.M | re.S)
         if kind == "console":
             lines += re.findall(r"^\$ (.*)$", block, re.M)
         elif kind in ("bash", "sh", "shell") or (not kind and "python -m" in block):
@@ -159,9 +171,10 @@ def test_every_experiment_prints_its_command():
 
 def test_tables_of_the_readme_are_those_of_the_results():
     """`python -m experiments tables` writes them."""
-    text = DOCUMENTS["README.md"]
-    assert "<!-- table: " in text
-    assert readme_tables.rendered(text) == text
+    for page in ("README.md", "experiments/RESULTS.md"):
+        text = DOCUMENTS[page]
+        assert "<!-- table: " in text
+        assert result_tables.rendered(text) == text
 
 
 def extras() -> dict[str, str]:
@@ -217,14 +230,50 @@ def test_markers_that_are_printed_exist():
             assert f'"{marker}: ' in settings, f"{path}: no marker {marker!r}"
 
 
-def test_files_that_the_readme_names_exist():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text("utf-8")
     folders = "tlt_jax|configs|experiments|tests|notebooks"
-    text = DOCUMENTS["README.md"]
-    named = set(re.findall(rf"\b(?:{folders})/[\w/]+\.[a-z]+", text))
-    named |= set(re.findall(r"\]\((?!http)([^)#]+)\)", text))
-    assert named
-    missing = sorted(name for name in named if not (ROOT / name).exists())
-    assert not missing, f"README.md names {missing}, which are not there"
+    # Paths in text are the repository's, links are the page's.
+    named = re.findall(rf"(?<![\w(/])(?:{folders})/[\w/]+\.[a-z]+", text)
+    linked = re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text)
+    assert named or linked
+    missing = [name for name in named if not (ROOT / name).exists()]
+    missing += [name for name in linked if not (page.parent / name).exists()]
+    assert not missing, f"{page.name} names {missing}, which are not there"
+
+
+def test_the_readme_is_one_page():
+    size = len(DOCUMENTS["README.md"].encode())
+    assert size <= 10_000, f"README.md has {size} bytes: what is more belongs to docs/"
+
+
+def test_every_page_is_in_the_site_and_in_its_index():
+    index = DOCUMENTS["docs/index.md"]
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}" in navigation, f"mkdocs.yml leaves out {page.name}"
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Every link and anchor between pages leads somewhere; nothing is loaded."""
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", f"--site-dir={tmp_path}"],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr + built.stdout
+    results = (tmp_path / "results" / "index.html").read_text("utf-8")
+    for picture in re.findall(r'<img[^>]* src="([^"]+)"', results):
+        assert (tmp_path / "results" / picture).is_file(), picture
+    for html in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r'(?:src|<link[^>]*href)="(https?:[^"]+)"', html.read_text()
+        )
+        assert not loaded, f"{html.name} loads {loaded}"
 
 
 def told_by_the_code() -> str:
@@ -237,9 +286,9 @@ def told_by_the_code() -> str:
     return "\n".join(texts)
 
 
-def test_messages_that_the_readme_explains_are_told():
+def test_messages_that_are_explained_are_told():
     """Every part of a quoted message between the values that stand in it."""
-    table = DOCUMENTS["README.md"].partition("## Troubleshooting")[2]
+    table = DOCUMENTS["docs/troubleshooting.md"]
     rows = re.findall(r"^\| (.*?) \|", table, re.M)[2:]
     quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
     code = told_by_the_code()
@@ -248,21 +297,22 @@ def test_messages_that_the_readme_explains_are_told():
         parts = re.split(r"\.\.\.|\b[A-Z]+\b", text)
         parts = [part.strip(" ,") for part in parts]
         missing = [part for part in parts if len(part) > 3 and part not in code]
-        assert not missing, f"README explains {text!r}, but nothing says {missing}"
+        assert not missing, f"{text!r} is explained, but nothing says {missing}"
 
 
-def test_every_command_of_the_readme_is_of_a_kind_that_is_checked():
-    for line in shell_lines(DOCUMENTS["README.md"]):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_of_a_kind_that_is_checked(page):
+    for line in shell_lines(page.read_text("utf-8")):
         for words in split(line):
             known = (
-                words[0] == "pip"
+                words[0] in ("pip", "echo", "cat", "mkdir")
                 or (words[:2] == ["python", "-m"])
                 or (words[0].startswith((".", "./")) and (ROOT / words[0]).is_file())
             )
             assert known, f"teach this test how to start {words}"
             if words[:2] == ["python", "-m"]:
                 ours = words[2].split(".")[0] in ("tlt_jax", "experiments", "notebooks")
-                assert ours or words[2] in ("pytest", "pip"), words
+                assert ours or words[2] in ("pytest", "pip", "mkdocs"), words
 
 
 def test_commands_are_found_and_missing_ones_noticed():

@@ -16,7 +16,6 @@ drafter.architecture=eagle or eagle3.
 import dataclasses
 import json
 import os
-import sys
 
 from absl import app, flags, logging
 
@@ -185,11 +184,10 @@ def _spec(workdir: str) -> str:
 def main(argv: list[str]) -> None:
     """Export as the flags say."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not flags.FLAGS["verbosity"].present:
-        # Orbax reports every file that it reads.
-        logging.set_verbosity(logging.WARNING)
-    try:
+        command_line.fail(
+            f"unexpected argument {argv[1]!r}: every setting is a --flag."
+        )
+    with command_line.told(OSError):
         if _LAYOUT.value is None:
             step = export(_WORKDIR.value, _OUT.value, _STEP.value, _DTYPE.value)
             what = f"the policy of step {step}"
@@ -197,10 +195,6 @@ def main(argv: list[str]) -> None:
             asked = (_LAYOUT, _STEP, _DTYPE, _VERIFIER, _NUM_SPECULATIVE_TOKENS)
             values = [flag.value for flag in asked]
             what = export_drafter(_WORKDIR.value, _OUT.value, *values)
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        # What a user can repair needs no traceback.
-        logging.error("%s", error)
-        sys.exit(1)
     print(f"wrote {what} to {_OUT.value}")
 
 

@@ -9,9 +9,13 @@ from tlt_jax.viz import plots
 
 
 def _main(argv: Sequence[str]) -> None:
-    del argv
-    for path in plots.draw_all(flags.FLAGS.workdir):
-        print(path)
+    if len(argv) > 1:
+        command_line.fail(
+            f"unexpected argument {argv[1]!r}: every setting is a --flag."
+        )
+    with command_line.told(OSError):
+        for path in plots.draw_all(flags.FLAGS.workdir):
+            print(path)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,36 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lab import claims as claims_lib
-from experiments.lab import freshness, plotting, provenance, tables
+from experiments.lab import command_line, freshness, plotting, provenance, tables
 
+# Tables of record, by scale: only `--out` writes there.
 RESULTS_DIR = freshness.FOLDER / "results"
 # `cpu` runs on two cores, `one_gpu` needs one accelerator, `paper` what the paper used.
 SCALES = ("cpu", "one_gpu", "paper")
 A_TOOL, AS_CPU = "a tool", "as cpu"
 _SUMMARY = "summary"
+# What options of these names mean wherever they stand without words of their own.
+_USUAL = {
+    "config": "recipe, FILE.py or FILE.py:variant",
+    "model": "directory, name of the hub, or one that comes with a package",
+    "models": "names, separated by commas",
+    "seeds": "runs of every case; with more a table is continued",
+    "seed": "of what is drawn",
+    "steps": "RL steps",
+    "warm-steps": "first RL steps, which are not compared",
+    "rounds": "turns of every case",
+    "rollouts": "of a case",
+    "new-tokens": "most tokens of an answer",
+    "max-new-tokens": "most tokens of an answer",
+    "num-prompts": "of an RL step, or to be answered",
+    "temperature": "of sampling; 0: greedy",
+    "temperatures": "of sampling, separated by commas; 0: greedy",
+    "strategies": "D<draft_depth>K<topk>V<tokens_to_verify>, separated by commas",
+    "batches": "rows at a time, separated by commas",
+    "draft-vocab": "tokens that the drafter can propose",
+    "max-rows": "rows at a time",
+    "page-size": "positions of a page of the cache",
+}
 _Grid = Mapping[str, Iterable[object]]
 
 
@@ -52,7 +75,12 @@ class Option:
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Adds it to a parser."""
-        more: dict[str, Any] = {"help": self.help or None, "default": self.default}
+        told = self.help or _USUAL.get(self.name, "")
+        if self.default not in (None, "", False):
+            told = f"{told} (default {self.default})".strip()
+        # argparse formats what follows a percent sign.
+        told = told.replace("%", "%%") or None
+        more: dict[str, Any] = {"help": told, "default": self.default}
         if self.default is False:
             more["action"] = "store_true"
         else:
@@ -70,16 +98,44 @@ def plain(*, recorded: bool = True, **defaults: object) -> tuple[Option, ...]:
 
 
 def seeds(count: int) -> Option:
-    """Returns the option of how many seeds: with more a table is continued."""
+    """Returns the option of how many seeds."""
     return Option("seeds", count, recorded=False)
 
 
-# What all experiments understand.
+# What all experiments understand, tools apart.
 SHARED = (
-    Option("scale", SCALES[0], choices=SCALES, recorded=False),
-    Option("out", None, "folder of the tables; default results/<scale>", pathlib.Path),
-    Option("again", False, "measure every cell, and drop the table that is there"),
+    Option("scale", SCALES[0], "whose machine this is", choices=SCALES, recorded=False),
+    Option(
+        "out",
+        None,
+        "folder of tables and picture; default experiments/results/mine/SCALE, which "
+        "git ignores. Tables of record are in experiments/results/SCALE",
+        pathlib.Path,
+    ),
+    Option(
+        "again",
+        False,
+        "measure anew what --out has already; without it cells that are there are kept "
+        "and lacking ones added",
+    ),
 )
+VERBOSITY = Option("verbosity", 0, "1: a traceback with an error")
+
+
+def record_folder(scale: str) -> pathlib.Path:
+    """Returns where a scale's tables of record are."""
+    return RESULTS_DIR / scale
+
+
+def own_folder(scale: str) -> pathlib.Path:
+    """Returns where experiments write unless told otherwise; git ignores it."""
+    return RESULTS_DIR / "mine" / scale
+
+
+def find(options: argparse.Namespace, name: str) -> pathlib.Path:
+    """Returns a file among the user's own results, else among those of record."""
+    own = options.out / name
+    return own if own.exists() else record_folder(options.scale) / name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +149,7 @@ class Experiment:
       published: the paper's figures; empty: ours alone.
       needs: flags and inputs beside `--scale` that its command needs.
       larger: the same by larger scale; empty: they have no figures of their own.
+      before: commands that make what it needs, and the minutes of each.
       options: of its command line.
       constants: what else stands in the record: another value makes another table.
       settings: makes what stands in the record beside them, or in their place.
@@ -102,6 +159,8 @@ class Experiment:
         the options ask for; or what lists the cells.
       measure: measures a cell; returns its rows, or rows by table.
       others: names of the tables beside the rows that `measure` returns.
+      sources: returns the tables of other experiments that are read: the picture names
+        their machines, too.
       derived: makes tables that hang on no cell, by name.
       summary: reduces the rows; None: they are the result.
       plot: draws the tables; returns a figure.
@@ -118,6 +177,7 @@ class Experiment:
     published: str = ""
     needs: str = ""
     larger: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    before: Mapping[str, int] = dataclasses.field(default_factory=dict)
     options: tuple[Option, ...] = ()
     constants: Mapping[str, object] = dataclasses.field(default_factory=dict)
     settings: Callable[..., Mapping[str, object]] | None = None
@@ -126,6 +186,7 @@ class Experiment:
     cells: _Grid | Callable[..., Sequence[tables.Cell]] | None = None
     measure: Callable[..., Any] | None = None
     others: tuple[str, ...] = ()
+    sources: Callable[..., Sequence[pathlib.Path]] | None = None
     derived: Callable[..., Mapping[str, Sequence[tables.Row]]] | None = None
     summary: Callable[..., list[tables.Row]] | None = None
     plot: Callable[..., Any] | None = None
@@ -137,22 +198,67 @@ class Experiment:
 
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Reads the command line; None: that of the process."""
-        parser = argparse.ArgumentParser(
-            description=self.text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        for option in (*self.options, *(() if self.is_tool else SHARED)):
-            option.add_to(parser)
-        options = parser.parse_args(arguments)
+        options = self._read(arguments)
         if self.check:
             self.check(options)
         return options
 
+    def _read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        parser = command_line.Parser(f"experiments.{self.slug}", self.text)
+        shared = () if self.is_tool else SHARED
+        for option in (*self.options, *shared, VERBOSITY):
+            option.add_to(parser)
+        options = parser.parse_args(arguments)
+        if not self.is_tool:
+            options.out = options.out or own_folder(options.scale)
+        return options
+
     def main(self, arguments: Sequence[str] | None = None) -> Any:
-        """Runs the experiment; returns the summary that it writes, or the rows."""
-        options = self.parse(arguments)
+        """Runs the experiment; returns the summary that it writes, or the rows.
+
+        None: with the process's command line, and what a user can mend is a line and a
+        status.
+        """
+        if arguments is not None:
+            return self._run(self.parse(arguments))
+        options = self._read(None)
+        with command_line.told(options.verbosity, lambda: self.kept(options)):
+            if self.check:
+                self.check(options)
+            return self._run(options)
+
+    def _run(self, options: argparse.Namespace) -> Any:
         with contextlib.ExitStack() as closing:
             run = _Run(self, options, closing)
-            return run.take(self.run) if self.run else run.measure()
+            result = run.take(self.run) if self.run else run.measure()
+        if not self.is_tool:
+            self.tell_where(options)
+        return result
+
+    def kept(self, options: argparse.Namespace) -> str:
+        """Says what a run that was stopped leaves."""
+        if self.is_tool:
+            return "nothing is lost, since nothing was kept."
+        path = options.out / (self.table or f"{self.slug}.csv")
+        if not path.exists():
+            return "no cell was through, so that nothing is kept."
+        where = command_line.shown(path)
+        cells = provenance.read(options.out, self.slug).get("cells")
+        if not cells:
+            return f"what was written before is in {where}."
+        told = f"{cells['done']} of {cells['wanted']} cells are kept in {where}"
+        return f"{told}; the same command goes on from there."
+
+    def tell_where(self, options: argparse.Namespace) -> None:
+        """Says where the results are, and where those of record."""
+        found = sorted(path.name for path in options.out.glob(f"{self.slug}*"))
+        print(f"In {command_line.shown(options.out)}: {', '.join(found)}.")
+        record, folder = {}, record_folder(options.scale)
+        if folder.resolve() != options.out.resolve():
+            record = provenance.read(folder, self.slug)
+        if record:
+            stamp = provenance.stamp(record)
+            print(f"Those of record ({stamp}) are in {command_line.shown(folder)}.")
 
     def draw(self, folder: pathlib.Path, record: Mapping) -> None:
         """Draws the plot from the tables in a folder.
@@ -160,7 +266,8 @@ class Experiment:
         Raises:
           LookupError: they lack what it needs.
         """
-        given = {**record["settings"], "stamp": provenance.stamp(record)}
+        stamp = provenance.stamp(record, is_read=self.is_derived)
+        given = {**record["settings"], "stamp": stamp}
         for name in (*self.others, _SUMMARY, tables.ROWS):
             path = tables.path_of(folder, self.slug, name)
             if path.exists():
@@ -214,7 +321,11 @@ class Experiment:
             return A_TOOL
         if scale != "cpu" and not self.larger:
             return AS_CPU
-        return provenance.status(self.slug, RESULTS_DIR / scale, self.table)
+        return self.status_in(record_folder(scale))
+
+    def status_in(self, folder: pathlib.Path) -> str:
+        """Tells the same of a folder, whatever the scale."""
+        return provenance.status(self.slug, folder, self.table)
 
 
 @dataclasses.dataclass
@@ -228,7 +339,7 @@ class _Run:
     @property
     def folder(self) -> pathlib.Path:
         """Where tables go."""
-        return self.options.out or RESULTS_DIR / self.options.scale
+        return self.options.out
 
     @functools.cached_property
     def context(self) -> Any:
@@ -250,7 +361,10 @@ class _Run:
     @functools.cached_property
     def record(self) -> provenance.Provenance:
         """The provenance, begun when it is first asked for."""
-        return provenance.Provenance(self.experiment.slug, self.settings)
+        made = provenance.Provenance(self.experiment.slug, self.settings)
+        if self.experiment.sources:
+            made.read_from(self.take(self.experiment.sources))
+        return made
 
     def take(self, function: Callable[..., Any], **given: object) -> Any:
         """Calls a function with what its parameters name."""
@@ -340,6 +454,24 @@ def parse_pairs(text: str, argument: str) -> dict[str, str]:
             )
         pairs[name] = value
     return pairs
+
+
+def numbers(text: str, argument: str, kind: Callable = int, by: str = ",") -> list:
+    """Reads numbers.
+
+    Raises:
+      ValueError: an item is none.
+    """
+    found = []
+    for item in text.split(by):
+        try:
+            found.append(kind(item))
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise ValueError(
+                f"--{argument}={text}: {item!r} is no {what}; separate them by {by!r}."
+            ) from None
+    return found
 
 
 def known(text: str, choices: Sequence[str], argument: str, by: str = ",") -> list[str]:

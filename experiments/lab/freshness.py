@@ -26,16 +26,18 @@ FOLDER = ROOT / "experiments"
 # Whose definitions are hashed; of others a name is all that is.
 PACKAGES = ("experiments", "tlt_jax", "configs")
 # How tables and plots are written, for all.
-_LAB = ("catalogue", "claims", "experiment", "freshness", "plotting", "provenance")
+_LAB = ("catalogue", "claims", "command_line", "experiment", "freshness", "plotting")
+_LAB += ("provenance", "result_tables", "tables")
 SHOWING_MODULES = (
     "tlt_jax.viz",
-    *(f"experiments.lab.{name}" for name in (*_LAB, "readme_tables", "tables")),
+    *(f"experiments.lab.{name}" for name in _LAB),
 )
 # How calls begin that show what was found, or ask where to write it.
 _SHOWING = ("plot", "print", "matplotlib.")
 _SHOWING += ("tables.write", "record.write", "trace_file.write")
 # Of a declaration: what is told of the experiment, and made of its tables.
-_TOLD = {"text", "title", "published", "needs", "larger", "plot", "claims"}
+_TOLD = {"text", "title", "published", "needs", "before", "larger"}
+_TOLD |= {"plot", "claims", "sources"}
 _SKIPPED_FIELDS = {"ctx", "kind", "type_comment", "type_params", "returns"}
 
 # A module, and a name in it; no name: all of it.

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments.lab import experiment, provenance, tables
+from tlt_jax.runtime import failures
 
 PEERS_DIR = pathlib.Path(__file__).parents[1] / "peers"
 DEFAULT_MODEL = "smollm2-135m-instruct"  # as tlt_jax.models.formats.source names it
@@ -40,7 +41,7 @@ class System:
     script: str
 
 
-class RunnerError(RuntimeError):
+class RunnerError(failures.UserError):
     """A runner answered with an error, took too long or ended."""
 
 

@@ -17,6 +17,8 @@ COLORS = (
     *(style.PURPLE, style.SKY, style.GREY),
 )
 PALE, GREY = style.PALE, style.GREY
+# Inches of every picture: a thousand pixels, of which a page shows nine hundred.
+WIDTH = 7.69
 Figure = figure_lib.Figure
 # Of the stages of an RL step, in all plots.
 STAGE_COLORS = {
@@ -36,34 +38,41 @@ def panels(
     *,
     xlabel: str = "",
     ylabel: str = "",
-    width: float = 4.6,
-    height: float = 4.0,
+    columns: int = 2,
+    height: float = 3.7,
 ) -> tuple[figure_lib.Figure, list[axes_lib.Axes]]:
-    """Makes a figure of named panels, `width` by `height` inches each, with its stamp.
+    """Makes a figure of named panels, `height` inches each, with its stamp.
 
-    `xlabel` stands below each panel, `ylabel` at the first one and is meant for all.
+    As wide as a page shows it, whatever the number of panels: they stand in rows of
+    `columns`. `xlabel` stands below each column, `ylabel` beside each row.
     """
-    size = (width * len(names), height)
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    size = (WIDTH, 0.4 + rows * height)
     fig = figure_lib.Figure(figsize=size, layout="constrained")
     fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    found = fig.subplots(1, len(names), squeeze=False)[0]
+    grid = fig.subplots(rows, columns, squeeze=False)
+    found = list(grid.flat)
+    for unused in found[len(names) :]:
+        unused.remove()
+    del found[len(names) :]
     fig.supxlabel(stamp_text, x=0.99, ha="right", fontsize=7, color=GREY)
-    for axes, name in zip(found, names, strict=True):
+    for number, (axes, name) in enumerate(zip(found, names, strict=True)):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=PALE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_title(name, loc="left", fontsize=10)
-        axes.set_xlabel(xlabel)
-    found[0].set_ylabel(ylabel)
-    return fig, list(found)
+        axes.set_xlabel(xlabel if number + columns >= len(names) else "")
+        axes.set_ylabel("" if number % columns else ylabel)
+    return fig, found
 
 
 def figure(
     title: str, xlabel: str, ylabel: str, stamp_text: str
 ) -> tuple[figure_lib.Figure, axes_lib.Axes]:
     """Makes a figure of one panel, with its stamp."""
-    size = {"width": 7.5, "height": 4.4}
-    fig, (axes,) = panels(title, [""], stamp_text, xlabel=xlabel, ylabel=ylabel, **size)
+    labels = {"xlabel": xlabel, "ylabel": ylabel}
+    fig, (axes,) = panels(title, [""], stamp_text, height=4.0, **labels)
     return fig, axes
 
 

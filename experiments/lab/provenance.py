@@ -31,8 +31,8 @@ _PACKAGES = (
 )
 _CODE = ("--", ":(top)", ":(top,exclude)experiments/results")
 # What a later run tells that adds to a table.
-_OF_A_RUN = ("command", "commit", "uncommitted_changes", "device", "cpu_model")
-_OF_A_RUN += ("started_utc",)
+_OF_CODE = ("commit", "uncommitted_changes", "device", "cpu_model")
+_OF_A_RUN = ("command", *_OF_CODE, "started_utc")
 
 FRESH, STALE, PARTIAL, UNDATED, UNRUN = "fresh stale partial undated unrun".split()
 CARRIED = "fresh (carried)"
@@ -65,6 +65,15 @@ class Provenance:
         }
         # What the seconds of this run are written into.
         self._timed = self.record
+
+    def read_from(self, paths: Sequence[pathlib.Path]) -> None:
+        """Notes of tables that were read whose they are."""
+        sources = []
+        for path in paths:
+            if told := read(path.parent, path.stem):
+                sources += [_named(told, run) for run in _runs(told)]
+        if sources:
+            self.record["sources"] = sources
 
     def resume(self, stored: Mapping[str, object], cells: Sequence[str]) -> None:
         """Goes on with a stored record; notes in it the cells that this run adds."""
@@ -145,15 +154,61 @@ def carry(slug: str, folder: pathlib.Path, commit: str | None, why: str) -> str:
     return f"carried from {last} to {current}"
 
 
-def stamp(record: Mapping[str, object]) -> str:
-    """Returns the line that says where a plot's figures come from."""
+def _runs(record: Mapping) -> list[Mapping]:
+    """Lists the run that began a table, and those that went on with it."""
+    return [record, *record.get("continued", ())]
+
+
+def _named(record: Mapping, run: Mapping) -> dict[str, object]:
+    return {"experiment": record["experiment"]} | {name: run[name] for name in _OF_CODE}
+
+
+def wall_minutes(record: Mapping) -> float:
+    """Adds up the minutes of all runs that made a table."""
+    return sum(run.get("wall_s", 0.0) for run in _runs(record)) / 60
+
+
+def stamp(record: Mapping, *, is_read: bool = False) -> str:
+    """Returns the line that says where rows come from: scale, machines, commits.
+
+    Of all runs that added to them, and of the tables that they were computed from;
+    `is_read`: of these alone, where there are any, since nothing else was measured.
+    """
     scale = re.search(r"--scale=(\w+)", str(record.get("command")))
-    commit = str(record.get("commit") or "")[:8] or "no commit"
-    changed = "+" if record.get("uncommitted_changes") else ""
-    device = record["device"]
-    if device == "cpu":
-        device = record.get("cpu_model") or device
-    return f"scale {scale[1] if scale else 'cpu'} · {device} · {commit}{changed}"
+    return f"scale {scale[1] if scale else 'cpu'} · {_places(record, is_read)}"
+
+
+def caption(record: Mapping) -> str:
+    """Returns the line that says under a table where its rows come from."""
+    return f"{_places(record, False)} · {str(record['started_utc'])[:10]}"
+
+
+def _places(record: Mapping, is_read: bool) -> str:
+    sources = record.get("sources", [])
+    runs = [*sources] if is_read and sources else [*_runs(record), *sources]
+    commits: dict[str, dict[str, None]] = {}
+    for run in runs:
+        commits.setdefault(machine(run), {})[_commit(run)] = None
+    places = [f"{name} · {_short(list(found))}" for name, found in commits.items()]
+    several = f"{len(places)} machines: " if len(places) > 1 else ""
+    return several + "; ".join(places)
+
+
+def machine(run: Mapping) -> str:
+    """Names what a run computed on."""
+    device = str(run["device"])
+    return str(run.get("cpu_model") or device) if device == "cpu" else device
+
+
+def _commit(run: Mapping) -> str:
+    commit = str(run.get("commit") or "")[:8] or "no commit"
+    return commit + ("+" if run.get("uncommitted_changes") else "")
+
+
+def _short(commits: Sequence[str]) -> str:
+    if len(commits) < 4:
+        return ", ".join(commits)
+    return f"{commits[0]} and {len(commits) - 1} others"
 
 
 def started_module(experiment: str) -> str:

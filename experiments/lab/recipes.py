@@ -7,6 +7,7 @@ the machine's load.
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import runpy
@@ -45,6 +46,12 @@ DRAFTER = {
     "adaptation.num_rows": 4,
     "adaptation.max_frac": 1.0,
 }
+# Of configs/smollm2_drafter.py, by its variant: each has a workdir of its own.
+COUNTING_DRAFTER = "workdirs/counting_drafter"
+NUMBERS_DRAFTER = "workdirs/random_numbers_drafter"
+_TRAIN = "python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py"
+TRAIN_COUNTING = f"{_TRAIN}:counting --workdir={COUNTING_DRAFTER}"
+TRAIN_NUMBERS = f"{_TRAIN}:random_numbers --workdir={NUMBERS_DRAFTER}"
 # Columns of tables, by what a step's record calls them.
 _COLUMNS = {
     "step": "step",
@@ -69,8 +76,17 @@ ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def recipe_of(recipe: str):
-    """Returns the settings of a recipe, `FILE.py` or `FILE.py:variant`."""
+    """Returns the settings of a recipe, `FILE.py` or `FILE.py:variant`.
+
+    Raises:
+      ValueError: there is none.
+    """
     path, _, argument = recipe.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise ValueError(
+            f"the recipe {recipe} is no file here: recipes are in configs/, and "
+            "commands are started in the repository's root."
+        )
     return runpy.run_path(path)["get_config"](argument)
 
 
@@ -79,6 +95,35 @@ def settings_of(recipe: str, overrides: Mapping[str, object]) -> config.RunConfi
     values = recipe_of(recipe)
     values.update_from_flattened_dict({**SETTINGS, **overrides})
     return config.load(values)
+
+
+def tasks_of(drafter: str) -> list[str]:
+    """Names the tasks that a drafter's workdir was trained on; none: nothing tells."""
+    path = pathlib.Path(drafter) / "config.json"
+    if not path.is_file():
+        return []
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return list(dict.fromkeys(settings.get("texts", {}).get("tasks", ())))
+
+
+def print_other_tasks(drafter: str, tasks: Sequence[str], used_for: str) -> None:
+    """Says of a drafter that was trained on none of the tasks that it was."""
+    trained_on = tasks_of(drafter)
+    if trained_on and not {*trained_on} & {*tasks}:
+        print(
+            f"note: the drafter {drafter} was trained on {', '.join(trained_on)}, and "
+            f"{used_for} {', '.join(tasks)}: what it brings is not what one of these "
+            "brings.",
+            flush=True,
+        )
+
+
+def print_other_task_of(recipe: str, settings: Mapping[str, str]) -> None:
+    """Says of settings whose drafter was trained on another task than the recipe's."""
+    values = recipe_of(recipe)
+    task = settings.get("task.name", values.task.name)
+    if drafter := settings.get("drafter.directory", values.drafter.directory):
+        print_other_tasks(drafter, [task], f"{recipe} runs")
 
 
 def columns(row: tables.Row, *names: str) -> tables.Row:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.lab import experiment, paired, prompts, tables
+from experiments.lab import experiment, paired, prompts, recipes, tables
 from tlt_jax import policy, speculation, types
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import offline_texts
@@ -20,6 +20,7 @@ from tlt_jax.specdec.texts import shards
 
 MAX_PROMPT_TOKENS = 320
 PAGE_SIZE = 64
+TASKS_OF_RECORD = ("counting", "random_numbers")
 OPTIONS = (
     *experiment.plain(
         recorded=False,
@@ -30,7 +31,8 @@ OPTIONS = (
     experiment.Option(
         "drafter",
         "",
-        "workdir of tlt_jax.train_drafter: its drafter, and its held-out prompts",
+        "workdir of tlt_jax.train_drafter: its drafter, and its held-out prompts. That "
+        f"of record: {recipes.TRAIN_COUNTING}",
         required=True,
         recorded=False,
     ),
@@ -141,6 +143,22 @@ class Setting:
             "prompts": len(self.prompts),
             "new_tokens": self.options.new_tokens,
         }
+
+
+def check_drafter(directory: str, scale: str) -> None:
+    """Refuses a workdir that is not there; says of other texts than of record's.
+
+    Raises:
+      ValueError: there is no such directory.
+    """
+    if not pathlib.Path(directory).is_dir():
+        raise ValueError(
+            f"--drafter={directory} is no directory here: train one, for example "
+            f"with {recipes.TRAIN_COUNTING}"
+        )
+    if scale == "cpu":
+        used_for = "the tables of record are of"
+        recipes.print_other_tasks(directory, TASKS_OF_RECORD, used_for)
 
 
 def requests_of(

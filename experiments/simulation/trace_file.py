@@ -18,7 +18,7 @@ _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OPTION = experiment.Option(
     "trace",
     None,
-    "default results/<scale>/tuner_trace.jsonl",
+    "default: your own tuner_trace.jsonl beside --out, else that of record",
     pathlib.Path,
     recorded=False,
 )
@@ -62,14 +62,18 @@ def given(options: argparse.Namespace) -> Trace:
     Raises:
       ValueError: there is none.
     """
-    default = experiment.RESULTS_DIR / options.scale / "tuner_trace.jsonl"
-    path = options.trace or default
+    path = path_of(options)
     if not path.is_file():
         raise ValueError(
             f"--trace={path} is no file: make one with python -m "
             "experiments.tuner_trace, or name another."
         )
     return read(path)
+
+
+def path_of(options: argparse.Namespace) -> pathlib.Path:
+    """Returns where the trace lies that the options name."""
+    return options.trace or experiment.find(options, "tuner_trace.jsonl")
 
 
 @functools.cache

@@ -48,7 +48,7 @@ def test_every_drafter_has_a_path_of_its_own():
             paths += [word for word in doc.split() if word.startswith("--workdir=")]
     assert paths == [
         "--workdir=workdirs/smollm2_drafter",
-        "--workdir=workdirs/smollm2_counting_drafter",
-        "--workdir=workdirs/smollm2_random_numbers_drafter",
+        "--workdir=workdirs/counting_drafter",
+        "--workdir=workdirs/random_numbers_drafter",
         "--workdir=workdirs/tiny_drafter",
     ]

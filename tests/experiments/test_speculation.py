@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import accept_length, speculation_speed
+from experiments.lab import tables
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
@@ -105,3 +106,31 @@ def test_speculation_speed(arguments):
     assert all(row["rows_differing"] == 0 for row in summary)
     assert len(rows_of(out / "speculation_speed.csv")) == 4
     assert (out / "speculation_speed.png").stat().st_size > 0
+
+
+def test_speculation_speed_that_is_stopped_keeps_what_it_measured(
+    arguments, tmp_path, monkeypatch
+):
+    asked = []
+
+    def run_paired(names, cases, decode, **how):
+        """Takes no time, and is stopped in the last case."""
+        asked.append(cases[0]["batch"])
+        if asked[-1] == 2:
+            raise KeyboardInterrupt
+        measured = {"round": 0, "mean_rows": 1.0, "step_ms": 2.0}
+        return [cases[0] | {"system": name} | measured for name in names]
+
+    monkeypatch.setattr(speculation_speed.paired, "run_paired", run_paired)
+    monkeypatch.setattr(speculation_speed, "noise_ms", lambda *given: 0.5)
+    options = [*arguments[0], f"--out={tmp_path}", "--cases=1:D1K1V2,2:D1K1V2"]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            speculation_speed.main(options)
+        rows = tables.read(tmp_path / "speculation_speed.csv")
+        assert [(row["batch"], row["system"]) for row in rows] == [
+            (1, "plain"),
+            (1, "D1K1V2"),
+        ]
+    # The second call took the first case up as it was there.
+    assert asked == [1, 2, 2]

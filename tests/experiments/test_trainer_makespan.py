@@ -72,7 +72,7 @@ def run(monkeypatch, tmp_path, *more, digest_with="ab"):
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
     monkeypatch.setattr(trainer_makespan.recipes, "start", start)
-    options = ["--drafter=DIR", "--steps=2", "--rounds=2", "--set=seed=3"]
+    options = [f"--drafter={tmp_path}", "--steps=2", "--rounds=2", "--set=seed=3"]
     return trainer_makespan.main([*options, f"--out={tmp_path}", *more]), commands
 
 

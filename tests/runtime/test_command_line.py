@@ -1,6 +1,7 @@
 """The command line: overrides reach the settings, mistakes are one line."""
 
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -123,6 +124,20 @@ def run_program(folder):
 
         yield run
         server.stdin.close()
+
+
+def test_what_libraries_log_is_left_out_unless_it_is_asked_for(monkeypatch):
+    hub, ours = logging.getLogger("huggingface_hub"), logging.getLogger("absl")
+    monkeypatch.setattr(hub, "level", logging.WARNING)
+    monkeypatch.setattr(ours, "filters", [])
+    with command_line.told():
+        pass
+    assert not hub.isEnabledFor(logging.WARNING) and hub.isEnabledFor(logging.ERROR)
+    made = ours.makeRecord("absl", logging.ERROR, "x.py", 1, "it failed", (), None)
+    assert ours.filter(made)
+    # The error itself is raised as well.
+    made.exc_info = (ValueError, ValueError("so"), None)
+    assert not ours.filter(made)
 
 
 def test_command_line_overrides(run_program):

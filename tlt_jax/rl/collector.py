@@ -107,7 +107,8 @@ class Collector:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON."""
-        return {"position": self.position, "expected_lengths": self.expected_lengths}
+        lengths = dict(self.expected_lengths)
+        return {"position": self.position, "expected_lengths": lengths}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`; JSON has made text of the lengths' keys."""
@@ -160,11 +161,17 @@ class Collector:
                 break
         if self._dynamic_sampling:
             kept = kept.select(range(min(wanted, len(kept.prompts))))
+        judgements = reward_pool.joined(scores)
+        if judgements.num_failed:
+            watch.note(
+                f"{judgements.num_failed} rewards failed, the first: "
+                f"{judgements.first_failure()}"
+            )
         return Collected(
             everything,
             kept if kept.prompts else None,
             stats,
-            reward_pool.joined(scores),
+            judgements,
             len(scores),
             self._prompts.num_skipped,
         )

@@ -5,8 +5,10 @@ status 2, never a traceback.
 """
 
 import contextlib
+import logging as python_logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -14,7 +16,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from tlt_jax import config
-from tlt_jax.runtime import failures
+from tlt_jax.runtime import failures, stopping
 from tlt_jax.settings import recipe, schema, text, usage
 
 _HELP = ("help", "h", "helpshort", "helpfull", "?")
@@ -84,17 +86,37 @@ def settings_of(
 def told(*more: type[Exception]) -> Iterator[None]:
     """Make one line and status 2 of what a user can mend, of `more` errors as well.
 
+    A run that was stopped, or Ctrl-C, is one line too, with status 128 and the signal.
     Libraries that report every file they write, and backends that they are not there,
     are silent unless the user has asked for it: programs have their own display.
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+        logging.get_absl_logger().addFilter(_has_no_traceback)
+        # It tells of every attempt where there is no network.
+        python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)
     try:
         yield
     except (ValueError, failures.UserError, *more) as error:
         if logging.level_debug():
             raise
         fail(f"{error} (--verbosity=1 shows where)")
+    except failures.Stopped as stop:
+        leave(stop, stop.status)
+    except KeyboardInterrupt:
+        leave(stopping.INTERRUPTED, 128 + signal.SIGINT)
+
+
+def _has_no_traceback(record: Any) -> bool:
+    """Leave out what libraries log of errors that they raise later as well."""
+    return not record.exc_info
+
+
+def leave(message: object, status: int) -> NoReturn:
+    """Print one line and end, with whatever threads are still at work."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -366,11 +366,14 @@ class Checkpoint:
       drafter: what is written of an adapted drafter: what training changes, in the
         background (`selective`); or all that it computes with, in the background
         (`async`) or with the run waiting (`blocking`).
+      grace_s: seconds after Ctrl-C or SIGTERM in which a step may be finished; then its
+        rollout or evaluation is given up, and the step before is saved.
     """
 
     every: int = schema.number(10, 0)
     keep: int = schema.number(2, 1)
     drafter: Literal["selective", "async", "blocking"] = "selective"
+    grace_s: float = schema.number(15.0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,9 @@ export reads the policy alone.
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.metadata
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -66,11 +68,21 @@ class Checkpointer(contextlib.AbstractContextManager):
         What a killed process left half written there is removed. The newest `keep` are
         kept on disk, at least 1. If this one is `alone`, it alone of several processes
         writes and reads here what it holds alone; otherwise all of them take part.
+
+        Raises:
+          CheckpointError: something else is in its place.
         """
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint: at least 1.")
         self._directory = _directory(workdir, name)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._begun: int | None = None
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._directory} cannot be a directory ({error.strerror}): move "
+                "what is in its place, or use another --workdir."
+            ) from error
         processes = ocp.options.MultiprocessingOptions()
         if alone:
             own = jax.process_index()
@@ -145,7 +157,10 @@ class Checkpointer(contextlib.AbstractContextManager):
         trees = {_POLICY: params, _OPTIMIZER: opt_state} | (more or {})
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items[_META] = ocp.args.JsonSave(record)
-        with self._writing(f"the checkpoint of step {step}"):
+        # What is wrong with the one before shall not be said of this one.
+        self.wait()
+        self._begun = step
+        with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
@@ -154,7 +169,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         Raises:
           CheckpointError: one could not be written.
         """
-        with self._writing("a checkpoint"):
+        with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -205,15 +220,27 @@ class Checkpointer(contextlib.AbstractContextManager):
         return _arrays(read, name, kinds)
 
     @contextlib.contextmanager
-    def _writing(self, which: str) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"writing {which} below {self._directory} failed ({_summary(error)}): "
-                "check free space and permissions, then run the same command again; it "
-                "resumes from the newest complete checkpoint."
+                f"writing the checkpoint of step {self._begun} below {self._directory} "
+                f"failed ({_summary(error)}): check free space and permissions, then "
+                "run the same command again; it resumes from the newest complete "
+                "checkpoint."
             ) from error
+
+
+def newest(workdir: str | pathlib.Path, name: str = DIRECTORY) -> int | None:
+    """Return the step of a run's newest complete checkpoint, or None.
+
+    The names of folders tell: nothing is opened, and the run may go on.
+    """
+    with contextlib.suppress(OSError):
+        found = os.listdir(_directory(workdir, name))
+        return max((int(step) for step in found if step.isdecimal()), default=None)
+    return None
 
 
 def restore_policy(
@@ -311,12 +338,16 @@ def _restore(
 ) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be read "
-            f"({_summary(error)}): it is damaged. Delete {directory / str(step)} to "
-            "go on from the checkpoint before it."
-        ) from error
+    # All of them: of an array that is missing Orbax raises an `Exception` as such.
+    except Exception as error:
+        found = CheckpointError(
+            f"the checkpoint of step {step} could not be read ({_summary(error)}): it "
+            f"is damaged. Delete {directory / str(step)} to go on from the checkpoint "
+            "before it."
+        )
+    # What Orbax has begun to read would complain at the interpreter's end.
+    gc.collect()
+    raise found
 
 
 def _shapes(params: Any, opt_state: Any) -> dict[str, list[int]]:
@@ -340,7 +371,10 @@ def _check_shapes(
         )
 
 
-def _summary(error: Exception) -> str:
-    """Return the first line of an error; of a long one the end, where the cause is."""
+def _summary(error: BaseException) -> str:
+    """Return the first line of what caused an error; of a long one both its ends."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     line = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {line if len(line) < 300 else '...' + line[-240:]}"
+    short = line if len(line) < 300 else f"{line[:60]} ... {line[-200:]}"
+    return f"{type(error).__name__}: {short}"

@@ -3,6 +3,7 @@
 import ast
 import json
 import pathlib
+import re
 import runpy
 
 import pytest
@@ -14,7 +15,8 @@ from experiments.lab import (
     claims,
     experiment,
     freshness,
-    readme_tables,
+    provenance,
+    result_tables,
     tables,
 )
 from tests import command_lines
@@ -55,14 +57,14 @@ def test_a_table_of_the_readme_follows_its_csv(monkeypatch, tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "t.csv").write_text("a,b\n1,0.25\n2,\n")
     monkeypatch.setattr(experiment, "RESULTS_DIR", tmp_path)
-    table = readme_tables.Table("t.csv", {"A": "a", "B": "b"})
-    monkeypatch.setattr(readme_tables, "TABLES", {"mine": table})
+    table = result_tables.Table("t.csv", {"A": "a", "B": "b"})
+    monkeypatch.setattr(result_tables, "TABLES", {"mine": table})
     text = "x\n<!-- table: mine -->\nold\n<!-- end of table -->\ny\n"
-    new = readme_tables.rendered(text)
+    new = result_tables.rendered(text)
     assert "| A | B |\n| --- | --- |\n| 1 | 0.25 |\n| 2 | - |\n" in new
-    assert readme_tables.rendered(new) == new
+    assert result_tables.rendered(new) == new
     with pytest.raises(ValueError, match="'gone'; made here are mine"):
-        readme_tables.rendered(text.replace("mine", "gone"))
+        result_tables.rendered(text.replace("mine", "gone"))
 
 
 def test_results_are_of_experiments_and_tell_where_they_come_from():
@@ -92,6 +94,7 @@ def test_listed_commands_start():
     commands = {
         item.command(scale) for item in catalogue.every() for scale in experiment.SCALES
     }
+    commands |= {command for item in catalogue.every() for command in item.before}
     words = [command.split()[2:] for command in sorted(commands)]
     for command, found in zip(
         words, command_lines.start(words, stop=True), strict=True
@@ -116,12 +119,25 @@ def test_peers_of_two_experiments_stand_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "RESULTS_DIR", tmp_path)
     with pytest.raises(ValueError, match="decode_speed_summary.csv is not in cpu"):
         peers_side_by_side.main([])
-    write_peers_tables(tmp_path / "cpu")
+    write_peers_tables(tmp_path / "cpu", cpu_model="theirs")
+    of_record = sorted(path.name for path in (tmp_path / "cpu").iterdir())
     rows = peers_side_by_side.main([])
     assert [row["experiment"] for row in rows] == ["decode_speed", "grpo_step_speed"]
     assert rows[0]["case"] == "batch 1" and rows[1]["times_faster/min"] == 1.5
     assert (rows[0]["ours"], rows[0]["theirs"]) == (9, 4.5)
-    assert (tmp_path / "cpu" / "peers_side_by_side.png").stat().st_size > 10_000
+    assert sorted(path.name for path in (tmp_path / "cpu").iterdir()) == of_record
+    own = tmp_path / "mine" / "cpu"
+    assert (own / "peers_side_by_side.png").stat().st_size > 10_000
+    # Its figures are of other tables, and so is what the picture says.
+    stamp = "scale cpu · theirs · decode_s, grpo_ste"
+    record = provenance.read(own, "peers_side_by_side")
+    assert provenance.stamp(record, is_read=True) == stamp
+    # One's own tables go before those of record.
+    write_peers_tables(own, slugs=("decode_speed",), cpu_model="mine")
+    peers_side_by_side.main([])
+    record = provenance.read(own, "peers_side_by_side")
+    two = "scale cpu · 2 machines: mine · decode_s; theirs · grpo_ste"
+    assert provenance.stamp(record, is_read=True) == two
 
 
 def test_peers_are_measured_in_one_run_each_where_it_belongs(tmp_path, monkeypatch):
@@ -154,20 +170,23 @@ def test_peers_are_measured_in_one_run_each_where_it_belongs(tmp_path, monkeypat
         peers_side_by_side.main([f"--out={tmp_path}", "--peers=verl"])
 
 
-def write_peers_tables(folder):
+def write_peers_tables(folder, slugs=tuple(peers_side_by_side.METRICS), **machine):
     """Writes what the two experiments make, as far as they are read."""
     folder.mkdir(exist_ok=True)
     for slug, case, metric in (
         ("decode_speed", "batch", "tokens_per_s"),
         ("grpo_step_speed", "lengths", "steady_step_s"),
     ):
+        if slug not in slugs:
+            continue
         names = [case, "temperature", "system", "rounds"]
         names += [f"{metric}/{what}" for what in ("median", "times", "times_min")]
         lines = [",".join(names), "1,0.0,tlt_jax,2,9.0,,", "1,0.0,peer,2,4.5,2.0,1.5"]
         lines.append("1,1.0,peer,2,3,3.0,3.0" if case == "batch" else "")
         (folder / f"{slug}_summary.csv").write_text("\n".join(lines))
-        record = {"commit": slug, "config_hash": "c"}
-        (folder / f"{slug}.json").write_text(json.dumps(record))
+        record = {"experiment": slug, "commit": slug, "config_hash": "c"}
+        record |= {"device": "cpu", "cpu_model": "x", "uncommitted_changes": False}
+        (folder / f"{slug}.json").write_text(json.dumps(record | machine))
 
 
 def test_every_declaration_is_in_the_catalogue():
@@ -195,6 +214,65 @@ def test_the_listing_names_every_experiment(capsys):
     assert "decode_speed" in capsys.readouterr().out
     unrun = program.main(["--scale=paper"])
     assert {row["status"] for row in unrun} == {"unrun", "as cpu", "a tool"}
+    assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_listing_says_what_an_item_is_of_and_takes():
+    rows = {row["experiment"]: row for row in catalogue.listing("cpu")}
+    assert rows["length_tail"]["paper"] == "figures 1 and 2"
+    assert all(rows[slug]["paper"] for slug in catalogue.PAPER)
+    speed = rows["speculation_speed"]
+    assert speed["takes"] == (
+        "9 min on 2 cores (AMD EPYC), and 15 min for what comes first"
+    )
+    assert program.entry(speed)[-3:] == [
+        "  $ python -m tlt_jax.train_drafter "
+        "--config=configs/smollm2_drafter.py:counting \\",
+        "        --workdir=workdirs/counting_drafter",
+        "  $ python -m experiments.speculation_speed --scale=cpu "
+        "--drafter=workdirs/counting_drafter",
+    ]
+    large = {row["experiment"]: row for row in catalogue.listing("paper")}
+    assert large["end_to_end"]["takes"].startswith("8 to 64 H100; never run")
+    assert large["cluster_size"]["takes"] == rows["cluster_size"]["takes"]
+
+
+def test_pictures_are_drawn_of_ones_own_tables_unless_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "RESULTS_DIR", tmp_path)
+    drawn = []
+    monkeypatch.setattr(
+        experiment.Experiment,
+        "redraw",
+        lambda self, folder: drawn.append(folder / self.slug) or "drawn",
+    )
+    for folder, name in (("cpu", "packing"), ("mine/cpu", "devices")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"{name}.json").write_text('{"commit": "c"}')
+    program.main(["plots"])
+    program.main(["plots", f"--out={tmp_path / 'cpu'}"])
+    assert drawn == [tmp_path / "mine/cpu/devices", tmp_path / "cpu/packing"]
+    with pytest.raises(ValueError, match="has no tables: run an experiment first"):
+        program.main(["plots", f"--out={tmp_path / 'empty'}"])
+
+
+def test_pictures_of_record_are_as_wide_as_a_page_and_shown():
+    page = (freshness.FOLDER / "RESULTS.md").read_text("utf-8")
+    for path in (experiment.RESULTS_DIR / "cpu").glob("*.png"):
+        with path.open("rb") as picture:
+            width = int.from_bytes(picture.read(20)[16:])
+        # Timelines are wider: they are copies of what runs draw.
+        assert width <= (1110 if "timeline" in path.name else 1000), path
+        assert f"(results/cpu/{path.name})" in page
+
+
+def test_what_the_page_of_results_links_is_there():
+    page = (freshness.FOLDER / "RESULTS.md").read_text("utf-8")
+    headings = re.findall(r"^#+ (.*)$", page, re.M)
+    anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
+        path, _, anchor = link.partition("#")
+        assert (freshness.FOLDER / path).exists(), link
+        assert anchor in anchors or not anchor, link
 
 
 def _docstring(path):

@@ -52,6 +52,26 @@ def test_a_stamp_tells_scale_and_device():
     assert provenance.stamp(cpu) == "scale cpu · Zen · no commit"
 
 
+def test_a_stamp_names_every_machine_that_rows_are_of():
+    def run(model, commit, **more):
+        return {"device": "cpu", "cpu_model": model, "commit": commit * 40, **more}
+
+    first = run("Zen", "a", command="python -m experiments.e")
+    also = {"continued": [run("Zen", "b", uncommitted_changes=True)]}
+    assert provenance.stamp(first | also) == "scale cpu · Zen · aaaaaaaa, bbbbbbbb+"
+    also["continued"].append(run("Xeon", "c"))
+    two = "scale cpu · 2 machines: Zen · aaaaaaaa, bbbbbbbb+; Xeon · cccccccc"
+    assert provenance.stamp(first | also) == two
+    many = {"continued": [run("Zen", commit) for commit in "bcd"]}
+    assert provenance.stamp(first | many) == "scale cpu · Zen · aaaaaaaa and 3 others"
+    read = {"sources": [run("Xeon", "c")]}
+    assert "Zen · aaaaaaaa; Xeon" in provenance.stamp(first | read)
+    assert provenance.stamp(first | read, is_read=True) == "scale cpu · Xeon · cccccccc"
+    assert provenance.caption(first | {"started_utc": "2026-11-23T01:02"}) == (
+        "Zen · aaaaaaaa · 2026-11-23"
+    )
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux")
 def test_the_processor_has_a_name():
     assert provenance.cpu_model() not in ("", "unknown")

@@ -407,11 +407,10 @@ def test_the_planner_tells_whether_idle_time_keeps_the_drafter_adapted():
     ],
 )
 def test_the_planner_says_what_is_wrong(flags, message):
-    with pytest.raises(SystemExit, match=message) as raised:
+    with pytest.raises(ValueError, match=message):
         planner.main(flags)
-    assert "Traceback" not in str(raised.value)
 
 
 def test_lengths_beyond_the_limit_are_refused(workdir):
-    with pytest.raises(SystemExit, match="500 tokens, more than --max-tokens=300"):
+    with pytest.raises(ValueError, match="500 tokens, more than --max-tokens=300"):
         planner.main([f"--lengths={workdir}", "--max-tokens=300"])

@@ -1,23 +1,23 @@
-"""Tables of README.md, written from the CSVs: `python -m experiments tables`.
+"""Tables of RESULTS.md and README.md, from the CSVs: `python -m experiments tables`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, and below it
+the machine and commit of its rows.
 """
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Callable, Mapping
 
-from experiments.lab import experiment, tables
+from experiments.lab import experiment, freshness, provenance, tables
 
-README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+PAGES = (freshness.FOLDER / "RESULTS.md", freshness.ROOT / "README.md")
 _BLOCK = re.compile(r"(<!-- table: ([\w]+) -->\n).*?(<!-- end of table -->)", re.S)
 Rows = list[tables.Row]
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of the README, of a file under results/cpu.
+    """A table of a page, of a file under results/cpu.
 
     A heading has a column's name, or what makes an entry of a row; `prepare` is what is
     made of all rows before `keep` chooses.
@@ -123,7 +123,23 @@ def _drafters(rows: Rows) -> Rows:
     ]
 
 
+def _is_main_job(row: tables.Row) -> bool:
+    return row.get("model") == "smollm2" and row.get("processes") == 2
+
+
 TABLES = {
+    # Of the README: the main job alone.
+    "end_to_end_short": Table(
+        "end_to_end_summary.csv",
+        {
+            "SmolLM2-135M, 20 RL steps": lambda row: _SYSTEMS[row["system"]],
+            "rollout, drafter, update, sync": lambda row: f"{row['seconds']:.0f} s",
+            "times as fast": _times("times_faster"),
+            "rollout alone": _times("rollout_times_faster"),
+            "accept length": _fixed("accept_length", 1),
+        },
+        keep=_is_main_job,
+    ),
     "end_to_end": Table(
         "end_to_end_summary.csv",
         {
@@ -330,17 +346,18 @@ TABLES = {
 
 
 def render(name: str) -> str:
-    """Returns a table as Markdown.
+    """Returns a table as Markdown, and where its rows come from.
 
     Raises:
-      ValueError: the README asks for a table that is not made here.
+      ValueError: a page asks for a table that is not made here.
     """
     if name not in TABLES:
         raise ValueError(
-            f"README.md has a table {name!r}; made here are {', '.join(TABLES)}."
+            f"a page has a table {name!r}; made here are {', '.join(TABLES)}."
         )
     table = TABLES[name]
-    rows = table.prepare(tables.read(experiment.RESULTS_DIR / "cpu" / table.file))
+    path = experiment.record_folder("cpu") / table.file
+    rows = table.prepare(tables.read(path))
     lines = [list(table.columns), ["---"] * len(table.columns)]
     lines += [
         [
@@ -349,7 +366,9 @@ def render(name: str) -> str:
         ]
         for row in filter(table.keep, rows)
     ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    record = provenance.read(path.parent, path.stem.removesuffix("_summary"))
+    told = f"\n_{provenance.caption(record)}_\n" if record else ""
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + told
 
 
 def _text(entry: object) -> str:
@@ -359,16 +378,19 @@ def _text(entry: object) -> str:
 
 
 def rendered(text: str) -> str:
-    """Returns the README with its tables as the CSVs are."""
+    """Returns a page with its tables as the CSVs are."""
     return _BLOCK.sub(lambda match: match[1] + render(match[2]) + match[3], text)
 
 
 def write() -> list[tables.Row]:
-    """Writes the tables; returns which there are."""
-    text = README.read_text("utf-8")
-    new = rendered(text)
-    if new != text:
-        README.write_text(new, "utf-8")
-    names = [match[2] for match in _BLOCK.finditer(new)]
-    print(f"Wrote {', '.join(names) or 'no tables'}.")
-    return [{"table": name} for name in names]
+    """Writes the tables into the pages; returns which there are."""
+    rows = []
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        new = rendered(text)
+        if new != text:
+            page.write_text(new, "utf-8")
+        names = [match[2] for match in _BLOCK.finditer(new)]
+        print(f"Wrote into {page.name}: {', '.join(names) or 'no tables'}.")
+        rows += [{"page": page.name, "table": name} for name in names]
+    return rows
