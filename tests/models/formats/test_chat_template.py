@@ -1,63 +1,83 @@
-"""Chat templates from strangers: whatever they compute is a line, soon."""
+"""Chat templates are rendered, and those that would hold up a run are refused."""
+
+import os
 
 import pytest
 
-from tlt_jax.foreign import process
 from tlt_jax.models.formats import chat_template
 
-MESSAGES = {"messages": [{"role": "user", "content": "1 < 3 \u00e9"}]}
+MESSAGES = [{"role": "user", "content": "é\n<b>"}]
+
+
 DOUBLING = (
     "{% set n = namespace(x='ab') %}"
     "{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
 )
 
 
+def render(source, **variables):
+    return chat_template.render(source, {"messages": MESSAGES} | variables)
+
+
+def test_text_and_names_of_the_hub():
+    source = (
+        "{% for m in messages %}\n"
+        "{% generation %}{{ bos_token }}{{ m.content }}{% endgeneration %}\n"
+        "{% if loop.first %}{% continue %}{% endif %}no\n"
+        "{% endfor %}\n"
+        "{{ messages | tojson }} {{ strftime_now('%%') }} {{ thinking is defined }}"
+    )
+    expected = 'é\n<b>[{"role": "user", "content": "é\\n<b>"}] % False'
+    assert render(source, bos_token="<s>") == "<s>" + expected
+
+
 @pytest.mark.parametrize(
-    ("source", "message"),
+    "source,reason",
     [
-        ("{{ 1/0 }}", "refuses the messages: ZeroDivisionError: division by zero"),
+        ("{{ 1/0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ raise_exception('no\nsystem') }}", "refuses the messages: no system."),
+        ("{{ 'a' * 10**10 }}", "more memory than it may have"),
+        ("{{ 'a'|center(10**7) }}", "its text has 10000000 characters"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-        ("{{ 'a'*10**10 }}", "refuses the messages: MemoryError: mend"),
-        ("{{ 'a'.center(10**10) }}", "MemoryError"),
-        ("{{ '%10000000000d' % 1 }}", "MemoryError"),
-        (DOUBLING, "MemoryError"),
+        ("{{ ''.__class__.__mro__ }}", "__class__"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ 'a'.center(10**10) }}", "more memory than it may have"),
+        ("{{ '%10000000000d' % 1 }}", "more memory than it may have"),
+        (DOUBLING, "more memory than it may have"),
         ("{% for i in range(10**9) %}x{% endfor %}", "OverflowError: Range too big"),
-        ("{{ 'a' * 5000000 }}", "makes a text of 5000000 characters"),
-        ("{{ x.y.z }}", "refuses the messages: 'x' is undefined"),
-        ("{{ raise_exception('a\nb') }}", r"refuses the messages: a\\nb: mend"),
-        ("{% if 1 %}" * 2000, "cannot be read"),
-        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "cannot be read: RecursionE"),
-        ("{% for %}", "cannot be read: Expected an expression"),
+        ("{{ x.y.z }}", "'x' is undefined. Mend the messages or the template"),
+        ("{% if 1 %}" * 2000, "refuses the messages: "),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "RecursionError"),
+        ("{{ raise_exception('\ud83d') }}", "ud83d"),
     ],
 )
-def test_what_a_template_does_is_one_line(source, message):
-    with pytest.raises(ValueError, match=f"the chat template .*{message}") as caught:
-        chat_template.render(source, MESSAGES)
-    assert "\n" not in str(caught.value)
-    # The next one is none the worse.
-    assert (
-        chat_template.render("{{ messages[0].content }}!", MESSAGES) == "1 < 3 \u00e9!"
-    )
+def test_what_cannot_be_rendered_is_one_line(source, reason):
+    with pytest.raises(ValueError, match="the chat template refuses") as caught:
+        render(source)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    # The next one is rendered all the same.
+    assert render("{{ messages[0].role }}") == "user"
 
 
-def test_what_ends_or_fills_time_costs_that_text_only(monkeypatch):
-    monkeypatch.setattr(chat_template, "_LIMITS", process.Limits(0.3, 1 << 28))
-    renderer, lock = chat_template._renderer.__wrapped__()
-    monkeypatch.setattr(chat_template, "_renderer", lambda: (renderer, lock))
-    slow = (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    )
-    with pytest.raises(ValueError, match="takes more than 0.3 s: mend"):
-        chat_template.render(slow, MESSAGES)
-    with pytest.raises(ValueError, match=r"ends its process \(it wrote"):
-        chat_template.render(
-            "{{ 'a' * 100000 }}", MESSAGES
-        )  # Beyond the answer's limit.
-    assert chat_template.render("{{ 1 + 1 }}", {}) == "2"
-    renderer.close()
+def test_one_that_takes_too_long_is_ended(monkeypatch):
+    monkeypatch.setattr(chat_template, "LIMIT_S", 0.3)
+    endless = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    with pytest.raises(ValueError, match="it takes more than 0.3 s"):
+        render(endless)
+    monkeypatch.undo()
+    assert render("x") == "x"
+
+
+def test_a_fork_has_a_process_of_its_own():
+    assert render("x") == "x"
+    first, _ = chat_template._renderer(os.getpid(), chat_template.LIMIT_S)
+    assert chat_template._renderer(0, chat_template.LIMIT_S)[0] is not first
 
 
 def test_variables_that_a_template_reads():
     source = "{% set a = 1 %}{{ a }}{{ y }}{% for m in messages %}{{ x }}{% endfor %}"
-    assert chat_template.undeclared(source) == ["messages", "x", "y"]
-    assert chat_template.undeclared("{{ range(2) }}{{ strftime_now('%d') }}") == []
+    assert chat_template.variables(source) == {"messages", "x", "y"}
+    assert chat_template.variables("{{ range(2) }}{{ strftime_now('%d') }}") == set()
+    with pytest.raises(ValueError, match="cannot be read: RecursionError"):
+        chat_template.variables("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}")

@@ -8,6 +8,7 @@ import atexit
 import datetime
 import functools
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,13 +20,16 @@ import jinja2.sandbox
 
 from tlt_jax.foreign import process, serving
 
+LIMIT_S = 10.0
+LIMIT_BYTES = 1 << 30  # Of address space.
+LIMIT_CHARACTERS = 4 << 20
+# Of a text of the limit, each character escaped.
+_ANSWER_BYTES = 16 * LIMIT_CHARACTERS
+_SHOWN = 200  # Characters of an error.
 _ENTRY = "tlt_jax.models.formats.chat_template:server"
-_LIMITS = process.Limits(call_s=10.0, memory_bytes=1 << 30, answer_bytes=1 << 26)
-# So that the answer, each character escaped twice, stays below its limit.
-_MAX_CHARACTERS = 1 << 22
 _REMEDY = (
-    "mend the messages or the template (a chat_template.jinja beside tokenizer.json is "
-    "the one that counts)"
+    "Mend the messages or the template; a chat_template.jinja beside tokenizer.json "
+    "is the one that counts"
 )
 
 # What is asked of the process: a template's source, and its variables; None: only which
@@ -33,85 +37,42 @@ _REMEDY = (
 _Job = tuple[str, Mapping[str, Any] | None]
 
 
-def render(source: str, variables: Mapping[str, Any]) -> str:
-    """Renders a template.
+def render(source: str, given: Mapping[str, Any]) -> str:
+    """Render a template.
 
     Args:
-      source: in Jinja, with what templates on the hub rely on.
-      variables: what it sees, by name; they can be pickled.
+      source: the template.
+      given: what it sees by name; it can be pickled.
 
     Raises:
-      ValueError: it is no template, raises something, takes more than 10 seconds or 1
-        GiB, or the text is longer than four million characters.
+      ValueError: it cannot be rendered, takes more than `LIMIT_S` seconds or
+        `LIMIT_BYTES` of memory, or its text is longer than `LIMIT_CHARACTERS`.
     """
-    return _ask((source, variables))
+    answer = _ask((source, given))
+    if "error" in answer:
+        raise ValueError(
+            f"the chat template refuses the messages: {answer['error']}. {_REMEDY}."
+        )
+    return answer["text"]
 
 
-def undeclared(source: str) -> list[str]:
-    """Returns the names of the variables that a template reads, sorted.
+def variables(source: str) -> set[str]:
+    """Find the names that a template reads and nothing of it or of Jinja's gives.
 
     Raises:
-      ValueError: see `render`.
+      ValueError: it is no template.
     """
-    return _ask((source, None))
+    answer = _ask((source, None))
+    if "error" in answer:
+        raise ValueError(
+            f"the chat template cannot be read: {answer['error']}. {_REMEDY}."
+        )
+    return set(answer["names"])
 
 
-def server(_: None) -> Callable[[_Job], dict[str, Any]]:
-    """Returns what the process does with a job; see `process.Process`."""
-
-    def answer(job: _Job) -> dict[str, Any]:
-        source, variables = job
-        problem = "cannot be read"
-        try:
-            template, names = _compile(source)
-            problem = "refuses the messages"
-            text = None if variables is None else template.render(**variables)
-        except jinja2.TemplateError as error:
-            return {"problem": f"{problem}: {serving.printable(str(error))[:500]}"}
-        except Exception as error:  # Whatever a stranger computes.
-            what = f"{type(error).__name__}: {error}"[:500].removesuffix(": ")
-            return {"problem": f"{problem}: {serving.printable(what)}"}
-        if text is not None and len(text) > _MAX_CHARACTERS:
-            return {"problem": f"makes a text of {len(text)} characters"}
-        return {"answer": names if text is None else text}
-
-    return answer
-
-
-def _ask(job: _Job) -> Any:
-    renderer, lock = _renderer()
-    try:
-        with lock:
-            found = renderer.call(job)
-    except process.TooLongError:
-        found = {"problem": f"takes more than {_LIMITS.call_s:g} s"}
-    except process.EndedError as error:
-        found = {"problem": f"ends its process ({error})"}
-    if "problem" in found:
-        problem = found["problem"].removesuffix(".")
-        raise ValueError(f"the chat template {problem}: {_REMEDY}.")
-    return found["answer"]
-
-
-@functools.cache
-def _renderer() -> tuple[process.Process, threading.Lock]:
-    """Returns the process for all templates; it starts with the first one."""
-    renderer = process.Process("the chat template's process", _ENTRY, None, _LIMITS)
-    atexit.register(renderer.close)  # Nothing warns of what is left open.
-    return renderer, threading.Lock()
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> tuple[jinja2.Template, list[str]]:
-    """Compiles a template, and finds what it reads beside what all templates have."""
-    environment = _environment()
-    names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-    return environment.from_string(source), sorted(names - set(environment.globals))
-
-
-def _environment() -> jinja2.Environment:
-    """Makes what templates run in, with the names that those on the hub rely on."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def environment() -> jinja2.Environment:
+    """Make what templates run in, with the names that those on the hub rely on."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[jinja2.ext.loopcontrols, _Generation],
@@ -124,12 +85,10 @@ def _environment() -> jinja2.Environment:
         # Jinja's own filter escapes for HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, **arguments)
 
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
-        form
-    )
-    return environment
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return made
 
 
 class _Generation(jinja2.ext.Extension):
@@ -141,3 +100,54 @@ class _Generation(jinja2.ext.Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def server(_: None) -> Callable[[_Job], dict[str, Any]]:
+    """Return what the process does with a job; see `process.Process`."""
+    compiled = functools.lru_cache(maxsize=8)(environment().from_string)
+
+    def answer(job: _Job) -> dict[str, Any]:
+        source, given = job
+        try:
+            if given is None:
+                made = environment()
+                found = jinja2.meta.find_undeclared_variables(made.parse(source))
+                return {"names": sorted(found - set(made.globals))}
+            text = compiled(source).render(given)
+            if len(text) > LIMIT_CHARACTERS:
+                return {"error": f"its text has {len(text)} characters"}
+            return {"text": text}
+        except MemoryError:
+            return {"error": "it takes more memory than it may have"}
+        except Exception as error:  # Whatever a stranger computes.
+            told = " ".join(str(error).split()) or "no reason given"
+            if not isinstance(error, jinja2.TemplateError):
+                told = f"{type(error).__name__}: {told}"
+            return {"error": serving.printable(told[:_SHOWN]).removesuffix(".")}
+
+    return answer
+
+
+def _ask(job: _Job) -> dict[str, Any]:
+    renderer, lock = _renderer(os.getpid(), LIMIT_S)
+    try:
+        with lock:
+            return renderer.call(job)
+    except process.TooLongError:
+        return {"error": f"it takes more than {LIMIT_S:g} s"}
+    except process.EndedError as error:
+        return {"error": f"it ends its process ({error})"}
+
+
+@functools.cache
+def _renderer(own: int, limit_s: float) -> tuple[process.Process, threading.Lock]:
+    """Return the process that renders for `own`, whose forks have one of their own."""
+    limits = process.Limits(limit_s, LIMIT_BYTES, _ANSWER_BYTES)
+    renderer = process.Process("the chat template's process", _ENTRY, None, limits)
+
+    def end():
+        if os.getpid() == own:
+            renderer.close()
+
+    atexit.register(end)  # Nothing warns of what is left open.
+    return renderer, threading.Lock()

@@ -12,8 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from tlt_jax.models.formats import chat_template as chat_templates
-from tlt_jax.models.formats import hf_config
+from tlt_jax.models.formats import chat_template, hf_config
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # What a template sees besides special tokens and the options that one gives it.
@@ -60,9 +59,9 @@ class Tokenizer:
         """
         if self.chat_template is None:
             return ()
-        names = chat_templates.undeclared(self.chat_template)
+        names = chat_template.variables(self.chat_template)
         given = {*_GIVEN, *_SPECIAL_ROLES}
-        return tuple(name for name in names if name not in given)
+        return tuple(sorted(names - given))
 
     @property
     def bos_id(self) -> int | None:
@@ -148,15 +147,15 @@ class Tokenizer:
                 f"the chat template of this model knows no option {unknown[0]!r}, "
                 f"which would have no effect; it has {has}."
             )
-        given = {
+        variables = {
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": True,
             "tools": None,
             "documents": None,
+            **self.special_tokens,
+            **template_options,
         }
-        return chat_templates.render(
-            self.chat_template, {**given, **self.special_tokens, **template_options}
-        )
+        return chat_template.render(self.chat_template, variables)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
         """Decode ids; bytes that are no UTF-8 become replacement characters.
