@@ -101,9 +101,9 @@ SETTINGS = {
         "functions": ((), ""),
         "weights": ((), ""),
         "workers": (2, "[0, 1024]"),
-        "timeout_s": (10.0, "(0, 86400]"),
+        "timeout_s": (10.0, "[0.001, 86400]"),
         "memory_mb": (8192, "[0, 1000000]"),
-        "failure_reward": (0.0, "[-1e9, 1e9]"),
+        "failure_reward": (0.0, "[-1000000, 1000000]"),
         "unfinished_thoughts": (False, ""),
     },
     sections.Eval: {

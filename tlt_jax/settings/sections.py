@@ -312,10 +312,10 @@ class Reward:
 
     functions: tuple[str, ...] = schema.names()
     weights: tuple[float, ...] = ()
-    workers: int = schema.number(2, 0, 1024)
-    timeout_s: float = schema.number(10.0, above=0.0, high=86_400.0)
+    workers: int = schema.number(2, 0, 2**10)
+    timeout_s: float = schema.number(10.0, 1e-3, 86400.0)
     memory_mb: int = schema.number(8192, 0, 1_000_000)
-    failure_reward: float = schema.number(0.0, -1e9, 1e9)
+    failure_reward: float = schema.number(0.0, -1e6, 1e6)
     unfinished_thoughts: bool = False
 
 
