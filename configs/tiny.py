@@ -59,6 +59,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.rollout.max_new_tokens = 4
         config.rollout.steps_per_call = 4
         config.optimizer.learning_rate = 1e-3
+        # For specdec.mode=tlt: an answer is over, and who waits goes on, in no time.
+        config.specdec.strategies = ("16:D2K1V3",)
+        config.adaptation.num_steps = 2
+        config.adaptation.row_tokens = 64
+        config.adaptation.row_bases = 48
     else:
         config.num_steps = 40
         config.task.options.max_n = 32
@@ -68,7 +73,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.rollout.steps_per_call = 16
         config.optimizer.learning_rate = 5e-4
 
-    # For specdec.mode=tlt: of two layers there are no three to be fused.
+    # For specdec.mode=tlt, too: of two layers there are no three to be fused.
     config.drafter.features = "last"
     config.learner.row_tokens = 256
     # Rewards of single updates are the policy's own: no clipping, no reference.

@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from tests import command_lines, tiny_runs
-from tlt_jax import evaluate, train, types
+from tlt_jax import evaluate, policy, train, types
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl import evaluator
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import reward_pool
@@ -19,7 +22,11 @@ SAMPLES = 3
 def workdir(tmp_path_factory):
     """A run that was evaluated after each of two steps."""
     directory = tmp_path_factory.mktemp("run") / "run"
-    evaluation = {
+    settings = {
+        "num_steps": 2,
+        # Right now and then.
+        "pretrain.steps": 150,
+        "pretrain.noise_frac": 0.3,
         "eval.every": 1,
         "eval.num_prompts": 6,
         "eval.samples": SAMPLES,
@@ -29,7 +36,7 @@ def workdir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Drawing takes longer than training here.
         patch.setattr(train.plots, "draw_all", lambda directory: None)
-        tiny_runs.start("scratch", directory, num_steps=2, **evaluation)
+        train.train(tiny_runs.config_of(**settings), directory)
     return directory
 
 
@@ -74,7 +81,8 @@ def test_examples_are_written_with_their_answers(workdir, tmp_path):
         assert len(line["completions"]) == SAMPLES
         for one in line["completions"]:
             assert one.keys() == {"text", "reward", "num_tokens", "finish_reason"}
-            # tests.judges.odd judges, as it did in training.
+            # The run's own verifier judges, as it did in training.
+            assert one["reward"] == float(one["text"].strip() == line["answer"])
             rewards.append(one["reward"])
             lengths.append(one["num_tokens"])
     assert record["avg@3"] == pytest.approx(np.mean(rewards))
@@ -84,17 +92,21 @@ def test_examples_are_written_with_their_answers(workdir, tmp_path):
 
 def test_a_model_is_judged_by_a_file(workdir, tmp_path):
     path = tmp_path / "sums.jsonl"
-    rows = [{"q": f"{a}+{9 - a}=", "answer": 9} for a in range(10)]
+    rows = [{"q": f"{a}+{9 - a}=", "answer": 9} for a in range(0, 8, 2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = (f"--model={workdir / 'initial_model'}", f"--task={path}")
     model += ("--option=prompt_key=q", "--reward=exact", "--max_new_tokens=6")
     plain, errors = command(*model, "--num_samples=4")
-    assert plain["num_prompts"] == 10 and plain["split"] == "all"
+    assert plain["num_prompts"] == 4 and plain["split"] == "all"
     assert plain["temperature"] == 0.7 and "(by default)" in errors
     assert 0 < plain["avg@4"] == plain["pass@1"] < plain["pass@4"]
     assert plain["accept_length"] == 1.0
     # Speculation changes how fast it is and nothing else.
-    quick, _ = command(*model, "--num_samples=4", "--drafter=ngram")
+    target = policy.load(str(workdir / "initial_model")).config
+    cfg = drafter.of_target(target, output_norm=False, max_length=50)
+    drafter_io.save(tmp_path / "d", drafter.init(cfg, jax.random.key(0)), cfg)
+    speculate = (f"--drafter={tmp_path / 'd'}", "--strategy=16:D2K2V4")
+    quick, _ = command(*model, "--num_samples=4", *speculate)
     assert quick["accept_length"] > 1.0
     changing = ("accept_length", "tokens_per_s")
     assert {k: v for k, v in quick.items() if k not in changing} == {
@@ -209,7 +221,7 @@ def test_a_record_counts_what_was_said():
         (["--model=M", "--task=count", "--reward=exakt"], "did you mean 'exact'"),
         (["--model=M", "--task=count", "--out=absent/o.jsonl"], "lies in no directory"),
         (["--model=M", "--task=count", "--strategy=1:D1K1V2"], "name a drafter"),
-        (["--model=M", "--task=count", "--tsk=1"], "Did you mean: task"),
+        (["--model=M", "--task=count", "--num_promts=1"], "Did you mean: num_prompts"),
         (["--model=M", "--task=count", "count"], "every setting is a --flag"),
         (["--model=M", "--task=count"], "without a model (config.json and"),
         (["--model=org/absent", "--task=count"], "could not be fetched from the model"),

@@ -106,7 +106,13 @@ def test_it_imports_and_defines_no_algorithm(name):
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 used = {alias.name for alias in node.names}
-                assert used <= {"tempfile", "json", "statistics", "numpy"}, used
+                assert used <= {
+                    "tempfile",
+                    "itertools",
+                    "json",
+                    "statistics",
+                    "numpy",
+                }, used
             if isinstance(node, ast.ImportFrom):
                 assert node.module.split(".")[0] in ("tlt_jax", "configs")
             assert not isinstance(node, ast.ClassDef | ast.While)

@@ -283,10 +283,12 @@ def run() -> None:
     if _OUT.value is not None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         pathlib.Path(_OUT.value).write_text(text, encoding="utf-8")
+    held_out = "held-out " if plan.split == "eval" else ""
+    plural = "s" if plan.num_samples > 1 else ""
     print(
         f"{asked.identity}, {asked.precision}; {task.name}: {record['num_prompts']} "
-        f"{'held-out ' if plan.split == 'eval' else ''}prompts, {plan.num_samples} "
-        f"completions each, {how}\n{describe(record)}",
+        f"{held_out}prompts, {plan.num_samples} completion{plural} each, {how}\n"
+        f"{describe(record)}",
         file=sys.stderr,
     )
     print(json.dumps(record, ensure_ascii=False), flush=True)

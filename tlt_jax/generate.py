@@ -229,6 +229,7 @@ def run() -> None:
         law, how = _FLAGS.law(asked)
         settings = dict(sampling_cfg=law, stop=tuple(_STOP.value))
         if _CHAT.value:
+            display.note(f"{asked.identity}, {asked.precision}, {how}")
             _converse(asked, speculation, settings, display)
             return
         options = _FLAGS.template_options()
@@ -374,7 +375,7 @@ def _converse(
             "--chat needs a chat template, this model has none: complete text with "
             "--prompt, or name an instruction-tuned model."
         )
-    display.note(f"{asked.identity}, {asked.precision}. {conversation.HELP}")
+    display.note(conversation.HELP)
     try:
         conversation.converse(answer, system=_SYSTEM.value, read=_read_line)
     finally:

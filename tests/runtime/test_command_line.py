@@ -1,5 +1,6 @@
 """The command line: overrides reach the settings, mistakes are one line."""
 
+import concurrent.futures
 import json
 import logging
 import os
@@ -126,10 +127,11 @@ def run_program(folder):
         server.stdin.close()
 
 
-def test_what_libraries_log_is_left_out_unless_it_is_asked_for(monkeypatch):
+def test_what_libraries_log_is_left_out_unless_it_is_asked_for(monkeypatch, capsys):
     hub, ours = logging.getLogger("huggingface_hub"), logging.getLogger("absl")
     monkeypatch.setattr(hub, "level", logging.WARNING)
     monkeypatch.setattr(ours, "filters", [])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with command_line.told():
         pass
     assert not hub.isEnabledFor(logging.WARNING) and hub.isEnabledFor(logging.ERROR)
@@ -138,6 +140,13 @@ def test_what_libraries_log_is_left_out_unless_it_is_asked_for(monkeypatch):
     # The error itself is raised as well.
     made.exc_info = (ValueError, ValueError("so"), None)
     assert not ours.filter(made)
+    # Of a full disk TensorStore's threads print a hundred lines.
+    shown = ValueError, ValueError("so"), None
+    with concurrent.futures.ThreadPoolExecutor() as other:
+        other.submit(sys.excepthook, *shown).result()
+    assert capsys.readouterr().err == ""
+    sys.excepthook(*shown)
+    assert capsys.readouterr().err == "ValueError: so\n"
 
 
 def test_command_line_overrides(run_program):
@@ -300,6 +309,14 @@ def test_settings_as_yaml_are_a_recipe(run_program, folder):
     (folder / "again.json").write_text(result.stdout)
     again = run_program("--config=again.json")
     assert (again.stdout, again.returncode) == (result.stdout, 0)
+
+
+def test_a_recipe_may_be_named_as_a_module(run_program):
+    by_name, by_path = run_program("--config=recipe"), run_program("--config=recipe.py")
+    assert by_name.stdout == by_path.stdout and by_name.returncode == 0
+    assert "--config=no.recipe: there is no such file" in (
+        run_program("--config=no.recipe").stderr
+    )
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "--helpshort"])

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -28,8 +29,8 @@ def define_config_flag() -> flags.FlagHolder:
     return flags.DEFINE_string(
         "config",
         None,
-        "The recipe: a Python file whose get_config() returns the settings, after a "
-        "colon its variant; or the config.yaml of another run.",
+        "The recipe: a Python file (or package.module) whose get_config() returns the "
+        "settings, after a colon its variant; or the config.yaml of another run.",
     )
 
 
@@ -95,6 +96,7 @@ def told(*more: type[Exception]) -> Iterator[None]:
         logging.get_absl_logger().addFilter(_has_no_traceback)
         # It tells of every attempt where there is no network.
         python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)
+        sys.excepthook = _print_of_main_thread
     try:
         yield
     except (ValueError, failures.UserError, *more) as error:
@@ -110,6 +112,18 @@ def told(*more: type[Exception]) -> Iterator[None]:
 def _has_no_traceback(record: Any) -> bool:
     """Leave out what libraries log of errors that they raise later as well."""
     return not record.exc_info
+
+
+def _print_of_main_thread(
+    kind: type[BaseException], error: BaseException, trace: Any
+) -> None:
+    """Leave out what libraries print of threads of their own; Python's go elsewhere.
+
+    TensorStore prints so where the event loop of a write that failed is gone.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def leave(message: object, status: int) -> NoReturn:

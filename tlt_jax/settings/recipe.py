@@ -37,16 +37,17 @@ class Summary:
 
 
 def load(spec: str, section: type) -> ml_collections.ConfigDict:
-    """Read `FILE` or `FILE.py:ARGUMENT`; the argument is that of `get_config`.
+    """Read `FILE`, `FILE.py:ARGUMENT` or `package.module:ARGUMENT`.
 
-    Keys and types of a YAML or JSON file are those of `section`.
+    The argument is that of `get_config`. Keys and types of a YAML or JSON file are
+    those of `section`.
 
     Raises:
       schema.ConfigError: there is no such file, or what it says cannot be used.
       Exception: a mistake of a Python recipe's own, whose traceback its author wants.
     """
     name, colon, argument = spec.partition(":")
-    path = pathlib.Path(name)
+    path = _path(name)
     if not path.is_file():
         raise _missing(path)
     if path.suffix in _FILES:
@@ -130,6 +131,19 @@ def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
             values[name][free] = item
     else:
         values[name] = value
+
+
+def _path(name: str) -> pathlib.Path:
+    """Return the file that is named, by its path or as a module."""
+    path = pathlib.Path(name)
+    named = path.suffix in {".py", *_FILES} or not re.fullmatch(r"\w+(\.\w+)*", name)
+    if named or path.is_file():
+        return path
+    try:
+        found = importlib.util.find_spec(name)
+    except ImportError:
+        found = None
+    return pathlib.Path(found.origin) if found and found.origin else path
 
 
 def _missing(path: pathlib.Path) -> schema.ConfigError:

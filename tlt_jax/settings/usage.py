@@ -81,8 +81,10 @@ def _flags() -> str:
     for name, flag in own.items():
         shown = f"--[no]{name}" if flag.boolean else f"--{name}"
         lines.append(f"  {shown}{_takes(flag)}")
-        # absl puts the choices of an enumeration before its text.
-        lines += _wrapped(re.sub(r"^<[^>]*>: ", "", flag.help or ""), _NEXT)
+        # absl puts the choices of an enumeration before its text, and a hint of its own
+        # after that of a flag that may be repeated.
+        meaning = (flag.help or "").partition(";\n")[0]
+        lines += _wrapped(re.sub(r"^<[^>]*>: ", "", meaning), _NEXT)
     lines += ["  --verbosity=0", *_wrapped(_VERBOSITY, _NEXT)]
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from typing import TextIO
 
 HELP = (
     "/clear begins anew, /exit or the end of the input ends it, Ctrl-C interrupts an "
-    "answer."
+    "answer"
 )
 
 Message = dict[str, str]

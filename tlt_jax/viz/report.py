@@ -140,8 +140,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         yielded = sum(sum(row["specdec/num_accepted"]) for row in drafted)
         told["accept length"] = f"{yielded / passes:.2f}"
     idle_s = sum(row.get("workers/idle_s") or 0 for row in steps)
-    if idle_s:
-        trained_s = sum(row.get("workers/trained_s") or 0 for row in steps)
+    trained_s = sum(row.get("workers/trained_s") or 0 for row in steps)
+    has_drafter = any(row.get("drafter/version") is not None for row in steps)
+    if idle_s and (trained_s or has_drafter):
         told["of the workers' idle time, trained"] = f"{trained_s / idle_s:.0%}"
     return told
 

@@ -85,7 +85,7 @@ def draw(records: Sequence[Record]) -> figure.Figure | None:
     if several:
         _draw_shares(panels.pop(0), records)
     for axes, index in zip(panels, shown, strict=True):
-        _draw_step(axes, records[index])
+        _draw_step(axes, records[index], TRAINING in states)
     panels[-1].set_xlabel("seconds since the rollout's begin")
     style.key(fig.axes[0], [_LOOK[s] for s in _LOOK if s in states], 9)
     return fig
@@ -107,7 +107,7 @@ def _draw_shares(axes, records: Sequence[Record]) -> None:
     style.style(axes)
 
 
-def _draw_step(axes, record: Record) -> None:
+def _draw_step(axes, record: Record, trains: bool) -> None:
     first = min(start for _, start, _ in _intervals(record))
     workers = record["workers"]
     for row, worker in enumerate(workers):
@@ -115,7 +115,7 @@ def _draw_step(axes, record: Record) -> None:
             color, _ = _LOOK.get(state, (style.GREY, state))
             span = [(start - first, stop - start)]
             axes.broken_barh(span, (row - 0.4, 0.8), color=color, lw=0)
-    frac = trained_frac(seconds(record))
+    frac = trained_frac(seconds(record)) if trains else None
     told = "" if frac is None else f": {frac:.0%} of the free time trained"
     axes.set_title(f"step {record['step']}{told}", loc="left", fontsize=9)
     axes.set_yticks(range(len(workers)), [f"worker {w['worker']}" for w in workers])

@@ -120,6 +120,18 @@ def test_weights_are_a_function_of_the_settings(learnt, tmp_path):
     assert weights(tmp_path / "seed_0") != weights(tmp_path / "seed_1")
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="made with 2 threads")
+def test_a_model_does_not_depend_on_the_number_of_threads(
+    learnt, tmp_path, monkeypatch
+):
+    """One of several processes, with its share of the cores, makes what one does."""
+    monkeypatch.setenv("NPROC", "1")
+    assert [step for step, *_ in make(tmp_path / "model")][-1] == 150
+    files = (folder / "model.safetensors" for folder in (tmp_path / "model", learnt[0]))
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
+
+
 def test_a_complete_directory_is_used_again(tmp_path):
     directory = tmp_path / "model"
     make(directory, steps=0)

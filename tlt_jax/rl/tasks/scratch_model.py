@@ -10,7 +10,10 @@ import functools
 import itertools
 import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -41,6 +44,13 @@ _FILES = frozenset(
     f"tokenizer_config.json {_RECORD}".split()
 )
 _REPORT_EVERY = 20
+# Set before a process starts, XLA computes with so many threads.
+_THREADS, _NUM_THREADS = "NPROC", 2
+_CHILD = (
+    "from tlt_jax.rl.tasks import scratch_model; from tlt_jax.runtime import "
+    "compile_cache; compile_cache.enable(); scratch_model.serve()"
+)
+_PARAMS = "params"
 _CLIP_NORM = 1.0
 
 
@@ -114,7 +124,7 @@ def make(
     _remove_remains(directory)
     tokenizer, texts = read(task)
     cfg = model_of(settings, tokenizer, texts)
-    params = train(cfg, texts, settings.pretrain, settings.seed, on_progress)
+    params = _train_alike(cfg, texts, settings.pretrain, settings.seed, on_progress)
     parent, name = os.path.split(directory)
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as temporary:
@@ -212,6 +222,54 @@ def train(
         if on_progress and (done % _REPORT_EVERY == 0 or done == settings.steps):
             on_progress(done, settings.steps, float(loss_value))
     return params
+
+
+def _train_alike(cfg, texts, settings, seed, on_progress) -> model_params.Params:
+    """Does what `train` does, with the same last bits on few and on many cores.
+
+    On CPUs XLA parts a product among its threads, and sums of parts differ.
+    """
+    if jax.default_backend() != "cpu" or _num_threads() == _NUM_THREADS:
+        return train(cfg, texts, settings, seed, on_progress)
+    with subprocess.Popen(
+        [sys.executable, "-c", _CHILD],
+        env=os.environ | {_THREADS: str(_NUM_THREADS), "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as child:
+        pickle.dump((cfg, texts, settings, seed), child.stdin)
+        child.stdin.close()
+        try:
+            while isinstance(told := pickle.load(child.stdout), tuple):
+                if on_progress:
+                    on_progress(*told)
+        except EOFError as error:
+            raise RuntimeError(
+                f"the process that makes the model ended with status {child.wait()}."
+            ) from error
+    return told[_PARAMS]
+
+
+def serve() -> None:
+    """Trains what standard input describes; for `_train_alike`'s process."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # What libraries print is no answer.
+
+    def tell(*progress):
+        pickle.dump(progress, answers)
+        answers.flush()
+
+    params = train(*pickle.load(sys.stdin.buffer), tell)
+    pickle.dump({_PARAMS: jax.device_get(params)}, answers)
+    answers.close()
+
+
+def _num_threads() -> int:
+    """Threads that XLA computes with on CPUs, unless it has more devices."""
+    if asked := os.environ.get(_THREADS):
+        return int(asked)
+    has = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
 
 
 def noisy(
