@@ -17,6 +17,7 @@ LEVELS = (
     ("types", "settings"),
     ("config",),
     ("runtime",),
+    ("foreign",),
     ("pallas_kernels/verify_attention", "cpu_kernels"),
     ("models",),
     ("models/formats",),

@@ -1,5 +1,7 @@
 """From a run's workdir to a directory that `transformers` loads."""
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import transformers
 
-from tlt_jax import export, policy, types
+from tlt_jax import assembly, export, policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
@@ -71,6 +73,23 @@ def test_transformers_loads_the_policy_and_its_tokenizer(
     loaded = transformers.AutoTokenizer.from_pretrained(out)
     assert loaded("1+2=")["input_ids"] == [4, 13, 5, 14]
     assert model.generation_config.eos_token_id == 2
+
+
+def test_both_eos_of_model_and_tokenizer_are_written(tmp_path):
+    """Rollouts end at both, so whoever loads the policy must know both."""
+    cfg = dataclasses.replace(CFG, eos_ids=(0,))
+    with checkpoint.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, random_params(1), {"count": 1}, cfg, {})
+    own = tokenizer.from_alphabet("0123456789+=")
+    own.save(tmp_path / "run" / "tokenizer")
+    assert assembly.eos_ids_of(cfg, own) == (0, 2)
+    # A token that the model does not have ends nothing.
+    small = dataclasses.replace(cfg, vocab_size=2)
+    assert assembly.eos_ids_of(small, own) == (0,)
+    export.export(str(tmp_path / "run"), str(tmp_path / "out"))
+    for name in ("generation_config.json", "config.json"):
+        written = json.loads((tmp_path / "out" / name).read_text())
+        assert written["eos_token_id"] == [0, 2]
 
 
 # The text of the first ends with EOS, that of the second by its length.

@@ -423,6 +423,31 @@ def test_stop_strings_end_completions(model, tmp_path):
     assert all(text["text"][-1] in "12" for text in stopped)
 
 
+def test_texts_longer_than_the_models_context_are_refused(model, tmp_path):
+    long = {"task.max_prompt_tokens": 64, "learner.row_tokens": 128}
+    message = (
+        "max_prompt_tokens=64 .* up to 7[0-9] tokens, but .* context .* is 1[0-9]:"
+    )
+    with pytest.raises(ValueError, match=message):
+        start(model, tmp_path, **long)
+    assert not (tmp_path / metrics.FILE).exists()
+
+
+def test_a_reward_worker_that_cannot_start_is_told_before_the_first_rollout(
+    model, tmp_path, monkeypatch
+):
+    (tmp_path / "user_shy.py").write_text(
+        "import os\n"
+        f"if os.getpid() != {os.getpid()}: raise RuntimeError('not in workers')\n"
+        "def fn(example, text): return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    shy = {"reward.functions": ("user_shy:fn",), "reward.workers": 1}
+    with pytest.raises(failures.UserError, match="cannot start: .*not in workers"):
+        start(model, tmp_path / "run", **shy)
+    assert not (tmp_path / "run" / "rollouts").exists()
+
+
 def test_bfloat16_trains(model, tmp_path):
     narrow = {"precision": "bfloat16", "rollout.max_batch": 1}
     rows = start(model, tmp_path, num_steps=2, **narrow)

@@ -74,6 +74,7 @@ def assemble(
       ValueError: settings that do not go together, with this model or these devices.
     """
     model, tokenizer = source.config, source.tokenizer()
+    check_context(model, run.task.max_prompt_tokens, run.rollout.max_new_tokens)
     law = law_of(run.sampling)
     learning = updater.Updater(
         model,
@@ -124,6 +125,7 @@ def assemble(
             task.score,
             run.reward.workers,
             run.reward.timeout_s,
+            memory_mb=run.reward.memory_mb,
             failure_reward=run.reward.failure_reward,
         )
     )
@@ -227,6 +229,7 @@ def prompts_of(
         lambda example: tokenizer.encode_prompt(example.prompt, **options),
         max_tokens=cfg.max_prompt_tokens,
         long_prompts=cfg.long_prompts,
+        decode=lambda ids: tokenizer.decode(ids, skip_special=False),
     )
     if found.num_skipped:
         observer.note(
@@ -287,7 +290,7 @@ def engine_of(
         speculator_cfg=speculation.speculator_cfg,
         tuner=speculation.tuner,
         early_tuner=speculation.early_tuner,
-        decode_text=tokenizer.decode,
+        decode_text=tokenizer.decoder_for(sizes.get("stop", ())),
         mesh=mesh,
     )
 
@@ -295,8 +298,31 @@ def engine_of(
 def eos_ids_of(
     model: model_config.ModelConfig, tokenizer: model_tokenizer.Tokenizer
 ) -> tuple[int, ...]:
-    """Ids that end a completion: the model's and the tokenizer's."""
-    return tuple(sorted({*model.eos_ids, *tokenizer.eos_ids}))
+    """Ids that end a completion: the model's and the tokenizer's.
+
+    All that decodes, learns or writes a model has them from here.
+    """
+    ids = {*model.eos_ids, *tokenizer.eos_ids}
+    # A token that the model does not have ends nothing.
+    return tuple(sorted(token for token in ids if token < model.vocab_size))
+
+
+def check_context(
+    model: model_config.ModelConfig, max_prompt_tokens: int, max_new_tokens: int
+) -> None:
+    """Refuse texts that may become longer than the model's context.
+
+    Raises:
+      ValueError: so they may.
+    """
+    longest, limit = max_prompt_tokens + max_new_tokens, model.max_positions
+    if longest > limit:
+        raise ValueError(
+            f"max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens}"
+            f" make texts of up to {longest} tokens, but the model's context "
+            f"(max_position_embeddings) is {limit}: lower one of them, or take another "
+            "model."
+        )
 
 
 def load_weights(

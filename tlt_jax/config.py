@@ -147,6 +147,11 @@ def _check(run: RunConfig) -> None:
             "sampling.temperature=0 draws the same answer for all of a group, which "
             "teaches nothing: set it above 0 (eval.temperature=0 is greedy evaluation)."
         )
+    if "" in run.rollout.stop:
+        raise schema.ConfigError(
+            f"rollout.stop={run.rollout.stop} holds an empty string, which would end "
+            "every completion at its first token: leave it out."
+        )
     speculation.check_shape(run.drafter)
     sections.check_reward(run.reward)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)

@@ -335,9 +335,11 @@ def evaluate(
         task.score,
         judging.workers,
         judging.timeout_s,
+        memory_mb=judging.memory_mb,
         failure_reward=judging.failure_reward,
     ) as pool:
         try:
+            pool.wait_until_ready()
             answers = evaluator.answer(
                 [engine],
                 [found[i // num_samples].example for i in range(len(requests))],

@@ -13,17 +13,19 @@ name means and nothing else: drafters of ours that shall go there are trained wi
 drafter.architecture=eagle or eagle3.
 """
 
+import dataclasses
 import json
 import os
 
 from absl import app, flags, logging
 
-from tlt_jax import policy
+from tlt_jax import assembly, policy
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.drafters import layouts
 from tlt_jax.models.formats import convert
+from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.runtime import command_line
 from tlt_jax.workdir import checkpoint, drafter_checkpoint
 
@@ -77,6 +79,9 @@ def export(workdir: str, out: str, step: int | None = None, dtype="bfloat16") ->
             f"{tokenizer} holds no tokenizer.json, which a run writes when it starts: "
             "copy the tokenizer files of the run's model there."
         )
+    # Who loads it ends texts by these alone; rollouts end at the tokenizer's, too.
+    own = model_tokenizer.from_directory(tokenizer)
+    cfg = dataclasses.replace(cfg, eos_ids=assembly.eos_ids_of(cfg, own))
     convert.save(params, cfg, out, tokenizer_source=tokenizer, dtype=dtype)
     return step
 

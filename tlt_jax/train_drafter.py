@@ -191,6 +191,9 @@ class _Trainer:
 
     def _texts(self) -> shards.Shards:
         run, target, directory = self.run, self.policy, self.directory / "texts"
+        assembly.check_context(
+            target.config, run.texts.max_prompt_tokens, run.texts.max_new_tokens
+        )
         about_texts = schema.to_dict(run.texts)
         options = about_texts.pop("template_options")
         made_with = {

@@ -100,9 +100,11 @@ SETTINGS = {
     sections.Reward: {
         "functions": ((), ""),
         "weights": ((), ""),
-        "workers": (2, "[0, inf)"),
-        "timeout_s": (10.0, "(0, inf)"),
-        "failure_reward": (0.0, "(-inf, inf)"),
+        "workers": (2, "[0, 1024]"),
+        "timeout_s": (10.0, "[0.001, 86400]"),
+        "memory_mb": (8192, "[0, 1000000]"),
+        "failure_reward": (0.0, "[-1000000, 1000000]"),
+        "unfinished_thoughts": (False, ""),
     },
     sections.Eval: {
         "every": (0, "[0, inf)"),

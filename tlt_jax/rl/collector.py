@@ -213,5 +213,4 @@ class _Asked:
         judged = [index for indices, _ in parts for index in indices]
         items = tuple(scores.items[i] for i in np.argsort(judged))
         scores = dataclasses.replace(scores, items=items)
-        rewards = scores.rewards.astype(np.float64)
-        return rewards.reshape(len(self.prompts), -1), scores
+        return scores.rewards.reshape(len(self.prompts), -1), scores

@@ -159,7 +159,7 @@ class Evaluator:
         own = [
             i for i in range(count) if places[i // samples % len(places)] == group.index
         ]
-        judged = np.zeros(0, np.float32)
+        judged = np.zeros(0)
         if own:
             judged = answer(
                 engines,
@@ -172,7 +172,7 @@ class Evaluator:
             ).scores.rewards
             for engine in engines:
                 engine.release_cache()
-        rewards = np.empty(count, np.float32)
+        rewards = np.empty(count)
         for indices, found in group.exchange("evaluation", (own, judged)):
             rewards[indices] = found
         row = rewards_row(rewards.reshape(-1, samples), self._cfg.k)

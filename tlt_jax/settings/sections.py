@@ -114,7 +114,8 @@ class Rollout:
       prompts_per_step: P, prompts per RL step.
       group_size: R, completions per prompt.
       max_new_tokens: longest completion in tokens, EOS included.
-      stop: strings that end a completion.
+      stop: strings that end a completion, none of them empty; a special token is named
+        by its text, such as <|im_end|>.
       max_batch: rows decoded at once; batches are powers of two up to it.
       steps_per_call: decode steps per jitted call.
       prefill_chunk: prompt tokens per prefill call.
@@ -300,15 +301,22 @@ class Reward:
       workers: processes that judge; 0: none, in the run's own process and without a
         time limit.
       timeout_s: time that judging one completion may take in seconds.
+      memory_mb: memory (address space, in MiB) that judging may take in each of these
+        processes, beyond what the process has when it starts; 0: no limit, as functions
+        need that reserve much more than they use (on GPUs, for example).
       failure_reward: the reward, in the sum's place, where a function fails, hangs or
         is not finite.
+      unfinished_thoughts: a completion that ends within its thoughts (`<think>`) is
+        searched for an answer, too; else it has none.
     """
 
     functions: tuple[str, ...] = schema.names()
     weights: tuple[float, ...] = ()
-    workers: int = schema.number(2, 0)
-    timeout_s: float = schema.number(10.0, above=0.0)
-    failure_reward: float = schema.number(0.0)
+    workers: int = schema.number(2, 0, 2**10)
+    timeout_s: float = schema.number(10.0, 1e-3, 86400.0)
+    memory_mb: int = schema.number(8192, 0, 1_000_000)
+    failure_reward: float = schema.number(0.0, -1e6, 1e6)
+    unfinished_thoughts: bool = False
 
 
 def check_reward(cfg: Reward) -> None:

@@ -27,7 +27,7 @@ from tlt_jax.workdir import checkpoint, metrics
 # Settings that may change when a run is taken up again: none decides what is computed.
 _FREE_ON_RESUME = (
     *("log.", "checkpoint.", "eval.", "reward.workers", "reward.timeout_s"),
-    *("workers.",),
+    *("reward.memory_mb", "workers."),
 )
 
 _LOCK = ".lock"

@@ -105,6 +105,19 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(pair):
     assert ours.token_bytes(ours.vocab_size + 5) == b""
 
 
+def test_stop_strings_may_name_special_tokens(pair):
+    ours, _ = pair
+    end, begin = ours.eos_ids[0], ours.bos_id
+    word = ours.encode("caf\u00e9", add_special_tokens=False).tolist()
+    ids = [begin, *word, end, *word]
+    # What no stop string names is nothing, as in `decode`.
+    assert ours.decoder_for(("f",))(ids) == ours.decode(ids) == "caf\u00e9caf\u00e9"
+    for stop in ("<|end|>", "\u00e9<|end|>c"):
+        decode = ours.decoder_for(("x", stop))
+        assert decode(ids) == "caf\u00e9<|end|>caf\u00e9"
+    assert ours.decoder_for(("<|end|>", "<|begin|>"))(ids[:1]) == "<|begin|>"
+
+
 def test_what_the_template_refuses_is_said(pair):
     ours, _ = pair
     with pytest.raises(ValueError, match="no tools here"):

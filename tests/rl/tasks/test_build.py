@@ -354,3 +354,19 @@ def test_prompts_of_a_file_become_messages_if_asked(sums):
 def test_build_names_what_is_wrong(name, keys, message):
     with pytest.raises(ValueError, match=message):
         settings(name, options=keys)
+
+
+@pytest.mark.parametrize("functions", [(), ("exact",), ("task", "exact")])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_unfinished_thoughts_are_paid_where_that_is_wanted(sums, functions, wanted):
+    reward = sections.Reward(functions, unfinished_thoughts=wanted)
+    for name, options in ((sums, {"reward": "number"}), ("products", PRODUCTS)):
+        task = sections.Task(name=str(name), options=tuple(options.items()), size=4)
+        made = tasks.build(task, reward=reward)
+        example = made.examples("train")[0]
+        text = f"<think> Answer: {example.answer}"
+        found = made.score(example, text)
+        assert getattr(found, "values", (found,)) == (wanted,) * max(len(functions), 1)
+        # A thought that is none pays always.
+        done = made.score(example, f"{text} </think> Answer: {example.answer}")
+        assert 0.0 not in getattr(done, "values", (done,))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlt_jax import types
-from tlt_jax.rl.tasks import prompts
+from tlt_jax.rl.tasks import answers, prompts
 
 
 def examples(*texts):
@@ -33,6 +33,20 @@ def test_every_epoch_has_every_prompt_once_in_another_order():
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert ids(made.draw(0, 11, seed=4)) != epochs[0]
+
+
+def test_a_prompt_that_opens_a_thought_says_so():
+    texts = ("a<think>\n", "<think>a</think>", "<think>a", "a")
+    made = prompts.PromptSet(
+        examples(*texts),
+        encode,
+        max_tokens=20,
+        long_prompts="refuse",
+        decode=lambda ids: "".join(map(chr, ids)),
+    )
+    found = [prompt.example.metadata for prompt in made.prompts]
+    assert found == [{answers.IN_THOUGHT: True}, {}, {}, {}]
+    assert all(not prompt.example.metadata for prompt in make("a<think>").prompts)
 
 
 def test_epoch_order_is_fixed_for_all_time():

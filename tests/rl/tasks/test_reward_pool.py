@@ -2,6 +2,7 @@ import math
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from tlt_jax import types
+from tlt_jax.foreign import process
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import generated, reward_pool, rewards
+from tlt_jax.rl.update import advantages
 from tlt_jax.runtime import failures
 
 EXAMPLE = types.Example("e", "prompt", "4")
@@ -31,6 +34,28 @@ def act(example, text):
     if action == "die": os._exit(3)
     if action == "segfault": os.kill(os.getpid(), 11)
     if action == "pid": return float(os.getpid())
+    if action == "fork":
+        if os.fork() == 0:
+            time.sleep(0.02)
+            sys.exit(0)
+        time.sleep(0.03)
+        return float(argument)
+    if action == "write":
+        for fd in range(3, 20):
+            try: os.write(fd, eval(argument))
+            except OSError: pass
+        return 1.0
+    if action == "close":
+        os.closerange(3, 20)
+        time.sleep(60)
+    if action == "stop": os.kill(os.getpid(), 19)
+    if action == "big": return len("a" * 10**10)
+    if action == "huge": return 10**int(argument)
+    if action == "half": raise ValueError("half a \\ud83d and\\na line")
+    if action == "mute":
+        class Mute(Exception):
+            def __str__(self): raise KeyError
+        raise Mute
     if action == "child":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         with open(argument, "w") as out: out.write(str(child.pid))
@@ -52,9 +77,25 @@ def act(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pool(act):
     with reward_pool.RewardPool(
-        act, num_workers=2, timeout_s=1.0, failure_reward=-1.0
+        act, num_workers=2, timeout_s=1.0, memory_mb=1024, failure_reward=-1.0
     ) as pool:
         yield pool
+
+
+def with_paths():
+    """Environment of a program that finds the package and the fixture's module."""
+    paths = [pathlib.Path(reward_pool.__file__).parents[3], sys.path[0]]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
+def ends(pid):
+    """Tell whether a process ends within seconds; zombies have ended."""
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def score(pool, texts):
@@ -68,11 +109,22 @@ FAILURES = {
     "inf": ("nonfinite", "returned inf"),
     "text": ("nonfinite", "returned '1.0' of type str"),
     "none": ("nonfinite", "returned None of type NoneType"),
+    "number 1e39": ("nonfinite", r"returned 1e\+39 .* finite number .in float32."),
+    "huge 400": ("nonfinite", "returned 1000.* of type int"),
+    "huge 9999": ("nonfinite", "returned one beyond all bounds of type int"),
+    "half": ("error", r"ValueError: half a \\ud83d and\\na line \("),
+    "mute": ("error", "Mute: .its text raises KeyError."),
+    "big": ("error", "MemoryError: .*; there is reward.memory_mb=1024"),
     "array": ("nonfinite", "of type ndarray"),
     "sleep 60": ("timeout", "more than timeout_s=1"),
     "regex": ("timeout", "more than timeout_s=1"),
     "die": ("crashed", "ended its process .exit code 3"),
     "segfault": ("crashed", "ended its process .signal SIGSEGV"),
+    "stop": ("timeout", "more than timeout_s=1"),
+    "close": ("crashed", "it closed the link to this process"),
+    "write b'x'": ("crashed", "wrote into the link of its process"),
+    "write b'x' * 999": ("crashed", "wrote into the link of its process"),
+    "write bytes(16)": ("crashed", "wrote into the link of its process"),
 }
 
 
@@ -82,7 +134,7 @@ def test_every_failure_becomes_a_value_and_nothing_is_lost(pool):
     np.testing.assert_array_equal(
         scores.rewards, [1.0] + [-1.0] * len(FAILURES) + [1.0, 2.5, 0.5]
     )
-    assert scores.rewards.dtype == np.float32
+    assert scores.rewards.dtype == np.float64
     for item, (status, message) in zip(
         scores.items[1:], FAILURES.values(), strict=False
     ):
@@ -90,14 +142,66 @@ def test_every_failure_becomes_a_value_and_nothing_is_lost(pool):
         assert re.search(message, item.message), item.message
     metrics = scores.metrics()
     assert metrics["reward/num_failed"] == len(FAILURES)
-    for status, count in (("error", 2), ("nonfinite", 5), ("timeout", 2)):
+    counts = {"error": 5, "nonfinite": 8, "timeout": 3, "crashed": 6}
+    for status, count in counts.items():
         assert metrics[f"reward/num_{status}"] == count
-    assert metrics["reward/num_crashed"] == 2
     assert 2.0 < metrics["reward/scoring_s"]
     assert 1.0 < metrics["reward/scoring_max_s"] < metrics["time/reward_s"] < 30
     assert "KeyError" in scores.first_failure()
     # And the pool goes on.
     assert score(pool, ["number 3"]).items[0].status == "ok"
+
+
+def test_a_forked_child_never_serves(act):
+    with reward_pool.RewardPool(act, 1, timeout_s=5.0) as pool:
+        scores = score(pool, [f"fork {i}" for i in range(6)])
+    np.testing.assert_array_equal(scores.rewards, range(6))
+    assert scores.num_failed == 0
+
+
+FORKS = """
+from tlt_jax import types
+from tlt_jax.rl.tasks import reward_pool, rewards
+with reward_pool.RewardPool(rewards.named("user_actions:act"), 0) as pool:
+    scores = pool.score([(types.Example("e", "", "4"), f"fork {i}") for i in range(3)])
+    print(scores.rewards.tolist(), scores.num_failed, flush=True)
+"""
+
+
+def test_a_forked_child_does_not_go_on_with_the_run(act):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        env=with_paths(),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "[0.0, 1.0, 2.0] 0\n"
+
+
+def test_an_answer_belongs_to_its_jobs_number():
+    """Of a right form but of another number it is nobody's."""
+    header = process.serving.HEADER
+    one = process.Process("a test", "nowhere:", None, process.Limits(1.0))
+    one._link, theirs = socket.socketpair()
+    with theirs, one._link:
+        for number, good in ((7, True), (6, False), (8, False)):
+            one._number = 7
+            theirs.sendall(header.pack(number, 1) + b"5")
+            if good:
+                assert one._exchange(b"", 1.0) == 5
+            else:
+                with pytest.raises(process.SpoiltError):
+                    one._exchange(b"", 1.0)
+                one._link.recv(1)
+
+
+def test_rewards_are_not_rounded_to_float32(pool):
+    scores = score(pool, ["number 16777216", "number 16777217", "number 0.1"])
+    np.testing.assert_array_equal(scores.rewards, [16777216.0, 16777217.0, 0.1])
+    found = advantages.estimate("dr_grpo", scores.rewards[:2].reshape(1, 2))
+    np.testing.assert_array_equal(found, [[-0.5, 0.5]])
 
 
 def test_order_is_that_of_submission(pool):
@@ -121,12 +225,7 @@ def test_scoring_runs_while_the_caller_is_busy(pool):
 def test_what_the_function_started_is_ended_with_it(pool, tmp_path):
     note = tmp_path / "pid"
     assert score(pool, [f"child {note}"]).items[0].status == "timeout"
-    child = pathlib.Path(f"/proc/{note.read_text()}/stat")
-    for _ in range(100):  # Until its new parent has buried it.
-        if not child.exists() or child.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.02)
-    pytest.fail("the function's own process still runs")
+    assert ends(int(note.read_text()))
 
 
 def test_workers_end_with_the_pool_even_while_they_hang(act):
@@ -142,9 +241,32 @@ def test_workers_end_with_the_pool_even_while_they_hang(act):
         pool.submit(EXAMPLE, "pid")
 
 
+ORPHANS = """
+import os, signal, sys
+from tlt_jax import types
+from tlt_jax.rl.tasks import reward_pool, rewards
+pool = reward_pool.RewardPool(rewards.named("user_actions:act"), 1, timeout_s=60)
+pool.wait_until_ready()
+pool.submit(types.Example("e", "", "4"), "child " + sys.argv[1])
+while not os.path.exists(sys.argv[1]) or not open(sys.argv[1]).read(): pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nothing_outlives_a_killed_run(act, tmp_path):
+    """Nor what a reward that is at work has started."""
+    note = tmp_path / "pid"
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHANS, str(note)], env=with_paths(), timeout=60
+    )
+    assert done.returncode == -9
+    assert ends(int(note.read_text()))
+
+
 MAIN = """
 import pathlib
 from tlt_jax import types
+from tlt_jax.foreign import process
 from tlt_jax.rl.tasks import reward_pool, rewards
 with pathlib.Path("runs").open("a") as runs: runs.write(__name__ + " ")
 with reward_pool.RewardPool(rewards.named("exact"), num_workers=1) as pool:
@@ -189,7 +311,7 @@ def test_in_process_scoring_turns_failures_into_values_too():
 
 def test_of_several_functions_the_sum_counts_and_each_is_kept():
     def length(example, text):
-        return {"inf": math.inf, "huge": 1e308}.get(text, len(text))
+        return {"inf": math.inf, "huge": 3e38}.get(text, len(text))
 
     names, functions = ("exact", "length"), (rewards.named("exact"), length)
     judge = rewards.WeightedSum(names, (1.0, 0.25), functions)
@@ -214,7 +336,7 @@ def test_of_several_functions_the_sum_counts_and_each_is_kept():
     judge = rewards.WeightedSum(names, (1.0, 10.0), functions)
     with reward_pool.RewardPool(judge, 0) as pool:
         scores = score(pool, ["huge"])
-    assert "functions' weighted sum returned inf" in scores.first_failure()
+    assert "functions' weighted sum returned 3e+39" in scores.first_failure()
     # One function with a weight is nothing that need be told apart.
     judge = rewards.WeightedSum(names[:1], (3.0,), functions[:1])
     with reward_pool.RewardPool(judge, 0) as pool:
@@ -257,11 +379,27 @@ def test_a_worker_that_cannot_start_stops_the_run(tmp_path, monkeypatch):
             with pytest.raises(failures.UserError) as raised:
                 call()
             told = str(raised.value)
-            assert told.startswith("a reward worker cannot start: ")
+            assert told.startswith("a reward worker cannot start: ValueError: ")
             assert (
                 "importing 'user_shy' fails with RuntimeError: not in workers" in told
             )
-            assert told.endswith("or give another one (reward.function).")
+            assert told.endswith("by reward.workers=0.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_workers": -1}, "num_workers=-1: give at least 1"),
+        ({"timeout_s": 1e308}, r"timeout_s=1e\+308 is out of range"),
+        ({"timeout_s": float("nan")}, "timeout_s=nan is out of range"),
+        ({"timeout_s": 0.0}, "timeout_s=0.0 is out of range"),
+        ({"memory_mb": -1}, "memory_mb=-1"),
+        ({"failure_reward": 1e39}, r"failure_reward=1e\+39 is not finite"),
+    ],
+)
+def test_what_a_pool_cannot_do_is_refused_at_once(act, changes, message):
+    with pytest.raises(ValueError, match=message):
+        reward_pool.RewardPool(act, **{"num_workers": 1, **changes})
 
 
 def test_a_function_that_cannot_be_pickled_is_refused():

@@ -4,92 +4,7 @@ import threading
 import pytest
 
 from tlt_jax import types
-from tlt_jax.rl.tasks import rewards
-
-
-@pytest.mark.parametrize(
-    ("text", "numeric", "multiline", "answer"),
-    [
-        ("So 3.\nAnswer: 12", True, False, "12"),
-        ("answer :12\nbecause", True, False, "12"),
-        ("**Final Answer:** 12 apples", True, False, "12 apples"),
-        ("Answer:\n\n  12\nmore", True, False, "12"),
-        ("Answer: 1\nQuestion: 2+2\nAnswer: 4", True, False, "4"),
-        ("Answer: 11 or 12", True, False, "11 or 12"),
-        ("It is 12.\nAnswer:", True, False, None),
-        ("<answer>1</answer> no, <answer> 2 </answer>", True, False, "2"),
-        ("<answer>1</answer> Answer: 2", True, False, "2"),
-        ("<answer></answer> 3", True, False, None),
-        ("7 + 5 = 12.", True, False, "12"),
-        ("no idea", True, False, None),
-        ("  olleh \n", False, False, "olleh"),
-        ("the word is\nolleh", False, False, "the word is\nolleh"),
-        ("Answer: 1 2\n3 4\n", False, True, "1 2\n3 4"),
-        ("", False, False, None),
-        ("", True, False, None),
-    ],
-)
-def test_extract_answer(text, numeric, multiline, answer):
-    got = rewards.extract_answer(text, numeric=numeric, multiline=multiline)
-    assert got == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("7-5", "5"),
-        ("7 - 5 = -5", "-5"),
-        ("x = \u22127", "-7"),
-        ("(3)-4", "4"),
-        ("1,234,567.89 and no more", "1234567.89"),
-        ("it costs $-25.", "-25"),
-        ("half is 1/2", "1/2"),
-        ("1.5e3", "1.5e3"),
-        ("about .5", ".5"),
-        ("H2O", None),
-        ("v1.2", None),
-        ("5kg", "5"),
-        ("none", None),
-    ],
-)
-def test_last_number(text, number):
-    assert rewards.last_number(text) == number
-
-
-@pytest.mark.parametrize(
-    ("decorated", "plain"),
-    [
-        ("**12**.", "12"),
-        (r"$\boxed{12}$", "12"),
-        (r"\(x+1\)", "x+1"),
-        ('"word".', "word"),
-        (r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{2}}"),
-        ("-3", "-3"),
-    ],
-)
-def test_undecorated(decorated, plain):
-    assert rewards.undecorated(decorated) == plain
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold", "hedging"),
-    [
-        ("cat or dog", "cat", True),
-        ("cats", "cat", True),
-        ("a cat", "cat", True),
-        ("cat", "cat", False),
-        ("(cat).", "cat", False),
-        ("dog", "cat", False),
-        ("5 or 6", "5", True),
-        ("15", "5", False),
-        ("5.0", "5", False),
-        (r"\frac{1}{2}$ or 7", r"$\frac{1}{2}$", True),
-        (r"\frac{1}{2}", r"$\frac{1}{2}$", False),
-        (r"\boxed{3}", r"\boxed{3}", False),
-    ],
-)
-def test_hedges(answer, gold, hedging):
-    assert rewards.hedges(answer, gold) == hedging
+from tlt_jax.rl.tasks import answers, rewards
 
 
 @pytest.mark.parametrize(
@@ -123,6 +38,21 @@ def test_exact_match(gold, text, score):
         ("0", "Answer: 1/0", 0.0),
         ("5", "Answer: 1e999999999", 0.0),
         ("5", "9" * 5000, 0.0),
+        ("42", r"\boxed{41}. (not 42)", 0.0),
+        ("42", r"\boxed{42} because 6 times 7", 1.0),
+        ("2", r"\boxed{\frac{1}{2}}", 0.0),
+        ("3", "The result is $x^3$", 0.0),
+        ("0.5", r"\boxed{\frac{1}{2}}", 1.0),
+        ("25", r"Answer: \$25.00", 1.0),
+        ("-7", "Answer: \u22127", 1.0),
+        ("12", "Answer: 12 apples", 1.0),
+        ("50", "Answer: 50%", 1.0),
+        ("50%", "Answer: 0.5", 1.0),
+        ("$1,000", "<answer>1000</answer>", 1.0),
+        ("13", r"\boxed{12} or \boxed{13}", 0.0),
+        ("13", "It is 12 or 13", 0.0),
+        ("42", r"\boxed{42", 0.0),
+        ("5", r"<think> is it \boxed{5}? Let me check", 0.0),
     ],
 )
 def test_number_match(gold, text, score):
@@ -143,6 +73,22 @@ MATH = [
     ("3", r"\boxed{4}", 0.0),
     ("3", "no idea", 0.0),
     ("1", r"\boxed{1} \boxed{2}", 0.0),
+    ("12", "<answer>12</answer>", 1.0),
+    ("-7", "Answer: \u22127", 1.0),
+    ("12", "Answer: 12 or 13", 0.0),
+    ("13", "Answer: 12 or 13", 0.0),
+    ("13", r"\boxed{12 \text{ or } 13}", 0.0),
+    ("13", "It is $12$ or $13$", 0.0),
+    ("12, 13", "Answer: 13 and 12", 1.0),
+    ("12", "Answer: 12} or 13", 0.0),
+    ("5", r"<think> is it \boxed{5}? Let me check", 0.0),
+    ("5", r"<think>4?</think> \boxed{5}", 1.0),
+    (r"\frac{1}{2}", "Answer: 50%", 1.0),
+    ("2", r"so $2\sqrt{2}$", 0.0),
+    ("12", r"\boxed{12\text{ cm}}", 1.0),
+    ("1234", r"\boxed{1\,234}", 1.0),
+    ("x^3", "The result is $x^3$", 1.0),
+    ("1/3", "Answer: 0.3333", 0.0),
 ]
 
 
@@ -276,3 +222,22 @@ def test_names_in_the_record(names, expected):
 def test_a_function_is_named_once(names):
     with pytest.raises(ValueError, match="twice: name each function once, and say by"):
         rewards.record_names(names.split())
+
+
+def test_unfinished_thoughts_are_paid_where_that_is_wanted():
+    example = types.Example("e", "p", "5")
+    text = r"<think> is it \boxed{5}? Let me check"
+    for name in ("exact", "math_verify", "number"):
+        assert rewards.named(name)(example, text) == 0.0
+        paying = rewards.named(name, unfinished_thoughts=True)
+        assert paying(example, text) == 1.0
+        assert pickle.loads(pickle.dumps(paying))(example, text) == 1.0
+    # Where the prompt has begun the thought, the text need not.
+    begun = types.Example("e", "p", "5", {answers.IN_THOUGHT: True})
+    judge = rewards.named("number")
+    texts = (r"is it \boxed{5}?", r"5?</think> \boxed{5}")
+    assert [judge(begun, one) for one in texts] == [0.0, 1.0]
+    names = ("exact", "number")
+    for unfinished, values in ((False, (0.0, 0.0)), (True, (1.0, 1.0))):
+        several = rewards.combined(names, (), None, unfinished)
+        assert several(example, text).values == values

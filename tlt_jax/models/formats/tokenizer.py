@@ -1,23 +1,18 @@
 """Text to token ids and back, with a model's chat template."""
 
 import dataclasses
-import datetime
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from tlt_jax.models.formats import hf_config
+from tlt_jax.models.formats import chat_template, hf_config
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # What a template sees besides special tokens and the options that one gives it.
@@ -64,13 +59,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             return ()
-        environment = _environment()
-        try:
-            parsed = environment.parse(self.chat_template)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template cannot be read: {error}.") from error
-        names = jinja2.meta.find_undeclared_variables(parsed)
-        given = {*_GIVEN, *_SPECIAL_ROLES, *environment.globals}
+        names = chat_template.variables(self.chat_template)
+        given = {*_GIVEN, *_SPECIAL_ROLES}
         return tuple(sorted(names - given))
 
     @property
@@ -157,19 +147,15 @@ class Tokenizer:
                 f"the chat template of this model knows no option {unknown[0]!r}, "
                 f"which would have no effect; it has {has}."
             )
-        try:
-            return _compile(self.chat_template).render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self.special_tokens,
-                **template_options,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"the chat template refuses the messages: {error}."
-            ) from error
+        variables = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+            **self.special_tokens,
+            **template_options,
+        }
+        return chat_template.render(self.chat_template, variables)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
         """Decode ids; bytes that are no UTF-8 become replacement characters.
@@ -179,6 +165,29 @@ class Tokenizer:
         """
         ids = [int(i) for i in ids]
         return self.backend.decode(ids, skip_special_tokens=skip_special)
+
+    def decoder_for(self, stop: Sequence[str]) -> Callable[[Sequence[int]], str]:
+        """Return a `decode` whose texts hold the special tokens that `stop` names.
+
+        In `decode` they are nothing, so that a completion would not stop at them.
+        """
+        named = {
+            token_id: token.content
+            for token_id, token in self.backend.get_added_tokens_decoder().items()
+            if token.special and any(token.content in one for one in stop)
+        }
+        if not named:
+            return self.decode
+
+        def decode(ids: Sequence[int]) -> str:
+            parts, since = [], 0
+            for i, token_id in enumerate(map(int, ids)):
+                if token_id in named:
+                    parts += [self.decode(ids[since:i]), named[token_id]]
+                    since = i + 1
+            return "".join([*parts, self.decode(ids[since:])])
+
+        return decode
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for.
@@ -281,49 +290,6 @@ def from_alphabet(characters: str) -> Tokenizer:
     )
     config = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     return Tokenizer(backend, config)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    """Compile a chat template."""
-    return _environment().from_string(source)
-
-
-def _environment() -> jinja2.Environment:
-    """Make what templates run in, with the names that those on the hub rely on.
-
-    A template comes with the weights, from strangers: it runs sandboxed.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
-    )
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, **arguments):
-        # Jinja's own filter escapes for HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **arguments)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
-        form
-    )
-    return environment
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the assistant's own text: rendered as it is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 @functools.cache

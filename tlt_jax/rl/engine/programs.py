@@ -40,7 +40,8 @@ class EngineConfig:
       prefill_chunk: prompt positions of one prefill call; rounded up to whole pages.
       sampling_cfg: the law.
       eos_ids: tokens that end a completion; they are kept.
-      stop: strings that end a completion; the token that completes one is kept.
+      stop: strings that end a completion, none of them empty; the token that completes
+        one is kept.
       dtype: of activations and cache.
       cpu_kernels: `auto`, `xla` or `native`, see `cpu_kernels.choice`.
       attention: `auto`, `portable` or a kernel, see `models.kernels.choose`.
@@ -60,6 +61,13 @@ class EngineConfig:
     cpu_kernels: str = "auto"
     attention: str = "auto"
     check_kernels: bool = False
+
+    def __post_init__(self):
+        if "" in self.stop:
+            raise ValueError(
+                f"stop={self.stop} holds an empty string, which would end every "
+                "completion at its first token: leave it out."
+            )
 
     @property
     def max_pages(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from tlt_jax import types
-from tlt_jax.rl.tasks import counting, generated, random_numbers, rewards
+from tlt_jax.rl.tasks import answers, counting, generated, random_numbers, rewards
 from tlt_jax.rl.tasks import examples as examples_lib
 from tlt_jax.rl.tasks import files as data_files
 from tlt_jax.runtime import external
@@ -59,10 +59,11 @@ class ReasoningGymTask(generated.GeneratedTask):
       raw_score: give the verifier's own score in [0, 1]. It is not binary, and most
         verifiers pay for answers that merely contain the right one, some of them in
         full ("tac or dog" for cat spelt backward). By default such an answer scores
-        0.0 (`rewards.hedges`), one of at least 0.99 else 1.0, and any other 0.0.
+        0.0 (`answers.hedges`), one of at least 0.99 else 1.0, and any other 0.0.
       holdout_frac: fraction of all questions kept for evaluation, in [0, 1); see
         `tiny_tasks`. An evaluation example costs 1 / holdout_frac draws: give 0 to
         generators that take seconds an item.
+      unfinished_thoughts: see `answers.extract_answer`.
 
     Raises:
       ValueError: the library has no such generator, or an option is wrong.
@@ -80,6 +81,7 @@ class ReasoningGymTask(generated.GeneratedTask):
         chat: bool = True,
         raw_score: bool = False,
         holdout_frac: float = 0.2,
+        unfinished_thoughts: bool = False,
     ):
         if style not in typing.get_args(Style):
             raise ValueError(
@@ -92,7 +94,7 @@ class ReasoningGymTask(generated.GeneratedTask):
         self._seed = int.from_bytes(digest, "big") >> 35  # 29 bits
         self._sizes["shots"] = 32
         self._style, self._chat = style, chat
-        self._raw_score = raw_score
+        self._raw_score, self._unfinished_thoughts = raw_score, unfinished_thoughts
         self._datasets: dict[tuple[str, int], Any] = {}
         self._verifier = self._dataset("train", 0)
         self._shots = self._find_shots() if style == "two_shot" else ()
@@ -169,26 +171,27 @@ class ReasoningGymTask(generated.GeneratedTask):
         return f"{solved}{question}\nAnswer:"
 
     def score(self, example: types.Example, text: str) -> float:
-        """Judges the final answer (`rewards.extract_answer`) by the task's verifier.
+        """Judges the final answer (`answers.extract_answer`) by the task's verifier.
 
         No answer scores 0.0.
         """
         gold = example.answer
         if not self._chat and self._style != "cot":
             text = f"Answer: {text}"  # The prompt ends with it.
-        answer = rewards.extract_answer(
-            text,
-            numeric=gold is not None and rewards.is_number(gold),
+        answer = answers.extract_answer(
+            answers.turn(example, text),
+            kind="number" if gold is not None and answers.is_number(gold) else "text",
             multiline=gold is None or "\n" in gold,
+            unfinished_thoughts=self._unfinished_thoughts,
         )
         if answer is None:
             return 0.0
         entry = {**example.metadata, "answer": gold}
-        candidates = dict.fromkeys((answer, rewards.undecorated(answer)))
+        candidates = dict.fromkeys((answer, answers.undecorated(answer)))
         score = max(float(self._verifier.score_answer(c, entry)) for c in candidates)
         if self._raw_score:
             return score
-        if gold is not None and all(rewards.hedges(c, gold) for c in candidates):
+        if gold is not None and all(answers.hedges(c, gold) for c in candidates):
             return 0.0
         return float(score >= 0.99)
 
@@ -260,6 +263,7 @@ class FileTask:
       holdout_frac: see `tiny_tasks`; unused with `eval_path` or `eval_split`.
       limit: at most so many training examples, the first ones; None: all.
       prompt_key, answer_key, id_key, on_bad: see `data.read_examples`.
+      unfinished_thoughts: see `answers.extract_answer`.
 
     Raises:
       ValueError: as `data.read_examples`; or the reward needs an answer that an
@@ -284,12 +288,13 @@ class FileTask:
         answer_key: str = "answer",
         id_key: str = "id",
         on_bad: Literal["error", "skip"] = "error",
+        unfinished_thoughts: bool = False,
     ):
         generated.check_sizes(1 if limit is None else limit, eval_size, holdout_frac)
         self.name = path
         # What does not judge is not imported either: one of these takes seconds.
         judges = reward if rewards.OWN in functions else functions[0]
-        self.score = rewards.named(judges)
+        self.score = rewards.named(judges, unfinished_thoughts)
         judges = [reward if name == rewards.OWN else name for name in functions]
         reading = {
             "prompt_key": prompt_key,
@@ -359,7 +364,9 @@ class _Adapted:
     def __init__(self, task: Task, system_prompt: str, reward: sections.Reward):
         self.name = task.name
         self._task, self._system_prompt = task, system_prompt
-        self.score = rewards.combined(reward.functions, reward.weights, task.score)
+        self.score = rewards.combined(
+            reward.functions, reward.weights, task.score, reward.unfinished_thoughts
+        )
 
     def examples(self, split: generated.Split) -> Sequence[types.Example]:
         examples = self._task.examples(split)
@@ -410,8 +417,11 @@ def build(
     if name in _BUILT_IN:
         made = _make(_BUILT_IN[name], name, options, sizes)
     elif data_files.is_data(name):
-        functions = reward.functions or (rewards.OWN,)
-        settings = {"eval_size": eval_size, "functions": functions}
+        settings = {
+            "eval_size": eval_size,
+            "functions": reward.functions or (rewards.OWN,),
+            "unfinished_thoughts": reward.unfinished_thoughts,
+        }
         made = _make(FileTask, name, options, settings)
     elif external.is_external(name):
         options |= sizes | {"eval_size": eval_size}
@@ -419,6 +429,7 @@ def build(
     else:
         ours = ("style", "chat", "raw_score", "holdout_frac")
         sizes |= {key: options.pop(key) for key in ours if key in options}
+        sizes["unfinished_thoughts"] = reward.unfinished_thoughts
         made = ReasoningGymTask(name, options=options, **sizes)
     if task.system_prompt or reward.functions:
         return _Adapted(made, task.system_prompt, reward)

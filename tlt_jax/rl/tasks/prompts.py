@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tlt_jax import types
+from tlt_jax.rl.tasks import answers
+
+# An opening tag of thoughts and blanks behind it have no more tokens.
+_TAIL_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,7 @@ class PromptSet:
         *,
         max_tokens: int,
         long_prompts: str,
+        decode: Callable[[np.ndarray], str] | None = None,
     ):
         """Encode every example.
 
@@ -42,6 +47,8 @@ class PromptSet:
           encode: example to token ids, template included.
           max_tokens: longest prompt accepted.
           long_prompts: what becomes of a longer one: `refuse` or `skip`.
+          decode: token ids to text, special tokens as well; with it the metadata of an
+            example say whether its prompt begins the answer's thoughts.
 
         Raises:
           ValueError: a prompt is empty, or too long and to be refused, or none is left.
@@ -55,6 +62,9 @@ class PromptSet:
                     f"example {example.example_id} has an empty prompt: give it text, "
                     "or leave it out of the data."
                 )
+            if decode and answers.opens_thought(decode(tokens[-_TAIL_TOKENS:])):
+                metadata = example.metadata | {answers.IN_THOUGHT: True}
+                example = dataclasses.replace(example, metadata=metadata)
             if len(tokens) <= max_tokens:
                 self.prompts.append(Prompt(index, example, tokens))
             elif long_prompts == "skip":

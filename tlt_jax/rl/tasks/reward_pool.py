@@ -1,49 +1,35 @@
-"""Scores completions in worker processes, each call under a time limit.
+"""Scores completions in worker processes, each call under limits of time and memory.
 
-A reward function is foreign code: it may raise, hang (also where no Python signal is
-seen, as in a regular expression), kill its process or return nonsense. Each worker is a
-fresh Python process, driven by one thread of ours that waits for its answer, and kills
-and replaces it when it must. The workers are started with `subprocess`, not forked and
-not through `multiprocessing`: a process that has started JAX must not be forked, and
-`multiprocessing` imports the caller's main module again in every worker, which for a
-training run means JAX and everything else. JAX in a reward function runs on the CPU, so
-that it does not take the accelerator from the training.
+A reward function is foreign code, see `foreign.process`. Each worker is a process of
+its own, driven by one thread of ours that waits for its answer; whatever goes wrong is
+the outcome of one call.
 """
 
 import dataclasses
-import json
 import math
 import numbers
-import os
 import pickle
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing import connection
 from typing import Any, Literal
 
 import numpy as np
 
 from tlt_jax import types
+from tlt_jax.foreign import process, serving
 from tlt_jax.rl.tasks import rewards
 from tlt_jax.runtime import failures
 
 Status = Literal["ok", "error", "timeout", "crashed", "nonfinite"]
 
 _FAILURES: tuple[Status, ...] = ("error", "timeout", "crashed", "nonfinite")
-# For importing what the function needs; afterwards it is told to close down.
-_START_LIMIT_S = 120.0
-# A worker ends itself this long after its time limit, should nobody be left to do it.
-_GRACE_S = 10.0
-_WORKER = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from tlt_jax.rl.tasks import reward_pool; reward_pool.serve(int(sys.argv[2]))"
-)
+_ENTRY = "tlt_jax.rl.tasks.reward_pool:scorer"
+# A day: whoever waits longer for one reward has lost it.
+_LONGEST_S = 86_400.0
+# Optimizers compute in float32: a larger reward is infinite there.
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +39,8 @@ class Scored:
     Attributes:
       reward: finite; the pool's `failure_reward` unless the status is `ok`.
       status: `ok`; `error`: it raised; `timeout`: it ran too long; `crashed`: its
-        process ended; `nonfinite`: it returned no finite number.
+        process ended, or wrote into the link to ours; `nonfinite`: it returned no
+        number that is finite in float32.
       message: what happened; empty if ok.
       scoring_s: how long the call took.
       parts: what each of several functions said, unweighted, by its name in the record;
@@ -83,8 +70,8 @@ class Scores:
 
     @property
     def rewards(self) -> np.ndarray:
-        """`[n] float32`, all finite."""
-        return np.array([item.reward for item in self.items], np.float32)
+        """`[n] float64`, all finite, in float32, too."""
+        return np.array([item.reward for item in self.items], np.float64)
 
     @property
     def num_failed(self) -> int:
@@ -136,6 +123,7 @@ class RewardPool:
         num_workers: int,
         timeout_s: float = 10.0,
         *,
+        memory_mb: int = 0,
         failure_reward: float = 0.0,
     ):
         """Starts the workers, without waiting for them.
@@ -146,31 +134,36 @@ class RewardPool:
             `WeightedSum` each function's value is kept beside the sum, which is a
             failure if one of them fails.
           num_workers: at least 0; with 0 `gather` calls the function in this process,
-            with no time limit and no protection from crashes: for the fast, built-in
+            with no limits and no protection from crashes: for the fast, built-in
             verifiers.
-          timeout_s: limit of one call, above 0; starting a worker does not count.
-          failure_reward: reward of a call that failed, finite.
+          timeout_s: limit of one call, above 0, at most a day; starting a worker does
+            not count.
+          memory_mb: limit of a worker's memory in MiB, see `process.Limits`; 0: none.
+          failure_reward: reward of a call that failed, finite in float32.
 
         Raises:
-          ValueError: `score_fn` cannot be pickled.
+          ValueError: `score_fn` cannot be pickled, or another argument is out of range.
         """
+        _check(num_workers, timeout_s, memory_mb, failure_reward)
         self._score_fn = score_fn
         several = isinstance(score_fn, rewards.WeightedSum) and len(score_fn.names) > 1
         self._names = score_fn.names if several else ()
         self._failure_reward = failure_reward
+        self._timeout_s, self._memory_mb = timeout_s, memory_mb
         self._changed = threading.Condition()
         self._pending: list[tuple[types.Example, str]] = []
         self._done: dict[int, Scored] = {}
         self._broken: str | None = None
-        self._num_ready = 0
         self._jobs: queue.SimpleQueue[tuple[int, types.Example, str] | None]
         self._jobs = queue.SimpleQueue()
         self._closed = False
         self._in_process = not num_workers
         payload = b"" if self._in_process else _pickled(score_fn)
+        self._num_ready = 0
         self._workers = []
+        limits = process.Limits(timeout_s, memory_mb << 20)
         for _ in range(num_workers):
-            worker = _Worker(payload, timeout_s)
+            worker = process.Process("a reward worker", _ENTRY, payload, limits)
             thread = threading.Thread(
                 target=self._drive, args=(worker,), daemon=True, name="reward"
             )
@@ -183,18 +176,6 @@ class RewardPool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def wait_until_ready(self) -> None:
-        """Waits until every worker has started.
-
-        Raises:
-          failures.UserError: one cannot, e.g. because the function cannot be imported
-            there.
-        """
-        with self._changed:
-            while self._num_ready < len(self._workers):
-                self._check()
-                self._changed.wait()
-
     def submit(self, example: types.Example, text: str) -> int:
         """Queues one call and returns its index in the next `gather`."""
         if self._closed:
@@ -206,13 +187,24 @@ class RewardPool:
                 self._jobs.put((index, example, text))
         return index
 
+    def wait_until_ready(self) -> None:
+        """Waits for the workers to start, so that none fails after the first rollout.
+
+        Raises:
+          failures.UserError: one cannot, e.g. because the function cannot be imported
+            there.
+        """
+        with self._changed:
+            while self._num_ready < len(self._workers):
+                self._wait()
+
     def gather(self) -> Scores:
         """Waits for all calls submitted since the last `gather`.
 
         Every call ends: by itself, or by the time limit.
 
         Raises:
-          failures.UserError: a worker could not start.
+          failures.UserError: a worker could not start, and the others are not enough.
         """
         start = time.perf_counter()
         if self._in_process:
@@ -220,11 +212,16 @@ class RewardPool:
                 self._done[index] = self._finish(_call(self._score_fn, example, text))
         with self._changed:
             while len(self._done) < len(self._pending):
-                self._check()
-                self._changed.wait()
+                self._wait()
             items = tuple(self._done[index] for index in range(len(self._pending)))
             self._pending, self._done = [], {}
         return Scores(items, time.perf_counter() - start, self._names)
+
+    def _wait(self) -> None:
+        """Waits for a change, unless there will be none."""
+        if self._broken is not None:
+            raise failures.UserError(self._broken)
+        self._changed.wait()
 
     def score(self, pairs: Iterable[tuple[types.Example, str]]) -> Scores:
         """Submits all pairs and gathers them, with any submitted before."""
@@ -238,20 +235,22 @@ class RewardPool:
         for _ in self._workers:
             self._jobs.put(None)
         for worker, _ in self._workers:
-            worker.close()
+            worker.kill()
         for _, thread in self._workers:
             thread.join()
-
-    def _check(self) -> None:
-        if self._broken is not None:
-            raise failures.UserError(self._broken)
+        self._break("the reward pool is closed: make another one.")
 
     def _finish(self, scored: Scored) -> Scored:
         if scored.status == "ok":
             return scored
         return dataclasses.replace(scored, reward=self._failure_reward)
 
-    def _drive(self, worker: "_Worker") -> None:
+    def _break(self, message: str) -> None:
+        with self._changed:
+            self._broken = self._broken or message
+            self._changed.notify_all()
+
+    def _drive(self, worker: process.Process) -> None:
         """Runs one worker: a thread's whole life."""
         try:
             worker.start()
@@ -260,116 +259,71 @@ class RewardPool:
                 self._changed.notify_all()
             while not self._closed and (job := self._jobs.get()) is not None:
                 index, example, text = job
-                outcome = self._finish(worker.call(example, text))
+                outcome = self._finish(self._ask(worker, example, text))
                 with self._changed:
                     self._done[index] = outcome
                     self._changed.notify_all()
-                worker.start()
-        except _StartError as error:
-            if not self._closed:
-                with self._changed:
-                    self._broken = str(error)
-                    self._changed.notify_all()
+                worker.start()  # Now, if it has failed: the next call need not wait.
+        except process.StartError as error:
+            if self._closed:
+                return
+            self._break(
+                f"{error}: correct the reward function's module, or judge in the run's "
+                "own process by reward.workers=0."
+            )
+        except BaseException as error:  # Nobody else would hear of it.
+            self._break(f"a reward worker is lost: {serving.describe(error)}")
+            raise
         finally:
             worker.close()
 
-
-class _StartError(RuntimeError):
-    """A worker did not come up."""
-
-
-class _Worker:
-    """One process, replaced after it was killed or died."""
-
-    def __init__(self, score_fn: bytes, timeout_s: float):
-        self._score_fn, self._timeout_s = score_fn, timeout_s
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen | None = None
-        self._pipe: Any = None
-        self._closed = False
-
-    def start(self) -> None:
-        """Starts a process if there is none that lives, and waits until it is ready."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._stop()
-        paths = json.dumps(list(map(str, sys.path)))
-        ours, theirs = connection.Pipe()
-        with self._lock:
-            if self._closed:
-                raise _StartError("the pool is closed")
-            self._pipe = ours
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, paths, f"{theirs.fileno()}"],
-                env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # What a reward prints must not mix with a command's output.
-                # A group of its own, so that what the function starts ends with it,
-                # and Ctrl-C reaches the driver only.
-                start_new_session=True,
-            )
-        theirs.close()
-        failure: str | None = "it does not answer"
-        try:
-            ours.send((self._score_fn, self._timeout_s + _GRACE_S))
-            if ours.poll(_START_LIMIT_S):
-                failure = ours.recv()
-        except (EOFError, OSError):
-            failure = f"it ended ({self._fate()})"
-        if failure is not None:
-            self._stop()
-            raise _StartError(
-                f"a reward worker cannot start: {failure}. Mend what the reward needs, "
-                "or give another one (reward.function)."
-            )
-
-    def call(self, example: types.Example, text: str) -> Scored:
-        """Scores one pair within the time limit."""
+    def _ask(
+        self, worker: process.Process, example: types.Example, text: str
+    ) -> Scored:
+        """Scores one pair within the limits."""
         start = time.perf_counter()
         try:
-            self._pipe.send((example, text))
-            if self._pipe.poll(self._timeout_s):
-                return self._pipe.recv()
-        except (EOFError, OSError):
-            spent = time.perf_counter() - start
-            message = f"the reward function ended its process ({self._fate()})"
-            return Scored(0.0, "crashed", message, spent)
+            scored = Scored(**worker.call((example, text)))
+            if scored.message.startswith("MemoryError"):
+                what = f"{scored.message}; there is reward.memory_mb={self._memory_mb}"
+                return dataclasses.replace(scored, message=what)
+            return scored
+        except process.TooLongError:
+            status: Status = "timeout"
+            message = (
+                f"the reward function took more than timeout_s={self._timeout_s:g}"
+            )
+        except process.SpoiltError:
+            status = "crashed"
+            message = "the reward function wrote into the link of its process to ours"
+        except process.EndedError as error:
+            status, message = (
+                "crashed",
+                f"the reward function ended its process ({error})",
+            )
         except (pickle.PicklingError, TypeError, AttributeError) as error:
+            status = "error"
             message = f"example {example.example_id!r} cannot be pickled: {error}"
-            return Scored(0.0, "error", message, 0.0)
-        self._stop()
-        message = f"the reward function took more than timeout_s={self._timeout_s:g}"
-        return Scored(0.0, "timeout", message, time.perf_counter() - start)
-
-    def close(self) -> None:
-        """Ends the process for good; may be called by another thread."""
-        with self._lock:
-            self._closed = True
-            process = self._process
-        if process is not None:
-            _kill(process)
-
-    def _fate(self) -> str:
-        code = self._process.wait()
-        if code < 0:
-            return f"signal {signal.Signals(-code).name}"
-        return f"exit code {code}"
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            _kill(self._process)
-            self._pipe.close()
-            self._process = None
+        return Scored(0.0, status, message, time.perf_counter() - start)
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """Ends a worker with whatever it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        process.kill()
-    process.wait()
+def _check(
+    num_workers: int, timeout_s: float, memory_mb: int, failure_reward: float
+) -> None:
+    if num_workers < 0:
+        raise ValueError(
+            f"num_workers={num_workers}: give at least 1, or 0 to judge right here."
+        )
+    if not 0 < timeout_s <= _LONGEST_S:
+        raise ValueError(
+            f"timeout_s={timeout_s} is out of range: above 0, at most {_LONGEST_S:g}."
+        )
+    if memory_mb < 0:
+        raise ValueError(f"memory_mb={memory_mb}: give at least 1, or 0 for no limit.")
+    if _finite(failure_reward) is None:
+        raise ValueError(
+            f"failure_reward={failure_reward} is not finite (in float32): give another."
+        )
 
 
 def _pickled(score_fn: Callable[[types.Example, str], Any]) -> bytes:
@@ -391,27 +345,14 @@ def _pickled(score_fn: Callable[[types.Example, str], Any]) -> bytes:
     return payload
 
 
-def serve(fileno: int) -> None:
-    """Runs in a worker process: receives the function, then scores until the end."""
-    pipe = connection.Connection(fileno)
-    try:
-        payload, limit_s = pipe.recv()
-        score_fn = pickle.loads(payload)
-    except Exception as error:  # Whatever importing foreign code raises.
-        pipe.send(_describe(error))
-        return
-    pipe.send(None)
-    while True:
-        try:
-            example, text = pipe.recv()
-        except EOFError:
-            return
-        # Ends this process even where Python code is never reached.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
-        outcome = _call(score_fn, example, text)
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        pipe.send(outcome)
+def scorer(payload: bytes) -> Callable[[tuple[types.Example, str]], dict[str, Any]]:
+    """Returns what a worker process does with a job; see `process.Process`."""
+    score_fn = pickle.loads(payload)
+
+    def score(job: tuple[types.Example, str]) -> dict[str, Any]:
+        return dataclasses.asdict(_call(score_fn, *job))
+
+    return score
 
 
 def _call(
@@ -420,15 +361,16 @@ def _call(
     """Returns the outcome of one call, 0 as a failure's reward; never raises."""
     start = time.perf_counter()
     try:
-        scored = _check(score_fn(example, text))
+        with serving.forks_end_here():
+            scored = _checked(score_fn(example, text))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # Foreign code; SystemExit is one of them.
-        scored = Scored(0.0, "error", _describe(error), 0.0)
+        scored = Scored(0.0, "error", serving.describe(error), 0.0)
     return dataclasses.replace(scored, scoring_s=time.perf_counter() - start)
 
 
-def _check(value: Any) -> Scored:
+def _checked(value: Any) -> Scored:
     if not isinstance(value, rewards.Verdict):
         reward = _finite(value)
         return _nonfinite("", value) if reward is None else Scored(reward, "ok", "", 0)
@@ -440,31 +382,32 @@ def _check(value: Any) -> Scored:
         parts[name] = reward
     weighted = zip(parts.values(), value.weights, strict=True)
     total = sum(reward * weight for reward, weight in weighted)
-    if not math.isfinite(total):
+    if _finite(total) is None:
         return _nonfinite("s' weighted sum", total)
     return Scored(total, "ok", "", 0.0, parts if len(parts) > 1 else {})
 
 
 def _finite(value: Any) -> float | None:
-    """Returns a finite number as it is, and None of anything else."""
+    """Returns a number that is finite in float32 as it is, and None of all else."""
     if isinstance(value, numbers.Real | np.bool_) or (
         not isinstance(value, str | bytes) and getattr(value, "shape", None) == ()
     ):
-        reward = float(value)
-        if math.isfinite(reward):
+        try:
+            reward = float(value)
+        except OverflowError:  # An integer beyond float64.
+            return None
+        if abs(reward) <= _LARGEST:  # Which NaN is not, either.
             return reward
     return None
 
 
 def _nonfinite(which: str, value: Any) -> Scored:
+    try:
+        shown = serving.printable(repr(value)[:80])
+    except ValueError:  # An integer of thousands of digits.
+        shown = "one beyond all bounds"
     message = (
-        f"the reward function{which} returned {repr(value)[:80]} of type "
-        f"{type(value).__name__}: a finite number is accepted"
+        f"the reward function{which} returned {shown} of type "
+        f"{type(value).__name__}: a finite number (in float32) is accepted"
     )
     return Scored(0.0, "nonfinite", message, 0.0)
-
-
-def _describe(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"[:500]

@@ -7,7 +7,6 @@ candidates earns nothing. Several functions together are their weighted sum.
 
 import dataclasses
 import difflib
-import fractions
 import functools
 import inspect
 import logging
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tlt_jax import types
+from tlt_jax.rl.tasks import answers
 from tlt_jax.runtime import external
 
 RewardFunction = Callable[[types.Example, str], float]
@@ -24,122 +24,45 @@ OWN = "task"
 # What the record says of rewards otherwise: no function's mean may have such a name.
 _TAKEN = re.compile("mean|std|zero_std_frac|first_failure|scoring_.*|num_.*")
 
-# "Answer: 7", "**Final answer:** 7", "ANSWER : 7".
-_MARKER = re.compile(r"\banswer[*_ \t]*:[*_]*", re.IGNORECASE)
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-# A minus belongs to the number unless it subtracts ("7-5"), a digit does unless it is
-# part of a word ("H2O"). Thousands may be parted by commas. Exponents are short: exact
-# arithmetic with 1e999999999 would never end.
-_NUMBER = re.compile(
-    r"(?<![\w.])(?:(?<![\w)\]])[-+\u2212])?"
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-    r"(?:\.\d+(?:[eE][-+]?\d{1,3})?|/\d+|[eE][-+]?\d{1,3})?"
-    r"|(?<![\w.])(?:(?<![\w)\]])[-+\u2212])?\.\d+"
-)
 
-
-def extract_answer(
-    text: str, *, numeric: bool = False, multiline: bool = False
-) -> str | None:
-    """Finds the final answer in a completion.
-
-    It is what follows the last `Answer:` (letter case and emphasis do not matter); if
-    there is none, what the last `<answer>` tag encloses; if there is none, the last
-    number of a numeric answer, else the whole text. An `Answer:` that nothing follows
-    is no answer, whatever came before it.
-
-    Args:
-      text: the completion.
-      numeric: the answer is a number.
-      multiline: the answer has several lines: all that follows `Answer:` is taken
-        instead of the first line that is not blank.
-
-    Returns:
-      The answer without surrounding blanks, or None.
-    """
-    markers = list(_MARKER.finditer(text))
-    if markers:
-        answer = text[markers[-1].end() :].strip()
-        if not multiline:
-            answer = answer.partition("\n")[0].strip()
-        return answer or None
-    tags = _TAG.findall(text)
-    if tags:
-        return tags[-1].strip() or None
-    return last_number(text) if numeric else text.strip() or None
-
-
-def undecorated(answer: str) -> str:
-    r"""Removes what surrounds an answer without changing it.
-
-    That is emphasis, quotes, `$`, `\( \)`, `\boxed{}` and the sentence's full stop.
-    """
-    previous = None
-    while previous != answer:
-        previous = answer
-        answer = answer.strip(" \t\n*`$\"'").removesuffix(".")
-        answer = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", answer, flags=re.DOTALL)
-        answer = re.sub(r"^\\boxed\{([^{}]*)\}$", r"\1", answer)
-    return answer
-
-
-def hedges(answer: str, gold: str) -> bool:
-    """Tells whether an answer contains the right one among other words or numbers.
-
-    Punctuation around it is none, and a single number (5.0 for 5) is no hedge either.
-    """
-    bare = undecorated(gold) or gold
-    if answer == gold or bare not in answer or is_number(answer):
-        return False
-    return any(c.isalnum() for c in answer.replace(bare, "", 1))
-
-
-def last_number(text: str) -> str | None:
-    """Returns the last number in `text` in plain form (`-1234`, `3/4`), or None."""
-    found = _NUMBER.findall(text)
-    return found[-1].replace(",", "").replace("\u2212", "-") if found else None
-
-
-def is_number(text: str) -> bool:
-    """Tells whether the whole of `text` is one number."""
-    return bool(_NUMBER.fullmatch(text.strip()))
-
-
-def exact_match(gold: str, text: str) -> float:
+def exact_match(gold: str, text: str, *, unfinished_thoughts: bool = False) -> float:
     """Scores 1.0 if the final answer is `gold`, letter for letter.
 
-    Surrounding blanks and decoration (`undecorated`) do not count.
+    Surrounding blanks and decoration (`answers.undecorated`) do not count.
     """
     gold = gold.strip()
-    answer = extract_answer(text, numeric=is_number(gold), multiline="\n" in gold)
-    return float(answer is not None and gold in (answer, undecorated(answer)))
+    answer = answers.extract_answer(
+        text,
+        kind="number" if answers.is_number(gold) else "text",
+        multiline="\n" in gold,
+        unfinished_thoughts=unfinished_thoughts,
+    )
+    if answer is None:
+        return 0.0
+    accepted = {gold, answers.undecorated(gold) or gold}
+    return float(not accepted.isdisjoint((answer, answers.undecorated(answer))))
 
 
-def number_match(gold: str, text: str) -> float:
+def number_match(gold: str, text: str, *, unfinished_thoughts: bool = False) -> float:
     """Scores 1.0 if the final answer is a number equal to `gold`.
 
-    Compared are exact rationals: 0.5, 1/2 and .50 are equal, 0.333 and 1/3 are not.
+    Compared are exact rationals: 0.5, 1/2 and .50 are equal, 0.333 and 1/3 are not. A
+    percentage equals the number without the sign and its hundredth.
 
     Raises:
       ValueError: `gold` is not a number.
     """
-    if not is_number(gold):
+    wanted = answers.values(gold)
+    if not wanted:
         raise ValueError(
             f"the reference answer {gold!r} is not a number: use the reward "
             "'math_verify' or 'exact'."
         )
-    answer = extract_answer(text, numeric=True)
-    if answer is None or not is_number(undecorated(answer)):
-        return 0.0
-    value = _value(undecorated(answer))
-    return float(value is not None and value == _value(gold))
-
-
-def _value(number: str) -> fractions.Fraction | None:
-    try:
-        return fractions.Fraction(last_number(number))
-    except (ValueError, ZeroDivisionError):  # Thousands of digits, or x/0.
-        return None
+    answer = answers.extract_answer(
+        text, kind="number", unfinished_thoughts=unfinished_thoughts
+    )
+    got = answers.values(answer or "")
+    return float(not set(wanted).isdisjoint(got))
 
 
 @functools.cache
@@ -153,34 +76,48 @@ def _math_verify() -> Any:
     return math_verify
 
 
-def math_verify_score(gold: str, text: str) -> float:
-    r"""Scores 1.0 if the last mathematical answer in `text` equals `gold`.
+def math_verify_score(
+    gold: str, text: str, *, unfinished_thoughts: bool = False
+) -> float:
+    r"""Scores 1.0 if the final answer in `text` equals `gold`, mathematically.
 
-    Knows LaTeX, `\boxed{}`, fractions and decimals, thousands and algebraic equality.
-    Its own time limit is off, because that works in main threads only (`signal.alarm`);
-    a hostile expression can take minutes, so that it belongs in a `RewardPool` with
-    workers.
+    Knows LaTeX, fractions and decimals, thousands and algebraic equality; the answer is
+    read as a whole, so that several candidates are a set. Its own time limit is off,
+    because that works in main threads only (`signal.alarm`); a hostile expression can
+    take minutes, so that it belongs in a `RewardPool` with workers.
 
     Args:
       gold: an expression, with or without `$`.
       text: the completion.
+      unfinished_thoughts: see `answers.extract_answer`.
 
     Raises:
       ValueError: `gold` cannot be read.
     """
     library = _math_verify()
-    marked = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
+    marked = answers.with_ascii_minus(gold)
+    marked = marked if "$" in gold or "\\boxed" in gold else f"${marked}$"
     wanted = library.parse(marked, parsing_timeout=None)
     if not wanted:
         raise ValueError(
             f"the reference answer {gold!r} is not mathematics that math-verify reads: "
             "use the reward 'exact'."
         )
-    got = library.parse(text, parsing_timeout=None)
+    answer = answers.extract_answer(
+        text, kind="formula", unfinished_thoughts=unfinished_thoughts
+    )
+    if answer is None:
+        return 0.0
+    if not set(answers.values(gold)).isdisjoint(answers.values(answer)):
+        return 1.0
+    whole = answers.with_ascii_minus(answers.alone(answer))
+    if not answers.is_balanced(whole):
+        return 0.0
+    got = library.parse(f"\\boxed{{{whole}}}", parsing_timeout=None)
     return float(library.verify(wanted, got, timeout_seconds=None))
 
 
-_BUILT_IN: dict[str, Callable[[str, str], float]] = {
+_BUILT_IN: dict[str, Callable[..., float]] = {
     "exact": exact_match,
     "math_verify": math_verify_score,
     "number": number_match,
@@ -193,30 +130,32 @@ def needs_answer(name: str) -> bool:
 
 
 class NamedReward:
-    """A reward function that is pickled as its name, and found again by it."""
+    """A reward function that is pickled as the arguments of `named`."""
 
-    def __init__(self, name: str, function: RewardFunction):
-        self._name, self._function = name, function
+    def __init__(self, function: RewardFunction, *arguments: Any):
+        self._function, self._arguments = function, arguments
 
     def __call__(self, example: types.Example, text: str) -> float:
         return self._function(example, text)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return named, (self._name,)
+        return named, self._arguments
 
 
-def named(name: str) -> NamedReward:
+def named(name: str, unfinished_thoughts: bool = False) -> NamedReward:
     """Returns a reward function by name.
 
     Args:
       name: `exact`, `math_verify`, `number`, or `package.module:function` of one's own
         that takes (example, text) and returns a number.
+      unfinished_thoughts: see `answers.extract_answer`; a function of one's own does as
+        it likes.
 
     Raises:
       ValueError: there is no such function, or it cannot take these arguments.
     """
     if ":" in name:
-        return NamedReward(name, load_function(name))
+        return NamedReward(load_function(name), name)
     if name not in _BUILT_IN:
         near = difflib.get_close_matches(name, (OWN, *_BUILT_IN), 1)
         raise ValueError(
@@ -227,7 +166,11 @@ def named(name: str) -> NamedReward:
         )
     if name == "math_verify":
         _math_verify()  # Now, so that no scoring waits for the import.
-    return NamedReward(name, functools.partial(_score_answer, _BUILT_IN[name]))
+    compare = functools.partial(
+        _BUILT_IN[name], unfinished_thoughts=unfinished_thoughts
+    )
+    function = functools.partial(_score_answer, compare)
+    return NamedReward(function, name, unfinished_thoughts)
 
 
 def _score_answer(
@@ -235,7 +178,7 @@ def _score_answer(
 ) -> float:
     if example.answer is None:
         raise ValueError(f"example {example.example_id!r} has no answer to compare.")
-    return compare(example.answer, text)
+    return compare(example.answer, answers.turn(example, text))
 
 
 def load_function(path: str) -> RewardFunction:
@@ -301,7 +244,10 @@ class WeightedSum:
 
 
 def combined(
-    names: Sequence[str], weights: Sequence[float], own: RewardFunction
+    names: Sequence[str],
+    weights: Sequence[float],
+    own: RewardFunction,
+    unfinished_thoughts: bool = False,
 ) -> RewardFunction | WeightedSum:
     """Returns what judges a run: one function as it is, several as weighted sum.
 
@@ -309,12 +255,15 @@ def combined(
       names: see `named`, and `task` for the task's own verifier; empty: `task`.
       weights: of each; empty: 1 each.
       own: the task's own verifier.
+      unfinished_thoughts: of the others, see `named`.
 
     Raises:
       ValueError: as `named`, or two functions are one.
     """
     names = tuple(names) or (OWN,)
-    functions = [own if name == OWN else named(name) for name in names]
+    functions = [
+        own if name == OWN else named(name, unfinished_thoughts) for name in names
+    ]
     weights = tuple(weights) or (1.0,) * len(names)
     if weights == (1.0,):
         return functions[0]

@@ -1,0 +1,1 @@
+"""Code of users and strangers, in processes of its own."""
