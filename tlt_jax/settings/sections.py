@@ -331,11 +331,15 @@ class Checkpoint:
       drafter: what is written of an adapted drafter: what training changes, in the
         background (`selective`); or all that it computes with, in the background
         (`async`) or with the run waiting (`blocking`).
+      on_damage: what becomes of a run whose newest checkpoint is damaged: it is refused
+        (`refuse`), or goes on from the one before and says so (`previous`). Several
+        processes refuse it in any case.
     """
 
     every: int = schema.number(10, 0)
     keep: int = schema.number(2, 1)
     drafter: Literal["selective", "async", "blocking"] = "selective"
+    on_damage: Literal["refuse", "previous"] = "refuse"
 
 
 @dataclasses.dataclass(frozen=True)

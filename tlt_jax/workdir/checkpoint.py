@@ -3,13 +3,15 @@
 One directory per step below `<workdir>/checkpoints`. A checkpoint appears under its
 final name only when it is complete, so a killed process leaves none that is half
 written. The policy, the optimizer state and the JSON record are separate items: an
-export reads the policy alone.
+export reads the policy alone. The record holds a checksum of every array, and one of
+itself; both are compared when it is read.
 """
 
 import contextlib
 import dataclasses
-import functools
+import hashlib
 import importlib.metadata
+import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -22,9 +24,11 @@ import orbax.checkpoint as ocp
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
 from tlt_jax.runtime import failures
+from tlt_jax.workdir import checksums
 
 DIRECTORY = "checkpoints"
 _POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
+_OWN_SUM = "sha256"
 _Tree = TypeVar("_Tree")
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -33,18 +37,23 @@ class CheckpointError(failures.UserError):
     """A checkpoint that cannot be written or read."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not what was written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint's content.
 
     `step` is the number of RL steps done when it was taken; the rest is what `save` was
-    given.
+    given, `arrays` one of the trees of `more`.
     """
 
     step: int
     params: params_lib.Params
     opt_state: Any
     meta: dict[str, Any]
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Checkpointer(contextlib.AbstractContextManager):
@@ -60,17 +69,22 @@ class Checkpointer(contextlib.AbstractContextManager):
         keep: int = 2,
         name: str = DIRECTORY,
         alone: bool = False,
+        pass_over: Callable[[str], None] | None = None,
     ):
         """Open `<workdir>/<name>`, creating it if needed.
 
         What a killed process left half written there is removed. The newest `keep` are
         kept on disk, at least 1. If this one is `alone`, it alone of several processes
         writes and reads here what it holds alone; otherwise all of them take part.
+        A damaged checkpoint is refused, or, if there is somebody to tell a line, passed
+        over for the one before and removed. Several processes, which may see different
+        damage, refuse it in any case.
         """
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint: at least 1.")
         self._directory = _directory(workdir, name)
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._pass_over = pass_over if alone or jax.process_count() == 1 else None
         processes = ocp.options.MultiprocessingOptions()
         if alone:
             own = jax.process_index()
@@ -124,8 +138,7 @@ class Checkpointer(contextlib.AbstractContextManager):
           cfg: its architecture, a dataclass, so that a policy can be restored without
             the run.
           meta: anything that JSON can hold: config digest, task position, ...
-          more: further trees of arrays by name, read with `restore_arrays`. Orbax takes
-            no array of size zero.
+          more: further trees of arrays by name. Orbax takes no array of size zero.
 
         Raises:
           CheckpointError: this checkpoint or the one before could not be written.
@@ -134,6 +147,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             raise ValueError(
                 "params.layers is a tuple of layers: checkpoints hold them stacked."
             )
+        trees = {_POLICY: params, _OPTIMIZER: opt_state} | (more or {})
         record = {
             "step": step,
             "model": dataclasses.asdict(cfg),
@@ -141,10 +155,10 @@ class Checkpointer(contextlib.AbstractContextManager):
             "shapes": _shapes(params, opt_state),
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "driver": meta,
+            "checksums": checksums.of(trees),
         }
-        trees = {_POLICY: params, _OPTIMIZER: opt_state} | (more or {})
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items[_META] = ocp.args.JsonSave(record)
+        items[_META] = ocp.args.JsonSave(record | {_OWN_SUM: _sum_of(record)})
         with self._writing(f"the checkpoint of step {step}"):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -165,44 +179,51 @@ class Checkpointer(contextlib.AbstractContextManager):
         finally:
             self._manager.close()
 
-    def restore_latest(self, params: Any, opt_state: Any) -> Restored | None:
+    def restore_latest(
+        self, params: Any, opt_state: Any, item: str = ""
+    ) -> Restored | None:
         """Read the newest complete checkpoint, bit for bit, or None if there is none.
 
         `params` and `opt_state` are trees of arrays, or of `jax.ShapeDtypeStruct`s with
         a sharding, of the wanted shapes, dtypes and shardings. The mesh need not be the
-        one that the checkpoint was written from.
+        one that the checkpoint was written from. For `item` see `restore_trained`.
 
         Raises:
-          CheckpointError: it is damaged, or of another model or optimizer.
+          DamagedError: it is damaged.
+          CheckpointError: it is of another model or optimizer.
         """
-        step = self.latest_step()
-        if step is None:
-            return None
-        read = functools.partial(_restore, self._manager, self._directory, step)
-        record = read({_META: ocp.args.JsonRestore()})[_META]
+        steps = sorted(self._manager.all_steps())
+        while steps:
+            step = steps.pop()
+            try:
+                found = self._restore(step, params, opt_state, item)
+            except DamagedError as error:
+                if self._pass_over is None or not steps:
+                    raise
+                self._pass_over(f"{error} That of step {steps[-1]} is taken instead.")
+            else:
+                self.delete_after(step)
+                return found
+        return None
+
+    def _restore(self, step: int, params: Any, opt_state: Any, item: str) -> Restored:
+        read = _Reader(self._manager, self._directory, step)
         # Compared here because Orbax notices in the midst of reading.
-        _check_shapes(step, record["shapes"], _shapes(params, opt_state))
-        wanted = {_POLICY: params, _OPTIMIZER: opt_state}
-        content = read({k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
-        return Restored(step, content[_POLICY], content[_OPTIMIZER], record["driver"])
+        _check_shapes(step, read.record["shapes"], _shapes(params, opt_state))
+        content = read.trees({_POLICY: params, _OPTIMIZER: opt_state})
+        return Restored(
+            step,
+            content[_POLICY],
+            content[_OPTIMIZER],
+            read.record["driver"],
+            read.arrays(item),
+        )
 
     def delete_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: a run goes on from `step`."""
         for later in self._manager.all_steps():
             if later > step:
                 self._manager.delete(later)
-
-    def restore_arrays(self, step: int, name: str, kinds: Any) -> dict[str, np.ndarray]:
-        """Read one of the trees that `save` was given as `more`, of NumPy arrays.
-
-        `kinds` has the shape and dtype of each by name. Those of size zero are not
-        read.
-
-        Raises:
-          CheckpointError: it is damaged, or has no such tree.
-        """
-        read = functools.partial(_restore, self._manager, self._directory, step)
-        return _arrays(read, name, kinds)
 
     @contextlib.contextmanager
     def _writing(self, which: str) -> Iterator[None]:
@@ -279,50 +300,78 @@ def restore_trained(
                 f"step={step} has no checkpoint in {directory}: there are "
                 f"{', '.join(map(str, steps))}."
             )
-        read = functools.partial(_restore, manager, directory, step)
-        record = read({_META: ocp.args.JsonRestore()})[_META]
+        read = _Reader(manager, directory, step)
+        record = read.record
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda leaf: leaf.update(sharding=first),
             describe(record["model"], record["param_dtype"]),
         )
-        params = read({_POLICY: ocp.args.StandardRestore(target)})[_POLICY]
-        return params, record, _arrays(read, item, record["driver"].get("arrays", {}))
+        return read.trees({_POLICY: target})[_POLICY], record, read.arrays(item)
 
 
 def _directory(workdir: str | pathlib.Path, name: str) -> pathlib.Path:
     return pathlib.Path(workdir).absolute() / name
 
 
-def _arrays(read: Callable[[Any], Any], name: str, kinds: Any) -> dict[str, np.ndarray]:
-    arrays = {key: np.empty(n, jnp.dtype(dtype)) for key, (n, dtype) in kinds.items()}
-    # Orbax takes no empty ones.
-    filled = {key: array for key, array in arrays.items() if array.size}
-    return arrays | (
-        read({name: ocp.args.StandardRestore(filled)})[name] if filled else {}
-    )
+class _Reader:
+    """Reads a checkpoint's items and compares their checksums.
+
+    Attributes:
+      record: what `save` has written beside the arrays.
+    """
+
+    def __init__(
+        self, manager: ocp.CheckpointManager, directory: pathlib.Path, step: int
+    ):
+        self._manager, self._step = manager, step
+        self._path = directory / str(step)
+        self.record = self._read({_META: ocp.args.JsonRestore()})[_META]
+        told = isinstance(self.record, dict) and self.record.pop(_OWN_SUM, None)
+        if told != _sum_of(self.record):
+            raise self._damaged(f"{_META} does not have its own checksum")
+
+    def trees(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Read trees of arrays by their items' names, as `wanted` describes them."""
+        found = self._read({k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
+        trees = {name: found[name] for name in wanted}
+        paths, told = checksums.named(trees), self.record["checksums"]
+        found = checksums.of(trees, {path: told.get(path, "") for path in paths})
+        if wrong := [path for path in found if found[path] != told.get(path)]:
+            raise self._damaged(f"{wrong[0]} does not have its checksum")
+        return trees
+
+    def arrays(self, item: str) -> dict[str, np.ndarray]:
+        """Read an item of NumPy arrays, which the driver's record describes."""
+        kinds = self.record["driver"].get("arrays", {}) if item else {}
+        arrays = {key: np.empty(n, jnp.dtype(kind)) for key, (n, kind) in kinds.items()}
+        # Orbax takes no empty ones.
+        filled = {key: array for key, array in arrays.items() if array.size}
+        return arrays | (self.trees({item: filled})[item] if filled else {})
+
+    def _read(self, items: dict[str, Any]) -> Any:
+        try:
+            return self._manager.restore(self._step, args=ocp.args.Composite(**items))
+        # Of files that are not what they were, readers may say anything.
+        except Exception as error:
+            raise self._damaged(_summary(error)) from error
+
+    def _damaged(self, why: str) -> DamagedError:
+        return DamagedError(
+            f"the checkpoint of step {self._step} could not be read ({why}): it is "
+            f"damaged. Delete {self._path} to go on from the checkpoint before it."
+        )
 
 
-def _restore(
-    manager: ocp.CheckpointManager,
-    directory: pathlib.Path,
-    step: int,
-    items: dict[str, Any],
-) -> Any:
-    try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be read "
-            f"({_summary(error)}): it is damaged. Delete {directory / str(step)} to "
-            "go on from the checkpoint before it."
-        ) from error
+def _sum_of(record: Any) -> str:
+    """Digest a record as it comes back from JSON."""
+    text = json.dumps(json.loads(json.dumps(record)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _shapes(params: Any, opt_state: Any) -> dict[str, list[int]]:
-    both = {_POLICY: params, _OPTIMIZER: opt_state}
-    leaves = jax.tree_util.tree_leaves_with_path(both)
-    return {jax.tree_util.keystr(path): list(np.shape(leaf)) for path, leaf in leaves}
+    both = checksums.named({_POLICY: params, _OPTIMIZER: opt_state})
+    return {path: list(np.shape(leaf)) for path, leaf in both.items()}
 
 
 def _check_shapes(
