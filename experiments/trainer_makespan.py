@@ -95,7 +95,8 @@ def waited_s(record: timeline.Record) -> float:
     busy, others = [], []
     for worker in record["workers"]:
         for activity, start_s, stop_s in worker["intervals"]:
-            (busy if activity == timeline.BUSY else others).append((start_s, stop_s))
+            decodes = activity in (timeline.BUSY, timeline.COMPILING)
+            (busy if decodes else others).append((start_s, stop_s))
     total, last_s = 0.0, 0.0
     for start_s, stop_s in [*sorted(busy), (float("inf"), 0.0)]:
         if start_s > last_s:

@@ -26,7 +26,7 @@ from tlt_jax.rl.tasks import prompts, reward_pool, scratch_model
 from tlt_jax.rl.update import updater
 from tlt_jax.rl.workers import records, weight_sync, workers
 from tlt_jax.runtime import distributed
-from tlt_jax.runtime import observer as observer_lib
+from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import sections
 from tlt_jax.specdec import sampling
 
@@ -62,7 +62,7 @@ def assemble(
     task: tasks.Task,
     directory: pathlib.Path,
     group: distributed.Group,
-    observer: observer_lib.Observer,
+    observer: watch_lib.Observer,
     closing: contextlib.ExitStack,
 ) -> Parts:
     """Make the parts of a run; none has weights yet.
@@ -177,7 +177,7 @@ def source_of(
     task: tasks.Task,
     directory: pathlib.Path,
     group: distributed.Group,
-    observer: observer_lib.Observer,
+    observer: watch_lib.Observer,
 ) -> model_source.ModelSource:
     """Find the policy that is named, or make it for the task, in the workdir.
 
@@ -213,7 +213,7 @@ def prompts_of(
     task: tasks.Task,
     split: str,
     tokenizer: model_tokenizer.Tokenizer,
-    observer: observer_lib.Observer,
+    observer: watch_lib.Observer,
 ) -> prompts.PromptSet:
     """Encode the prompts of a split, and say how many are too long.
 

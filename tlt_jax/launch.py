@@ -4,7 +4,8 @@ What follows `--` is the command line of `tlt_jax.main`, or of what `--module` n
 The processes join through `jax.distributed` at a free port. On CPUs each gets its share
 of the cores, and XLA's threads with it. Process 0
 speaks here; the others write to `WORKDIR/processes/N.log`. If one fails, all are ended;
-the same command resumes, with any number of processes.
+the same command resumes, with any number of processes. Ctrl-C and SIGTERM stop the run
+after saving; a second Ctrl-C ends it at once.
 
 On clusters start `tlt_jax.main --cluster` in every task of your launcher instead.
 """
@@ -20,11 +21,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tlt_jax.runtime import command_line, distributed
+from tlt_jax.runtime import command_line, distributed, stopping
 
 _POLL_S = 0.1
 # How long processes that were asked to end may take.
 _GRACE_S = 10.0
+# After one has stopped: the others save the same step.
+_SAVING_S = 60.0
 _PR_SET_PDEATHSIG = 1
 _TAIL_LINES = 12
 # What `tlt_jax.main` returns for what a user can mend, with a line that says so.
@@ -78,7 +81,8 @@ class _Children:
         own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
         cores = shares(sorted(own), options.processes)
         self._processes: list[subprocess.Popen] = []
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self._signal = 0
+        self._handlers = [signal.signal(n, self._hear) for n in stopping.SIGNALS]
         for index in range(options.processes):
             num = options.devices_per_process
             devices = range(index * num, (index + 1) * num)
@@ -96,6 +100,7 @@ class _Children:
                     stdin=None if index == 0 else subprocess.DEVNULL,
                     stdout=log,
                     stderr=log and subprocess.STDOUT,
+                    process_group=0,
                     preexec_fn=_before_start(cores[index]),
                 )
             )
@@ -103,21 +108,42 @@ class _Children:
                 log.close()
 
     def wait(self) -> int:
-        """Wait for all to end, or for one to fail."""
+        """Wait for all to end, for one to fail, or for what a signal has stopped."""
         try:
             while True:
                 codes = [process.poll() for process in self._processes]
-                if any(codes):
-                    return self._fail()
                 if all(code == 0 for code in codes):
                     return 0
+                if any(codes):
+                    return self._stopped() if self._signal else self._fail()
                 time.sleep(_POLL_S)
-        except KeyboardInterrupt:
-            # A terminal has told the processes as well.
-            print("interrupted: the same command resumes.", file=sys.stderr)
-            return 130
         finally:
             self._end()
+            for number, handler in zip(stopping.SIGNALS, self._handlers, strict=True):
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: object) -> None:
+        """Ask the processes to stop, once; a second Ctrl-C ends them.
+
+        They have process groups of their own, so that a terminal's Ctrl-C reaches them
+        by this way alone.
+        """
+        if not self._signal:
+            self._signal = number
+            for process in self._processes:
+                process.terminate()
+        elif number == signal.SIGINT:
+            for process in self._processes:
+                process.kill()
+
+    def _stopped(self) -> int:
+        """Wait for the others where the first has stopped; it has said all."""
+        self._end(within_s=_SAVING_S)
+        codes = [process.poll() for process in self._processes]
+        if codes[0] == -signal.SIGTERM:
+            # It was not far enough to say a word.
+            print(stopping.INTERRUPTED, file=sys.stderr)
+        return _USER_ERROR if _USER_ERROR in codes else 128 + self._signal
 
     def _fail(self) -> int:
         """End the others and say which process was the first to fail."""
@@ -143,11 +169,11 @@ class _Children:
             print("\n".join(text.splitlines()[-_TAIL_LINES:]), file=sys.stderr)
         return code if code > 0 else 1
 
-    def _end(self) -> None:
+    def _end(self, within_s: float = _GRACE_S) -> None:
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()
-        until = time.monotonic() + _GRACE_S
+        until = time.monotonic() + within_s
         for process in self._processes:
             try:
                 process.wait(max(until - time.monotonic(), 0.0))

@@ -14,6 +14,7 @@ from tlt_jax.runtime import (
     cpu_devices,
     distributed,
     host_memory,
+    stopping,
 )
 
 _CONFIG = command_line.define_config_flag()
@@ -35,11 +36,11 @@ def main(run: config.RunConfig) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
     # First of all, as others begin threads.
     host_memory.keep_freed()
-    with command_line.told():
+    with command_line.told(), stopping.heard() as stop:
         distributed.initialize(_CLUSTER.value)
         cpu_devices.prepare(run)
         compile_cache.enable()
-        train.train(run, _WORKDIR.value)
+        train.train(run, _WORKDIR.value, stop)
 
 
 if __name__ == "__main__":

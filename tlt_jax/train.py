@@ -5,6 +5,7 @@ checkpoint holds, so a run that was killed goes on bit for bit.
 """
 
 import contextlib
+import functools
 import pathlib
 import time
 from typing import Any
@@ -14,14 +15,13 @@ import jax
 from tlt_jax import assembly, config
 from tlt_jax.rl import collector
 from tlt_jax.rl.tasks import build as tasks
-from tlt_jax.rl.workers import coordinator
-from tlt_jax.runtime import distributed, failures
+from tlt_jax.runtime import distributed, failures, stopping
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.viz import plots
 from tlt_jax.workdir import directory as workdir
 from tlt_jax.workdir import (
     drafter_checkpoint,
-    metrics,
+    ending,
     progress,
     state,
     step_record,
@@ -29,37 +29,51 @@ from tlt_jax.workdir import (
 )
 
 
-def train(run: config.RunConfig, directory: str | pathlib.Path) -> dict[str, Any]:
+def train(
+    run: config.RunConfig,
+    directory: str | pathlib.Path,
+    stop: stopping.Stop | None = None,
+) -> dict[str, Any]:
     """Train until `run.num_steps`, from the newest checkpoint of the directory if any.
 
     Everything that the run writes is in there. Returns the last step's record.
 
     Raises:
-      schema.ConfigError: the directory holds a run with other settings.
+      schema.ConfigError: the directory holds another run, or a longer one.
       workdir.WorkdirError: it cannot be written, or another process works there.
       failures.TrainingError: updates are not finite any more.
+      failures.Stopped: `stop` was asked for; what is done is saved.
       channel.ProcessError: another process of the run has ended.
     """
-    directory = pathlib.Path(directory)
+    directory, stop = pathlib.Path(directory), stop or stopping.Stop()
     with distributed.join() as group, contextlib.ExitStack() as closing:
         if group.is_first:
             closing.enter_context(workdir.claimed(directory, run))
         group.check_same("settings", config.digest(run))
         mode = run.log.progress if group.is_first else "off"
         display = closing.enter_context(progress.Progress(run.num_steps, mode=mode))
+        where = functools.partial(ending.stopped, directory, run.num_steps)
+        stop.last_words = lambda: display.close() or where()
+        row = group.first("finished", lambda: ending.last_row(directory, run))
+        if row is not None:
+            display.note(ending.finished(directory, run))
+            return row
         try:
             trainer = closing.enter_context(Trainer(run, directory, display, group))
             trainer.begin()
-            row = {"step": trainer.state.step}
-            while trainer.state.step < run.num_steps:
-                row = trainer.take_step()
-            trainer.finish()
-            return row
+            with stop.finishing(display.tell, run.checkpoint.grace_s, trainer.abandon):
+                row = trainer.take_steps(stop)
+                trainer.finish()
         except failures.NotFiniteError as error:
-            raise trainer.with_remedy(error) from error
+            done, newest = trainer.state.step, trainer.state.latest_step()
+            raise ending.not_finite(error, done, newest) from error
         except jax.errors.JaxRuntimeError as error:
             group.explain(error)
             raise
+    if row["step"] < run.num_steps:
+        distributed.leave()
+        raise failures.Stopped(where(), stop.status)
+    return row
 
 
 class Trainer:
@@ -84,7 +98,7 @@ class Trainer:
         """
         self.run, self._directory, self._display = run, directory, display
         self.group = group or distributed.alone()
-        self._num_lost = 0
+        self._num_lost, self._overdue = 0, False
         with contextlib.ExitStack() as closing:
             self._start(closing)
             self._closing = closing.pop_all()
@@ -103,36 +117,27 @@ class Trainer:
         if group.is_first:
             with workdir.writing(directory / "tokenizer"):
                 parts.tokenizer.save(directory / "tokenizer")
-        display.watch(self._seen)
+        display.watch(lambda: progress.seen(parts.workers))
         stores = closing.enter_context(
             drafter_checkpoint.opened(
                 parts.adaptation, directory, run.checkpoint, group, display
             )
         )
-        self.state = closing.enter_context(
-            state.RunState(
-                directory,
-                run.checkpoint,
-                parts.model,
-                parts.updater,
-                {"collector": parts.collector, "sync": parts.sync}
-                | parts.speculation.tuners,
-                stores,
-                config.digest(run),
-            )
-        )
+        learning, identity = parts.updater, config.digest(run)
+        changing = {"collector": parts.collector, "sync": parts.sync}
+        changing |= parts.speculation.tuners
+        given = run.checkpoint, parts.model, learning, changing, stores, identity
+        made = state.RunState(directory, *given)
+        self.state = closing.enter_context(made)
         if self.state.restore():
             display.resume(self.state.step)
         else:
-            weights = assembly.load_weights(source, parts.updater)
-            parts.updater.train_state = parts.updater.learner.init_state(weights)
-        if parts.updater.needs_reference:
-            parts.updater.reference = assembly.load_weights(source, parts.updater)
-        self._writer: metrics.MetricsWriter | None = None
-        if group.is_first:
-            first = self.state.step + 1 if self.state.step else 0
-            opened = wandb_log.open_writer(directory, first, run)
-            self._writer = closing.enter_context(opened)
+            weights = assembly.load_weights(source, learning)
+            learning.train_state = learning.learner.init_state(weights)
+        if learning.needs_reference:
+            learning.reference = assembly.load_weights(source, learning)
+        self._closing, self._writer = closing, None
+        self._open_writer(self.state.step + 1 if self.state.step else 0)
 
     def __enter__(self) -> "Trainer":
         return self
@@ -150,16 +155,43 @@ class Trainer:
             self.warm_up(wait=self.parts.adaptation.trains)
             # No rollout's time shall hold what another process compiles.
             self.group.exchange("ready", None)
-        if self.run.eval.every and self.state.step == 0:
-            self._write({"step": 0, **self._evaluate(self.watch())})
+        step, every = self.state.step, self.run.eval.every
+        left_out = functools.partial(step_record.left_out, self._directory, step)
+        if every and step % every == 0 and (row := self.group.first("row", left_out)):
+            row |= self._evaluate(self.watch())
+            if step:
+                # The record without it is replaced.
+                self._open_writer(step)
+            self._write(row)
+
+    def take_steps(self, stop: stopping.Stop) -> dict[str, Any]:
+        """Take the steps that are left, or until it shall stop; return the last record.
+
+        A step that was given up is left out: what is saved is the one before.
+        """
+        row = {"step": self.state.step}
+        while self.state.step < self.run.num_steps and not stop.agreed(self.group):
+            before = self.state.parts()
+            try:
+                row = self.take_step()
+            except failures.Abandoned:
+                self.parts.adaptation.settle()
+                self.state.complete(before)
+                break
+        return row
+
+    def abandon(self) -> None:
+        """Give up the rollout or evaluation under way; called by another thread."""
+        self._overdue = True
+        self.parts.workers.abandon()
 
     def finish(self) -> None:
-        """Save the last step, and draw it."""
+        """Save the last step; of a complete run draw it, and say where it is."""
         self._display.stage("writing")
-        if self.state.latest_step() != self.state.step:
-            self.state.save()
-        self.state.wait()
-        self._draw()
+        self.state.complete()
+        if self.state.step == self.run.num_steps:
+            self._draw()
+            self._display.note(ending.finished(self._directory, self.run))
 
     def warm_up(self, *, wait: bool = True) -> None:
         """Compile every program of the steps to come, in the background."""
@@ -205,24 +237,29 @@ class Trainer:
             self._draw()
         return row
 
-    def with_remedy(self, error: failures.NotFiniteError) -> failures.TrainingError:
-        """Say what may be done where updates are not finite any more."""
-        newest, there = self.state.latest_step(), "There is no checkpoint yet."
-        if newest is not None:
-            there = (
-                f"The newest checkpoint is that of step {newest}; exported "
-                "(tlt_jax.export) it is a model to begin from."
-            )
-        return failures.TrainingError(
-            f"{error} (step {self.state.step + 1}): lower optimizer.learning_rate or "
-            "check the rewards and the weights, and begin again in another --workdir. "
-            f"{there}"
-        )
-
     def _evaluate(self, watch: watch_lib.Watch) -> dict[str, float]:
-        """Judge completions of held-out prompts: `eval/avg@n` and `eval/pass@k`."""
-        with watch.stage("eval"):
-            return self.parts.evaluator.evaluate()
+        """Judge completions of held-out prompts: `eval/avg@n` and `eval/pass@k`.
+
+        One that is given up says nothing: who resumes makes up for it.
+        """
+
+        # One process would wait for another; the last evaluation is the result.
+        may_leave = self.group.num == 1 and self.state.step < self.run.num_steps
+
+        def look(*_: int) -> None:
+            if self._overdue and may_leave:
+                raise failures.Abandoned
+
+        with watch.stage("eval"), contextlib.suppress(failures.Abandoned):
+            return self.parts.evaluator.evaluate(look)
+        return {}
+
+    def _open_writer(self, first_step: int) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self.group.is_first:
+            opened = wandb_log.open_writer(self._directory, first_step, self.run)
+            self._writer = self._closing.enter_context(opened)
 
     def _push_weights(self) -> None:
         params = self.parts.updater.train_state.params
@@ -235,22 +272,11 @@ class Trainer:
         team = self.parts.workers
         intervals = team.take_intervals()
         workdir.write_timeline(self._directory, self.state.step + 1, intervals)
-        row = coordinator.sums(intervals) | {"workers/num_lost": len(team.lost)}
-        if not team.lost:
-            return row
-        lost = ", ".join(f"{worker} ({why})" for worker, why in team.lost.items())
+        row = step_record.of_workers(intervals, team.lost)
         if len(team.lost) > self._num_lost:
             self._num_lost = len(team.lost)
-            watch.note(f"lost workers: {lost}; the others go on.")
-        return row | {"workers/lost": lost}
-
-    def _seen(self) -> progress.Workers | None:
-        """What the workers do at this moment; None between rollouts."""
-        state = self.parts.workers.coordination.state
-        if not state.rolling:
-            return None
-        activities = tuple(str(worker.activity) for worker in state.workers)
-        return progress.Workers(activities, self.parts.workers.drafter_version)
+            watch.note(f"lost workers: {row['workers/lost']}; the others go on.")
+        return row
 
     def _write(
         self, row: dict[str, Any], collected: collector.Collected | None = None
@@ -269,7 +295,6 @@ class Trainer:
             )
 
     def _draw(self) -> None:
-        if not self.group.is_first:
-            return
-        with workdir.writing(self._directory / "plots"):
-            plots.draw_all(self._directory)
+        if self.group.is_first:
+            with workdir.writing(self._directory / "plots"):
+                plots.draw_all(self._directory)

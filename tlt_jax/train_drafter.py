@@ -6,6 +6,7 @@ written to `DIR/drafter`. The same command on the same directory resumes at any 
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ from tlt_jax.rl.update import learner as policy_learner
 from tlt_jax.runtime import (
     command_line,
     compile_cache,
+    failures,
     host_memory,
+    stopping,
     train_state,
 )
 from tlt_jax.settings import drafter_run, sections
@@ -34,27 +37,45 @@ from tlt_jax.specdec import strategy
 from tlt_jax.specdec.texts import layout, shards
 from tlt_jax.specdec.training import objectives
 from tlt_jax.viz import plots
-from tlt_jax.workdir import checkpoint, metrics, progress
+from tlt_jax.workdir import checkpoint, ending, metrics, progress
 from tlt_jax.workdir import directory as workdir
 
+# Where in the workdir the result is.
+EXPORT = "drafter"
 
-def train(run: drafter_run.DrafterRun, directory: str | pathlib.Path) -> dict:
+
+def train(
+    run: drafter_run.DrafterRun,
+    directory: str | pathlib.Path,
+    stop: stopping.Stop | None = None,
+) -> dict:
     """Do what is left of a run, in the directory that holds everything it writes.
 
     Returns the last measurement's record.
 
     Raises:
-      schema.ConfigError: the directory holds a run with other settings.
+      schema.ConfigError: the directory holds another run, or a longer one.
       workdir.WorkdirError: it cannot be written, or another process works there.
       failures.TrainingError: updates are not finite any more.
+      failures.Stopped: `stop` was asked for; what is done is saved.
     """
-    directory = pathlib.Path(directory)
+    directory, stop = pathlib.Path(directory), stop or stopping.Stop()
+    where = functools.partial(ending.stopped, directory, run.num_steps)
     with (
         workdir.claimed(directory, run, drafter_run.load),
         progress.Progress(run.num_steps, mode=run.log.progress) as display,
         contextlib.ExitStack() as closing,
     ):
-        return _Trainer(run, directory, display, closing).run_to_end()
+        stop.last_words = lambda: display.close() or where()
+        row = ending.last_row(directory, run)
+        if row is None or not (directory / EXPORT).is_dir():
+            trainer = _Trainer(run, directory, display, closing)
+            with stop.finishing(display.tell):
+                row = trainer.run_to_end(stop)
+        if row["step"] == run.num_steps:
+            display.note(ending.drafter_finished(directory, run.num_steps))
+            return row
+    raise failures.Stopped(where(), stop.status)
 
 
 class _Trainer:
@@ -94,8 +115,11 @@ class _Trainer:
         """Steps taken."""
         return self.training.num_steps
 
-    def run_to_end(self) -> dict[str, Any]:
-        """Take every step that is left, measure, export; return the last record."""
+    def run_to_end(self, stop: stopping.Stop) -> dict[str, Any]:
+        """Take every step that is left, or until it shall stop; measure, export, draw.
+
+        Returns the last record, or the step that was saved.
+        """
         run = self.run
         row: dict[str, Any] = {"step": self.step}
         if self.step == 0:
@@ -119,10 +143,14 @@ class _Trainer:
                 started = time.perf_counter()
             if run.checkpoint.every and self.step % run.checkpoint.every == 0:
                 self._save()
+            if stop.signal:
+                break
         self.display.stage("writing")
         if self.checkpointer.latest_step() != self.step:
             self._save()
         self.checkpointer.wait()
+        if self.step < run.num_steps:
+            return {"step": self.step}
         self._export()
         with workdir.writing(self.directory / "plots"):
             plots.draw_training(self.directory)
@@ -280,7 +308,7 @@ class _Trainer:
         learner = self.training.learner
         if learner.sharpness is None:
             self._measure()
-        folder, weights = self.directory / "drafter", learner.weights("float32")
+        folder, weights = self.directory / EXPORT, learner.weights("float32")
         about = {
             "target": self.policy.identity,
             "num_steps": self.step,
@@ -294,8 +322,8 @@ def main(run: drafter_run.DrafterRun) -> None:
     """Run one configuration; what a user can mend is one line, not a traceback."""
     host_memory.keep_freed()
     compile_cache.enable()
-    with command_line.told():
-        train(run, flags.FLAGS.workdir)
+    with command_line.told(), stopping.heard() as stop:
+        train(run, flags.FLAGS.workdir, stop)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from tlt_jax import types
 from tlt_jax.rl import collector
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
-from tlt_jax.runtime import distributed, observer
+from tlt_jax.runtime import distributed
 from tlt_jax.runtime import watch as watch_lib
 
 P, R = 4, 4  # As in `tiny_runs`.
@@ -83,7 +83,7 @@ def make(judge, dynamic_sampling=False, between=None):
     return made, engine, prompt_set, shown
 
 
-class Shown(observer.Silent):
+class Shown(watch_lib.Silent):
     """Keeps what was said of the stages."""
 
     def __init__(self):

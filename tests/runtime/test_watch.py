@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from tlt_jax.runtime import observer, watch
+from tlt_jax.runtime import watch
 
 
 def pool_that_waited(seconds):
@@ -43,7 +43,7 @@ def test_seconds_of_a_stage_add_up(monkeypatch):
 def test_the_observer_hears_stages_and_notes_of_the_step():
     said = []
 
-    class Listener(observer.Silent):
+    class Listener(watch.Silent):
         def stage(self, name):
             said.append(name)
 

@@ -113,6 +113,7 @@ SETTINGS = {
         "every": (10, "[0, inf)"),
         "keep": (2, "[1, inf)"),
         "drafter": ("selective", ""),
+        "grace_s": (15.0, "[0, inf)"),
     },
     sections.Log: {
         "tensorboard": (True, ""),

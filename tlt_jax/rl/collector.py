@@ -107,7 +107,8 @@ class Collector:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON."""
-        return {"position": self.position, "expected_lengths": self.expected_lengths}
+        lengths = dict(self.expected_lengths)
+        return {"position": self.position, "expected_lengths": lengths}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`; JSON has made text of the lengths' keys."""

@@ -42,11 +42,14 @@ class Evaluator:
         self._engines = tuple(engines)
         self._rewards, self._decode_text = rewards, decode_text
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(
+        self, on_call: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
         """Judge the policy that the workers have.
 
         The noise is the same at every evaluation, so that two policies differ by what
-        they say and not by luck.
+        they say and not by luck. `on_call` hears of each decode call: completions done
+        in this process, and tokens.
 
         Returns:
           `eval/avg@n`, the mean reward over n samples per prompt, and `eval/pass@k`.
@@ -67,7 +70,9 @@ class Evaluator:
         completions = []
         if own:
             asked = [requests[i] for i in own]
-            completions, _ = engine_lib.answer(engines, asked, self._seed)
+            completions, _ = engine_lib.answer(
+                engines, asked, self._seed, on_call=on_call
+            )
             for engine in engines:
                 engine.release_cache()
         scores = self._rewards.score(

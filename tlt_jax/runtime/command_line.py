@@ -7,8 +7,10 @@ status 2, never a traceback.
 import contextlib
 import difflib
 import functools
+import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from tlt_jax import config
-from tlt_jax.runtime import failures
+from tlt_jax.runtime import failures, stopping
 from tlt_jax.settings import schema
 
 _FREE_SECTION = "task.options"
@@ -62,6 +64,7 @@ def run(
 def told(*more: type[Exception]) -> Iterator[None]:
     """Make one line and status 2 of what a user can mend, of `more` errors as well.
 
+    A run that was stopped, or Ctrl-C, is one line too, with status 128 and the signal.
     Libraries that report every file they write, and backends that they are not there,
     are silent unless the user has asked for it: programs have their own display.
     """
@@ -73,6 +76,17 @@ def told(*more: type[Exception]) -> Iterator[None]:
         if logging.level_debug():
             raise
         fail(f"{error} (--verbosity=1 shows where)")
+    except failures.Stopped as stop:
+        leave(stop, stop.status)
+    except KeyboardInterrupt:
+        leave(stopping.INTERRUPTED, 128 + signal.SIGINT)
+
+
+def leave(message: object, status: int) -> NoReturn:
+    """Print one line and end, with whatever threads are still at work."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:

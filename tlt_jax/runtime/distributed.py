@@ -180,6 +180,12 @@ def join() -> Group:
     return Group(index, num, channel.Client(index, address, key, on_gone=_leave))
 
 
+def leave() -> None:
+    """Part from the run's other processes, which do the same, before an early end."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
 def _leave(reason: str) -> None:
     """End this process, which waits in a collective for one that is gone."""
     print(f"error: {reason}", file=sys.stderr, flush=True)

@@ -11,3 +11,20 @@ class TrainingError(UserError):
 
 class NotFiniteError(TrainingError):
     """Updates are not finite any more."""
+
+
+class Abandoned(Exception):
+    """Work was given up because its run shall stop."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run has stopped as it was asked to; the message says where it is.
+
+    Attributes:
+      status: the process's exit status: 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, status: int):
+        """Say where the run is."""
+        super().__init__(message)
+        self.status = status

@@ -6,10 +6,11 @@ ready waits for it. After warm-up a run compiles nothing, which `num_compiled` s
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import jax
 
@@ -32,6 +33,9 @@ class PoolStats:
     num_compiled: int = 0
     compile_s: float = 0.0  # Wherever that happened.
     waited_s: float = 0.0  # For which a caller had to wait for a program.
+    # When that was, from and until, by `time.perf_counter`.
+    waits: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    num_waiting: int = 0  # Callers that wait now.
     temp_bytes: int = 0  # The largest scratch memory of any program.
     code_bytes: int = 0  # Of all programs.
 
@@ -60,13 +64,10 @@ class ProgramPool:
         future, mine = self._claim(program.key)
         if not mine and future.done():
             return future.result()
-        started = time.perf_counter()
-        if mine or self._take_back(program.key):
-            self._compile(program, future)
-        compiled = future.result()
-        with self._lock:
-            self.stats.waited_s += time.perf_counter() - started
-        return compiled
+        with self._waiting():
+            if mine or self._take_back(program.key):
+                self._compile(program, future)
+            return future.result()
 
     def prepare(self, program: Program) -> None:
         """Compile a program in the background, unless it is there.
@@ -114,6 +115,22 @@ class ProgramPool:
             self._tasks.clear()
         for key in dropped:
             self._fail(key, self._programs[key], concurrent.futures.CancelledError())
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count a caller's wait; one that ends with an error is none."""
+        started = time.perf_counter()
+        with self._lock:
+            self.stats.num_waiting += 1
+        try:
+            yield
+            stopped = time.perf_counter()
+            with self._lock:
+                self.stats.waited_s += stopped - started
+                self.stats.waits.append((started, stopped))
+        finally:
+            with self._lock:
+                self.stats.num_waiting -= 1
 
     def _claim(self, key: Hashable) -> tuple[concurrent.futures.Future, bool]:
         with self._lock:

@@ -2,13 +2,33 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-from tlt_jax.runtime import observer as observer_lib
 from tlt_jax.runtime import programs
 
 # Every record has the seconds of these, whether they happened or not.
 _STAGES = ("rollout", "reward", "inference", "update", "sync", "compile")
+
+
+class Observer(Protocol):
+    """Takes what a run's parts say; see `workdir.progress.Progress`, which shows it."""
+
+    def stage(self, name: str) -> None:
+        """Say what is done from now on: rollout, reward, update, ..."""
+
+    def within(self, done: int, total: int, detail: str = "") -> None:
+        """Say how far the stage is: `done` of `total`."""
+
+    def note(self, text: str) -> None:
+        """Say something that shall stay to be read."""
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Take a finished step's record."""
+
+
+class Silent(Observer):
+    """Shows nothing."""
 
 
 class Watch:
@@ -22,12 +42,12 @@ class Watch:
     def __init__(
         self,
         pools: Sequence[programs.ProgramPool] = (),
-        observer: observer_lib.Observer | None = None,
+        observer: Observer | None = None,
         step: int = 0,
     ):
         """Begin the step behind `step` others; it may wait for programs of `pools`."""
         self._pools = tuple(pools)
-        self._observer = observer or observer_lib.Silent()
+        self._observer = observer or Silent()
         self._step = step
         self.spent: dict[str, float] = {}
 

@@ -334,12 +334,15 @@ class Checkpoint:
       on_damage: what becomes of a run whose newest checkpoint is damaged: it is refused
         (`refuse`), or goes on from the one before and says so (`previous`). Several
         processes refuse it in any case.
+      grace_s: seconds after Ctrl-C or SIGTERM in which a step may be finished; then its
+        rollout or evaluation is given up, and the step before is saved.
     """
 
     every: int = schema.number(10, 0)
     keep: int = schema.number(2, 1)
     drafter: Literal["selective", "async", "blocking"] = "selective"
     on_damage: Literal["refuse", "previous"] = "refuse"
+    grace_s: float = schema.number(15.0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,7 +165,8 @@ def time_split(rows: Rows) -> figure.Figure | None:
 def accept_length(rows: Rows) -> figure.Figure | None:
     """Draw the tokens gained per verification; nothing without speculation."""
     steps, values = _series(rows, "specdec/accept_length")
-    if not len(steps):
+    # Plain decoding is recorded as 1.
+    if not any(row.get("specdec/num_accepted") for row in rows) and (values == 1).all():
         return None
     fig, axes = style.figure("Accept length", "tokens per verification")
     axes.plot(steps, values, color=style.GREEN, lw=2, marker="o", ms=3, label="mean")

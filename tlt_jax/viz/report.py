@@ -6,6 +6,7 @@ sample answers in which the tokens that a draft had guessed are coloured.
 """
 
 import codecs
+import contextlib
 import json
 import os
 import pathlib
@@ -29,16 +30,17 @@ _CAPTIONS = {
     "drafter_training": "How good the drafter becomes that is trained in the run.",
     "timeline": "What every worker did: all steps as shares, some of them in full.",
 }
+# Title, name and format; and what stands there where a run has none of it.
 _COLUMNS = (
     ("step", "step", "d"),
     ("reward", "reward/mean", ".3f"),
     ("length", "length/mean", ".0f"),
     ("95 %", "length/p95", ".0f"),
     ("longest", "length/max", ".0f"),
-    ("accept", "specdec/accept_length", ".2f"),
-    ("strategy", "specdec/strategy", "s"),
+    ("accept", "specdec/accept_length", ".2f", 1.0),
+    ("strategy", "specdec/strategy", "s", "none"),
     ("drafter", "drafter/version", "d"),
-    ("idle", "workers/idle_frac", ".0%"),
+    ("idle", "workers/idle_frac", ".0%", 0.0),
     ("rollout s", "time/rollout_s", ".2f"),
     ("update s", "time/update_s", ".2f"),
     ("compile s", "time/compile_s", ".2f"),
@@ -47,6 +49,8 @@ _COLUMNS = (
     ("mismatch", "mismatch/logprob_max_abs", ".1e"),
 )
 _SHOWN_ROWS = 100
+# What a completion must have to be shown.
+_NEEDED = {"example_id", "reward", "num_tokens", "finish_reason", "answer", "text"}
 _DRAFTED = (
     "Green: tokens that a draft had guessed and the target accepted. The others the "
     "target drew itself. Without drafts the text would be the same."
@@ -92,12 +96,15 @@ def page(workdir: pathlib.Path, num_answers: int) -> str:
         page_lib.tiles(summary(rows)),
         page_lib.section("Plots", page_lib.plots(pictures)),
     ]
-    step, answers = sample_answers(workdir, num_answers)
-    if answers:
+    step, answers, num_unread = sample_answers(workdir, num_answers)
+    if answers or num_unread:
         shown = "".join(map(page_lib.answer, answers))
         drafted = any(flag for one in answers for _, flag in one.pieces)
-        note = _DRAFTED if drafted else ""
-        parts.append(page_lib.section(f"Answers of step {step}", shown, note))
+        notes = [_DRAFTED] if drafted else []
+        if num_unread:
+            notes.append(f"Lines of rollouts/ that cannot be read: {num_unread}.")
+        title = f"Answers of step {step}"
+        parts.append(page_lib.section(title, shown, " ".join(notes)))
     names, cells = _table(rows)
     left_out = len(rows) - len(cells)
     told = f"The last {len(cells)} of {len(rows)} records." if left_out else ""
@@ -141,18 +148,24 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def sample_answers(
     workdir: str | pathlib.Path, num: int
-) -> tuple[int, list[page_lib.Answer]]:
+) -> tuple[int, list[page_lib.Answer], int]:
     """Choose up to `num` completions of the newest step whose completions were kept.
 
     Returns:
-      The step, and the answers: the longest, then best to worst in even steps; none
-      where no completions were kept.
+      The step; the answers: the longest, then best to worst in even steps; none where
+      no completions were kept; and how many lines could not be read on the way.
     """
-    files = sorted(pathlib.Path(workdir).glob("rollouts/step_*.jsonl"))
-    if not files or num < 1:
-        return 0, []
-    lines = files[-1].read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    files = sorted(pathlib.Path(workdir).glob("rollouts/step_*.jsonl"), reverse=True)
+    records: list[Mapping[str, Any]] = []
+    step = num_unread = 0
+    for path in files if num else ():
+        records, num_bad = _completions(path)
+        num_unread += num_bad
+        if records:
+            step = int(path.stem.removeprefix("step_"))
+            break
+    if not records:
+        return step, [], num_unread
     tokenizer = model_tokenizer.from_directory(pathlib.Path(workdir) / "tokenizer")
     longest = max(range(len(records)), key=lambda i: records[i]["num_tokens"])
     ranked = sorted(
@@ -162,8 +175,21 @@ def sample_answers(
     few = min(num - 1, len(ranked))
     even = [ranked[i * (len(ranked) - 1) // max(few - 1, 1)] for i in range(few)]
     chosen = [longest, *dict.fromkeys(even)]
-    step = int(files[-1].stem.removeprefix("step_"))
-    return step, [_answer(records[i], tokenizer, i == longest) for i in chosen]
+    answers = [_answer(records[i], tokenizer, i == longest) for i in chosen]
+    return step, answers, num_unread
+
+
+def _completions(path: pathlib.Path) -> tuple[list[Mapping[str, Any]], int]:
+    """Read a step's completions; return them, and how many lines could not be read."""
+    lines = path.read_bytes().splitlines()
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and _NEEDED <= record.keys():
+                records.append(record)
+    # A file without a line was cut off before the first.
+    return records, len(lines) - len(records) if lines else 1
 
 
 def pieces(
@@ -206,7 +232,11 @@ def _answer(record, tokenizer, is_longest) -> page_lib.Answer:
 
 
 def _table(rows) -> tuple[list[str], list[list[str]]]:
-    shown = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
+    shown = [
+        (title, name, spec)
+        for title, name, spec, *none in _COLUMNS
+        if any(row.get(name) not in (None, *none) for row in rows)
+    ]
     cells = [
         ["" if row.get(n) is None else format(row[n], spec) for _, n, spec in shown]
         for row in rows[-_SHOWN_ROWS:]

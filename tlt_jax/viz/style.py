@@ -101,5 +101,9 @@ def picture(drawn: figure_lib.Figure, dpi: int = 80) -> Picture:
 def save(drawn: figure_lib.Figure, path: pathlib.Path) -> None:
     """Write a figure; it is replaced whole: a viewer never loads half a picture."""
     part = path.with_suffix(".part")
-    drawn.savefig(part, format="png", dpi=130)
-    os.replace(part, path)
+    try:
+        drawn.savefig(part, format="png", dpi=130)
+        os.replace(part, path)
+    finally:
+        # There where drawing has failed.
+        part.unlink(missing_ok=True)

@@ -18,9 +18,10 @@ from tlt_jax.viz import style
 from tlt_jax.workdir import directory as workdir_lib
 
 FILE = workdir_lib.TIMELINE
-BUSY, TRAINING, IDLE = "busy", "training", "idle"
+BUSY, COMPILING, TRAINING, IDLE = "busy", "compiling", "training", "idle"
 _LOOK = {
     BUSY: (style.BLUE, "decoding"),
+    COMPILING: (style.RED, "compiling"),
     TRAINING: (style.GREEN, "training the drafter"),
     IDLE: (style.PALE, "idle"),
 }
@@ -66,10 +67,12 @@ def trained_frac(spent: Mapping[str, float]) -> float | None:
 def draw(records: Sequence[Record]) -> figure.Figure | None:
     """Draw the states' shares of every step, and some steps worker by worker.
 
-    None without an interval.
+    None without an interval, and of one worker that does nothing else than decode.
     """
     records = [record for record in records if list(_intervals(record))]
-    if not records:
+    alone = all(len(record["workers"]) == 1 for record in records)
+    states = {state for record in records for state, *_ in _intervals(record)}
+    if not records or (alone and states <= {BUSY, COMPILING}):
         return None
     shown = sorted({0, len(records) // 2, len(records) - 1})[-_NUM_SHOWN:]
     heights = [0.35 * len(records[i]["workers"]) + 0.75 for i in shown]
@@ -84,7 +87,7 @@ def draw(records: Sequence[Record]) -> figure.Figure | None:
     for axes, index in zip(panels, shown, strict=True):
         _draw_step(axes, records[index])
     panels[-1].set_xlabel("seconds since the rollout's begin")
-    style.key(fig.axes[0], _LOOK.values(), 9)
+    style.key(fig.axes[0], [_LOOK[s] for s in _LOOK if s in states], 9)
     return fig
 
 

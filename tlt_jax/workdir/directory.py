@@ -22,7 +22,7 @@ from tlt_jax.rl.update import experience
 from tlt_jax.rl.workers import records
 from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
-from tlt_jax.workdir import metrics
+from tlt_jax.workdir import checkpoint, metrics
 
 # Settings that may change when a run is taken up again: none decides what is computed.
 _FREE_ON_RESUME = (
@@ -46,12 +46,13 @@ def claimed(
 ) -> Iterator[None]:
     """Hold the directory for a run: no other process may work there meanwhile.
 
-    It is made if it is not there. `config.json` is written; the run that it describes
-    must be this one if it has taken a step (a start that failed binds nobody). `load`
-    makes a run of the plain values there.
+    It is made if it is not there. `config.json` is written, unless the run is complete;
+    the run that it describes must be this one if it has taken a step (a start that
+    failed binds nobody). `load` makes a run of the plain values there.
 
     Raises:
-      schema.ConfigError: the directory holds a run with other settings.
+      schema.ConfigError: the directory holds a run with other settings, or one that has
+        taken more steps.
       WorkdirError: another process works there, or it cannot be written.
     """
     with writing(workdir):
@@ -65,10 +66,12 @@ def claimed(
         record = workdir / metrics.FILE
         if path.exists() and record.exists() and record.stat().st_size > 0:
             _check_same(workdir, path, run, load)
-        with writing(path):
-            temporary = path.with_suffix(".json.partial")
-            temporary.write_text(config.to_json(run))
-            temporary.replace(path)
+        _check_reached(workdir, run.num_steps)
+        if checkpoint.newest(workdir) != run.num_steps:
+            with writing(path):
+                temporary = path.with_suffix(".json.partial")
+                temporary.write_text(config.to_json(run))
+                temporary.replace(path)
     except BlockingIOError as error:
         raise WorkdirError(
             f"another process works in {workdir}: wait for it, end it, or use another "
@@ -127,8 +130,9 @@ def write_rollouts(
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(lines)
+        part = path.with_suffix(".part")
+        part.write_text("".join(lines), encoding="utf-8")
+        part.replace(path)
 
 
 def write_timeline(
@@ -160,6 +164,18 @@ def _runs(flags: Sequence[bool] | None) -> list[list[int]] | None:
         return None
     changes = np.diff(np.pad(np.asarray(flags, np.int8), 1))
     return np.flatnonzero(changes).reshape(-1, 2).tolist()
+
+
+def _check_reached(workdir: pathlib.Path, num_steps: int) -> None:
+    """Refuse a run of fewer steps than are done: records would be dropped."""
+    rows = metrics.read(workdir) if (workdir / metrics.FILE).exists() else []
+    reached = max([checkpoint.newest(workdir) or 0, *(row["step"] for row in rows)])
+    if num_steps < reached:
+        raise schema.ConfigError(
+            f"num_steps={num_steps}, but the run in {workdir} has taken {reached} "
+            f"steps: give --config.num_steps={reached} or more, or use another "
+            "--workdir."
+        )
 
 
 def _check_same(workdir: pathlib.Path, path: pathlib.Path, run: Any, load) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.runtime import distributed, train_state
-from tlt_jax.runtime import observer as observer_lib
+from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import sections
 from tlt_jax.specdec.training import unroll
 from tlt_jax.workdir import checkpoint
@@ -164,7 +164,7 @@ def opened(
     directory: pathlib.Path,
     cfg: sections.Checkpoint,
     group: distributed.Group,
-    observer: observer_lib.Observer,
+    observer: watch_lib.Observer,
 ) -> Iterator[tuple["DrafterStore", ...]]:
     """Open the store of a run's drafter; nothing where it has no learned one."""
     if not trained.trains:
@@ -183,7 +183,7 @@ class DrafterStore(contextlib.AbstractContextManager):
         directory: pathlib.Path,
         cfg: sections.Checkpoint,
         group: distributed.Group,
-        observer: observer_lib.Observer,
+        observer: watch_lib.Observer,
     ):
         """Open the directory, in the first process.
 

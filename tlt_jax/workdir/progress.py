@@ -15,6 +15,8 @@ import rich.live
 import rich.table
 import rich.text
 
+from tlt_jax.rl.workers import workers as workers_lib
+
 _SHOWN_STEPS = 10
 _PLAIN_EVERY_S = 30.0
 _BAR = 24
@@ -22,10 +24,12 @@ _SPLIT = ("rollout", "reward", "inference", "update", "sync", "compile")
 # What workers do, as the coordinator names it, with its mark and colour.
 _LOOK = {
     "busy": ("●", "blue"),
+    "compiling": ("◍", "red"),
     "training": ("◆", "green"),
     "idle": ("○", "dim"),
     "lost": ("✗", "red"),
 }
+_RARE = ("compiling", "lost")
 _MANY_WORKERS = 32
 _LEVELS = "▁▂▃▄▅▆▇█"
 _CURVE = 48
@@ -36,7 +40,7 @@ class Workers:
     """What the rollout workers do at a moment.
 
     Attributes:
-      activities: of each worker: busy, training, idle or lost.
+      activities: of each worker: busy, compiling, training, idle or lost.
       drafter_version: of the drafter that they speculate with; -1: none.
     """
 
@@ -45,11 +49,24 @@ class Workers:
 
     def __str__(self) -> str:
         counts = collections.Counter(self.activities)
-        shown = [name for name in _LOOK if counts[name] or name != "lost"]
+        shown = [name for name in _LOOK if counts[name] or name not in _RARE]
         parts = [f"{counts[name]} {name}" for name in shown]
         if self.drafter_version >= 0:
             parts.append(f"drafter v{self.drafter_version}")
         return ", ".join(parts)
+
+
+def seen(team: workers_lib.Workers) -> Workers | None:
+    """Return what a run's workers do at this moment; None between rollouts."""
+    state = team.coordination.state
+    if not state.rolling:
+        return None
+    found = {worker.number: str(worker.activity) for worker in state.workers}
+    # Of other processes only the end of a rollout tells.
+    for number, engine in enumerate(team.engines, team.first):
+        if engine.pool.stats.num_waiting and found.get(number) == "busy":
+            found[number] = "compiling"
+    return Workers(tuple(found.values()), team.drafter_version)
 
 
 class Progress(contextlib.AbstractContextManager):
@@ -146,6 +163,10 @@ class Progress(contextlib.AbstractContextManager):
         """Print a line that stays."""
         if not self._off:
             self._print(text)
+
+    def tell(self, text: str) -> None:
+        """Print a line that answers the user, where nothing else is shown as well."""
+        self._print(text)
 
     def remaining_s(self) -> float | None:
         """Return the estimated time to the end of the run in seconds, if known."""

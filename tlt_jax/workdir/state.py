@@ -95,16 +95,28 @@ class RunState(contextlib.AbstractContextManager):
             store.restore(self.step)
         return True
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, in the background."""
+    def parts(self) -> dict[str, Any]:
+        """Return the state of what changes beside weights and optimizer, by name."""
+        return {name: part.state() for name, part in self._parts.items()}
+
+    def save(self, parts: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint of this step, in the background.
+
+        `parts` are theirs at the step's end; None: as they are now.
+        """
         # Before the policy's: every one of those finds theirs of its step.
         for store in self._stores:
             store.save(self.step)
         state = self._learning.train_state
         counted = (state.opt_state, state.num_updates)
-        parts = {name: part.state() for name, part in self._parts.items()}
-        meta = {"config": self._identity, "parts": parts}
+        meta = {"config": self._identity, "parts": parts or self.parts()}
         self._checkpointer.save(self.step, state.params, counted, self._model, meta)
+
+    def complete(self, parts: Mapping[str, Any] | None = None) -> None:
+        """Save this step unless it is saved, or none was taken; wait for the disk."""
+        if self.step and self.latest_step() != self.step:
+            self.save(parts)
+        self.wait()
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, waiting for one to be."""

@@ -1,10 +1,12 @@
 """The record of an RL step, completed from what its parts have said of it."""
 
+import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tlt_jax.rl.engine import stats as rollout_stats
+from tlt_jax.rl.workers import coordinator, records
 from tlt_jax.workdir import metrics
 
 
@@ -27,6 +29,31 @@ def complete(
     rollout_s = max(row["time/rollout_s"], 1e-9)
     row["rollout/tokens_per_s"] = row["rollout/tokens"] / rollout_s
     return row
+
+
+def of_workers(
+    intervals: Sequence[records.Interval], lost: Mapping[int, str]
+) -> dict[str, Any]:
+    """Return what a step's record says of the workers; `lost` are reasons by number."""
+    row = coordinator.sums(intervals) | {"workers/num_lost": len(lost)}
+    if lost:
+        told = [f"{worker} ({why})" for worker, why in lost.items()]
+        row["workers/lost"] = ", ".join(told)
+    return row
+
+
+def left_out(workdir: pathlib.Path, step: int) -> dict[str, Any] | None:
+    """Return the record of this step, the newest, if an evaluation is missing there.
+
+    A run that was stopped in an evaluation leaves such a one; of step 0 there is none
+    before its evaluation. None: it is there.
+    """
+    if not step:
+        return {"step": 0}
+    for row in metrics.read(workdir)[-1:]:
+        if row["step"] == step and not any(n.startswith("eval/") for n in row):
+            return row
+    return None
 
 
 def _absent() -> dict[str, Any]:

@@ -16,7 +16,6 @@ from tlt_jax import train
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.adaptation import adaptation, spot_trainer
 from tlt_jax.runtime import distributed, sharding
-from tlt_jax.runtime import observer as observer_lib
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import sampling
@@ -70,7 +69,7 @@ def make(tmp_path):
             precision="float32",
             seed=3,
             directory=tmp_path,
-            observer=observer_lib.Silent(),
+            observer=watch_lib.Silent(),
         )
         made.append(one)
         return one, workers, tuner

@@ -12,7 +12,7 @@ from tests import tiny_runs
 from tlt_jax import types
 from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import experience, updater
-from tlt_jax.runtime import failures, observer
+from tlt_jax.runtime import failures
 from tlt_jax.runtime import watch as watch_lib
 
 P, R = 4, 2
@@ -88,7 +88,7 @@ class FakeLearner:
         return f"digest of {params}"
 
 
-class Told(observer.Silent):
+class Told(watch_lib.Silent):
     """What people see of an update."""
 
     def __init__(self):

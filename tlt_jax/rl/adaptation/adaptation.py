@@ -22,7 +22,6 @@ from tlt_jax.rl.adaptation import budget, spot_trainer
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.runtime import distributed, train_state
-from tlt_jax.runtime import observer as observer_lib
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import sampling
@@ -100,6 +99,9 @@ class NoAdaptation:
     def hand_over(self, watch: watch_lib.Watch) -> None:
         """See `Adaptation`."""
 
+    def settle(self) -> None:
+        """See `Adaptation`."""
+
     def row(self) -> dict[str, Any]:
         """Return nothing to be recorded."""
         return {}
@@ -131,7 +133,7 @@ class Adaptation:
         precision: str,
         seed: int,
         directory: pathlib.Path,
-        observer: observer_lib.Observer,
+        observer: watch_lib.Observer,
     ):
         """Take the parts; `start` gives the drafter weights.
 
@@ -282,6 +284,10 @@ class Adaptation:
         """
         with watch.stage("drafter"):
             self._meet()
+
+    def settle(self) -> None:
+        """Wait until what a training beside the rollout has learned is taken over."""
+        self.trainer.settle()
 
     def _meet(self) -> None:
         """Take over what another process has learned, if one has."""

@@ -18,7 +18,7 @@ ones are told from new ones. Commands that were not acknowledged are repeated.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tlt_jax.rl.workers import records
 
@@ -50,6 +50,8 @@ def handle(
             state = _ended(state, number, "it stopped by itself")
         case records.TrainingFailed(number, reason):
             state = _ended(state, number, reason)
+        case records.RunAbandoned():
+            state = dataclasses.replace(state, abandoned=True)
         case records.Tick():
             state = _passed(state, cfg, commands)
         case _:
@@ -88,6 +90,28 @@ def timeline(
     )
 
 
+def told_apart(
+    intervals: Iterable[records.Interval],
+    waits: Mapping[int, Iterable[tuple[float, float]]],
+) -> list[records.Interval]:
+    """Cut out of workers' busy time what they waited for compilers.
+
+    `waits` are each worker's, from and until, without overlap, by the intervals' clock.
+    """
+    found: list[records.Interval] = []
+    for whole in intervals:
+        at_s = whole.start_s
+        for start_s, stop_s in sorted(waits.get(whole.worker, ())):
+            start_s, stop_s = max(start_s, at_s), min(stop_s, whole.stop_s)
+            if whole.activity == records.Activity.BUSY and start_s < stop_s:
+                found.append(dataclasses.replace(whole, start_s=at_s, stop_s=start_s))
+                compiling = records.Activity.COMPILING
+                found.append(records.Interval(whole.worker, compiling, start_s, stop_s))
+                at_s = stop_s
+        found.append(dataclasses.replace(whole, start_s=at_s))
+    return [one for one in found if one.stop_s > one.start_s]
+
+
 def sums(intervals: Iterable[records.Interval]) -> dict[str, float]:
     """Add up what workers did.
 
@@ -101,6 +125,7 @@ def sums(intervals: Iterable[records.Interval]) -> dict[str, float]:
         spent[interval.activity] += interval.stop_s - interval.start_s
     idle_s = spent[records.Activity.IDLE] + spent[records.Activity.TRAINING]
     present_s = idle_s + spent[records.Activity.BUSY]
+    present_s += spent[records.Activity.COMPILING]
     return {
         "workers/idle_s": idle_s,
         "workers/trained_s": spent[records.Activity.TRAINING],
@@ -130,7 +155,7 @@ def _asked(
 
 
 def _end_of(state: records.State, generation: int) -> records.Command:
-    if state.failure and generation == state.generation:
+    if generation == state.generation and (state.failure or state.abandoned):
         return records.Abort(generation, state.failure)
     return records.EndRollout(generation)
 
@@ -243,7 +268,10 @@ def _settle(state: records.State, cfg: records.Config, commands: list) -> record
     if not state.rolling:
         return state
     if len(state.which(records.Activity.LOST)) == len(state.workers):
-        return _abort(state, commands)
+        reasons = "; ".join(f"worker {w.number}: {w.reason}" for w in state.workers)
+        return _abort(state, f"no worker is left: {reasons}", commands)
+    if state.abandoned:
+        return _abort(state, "", commands)
     if state.unclaimed:
         state = _wake(state, commands)
     if state.which(records.Activity.BUSY):
@@ -278,17 +306,15 @@ def _begin(state: records.State, commands: list) -> records.State:
         workers=workers,
         num_trainings=state.num_trainings,
         given_up=state.given_up,
+        abandoned=state.abandoned,
         sent_s=state.sent_s,
     )
 
 
-def _abort(state: records.State, commands: list) -> records.State:
+def _abort(state: records.State, failure: str, commands: list) -> records.State:
     if state.training is not None and state.training.stop_asked_s is None:
         state = _stop(state, commands)
-    reasons = "; ".join(f"worker {w.number}: {w.reason}" for w in state.workers)
-    state = dataclasses.replace(
-        _close(state), failure=f"no worker is left: {reasons}", unreturned=frozenset()
-    )
+    state = dataclasses.replace(_close(state), failure=failure, unreturned=frozenset())
     commands.append(_end_of(state, state.generation))
     return state
 

@@ -6,9 +6,14 @@ import math
 
 
 class Activity(enum.StrEnum):
-    """What a worker does. LOST: it died or hangs, and takes no part any more."""
+    """What a worker does.
+
+    LOST: it died or hangs, and takes no part any more. COMPILING: it waits for a
+    program; the coordinator takes it for busy, the timeline tells it apart.
+    """
 
     BUSY = "busy"
+    COMPILING = "compiling"
     IDLE = "idle"
     TRAINING = "training"
     LOST = "lost"
@@ -118,6 +123,11 @@ class TrainingFailed(_OfTraining):
 
 
 @dataclasses.dataclass(frozen=True)
+class RunAbandoned:
+    """The run shall end: no rollout goes on, and none that is asked for begins."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Tick:
     """Time has passed."""
 
@@ -146,9 +156,9 @@ class EndRollout(_OfRollout):
 
 @dataclasses.dataclass(frozen=True)
 class Abort(_OfRollout):
-    """No worker is left; the run must stop with this message."""
+    """The run must stop: no worker is left, as the message says; without: it shall."""
 
-    reason: str
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +263,8 @@ class State:
       given_up: number of a training whose end was never acknowledged; 0: none.
       unreturned: lost workers whose requests are not known to be in the queue.
       unclaimed: requests were returned, and nobody is known to look for them.
-      failure: why the rollout was aborted.
+      failure: why no worker is left, where the rollout was aborted for it.
+      abandoned: the run shall end.
       trainer_failure: why the last training failed.
       sent_s: time at which unanswered commands were last repeated.
     """
@@ -273,6 +284,7 @@ class State:
     unreturned: frozenset[int] = frozenset()
     unclaimed: bool = False
     failure: str = ""
+    abandoned: bool = False
     trainer_failure: str = ""
     sent_s: float = 0.0
 

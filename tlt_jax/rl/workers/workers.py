@@ -7,6 +7,7 @@ of several processes are numbered through; queue and coordinator are process 0's
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tlt_jax import types
@@ -98,6 +99,10 @@ class Workers:
             if engine.mesh.devices.flat[0].platform != "cpu":
                 engine.release_cache()
 
+    def abandon(self) -> None:
+        """Let all processes give up the rollout, or the next; from any thread."""
+        self.coordination.send(records.RunAbandoned())
+
     def close(self) -> None:
         """End what waits, and drop programs that are not yet compiled."""
         self.coordination.close()
@@ -121,34 +126,58 @@ class Workers:
 
         Raises:
           failures.TrainingError: every worker is lost.
+          failures.Abandoned: see `abandon`.
           channel.ProcessError: another process has ended.
         """
         self.engines[0].check(requests)
         rolling = _Rollout(
             self, requests, seed, expected_lengths, on_completion, on_call
         )
-        try:
-            for worker, turn in rolling.turns():
-                threading.Thread(
-                    target=rolling.generate,
-                    args=(worker, turn),
-                    name=f"worker-{worker}",
-                    daemon=True,
-                ).start()
-        finally:
-            if self.group.is_first:
-                state = self.coordination.state
-                if self._began_s is None:
-                    self._began_s = state.began_s
-                self._intervals += coordinator.timeline(state, self._began_s)
+        for worker, turn in rolling.turns():
+            threading.Thread(
+                target=rolling.generate,
+                args=(worker, turn),
+                name=f"worker-{worker}",
+                daemon=True,
+            ).start()
         done: dict[int, types.Completion] = {}
         stats = rollout_stats.RolloutStats()
-        for part, spent in self.group.exchange(
-            "completions", (rolling.done, rolling.stats)
+        waits: dict[int, list[tuple[float, float]]] = {}
+        for part, spent, waited in self.group.exchange(
+            "completions", (rolling.done, rolling.stats, self._waits())
         ):
             done |= part
             stats = stats.join(spent)
+            waits |= waited
+        if self.group.is_first:
+            self._note_intervals(waits)
         return [done[r.request_id] for r in requests], stats
+
+    def _waits(self) -> dict[int, list[tuple[float, float]]]:
+        """When each worker of this process waited for compilers, in seconds from now.
+
+        Now is the rollout's end for every process, whose clocks differ.
+        """
+        now = time.perf_counter()
+        return {
+            worker: [(a - now, b - now) for a, b in engine.pool.stats.waits]
+            for worker, engine in enumerate(self.engines, self.first)
+        }
+
+    def _note_intervals(
+        self, waits: Mapping[int, Sequence[tuple[float, float]]]
+    ) -> None:
+        """Keep what every worker did in the rollout that has ended."""
+        state = self.coordination.state
+        if self._began_s is None:
+            self._began_s = state.began_s
+        end_s = state.ended_s - self._began_s
+        shifted = {
+            worker: [(a + end_s, b + end_s) for a, b in found]
+            for worker, found in waits.items()
+        }
+        whole = coordinator.timeline(state, self._began_s)
+        self._intervals += coordinator.told_apart(whole, shifted)
 
     def take_intervals(self) -> list[records.Interval]:
         """Return what every worker did in the runs since the last call.
@@ -173,6 +202,7 @@ class _Rollout:
         self._lock = threading.Lock()
         self._tokens = [0] * len(workers.engines)
         self._errors: list[BaseException] = []
+        self._abandoned = False
         self.done: dict[int, types.Completion] = {}
         self.stats = rollout_stats.RolloutStats()
         self._generation = 0
@@ -194,6 +224,9 @@ class _Rollout:
                     workers.lost[worker] = c.state.worker(worker).reason
                     self._queue.lose(worker)
                     c.send(records.RequestsReturned(generation, worker))
+                case records.Abort(_, ""):
+                    self._abandoned = True
+                    raise failures.Abandoned
                 case records.Abort(_, reason):
                     error = failures.TrainingError(f"{reason}: {_REMEDY}")
                     raise error from (self._errors[0] if self._errors else None)
@@ -238,6 +271,8 @@ class _Rollout:
                     self._on_completion(completion)
 
         def report(num_tokens):
+            if self._abandoned:
+                raise failures.Abandoned
             c.send(records.WorkerAlive(generation, worker, turn))
             with self._lock:
                 self._tokens[own] = num_tokens
