@@ -24,7 +24,7 @@ from tlt_jax.rl.update import experience
 from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
 from tlt_jax.workdir import directory as workdir
-from tlt_jax.workdir import metrics
+from tlt_jax.workdir import files, metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ODD = tiny_runs.ODD
@@ -377,6 +377,6 @@ def test_a_directory_in_use_is_left_alone(base, model, tmp_path):
     unfinished.mkdir()
     run = tiny_runs.config_of(**settings(model))
     with workdir.claimed(tmp_path / "run", run):
-        with pytest.raises(workdir.WorkdirError, match="another process works in"):
+        with pytest.raises(files.WorkdirError, match="another process works in"):
             start(model, tmp_path / "run", num_steps=10)
     assert unfinished.is_dir()

@@ -199,6 +199,21 @@ def source_of(
     return model_source.resolve(str(folder))
 
 
+def inputs_of(
+    run: config.RunConfig, source: model_source.ModelSource, task: tasks.Task
+) -> dict[str, tuple[pathlib.Path, ...]]:
+    """List the files that a run reads, by what they are for."""
+    drafter: tuple[pathlib.Path, ...] = ()
+    if run.drafter.directory and run.specdec.mode == "tlt":
+        folder = pathlib.Path(speculation_lib.folder(run.drafter.directory))
+        drafter = tuple(sorted(path for path in folder.glob("*") if path.is_file()))
+    return {
+        "data": tasks.files_of(task),
+        "model": tuple(pathlib.Path(path) for path in source.files()),
+        "drafter": drafter,
+    }
+
+
 def law_of(
     cfg: sections.Sampling, temperature: float | None = None
 ) -> sampling.SamplingConfig:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -31,6 +32,8 @@ class Policy:
       tokenizer: the model's own.
       identity: which weights these are, for people to read.
       precision: of weights, activations and cache: `float32` or `bfloat16`.
+      files: that all this was read from; of a run's checkpoint the record, which has
+        the checksums of the rest.
     """
 
     config: model_config.ModelConfig
@@ -38,6 +41,7 @@ class Policy:
     tokenizer: model_tokenizer.Tokenizer
     identity: str
     precision: str
+    files: tuple[pathlib.Path, ...] = ()
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -90,8 +94,12 @@ def load(spec: str, precision: str = "float32") -> Policy:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         tokenizer = model_tokenizer.from_directory(os.path.join(directory, _TOKENIZER))
         identity = f"{spec}, step {step}"
+        files = [checkpoint.record_path(directory, step)]
+        files += sorted(pathlib.Path(directory, _TOKENIZER).glob("*"))
     else:
         found = source.resolve(spec)
+        files = [pathlib.Path(path) for path in found.files()]
         params, cfg, tokenizer = found.load(dtype), found.config, found.tokenizer()
         identity = spec
-    return Policy(cfg, model_params.unstack(params), tokenizer, identity, precision)
+    params = model_params.unstack(params)
+    return Policy(cfg, params, tokenizer, identity, precision, tuple(files))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.workdir import damage
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
 from tlt_jax.runtime import sharding
@@ -191,6 +193,106 @@ def test_damage_names_the_step_and_the_remedy(tmp_path, item):
             checkpointer.restore_latest(*state)
     with pytest.raises(checkpoint.CheckpointError, match="step 3.*Delete .*/3 "):
         checkpoint.restore_policy(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Checkpoints of steps 3 and 5, each of its own state."""
+    directory = tmp_path_factory.mktemp("three")
+    with checkpoint.Checkpointer(directory, keep=3) as checkpointer:
+        for step in (3, 5):
+            state, more = make_state(step), {"arrays": {"x": np.arange(9.0) + step}}
+            record = {"position": step, "arrays": {"x": [[9], "float64"]}}
+            checkpointer.save(step, *state, CFG, record, more)
+    return directory
+
+
+def read(directory, step=5, **options):
+    """Whether what is read is bit for bit what was saved at a step; or what is said."""
+    state = make_state(step)
+    with checkpoint.Checkpointer(directory, keep=3, **options) as checkpointer:
+        try:
+            found = checkpointer.restore_latest(*state, "arrays")
+        except checkpoint.DamagedError as error:
+            return str(error)
+    assert_bitwise_equal((found.params, found.opt_state), state)
+    assert (found.step, found.meta["position"]) == (step, step)
+    assert found.arrays["x"].tolist() == (np.arange(9.0) + step).tolist()
+    return "whole"
+
+
+# Where reading fails, Orbax drops the coroutines that it has not started.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_flipped_bit_gives_another_state(three, tmp_path):
+    """What is read is what was written, or it is damaged: of every file, at random."""
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints" / "5"
+    said = {}
+    for path, bit in damage.flips(newest, num_per_file=1, seed=7):
+        said[path.relative_to(newest).as_posix(), bit] = read(tmp_path)
+    assert read(tmp_path) == "whole"
+    assert len(said) > 20 and {name.split("/")[0] for name, _ in said} >= {
+        *("policy", "optimizer", "meta", "arrays")
+    }
+    refused = [line for line in said.values() if line != "whole"]
+    # Orbax keeps copies and marks that it does not read.
+    assert len(refused) > 8
+    for line in refused:
+        assert "\n" not in line
+        assert line.endswith(
+            f"it is damaged. Delete {newest} to go on from the checkpoint before it."
+        )
+    summed = [line for line in refused if "does not have its checksum" in line]
+    assert any("policy" in line for line in summed)
+    assert any("optimizer" in line for line in summed)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["cut", "removed"])
+def test_files_that_are_cut_or_gone_are_told_in_one_line(three, tmp_path, how):
+    for item in ("policy", "optimizer", "meta", "arrays"):
+        directory = tmp_path / item
+        shutil.copytree(three, directory)
+        largest = max(
+            damage.files(directory / "checkpoints" / "5" / item),
+            key=lambda path: path.stat().st_size,
+        )
+        if how == "cut":
+            os.truncate(largest, largest.stat().st_size // 2)
+        else:
+            largest.unlink()
+        assert read(directory).endswith("to go on from the checkpoint before it."), item
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_one_is_passed_over_on_request(three, tmp_path):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    for file in damage.files(tmp_path / "checkpoints" / "5" / "meta"):
+        os.truncate(file, 1)
+    assert "step 5 could not be read" in read(tmp_path)
+    lines = []
+    assert read(tmp_path, 3, pass_over=lines.append) == "whole"
+    (line,) = lines
+    assert line.startswith("the checkpoint of step 5 could not be read (")
+    assert line.endswith("before it. That of step 3 is taken instead.")
+    # It would stand in the way of the step that is taken again.
+    assert os.listdir(tmp_path / "checkpoints") == ["3"]
+    for file in damage.files(tmp_path / "checkpoints" / "3" / "meta"):
+        os.truncate(file, 1)
+    assert "step 3 could not be read" in read(tmp_path, 3, pass_over=lines.append)
+    assert len(lines) == 1
+
+
+def test_a_record_without_its_checksum_is_not_believed(three, tmp_path):
+    """No digit of it changes unseen: a shape, a position, another digest."""
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    assert checkpoint.newest_record(tmp_path)["driver"]["position"] == 5
+    path = checkpoint.record_path(tmp_path, 5)
+    path.write_text(path.read_text().replace('"position": 5', '"position": 4'))
+    assert json.loads(path.read_text())["driver"]["position"] == 4
+    assert checkpoint.newest_record(tmp_path) is None
+    assert "meta does not have its own checksum" in read(tmp_path)
+    assert checkpoint.newest_record(tmp_path / "nothing") is None
 
 
 def test_another_model_or_optimizer_is_refused(tmp_path):

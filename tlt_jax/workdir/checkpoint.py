@@ -249,6 +249,26 @@ def newest(workdir: str | pathlib.Path, name: str = DIRECTORY) -> int | None:
     return None
 
 
+def record_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
+    """Return the file of a run's checkpoint that holds the checksums of the others."""
+    return _directory(workdir, DIRECTORY) / str(step) / _META / "metadata"
+
+
+def newest_record(workdir: str | pathlib.Path) -> dict[str, Any] | None:
+    """Read what `save` has written beside the arrays of a run's newest checkpoint.
+
+    None where there is none, or it is damaged, which reading the rest will tell.
+    """
+    step = newest(workdir)
+    if step is None:
+        return None
+    try:
+        record = json.loads(record_path(workdir, step).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if _is_whole(record) else None
+
+
 def restore_policy(
     workdir: str | pathlib.Path, step: int | None = None
 ) -> tuple[params_lib.Params, model_config.ModelConfig, int]:
@@ -339,8 +359,7 @@ class _Reader:
         self._manager, self._step = manager, step
         self._path = directory / str(step)
         self.record = self._read({_META: ocp.args.JsonRestore()})[_META]
-        told = isinstance(self.record, dict) and self.record.pop(_OWN_SUM, None)
-        if told != _sum_of(self.record):
+        if not _is_whole(self.record):
             raise self._damaged(f"{_META} does not have its own checksum")
 
     def trees(self, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -375,8 +394,14 @@ class _Reader:
         )
 
 
-def _sum_of(record: Any) -> str:
-    """Digest a record as it comes back from JSON."""
+def _is_whole(record: Any) -> bool:
+    """Say whether a record has its own checksum."""
+    return isinstance(record, dict) and record.get(_OWN_SUM) == _sum_of(record)
+
+
+def _sum_of(record: dict[str, Any]) -> str:
+    """Digest a record as it comes back from JSON, without its own digest."""
+    record = {key: value for key, value in record.items() if key != _OWN_SUM}
     text = json.dumps(json.loads(json.dumps(record)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
