@@ -72,8 +72,8 @@ def test_a_file_that_has_changed_is_refused_by_name(directory, inputs):
     with pytest.raises(schema.ConfigError) as raised:
         claim(directory, inputs)
     assert str(raised.value) == (
-        f"{directory} holds a run that has read another x.jsonl (data; SHA-256 {old}... "
-        f"then, {new}... now): restore the file, or use another --workdir."
+        f"{directory} holds a run that has read another x.jsonl (data; SHA-256 {old}"
+        f"... then, {new}... now): restore the file, or use another --workdir."
     )
     inputs["data"][1].write_text("a better one")
     claim(directory, inputs)
@@ -115,8 +115,8 @@ def test_a_jump_of_the_learning_rate_is_said(directory, inputs):
     assert lines == ["before"]
     claim(directory, inputs, longer, lines)
     assert lines[1:] == [
-        "optimizer.schedule='cosine' falls to 0 at num_steps, 20 and no longer 10: from "
-        "here on the learning rate is that of a run of 20 steps."
+        "optimizer.schedule='cosine' falls to 0 at num_steps, 20 and no longer 10: "
+        "from here on the learning rate is that of a run of 20 steps."
     ]
     constant = schema.to_dict(tiny_runs.config_of(num_steps=10))
     assert identity.jump(constant, tiny_runs.config_of(num_steps=20)) == ""
