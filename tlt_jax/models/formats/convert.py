@@ -230,12 +230,6 @@ def weight_files(directory: str) -> dict[str, set[str] | None]:
     weight_map = hf_config.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map: download it again.")
-    if os.path.exists(single) and os.path.basename(single) not in weight_map.values():
-        raise ValueError(
-            f"{directory} holds model.safetensors beside {os.path.basename(index)}, "
-            "which names other files: which of them are the weights? Remove the one or "
-            "the other."
-        )
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
         if os.path.basename(file) != file:

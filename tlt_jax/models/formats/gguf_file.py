@@ -57,12 +57,6 @@ class GGUFFile:
                 "again."
             ) from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        if (count := self._meta("split.count") or 1) != 1:
-            raise ValueError(
-                f"{self.path} is one of {count} parts of a model (split.count): merge "
-                "them into one file (llama-gguf-split --merge), or take the model's "
-                "Hugging Face directory."
-            )
 
     @functools.cached_property
     def config(self) -> model_config.ModelConfig:
