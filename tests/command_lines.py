@@ -107,7 +107,7 @@ def _stop_after_parsing(module: str) -> None:
     from tlt_jax import train
     from tlt_jax.runtime import distributed
 
-    def begin(run, directory):
+    def begin(run, directory, stop):
         print(f"would train {run.num_steps} steps in {directory}")
 
     def parse(main, argv=None, flags_parser=None):

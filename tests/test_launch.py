@@ -13,7 +13,7 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import launch
-from tlt_jax.runtime import distributed
+from tlt_jax.runtime import distributed, stopping
 from tlt_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -115,7 +115,8 @@ def test_bad_command_lines(arguments, told, capsys):
     with pytest.raises(SystemExit) as ended:
         launch.main(arguments)
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and told in line
 
 
 class Process:
@@ -208,6 +209,48 @@ def test_who_failed_first_is_named_and_the_others_end(started, codes, status, to
         assert "line 7\n" not in err
 
 
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_signal_is_passed_on_once_and_the_end_waited_for(
+    monkeypatch, tmp_path, capsys, number
+):
+    """Process 1 ends two looks after the first one; the second Ctrl-C is no wait."""
+    monkeypatch.setattr(launch, "_POLL_S", 0.0)
+
+    class Slow(Process):
+        def __init__(self, *given, **settings):
+            super().__init__(*given, **settings)
+            self.told, self.killed, self.looks = 0, 0, 0
+
+        def poll(self):
+            if self is made[0] and not self.told:
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.looks += self.told
+            return 143 if self.looks > 2 * made.index(self) else None
+
+        def terminate(self):
+            self.told += 1
+
+        def kill(self):
+            self.killed += 1
+
+    made = []
+
+    def popen(arguments, **settings):
+        made.append(Slow(arguments, None, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(launch.subprocess, "Popen", popen)
+    before = [signal.getsignal(n) for n in stopping.SIGNALS]
+    program = ["--", "--config=x.py", f"--workdir={tmp_path}"]
+    assert launch.main(["--processes=2", *program]) == 128 + number
+    assert capsys.readouterr().err == ""
+    assert made[0].told == 1 and made[0].killed == made[1].killed == 0
+    # A terminal's Ctrl-C comes to the launcher alone.
+    assert [one.settings["process_group"] for one in made] == [0, 0]
+    assert [signal.getsignal(n) for n in stopping.SIGNALS] == before
+
+
 def test_another_program_can_be_started(tmp_path):
     program = ["--processes=2", "--module=platform", "--", f"--workdir={tmp_path}"]
     start = [sys.executable, "-m", "tlt_jax.launch", *program]
@@ -274,12 +317,29 @@ def test_processes_share_a_run_that_survives_the_death_of_one(tmp_path):
     status, output = run(tmp_path / "one", 1, *settings, **devices)
     assert status == 0, output
 
-    started = start(tmp_path / "killed", 2, *settings)
     record = tmp_path / "killed" / metrics.FILE
-    until = time.monotonic() + 200
-    while not (record.exists() and record.read_text().count("\n") > 11):
-        assert started.poll() is None and time.monotonic() < until
-        time.sleep(0.02)
+
+    def started_until(num_rows):
+        started, until = (
+            start(tmp_path / "killed", 2, *settings),
+            time.monotonic() + 200,
+        )
+        while not (record.exists() and record.read_text().count("\n") > num_rows):
+            assert started.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        return started
+
+    started = started_until(3)
+    started.send_signal(signal.SIGINT)
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 130, output
+    step = metrics.read(tmp_path / "killed")[-1]["step"]
+    told = output.splitlines()
+    assert told[0] == "stopping after this step: saving; Ctrl-C again ends at once"
+    where = f"{tmp_path}/killed/checkpoints/{step}; the same command resumes."
+    assert told[1:] == [f"stopped: step {step} of 40 is saved in {where}"]
+
+    started = started_until(11)
     os.kill(children(started.pid)[1], signal.SIGKILL)
     output, _ = started.communicate(timeout=60)
     assert started.returncode == 1

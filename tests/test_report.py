@@ -75,7 +75,7 @@ def test_what_is_wrong_is_one_line(call, workdir):
     assert err.startswith(f"error: --out={workdir}/no/")
     assert err.endswith(
         " could not be written (No such file or directory): name a file in a directory "
-        "that is there and may be written.\n"
+        "that is there and may be written. (--verbosity=1 shows where)\n"
     )
     status, out, err = call(workdir=str(workdir / "nothing"))
     assert (status, out) == (2, "") and err.count("\n") == 1

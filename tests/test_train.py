@@ -20,11 +20,12 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import train
+from tlt_jax.rl import collector, evaluator
 from tlt_jax.rl.update import experience
-from tlt_jax.runtime import failures
+from tlt_jax.runtime import failures, stopping
 from tlt_jax.settings import schema
+from tlt_jax.workdir import checkpoint, files, metrics
 from tlt_jax.workdir import directory as workdir
-from tlt_jax.workdir import files, metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ODD = tiny_runs.ODD
@@ -103,29 +104,98 @@ def test_the_same_settings_give_the_same_run(whole, model, tmp_path):
     assert policy(tmp_path) == policy(whole)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(base, model, tmp_path):
-    command = [sys.executable, "-m", "tlt_jax.main", "--config=tests/tiny_runs.py"]
-    command += [f"--config.{key}={value}" for key, value in settings(model).items()]
-    command += [f"--workdir={tmp_path}"]
-    record = tmp_path / metrics.FILE
-    num_rows, delay_s = random.randrange(1, 7), random.uniform(0.0, 0.05)
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+def signalled(command, directory, number, num_rows):
+    """Send a signal once so many rows are there; return status, output and what was."""
+    record, delay_s = directory / metrics.FILE, random.uniform(0.0, 0.05)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         while process.poll() is None:
             if record.exists() and record.read_bytes().count(b"\n") >= num_rows:
                 break
             time.sleep(0.005)
         time.sleep(delay_s)
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    killed_when = f"killed {delay_s} s after row {num_rows}"
+        process.send_signal(number)
+        output, errors = process.communicate()
+    return process.returncode, output, errors, f"{delay_s} s after row {num_rows}"
+
+
+def test_a_run_that_was_stopped_and_killed_goes_on_bit_for_bit(base, model, tmp_path):
+    command = [sys.executable, "-m", "tlt_jax.main", "--config=tests/tiny_runs.py"]
+    command += [f"--config.{key}={value}" for key, value in settings(model).items()]
+    command += [f"--workdir={tmp_path}"]
+    number, num_rows = random.choice(stopping.SIGNALS), random.randrange(1, 4)
+    status, output, errors, when = signalled(command, tmp_path, number, num_rows)
+    assert status == 128 + number, errors
+    assert output == "stopping after this step: saving; Ctrl-C again ends at once\n"
+    step = values(metrics.read(tmp_path), "step")[-1]
+    # The step was let end, and is on disk whatever checkpoint.every says.
+    assert step >= num_rows and checkpoint.newest(tmp_path) == step
+    assert errors == (
+        f"stopped: step {step} of 8 is saved in {tmp_path}/checkpoints/{step}; the "
+        "same command resumes.\n"
+    )
+    num_rows = random.randrange(step + 1, 7)
+    status, _, errors, again = signalled(command, tmp_path, signal.SIGKILL, num_rows)
+    assert status == -signal.SIGKILL, errors
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    when = f"stopped {when}, killed {again}"
     rows = metrics.read(tmp_path)
-    assert decisive(rows) == decisive(metrics.read(base)), killed_when
-    assert policy(tmp_path) == policy(base), killed_when
+    assert decisive(rows) == decisive(metrics.read(base)), when
+    assert policy(tmp_path) == policy(base), when
     for step in values(rows, "step"):
         assert tiny_runs.rollouts(tmp_path, step) == tiny_runs.rollouts(base, step)
+
+
+def stopped_in(work, nth, monkeypatch, model, directory, **more):
+    """Ask a run to stop before the nth call of a method, with no grace left."""
+    stop, (owner, name), num_calls = stopping.Stop(), work, 0
+    whole, trainers = getattr(owner, name), []
+    init = train.Trainer.__init__
+
+    def remember(trainer, *arguments):
+        trainers.append(trainer)
+        init(trainer, *arguments)
+
+    def ask(*arguments, **options):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == nth:
+            stop.signal = signal.SIGTERM
+            trainers[0].abandon()
+        return whole(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, ask)
+        patch.setattr(train.Trainer, "__init__", remember)
+        with pytest.raises(failures.Stopped) as raised:
+            run = tiny_runs.config_of(**settings(model, **more))
+            train.train(run, directory, stop)
+    assert raised.value.status == 143
+    return str(raised.value)
+
+
+def test_work_that_takes_too_long_is_given_up_and_made_up_for(
+    base, model, tmp_path, monkeypatch
+):
+    """The first rollout, the fourth, and the evaluation of step 6."""
+    judged = {"eval.every": 3, "eval.num_prompts": 6, "checkpoint.every": 0}
+    whole = start(model, tmp_path / "whole", **judged)
+    rollout, one = (collector.Collector, "collect"), tmp_path / "one"
+    told = stopped_in(rollout, 1, monkeypatch, model, one, **judged)
+    assert told.startswith("stopped before a step was saved in ")
+    told = stopped_in(rollout, 4, monkeypatch, model, one, **judged)
+    assert f"step 3 of 8 is saved in {one}/checkpoints/3;" in told
+    assert values(metrics.read(one), "step") == [0, 1, 2, 3]
+    # Of the resumed run's evaluations this is the first.
+    judging = evaluator.Evaluator, "evaluate"
+    told = stopped_in(judging, 1, monkeypatch, model, one, **judged)
+    assert "step 6 of 8 is saved" in told
+    row = metrics.read(one)[-1]
+    assert row["step"] == 6 and not [name for name in row if name.startswith("eval/")]
+    rows = start(model, one, **judged)
+    assert decisive(rows) == decisive(whole)
+    assert policy(one) == policy(base)
 
 
 @pytest.mark.parametrize(
@@ -197,15 +267,29 @@ def test_eight_devices_draw_the_tokens_of_one(base, model, tmp_path):
     )
 
 
-def test_a_finished_run_stays_and_more_steps_are_added(base, model, tmp_path):
-    shutil.copytree(base, tmp_path / "run")
-    before = (tmp_path / "run" / metrics.FILE).read_bytes()
-    start(model, tmp_path / "run")
-    assert (tmp_path / "run" / metrics.FILE).read_bytes() == before
-    rows = start(model, tmp_path / "run", num_steps=10, **{"checkpoint.keep": 3})
-    assert (tmp_path / "run" / metrics.FILE).read_bytes().startswith(before)
+def test_a_finished_run_says_so_and_more_steps_are_added(
+    base, model, tmp_path, monkeypatch, capsys
+):
+    directory = tmp_path / "run"
+    shutil.copytree(base, directory)
+    before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        # It loads nothing.
+        patch.setattr(train, "Trainer", None)
+        start(model, directory, **{"log.progress": "plain"})
+    told = capsys.readouterr().out
+    assert told.startswith("finished: step 8 of 8, reward ")
+    assert told.endswith("the same command with --config.num_steps=16\n")
+    after = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+    assert after == before | {directory / ".lock": after[directory / ".lock"]}
+    with pytest.raises(schema.ConfigError, match="num_steps=7, but the run in .* 8 st"):
+        start(model, directory, num_steps=7)
+    assert policy(directory) == policy(base)
+    content = (directory / metrics.FILE).read_bytes()
+    rows = start(model, directory, num_steps=10, **{"checkpoint.keep": 3})
+    assert (directory / metrics.FILE).read_bytes().startswith(content)
     assert values(rows, "step") == list(range(1, 11))
-    assert policy(tmp_path / "run", step=8) == policy(base)
+    assert policy(directory, step=8) == policy(base)
 
 
 def test_other_settings_are_refused_before_anything_is_touched(base, model, tmp_path):

@@ -10,6 +10,7 @@ from configs import smollm2_drafter, tiny_drafter
 from tests import command_lines
 from tlt_jax import policy, train_drafter
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.runtime import failures, stopping
 from tlt_jax.settings import drafter_run, schema
 from tlt_jax.specdec import noise
 from tlt_jax.specdec.texts import shards
@@ -96,7 +97,23 @@ def test_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, train_drafter._Trainer, "_row", 3)
         train_drafter.train(settings(), tmp_path)
+    stop = stopping.Stop()
+    with monkeypatch.context() as patch, pytest.raises(failures.Stopped) as raised:
+        row_of = train_drafter._Trainer._row
+
+        def row(*arguments):
+            stop.signal = 2
+            return row_of(*arguments)
+
+        patch.setattr(train_drafter._Trainer, "_row", row)
+        train_drafter.train(settings(), tmp_path, stop)
+    assert raised.value.status == 130
+    assert "of 8 is saved in" in str(raised.value)
     train_drafter.train(settings(), tmp_path)
+    # Now it is complete.
+    with monkeypatch.context() as patch:
+        patch.setattr(train_drafter, "_Trainer", None)
+        assert train_drafter.train(settings(), tmp_path)["step"] == NUM_STEPS
     assert comparable(tmp_path) == comparable(directory)
     loaded = [
         drafter_io.load(path / "drafter", policy.load(str(path / "target")).config)[1]

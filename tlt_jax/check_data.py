@@ -23,7 +23,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from tlt_jax import types
 from tlt_jax.models.formats import source
@@ -169,12 +169,8 @@ def main(argv: Sequence[str]) -> None:
     """Check; status 1: a row is bad, status 2: the command line is."""
     if len(argv) < 2:
         command_line.fail(f"name at least one data set: {data_files.ACCEPTED}.")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    try:
+    with command_line.told():
         good = run(argv[1:])
-    except ValueError as error:
-        command_line.fail(error)
     sys.exit(0 if good else 1)
 
 

@@ -15,7 +15,6 @@ drafter.architecture=eagle or eagle3.
 
 import json
 import os
-import sys
 
 from absl import app, flags, logging
 
@@ -25,6 +24,7 @@ from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.drafters import layouts
 from tlt_jax.models.formats import convert
+from tlt_jax.runtime import command_line
 from tlt_jax.workdir import checkpoint, drafter_checkpoint
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -179,11 +179,10 @@ def _spec(workdir: str) -> str:
 def main(argv: list[str]) -> None:
     """Export as the flags say."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not flags.FLAGS["verbosity"].present:
-        # Orbax reports every file that it reads.
-        logging.set_verbosity(logging.WARNING)
-    try:
+        command_line.fail(
+            f"unexpected argument {argv[1]!r}: every setting is a --flag."
+        )
+    with command_line.told(OSError):
         if _LAYOUT.value is None:
             step = export(_WORKDIR.value, _OUT.value, _STEP.value, _DTYPE.value)
             what = f"the policy of step {step}"
@@ -191,10 +190,6 @@ def main(argv: list[str]) -> None:
             asked = (_LAYOUT, _STEP, _DTYPE, _VERIFIER, _NUM_SPECULATIVE_TOKENS)
             values = [flag.value for flag in asked]
             what = export_drafter(_WORKDIR.value, _OUT.value, *values)
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        # What a user can repair needs no traceback.
-        logging.error("%s", error)
-        sys.exit(1)
     print(f"wrote {what} to {_OUT.value}")
 
 

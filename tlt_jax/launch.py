@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from tlt_jax.runtime import command_line, distributed, stopping
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     """Start the processes and wait for them; return the exit status."""
     at = argv.index("--") if "--" in argv else len(argv)
     own, program = argv[:at], argv[at + 1 :]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m tlt_jax.launch",
         description="Run tlt_jax.main in several processes of this machine.",
         usage="%(prog)s --processes=N [...] -- --config=FILE --workdir=DIR [...]",
@@ -68,6 +69,13 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         parser.error(f"{directory} cannot be written ({error.strerror}).")
     return children.wait()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        command_line.fail(message)
 
 
 class _Children:

@@ -4,13 +4,18 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from tlt_jax.runtime import command_line
 from tlt_jax.viz import plots
 
 
 def _main(argv: Sequence[str]) -> None:
-    del argv
-    for path in plots.draw_all(flags.FLAGS.workdir):
-        print(path)
+    if len(argv) > 1:
+        command_line.fail(
+            f"unexpected argument {argv[1]!r}: every setting is a --flag."
+        )
+    with command_line.told(OSError):
+        for path in plots.draw_all(flags.FLAGS.workdir):
+            print(path)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from absl import app, flags
 
 from tlt_jax.runtime import command_line
 from tlt_jax.viz import report
-from tlt_jax.workdir import metrics
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -17,16 +16,15 @@ def _main(argv: Sequence[str]) -> None:
         command_line.fail(
             f"unexpected argument {argv[1]!r}: every setting is a --flag."
         )
-    try:
-        values = flags.FLAGS
-        print(report.write(values.workdir, values.out, values.num_answers))
-    except OSError as error:
-        command_line.fail(
-            f"--out={error.filename} could not be written ({error.strerror}): name a "
-            "file in a directory that is there and may be written."
-        )
-    except (metrics.MetricsError, ValueError) as error:
-        command_line.fail(error)
+    values = flags.FLAGS
+    with command_line.told():
+        try:
+            print(report.write(values.workdir, values.out, values.num_answers))
+        except OSError as error:
+            raise ValueError(
+                f"--out={error.filename} could not be written ({error.strerror}): name "
+                "a file in a directory that is there and may be written."
+            ) from error
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ class Trainer:
             # Beside a training drafter compilers would take several times as long.
             self._display.stage("compiling")
             self.warm_up(wait=self.parts.adaptation.trains)
+            self.parts.rewards.wait_until_ready()
             # No rollout's time shall hold what another process compiles.
             self.group.exchange("ready", None)
         step, every = self.state.step, self.run.eval.every
@@ -218,11 +219,6 @@ class Trainer:
         # One worker waits for nobody: it trains here, if it pays.
         parts.adaptation.end_rollout(collected.stats.accept_length, watch)
         row = collected.row() | parts.adaptation.row() | self._about_workers(watch)
-        if collected.scores.num_failed:
-            watch.note(
-                f"{collected.scores.num_failed} rewards failed, the first: "
-                f"{collected.scores.first_failure()}"
-            )
         parts.workers.release_caches()
         if collected.useful is not None:
             row |= parts.updater.update(collected.useful, watch)

@@ -20,11 +20,12 @@ from tlt_jax.workdir import checkpoint, files, metrics
 ERRORS = [
     ValueError, channel.ProcessError, failures.TrainingError,
     checkpoint.CheckpointError, metrics.MetricsError, files.WorkdirError,
-    RuntimeError,
+    RuntimeError, KeyboardInterrupt,
 ]
 
-def fail(run, workdir):
+def fail(run, workdir, stop):
     errors = {error.__name__: error for error in ERRORS}
+    errors["Stopped"] = lambda text: failures.Stopped(text, 143)
     raise errors[pathlib.Path(workdir).name]("it is so: do that.")
 
 train.train = fail
@@ -47,7 +48,8 @@ def command(name, *more):
 
 @pytest.fixture(scope="module")
 def ended():
-    commands = {name: command(name) for name in [*TOLD, "RuntimeError"]}
+    others = ["RuntimeError", "KeyboardInterrupt", "Stopped"]
+    commands = {name: command(name) for name in [*TOLD, *others]}
     commands["debug"] = command("TrainingError", "--verbosity=1")
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, "0", *map(json.dumps, commands.values())],
@@ -69,6 +71,11 @@ def test_it_is_one_line(ended, name):
         "",
         "error: it is so: do that. (--verbosity=1 shows where)\n",
     ]
+
+
+def test_what_was_stopped_is_one_line_and_its_own_status(ended):
+    assert ended["Stopped"] == [143, "", "it is so: do that.\n"]
+    assert ended["KeyboardInterrupt"] == [130, "", "interrupted.\n"]
 
 
 def test_a_bug_is_a_traceback_and_so_is_all_that_is_asked_to_be(ended):

@@ -120,6 +120,25 @@ def test_preparing_does_not_wait_and_asking_does(pool, busy, other_thread):
     assert pool.stats.waited_s == waited_s
 
 
+def test_waits_are_noted_with_their_times(pool, other_thread):
+    source = Source()
+    source.may_go_on.clear()
+    pool.prepare(programs.Program("key", source))
+    waiting = other_thread(pool.get, programs.Program("key", source))
+    assert source.begun.wait(TIMEOUT_S)
+    while pool.stats.num_waiting < 1:
+        assert waiting.running()
+    assert pool.stats.waits == []
+    source.may_go_on.set()
+    waiting.result(TIMEOUT_S)
+    ((start_s, stop_s),) = pool.stats.waits
+    assert stop_s - start_s == pool.stats.waited_s > 0
+    assert pool.stats.num_waiting == 0
+    # What is there costs no wait.
+    pool.get(programs.Program("key", source))
+    assert len(pool.stats.waits) == 1
+
+
 def test_what_is_only_queued_is_compiled_by_who_needs_it(pool, busy):
     queued = Source("queued")
     pool.prepare(programs.Program("queued", queued))

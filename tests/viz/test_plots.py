@@ -57,6 +57,14 @@ def test_what_is_not_recorded_is_not_drawn(tmp_path):
     assert [path.name for path in plots.draw_all(tmp_path)] == ["reward.png"]
 
 
+def test_without_speculation_there_is_no_accept_length():
+    rows = [make_row(s, **{"specdec/accept_length": 1.0}) for s in range(3)]
+    assert plots.accept_length(rows) is None
+    # Where nothing was accepted it is a finding.
+    rows[1]["specdec/num_accepted"] = [4, 0]
+    assert plots.accept_length(rows) is not None
+
+
 def test_reward_shows_what_was_recorded():
     rows = [make_row(s, **{"eval/pass@4": 0.5} if s == 2 else {}) for s in range(20)]
     (axes,) = plots.reward(rows).axes

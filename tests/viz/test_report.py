@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -84,15 +85,31 @@ def test_summary_adds_up_what_was_recorded(workdir):
 
 
 def test_answers_are_the_longest_then_best_to_worst(workdir):
-    step, answers = report.sample_answers(workdir, 4)
-    assert step == 2
+    step, answers, num_unread = report.sample_answers(workdir, 4)
+    assert (step, num_unread) == (2, 0)
     assert answers[0].about == "the longest, 4 tokens, ended by eos, 2 drafted"
     assert [text for text, drafted in answers[0].pieces if drafted] == ["2+"]
     assert [one.reward for one in answers[1:]] == [9, 1, 0]
     assert answers[1].prompt == f"user: {ODD}"
-    assert report.sample_answers(workdir, 0) == (0, [])
+    assert report.sample_answers(workdir, 0) == (0, [], 0)
     shown = page_lib.answer(answers[0])
     assert "1<mark>2+</mark>3" in shown
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    folder = tmp_path / "run" / "rollouts"
+    (folder / "step_000004.jsonl").write_text("")
+    half = json.dumps(record(1, 0.5, [1], None))[:40]
+    (folder / "step_000003.jsonl").write_text(half)
+    (folder / "step_000005.part").write_text(half)
+    step, answers, num_unread = report.sample_answers(tmp_path / "run", 4)
+    assert (step, len(answers), num_unread) == (2, 4, 2)
+    page = report.write(tmp_path / "run").read_text("utf-8")
+    assert "Answers of step 2" in page
+    assert "Lines of rollouts/ that cannot be read: 2." in page
+    shown = report._table([{"step": 1, "specdec/accept_length": 1.0}])[0]
+    assert shown == ["step"]
 
 
 def test_characters_are_not_torn():

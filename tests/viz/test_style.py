@@ -72,3 +72,4 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         style.save(fig, path)
     assert png_size(path.read_bytes()) == (975, 546)
+    assert os.listdir(tmp_path) == ["plot.png"]

@@ -47,7 +47,7 @@ def test_read_keeps_the_last_of_a_step_and_complete_lines(tmp_path):
 
 def test_seconds_and_share():
     spent = timeline.seconds(record(3))
-    assert spent == {"busy": 11.0, "training": 3.5, "idle": 1.5}
+    assert spent == {"busy": 11.0, "compiling": 0.0, "training": 3.5, "idle": 1.5}
     assert timeline.trained_frac(spent) == pytest.approx(0.7)
     assert timeline.trained_frac({"busy": 2.0, "training": 0.0, "idle": 0.0}) is None
 
@@ -78,6 +78,23 @@ def test_step_shows_every_interval_from_the_rollout_s_begin():
     assert names == ["worker 0", "worker 1"]
     told = [text.get_text() for text in axes.get_legend().get_texts()]
     assert told == ["decoding", "training the drafter", "idle"]
+
+
+def test_compiling_has_a_colour_of_its_own():
+    made = record(1)
+    made["workers"][0]["intervals"].insert(0, ["compiling", 95.0, 100.0])
+    (axes,) = timeline.draw([made]).axes
+    assert (0, 0.0, 5.0, style.RED) in spans(axes)
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert told == ["decoding", "compiling", "training the drafter", "idle"]
+
+
+def test_one_worker_that_only_decodes_has_no_picture():
+    made = [["compiling", 0.0, 5.0], ["busy", 5.0, 9.0]]
+    one = {"step": 1, "workers": [{"worker": 0, "intervals": made}]}
+    assert timeline.draw([one]) is None
+    made.append(["idle", 9.0, 9.5])
+    assert timeline.draw([one]) is not None
 
 
 def test_many_steps_have_shares_and_three_examples():

@@ -68,6 +68,24 @@ def test_other_settings_are_refused_by_name(begun, tmp_path):
     assert claim(tmp_path) == tiny_runs.config_of()
 
 
+def test_a_run_of_fewer_steps_is_refused_and_nothing_is_touched(begun, tmp_path):
+    (tmp_path / metrics.FILE).write_text('{"step": 1}\n{"step": 7}\n')
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(schema.ConfigError) as raised:
+        claim(tmp_path, num_steps=6)
+    assert str(raised.value) == (
+        f"num_steps=6, but the run in {tmp_path} has taken 7 steps: give "
+        "--config.num_steps=7 or more, or use another --workdir."
+    )
+    (tmp_path / "checkpoints" / "9").mkdir(parents=True)
+    with pytest.raises(schema.ConfigError, match="num_steps=8, .* has taken 9 steps"):
+        claim(tmp_path)
+    # Of a complete run the description stays as it is.
+    claim(tmp_path, num_steps=9, **{"log.progress": "plain"})
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert len(metrics.read(tmp_path)) == 2
+
+
 def test_a_start_that_failed_binds_nobody(tmp_path):
     claim(tmp_path, **{"model.spec": "mistyped"})
     (tmp_path / metrics.FILE).write_text("")
@@ -141,6 +159,8 @@ def batch():
 def test_completions_are_written_a_line_each(tmp_path):
     for _ in range(2):  # A step that is taken again is written again.
         workdir.write_rollouts(tmp_path, 12, batch(), lambda tokens: f"≈{len(tokens)}")
+    # Written aside and renamed: who reads meanwhile reads the whole.
+    assert os.listdir(tmp_path / "rollouts") == ["step_000012.jsonl"]
     text = (tmp_path / "rollouts" / "step_000012.jsonl").read_text("utf-8")
     assert "≈2" in text
     shared = {"example_id": "sums/1", "prompt": "1+1=", "answer": "2"}

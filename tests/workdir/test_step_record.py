@@ -54,6 +54,17 @@ def test_what_nobody_has_said_has_a_value_of_its_own():
     assert row.keys() - SAID.keys() == metrics.NAMES - SAID.keys()
 
 
+def test_an_evaluation_that_was_given_up_is_missing(tmp_path):
+    assert step_record.left_out(tmp_path, 0) == {"step": 0}
+    (tmp_path / metrics.FILE).write_text('{"step": 1, "a/b": 2}\n')
+    assert step_record.left_out(tmp_path, 1) == {"step": 1, "a/b": 2}
+    assert step_record.left_out(tmp_path, 2) is None
+    (tmp_path / metrics.FILE).write_text('{"step": 1, "eval/avg@2": 0.5}\n')
+    assert step_record.left_out(tmp_path, 1) is None
+    (tmp_path / metrics.FILE).write_text("")
+    assert step_record.left_out(tmp_path, 1) is None
+
+
 def test_what_was_said_stays():
     said = {
         "rollout/tokens": 1,

@@ -161,11 +161,17 @@ class Collector:
                 break
         if self._dynamic_sampling:
             kept = kept.select(range(min(wanted, len(kept.prompts))))
+        judgements = reward_pool.joined(scores)
+        if judgements.num_failed:
+            watch.note(
+                f"{judgements.num_failed} rewards failed, the first: "
+                f"{judgements.first_failure()}"
+            )
         return Collected(
             everything,
             kept if kept.prompts else None,
             stats,
-            reward_pool.joined(scores),
+            judgements,
             len(scores),
             self._prompts.num_skipped,
         )

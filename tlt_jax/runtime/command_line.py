@@ -70,6 +70,7 @@ def told(*more: type[Exception]) -> Iterator[None]:
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+        logging.get_absl_logger().addFilter(_has_no_traceback)
     try:
         yield
     except (ValueError, failures.UserError, *more) as error:
@@ -80,6 +81,11 @@ def told(*more: type[Exception]) -> Iterator[None]:
         leave(stop, stop.status)
     except KeyboardInterrupt:
         leave(stopping.INTERRUPTED, 128 + signal.SIGINT)
+
+
+def _has_no_traceback(record: Any) -> bool:
+    """Leave out what libraries log of errors that they raise later as well."""
+    return not record.exc_info
 
 
 def leave(message: object, status: int) -> NoReturn:

@@ -98,8 +98,9 @@ def _draw_shares(axes, records: Sequence[Record]) -> None:
     base = np.zeros(len(steps))
     for state, (color, _) in _LOOK.items():
         share = np.array([s[state] for s in spent]) / np.maximum(total, 1e-9)
-        style.stack(axes, steps, base, share, color)
-        base = base + share
+        if share.any():
+            style.stack(axes, steps, base, share, color)
+            base = base + share
     axes.set_title("Workers' time", loc="left", fontsize=12, fontweight="bold")
     axes.set(xlabel="RL step", ylim=(0, 1))
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))

@@ -80,11 +80,21 @@ class Checkpointer(contextlib.AbstractContextManager):
         A damaged checkpoint is refused, or, if there is somebody to tell a line, passed
         over for the one before and removed. Several processes, which may see different
         damage, refuse it in any case.
+
+        Raises:
+          CheckpointError: something else is in its place.
         """
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint: at least 1.")
         self._directory = _directory(workdir, name)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._begun: int | None = None
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._directory} cannot be a directory ({error.strerror}): move "
+                "what is in its place, or use another --workdir."
+            ) from error
         self._pass_over = pass_over if alone or jax.process_count() == 1 else None
         processes = ocp.options.MultiprocessingOptions()
         if alone:
@@ -160,7 +170,10 @@ class Checkpointer(contextlib.AbstractContextManager):
         }
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items[_META] = ocp.args.JsonSave(record | {_OWN_SUM: _sum_of(record)})
-        with self._writing(f"the checkpoint of step {step}"):
+        # What is wrong with the one before shall not be said of this one.
+        self.wait()
+        self._begun = step
+        with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
@@ -169,7 +182,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         Raises:
           CheckpointError: one could not be written.
         """
-        with self._writing("a checkpoint"):
+        with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -227,14 +240,15 @@ class Checkpointer(contextlib.AbstractContextManager):
                 self._manager.delete(later)
 
     @contextlib.contextmanager
-    def _writing(self, which: str) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"writing {which} below {self._directory} failed ({_summary(error)}): "
-                "check free space and permissions, then run the same command again; it "
-                "resumes from the newest complete checkpoint."
+                f"writing the checkpoint of step {self._begun} below {self._directory} "
+                f"failed ({_summary(error)}): check free space and permissions, then "
+                "run the same command again; it resumes from the newest complete "
+                "checkpoint."
             ) from error
 
 

@@ -13,6 +13,7 @@ import pytest
 from tlt_jax import types
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import generated, reward_pool, rewards
+from tlt_jax.runtime import failures
 
 EXAMPLE = types.Example("e", "prompt", "4")
 
@@ -215,11 +216,13 @@ def test_a_worker_that_cannot_start_stops_the_run(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     function = rewards.named("user_shy:fn")
-    with (
-        reward_pool.RewardPool(function, num_workers=1) as pool,
-        pytest.raises(RuntimeError, match="cannot start: .*not in workers"),
-    ):
-        score(pool, ["x"])
+    with reward_pool.RewardPool(function, num_workers=1) as pool:
+        for call in (pool.wait_until_ready, lambda: score(pool, ["x"])):
+            with pytest.raises(failures.UserError) as raised:
+                call()
+            told = str(raised.value)
+            assert told.startswith("a reward worker cannot start: RuntimeError: not in")
+            assert told.endswith("or give another one (reward.function).")
 
 
 def test_a_function_that_cannot_be_pickled_is_refused():

@@ -184,6 +184,49 @@ def test_a_trainer_that_does_not_stop_is_given_up_until_it_answers():
     assert commands[-1] == records.Train(2, 0, (0,))
 
 
+def test_a_run_that_shall_end_gives_up_this_rollout_and_the_next():
+    played = [
+        begin(2),
+        done(10, 1),
+        (11, records.TrainingRuns(1, 0)),
+        (12, records.RunAbandoned()),
+    ]
+    state, commands = play(CFG, *played)
+    assert commands[3:] == [records.Stop(1), records.Abort(1)]
+    assert (state.rolling, state.failure, state.ended_s) == (False, "", 12)
+    # Who has not heard of it is told again, and what is asked for now does not begin.
+    played += [begin(2, 13), (14, records.TrainingStopped(1)), begin(2, 15, 2)]
+    state, commands = play(CFG, *played)
+    assert commands[5] == records.Abort(1)
+    assert commands[-1] == records.Abort(2) and not state.rolling
+    # Between rollouts nothing is to be given up.
+    state, commands = play(CFG, begin(1), done(5, 0), (6, records.RunAbandoned()))
+    assert commands == [records.Generate(1, 0, 0), records.EndRollout(1)]
+
+
+def test_waits_for_compilers_are_cut_out_of_busy_time_alone():
+    busy, idle = records.Activity.BUSY, records.Activity.IDLE
+    whole = [
+        records.Interval(0, busy, 0.0, 10.0),
+        records.Interval(0, idle, 10.0, 12.0),
+        records.Interval(1, busy, 0.0, 12.0),
+    ]
+    # One of before the rollout, two side by side, one that ends when all is over.
+    waits = {0: [(-9.0, -8.0), (3.0, 4.0), (-1.0, 2.0), (9.0, 11.0)], 2: [(0.0, 5.0)]}
+    cut = coordinator.told_apart(whole, waits)
+    assert [(i.worker, str(i.activity), i.start_s, i.stop_s) for i in cut] == [
+        (0, "compiling", 0.0, 2.0),
+        (0, "busy", 2.0, 3.0),
+        (0, "compiling", 3.0, 4.0),
+        (0, "busy", 4.0, 9.0),
+        (0, "compiling", 9.0, 10.0),
+        (0, "idle", 10.0, 12.0),
+        (1, "busy", 0.0, 12.0),
+    ]
+    # The shares of a record stay what they were.
+    assert coordinator.sums(cut) == coordinator.sums(whole)
+
+
 def test_asking_for_what_is_over_tells_so_again():
     _, commands = play(CFG, begin(1), done(1, 0), begin(1, 2))
     assert commands[-2:] == [records.EndRollout(1)] * 2

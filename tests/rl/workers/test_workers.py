@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import speculator
 from tlt_jax.rl.workers import coordinator, records, workers
-from tlt_jax.runtime import failures
+from tlt_jax.runtime import failures, programs
 from tlt_jax.specdec import noise, strategy
 
 FUSED = drafter.of_target(engines.CFG, feature_layers=(0, 1))
@@ -117,6 +118,58 @@ def test_a_worker_that_hangs_is_given_up(first, expected):
     woken.set()
     assert ended.wait(20)
     assert run(team) == expected
+    team.coordination.close()
+
+
+def test_a_rollout_is_given_up_and_its_workers_end(first):
+    team, ended = workers_of(first, 2), threading.Semaphore(0)
+    serve = engine_lib.Engine.serve
+
+    def serving(engine, *args, **kwargs):
+        try:
+            return serve(engine, *args, **kwargs)
+        finally:
+            ended.release()
+
+    for engine in team.engines:
+        engine.serve = serving.__get__(engine)
+    calls = []
+
+    def abandon(*counts):
+        calls.append(counts)
+        team.abandon()
+
+    for _ in range(2):
+        with pytest.raises(failures.Abandoned):
+            team.run(engines.REQUESTS, engines.SEED, on_call=abandon)
+    # The second one was given up before it began.
+    assert calls and all(ended.acquire(timeout=20) for _ in range(2))
+    assert not team.lost and team.take_intervals() == []
+    team.coordination.close()
+
+
+def test_what_workers_wait_for_compilers_stands_apart(first, expected):
+    team = workers_of(first, 2)
+    serve = engine_lib.Engine.serve
+
+    def waiting(engine, *args, **kwargs):
+        # As if it had waited for all of a second before this rollout, and for a bit.
+        began = time.perf_counter()
+        time.sleep(0.05)
+        engine.pool.stats.waits.append((began, time.perf_counter()))
+        return serve(engine, *args, **kwargs)
+
+    one = team.engines[1]
+    one.pool = programs.ProgramPool()
+    one.pool.get, one.serve = first.pool.get, waiting.__get__(one)
+    one.pool.stats.waits.append((0.0, 1.0))
+    assert run(team) == expected
+    spent = dict.fromkeys((0, 1), 0.0)
+    for interval in team.take_intervals():
+        if interval.activity == records.Activity.COMPILING:
+            spent[interval.worker] += interval.stop_s - interval.start_s
+    began, ended = one.pool.stats.waits[1]
+    assert spent == {0: 0.0, 1: pytest.approx(ended - began, abs=0.045)}
     team.coordination.close()
 
 

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tlt_jax import types
+from tlt_jax.runtime import failures
 
 Status = Literal["ok", "error", "timeout", "crashed", "nonfinite"]
 
@@ -141,6 +142,7 @@ class RewardPool:
         self._pending: list[tuple[types.Example, str]] = []
         self._done: dict[int, Scored] = {}
         self._broken: str | None = None
+        self._num_ready = 0
         self._jobs: queue.SimpleQueue[tuple[int, types.Example, str] | None]
         self._jobs = queue.SimpleQueue()
         self._closed = False
@@ -161,6 +163,18 @@ class RewardPool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def wait_until_ready(self) -> None:
+        """Waits until every worker has started.
+
+        Raises:
+          failures.UserError: one cannot, e.g. because the function cannot be imported
+            there.
+        """
+        with self._changed:
+            while self._num_ready < len(self._workers):
+                self._check()
+                self._changed.wait()
+
     def submit(self, example: types.Example, text: str) -> int:
         """Queues one call and returns its index in the next `gather`."""
         if self._closed:
@@ -178,8 +192,7 @@ class RewardPool:
         Every call ends: by itself, or by the time limit.
 
         Raises:
-          RuntimeError: a worker could not start, e.g. because the function cannot be
-            imported there.
+          failures.UserError: a worker could not start.
         """
         start = time.perf_counter()
         if self._in_process:
@@ -187,8 +200,7 @@ class RewardPool:
                 self._done[index] = self._finish(_call(self._score_fn, example, text))
         with self._changed:
             while len(self._done) < len(self._pending):
-                if self._broken is not None:
-                    raise RuntimeError(self._broken)
+                self._check()
                 self._changed.wait()
             items = tuple(self._done[index] for index in range(len(self._pending)))
             self._pending, self._done = [], {}
@@ -210,6 +222,10 @@ class RewardPool:
         for _, thread in self._workers:
             thread.join()
 
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise failures.UserError(self._broken)
+
     def _finish(self, scored: Scored) -> Scored:
         if scored.status == "ok":
             return scored
@@ -219,6 +235,9 @@ class RewardPool:
         """Runs one worker: a thread's whole life."""
         try:
             worker.start()
+            with self._changed:
+                self._num_ready += 1
+                self._changed.notify_all()
             while not self._closed and (job := self._jobs.get()) is not None:
                 index, example, text = job
                 outcome = self._finish(worker.call(example, text))
@@ -280,7 +299,10 @@ class _Worker:
             failure = f"it ended ({self._fate()})"
         if failure is not None:
             self._stop()
-            raise _StartError(f"a reward worker cannot start: {failure}")
+            raise _StartError(
+                f"a reward worker cannot start: {failure}. Mend what the reward needs, "
+                "or give another one (reward.function)."
+            )
 
     def call(self, example: types.Example, text: str) -> Scored:
         """Scores one pair within the time limit."""
