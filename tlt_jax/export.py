@@ -196,7 +196,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Entry point."""
     flags.mark_flags_as_required(["workdir", "out"])
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)
 
 
 if __name__ == "__main__":

@@ -109,9 +109,7 @@ class Trainer:
         run, directory = self.run, self._directory
         display, group = self._display, self.group
         display.stage("loading")
-        task = tasks.build(
-            run.task, reward=run.reward.function, eval_size=run.eval.num_prompts
-        )
+        task = tasks.build(run.task, reward=run.reward, eval_size=run.eval.num_prompts)
         source = assembly.source_of(run, task, directory, group, display)
         inputs = assembly.inputs_of(run, source, task)
         about = identity.claim(directory, run, inputs, display.note, group)
@@ -286,8 +284,10 @@ class Trainer:
         self._writer.write(row)
         every = self.run.log.rollouts_every
         if collected is not None and every and row["step"] % every == 0:
-            made, decode = collected.everything, self.parts.tokenizer.decode
-            workdir.write_rollouts(self._directory, row["step"], made, decode)
+            scores, decode = collected.scores, self.parts.tokenizer.decode
+            parts = [one.parts for one in scores.items] if scores.names else ()
+            told = collected.everything, decode, parts
+            workdir.write_rollouts(self._directory, row["step"], *told)
 
     def _draw(self) -> None:
         if self.group.is_first:

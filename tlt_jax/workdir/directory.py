@@ -1,9 +1,9 @@
 """The directory of a run: whose it is, and the completions written into it.
 
-Its layout: `config.json`, `inputs.json`, `metrics.jsonl`, `timeline.jsonl`,
-`rollouts/`, `checkpoints/`, `drafter_checkpoints/`, `spilled_texts/`, `plots/`,
-`tokenizer/`, `tensorboard/`, `initial_model/` where the model was made on the spot, and
-`processes/`, a folder for each process but the first.
+Its layout: `config.json`, `config.yaml` (the same), `inputs.json`, `metrics.jsonl`,
+`timeline.jsonl`, `rollouts/`, `checkpoints/`, `drafter_checkpoints/`, `spilled_texts/`,
+`plots/`, `tokenizer/`, `tensorboard/`, `initial_model/` where the model was made on the
+spot, and `processes/`, a folder for each process but the first.
 """
 
 import collections
@@ -20,7 +20,7 @@ import numpy as np
 from tlt_jax import config
 from tlt_jax.rl.update import experience
 from tlt_jax.rl.workers import records
-from tlt_jax.settings import schema
+from tlt_jax.settings import schema, text
 from tlt_jax.workdir import checkpoint, files, identity, metrics
 
 _LOCK = ".lock"
@@ -35,9 +35,10 @@ def claimed(
 ) -> Iterator[None]:
     """Hold the directory for a run: no other process may work there meanwhile.
 
-    It is made if it is not there. `config.json` is written, unless the run is complete;
-    the run that it describes must be this one if it has taken a step (a start that
-    failed binds nobody). `load` makes a run of the plain values there.
+    It is made if it is not there. `config.json` is written, and `config.yaml` for
+    people and for `--config`, unless the run is complete; the run that it describes
+    must be this one if it has taken a step (a start that failed binds nobody). `load`
+    makes a run of the plain values there.
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings, or one that has
@@ -56,6 +57,8 @@ def claimed(
         if checkpoint.newest(workdir) != run.num_steps:
             with files.replacing(workdir / identity.SETTINGS) as file:
                 file.write(config.to_json(run))
+            with files.replacing(workdir / "config.yaml") as file:
+                file.write(text.to_yaml(run))
     except BlockingIOError as error:
         raise files.WorkdirError(
             f"another process works in {workdir}: wait for it, end it, or use another "
@@ -72,11 +75,14 @@ def write_rollouts(
     step: int,
     batch: experience.Experience,
     decode_text: Callable[[Sequence[int]], str],
+    parts: Sequence[Mapping[str, float]] = (),
 ) -> None:
     """Write a step's completions to `rollouts/step_N.jsonl`, one line each.
 
-    `drafted` lists the runs of tokens that a draft had guessed, as `[first, end)`
-    indices of `tokens`; null where it was not noted.
+    `parts` are what each of several reward functions said of each completion, empty
+    where one failed; without them lines have no `rewards`. `drafted` lists the runs of
+    tokens that a draft had guessed, as `[first, end)` indices of `tokens`; null where
+    it was not noted.
     """
     path = workdir / "rollouts" / f"step_{step:06d}.jsonl"
     lines = []
@@ -94,6 +100,8 @@ def write_rollouts(
             "tokens": [int(token) for token in completion.tokens],
             "drafted": _runs(completion.was_drafted),
         }
+        if parts:
+            record["rewards"] = dict(parts[i])
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     with files.writing(path):
         path.parent.mkdir(exist_ok=True)
