@@ -86,7 +86,7 @@ def test_differences_name_the_keys():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_steps", 0, "num_steps=0 is out of range: at least 1."),
+        ("num_steps", 0, "num_steps=0 is out of range: at least 1, at most 1e+09."),
         ("sampling__temperature", 0.0, "sampling.temperature=0 draws the same answer"),
         ("precision", "bf16", "precision='bf16' is not one of float32, bfloat16; did"),
         ("specdec__mode", "tlr", "specdec.mode='tlr' is not one of off, ngram, tlt"),

@@ -29,6 +29,8 @@ from tlt_jax.runtime import distributed
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import sections
 from tlt_jax.specdec import sampling
+from tlt_jax.specdec.tuners import shared as shared_tuner
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 SCRATCH = "scratch"
 
@@ -298,11 +300,15 @@ def engine_of(
         model,
         engine_programs.EngineConfig(eos_ids=eos_ids_of(model, tokenizer), **sizes),
         speculator_cfg=speculation.speculator_cfg,
-        tuner=speculation.tuner,
-        early_tuner=speculation.early_tuner,
+        tuner=_for_engine(speculation.tuner),
+        early_tuner=_for_engine(speculation.early_tuner),
         decode_text=tokenizer.decode,
         mesh=mesh,
     )
+
+
+def _for_engine(tuner: shared_tuner.SharedTuner | None) -> tuner_lib.Tuner | None:
+    return None if tuner is None else tuner.for_engine()
 
 
 def eos_ids_of(

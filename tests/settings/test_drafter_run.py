@@ -78,7 +78,7 @@ def test_defaults_of_the_whole():
             {"texts": {"num": 3}},
             "texts.tasks is empty: name at least one source of prompts.",
         ),
-        ({"num_steps": 0}, "num_steps=0 is out of range: at least 1."),
+        ({"num_steps": 0}, "num_steps=0 is out of range: at least 1, at most 1e+09."),
         ({"batch": {"row_tokens": 2}}, "batch.row_tokens=2 is out of range: at least"),
         ({"drafter": {"architecture": "eagle"}}, "drafter.architecture='eagle' with"),
         ({"bath": {}}, "unknown config key 'bath': did you mean 'batch'?"),

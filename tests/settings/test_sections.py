@@ -115,6 +115,7 @@ SETTINGS = {
         "every": (10, "[0, 1000000000]"),
         "keep": (2, "[1, 1000000]"),
         "drafter": ("selective", ""),
+        "on_damage": ("refuse", ""),
         "grace_s": (15.0, "[0, 86400]"),
     },
     sections.Log: {
@@ -153,6 +154,7 @@ CHOICES = {
     (sections.Optimizer, "schedule"): "constant linear cosine",
     (sections.Learner, "old_logprobs"): "recompute rollout",
     (sections.Checkpoint, "drafter"): "selective async blocking",
+    (sections.Checkpoint, "on_damage"): "refuse previous",
     (sections.Log, "wandb"): "off online offline",
     (sections.Log, "progress"): "auto plain off",
 }

@@ -41,8 +41,8 @@ SETTINGS = {
     },
     speculation.Adaptation: {
         "name": ("eagle3", ""),
-        "num_steps": (None, "[1, inf)"),
-        "decay": (None, "(0, 1]"),
+        "num_steps": (None, "[1, 256]"),
+        "decay": (None, "[1e-06, 1]"),
         "token_loss": (None, ""),
         "enabled": (True, ""),
         "learning_rate": (None, "(0, 1e+30]"),

@@ -1,5 +1,6 @@
 """Evaluation during a run: completions of held-out prompts, judged."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -70,9 +71,12 @@ class Evaluator:
         completions = []
         if own:
             asked = [requests[i] for i in own]
-            completions, _ = engine_lib.answer(
-                engines, asked, self._seed, on_call=on_call
-            )
+            with contextlib.ExitStack() as aside:
+                for engine in engines:
+                    aside.enter_context(engine.aside())
+                completions, _ = engine_lib.answer(
+                    engines, asked, self._seed, on_call=on_call
+                )
             for engine in engines:
                 engine.release_cache()
         scores = self._rewards.score(
