@@ -10,6 +10,7 @@ from tests import tiny_runs
 from tests.workdir import test_checkpoint
 from tlt_jax import config
 from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.runtime import distributed
 from tlt_jax.settings import schema, sections
 from tlt_jax.workdir import checkpoint, identity, metrics
 
@@ -79,6 +80,22 @@ def test_a_file_that_has_changed_is_refused_by_name(directory, inputs):
     claim(directory, inputs)
     with pytest.raises(schema.ConfigError, match="has read 2 files of its data and fi"):
         claim(directory, inputs | {"data": inputs["data"][:1]})
+
+
+def test_processes_have_the_same_files(directory, inputs):
+    """They may be of machines with a disk each."""
+    asked = []
+
+    class Group(distributed.Group):
+        def exchange(self, topic, value):
+            asked.append((topic, value))
+            return [value, "of other files"]
+
+    with pytest.raises(ValueError, match="the processes have different files to read: "):
+        identity.claim(directory, RUN, inputs, print, Group(0, 2))
+    ((topic, value),) = asked
+    assert topic == "files to read" and len(value) == 16
+    assert not list(directory.iterdir())
 
 
 def test_a_checkpoint_knows_what_was_read_where_the_list_is_gone(directory, inputs):

@@ -352,6 +352,9 @@ class Eval:
 class Checkpoint:
     """What survives a crash.
 
+    All that decides what is computed does. The texts in which suffix matches are looked
+    up do not: they are gathered anew, which costs some speed and changes no token.
+
     Attributes:
       every: RL steps between checkpoints; 0: only the last step.
       keep: newest checkpoints kept on disk.

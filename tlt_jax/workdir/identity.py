@@ -40,7 +40,7 @@ def claim(
 ) -> dict[str, Any]:
     """Compare the files that a run reads with those it has read before, or record them.
 
-    Of several processes the first does, and the others wait.
+    Several processes, which may be of several machines, must have the same files.
 
     Every byte is read, about a second per GB; several files side by side. A run that
     has taken no step is bound to nothing. `note` is told a line where the run's new
@@ -51,14 +51,16 @@ def claim(
 
     Raises:
       schema.ConfigError: a file is not what it was; its name is told.
+      ValueError: the processes have different files.
       files.WorkdirError: `inputs.json` cannot be written.
     """
     group = group or distributed.alone()
-    return group.first("inputs", lambda: _claim(workdir, run, inputs, note))
-
-
-def _claim(workdir, run, inputs, note) -> dict[str, Any]:
     found = digests(inputs)
+    group.check_same("files to read", summary(found))
+    return group.first("identity", lambda: _claim(workdir, run, found, note))
+
+
+def _claim(workdir, run, found: Digests, note) -> dict[str, Any]:
     before = _recorded(workdir)
     for told in (before.get("inputs"), _read(workdir / INPUTS)):
         if told is not None and begun(workdir):
@@ -137,19 +139,23 @@ def check_settings(
         return
     path = workdir / SETTINGS
     if path.exists():
-        try:
-            before = load(dict(json.loads(path.read_text())))
-        except (ValueError, TypeError) as error:
-            raise schema.ConfigError(
-                f"{path} cannot be read ({error}): restore it, or use another "
-                "--workdir."
-            ) from error
-        _check_same(workdir, before, run)
+        _check_same(
+            workdir, path, lambda: load(dict(json.loads(path.read_text()))), run
+        )
     if (told := _recorded(workdir).get("settings")) is not None:
-        _check_same(workdir, load(told), run)
+        kept = "the newest checkpoint's record"
+        _check_same(workdir, kept, lambda: load(told), run)
 
 
-def _check_same(workdir: pathlib.Path, before: Any, run: Any) -> None:
+def _check_same(
+    workdir: pathlib.Path, source: object, read: Callable[[], Any], run: Any
+) -> None:
+    try:
+        before = read()
+    except (ValueError, TypeError) as error:
+        raise schema.ConfigError(
+            f"{source} cannot be read ({error}): restore it, or use another --workdir."
+        ) from error
     changed = {
         key: values
         for key, values in config.differences(before, run).items()
