@@ -91,7 +91,9 @@ def test_processes_have_the_same_files(directory, inputs):
             asked.append((topic, value))
             return [value, "of other files"]
 
-    with pytest.raises(ValueError, match="the processes have different files to read: "):
+    with pytest.raises(
+        ValueError, match="the processes have different files to read: "
+    ):
         identity.claim(directory, RUN, inputs, print, Group(0, 2))
     ((topic, value),) = asked
     assert topic == "files to read" and len(value) == 16
