@@ -295,6 +295,19 @@ def test_a_record_without_its_checksum_is_not_believed(three, tmp_path):
     assert checkpoint.newest_record(tmp_path / "nothing") is None
 
 
+def test_a_checkpoint_without_checksums_is_another_versions(three, tmp_path):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    path = checkpoint.record_path(tmp_path, 5)
+    record = json.loads(path.read_text())
+    del record["sha256"]
+    path.write_text(json.dumps(record))
+    assert "it is damaged" in read(tmp_path)
+    del record["checksums"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(checkpoint.CheckpointError, match="was written by another vers"):
+        read(tmp_path)
+
+
 def test_another_model_or_optimizer_is_refused(tmp_path):
     params, opt_state = make_state()
     with checkpoint.Checkpointer(tmp_path) as checkpointer:

@@ -29,7 +29,8 @@ from tlt_jax.workdir import checksums
 
 DIRECTORY = "checkpoints"
 _POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
-_OWN_SUM = "sha256"
+# In the record: of every array, and of the rest of it.
+_SUMS, _OWN_SUM = "checksums", "sha256"
 _Tree = TypeVar("_Tree")
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -166,7 +167,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             "shapes": _shapes(params, opt_state),
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "driver": meta,
-            "checksums": checksums.of(trees),
+            _SUMS: checksums.of(trees),
         }
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items[_META] = ocp.args.JsonSave(record | {_OWN_SUM: _sum_of(record)})
@@ -373,6 +374,12 @@ class _Reader:
         self._manager, self._step = manager, step
         self._path = directory / str(step)
         self.record = self._read({_META: ocp.args.JsonRestore()})[_META]
+        if isinstance(self.record, dict) and not {_OWN_SUM, _SUMS} & {*self.record}:
+            raise CheckpointError(
+                f"the checkpoint of step {step} was written by another version of "
+                "tlt_jax, which kept no checksums: go on with that version, or begin "
+                "in another --workdir."
+            )
         if not _is_whole(self.record):
             raise self._damaged(f"{_META} does not have its own checksum")
 
@@ -380,7 +387,7 @@ class _Reader:
         """Read trees of arrays by their items' names, as `wanted` describes them."""
         found = self._read({k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
         trees = {name: found[name] for name in wanted}
-        paths, told = checksums.named(trees), self.record["checksums"]
+        paths, told = checksums.named(trees), self.record[_SUMS]
         found = checksums.of(trees, {path: told.get(path, "") for path in paths})
         if wrong := [path for path in found if found[path] != told.get(path)]:
             raise self._damaged(f"{wrong[0]} does not have its checksum")
