@@ -329,7 +329,7 @@ def test_a_damaged_checkpoint_is_passed_over_on_request(base, model, tmp_path, c
         start(model, tmp_path / "run", **more)
     rows = start(model, tmp_path / "run", **more | {"checkpoint.on_damage": "previous"})
     said = capsys.readouterr().out
-    assert "That of step 6 is taken instead." in said
+    assert "That of step 6 is taken instead, and this one removed." in said
     assert "resuming after step 6 of 9" in said
     assert decisive(rows)[:8] == decisive(metrics.read(base))
     assert policy(tmp_path / "run", 8) == policy(base)

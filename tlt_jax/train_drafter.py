@@ -103,14 +103,10 @@ class _Trainer:
         self.training = offline.OfflineTraining(
             learner, texts, seed=run.seed, eos_ids=self.policy.eos_ids, **self._sizes
         )
+        pass_over = display.note if run.checkpoint.on_damage == "previous" else None
+        keep = run.checkpoint.keep
         self.checkpointer = closing.enter_context(
-            checkpoint.Checkpointer(
-                directory,
-                run.checkpoint.keep,
-                pass_over=display.note
-                if run.checkpoint.on_damage == "previous"
-                else None,
-            )
+            checkpoint.Checkpointer(directory, keep, pass_over=pass_over)
         )
         self._restore()
         self.training.begin(tuple(jax.devices()[:1]), self.policy.params)

@@ -274,7 +274,9 @@ def test_a_damaged_one_is_passed_over_on_request(three, tmp_path):
     assert read(tmp_path, 3, pass_over=lines.append) == "whole"
     (line,) = lines
     assert line.startswith("the checkpoint of step 5 could not be read (")
-    assert line.endswith("before it. That of step 3 is taken instead.")
+    assert line.endswith(
+        "): it is damaged. That of step 3 is taken instead, and this one removed."
+    )
     # It would stand in the way of the step that is taken again.
     assert os.listdir(tmp_path / "checkpoints") == ["3"]
     for file in damage.files(tmp_path / "checkpoints" / "3" / "meta"):

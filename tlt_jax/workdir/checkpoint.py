@@ -215,7 +215,11 @@ class Checkpointer(contextlib.AbstractContextManager):
             except DamagedError as error:
                 if self._pass_over is None or not steps:
                     raise
-                self._pass_over(f"{error} That of step {steps[-1]} is taken instead.")
+                told = str(error).partition(" Delete ")[0]
+                self._pass_over(
+                    f"{told} That of step {steps[-1]} is taken instead, and this one "
+                    "removed."
+                )
             else:
                 self.delete_after(step)
                 return found
