@@ -32,7 +32,7 @@ class Policy:
       tokenizer: the model's own.
       identity: which weights these are, for people to read.
       precision: of weights, activations and cache: `float32` or `bfloat16`.
-      files: that all this was read from; of a run's checkpoint the record, which has
+      files: that all this was read from; of a run's checkpoint the file that has
         the checksums of the rest.
     """
 
@@ -94,7 +94,7 @@ def load(spec: str, precision: str = "float32") -> Policy:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         tokenizer = model_tokenizer.from_directory(os.path.join(directory, _TOKENIZER))
         identity = f"{spec}, step {step}"
-        files = [checkpoint.record_path(directory, step)]
+        files = [checkpoint.checksums_path(directory, step)]
         files += sorted(pathlib.Path(directory, _TOKENIZER).glob("*"))
     else:
         found = source.resolve(spec)

@@ -28,3 +28,14 @@ def flips(
             path.write_bytes(flipped)
             yield path, bit
             path.write_bytes(whole)
+
+
+def losses(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
+    """Cut and remove one file after the other, as `flips` does."""
+    for path in files(directory):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        yield path, "cut"
+        path.unlink()
+        yield path, "removed"
+        path.write_bytes(whole)

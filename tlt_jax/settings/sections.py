@@ -362,8 +362,7 @@ class Checkpoint:
         background (`selective`); or all that it computes with, in the background
         (`async`) or with the run waiting (`blocking`).
       on_damage: what becomes of a run whose newest checkpoint is damaged: it is refused
-        (`refuse`), or goes on from the one before and says so (`previous`). Several
-        processes refuse it in any case.
+        (`refuse`), or goes on from the one before and says so (`previous`).
       grace_s: seconds after Ctrl-C or SIGTERM in which a step may be finished; then its
         rollout or evaluation is given up, and the step before is saved.
     """

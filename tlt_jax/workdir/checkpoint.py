@@ -3,24 +3,24 @@
 One directory per step below `<workdir>/checkpoints`. A checkpoint appears under its
 final name only when it is complete, so a killed process leaves none that is half
 written. The policy, the optimizer state and the JSON record are separate items: an
-export reads the policy alone. The record holds a checksum of every array, and one of
-itself; both are compared when it is read.
+export reads the policy alone. Beside them stand checksums of all files, which are
+compared before anything is read.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
@@ -29,8 +29,6 @@ from tlt_jax.workdir import checksums
 
 DIRECTORY = "checkpoints"
 _POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
-# In the record: of every array, and of the rest of it.
-_SUMS, _OWN_SUM = "checksums", "sha256"
 _Tree = TypeVar("_Tree")
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -79,8 +77,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         kept on disk, at least 1. If this one is `alone`, it alone of several processes
         writes and reads here what it holds alone; otherwise all of them take part.
         A damaged checkpoint is refused, or, if there is somebody to tell a line, passed
-        over for the one before and removed. Several processes, which may see different
-        damage, refuse it in any case.
+        over for the one before and removed.
 
         Raises:
           CheckpointError: something else is in its place.
@@ -96,10 +93,12 @@ class Checkpointer(contextlib.AbstractContextManager):
                 f"{self._directory} cannot be a directory ({error.strerror}): move "
                 "what is in its place, or use another --workdir."
             ) from error
-        self._pass_over = pass_over if alone or jax.process_count() == 1 else None
+        self._pass_over = pass_over
+        own, num = jax.process_index(), jax.process_count()
+        # Of several processes one looks, and tells the others what it has seen.
+        self._is_first, self._shares = alone or own == 0, num > 1 and not alone
         processes = ocp.options.MultiprocessingOptions()
         if alone:
-            own = jax.process_index()
             processes = ocp.options.MultiprocessingOptions(
                 primary_host=own,
                 active_processes={own},
@@ -116,7 +115,8 @@ class Checkpointer(contextlib.AbstractContextManager):
                 # Directories made in the background would leave the writers waiting
                 # for minutes where they cannot be made.
                 async_options=ocp.options.AsyncOptions(
-                    create_directories_asynchronously=False
+                    create_directories_asynchronously=False,
+                    post_finalization_callback=self._add_checksums,
                 ),
                 cleanup_tmp_directories=True,
             ),
@@ -167,10 +167,9 @@ class Checkpointer(contextlib.AbstractContextManager):
             "shapes": _shapes(params, opt_state),
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "driver": meta,
-            _SUMS: checksums.of(trees),
         }
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items[_META] = ocp.args.JsonSave(record | {_OWN_SUM: _sum_of(record)})
+        items[_META] = ocp.args.JsonSave(record)
         # What is wrong with the one before shall not be said of this one.
         self.wait()
         self._begun = step
@@ -207,25 +206,10 @@ class Checkpointer(contextlib.AbstractContextManager):
           DamagedError: it is damaged.
           CheckpointError: it is of another model or optimizer.
         """
-        steps = sorted(self._manager.all_steps())
-        while steps:
-            step = steps.pop()
-            try:
-                found = self._restore(step, params, opt_state, item)
-            except DamagedError as error:
-                if self._pass_over is None or not steps:
-                    raise
-                told = str(error).partition(" Delete ")[0]
-                self._pass_over(
-                    f"{told} That of step {steps[-1]} is taken instead, and this one "
-                    "removed."
-                )
-            else:
-                self.delete_after(step)
-                return found
-        return None
-
-    def _restore(self, step: int, params: Any, opt_state: Any, item: str) -> Restored:
+        step = self._newest_whole()
+        if step is None:
+            return None
+        self.delete_after(step)
         read = _Reader(self._manager, self._directory, step)
         # Compared here because Orbax notices in the midst of reading.
         _check_shapes(step, read.record["shapes"], _shapes(params, opt_state))
@@ -237,6 +221,44 @@ class Checkpointer(contextlib.AbstractContextManager):
             read.record["driver"],
             read.arrays(item),
         )
+
+    def _newest_whole(self) -> int | None:
+        """Return the step to go on from; tell the damaged ones that are passed over."""
+        # Orbax counts one that it still writes.
+        self.wait()
+        steps, error = sorted(self._manager.all_steps()), None
+        while steps and self._is_first:
+            try:
+                _check_whole(self._directory, steps[-1])
+                break
+            except DamagedError as damage:
+                if self._pass_over is None or len(steps) == 1:
+                    error = damage
+                    break
+                told = str(damage).partition(" Delete ")[0]
+                self._pass_over(
+                    f"{told} That of step {steps[-2]} is taken instead, and this one "
+                    "removed."
+                )
+                steps.pop()
+        step = steps[-1] if steps else -1
+        if self._shares:
+            mine = np.array([step, error is not None])
+            step, is_damaged = multihost_utils.broadcast_one_to_all(mine).tolist()
+            if is_damaged and error is None:
+                error = DamagedError(f"the checkpoint of step {step} is damaged.")
+        if error is not None:
+            raise error
+        return None if step < 0 else step
+
+    def _add_checksums(self) -> None:
+        """Add the checksums, before the checkpoint gets its name; a thread of Orbax's.
+
+        Of several processes one does.
+        """
+        if self._is_first:
+            (folder,) = self._directory.glob(f"{self._begun}.orbax-checkpoint-tmp*")
+            checksums.write(folder)
 
     def delete_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: a run goes on from `step`."""
@@ -268,9 +290,9 @@ def newest(workdir: str | pathlib.Path, name: str = DIRECTORY) -> int | None:
     return None
 
 
-def record_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
-    """Return the file of a run's checkpoint that holds the checksums of the others."""
-    return _directory(workdir, DIRECTORY) / str(step) / _META / "metadata"
+def checksums_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
+    """Return the file of a run's checkpoint that identifies the content of the rest."""
+    return _directory(workdir, DIRECTORY) / str(step) / checksums.FILE
 
 
 def newest_record(workdir: str | pathlib.Path) -> dict[str, Any] | None:
@@ -281,11 +303,10 @@ def newest_record(workdir: str | pathlib.Path) -> dict[str, Any] | None:
     step = newest(workdir)
     if step is None:
         return None
-    try:
-        record = json.loads(record_path(workdir, step).read_bytes())
-    except (OSError, ValueError):
+    folder = _directory(workdir, DIRECTORY) / str(step)
+    if checksums.damaged(folder, (_META,)):
         return None
-    return record if _is_whole(record) else None
+    return json.loads((folder / _META / "metadata").read_bytes())
 
 
 def restore_policy(
@@ -351,6 +372,8 @@ def restore_trained(
                 f"step={step} has no checkpoint in {directory}: there are "
                 f"{', '.join(map(str, steps))}."
             )
+        items = (_META, _POLICY, item) if item else (_META, _POLICY)
+        _check_whole(directory, step, items)
         read = _Reader(manager, directory, step)
         record = read.record
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -366,7 +389,7 @@ def _directory(workdir: str | pathlib.Path, name: str) -> pathlib.Path:
 
 
 class _Reader:
-    """Reads a checkpoint's items and compares their checksums.
+    """Reads items of a checkpoint that is known to be whole.
 
     Attributes:
       record: what `save` has written beside the arrays.
@@ -375,27 +398,13 @@ class _Reader:
     def __init__(
         self, manager: ocp.CheckpointManager, directory: pathlib.Path, step: int
     ):
-        self._manager, self._step = manager, step
-        self._path = directory / str(step)
+        self._manager, self._directory, self._step = manager, directory, step
         self.record = self._read({_META: ocp.args.JsonRestore()})[_META]
-        if isinstance(self.record, dict) and not {_OWN_SUM, _SUMS} & {*self.record}:
-            raise CheckpointError(
-                f"the checkpoint of step {step} was written by another version of "
-                "tlt_jax, which kept no checksums: go on with that version, or begin "
-                "in another --workdir."
-            )
-        if not _is_whole(self.record):
-            raise self._damaged(f"{_META} does not have its own checksum")
 
     def trees(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """Read trees of arrays by their items' names, as `wanted` describes them."""
         found = self._read({k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
-        trees = {name: found[name] for name in wanted}
-        paths, told = checksums.named(trees), self.record[_SUMS]
-        found = checksums.of(trees, {path: told.get(path, "") for path in paths})
-        if wrong := [path for path in found if found[path] != told.get(path)]:
-            raise self._damaged(f"{wrong[0]} does not have its checksum")
-        return trees
+        return {name: found[name] for name in wanted}
 
     def arrays(self, item: str) -> dict[str, np.ndarray]:
         """Read an item of NumPy arrays, which the driver's record describes."""
@@ -408,32 +417,37 @@ class _Reader:
     def _read(self, items: dict[str, Any]) -> Any:
         try:
             return self._manager.restore(self._step, args=ocp.args.Composite(**items))
-        # Of files that are not what they were, readers may say anything.
-        except Exception as error:
-            raise self._damaged(_summary(error)) from error
-
-    def _damaged(self, why: str) -> DamagedError:
-        return DamagedError(
-            f"the checkpoint of step {self._step} could not be read ({why}): it is "
-            f"damaged. Delete {self._path} to go on from the checkpoint before it."
-        )
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(self._directory, self._step, _summary(error)) from error
 
 
-def _is_whole(record: Any) -> bool:
-    """Say whether a record has its own checksum."""
-    return isinstance(record, dict) and record.get(_OWN_SUM) == _sum_of(record)
+def _check_whole(
+    directory: pathlib.Path, step: int, items: Collection[str] = ()
+) -> None:
+    """Compare the checksums of a checkpoint's files; of all, unless items are named.
+
+    Raises:
+      DamagedError: one is not what was written, or there are no checksums.
+    """
+    name = checksums.damaged(directory / str(step), items)
+    if name == checksums.FILE:
+        why = f"it has no whole {name}, which checkpoints of earlier versions lack"
+        raise _damaged(directory, step, why)
+    if name:
+        raise _damaged(directory, step, f"{name} is not what was written")
 
 
-def _sum_of(record: dict[str, Any]) -> str:
-    """Digest a record as it comes back from JSON, without its own digest."""
-    record = {key: value for key, value in record.items() if key != _OWN_SUM}
-    text = json.dumps(json.loads(json.dumps(record)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _damaged(directory: pathlib.Path, step: int, why: str) -> DamagedError:
+    return DamagedError(
+        f"the checkpoint of step {step} could not be read ({why}): it is damaged. "
+        f"Delete {directory / str(step)} to go on from the checkpoint before it."
+    )
 
 
 def _shapes(params: Any, opt_state: Any) -> dict[str, list[int]]:
-    both = checksums.named({_POLICY: params, _OPTIMIZER: opt_state})
-    return {path: list(np.shape(leaf)) for path, leaf in both.items()}
+    both = {_POLICY: params, _OPTIMIZER: opt_state}
+    leaves = jax.tree_util.tree_leaves_with_path(both)
+    return {jax.tree_util.keystr(path): list(np.shape(leaf)) for path, leaf in leaves}
 
 
 def _check_shapes(

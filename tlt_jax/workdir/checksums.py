@@ -1,63 +1,62 @@
-"""Checksums of arrays: what a checkpoint says of its content, compared on reading.
+"""Checksums of what a folder's subfolders hold, to see whether it is still so.
 
-Arrays that this process's CPUs hold are summed as bytes (CRC-32, several GB/s). Those
-that lie on accelerators, or on devices of several processes, are summed where they lie,
-which moves nothing and does not depend on how they are split. Either sum differs
-whenever one bit does.
+They are CRC-32, which sees every flipped bit, several GB/s, and the files' sizes.
 """
 
 import concurrent.futures
+import json
+import pathlib
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection
 
-import jax
-import numpy as np
+from tlt_jax.workdir import files
 
-from tlt_jax.rl.update import weights_digest
-
-_BYTES, _WORDS = "crc32", "words64"
+FILE = "checksums.json"
 _NUM_THREADS = 4
+_BLOCK_BYTES = 1 << 22
 
 
-def of(trees: Any, like: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Sum every array of a tree; by its path, `kind:digits`.
+def write(folder: pathlib.Path) -> None:
+    """Write the sizes and checksums of all files in a folder's subfolders into it.
 
-    Kinds are chosen by where an array lies, or are those of `like`, the sums of the
-    same tree. All processes that hold a part of an array call this.
+    Raises:
+      files.WorkdirError: they cannot be written.
     """
-    leaves = named(trees)
-    kinds = {
-        path: like[path].partition(":")[0] if like else _kind(leaf)
-        for path, leaf in leaves.items()
-    }
+    paths = sorted(path for path in folder.glob("*/**/*") if path.is_file())
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-        # Programs of several processes run in the same order in each.
-        words = {p: _words(x) for p, x in leaves.items() if kinds[p] == _WORDS}
-        own = {p: x for p, x in leaves.items() if p not in words}
-        sums = dict(zip(own, pool.map(_crc, own.values()), strict=True))
-    for path, value in jax.device_get(words).items():
-        sums[path] = weights_digest.text(value)
-    return {path: f"{kinds[path]}:{sums[path]}" for path in leaves}
+        sums = list(pool.map(_of, paths))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    with files.replacing(folder / FILE) as file:
+        json.dump(dict(zip(names, sums, strict=True)), file, indent=0)
 
 
-def named(trees: Any) -> dict[str, Any]:
-    """Return the arrays of a tree by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(trees)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+def damaged(folder: pathlib.Path, parts: Collection[str] = ()) -> str:
+    """Say which file is not what it was when `write` was called; empty: none.
+
+    Read are those of the subfolders named; no names: of all.
+    """
+    try:
+        told = json.loads((folder / FILE).read_bytes())
+        wanted = {name: (int(size), int(crc)) for name, (size, crc) in told.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return FILE
+    if parts:
+        wanted = {n: s for n, s in wanted.items() if n.split("/")[0] in parts}
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+        found = pool.map(_of, [folder / name for name in wanted])
+        for (name, told), there in zip(wanted.items(), found, strict=True):
+            if told != there:
+                return name
+    return ""
 
 
-def _kind(leaf: Any) -> str:
-    if not isinstance(leaf, jax.Array):
-        return _BYTES
-    here = leaf.is_fully_addressable
-    is_host = all(d.platform == "cpu" for d in leaf.sharding.device_set)
-    return _BYTES if here and is_host else _WORDS
-
-
-def _crc(array: Any) -> str:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return f"{zlib.crc32(flat.view(np.uint8)):08x}"
-
-
-_words = jax.jit(weights_digest.sums)
+def _of(path: pathlib.Path) -> tuple[int, int] | None:
+    """Return a file's size and checksum; None: it cannot be read."""
+    size = crc = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+    except OSError:
+        return None
+    return size, crc

@@ -20,9 +20,7 @@ _PLACE, _LEAF, _SECOND = 0x9E3779B1, 0x85EBCA77, 0x27D4EB2F
 
 
 def sums(tree: Any) -> Array:
-    """Digest a tree of arrays on the devices that hold it; to be compiled.
-
-    They are of types of 32 bits or fewer.
+    """Digest a tree of float32 arrays on the devices that hold it; to be compiled.
 
     Returns:
       `[2] uint32`: two sums over all weights' bits, mixed with their places in the
@@ -30,7 +28,7 @@ def sums(tree: Any) -> Array:
     """
     first = second = jnp.uint32(0)
     for number, leaf in enumerate(jax.tree.leaves(tree)):
-        words = _words(leaf)
+        words = lax.bitcast_convert_type(leaf, jnp.uint32)
         place = _places(leaf.shape) * jnp.uint32(_PLACE)
         mixed = _mix(words ^ (place + jnp.uint32(number * _LEAF & 0xFFFFFFFF)))
         first += jnp.sum(mixed, dtype=jnp.uint32)
@@ -42,14 +40,6 @@ def sums(tree: Any) -> Array:
 def text(words: np.ndarray) -> str:
     """Write what `sums` returned as 16 hexadecimal digits."""
     return "".join(f"{int(word):08x}" for word in words)
-
-
-def _words(leaf: Array) -> Array:
-    """Return the elements' bits, each as one word."""
-    if leaf.dtype == jnp.bool_:
-        return leaf.astype(jnp.uint32)
-    bits = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    return lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
 
 
 def _places(shape: tuple[int, ...]) -> Array:
