@@ -4,12 +4,15 @@ Each runs in a child of its own (`os.fork`) as `python -m` would run it, so that
 costs milliseconds.
 """
 
+import contextlib
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,6 +47,29 @@ def start(commands: Sequence[Sequence[str]], *, stop: bool) -> list[Started]:
     )
     assert server.returncode == 0, server.stderr
     return [Started(*json.loads(line)) for line in server.stdout.splitlines()]
+
+
+def in_process(module: types.ModuleType, *arguments: str) -> Started:
+    """Starts a program that has flags alone in this process, by its `main`."""
+    from absl import flags
+    from absl.testing import flagsaver
+
+    from tlt_jax.runtime import command_line
+
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    was_parsed = flags.FLAGS.is_parsed()
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                module.main(command_line.parse_flags([module.__name__, *arguments]))
+            except SystemExit as stopped:
+                status = stopped.code
+    if was_parsed:
+        flags.FLAGS.mark_as_parsed()
+    else:
+        flags.FLAGS.unparse_flags()
+    return Started(status, out.getvalue(), err.getvalue())
 
 
 def serve(argv: list[str]) -> None:

@@ -33,7 +33,8 @@ LEVELS = (
     ("policy",),
     ("viz",),
     ("train", "train_drafter"),
-    ("main", "generate", "export", "report", "plots", "launch", "check_data"),
+    ("main", "generate", "evaluate", "export", "report", "plots", "launch"),
+    ("check_data",),
 )
 MAX_LINES = {"": 500, "pallas_kernels": 800, "cpu_kernels": 800}
 MAX_FUNCTION_LINES = 120

@@ -1,7 +1,10 @@
 """Prompts in, text out: of a model, of a run, and with one line where it cannot be."""
 
 import dataclasses
+import functools
 import io
+import json
+import shutil
 import subprocess
 import sys
 
@@ -9,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
+from tests import command_lines
 from tlt_jax import generate, policy, types
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
@@ -21,7 +23,6 @@ from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.formats import convert, tokenizer
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
-from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.specdec import sampling
 from tlt_jax.workdir import checkpoint
 
@@ -118,28 +119,13 @@ def published(tmp_path_factory):
 
 
 @pytest.fixture
-def command(capsys):
+def command():
     """Runs the command in this process; returns status, output and error output."""
-
-    def call(*arguments):
-        status = 0
-        with flagsaver.flagsaver():
-            flags.FLAGS.unparse_flags()
-            try:
-                generate.main(generate.parse(["generate", *arguments]))
-            except SystemExit as stopped:
-                status = stopped.code
-        return status, *capsys.readouterr()
-
-    was_parsed = flags.FLAGS.is_parsed()
-    yield call
-    if was_parsed:
-        flags.FLAGS.mark_as_parsed()
-    else:
-        flags.FLAGS.unparse_flags()
+    return functools.partial(command_lines.in_process, generate)
 
 
-SHORT = ("--prompt=say abc", "--max_new_tokens=12", "--seed=3")
+LAW = "--temperature=1"
+SHORT = ("--prompt=say abc", "--max_new_tokens=12", "--seed=3", LAW)
 
 
 def expected_text(prompt, seed=3, max_new_tokens=12, request_id=0, **law):
@@ -188,6 +174,108 @@ def test_settings_reach_the_engine(command, model):
     status, out, _ = command(f"--model={model}", *SHORT, "--system=be kind", *options)
     system = "system:be kind;" + CHAT
     assert (status, out) == (0, expected_text(system, **law))
+
+
+def test_without_a_law_the_models_own_is_taken(command, model, workdir, tmp_path):
+    arguments = [argument for argument in SHORT if argument != LAW]
+    status, out, error = command(f"--model={model}", *arguments)
+    assert (status, out) == (0, expected_text(CHAT, temperature=0.7))
+    assert "temperature 0.7 (by default)" in error
+    # What a model's files say, and what a run was trained with.
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    path = own / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.4, "top_k": 9, "eos_token_id": 2}))
+    _, out, error = command(f"--model={own}", *arguments)
+    assert out == expected_text(CHAT, temperature=0.4, top_k=9)
+    assert "temperature 0.4 (the model's own), top_k 9" in error
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    settings = {"sampling": {"temperature": 1.3}, "precision": "float32"}
+    (run / "config.json").write_text(json.dumps(settings))
+    _, out, error = command(f"--model={run}", *arguments)
+    assert out == expected_text(CHAT, temperature=1.3)
+    assert "step 4, float32, temperature 1.3 (the run's)" in error
+
+
+def test_an_earlier_checkpoint_answers(command, model, workdir):
+    status, out, error = command(f"--model={workdir}", "--step=2", *SHORT)
+    assert status == 0 and f"{workdir}, step 2, float32" in error
+    assert out != expected_text(CHAT)
+    status, _, error = command(f"--model={workdir}", "--step=3", *SHORT)
+    assert status == 2 and "step=3 has no checkpoint" in error and "2, 4" in error
+    status, _, error = command(f"--model={model}", "--step=3", *SHORT)
+    assert status == 2 and "step=3 is for the workdir of a run" in error
+
+
+def test_every_prompt_is_answered(command, model, tmp_path):
+    several = ("--prompt=say abc", "--prompt=and", f"--model={model}", *SHORT[1:])
+    texts = [expected_text(CHAT), expected_text("user:and;assistant:", request_id=1)]
+    status, out, _ = command(*several)
+    lines = out.splitlines(keepends=True)
+    assert status == 0 and lines[1::2] == texts
+    assert lines[0].startswith("[1] ") and lines[2].startswith("[2] ")
+    _, out, _ = command(*several, "--num_samples=2")
+    starts = [line.split()[0] for line in out.splitlines()[::2]]
+    assert starts == ["[1.1]", "[1.2]", "[2.1]", "[2.2]"]
+    # From a file, into a file.
+    path, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    path.write_text("say abc\n\nand\n")
+    rest = (f"--model={model}", f"--prompts_file={path}", f"--out={out}", *SHORT[1:])
+    status, shown, error = command(*rest)
+    assert (status, shown) == (0, "")
+    assert f"wrote 2 completions to {out}" in error
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["text"] + "\n" for row in rows] == texts
+    assert [row["prompt"] for row in rows] == ["say abc", "and"]
+    assert rows[0].keys() == set(
+        "id prompt sample text num_tokens finish_reason".split()
+    )
+    # It is not overwritten.
+    status, _, error = command(*rest)
+    assert status == 2 and "is there already" in error
+
+
+def test_prompts_are_rows_of_a_data_set(command, model, tmp_path):
+    prompts = ["say abc", [{"role": "user", "content": "say abc"}]]
+    for key, prompt in zip(("prompt", "messages"), prompts, strict=True):
+        path, out = tmp_path / f"{key}.jsonl", tmp_path / f"{key}_out.jsonl"
+        path.write_text(json.dumps({"id": "first", key: prompt}) + "\n")
+        arguments = (f"--prompts_file={path}", f"--out={out}", *SHORT[1:])
+        status, _, error = command(f"--model={model}", *arguments)
+        assert status == 0, error
+        (row,) = map(json.loads, out.read_text().splitlines())
+        assert row["text"] + "\n" == expected_text(CHAT)
+        assert (row["id"], row["prompt"], row["sample"]) == ("first", prompt, 0)
+
+
+def test_a_streamed_text_is_the_text(command, model):
+    status, out, error = command(f"--model={model}", *SHORT, "--stream")
+    assert (status, out) == (0, expected_text(CHAT))
+    assert "[1] " in error and "tokens, ended by " in error
+
+
+def test_options_reach_the_chat_template(command, model, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    template = TEMPLATE + "{% if thinking %}think;{% endif %}"
+    (own / "chat_template.jinja").write_text(template)
+    option = "--template_option=thinking=True"
+    status, out, _ = command(f"--model={own}", *SHORT, option)
+    assert (status, out) == (0, expected_text(CHAT + "think;"))
+    assert command(f"--model={own}", *SHORT)[1] == expected_text(CHAT)
+
+
+def test_a_conversation_keeps_what_was_said(command, model, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\ncd\n" + 40 * "e" + "\n/exit\n"))
+    chat = (f"--model={model}", "--chat", "--max_new_tokens=4", "--seed=3", LAW)
+    status, out, error = command(*chat)
+    assert status == 0 and "/exit" in error
+    first = expected_text("user:ab;assistant:", max_new_tokens=4)
+    text = f"user:ab;assistant:{first[:-1]};user:cd;assistant:"
+    second = expected_text(text, max_new_tokens=4, request_id=1)
+    third = out.removeprefix(first + second)
+    assert out.startswith(first + second) and "/clear begins anew.]" in third
 
 
 def test_samples_share_the_prompt_and_differ(command, model):
@@ -241,6 +329,17 @@ def test_prompts_come_from_files_and_standard_input(
         (["--model=M", "--prompt=a", "b"], "did you quote the prompt?"),
         (["--model=no such", "--prompt=a"], "names no model"),
         (["--model=EMPTY", "--prompt=a"], "holds no complete checkpoint"),
+        (["--model=NOTHING", "--prompt=a"], "without a model (config.json and"),
+        (["--model=M", "--prompt=a", "--chat"], "give either --prompt=TEXT"),
+        (["--model=M", "--chat", "--num_samples=2"], "--num_samples has no place in"),
+        (["--model=M", "--chat", "--out=o.jsonl"], "--out has no place in"),
+        (["--model=M", "--prompts_file=absent.jsonl"], "absent.jsonl is not a file"),
+        (["--model=M", "--prompts_file=absent.txt"], "absent.txt cannot be read"),
+        (["--model=M", "--prompts_file=a.doc"], "has the suffix '.doc'"),
+        (["--model=M", "--prompt=a", "--prompt=b", "--stream"], "--stream shows one"),
+        (["--model=M", "--prompt=a", "--out=absent/o.jsonl"], "lies in no directory"),
+        (["--model=M", "--prompt=a", "--template_option=b"], "not of the form KEY=VAL"),
+        (["--model=M", "--prompt=a", "--temperature=hot"], "--temperature=hot"),
         (
             ["--model=M", "--prompt=a", "--raw", "--system=b"],
             "needs a chat template, --raw leaves out one: drop --raw",
@@ -256,18 +355,22 @@ def test_mistakes_are_one_line_and_status_2(
     command, model, tmp_path, arguments, message
 ):
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "nothing").mkdir()
     places = {"--model=M": f"--model={model}", "--model=EMPTY": f"--model={tmp_path}"}
+    places["--model=NOTHING"] = f"--model={tmp_path}/nothing"
     status, out, error = command(*(places.get(a, a) for a in arguments))
     assert status == 2
     assert out == ""
-    assert error.startswith("error: ") and message in error
-    assert error.count("\n") == 1
+    # Before it there may be stages, a line each.
+    *stages, last = error.splitlines()
+    assert last.startswith("error: ") and message in last
+    assert all(stage.endswith(" ...") for stage in stages)
 
 
 def test_a_tokenizer_without_a_template_continues_the_text():
     plain = tokenizer_of(None)
     assert plain.decode(generate.encode(plain, "ab")) == "ab"
-    with pytest.raises(ValueError, match="this model has no one: put the text into"):
+    with pytest.raises(ValueError, match="this model has none: put the text into"):
         generate.encode(plain, "ab", system="c")
     chat = tokenizer_of(TEMPLATE)
     assert chat.decode(generate.encode(chat, "ab")) == "user:ab;assistant:"
@@ -286,26 +389,6 @@ def test_precision_is_that_of_weights_and_engine(place, request):
     )
 
 
-def test_the_report_keeps_compilation_apart():
-    stats = rollout_stats.RolloutStats(
-        num_tokens=90,
-        num_steps=50,
-        num_prefill_tokens=30,
-        prefill_s=0.5,
-        decode_s=3.0,
-        compile_s=7.0,
-    )
-    assert generate.report(stats, 2).splitlines() == [
-        "prefill 30 tokens in 0.50 s, 60.0 tokens/s",
-        "decode  90 tokens in 3.00 s, 30.0 tokens/s, 50 target forwards for 2 rows",
-        "compile 7.00 s",
-        "accept length 1.00: a token per target forward",
-    ]
-    assert "prefill 0 tokens in 0.00 s, nothing to do" in generate.report(
-        rollout_stats.RolloutStats(), 1
-    )
-
-
 def test_the_command_runs_as_a_module(model):
     done = subprocess.run(
         [sys.executable, "-m", "tlt_jax.generate", f"--model={model}", *SHORT],
@@ -314,7 +397,7 @@ def test_the_command_runs_as_a_module(model):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected_text(CHAT)
-    assert done.stderr.startswith("[1] ")
+    assert "\n[1] " in done.stderr and done.stderr.startswith("loading ")
 
 
 @pytest.mark.parametrize("kind", ["learned", "eagle", "eagle3", "ngram"])

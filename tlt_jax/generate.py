@@ -1,10 +1,12 @@
-r"""Complete a prompt and say how fast.
+r"""Complete prompts, or converse, and say how fast.
 
     python -m tlt_jax.generate --model=SPEC --prompt="..."
+    python -m tlt_jax.generate --model=SPEC --prompts_file=FILE.jsonl --out=FILE.jsonl
+    python -m tlt_jax.generate --model=SPEC --chat
 
 SPEC is a Hugging Face directory, gguf:FILE, a hub name, smollm2-135m-instruct, or the
-workdir of a run. The completion goes to standard output, everything else to standard
-error.
+workdir of a run. Completions go to standard output, everything else to standard error;
+on a terminal a single one is shown as it comes.
 
 With a drafter the text is the same, and comes sooner; --compare decodes plainly as well
 and says how much sooner.
@@ -12,112 +14,142 @@ and says how much sooner.
     python -m tlt_jax.generate --model=SPEC --drafter=DIR --compare --prompt="..."
 """
 
+import functools
+import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import app, flags
 
 from tlt_jax import policy, types
 from tlt_jax import speculation as speculation_lib
+from tlt_jax.models.formats import text_stream
 from tlt_jax.models.formats import tokenizer as model_tokenizer
+from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import stats as rollout_stats
+from tlt_jax.rl.tasks import examples as examples_lib
 from tlt_jax.runtime import command_line, compile_cache
-from tlt_jax.specdec import chain, sampling
-from tlt_jax.specdec.proposers import learned
+from tlt_jax.specdec import sampling
+from tlt_jax.viz import conversation, speed, status_line
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "Hugging Face directory, gguf:FILE, hub name, or a run's workdir."
+_FLAGS = policy.Flags()
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt",
+    [],
+    "A prompt; - reads standard input. May be given several times.",
 )
-_PROMPT = flags.DEFINE_string("prompt", None, "The prompt; - reads standard input.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File that holds the prompt.")
-_SYSTEM = flags.DEFINE_string("system", None, "System message before the prompt.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File that holds one prompt.")
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file",
+    None,
+    "File of prompts: .jsonl or .parquet with a column prompt (text or messages) or "
+    "messages, or .txt, a prompt a line.",
+)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Converse on the terminal; what was said is kept."
+)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "File to write, .jsonl, a line for each completion; absent before.",
+    allow_override=True,
+)
+_SYSTEM = flags.DEFINE_string("system", None, "System message before each prompt.")
 _RAW = flags.DEFINE_bool(
     "raw", False, "Continue the prompt as it stands, without the chat template."
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 1, "Completions to draw; they share the prompt.", lower_bound=1
+    "num_samples",
+    None,
+    "Completions of each prompt; they share it. Default: 1.",
+    lower_bound=1,
+    allow_override=True,
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 256, "Longest completion in tokens.", lower_bound=1
+    "max_new_tokens",
+    None,
+    "Longest completion in tokens. Default: 256.",
+    lower_bound=1,
+    allow_override=True,
 )
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 1.0, "Divides the logits; 0 takes the likeliest token."
+_SEED = flags.DEFINE_integer(
+    "seed",
+    None,
+    "Fixes all draws. Default: 0.",
+    lower_bound=0,
+    allow_override=True,
 )
-_TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Draw from the smallest set with this probability; 1: from all."
-)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest; 0: from all.")
-_MIN_P = flags.DEFINE_float(
-    "min_p", 0.0, "Draw from tokens at least this fraction as likely as the likeliest."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Fixes all draws.", lower_bound=0)
 _STOP = flags.DEFINE_multi_string(
     "stop", [], "String that ends a completion; may be given several times."
 )
-_PRECISION = flags.DEFINE_enum(
-    "precision", "float32", ["float32", "bfloat16"], "Of weights and activations."
-)
-_DRAFTER = flags.DEFINE_string(
-    "drafter",
+_STREAM = flags.DEFINE_bool(
+    "stream",
     None,
-    "Directory of a learned drafter, ours or a published EAGLE, EAGLE-3 or speculators "
-    "one; or ngram: guess from what the texts hold already.",
-)
-_STRATEGY = flags.DEFINE_multi_string(
-    "strategy",
-    [],
-    "<rows>:D<draft_depth>K<topk>V<tokens_to_verify>: how to speculate for up to so "
-    "many rows; may be given several times, the fewest rows first.",
-)
-_RANKING = flags.DEFINE_enum(
-    "ranking",
-    "coupled",
-    list(learned.RANKINGS),
-    "Guess the sample by its own noise, or the likeliest tokens.",
-)
-_RULE = flags.DEFINE_enum(
-    "rule",
-    chain.KEYED,
-    list(chain.RULES),
-    "What accepts drafted tokens. keyed keeps the tokens of plain decoding; the "
-    "standard rules for sampled chains, for comparison, keep only their law.",
+    "Show the text as it comes. Default: on a terminal, where there is one completion.",
 )
 _COMPARE = flags.DEFINE_bool(
     "compare", False, "Decode plainly as well; keyed tokens must be equal."
 )
 
-_MAX_ROWS = 64
-# Engines of equal sizes find each other's programs in the compilation cache.
-_LENGTH_STEP = 512
+Prompt = str | Sequence[Mapping[str, str]]
+
+# Decode steps between two pieces of a text that is shown as it comes.
+_STREAM_STEPS = 8
+# Positions that a conversation begins with; they are doubled when it has filled them.
+_CHAT_LENGTH = 1024
 
 
 def encode(
     tokenizer: model_tokenizer.Tokenizer,
-    text: str,
+    prompt: Prompt,
     system: str | None = None,
     raw: bool = False,
+    template_options: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """Encode a prompt, `[n] int32`: as a chat where there is a template, else as it is.
 
-    A system message needs a chat template; `raw` leaves the template out.
+    Messages and a system message need a chat template, to which the options go; `raw`
+    leaves it out.
 
     Raises:
-      ValueError: the prompt is empty, or `system` has no place.
+      ValueError: the prompt is empty, or something has no place.
     """
-    if not text:
+    if not prompt:
         raise ValueError("the prompt is empty: give some text with --prompt.")
-    if raw or tokenizer.chat_template is None:
-        if system is not None:
-            remedy = "drop --raw" if raw else "put the text into the prompt"
-            why = "--raw leaves out" if raw else "this model has no"
-            raise ValueError(f"--system needs a chat template, {why} one: {remedy}.")
-        return tokenizer.encode(text)
-    messages = [{"role": "user", "content": text}]
+    lacks = raw or tokenizer.chat_template is None
+    remedy = "drop --raw" if raw else "put the text into the prompt"
+    why = "--raw leaves out one" if raw else "this model has none"
+    for flag, given in (("--system", system), ("--template_option", template_options)):
+        if lacks and given:
+            raise ValueError(f"{flag} needs a chat template, {why}: {remedy}.")
+    if isinstance(prompt, str):
+        if lacks:
+            return tokenizer.encode(prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    elif lacks:
+        raise ValueError(f"messages need a chat template, {why}: {remedy}.")
     if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return tokenizer.encode_prompt(messages)
+        if prompt[0]["role"] == "system":
+            raise ValueError(
+                "--system is given, but the messages begin with a system message of "
+                "their own: leave one of them out."
+            )
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return tokenizer.encode_prompt(prompt, **(template_options or {}))
+
+
+def requests_of(
+    prompts: Sequence[np.ndarray], num_samples: int, max_new_tokens: int
+) -> list[types.Request]:
+    """Ask for completions of each prompt, `[n] int32`, whose computation they share."""
+    return [
+        types.Request(i * num_samples + sample, i, sample, prompt, max_new_tokens)
+        for i, prompt in enumerate(prompts)
+        for sample in range(num_samples)
+    ]
 
 
 def complete(
@@ -140,155 +172,294 @@ def complete(
       ValueError: the text would be longer than the model's context, or than the
         drafter was trained for.
     """
-    longest, limit = len(prompt) + max_new_tokens, asked.config.max_positions
-    if longest > limit:
-        raise ValueError(
-            f"the prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} "
-            f"exceed the model's context of {limit}: lower --max_new_tokens to "
-            f"{limit - len(prompt)} or less."
-            if len(prompt) < limit
-            else f"the prompt of {len(prompt)} tokens fills the model's context of "
-            f"{limit}: shorten it."
-        )
-    max_length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-    if longest <= speculation.max_length:
-        max_length = min(max_length, speculation.max_length)
-    engine = asked.engine(
-        max_rows=min(num_samples, _MAX_ROWS),
-        max_length=max_length,
-        speculation=speculation,
-        sampling_cfg=sampling_cfg,
-        stop=tuple(stop),
-    )
-    requests = [
-        types.Request(i, 0, i, prompt, max_new_tokens) for i in range(num_samples)
-    ]
+    requests = requests_of([prompt], num_samples, max_new_tokens)
+    settings = dict(sampling_cfg=sampling_cfg, stop=tuple(stop))
+    engine = asked.engine_for(requests, speculation, **settings)
     try:
         return engine.run(requests, seed)
     finally:
         engine.pool.close()
 
 
-def report(stats: rollout_stats.RolloutStats, num_samples: int) -> str:
-    """Say in a few lines what was computed and how fast; compilation apart."""
+class _Answers:
+    """Passes completions on in the order of their requests, as soon as it can."""
 
-    def line(name: str, num_tokens: int, seconds: float) -> str:
-        speed = f"{num_tokens / seconds:.1f} tokens/s" if seconds else "nothing to do"
-        return f"{name} {num_tokens} tokens in {seconds:.2f} s, {speed}"
+    def __init__(self, prompts: Sequence[tuple[str, Prompt]], num_samples: int, decode):
+        self._prompts, self._num_samples = prompts, num_samples
+        self._decode = decode
+        self._waiting: dict[int, types.Completion] = {}
+        self._next = 0
+        self.is_single = len(prompts) * num_samples == 1
 
-    decoded = line("decode ", stats.num_tokens, stats.decode_s)
-    rows = "" if num_samples == 1 else f" for {num_samples} rows"
-    lines = [
-        line("prefill", stats.num_prefill_tokens, stats.prefill_s),
-        f"{decoded}, {stats.num_steps} target forwards{rows}",
-        f"compile {stats.compile_s:.2f} s",
-    ]
-    if stats.num_fill_tokens:
-        lines.insert(1, line("drafter", stats.num_fill_tokens, stats.fill_s))
-    if not stats.num_accepted:
-        return "\n".join([*lines, "accept length 1.00: a token per target forward"])
-    rates = " ".join(f"{rate:.2f}" for rate in stats.accept_rates())
-    calls = ", ".join(f"{name} {count}" for name, count in stats.strategies.items())
-    lines += [
-        f"accept length {stats.accept_length:.2f} tokens per target forward; "
-        f"accepted by depth: {rates}",
-        f"calls by strategy: {calls}",
-    ]
-    return "\n".join(lines)
+    def put(self, completion: types.Completion) -> None:
+        """Take one; write those that nobody is missing before."""
+        self._waiting[completion.request_id] = completion
+        while self._next in self._waiting:
+            self._write(self._waiting.pop(self._next))
+            self._next += 1
 
-
-def compare(
-    completions: Sequence[types.Completion],
-    stats: rollout_stats.RolloutStats,
-    plain_completions: Sequence[types.Completion],
-    plain_stats: rollout_stats.RolloutStats,
-) -> str:
-    """Say how speculation did against plain decoding of the same requests."""
-    num_equal = sum(
-        np.array_equal(a.tokens, b.tokens)
-        for a, b in zip(completions, plain_completions, strict=True)
-    )
-    num_tokens, plain_s = plain_stats.num_tokens, plain_stats.decode_s
-    ratio = plain_s / (stats.decode_s + stats.fill_s)
-    why = ""
-    if stats.rule != chain.KEYED:
-        why = f" (rule {stats.rule} draws others from the same law)"
-    return (
-        f"plain   {num_tokens} tokens in {plain_s:.2f} s, "
-        f"{num_tokens / plain_s:.1f} tokens/s\n"
-        f"speculation: {ratio:.2f} times as fast, tokens equal in {num_equal} of "
-        f"{len(completions)}{why}"
-    )
+    def _write(self, completion: types.Completion) -> None:
+        number, sample = divmod(completion.request_id, self._num_samples)
+        name, prompt = self._prompts[number]
+        text = self._decode(completion.tokens)
+        length, reason = len(completion.tokens), completion.finish_reason
+        if _OUT.value is not None:
+            record = dict(id=name, prompt=prompt, sample=sample, text=text)
+            record |= dict(num_tokens=length, finish_reason=reason)
+            line = json.dumps(record, ensure_ascii=False)
+            # Closed each time: what is written survives whatever ends the command.
+            with open(_OUT.value, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            return
+        label = f"{sample + 1}" if len(self._prompts) == 1 else f"{number + 1}"
+        if len(self._prompts) > 1 and self._num_samples > 1:
+            label += f".{sample + 1}"
+        where = sys.stderr if self.is_single else sys.stdout
+        print(f"[{label}] {length} tokens, ended by {reason}", file=where, flush=True)
+        print(text, flush=True)
 
 
 def run() -> None:
     """Generate as the flags say."""
-    is_keyed = _RULE.value == chain.KEYED
-    if _DRAFTER.value is None and (_COMPARE.value or _STRATEGY.value or not is_keyed):
-        raise ValueError(
-            "--compare, --strategy and --rule are about speculation: name a drafter "
-            "with --drafter=DIR, or --drafter=ngram."
-        )
-    if _MODEL.value is None:
-        raise ValueError(
-            "--model=SPEC is missing: name a model, such as smollm2-135m-instruct, or "
-            "a run's workdir."
-        )
-    text = _prompt()
-    sampling_cfg = sampling.SamplingConfig(
-        _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value
-    )
+    _check()
+    prompts = [] if _CHAT.value else _prompts()
     compile_cache.enable()
-    asked = policy.load(_MODEL.value, _PRECISION.value)
-    speculation = speculation_lib.PLAIN
-    if _DRAFTER.value is not None:
-        speculation = speculation_lib.load(
-            _DRAFTER.value,
-            asked.config,
-            _STRATEGY.value,
-            ranking=_RANKING.value,
-            rule=_RULE.value,
-            dtype=_PRECISION.value,
+    with status_line.StatusLine() as display:
+        asked, speculation = _FLAGS.load(display)
+        law, how = _FLAGS.law(asked)
+        settings = dict(sampling_cfg=law, stop=tuple(_STOP.value))
+        if _CHAT.value:
+            _converse(asked, speculation, settings, display)
+            return
+        options = _FLAGS.template_options()
+        encoded = [
+            encode(asked.tokenizer, prompt, _SYSTEM.value, _RAW.value, options)
+            for _, prompt in prompts
+        ]
+        num_samples = _NUM_SAMPLES.value or 1
+        requests = requests_of(encoded, num_samples, _MAX_NEW_TOKENS.value or 256)
+        answers = _Answers(prompts, num_samples, asked.tokenizer.decode)
+        completions, stats = _generate(
+            asked, requests, answers, speculation, settings, display
         )
-    prompt = encode(asked.tokenizer, text, _SYSTEM.value, _RAW.value)
-    settings = dict(
-        num_samples=_NUM_SAMPLES.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        stop=_STOP.value,
-        seed=_SEED.value,
-    )
-    completions, stats = complete(
-        asked, prompt, sampling_cfg, speculation=speculation, **settings
-    )
-    for i, completion in enumerate(completions):
-        length, reason = len(completion.tokens), completion.finish_reason
-        where = sys.stderr if len(completions) == 1 else sys.stdout
-        print(f"[{i + 1}] {length} tokens, ended by {reason}", file=where, flush=True)
-        print(asked.tokenizer.decode(completion.tokens), flush=True)
-    print(f"\n{asked.identity}, {asked.precision}", file=sys.stderr)
-    print(report(stats, len(completions)), file=sys.stderr)
-    if _COMPARE.value:
-        plainly = complete(asked, prompt, sampling_cfg, **settings)
-        print(compare(completions, stats, *plainly), file=sys.stderr)
+        print(f"\n{asked.identity}, {asked.precision}, {how}", file=sys.stderr)
+        print(speed.report(stats, len(completions)), file=sys.stderr)
+        if _COMPARE.value:
+            display.stage("decoding plainly")
+            engine = asked.engine_for(requests, **settings)
+            plainly = engine.run(requests, _SEED.value or 0)
+            engine.pool.close()
+            display.clear()
+            print(speed.compare(completions, stats, *plainly), file=sys.stderr)
 
 
-def _prompt() -> str:
-    """Read the prompt from where the flags say; a final line end is left out."""
-    if (_PROMPT.value is None) == (_PROMPT_FILE.value is None):
+def _generate(
+    asked: policy.Policy,
+    requests: Sequence[types.Request],
+    answers: _Answers,
+    speculation: speculation_lib.Speculation,
+    settings: Mapping[str, Any],
+    display: status_line.StatusLine,
+) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
+    """Generate, showing what is to be shown meanwhile."""
+    streams = _STREAM.value
+    if streams is None:
+        streams = answers.is_single and _OUT.value is None and sys.stdout.isatty()
+    stream = text_stream.TextStream(asked.tokenizer)
+
+    def show(request_id, tokens):
+        del request_id
+        display.clear()
+        print(stream.feed(tokens), end="", flush=True)
+
+    def put(completion):
+        display.clear()
+        if not streams:
+            answers.put(completion)
+
+    def progress(num_done, num_tokens):
+        if not streams:
+            display.stage("generating")
+            display.within(num_done, len(requests), f"{num_tokens} tokens")
+
+    sizes = dict(steps_per_call=_STREAM_STEPS) if streams else {}
+    engine = asked.engine_for(requests, speculation, **settings, **sizes)
+    display.stage("compiling, reading the prompt")
+    try:
+        completions, stats = engine.run(
+            requests,
+            _SEED.value or 0,
+            on_completion=put,
+            on_call=progress,
+            on_tokens=show if streams else None,
+        )
+    finally:
+        engine.pool.close()
+    display.clear()
+    if streams:
+        print(stream.end(), flush=True)
+        length, reason = len(completions[0].tokens), completions[0].finish_reason
+        print(f"[1] {length} tokens, ended by {reason}", file=sys.stderr)
+    elif _OUT.value is not None:
+        num = len(completions)
+        print(f"wrote {num} completions to {_OUT.value}", file=sys.stderr)
+    return completions, stats
+
+
+def _converse(
+    asked: policy.Policy,
+    speculation: speculation_lib.Speculation,
+    settings: Mapping[str, Any],
+    display: status_line.StatusLine,
+) -> None:
+    """Answer what is typed until there is no more."""
+    engine: engine_lib.Engine | None = None
+    limit, num_answers = asked.config.max_positions, 0
+
+    def fitting(longest: int) -> engine_lib.Engine:
+        """An engine for so many positions: the one at hand, or a larger one."""
+        nonlocal engine
+        if engine is not None and longest <= engine.engine_cfg.max_length:
+            return engine
+        if engine is not None:
+            engine.pool.close()
+        length = _CHAT_LENGTH
+        while length < longest:
+            length *= 2
+        length = min(length, limit, speculation.max_length or limit)
+        engine = asked.engine(
+            max_rows=1,
+            max_length=max(length, longest),
+            speculation=speculation,
+            steps_per_call=_STREAM_STEPS,
+            **settings,
+        )
+        display.stage("compiling, reading the prompt")
+        return engine
+
+    def answer(messages, show: Callable[[str], None]) -> str:
+        nonlocal num_answers
+        options = _FLAGS.template_options()
+        prompt = encode(asked.tokenizer, messages, template_options=options)
+        room = limit - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the conversation of {len(prompt)} tokens fills the model's context "
+                f"of {limit}: /clear begins anew."
+            )
+        most = min(_MAX_NEW_TOKENS.value or 256, room)
+        # Each answer has noise of its own.
+        request = types.Request(num_answers, num_answers, 0, prompt, most)
+        num_answers += 1
+        stream = text_stream.TextStream(asked.tokenizer)
+        with conversation.interruptible() as check:
+
+            def take(request_id, tokens):
+                del request_id
+                display.clear()
+                show(stream.feed(tokens))
+                check()
+
+            try:
+                (completion,), _ = fitting(len(prompt) + most).run(
+                    [request], _SEED.value or 0, on_tokens=take
+                )
+            finally:
+                display.clear()
+        show(stream.end())
+        return asked.tokenizer.decode(completion.tokens)
+
+    if asked.tokenizer.chat_template is None:
         raise ValueError(
-            "give either --prompt=TEXT (- reads standard input) or --prompt_file=FILE."
+            "--chat needs a chat template, this model has none: complete text with "
+            "--prompt, or name an instruction-tuned model."
         )
-    if _PROMPT_FILE.value is not None:
-        path = pathlib.Path(_PROMPT_FILE.value)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompt_file={path} cannot be read: {error}.") from None
-    elif _PROMPT.value == "-":
-        text = sys.stdin.read()
+    display.note(f"{asked.identity}, {asked.precision}. {conversation.HELP}")
+    try:
+        conversation.converse(answer, system=_SYSTEM.value, read=_read_line)
+    finally:
+        if engine is not None:
+            engine.pool.close()
+
+
+def _read_line(prompt: str) -> str:
+    """Read a line that is typed, or one of what is piped in."""
+    if sys.stdin.isatty():
+        return input(prompt)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+def _check() -> None:
+    """Refuse flags that do not go together, before anything is loaded."""
+    if _COMPARE.value and not _FLAGS.speculates:
+        raise ValueError(
+            "--compare is about speculation: name a drafter with --drafter=DIR, or "
+            "--drafter=ngram."
+        )
+    _FLAGS.check()
+    sources = [bool(_PROMPT.value), _PROMPT_FILE.value is not None]
+    sources += [_PROMPTS_FILE.value is not None, _CHAT.value]
+    if sum(sources) != 1:
+        raise ValueError(
+            "give either --prompt=TEXT (- reads standard input; several may be given), "
+            "--prompt_file=FILE, --prompts_file=FILE or --chat."
+        )
+    several = (_NUM_SAMPLES.value or 1) > 1 or len(_PROMPT.value) > 1
+    several |= _PROMPTS_FILE.value is not None
+    unfit = {"--num_samples": several, "--out": _OUT.value, "--raw": _RAW.value}
+    unfit["--compare"] = _COMPARE.value
+    for flag, given in unfit.items():
+        if _CHAT.value and given:
+            raise ValueError(f"{flag} has no place in a conversation: drop it.")
+    if _STREAM.value and (several or _OUT.value is not None):
+        raise ValueError(
+            "--stream shows one completion as it comes: give one prompt, one sample, "
+            "and no --out."
+        )
+    if _OUT.value is not None:
+        policy.check_new("out", _OUT.value)
+
+
+def _prompts() -> list[tuple[str, Prompt]]:
+    """Read prompts with their names from where the flags say."""
+    if _PROMPT.value:
+        texts = [_standard_input() if p == "-" else p for p in _PROMPT.value]
+    elif _PROMPT_FILE.value is not None:
+        texts = [_text("prompt_file", _PROMPT_FILE.value).removesuffix("\n")]
+    elif _PROMPTS_FILE.value.endswith(".txt"):
+        lines = _text("prompts_file", _PROMPTS_FILE.value).splitlines()
+        texts = [line for line in lines if line.strip()]
+        if not texts:
+            raise ValueError(f"--prompts_file={_PROMPTS_FILE.value} holds no prompt.")
     else:
-        return _PROMPT.value
-    return text.removesuffix("\n")
+        return _rows(_PROMPTS_FILE.value)
+    return [(f"{i + 1}", text) for i, text in enumerate(texts)]
+
+
+def _rows(name: str) -> list[tuple[str, Prompt]]:
+    """Read a data set; its prompts are in the column prompt, or else messages."""
+    firsts = {
+        key: next(examples_lib.scan(name, prompt_key=key), None)
+        for key in ("prompt", "messages")
+    }
+    good = [key for key, first in firsts.items() if first and first.example]
+    found = examples_lib.read_examples(name, prompt_key=good[0] if good else "prompt")
+    return [(example.example_id, example.prompt) for example in found]
+
+
+@functools.cache
+def _standard_input() -> str:
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _text(flag: str, name: str) -> str:
+    try:
+        return pathlib.Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--{flag}={name} cannot be read: {error}.") from None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -296,16 +467,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         command_line.fail(f"unexpected argument {argv[1]!r}: did you quote the prompt?")
     with command_line.told(OSError):
-        run()
-
-
-def parse(argv: Sequence[str]) -> list[str]:
-    """Parse flags; exit with status 2 and one line if they cannot be used."""
-    try:
-        return flags.FLAGS(list(argv))
-    except flags.Error as error:
-        command_line.fail(error)
+        try:
+            run()
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse_flags)

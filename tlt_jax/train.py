@@ -25,9 +25,9 @@ from tlt_jax.workdir import (
     files,
     identity,
     progress,
+    sinks,
     state,
     step_record,
-    wandb_log,
 )
 
 
@@ -58,7 +58,8 @@ def train(
         stop.last_words = lambda: display.close() or where()
         row = group.first("finished", lambda: ending.last_row(directory, run))
         if row is not None:
-            display.note(ending.finished(directory, run))
+            if group.is_first:
+                display.note(ending.finished(directory, run))
             return row
         try:
             trainer = closing.enter_context(Trainer(run, directory, display, group))
@@ -192,7 +193,7 @@ class Trainer:
         """Save the last step; of a complete run draw it, and say where it is."""
         self._display.stage("writing")
         self.state.complete()
-        if self.state.step == self.run.num_steps:
+        if self.state.step == self.run.num_steps and self.group.is_first:
             self._draw()
             self._display.note(ending.finished(self._directory, self.run))
 
@@ -255,7 +256,7 @@ class Trainer:
         if self._writer is not None:
             self._writer.close()
         if self.group.is_first:
-            opened = wandb_log.open_writer(self._directory, first_step, self.run)
+            opened = sinks.open_writer(self._directory, first_step, self.run)
             self._writer = self._closing.enter_context(opened)
 
     def _push_weights(self) -> None:
@@ -278,7 +279,7 @@ class Trainer:
     def _write(
         self, row: dict[str, Any], collected: collector.Collected | None = None
     ) -> None:
-        """Write a record, and the completions if they are due."""
+        """Write a record, and the completions if they are due; sinks get both."""
         if self._writer is None:
             return
         self._writer.write(row)
@@ -287,7 +288,8 @@ class Trainer:
             scores, decode = collected.scores, self.parts.tokenizer.decode
             parts = [one.parts for one in scores.items] if scores.names else ()
             told = collected.everything, decode, parts
-            workdir.write_rollouts(self._directory, row["step"], *told)
+            records = workdir.write_rollouts(self._directory, row["step"], *told)
+            self._writer.samples(row["step"], records)
 
     def _draw(self) -> None:
         if self.group.is_first:

@@ -178,3 +178,39 @@ def test_pass_at_k_stays_exact_with_many_samples():
     correct = np.zeros((1, 10_000), bool)
     correct[0, 0] = True
     assert evaluator.pass_at_k(correct, 100) == pytest.approx(0.01, rel=1e-9)
+
+
+def test_the_interval_of_two_prompts_by_hand():
+    # Of the four draws of two prompts, one in four has the wrong one twice.
+    assert evaluator.bootstrap(np.array([0.0, 1.0])) == (0.0, 1.0)
+    assert evaluator.bootstrap(np.array([0.25])) == (0.25, 0.25)
+    assert evaluator.bootstrap(np.full(50, 0.5)) == (0.5, 0.5)
+
+
+def test_the_interval_is_that_of_all_draws():
+    values = np.array([0.0, 0.0, 0.3, 1.0, 1.0])
+    means = [np.mean(draw) for draw in itertools.product(values, repeat=5)]
+    # 3,125 draws, equally likely; 2.5 % of them are below, and above.
+    exact = np.quantile(means, [0.025, 0.975])
+    assert evaluator.bootstrap(values) == pytest.approx(tuple(exact), abs=1e-12)
+    assert exact == pytest.approx([0.06, 0.86])
+    assert evaluator.bootstrap(values) == evaluator.bootstrap(values.copy())
+
+
+def test_the_interval_of_many_prompts_is_the_normal_one():
+    values = (np.arange(400) < 100).astype(float)
+    low, high = evaluator.bootstrap(values)
+    error = 1.96 * np.sqrt(0.25 * 0.75 / 400)
+    assert (low, high) == pytest.approx((0.25 - error, 0.25 + error), abs=0.005)
+
+
+def test_rows_and_their_intervals_have_the_same_names():
+    rewards = np.array([[1.0, 0.0], [0.5, 0.5], [1.0, 1.0]], np.float32)
+    row = evaluator.rewards_row(rewards, (1, 2))
+    assert row == pytest.approx({"avg@2": 4 / 6, "pass@1": 0.5, "pass@2": 2 / 3})
+    found = evaluator.intervals(rewards, (1, 2))
+    assert found.keys() == row.keys()
+    # Prompts are drawn, with all their samples: the half-right ones never mix.
+    assert found["avg@2"] == evaluator.bootstrap(np.array([0.5, 0.5, 1.0]))
+    assert found["pass@1"] == evaluator.bootstrap(np.array([0.5, 0.0, 1.0]))
+    assert found["pass@2"] == evaluator.bootstrap(np.array([1.0, 0.0, 1.0]))

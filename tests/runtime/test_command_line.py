@@ -1,6 +1,8 @@
 """The command line: overrides reach the settings, mistakes are one line."""
 
+import concurrent.futures
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -123,6 +125,28 @@ def run_program(folder):
 
         yield run
         server.stdin.close()
+
+
+def test_what_libraries_log_is_left_out_unless_it_is_asked_for(monkeypatch, capsys):
+    hub, ours = logging.getLogger("huggingface_hub"), logging.getLogger("absl")
+    monkeypatch.setattr(hub, "level", logging.WARNING)
+    monkeypatch.setattr(ours, "filters", [])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with command_line.told():
+        pass
+    assert not hub.isEnabledFor(logging.WARNING) and hub.isEnabledFor(logging.ERROR)
+    made = ours.makeRecord("absl", logging.ERROR, "x.py", 1, "it failed", (), None)
+    assert ours.filter(made)
+    # The error itself is raised as well.
+    made.exc_info = (ValueError, ValueError("so"), None)
+    assert not ours.filter(made)
+    # Of a full disk TensorStore's threads print a hundred lines.
+    shown = ValueError, ValueError("so"), None
+    with concurrent.futures.ThreadPoolExecutor() as other:
+        other.submit(sys.excepthook, *shown).result()
+    assert capsys.readouterr().err == ""
+    sys.excepthook(*shown)
+    assert capsys.readouterr().err == "ValueError: so\n"
 
 
 def test_command_line_overrides(run_program):

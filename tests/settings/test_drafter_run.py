@@ -12,6 +12,7 @@ SETTINGS = {
         "num": (1024, "[1, 100000000]"),
         "num_held_out": (64, "[1, 1000000]"),
         "seed": (0, "[0, 1000000000000000000]"),
+        "template_options": ((), ""),
         "max_prompt_tokens": (256, "[1, 10000000]"),
         "max_new_tokens": (256, "[1, 10000000]"),
         "max_batch": (32, "[1, 65536]"),
@@ -68,6 +69,9 @@ def test_defaults_of_the_whole():
         made.num_step = 3
     made.model.spec, made.texts.tasks = "some/model", ("chat",)
     assert drafter_run.load(made.to_dict()) == run
+    made.texts.template_options.enable_thinking = False
+    options = drafter_run.load(made.to_dict()).texts.template_options
+    assert options == (("enable_thinking", False),)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ SETTINGS = {
     sections.Log: {
         "tensorboard": (True, ""),
         "wandb": ("off", ""),
-        "wandb_project": ("tlt_jax", ""),
+        "trackio": (False, ""),
+        "project": ("tlt_jax", ""),
         "plots_every": (10, "[0, 1000000000]"),
         "rollouts_every": (1, "[0, 1000000000]"),
         "progress": ("auto", ""),

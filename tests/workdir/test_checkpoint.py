@@ -179,13 +179,17 @@ def test_killed_while_writing_leaves_the_checkpoint_before(tmp_path):
 
 # Where reading fails, Orbax drops the coroutines that it has not started.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("item", ["policy", "meta"])
+@pytest.mark.parametrize("item", ["policy", "meta", "removed"])
 def test_damage_names_the_step_and_the_remedy(tmp_path, item):
     state = make_state()
     with checkpoint.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(3, *state, CFG, {})
-    damaged = tmp_path / "checkpoints" / "3" / item
-    for file in damaged.rglob("*"):
+    damaged = tmp_path / "checkpoints" / "3"
+    if item == "removed":
+        # The largest file has arrays.
+        files = [file for file in (damaged / "policy").rglob("*") if file.is_file()]
+        max(files, key=lambda file: file.stat().st_size).unlink()
+    for file in (damaged / item).rglob("*"):
         if file.is_file() and file.name != "commit_success.txt":
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with checkpoint.Checkpointer(tmp_path) as checkpointer:
@@ -343,6 +347,32 @@ def test_unstacked_layers_and_bad_keep_are_refused(tmp_path):
             checkpointer.save(1, params_lib.unstack(params), opt_state, CFG, {})
     with pytest.raises(ValueError, match="keep=0"):
         checkpoint.Checkpointer(tmp_path, keep=0)
+
+
+def test_a_failure_is_said_of_the_checkpoint_that_failed(tmp_path, monkeypatch):
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, *make_state(), CFG, {})
+        manager = checkpointer._manager
+        with monkeypatch.context() as patch:
+
+            def full():
+                raise OSError("No space left on device")
+
+            patch.setattr(manager, "wait_until_finished", full)
+            with pytest.raises(checkpoint.CheckpointError) as raised:
+                checkpointer.save(2, *make_state(), CFG, {})
+        assert str(raised.value).startswith("writing the checkpoint of step 1 below ")
+
+
+def test_something_else_in_its_place_is_named(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(checkpoint.CheckpointError) as raised:
+        checkpoint.Checkpointer(tmp_path)
+    assert str(raised.value) == (
+        f"{tmp_path}/checkpoints cannot be a directory (File exists): move what is in "
+        "its place, or use another --workdir."
+    )
+    assert checkpoint.newest(tmp_path) is None
 
 
 def test_write_failure_names_the_remedy(tmp_path):

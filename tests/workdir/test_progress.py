@@ -1,6 +1,7 @@
 """The display says what matters, on a terminal and in a log file."""
 
 import io
+import types
 
 import rich.console
 
@@ -120,6 +121,29 @@ def test_speculation_and_workers_have_cells_where_there_are_any():
     assert "busy" not in later.get()
     plain = progress.Workers(["lost", "idle"])
     assert str(plain) == "0 busy, 0 training, 1 idle, 1 lost"
+
+
+def test_workers_that_wait_for_a_program_compile():
+    def team_of(rolling=True):
+        names = ((0, "busy"), (2, "busy"), (3, "idle"), (5, "busy"))
+        workers = [types.SimpleNamespace(number=n, activity=a) for n, a in names]
+        state = types.SimpleNamespace(rolling=rolling, workers=workers)
+        # This process has workers 2 and 3; worker 1 was lost before.
+        engines = [
+            types.SimpleNamespace(
+                pool=types.SimpleNamespace(stats=types.SimpleNamespace(num_waiting=1))
+            )
+            for _ in range(2)
+        ]
+        coordination = types.SimpleNamespace(state=state)
+        return types.SimpleNamespace(
+            coordination=coordination, engines=engines, first=2, drafter_version=4
+        )
+
+    seen = progress.seen(team_of())
+    assert seen.activities == ("busy", "compiling", "idle", "busy")
+    assert str(seen) == "2 busy, 1 compiling, 0 training, 1 idle, drafter v4"
+    assert progress.seen(team_of(rolling=False)) is None
 
 
 def test_curve_has_means_of_neighbours():

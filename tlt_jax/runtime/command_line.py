@@ -5,10 +5,12 @@ status 2, never a traceback.
 """
 
 import contextlib
+import logging as python_logging
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -92,6 +94,9 @@ def told(*more: type[Exception]) -> Iterator[None]:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         logging.get_absl_logger().addFilter(_has_no_traceback)
+        # It tells of every attempt where there is no network.
+        python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)
+        sys.excepthook = _print_of_main_thread
     try:
         yield
     except (ValueError, failures.UserError, *more) as error:
@@ -107,6 +112,18 @@ def told(*more: type[Exception]) -> Iterator[None]:
 def _has_no_traceback(record: Any) -> bool:
     """Leave out what libraries log of errors that they raise later as well."""
     return not record.exc_info
+
+
+def _print_of_main_thread(
+    kind: type[BaseException], error: BaseException, trace: Any
+) -> None:
+    """Leave out what libraries print of threads of their own; Python's go elsewhere.
+
+    TensorStore prints so where the event loop of a write that failed is gone.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def leave(message: object, status: int) -> NoReturn:

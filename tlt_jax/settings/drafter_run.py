@@ -19,6 +19,8 @@ class Texts:
       num: texts to train on.
       num_held_out: texts of held-out prompts to measure on.
       seed: fixes which prompts are asked.
+      template_options: settings of the target's chat template, as those of
+        `task.template_options`, which the drafter is to serve.
       max_prompt_tokens: longer prompts are left out.
       max_new_tokens: longest response.
       max_batch: rows decoded at once.
@@ -31,6 +33,7 @@ class Texts:
     num: int = schema.number(1024, 1, 10**8)
     num_held_out: int = schema.number(64, 1, 10**6)
     seed: int = schema.number(0, 0, 10**18)
+    template_options: schema.Options = ()
     max_prompt_tokens: int = schema.number(256, 1, 10**7)
     max_new_tokens: int = schema.number(256, 1, 10**7)
     max_batch: int = schema.number(32, 1, 2**16)
@@ -128,6 +131,7 @@ def default() -> ml_collections.ConfigDict:
     """
     made = schema.to_config_dict(DrafterRun)
     made.lock()
+    made.texts.template_options.unlock()
     return made
 
 

@@ -73,7 +73,7 @@ class Task:
       seed: fixes the generated examples; held-out examples use another one.
       system_prompt: put before every prompt; empty: none.
       template_options: settings of the model's chat template, such as
-        `enable_thinking`; of those that it does not know it takes no notice.
+        `enable_thinking`; names that it does not read are refused.
       max_prompt_tokens: longest prompt in tokens, template included.
       long_prompts: a longer one stops the run (`refuse`) or is left out and counted
         (`skip`).
@@ -379,10 +379,12 @@ class Log:
     """What is shown and written besides metrics.jsonl.
 
     Attributes:
-      tensorboard: write event files.
+      tensorboard: write event files: numbers, settings, sampled completions.
       wandb: copy the record to Weights & Biases: `online`, or `offline` into files that
         `wandb sync` sends later. Needs the package wandb.
-      wandb_project: name of the project there.
+      trackio: copy the record to Trackio, which keeps it on this machine. Needs the
+        package trackio.
+      project: name of the project there, for both of them.
       plots_every: RL steps between redrawings of plots/; 0: only at the end.
       rollouts_every: RL steps between steps whose completions are written to
         rollouts/; 0: never.
@@ -391,7 +393,8 @@ class Log:
 
     tensorboard: bool = True
     wandb: Literal["off", "online", "offline"] = "off"
-    wandb_project: str = "tlt_jax"
+    trackio: bool = False
+    project: str = "tlt_jax"
     plots_every: int = schema.number(10, 0, 10**9)
     rollouts_every: int = schema.number(1, 0, 10**9)
     progress: Literal["auto", "plain", "off"] = "auto"

@@ -9,6 +9,7 @@ compared before anything is read.
 
 import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -417,8 +418,12 @@ class _Reader:
     def _read(self, items: dict[str, Any]) -> Any:
         try:
             return self._manager.restore(self._step, args=ocp.args.Composite(**items))
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(self._directory, self._step, _summary(error)) from error
+        # All of them: Orbax raises an `Exception` as such, too.
+        except Exception as error:
+            found = _damaged(self._directory, self._step, _summary(error))
+        # What Orbax has begun to read would complain at the interpreter's end.
+        gc.collect()
+        raise found
 
 
 def _check_whole(
@@ -465,7 +470,10 @@ def _check_shapes(
         )
 
 
-def _summary(error: Exception) -> str:
-    """Return the first line of an error; of a long one the end, where the cause is."""
+def _summary(error: BaseException) -> str:
+    """Return the first line of what caused an error; of a long one both its ends."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     line = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {line if len(line) < 300 else '...' + line[-240:]}"
+    short = line if len(line) < 300 else f"{line[:60]} ... {line[-200:]}"
+    return f"{type(error).__name__}: {short}"

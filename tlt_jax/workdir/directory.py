@@ -76,16 +76,19 @@ def write_rollouts(
     batch: experience.Experience,
     decode_text: Callable[[Sequence[int]], str],
     parts: Sequence[Mapping[str, float]] = (),
-) -> None:
+) -> list[dict[str, Any]]:
     """Write a step's completions to `rollouts/step_N.jsonl`, one line each.
 
     `parts` are what each of several reward functions said of each completion, empty
     where one failed; without them lines have no `rewards`. `drafted` lists the runs of
     tokens that a draft had guessed, as `[first, end)` indices of `tokens`; null where
     it was not noted.
+
+    Returns:
+      What the lines say.
     """
     path = workdir / "rollouts" / f"step_{step:06d}.jsonl"
-    lines = []
+    records = []
     for i, completion in enumerate(batch.completions):
         example = batch.prompts[i // batch.group_size].example
         record = {
@@ -102,11 +105,13 @@ def write_rollouts(
         }
         if parts:
             record["rewards"] = dict(parts[i])
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        records.append(record)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     with files.writing(path):
         path.parent.mkdir(exist_ok=True)
     with files.replacing(path) as file:
         file.writelines(lines)
+    return records
 
 
 def write_timeline(

@@ -381,3 +381,49 @@ def test_a_draining_batch_passes_through_the_buckets(engine):
     # Calls take 5 steps at most, or until the rest fits the next bucket.
     assert stats.active_rows == [4, 2, 2, 1, 1, 1, 1, 1]
     assert stats.num_row_steps == 4 * 4 + 2 * 8 + 22
+
+
+def test_new_tokens_put_together_are_the_completions(engine, small, expected):
+    for one in (engine, small):
+        drawn, calls = {r.request_id: [] for r in REQUESTS}, []
+
+        def take(request_id, tokens, drawn=drawn):
+            drawn[request_id] += tokens
+
+        def finish(completion, drawn=drawn):
+            # All of it was there before.
+            assert drawn[completion.request_id] == completion.tokens.tolist()
+
+        one.run(
+            REQUESTS,
+            SEED,
+            on_tokens=take,
+            on_completion=finish,
+            on_call=lambda *counts, calls=calls: calls.append(counts),
+        )
+        wanted = {i: one.tokens.tolist() for i, one in expected.items()}
+        assert drawn == wanted
+        assert calls[-1] == (len(REQUESTS), sum(map(len, wanted.values())))
+
+
+def test_tokens_behind_a_stop_string_are_never_passed_on(engine):
+    stopping = engines.engine_of(engine.pool, stop=("ZZ", "D"))
+    drawn = {}
+
+    def take(request_id, tokens):
+        drawn.setdefault(request_id, []).extend(tokens)
+
+    completions, _ = stopping.run(REQUESTS, SEED, on_tokens=take)
+    assert any(c.finish_reason == "stop" for c in completions)
+    for completion in completions:
+        assert drawn[completion.request_id] == completion.tokens.tolist()
+
+
+def test_a_run_that_its_listener_ends_leaves_the_engine_of_use(engine, expected):
+    def stop(request_id, tokens):
+        raise InterruptedError("enough")
+
+    with pytest.raises(InterruptedError, match="enough"):
+        engine.run(REQUESTS, SEED, on_tokens=stop)
+    completions, _ = engine.run(REQUESTS, SEED)
+    assert_same(completions, expected)

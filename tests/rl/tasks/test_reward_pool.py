@@ -257,7 +257,10 @@ def test_a_worker_that_cannot_start_stops_the_run(tmp_path, monkeypatch):
             with pytest.raises(failures.UserError) as raised:
                 call()
             told = str(raised.value)
-            assert told.startswith("a reward worker cannot start: RuntimeError: not in")
+            assert told.startswith("a reward worker cannot start: ")
+            assert (
+                "importing 'user_shy' fails with RuntimeError: not in workers" in told
+            )
             assert told.endswith("or give another one (reward.function).")
 
 

