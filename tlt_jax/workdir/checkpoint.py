@@ -172,7 +172,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items[_META] = ocp.args.JsonSave(record)
         # What is wrong with the one before shall not be said of this one.
-        self.wait()
+        self._finish_begun()
         self._begun = step
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -183,6 +183,9 @@ class Checkpointer(contextlib.AbstractContextManager):
         Raises:
           CheckpointError: one could not be written.
         """
+        self._finish_begun()
+
+    def _finish_begun(self) -> None:
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -226,7 +229,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _newest_whole(self) -> int | None:
         """Return the step to go on from; tell the damaged ones that are passed over."""
         # Orbax counts one that it still writes.
-        self.wait()
+        self._finish_begun()
         steps, error = sorted(self._manager.all_steps()), None
         while steps and self._is_first:
             try:
