@@ -225,14 +225,19 @@ def test_who_says_nothing_holds_up_nobody(server, pool, monkeypatch):
     assert time.monotonic() - started < 5
     # Nor does it stay for ever, not even where it says something now and then.
     monkeypatch.setattr(channel, "_HANDSHAKE_S", 0.3)
-    slow = silent(server.address)
+    quiet, slow = silent(server.address), silent(server.address)
+    # An answer of 200 bytes, a byte at a time.
+    slow.send(b"\0\0\0\xc8")
     started = time.monotonic()
     with pytest.raises(OSError):
-        while time.monotonic() - started < 10:
-            slow.send(b"\0")
+        while time.monotonic() - started < 5:
+            slow.send(b"a")
             time.sleep(0.05)
-    assert time.monotonic() - started < 5
-    for link in (slow, *strangers):
+    quiet.settimeout(5)
+    while quiet.recv(100):
+        pass
+    assert time.monotonic() - started < 4
+    for link in (quiet, slow, *strangers):
         link.close()
 
 

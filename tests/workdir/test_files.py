@@ -17,6 +17,15 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     with files.replacing(path) as file:
         file.write("one")
         assert not path.exists()
+    # Who has the old one open reads it to its end.
+    old = path.open()
+    with files.replacing(path) as file:
+        file.write("one")
+    path.write_text("another")
+    assert old.read() == "one"
+    old.close()
+    with files.replacing(path) as file:
+        file.write("one")
     with pytest.raises(KeyError), files.replacing(path) as file:
         file.write("half of t")
         raise KeyError
