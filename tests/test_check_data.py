@@ -100,6 +100,15 @@ def test_prompts_that_are_too_long(check, tmp_path, monkeypatch):
     assert status == 2 and "belong together" in out
 
 
+def test_half_a_character_is_a_bad_row(check, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a"}\n' + r'{"prompt": "a", "answer": "\ud83d"}' + "\n")
+    status, out = check(path)
+    assert status == 1
+    assert f"{path}, line 2: answer holds half a character (U+D83D): text is" in out
+    assert out.splitlines()[-1].endswith("2 rows, 0 with an answer, 1 bad")
+
+
 def test_files_that_are_not_there(check, tmp_path):
     path = write(tmp_path / "x.jsonl", GOOD)
     status, out = check(tmp_path / "none.jsonl", path)

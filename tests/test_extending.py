@@ -60,13 +60,18 @@ def test_the_page_s_commands_use_all_of_them(folder, tmp_path):
     assert row["specdec/num_accepted"][0] > 0
     # The surrogate of one's own clips nothing.
     assert row["policy/clip_frac"] == 0 and row["policy/grad_norm"] > 0
-    rewards = {
-        json.loads(line)["reward"]
-        for path in (tmp_path / "mine_paid").glob("rollouts/*.jsonl")
-        for line in path.read_text("utf-8").splitlines()
-    }
+    (path,) = (tmp_path / "mine_paid").glob("rollouts/*.jsonl")
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    told = [line["rewards"] for line in lines]
     # What is close is paid, if less than what is right.
-    assert rewards - {0.0, 1.0}
+    assert {one["close"] for one in told} - {0.0, 1.0}
+    assert [line["reward"] for line in lines] == pytest.approx(
+        [one["task"] + 0.5 * one["close"] for one in told]
+    )
+    (row,) = metrics.read(tmp_path / "mine_paid")
+    for name in ("task", "close"):
+        mean = sum(one[name] for one in told) / len(told)
+        assert row[f"reward/{name}"] == pytest.approx(mean)
 
 
 def test_the_drafter_s_loss_of_ones_own(folder, monkeypatch):

@@ -265,7 +265,7 @@ def test_processes_share_a_run_that_survives_the_death_of_one(tmp_path):
     settings = (
         *("--config.num_steps=40", "--config.mesh.data=-1", "--config.mesh.fsdp=1"),
         *("--config.checkpoint.every=5", "--config.eval.every=20"),
-        *("--config.reward.function=tests.judges:odd", "--config.log.plots_every=0"),
+        *("--config.reward.functions=tests.judges:odd", "--config.log.plots_every=0"),
     )
     first = run(tmp_path / "model", 1, "--config.num_steps=1")
     assert first[0] == 0, first[1]
@@ -317,7 +317,7 @@ def test_processes_share_a_drafter_that_one_of_them_trains(tmp_path):
             "--config.mesh.fsdp=1",
             "--config.log.plots_every=0",
         ),
-        *("--config.reward.function=tests.judges:odd", "--config.num_steps=12"),
+        *("--config.reward.functions=tests.judges:odd", "--config.num_steps=12"),
     )
     adapted = (
         *("--config.specdec.mode=tlt", "--config.drafter.features=last"),

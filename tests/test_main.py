@@ -39,6 +39,31 @@ MISTAKES = {
         [TINY, WORKDIR, "--config.workers.num=2", "--config.workers.min_idle=2"],
         "error: workers.min_idle=2 of workers.num=2: the last worker never waits",
     ),
+    "a reward": (
+        [TINY, WORKDIR, "--config.reward.functions=task,exakt"],
+        "error: unknown reward 'exakt': did you mean 'exact'? There are task, exact, ",
+    ),
+    "a reward's module": (
+        [TINY, WORKDIR, "--config.reward.functions=my_reward:score"],
+        "error: reward function 'my_reward:score': there is no module 'my_reward'.",
+    ),
+    "a reward's function": (
+        [TINY, WORKDIR, "--config.reward.functions=tests.judges:ood"],
+        "error: reward function 'tests.judges:ood': module 'tests.judges' has no 'ood'"
+        "; did you mean 'odd'?",
+    ),
+    "a reward twice": (
+        [TINY, WORKDIR, "--config.reward.functions=exact,exact"],
+        "error: reward.functions=exact,exact names 'exact' twice: name each ",
+    ),
+    "a weight too few": (
+        [TINY, WORKDIR, "--config.reward.weights=1"],
+        "error: reward.weights=(1.0,) of reward.functions=(): give each function ",
+    ),
+    "no file": (
+        [TINY, WORKDIR, "--config.task.name=/nope/x.jsonl"],
+        "error: /nope/x.jsonl is not a file (current directory: ",
+    ),
     "no model": (
         [TINY, WORKDIR, "--config.model.spec=somewhere"],
         "error: model.spec='somewhere' names no model; accepted: ",

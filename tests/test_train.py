@@ -98,7 +98,7 @@ def test_a_run_writes_its_files(whole):
 
 def test_the_same_settings_give_the_same_run(whole, model, tmp_path):
     """From the directory of the model that the other run made in its own."""
-    rows = start(model, tmp_path, **{"reward.function": "", "checkpoint.every": 0})
+    rows = start(model, tmp_path, **{"reward.functions": (), "checkpoint.every": 0})
     assert decisive(rows) == decisive(metrics.read(whole))
     assert policy(tmp_path) == policy(whole)
 
@@ -251,7 +251,7 @@ def test_a_reward_function_that_fails_is_counted(model, tmp_path, monkeypatch):
         tmp_path / "run",
         num_steps=2,
         **{
-            "reward.function": "tests.judges:unreliable",
+            "reward.functions": ("tests.judges:unreliable",),
             "reward.workers": 1,
             "reward.timeout_s": 2.0,
             "reward.failure_reward": -1.0,

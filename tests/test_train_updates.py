@@ -151,7 +151,7 @@ def test_a_step_in_which_no_group_carries_signal_updates_nothing(model, tmp_path
         model,
         tmp_path,
         num_steps=2,
-        **{"algorithm.name": "dapo", "reward.function": "tests.judges:constant"},
+        **{"algorithm.name": "dapo", "reward.functions": ("tests.judges:constant",)},
     )
     for row in rows:
         assert metrics.NAMES <= row.keys()

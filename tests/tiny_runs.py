@@ -64,7 +64,7 @@ def _with(values: ml_collections.ConfigDict, settings: dict[str, Any]):
 
 def settings(model, **overrides):
     """What a run has that begins with a model's weights and is judged by `ODD`."""
-    return {"model.spec": model, "reward.function": ODD} | overrides
+    return {"model.spec": model, "reward.functions": (ODD,)} | overrides
 
 
 def start(model, directory, **overrides):

@@ -2,9 +2,9 @@ r"""Check data sets before a run: name every bad line, say how it is mended.
 
     python -m tlt_jax.check_data NAME ...
 
-NAME is a .jsonl file (one JSON object a line, UTF-8), a .parquet file, a directory of
-such or one that datasets' save_to_disk wrote, or hub:ORGANISATION/NAME. What a row
-holds:
+NAME is a .jsonl file (one JSON object a line, UTF-8), a .csv file (with a header), a
+.parquet file, a directory of such or one that datasets' save_to_disk wrote, or
+hub:ORGANISATION/NAME. What a row holds:
 
     prompt   text, or a list of messages {"role": ..., "content": ...} that ends with
              the user's; roles are system, user, assistant, tool
@@ -151,7 +151,7 @@ def run(names: Sequence[str]) -> bool:
                 print(line)
             # The rest is counted.
             collections.deque(wrong, maxlen=0)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             print(error)
             good = False
             continue

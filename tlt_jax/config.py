@@ -68,6 +68,7 @@ def default() -> ml_collections.ConfigDict:
     config = schema.to_config_dict(RunConfig)
     config.lock()
     config.task.options.unlock()
+    config.task.template_options.unlock()
     return config
 
 
@@ -119,6 +120,7 @@ def _check(run: RunConfig) -> None:
             "teaches nothing: set it above 0 (eval.temperature=0 is greedy evaluation)."
         )
     speculation.check_shape(run.drafter)
+    sections.check_reward(run.reward)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)
     if asked and not getattr(run.specdec, asked):
         raise schema.ConfigError(

@@ -93,9 +93,7 @@ class Trainer:
         run, directory = self.run, self._directory
         display, group = self._display, self.group
         display.stage("loading")
-        task = tasks.build(
-            run.task, reward=run.reward.function, eval_size=run.eval.num_prompts
-        )
+        task = tasks.build(run.task, reward=run.reward, eval_size=run.eval.num_prompts)
         source = assembly.source_of(run, task, directory, group, display)
         self.parts = parts = assembly.assemble(
             run, source, task, directory, group, display, closing
@@ -261,11 +259,13 @@ class Trainer:
         self._writer.write(row)
         every = self.run.log.rollouts_every
         if collected is not None and every and row["step"] % every == 0:
+            scores = collected.scores
             workdir.write_rollouts(
                 self._directory,
                 row["step"],
                 collected.everything,
                 self.parts.tokenizer.decode,
+                [one.parts for one in scores.items] if scores.names else (),
             )
 
     def _draw(self) -> None:

@@ -61,7 +61,7 @@ def test_the_docstring_lists_every_variant():
 def test_the_task_is_a_file_with_eurus_columns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = config.load(grpo.get_config())
-    with pytest.raises(FileNotFoundError, match="eurus2_rl.parquet is not a file"):
+    with pytest.raises(ValueError, match="eurus2_rl.parquet is not a file"):
         tasks.build(run.task)
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -69,6 +69,8 @@ def test_command_line_overrides(tmp_path):
         "--config.task.options.longest=5",
         "--config.optimizer.learning_rate",
         "1",
+        "--config.reward.functions=number,mine:short",
+        "--config.reward.weights=1,0.5",
     )
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
@@ -78,6 +80,8 @@ def test_command_line_overrides(tmp_path):
     assert values["log"]["tensorboard"] is False
     assert values["task"]["options"] == {"longest": 5}
     assert values["optimizer"]["learning_rate"] == 1.0
+    assert values["reward"]["functions"] == ["number", "mine:short"]
+    assert values["reward"]["weights"] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +102,7 @@ def test_command_line_overrides(tmp_path):
         ("--config=recipe.py --workdr=x", "Did you mean: workdir"),
         ("--config=recipe.py more", "unexpected argument 'more'"),
         ("--config=recipe.py --config.num_steps=0", "at least 1."),
+        ("--config=recipe.py --config.reward.function=a", "'reward.functions'?"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(tmp_path, arguments, message):

@@ -29,6 +29,7 @@ SETTINGS = {
         "size": (1000, "[1, inf)"),
         "seed": (0, "[0, inf)"),
         "system_prompt": ("", ""),
+        "template_options": ((), ""),
         "max_prompt_tokens": (512, "[1, inf)"),
         "long_prompts": ("refuse", ""),
     },
@@ -97,7 +98,8 @@ SETTINGS = {
         "tensor": (1, "[-1, inf)"),
     },
     sections.Reward: {
-        "function": ("", ""),
+        "functions": ((), ""),
+        "weights": ((), ""),
         "workers": (2, "[0, inf)"),
         "timeout_s": (10.0, "(0, inf)"),
         "failure_reward": (0.0, "(-inf, inf)"),

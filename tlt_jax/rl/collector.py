@@ -32,7 +32,7 @@ class Collected:
       everything: all that was sampled and judged.
       useful: the groups to train on; None: none carries signal.
       stats: of the engines, all rollouts together.
-      scores: of all completions, as they were gathered.
+      scores: of all completions, in the order of `everything`.
       num_rounds: rollouts that it took.
       num_skipped: prompts of the data that are too long to be asked.
     """
@@ -202,6 +202,9 @@ class _Asked:
         """Gather what all processes have judged: `[P, R]`, and how it went."""
         parts = group.exchange("rewards", (self.judged, self.pool.gather()))
         scores = reward_pool.joined([part for _, part in parts])
-        rewards = np.empty(len(self.requests))
-        rewards[[index for indices, _ in parts for index in indices]] = scores.rewards
+        # Judged in the order in which they ended; from here on in that of requests.
+        judged = [index for indices, _ in parts for index in indices]
+        items = tuple(scores.items[i] for i in np.argsort(judged))
+        scores = dataclasses.replace(scores, items=items)
+        rewards = scores.rewards.astype(np.float64)
         return rewards.reshape(len(self.prompts), -1), scores

@@ -23,6 +23,8 @@ from tlt_jax.runtime import failures
 from tlt_jax.settings import schema
 
 _FREE_SECTION = "task.options"
+# Lists of names: on the command line they stand plainly, parted by commas.
+_NAMES = ("reward.functions", "texts.tasks")
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -81,7 +83,7 @@ def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:
     try:
         check_overrides(argv, section)
         _check_exists(recipe)
-        return flags.FLAGS(list(argv))
+        return flags.FLAGS(list(map(_quoted, argv)))
     except schema.ConfigError as error:
         fail(error)
     except (flags.Error, AttributeError, KeyError) as error:
@@ -128,6 +130,16 @@ def check_overrides(argv: Sequence[str], section: type = config.RunConfig) -> No
         key = name.removeprefix("config.")
         if key not in known and not key.startswith(_FREE_SECTION + "."):
             raise schema.ConfigError(schema.unknown_key_message(section, key))
+
+
+def _quoted(argument: str) -> str:
+    """Write a list of plain names as a tuple, which is what flags of tuples take."""
+    name, equals, value = argument.partition("=")
+    is_list = name.lstrip("-").removeprefix("config.") in _NAMES and equals
+    if not is_list or value[:1] in ("(", "[", "'", '"'):
+        return argument
+    names = tuple(one.strip() for one in value.split(",") if one.strip())
+    return f"{name}={names!r}"
 
 
 def _check_exists(recipe: pathlib.Path | None) -> None:

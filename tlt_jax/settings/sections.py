@@ -5,6 +5,7 @@ is unset by default; what that means stands beside it.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from tlt_jax.settings import schema
@@ -68,6 +69,8 @@ class Task:
       size: number of distinct examples, at least 1.
       seed: of the generated examples; held-out examples use another one.
       system_prompt: put before every prompt; empty: none.
+      template_options: settings of the model's chat template, such as
+        `enable_thinking`; of those that it does not know it takes no notice.
       max_prompt_tokens: longest prompt in tokens, template included, at least 1.
       long_prompts: a longer one stops the run (`refuse`) or is left out and counted
         (`skip`).
@@ -78,6 +81,7 @@ class Task:
     size: int = schema.number(1000, 1)
     seed: int = schema.number(0, 0)
     system_prompt: str = ""
+    template_options: schema.Options = ()
     max_prompt_tokens: int = schema.number(512, 1)
     long_prompts: Literal["refuse", "skip"] = "refuse"
 
@@ -287,18 +291,38 @@ class Reward:
     """How a completion is judged.
 
     Attributes:
-      function: a reward by name, or `module:function` of one's own; empty: the task's
-        own verifier.
+      functions: names of rewards: `task` (the task's own verifier), `exact`, `number`,
+        `math_verify`, or `module:function` of one's own; empty: `task`.
+      weights: what each one's value counts in their sum, finite; empty: 1 each.
       workers: processes that judge; 0: none, in the run's own process and without a
         time limit.
       timeout_s: time that judging one completion may take in seconds, above 0.
-      failure_reward: the reward where the function fails, hangs or is not finite.
+      failure_reward: the reward, in the sum's place, where a function fails, hangs or
+        is not finite.
     """
 
-    function: str = ""
+    functions: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     workers: int = schema.number(2, 0)
     timeout_s: float = schema.number(10.0, above=0.0)
     failure_reward: float = schema.number(0.0)
+
+
+def check_reward(cfg: Reward) -> None:
+    """Check what no single field of the rewards can say.
+
+    Raises:
+      schema.ConfigError: a weight is not finite, or there are not as many as functions.
+    """
+    names, weights = cfg.functions, cfg.weights
+    if weights and len(weights) != len(names):
+        raise schema.ConfigError(
+            f"reward.weights={weights} of reward.functions={names}: give each function "
+            "its weight, or leave the weights out, which is 1 each."
+        )
+    for i, weight in enumerate(weights):
+        if not math.isfinite(weight):
+            raise schema.ConfigError(f"reward.weights[{i}]={weight} is not finite.")
 
 
 @dataclasses.dataclass(frozen=True)

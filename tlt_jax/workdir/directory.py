@@ -102,11 +102,14 @@ def write_rollouts(
     step: int,
     batch: experience.Experience,
     decode_text: Callable[[Sequence[int]], str],
+    parts: Sequence[Mapping[str, float]] = (),
 ) -> None:
     """Write a step's completions to `rollouts/step_N.jsonl`, one line each.
 
-    `drafted` lists the runs of tokens that a draft had guessed, as `[first, end)`
-    indices of `tokens`; null where it was not noted.
+    `parts` are what each of several reward functions said of each completion, empty
+    where one failed; without them lines have no `rewards`. `drafted` lists the runs of
+    tokens that a draft had guessed, as `[first, end)` indices of `tokens`; null where
+    it was not noted.
     """
     path = workdir / "rollouts" / f"step_{step:06d}.jsonl"
     lines = []
@@ -124,6 +127,8 @@ def write_rollouts(
             "tokens": [int(token) for token in completion.tokens],
             "drafted": _runs(completion.was_drafted),
         }
+        if parts:
+            record["rewards"] = dict(parts[i])
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     with writing(path):
         path.parent.mkdir(exist_ok=True)

@@ -225,9 +225,10 @@ def sums(tmp_path):
     return path
 
 
-def settings(name, reward="", eval_size=64, **keys):
+def settings(name, *functions, weights=(), eval_size=64, **keys):
     options = keys.pop("options", {})
     task = sections.Task(name=str(name), options=tuple(options.items()), **keys)
+    reward = sections.Reward(functions, weights)
     return tasks.build(task, reward=reward, eval_size=eval_size)
 
 
@@ -252,14 +253,14 @@ def test_rewards_of_files(sums, tmp_path, monkeypatch):
     for reward, expected in (("exact", 0.0), ("number", 1.0), ("user_length:fn", 4)):
         task = settings(sums, options={"reward": reward, "holdout_frac": 0.0})
         assert task.score(task.examples("train")[0], text[reward]) == expected
-        task = settings(sums, reward=reward, options={"holdout_frac": 0.0})
+        task = settings(sums, reward, options={"holdout_frac": 0.0})
         assert task.score(task.examples("train")[0], text[reward]) == expected
         assert pickle.loads(pickle.dumps(task.score))
     sums.write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match="has no answer, which the reward 'math_ver"):
         settings(sums)
     with pytest.raises(ValueError, match="unknown reward 'exakt': did you mean 'exa"):
-        settings(sums, reward="exakt")
+        settings(sums, "exakt")
 
 
 def test_build_gives_settings_to_each_kind():
@@ -296,8 +297,40 @@ def test_system_prompt_stands_before_every_prompt(sums):
 def test_another_reward_takes_the_place_of_the_verifier(tmp_path, monkeypatch):
     (tmp_path / "user_length.py").write_text("def fn(e, text): return len(text)")
     monkeypatch.syspath_prepend(tmp_path)
-    task = settings("arithmetic", reward="user_length:fn")
+    task = settings("arithmetic", "user_length:fn")
     assert task.score(task.examples("train")[0], "four") == 4
+
+
+def test_the_tasks_own_verifier_beside_others(sums, tmp_path, monkeypatch):
+    (tmp_path / "user_length.py").write_text("def fn(e, text): return len(text)")
+    monkeypatch.syspath_prepend(tmp_path)
+    task = settings("arithmetic", "task", "user_length:fn", weights=(1.0, 0.5))
+    example = task.examples("train")[0]
+    verdict = task.score(example, example.answer)
+    assert verdict.values == (1.0, len(example.answer))
+    assert verdict.weights == (1.0, 0.5)
+    own = {"reward": "number", "holdout_frac": 0.0}
+    task = settings(sums, "user_length:fn", "task", options=own)
+    verdict = task.score(task.examples("train")[0], "1.00")
+    assert verdict.names == ("fn", "task") and verdict.values == (4, 1.0)
+    # A file without answers is fine where nothing compares with one.
+    sums.write_text('{"prompt": "x"}\n')
+    task = settings(sums, "user_length:fn", options=own)
+    assert task.score(task.examples("train")[0], "1.00") == 4
+    for names in (("user_length:fn", "task"), ("user_length:fn", "number")):
+        with pytest.raises(ValueError, match="has no answer, which the reward 'number"):
+            settings(sums, *names, options=own)
+
+
+def test_prompts_of_a_file_become_messages_if_asked(sums):
+    plain, asked = settings(sums), settings(sums, options={"chat": True})
+    for split in ("train", "eval"):
+        pairs = zip(plain.examples(split), asked.examples(split), strict=True)
+        for text, message in pairs:
+            assert message.prompt == ({"role": "user", "content": text.prompt},)
+            assert message.example_id == text.example_id
+    told = settings(sums, options={"chat": True}, system_prompt="Add.")
+    assert [m["role"] for m in told.examples("eval")[0].prompt] == ["system", "user"]
 
 
 @pytest.mark.parametrize(
@@ -319,5 +352,5 @@ def test_another_reward_takes_the_place_of_the_verifier(tmp_path, monkeypatch):
     ],
 )
 def test_build_names_what_is_wrong(name, keys, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         settings(name, options=keys)

@@ -57,6 +57,9 @@ def test_parquet_gives_the_same_as_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (r'{"prompt": "a", "answer": "\ud83d"}', r"answer holds half .*\(U\+D83D\)"),
+        (r'{"prompt": "\udc00b"}', "prompt holds half a character"),
+        (r'{"prompt": "b", "id": "\udc00"}', "id holds half a character"),
         ('{"prompt": "x"', r"came '\{\"prompt\": \"x\"', which is not JSON"),
         ("[1]", r"came \[1\], accepted is a JSON object"),
         ('{"question": "x", "a": 1}', r"no 'prompt' among the columns a, question"),
@@ -95,10 +98,10 @@ def test_bad_line_is_named_or_skipped_and_counted(tmp_path, caplog, line, messag
 
 
 def test_files_that_hold_no_examples(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl is not a file"):
+    with pytest.raises(ValueError, match=r"none\.jsonl is not a file"):
         examples_lib.read_examples(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"suffix '\.csv': give a \.jsonl file"):
-        examples_lib.read_examples(tmp_path / "x.csv")
+    with pytest.raises(ValueError, match=r"suffix '\.txt': give a \.jsonl file"):
+        examples_lib.read_examples(tmp_path / "x.txt")
     empty = write(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match="holds no examples: it is empty"):
         examples_lib.read_examples(empty)
@@ -110,3 +113,44 @@ def test_files_that_hold_no_examples(tmp_path):
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.parquet is not a Parquet file"):
         examples_lib.read_examples(tmp_path / "text.parquet")
+    # Of a damaged file the end is there, and what it tells of.
+    table = pa.table({"prompt": [f"{i}?" for i in range(5000)]})
+    parquet.write_table(table, tmp_path / "damaged.parquet", compression="none")
+    data = bytearray((tmp_path / "damaged.parquet").read_bytes())
+    data[4:400] = bytes(396)
+    (tmp_path / "damaged.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"damaged\.parquet (cannot be|is not)") as bad:
+        examples_lib.read_examples(tmp_path / "damaged.parquet")
+    assert "\n" not in str(bad.value)
+
+
+def test_csv_gives_text_and_nothing_for_empty_cells(tmp_path):
+    path = tmp_path / "x.csv"
+    # As a spreadsheet writes it: a mark of the order of bytes, and a column of numbers.
+    path.write_text(
+        ',question,gold,level\n0,"1+1, or\nso?",2,easy\n1,2+2?,,\n\n2,3+3?,6,hard\n',
+        "utf-8-sig",
+    )
+    keys = {"prompt_key": "question", "answer_key": "gold"}
+    first, second, third = examples_lib.read_examples(path, **keys)
+    assert first.prompt == "1+1, or\nso?" and first.answer == "2"
+    # Numbered by the line on which a row ends.
+    assert [e.example_id for e in (first, second, third)] == ["x:3", "x:4", "x:6"]
+    assert first.metadata == {"": "0", "level": "easy"}
+    assert second.answer is None and second.metadata["level"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("answer\n1\n", "x.csv, line 2: no 'prompt' among the columns answer"),
+        ("prompt,answer\n,1\n", "x.csv, line 2: prompt is empty"),
+        ("prompt,answer\na,b,1\n", "line 2 has more cells than the header: put text"),
+        ('prompt\n"a', r"x.csv, line 2: unexpected end of data"),
+        (b"prompt\nna\xefve\n", r"line 2: prompt holds half a character \(U\+DCEF\)"),
+    ],
+)
+def test_csv_that_is_no_data(tmp_path, text, message):
+    (tmp_path / "x.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        examples_lib.read_examples(tmp_path / "x.csv")

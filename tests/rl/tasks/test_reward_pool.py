@@ -186,6 +186,42 @@ def test_in_process_scoring_turns_failures_into_values_too():
     assert [i.status for i in scores.items] == ["ok", "nonfinite", "error"]
 
 
+def test_of_several_functions_the_sum_counts_and_each_is_kept():
+    def length(example, text):
+        return {"inf": math.inf, "huge": 1e308}.get(text, len(text))
+
+    names, functions = ("exact", "length"), (rewards.named("exact"), length)
+    judge = rewards.WeightedSum(names, (1.0, 0.25), functions)
+    with reward_pool.RewardPool(judge, 0, failure_reward=-1.0) as pool:
+        scores = score(pool, ["4", "four", "inf"])
+        assert [item.reward for item in scores.items] == [1.25, 1.0, -1.0]
+        assert [item.parts for item in scores.items] == [
+            {"exact": 1.0, "length": 1.0},
+            {"exact": 0.0, "length": 4.0},
+            {},
+        ]
+        row = scores.metrics()
+        # The means of those that did not fail, unweighted.
+        assert (row["reward/exact"], row["reward/length"]) == (0.5, 2.5)
+        assert row["reward/num_nonfinite"] == row["reward/num_failed"] == 1
+        told = "the reward function length returned inf of type float"
+        assert scores.first_failure().startswith(told)
+        row = score(pool, ["inf"]).metrics()
+        assert row["reward/exact"] is row["reward/length"] is None
+        both = reward_pool.joined([score(pool, ["4"]), score(pool, ["four"])])
+        assert both.metrics()["reward/length"] == 2.5
+    judge = rewards.WeightedSum(names, (1.0, 10.0), functions)
+    with reward_pool.RewardPool(judge, 0) as pool:
+        scores = score(pool, ["huge"])
+    assert "functions' weighted sum returned inf" in scores.first_failure()
+    # One function with a weight is nothing that need be told apart.
+    judge = rewards.WeightedSum(names[:1], (3.0,), functions[:1])
+    with reward_pool.RewardPool(judge, 0) as pool:
+        scores = score(pool, ["4"])
+    assert scores.items[0].reward == 3.0 and scores.items[0].parts == {}
+    assert "reward/exact" not in scores.metrics()
+
+
 def test_threads_may_submit_at_once():
     task = generated.ArithmeticTask(size=50)
     with reward_pool.RewardPool(task.score, num_workers=0) as pool:

@@ -223,3 +223,56 @@ def test_named_refuses_unknown_names_and_missing_answers():
     unanswered = types.Example("e", "2+2?", None)
     with pytest.raises(ValueError, match="'e' has no answer to compare"):
         rewards.named("number")(unanswered, "4")
+
+
+def test_one_function_stays_as_it_is():
+    def own(example, text):
+        return 0.5
+
+    assert rewards.combined((), (), own) is own
+    assert rewards.combined(("task",), (1.0,), own) is own
+    assert rewards.combined(("exact",), (), own)(EXAMPLE, "4") == 1.0
+    # With a weight it is a sum of one.
+    half = rewards.combined(("exact",), (0.5,), own)(EXAMPLE, "4")
+    assert half == rewards.Verdict(("exact",), (1.0,), (0.5,))
+
+
+def test_several_functions_are_asked_one_after_the_other(user_module):
+    def own(example, text):
+        return 0.25
+
+    names = ("number", "task", "user_scores:by_length")
+    judge = rewards.combined(names, (1.0, 2.0, -0.5), own)
+    assert judge.names == ("number", "task", "by_length")
+    assert judge(EXAMPLE, "4.0") == rewards.Verdict(
+        ("number", "task", "by_length"), (1.0, 0.25, 3.0), (1.0, 2.0, -0.5)
+    )
+    others = rewards.combined(("exact", "user_scores:good"), (), own)
+    again = pickle.loads(pickle.dumps(others))
+    assert again(EXAMPLE, "4").values == (1.0, 1.0)
+    with pytest.raises(ValueError, match="'user_scores:god': module 'user_scores' has"):
+        rewards.combined(("task", "user_scores:god"), (), own)
+    with pytest.raises(ValueError, match="'tusk': did you mean 'task'"):
+        rewards.combined(("exact", "tusk"), (), own)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("task exact a.b:close", "task exact close"),
+        # Equal names are told apart by their modules.
+        ("a.b:close c:close exact", "a.b.close c.close exact"),
+        ("exact a:exact", "exact a.exact"),
+        # What else the record says of rewards is not hidden.
+        ("a:mean a:num_failed task", "a.mean a.num_failed task"),
+        ("a:_Close A:Länge task", "close l_nge task"),
+    ],
+)
+def test_names_in_the_record(names, expected):
+    assert rewards.record_names(names.split()) == tuple(expected.split())
+
+
+@pytest.mark.parametrize("names", ["exact exact", "a:f b:g a:f", "a:Good a:good"])
+def test_a_function_is_named_once(names):
+    with pytest.raises(ValueError, match="twice: name each function once, and say by"):
+        rewards.record_names(names.split())

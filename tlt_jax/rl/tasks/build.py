@@ -22,6 +22,7 @@ from tlt_jax.settings import sections
 
 Style = Literal["plain", "cot", "two_shot"]
 
+_OWN_VERIFIER = sections.Reward()
 _COT = "Think step by step, then end with a line 'Answer: ' followed by the answer."
 
 
@@ -247,7 +248,10 @@ class FileTask:
 
     Args:
       path: a file, a directory, or `hub:NAME`.
-      reward: see `rewards.named`.
+      reward: its own verifier, see `rewards.named`.
+      chat: prompts that are text become messages of the user's, for the chat template.
+      functions: names of all that judge, `task` is `reward`: those that compare with
+        an answer need one.
       split, subset: of a set that has several, see `data_files.find`.
       eval_path: a data set of evaluation examples, read like this one; None: the
         fraction `holdout_frac` of all prompts is held out.
@@ -267,6 +271,8 @@ class FileTask:
         path: str,
         *,
         reward: str = "math_verify",
+        chat: bool = False,
+        functions: Sequence[str] = (rewards.OWN,),
         split: str | None = None,
         subset: str | None = None,
         eval_path: str | None = None,
@@ -281,7 +287,10 @@ class FileTask:
     ):
         generated.check_sizes(1 if limit is None else limit, eval_size, holdout_frac)
         self.name = path
-        self.score = rewards.named(reward)
+        # What does not judge is not imported either: one of these takes seconds.
+        judges = reward if rewards.OWN in functions else functions[0]
+        self.score = rewards.named(judges)
+        judges = [reward if name == rewards.OWN else name for name in functions]
         reading = {
             "prompt_key": prompt_key,
             "answer_key": answer_key,
@@ -294,19 +303,22 @@ class FileTask:
                 f"eval_path={eval_path!r} and eval_split={eval_split!r} both name "
                 "evaluation examples: give one of them."
             )
-        train = _read_answered(path, reward, reading | {"split": split})
+        train = _read_answered(path, judges, reading | {"split": split})
         if eval_path is not None:
             own = {"split": None, "subset": None}
-            held_out = _read_answered(eval_path, reward, reading | own)
+            held_out = _read_answered(eval_path, judges, reading | own)
         elif eval_split is not None:
-            held_out = _read_answered(path, reward, reading | {"split": eval_split})
+            held_out = _read_answered(path, judges, reading | {"split": eval_split})
         else:
             parts: dict[bool, list[types.Example]] = {True: [], False: []}
             for example in train:
                 is_held = generated.held_out(repr(example.prompt), holdout_frac)
                 parts[is_held].append(example)
             train, held_out = parts[False], parts[True]
-        self._splits = {"train": train[:limit], "eval": held_out[:eval_size]}
+        train, held_out = train[:limit], held_out[:eval_size]
+        if chat:
+            train, held_out = _as_chat(train), _as_chat(held_out)
+        self._splits = {"train": train, "eval": held_out}
 
     def examples(self, split: generated.Split) -> Sequence[types.Example]:
         """Returns the split's examples.
@@ -324,26 +336,38 @@ class FileTask:
 
 
 def _read_answered(
-    path: str, reward: str, reading: Mapping[str, Any]
+    path: str, judges: Sequence[str], reading: Mapping[str, Any]
 ) -> list[types.Example]:
     examples = examples_lib.read_examples(path, **reading)
+    comparing = [name for name in judges if rewards.needs_answer(name)]
     for example in examples:
-        if example.answer is None and rewards.needs_answer(reward):
+        if example.answer is None and comparing:
             raise ValueError(
                 f"{path}: example {example.example_id!r} has no answer, which the "
-                f"reward {reward!r} compares with: add it, name its column with "
+                f"reward {comparing[0]!r} compares with: add it, name its column with "
                 "answer_key, or use a reward function of yours."
             )
     return examples
 
 
-class _Adapted:
-    """A task with a system prompt, or with another reward than its own."""
+def _as_chat(examples: Sequence[types.Example]) -> list[types.Example]:
+    return [
+        dataclasses.replace(
+            example, prompt=({"role": "user", "content": example.prompt},)
+        )
+        if isinstance(example.prompt, str)
+        else example
+        for example in examples
+    ]
 
-    def __init__(self, task: Task, system_prompt: str, reward: str):
+
+class _Adapted:
+    """A task with a system prompt, or with other rewards than its own."""
+
+    def __init__(self, task: Task, system_prompt: str, reward: sections.Reward):
         self.name = task.name
         self._task, self._system_prompt = task, system_prompt
-        self.score = rewards.named(reward) if reward else task.score
+        self.score = rewards.combined(reward.functions, reward.weights, task.score)
 
     def examples(self, split: generated.Split) -> Sequence[types.Example]:
         examples = self._task.examples(split)
@@ -366,7 +390,12 @@ class _Adapted:
         return dataclasses.replace(example, prompt=(message, *prompt))
 
 
-def build(task: sections.Task, *, reward: str = "", eval_size: int = 64) -> Task:
+def build(
+    task: sections.Task,
+    *,
+    reward: sections.Reward = _OWN_VERIFIER,
+    eval_size: int = 64,
+) -> Task:
     """Makes the task of a run.
 
     Args:
@@ -378,7 +407,7 @@ def build(task: sections.Task, *, reward: str = "", eval_size: int = 64) -> Task
         they are those of `ReasoningGymTask` together with its own. `seed` and `size`
         are those of generated examples (files are used whole, see `FileTask`'s
         `limit`).
-      reward: a reward (`rewards.named`) in place of the task's own verifier.
+      reward: says what judges in place of the task's own verifier (`rewards.combined`).
       eval_size: number of evaluation examples (at most, for files).
 
     Raises:
@@ -389,9 +418,9 @@ def build(task: sections.Task, *, reward: str = "", eval_size: int = 64) -> Task
     if name in _BUILT_IN:
         made = _make(_BUILT_IN[name], name, options, sizes)
     elif data_files.is_data(name):
-        if reward:
-            options["reward"] = reward
-        made, reward = _make(FileTask, name, options, {"eval_size": eval_size}), ""
+        functions = reward.functions or (rewards.OWN,)
+        settings = {"eval_size": eval_size, "functions": functions}
+        made = _make(FileTask, name, options, settings)
     elif external.is_external(name):
         options |= sizes | {"eval_size": eval_size}
         made = external.load("task", name)(**options)
@@ -399,7 +428,7 @@ def build(task: sections.Task, *, reward: str = "", eval_size: int = 64) -> Task
         ours = ("style", "chat", "raw_score", "holdout_frac")
         sizes |= {key: options.pop(key) for key in ours if key in options}
         made = ReasoningGymTask(name, options=options, **sizes)
-    if task.system_prompt or reward:
+    if task.system_prompt or reward.functions:
         return _Adapted(made, task.system_prompt, reward)
     return made
 

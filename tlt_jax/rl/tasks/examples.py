@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -79,7 +80,8 @@ def read_examples(
 
     Args:
       name: a file with suffix `.jsonl` (one JSON object a line, UTF-8; blank lines are
-        passed over) or `.parquet`, a directory, or `hub:NAME`; see `data_files.find`.
+        passed over), `.csv` (with a header, UTF-8; empty cells are nothing) or
+        `.parquet`, a directory, or `hub:NAME`; see `data_files.find`.
       on_bad: `error` stops at the first row that is no example; `skip` leaves such
         rows out, and logs how many they were and what was wrong with the first.
       **options: `split` and `subset` of `data_files.find`; `prompt_key`, column of the
@@ -90,9 +92,9 @@ def read_examples(
       The examples in the files' order; their ids are distinct.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the name is of no known kind, a row is no example (the message names
-        file and line), two ids are equal, or nothing is left.
+      ValueError: the name is of no known kind, there is no such file, a row is no
+        example (the message names file and line), two ids are equal, or nothing is
+        left.
     """
     if on_bad not in ("error", "skip"):
         raise ValueError(f"on_bad={on_bad!r} is not one of error, skip.")
@@ -108,7 +110,7 @@ def read_examples(
                 f"{bad[0]} Correct it, or leave such rows out with on_bad='skip'; "
                 f"`python -m tlt_jax.check_data {name}` names them all."
             )
-    unit = "line" if os.fspath(name).endswith(".jsonl") else "row"
+    unit = data_files.unit(pathlib.Path(name))
     if bad:
         logging.warning(
             "%s: skipped %d of %d %ss; the first: %s",
@@ -134,6 +136,8 @@ def _to_example(
     if not isinstance(row, dict):
         raise _BadRow(f"came {_show(row)}, accepted is a JSON object with {prompt_key}")
     prompt = _look_up(row, prompt_key)
+    if prompt is None and prompt_key in row:
+        raise _BadRow(f"{prompt_key} is empty")
     if prompt is None:
         columns = ", ".join(sorted(row)) or "(none)"
         raise _BadRow(
@@ -148,13 +152,28 @@ def _to_example(
     example_id = _look_up(row, id_key)
     if isinstance(example_id, bool) or not isinstance(example_id, str | int | None):
         raise _BadRow(f"{id_key}={_show(example_id)}: accepted are text or an integer")
-    used = (prompt_key, answer_key, id_key)
+    prompt = _check_prompt(prompt, prompt_key)
+    used = {prompt_key: prompt, answer_key: answer, id_key: example_id}
+    _check_whole(used)
     return types.Example(
         example_id=default_id if example_id is None else str(example_id),
-        prompt=_check_prompt(prompt, prompt_key),
+        prompt=prompt,
         answer=None if answer is None else str(answer),
         metadata={key: value for key, value in row.items() if key not in used},
     )
+
+
+def _check_whole(columns: dict[str, Any]) -> None:
+    """Refuses halves of characters, which no file of text and no tokenizer takes."""
+    for key, value in columns.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):04X}"
+            raise _BadRow(
+                f"{key} holds half a character ({half}): text is UTF-8, and JSON "
+                "escapes a character beyond U+FFFF by both of its halves"
+            ) from error
 
 
 def _parse_line(line: bytes) -> Any:

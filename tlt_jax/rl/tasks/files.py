@@ -5,17 +5,19 @@ anyway: they are Arrow streams with a list of their files beside them.
 """
 
 import contextlib
+import csv
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".parquet")
 HUB = "hub:"
 ACCEPTED = (
-    "a .jsonl file (one JSON object a line), a .parquet file, a directory of such or "
-    "one that datasets' save_to_disk wrote, or hub:ORGANISATION/NAME"
+    "a .jsonl file (one JSON object a line), a .csv file (with a header) or a .parquet "
+    "file, a directory of such or one that datasets' save_to_disk wrote, or "
+    "hub:ORGANISATION/NAME"
 )
 # Where the hub keeps every data set as Parquet, SUBSET/SPLIT/NUMBER.parquet.
 _PARQUET_REVISION = "refs/convert/parquet"
@@ -49,9 +51,8 @@ def find(
       The files in order, of one split.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the name is of no known kind, it has no such split, it is damaged, or
-        it cannot be fetched.
+      ValueError: the name is of no known kind, there is no such file or split, it is
+        damaged, or it cannot be fetched.
     """
     text = os.fspath(name)
     if text.startswith(HUB):
@@ -64,7 +65,7 @@ def find(
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{name} has the suffix {path.suffix!r}: give {ACCEPTED}.")
     if not path.is_file():
-        raise FileNotFoundError(
+        raise ValueError(
             f"{name} is not a file (current directory: {pathlib.Path.cwd()})."
         )
     if split is not None:
@@ -77,20 +78,28 @@ def find(
 
 def unit(path: pathlib.Path) -> str:
     """Name what a file's rows are for people."""
-    return "line" if path.suffix == ".jsonl" else "row"
+    return "row" if path.suffix not in (".jsonl", ".csv") else "line"
 
 
 def rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     """Read a file's rows with their numbers, from 1 on.
 
-    Of JSONL the lines as bytes, blank ones left out; of the others dicts.
+    Of JSONL the lines as bytes, blank ones left out; of the others dicts. A row of
+    CSV has the number of its last line; its empty cells are None.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: it is damaged, or cannot be read.
     """
-    if path.suffix == ".jsonl":
-        return _lines(path)
-    return _parquet_rows(path) if path.suffix == ".parquet" else _arrow_rows(path)
+    readers = {".jsonl": _lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    reader = readers.get(path.suffix, _arrow_rows)
+    try:
+        yield from reader(path)
+    except OSError as error:  # Of the system, or of Arrow, for what is damaged inside.
+        reason = error.strerror or str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} cannot be read ({reason}): restore the file, or give permission "
+            "to read it."
+        ) from error
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
@@ -102,17 +111,36 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
+def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    # What is not UTF-8 becomes halves of characters, which no row of examples may hold.
+    text = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+    with path.open(**text) as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row:  # cells beyond the header
+                    raise ValueError(
+                        f"{path}, line {reader.line_num} has more cells than the header"
+                        ": put text that holds commas into quotes."
+                    )
+                yield reader.line_num, {k: v or None for k, v in row.items()}
+        except csv.Error as error:
+            line = reader.reader.line_num
+            raise ValueError(
+                f"{path}, line {line}: {error}: is a quotation mark missing?"
+            ) from error
+
+
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     # Here, because reward workers and JSONL users do without it.
     import pyarrow
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+        with parquet.ParquetFile(path) as file:
+            yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS))
+    except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a Parquet file: {error}.") from error
-    with file:
-        yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS))
 
 
 def _arrow_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
@@ -148,8 +176,9 @@ def _from_directory(directory: pathlib.Path, split: str | None) -> list[pathlib.
         raise ValueError(f"{directory} holds no data: give {ACCEPTED}.")
     if len({path.suffix for path in files}) > 1:
         raise ValueError(
-            f"{directory} holds .jsonl and .parquet files: name one of them, or keep "
-            "one kind there."
+            f"{directory} holds "
+            f"{' and '.join(sorted({path.suffix for path in files}))} files: name one "
+            "of them, or keep one kind there."
         )
     # As on the hub: SPLIT.parquet, or SPLIT-00000-of-00002.parquet.
     there = list(dict.fromkeys(path.stem.split("-")[0] for path in files))

@@ -23,13 +23,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, Literal
 
 import numpy as np
 
 from tlt_jax import types
+from tlt_jax.rl.tasks import rewards
 
 Status = Literal["ok", "error", "timeout", "crashed", "nonfinite"]
 
@@ -54,12 +55,15 @@ class Scored:
         process ended; `nonfinite`: it returned no finite number.
       message: what happened; empty if ok.
       scoring_s: how long the call took.
+      parts: what each of several functions said, unweighted, by its name in the record;
+        empty of one function, and unless ok.
     """
 
     reward: float
     status: Status
     message: str
     scoring_s: float
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +73,12 @@ class Scores:
     Attributes:
       items: in the order of submission.
       wait_s: how long `gather` waited: what scoring adds to a step.
+      names: of the functions, where there are several.
     """
 
     items: tuple[Scored, ...]
     wait_s: float
+    names: tuple[str, ...] = ()
 
     @property
     def rewards(self) -> np.ndarray:
@@ -84,8 +90,12 @@ class Scores:
         """Calls whose status is not `ok`."""
         return sum(item.status != "ok" for item in self.items)
 
-    def metrics(self) -> dict[str, float]:
-        """Returns waiting and scoring time (all calls, the longest) and failures."""
+    def metrics(self) -> dict[str, float | None]:
+        """Returns waiting and scoring time (all calls, the longest) and failures.
+
+        Of several functions also the mean that each gave where no call failed; None
+        where all did.
+        """
         spent = [item.scoring_s for item in self.items]
         statuses = [item.status for item in self.items]
         return {
@@ -93,17 +103,23 @@ class Scores:
             "reward/scoring_s": sum(spent),
             "reward/scoring_max_s": max(spent, default=0.0),
             "reward/num_failed": self.num_failed,
-        } | {f"reward/num_{status}": statuses.count(status) for status in _FAILURES}
+            **{f"reward/num_{status}": statuses.count(status) for status in _FAILURES},
+            **{f"reward/{name}": self._mean(name) for name in self.names},
+        }
 
     def first_failure(self) -> str:
         """Returns the message of the first call that failed, or nothing."""
         return next((item.message for item in self.items if item.message), "")
 
+    def _mean(self, name: str) -> float | None:
+        values = [item.parts[name] for item in self.items if item.parts]
+        return math.fsum(values) / len(values) if values else None
+
 
 def joined(parts: Sequence[Scores]) -> Scores:
     """Puts scores of several processes together, one part behind the other."""
     items = tuple(item for part in parts for item in part.items)
-    return Scores(items, max(part.wait_s for part in parts))
+    return Scores(items, max(part.wait_s for part in parts), parts[0].names)
 
 
 class RewardPool:
@@ -115,7 +131,7 @@ class RewardPool:
 
     def __init__(
         self,
-        score_fn: Callable[[types.Example, str], float],
+        score_fn: rewards.RewardFunction | rewards.WeightedSum,
         num_workers: int,
         timeout_s: float = 10.0,
         *,
@@ -125,7 +141,9 @@ class RewardPool:
 
         Args:
           score_fn: called as `score_fn(example, text)`. With workers it is pickled, so
-            it must be importable: a function of a module, or a task's `score`.
+            it must be importable: a function of a module, or a task's `score`. Of a
+            `WeightedSum` each function's value is kept beside the sum, which is a
+            failure if one of them fails.
           num_workers: at least 0; with 0 `gather` calls the function in this process,
             with no time limit and no protection from crashes: for the fast, built-in
             verifiers.
@@ -136,6 +154,8 @@ class RewardPool:
           ValueError: `score_fn` cannot be pickled.
         """
         self._score_fn = score_fn
+        several = isinstance(score_fn, rewards.WeightedSum) and len(score_fn.names) > 1
+        self._names = score_fn.names if several else ()
         self._failure_reward = failure_reward
         self._changed = threading.Condition()
         self._pending: list[tuple[types.Example, str]] = []
@@ -192,7 +212,7 @@ class RewardPool:
                 self._changed.wait()
             items = tuple(self._done[index] for index in range(len(self._pending)))
             self._pending, self._done = [], {}
-        return Scores(items, time.perf_counter() - start)
+        return Scores(items, time.perf_counter() - start, self._names)
 
     def score(self, pairs: Iterable[tuple[types.Example, str]]) -> Scores:
         """Submits all pairs and gathers them, with any submitted before."""
@@ -330,7 +350,7 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _pickled(score_fn: Callable[[types.Example, str], float]) -> bytes:
+def _pickled(score_fn: Callable[[types.Example, str], Any]) -> bytes:
     remedy = (
         "put the function into a module and name it package.module:function, or use "
         "num_workers=0"
@@ -373,31 +393,53 @@ def serve(fileno: int) -> None:
 
 
 def _call(
-    score_fn: Callable[[types.Example, str], float], example: types.Example, text: str
+    score_fn: Callable[[types.Example, str], Any], example: types.Example, text: str
 ) -> Scored:
     """Returns the outcome of one call, 0 as a failure's reward; never raises."""
     start = time.perf_counter()
     try:
-        reward, status, message = _check(score_fn(example, text))
+        scored = _check(score_fn(example, text))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # Foreign code; SystemExit is one of them.
-        reward, status, message = 0.0, "error", _describe(error)
-    return Scored(reward, status, message, time.perf_counter() - start)
+        scored = Scored(0.0, "error", _describe(error), 0.0)
+    return dataclasses.replace(scored, scoring_s=time.perf_counter() - start)
 
 
-def _check(value: Any) -> tuple[float, Status, str]:
+def _check(value: Any) -> Scored:
+    if not isinstance(value, rewards.Verdict):
+        reward = _finite(value)
+        return _nonfinite("", value) if reward is None else Scored(reward, "ok", "", 0)
+    parts = {}
+    for name, one in zip(value.names, value.values, strict=True):
+        reward = _finite(one)
+        if reward is None:
+            return _nonfinite(f" {name}", one)
+        parts[name] = reward
+    weighted = zip(parts.values(), value.weights, strict=True)
+    total = sum(reward * weight for reward, weight in weighted)
+    if not math.isfinite(total):
+        return _nonfinite("s' weighted sum", total)
+    return Scored(total, "ok", "", 0.0, parts if len(parts) > 1 else {})
+
+
+def _finite(value: Any) -> float | None:
+    """Returns a finite number as it is, and None of anything else."""
     if isinstance(value, numbers.Real | np.bool_) or (
         not isinstance(value, str | bytes) and getattr(value, "shape", None) == ()
     ):
         reward = float(value)
         if math.isfinite(reward):
-            return reward, "ok", ""
+            return reward
+    return None
+
+
+def _nonfinite(which: str, value: Any) -> Scored:
     message = (
-        f"the reward function returned {repr(value)[:80]} of type "
+        f"the reward function{which} returned {repr(value)[:80]} of type "
         f"{type(value).__name__}: a finite number is accepted"
     )
-    return 0.0, "nonfinite", message
+    return Scored(0.0, "nonfinite", message, 0.0)
 
 
 def _describe(error: BaseException) -> str:

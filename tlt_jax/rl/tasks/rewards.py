@@ -2,22 +2,27 @@
 
 A score is 1.0 for right and 0.0 for wrong. What is paid for must be the final answer:
 each function first finds it and then compares it as a whole, so that naming several
-candidates earns nothing.
+candidates earns nothing. Several functions together are their weighted sum.
 """
 
+import dataclasses
 import difflib
 import fractions
 import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tlt_jax import types
 from tlt_jax.runtime import external
 
 RewardFunction = Callable[[types.Example, str], float]
+# Stands among the names of reward functions for the task's own verifier.
+OWN = "task"
+# What the record says of rewards otherwise: no function's mean may have such a name.
+_TAKEN = re.compile("mean|std|zero_std_frac|first_failure|scoring_.*|num_.*")
 
 # "Answer: 7", "**Final answer:** 7", "ANSWER : 7".
 _MARKER = re.compile(r"\banswer[*_ \t]*:[*_]*", re.IGNORECASE)
@@ -213,11 +218,12 @@ def named(name: str) -> NamedReward:
     if ":" in name:
         return NamedReward(name, load_function(name))
     if name not in _BUILT_IN:
-        near = difflib.get_close_matches(name, _BUILT_IN, 1)
+        near = difflib.get_close_matches(name, (OWN, *_BUILT_IN), 1)
         raise ValueError(
             f"unknown reward {name!r}: "
             + (f"did you mean {near[0]!r}? " if near else "")
-            + f"There are {', '.join(_BUILT_IN)}, or package.module:function of yours."
+            + f"There are {', '.join((OWN, *_BUILT_IN))}, or package.module:function "
+            "of yours."
         )
     if name == "math_verify":
         _math_verify()  # Now, so that no scoring waits for the import.
@@ -256,3 +262,89 @@ def load_function(path: str) -> RewardFunction:
             f"with two arguments, (example, text) ({error})."
         ) from error
     return function
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the functions of a `WeightedSum` say of one completion.
+
+    Attributes:
+      names: of the functions, as the record has them.
+      values: of each, as they came.
+      weights: of each.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    weights: tuple[float, ...]
+
+
+class WeightedSum:
+    """Several reward functions, called one after the other; see `combined`.
+
+    Attributes:
+      names: of the functions, as the record has them.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float],
+        functions: Sequence[RewardFunction],
+    ):
+        self.names, self._weights = tuple(names), tuple(weights)
+        self._functions = tuple(functions)
+
+    def __call__(self, example: types.Example, text: str) -> Verdict:
+        values = tuple(function(example, text) for function in self._functions)
+        return Verdict(self.names, values, self._weights)
+
+
+def combined(
+    names: Sequence[str], weights: Sequence[float], own: RewardFunction
+) -> RewardFunction | WeightedSum:
+    """Returns what judges a run: one function as it is, several as weighted sum.
+
+    Args:
+      names: see `named`, and `task` for the task's own verifier; empty: `task`.
+      weights: of each; empty: 1 each.
+      own: the task's own verifier.
+
+    Raises:
+      ValueError: as `named`, or two functions are one.
+    """
+    names = tuple(names) or (OWN,)
+    functions = [own if name == OWN else named(name) for name in names]
+    weights = tuple(weights) or (1.0,) * len(names)
+    if weights == (1.0,):
+        return functions[0]
+    return WeightedSum(record_names(names), weights, functions)
+
+
+def record_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the name that each function has in the record.
+
+    It is the function's own, in lower case, with its module's before it where another
+    one is called so, too, or where the record has another meaning for it.
+
+    Raises:
+      ValueError: two functions are one, or have names that are equal in lower case.
+    """
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9_.]", "_", name.lower()).lstrip("_.") or "function"
+
+    short = [plain(name.rpartition(":")[2]) for name in names]
+    found = [
+        plain(name.replace(":", "."))
+        if short.count(one) > 1 or _TAKEN.fullmatch(one)
+        else one
+        for name, one in zip(names, short, strict=True)
+    ]
+    for i, one in enumerate(found):
+        if one in found[:i]:
+            raise ValueError(
+                f"reward.functions={','.join(names)} names {one!r} twice: name each "
+                "function once, and say by reward.weights what it counts."
+            )
+    return tuple(found)

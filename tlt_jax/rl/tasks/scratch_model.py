@@ -136,7 +136,7 @@ def read(task: tasks.Task) -> tuple[model_tokenizer.Tokenizer, list[Text]]:
         raise ValueError(
             f"task {task.name!r} cannot teach a model made from scratch: "
             f"task.name={' or '.join(map(repr, TASKS))} can, with task.system_prompt "
-            "and reward.function left empty; or give a model.spec with weights."
+            "and reward.functions left empty; or give a model.spec with weights."
         )
     tokenizer = model_tokenizer.from_alphabet(task.alphabet)
     pairs = task.supervised_text(len(task.examples("train")))
@@ -291,7 +291,8 @@ def _width(texts: Sequence[Text]) -> int:
 def _record_of(settings: Settings) -> dict[str, Any]:
     """All settings on which the weights depend."""
     record = schema.to_dict(settings)
-    del record["max_new_tokens"]  # No weight depends on it.
+    # No weight depends on these: such a model has no chat template.
+    del record["max_new_tokens"], record["task"]["template_options"]
     return json.loads(json.dumps(record))  # Tuples become lists, as they are read.
 
 
