@@ -13,6 +13,7 @@ import resource
 import select
 import shutil
 import signal
+import struct
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -183,7 +184,8 @@ def _damage(data, directory: pathlib.Path) -> None:
             ".jinja": mutations.damage_template,
         }.get(path.suffix)
         if structured and data.draw(st.integers(0, 3)):
-            with contextlib.suppress(ValueError, IndexError, KeyError):
+            # A file that is damaged already has no structure left.
+            with contextlib.suppress(ValueError, LookupError, struct.error, OSError):
                 content = structured(data, content)
         else:
             content = mutations.damage(data, content)

@@ -20,8 +20,10 @@ HEAD_BYTES = 4096
 
 VALUES = st.sampled_from(NASTY) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -66,7 +68,10 @@ def _damage_once(data, out: bytearray) -> bytearray:
 
 def damage_json(data, content: bytes, rounds: int = 3) -> bytes:
     """Replace, remove, rename or repeat up to `rounds` values of a JSON text."""
-    value = json.loads(content, object_pairs_hook=Pairs)
+    try:
+        value = json.loads(content, object_pairs_hook=Pairs)
+    except RecursionError as error:
+        raise ValueError("it nests too deep") from error
     for _ in range(data.draw(st.integers(1, rounds))):
         value = _change(data, value)
     deep = data.draw(st.integers(0, 60)) == 60
@@ -123,7 +128,7 @@ def _text(value) -> str:
 
 def damage_lines(data, content: bytes) -> bytes:
     """Damage a few lines of a file of JSON lines."""
-    lines = content.splitlines()
+    lines = content.splitlines() or [b""]
     for _ in range(data.draw(st.integers(1, 3))):
         i = data.draw(st.integers(0, len(lines) - 1))
         try:
@@ -156,7 +161,12 @@ def damage_template(data, content: bytes) -> bytes:
         *("{{ messages|tojson(indent=10**9) }}", "{{ strftime_now('%') }}", "{{ -x }}"),
         *("{{ strftime_now(1) }}", "{{ messages|sum }}", "{{ messages.append(1) }}"),
         *("{{ 'x'.join(messages) }}", "{{ messages[0]() }}", "{{ loop.index }}"),
-        *("{{ namespace(1) }}", "{{ cycler() }}", "{{ lipsum(10**6) }}", "{{ 1 + '' }}"),
+        *(
+            "{{ namespace(1) }}",
+            "{{ cycler() }}",
+            "{{ lipsum(10**6) }}",
+            "{{ 1 + '' }}",
+        ),
     )
     text = bytearray(content)
     for _ in range(data.draw(st.integers(1, 2))):

@@ -221,6 +221,13 @@ def _jsonl(root):
     (root / "rows" / "data.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def _csv(root):
+    (root / "rows").mkdir()
+    lines = ['prompt,answer,id,"a, b"', *(f"{i}+1=,{i + 1},e{i}," for i in range(5))]
+    lines.append('"2\n+""1""=",3,,x')
+    (root / "rows" / "data.csv").write_text("\n".join(lines) + "\n")
+
+
 def _parquet(root):
     (root / "rows").mkdir()
     table = pa.Table.from_pylist(ROWS)
@@ -329,6 +336,7 @@ _MAKERS = {
     "eagle3": _published("eagle3"),
     "speculators": _published("speculators"),
     "jsonl": _jsonl,
+    "csv": _csv,
     "parquet": _parquet,
     "arrow": _arrow,
     "records": _records,

@@ -51,7 +51,9 @@ def _check_json(path: pathlib.Path) -> None:
 
 
 def _check_config(cfg) -> None:
-    sizes = ("vocab_size num_layers d_model d_ff num_heads num_kv_heads head_dim").split()
+    sizes = (
+        "vocab_size num_layers d_model d_ff num_heads num_kv_heads head_dim"
+    ).split()
     for name in (*sizes, "max_positions"):
         size = getattr(cfg, name)
         _is(type(size) is int and 0 < size < 2**31, f"{name}={size!r}")
@@ -212,6 +214,7 @@ READERS: Mapping[str, Callable[[pathlib.Path], None]] = {
     "eagle3": any_drafter,
     "speculators": any_drafter,
     "jsonl": rows("data.jsonl"),
+    "csv": rows("data.csv"),
     "parquet": rows("data.parquet"),
     "arrow": rows(""),
     "records": records,

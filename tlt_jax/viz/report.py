@@ -13,9 +13,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
+from tlt_jax.models.formats import json_file
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.viz import page as page_lib
-from tlt_jax.viz import plots, style
+from tlt_jax.viz import plots, readable, style
 from tlt_jax.workdir import metrics, progress
 
 FILE = "report.html"
@@ -30,14 +33,14 @@ _CAPTIONS = {
     "timeline": "What every worker did: all steps as shares, some of them in full.",
 }
 _COLUMNS = (
-    ("step", "step", "d"),
+    ("step", "step", ".0f"),
     ("reward", "reward/mean", ".3f"),
     ("length", "length/mean", ".0f"),
     ("95 %", "length/p95", ".0f"),
     ("longest", "length/max", ".0f"),
     ("accept", "specdec/accept_length", ".2f"),
     ("strategy", "specdec/strategy", "s"),
-    ("drafter", "drafter/version", "d"),
+    ("drafter", "drafter/version", ".0f"),
     ("idle", "workers/idle_frac", ".0%"),
     ("rollout s", "time/rollout_s", ".2f"),
     ("update s", "time/update_s", ".2f"),
@@ -77,13 +80,13 @@ def write(
 
 def page(workdir: pathlib.Path, num_answers: int) -> str:
     """Make the report's HTML; see `write`."""
-    rows = metrics.read(workdir)
+    rows = readable.rows(metrics.read(workdir))
     if not rows:
         raise metrics.MetricsError(
             f"{workdir / metrics.FILE} has no step yet: wait for the first one."
         )
     path = workdir / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = json_file.read(path, "restore it") if path.is_file() else {}
     pictures = [
         (name, style.picture(drawn, dpi=110).png, _CAPTIONS[name])
         for name, drawn in plots.figures(workdir).items()
@@ -111,30 +114,35 @@ def page(workdir: pathlib.Path, num_answers: int) -> str:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Say the run's most telling numbers, by what they are."""
-    steps = [row for row in rows if row.get("time/step_s") is not None]
+
+    def total(name: str) -> float:
+        return sum(readable.number(row, name) or 0 for row in steps)
+
+    steps = [row for row in rows if readable.number(row, "time/step_s") is not None]
     told: dict[str, str] = {}
-    rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+    means = [readable.number(row, "reward/mean") for row in rows]
+    rewards = [mean for mean in means if mean is not None]
     if rewards:
         few = rewards[-min(10, max(len(rewards) // 5, 1)) :]
         told["reward, first step"] = f"{rewards[0]:.3f}"
         told[f"reward, last {len(few)}"] = f"{statistics.fmean(few):.3f}"
-    tokens = sum(row.get("rollout/tokens") or 0 for row in steps)
+    tokens = total("rollout/tokens")
     if tokens:
         told["tokens drawn"] = f"{tokens:,}"
     if steps:
-        compiling = [row.get("time/compile_s") or 0 for row in steps]
+        compiling = [readable.number(row, "time/compile_s") or 0 for row in steps]
         pairs = zip(steps, compiling, strict=True)
         median_s = statistics.median(row["time/step_s"] - spent for row, spent in pairs)
         told["a step, median, without compiling"] = progress.duration(median_s)
         told["compiling"] = progress.duration(sum(compiling))
-    drafted = [row for row in steps if row.get("specdec/num_accepted")]
-    if drafted:
-        passes = sum(row["specdec/num_accepted"][0] for row in drafted)
-        yielded = sum(sum(row["specdec/num_accepted"]) for row in drafted)
+    counts = [readable.numbers(row, "specdec/num_accepted") for row in steps]
+    passes = sum(one[0] for one in counts if one)
+    if passes:
+        yielded = sum(map(sum, counts))
         told["accept length"] = f"{yielded / passes:.2f}"
-    idle_s = sum(row.get("workers/idle_s") or 0 for row in steps)
+    idle_s = total("workers/idle_s")
     if idle_s:
-        trained_s = sum(row.get("workers/trained_s") or 0 for row in steps)
+        trained_s = total("workers/trained_s")
         told["of the workers' idle time, trained"] = f"{trained_s / idle_s:.0%}"
     return told
 
@@ -148,11 +156,15 @@ def sample_answers(
       The step, and the answers: the longest, then best to worst in even steps; none
       where no completions were kept.
     """
-    files = sorted(pathlib.Path(workdir).glob("rollouts/step_*.jsonl"))
+    pattern = "rollouts/step_" + "[0-9]" * 6 + "*.jsonl"
+    files = sorted(pathlib.Path(workdir).glob(pattern))
     if not files or num < 1:
         return 0, []
-    lines = files[-1].read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records, num_left_out = readable.completions(files[-1])
+    if num_left_out:
+        logging.warning("%s: %d lines cannot be read.", files[-1], num_left_out)
+    if not records:
+        return 0, []
     tokenizer = model_tokenizer.from_directory(pathlib.Path(workdir) / "tokenizer")
     longest = max(range(len(records)), key=lambda i: records[i]["num_tokens"])
     ranked = sorted(
@@ -206,12 +218,13 @@ def _answer(record, tokenizer, is_longest) -> page_lib.Answer:
 
 
 def _table(rows) -> tuple[list[str], list[list[str]]]:
-    shown = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
-    cells = [
-        ["" if row.get(n) is None else format(row[n], spec) for _, n, spec in shown]
-        for row in rows[-_SHOWN_ROWS:]
-    ]
-    return [title for title, _, _ in shown], cells
+    def cell(row, name, spec):
+        value = row.get(name) if spec == "s" else readable.number(row, name)
+        return "" if value is None else format(value, spec)
+
+    columns = [c for c in _COLUMNS if any(cell(row, *c[1:]) for row in rows)]
+    cells = [[cell(row, *c[1:]) for c in columns] for row in rows[-_SHOWN_ROWS:]]
+    return [title for title, _, _ in columns], cells
 
 
 def _subtitle(rows, config: Mapping[str, Any]) -> str:
@@ -223,8 +236,9 @@ def _subtitle(rows, config: Mapping[str, Any]) -> str:
         ("speculation", "specdec", "mode"),
         ("workers", "workers", "num"),
     ):
-        if section in config:
-            told.append(f"{name} {config[section][key]}")
+        settings = config.get(section)
+        if isinstance(settings, Mapping) and key in settings:
+            told.append(f"{name} {settings[key]}")
     if "seed" in config:
         told.append(f"seed {config['seed']}")
     return " · ".join(told)

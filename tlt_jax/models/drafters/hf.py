@@ -1,5 +1,6 @@
 """Drafters as directories of other projects: Hugging Face configs and safetensors."""
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from tlt_jax.models import config as model_config
@@ -143,8 +145,19 @@ def _places(directory: str) -> dict[str, Any]:
     places: dict[str, Any] = {}
     for path in convert.weight_files(directory):
         file = convert.open_safetensors(path)
-        places |= dict.fromkeys(file.keys(), file.get_tensor)
+        places |= dict.fromkeys(file.keys(), functools.partial(_tensor, file, path))
     return places
+
+
+def _tensor(file, path: str, name: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
+        # What the library says of a type of numbers that NumPy has not.
+        raise ValueError(
+            f"{name} in {path} cannot be read ({convert.told(error)}): download it "
+            "again."
+        ) from error
 
 
 def _unpickled(path: str) -> Iterator[tuple[str, np.ndarray]]:

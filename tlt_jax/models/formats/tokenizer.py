@@ -1,7 +1,6 @@
 """Text to token ids and back, with a model's chat template."""
 
 import dataclasses
-import datetime
 import functools
 import json
 import os
@@ -9,14 +8,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from tlt_jax.models.formats import hf_config
+from tlt_jax.models.formats import chat_template, hf_config, json_file
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -39,7 +35,8 @@ class Tokenizer:
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id; a model's table may be larger."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        return max(ids, default=-1) + 1
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, str]:
@@ -48,6 +45,11 @@ class Tokenizer:
         for role in _SPECIAL_ROLES:
             token = self.config.get(role)
             token = token.get("content") if isinstance(token, Mapping) else token
+            if token is not None and not isinstance(token, str):
+                raise ValueError(
+                    f"tokenizer_config.json has {role}={json_file.show(token)}; "
+                    "accepted: text, or an object with `content`."
+                )
             if token is not None:
                 found[role] = token
         return found
@@ -121,19 +123,15 @@ class Tokenizer:
                 "template: give the prompt as text, use an instruction-tuned model, or "
                 "put a chat_template.jinja beside tokenizer.json."
             )
-        try:
-            return _compile(self.chat_template).render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self.special_tokens,
-                **template_arguments,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"the chat template refuses the messages: {error}."
-            ) from error
+        variables = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+            **self.special_tokens,
+            **template_arguments,
+        }
+        return chat_template.render(self.chat_template, variables)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
         """Decode ids; bytes that are no UTF-8 become replacement characters.
@@ -201,7 +199,10 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"{path} cannot be read ({error}): fetch it again.") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} cannot be read ({reason}): fetch it again."
+        ) from error
     # Limits stored with a tokenizer serve other programs and would cut prompts here.
     backend.no_truncation()
     backend.no_padding()
@@ -209,13 +210,28 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
     config = hf_config.read_json(path) if os.path.exists(path) else {}
     template = config.pop("chat_template", None)
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, Mapping)]
+        chosen = [e.get("template") for e in named if e.get("name") == "default"]
+        template = chosen[0] if chosen else None
+    if not isinstance(template, str | None):
+        raise ValueError(
+            f"{path} has chat_template={json_file.show(template)}; accepted: text, "
+            "or a list of named templates."
+        )
     path = os.path.join(directory, "chat_template.jinja")
     if os.path.exists(path):
-        with open(path, encoding="utf-8", newline="") as file:
-            template = file.read()
-    return Tokenizer(backend, config, template)
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                template = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): fetch it again."
+            ) from error
+    made = Tokenizer(backend, config, template)
+    if not made.vocab_size:
+        raise ValueError(f"{directory}: tokenizer.json has no token: fetch it again.")
+    _ = made.special_tokens  # what is no text is refused now
+    return made
 
 
 def from_alphabet(characters: str) -> Tokenizer:
@@ -245,44 +261,6 @@ def from_alphabet(characters: str) -> Tokenizer:
     )
     config = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     return Tokenizer(backend, config)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    """Compile a chat template with the names that templates on the hub rely on.
-
-    A template comes with the weights, from strangers: it runs sandboxed.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
-    )
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, **arguments):
-        # Jinja's own filter escapes for HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **arguments)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
-        form
-    )
-    return environment.from_string(source)
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the assistant's own text: rendered as it is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 @functools.cache
