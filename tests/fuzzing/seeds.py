@@ -7,7 +7,6 @@ import shutil
 
 import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
@@ -55,6 +54,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m['content'] | trim }}{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
 )
+_DRAFT_IDS = np.array([0, 3, 4, 9, 20], np.int32)
 MESSAGES = ({"role": "user", "content": "1+2="},)
 ROWS = [
     {"prompt": f"{i}+1=", "answer": str(i + 1), "id": f"e{i}", "level": i}
@@ -185,10 +185,10 @@ def _drafter(root):
         "published": {"architecture": "eagle3", "feature_layers": (1, 3, 4)},
     }.items():
         cfg = drafter.of_target(TARGET, **options)
-        params = drafter.init(cfg, jax.random.key(1))
+        params = _drawn(drafter.describe(cfg))
         if cfg.draft_vocab_size:
-            params = params.replace(draft_ids=jnp.array([0, 3, 4, 9, 20], jnp.int32))
-        params = params.replace(sharpness=jnp.float32(1.5))
+            params = params.replace(draft_ids=_DRAFT_IDS)
+        params = params.replace(sharpness=np.float32(1.5))
         drafter_io.save(root / name, params, cfg, {"step": 3})
 
 
@@ -203,9 +203,9 @@ def _published(kind):
         cfg = drafter.of_target(TARGET, **options)
         layer = _replace(cfg.layer, family="llama", qk_norm=False)
         cfg = _replace(cfg, layer=layer)
-        params = drafter.init(cfg, jax.random.key(1))
+        params = _drawn(drafter.describe(cfg))
         if cfg.draft_vocab_size:
-            params = params.replace(draft_ids=jnp.array([0, 3, 4, 9, 20], jnp.int32))
+            params = params.replace(draft_ids=_DRAFT_IDS)
         head = np.ones((cfg.num_draft_tokens, TARGET.d_model), np.float32)
         drafter_hf.save(
             *(root / "one", params, cfg, kind, TARGET), head=head, dtype="float32"
@@ -320,8 +320,18 @@ def _replace(cfg, **changes):
     return type(cfg)(**vars(cfg) | changes)
 
 
+def _drawn(described):
+    """Draw weights with NumPy, which compiles nothing."""
+    rng = np.random.default_rng(0)
+
+    def draw(weight):
+        return rng.normal(size=weight.shape).astype(np.float32)
+
+    return jax.tree.map(draw, described)
+
+
 def _params(cfg):
-    return model_params.init(cfg, jax.random.key(0))
+    return model_params.unstack(_drawn(model_params.describe(cfg)))
 
 
 _MAKERS = {
