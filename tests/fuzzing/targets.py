@@ -15,15 +15,13 @@ from tests.fuzzing import seeds
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
-from tlt_jax.models.formats import chat_template, convert, gguf_file, hf_config
+from tlt_jax.models.formats import convert, gguf_file, hf_config
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl.tasks import examples
 from tlt_jax.viz import page, plots, report, timeline
 from tlt_jax.workdir import metrics
 
 _MOST_PARAMETERS = 10**13
-# Templates that run for ever shall not hold up thousands of cases.
-chat_template.LIMIT_S = 1.0
 
 
 class Nonsense(AssertionError):

@@ -192,7 +192,7 @@ def read_config(
         return drafter.of_target(target, **settings)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a drafter's: {convert.told(error)}."
+            f"{path} is not a drafter's: {convert.told(error).rstrip('.')}."
         ) from error
 
 
