@@ -138,7 +138,7 @@ FOUND = [
         "llama",
         "generation_config.json",
         in_json(pad_token_id=27),
-        "pad_id has the token",
+        "pad_id contains .27",
     ),
     ("config", "llama", "config.json", in_json(rms_norm_eps=1.5), "rms_norm_eps=1.5"),
     (

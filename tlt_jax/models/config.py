@@ -146,14 +146,13 @@ class ModelConfig:
                 f"sliding_window={width}; accepted: 1 to {MOST['max_positions']}, or "
                 "None."
             )
-        named = [("eos_ids", i) for i in self.eos_ids]
-        named += [("bos_id", self.bos_id), ("pad_id", self.pad_id)]
-        for name, i in named:
-            if i is None and name != "eos_ids":
-                continue
-            if type(i) is not int or not 0 <= i < self.vocab_size:
+        for name in ("eos_ids", "bos_id", "pad_id"):
+            given = getattr(self, name)
+            ids = given if name == "eos_ids" else () if given is None else (given,)
+            bad = [i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size]
+            if bad:
                 raise ValueError(
-                    f"{name} has the token {str(i)[:40]}, outside the vocabulary of "
+                    f"{name} contains {str(bad)[:80]}, outside the vocabulary of "
                     f"{self.vocab_size}."
                 )
 

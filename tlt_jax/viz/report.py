@@ -156,8 +156,8 @@ def sample_answers(
       The step, and the answers: the longest, then best to worst in even steps; none
       where no completions were kept.
     """
-    pattern = "rollouts/step_" + "[0-9]" * 6 + "*.jsonl"
-    files = sorted(pathlib.Path(workdir).glob(pattern))
+    found = sorted(pathlib.Path(workdir).glob("rollouts/step_*.jsonl"))
+    files = [path for path in found if path.stem.removeprefix("step_").isdecimal()]
     if not files or num < 1:
         return 0, []
     records, num_left_out = readable.completions(files[-1])

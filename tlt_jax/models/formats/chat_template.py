@@ -87,11 +87,11 @@ class _Child:
 
     def __init__(self):
         pipe = subprocess.PIPE
-        command = [sys.executable, "-I", os.path.abspath(__file__)]
+        # The modules beside this one have names that others have, too.
+        command = [sys.executable, "-P", os.path.abspath(__file__)]
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0
         )
-        self.owner = os.getpid()
 
     def ask(self, line: str) -> dict[str, str]:
         """Send a line and wait for the answer.
@@ -116,9 +116,8 @@ class _Child:
         """End it, and wait for that."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()
-        if self.owner == os.getpid():
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.wait()
         self.process.stdout.close()
 
 
@@ -126,17 +125,15 @@ _LOCK = threading.Lock()
 
 
 @functools.cache
-def _holder() -> list[_Child]:
-    """The child, once there is one."""
+def _holder(process: int) -> list[_Child]:
+    """The child of a process, once there is one; a fork's is not its parent's."""
     holder: list[_Child] = []
     atexit.register(lambda: holder and holder.pop().end())
     return holder
 
 
 def _ask(line: str) -> dict[str, str]:
-    holder = _holder()
-    if holder and holder[0].owner != os.getpid():
-        holder.clear()  # of the process that this one was forked from
+    holder = _holder(os.getpid())
     if not holder:
         holder.append(_Child())
     try:
@@ -150,8 +147,11 @@ def _ask(line: str) -> dict[str, str]:
 
 def _serve() -> None:
     """Answer a line of JSON for each line of JSON, until there is no more."""
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = {resource.RLIMIT_AS: LIMIT_BYTES, resource.RLIMIT_CORE: 0}
+    for kind, most in limits.items():
+        # Not every system bounds a process's memory.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(kind, (most, most))
     compiled = functools.lru_cache(maxsize=8)(environment().from_string)
     for line in sys.stdin:
         try:

@@ -62,7 +62,7 @@ def from_hf(
             if merged.get(key) not in (None, value):
                 raise ValueError(
                     f"{json_file.show(key)[1:-1]}={json_file.show(value)} "
-                    "contradicts rope_parameters, which has "
+                    f"contradicts rope_parameters' {json_file.show(key)[1:-1]}="
                     f"{json_file.show(merged[key])}: repair config.json."
                 )
             merged[key] = value
@@ -89,7 +89,7 @@ def from_hf(
     if unknown:
         raise ValueError(
             f"rotary settings of rope_type={kind!r} have unsupported keys: "
-            f"{json_file.show(unknown)[1:-1]}."
+            f"{json_file.show(', '.join(map(str, unknown)))[1:-1]}."
         )
     return theta, _rope_scaling(kind, merged, max_positions)
 
