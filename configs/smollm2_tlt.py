@@ -6,7 +6,8 @@ workers of one core each take two rows at a time; who has none left
 trains the drafter until the other is through, on the texts of this step and the last.
 The drafter begins with random weights and is used once its drafts would have more
 accepted than plain decoding. To begin with a trained one, train it with
-configs/smollm2_drafter.py:counting and name its workdir as drafter.directory.
+configs/smollm2_drafter.py:counting and name its workdir:
+--config.drafter.directory=workdirs/smollm2_counting_drafter.
 
 A process for each worker, with a core of its own, or both as threads of one:
 
@@ -30,12 +31,12 @@ import ml_collections
 
 from tlt_jax import config as config_lib
 
-_VARIANTS = ("", "off", "ngram")
+VARIANTS = ("off", "ngram")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe; variants `off` and `ngram` change `specdec.mode` alone."""
-    if arg not in _VARIANTS:
+    if arg and arg not in VARIANTS:
         raise ValueError(f"smollm2_tlt.py has no variant {arg!r}: use off or ngram.")
     config = config_lib.default()
     config.model.spec = "smollm2-135m-instruct"

@@ -27,13 +27,20 @@ import ml_collections
 
 from tlt_jax import config as config_lib
 
+VARIANTS = ("arithmetic", "count")
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe; `arg` is empty (`arithmetic`), `arithmetic` or `count`."""
+    name = arg or VARIANTS[0]
+    if name not in VARIANTS:
+        raise ValueError(
+            f"tiny.py has no variant {name!r}: use arithmetic (the default) or count."
+        )
     config = config_lib.default()
     config.model.spec = "scratch"
     config.model.remat = "none"
-    config.task.name = arg or "arithmetic"
+    config.task.name = name
     config.precision = "float32"
     config.pretrain.noise_frac = 0.7
 
@@ -43,30 +50,26 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.rollout.prefill_chunk = 16
     config.cache.page_size = 16
     config.task.max_prompt_tokens = 8
-    match config.task.name:
-        case "arithmetic":
-            config.num_steps = 60
-            # The model learns sums by heart: a question held out could not be answered,
-            # so evaluation asks those that training asks.
-            config.task.options.holdout_frac = 0.0
-            config.pretrain.steps = 600
-            config.rollout.max_new_tokens = 4
-            config.rollout.steps_per_call = 4
-            config.optimizer.learning_rate = 1e-3
-        case "count":
-            config.num_steps = 40
-            config.task.options.max_n = 32
-            config.pretrain.steps = 400
-            config.pretrain.num_rows = 8
-            config.rollout.max_new_tokens = 96
-            config.rollout.steps_per_call = 16
-            config.optimizer.learning_rate = 5e-4
-        case other:
-            raise ValueError(
-                f"tiny.py has no variant {other!r}: use arithmetic (the default) or "
-                "count."
-            )
+    if name == "arithmetic":
+        config.num_steps = 60
+        # The model learns sums by heart: a question held out could not be answered, so
+        # evaluation asks those that training asks.
+        config.task.options.holdout_frac = 0.0
+        config.pretrain.steps = 600
+        config.rollout.max_new_tokens = 4
+        config.rollout.steps_per_call = 4
+        config.optimizer.learning_rate = 1e-3
+    else:
+        config.num_steps = 40
+        config.task.options.max_n = 32
+        config.pretrain.steps = 400
+        config.pretrain.num_rows = 8
+        config.rollout.max_new_tokens = 96
+        config.rollout.steps_per_call = 16
+        config.optimizer.learning_rate = 5e-4
 
+    # For specdec.mode=tlt: of two layers there are no three to be fused.
+    config.drafter.features = "last"
     config.learner.row_tokens = 256
     # Rewards of single updates are the policy's own: no clipping, no reference.
     config.algorithm.name = "grpo"

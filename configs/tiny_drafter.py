@@ -3,7 +3,8 @@
 Shows every stage of `tlt_jax.train_drafter` on any machine, with nothing to download: a
 tiny target learns to count, writes texts, and a drafter learns to guess them.
 
-    python -m tlt_jax.train_drafter --config=configs/tiny_drafter.py --workdir=DIR
+    python -m tlt_jax.train_drafter --config=configs/tiny_drafter.py \
+        --workdir=workdirs/tiny_drafter
 """
 
 import ml_collections

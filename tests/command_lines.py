@@ -110,9 +110,9 @@ def _stop_after_parsing(module: str) -> None:
     def begin(run, directory):
         print(f"would train {run.num_steps} steps in {directory}")
 
-    def parse(main, argv=None, flags_parser=None):
+    def parse(main, argv=None, flags_parser=app.parse_flags_with_usage):
         del main
-        app.parse_flags_with_usage(argv or sys.argv)
+        flags_parser(argv or sys.argv)
         flags.FLAGS.validate_all_flags()
         sys.exit(0)
 

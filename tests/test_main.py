@@ -32,7 +32,10 @@ MISTAKES = {
         "has no variant 'cont': use arithmetic (the default) or count.",
     ),
     "too few layers": (
-        [TINY, WORKDIR, "--config.specdec.mode=tlt"],
+        [
+            *(TINY, WORKDIR, "--config.specdec.mode=tlt"),
+            "--config.drafter.features=low_mid_high",
+        ],
         "error: drafter.features='low_mid_high': num_layers=2 has no layers 2 < N/2",
     ),
     "no worker ever waits": (
@@ -104,4 +107,5 @@ def test_help_lists_the_flags(started):
     status, output, errors = started["help"]
     assert "--workdir" in output and "--config" in output
     assert "The same command on the same directory resumes." in output
-    assert (status, errors) == (1, "")  # absl's status for help.
+    assert "configs/tiny.py" in output and ":arithmetic, :count" in output
+    assert (status, errors) == (0, "")

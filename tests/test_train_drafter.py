@@ -1,19 +1,20 @@
 """Offline training of a drafter: whole runs, killed and taken up again."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from configs import smollm2_drafter, tiny_drafter
-from tests import command_lines
+from tests import command_lines, tiny_runs
 from tlt_jax import policy, train_drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.settings import drafter_run, schema
 from tlt_jax.specdec import noise
 from tlt_jax.specdec.texts import shards
-from tlt_jax.workdir import metrics
+from tlt_jax.workdir import metrics, record_keys
 
 NUM_STEPS = 8
 
@@ -70,6 +71,7 @@ def test_run_leaves_its_record_plot_and_drafter(whole):
     directory, last = whole
     rows = metrics.read(directory)
     assert [row["step"] for row in rows] == [0, 2, 4, 6, 8]
+    assert tiny_runs.unknown_keys(rows, record_keys.DRAFTER) == []
     assert rows[-1]["drafter/loss"] < rows[1]["drafter/loss"]
     assert len(last["eval/coupled_rate_by_depth"]) == 4
     assert 1.0 <= last["eval/coupled_accept_length"] <= 5.0
@@ -103,6 +105,17 @@ def test_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
         for path in (directory, tmp_path)
     ]
     jax.tree.map(np.testing.assert_array_equal, *loaded)
+
+
+def test_template_options_reach_the_prompts_of_texts(whole, tmp_path):
+    directory, _ = whole
+    options = settings(**{"texts.template_options": {"thinking": True}})
+    shutil.copytree(directory / "target", tmp_path / "target")
+    with pytest.raises(ValueError, match="'.*' is text, which goes without a templ"):
+        train_drafter.train(options, tmp_path)
+    # Texts of other prompts are not taken for these.
+    with pytest.raises(schema.ConfigError, match="made with template_options={'think"):
+        train_drafter.train(settings(), tmp_path)
 
 
 def test_texts_are_what_their_features_and_noise_draw(whole):

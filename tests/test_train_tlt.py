@@ -49,7 +49,9 @@ def off(tmp_path_factory):
 def start(directory, **overrides):
     settings = BASE | {"specdec.mode": "tlt"} | overrides
     train.train(tiny_runs.config_of(**settings), directory)
-    return metrics.read(directory)
+    rows = metrics.read(directory)
+    assert tiny_runs.unknown_keys(rows) == []
+    return rows
 
 
 def assert_same_run(directory, off):

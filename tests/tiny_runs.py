@@ -12,7 +12,7 @@ import numpy as np
 
 from configs import tiny
 from tlt_jax import config, train
-from tlt_jax.workdir import checkpoint, metrics
+from tlt_jax.workdir import checkpoint, metrics, record_keys
 
 # A reward that tells the answers of a group apart.
 ODD = "tests.judges:odd"
@@ -68,9 +68,22 @@ def settings(model, **overrides):
 
 
 def start(model, directory, **overrides):
-    """Run these settings; return the record."""
+    """Run these settings; return the record, all of whose keys are in the table."""
     train.train(config_of(**settings(model, **overrides)), directory)
-    return metrics.read(directory)
+    rows = metrics.read(directory)
+    assert unknown_keys(rows) == []
+    return rows
+
+
+def unknown_keys(rows, table=record_keys.TRAINING):
+    """The keys of a record that the table does not explain."""
+    return sorted({name for row in rows for name in row if not is_key(name, table)})
+
+
+def is_key(name, table=record_keys.TRAINING):
+    """Tell whether the table explains a key otherwise than as some reward's mean."""
+    known = record_keys.find(name, table) is not None
+    return known and not record_keys.is_function(name)
 
 
 def decisive(rows):

@@ -218,11 +218,13 @@ def prompts_of(
     """Encode the prompts of a split, and say how many are too long.
 
     Raises:
-      ValueError: one is too long, and `cfg.long_prompts` refuses such.
+      ValueError: one is too long, and `cfg.long_prompts` refuses such; or the chat
+        template does not know one of `cfg.template_options`.
     """
+    options = dict(cfg.template_options)
     found = prompts.PromptSet(
         task.examples(split),
-        lambda example: tokenizer.encode_prompt(example.prompt),
+        lambda example: tokenizer.encode_prompt(example.prompt, **options),
         max_tokens=cfg.max_prompt_tokens,
         long_prompts=cfg.long_prompts,
     )

@@ -45,6 +45,9 @@ _REWARD = flags.DEFINE_string(
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer_of", None, "Model whose tokenizer and chat template measure prompts."
 )
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Prompts that are text become messages, as with task.options.chat."
+)
 _MAX_PROMPT_TOKENS = flags.DEFINE_integer(
     "max_prompt_tokens",
     None,
@@ -91,8 +94,10 @@ def answers(reward: str) -> Check:
     return check
 
 
-def lengths(spec: str, max_tokens: int) -> Check:
+def lengths(spec: str, max_tokens: int, chat: bool = False) -> Check:
     """Make the check of a prompt's length with the tokenizer of a model.
+
+    With `chat` text goes through the chat template, too.
 
     Raises:
       ValueError: there is no such model.
@@ -100,7 +105,8 @@ def lengths(spec: str, max_tokens: int) -> Check:
     tokenizer = source.resolve(spec).tokenizer()
 
     def check(example: types.Example) -> str | None:
-        num = len(tokenizer.encode_prompt(example.prompt))
+        asked = examples_lib.as_chat(example) if chat else example
+        num = len(tokenizer.encode_prompt(asked.prompt))
         if num <= max_tokens:
             return None
         return (
@@ -139,7 +145,8 @@ def run(names: Sequence[str]) -> bool:
     if _REWARD.value is not None:
         checks.append(answers(_REWARD.value))
     if _TOKENIZER.value is not None:
-        checks.append(lengths(_TOKENIZER.value, _MAX_PROMPT_TOKENS.value))
+        limit = _MAX_PROMPT_TOKENS.value
+        checks.append(lengths(_TOKENIZER.value, limit, _CHAT.value))
     keys = {name: flag.value for name, flag in _KEYS.items()}
     good = True
     for name in names:
@@ -179,4 +186,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from tlt_jax.settings import schema, sections, speculation
+from tlt_jax.settings import describe, drafter_run, schema, sections, speculation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,9 @@ class RunConfig:
     """One training run; see the sections' own classes.
 
     Attributes:
-      seed: of all randomness, at least 0.
-      num_steps: RL steps in all, at least 1.
-      precision: of activations and products; weights and optimizer are float32.
+      seed: fixes all randomness.
+      num_steps: RL steps in all.
+      precision: type of activations and products; weights and optimizer are float32.
     """
 
     seed: int = schema.number(0, 0)
@@ -105,6 +105,34 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def page() -> str:
+    """Describe every setting of every program: what stands in `docs/settings.md`."""
+    return _PAGE + describe.page(
+        {"tlt_jax.main": RunConfig, "tlt_jax.train_drafter": drafter_run.DrafterRun}
+    )
+
+
+_PAGE = """\
+# Settings
+
+A recipe (`configs/`) sets some of these, `--config.KEY=VALUE` any of them, and
+`--config=FILE.yaml` takes them from a file, such as the `config.yaml` that every run
+writes. On the command line:
+
+- text is written as it is, flags as `true` or `false`;
+- a tuple as Python has it, `"--config.rollout.stop=('###', 'Q:')"`; one element may
+  stand alone, names may be parted by commas;
+- `None` unsets what is unset by default;
+- free keys stand behind another dot, `--config.task.options.prompt_key=question`: what
+  reads as a number, a tuple, true or false is one, the rest is text. They belong to the
+  task: with another `task.name` than the recipe's, the recipe's `task.options` go.
+
+`package.module:Name` is one of your own, see [extending](extending.md). This page is
+written by `python -m tlt_jax.config > docs/settings.md`.
+
+"""
+
+
 def _check(run: RunConfig) -> None:
     """Check what no single field can say.
 
@@ -163,3 +191,7 @@ def _check(run: RunConfig) -> None:
             f"{run.cache.page_size} tokens cannot hold one row of {longest} tokens: "
             f"give at least {-(-longest // run.cache.page_size)} pages, or 0."
         )
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -25,6 +25,7 @@ from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.models.drafters import layouts
 from tlt_jax.models.formats import convert
+from tlt_jax.runtime import command_line
 from tlt_jax.workdir import checkpoint, drafter_checkpoint
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -201,7 +202,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Entry point."""
     flags.mark_flags_as_required(["workdir", "out"])
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Train: `python -m tlt_jax.main --config=configs/<recipe>.py --workdir=DIR`.
 
-Any setting of the recipe is overridden by `--config.key=value`; `tlt_jax/settings/`
-lists them with their meaning. The same command on the same directory resumes. Several
-processes of one machine are started by `tlt_jax.launch`.
+Any setting of the recipe is overridden by `--config.key=value`; `--help` lists them
+with their meaning. The same command on the same directory resumes. Several processes of
+one machine are started by `tlt_jax.launch`.
 """
 
 from absl import flags

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from tlt_jax.runtime import command_line
 from tlt_jax.viz import plots
 
 
@@ -16,4 +17,4 @@ def _main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     # Here, because the run's program defines a flag of this name too.
     flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
-    app.run(_main)
+    app.run(_main, flags_parser=command_line.parse_flags)

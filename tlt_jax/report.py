@@ -34,4 +34,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
     flags.DEFINE_string("out", None, "The file; by default report.html in the workdir.")
     flags.DEFINE_integer("num_answers", 8, "Sample answers shown.", lower_bound=0)
-    app.run(_main)
+    app.run(_main, flags_parser=command_line.parse_flags)

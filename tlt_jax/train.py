@@ -23,9 +23,9 @@ from tlt_jax.workdir import (
     drafter_checkpoint,
     metrics,
     progress,
+    sinks,
     state,
     step_record,
-    wandb_log,
 )
 
 
@@ -129,7 +129,7 @@ class Trainer:
         self._writer: metrics.MetricsWriter | None = None
         if group.is_first:
             first = self.state.step + 1 if self.state.step else 0
-            opened = wandb_log.open_writer(directory, first, run)
+            opened = sinks.open_writer(directory, first, run)
             self._writer = closing.enter_context(opened)
 
     def __enter__(self) -> "Trainer":
@@ -253,20 +253,21 @@ class Trainer:
     def _write(
         self, row: dict[str, Any], collected: collector.Collected | None = None
     ) -> None:
-        """Write a record, and the completions if they are due."""
+        """Write a record, and the completions if they are due; sinks get both."""
         if self._writer is None:
             return
         self._writer.write(row)
         every = self.run.log.rollouts_every
         if collected is not None and every and row["step"] % every == 0:
             scores = collected.scores
-            workdir.write_rollouts(
+            records = workdir.write_rollouts(
                 self._directory,
                 row["step"],
                 collected.everything,
                 self.parts.tokenizer.decode,
                 [one.parts for one in scores.items] if scores.names else (),
             )
+            self._writer.samples(row["step"], records)
 
     def _draw(self) -> None:
         if not self.group.is_first:

@@ -29,7 +29,7 @@ from tlt_jax.runtime import (
     host_memory,
     train_state,
 )
-from tlt_jax.settings import drafter_run, sections
+from tlt_jax.settings import drafter_run, schema, sections
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.texts import layout, shards
 from tlt_jax.specdec.training import objectives
@@ -85,9 +85,7 @@ class _Trainer:
         self._restore()
         self.training.begin(tuple(jax.devices()[:1]), self.policy.params)
         first_row = self.step + 1 if self.step else 0
-        self.writer = closing.enter_context(
-            metrics.MetricsWriter(directory, first_row, tensorboard=False)
-        )
+        self.writer = closing.enter_context(metrics.MetricsWriter(directory, first_row))
 
     @property
     def step(self) -> int:
@@ -165,19 +163,23 @@ class _Trainer:
 
     def _texts(self) -> shards.Shards:
         run, target, directory = self.run, self.policy, self.directory / "texts"
+        about_texts = schema.to_dict(run.texts)
+        options = about_texts.pop("template_options")
         made_with = {
             "target": drafter.identify(target.config),
             "model": run.model.spec,
             "seed": run.seed,
             "precision": run.precision,
-            "texts": dataclasses.asdict(run.texts),
+            "texts": about_texts,
+            "template_options": options or None,
             "feature_layers": self.cfg.feature_layers,
         }
         with workdir.writing(directory):
             offline_texts.claim(directory, made_with)
         texts = shards.Shards(directory, run.texts.dtype)
         asked = offline_texts.ask(
-            run.texts, lambda example: target.tokenizer.encode_prompt(example.prompt)
+            run.texts,
+            lambda example: target.tokenizer.encode_prompt(example.prompt, **options),
         )
         if not offline_texts.missing(asked, texts):
             return texts

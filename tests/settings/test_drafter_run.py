@@ -12,6 +12,7 @@ SETTINGS = {
         "num": (1024, "[1, inf)"),
         "num_held_out": (64, "[1, inf)"),
         "seed": (0, "[0, inf)"),
+        "template_options": ((), ""),
         "max_prompt_tokens": (256, "[1, inf)"),
         "max_new_tokens": (256, "[1, inf)"),
         "max_batch": (32, "[1, inf)"),
@@ -68,6 +69,9 @@ def test_defaults_of_the_whole():
         made.num_step = 3
     made.model.spec, made.texts.tasks = "some/model", ("chat",)
     assert drafter_run.load(made.to_dict()) == run
+    made.texts.template_options.enable_thinking = False
+    options = drafter_run.load(made.to_dict()).texts.template_options
+    assert options == (("enable_thinking", False),)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,24 @@ def test_the_config_dict_knows_the_types():
     assert schema.build(House, made.to_dict()) == House(paint=Paint(layers=3))
 
 
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """Its wall is not what walls are by themselves."""
+
+    wall: Wall = Wall(width=9, inside=Paint(gloss=0.75, layers=4))
+    free: schema.Options = (("a", 1),)
+
+
+def test_a_section_keeps_the_default_of_the_one_that_holds_it():
+    made = schema.to_config_dict(Flat)
+    assert (made.wall.width, made.wall.inside.gloss) == (9, 0.75)
+    assert made.free.to_dict() == {"a": 1}
+    assert schema.build(Flat, made.to_dict()) == Flat() == schema.build(Flat, {})
+    changed = schema.build(Flat, {"wall": {"inside": {"color": "green"}}})
+    assert changed.wall == Wall(9, Paint("green", 0.75, 4))
+    assert dict(schema.leaves(Flat))["wall.inside.layers"] == 4
+
+
 OF_TYPE = {
     "seed": (1.0, "seed=1.0 is of type float: give int."),
     "rent": (True, "rent=True is of type bool: give float."),
@@ -159,10 +177,17 @@ def test_wrong_items_are_named(values, message):
         ("wall.inside.glos", "did you mean 'wall.inside.gloss'?"),
         # In the section's name: with the key, if that one is there.
         ("pain.color", "did you mean 'paint.color'?"),
-        ("pain.colour", "did you mean 'paint'?"),
+        ("pain.colour", "did you mean 'paint.color'?"),
+        ("pain.zzz", "did you mean 'paint'?"),
         # The right name at the wrong place.
-        ("wall.gloss", "did you mean 'paint.gloss'?"),
+        ("wall.gloss", "did you mean 'wall.inside.gloss'?"),
         ("width", "did you mean 'wall.width'?"),
+        ("wdith", "did you mean 'wall.width'?"),
+        ("wal.widht", "did you mean 'wall.width'?"),
+        ("seed.rent", "did you mean 'rent'?"),
+        # Where several are alike: the one that stands first in its section, then the
+        # one at the higher level.
+        ("gloss", "did you mean 'paint.gloss'?"),
         # Nothing like it.
         ("wall.x", "keys in 'wall' are inside, width."),
         (
@@ -179,11 +204,12 @@ def test_the_nearest_key_is_named(key, hint):
     values = 1
     for part in reversed(key.split(".")):
         values = {part: values}
-    if key != "seed.x":
+    if not key.startswith("seed."):
         with pytest.raises(schema.ConfigError) as raised:
             schema.build(House, values)
         # Building stops at the first part that is not there.
-        first = "pain" if key.startswith("pain.") else key
+        section = key.partition(".")[0]
+        first = section if section in ("pain", "wal") else key
         assert str(raised.value) == schema.unknown_key_message(House, first)
 
 

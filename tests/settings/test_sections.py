@@ -119,7 +119,8 @@ SETTINGS = {
     sections.Log: {
         "tensorboard": (True, ""),
         "wandb": ("off", ""),
-        "wandb_project": ("tlt_jax", ""),
+        "trackio": (False, ""),
+        "project": ("tlt_jax", ""),
         "plots_every": (10, "[0, inf)"),
         "rollouts_every": (1, "[0, inf)"),
         "progress": ("auto", ""),

@@ -28,7 +28,7 @@ def make_row(step: int, **more):
 
 
 def write(workdir, rows):
-    with metrics.MetricsWriter(workdir, tensorboard=False) as writer:
+    with metrics.MetricsWriter(workdir) as writer:
         for row in rows:
             writer.write(row)
 
@@ -65,6 +65,11 @@ def test_reward_shows_what_was_recorded():
     last = curves["mean of the last 4 steps"].get_ydata()[-1]
     assert last == pytest.approx((1.6 + 1.7 + 1.8 + 1.9) / 4)
     assert list(curves["held out, pass@4"].get_xdata()) == [2]
+    assert len(curves) == 3
+    rows = [row | {"reward/exact": 0.5, "reward/num_failed": 1} for row in rows]
+    (axes,) = plots.reward(rows).axes
+    curves = {line.get_label(): line for line in axes.lines}
+    assert len(curves) == 4 and set(curves["exact"].get_ydata()) == {0.5}
 
 
 def test_time_split_stacks_to_the_step_and_names_the_rest():

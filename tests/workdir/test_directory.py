@@ -13,7 +13,7 @@ from tests import tiny_runs
 from tlt_jax import config, types
 from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import experience
-from tlt_jax.settings import schema
+from tlt_jax.settings import recipe, schema
 from tlt_jax.workdir import directory as workdir
 from tlt_jax.workdir import metrics
 
@@ -38,7 +38,17 @@ def test_the_first_run_writes_its_settings(tmp_path):
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
         ".lock",
         "config.json",
+        "config.yaml",
     ]
+
+
+def test_the_settings_as_yaml_are_a_recipe_and_in_their_order(tmp_path):
+    claim(tmp_path, seed=4)
+    path = tmp_path / "config.yaml"
+    lines = path.read_text().splitlines()
+    assert lines[:4] == ["seed: 4", "num_steps: 8", "precision: float32", "model:"]
+    values = recipe.load(str(path), config.RunConfig)
+    assert config.load(values) == tiny_runs.config_of(seed=4)
 
 
 @pytest.mark.parametrize(

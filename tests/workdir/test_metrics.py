@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
-from tensorboard.backend.event_processing import event_file_loader
 
 from tlt_jax.workdir import metrics
 
@@ -21,7 +20,7 @@ def row(step, **more):
 
 
 def write(workdir, steps, first_step=0):
-    with metrics.MetricsWriter(workdir, first_step, tensorboard=False) as writer:
+    with metrics.MetricsWriter(workdir, first_step) as writer:
         for step in steps:
             writer.write(row(step))
 
@@ -74,7 +73,7 @@ def test_non_finite_numbers_are_legal_json(tmp_path):
     "bad", ["reward", "Reward/mean", "reward/", "/mean", "reward mean", "a/b/c"]
 )
 def test_bad_names_are_refused(tmp_path, bad):
-    with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with metrics.MetricsWriter(tmp_path) as writer:
         with pytest.raises(ValueError, match="use group/name"):
             writer.write({"step": 0, bad: 1})
         with pytest.raises(ValueError, match="give a number"):
@@ -84,7 +83,7 @@ def test_bad_names_are_refused(tmp_path, bad):
 
 def test_step_must_advance(tmp_path):
     write(tmp_path, [0, 1])
-    with metrics.MetricsWriter(tmp_path, 2, tensorboard=False) as writer:
+    with metrics.MetricsWriter(tmp_path, 2) as writer:
         for step in (1, None, 1.0):
             with pytest.raises(ValueError, match="does not follow 1"):
                 writer.write({"step": step})
@@ -138,7 +137,7 @@ def test_damage_in_the_middle_is_named(tmp_path):
 
 
 def test_second_writer_is_refused(tmp_path):
-    with metrics.MetricsWriter(tmp_path, tensorboard=False):
+    with metrics.MetricsWriter(tmp_path):
         with pytest.raises(metrics.MetricsError, match="another process writes"):
             metrics.MetricsWriter(tmp_path)
 
@@ -151,7 +150,7 @@ def test_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(file, data[: len(data) - 20])
 
-    with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with metrics.MetricsWriter(tmp_path) as writer:
         writer.write(row(0))
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(metrics.MetricsError, match=r"No space left.*make room"):
@@ -160,18 +159,3 @@ def test_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
         assert (tmp_path / metrics.FILE).read_bytes().count(b"\n") == 1
         writer.write(row(1))
     assert metrics.read(tmp_path) == [row(0), row(1)]
-
-
-def test_tensorboard_gets_the_numbers(tmp_path):
-    with metrics.MetricsWriter(tmp_path, first_step=4) as writer:
-        writer.write(row(4, **{"specdec/accept_rate_by_depth": [0.5, 0.25]}))
-    (file,) = (tmp_path / metrics.TENSORBOARD).iterdir()
-    events = list(event_file_loader.LegacyEventFileLoader(str(file)).Load())
-    assert events[1].session_log.status == events[1].session_log.START
-    assert events[1].step == events[2].step == 4
-    assert {v.tag: v.simple_value for v in events[2].summary.value} == {
-        "reward/mean": 0.5,
-        "time/step_s": 1.5,
-        "specdec/accept_rate_by_depth/0": 0.5,
-        "specdec/accept_rate_by_depth/1": 0.25,
-    }

@@ -103,7 +103,7 @@ def test_a_steps_completions_reach_the_file(tmp_path):
     drawn = [completion(0, 7, 3, 5), completion(1, 2, 516, 1)]
     rewards = np.array([[0.25, 0.75]])
     said = experience.reward_and_length_row(rewards, drawn)
-    with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with metrics.MetricsWriter(tmp_path) as writer:
         writer.write(step_record.complete(said, 1, SECONDS, 20.0))
     written = json.loads((tmp_path / metrics.FILE).read_text())
     assert written["rollout/tokens_digest"] == DIGEST

@@ -5,36 +5,29 @@ status 2, never a traceback.
 """
 
 import contextlib
-import difflib
-import functools
-import pathlib
+import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from tlt_jax import config
 from tlt_jax.runtime import failures
-from tlt_jax.settings import schema
+from tlt_jax.settings import recipe, schema, text, usage
 
-_FREE_SECTION = "task.options"
-# Lists of names: on the command line they stand plainly, parted by commas.
-_NAMES = ("reward.functions", "texts.tasks")
+_HELP = ("help", "h", "helpshort", "helpfull", "?")
+_PREFIX = "config."
 
 
 def define_config_flag() -> flags.FlagHolder:
     """Define the required flag `--config`; call it where the program's flags stand."""
-    return config_flags.DEFINE_config_file(
+    return flags.DEFINE_string(
         "config",
         None,
-        "The recipe: a Python file whose get_config() returns the configuration, and "
-        "after a colon the argument of get_config. Then --config.KEY=VALUE overrides.",
-        lock_config=False,
+        "The recipe: a Python file whose get_config() returns the settings, after a "
+        "colon its variant; or the config.yaml of another run.",
     )
 
 
@@ -48,16 +41,43 @@ def run(
     Further flags are read from `absl.flags.FLAGS`. A `schema.ConfigError` that `main`
     raises is reported as the command line's are; `section` is the dataclass.
     """
+    made: list[Any] = []
+
+    def read(argv: Sequence[str]) -> list[str]:
+        words, changes = parse(argv, section)
+        if len(words) > 1:
+            fail(f"unexpected argument {words[1]!r}: every setting is a --flag.")
+        try:
+            made.append(settings_of(flag.value, changes, section))
+        except schema.ConfigError as error:
+            fail(error)
+        return words
 
     def checked(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            fail(f"unexpected argument {argv[1]!r}: every setting is a --flag.")
+        del argv
         try:
-            main(_frozen(flag.value, section))
+            main(made[0])
         except schema.ConfigError as error:
             fail(error)
 
-    app.run(checked, flags_parser=functools.partial(parse, section=section))
+    app.run(checked, flags_parser=read)
+
+
+def settings_of(
+    spec: str | None, changes: Sequence[tuple[str, Any]], section: type
+) -> Any:
+    """Read a recipe, set what is given besides, and freeze it.
+
+    Raises:
+      schema.ConfigError: there is no such recipe, or it cannot be used.
+    """
+    if spec is None:
+        raise schema.ConfigError(
+            "--config=FILE is missing: name a recipe, such as configs/tiny.py."
+        )
+    values = recipe.load(spec, section)
+    recipe.override(values, changes)
+    return schema.build(section, values.to_dict())
 
 
 @contextlib.contextmanager
@@ -77,28 +97,75 @@ def told(*more: type[Exception]) -> Iterator[None]:
         fail(f"{error} (--verbosity=1 shows where)")
 
 
-def parse(argv: Sequence[str], section: type = config.RunConfig) -> list[str]:
-    """Parse flags; exit with status 2 and one line if they cannot be used."""
-    recipe = recipe_path(argv)
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parse the flags of a program that has no settings; return the other words.
+
+    Prints help where it is asked for; exits with status 2 and one line where flags
+    cannot be used.
+    """
+    if _asked_for_help(argv):
+        _show(usage.of_program(_main_doc()))
     try:
-        check_overrides(argv, section)
-        _check_exists(recipe)
-        return flags.FLAGS(list(map(_quoted, argv)))
-    except schema.ConfigError as error:
-        fail(error)
-    except (flags.Error, AttributeError, KeyError) as error:
-        # The last two come from a ConfigDict that a recipe filled wrongly, or from a
-        # mistake of the recipe's own, whose traceback its author wants to see.
-        message = _explain(error, recipe)
-        if message is None:
-            raise
-        fail(message)
+        return flags.FLAGS(list(argv))
+    except (flags.Error, ValueError) as error:
+        fail(_explain(error))
 
 
-def recipe_path(argv: Sequence[str]) -> pathlib.Path | None:
-    """Return the file that the last `--config` names, or None."""
-    found = last_value(argv[1:], "config")
-    return None if found is None else pathlib.Path(found.partition(":")[0])
+def parse(
+    argv: Sequence[str], section: type = config.RunConfig
+) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Parse the flags of a run; return the other words, and what `--config.key`s set.
+
+    Otherwise as `parse_flags`.
+    """
+    if asked := _asked_for_help(argv):
+        program = getattr(sys.modules["__main__"].__spec__, "name", "tlt_jax.main")
+        complete = asked != "helpshort"
+        _show(usage.of_run(_main_doc(), program, section, with_settings=complete))
+    try:
+        words, changes = overrides(argv, section)
+        return flags.FLAGS(words), changes
+    except (flags.Error, ValueError) as error:
+        fail(_explain(error, section))
+
+
+def overrides(
+    argv: Sequence[str], section: type = config.RunConfig
+) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Take `--config.key` flags out; return the words left, and keys with values.
+
+    A flag that is true or false may stand without value, or as `--noconfig.key`.
+
+    Raises:
+      schema.ConfigError: a key is unknown (the nearest is named), or takes no such
+        value.
+    """
+    words, changes = [argv[0]], []
+    rest = iter(flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False))
+    for word in rest:
+        name, equals, value = word.lstrip("-").partition("=")
+        if word == "--":
+            return [*words, word, *rest], changes
+        no = name.startswith(f"no{_PREFIX}")
+        key = name.removeprefix("no" if no else "").removeprefix(_PREFIX)
+        if not word.startswith("-") or name == key:
+            words.append(word)
+            continue
+        if not equals:
+            value = _value_without_equals(section, key, no, rest)
+        changes.append((key, text.parse(section, key, value)))
+    return words, changes
+
+
+def _value_without_equals(
+    section: type, key: str, no: bool, rest: Iterator[str]
+) -> str:
+    if text.is_flag(section, key):
+        return str(not no)
+    value = next(rest, None)
+    if value is None or no:
+        raise schema.ConfigError(f"--config.{key}: give a value, --config.{key}=VALUE.")
+    return value
 
 
 def last_value(arguments: Sequence[str], flag: str) -> str | None:
@@ -113,89 +180,34 @@ def last_value(arguments: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def check_overrides(argv: Sequence[str], section: type = config.RunConfig) -> None:
-    """Refuse `--config.key` flags whose key does not exist, naming the nearest one.
-
-    Raises:
-      schema.ConfigError: a key is unknown.
-    """
-    known = set(schema.keys(section))
-    for argument in argv[1:]:
-        if argument == "--":
-            return
-        name = argument.lstrip("-").partition("=")[0]
-        name = name.removeprefix("no") if name.startswith("noconfig.") else name
-        if not argument.startswith("-") or not name.startswith("config."):
-            continue
-        key = name.removeprefix("config.")
-        if key not in known and not key.startswith(_FREE_SECTION + "."):
-            raise schema.ConfigError(schema.unknown_key_message(section, key))
+def _asked_for_help(argv: Sequence[str]) -> str | None:
+    end = argv.index("--") if "--" in argv else len(argv)
+    words = (word.lstrip("-") for word in argv[1:end] if word.startswith("-"))
+    return next((word for word in words if word in _HELP), None)
 
 
-def _quoted(argument: str) -> str:
-    """Write a list of plain names as a tuple, which is what flags of tuples take."""
-    name, equals, value = argument.partition("=")
-    is_list = name.lstrip("-").removeprefix("config.") in _NAMES and equals
-    if not is_list or value[:1] in ("(", "[", "'", '"'):
-        return argument
-    names = tuple(one.strip() for one in value.split(",") if one.strip())
-    return f"{name}={names!r}"
+def _explain(error: Exception, section: type | None = None) -> str:
+    """Say what is wrong with a flag, in our words where absl's mislead."""
+    message = str(error)
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", message):
+        return f"--{missing[1]} is missing: {flags.FLAGS[missing[1]].help}"
+    if isinstance(error, flags.UnrecognizedFlagError) and "?" not in message:
+        near = section and schema.nearest_key(section, error.flagname)
+        return f"{message}. Did you mean: --config.{near} ?" if near else message
+    return message
 
 
-def _check_exists(recipe: pathlib.Path | None) -> None:
-    if recipe is None or recipe.is_file():
-        return
-    beside = sorted(str(path) for path in recipe.parent.glob("*.py"))
-    near = difflib.get_close_matches(str(recipe), beside, 1)
-    hint = f"did you mean {near[0]}?" if near else "recipes are files in configs/."
-    raise schema.ConfigError(f"--config={recipe}: there is no such file; {hint}")
+def _main_doc() -> str:
+    return sys.modules["__main__"].__doc__ or ""
 
 
-def _frozen(value: Any, section: type) -> Any:
-    if value is None and not flags.FLAGS["config"].present:
-        raise schema.ConfigError(
-            "--config=FILE is missing: name a recipe, such as configs/tiny.py."
-        )
-    if not isinstance(value, ml_collections.ConfigDict):
-        raise schema.ConfigError(
-            f"get_config() of the recipe returned a {type(value).__name__}: return the "
-            "ConfigDict of tlt_jax.config.default()."
-        )
-    return schema.build(section, value.to_dict())
-
-
-def _explain(error: BaseException, recipe: pathlib.Path | None) -> str | None:
-    """Say in one line what went wrong; None if only a traceback can."""
-    inner, line = _in_recipe(error, recipe)
-    place = f"{recipe}:{line.lineno}: {line.line}: " if line else ""
-    if not isinstance(inner, AttributeError | KeyError):
-        return place + str(inner).splitlines()[0]
-    source = traceback.extract_tb(inner.__traceback__)[-1].filename
-    if "ml_collections" not in source:
-        return None
-    if not place:
-        return (
-            f"a --config.{_FREE_SECTION}.KEY override needs KEY in the recipe, which "
-            "gives it its type: set it there."
-        )
-    named = re.search(r"Key \"(\w+)\"|'(\w+)'", str(inner).replace("\\'", "'"))
-    near = re.search(r'Did you mean "(\w+)"', str(inner))
-    key = (named[1] or named[2]) if named else "?"
-    hint = f": did you mean {near[1]!r}?" if near else "."
-    return f"{place}unknown config key {key!r}{hint}"
-
-
-def _in_recipe(
-    error: BaseException, recipe: pathlib.Path | None
-) -> tuple[BaseException, traceback.FrameSummary | None]:
-    """Return the first exception of the chain that passed the recipe, and where."""
-    link: BaseException | None = error
-    while link is not None:
-        for frame in reversed(traceback.extract_tb(link.__traceback__)):
-            if recipe is not None and pathlib.Path(frame.filename) == recipe:
-                return link, frame
-        link = link.__context__
-    return error, None
+def _show(page: str) -> NoReturn:
+    try:
+        print(page, flush=True)
+    except BrokenPipeError:
+        # Who reads page by page may leave early; no more shall be tried at our end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
 
 
 def fail(message: object) -> NoReturn:

@@ -34,9 +34,9 @@ def load(what: str, name: str) -> Any:
             why += f" with {type(error).__name__}: {error}"
         elif error.name and f"{module_name}.".startswith(f"{error.name}."):
             why = (
-                f"there is no module {error.name!r}. Install it, or put its directory "
+                f"there is no module {error.name!r}. Start the command where its file "
+                "lies, install it, or put its directory on PYTHONPATH."
             )
-            why += "on PYTHONPATH."
         else:
             why += f", it needs the module {error.name!r}."
         raise ValueError(f"{what} {name!r}: {why}") from error

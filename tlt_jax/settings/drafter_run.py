@@ -16,21 +16,24 @@ class Texts:
     Attributes:
       tasks: where prompts come from, in turns: names of `tlt_jax.rl.tasks.build`, and
         `chat`, requests without a right answer. Required.
-      num: texts to train on, at least 1.
-      num_held_out: texts of held-out prompts to measure on, at least 1.
-      seed: of the prompts.
-      max_prompt_tokens: longer prompts are left out, at least 1.
-      max_new_tokens: longest response, at least 1.
-      max_batch: rows decoded at once, at least 1.
-      steps_per_call: decode steps per jitted call, at least 1.
-      page_size: of the target's cache, at least 1.
-      dtype: that features are kept in.
+      num: texts to train on.
+      num_held_out: texts of held-out prompts to measure on.
+      seed: fixes which prompts are asked.
+      template_options: settings of the target's chat template, as those of
+        `task.template_options`, which the drafter is to serve.
+      max_prompt_tokens: longer prompts are left out.
+      max_new_tokens: longest response.
+      max_batch: rows decoded at once.
+      steps_per_call: decode steps per jitted call.
+      page_size: tokens per page of the target's cache.
+      dtype: type that features are kept in.
     """
 
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = schema.names()
     num: int = schema.number(1024, 1)
     num_held_out: int = schema.number(64, 1)
     seed: int = schema.number(0, 0)
+    template_options: schema.Options = ()
     max_prompt_tokens: int = schema.number(256, 1)
     max_new_tokens: int = schema.number(256, 1)
     max_batch: int = schema.number(32, 1)
@@ -44,11 +47,11 @@ class Batch:
     """Rows of a step, each filled with whole texts.
 
     Attributes:
-      num_rows: at least 1.
-      row_tokens: columns of a row, at least 3; of longer texts the end is left out.
-      row_bases: positions of a row that are drafted from, at least 1; of a text with
-        more, a random run of them is.
-      head_chunk: bases whose logits are held at once, at least 1.
+      num_rows: rows of a step.
+      row_tokens: columns of a row; of longer texts the end is left out.
+      row_bases: positions of a row that are drafted from; of a text with more, a random
+        run of them is.
+      head_chunk: bases whose logits are held at once.
       remat: compute activations again in the backward pass.
     """
 
@@ -65,7 +68,7 @@ class Eval:
 
     Attributes:
       every: steps between measurements; 0: only before the first and after the last.
-      depth: levels drafted, at least 1.
+      depth: levels drafted.
     """
 
     every: int = schema.number(0, 0)
@@ -77,7 +80,7 @@ class Log:
     """What is shown.
 
     Attributes:
-      every: steps between rows of metrics.jsonl, at least 1.
+      every: steps between rows of metrics.jsonl.
       progress: `auto` (live on a terminal, else lines), `plain` or `off`.
     """
 
@@ -90,9 +93,9 @@ class DrafterRun:
     """One offline training of a drafter; see the sections' own classes.
 
     Attributes:
-      seed: of noise, weights and order, at least 0.
-      num_steps: optimizer steps, at least 1.
-      precision: of activations and products; the drafter's weights are float32.
+      seed: fixes noise, weights and order.
+      num_steps: optimizer steps.
+      precision: type of activations and products; the drafter's weights are float32.
       model: the target.
     """
 
@@ -128,6 +131,7 @@ def default() -> ml_collections.ConfigDict:
     """
     made = schema.to_config_dict(DrafterRun)
     made.lock()
+    made.texts.template_options.unlock()
     return made
 
 

@@ -20,6 +20,10 @@ from ml_collections import config_dict
 # A mapping of free keys, as sorted pairs so that it can be hashed.
 Options = tuple[tuple[str, Any], ...]
 
+# How alike two names must be in the same section, and in different ones, to be taken
+# for one mistyped; and what the sections' names add.
+_ALIKE, _ALIKE_ELSEWHERE, _OF_SECTION = 0.6, 0.75, 0.15
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names it and says what can."""
@@ -43,6 +47,11 @@ def choice(default: Any, *choices: str) -> Any:
     return dataclasses.field(default=default, metadata={"choices": choices})
 
 
+def names() -> Any:
+    """Declare a field: names, none by default; without commas inside."""
+    return dataclasses.field(default=(), metadata={"names": True})
+
+
 def keys(section: type) -> tuple[str, ...]:
     """Return the dotted names of all keys, sections included."""
     names = []
@@ -54,7 +63,7 @@ def keys(section: type) -> tuple[str, ...]:
 
 def unknown_key_message(section: type, key: str) -> str:
     """Say that `key` (dotted) does not exist and name the nearest one that does."""
-    known = set(keys(section))
+    known = keys(section)
     parts = key.split(".")
     depth = next(i for i in range(len(parts)) if ".".join(parts[: i + 1]) not in known)
     parent, wrong = ".".join(parts[:depth]), parts[depth]
@@ -62,18 +71,41 @@ def unknown_key_message(section: type, key: str) -> str:
         k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent
     )
     near = difflib.get_close_matches(wrong, siblings, 1)
-    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == parts[-1])
-    if near:
-        nearest = ".".join([*parts[:depth], near[0], *parts[depth + 1 :]])
-        hint = f"did you mean '{nearest if nearest in known else near[0]}'?"
-    elif elsewhere:
-        hint = f"did you mean '{elsewhere[0]}'?"
+    nearest = nearest_key(section, key)
+    if nearest:
+        hint = f"did you mean '{nearest}'?"
+    elif near:
+        hint = f"did you mean '{'.'.join([*parts[:depth], near[0]])}'?"
     elif siblings:
         where = f"keys in '{parent}'" if parent else "keys at the top"
         hint = f"{where} are {', '.join(siblings)}."
     else:
         hint = f"'{parent}' is not a section."
     return f"unknown config key '{key}': {hint}"
+
+
+def nearest_key(section: type, typed: str) -> str | None:
+    """Return the key that `typed` (dotted) may stand for, or None if none is alike.
+
+    Last names count most, wherever they stand; then how alike the sections are. Of
+    keys that are alike so the one that stands further up in its section is meant, as
+    what matters most stands first there.
+    """
+    known = keys(section)
+    typed_section, _, typed_name = typed.rpartition(".")
+    places: dict[str, int] = {}
+    best, best_rank = None, (0.0, 0, 0)
+    for key in known:
+        parent, _, name = key.rpartition(".")
+        places[parent] = places.get(parent, -1) + 1
+        alike = difflib.SequenceMatcher(None, typed_name, name).ratio()
+        if alike < (_ALIKE if parent == typed_section else _ALIKE_ELSEWHERE):
+            continue
+        sections = difflib.SequenceMatcher(None, typed_section, parent).ratio()
+        rank = (alike + _OF_SECTION * sections, -places[parent], -key.count("."))
+        if best is None or rank > best_rank:
+            best, best_rank = key, rank
+    return best
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -100,23 +132,25 @@ def to_dict(section: Any) -> dict[str, Any]:
     return out
 
 
-def to_config_dict(section: type) -> ml_collections.ConfigDict:
-    """Return an unlocked ConfigDict of the section's defaults."""
+def to_config_dict(section: Any) -> ml_collections.ConfigDict:
+    """Return an unlocked ConfigDict of a section's values (defaults, for a class)."""
     out = ml_collections.ConfigDict()
     for field in dataclasses.fields(section):
+        value = (
+            field.default if isinstance(section, type) else getattr(section, field.name)
+        )
         if dataclasses.is_dataclass(field.type):
-            out[field.name] = to_config_dict(field.type)
+            out[field.name] = to_config_dict(value)
         elif field.type is Options:
-            out[field.name] = ml_collections.ConfigDict()
-        elif field.default is None:
-            kind, _, _ = _value_type(field.type)
-            out[field.name] = config_dict.placeholder(kind)
+            out[field.name] = ml_collections.ConfigDict(dict(value))
+        elif value is None:
+            out[field.name] = config_dict.placeholder(value_type(field.type)[0])
         else:
-            out[field.name] = field.default
+            out[field.name] = value
     return out
 
 
-def _value_type(hint: Any) -> tuple[type, tuple[str, ...], bool]:
+def value_type(hint: Any) -> tuple[type, tuple[str, ...], bool]:
     """Return a field's Python type, its choices, and whether it may be unset."""
     optional = False
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
@@ -133,17 +167,29 @@ def build(section: type, values: Mapping[str, Any]) -> Any:
     Raises:
       ConfigError: a key is unknown, or a value has the wrong type.
     """
-    return _build(section, section, values, "")
+    return section(**_build(section, section, values, ""))
 
 
-def _build(root: type, section: type, values: Mapping[str, Any], prefix: str) -> Any:
-    hints = {field.name: field.type for field in dataclasses.fields(section)}
+def check_keys(section: type, values: Mapping[str, Any]) -> None:
+    """Check nested plain values by themselves: that keys are known, types right.
+
+    Raises:
+      ConfigError: one is not.
+    """
+    _build(section, section, values, "")
+
+
+def _build(
+    root: type, section: Any, values: Mapping[str, Any], prefix: str
+) -> dict[str, Any]:
+    """Return the arguments that make `section`, a class or a default, another one."""
+    fields = {field.name: field for field in dataclasses.fields(section)}
     out = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if key not in hints:
+        if key not in fields:
             raise ConfigError(unknown_key_message(root, name))
-        hint = hints[key]
+        hint = fields[key].type
         if dataclasses.is_dataclass(hint) or hint is Options:
             if not isinstance(value, Mapping):
                 raise ConfigError(
@@ -152,10 +198,12 @@ def _build(root: type, section: type, values: Mapping[str, Any], prefix: str) ->
             if hint is Options:
                 out[key] = _options(name, value)
             else:
-                out[key] = _build(root, hint, value, name + ".")
+                default = getattr(section, key)
+                changes = _build(root, default, value, name + ".")
+                out[key] = dataclasses.replace(default, **changes)
         else:
             out[key] = _convert(name, value, hint)
-    return section(**out)
+    return out
 
 
 def _options(name: str, values: Mapping[str, Any]) -> Options:
@@ -174,7 +222,7 @@ def _options(name: str, values: Mapping[str, Any]) -> Options:
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """Return `value` in the field's type; only lossless conversions are made."""
-    kind, _, optional = _value_type(hint)
+    kind, _, optional = value_type(hint)
     if value is None and optional:
         return None
     if kind is tuple and isinstance(value, list | tuple):
@@ -214,11 +262,11 @@ def check_like(section: type, record: Any) -> None:
 
 
 def _check_value(name: str, value: Any, field: dataclasses.Field) -> None:
-    _, closed, _ = _value_type(field.type)
+    _, closed, _ = value_type(field.type)
     choices = field.metadata.get("choices", closed)
     if choices:
         _check_choice(name, value, choices, is_open=not closed)
-    elif field.metadata:
+    elif "low" in field.metadata:
         _check_range(name, value, **field.metadata)
 
 
@@ -248,8 +296,16 @@ def _check_range(
     inside &= below is None or value < below
     if inside:
         return
+    accepted = range_text(low, high, above, below)
+    raise ConfigError(f"{name}={value} is out of range: {accepted}.")
+
+
+def range_text(
+    low: float, high: float, above: float | None, below: float | None
+) -> str:
+    """Say in words what `number` declares; empty: any number."""
     parts = [f"at least {low:g}"] if low > -math.inf else []
     parts += [f"above {above:g}"] if above is not None else []
     parts += [f"at most {high:g}"] if high < math.inf else []
     parts += [f"below {below:g}"] if below is not None else []
-    raise ConfigError(f"{name}={value} is out of range: {', '.join(parts)}.")
+    return ", ".join(parts)

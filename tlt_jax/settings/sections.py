@@ -35,15 +35,18 @@ class Pretrain:
     what is left to reinforcement learning is to prefer the right ones.
 
     Attributes:
-      num_layers, d_model, d_ff: layers, model and feed-forward dimension, at least 1.
-      num_heads, num_kv_heads, head_dim: of the attention: heads divide d_model, kv
-        heads divide heads, head_dim is even.
-      steps: supervised steps, at least 0.
+      num_layers: layers.
+      d_model: model dimension.
+      d_ff: feed-forward dimension.
+      num_heads: attention heads.
+      num_kv_heads: key/value heads; divide num_heads.
+      head_dim: dimension of a head; even.
+      steps: supervised steps.
       num_rows: rows per step, each as long as the longest question with the longest
-        answer and holding as many as fit, at least 1.
-      learning_rate: AdamW's at the first step, falling to 0 by a cosine, above 0.
-      noise_frac: part of the answers that are another question's, in [0, 1]; with
-        enough steps the first rewards are about 1 - noise_frac.
+        answer and holding as many as fit.
+      learning_rate: AdamW's at the first step, falling to 0 by a cosine.
+      noise_frac: part of the answers that are another question's; with enough steps the
+        first rewards are about 1 - noise_frac.
     """
 
     num_layers: int = schema.number(2, 1)
@@ -66,12 +69,12 @@ class Task:
       name: a task that `tlt_jax.rl.tasks.build` makes: one of its own, a reasoning-gym
         generator, or a data set (`tlt_jax.rl.tasks.files`). Required.
       options: the task's own settings (difficulty, field names, ...).
-      size: number of distinct examples, at least 1.
-      seed: of the generated examples; held-out examples use another one.
+      size: number of distinct examples.
+      seed: fixes the generated examples; held-out examples use another one.
       system_prompt: put before every prompt; empty: none.
       template_options: settings of the model's chat template, such as
-        `enable_thinking`; of those that it does not know it takes no notice.
-      max_prompt_tokens: longest prompt in tokens, template included, at least 1.
+        `enable_thinking`; names that it does not read are refused.
+      max_prompt_tokens: longest prompt in tokens, template included.
       long_prompts: a longer one stops the run (`refuse`) or is left out and counted
         (`skip`).
     """
@@ -92,10 +95,9 @@ class Sampling:
 
     Attributes:
       temperature: divides the logits; above 0 in training, 0 is greedy.
-      top_p: keep the smallest set of tokens with this mass, in (0, 1]; 1: off.
+      top_p: keep the smallest set of tokens with this mass; 1: off.
       top_k: keep the k most likely tokens; 0: off.
-      min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1);
-        0: off.
+      min_p: keep tokens at least this fraction as likely as the likeliest; 0: off.
     """
 
     temperature: float = schema.number(1.0, 0.0)
@@ -109,13 +111,13 @@ class Rollout:
     """How completions are generated.
 
     Attributes:
-      prompts_per_step: P, prompts per RL step, at least 1.
-      group_size: R, completions per prompt, at least 1.
-      max_new_tokens: longest completion in tokens, EOS included, at least 1.
+      prompts_per_step: P, prompts per RL step.
+      group_size: R, completions per prompt.
+      max_new_tokens: longest completion in tokens, EOS included.
       stop: strings that end a completion.
-      max_batch: rows decoded at once, at least 1; batches are powers of two up to it.
-      steps_per_call: decode steps per jitted call, at least 1.
-      prefill_chunk: prompt tokens per prefill call, at least 1.
+      max_batch: rows decoded at once; batches are powers of two up to it.
+      steps_per_call: decode steps per jitted call.
+      prefill_chunk: prompt tokens per prefill call.
       cpu_kernels: on CPUs, `native` computes products of few columns, and attention of
         few queries, by kernels of our own, `xla` leaves all to XLA; `auto`: native
         where it can be, which is on one CPU device in float32.
@@ -157,7 +159,7 @@ class Cache:
     """The paged key/value cache.
 
     Attributes:
-      page_size: tokens per page, at least 1.
+      page_size: tokens per page.
       num_pages: pages in the pool; 0: enough for `rollout.max_batch` rows of full
         length.
     """
@@ -179,20 +181,20 @@ class Algorithm:
         by the length limit.
       dynamic_sampling: replace groups whose rewards are all equal by new prompts.
       overlong_shaping: let the reward fall for completions close to the length limit.
-      overlong_buffer_frac: part of the limit over which it falls, in [0, 1].
-      overlong_penalty: how far it falls, at least 0.
+      overlong_buffer_frac: part of the limit over which it falls.
+      overlong_penalty: how far it falls.
       surrogate: what a token costs: `clipped` (PPO's), or a function of one's own.
-      clip_low: the probability ratio is clipped below at 1 - clip_low, in [0, 1].
-      clip_high: the ratio is clipped above at 1 + clip_high, at least 0.
+      clip_low: the probability ratio is clipped below at 1 - clip_low.
+      clip_high: the ratio is clipped above at 1 + clip_high.
       dual_clip: where the advantage is negative the ratio counts at most this much,
         above 1 + clip_high; unset: no bound.
       ratio_level: the ratio is that of a `token` or of the `sequence`.
-      kl_coef: weight of the divergence from the initial policy, at least 0.
-      kl_estimator: `k1`, `k2` or `k3`.
+      kl_coef: weight of the divergence from the initial policy.
+      kl_estimator: what estimates it from log-probabilities: `k1`, `k2` or `k3`.
       kl_placement: `loss` (a term of the loss) or `reward` (subtracted from rewards).
       importance_cap: truncated importance sampling: the ratio trainer to sampler that
-        weights a token counts at most this much, above 0; unset: no weights.
-      entropy_coef: weight of the entropy bonus, at least 0.
+        weights a token counts at most this much; unset: no weights.
+      entropy_coef: weight of the entropy bonus.
     """
 
     name: Literal[
@@ -229,12 +231,13 @@ class Optimizer:
     """AdamW.
 
     Attributes:
-      learning_rate: at its highest, at least 0.
+      learning_rate: learning rate at its highest.
       schedule: after warm-up: `constant`, `linear` or `cosine` down to 0 at num_steps.
       warmup_steps: RL steps of linear increase from 0.
-      beta1, beta2: decay of the moments, in [0, 1).
-      eps: added to the root of the second moment, above 0.
-      weight_decay: decoupled, at least 0.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled weight decay.
       clip_norm: largest global gradient norm; 0: no clipping.
     """
 
@@ -253,11 +256,11 @@ class Learner:
     """How a batch of completions becomes optimizer steps.
 
     Attributes:
-      epochs: passes over the batch, at least 1.
+      epochs: passes over the batch.
       minibatches: optimizer steps per pass; divides rollout.prompts_per_step.
       row_tokens: length of a packed row in tokens; holds the longest prompt with its
         longest completion.
-      rows_per_micro_batch: rows whose activations are held at once, at least 1.
+      rows_per_micro_batch: rows whose activations are held at once.
       old_logprobs: log-probabilities that ratios compare with: `recompute`d by the
         trainer where a batch takes several updates (with one they are the update's
         own), so that weights depend on the tokens alone; or recorded by the `rollout`,
@@ -296,12 +299,12 @@ class Reward:
       weights: what each one's value counts in their sum, finite; empty: 1 each.
       workers: processes that judge; 0: none, in the run's own process and without a
         time limit.
-      timeout_s: time that judging one completion may take in seconds, above 0.
+      timeout_s: time that judging one completion may take in seconds.
       failure_reward: the reward, in the sum's place, where a function fails, hangs or
         is not finite.
     """
 
-    functions: tuple[str, ...] = ()
+    functions: tuple[str, ...] = schema.names()
     weights: tuple[float, ...] = ()
     workers: int = schema.number(2, 0)
     timeout_s: float = schema.number(10.0, above=0.0)
@@ -331,8 +334,8 @@ class Eval:
 
     Attributes:
       every: RL steps between evaluations; 0: never.
-      num_prompts: held-out prompts, at least 1.
-      samples: completions per prompt, at least 1.
+      num_prompts: held-out prompts asked.
+      samples: completions per prompt.
       k: the k of pass@k, each in [1, samples].
       temperature: as sampling.temperature but 0 (greedy) is allowed; unset: the
         training's.
@@ -351,7 +354,7 @@ class Checkpoint:
 
     Attributes:
       every: RL steps between checkpoints; 0: only the last step.
-      keep: newest checkpoints kept on disk, at least 1.
+      keep: newest checkpoints kept on disk.
       drafter: what is written of an adapted drafter: what training changes, in the
         background (`selective`); or all that it computes with, in the background
         (`async`) or with the run waiting (`blocking`).
@@ -367,10 +370,12 @@ class Log:
     """What is shown and written besides metrics.jsonl.
 
     Attributes:
-      tensorboard: write event files.
+      tensorboard: write event files: numbers, settings, sampled completions.
       wandb: copy the record to Weights & Biases: `online`, or `offline` into files that
         `wandb sync` sends later. Needs the package wandb.
-      wandb_project: where there.
+      trackio: copy the record to Trackio, which keeps it on this machine. Needs the
+        package trackio.
+      project: name of the project there, for both of them.
       plots_every: RL steps between redrawings of plots/; 0: only at the end.
       rollouts_every: RL steps between steps whose completions are written to
         rollouts/; 0: never.
@@ -379,7 +384,8 @@ class Log:
 
     tensorboard: bool = True
     wandb: Literal["off", "online", "offline"] = "off"
-    wandb_project: str = "tlt_jax"
+    trackio: bool = False
+    project: str = "tlt_jax"
     plots_every: int = schema.number(10, 0)
     rollouts_every: int = schema.number(1, 0)
     progress: Literal["auto", "plain", "off"] = "auto"

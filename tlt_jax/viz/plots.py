@@ -3,6 +3,7 @@
 `python -m tlt_jax.plots --workdir=DIR` redraws them at any time.
 """
 
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from matplotlib import axes as axes_lib
 from matplotlib import cm, figure
 
 from tlt_jax.viz import readable, style, timeline
-from tlt_jax.workdir import metrics
+from tlt_jax.workdir import metrics, record_keys
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -76,7 +77,10 @@ def figures(workdir: str | pathlib.Path) -> dict[str, figure.Figure]:
 
 
 def reward(rows: Rows) -> figure.Figure | None:
-    """Draw the mean reward with its standard deviation, and the smoothed mean."""
+    """Draw the mean reward with its standard deviation, and the smoothed mean.
+
+    Of several reward functions each has a line, unweighted; held-out means have marks.
+    """
     steps, mean = _series(rows, "reward/mean")
     if not len(steps):
         return None
@@ -95,6 +99,11 @@ def reward(rows: Rows) -> figure.Figure | None:
     else:
         axes.plot(steps, mean, marker="o", ms=3, label="mean", **look)
     names = {name for row in rows for name in row}
+    functions = sorted(filter(record_keys.is_function, names))
+    for name, line in zip(functions, itertools.cycle((":", "-.", "--")), strict=False):
+        label = name.removeprefix("reward/")
+        look = dict(ls=line, lw=1.2, color=style.GREY)
+        axes.plot(*_series(rows, name), label=label, **look)
     held_out = sorted(n for n in names if n.startswith(("eval/avg@", "eval/pass@")))
     colors = (style.GREEN, style.ORANGE, style.RED, style.PURPLE, style.SKY, style.GREY)
     # As many as there are colours.

@@ -1,9 +1,9 @@
 """The directory of a run: whose it is, and the completions written into it.
 
-Its layout: `config.json`, `metrics.jsonl`, `timeline.jsonl`, `rollouts/`,
-`checkpoints/`, `drafter_checkpoints/`, `spilled_texts/`, `plots/`, `tokenizer/`,
-`tensorboard/`, `initial_model/` where the model was made on the spot, and `processes/`,
-a folder for each process but the first.
+Its layout: `config.json`, `config.yaml` (the same), `metrics.jsonl`, `timeline.jsonl`,
+`rollouts/`, `checkpoints/`, `drafter_checkpoints/`, `spilled_texts/`, `plots/`,
+`tokenizer/`, `tensorboard/`, `initial_model/` where the model was made on the spot, and
+`processes/`, a folder for each process but the first.
 """
 
 import collections
@@ -21,7 +21,7 @@ from tlt_jax import config
 from tlt_jax.rl.update import experience
 from tlt_jax.rl.workers import records
 from tlt_jax.runtime import failures
-from tlt_jax.settings import schema
+from tlt_jax.settings import schema, text
 from tlt_jax.workdir import metrics
 
 # Settings that may change when a run is taken up again: none decides what is computed.
@@ -46,9 +46,10 @@ def claimed(
 ) -> Iterator[None]:
     """Hold the directory for a run: no other process may work there meanwhile.
 
-    It is made if it is not there. `config.json` is written; the run that it describes
-    must be this one if it has taken a step (a start that failed binds nobody). `load`
-    makes a run of the plain values there.
+    It is made if it is not there. `config.json` is written, and `config.yaml` for
+    people and for `--config`; the run that it describes must be this one if it has
+    taken a step (a start that failed binds nobody). `load` makes a run of the plain
+    values there.
 
     Raises:
       schema.ConfigError: the directory holds a run with other settings.
@@ -65,10 +66,8 @@ def claimed(
         record = workdir / metrics.FILE
         if path.exists() and record.exists() and record.stat().st_size > 0:
             _check_same(workdir, path, run, load)
-        with writing(path):
-            temporary = path.with_suffix(".json.partial")
-            temporary.write_text(config.to_json(run))
-            temporary.replace(path)
+        _write(path, config.to_json(run))
+        _write(path.with_suffix(".yaml"), text.to_yaml(run))
     except BlockingIOError as error:
         raise WorkdirError(
             f"another process works in {workdir}: wait for it, end it, or use another "
@@ -97,22 +96,32 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+def _write(path: pathlib.Path, content: str) -> None:
+    with writing(path):
+        temporary = path.with_name(f"{path.name}.partial")
+        temporary.write_text(content, "utf-8")
+        temporary.replace(path)
+
+
 def write_rollouts(
     workdir: pathlib.Path,
     step: int,
     batch: experience.Experience,
     decode_text: Callable[[Sequence[int]], str],
     parts: Sequence[Mapping[str, float]] = (),
-) -> None:
+) -> list[dict[str, Any]]:
     """Write a step's completions to `rollouts/step_N.jsonl`, one line each.
 
     `parts` are what each of several reward functions said of each completion, empty
     where one failed; without them lines have no `rewards`. `drafted` lists the runs of
     tokens that a draft had guessed, as `[first, end)` indices of `tokens`; null where
     it was not noted.
+
+    Returns:
+      What the lines say.
     """
     path = workdir / "rollouts" / f"step_{step:06d}.jsonl"
-    lines = []
+    records = []
     for i, completion in enumerate(batch.completions):
         example = batch.prompts[i // batch.group_size].example
         record = {
@@ -129,11 +138,13 @@ def write_rollouts(
         }
         if parts:
             record["rewards"] = dict(parts[i])
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        records.append(record)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     with writing(path):
         path.parent.mkdir(exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(lines)
+    return records
 
 
 def write_timeline(

@@ -1,6 +1,6 @@
-"""The record of a run: `metrics.jsonl`, one JSON object per RL step, and copies of it.
+"""The record of a run: `metrics.jsonl`, one JSON object per RL step, and sinks of it.
 
-Copies go to TensorBoard and wherever a `Copy` takes them (`wandb_log`).
+Every `Sink` gets the rows, too: TensorBoard, and others (`sinks`).
 
 Lines are complete or absent: each is one append, forced to disk before `write` returns.
 JSON has no words for non-finite numbers; they are written as the strings "NaN",
@@ -15,37 +15,22 @@ import math
 import os
 import pathlib
 import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer import event_file_writer
 
 from tlt_jax.models.formats import json_file
 from tlt_jax.runtime import failures
+from tlt_jax.workdir import record_keys
 
 FILE = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 
-# Names that stay. Other names are welcome: `group/name` in lower case.
-NAMES = frozenset(
-    """
-    step
-    reward/mean reward/std reward/zero_std_frac
-    length/mean length/p50 length/p95 length/max length/clipped_frac
-    policy/loss policy/entropy policy/kl policy/clip_frac policy/grad_norm
-    mismatch/logprob_max_abs
-    specdec/accept_length specdec/accept_rate_by_depth specdec/strategy
-    drafter/version drafter/loss drafter/top1_acc
-    time/step_s time/rollout_s time/reward_s time/inference_s time/update_s time/sync_s
-    time/compile_s
-    workers/idle_s workers/trained_s workers/idle_frac
-    rollout/tokens rollout/tokens_per_s rollout/tokens_digest
-    """.split()
-)
+# Names that stay (`record_keys`). Others are welcome: `group/name` in lower case.
+NAMES = frozenset(key.name for key in record_keys.TRAINING if key.stays)
+# Completions of a step that sinks get.
+_SAMPLES = 4
 _NAME = re.compile(r"[a-z][a-z0-9_]*/[a-z0-9][a-z0-9_@.]*")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -56,32 +41,37 @@ class MetricsError(failures.UserError):
     """The record cannot be written or read."""
 
 
-class Copy(Protocol):
+class Sink(Protocol):
     """Another place where rows go."""
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Take a row's numbers; of sequences each item has its own name."""
+
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take some of a step's completions, as `rollouts/` has them."""
 
     def close(self) -> None:
         """Complete it."""
 
 
 class MetricsWriter(contextlib.AbstractContextManager):
-    """Appends rows to a run's record. Use as a context manager, or call `close`."""
+    """Appends rows to a run's record. Use as a context manager, or call `close`.
+
+    Attributes:
+      sinks: where else rows go; closed with this.
+    """
 
     def __init__(
         self,
         workdir: str | pathlib.Path,
         first_step: int = 0,
-        tensorboard: bool = True,
-        copies: Sequence[Copy] = (),
+        sinks: Sequence[Sink] = (),
     ):
         """Open `<workdir>/metrics.jsonl` to go on at `first_step`.
 
         Rows of that step and later ones, which a killed process wrote after its last
         checkpoint, are dropped: they will be written again. A half-written last line is
-        dropped too. Both are logged. Event files go to `<workdir>/tensorboard`, and
-        every row that is on disk to the copies, which are closed with this.
+        dropped too. Both are logged. Every row that is on disk goes to the sinks.
 
         Raises:
           MetricsError: another process writes here, or the file is damaged.
@@ -95,13 +85,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         except MetricsError:
             os.close(self._file)
             raise
-        self._copies = tuple(copies)
-        self._events = None
-        if tensorboard:
-            self._events = event_file_writer.EventFileWriter(str(workdir / TENSORBOARD))
-            # Makes TensorBoard forget what it read of this step and later ones.
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add_event(event_pb2.Event(step=first_step, session_log=start))
+        self.sinks = list(sinks)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -128,25 +112,25 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self._append(line.encode() + b"\n")
         self._last_step = step
         numbers = _numbers(values)
-        if self._events:
-            summary = summary_pb2.Summary()
-            for tag, number in numbers.items():
-                summary.value.add(tag=tag, simple_value=number)
-            self._add_event(event_pb2.Event(step=step, summary=summary))
-        for copy in self._copies:
-            copy.write(step, numbers)
+        for sink in self.sinks:
+            sink.write(step, numbers)
+
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Give the sinks a few completions of a step, from the best to the worst."""
+        ranked = sorted(records, key=lambda record: -record["reward"])
+        few = min(_SAMPLES, len(ranked))
+        places = [i * (len(ranked) - 1) // max(few - 1, 1) for i in range(few)]
+        for sink in self.sinks:
+            sink.samples(step, [ranked[place] for place in places])
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file, and the sinks."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-        if self._events:
-            self._events.close()
-            self._events = None
-        copies, self._copies = self._copies, ()
-        for copy in copies:
-            copy.close()
+        sinks, self.sinks = self.sinks, []
+        for sink in sinks:
+            sink.close()
 
     def _append(self, data: bytes) -> None:
         size = os.fstat(self._file).st_size
@@ -163,11 +147,6 @@ class MetricsWriter(contextlib.AbstractContextManager):
                 "then run the same command again; it resumes from the newest "
                 "checkpoint."
             ) from error
-
-    def _add_event(self, event: event_pb2.Event) -> None:
-        event.wall_time = time.time()
-        self._events.add_event(event)
-        self._events.flush()
 
 
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:

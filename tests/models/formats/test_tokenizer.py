@@ -113,6 +113,28 @@ def test_what_the_template_refuses_is_said(pair):
         byte_level(template=None).encode_prompt(MESSAGES)
 
 
+def test_an_option_that_nothing_reads_is_refused(pair):
+    ours, _ = pair
+    assert ours.template_variables == ("thinking",)
+    plain, thinks = (ours.encode_prompt(MESSAGES, thinking=x) for x in (False, True))
+    assert len(plain) < len(thinks)
+    with pytest.raises(ValueError, match="no option 'thinkin', .* it has thinking"):
+        ours.encode_prompt(MESSAGES, thinking=True, thinkin=True)
+    # What every template is given is none of its options.
+    for name in ("messages", "tools", "bos_token", "raise_exception", "m", "range"):
+        with pytest.raises(ValueError, match=f"no option {name!r}"):
+            ours.encode_prompt(MESSAGES, **{name: 1})
+    none = byte_level("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match="'thinking', .* it has none"):
+        none.encode_prompt(MESSAGES, thinking=True)
+    with pytest.raises(ValueError, match="options thinking are given, but the prompt"):
+        ours.encode_prompt(TEXT, thinking=True)
+    with pytest.raises(ValueError, match="no chat template"):
+        byte_level(template=None).encode_prompt(MESSAGES, thinking=True)
+    with pytest.raises(ValueError, match="cannot be read: Expected an expression"):
+        byte_level("{% for %}").encode_prompt(MESSAGES, thinking=True)
+
+
 def test_a_template_runs_sandboxed():
     hostile = "{{ messages.__class__.__base__.__subclasses__() }}"
     with pytest.raises(ValueError, match="refuses"):

@@ -24,6 +24,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
 LIMIT_S = 10
@@ -32,22 +33,37 @@ LIMIT_CHARACTERS = 4 << 20
 _SHOWN = 200  # characters of an error
 
 
-def render(source: str, variables: Mapping[str, Any]) -> str:
+def render(source: str, given: Mapping[str, Any]) -> str:
     """Render a template.
 
     Args:
       source: the template.
-      variables: what it sees; what JSON can say.
+      given: what it sees by name; what JSON can say.
 
     Raises:
       ValueError: it cannot be rendered, takes more than `LIMIT_S` seconds or
         `LIMIT_BYTES` of memory, or its text is longer than `LIMIT_CHARACTERS`.
     """
     with _LOCK:
-        answer = _ask(json.dumps([source, dict(variables)]))
+        answer = _ask(json.dumps([source, dict(given)]))
     if "text" in answer:
         return answer["text"]
     raise ValueError(f"the chat template refuses the messages: {answer['error']}.")
+
+
+def variables(source: str) -> set[str]:
+    """Find the names that a template reads and nothing of it or of Jinja's gives.
+
+    Raises:
+      ValueError: it is no template.
+    """
+    made = environment()
+    try:
+        found = jinja2.meta.find_undeclared_variables(made.parse(source))
+    except (jinja2.TemplateError, RecursionError) as error:
+        told = " ".join(str(error).split())[:_SHOWN]
+        raise ValueError(f"the chat template cannot be read: {told}.") from error
+    return found - set(made.globals)
 
 
 def environment() -> jinja2.Environment:
@@ -155,8 +171,8 @@ def _serve() -> None:
     compiled = functools.lru_cache(maxsize=8)(environment().from_string)
     for line in sys.stdin:
         try:
-            source, variables = json.loads(line)
-            text = compiled(source).render(variables)
+            source, given = json.loads(line)
+            text = compiled(source).render(given)
             if len(text) > LIMIT_CHARACTERS:
                 raise ValueError(f"its text has {len(text)} characters")
             answer = {"text": text}

@@ -15,6 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from tlt_jax.models.formats import chat_template, hf_config, json_file
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+# What a template sees besides special tokens and the options that one gives it.
+_GIVEN = ("messages", "add_generation_prompt", "tools", "documents")
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,6 +56,19 @@ class Tokenizer:
                 found[role] = token
         return found
 
+    @functools.cached_property
+    def template_variables(self) -> tuple[str, ...]:
+        """Names of the options that the chat template reads, such as enable_thinking.
+
+        Raises:
+          ValueError: if it is no template.
+        """
+        if self.chat_template is None:
+            return ()
+        names = chat_template.variables(self.chat_template)
+        given = {*_GIVEN, *_SPECIAL_ROLES}
+        return tuple(sorted(names - given))
+
     @property
     def bos_id(self) -> int | None:
         """Id of the token that begins a text, if there is one."""
@@ -91,31 +106,39 @@ class Tokenizer:
         return np.asarray(encoding.ids, np.int32)
 
     def encode_prompt(
-        self, prompt: str | Sequence[Mapping[str, Any]], **template_arguments
+        self, prompt: str | Sequence[Mapping[str, Any]], /, **template_options
     ) -> np.ndarray:
         """Encode text as it stands, and messages through the chat template.
 
         Args:
           prompt: text, or messages with `role` and `content`; the rendered text ends
             where the assistant's turn begins.
-          **template_arguments: seen by the template, such as `enable_thinking=False`.
+          **template_options: seen by the template, such as `enable_thinking=False`.
 
         Raises:
           ValueError: if there are messages but no chat template, or the template
-            refuses them.
+            refuses them; or there are options that nothing reads.
         """
         if isinstance(prompt, str):
+            if template_options:
+                raise ValueError(
+                    f"the chat template's options {', '.join(template_options)} are "
+                    f"given, but the prompt {prompt[:40]!r} is text, which goes "
+                    "without a template: give messages (of a file's text, "
+                    "task.options.chat=True makes them), or leave the options out."
+                )
             return self.encode(prompt)
-        text = self.render(prompt, **template_arguments)
+        text = self.render(prompt, **template_options)
         return self.encode(text, add_special_tokens=False)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], **template_arguments
+        self, messages: Sequence[Mapping[str, Any]], /, **template_options
     ) -> str:
         """Render messages through the chat template, up to the assistant's turn.
 
         Raises:
-          ValueError: if there is no chat template, or it refuses the messages.
+          ValueError: if there is no chat template, or it refuses the messages, or does
+            not know an option.
         """
         if self.chat_template is None:
             raise ValueError(
@@ -123,13 +146,20 @@ class Tokenizer:
                 "template: give the prompt as text, use an instruction-tuned model, or "
                 "put a chat_template.jinja beside tokenizer.json."
             )
+        unknown = sorted(set(template_options) - set(self.template_variables))
+        if unknown:
+            has = ", ".join(self.template_variables) or "none"
+            raise ValueError(
+                f"the chat template of this model knows no option {unknown[0]!r}, "
+                f"which would have no effect; it has {has}."
+            )
         variables = {
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": True,
             "tools": None,
             "documents": None,
             **self.special_tokens,
-            **template_arguments,
+            **template_options,
         }
         return chat_template.render(self.chat_template, variables)
 

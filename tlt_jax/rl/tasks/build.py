@@ -317,7 +317,10 @@ class FileTask:
             train, held_out = parts[False], parts[True]
         train, held_out = train[:limit], held_out[:eval_size]
         if chat:
-            train, held_out = _as_chat(train), _as_chat(held_out)
+            train, held_out = (
+                [examples_lib.as_chat(example) for example in examples]
+                for examples in (train, held_out)
+            )
         self._splits = {"train": train, "eval": held_out}
 
     def examples(self, split: generated.Split) -> Sequence[types.Example]:
@@ -348,17 +351,6 @@ def _read_answered(
                 "answer_key, or use a reward function of yours."
             )
     return examples
-
-
-def _as_chat(examples: Sequence[types.Example]) -> list[types.Example]:
-    return [
-        dataclasses.replace(
-            example, prompt=({"role": "user", "content": example.prompt},)
-        )
-        if isinstance(example.prompt, str)
-        else example
-        for example in examples
-    ]
 
 
 class _Adapted:

@@ -130,6 +130,14 @@ def read_examples(
     return examples
 
 
+def as_chat(example: types.Example) -> types.Example:
+    """Make of a prompt that is text a message of the user's."""
+    if not isinstance(example.prompt, str):
+        return example
+    message = {"role": "user", "content": example.prompt}
+    return dataclasses.replace(example, prompt=(message,))
+
+
 def _to_example(
     row: Any, default_id: str, prompt_key: str, answer_key: str, id_key: str
 ) -> types.Example:

@@ -1,0 +1,54 @@
+"""What a recipe says of itself is so: variants, program, the drafter's own path."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from tlt_jax import config
+from tlt_jax.settings import drafter_run, recipe
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs"
+RECIPES = {one.path.stem: one for one in recipe.summaries(FOLDER)}
+LOAD = {"tlt_jax.main": config.load, "tlt_jax.train_drafter": drafter_run.load}
+
+
+def test_all_recipes_are_listed_with_their_variants():
+    assert {name: one.variants for name, one in RECIPES.items()} == {
+        "grpo": (
+            *("qwen2.5-7b", "qwen2.5-32b"),
+            *("ds-r1-distill-qwen-7b", "llama-3.3-70b"),
+        ),
+        "mine": (),
+        "smollm2": (),
+        "smollm2_drafter": ("counting", "random_numbers"),
+        "smollm2_tlt": ("off", "ngram"),
+        "tiny": ("arithmetic", "count"),
+        "tiny_drafter": (),
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_variant_is_a_run_of_the_program_that_the_docstring_starts(name):
+    about = RECIPES[name]
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    (load,) = (LOAD[program] for program in about.programs if program in LOAD)
+    for variant in ("", *about.variants):
+        load(get_config(variant).to_dict())
+    if name != "mine":  # Its argument is a file.
+        with pytest.raises(ValueError, match=f"{name}.py has no variant 'another'"):
+            get_config("another")
+
+
+def test_every_drafter_has_a_path_of_its_own():
+    paths = []
+    for name, about in RECIPES.items():
+        if "tlt_jax.train_drafter" in about.programs:
+            doc = importlib.import_module(f"configs.{name}").__doc__
+            paths += [word for word in doc.split() if word.startswith("--workdir=")]
+    assert paths == [
+        "--workdir=workdirs/smollm2_drafter",
+        "--workdir=workdirs/smollm2_counting_drafter",
+        "--workdir=workdirs/smollm2_random_numbers_drafter",
+        "--workdir=workdirs/tiny_drafter",
+    ]
