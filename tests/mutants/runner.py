@@ -21,7 +21,7 @@ LIMIT_S = 600
 # What no test that is named here reads.
 _LEFT_OUT = ("experiments/results/", "docs/", "notebooks/")
 _OUTSIDE = (
-    "jax numpy scipy.stats flax optax orbax.checkpoint hypothesis safetensors.numpy "
+    "jax numpy scipy.stats flax optax orbax.checkpoint hypothesis pytest safetensors.numpy "
     "tokenizers gguf ml_collections matplotlib.figure pyarrow.parquet chex llvmlite"
 )
 
@@ -123,7 +123,9 @@ def _in_child(root: pathlib.Path, tests: str, log: pathlib.Path) -> int:
         del sys.modules[name]
     import pytest
 
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "-m", ""]
+    # Plugins that find themselves would be imported anew, or be refused as imported.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout", "-m", ""]
     try:
         return int(pytest.main([*options, *shlex.split(tests)]))
     except BaseException as error:
