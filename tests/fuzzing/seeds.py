@@ -252,35 +252,37 @@ def _arrow(root):
 
 def _records(root):
     run = root / "run"
-    with metrics.MetricsWriter(run, tensorboard=False) as writer:
-        for step in range(3):
-            writer.write(
-                {
-                    "step": step,
-                    "reward/mean": 0.25 * step,
-                    "reward/std": 0.5,
-                    "length/p50": 3.0,
-                    "length/p95": 5.0,
-                    "length/max": 6,
-                    "policy/entropy": float("nan") if step else 1.0,
-                    "time/step_s": 2.0,
-                    "time/rollout_s": 1.0,
-                    "time/compile_s": 0.5,
-                    "rollout/tokens": 40,
-                    "rollout/tokens_per_s": 40.0,
-                    "specdec/num_accepted": [10, 8, 2],
-                    "specdec/accept_length": 2.0,
-                    "specdec/strategy": "d2",
-                    "drafter/version": 1,
-                    "drafter/loss": 0.5,
-                    "drafter/top1_acc": [0.5, 0.25],
-                    "workers/idle_s": 4.0,
-                    "workers/trained_s": 3.0,
-                    "workers/idle_frac": 0.5,
-                    "mismatch/logprob_max_abs": 1e-6,
-                    "eval/pass@4": 0.5,
-                }
-            )
+    run.mkdir()
+    rows = [
+        {
+            "step": step,
+            "reward/mean": 0.25 * step,
+            "reward/std": 0.5,
+            "length/p50": 3.0,
+            "length/p95": 5.0,
+            "length/max": 6,
+            "policy/entropy": "NaN" if step else 1.0,
+            "time/step_s": 2.0,
+            "time/rollout_s": 1.0,
+            "time/compile_s": 0.5,
+            "rollout/tokens": 40,
+            "rollout/tokens_per_s": 40.0,
+            "specdec/num_accepted": [10, 8, 2],
+            "specdec/accept_length": 2.0,
+            "specdec/strategy": "d2",
+            "drafter/version": 1,
+            "drafter/loss": 0.5,
+            "drafter/top1_acc": [0.5, 0.25],
+            "workers/idle_s": 4.0,
+            "workers/trained_s": 3.0,
+            "workers/idle_frac": 0.5,
+            "mismatch/logprob_max_abs": 1e-6,
+            "eval/pass@4": 0.5,
+        }
+        for step in range(3)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (run / metrics.FILE).write_text(text)
     spans = [["busy", 0.0, 2.0], ["training", 2.0, 2.5], ["idle", 2.5, 3.0]]
     workers = [{"worker": 0, "intervals": spans}, {"worker": 1, "intervals": spans[:1]}]
     lines = [json.dumps({"step": s, "workers": workers}) for s in range(3)]

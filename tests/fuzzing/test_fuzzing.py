@@ -14,7 +14,7 @@ from tests.fuzzing import campaign, seeds, targets
 from tlt_jax.models.formats import hf_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CASES_OF_A_KIND = 150
+CASES_OF_A_KIND = 120
 
 
 def command(out, cases):
@@ -206,14 +206,14 @@ FOUND = [
         "shards",
         "model.safetensors.index.json",
         in_json(weight_map={"x": ".."}),
-        "no file",
+        "outside its",
     ),
     (
         "index",
         "shards",
         "model.safetensors.index.json",
         in_json(weight_map={"x": "../../../etc/passwd"}),
-        "which is no file beside it: refused",
+        "passwd., outside its directory",
     ),
     ("index", "shards", "model.safetensors", lambda _: b"", "an index of other files"),
     ("gguf", "llama", "model.gguf", not_finite, "that are not finite"),

@@ -21,8 +21,8 @@ LIMIT_S = 600
 # What no test that is named here reads.
 _LEFT_OUT = ("experiments/results/", "docs/", "notebooks/")
 _OUTSIDE = (
-    "jax numpy scipy.stats flax optax orbax.checkpoint hypothesis pytest safetensors.numpy "
-    "tokenizers gguf ml_collections matplotlib.figure pyarrow.parquet chex llvmlite"
+    "jax numpy scipy.stats flax optax orbax.checkpoint hypothesis pytest "
+    "safetensors.numpy tokenizers gguf ml_collections matplotlib.figure pyarrow.parquet chex llvmlite"
 )
 
 

@@ -209,7 +209,7 @@ def _answer(record, tokenizer, is_longest) -> page_lib.Answer:
         about.insert(0, "the longest")
     if drafted is not None:
         about.append(f"{sum(end - first for first, end in drafted)} drafted")
-    prompt = record.get("prompt", record["example_id"])
+    prompt = record["prompt"] if "prompt" in record else record["example_id"]
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
     cut = pieces(record, tokenizer)

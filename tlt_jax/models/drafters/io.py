@@ -161,7 +161,10 @@ def read_config(
             "directory that `python -m tlt_jax.train_drafter` exported, or one with a "
             "published EAGLE, EAGLE-3 or speculators drafter."
         )
-    record = json_file.read(path, "export the drafter again")
+    try:
+        record = json_file.read(path, "export the drafter again")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a drafter's: {error}") from error
     names = ("format", "target", *_SETTINGS)
     absent = [name for name in names if name not in record]
     if absent:
@@ -177,7 +180,7 @@ def read_config(
     if given["target"] != drafter.identify(target):
         raise ValueError(
             f"{directory} is a drafter of another target, "
-            f"{json_file.show(given['target'])}, not of "
+            f"{json_file.word(given['target'])}, not of "
             f"{drafter.identify(target)}: train one for this model, or give the model "
             "that it was trained for."
         )

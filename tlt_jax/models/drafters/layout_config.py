@@ -178,7 +178,7 @@ def from_config(
     if known.get("target", here) != here:
         raise ValueError(
             "this is a drafter of another target, "
-            f"{json_file.show(known['target'])}, not of {here}: give the model that it "
+            f"{json_file.word(known['target'])}, not of {here}: give the model that it "
             "was trained for."
         )
     made = drafter.of_target(

@@ -235,8 +235,8 @@ def weight_files(directory: str) -> dict[str, set[str] | None]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.\w+", file):
             raise ValueError(
-                f"{index} names {json_file.show(file)}, which is no file beside it: "
-                "refused."
+                f"{index} names {json_file.show(file)}, outside its directory or no "
+                "file: refused."
             )
         path = os.path.join(directory, file)
         if not os.path.exists(path):

@@ -237,7 +237,7 @@ class GGUFFile:
             if prefix != architecture or suffix in _READ:
                 continue
             raise ValueError(
-                f"{self.path}: {json_file.show(key)[1:-1]}="
+                f"{self.path}: {json_file.word(key)}="
                 f"{json_file.show(field.contents())} is not supported for "
                 f"{architecture} models."
             )

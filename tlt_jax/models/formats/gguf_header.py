@@ -75,7 +75,7 @@ class _Head:
             if offset % alignment or start + offset < end:
                 raise ValueError(f"the tensor {name[:60]!r} overlaps {before[:60]!r}")
             end, before = start + offset + num_bytes, name
-        if end > self._size:
+        if tensors and end > self._size:
             raise ValueError(f"{end - self._size} bytes are missing at its end")
 
     def _tensors(self, count: int) -> Iterator[tuple[int, int, str]]:

@@ -272,7 +272,7 @@ def _refuse_unknown(config: Mapping[str, Any], family: model_config.Family) -> N
                 )
         elif value is not None:
             raise ValueError(
-                f"config.json has {json_file.show(key)[1:-1]}="
+                f"config.json has {json_file.word(key)}="
                 f"{json_file.show(value)}, which is not supported for {family} "
                 "models: if it does not change what the model computes, remove it from "
                 "config.json."

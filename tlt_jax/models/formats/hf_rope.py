@@ -61,8 +61,8 @@ def from_hf(
                 continue
             if merged.get(key) not in (None, value):
                 raise ValueError(
-                    f"{json_file.show(key)[1:-1]}={json_file.show(value)} "
-                    f"contradicts rope_parameters' {json_file.show(key)[1:-1]}="
+                    f"{json_file.word(key)}={json_file.show(value)} "
+                    f"contradicts rope_parameters' {json_file.word(key)}="
                     f"{json_file.show(merged[key])}: repair config.json."
                 )
             merged[key] = value
@@ -89,7 +89,7 @@ def from_hf(
     if unknown:
         raise ValueError(
             f"rotary settings of rope_type={kind!r} have unsupported keys: "
-            f"{json_file.show(', '.join(map(str, unknown)))[1:-1]}."
+            f"{json_file.word(', '.join(map(str, unknown)))}."
         )
     return theta, _rope_scaling(kind, merged, max_positions)
 

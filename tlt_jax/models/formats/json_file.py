@@ -13,6 +13,11 @@ def show(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
+def word(value: Any) -> str:
+    """Show a name in a message: without quotes, a line, and not a long one."""
+    return show(str(value))[1:-1]
+
+
 def parse(text: str | bytes) -> Any:
     """Parse JSON.
 
