@@ -22,7 +22,8 @@ LIMIT_S = 600
 _LEFT_OUT = ("experiments/results/", "docs/", "notebooks/")
 _OUTSIDE = (
     "jax numpy scipy.stats flax optax orbax.checkpoint hypothesis pytest "
-    "safetensors.numpy tokenizers gguf ml_collections matplotlib.figure pyarrow.parquet chex llvmlite"
+    "safetensors.numpy tokenizers gguf ml_collections matplotlib.figure "
+    "pyarrow.parquet chex llvmlite"
 )
 
 
