@@ -84,6 +84,8 @@ def run(
                     shutil.rmtree(files, ignore_errors=True)
                     shutil.copytree(kept, files)
                 findings.append(Finding(kind, line.split("\0")[0], str(files)))
+        for directory in scratch.glob(f"cases/{kind}-*"):
+            shutil.rmtree(directory)
     return done, refused, findings
 
 
@@ -120,8 +122,6 @@ def _child(kind: str, size: int, seed: str, scratch) -> Iterator[str]:
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
         name = signal.Signals(os.WTERMSIG(status)).name
         yield f"dies of {name}\0{_place(scratch, kind, told)}"
-    for directory in scratch.glob(f"cases/{kind}-*"):
-        shutil.rmtree(directory)
 
 
 def _place(scratch: pathlib.Path, kind: str, number: int) -> pathlib.Path:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.fuzzing import campaign, seeds, targets
 from tlt_jax.models.formats import hf_config
+from tlt_jax.viz import report
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CASES_OF_A_KIND = 120
@@ -326,3 +327,17 @@ def test_what_was_found_is_one_line(valid, tmp_path, number):
 def test_valid_files_are_read(valid, kind):
     for variant in (valid / kind).iterdir():
         targets.READERS[kind](variant)
+
+
+def test_what_a_record_may_lack_ends_no_report(valid, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(valid / "records" / "run", run)
+    path = run / "rollouts" / "step_000002.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, name in zip(rows, ("answer", "example_id", "tokens"), strict=False):
+        del row[name]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n{\n")
+    step, answers = report.sample_answers(run, 9)
+    # Without tokens there is nothing that could have been drafted.
+    assert step == 2 and len(answers) == 3
+    assert sorted(str(answer.reference) for answer in answers) == ["2", "2", "None"]

@@ -214,7 +214,7 @@ def _answer(record, tokenizer, is_longest) -> page_lib.Answer:
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
     cut = pieces(record, tokenizer)
     told = ", ".join(about)
-    return page_lib.Answer(told, record["reward"], prompt, record["answer"], cut)
+    return page_lib.Answer(told, record["reward"], prompt, record.get("answer"), cut)
 
 
 def _table(rows) -> tuple[list[str], list[list[str]]]:

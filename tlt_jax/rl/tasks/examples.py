@@ -55,7 +55,7 @@ def scan(
                 example = _to_example(row, f"{path.stem}:{number}", *keys)
                 if example.example_id in first_seen:
                     raise _BadRow(
-                        f"the id {example.example_id!r} is that of "
+                        f"the id {_show(example.example_id)} is that of "
                         f"{first_seen[example.example_id]}, too: ids must be distinct "
                         f"(change them, or name another column than {id_key!r})"
                     )
