@@ -1,5 +1,6 @@
 """Mutants of `rl/update`: by file and the tests that see them, (old, new) pairs."""
 
+_LEARNER = "tests/rl/update/test_learner.py"
 _UPDATER = "tests/rl/update/test_updater.py"
 
 EDITS = {
@@ -70,12 +71,12 @@ EDITS = {
         (
             "return jax.tree.map(jnp.add, carry, own), sums, logprobs",
             "return own, sums, logprobs",
-            "tests/rl/update/test_policy_gradient.py",
+            f"{_LEARNER} -k add_up",
         ),
         (
             "source, target = cut(rows.source), cut(rows.target)",
             "source, target = cut(rows.source), cut(rows.source)",
-            "tests/rl/update/test_policy_gradient.py",
+            f"{_LEARNER} -k plain_forward",
         ),
     ],
     ("rl/update/packing.py", "tests/rl/update/test_packing.py"): [
