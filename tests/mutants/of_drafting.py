@@ -41,7 +41,6 @@ EDITS = {
         (
             "lengths.astype(jnp.uint32) | np.uint32(1 << 31)",
             "lengths.astype(jnp.uint32)",
-            "tests/specdec/test_chain.py -k noise_of_its_own",
         ),
     ],
     ("specdec/sampling.py", "tests/specdec/test_sampling.py"): [
