@@ -44,7 +44,10 @@ EDITS = {
             "page = lax.dynamic_slice_in_dim(pages, sources[0], 1, axis=1)",
         ),
         ("row, new.sources[row, t], page, slot)", "row, t, page, slot)"),
-        ("(column >= 0) & (column < new.counts[row])", "column < new.counts[row]"),
+        (
+            "per_row = 1 + (width - 1 + page_size - 1) // page_size",
+            "per_row = (width - 1 + page_size - 1) // page_size",
+        ),
         ("0, :, positions_BT % cache.page_size]", "0, :, positions_BT % 2]"),
         (
             "return 2 * columns * jnp.dtype(dtype).itemsize",

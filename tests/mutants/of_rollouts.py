@@ -58,7 +58,7 @@ EDITS = {
     ("rl/engine/speculator.py", _SPECULATOR): [
         (
             "if 1 <= row.length - row.drafted <= strategy.max_accept_length:",
-            "if 0 <= row.length - row.drafted <= strategy.max_accept_length:",
+            "if 1 <= row.length - row.drafted < strategy.max_accept_length:",
         ),
         ("stop = max(row.length - 1, 0)", "stop = max(row.length, 0)"),
         (
