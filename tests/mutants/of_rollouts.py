@@ -3,7 +3,6 @@
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
 _PAGES = f"{_DRAFTS} -k pages_are"
-_ENGINE = "tests/rl/engine/test_engine_speculation.py"
 _SPECULATOR = "tests/rl/engine/test_speculator.py"
 _SPOT = "tests/rl/adaptation/test_spot_trainer.py"
 
@@ -86,16 +85,12 @@ EDITS = {
             "self._filled.update(())",
         ),
     ],
-    (
-        "rl/engine/engine.py",
-        "tests/rl/engine/test_engine_speculation.py -k 'rows or chain'",
-    ): [
+    ("rl/engine/engine.py", _PAGES): [
         (
             "self._speculator.written((*admission.prompts, *admission.returns))",
-            "self._speculator.written(admission.prompts)",
-            f"{_DRAFTS} {_ENGINE} -k 'pages_are or preempting'",
+            "pass",
         ),
-        ("self._speculator.begin()", "pass", _PAGES),
+        ("self._speculator.begin()", "pass", f"{_DRAFTS} -k discounted"),
     ],
     ("rl/workers/coordinator.py", "tests/rl/workers/test_coordinator.py"): [
         (

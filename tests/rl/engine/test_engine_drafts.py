@@ -112,3 +112,13 @@ def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert stats.num_accepted == ACCEPTED[name]
     engine.pool.close()
+
+
+def test_a_run_begins_with_what_matches_did_before_discounted():
+    engine = speculation.engine_of("ngram", None, max_rows=1)
+    state = engine._speculator
+    state._outcomes = np.full_like(state._outcomes, 100)
+    engine.run(engines.REQUESTS[:1], engines.SEED)
+    assert state.cfg.texts.discount < 1
+    assert state._outcomes.min() == np.float32(100 * state.cfg.texts.discount)
+    engine.pool.close()
