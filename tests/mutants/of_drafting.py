@@ -153,17 +153,6 @@ EDITS = {
             "start=jnp.where(alive_B, rows.lengths + 1, state.start),",
             _PAGES,
         ),
-        ("jnp.where(alive_B, state.counts, 0),", "state.counts,", _PAGES),
-        (
-            "tokens=jnp.where(alive_B1, walk.tokens, state.tokens),",
-            "tokens=walk.tokens,",
-            _PAGES,
-        ),
-        (
-            "meant_BT = jnp.arange(width) < counts[:, None]",
-            "meant_BT = jnp.arange(width) <= counts[:, None]",
-            _PAGES,
-        ),
         (
             "view.lengths[:, None] + jnp.arange(tokens.shape[1]),",
             "view.lengths[:, None] + 1 + jnp.arange(tokens.shape[1]),",
