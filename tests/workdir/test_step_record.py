@@ -124,5 +124,8 @@ def test_a_steps_completions_reach_the_file(tmp_path):
         [completion(0, 3, 5, 7), completion(1, 1, 2, 516)],
         drawn[::-1],
         [completion(0, 7, 3, 5), completion(1, 1, 2, 516)],
+        # Nor of ones that end a token earlier or later.
+        [completion(0, 7, 3), completion(1, 2, 516, 1)],
+        [completion(0, 7, 3, 5), completion(1, 2, 516, 1, 0)],
     ):
         assert experience.tokens_digest(others) != DIGEST

@@ -1,10 +1,25 @@
 """The decoder architectures this package computes, as one frozen description."""
 
 import dataclasses
+import math
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 Family = Literal["llama", "qwen2", "qwen3"]
+FAMILIES: tuple[Family, ...] = typing.get_args(Family)
+
+# Far beyond any model: what says more is damaged, and would ask for all memory.
+MOST: Mapping[str, int] = {
+    "vocab_size": 2**24,
+    "num_layers": 2**10,
+    "d_model": 2**18,
+    "d_ff": 2**20,
+    "num_heads": 2**12,
+    "num_kv_heads": 2**12,
+    "head_dim": 2**12,
+    "max_positions": 2**31 - 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +47,16 @@ class RopeScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"kind={self.kind!r}; accepted: linear, llama3, yarn.")
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        for name in (*names, "beta_fast", "beta_slow", "attention_factor"):
+            value = getattr(self, name)
+            if value is None and name == "attention_factor":
+                continue
+            _check_positive(f"rope_scaling.{name}", value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +103,22 @@ class ModelConfig:
     pad_id: int | None = None
 
     def __post_init__(self):
+        for name, most in MOST.items():
+            size = getattr(self, name)
+            if type(size) is not int or not 0 < size <= most:
+                raise ValueError(
+                    f"{name}={str(size)[:40]}; accepted: an integer from 1 to {most}."
+                )
+        if self.family not in FAMILIES:
+            raise ValueError(
+                f"family={str(self.family)[:40]!r}; accepted: {', '.join(FAMILIES)}."
+            )
+        _check_positive("rms_norm_eps", self.rms_norm_eps, most=1)
+        _check_positive("rope_theta", self.rope_theta)
+        flags = ("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm")
+        for name in flags:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is neither True nor False.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
@@ -99,11 +140,21 @@ class ModelConfig:
                 "windowed_layers is set but sliding_window is None: give the window's "
                 "width in tokens."
             )
-        bad = [i for i in self.eos_ids if not 0 <= i < self.vocab_size]
-        if bad:
+        width = self.sliding_window
+        if width is not None and not 0 < width <= MOST["max_positions"]:
             raise ValueError(
-                f"eos_ids contains {bad}, outside the vocabulary of {self.vocab_size}."
+                f"sliding_window={width}; accepted: 1 to {MOST['max_positions']}, or "
+                "None."
             )
+        for name in ("eos_ids", "bos_id", "pad_id"):
+            given = getattr(self, name)
+            ids = given if name == "eos_ids" else () if given is None else (given,)
+            bad = [i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size]
+            if bad:
+                raise ValueError(
+                    f"{name} contains {str(bad)[:80]}, outside the vocabulary of "
+                    f"{self.vocab_size}."
+                )
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ModelConfig":
@@ -125,3 +176,10 @@ class ModelConfig:
         if self.windowed_layers and self.windowed_layers[layer]:
             return self.sliding_window
         return None
+
+
+def _check_positive(name: str, value: float, most: float = math.inf) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < most:
+        bound = "" if most == math.inf else f" and below {most}"
+        raise ValueError(f"{name}={str(value)[:40]}; accepted: above 0{bound}.")

@@ -140,4 +140,6 @@ def page(title: str, subtitle: str, parts: Sequence[str]) -> str:
 
 
 def _text(value: str) -> str:
-    return html.escape(str(value), quote=True)
+    # Halves of characters, which a record may hold and no page can, become `?`.
+    whole = str(value).encode("utf-8", "replace").decode()
+    return html.escape(whole, quote=True)

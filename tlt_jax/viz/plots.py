@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import axes as axes_lib
 from matplotlib import cm, figure
 
-from tlt_jax.viz import style, timeline
+from tlt_jax.viz import readable, style, timeline
 from tlt_jax.workdir import metrics, record_keys
 
 Rows = Sequence[Mapping[str, Any]]
@@ -69,7 +69,7 @@ def figures(workdir: str | pathlib.Path) -> dict[str, figure.Figure]:
       metrics.MetricsError: there is no record, or it is damaged.
     """
     workdir = pathlib.Path(workdir)
-    rows = metrics.read(workdir)
+    rows = readable.rows(metrics.read(workdir))
     draws = (reward, lengths, time_split, accept_length, policy, drafter_training)
     made = {draw.__name__: draw(rows) for draw in draws}
     made["timeline"] = timeline.draw(timeline.read(workdir))
@@ -130,14 +130,18 @@ def lengths(rows: Rows) -> figure.Figure | None:
 
 def time_split(rows: Rows) -> figure.Figure | None:
     """Draw what each step's time went into, stacked."""
-    rows = [row for row in rows if row.get("time/step_s") is not None]
+    rows = [row for row in rows if readable.number(row, "time/step_s") is not None]
     if not rows:
         return None
     steps = np.array([row["step"] for row in rows])
     total = np.array([row["time/step_s"] for row in rows], float)
     fig, axes = style.figure("Time per step", "seconds")
     parts = [
-        (np.array([row.get(name) or 0.0 for row in rows], float), color, label)
+        (
+            np.array([readable.number(row, name) or 0 for row in rows], float),
+            color,
+            label,
+        )
         for name, label, color in _STAGES
     ]
     rest = np.maximum(0.0, total - sum(spent for spent, *_ in parts))
@@ -217,7 +221,7 @@ def draw_training(workdir: str | pathlib.Path) -> pathlib.Path:
     Returns the file written, `<workdir>/plots/drafter.png`.
     """
     workdir = pathlib.Path(workdir)
-    rows = metrics.read(workdir)
+    rows = readable.rows(metrics.read(workdir))
     drawn, grid = style.panels(10, 6.5, 2, 2)
     for axes, (name, title) in zip(grid.flat, _TRAINING, strict=True):
         curves(axes, rows, name)
@@ -260,7 +264,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return steps and values where `name` is recorded and finite."""
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    points = [(row["step"], readable.number(row, name)) for row in rows]
+    points = [(s, value) for s, value in points if value is not None]
     points = [(step, value) for step, value in points if np.isfinite(value)]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps, int), np.array(values, float)

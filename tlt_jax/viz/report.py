@@ -6,7 +6,6 @@ sample answers in which the tokens that a draft had guessed are coloured.
 """
 
 import codecs
-import contextlib
 import json
 import os
 import pathlib
@@ -14,9 +13,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tlt_jax.models.formats import json_file
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.viz import page as page_lib
-from tlt_jax.viz import plots, style
+from tlt_jax.viz import plots, readable, style
 from tlt_jax.workdir import metrics, progress
 
 FILE = "report.html"
@@ -32,14 +32,14 @@ _CAPTIONS = {
 }
 # Title, name and format; and what stands there where a run has none of it.
 _COLUMNS = (
-    ("step", "step", "d"),
+    ("step", "step", ".0f"),
     ("reward", "reward/mean", ".3f"),
     ("length", "length/mean", ".0f"),
     ("95 %", "length/p95", ".0f"),
     ("longest", "length/max", ".0f"),
     ("accept", "specdec/accept_length", ".2f", 1.0),
     ("strategy", "specdec/strategy", "s", "none"),
-    ("drafter", "drafter/version", "d"),
+    ("drafter", "drafter/version", ".0f"),
     ("idle", "workers/idle_frac", ".0%", 0.0),
     ("rollout s", "time/rollout_s", ".2f"),
     ("update s", "time/update_s", ".2f"),
@@ -81,13 +81,13 @@ def write(
 
 def page(workdir: pathlib.Path, num_answers: int) -> str:
     """Make the report's HTML; see `write`."""
-    rows = metrics.read(workdir)
+    rows = readable.rows(metrics.read(workdir))
     if not rows:
         raise metrics.MetricsError(
             f"{workdir / metrics.FILE} has no step yet: wait for the first one."
         )
     path = workdir / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = json_file.read(path, "restore it") if path.is_file() else {}
     pictures = [
         (name, style.picture(drawn, dpi=110).png, _CAPTIONS[name])
         for name, drawn in plots.figures(workdir).items()
@@ -118,29 +118,33 @@ def page(workdir: pathlib.Path, num_answers: int) -> str:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Say the run's most telling numbers, by what they are."""
-    steps = [row for row in rows if row.get("time/step_s") is not None]
+
+    def total(name: str) -> float:
+        return sum(readable.number(row, name) or 0 for row in steps)
+
+    steps = [row for row in rows if readable.number(row, "time/step_s") is not None]
     told: dict[str, str] = {}
-    rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+    means = [readable.number(row, "reward/mean") for row in rows]
+    rewards = [mean for mean in means if mean is not None]
     if rewards:
         few = rewards[-min(10, max(len(rewards) // 5, 1)) :]
         told["reward, first step"] = f"{rewards[0]:.3f}"
         told[f"reward, last {len(few)}"] = f"{statistics.fmean(few):.3f}"
-    tokens = sum(row.get("rollout/tokens") or 0 for row in steps)
+    tokens = total("rollout/tokens")
     if tokens:
         told["tokens drawn"] = f"{tokens:,}"
     if steps:
-        compiling = [row.get("time/compile_s") or 0 for row in steps]
+        compiling = [readable.number(row, "time/compile_s") or 0 for row in steps]
         pairs = zip(steps, compiling, strict=True)
         median_s = statistics.median(row["time/step_s"] - spent for row, spent in pairs)
         told["a step, median, without compiling"] = progress.duration(median_s)
         told["compiling"] = progress.duration(sum(compiling))
-    drafted = [row for row in steps if row.get("specdec/num_accepted")]
-    if drafted:
-        passes = sum(row["specdec/num_accepted"][0] for row in drafted)
-        yielded = sum(sum(row["specdec/num_accepted"]) for row in drafted)
+    counts = [readable.numbers(row, "specdec/num_accepted") for row in steps]
+    passes = sum(one[0] for one in counts if one)
+    if passes:
+        yielded = sum(map(sum, counts))
         told["accept length"] = f"{yielded / passes:.2f}"
-    idle_s = sum(row.get("workers/idle_s") or 0 for row in steps)
-    trained_s = sum(row.get("workers/trained_s") or 0 for row in steps)
+    idle_s, trained_s = total("workers/idle_s"), total("workers/trained_s")
     has_drafter = any(row.get("drafter/version") is not None for row in steps)
     if idle_s and (trained_s or has_drafter):
         told["of the workers' idle time, trained"] = f"{trained_s / idle_s:.0%}"
@@ -156,12 +160,14 @@ def sample_answers(
       The step; the answers: the longest, then best to worst in even steps; none where
       no completions were kept; and how many lines could not be read on the way.
     """
-    files = sorted(pathlib.Path(workdir).glob("rollouts/step_*.jsonl"), reverse=True)
+    found = sorted(pathlib.Path(workdir).glob("rollouts/step_*.jsonl"), reverse=True)
+    files = [path for path in found if path.stem.removeprefix("step_").isdecimal()]
     records: list[Mapping[str, Any]] = []
     step = num_unread = 0
-    for path in files if num else ():
-        records, num_bad = _completions(path)
-        num_unread += num_bad
+    for path in files if num > 0 else ():
+        records, num_bad = readable.completions(path)
+        # A file without a line was cut off before the first.
+        num_unread += max(num_bad, int(not records))
         if records:
             step = int(path.stem.removeprefix("step_"))
             break
@@ -178,19 +184,6 @@ def sample_answers(
     chosen = [longest, *dict.fromkeys(even)]
     answers = [_answer(records[i], tokenizer, i == longest) for i in chosen]
     return step, answers, num_unread
-
-
-def _completions(path: pathlib.Path) -> tuple[list[Mapping[str, Any]], int]:
-    """Read a step's completions; return them, and how many lines could not be read."""
-    lines = path.read_bytes().splitlines()
-    records = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and _NEEDED <= record.keys():
-                records.append(record)
-    # A file without a line was cut off before the first.
-    return records, len(lines) - len(records) if lines else 1
 
 
 def pieces(
@@ -224,25 +217,26 @@ def _answer(record, tokenizer, is_longest) -> page_lib.Answer:
         about.insert(0, "the longest")
     if drafted is not None:
         about.append(f"{sum(end - first for first, end in drafted)} drafted")
-    prompt = record.get("prompt", record["example_id"])
+    prompt = record["prompt"] if "prompt" in record else record["example_id"]
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
     cut = pieces(record, tokenizer)
     told = ", ".join(about)
-    return page_lib.Answer(told, record["reward"], prompt, record["answer"], cut)
+    return page_lib.Answer(told, record["reward"], prompt, record.get("answer"), cut)
 
 
 def _table(rows) -> tuple[list[str], list[list[str]]]:
-    shown = [
+    def cell(row, name, spec):
+        value = row.get(name) if spec == "s" else readable.number(row, name)
+        return "" if value is None else format(value, spec)
+
+    columns = [
         (title, name, spec)
         for title, name, spec, *none in _COLUMNS
-        if any(row.get(name) not in (None, *none) for row in rows)
+        if any(cell(row, name, spec) and row[name] not in none for row in rows)
     ]
-    cells = [
-        ["" if row.get(n) is None else format(row[n], spec) for _, n, spec in shown]
-        for row in rows[-_SHOWN_ROWS:]
-    ]
-    return [title for title, _, _ in shown], cells
+    cells = [[cell(row, *c[1:]) for c in columns] for row in rows[-_SHOWN_ROWS:]]
+    return [title for title, _, _ in columns], cells
 
 
 def _subtitle(rows, config: Mapping[str, Any]) -> str:
@@ -254,8 +248,9 @@ def _subtitle(rows, config: Mapping[str, Any]) -> str:
         ("speculation", "specdec", "mode"),
         ("workers", "workers", "num"),
     ):
-        if section in config:
-            told.append(f"{name} {config[section][key]}")
+        settings = config.get(section)
+        if isinstance(settings, Mapping) and key in settings:
+            told.append(f"{name} {settings[key]}")
     if "seed" in config:
         told.append(f"seed {config['seed']}")
     return " · ".join(told)

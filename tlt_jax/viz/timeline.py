@@ -6,7 +6,6 @@ from any moment that the step's workers share.
 """
 
 import collections
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib import figure, ticker
 
+from tlt_jax.models.formats import json_file
 from tlt_jax.viz import style
 from tlt_jax.workdir import directory as workdir_lib
 
@@ -27,6 +27,7 @@ _LOOK = {
 }
 # Steps shown worker by worker; all are in the panel of shares.
 _NUM_SHOWN = 3
+_LARGEST = 1e12  # seconds and steps of a record that is not damaged
 
 Record = Mapping[str, Any]
 
@@ -34,8 +35,8 @@ Record = Mapping[str, Any]
 def read(workdir: str | pathlib.Path) -> list[Record]:
     """Read a run's timeline: none if there is no file.
 
-    A step that was taken again after a restart counts once, and a line that was cut off
-    does not count.
+    A step that was taken again after a restart counts once; a line that was cut off, or
+    does not say what the module does, does not count.
     """
     path = pathlib.Path(workdir) / FILE
     if not path.is_file():
@@ -43,11 +44,36 @@ def read(workdir: str | pathlib.Path) -> list[Record]:
     records = {}
     for line in path.read_bytes().splitlines():
         try:
-            record = json.loads(line)
+            record = json_file.parse(line)
         except ValueError:
             continue
-        records[record["step"]] = record
+        if _is_record(record):
+            records[record["step"]] = record
     return [records[step] for step in sorted(records)]
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    workers = record.get("workers")
+    return 0 <= record["step"] < _LARGEST and (
+        isinstance(workers, list)
+        and all(isinstance(worker, dict) and "worker" in worker for worker in workers)
+        and all(
+            isinstance(worker.get("intervals"), list)
+            and all(map(_is_interval, worker["intervals"]))
+            for worker in workers
+        )
+    )
+
+
+def _is_interval(interval: Any) -> bool:
+    if not isinstance(interval, list) or len(interval) != 3:
+        return False
+    state, *ends = interval
+    if not isinstance(state, str) or any(type(end) not in (int, float) for end in ends):
+        return False
+    return -_LARGEST < ends[0] <= ends[1] < _LARGEST
 
 
 def seconds(record: Record) -> dict[str, float]:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from absl import logging
 
+from tlt_jax.models.formats import json_file
 from tlt_jax.runtime import failures
 from tlt_jax.workdir import record_keys
 
@@ -169,11 +170,13 @@ def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
 def _rows(data: bytes, path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]:
     """Return the complete rows of a file's content, with their lines."""
     *lines, _ = data.split(b"\n")
-    rows = []
+    rows: list[tuple[dict[str, Any], bytes]] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            row["step"] += 0
+            row = json_file.parse(line)
+            step = row["step"]
+            if type(step) is not int or not _last(rows) < step < 2**63:
+                raise ValueError(f"step={step!r}")
         except (ValueError, TypeError, KeyError) as error:
             raise MetricsError(
                 f"{path}, line {number} is damaged: delete that line, or restore the "
@@ -181,6 +184,11 @@ def _rows(data: bytes, path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]
             ) from error
         rows.append(({k: _decode(v) for k, v in row.items()}, line + b"\n"))
     return rows
+
+
+def _last(rows: Sequence[tuple[Mapping[str, Any], bytes]]) -> int:
+    """Return the step of the last row, or -1."""
+    return rows[-1][0]["step"] if rows else -1
 
 
 def _open_locked(path: pathlib.Path) -> int:
@@ -210,7 +218,7 @@ def _drop_rows(file: int, path: pathlib.Path, first_step: int) -> int:
         logging.warning(told, path, dropped, first_step)
     os.ftruncate(file, sum(len(line) for _, line in kept))
     os.fsync(file)
-    return kept[-1][0]["step"] if kept else -1
+    return _last(kept)
 
 
 def _plain(name: str, value: Any) -> Value:

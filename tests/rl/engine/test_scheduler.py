@@ -226,6 +226,19 @@ def test_the_row_admitted_first_goes_on_at_the_cost_of_all_others():
     assert plan.num_waiting == 2
 
 
+def test_a_row_that_is_put_back_stands_before_those_that_never_ran():
+    requests = [request(i, i, prompt=1, max_new_tokens=8) for i in range(2)]
+    requests.append(request(2, 2, prompt=9, max_new_tokens=1))
+    plan = plan_of(requests, num_pages=5, page_size=2, max_rows=3)
+    for _ in range(5):
+        plan.admit(1)
+        for row in plan.rows:
+            row.tokens.append(7)
+            row.length += 1
+    assert [row.request.request_id for row in plan.rows] == [0]
+    assert [row.request.request_id for row in plan.waiting] == [1, 2]
+
+
 def test_rows_wait_until_there_are_pages_for_a_whole_call():
     requests = [request(i, i, prompt=1, max_new_tokens=8) for i in range(2)]
     plan = plan_of(requests, num_pages=6, page_size=2, max_rows=2)

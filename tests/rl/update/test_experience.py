@@ -198,3 +198,10 @@ def test_widths_decide_all_shapes():
     # Prompts of one token: rows of 3 + 3 + 1, 2 + 1 + 1 and so on.
     for lengths in ((1, 1, 1, 0), (1, 2, 1, 1), (5, 5, 1, 0), (8, 8, 8, 8)):
         assert shapes(batch(lengths=lengths)) in prepared
+
+
+def test_groups_without_signal_are_counted():
+    rewards = ((0.0, 1.0), (1.0, 1.0), (2.0, 2.0))
+    made = batch(rewards=rewards, lengths=(1,) * 6)
+    row = experience.reward_and_length_row(made.rewards, made.completions)
+    assert row["reward/zero_std_frac"] == pytest.approx(2 / 3)

@@ -89,6 +89,23 @@ def test_a_rollout_waits_for_the_training_of_one_given_up():
     assert commands[-2:] == [records.Generate(2, 0, 0), records.Generate(2, 1, 0)]
 
 
+def test_what_came_back_in_an_earlier_rollout_says_nothing_of_this_one():
+    """Else the rollout would end without the requests of the worker that died."""
+    events = (
+        *(begin(2), done(1, 0), done(2, 1), begin(2, 3, 2)),
+        (4, records.WorkerFailed(2, 1, "out of memory")),
+        (5, records.RequestsReturned(1, 1)),
+        done(6, 0, generation=2),
+    )
+    cfg = records.Config(min_idle=2)
+    state, commands = play(cfg, *events)
+    assert state.unreturned == {1} and state.rolling
+    state, commands = play(
+        cfg, *events, (7, records.RequestsReturned(2, 1)), done(8, 0, 1, 2)
+    )
+    assert commands[-2:] == [records.Generate(2, 0, 1), records.EndRollout(2)]
+
+
 def test_requests_of_a_dead_worker_wake_those_who_wait():
     """With nobody left who generates, the training ends for it, too."""
     events = (

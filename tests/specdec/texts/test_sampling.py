@@ -175,9 +175,10 @@ def test_resumed_line_goes_on():
     resumed = sampler_of(again)
     resumed.restore(states[1])
     assert resumed.num_taken == sampler.num_taken
-    late = made(99, 12, 2)
     for step in range(8):
-        if step == 3:
+        # At once, too: where it begins its turns was saved.
+        if step in (0, 3):
+            late = made(99 + step, 12, 2)
             buffer.append(late)
             again.append(late)
         same(sampler.next_batch(), resumed.next_batch())

@@ -65,6 +65,15 @@ class DrafterConfig:
     own_head: bool = False
 
     def __post_init__(self):
+        for name in ("draft_vocab_size", "max_length"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(
+                    f"{name}={str(getattr(self, name))[:40]} is no integer: 0 stands "
+                    "for all."
+                )
+        for name in ("output_norm", "join_bias", "norm_before_residual", "own_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is neither True nor False.")
         if self.layer.num_layers != 1 or any(self.layer.windowed_layers):
             raise ValueError(
                 f"layer has num_layers={self.layer.num_layers} and windowed_layers="

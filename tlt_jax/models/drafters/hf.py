@@ -1,14 +1,14 @@
 """Drafters as directories of other projects: Hugging Face configs and safetensors."""
 
+import functools
 import importlib.util
 import os
 import pathlib
-import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from tlt_jax.models import config as model_config
@@ -138,16 +138,27 @@ def _places(directory: str) -> dict[str, Any]:
         os.path.exists(os.path.join(directory, name)) for name in single
     )
     if not has_safetensors and os.path.exists(pickled):
-        tensors = dict(_unpickled(pickled))
+        tensors = _unpickled(pickled)
         return dict.fromkeys(tensors, tensors.__getitem__)
     places: dict[str, Any] = {}
     for path in convert.weight_files(directory):
         file = convert.open_safetensors(path)
-        places |= dict.fromkeys(file.keys(), file.get_tensor)
+        places |= dict.fromkeys(file.keys(), functools.partial(_tensor, file, path))
     return places
 
 
-def _unpickled(path: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensor(file, path: str, name: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
+        # What the library says of a type of numbers that NumPy has not.
+        raise ValueError(
+            f"{name} in {path} cannot be read ({convert.told(error)}): download it "
+            "again."
+        ) from error
+
+
+def _unpickled(path: str) -> dict[str, np.ndarray]:
     """Read torch's own format, as EAGLE's authors publish it."""
     if importlib.util.find_spec("torch") is None:
         raise ValueError(
@@ -157,15 +168,16 @@ def _unpickled(path: str) -> Iterator[tuple[str, np.ndarray]]:
     # Here, because nothing else needs it.
     import torch
 
+    def array_of(tensor):
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        return {str(name): array_of(tensor) for name, tensor in tensors.items()}
+    except Exception as error:  # whatever a damaged file makes the library meet
         raise ValueError(
-            f"{path} is truncated, corrupt, or holds more than tensors ({error}): "
-            "download it again."
+            f"{path} is truncated, corrupt, or holds more than tensors "
+            f"({convert.told(error)}): download it again."
         ) from error
-    for name, tensor in tensors.items():
-        if tensor.dtype == torch.bfloat16:
-            yield name, tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
-        else:
-            yield name, tensor.numpy()

@@ -21,10 +21,12 @@ import safetensors.numpy
 from tlt_jax.models import config as model_config
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import hf as drafter_hf
+from tlt_jax.models.formats import convert, hf_settings, json_file
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "drafter.safetensors"
 # The second says what the layer is, too; the first is that of architecture `tlt`.
 _FORMAT, _FORMAT_WITH_LAYER = 1, 2
+_MOST_LAYERS = 64
 _SETTINGS = ("feature_layers", "output_norm", "draft_vocab_size", "max_length")
 
 
@@ -95,6 +97,11 @@ def load(
 
     def place(path, leaf):
         is_kept = _name(path) in ("draft_ids", "sharpness")
+        if not np.isfinite(np.asarray(leaf, np.float64)).all():
+            raise ValueError(
+                f"{directory}: {_name(path)} holds weights that are not finite: it is "
+                "damaged, or of a training that diverged."
+            )
         return jax.device_put(leaf if is_kept else leaf.astype(dtype), sharding)
 
     return cfg, jax.tree_util.tree_map_with_path(place, params)
@@ -120,6 +127,13 @@ def _load(directory: pathlib.Path, target: model_config.ModelConfig):
             f"{present.get(name, 'absent')} and should be {shapes.get(name, 'absent')} "
             f"({len(names)} tensors differ). Export the drafter again."
         )
+    for name, array in arrays.items():
+        is_float = jnp.issubdtype(array.dtype, jnp.floating)
+        if is_float == (name == "draft_ids"):
+            raise ValueError(
+                f"{directory / WEIGHTS_FILE}: {name} is {array.dtype}: export the "
+                "drafter again."
+            )
     _check_ids(directory, arrays.get("draft_ids"), target.vocab_size)
     sharpness = arrays.get("sharpness")
     if sharpness is not None and not 0 < sharpness < np.inf:
@@ -149,21 +163,25 @@ def read_config(
             "published EAGLE, EAGLE-3 or speculators drafter."
         )
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        given = {name: record[name] for name in ("format", "target", *_SETTINGS)}
-    except (ValueError, TypeError, KeyError) as error:
+        record = json_file.read(path, "export the drafter again")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a drafter's: {error}") from error
+    names = ("format", "target", *_SETTINGS)
+    absent = [name for name in names if name not in record]
+    if absent:
         raise ValueError(
-            f"{path} is not a drafter's ({type(error).__name__}: {error}): export the "
-            "drafter again."
-        ) from error
+            f"{path} is not a drafter's (no {absent[0]}): export the drafter again."
+        )
+    given = {name: record[name] for name in names}
     if given["format"] not in (_FORMAT, _FORMAT_WITH_LAYER):
         raise ValueError(
-            f"{path} has format {given['format']!r}, and {_FORMAT} and "
+            f"{path} has format {json_file.show(given['format'])}, and {_FORMAT} and "
             f"{_FORMAT_WITH_LAYER} are read here: export the drafter with this version."
         )
     if given["target"] != drafter.identify(target):
         raise ValueError(
-            f"{directory} is a drafter of another target, {given['target']}, not of "
+            f"{directory} is a drafter of another target, "
+            f"{json_file.word(given['target'])}, not of "
             f"{drafter.identify(target)}: train one for this model, or give the model "
             "that it was trained for."
         )
@@ -171,35 +189,71 @@ def read_config(
     try:
         if given["format"] == _FORMAT_WITH_LAYER:
             names = [field.name for field in dataclasses.fields(drafter.DrafterConfig)]
-            return from_json({name: record[name] for name in names})
-        settings["feature_layers"] = tuple(int(i) for i in settings["feature_layers"])
+            cfg = from_json({name: record[name] for name in names})
+            _check_layer(cfg, target)
+            return cfg
+        settings["feature_layers"] = layers_of(settings)
         return drafter.of_target(target, **settings)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a drafter's: {error}.") from error
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a drafter's: {convert.told(error).rstrip('.')}."
+        ) from error
 
 
 def from_json(fields: Mapping[str, Any]) -> drafter.DrafterConfig:
     """Rebuild a description from what JSON made of `dataclasses.asdict`."""
     layer = model_config.ModelConfig.from_json(fields["layer"])
-    layers = tuple(int(i) for i in fields["feature_layers"])
+    layers = layers_of(fields)
     return drafter.DrafterConfig(
         **dict(fields) | {"layer": layer, "feature_layers": layers}
     )
 
 
+def layers_of(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Read `feature_layers`, a list of numbers of layers.
+
+    Raises:
+      ValueError: it is anything else.
+    """
+    layers = fields["feature_layers"]
+    if not isinstance(layers, list | tuple) or len(layers) > _MOST_LAYERS:
+        raise ValueError(
+            f"feature_layers={json_file.show(layers)}; accepted: a list of up to "
+            f"{_MOST_LAYERS} layers"
+        )
+    key = "feature_layers"
+    return tuple(hf_settings.integer({key: i}, key, at_least=0) for i in layers)
+
+
+def _check_layer(cfg: drafter.DrafterConfig, target: model_config.ModelConfig) -> None:
+    """Refuse a layer that does not continue the target's features and tokens."""
+    for name in ("d_model", "vocab_size"):
+        own, wanted = getattr(cfg.layer, name), getattr(target, name)
+        if own != wanted:
+            raise ValueError(f"its layer has {name}={own}, and the target {wanted}")
+    absent = [i for i in cfg.feature_layers if i >= target.num_layers]
+    if absent:
+        raise ValueError(
+            f"feature_layers names {absent}, and the target has {target.num_layers}"
+        )
+
+
 def about(directory: str | os.PathLike) -> dict[str, Any]:
     """Read what `save` was told about the drafter's making."""
     path = pathlib.Path(directory) / CONFIG_FILE
-    return json.loads(path.read_text(encoding="utf-8")).get("about", {})
+    found = json_file.read(path, "export the drafter again").get("about")
+    return found if isinstance(found, dict) else {}
 
 
 def _read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
+        convert.check_header(path)
         return safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        # The library has no word for some types of numbers: a KeyError.
         raise ValueError(
-            f"{path} is missing, truncated or corrupt ({error}): export the drafter "
-            "again."
+            f"{path} is missing, truncated or corrupt ({convert.told(error)}): export "
+            "the drafter again."
         ) from error
 
 

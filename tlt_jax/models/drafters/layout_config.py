@@ -9,7 +9,7 @@ from typing import Any
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models.drafters import drafter, layouts
-from tlt_jax.models.formats import hf_config
+from tlt_jax.models.formats import hf_config, hf_settings, json_file
 
 # A Llama config leaves out what has these values.
 _DEFAULTS = {
@@ -109,7 +109,9 @@ def layout_of(config: Mapping[str, Any]) -> layouts.Layout | None:
     """
     if "speculators_model_type" in config:
         return "speculators"
-    named = config.get("architectures") or [None]
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1:
+        return None
     if named[0] in ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM"):
         return "eagle3"
     if named[0] in ("LlamaForCausalLMEagle", "EagleLlamaForCausalLM"):
@@ -142,24 +144,32 @@ def from_config(
         kind = outer["speculators_model_type"]
         if kind != "eagle3":
             raise ValueError(
-                f"speculators_model_type={kind!r} is not computed here: eagle3 is."
+                f"speculators_model_type={json_file.show(kind)} is not computed here: "
+                "eagle3 is."
             )
         inner = outer.get("transformer_layer_config")
         if not isinstance(inner, Mapping):
             raise ValueError("transformer_layer_config is missing: download it again.")
         if inner.get("model_type", "llama") != "llama":
             raise ValueError(
-                f"transformer_layer_config has model_type={inner['model_type']!r}: "
+                "transformer_layer_config has model_type="
+                f"{json_file.show(inner['model_type'])}: "
                 "drafters with a llama layer are computed here."
             )
     else:
         inner = outer
+    for key in ("eagle_config", "tlt_jax"):
+        if not isinstance(outer.get(key), Mapping | None):
+            raise ValueError(
+                f"config.json has {key}={json_file.show(outer[key])}, which is no JSON "
+                "object: download it again."
+            )
     for key, off in _OFF.items():
         for part in (outer, inner, outer.get("eagle_config") or {}):
             if part.get(key, off) not in (off, None):
                 raise ValueError(
-                    f"config.json has {key}={part[key]!r}, which is not computed here: "
-                    f"a drafter with {key}={off} is."
+                    f"config.json has {key}={json_file.show(part[key])}, which is not "
+                    f"computed here: a drafter with {key}={off} is."
                 )
     layer = hf_config.from_hf(_plain_layer(inner))
     _check_layer(layer, target, outer)
@@ -167,24 +177,26 @@ def from_config(
     here = drafter.identify(target)
     if known.get("target", here) != here:
         raise ValueError(
-            f"this is a drafter of another target, {known['target']}, not of {here}: "
-            "give the model that it was trained for."
+            "this is a drafter of another target, "
+            f"{json_file.word(known['target'])}, not of {here}: give the model that it "
+            "was trained for."
         )
     made = drafter.of_target(
         target,
         feature_layers=() if layout == "eagle" else _layers(outer, layout, target),
         architecture=layouts.ARCHITECTURE_OF[layout],
-        max_length=known.get("max_length", 0),
+        max_length=hf_settings.integer(known, "max_length", 0, at_least=0),
     )
     by_role = {role: name for name, (role, _) in layouts.TENSORS[layout].items()}
-    size = outer.get("draft_vocab_size") or 0
-    normed = outer.get("norm_before_residual", layout == "speculators")
+    size = hf_settings.integer(outer, "draft_vocab_size", 0, at_least=0)
+    is_speculators = layout == "speculators"
+    normed = hf_settings.boolean(outer, "norm_before_residual", is_speculators)
     return dataclasses.replace(
         made,
         layer=dataclasses.replace(layer, num_layers=1),
         draft_vocab_size=size if by_role.get("d2t") in present else 0,
         join_bias=by_role.get("join_bias") in present,
-        norm_before_residual=layout != "eagle" and bool(normed),
+        norm_before_residual=layout != "eagle" and normed,
         own_head=by_role.get("head") in present,
     )
 
@@ -209,7 +221,7 @@ def _check_layer(layer, target, outer) -> None:
         wrong.append("tie_word_embeddings=True (the target has a head of its own)")
     if layer.vocab_size != target.vocab_size:
         wrong.append(f"vocab_size={layer.vocab_size} (target: {target.vocab_size})")
-    width = outer.get("target_hidden_size") or layer.d_model
+    width = hf_settings.integer(outer, "target_hidden_size", layer.d_model)
     for name, size in (("hidden_size", layer.d_model), ("target_hidden_size", width)):
         if size != target.d_model:
             wrong.append(f"{name}={size} (target: {target.d_model})")
@@ -223,7 +235,7 @@ def _check_layer(layer, target, outer) -> None:
 def _layers(outer, layout, target) -> tuple[int, ...]:
     """Which outputs are read, whatever convention the file has."""
     nested = outer.get("eagle_config") or {}
-    if not nested.get("use_aux_hidden_state", True):
+    if not hf_settings.boolean(nested, "use_aux_hidden_state", True):
         raise ValueError(
             "eagle_config has use_aux_hidden_state=False, which is not computed here: "
             "EAGLE-3 fuses three layers."
@@ -232,11 +244,12 @@ def _layers(outer, layout, target) -> tuple[int, ...]:
     ids = outer.get(key) or nested.get(key)
     if not ids:
         return drafter.published_layers(target.num_layers)
-    shift = 0 if layout == "eagle3" and ids[0] == 1 else 1
-    layers = tuple(int(i) - shift for i in ids)
+    is_list = isinstance(ids, list) and all(type(i) is int for i in ids)
+    shift = 0 if layout == "eagle3" and is_list and ids[0] == 1 else 1
+    layers = tuple(i - shift for i in ids) if is_list else ()
     if len(layers) != 3 or min(layers) < 0 or max(layers) >= target.num_layers:
         raise ValueError(
-            f"{key}={ids} with a target of {target.num_layers} layers: three of its "
-            "layers' outputs can be read."
+            f"{key}={json_file.show(ids)} with a target of {target.num_layers} layers: "
+            "three of its layers' outputs can be read."
         )
     return layers

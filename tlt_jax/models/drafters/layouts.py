@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tlt_jax.models import params as model_params
@@ -242,6 +243,11 @@ def from_tensors(
         for name in spec
         if name in tensors and tensors[name].shape != wanted[name]
     ]
+    wrong += [
+        f"{name} is {tensors[name].dtype}"
+        for name, (role, _) in spec.items()
+        if name in tensors and not _is_of_kind(tensors[name], role)
+    ]
     if wrong:
         more = f" ({len(wrong)} in all)" if len(wrong) > 4 else ""
         raise ValueError(
@@ -277,6 +283,13 @@ def published(num_layers: int) -> tuple[int, ...] | None:
         return drafter.published_layers(num_layers)
     except ValueError:
         return None
+
+
+def _is_of_kind(array: np.ndarray, role: str) -> bool:
+    """Whether numbers of this type can be what the role says."""
+    if role in ("d2t", "t2d"):
+        return array.dtype.kind in ("iu" if role == "d2t" else "biu")
+    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _check_vocabulary(ids, marked, vocab_size: int) -> None:

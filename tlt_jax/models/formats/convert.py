@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 
@@ -17,7 +18,7 @@ import safetensors.numpy
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
-from tlt_jax.models.formats import hf_config
+from tlt_jax.models.formats import hf_config, json_file
 from tlt_jax.models.formats import layout as model_layout
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -232,25 +233,51 @@ def weight_files(directory: str) -> dict[str, set[str] | None]:
         raise ValueError(f"{index} has no weight_map: download it again.")
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
-        if os.path.basename(file) != file:
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.\w+", file):
             raise ValueError(
-                f"{index} names the file {file!r} outside its directory: refused."
+                f"{index} names {json_file.show(file)}, outside its directory or no "
+                "file: refused."
             )
         path = os.path.join(directory, file)
         if not os.path.exists(path):
             raise ValueError(f"{path} is missing (named by {index}): download it.")
         files.setdefault(path, set()).add(name)
+    if os.path.exists(single) and single not in files:
+        raise ValueError(
+            f"{directory} holds model.safetensors and an index of other files, "
+            f"{model_layout.some([os.path.basename(f) for f in files], 2)}: remove the "
+            "one that is not meant."
+        )
     return files
 
 
 def open_safetensors(path: str) -> safetensors.safe_open:
     """Open a file; `ValueError` if it is damaged."""
     try:
+        check_header(path)
         return safetensors.safe_open(path, "np")
-    except safetensors.SafetensorError as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(
-            f"{path} is truncated or corrupt ({error}): download it again."
+            f"{path} is truncated or corrupt ({told(error)}): download it again."
         ) from error
+
+
+def check_header(path: str | os.PathLike) -> None:
+    """Refuse a header that names a tensor twice, of which readers take either.
+
+    Raises:
+      OSError, ValueError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"a header of {length} bytes")
+        json_file.parse(file.read(length))
+
+
+def told(error: Exception) -> str:
+    """Say an error of a library in one line, and not a long one."""
+    return " ".join(str(error).split())[:200]
 
 
 def _check_tied_head(source: _Safetensors, cfg: model_config.ModelConfig) -> None:

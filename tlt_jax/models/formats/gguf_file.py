@@ -2,7 +2,6 @@
 
 import functools
 import os
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +14,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from tlt_jax.models import config as model_config
 from tlt_jax.models import layers
 from tlt_jax.models import params as model_params
+from tlt_jax.models.formats import gguf_header, hf_settings, json_file
 from tlt_jax.models.formats import layout as model_layout
 from tlt_jax.models.formats import tokenizer as model_tokenizer
-
-FAMILIES: tuple[model_config.Family, ...] = typing.get_args(model_config.Family)
 
 # Suffixes of `<architecture>.` that are read; any other is refused by name.
 _READ = frozenset(
@@ -49,7 +47,13 @@ class GGUFFile:
         if not os.path.isfile(self.path):
             raise ValueError(f"{self.path} does not exist or is not a file.")
         try:
+            gguf_header.check(self.path)
             self._reader = gguf.GGUFReader(self.path)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} cannot be read ({error.strerror}): give permission to "
+                "read it, or fetch it again."
+            ) from error
         except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
             # What the reader meets first in a file that is cut or of another kind.
             raise ValueError(
@@ -66,37 +70,44 @@ class GGUFFile:
           ValueError: naming an architecture or key that is not computed here.
         """
         family = self._family()
-        d_model = self._require("embedding_length")
-        num_heads = self._require("attention.head_count")
-        head_dim = self._get("attention.key_length", d_model // num_heads)
+        parts = self._meta("split.count")
+        if parts not in (None, 0, 1):
+            raise ValueError(
+                f"{self.path} is one of {json_file.show(parts)} parts of a model "
+                "(split.count): merge them with `llama-gguf-split --merge`, or take "
+                "the model as one file."
+            )
+        d_model = self._integer("embedding_length")
+        num_heads = self._integer("attention.head_count")
+        head_dim = self._integer("attention.key_length", d_model // num_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if self._get(key, head_dim) != head_dim:
                 raise ValueError(
                     f"{self.path}: {family}.{key}={self._get(key)} differs from the "
                     f"head dimension {head_dim}, which is not supported."
                 )
-        eos = [self._meta(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot")]
+        eos = [self._token_id(name) for name in ("eos", "eot")]
         return model_config.ModelConfig(
             family=family,
             vocab_size=self._shape(model_layout.GGUF_NAMES["embed"])[0],
-            num_layers=self._require("block_count"),
+            num_layers=self._integer("block_count"),
             d_model=d_model,
-            d_ff=self._require("feed_forward_length"),
+            d_ff=self._integer("feed_forward_length"),
             num_heads=num_heads,
-            num_kv_heads=self._get("attention.head_count_kv", num_heads),
+            num_kv_heads=self._integer("attention.head_count_kv", num_heads),
             head_dim=head_dim,
             tie_embeddings=model_layout.GGUF_NAMES["lm_head"] not in self._tensors,
             qkv_bias=self._has("q_bias"),
             out_bias=self._has("out_bias"),
             mlp_bias=self._has("gate_bias"),
             qk_norm=self._has("q_norm"),
-            rms_norm_eps=self._require("attention.layer_norm_rms_epsilon"),
-            rope_theta=self._get("rope.freq_base", 10_000.0),
+            rms_norm_eps=self._positive("attention.layer_norm_rms_epsilon"),
+            rope_theta=self._positive("rope.freq_base", 10_000.0),
             rope_scaling=self._rope_scaling(head_dim),
-            max_positions=self._require("context_length"),
-            bos_id=self._meta("tokenizer.ggml.bos_token_id"),
+            max_positions=self._integer("context_length"),
+            bos_id=self._token_id("bos"),
             eos_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
-            pad_id=self._meta("tokenizer.ggml.padding_token_id"),
+            pad_id=self._token_id("padding"),
         )
 
     def load(
@@ -124,14 +135,24 @@ class GGUFFile:
         kind = self._meta("tokenizer.ggml.model")
         if kind != "gpt2":
             raise ValueError(
-                f"{self.path}: tokenizer.ggml.model={kind!r}; accepted: gpt2 "
+                f"{self.path}: tokenizer.ggml.model={json_file.show(kind)}; "
+                "accepted: gpt2 "
                 "(byte-level BPE). Take the tokenizer from the model's Hugging Face "
                 "directory."
             )
-        tokens = self._meta("tokenizer.ggml.tokens")
-        pre, merges = (self._meta(f"tokenizer.ggml.{key}") for key in ("pre", "merges"))
-        backend = _byte_level_bpe(pre, tokens, merges)
+        tokens, merges = self._texts("tokens"), self._texts("merges")
+        if not tokens or len(set(tokens)) < len(tokens):
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.tokens has {len(tokens)} tokens, "
+                f"{len(set(tokens))} of them distinct: fetch it again."
+            )
+        backend = _byte_level_bpe(self._meta("tokenizer.ggml.pre"), tokens, merges)
         types = self._meta("tokenizer.ggml.token_type") or [1] * len(tokens)
+        if not isinstance(types, list) or len(types) != len(tokens):
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.token_type={json_file.show(types)} is "
+                f"not a type for each of the {len(tokens)} tokens: fetch it again."
+            )
 
         def added(*wanted):
             return [
@@ -146,11 +167,22 @@ class GGUFFile:
         config = {"clean_up_tokenization_spaces": False}
         roles = dict(bos="bos", eos="eos", pad="padding", unk="unknown")
         for role, key in roles.items():
-            token_id = self._meta(f"tokenizer.ggml.{key}_token_id")
-            if token_id is not None:
-                config[f"{role}_token"] = tokens[token_id]
+            token_id = self._token_id(key)
+            if token_id is None:
+                continue
+            if token_id >= len(tokens):
+                raise ValueError(
+                    f"{self.path}: tokenizer.ggml.{key}_token_id={token_id} is none of "
+                    f"the {len(tokens)} tokens: fetch it again."
+                )
+            config[f"{role}_token"] = tokens[token_id]
         if self._meta("tokenizer.ggml.add_bos_token"):
-            bos = config["bos_token"]
+            bos = config.get("bos_token")
+            if bos is None:
+                raise ValueError(
+                    f"{self.path}: tokenizer.ggml.add_bos_token without a "
+                    "bos_token_id: fetch it again."
+                )
             first = processors.TemplateProcessing(
                 single=f"{bos}:0 $A:0",
                 pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
@@ -159,9 +191,12 @@ class GGUFFile:
             backend.post_processor = processors.Sequence(
                 [backend.post_processor, first]
             )
-        return model_tokenizer.Tokenizer(
-            backend, config, self._meta("tokenizer.chat_template")
-        )
+        template = self._meta("tokenizer.chat_template")
+        if not isinstance(template, str | None):
+            raise ValueError(
+                f"{self.path}: tokenizer.chat_template is no text: fetch it again."
+            )
+        return model_tokenizer.Tokenizer(backend, config, template)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor, rows first, without what `config` has taken in."""
@@ -171,10 +206,12 @@ class GGUFFile:
         """Dequantise a slice of a tensor into float32."""
         tensor = self._tensors[name]
         try:
-            if not self._is_permuted(name):
-                rows = gguf.dequantize(tensor.data[index[0]], tensor.tensor_type)
-                return rows[(slice(None), *index[1:])]
-            whole = gguf.dequantize(tensor.data, tensor.tensor_type)
+            # What is not finite in a file is told to the user where it is seen.
+            with np.errstate(all="ignore"):
+                if not self._is_permuted(name):
+                    rows = gguf.dequantize(tensor.data[index[0]], tensor.tensor_type)
+                    return rows[(slice(None), *index[1:])]
+                whole = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: {name} is {tensor.tensor_type.name}, which the gguf "
@@ -190,17 +227,18 @@ class GGUFFile:
 
     def _family(self) -> model_config.Family:
         architecture = self._meta("general.architecture")
-        if architecture not in FAMILIES:
+        if architecture not in model_config.FAMILIES:
             raise ValueError(
-                f"{self.path}: general.architecture={architecture!r} is not supported; "
-                f"supported: {', '.join(FAMILIES)}."
+                f"{self.path}: general.architecture={json_file.show(architecture)} "
+                f"is not supported; supported: {', '.join(model_config.FAMILIES)}."
             )
         for key, field in self._reader.fields.items():
             prefix, _, suffix = key.partition(".")
             if prefix != architecture or suffix in _READ:
                 continue
             raise ValueError(
-                f"{self.path}: {key}={field.contents()!r} is not supported for "
+                f"{self.path}: {json_file.word(key)}="
+                f"{json_file.show(field.contents())} is not supported for "
                 f"{architecture} models."
             )
         return architecture
@@ -211,22 +249,22 @@ class GGUFFile:
             return self._llama3_scaling(head_dim)
         if kind == "none":
             return None
-        factor = self._require("rope.scaling.factor")
+        factor = self._positive("rope.scaling.factor")
         if kind == "linear":
             return model_config.RopeScaling("linear", factor)
         if kind != "yarn":
             raise ValueError(
-                f"{self.path}: rope.scaling.type={kind!r}; accepted: none, linear, "
-                "yarn."
+                f"{self.path}: rope.scaling.type={json_file.show(kind)}; accepted: "
+                "none, linear, yarn."
             )
-        original = self._require("rope.scaling.original_context_length")
-        attention = self._get("rope.scaling.attn_factor", 1.0)
+        original = self._integer("rope.scaling.original_context_length")
+        attention = self._positive("rope.scaling.attn_factor", 1.0)
         return model_config.RopeScaling(
             "yarn",
             factor=factor,
             original_max_positions=original,
-            beta_fast=self._get("rope.scaling.yarn_beta_fast", 32.0),
-            beta_slow=self._get("rope.scaling.yarn_beta_slow", 1.0),
+            beta_fast=self._positive("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=self._positive("rope.scaling.yarn_beta_slow", 1.0),
             attention_factor=(
                 None if attention == 1 else attention * (0.1 * np.log(factor) + 1)
             ),
@@ -246,7 +284,7 @@ class GGUFFile:
             low_freq_factor=1.0,
             high_freq_factor=4.0,
         )
-        theta = self._get("rope.freq_base", 10_000.0)
+        theta = self._positive("rope.freq_base", 10_000.0)
         freqs = theta ** -(np.arange(0, head_dim, 2) / head_dim)
         expected = freqs / layers.llama3_frequencies(freqs, scaling)
         if divisors.shape != expected.shape or not np.allclose(
@@ -274,10 +312,36 @@ class GGUFFile:
             )
         return default if value is None else value
 
-    def _require(self, suffix: str) -> Any:
-        value = self._get(suffix)
+    def _integer(self, suffix: str, default: int | None = None) -> int:
+        return hf_settings.integer(*self._required(suffix, default))
+
+    def _positive(self, suffix: str, default: float | None = None) -> float:
+        return hf_settings.positive(*self._required(suffix, default))
+
+    def _required(self, suffix: str, default: Any) -> tuple[dict[str, Any], str]:
+        """Return an entry under the name that an error shall give it."""
+        value = self._get(suffix, default)
         if value is None:
             raise ValueError(f"{self.path} has no metadata {suffix}.")
+        name = f"{self.path}: {suffix}"
+        return {name: value}, name
+
+    def _token_id(self, role: str) -> int | None:
+        key = f"tokenizer.ggml.{role}_token_id"
+        value = self._meta(key)
+        if value is None:
+            return None
+        return hf_settings.integer({key: value}, key, at_least=0)
+
+    def _texts(self, key: str) -> list[str]:
+        """Return a list of texts of the tokenizer, empty where there is none."""
+        value = self._meta(f"tokenizer.ggml.{key}")
+        value = [] if value is None else value
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.{key}={json_file.show(value)} is no "
+                "list of texts: fetch it again."
+            )
         return value
 
     def _meta(self, key: str) -> Any:
@@ -303,7 +367,7 @@ def _byte_level_bpe(
         pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), plain])
     elif pre == "gpt-2":
         pre_tokenizer = plain
-    elif pre in digits:
+    elif pre in tuple(digits):
         pattern = f"{_CONTRACTIONS}|{_WORDS}|{digits[pre]}|{_REST}"
         pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -313,17 +377,23 @@ def _byte_level_bpe(
         )
     else:
         raise ValueError(
-            f"tokenizer.ggml.pre={pre!r} is not supported; supported: gpt-2, smollm, "
+            f"tokenizer.ggml.pre={json_file.show(pre)} is not supported; supported: "
+            "gpt-2, smollm, "
             f"{', '.join(digits)}. Take the tokenizer from the model's Hugging Face "
             "directory."
         )
-    backend = tokenizers.Tokenizer(
-        models.BPE(
+    try:
+        model = models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ")) for merge in merges],
             ignore_merges=pre == "llama-bpe",
         )
-    )
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(
+            f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error}): fetch "
+            "the file again."
+        ) from error
+    backend = tokenizers.Tokenizer(model)
     if pre in ("qwen2", "deepseek-r1-qwen"):
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizer

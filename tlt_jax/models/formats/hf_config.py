@@ -4,13 +4,12 @@ A key is read, or known not to change what is computed, or refused by name: a se
 that is ignored gives a model that is almost right.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models.formats import hf_rope, hf_settings
+from tlt_jax.models.formats import hf_rope, hf_settings, json_file
 
 ARCHITECTURES: Mapping[str, model_config.Family] = {
     "LlamaForCausalLM": "llama",
@@ -52,6 +51,7 @@ _METADATA = frozenset(
     "begin_suppress_tokens".split()
 )
 
+_MOST_EOS = 64
 # Keys that other values than these would make compute something else.
 _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "only SwiGLU blocks are computed"),
@@ -91,9 +91,12 @@ def from_hf(
     """
     family = _family(config)
     _refuse_unknown(config, family)
-    num_layers = hf_settings.integer(config, "num_hidden_layers")
+    most = model_config.MOST
+    num_layers = hf_settings.integer(
+        config, "num_hidden_layers", at_most=most["num_layers"]
+    )
     num_heads = hf_settings.integer(config, "num_attention_heads")
-    d_model = hf_settings.integer(config, "hidden_size")
+    d_model = hf_settings.integer(config, "hidden_size", at_most=most["d_model"])
     if config.get("head_dim") is not None:
         head_dim = hf_settings.integer(config, "head_dim")
     elif family == "qwen3":
@@ -159,20 +162,12 @@ def read_json(path: str) -> dict[str, Any]:
       ValueError: naming the file, if it is missing or does not hold an object.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        return json_file.read(path, "download it again")
     except FileNotFoundError:
         raise ValueError(
             f"{path} does not exist: a model directory holds config.json, "
             "model.safetensors (or its index and shards) and tokenizer.json."
         ) from None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): download it again."
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
-    return value
 
 
 def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -270,19 +265,20 @@ def _family(config: Mapping[str, Any]) -> model_config.Family:
         return model_type
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(
-            f"architectures={architectures!r} with model_type={model_type!r} names no "
-            f"architecture; supported: {', '.join(ARCHITECTURES)}."
-        )
-    if architectures[0] not in ARCHITECTURES:
-        raise ValueError(
-            f"architectures={architectures[0]!r} is not supported; supported: "
+            f"architectures={json_file.show(architectures)} with model_type="
+            f"{json_file.show(model_type)} names no architecture; supported: "
             f"{', '.join(ARCHITECTURES)}."
+        )
+    if architectures[0] not in tuple(ARCHITECTURES):
+        raise ValueError(
+            f"architectures={json_file.show(architectures[0])} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}."
         )
     family = ARCHITECTURES[architectures[0]]
     if model_type not in (None, family):
         raise ValueError(
             f"architectures={architectures[0]!r} contradicts model_type="
-            f"{model_type!r}: repair config.json."
+            f"{json_file.show(model_type)}: repair config.json."
         )
     return family
 
@@ -295,14 +291,15 @@ def _refuse_unknown(config: Mapping[str, Any], family: model_config.Family) -> N
             accepted, reason = _ONLY[key]
             if value not in accepted:
                 raise ValueError(
-                    f"config.json has {key}={value!r}; accepted: "
+                    f"config.json has {key}={json_file.show(value)}; accepted: "
                     f"{' or '.join(repr(a) for a in accepted)} ({reason})."
                 )
         elif value is not None:
             raise ValueError(
-                f"config.json has {key}={value!r}, which is not supported for "
-                f"{family} models: if it does not change what the model computes, "
-                "remove it from config.json."
+                f"config.json has {json_file.word(key)}="
+                f"{json_file.show(value)}, which is not supported for {family} "
+                "models: if it does not change what the model computes, remove it from "
+                "config.json."
             )
 
 
@@ -322,18 +319,20 @@ def _windows(
         first = hf_settings.integer(config, "max_window_layers", 28, at_least=0)
         windowed = tuple(width is not None and i >= first for i in range(num_layers))
     else:
-        unknown = set(layer_types) - {"full_attention", "sliding_attention"}
-        if unknown or len(layer_types) != num_layers:
+        kinds = ("full_attention", "sliding_attention")
+        is_list = isinstance(layer_types, list) and len(layer_types) == num_layers
+        if not is_list or any(kind not in kinds for kind in layer_types):
             raise ValueError(
-                f"layer_types={layer_types!r}; accepted: {num_layers} entries "
-                "(num_hidden_layers), full_attention or sliding_attention."
+                f"layer_types={json_file.show(layer_types)}; accepted: {num_layers} "
+                "entries (num_hidden_layers), full_attention or sliding_attention."
             )
         windowed = tuple(kind == "sliding_attention" for kind in layer_types)
         if any(windowed) and width is None:
             raise ValueError(
                 "layer_types has sliding_attention but use_sliding_window="
-                f"{config.get('use_sliding_window')!r} and sliding_window="
-                f"{config.get('sliding_window')!r} give no width: set both."
+                f"{json_file.show(config.get('use_sliding_window'))} and "
+                f"sliding_window={json_file.show(config.get('sliding_window'))} give "
+                "no width: set both."
             )
     return (width, windowed) if any(windowed) else (None, ())
 
@@ -342,11 +341,21 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """Only those that are set; a negative id, as old files have, counts as unset."""
     ids = {}
     for field, key in (("bos_id", "bos_token_id"), ("pad_id", "pad_token_id")):
-        if isinstance(config.get(key), int) and config[key] >= 0:
-            ids[field] = config[key]
+        if config.get(key) is not None:
+            token_id = hf_settings.integer(config, key, at_least=-1)
+            if token_id >= 0:
+                ids[field] = token_id
     eos = config.get("eos_token_id")
     if eos is not None:
-        ids["eos_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+        given = eos if isinstance(eos, list) else [eos]
+        ids["eos_ids"] = tuple(
+            hf_settings.integer({"eos_token_id": one}, "eos_token_id", at_least=0)
+            for one in given[:_MOST_EOS]
+        )
+        if len(given) > _MOST_EOS:
+            raise ValueError(
+                f"eos_token_id has {len(given)} entries; accepted: {_MOST_EOS}."
+            )
     return ids
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models.formats import hf_settings
+from tlt_jax.models.formats import hf_settings, json_file
 
 _ROPE_KEYS = {
     "default": (),
@@ -47,10 +47,11 @@ def from_hf(
     nested = config.get("rope_parameters") or {}
     for name, value in (("rope_scaling", scaling), ("rope_parameters", nested)):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name}={value!r} is not a JSON object.")
+            raise ValueError(f"{name}={json_file.show(value)} is not a JSON object.")
         if any(isinstance(entry, Mapping) for entry in value.values()):
             raise ValueError(
-                f"{name} has an entry per kind of layer ({', '.join(value)}): all "
+                f"{name} has an entry per kind of layer "
+                f"({json_file.show(list(value))}): all "
                 "layers must share one rotary embedding."
             )
     merged = dict(nested)
@@ -60,33 +61,35 @@ def from_hf(
                 continue
             if merged.get(key) not in (None, value):
                 raise ValueError(
-                    f"{key}={value!r} contradicts rope_parameters' {key}="
-                    f"{merged[key]!r}: repair config.json."
+                    f"{json_file.word(key)}={json_file.show(value)} "
+                    f"contradicts rope_parameters' {json_file.word(key)}="
+                    f"{json_file.show(merged[key])}: repair config.json."
                 )
             merged[key] = value
     theta = hf_settings.positive(merged, "rope_theta", 10_000.0)
     kind = merged.get("rope_type") or merged.get("type") or "default"
     if merged.get("type") not in (None, kind):
         raise ValueError(
-            f"rope type={merged['type']!r} contradicts rope_type={kind!r}: repair "
-            "config.json."
+            f"rope type={json_file.show(merged['type'])} contradicts rope_type="
+            f"{json_file.show(kind)}: repair config.json."
         )
-    if kind not in _ROPE_KEYS:
+    if kind not in tuple(_ROPE_KEYS):
         raise ValueError(
-            f"rope_type={kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}."
+            f"rope_type={json_file.show(kind)} is not supported; supported: "
+            f"{', '.join(_ROPE_KEYS)}."
         )
     partial = merged.pop("partial_rotary_factor", None)
     if partial not in (None, 1):
         raise ValueError(
-            f"partial_rotary_factor={partial!r}; accepted: 1 (every dimension of a "
-            "head is rotated)."
+            f"partial_rotary_factor={json_file.show(partial)}; accepted: 1 (every "
+            "dimension of a head is rotated)."
         )
     named = ("rope_type", "type", "rope_theta", *_ROPE_KEYS[kind])
     unknown = [k for k, v in merged.items() if v is not None and k not in named]
     if unknown:
         raise ValueError(
             f"rotary settings of rope_type={kind!r} have unsupported keys: "
-            f"{', '.join(unknown)}."
+            f"{json_file.word(', '.join(map(str, unknown)))}."
         )
     return theta, _rope_scaling(kind, merged, max_positions)
 
@@ -142,9 +145,11 @@ def _yarn_attention_factor(settings: Mapping[str, Any], factor: float) -> float 
         return None
     if not mscale or not all_dim:
         raise ValueError(
-            f"yarn has mscale={mscale!r} and mscale_all_dim={all_dim!r}: give both, "
-            "or attention_factor instead."
+            f"yarn has mscale={json_file.show(mscale)} and mscale_all_dim="
+            f"{json_file.show(all_dim)}: give both, or attention_factor instead."
         )
+    mscale = hf_settings.positive(settings, "mscale")
+    all_dim = hf_settings.positive(settings, "mscale_all_dim")
     if factor <= 1:
         return 1.0
     log = 0.1 * math.log(factor)

@@ -1,26 +1,36 @@
 """Entries of a Hugging Face `config.json`, read with their type and range checked."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from tlt_jax.models.formats import json_file
+
 
 def integer(
-    settings: Mapping[str, Any], key: str, default: int | None = None, at_least: int = 1
+    settings: Mapping[str, Any],
+    key: str,
+    default: int | None = None,
+    at_least: int = 1,
+    at_most: int = 2**31 - 1,
 ) -> int:
     """Return an integer entry, `default` where it is absent or null.
 
     Raises:
-      ValueError: naming the key, if it is anything else or less than `at_least`.
+      ValueError: naming the key, if it is anything else, less than `at_least` or more
+        than `at_most`.
     """
     value = settings.get(key)
     value = default if value is None else value
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+    ok = isinstance(value, int) and not isinstance(value, bool)
+    if not ok or value < at_least:
         raise ValueError(
-            f"{key}={value!r}; accepted: an integer of {at_least} or more."
+            f"{key}={json_file.show(value)}; accepted: an integer of {at_least} or "
+            "more."
         )
+    if value > at_most:
+        raise ValueError(f"{key}={json_file.show(value)}; accepted: at most {at_most}.")
     return value
 
 
@@ -35,8 +45,11 @@ def positive(
     value = settings.get(key)
     value = default if value is None else value
     ok = isinstance(value, int | float) and not isinstance(value, bool)
-    if not ok or not 0 < value < math.inf:
-        raise ValueError(f"{key}={value!r}; accepted: a number above zero.")
+    # Compared before it becomes a float: an integer may be too large for one.
+    if not ok or not 0 < value < 1e300:
+        raise ValueError(
+            f"{key}={json_file.show(value)}; accepted: a number above zero."
+        )
     return float(value)
 
 
@@ -49,5 +62,5 @@ def boolean(settings: Mapping[str, Any], key: str, default: bool = False) -> boo
     value = settings.get(key)
     value = default if value is None else value
     if not isinstance(value, bool):
-        raise ValueError(f"{key}={value!r}; accepted: true or false.")
+        raise ValueError(f"{key}={json_file.show(value)}; accepted: true or false.")
     return value

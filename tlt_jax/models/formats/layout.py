@@ -235,7 +235,13 @@ def _read_block(piece: Piece, source: Source, bounds: list[list[int]]) -> np.nda
         file_index.append(slice(low * inner, high * inner))
         shape += [*group[:lead], high - low, *group[lead + 1 :]]
         rest += [slice(None)] * (lead + 1) + [slice(*b) for b in own[lead + 1 :]]
-    return source.read(piece.name, tuple(file_index)).reshape(shape)[tuple(rest)]
+    block = source.read(piece.name, tuple(file_index))
+    if not np.isfinite(block).all():
+        raise ValueError(
+            f"{piece.name} holds weights that are not finite: the file is damaged, or "
+            "of a training that diverged."
+        )
+    return block.reshape(shape)[tuple(rest)]
 
 
 def _check_names(leaves: model_params.Params, source: Source) -> None:

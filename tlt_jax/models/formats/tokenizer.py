@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from tlt_jax.models.formats import chat_template, hf_config
+from tlt_jax.models.formats import chat_template, hf_config, json_file
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # What a template sees besides special tokens and the options that one gives it.
@@ -37,7 +37,8 @@ class Tokenizer:
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id; a model's table may be larger."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        return max(ids, default=-1) + 1
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, str]:
@@ -46,6 +47,11 @@ class Tokenizer:
         for role in _SPECIAL_ROLES:
             token = self.config.get(role)
             token = token.get("content") if isinstance(token, Mapping) else token
+            if token is not None and not isinstance(token, str):
+                raise ValueError(
+                    f"tokenizer_config.json has {role}={json_file.show(token)}; "
+                    "accepted: text, or an object with `content`."
+                )
             if token is not None:
                 found[role] = token
         return found
@@ -246,7 +252,10 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"{path} cannot be read ({error}): fetch it again.") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} cannot be read ({reason}): fetch it again."
+        ) from error
     # Limits stored with a tokenizer serve other programs and would cut prompts here.
     backend.no_truncation()
     backend.no_padding()
@@ -254,13 +263,28 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
     config = hf_config.read_json(path) if os.path.exists(path) else {}
     template = config.pop("chat_template", None)
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, Mapping)]
+        chosen = [e.get("template") for e in named if e.get("name") == "default"]
+        template = chosen[0] if chosen else None
+    if not isinstance(template, str | None):
+        raise ValueError(
+            f"{path} has chat_template={json_file.show(template)}; accepted: text, "
+            "or a list of named templates."
+        )
     path = os.path.join(directory, "chat_template.jinja")
     if os.path.exists(path):
-        with open(path, encoding="utf-8", newline="") as file:
-            template = file.read()
-    return Tokenizer(backend, config, template)
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                template = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): fetch it again."
+            ) from error
+    made = Tokenizer(backend, config, template)
+    if not made.vocab_size:
+        raise ValueError(f"{directory}: tokenizer.json has no token: fetch it again.")
+    _ = made.special_tokens  # what is no text is refused now
+    return made
 
 
 def from_alphabet(characters: str) -> Tokenizer:

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from tlt_jax import types
+from tlt_jax.models.formats import json_file
 from tlt_jax.rl.tasks import files as data_files
 
+_COLUMNS = 12  # named in a message
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -53,7 +55,7 @@ def scan(
                 example = _to_example(row, f"{path.stem}:{number}", *keys)
                 if example.example_id in first_seen:
                     raise _BadRow(
-                        f"the id {example.example_id!r} is that of "
+                        f"the id {_show(example.example_id)} is that of "
                         f"{first_seen[example.example_id]}, too: ids must be distinct "
                         f"(change them, or name another column than {id_key!r})"
                     )
@@ -147,7 +149,7 @@ def _to_example(
     if prompt is None and prompt_key in row:
         raise _BadRow(f"{prompt_key} is empty")
     if prompt is None:
-        columns = ", ".join(sorted(row)) or "(none)"
+        columns = ", ".join(sorted(map(_name, row))[:_COLUMNS]) or "(none)"
         raise _BadRow(
             f"no {prompt_key!r} among the columns {columns}: "
             "add it, or name the prompt's column with prompt_key"
@@ -186,7 +188,7 @@ def _check_whole(columns: dict[str, Any]) -> None:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json_file.parse(line)
     except UnicodeDecodeError as error:
         raise _BadRow(f"it is not UTF-8 ({error})") from error
     except json.JSONDecodeError as error:
@@ -195,6 +197,8 @@ def _parse_line(line: bytes) -> Any:
             f"came {_show(text)}, which is not JSON ({error.msg} at column "
             f"{error.colno}); accepted is one JSON object a line"
         ) from error
+    except ValueError as error:
+        raise _BadRow(f"it is no JSON that can be read: {error}") from error
 
 
 def _look_up(row: dict[str, Any], key: str) -> Any:
@@ -237,6 +241,12 @@ def _check_prompt(prompt: Any, key: str) -> str | tuple[dict[str, str], ...]:
             "must be the user's, which the policy answers"
         )
     return tuple(messages)
+
+
+def _name(column: Any) -> str:
+    """Show a column's name as it is, where that is a line and not a long one."""
+    text = str(column)
+    return text if text.isprintable() and len(text) <= 60 else _show(column)
 
 
 def _show(value: Any) -> str:

@@ -6,11 +6,13 @@ anyway: they are Arrow streams with a list of their files beside them.
 
 import contextlib
 import csv
-import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from tlt_jax.models.formats import json_file
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 HUB = "hub:"
@@ -24,6 +26,8 @@ _PARQUET_REVISION = "refs/convert/parquet"
 _SPLITS_FILE, _STATE_FILE = "dataset_dict.json", "state.json"
 _DEFAULT_SPLIT = "train"
 _BATCH_ROWS = 1024
+# What Arrow and its conversion to Python raise of damaged files besides its own.
+_DAMAGED = (ValueError, ArithmeticError, LookupError, TypeError, MemoryError)
 
 
 def is_data(name: str) -> bool:
@@ -139,8 +143,10 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}.") from error
+    except (pyarrow.ArrowException, *_DAMAGED) as error:
+        raise ValueError(
+            f"{path} is not a Parquet file, or damaged: {_line(error)}."
+        ) from error
 
 
 def _arrow_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
@@ -149,20 +155,39 @@ def _arrow_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     try:
         with pyarrow.memory_map(str(path)) as data:
             with pyarrow.ipc.open_stream(data) as batches:
-                yield from _numbered(batches)
-    except pyarrow.ArrowInvalid as error:
+                yield from _numbered(batches, 8 * data.size())
+    except (pyarrow.ArrowException, *_DAMAGED) as error:
         raise ValueError(
-            f"{path} is not an Arrow stream ({error}): save the data set again."
+            f"{path} is not an Arrow stream ({_line(error)}): save the data set again."
         ) from error
 
 
-def _numbered(batches) -> Iterator[tuple[int, Any]]:
-    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+def _numbered(batches, most: int | None = None) -> Iterator[tuple[int, Any]]:
+    """Count rows of batches that are whole, of which a file can have `most`."""
+    number = 0
+    for batch in batches:
+        # What a file says of lengths and places is believed from here on.
+        batch.validate(full=True)
+        if most is not None and batch.num_rows > most:
+            raise ValueError(f"it says to have {batch.num_rows} rows")
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+
+def _line(error: Exception) -> str:
+    """Say an error of Arrow in one line, and not a long one."""
+    return " ".join(str(error).split())[:200]
 
 
 def _from_directory(directory: pathlib.Path, split: str | None) -> list[pathlib.Path]:
     if (directory / _SPLITS_FILE).exists():
         there = _json(directory / _SPLITS_FILE).get("splits") or []
+        if not isinstance(there, list) or not all(map(_is_plain, there)):
+            raise ValueError(
+                f"{directory / _SPLITS_FILE} lists {json_file.show(there)}, which are "
+                "no directories beside it: save the data set again."
+            )
         chosen = _choose("split", split, there, _DEFAULT_SPLIT, directory)
         return _saved(directory / chosen)
     if (directory / _STATE_FILE).exists():
@@ -204,11 +229,18 @@ def _saved(directory: pathlib.Path) -> list[pathlib.Path]:
             "datasets: save it again after flatten_indices()."
         )
     try:
-        files = [directory / entry["filename"] for entry in state["_data_files"]]
+        names = [entry["filename"] for entry in state["_data_files"]]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{directory / _STATE_FILE} lists no files: save the data set again."
         ) from error
+    outside = [name for name in names if not _is_plain(name)]
+    if outside:
+        raise ValueError(
+            f"{directory / _STATE_FILE} names {json_file.show(outside[0])}, which is "
+            "no file beside it: refused."
+        )
+    files = [directory / name for name in names]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ValueError(f"{directory} lacks {missing[0]}: save the data set again.")
@@ -217,12 +249,17 @@ def _saved(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_file.parse(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}): save the data set again."
         ) from error
     return value if isinstance(value, dict) else {}
+
+
+def _is_plain(name: object) -> bool:
+    """Whether it names something in a directory, and nothing outside of it."""
+    return isinstance(name, str) and bool(re.fullmatch(r"(?!\.+$)[\w.+=@ -]+", name))
 
 
 def _choose(

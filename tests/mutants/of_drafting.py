@@ -1,0 +1,276 @@
+"""Mutants of `specdec`: by file and the tests that see them, (old, new) pairs."""
+
+_LEARNED = "tests/specdec/proposers/test_learned.py"
+_SPECULATE = "tests/specdec/test_speculate.py"
+_DRAFTS = "tests/rl/engine/test_engine_drafts.py"
+_ENGINE = "tests/rl/engine/test_engine_speculation.py"
+_ACCEPTED = f"{_DRAFTS} -k accepted"
+_PAGES = f"{_DRAFTS} -k pages_are"
+
+EDITS = {
+    ("specdec/tree.py", "tests/specdec/test_tree.py"): [
+        ("best = jnp.sort(best, axis=1)", "best = best + 0"),
+        ("parent_of % (num + 1)", "parent_of % num"),
+        ("take(candidates.scores) > -jnp.inf", "take(candidates.scores) < jnp.inf"),
+        ("for _ in range(draft_depth + 1):", "for _ in range(draft_depth):"),
+        ("seen = seen | jnp.where(", "seen = seen ^ jnp.where("),
+        (">> (node % _WORD).astype(jnp.uint32)", ">> (node % 16).astype(jnp.uint32)"),
+    ],
+    ("specdec/candidates.py", "tests/specdec/test_candidates.py"): [
+        ("where(found < num_first, found, itself)", "where(found < 0, found, itself)"),
+        ("scores = jnp.maximum(first.scores,", "scores = jnp.minimum(first.scores,"),
+        ("new = second.present() & (places == itself)", "new = second.present()"),
+        ("(place < counts[:, None])", "(place <= counts[:, None])"),
+        ("(index < index[:, None])", "(index <= index[:, None])"),
+    ],
+    ("specdec/verify.py", f"{_SPECULATE} -k 'chain or tree'"): [
+        (
+            "lengths[:, None] + 1 + jnp.arange(num)",
+            "lengths[:, None] + jnp.arange(num)",
+        ),
+        ("is_child = tree.valid & (index > tree_lib.ROOT)", "is_child = tree.valid"),
+        ("num_accepted = num_accepted + going", "num_accepted = num_accepted + 1"),
+        ("taken.path, axis=1)", "0 * taken.path, axis=1)"),
+    ],
+    ("specdec/noise.py", "tests/specdec/test_noise.py"): [
+        ("schedule[(step + 1) % 3] + np.uint32(step)", "schedule[(step + 1) % 3]"),
+        ("ROUNDS = 13", "ROUNDS = 12"),
+        ("(high, low), rounds=20)", "(high, low), rounds=13)"),
+        ("jnp.where(ids < half, *words)", "jnp.where(ids <= half, *words)"),
+        ("+ 0.5) * 2.0**-31", "+ 1.0) * 2.0**-31"),
+        (
+            "lengths.astype(jnp.uint32) | np.uint32(1 << 31)",
+            "lengths.astype(jnp.uint32)",
+        ),
+    ],
+    ("specdec/sampling.py", "tests/specdec/test_sampling.py"): [
+        ("scores >= best[..., -1:]", "scores > best[..., -1:]"),
+        ("likelier < top_p", "likelier <= top_p - 0.1"),
+        ("keepdims=True) + jnp.log(cfg.min_p)", "keepdims=True) - jnp.log(cfg.min_p)"),
+        ("ids, num - 1), jnp.min)", "ids, 0), jnp.max)"),
+        (
+            "return chosen - self.log_normaliser",
+            "return chosen",
+        ),
+        (
+            "(first[:, None] + which)",
+            "(first[:, None] + 0 * which)",
+            f"{_SPECULATE} {_ENGINE} -k 'chain or rows'",
+        ),
+    ],
+    ("specdec/strategy.py", "tests/specdec/test_strategy.py"): [
+        (
+            "return self.topk + (self.draft_depth - 1) * self.topk**2",
+            "return self.draft_depth * self.topk**2",
+        ),
+        ("if num_rows <= limit)", "if num_rows < limit)"),
+        ("limits != sorted(set(limits))", "limits != sorted(limits)"),
+        ("if self.tokens_to_verify <= self.draft_depth:", "if False:"),
+    ],
+    ("specdec/chain.py", "tests/specdec/test_chain_rules.py"): [
+        (
+            "jnp.minimum(ratios, 1.0), laws, in_order=True",
+            "ratios, laws, in_order=False",
+        ),
+        (
+            "weight = jnp.minimum(1.0, weight * ratios[..., i])",
+            "weight *= ratios[..., i]",
+        ),
+        ("+ 1) == ratios.shape[-1]", "+ 1) == 0"),
+        ("either = mass + 1.0 - weights", "either = mass + weights"),
+        ("jnp.maximum(rest, 0.0), [", "jnp.abs(rest), ["),
+    ],
+    ("specdec/speculate.py", _SPECULATE): [
+        (
+            "num_accepted[:, None] >= steps) & alive_B[:, None]",
+            "num_accepted[:, None] >= steps)",
+            _ACCEPTED,
+        ),
+        (
+            "was_drafted_BA = steps < walk.num_accepted[:, None]",
+            "was_drafted_BA = steps <= walk.num_accepted[:, None]",
+            f"{_ENGINE} -k 'plain_decoding and chain'",
+        ),
+        (
+            "count_B = jnp.minimum(walk.num_accepted + 1, room)",
+            "count_B = walk.num_accepted + 1",
+        ),
+        (
+            "is_eos_BA = is_eos_BA & (steps < count_B[:, None])",
+            "is_eos_BA = is_eos_BA & False",
+        ),
+        ("sources=walk.path,", "sources=0 * walk.path,"),
+        ("ancestor_words(tree, most - 1)", "ancestor_words(tree, most - 2)"),
+    ],
+    ("specdec/decode.py", "tests/specdec/test_decode.py"): [
+        ("rows.keys, lengths_B + 1, settings", "rows.keys, lengths_B, settings"),
+        ("(counts_B < rows.remaining)", "(counts_B <= rows.remaining)"),
+        ("alive=alive_B & ~ended_B &", "alive=alive_B &"),
+        ("pending=jnp.where(alive_B, drawn_B, state.pending)", "pending=drawn_B"),
+    ],
+    ("specdec/proposers/expansion.py", _LEARNED): [
+        (
+            "jnp.arange(batch) * num + level - 1",
+            "jnp.arange(batch) * num + level",
+            _ACCEPTED,
+        ),
+        (
+            "score.noise, level - 1, axis=1, keepdims=False",
+            "score.noise, level, axis=1, keepdims=False",
+            _ACCEPTED,
+        ),
+        ("(score.noise, level - 1, axis=1)", "(score.noise, level, axis=1)"),
+        ("mask=mask_BES | is_parent_BES,", "mask=mask_BES,"),
+        ("jnp.repeat(live.index, topk, axis=1)", "jnp.tile(live.index, topk)"),
+        (
+            "(scores_BEV * score.sharpness + noise_B1V) / score.tau",
+            "scores_BEV + noise_B1V",
+        ),
+        ("index=first + chosen_BE,", "index=chosen_BE,"),
+        (
+            "features=jnp.take_along_axis(out.hidden, parent_BE[None], axis=2)",
+            "features=out.hidden",
+        ),
+        ("ids_BEE = draft_ids[ids_BEE]", "ids_BEE = ids_BEE + 0"),
+        (
+            "scores_BC = (live.scores[..., None] + gains_BEE)",
+            "scores_BC = (0 * live.scores[..., None] + gains_BEE)",
+        ),
+    ],
+    ("specdec/proposers/learned.py", f"{_LEARNED} {_SPECULATE} -k 'not wide'"): [
+        (
+            "positions_B = root_position_B + level - 1",
+            "positions_B = root_position_B + level",
+            _LEARNED,
+        ),
+        (
+            "root_position_B = state.start + state.counts - 1",
+            "root_position_B = state.start",
+            _LEARNED,
+        ),
+        (
+            "start=jnp.where(alive_B, rows.lengths, state.start),",
+            "start=jnp.where(alive_B, rows.lengths + 1, state.start),",
+            _PAGES,
+        ),
+        (
+            "view.lengths[:, None] + jnp.arange(tokens.shape[1]),",
+            "view.lengths[:, None] + 1 + jnp.arange(tokens.shape[1]),",
+            _PAGES,
+        ),
+        (
+            "last = (state.counts - 1)[None, :, None]",
+            "last = (0 * state.counts)[None, :, None]",
+            _ACCEPTED,
+        ),
+        (
+            'coupled = self.ranking == "coupled" and is_drawn',
+            "coupled = is_drawn",
+            _LEARNED,
+        ),
+    ],
+    ("specdec/proposers/ngram.py", "tests/specdec/proposers/test_ngram.py"): [
+        (
+            "(behind == ends[:, None, j - 1, None])",
+            "(behind == ends[:, None, 0, None])",
+        ),
+        ("rank = match * num_sources + order[:, None]", "rank = match * num_sources"),
+        (
+            "place = corpus.lengths[:batch, None] - 1 - jnp.arange(longest)",
+            "place = corpus.lengths[:batch, None] - jnp.arange(longest)",
+        ),
+        (
+            "known = known & ((behind == chain[:, None, i, None]) | (behind < 0))",
+            "known = known & (behind == chain[:, None, i, None])",
+        ),
+        (
+            "match = jnp.minimum(matches[:, :, None] + level, longest)",
+            "match = jnp.minimum(matches[:, :, None] + 0 * level, longest)",
+        ),
+        (
+            "assumed = _PRIOR_WEIGHT * (lengths / (lengths + 4.0))",
+            "assumed = _PRIOR_WEIGHT * 0.5",
+        ),
+    ],
+    ("specdec/proposers/ngram_store.py", "tests/specdec/proposers"): [
+        (
+            "return [self._texts[serial][1] for serial in reversed(serials)]",
+            "return [self._texts[serial][1] for serial in serials]",
+        ),
+        ("self.num_tokens -= len(text)", "self.num_tokens -= 0"),
+        ("p == prompt_id and i != row]", "p == prompt_id]"),
+    ],
+    ("specdec/tuners/survival.py", "tests/specdec/tuners/test_survival.py"): [
+        ("fade = min(1.0, self._memory / pair[0])", "fade = 1.0"),
+        ("least = min(self._kept, pair[0])", "least = 0.0"),
+        (
+            "size = strategy.tokens_to_verify if strategy.topk > 1 else 0",
+            "size = strategy.tokens_to_verify",
+        ),
+        ("hazard = min(1.0, hazard + optimism * spread)", "hazard = min(1.0, hazard)"),
+        ("hazard = _mean(here[depth], self._shared_weight, mean)", "hazard = mean"),
+        ('if drafted_only and proposer == "ngram":', "if False:"),
+    ],
+    ("specdec/tuners/bandit.py", "tests/specdec/tuners/test_bandit.py"): [
+        (
+            "if self._random.random() < self._epsilon:",
+            "if self._random.random() > self._epsilon:",
+        ),
+        (
+            "sum(call.num_accepted) / call.elapsed_s",
+            "sum(call.num_accepted) / call.num_steps",
+        ),
+        ('self._random.bit_generator.state = state["random"]', '_ = state["random"]'),
+        (
+            "self._rewards[arm].extend(rewards)",
+            "self._rewards[arm].extend(rewards[:1])",
+        ),
+    ],
+    ("specdec/tuners/tuner.py", "tests/specdec/tuners"): [
+        ('self._speculating = bool(state["speculating"])', "self._speculating = False"),
+        ("elif num_rows > self._stop_rows:", "elif num_rows > self._start_rows:"),
+    ],
+    ("specdec/tuners/step_times.py", "tests/specdec/tuners/test_step_times.py"): [
+        ("weight * math.log(expected_s)", "weight * math.log(own_s)"),
+        (
+            "own_weight = len(calls) / self.spread() ** 2",
+            "own_weight = 1 / self.spread() ** 2",
+        ),
+        ("ridge = (spread / _PRIOR_SPREAD) ** 2", "ridge = 0.0"),
+    ],
+    ("specdec/training/losses.py", "tests/specdec/training/test_losses.py"): [
+        (
+            "weight = lax.stop_gradient(jnp.exp(-rate * (1.0 - distance)))",
+            "weight = jnp.exp(-rate * (1.0 - distance))",
+        ),
+        (
+            "return 0.5 * jnp.sum(jnp.abs(difference), axis=-1)",
+            "return jnp.sum(jnp.abs(difference), axis=-1)",
+        ),
+        ("distance - 0.5), axis=0)", "distance), axis=0)"),
+    ],
+    ("specdec/texts/sampling.py", "tests/specdec/texts/test_sampling.py"): [
+        ('self._owed = float(state["owed"])', "self._owed = 0.0"),
+        (
+            "self._due = dict(zip(ids.tolist(), due.tolist(), strict=True))",
+            "self._due = {}",
+        ),
+        (
+            "return PREVIOUS if owed > 0 else CURRENT",
+            "return CURRENT if owed > 0 else PREVIOUS",
+        ),
+        (
+            'self._clock = np.array(state["clock"], np.float64)',
+            "self._clock = np.zeros(2)",
+        ),
+        ("self._num_batches += 1", "self._num_batches += 0"),
+    ],
+    ("specdec/texts/layout.py", "tests/specdec/texts"): [
+        (
+            "return max(length - max(response_start, 2), 0)",
+            "return max(length - response_start, 0)",
+        ),
+        ("bases[there] = first + span.first_base", "bases[there] = span.first_base"),
+        ("keys[there] = record.key", "keys[there] = 0"),
+    ],
+}

@@ -1,0 +1,148 @@
+"""Mutants of `models` and the kernels: by file and tests, (old, new) pairs."""
+
+_GGUF = "tests/models/formats/test_gguf_file.py"
+_PAGES = "tests/rl/engine/test_engine_drafts.py -k pages_are"
+
+EDITS = {
+    ("models/layers.py", "tests/models/test_layers.py"): [
+        ("second * cos + first * sin]", "second * cos - first * sin]"),
+        (
+            "keep * freqs + (1 - keep) * freqs / scaling.factor",
+            "(1 - keep) * freqs + keep * freqs / scaling.factor",
+        ),
+        ("factor = 0.1 * math.log(scaling.factor) + 1.0", "factor = 1.0"),
+        (
+            "lax.rsqrt(mean_square + eps)",
+            "lax.rsqrt(mean_square)",
+            "tests/models/test_parity.py -k qwen3-plain",
+        ),
+        (
+            "jax.nn.silu(gate[0]) * up[0]",
+            "gate[0] * jax.nn.silu(up[0])",
+            "tests/models/test_parity.py -k qwen3-plain",
+        ),
+        (
+            "axes=(columns, (1, 2)), precision=prec)",
+            "axes=(columns, (1, 2)), precision=prec) * 2",
+        ),
+    ],
+    ("models/rows.py", "tests/models/test_rows.py"): [
+        (
+            "closed = len(self.items) - (self._num_open or len(self.items))",
+            "closed = 0",
+        ),
+        ("np.arange(len(tokens))", "np.arange(first, first + len(tokens))"),
+        ("key=lambda i: -sizes[i]", "key=lambda i: sizes[i]"),
+    ],
+    ("models/kv_cache.py", "tests/models/test_kv_cache.py"): [
+        (
+            "j * page_size < counts[row], page_table[row, first]",
+            "j * page_size <= counts[row], page_table[row, first]",
+        ),
+        (
+            "page = lax.dynamic_slice_in_dim(pages, sources[i], 1, axis=1)",
+            "page = lax.dynamic_slice_in_dim(pages, sources[0], 1, axis=1)",
+        ),
+        ("row, new.sources[row, t], page, slot)", "row, t, page, slot)"),
+        (
+            "per_row = 1 + (width - 1 + page_size - 1) // page_size",
+            "per_row = (width - 1 + page_size - 1) // page_size",
+        ),
+        ("0, :, positions_BT % cache.page_size]", "0, :, positions_BT % 2]"),
+        (
+            "return 2 * columns * jnp.dtype(dtype).itemsize",
+            "return columns * jnp.dtype(dtype).itemsize",
+        ),
+    ],
+    ("models/attention.py", "tests/models/test_attention.py"): [
+        (
+            "(slots_S[None, :] < lengths[:, None])[",
+            "(slots_S[None, :] <= lengths[:, None])[",
+        ),
+        (
+            "visible_B1MS = visible_B1MS & near_BMS[:, None]",
+            "visible_B1MS = visible_B1MS",
+        ),
+        (
+            "mask_BTS = mask_BTS & (distance_BTS < window)",
+            "mask_BTS = mask_BTS & (distance_BTS <= window)",
+        ),
+        (
+            "left.normaliser * of_left_BKM + right.normaliser * of_right_BKM",
+            "left.normaliser + right.normaliser",
+        ),
+        (
+            "causal_TS = (column + steps)[None, :] <= (row + steps)[:, None]",
+            "causal_TS = (column + steps)[None, :] < (row + steps)[:, None]",
+        ),
+    ],
+    ("models/transformer.py", "tests/models/test_transformer.py"): [
+        (
+            "jnp.where(index == wanted, x_DBT, kept[slot])",
+            "jnp.where(index <= wanted, x_DBT, kept[slot])",
+            _PAGES,
+        ),
+        (
+            "return jnp.concatenate(out.features) if out.features else out.hidden",
+            "return out.hidden",
+            _PAGES,
+        ),
+        (
+            "tuple(outputs[i] for i in features)",
+            "tuple(outputs[0] for i in features)",
+            _PAGES,
+        ),
+        (
+            "x_DBT = x_DBT + attended_DBT",
+            "x_DBT = attended_DBT",
+            "tests/models/test_parity.py -k llama-plain",
+        ),
+    ],
+    ("models/params.py", "tests/models/test_params.py"): [],
+    ("models/drafters/drafter.py", "tests/models/drafters"): [
+        ("return low - 1, mid - 1, high - 1", "return low, mid, high"),
+        ("if not 2 < chosen[1] < chosen[2]:", "if not 2 <= chosen[1] < chosen[2]:"),
+    ],
+    ("models/drafters/layouts.py", "tests/models/drafters/test_layouts.py"): [
+        ('values["d2t"] = ids - np.arange(len(ids))', 'values["d2t"] = ids'),
+        ("+ np.arange(cfg.draft_vocab_size)", "+ 0"),
+        ('"gate": layer.gate_up[0],', '"gate": layer.gate_up[1],'),
+    ],
+    ("models/formats/gguf_file.py", _GGUF): [
+        (
+            "whole.reshape(-1, self.config.head_dim // 2, 2, *whole.shape[1:])",
+            "whole.reshape(-1, 2, self.config.head_dim // 2, *whole.shape[1:])",
+        ),
+        ("return float(str(np.float32(value)))", "return float(value)"),
+    ],
+    ("models/formats/convert.py", "tests/models/formats/test_convert.py"): [
+        ("if listed is not None and listed != present:", "if False:"),
+        ("equal &= np.array_equal(", "equal |= np.array_equal("),
+    ],
+    ("cpu_kernels/gumbel.py", "tests/cpu_kernels/test_gumbel.py"): [
+        ("_ROUNDS = 13", "_ROUNDS = 12"),
+        (
+            "x1 = code.add(x1, code.splat_integer(step, _WIDE))",
+            "x1 = code.add(x1, code.splat_integer(1, _WIDE))",
+        ),
+        ("code.splat(0.5, _WIDE)", "code.splat(1.0, _WIDE)"),
+        (
+            "_put_first(code, high, second, column, code.sub(vocab_size, half))",
+            "_put_first(code, low, second, column, code.sub(vocab_size, half))",
+        ),
+    ],
+    (
+        "pallas_kernels/verify_attention/tpu_kernel.py",
+        "tests/pallas_kernels/test_verify_attention.py -k tpu",
+    ): [
+        ("mask = slots < self.length", "mask = slots <= self.length"),
+        (
+            "mask = mask & (position - slots < self.given.window[0])",
+            "mask = mask & (position - slots <= self.given.window[0])",
+        ),
+        (
+            "step.fetch(row, at + cut.pages, stop, 1 - turn)",
+            "step.fetch(row, at, stop, 1 - turn)",
+        ),
+    ],
+}

@@ -1,0 +1,155 @@
+"""Mutants of engine, workers, adaptation, checkpoint: by file and tests, (old, new)."""
+
+_DRAFTS = "tests/rl/engine/test_engine_drafts.py"
+_ACCEPTED = f"{_DRAFTS} -k accepted"
+_PAGES = f"{_DRAFTS} -k pages_are"
+_SPECULATOR = "tests/rl/engine/test_speculator.py"
+_SPOT = "tests/rl/adaptation/test_spot_trainer.py"
+
+EDITS = {
+    ("rl/engine/scheduler.py", "tests/rl/engine/test_scheduler.py"): [
+        ("self._references[page] = 1", "self._references[page] = 2"),
+        ("if self._references[page] == 0:", "if self._references[page] <= 1:"),
+        ("num_shared = prompt_length // page_size", "num_shared = 0"),
+        (
+            "row.pages, row.length, row.drafted = [], 0, 0",
+            "row.pages, row.length = [], 0",
+            _PAGES,
+        ),
+        ("self.waiting.appendleft(row)", "self.waiting.append(row)"),
+        ("needed += prompt_length % page_size > 0", "needed += 0"),
+        ("return max(1, num_rows // 8)", "return num_rows"),
+        ("self._preempt(self.rows[-1])", "self._preempt(self.rows[0])"),
+    ],
+    ("rl/engine/cache_writer.py", "tests/rl/engine/test_cache_writer.py"): [
+        ("job.text[first + ahead :][:count]", "job.text[first:][:count]", _PAGES),
+        (
+            "left.sort(key=lambda i: done[i] - lengths[i])",
+            "left.sort(key=lambda i: lengths[i] - done[i])",
+        ),
+        (
+            "counts[row], starts[row] = count, first",
+            "counts[row], starts[row] = count, 0",
+            _PAGES,
+        ),
+    ],
+    ("rl/engine/capture.py", "tests/rl/engine/test_capture.py"): [
+        ("(request_id * _SPREAD) % 2**32 < frac", "request_id % 2**32 < frac"),
+        (
+            "response_start=len(row.request.prompt),",
+            "response_start=len(row.request.prompt) - 1,",
+        ),
+        (
+            "hidden=known[:, num_fused:],",
+            "hidden=known[:, : known.shape[1] - num_fused],",
+        ),
+    ],
+    ("rl/engine/stats.py", "tests/rl/engine/test_engine_speculation.py -k rates"): [
+        (
+            "self.num_tried, call.num_accepted[:-1])",
+            "self.num_tried, call.num_accepted)",
+        ),
+        (
+            "return sum(num_accepted) / num_accepted[0]",
+            "return sum(num_accepted[1:]) / num_accepted[0]",
+        ),
+    ],
+    ("rl/engine/speculator.py", _SPECULATOR): [
+        (
+            "if 1 <= row.length - row.drafted <= strategy.max_accept_length:",
+            "if 1 <= row.length - row.drafted < strategy.max_accept_length:",
+        ),
+        ("stop = max(row.length - 1, 0)", "stop = max(row.length, 0)"),
+        (
+            "self._filled.difference_update(job.pages[job.start // self._page_size :])",
+            "self._filled.difference_update(())",
+        ),
+        (
+            "np.float32(1.0 if given is None else given)",
+            "np.float32(1.0)",
+            "tests/rl/engine/test_engine_speculation.py -k sharpness",
+        ),
+        (
+            "self._outcomes * np.float32(self.cfg.texts.discount)",
+            "self._outcomes * np.float32(1)",
+        ),
+        (
+            "self.weights = learned.weights_of(self._params, target)",
+            "self.weights = self.weights or learned.weights_of(self._params, target)",
+            _PAGES,
+        ),
+        ("row.drafted = int(length)", "row.drafted = int(length) + 1"),
+        ("row.drafted = 0\n", "row.drafted += 0\n"),
+        (
+            "self._filled.update(job.pages[: job.stop // size])",
+            "self._filled.update(())",
+        ),
+    ],
+    ("rl/engine/engine.py", _PAGES): [
+        (
+            "self._speculator.written((*admission.prompts, *admission.returns))",
+            "pass",
+        ),
+        ("self._speculator.begin()", "pass", f"{_DRAFTS} -k discounted"),
+    ],
+    ("rl/workers/coordinator.py", "tests/rl/workers/test_coordinator.py"): [
+        (
+            "if generation == state.generation and worker in state.unreturned:",
+            "if worker in state.unreturned:",
+        ),
+        (
+            "if silent_s > cfg.heartbeat_timeout_s:",
+            "if silent_s > 2 * cfg.heartbeat_timeout_s:",
+        ),
+        ("or worker.round != event.round:", "or False:"),
+        ("and state.training.stop_asked_s is None\n", "and True\n"),
+        (
+            "if len(state.which(records.Activity.LOST)) == len(state.workers):",
+            "if False:",
+        ),
+        ("number = state.num_trainings + 1", "number = 1"),
+        (
+            "state.num_restarts <= cfg.max_restarts",
+            "state.num_restarts < cfg.max_restarts",
+        ),
+    ],
+    ("rl/adaptation/spot_trainer.py", _SPOT): [
+        (
+            'reason = self.report.num_steps, False, ""',
+            'reason = self.report.num_steps, True, ""',
+        ),
+        ("self.learner.end(keep=False)", "pass"),
+        ("if kept and self.report.num_steps > before:", "if kept:"),
+        (
+            "is drawn again.\n        self._sampler.restore(unused)",
+            "is drawn again.",
+        ),
+    ],
+    ("rl/adaptation/budget.py", "tests/rl/adaptation/test_budget.py"): [
+        ("gain = _NEWEST * gain + (1 - _NEWEST) * self.gain_per_s", "gain = gain + 0"),
+        (
+            "if self.num_idle >= _PROBE_AFTER else 0.0",
+            "if self.num_idle > _PROBE_AFTER else 0.0",
+        ),
+        ("num_idle=self.num_idle + 1", "num_idle=self.num_idle"),
+    ],
+    ("rl/adaptation/adaptation.py", "tests/rl/adaptation/test_adaptation.py"): [
+        ('self._ngram_accept_length = meta["ngram_accept_length"]', "pass"),
+        ('self.learner.sharpness = meta["sharpness"]', "pass"),
+        ('self.budget = budget.Budget(**meta["budget"])', "pass"),
+        ("self.sampler.restore(part(_SAMPLER))", "pass"),
+        ("self.version += 1", "self.version += 2"),
+    ],
+    ("rl/adaptation/learner.py", "tests/rl/adaptation/test_learner.py"): [
+        ("if keep and self._placed is not None:", "if self._placed is not None:"),
+        ('self.sharpness = found["sharpness"]', "pass"),
+    ],
+    ("workdir/metrics.py", "tests/workdir/test_metrics.py"): [
+        (
+            'lambda one: one[0]["step"] < first_step',
+            'lambda one: one[0]["step"] <= first_step',
+        ),
+        ("os.ftruncate(self._file, size)", "pass"),
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    ],
+}

@@ -1,0 +1,124 @@
+"""What the engine keeps for drafting, against forwards over whole texts.
+
+Tokens are the target's whatever is drafted, so an error in the drafter's pages costs
+speed and shows in no text: here its pages are compared after every call, and how many
+drafts are accepted is a literal.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.rl import engines
+from tests.rl.engine import test_engine_speculation as speculation
+from tlt_jax.models import transformer
+from tlt_jax.models.drafters import drafter
+from tlt_jax.rl.engine import engine as engine_lib
+
+OTHERS = engines.params_of(3)
+
+
+def whole_texts(cfg):
+    """Keys and values of the drafter over a whole text, `[K, H, S]`."""
+
+    @jax.jit
+    def fn(params, drafter_params, text):
+        positions = jnp.arange(text.shape[0])[None]
+        out = transformer.forward(
+            *(params, engines.CFG, text[None], positions), features=cfg.feature_layers
+        )
+        features = transformer.drafter_features(out)
+        drafted = drafter.forward(
+            drafter_params,
+            cfg,
+            drafter.embed(params, jnp.roll(text, -1)[None]),
+            drafter.fuse(drafter_params, cfg, features),
+            positions,
+        )
+        return drafted.keys[:, :, 0], drafted.values[:, :, 0]
+
+    return fn
+
+
+class Watched:
+    """Compares the drafter's pages of every row after every call."""
+
+    def __init__(self, engine, monkeypatch):
+        cfg = engine._speculator.cfg.drafter_cfg
+        self.engine, self.fn = engine, whole_texts(cfg)
+        self.drafter = speculation.drafter_params(cfg)
+        self.params, self.num_checked = engines.PARAMS, 0
+        kept = engine_lib.Engine._kept
+
+        def check(engine, rows, result):
+            finished = kept(engine, rows, result)
+            for row in rows:
+                self.check(row)
+            return finished
+
+        monkeypatch.setattr(engine_lib.Engine, "_kept", check)
+
+    def check(self, row):
+        wanted = self.fn(self.params, self.drafter, engines.padded(row.text()))
+        cache = self.engine._caches.drafter
+        for pages, columns in zip((cache.keys, cache.values), wanted, strict=True):
+            own = np.moveaxis(np.asarray(pages)[0, row.pages], 0, -2)
+            own = own.reshape(*own.shape[:2], -1)[..., : row.drafted]
+            np.testing.assert_allclose(own, columns[..., : row.drafted], atol=1e-5)
+        self.num_checked += row.drafted
+
+
+@pytest.mark.parametrize("cfg", [speculation.EAGLE, speculation.DRAFTER])
+def test_drafter_pages_are_those_of_whole_texts(monkeypatch, cfg):
+    """Pages that are shared, reused, put back, and of weights that came later."""
+    engine = speculation.engine_of("by rows", cfg, **speculation.SMALL)
+    watched = Watched(engine, monkeypatch)
+    _, stats = engine.run(engines.REQUESTS, engines.SEED)
+    assert stats.num_preempted > 0 and watched.num_checked > 250
+    for number in (1, 2):
+        # A target of its own, then a drafter of its own.
+        if number == 1:
+            watched.params = OTHERS
+            engine.set_params(OTHERS, version=1)
+        else:
+            watched.drafter = speculation.drafter_params(cfg, 1)
+            engine.set_drafter(watched.drafter, version=1)
+        engine.run(engines.REQUESTS[:6], engines.SEED)
+    engine.pool.close()
+
+
+# How often at least so many drafted tokens were accepted.
+ACCEPTED = {
+    "eagle": [76, 26, 9, 4],
+    "some tokens": [80, 28, 8, 1],
+}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(page_size=4, prefill_chunk=8),
+        dict(page_size=16, prefill_chunk=16, max_rows=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
+    """Native kernels; no call cuts an accepted run."""
+    cfg = speculation.EAGLE if name == "eagle" else speculation.DRAFTER
+    sizes = sizes | dict(steps_per_call=32, cpu_kernels="native")
+    engine = speculation.engine_of("chain", cfg, **sizes)
+    _, stats = engine.run(engines.REQUESTS, engines.SEED)
+    assert stats.num_accepted == ACCEPTED[name]
+    engine.pool.close()
+
+
+def test_a_run_begins_with_what_matches_did_before_discounted():
+    engine = speculation.engine_of("ngram", None, max_rows=1)
+    state = engine._speculator
+    state._outcomes = np.full_like(state._outcomes, 100)
+    engine.run(engines.REQUESTS[:1], engines.SEED)
+    assert state.cfg.texts.discount < 1
+    assert state._outcomes.min() == np.float32(100 * state.cfg.texts.discount)
+    engine.pool.close()
