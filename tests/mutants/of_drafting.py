@@ -106,7 +106,6 @@ EDITS = {
         ("rows.keys, lengths_B + 1, settings", "rows.keys, lengths_B, settings"),
         ("(counts_B < rows.remaining)", "(counts_B <= rows.remaining)"),
         ("alive=alive_B & ~ended_B &", "alive=alive_B &"),
-        ("pending=jnp.where(alive_B, drawn_B, state.pending)", "pending=drawn_B"),
     ],
     ("specdec/proposers/expansion.py", _LEARNED): [
         (

@@ -86,10 +86,6 @@ EDITS = {
         ),
     ],
     ("rl/engine/engine.py", _PAGES): [
-        (
-            "self._speculator.written((*admission.prompts, *admission.returns))",
-            "pass",
-        ),
         ("self._speculator.begin()", "pass", f"{_DRAFTS} -k discounted"),
     ],
     ("rl/workers/coordinator.py", "tests/rl/workers/test_coordinator.py"): [
