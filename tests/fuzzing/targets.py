@@ -192,7 +192,7 @@ def records(directory: pathlib.Path) -> None:
     if not read:
         return
     report.summary(read)
-    _, answers = report.sample_answers(directory, 3)
+    _, answers, _ = report.sample_answers(directory, 3)
     for answer in answers:
         _is(math.isfinite(answer.reward), f"reward {answer.reward}")
         page.answer(answer).encode()
