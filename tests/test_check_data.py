@@ -100,7 +100,7 @@ def test_prompts_that_are_too_long(check, tmp_path, monkeypatch):
     assert "more than 6: shorten it, raise task.max_prompt_tokens" in out
     assert out.splitlines()[-1].endswith("1 bad")
     made.chat_template = "{% for m in messages %}+{{ m.content }}=?{% endfor %}"
-    status, out = check("--chat", "--tokenizer_of=some", limit, path)
+    status, out = check("--as_chat", "--tokenizer_of=some", limit, path)
     assert status == 1 and "line 1: the prompt has 7 tokens, more than 6" in out
     status, out = check(limit, path)
     assert status == 2 and "belong together" in out

@@ -45,8 +45,10 @@ _REWARD = flags.DEFINE_string(
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer_of", None, "Model whose tokenizer and chat template measure prompts."
 )
-_CHAT = flags.DEFINE_bool(
-    "chat", False, "Prompts that are text become messages, as with task.options.chat."
+_AS_CHAT = flags.DEFINE_bool(
+    "as_chat",
+    False,
+    "Prompts that are text become messages, as with task.options.chat.",
 )
 _MAX_PROMPT_TOKENS = flags.DEFINE_integer(
     "max_prompt_tokens",
@@ -146,7 +148,7 @@ def run(names: Sequence[str]) -> bool:
         checks.append(answers(_REWARD.value))
     if _TOKENIZER.value is not None:
         limit = _MAX_PROMPT_TOKENS.value
-        checks.append(lengths(_TOKENIZER.value, limit, _CHAT.value))
+        checks.append(lengths(_TOKENIZER.value, limit, _AS_CHAT.value))
     keys = {name: flag.value for name, flag in _KEYS.items()}
     good = True
     for name in names:

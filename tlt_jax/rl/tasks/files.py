@@ -177,7 +177,7 @@ def _numbered(batches, most: int | None = None) -> Iterator[tuple[int, Any]]:
 
 def _line(error: Exception) -> str:
     """Say an error of Arrow in one line, and not a long one."""
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 def _from_directory(directory: pathlib.Path, split: str | None) -> list[pathlib.Path]:
