@@ -59,8 +59,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.rollout.max_new_tokens = 4
         config.rollout.steps_per_call = 4
         config.optimizer.learning_rate = 1e-3
-        # For specdec.mode=tlt: an answer is over, and who waits goes on, in no time.
-        config.specdec.strategies = ("16:D2K1V3",)
+        # For specdec.mode=tlt: an answer is over, and who waits goes on, in no time; and
+        # few strategies, since each is compiled for each size of batch.
+        config.specdec.strategies = ("4:D2K1V3",)
+        config.specdec.ngram_strategies = ("4:D2K1V3-ngram",)
         config.adaptation.num_steps = 2
         config.adaptation.row_tokens = 64
         config.adaptation.row_bases = 48
