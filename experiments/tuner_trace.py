@@ -52,8 +52,8 @@ OPTIONS = (
 )
 
 
-class RoundRobin:
-    """A tuner that tries every arm of a bucket equally often, and keeps the calls."""
+class RoundRobin(tuner_lib.Tuner):
+    """Tries every arm of a bucket equally often, and keeps the calls."""
 
     def __init__(self, arms: strategy_lib.Arms, max_rows: int):
         """Begins with no call."""

@@ -141,7 +141,7 @@ def test_wrong_plain_values_are_refused(values, message):
         ("sampling.temperature", 1e-38, "0 or at least 0.001, at most 1000"),
         ("eval.temperature", 1e-38, "0 or at least 0.001, at most 1000"),
         ("sampling.min_p", 1.0, "at least 0, at most 0.999"),
-        ("sampling.top_p", 1e-38, "at least 1e-06, at most 1"),
+        ("sampling.top_p", 1e-38, "at least 1e-09, at most 1"),
         ("workers.num", 100_000, "at least 1, at most 1024"),
         ("reward.workers", 100_000, "at least 0, at most 1024"),
         ("reward.timeout_s", 1e308, "at least 0.001, at most 86400"),

@@ -71,7 +71,7 @@ class Peer:
                 "optimizer": {"learning_rate": request["learning_rate"]},
                 # A row holds the longest possible group and no more.
                 "learner": {"row_tokens": longest + samples * new_tokens},
-                "reward": {"function": "protocol:judge", "workers": 0},
+                "reward": {"functions": ("protocol:judge",), "workers": 0},
                 "log": {
                     "tensorboard": False,
                     "plots_every": 0,

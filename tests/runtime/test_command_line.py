@@ -332,7 +332,8 @@ def test_help_needs_nothing_and_ends_well(run_program, folder, word):
     assert "  --workdir=DIR\n          Directory.\n" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 88
     described = (
-        "  cache.page_size = 64  (integer, at least 1)\n      Tokens per page.\n"
+        "  cache.page_size = 64  (integer, at least 1, at most 65536)\n"
+        "      Tokens per page.\n"
     )
     assert (described in result.stdout) == (word != "--helpshort")
 

@@ -204,15 +204,18 @@ def test_frequencies_of_draws_are_the_laws(settings):
 @pytest.mark.parametrize(
     "settings,message",
     [
-        (dict(temperature=-0.1), "temperature=-0.1 is out of range: at least 0"),
+        (
+            dict(temperature=-0.1),
+            "temperature=-0.1 is out of range: 0 or at least 0.001",
+        ),
         (dict(temperature=float("nan")), "temperature=nan is not finite"),
         (dict(temperature=float("inf")), "temperature=inf is not finite"),
         (dict(top_k=-1), "top_k=-1 is out of range: at least 0"),
-        (dict(top_p=0.0), "top_p=0.0 is out of range: above 0"),
-        (dict(top_p=1.01), "top_p=1.01 is out of range: above 0, at most 1"),
+        (dict(top_p=0.0), "top_p=0.0 is out of range: at least 1e-09"),
+        (dict(top_p=1.01), "top_p=1.01 is out of range: at least 1e-09, at most 1"),
         (dict(top_p=float("nan")), "top_p=nan is not finite"),
-        (dict(min_p=1.0), "min_p=1.0 is out of range: at least 0, below 1"),
-        (dict(min_p=-0.1), "min_p=-0.1 is out of range: at least 0, below 1"),
+        (dict(min_p=1.0), "min_p=1.0 is out of range: at least 0, at most 0.999"),
+        (dict(min_p=-0.1), "min_p=-0.1 is out of range: at least 0, at most 0.999"),
         (dict(min_p=float("nan")), "min_p=nan is not finite"),
     ],
 )

@@ -101,7 +101,7 @@ class Sampling:
     """
 
     temperature: float = schema.number(1.0, 0.0, 1e3, least=1e-3)
-    top_p: float = schema.number(1.0, 1e-6, 1.0)
+    top_p: float = schema.number(1.0, 1e-9, 1.0)
     top_k: int = schema.number(0, 0, 10**7)
     min_p: float = schema.number(0.0, 0.0, 0.999)
 

@@ -63,7 +63,7 @@ def test_workers_by_number_and_by_what_they_do():
     assert pickle.loads(pickle.dumps(state)) == state
     # As the record and the timeline write them.
     assert [str(activity) for activity in records.Activity] == (
-        "busy idle training lost".split()
+        "busy compiling idle training lost".split()
     )
 
 

@@ -11,7 +11,7 @@ from tlt_jax import types
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.workers import coordinator, records, workers
-from tlt_jax.runtime import channel, distributed, failures
+from tlt_jax.runtime import channel, distributed, failures, programs
 
 NUM = 3
 REQUESTS = [
@@ -28,6 +28,7 @@ class FakeEngine:
         self.name, self._fails = name, fails
         self.pool = threading.Event()  # Something to be closed.
         self.pool.close = self.pool.set
+        self.pool.stats = programs.PoolStats()
 
     def check(self, requests):
         assert requests
