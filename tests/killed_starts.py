@@ -239,7 +239,7 @@ def _prepare(folder: pathlib.Path, kill: Kill | None, without: str) -> None:
 
     _wrap(collector.Collector, "collect", mark)
     if without:
-        setattr(*_find(without), lambda *arguments, **options: None)
+        setattr(*find(without), lambda *arguments, **options: None)
     if kill is not None and kill.where:
         num_calls = []
 
@@ -248,7 +248,7 @@ def _prepare(folder: pathlib.Path, kill: Kill | None, without: str) -> None:
             if len(num_calls) == kill.nth and _index() == kill.process:
                 _die(kill)
 
-        _wrap(*_find(kill.where), count)
+        _wrap(*find(kill.where), count)
 
 
 def _let_wait(worker: engine.Engine, *_: object, **__: object) -> None:
@@ -272,7 +272,7 @@ def _index() -> int:
     return int(os.environ.get(distributed.PROCESS, 0))
 
 
-def _find(where: str) -> tuple[Any, str]:
+def find(where: str) -> tuple[Any, str]:
     """Returns what has the method, and its name."""
     module, _, path = where.partition(":")
     owner = importlib.import_module(module)

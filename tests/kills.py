@@ -120,7 +120,8 @@ class Kind:
 # it how many steps the same tokens take.
 _CLOCKS = (
     r"row \d+ (drafter|specdec|workers)/|row \d+ rollout/(decode_steps|row_steps|"
-    r"prefill|preempted)|row \d+ eval/num_steps|rollouts \d+ drafted|drafter_checkpoints/"
+    r"prefill|preempted)|row \d+ eval/num_steps|rollouts \d+ drafted|"
+    r"drafter_checkpoints/"
 )
 KINDS = {
     "off": Kind(_COMMON | {"reward.workers": 1}),
@@ -292,7 +293,7 @@ def _short(ours: Any, theirs: Any) -> str:
         only = [
             [x for x in a if x not in b] for a, b in ((ours, theirs), (theirs, ours))
         ]
-        ours, theirs = only
+        ours, theirs = only if any(only) else (ours, theirs)
     return f"{str(ours)[:150]} instead of {str(theirs)[:150]}"
 
 
