@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
 
+from tests import tiny_runs
 from tlt_jax import config
-from tlt_jax.settings import schema, sections
+from tlt_jax.settings import drafter_run, schema, sections
 
 
 def recipe() -> config.ml_collections.ConfigDict:
@@ -84,7 +86,7 @@ def test_differences_name_the_keys():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_steps", 0, "num_steps=0 is out of range: at least 1."),
+        ("num_steps", 0, "num_steps=0 is out of range: at least 1, at most 1e+09."),
         ("sampling__temperature", 0.0, "sampling.temperature=0 draws the same answer"),
         ("precision", "bf16", "precision='bf16' is not one of float32, bfloat16; did"),
         ("specdec__mode", "tlr", "specdec.mode='tlr' is not one of off, ngram, tlt"),
@@ -127,3 +129,61 @@ def test_direct_construction_is_checked_too():
 def test_wrong_plain_values_are_refused(values, message):
     with pytest.raises(schema.ConfigError, match=re.escape(message)):
         config.load(values)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("sampling.temperature", 1e-38, "0 or at least 0.001, at most 1000"),
+        ("eval.temperature", 1e-38, "0 or at least 0.001, at most 1000"),
+        ("sampling.min_p", 1.0, "at least 0, at most 0.999"),
+        ("sampling.top_p", 1e-38, "at least 1e-06, at most 1"),
+        ("workers.num", 100_000, "at least 1, at most 1024"),
+        ("reward.workers", 100_000, "at least 0, at most 1024"),
+        ("reward.timeout_s", 1e308, "at least 0.001, at most 86400"),
+        ("seed", 10**27, "at least 0, at most 1e+18"),
+        ("task.seed", 10**27, "at least 0, at most 1e+18"),
+        ("num_steps", 10**10, "at least 1, at most 1e+09"),
+        ("optimizer.beta2", 1 - 1e-9, "at least 0, at most 0.999999"),
+        ("optimizer.eps", 1e-60, "at least 1e-30, at most 1"),
+        ("optimizer.clip_norm", 1e-40, "0 or at least 1e-09, at most 1e+09"),
+        ("optimizer.learning_rate", 1e9, "at least 0, at most 1000"),
+        ("rollout.max_batch", 2**40, "at least 1, at most 65536"),
+        ("specdec.tau", 1e-38, "at least 0.001, at most 1000"),
+        ("mesh.data", 2**40, "at least -1, at most 1048576"),
+    ],
+)
+def test_numbers_that_no_run_survives_are_refused_at_once(key, value, accepted):
+    with pytest.raises(schema.ConfigError) as raised:
+        tiny_runs.config_of(**{key: value})
+    assert str(raised.value) == f"{key}={value} is out of range: {accepted}."
+
+
+def test_every_number_has_bounds_on_both_sides():
+    for root in (config.RunConfig, drafter_run.DrafterRun):
+        for part in (root, *(f.type for f in dataclasses.fields(root))):
+            for field in (
+                dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
+            ):
+                if "low" in field.metadata:
+                    ends = [field.metadata[end] for end in ("low", "above")]
+                    assert max(x for x in ends if x is not None) > -math.inf, field.name
+                    ends = [field.metadata[end] for end in ("high", "below")]
+                    assert min(x for x in ends if x is not None) < math.inf, field.name
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp_baseline", "gspo"]
+)
+def test_a_group_of_one_is_refused_where_it_teaches_nothing(algorithm):
+    alone = {"rollout.group_size": 1, "algorithm.name": algorithm}
+    with pytest.raises(schema.ConfigError) as raised:
+        tiny_runs.config_of(**alone)
+    assert str(raised.value) == (
+        f"rollout.group_size=1 with the advantages of {algorithm}, which compare the "
+        "completions of a group: one alone teaches nothing. Set it to 2 or more."
+    )
+    with pytest.raises(schema.ConfigError, match="the advantages of rloo, which"):
+        tiny_runs.config_of(**alone | {"algorithm.advantage": "rloo"})
+    own = tiny_runs.config_of(**alone | {"algorithm.advantage": "mine:advantage"})
+    assert own.rollout.group_size == 1

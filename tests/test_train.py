@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
+from tests.workdir import damage
 from tlt_jax import train
 from tlt_jax.rl import collector, evaluator
 from tlt_jax.rl.update import experience
 from tlt_jax.runtime import failures, stopping
 from tlt_jax.settings import schema
-from tlt_jax.workdir import checkpoint, metrics
+from tlt_jax.workdir import checkpoint, files, metrics
 from tlt_jax.workdir import directory as workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -300,6 +301,40 @@ def test_other_settings_are_refused_before_anything_is_touched(base, model, tmp_
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
+def test_a_model_that_has_changed_is_refused_by_name(base, model, tmp_path):
+    shutil.copytree(base, tmp_path / "run")
+    weights = pathlib.Path(model) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with pytest.raises(schema.ConfigError) as raised:
+            start(model, tmp_path / "run", num_steps=10)
+    finally:
+        weights.write_bytes(whole)
+    assert "has read another model.safetensors (model; SHA-256 " in str(raised.value)
+    assert metrics.read(tmp_path / "run") == metrics.read(base)
+    assert policy(tmp_path / "run") == policy(base)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_passed_over_on_request(base, model, tmp_path, capsys):
+    """The steps since the one before it are taken again, and are the same."""
+    shutil.copytree(base, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "8"
+    largest = max(damage.files(newest / "policy"), key=lambda p: p.stat().st_size)
+    whole = largest.read_bytes()
+    largest.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    more = {"num_steps": 9, "log.progress": "plain"}
+    with pytest.raises(checkpoint.DamagedError, match=f"Delete {newest} to go on from"):
+        start(model, tmp_path / "run", **more)
+    rows = start(model, tmp_path / "run", **more | {"checkpoint.on_damage": "previous"})
+    said = capsys.readouterr().out
+    assert "That of step 6 is taken instead, and this one removed." in said
+    assert "resuming after step 6 of 9" in said
+    assert decisive(rows)[:8] == decisive(metrics.read(base))
+    assert policy(tmp_path / "run", 8) == policy(base)
+
+
 def test_updates_that_are_not_finite_are_skipped_then_stop_the_run(
     model, tmp_path, monkeypatch
 ):
@@ -461,6 +496,6 @@ def test_a_directory_in_use_is_left_alone(base, model, tmp_path):
     unfinished.mkdir()
     run = tiny_runs.config_of(**settings(model))
     with workdir.claimed(tmp_path / "run", run):
-        with pytest.raises(workdir.WorkdirError, match="another process works in"):
+        with pytest.raises(files.WorkdirError, match="another process works in"):
             start(model, tmp_path / "run", num_steps=10)
     assert unfinished.is_dir()

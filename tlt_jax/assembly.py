@@ -29,6 +29,8 @@ from tlt_jax.runtime import distributed
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import sections
 from tlt_jax.specdec import sampling
+from tlt_jax.specdec.tuners import shared as shared_tuner
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 SCRATCH = "scratch"
 
@@ -199,6 +201,21 @@ def source_of(
     return model_source.resolve(str(folder))
 
 
+def inputs_of(
+    run: config.RunConfig, source: model_source.ModelSource, task: tasks.Task
+) -> dict[str, tuple[pathlib.Path, ...]]:
+    """List the files that a run reads, by what they are for."""
+    drafter: tuple[pathlib.Path, ...] = ()
+    if run.drafter.directory and run.specdec.mode == "tlt":
+        folder = pathlib.Path(speculation_lib.folder(run.drafter.directory))
+        drafter = tuple(sorted(path for path in folder.glob("*") if path.is_file()))
+    return {
+        "data": tasks.files_of(task),
+        "model": tuple(pathlib.Path(path) for path in source.files()),
+        "drafter": drafter,
+    }
+
+
 def law_of(
     cfg: sections.Sampling, temperature: float | None = None
 ) -> sampling.SamplingConfig:
@@ -285,11 +302,15 @@ def engine_of(
         model,
         engine_programs.EngineConfig(eos_ids=eos_ids_of(model, tokenizer), **sizes),
         speculator_cfg=speculation.speculator_cfg,
-        tuner=speculation.tuner,
-        early_tuner=speculation.early_tuner,
+        tuner=_for_engine(speculation.tuner),
+        early_tuner=_for_engine(speculation.early_tuner),
         decode_text=tokenizer.decode,
         mesh=mesh,
     )
+
+
+def _for_engine(tuner: shared_tuner.SharedTuner | None) -> tuner_lib.Tuner | None:
+    return None if tuner is None else tuner.for_engine()
 
 
 def eos_ids_of(

@@ -28,8 +28,8 @@ class RunConfig:
       precision: type of activations and products; weights and optimizer are float32.
     """
 
-    seed: int = schema.number(0, 0)
-    num_steps: int = schema.number(100, 1)
+    seed: int = schema.number(0, 0, 10**18)
+    num_steps: int = schema.number(100, 1, 10**9)
     precision: Literal["float32", "bfloat16"] = "float32"
     model: sections.Model = sections.Model()
     pretrain: sections.Pretrain = sections.Pretrain()
@@ -146,6 +146,13 @@ def _check(run: RunConfig) -> None:
         raise schema.ConfigError(
             "sampling.temperature=0 draws the same answer for all of a group, which "
             "teaches nothing: set it above 0 (eval.temperature=0 is greedy evaluation)."
+        )
+    # A function of one's own may do without a group.
+    if run.rollout.group_size == 1 and ":" not in (run.algorithm.advantage or ""):
+        named = run.algorithm.advantage or run.algorithm.name
+        raise schema.ConfigError(
+            f"rollout.group_size=1 with the advantages of {named}, which compare the "
+            "completions of a group: one alone teaches nothing. Set it to 2 or more."
         )
     speculation.check_shape(run.drafter)
     sections.check_reward(run.reward)

@@ -53,6 +53,8 @@ class Policy:
       sampling: those of temperature, top_k, top_p and min_p that the model's makers
         recommend, or the run had.
       workdir: of the run whose policy it is; None: it is no run's.
+      files: that all this was read from; of a run's checkpoint the file that has the
+        checksums of the rest.
     """
 
     config: model_config.ModelConfig
@@ -62,6 +64,7 @@ class Policy:
     precision: str
     sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
     workdir: str | None = None
+    files: tuple[pathlib.Path, ...] = ()
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -167,6 +170,10 @@ def load(
             precision,
             law,
             directory,
+            (
+                checkpoint.checksums_path(directory, step),
+                *sorted(pathlib.Path(directory, _TOKENIZER).glob("*")),
+            ),
         )
     if step is not None:
         raise ValueError(
@@ -188,7 +195,13 @@ def load(
     precision = precision or "float32"
     params = model_params.unstack(found.load(jnp.dtype(precision)))
     return Policy(
-        found.config, params, found.tokenizer(), spec, precision, found.sampling
+        found.config,
+        params,
+        found.tokenizer(),
+        spec,
+        precision,
+        found.sampling,
+        files=tuple(pathlib.Path(path) for path in found.files()),
     )
 
 

@@ -22,6 +22,8 @@ from tlt_jax.workdir import directory as workdir
 from tlt_jax.workdir import (
     drafter_checkpoint,
     ending,
+    files,
+    identity,
     progress,
     sinks,
     state,
@@ -40,7 +42,7 @@ def train(
 
     Raises:
       schema.ConfigError: the directory holds another run, or a longer one.
-      workdir.WorkdirError: it cannot be written, or another process works there.
+      files.WorkdirError: it cannot be written, or another process works there.
       failures.TrainingError: updates are not finite any more.
       failures.Stopped: `stop` was asked for; what is done is saved.
       channel.ProcessError: another process of the run has ended.
@@ -110,23 +112,25 @@ class Trainer:
         display.stage("loading")
         task = tasks.build(run.task, reward=run.reward, eval_size=run.eval.num_prompts)
         source = assembly.source_of(run, task, directory, group, display)
+        inputs = assembly.inputs_of(run, source, task)
+        about = identity.claim(directory, run, inputs, display.note, group)
         self.parts = parts = assembly.assemble(
             run, source, task, directory, group, display, closing
         )
         if group.is_first:
-            with workdir.writing(directory / "tokenizer"):
-                parts.tokenizer.save(directory / "tokenizer")
+            with files.filling(directory / "tokenizer") as folder:
+                parts.tokenizer.save(folder)
         display.watch(lambda: progress.seen(parts.workers))
         stores = closing.enter_context(
             drafter_checkpoint.opened(
                 parts.adaptation, directory, run.checkpoint, group, display
             )
         )
-        learning, identity = parts.updater, config.digest(run)
+        learning = parts.updater
         changing = {"collector": parts.collector, "sync": parts.sync}
         changing |= parts.speculation.tuners
-        given = run.checkpoint, parts.model, learning, changing, stores, identity
-        made = state.RunState(directory, *given)
+        given = run.checkpoint, parts.model, learning, changing, stores, about
+        made = state.RunState(directory, *given, display.note)
         self.state = closing.enter_context(made)
         if self.state.restore():
             display.resume(self.state.step)
@@ -237,7 +241,6 @@ class Trainer:
 
         One that is given up says nothing: who resumes makes up for it.
         """
-
         # One process would wait for another; the last evaluation is the result.
         may_leave = self.group.num == 1 and self.state.step < self.run.num_steps
 
@@ -282,17 +285,13 @@ class Trainer:
         self._writer.write(row)
         every = self.run.log.rollouts_every
         if collected is not None and every and row["step"] % every == 0:
-            scores = collected.scores
-            records = workdir.write_rollouts(
-                self._directory,
-                row["step"],
-                collected.everything,
-                self.parts.tokenizer.decode,
-                [one.parts for one in scores.items] if scores.names else (),
-            )
+            scores, decode = collected.scores, self.parts.tokenizer.decode
+            parts = [one.parts for one in scores.items] if scores.names else ()
+            told = collected.everything, decode, parts
+            records = workdir.write_rollouts(self._directory, row["step"], *told)
             self._writer.samples(row["step"], records)
 
     def _draw(self) -> None:
         if self.group.is_first:
-            with workdir.writing(self._directory / "plots"):
+            with files.writing(self._directory / "plots"):
                 plots.draw_all(self._directory)

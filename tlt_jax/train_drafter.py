@@ -22,6 +22,7 @@ from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.adaptation import offline, offline_texts
 from tlt_jax.rl.engine import speculator
 from tlt_jax.rl.tasks import build as tasks
+from tlt_jax.rl.tasks import files as data_files
 from tlt_jax.rl.tasks import scratch_model
 from tlt_jax.rl.update import learner as policy_learner
 from tlt_jax.runtime import (
@@ -37,7 +38,7 @@ from tlt_jax.specdec import strategy
 from tlt_jax.specdec.texts import layout, shards
 from tlt_jax.specdec.training import objectives
 from tlt_jax.viz import plots
-from tlt_jax.workdir import checkpoint, ending, metrics, progress
+from tlt_jax.workdir import checkpoint, ending, files, identity, metrics, progress
 from tlt_jax.workdir import directory as workdir
 
 # Where in the workdir the result is.
@@ -55,7 +56,7 @@ def train(
 
     Raises:
       schema.ConfigError: the directory holds another run, or a longer one.
-      workdir.WorkdirError: it cannot be written, or another process works there.
+      files.WorkdirError: it cannot be written, or another process works there.
       failures.TrainingError: updates are not finite any more.
       failures.Stopped: `stop` was asked for; what is done is saved.
     """
@@ -93,6 +94,8 @@ class _Trainer:
         self.cfg = speculation.drafter_of(
             run.drafter, self.objective, self.policy.config, max_length
         )
+        inputs = {"model": self.policy.files, "data": self._data()}
+        self.about = identity.claim(directory, run, inputs, display.note)
         with self._stage("texts"):
             texts = self._texts()
         learner = self._learner()
@@ -100,8 +103,10 @@ class _Trainer:
         self.training = offline.OfflineTraining(
             learner, texts, seed=run.seed, eos_ids=self.policy.eos_ids, **self._sizes
         )
+        pass_over = display.note if run.checkpoint.on_damage == "previous" else None
+        keep = run.checkpoint.keep
         self.checkpointer = closing.enter_context(
-            checkpoint.Checkpointer(directory, run.checkpoint.keep)
+            checkpoint.Checkpointer(directory, keep, pass_over=pass_over)
         )
         self._restore()
         self.training.begin(tuple(jax.devices()[:1]), self.policy.params)
@@ -150,7 +155,7 @@ class _Trainer:
         if self.step < run.num_steps:
             return {"step": self.step}
         self._export()
-        with workdir.writing(self.directory / "plots"):
+        with files.writing(self.directory / "plots"):
             plots.draw_training(self.directory)
         return row
 
@@ -178,6 +183,11 @@ class _Trainer:
             scratch_model.make(settings, tasks.build(task), spec)
         return policy.load(spec, run.precision)
 
+    def _data(self) -> list[pathlib.Path]:
+        """Files that prompts are read from."""
+        named = [name for name in self.run.texts.tasks if data_files.is_data(name)]
+        return [path for name in named for path in data_files.find(name)]
+
     @property
     def _sizes(self) -> dict[str, int]:
         """B, T and M."""
@@ -201,8 +211,9 @@ class _Trainer:
             "texts": about_texts,
             "template_options": options or None,
             "feature_layers": self.cfg.feature_layers,
+            "inputs": identity.summary(self.about["inputs"]),
         }
-        with workdir.writing(directory):
+        with files.writing(directory):
             offline_texts.claim(directory, made_with)
         texts = shards.Shards(directory, run.texts.dtype)
         asked = offline_texts.ask(
@@ -230,7 +241,7 @@ class _Trainer:
             self.display.within(done, total, f"{speed:.0f} tokens/s")
 
         try:
-            with workdir.writing(directory):
+            with files.writing(directory):
                 offline_texts.write(
                     engine, asked, texts, seed=run.seed, on_progress=show
                 )
@@ -296,7 +307,7 @@ class _Trainer:
         )
         if restored is not None:
             state = train_state.TrainState(restored.params, *restored.opt_state)
-            snapshot = train_state.Snapshot(state, meta=restored.meta)
+            snapshot = train_state.Snapshot(state, meta=restored.meta["training"])
             self.training.restore(snapshot, restored.step)
             self.display.resume(self.step)
 
@@ -304,7 +315,8 @@ class _Trainer:
         snapshot = self.training.state()
         state = snapshot.state
         learned = state.params, (state.opt_state, state.num_updates)
-        self.checkpointer.save(self.step, *learned, self.cfg, snapshot.meta)
+        meta = self.about | {"training": snapshot.meta}
+        self.checkpointer.save(self.step, *learned, self.cfg, meta)
 
     def _export(self) -> None:
         learner = self.training.learner
@@ -316,7 +328,7 @@ class _Trainer:
             "num_steps": self.step,
             "objective": dataclasses.asdict(self.objective),
         }
-        with workdir.writing(folder):
+        with files.writing(folder):
             drafter_io.save(folder, weights, self.cfg, about)
 
 

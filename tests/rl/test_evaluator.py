@@ -1,5 +1,6 @@
 """An evaluation says the same, however many engines share it."""
 
+import contextlib
 import itertools
 import types
 
@@ -99,6 +100,29 @@ def test_engines_share_the_prompts_and_change_no_answer(first):
     assert evaluate(first, [True] * 3) == (row, judged, {0, 1, 2})
     # An engine that is lost has no part.
     assert evaluate(first, [True, False, True]) == (row, judged, {0, 2})
+
+
+def test_an_evaluation_is_decoded_aside(first):
+    """What it teaches, tuners and stores of texts forget."""
+    log = []
+    other = engines.engine_of(first.pool)
+    for name, engine in (("first", first), ("other", other)):
+
+        @contextlib.contextmanager
+        def aside(name=name):
+            log.append(f"{name} aside")
+            yield
+            log.append(f"{name} back")
+
+        def serve(*args, engine=engine, name=name, **options):
+            log.append("serves")
+            return type(engine).serve(engine, *args, **options)
+
+        engine.aside, engine.serve = aside, serve
+    evaluator_of([first, other], Rewards()).evaluate()
+    del first.aside, first.serve
+    assert log[:2] == ["first aside", "other aside"] and "serves" in log[2:-2]
+    assert sorted(log[-2:]) == ["first back", "other back"]
 
 
 def test_an_engine_that_fails_ends_the_evaluation(first):

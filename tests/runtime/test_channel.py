@@ -1,12 +1,22 @@
+import collections
 import concurrent.futures
 import os
+import pickle
+import socket
+import sys
 import threading
 import time
 from multiprocessing import connection
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from tlt_jax.runtime import channel
+from tlt_jax import types
+from tlt_jax.rl.workers import records
+from tlt_jax.runtime import channel, failures, train_state
 
 SECRET = b"a secret"
 
@@ -184,3 +194,114 @@ def test_strangers_are_not_heard(server, pool):
         for i, link in enumerate((server, one, two))
     ]
     assert waiting[0].result(10) == [0, 1, 2]
+
+
+def test_the_last_comer_with_another_topic_is_refused(server, pool):
+    """It completes the number of those who have come; nobody gets its value."""
+    one, two = clients(server)
+    waiting = [
+        pool.submit(server.meet, 1, "rewards", 0, 0),
+        pool.submit(one.meet, 1, "rewards", 1, 1),
+    ]
+    concurrent.futures.wait(waiting, timeout=0.1)
+    with pytest.raises(channel.ProcessError, match="process 2 came to 'weights' while"):
+        two.meet(1, "weights", 2, 2)
+    for found in waiting:
+        with pytest.raises(channel.ProcessError, match="process 2 came to 'weights'"):
+            found.result(10)
+
+
+def silent(address):
+    return socket.create_connection(address, timeout=10)
+
+
+def test_who_says_nothing_holds_up_nobody(server, pool, monkeypatch):
+    strangers = [silent(server.address) for _ in range(20)]
+    started = time.monotonic()
+    one, two = clients(server)
+    links = enumerate((server, one, two))
+    waiting = [pool.submit(link.meet, 1, "a", i, i) for i, link in links]
+    assert waiting[0].result(10) == [0, 1, 2]
+    assert time.monotonic() - started < 5
+    # Nor does it stay for ever, not even where it says something now and then.
+    monkeypatch.setattr(channel, "_HANDSHAKE_S", 0.3)
+    quiet, slow = silent(server.address), silent(server.address)
+    # An answer of 200 bytes, a byte at a time.
+    slow.send(b"\0\0\0\xc8")
+    started = time.monotonic()
+    with pytest.raises(OSError):
+        while time.monotonic() - started < 5:
+            slow.send(b"a")
+            time.sleep(0.05)
+    quiet.settimeout(5)
+    while quiet.recv(100):
+        pass
+    assert time.monotonic() - started < 4
+    for link in (quiet, slow, *strangers):
+        link.close()
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [b"[0, true]", b"[3, true]", b"[true, true]", b"{}", b"\x80", b"9" * 5000],
+)
+def test_a_greeting_that_names_no_process_is_hung_up_on(server, greeting):
+    link = connection.Client(server.address, authkey=SECRET)
+    link.send_bytes(greeting)
+    with pytest.raises((EOFError, OSError)):
+        link.recv_bytes()
+    link.close()
+    server.check()
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def test_nothing_is_made_of_a_message_but_what_is_sent(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = clients(server)
+    with pytest.raises(
+        channel.ProcessError, match="holds (posix|os).mkdir, which none"
+    ):
+        one.meet(1, "a", 1, Harmful())
+    assert not os.listdir(tmp_path)
+    for method in ("_break", "close", "offer", "__init__"):
+        with pytest.raises(channel.ProcessError, match="is not called by other proces"):
+            two.call(None, method, "x")
+    counter = Counter()
+    server.offer("counter", counter)
+    assert two.call("counter", "add", 3) == 3
+
+
+def test_what_processes_send_comes_back_as_it_was():
+    optimizer = optax.adamw(1e-3)
+    state = train_state.begin({"w": jnp.ones(3, jnp.bfloat16)}, optimizer)
+    snapshot = train_state.Snapshot(
+        jax.device_get(state), {"x": np.arange(3)}, {"a": 1}
+    )
+    interval = records.Interval(1, records.Activity.IDLE, 0.0, 1.5)
+    values = [
+        types.Completion(7, np.array([1], np.int32), np.zeros(1), "eos", None),
+        frozenset({1}),
+        (interval, records.State(workers=())),
+        collections.Counter("aab"),
+        np.float64(2.5),
+        failures.TrainingError("so it is"),
+        KeyError("no"),
+    ]
+    again = channel.loads(pickle.dumps(values))
+    assert str(again) == str(values)
+    found = channel.loads(pickle.dumps(snapshot))
+    assert jax.tree.structure(found.state) == jax.tree.structure(snapshot.state)
+    assert found.state.params["w"].dtype == jnp.bfloat16
+    for message in (b"", b"\x80\x04.", pickle.dumps(print), pickle.dumps(eval)):
+        with pytest.raises(
+            channel.ProcessError, match="a message from another process"
+        ):
+            channel.loads(message)
+    # A module that nobody has imported is not imported for a message.
+    with pytest.raises(channel.ProcessError, match=r"tlt_jax\.plots\.main, which none"):
+        channel.loads(b"ctlt_jax.plots\nmain\n.")
+    assert "tlt_jax.plots" not in sys.modules

@@ -209,7 +209,7 @@ def test_command_line_overrides(run_program):
         ("", "--config=FILE is missing"),
         ("--config=recipe.py --workdr=x", "Did you mean: workdir"),
         ("--config=recipe.py more", "unexpected argument 'more'"),
-        ("--config=recipe.py --config.num_steps=0", "at least 1."),
+        ("--config=recipe.py --config.num_steps=0", "at least 1, at most 1e+09."),
         ("--config=recipe.py --config.reward.function=a", "'reward.functions'?"),
     ],
 )

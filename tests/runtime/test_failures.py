@@ -15,11 +15,11 @@ import pathlib, sys
 from tests import command_lines
 from tlt_jax import train
 from tlt_jax.runtime import channel, failures
-from tlt_jax.workdir import checkpoint, directory, metrics
+from tlt_jax.workdir import checkpoint, files, metrics
 
 ERRORS = [
     ValueError, channel.ProcessError, failures.TrainingError,
-    checkpoint.CheckpointError, metrics.MetricsError, directory.WorkdirError,
+    checkpoint.CheckpointError, metrics.MetricsError, files.WorkdirError,
     RuntimeError, KeyboardInterrupt,
 ]
 

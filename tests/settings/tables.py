@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -22,13 +23,14 @@ def check(section: type, table: dict[str, tuple[Any, str]]) -> None:
         assert (type(found), found) == (type(default), default), name
         if not interval:
             continue
-        # Whole numbers lie one apart, others are as near to the ends as floats can.
         whole = "float" not in str(section.__dataclass_fields__[name].type)
-        inside, outside = _around(interval, 1 if whole else 1e-6)
+        inside, outside = _around(interval, int if whole else float)
         for value in inside:
             schema.check_fields(section(**{name: value}))
         for value in outside:
-            with pytest.raises(schema.ConfigError, match=rf"^{name}={value} is out"):
+            with pytest.raises(
+                schema.ConfigError, match=f"^{name}={re.escape(str(value))} is out"
+            ):
                 schema.check_fields(section(**{name: value}))
 
 
@@ -51,21 +53,28 @@ def named(key: tuple[type, str]) -> str:
     return f"{key[0].__name__}.{key[1]}"
 
 
-def _around(interval: str, step: float) -> tuple[list[float], list[float]]:
+def _around(interval: str, kind: type) -> tuple[list[float], list[float]]:
     """Return numbers next to the ends, within and beyond."""
-    kind = type(step)
-    ends = [float(text) for text in interval[1:-1].split(",")]
     inside, outside = [], []
-    for end, sign, closed in (
-        (ends[0], -1, interval[0] == "["),
-        (ends[1], +1, interval[-1] == "]"),
+    for text, sign, closed in zip(
+        interval[1:-1].split(", "),
+        (-1, +1),
+        (interval[0] == "[", interval[-1] == "]"),
+        strict=True,
     ):
-        if math.isinf(end):
+        if text.endswith("inf"):
             inside.append(kind(sign * 10**6))
         elif closed:
-            inside.append(kind(end))
-            outside.append(kind(end + sign * step))
+            inside.append(kind(text))
+            outside.append(_next(kind(text), sign))
         else:
-            inside.append(kind(end - sign * step))
-            outside.append(kind(end))
+            inside.append(_next(kind(text), -sign))
+            outside.append(kind(text))
     return inside, outside
+
+
+def _next(number: float, sign: int) -> float:
+    """Return the next one: whole numbers lie one apart, floats as near as they can."""
+    if isinstance(number, int):
+        return number + sign
+    return math.nextafter(number, sign * math.inf)

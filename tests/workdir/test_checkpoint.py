@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.workdir import damage
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
 from tlt_jax.runtime import sharding
@@ -194,6 +196,124 @@ def test_damage_names_the_step_and_the_remedy(tmp_path, item):
         with pytest.raises(checkpoint.CheckpointError, match="step 3.*Delete .*/3 "):
             checkpointer.restore_latest(*state)
     with pytest.raises(checkpoint.CheckpointError, match="step 3.*Delete .*/3 "):
+        checkpoint.restore_policy(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Checkpoints of steps 3 and 5, each of its own state."""
+    directory = tmp_path_factory.mktemp("three")
+    with checkpoint.Checkpointer(directory, keep=3) as checkpointer:
+        for step in (3, 5):
+            state, more = make_state(step), {"arrays": {"x": np.arange(9.0) + step}}
+            record = {"position": step, "arrays": {"x": [[9], "float64"]}}
+            checkpointer.save(step, *state, CFG, record, more)
+    return directory
+
+
+def read(directory, step=5, **options):
+    """Whether what is read is bit for bit what was saved at a step; or what is said."""
+    with checkpoint.Checkpointer(directory, keep=3, **options) as checkpointer:
+        return read_by(checkpointer, step)
+
+
+def read_by(checkpointer, step):
+    state = make_state(step)
+    try:
+        found = checkpointer.restore_latest(*state, "arrays")
+    except checkpoint.DamagedError as error:
+        said = str(error)
+    else:
+        assert_bitwise_equal((found.params, found.opt_state), state)
+        assert (found.step, found.meta["position"]) == (step, step)
+        assert found.arrays["x"].tolist() == (np.arange(9.0) + step).tolist()
+        said = "whole"
+    return said
+
+
+def refused(newest, said):
+    """What was refused, each in the one line that says what to do, by file."""
+    lines = {where: line for where, line in said.items() if line != "whole"}
+    for line in lines.values():
+        assert "\n" not in line
+        assert line.endswith(
+            f"it is damaged. Delete {newest} to go on from the checkpoint before it."
+        )
+    return lines
+
+
+def test_no_flipped_bit_gives_another_state(three, tmp_path):
+    """What is read is what was written, or it is damaged: of every file, at random."""
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    newest, said = tmp_path / "checkpoints" / "5", {}
+    with checkpoint.Checkpointer(tmp_path, keep=3) as checkpointer:
+        for path, bit in damage.flips(newest, num_per_file=1, seed=7):
+            said[path.relative_to(newest).as_posix(), bit] = read_by(checkpointer, 5)
+        assert read_by(checkpointer, 5) == "whole"
+    items = {name.split("/")[0] for name, _ in said}
+    assert items >= {"policy", "optimizer", "meta", "arrays"} and len(said) > 20
+    lines = refused(newest, said)
+    # Marks that Orbax makes at last, and does not read.
+    assert {name for name, _ in said.keys() - lines.keys()} == {
+        *("_CHECKPOINT_METADATA", "commit_success.txt")
+    }
+
+
+def test_files_that_are_cut_or_gone_are_told_in_one_line(three, tmp_path):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    newest, said = tmp_path / "checkpoints" / "5", {}
+    with checkpoint.Checkpointer(tmp_path, keep=3) as checkpointer:
+        for item in ("policy", "meta", "arrays"):
+            for path, how in damage.losses(newest / item):
+                name = path.relative_to(newest).as_posix()
+                said[name, how] = read_by(checkpointer, 5)
+    lines = refused(newest, said)
+    assert len(said) > 20 and len(lines) == len(said)
+
+
+def test_a_damaged_one_is_passed_over_on_request(three, tmp_path):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    os.truncate(tmp_path / "checkpoints" / "5" / "meta" / "metadata", 1)
+    assert "step 5 could not be read" in read(tmp_path)
+    lines = []
+    assert read(tmp_path, 3, pass_over=lines.append) == "whole"
+    (line,) = lines
+    assert line == (
+        "the checkpoint of step 5 could not be read (meta/metadata is not what was "
+        "written): it is damaged. That of step 3 is taken instead, and this one "
+        "removed."
+    )
+    # It would stand in the way of the step that is taken again.
+    assert os.listdir(tmp_path / "checkpoints") == ["3"]
+    os.truncate(tmp_path / "checkpoints" / "3" / "meta" / "metadata", 1)
+    assert "step 3 could not be read" in read(tmp_path, 3, pass_over=lines.append)
+    assert len(lines) == 1
+
+
+def test_a_record_that_was_changed_is_not_believed(three, tmp_path):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    assert checkpoint.newest_record(tmp_path)["driver"]["position"] == 5
+    path = tmp_path / "checkpoints" / "5" / "meta" / "metadata"
+    path.write_text(path.read_text().replace('"position": 5', '"position": 4'))
+    assert json.loads(path.read_text())["driver"]["position"] == 4
+    assert checkpoint.newest_record(tmp_path) is None
+    assert "meta/metadata is not what was written" in read(tmp_path)
+    assert checkpoint.newest_record(tmp_path / "nothing") is None
+
+
+def test_what_is_not_read_may_be_damaged(three, tmp_path):
+    """An export takes the policy alone."""
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints" / "5"
+    shutil.rmtree(folder / "optimizer")
+    assert checkpoint.restore_policy(tmp_path)[2] == 5
+    shutil.rmtree(folder / "policy" / "d")
+    with pytest.raises(checkpoint.DamagedError, match="policy/d/[0-9a-f]+ is not what"):
+        checkpoint.restore_policy(tmp_path)
+    checkpoint.checksums_path(tmp_path, 5).unlink()
+    with pytest.raises(
+        checkpoint.DamagedError, match="whole checksums.json, which che"
+    ):
         checkpoint.restore_policy(tmp_path)
 
 

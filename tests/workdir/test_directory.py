@@ -15,7 +15,7 @@ from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import experience
 from tlt_jax.settings import recipe, schema
 from tlt_jax.workdir import directory as workdir
-from tlt_jax.workdir import metrics
+from tlt_jax.workdir import files, metrics
 
 
 def claim(directory, **overrides):
@@ -120,7 +120,7 @@ def test_another_process_in_the_directory_is_named(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         try:
             assert other.stdout.readline() == b"held\n"
-            with pytest.raises(workdir.WorkdirError, match="another process works in"):
+            with pytest.raises(files.WorkdirError, match="another process works in"):
                 claim(tmp_path)
             assert not (tmp_path / "config.json").exists()
         finally:
@@ -130,7 +130,7 @@ def test_another_process_in_the_directory_is_named(tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(workdir.WorkdirError, match=r"file.run could not be written"):
+    with pytest.raises(files.WorkdirError, match=r"file.run could not be written"):
         claim(tmp_path / "file" / "run")
 
 
@@ -140,15 +140,15 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(workdir.pathlib.Path, "write_text", full)
-    with pytest.raises(workdir.WorkdirError) as raised:
+    monkeypatch.setattr(files, "open", full, raising=False)
+    with pytest.raises(files.WorkdirError) as raised:
         workdir.write_rollouts(tmp_path, 3, batch(), str)
     assert str(raised.value) == (
         f"{tmp_path}/rollouts/step_000003.jsonl could not be written (No space left on "
         "device): make room or give permission, then run the same command again; it "
         "resumes from the newest checkpoint."
     )
-    with pytest.raises(workdir.WorkdirError, match=r"config\.json could not be writ"):
+    with pytest.raises(files.WorkdirError, match=r"config\.json could not be writ"):
         claim(tmp_path)
     monkeypatch.undo()
     assert claim(tmp_path) == tiny_runs.config_of()

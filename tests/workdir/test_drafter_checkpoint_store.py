@@ -79,10 +79,11 @@ def checkpointers(monkeypatch):
     return Checkpointer.made
 
 
-def open_store(group=None, notes=None):
+def open_store(group=None, notes=None, on_damage="refuse"):
     told = types.SimpleNamespace(note=(notes if notes is not None else []).append)
     group = group or distributed.alone()
-    return drafter_checkpoint.DrafterStore(Adapted(), "there", "async", 4, group, told)
+    cfg = sections.Checkpoint(keep=3, drafter="async", on_damage=on_damage)
+    return drafter_checkpoint.DrafterStore(Adapted(), "there", cfg, group, told)
 
 
 def found_of(step):
@@ -94,13 +95,20 @@ def test_everything_of_an_adaptation_is_saved(checkpointers):
     with open_store() as store:
         store.save(9)
         (checkpointer,) = checkpointers
-        assert checkpointer.opened == ("there", "async", 4)
+        assert checkpointer.opened == ("there", "async", 4, None)
         assert checkpointer.saved == [
             (9, train_state.Snapshot("state", ARRAYS, META), "cfg", "target")
         ]
         store.wait()
         assert (checkpointer.waits, checkpointer.closed) == (1, 0)
     assert checkpointer.closed == 1
+
+
+def test_a_damaged_one_is_passed_over_where_that_is_asked_for(checkpointers):
+    notes = ["before"]
+    with open_store(notes=notes, on_damage="previous"):
+        checkpointers[0].opened[-1]("a line")
+    assert notes == ["before", "a line"]
 
 
 def test_it_is_opened_where_there_is_a_drafter(checkpointers):
@@ -111,7 +119,7 @@ def test_it_is_opened_where_there_is_a_drafter(checkpointers):
         assert stores == () and not checkpointers
     with drafter_checkpoint.opened(Adapted(), "there", cfg, group, None) as (store,):
         # One more than the run keeps: each of its own finds the drafter's.
-        assert checkpointers[0].opened == ("there", "blocking", 7)
+        assert checkpointers[0].opened == ("there", "blocking", 7, None)
         store.save(3)
     assert checkpointers[0].saved and checkpointers[0].closed == 1
 

@@ -111,8 +111,8 @@ class Checkpointer:
 
     kept = None
 
-    def __init__(self, *arguments):
-        self.opened = arguments
+    def __init__(self, *arguments, pass_over):
+        self.opened = arguments, pass_over
 
     def __exit__(self, *_):
         pass
@@ -133,13 +133,14 @@ class Checkpointer:
         pass
 
 
-def run_state(parts, said):
+def run_state(parts, said, notes=None, **checkpoints):
     tree = types.SimpleNamespace(params="p", opt_state="o", num_updates=7)
     updater = Part(3)
     updater.train_state = tree
     updater.learner = types.SimpleNamespace(abstract_state=lambda: tree)
-    cfg = sections.Checkpoint(keep=4)
-    made = state.RunState("d", cfg, "model", updater, parts, (Store(said),), "id")
+    cfg = sections.Checkpoint(keep=4, **checkpoints)
+    given = "model", updater, parts, (Store(said),), {"settings": {"seed": 5}}
+    made = state.RunState("d", cfg, *given, (notes or []).append)
     return made, updater
 
 
@@ -153,12 +154,12 @@ def in_memory(request, monkeypatch):
 def test_parts_get_back_what_they_said_each_its_own():
     said = []
     made, _ = run_state({"a": Part(1), "b": Part(2)}, said)
-    assert made._checkpointer.opened == ("d", 4)
+    assert made._checkpointer.opened == (("d", 4), None)
     assert not made.restore() and made.step == 0 and said == []
     made.step = 6
     made.save()
     assert Checkpointer.kept.meta == {
-        "config": "id",
+        "settings": {"seed": 5},
         "parts": {"a": {"value": 1}, "b": {"value": 2}, "updater": {"value": 3}},
     }
     assert made.latest_step() == 6
@@ -171,6 +172,14 @@ def test_parts_get_back_what_they_said_each_its_own():
     assert (trained.params, trained.opt_state, trained.num_updates) == ("p", "o", 7)
     other.wait()
     assert said == [("save", 6), ("restore", 6), ("wait",)]
+
+
+def test_a_damaged_checkpoint_is_passed_over_where_that_is_asked_for():
+    notes = ["before"]
+    made, _ = run_state({}, [], notes, on_damage="previous")
+    _, pass_over = made._checkpointer.opened
+    pass_over("a line")
+    assert notes == ["before", "a line"]
 
 
 @pytest.mark.parametrize("meta", [{"position": 5}, {"parts": {"a": {}}}])

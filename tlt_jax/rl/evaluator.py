@@ -4,6 +4,7 @@
 of the command `tlt_jax.evaluate`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -161,15 +162,18 @@ class Evaluator:
         ]
         judged = np.zeros(0, np.float32)
         if own:
-            judged = answer(
-                engines,
-                [examples[i // samples] for i in own],
-                [requests[i] for i in own],
-                self._seed,
-                self._rewards,
-                self._decode_text,
-                on_call,
-            ).scores.rewards
+            with contextlib.ExitStack() as aside:
+                for engine in engines:
+                    aside.enter_context(engine.aside())
+                judged = answer(
+                    engines,
+                    [examples[i // samples] for i in own],
+                    [requests[i] for i in own],
+                    self._seed,
+                    self._rewards,
+                    self._decode_text,
+                    on_call,
+                ).scores.rewards
             for engine in engines:
                 engine.release_cache()
         rewards = np.empty(count, np.float32)

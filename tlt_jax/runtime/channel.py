@@ -1,15 +1,22 @@
 """A channel between the processes of a run: meetings, and calls of offered objects.
 
-Process 0 listens; the others connect with a secret that they were given. What is sent
-is pickled, as between parts of one program. Who ends without saying goodbye, or hangs,
-breaks the channel: all who wait are told which process is gone.
+Process 0 listens; the others connect with a secret that they were given. Who connects
+and does not show in time that it knows the secret is hung up on, and holds up nobody.
+What is sent is pickled, and of what comes nothing is made but numbers, texts, arrays
+and records of this package. Who ends without saying goodbye, or hangs, breaks the
+channel: all who wait are told which process is gone.
 """
 
+import builtins
 import contextlib
 import dataclasses
+import enum
+import io
+import json
 import os
 import pickle
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
@@ -17,17 +24,92 @@ from typing import Any
 
 from tlt_jax.runtime import failures
 
-_GOODBYE, _BEAT = "goodbye", "beat"
+_GOODBYE, _BEAT = b"goodbye", b"beat"
 _BEAT_S = 5.0
 # JAX gives a process up a little later, and then ends all without a word for users.
 _SILENT_S = 45.0
+# Who connects has so long to show that it belongs here.
+_HANDSHAKE_S = 10.0
+# Of a greeting or a beat; of a call, which may carry a drafter with its optimizer.
+_MOST_SHORT_BYTES, _MOST_BYTES = 4096, 1 << 35
 # What waits for a process that is gone has so long to find out by itself.
 _LEAVE_S = 10.0
+# What arrays and containers are made by, and whose records are.
+_MAKERS = frozenset(
+    [
+        ("collections", "Counter"),
+        ("collections", "OrderedDict"),
+        ("collections", "deque"),
+        ("builtins", "set"),
+        ("builtins", "frozenset"),
+        ("builtins", "bytearray"),
+        ("builtins", "complex"),
+        ("builtins", "slice"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy._core.numeric", "_frombuffer"),
+    ]
+)
+_DTYPES = frozenset(["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+_PACKAGES = frozenset(["tlt_jax", "optax"])
+# Of `Server`, what its clients call.
+_OWN_METHODS = frozenset(["meet", "check"])
 _REMEDY = "The same command resumes from the newest checkpoint."
 
 
 class ProcessError(failures.UserError):
     """Another process of the run has ended or does something else."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes nothing but what processes of a run send each other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class or function by its name.
+
+        Raises:
+          ProcessError: it is none of those.
+        """
+        if (module, name) in _MAKERS or (module == "ml_dtypes" and name in _DTYPES):
+            return super().find_class(module, name)
+        # Of what this process has imported itself; naming a module must not run it.
+        found = getattr(sys.modules.get(module), name, None)
+        if isinstance(found, type):
+            ours = module.partition(".")[0] in _PACKAGES
+            if issubclass(found, Exception) and (ours or module == builtins.__name__):
+                return found
+            is_named_tuple = issubclass(found, tuple) and hasattr(found, "_fields")
+            if ours and (
+                dataclasses.is_dataclass(found)
+                or issubclass(found, enum.Enum)
+                or is_named_tuple
+            ):
+                return found
+        raise ProcessError(
+            f"a message from another process holds {module}.{name}, which none of them "
+            "sends: all processes must run the same version of tlt_jax."
+        )
+
+
+def loads(message: bytes) -> Any:
+    """Make a value of a message: numbers, texts, containers, arrays, records, errors.
+
+    Records are dataclasses, named tuples and enumerations of this package and of optax.
+
+    Raises:
+      ProcessError: the message holds anything else, or is no message.
+    """
+    try:
+        return _Unpickler(io.BytesIO(message)).load()
+    except ProcessError:
+        raise
+    # A pickle that is damaged may fail in any way.
+    except Exception as error:
+        raise ProcessError(
+            f"a message from another process cannot be read ({type(error).__name__})."
+        ) from error
 
 
 class Server:
@@ -56,7 +138,9 @@ class Server:
         self._life_lines: set[connection.Connection] = set()
         self._num = num_processes
         backlog = 4 * num_processes
-        self._listener = connection.Listener((host, 0), None, backlog, secret)
+        self._secret = secret
+        # Without the secret: that handshake would hold up all who come later.
+        self._listener = connection.Listener((host, 0), None, backlog)
         self._objects: dict[str, Any] = {}
         self._changed = threading.Condition()
         self._meetings: dict[int, _Meeting] = {}
@@ -94,6 +178,8 @@ class Server:
                     f"{meeting.topic!r}: all processes must run the same program with "
                     "the same settings."
                 )
+            # Before it counts as one that has come: it may be the last.
+            self.check()
             meeting.values[index] = value
             self._changed.notify_all()
             while len(meeting.values) < self._num:
@@ -128,8 +214,8 @@ class Server:
         while not self._closed:
             try:
                 caller = self._listener.accept()
-            except (OSError, EOFError, connection.AuthenticationError):
-                # Closed by us, or somebody who does not belong here.
+            except OSError:
+                # Closed by us, or by somebody who has changed their mind.
                 continue
             if self._closed:
                 caller.close()
@@ -142,28 +228,41 @@ class Server:
         with self._changed:
             self._callers.add(caller)
         try:
-            _send_at_once(caller)
-            index, is_life_line = caller.recv()
+            index, is_life_line = self._greet(caller)
             if is_life_line:
                 self._watch(index, caller)
                 return
             while True:
-                caller.send(self._answer(*caller.recv()))
+                _send(caller, self._answer(caller.recv_bytes(_MOST_BYTES)))
         except (EOFError, OSError):
             if is_life_line and not self._closed:
                 with self._changed:
                     self._break(f"process {index} has ended.")
+        except (connection.AuthenticationError, ValueError, TypeError):
+            # Somebody who does not belong here.
+            pass
         finally:
             with self._changed:
                 self._callers.remove(caller)
             caller.close()
+
+    def _greet(self, caller: connection.Connection) -> tuple[int, bool]:
+        """Let a caller show that it knows the secret, and say who it is."""
+        with _deadline(caller):
+            _send_at_once(caller)
+            connection.deliver_challenge(caller, self._secret)
+            connection.answer_challenge(caller, self._secret)
+            index, is_life_line = json.loads(caller.recv_bytes(_MOST_SHORT_BYTES))
+        if type(index) is not int or not 0 < index < self._num:
+            raise ValueError(f"index={index!r} is no process of {self._num}.")
+        return index, bool(is_life_line)
 
     def _watch(self, index: int, caller: connection.Connection) -> None:
         """Follow a process's life line until it says goodbye."""
         with self._changed:
             self._life_lines.add(caller)
         while caller.poll(self._silent_s):
-            if caller.recv() == _GOODBYE:
+            if caller.recv_bytes(_MOST_SHORT_BYTES) == _GOODBYE:
                 with self._changed:
                     self._life_lines.remove(caller)
                     self._gone.add(index)
@@ -172,16 +271,20 @@ class Server:
         with self._changed:
             self._break(f"process {index} was silent for {self._silent_s:g} s.")
 
-    def _answer(self, name: str | None, method: str, args: tuple) -> tuple[bool, Any]:
+    def _answer(self, message: bytes) -> tuple[bool, Any]:
         try:
+            name, method, args = loads(message)
+            if method.startswith("_") or (name is None and method not in _OWN_METHODS):
+                raise ProcessError(f"{name}.{method} is not called by other processes.")
             target = self if name is None else self._object(name)
             return True, getattr(target, method)(*args)
         # All of them: the object may raise anything, this thread knows none of it, and
         # the caller in the other process, who waits for an answer, raises it there.
         except Exception as error:
             try:
-                pickle.loads(pickle.dumps(error))
-            except (pickle.PicklingError, TypeError, AttributeError):
+                loads(pickle.dumps(error))
+            # Errors may be made in any way, and not all can be made again.
+            except Exception:
                 error = RuntimeError(f"{type(error).__name__}: {error}")
             return False, error
 
@@ -200,7 +303,7 @@ class Server:
         told = f"{reason} {_REMEDY}"
         for life_line in self._life_lines:
             with contextlib.suppress(OSError):
-                life_line.send(told)
+                life_line.send_bytes(told.encode()[:_MOST_SHORT_BYTES])
         _leave_later(self._left, self._on_gone, told)
         for target in self._objects.values():
             if hasattr(target, "close"):
@@ -244,8 +347,8 @@ class Client:
           ProcessError: process 0 has ended, or says that another one has.
         """
         with self._connection() as link:
-            link.send((name, method, args))
-            succeeded, value = link.recv()
+            _send(link, (name, method, args))
+            succeeded, value = loads(link.recv_bytes(_MOST_BYTES))
         if not succeeded:
             raise value
         return value
@@ -263,7 +366,7 @@ class Client:
         self._left.set()
         with self._lock, contextlib.suppress(OSError):
             if not failed:
-                self._life_line.send(_GOODBYE)
+                self._life_line.send_bytes(_GOODBYE)
             # Another thread reads from it: closing it would not be told.
             _hang_up(self._life_line)
             for link in self._free:
@@ -277,8 +380,8 @@ class Client:
                 with self._lock:
                     if self._left.is_set():
                         return
-                    self._life_line.send(_BEAT)
-            told = self._life_line.recv()
+                    self._life_line.send_bytes(_BEAT)
+            told = self._life_line.recv_bytes(_MOST_SHORT_BYTES).decode()
         _leave_later(self._left, self._on_gone, told)
 
     @contextlib.contextmanager
@@ -296,14 +399,34 @@ class Client:
 
     def _connect(self, is_life_line: bool) -> connection.Connection:
         try:
-            link = connection.Client(self._address, authkey=self._secret)
-            _send_at_once(link)
-            link.send((self._index, is_life_line))
-        except OSError as error:
+            link = connection.Client(self._address)
+            with _deadline(link):
+                _send_at_once(link)
+                connection.answer_challenge(link, self._secret)
+                connection.deliver_challenge(link, self._secret)
+                link.send_bytes(json.dumps([self._index, is_life_line]).encode())
+        except (OSError, EOFError, connection.AuthenticationError) as error:
+            why = str(error) or type(error).__name__
             raise ProcessError(
-                f"process 0 cannot be reached at {self._address} ({error})."
+                f"process 0 cannot be reached at {self._address} ({why})."
             ) from error
         return link
+
+
+def _send(link: connection.Connection, value: Any) -> None:
+    link.send_bytes(pickle.dumps(value))
+
+
+@contextlib.contextmanager
+def _deadline(link: connection.Connection) -> Iterator[None]:
+    """Hang up unless what follows is done in time, however slowly it goes on."""
+    timer = threading.Timer(_HANDSHAKE_S, _hang_up, [link])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _send_at_once(link: connection.Connection) -> None:

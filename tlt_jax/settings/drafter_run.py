@@ -30,15 +30,15 @@ class Texts:
     """
 
     tasks: tuple[str, ...] = schema.names()
-    num: int = schema.number(1024, 1)
-    num_held_out: int = schema.number(64, 1)
-    seed: int = schema.number(0, 0)
+    num: int = schema.number(1024, 1, 10**8)
+    num_held_out: int = schema.number(64, 1, 10**6)
+    seed: int = schema.number(0, 0, 10**18)
     template_options: schema.Options = ()
-    max_prompt_tokens: int = schema.number(256, 1)
-    max_new_tokens: int = schema.number(256, 1)
-    max_batch: int = schema.number(32, 1)
-    steps_per_call: int = schema.number(32, 1)
-    page_size: int = schema.number(64, 1)
+    max_prompt_tokens: int = schema.number(256, 1, 10**7)
+    max_new_tokens: int = schema.number(256, 1, 10**7)
+    max_batch: int = schema.number(32, 1, 2**16)
+    steps_per_call: int = schema.number(32, 1, 10**6)
+    page_size: int = schema.number(64, 1, 2**16)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
@@ -55,10 +55,10 @@ class Batch:
       remat: compute activations again in the backward pass.
     """
 
-    num_rows: int = schema.number(4, 1)
-    row_tokens: int = schema.number(512, 3)
-    row_bases: int = schema.number(384, 1)
-    head_chunk: int = schema.number(256, 1)
+    num_rows: int = schema.number(4, 1, 10**6)
+    row_tokens: int = schema.number(512, 3, 10**8)
+    row_bases: int = schema.number(384, 1, 10**7)
+    head_chunk: int = schema.number(256, 1, 10**7)
     remat: bool = False
 
 
@@ -71,8 +71,8 @@ class Eval:
       depth: levels drafted.
     """
 
-    every: int = schema.number(0, 0)
-    depth: int = schema.number(8, 1)
+    every: int = schema.number(0, 0, 10**9)
+    depth: int = schema.number(8, 1, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Log:
       progress: `auto` (live on a terminal, else lines), `plain` or `off`.
     """
 
-    every: int = schema.number(10, 1)
+    every: int = schema.number(10, 1, 10**9)
     progress: Literal["auto", "plain", "off"] = "auto"
 
 
@@ -99,8 +99,8 @@ class DrafterRun:
       model: the target.
     """
 
-    seed: int = schema.number(0, 0)
-    num_steps: int = schema.number(1000, 1)
+    seed: int = schema.number(0, 0, 10**18)
+    num_steps: int = schema.number(1000, 1, 10**9)
     precision: Literal["float32", "bfloat16"] = "float32"
     model: sections.Model = sections.Model()
     pretrain: sections.Pretrain = sections.Pretrain()

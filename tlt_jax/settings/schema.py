@@ -36,9 +36,13 @@ def number(
     *,
     above: float | None = None,
     below: float | None = None,
+    least: float | None = None,
 ) -> Any:
-    """Declare a field: a number in [low, high], or open at `above` or `below`."""
-    bounds = {"low": low, "high": high, "above": above, "below": below}
+    """Declare a field: a number in [low, high], or open at `above` or `below`.
+
+    With `least`, one that is not 0 is at least that: smaller ones are 0 to float32.
+    """
+    bounds = {"low": low, "high": high, "above": above, "below": below, "least": least}
     return dataclasses.field(default=default, metadata=bounds)
 
 
@@ -288,24 +292,36 @@ def _check_range(
     high: float,
     above: float | None,
     below: float | None,
+    least: float | None,
 ) -> None:
     if not math.isfinite(value):
         raise ConfigError(f"{name}={value} is not finite.")
     inside = low <= value <= high
     inside &= above is None or value > above
     inside &= below is None or value < below
+    inside &= least is None or value == 0 or value >= least
     if inside:
         return
-    accepted = range_text(low, high, above, below)
+    accepted = range_text(low, high, above, below, least)
     raise ConfigError(f"{name}={value} is out of range: {accepted}.")
 
 
+def _shown(bound: float) -> str:
+    """Write a bound with all of its digits: one more is refused."""
+    return f"{bound:g}" if float(f"{bound:g}") == bound else str(bound)
+
+
 def range_text(
-    low: float, high: float, above: float | None, below: float | None
+    low: float,
+    high: float,
+    above: float | None,
+    below: float | None,
+    least: float | None,
 ) -> str:
     """Say in words what `number` declares; empty: any number."""
     parts = [f"at least {low:g}"] if low > -math.inf else []
+    parts = parts if least is None else [f"0 or at least {least:g}"]
     parts += [f"above {above:g}"] if above is not None else []
-    parts += [f"at most {high:g}"] if high < math.inf else []
+    parts += [f"at most {_shown(high)}"] if high < math.inf else []
     parts += [f"below {below:g}"] if below is not None else []
     return ", ".join(parts)

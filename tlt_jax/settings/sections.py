@@ -49,15 +49,15 @@ class Pretrain:
         first rewards are about 1 - noise_frac.
     """
 
-    num_layers: int = schema.number(2, 1)
-    d_model: int = schema.number(64, 1)
-    d_ff: int = schema.number(192, 1)
-    num_heads: int = schema.number(4, 1)
-    num_kv_heads: int = schema.number(2, 1)
-    head_dim: int = schema.number(16, 2)
-    steps: int = schema.number(300, 0)
-    num_rows: int = schema.number(64, 1)
-    learning_rate: float = schema.number(3e-3, above=0.0)
+    num_layers: int = schema.number(2, 1, 10**4)
+    d_model: int = schema.number(64, 1, 2**17)
+    d_ff: int = schema.number(192, 1, 2**20)
+    num_heads: int = schema.number(4, 1, 2**12)
+    num_kv_heads: int = schema.number(2, 1, 2**12)
+    head_dim: int = schema.number(16, 2, 2**12)
+    steps: int = schema.number(300, 0, 10**9)
+    num_rows: int = schema.number(64, 1, 10**6)
+    learning_rate: float = schema.number(3e-3, above=0.0, high=1e3)
     noise_frac: float = schema.number(0.7, 0.0, 1.0)
 
 
@@ -81,11 +81,11 @@ class Task:
 
     name: str = ""
     options: schema.Options = ()
-    size: int = schema.number(1000, 1)
-    seed: int = schema.number(0, 0)
+    size: int = schema.number(1000, 1, 10**8)
+    seed: int = schema.number(0, 0, 10**18)
     system_prompt: str = ""
     template_options: schema.Options = ()
-    max_prompt_tokens: int = schema.number(512, 1)
+    max_prompt_tokens: int = schema.number(512, 1, 10**7)
     long_prompts: Literal["refuse", "skip"] = "refuse"
 
 
@@ -100,10 +100,10 @@ class Sampling:
       min_p: keep tokens at least this fraction as likely as the likeliest; 0: off.
     """
 
-    temperature: float = schema.number(1.0, 0.0)
-    top_p: float = schema.number(1.0, above=0.0, high=1.0)
-    top_k: int = schema.number(0, 0)
-    min_p: float = schema.number(0.0, 0.0, below=1.0)
+    temperature: float = schema.number(1.0, 0.0, 1e3, least=1e-3)
+    top_p: float = schema.number(1.0, 1e-6, 1.0)
+    top_k: int = schema.number(0, 0, 10**7)
+    min_p: float = schema.number(0.0, 0.0, 0.999)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +133,13 @@ class Rollout:
         0: as many as `mesh.tensor`. Divides the model's key/value heads.
     """
 
-    prompts_per_step: int = schema.number(8, 1)
-    group_size: int = schema.number(8, 1)
-    max_new_tokens: int = schema.number(512, 1)
+    prompts_per_step: int = schema.number(8, 1, 10**6)
+    group_size: int = schema.number(8, 1, 10**5)
+    max_new_tokens: int = schema.number(512, 1, 10**7)
     stop: tuple[str, ...] = ()
-    max_batch: int = schema.number(64, 1)
-    steps_per_call: int = schema.number(32, 1)
-    prefill_chunk: int = schema.number(128, 1)
+    max_batch: int = schema.number(64, 1, 2**16)
+    steps_per_call: int = schema.number(32, 1, 10**6)
+    prefill_chunk: int = schema.number(128, 1, 10**7)
     cpu_kernels: Literal["auto", "xla", "native"] = "auto"
     attention: Literal[
         "auto",
@@ -151,7 +151,7 @@ class Rollout:
         "triton_gpu_interpreted",
     ] = "auto"
     check_kernels: bool = False
-    tensor: int = schema.number(0, 0)
+    tensor: int = schema.number(0, 0, 2**20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +164,8 @@ class Cache:
         length.
     """
 
-    page_size: int = schema.number(64, 1)
-    num_pages: int = schema.number(0, 0)
+    page_size: int = schema.number(64, 1, 2**16)
+    num_pages: int = schema.number(0, 0, 10**9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,17 +207,17 @@ class Algorithm:
     dynamic_sampling: bool | None = None
     overlong_shaping: bool | None = None
     overlong_buffer_frac: float | None = schema.number(None, 0.0, 1.0)
-    overlong_penalty: float | None = schema.number(None, 0.0)
+    overlong_penalty: float | None = schema.number(None, 0.0, 1e6)
     surrogate: str | None = schema.choice(None, "clipped")
     clip_low: float | None = schema.number(None, 0.0, 1.0)
-    clip_high: float | None = schema.number(None, 0.0)
-    dual_clip: float | None = schema.number(None, above=1.0)
+    clip_high: float | None = schema.number(None, 0.0, 1e6)
+    dual_clip: float | None = schema.number(None, above=1.0, high=1e6)
     ratio_level: Literal["token", "sequence"] | None = None
-    kl_coef: float | None = schema.number(None, 0.0)
+    kl_coef: float | None = schema.number(None, 0.0, 1e6)
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     kl_placement: Literal["loss", "reward"] | None = None
-    importance_cap: float | None = schema.number(None, above=0.0)
-    entropy_coef: float | None = schema.number(None, 0.0)
+    importance_cap: float | None = schema.number(None, 1e-3, 1e6)
+    entropy_coef: float | None = schema.number(None, 0.0, 1e6)
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields that are set, without `name`."""
@@ -241,14 +241,14 @@ class Optimizer:
       clip_norm: largest global gradient norm; 0: no clipping.
     """
 
-    learning_rate: float = schema.number(1e-6, 0.0)
+    learning_rate: float = schema.number(1e-6, 0.0, 1e3)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = schema.number(0, 0)
-    beta1: float = schema.number(0.9, 0.0, below=1.0)
-    beta2: float = schema.number(0.999, 0.0, below=1.0)
-    eps: float = schema.number(1e-8, above=0.0)
-    weight_decay: float = schema.number(0.0, 0.0)
-    clip_norm: float = schema.number(1.0, 0.0)
+    warmup_steps: int = schema.number(0, 0, 10**9)
+    beta1: float = schema.number(0.9, 0.0, 0.999999)
+    beta2: float = schema.number(0.999, 0.0, 0.999999)
+    eps: float = schema.number(1e-8, 1e-30, 1.0)
+    weight_decay: float = schema.number(0.0, 0.0, 100.0)
+    clip_norm: float = schema.number(1.0, 0.0, 1e9, least=1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,10 +267,10 @@ class Learner:
         which saves that pass and differs in last bits with the batches of its rows.
     """
 
-    epochs: int = schema.number(1, 1)
-    minibatches: int = schema.number(1, 1)
-    row_tokens: int = schema.number(2048, 2)
-    rows_per_micro_batch: int = schema.number(1, 1)
+    epochs: int = schema.number(1, 1, 10**4)
+    minibatches: int = schema.number(1, 1, 10**6)
+    row_tokens: int = schema.number(2048, 2, 10**8)
+    rows_per_micro_batch: int = schema.number(1, 1, 10**6)
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
 
 
@@ -284,9 +284,9 @@ class Mesh:
       tensor: heads, feed-forward and vocabulary split.
     """
 
-    data: int = schema.number(1, -1)
-    fsdp: int = schema.number(-1, -1)
-    tensor: int = schema.number(1, -1)
+    data: int = schema.number(1, -1, 2**20)
+    fsdp: int = schema.number(-1, -1, 2**20)
+    tensor: int = schema.number(1, -1, 2**20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,9 +306,9 @@ class Reward:
 
     functions: tuple[str, ...] = schema.names()
     weights: tuple[float, ...] = ()
-    workers: int = schema.number(2, 0)
-    timeout_s: float = schema.number(10.0, above=0.0)
-    failure_reward: float = schema.number(0.0)
+    workers: int = schema.number(2, 0, 2**10)
+    timeout_s: float = schema.number(10.0, 1e-3, 86400.0)
+    failure_reward: float = schema.number(0.0, -1e6, 1e6)
 
 
 def check_reward(cfg: Reward) -> None:
@@ -341,16 +341,19 @@ class Eval:
         training's.
     """
 
-    every: int = schema.number(0, 0)
-    num_prompts: int = schema.number(64, 1)
-    samples: int = schema.number(1, 1)
+    every: int = schema.number(0, 0, 10**9)
+    num_prompts: int = schema.number(64, 1, 10**6)
+    samples: int = schema.number(1, 1, 10**5)
     k: tuple[int, ...] = (1,)
-    temperature: float | None = schema.number(None, 0.0)
+    temperature: float | None = schema.number(None, 0.0, 1e3, least=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """What survives a crash.
+
+    All that decides what is computed does. The texts in which suffix matches are looked
+    up do not: they are gathered anew, which costs some speed and changes no token.
 
     Attributes:
       every: RL steps between checkpoints; 0: only the last step.
@@ -358,14 +361,17 @@ class Checkpoint:
       drafter: what is written of an adapted drafter: what training changes, in the
         background (`selective`); or all that it computes with, in the background
         (`async`) or with the run waiting (`blocking`).
+      on_damage: what becomes of a run whose newest checkpoint is damaged: it is refused
+        (`refuse`), or goes on from the one before and says so (`previous`).
       grace_s: seconds after Ctrl-C or SIGTERM in which a step may be finished; then its
         rollout or evaluation is given up, and the step before is saved.
     """
 
-    every: int = schema.number(10, 0)
-    keep: int = schema.number(2, 1)
+    every: int = schema.number(10, 0, 10**9)
+    keep: int = schema.number(2, 1, 10**6)
     drafter: Literal["selective", "async", "blocking"] = "selective"
-    grace_s: float = schema.number(15.0, 0)
+    on_damage: Literal["refuse", "previous"] = "refuse"
+    grace_s: float = schema.number(15.0, 0.0, 86400.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,6 +395,6 @@ class Log:
     wandb: Literal["off", "online", "offline"] = "off"
     trackio: bool = False
     project: str = "tlt_jax"
-    plots_every: int = schema.number(10, 0)
-    rollouts_every: int = schema.number(1, 0)
+    plots_every: int = schema.number(10, 0, 10**9)
+    rollouts_every: int = schema.number(1, 0, 10**9)
     progress: Literal["auto", "plain", "off"] = "auto"

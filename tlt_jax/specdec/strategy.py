@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 PROPOSERS = ("drafter", "ngram", "both")
+# Programs beyond these would not be compiled in a day.
+_MOST = {"draft_depth": 256, "topk": 1024, "tokens_to_verify": 4096}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -30,9 +32,11 @@ class Strategy:
     proposer: str = "drafter"
 
     def __post_init__(self):
-        for name in ("draft_depth", "topk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1.")
+        for name, most in _MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: at least 1, at most {most}."
+                )
         if self.proposer not in PROPOSERS and not self.is_external:
             raise ValueError(
                 f"proposer={self.proposer!r}: use one of {', '.join(PROPOSERS)}, or "

@@ -3,27 +3,30 @@
 One directory per step below `<workdir>/checkpoints`. A checkpoint appears under its
 final name only when it is complete, so a killed process leaves none that is half
 written. The policy, the optimizer state and the JSON record are separate items: an
-export reads the policy alone.
+export reads the policy alone. Beside them stand checksums of all files, which are
+compared before anything is read.
 """
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import importlib.metadata
+import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
 from tlt_jax.runtime import failures
+from tlt_jax.workdir import checksums
 
 DIRECTORY = "checkpoints"
 _POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
@@ -35,18 +38,23 @@ class CheckpointError(failures.UserError):
     """A checkpoint that cannot be written or read."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not what was written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint's content.
 
     `step` is the number of RL steps done when it was taken; the rest is what `save` was
-    given.
+    given, `arrays` one of the trees of `more`.
     """
 
     step: int
     params: params_lib.Params
     opt_state: Any
     meta: dict[str, Any]
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Checkpointer(contextlib.AbstractContextManager):
@@ -62,12 +70,15 @@ class Checkpointer(contextlib.AbstractContextManager):
         keep: int = 2,
         name: str = DIRECTORY,
         alone: bool = False,
+        pass_over: Callable[[str], None] | None = None,
     ):
         """Open `<workdir>/<name>`, creating it if needed.
 
         What a killed process left half written there is removed. The newest `keep` are
         kept on disk, at least 1. If this one is `alone`, it alone of several processes
         writes and reads here what it holds alone; otherwise all of them take part.
+        A damaged checkpoint is refused, or, if there is somebody to tell a line, passed
+        over for the one before and removed.
 
         Raises:
           CheckpointError: something else is in its place.
@@ -83,9 +94,12 @@ class Checkpointer(contextlib.AbstractContextManager):
                 f"{self._directory} cannot be a directory ({error.strerror}): move "
                 "what is in its place, or use another --workdir."
             ) from error
+        self._pass_over = pass_over
+        own, num = jax.process_index(), jax.process_count()
+        # Of several processes one looks, and tells the others what it has seen.
+        self._is_first, self._shares = alone or own == 0, num > 1 and not alone
         processes = ocp.options.MultiprocessingOptions()
         if alone:
-            own = jax.process_index()
             processes = ocp.options.MultiprocessingOptions(
                 primary_host=own,
                 active_processes={own},
@@ -102,7 +116,8 @@ class Checkpointer(contextlib.AbstractContextManager):
                 # Directories made in the background would leave the writers waiting
                 # for minutes where they cannot be made.
                 async_options=ocp.options.AsyncOptions(
-                    create_directories_asynchronously=False
+                    create_directories_asynchronously=False,
+                    post_finalization_callback=self._add_checksums,
                 ),
                 cleanup_tmp_directories=True,
             ),
@@ -136,8 +151,7 @@ class Checkpointer(contextlib.AbstractContextManager):
           cfg: its architecture, a dataclass, so that a policy can be restored without
             the run.
           meta: anything that JSON can hold: config digest, task position, ...
-          more: further trees of arrays by name, read with `restore_arrays`. Orbax takes
-            no array of size zero.
+          more: further trees of arrays by name. Orbax takes no array of size zero.
 
         Raises:
           CheckpointError: this checkpoint or the one before could not be written.
@@ -146,6 +160,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             raise ValueError(
                 "params.layers is a tuple of layers: checkpoints hold them stacked."
             )
+        trees = {_POLICY: params, _OPTIMIZER: opt_state} | (more or {})
         record = {
             "step": step,
             "model": dataclasses.asdict(cfg),
@@ -154,11 +169,10 @@ class Checkpointer(contextlib.AbstractContextManager):
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "driver": meta,
         }
-        trees = {_POLICY: params, _OPTIMIZER: opt_state} | (more or {})
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items[_META] = ocp.args.JsonSave(record)
         # What is wrong with the one before shall not be said of this one.
-        self.wait()
+        self._finish_begun()
         self._begun = step
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -169,6 +183,9 @@ class Checkpointer(contextlib.AbstractContextManager):
         Raises:
           CheckpointError: one could not be written.
         """
+        self._finish_begun()
+
+    def _finish_begun(self) -> None:
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -180,44 +197,78 @@ class Checkpointer(contextlib.AbstractContextManager):
         finally:
             self._manager.close()
 
-    def restore_latest(self, params: Any, opt_state: Any) -> Restored | None:
+    def restore_latest(
+        self, params: Any, opt_state: Any, item: str = ""
+    ) -> Restored | None:
         """Read the newest complete checkpoint, bit for bit, or None if there is none.
 
         `params` and `opt_state` are trees of arrays, or of `jax.ShapeDtypeStruct`s with
         a sharding, of the wanted shapes, dtypes and shardings. The mesh need not be the
-        one that the checkpoint was written from.
+        one that the checkpoint was written from. For `item` see `restore_trained`.
 
         Raises:
-          CheckpointError: it is damaged, or of another model or optimizer.
+          DamagedError: it is damaged.
+          CheckpointError: it is of another model or optimizer.
         """
-        step = self.latest_step()
+        step = self._newest_whole()
         if step is None:
             return None
-        read = functools.partial(_restore, self._manager, self._directory, step)
-        record = read({_META: ocp.args.JsonRestore()})[_META]
+        self.delete_after(step)
+        read = _Reader(self._manager, self._directory, step)
         # Compared here because Orbax notices in the midst of reading.
-        _check_shapes(step, record["shapes"], _shapes(params, opt_state))
-        wanted = {_POLICY: params, _OPTIMIZER: opt_state}
-        content = read({k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
-        return Restored(step, content[_POLICY], content[_OPTIMIZER], record["driver"])
+        _check_shapes(step, read.record["shapes"], _shapes(params, opt_state))
+        content = read.trees({_POLICY: params, _OPTIMIZER: opt_state})
+        return Restored(
+            step,
+            content[_POLICY],
+            content[_OPTIMIZER],
+            read.record["driver"],
+            read.arrays(item),
+        )
+
+    def _newest_whole(self) -> int | None:
+        """Return the step to go on from; tell the damaged ones that are passed over."""
+        # Orbax counts one that it still writes.
+        self._finish_begun()
+        steps, error = sorted(self._manager.all_steps()), None
+        while steps and self._is_first:
+            try:
+                _check_whole(self._directory, steps[-1])
+                break
+            except DamagedError as damage:
+                if self._pass_over is None or len(steps) == 1:
+                    error = damage
+                    break
+                told = str(damage).partition(" Delete ")[0]
+                self._pass_over(
+                    f"{told} That of step {steps[-2]} is taken instead, and this one "
+                    "removed."
+                )
+                steps.pop()
+        step = steps[-1] if steps else -1
+        if self._shares:
+            mine = np.array([step, error is not None])
+            step, is_damaged = multihost_utils.broadcast_one_to_all(mine).tolist()
+            if is_damaged and error is None:
+                error = DamagedError(f"the checkpoint of step {step} is damaged.")
+        if error is not None:
+            raise error
+        return None if step < 0 else step
+
+    def _add_checksums(self) -> None:
+        """Add the checksums, before the checkpoint gets its name; a thread of Orbax's.
+
+        Of several processes one does.
+        """
+        if self._is_first:
+            (folder,) = self._directory.glob(f"{self._begun}.orbax-checkpoint-tmp*")
+            checksums.write(folder)
 
     def delete_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: a run goes on from `step`."""
         for later in self._manager.all_steps():
             if later > step:
                 self._manager.delete(later)
-
-    def restore_arrays(self, step: int, name: str, kinds: Any) -> dict[str, np.ndarray]:
-        """Read one of the trees that `save` was given as `more`, of NumPy arrays.
-
-        `kinds` has the shape and dtype of each by name. Those of size zero are not
-        read.
-
-        Raises:
-          CheckpointError: it is damaged, or has no such tree.
-        """
-        read = functools.partial(_restore, self._manager, self._directory, step)
-        return _arrays(read, name, kinds)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -241,6 +292,25 @@ def newest(workdir: str | pathlib.Path, name: str = DIRECTORY) -> int | None:
         found = os.listdir(_directory(workdir, name))
         return max((int(step) for step in found if step.isdecimal()), default=None)
     return None
+
+
+def checksums_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
+    """Return the file of a run's checkpoint that identifies the content of the rest."""
+    return _directory(workdir, DIRECTORY) / str(step) / checksums.FILE
+
+
+def newest_record(workdir: str | pathlib.Path) -> dict[str, Any] | None:
+    """Read what `save` has written beside the arrays of a run's newest checkpoint.
+
+    None where there is none, or it is damaged, which reading the rest will tell.
+    """
+    step = newest(workdir)
+    if step is None:
+        return None
+    folder = _directory(workdir, DIRECTORY) / str(step)
+    if checksums.damaged(folder, (_META,)):
+        return None
+    return json.loads((folder / _META / "metadata").read_bytes())
 
 
 def restore_policy(
@@ -306,48 +376,80 @@ def restore_trained(
                 f"step={step} has no checkpoint in {directory}: there are "
                 f"{', '.join(map(str, steps))}."
             )
-        read = functools.partial(_restore, manager, directory, step)
-        record = read({_META: ocp.args.JsonRestore()})[_META]
+        items = (_META, _POLICY, item) if item else (_META, _POLICY)
+        _check_whole(directory, step, items)
+        read = _Reader(manager, directory, step)
+        record = read.record
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda leaf: leaf.update(sharding=first),
             describe(record["model"], record["param_dtype"]),
         )
-        params = read({_POLICY: ocp.args.StandardRestore(target)})[_POLICY]
-        return params, record, _arrays(read, item, record["driver"].get("arrays", {}))
+        return read.trees({_POLICY: target})[_POLICY], record, read.arrays(item)
 
 
 def _directory(workdir: str | pathlib.Path, name: str) -> pathlib.Path:
     return pathlib.Path(workdir).absolute() / name
 
 
-def _arrays(read: Callable[[Any], Any], name: str, kinds: Any) -> dict[str, np.ndarray]:
-    arrays = {key: np.empty(n, jnp.dtype(dtype)) for key, (n, dtype) in kinds.items()}
-    # Orbax takes no empty ones.
-    filled = {key: array for key, array in arrays.items() if array.size}
-    return arrays | (
-        read({name: ocp.args.StandardRestore(filled)})[name] if filled else {}
+class _Reader:
+    """Reads items of a checkpoint that is known to be whole.
+
+    Attributes:
+      record: what `save` has written beside the arrays.
+    """
+
+    def __init__(
+        self, manager: ocp.CheckpointManager, directory: pathlib.Path, step: int
+    ):
+        self._manager, self._directory, self._step = manager, directory, step
+        self.record = self._read({_META: ocp.args.JsonRestore()})[_META]
+
+    def trees(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Read trees of arrays by their items' names, as `wanted` describes them."""
+        found = self._read({k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
+        return {name: found[name] for name in wanted}
+
+    def arrays(self, item: str) -> dict[str, np.ndarray]:
+        """Read an item of NumPy arrays, which the driver's record describes."""
+        kinds = self.record["driver"].get("arrays", {}) if item else {}
+        arrays = {key: np.empty(n, jnp.dtype(kind)) for key, (n, kind) in kinds.items()}
+        # Orbax takes no empty ones.
+        filled = {key: array for key, array in arrays.items() if array.size}
+        return arrays | (self.trees({item: filled})[item] if filled else {})
+
+    def _read(self, items: dict[str, Any]) -> Any:
+        try:
+            return self._manager.restore(self._step, args=ocp.args.Composite(**items))
+        # All of them: Orbax raises an `Exception` as such, too.
+        except Exception as error:
+            found = _damaged(self._directory, self._step, _summary(error))
+        # What Orbax has begun to read would complain at the interpreter's end.
+        gc.collect()
+        raise found
+
+
+def _check_whole(
+    directory: pathlib.Path, step: int, items: Collection[str] = ()
+) -> None:
+    """Compare the checksums of a checkpoint's files; of all, unless items are named.
+
+    Raises:
+      DamagedError: one is not what was written, or there are no checksums.
+    """
+    name = checksums.damaged(directory / str(step), items)
+    if name == checksums.FILE:
+        why = f"it has no whole {name}, which checkpoints of earlier versions lack"
+        raise _damaged(directory, step, why)
+    if name:
+        raise _damaged(directory, step, f"{name} is not what was written")
+
+
+def _damaged(directory: pathlib.Path, step: int, why: str) -> DamagedError:
+    return DamagedError(
+        f"the checkpoint of step {step} could not be read ({why}): it is damaged. "
+        f"Delete {directory / str(step)} to go on from the checkpoint before it."
     )
-
-
-def _restore(
-    manager: ocp.CheckpointManager,
-    directory: pathlib.Path,
-    step: int,
-    items: dict[str, Any],
-) -> Any:
-    try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-    # All of them: of an array that is missing Orbax raises an `Exception` as such.
-    except Exception as error:
-        found = CheckpointError(
-            f"the checkpoint of step {step} could not be read ({_summary(error)}): it "
-            f"is damaged. Delete {directory / str(step)} to go on from the checkpoint "
-            "before it."
-        )
-    # What Orbax has begun to read would complain at the interpreter's end.
-    gc.collect()
-    raise found
 
 
 def _shapes(params: Any, opt_state: Any) -> dict[str, list[int]]:

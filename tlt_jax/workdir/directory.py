@@ -1,9 +1,9 @@
 """The directory of a run: whose it is, and the completions written into it.
 
-Its layout: `config.json`, `config.yaml` (the same), `metrics.jsonl`, `timeline.jsonl`,
-`rollouts/`, `checkpoints/`, `drafter_checkpoints/`, `spilled_texts/`, `plots/`,
-`tokenizer/`, `tensorboard/`, `initial_model/` where the model was made on the spot, and
-`processes/`, a folder for each process but the first.
+Its layout: `config.json`, `config.yaml` (the same), `inputs.json`, `metrics.jsonl`,
+`timeline.jsonl`, `rollouts/`, `checkpoints/`, `drafter_checkpoints/`, `spilled_texts/`,
+`plots/`, `tokenizer/`, `tensorboard/`, `initial_model/` where the model was made on the
+spot, and `processes/`, a folder for each process but the first.
 """
 
 import collections
@@ -20,22 +20,11 @@ import numpy as np
 from tlt_jax import config
 from tlt_jax.rl.update import experience
 from tlt_jax.rl.workers import records
-from tlt_jax.runtime import failures
 from tlt_jax.settings import schema, text
-from tlt_jax.workdir import checkpoint, metrics
-
-# Settings that may change when a run is taken up again: none decides what is computed.
-_FREE_ON_RESUME = (
-    *("log.", "checkpoint.", "eval.", "reward.workers", "reward.timeout_s"),
-    *("workers.",),
-)
+from tlt_jax.workdir import checkpoint, files, identity, metrics
 
 _LOCK = ".lock"
 TIMELINE = "timeline.jsonl"
-
-
-class WorkdirError(failures.UserError):
-    """The directory cannot be used."""
 
 
 @contextlib.contextmanager
@@ -54,25 +43,24 @@ def claimed(
     Raises:
       schema.ConfigError: the directory holds a run with other settings, or one that has
         taken more steps.
-      WorkdirError: another process works there, or it cannot be written.
+      files.WorkdirError: another process works there, or it cannot be written.
     """
-    with writing(workdir):
+    with files.writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         lock = os.open(workdir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         # Until it is closed, by us or by our end.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path = workdir / "config.json"
-        # Of a step there is a record before there is any checkpoint.
-        record = workdir / metrics.FILE
-        if path.exists() and record.exists() and record.stat().st_size > 0:
-            _check_same(workdir, path, run, load)
+        identity.check_settings(workdir, run, load)
         _check_reached(workdir, run.num_steps)
+        files.remove_remains(workdir)
         if checkpoint.newest(workdir) != run.num_steps:
-            _write(path, config.to_json(run))
-            _write(path.with_suffix(".yaml"), text.to_yaml(run))
+            with files.replacing(workdir / identity.SETTINGS) as file:
+                file.write(config.to_json(run))
+            with files.replacing(workdir / "config.yaml") as file:
+                file.write(text.to_yaml(run))
     except BlockingIOError as error:
-        raise WorkdirError(
+        raise files.WorkdirError(
             f"another process works in {workdir}: wait for it, end it, or use another "
             "--workdir."
         ) from error
@@ -80,30 +68,6 @@ def claimed(
         yield
     finally:
         os.close(lock)
-
-
-@contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
-    """Say what to do where a file cannot be written.
-
-    Raises:
-      WorkdirError: in place of an `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise WorkdirError(
-            f"{path} could not be written ({error.strerror or error}): make room or "
-            "give permission, then run the same command again; it resumes from the "
-            "newest checkpoint."
-        ) from error
-
-
-def _write(path: pathlib.Path, content: str) -> None:
-    with writing(path):
-        temporary = path.with_name(f"{path.name}.partial")
-        temporary.write_text(content, "utf-8")
-        temporary.replace(path)
 
 
 def write_rollouts(
@@ -143,11 +107,10 @@ def write_rollouts(
             record["rewards"] = dict(parts[i])
         records.append(record)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    with writing(path):
+    with files.writing(path):
         path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text("".join(lines), encoding="utf-8")
-        part.replace(path)
+    with files.replacing(path) as file:
+        file.writelines(lines)
     return records
 
 
@@ -169,9 +132,7 @@ def write_timeline(
         "step": step,
         "workers": [{"worker": w, "intervals": found[w]} for w in sorted(found)],
     }
-    path = workdir / TIMELINE
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    files.append_line(workdir / TIMELINE, json.dumps(record))
 
 
 def _runs(flags: Sequence[bool] | None) -> list[list[int]] | None:
@@ -191,25 +152,4 @@ def _check_reached(workdir: pathlib.Path, num_steps: int) -> None:
             f"num_steps={num_steps}, but the run in {workdir} has taken {reached} "
             f"steps: give --config.num_steps={reached} or more, or use another "
             "--workdir."
-        )
-
-
-def _check_same(workdir: pathlib.Path, path: pathlib.Path, run: Any, load) -> None:
-    try:
-        before = load(dict(json.loads(path.read_text())))
-    except (ValueError, TypeError) as error:
-        raise schema.ConfigError(
-            f"{path} cannot be read ({error}): restore it, or use another --workdir."
-        ) from error
-    changed = {
-        key: values
-        for key, values in config.differences(before, run).items()
-        if key != "num_steps" and not key.startswith(_FREE_ON_RESUME)
-    }
-    if changed:
-        key, (old, new) = next(iter(changed.items()))
-        more = f" (and {len(changed) - 1} more differ)" if len(changed) > 1 else ""
-        raise schema.ConfigError(
-            f"{workdir} holds a run with {key}={old!r}, not {new!r}{more}: use another "
-            "--workdir, or the same settings to resume."
         )

@@ -11,7 +11,7 @@ import contextlib
 import pathlib
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
 
 import jax
@@ -39,17 +39,24 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
     """Writes a drafter's checkpoints and reads the one of a step."""
 
     def __init__(
-        self, workdir: str | pathlib.Path, mode: Mode = "selective", keep: int = 3
+        self,
+        workdir: str | pathlib.Path,
+        mode: Mode = "selective",
+        keep: int = 3,
+        pass_over: Callable[[str], None] | None = None,
     ):
         """Open `<workdir>/drafter_checkpoints`, creating it if needed.
 
         The newest `keep` are kept: one more than the run keeps of its own, so that each
-        of those finds the drafter's of its step.
+        of those finds the drafter's of its step. For `pass_over` see
+        `checkpoint.Checkpointer`.
         """
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: use {', '.join(MODES)}.")
         self._mode = mode
-        self._checkpointer = checkpoint.Checkpointer(workdir, keep, DIRECTORY, True)
+        self._checkpointer = checkpoint.Checkpointer(
+            workdir, keep, DIRECTORY, True, pass_over
+        )
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -110,14 +117,12 @@ class DrafterCheckpointer(contextlib.AbstractContextManager):
         if at_most is not None:
             self._checkpointer.delete_after(at_most)
         found = self._checkpointer.restore_latest(
-            like.params, (like.opt_state, like.num_updates)
+            like.params, (like.opt_state, like.num_updates), _ARRAYS
         )
         if found is None:
             return None
-        kinds = found.meta["arrays"]
-        arrays = self._checkpointer.restore_arrays(found.step, _ARRAYS, kinds)
         state = train_state.TrainState(found.params, *found.opt_state)
-        return found.step, train_state.Snapshot(state, arrays, found.meta["meta"])
+        return found.step, train_state.Snapshot(state, found.arrays, found.meta["meta"])
 
     def wait(self) -> None:
         """Wait until every checkpoint is complete on disk."""
@@ -165,8 +170,7 @@ def opened(
     if not trained.trains:
         yield ()
         return
-    keep = cfg.keep + 1
-    with DrafterStore(trained, directory, cfg.drafter, keep, group, observer) as store:
+    with DrafterStore(trained, directory, cfg, group, observer) as store:
         yield (store,)
 
 
@@ -177,8 +181,7 @@ class DrafterStore(contextlib.AbstractContextManager):
         self,
         trained: Trained,
         directory: pathlib.Path,
-        mode: Mode,
-        keep: int,
+        cfg: sections.Checkpoint,
         group: distributed.Group,
         observer: watch_lib.Observer,
     ):
@@ -189,7 +192,10 @@ class DrafterStore(contextlib.AbstractContextManager):
         self._trained, self._group, self._observer = trained, group, observer
         self._checkpointer: DrafterCheckpointer | None = None
         if group.is_first:
-            self._checkpointer = DrafterCheckpointer(directory, mode, keep)
+            pass_over = observer.note if cfg.on_damage == "previous" else None
+            self._checkpointer = DrafterCheckpointer(
+                directory, cfg.drafter, cfg.keep + 1, pass_over
+            )
 
     def __exit__(self, *details: object) -> None:
         if self._checkpointer is not None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from tlt_jax.models import config as model_config
@@ -50,19 +50,25 @@ class RunState(contextlib.AbstractContextManager):
         learning: updater.Updater,
         parts: Mapping[str, Stateful],
         stores: tuple[Store, ...],
-        identity: str,
+        about: Mapping[str, Any],
+        note: Callable[[str], None],
     ):
         """Open the directory; nothing is read yet.
 
         `parts` are whatever changes beside weights and optimizer, by the name that the
-        checkpoint has for it; `stores` keep arrays of their own. `identity` is that of
-        the run's settings.
+        checkpoint has for it; `stores` keep arrays of their own. `about` is what
+        `identity.claim` says of the run. `note` is told a line where a damaged
+        checkpoint is passed over.
         """
         self.step = 0
         self._model, self._learning = model, learning
         self._parts = dict(parts) | {"updater": learning}
-        self._stores, self._identity = stores, identity
-        self._checkpointer = checkpoint.Checkpointer(directory, cfg.keep)
+        self._stores, self._about = stores, dict(about)
+        self._checkpointer = checkpoint.Checkpointer(
+            directory,
+            cfg.keep,
+            pass_over=note if cfg.on_damage == "previous" else None,
+        )
 
     def __exit__(self, *_: object) -> None:
         self._checkpointer.close()
@@ -109,7 +115,7 @@ class RunState(contextlib.AbstractContextManager):
             store.save(self.step)
         state = self._learning.train_state
         counted = (state.opt_state, state.num_updates)
-        meta = {"config": self._identity, "parts": parts or self.parts()}
+        meta = self._about | {"parts": parts or self.parts()}
         self._checkpointer.save(self.step, state.params, counted, self._model, meta)
 
     def complete(self, parts: Mapping[str, Any] | None = None) -> None:

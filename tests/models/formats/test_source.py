@@ -27,6 +27,12 @@ def test_a_directory_gives_configuration_weights_and_tokenizer(directory):
     assert model.config.num_layers == 1
     assert model.load(jnp.bfloat16).embed.dtype == jnp.bfloat16
     assert model.tokenizer().encode("12").tolist() == [4, 5]
+    # All that it is read from, and nothing else.
+    (directory / "README.md").write_text("A model.")
+    assert [os.path.basename(path) for path in model.files()] == [
+        *("config.json", "generation_config.json", "tokenizer.json"),
+        *("tokenizer_config.json", "model.safetensors"),
+    ]
     identity = model.identity
     assert identity == source.resolve(str(directory)).identity
     weights = directory / "model.safetensors"

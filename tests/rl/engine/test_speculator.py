@@ -8,12 +8,13 @@ from tests.rl.engine.test_engine_speculation import EAGLE, drafter_params
 from tlt_jax import types
 from tlt_jax.rl.engine import scheduler, speculator
 from tlt_jax.specdec import strategy
-from tlt_jax.specdec.tuners import tuner
+from tlt_jax.specdec.tuners import bandit, shared, tuner
 
 CHAIN = strategy.parse("D3K1V4")
 BOTH = strategy.parse("D3K1V5-both")
 NGRAM = strategy.parse("D3K1V4-ngram")
 PAGE = 4
+TABLE = strategy.parse_arms(("8:D3K1V4",))
 
 
 def made(cfg=EAGLE, table=("4:D3K1V4",), **tuners):
@@ -159,6 +160,42 @@ def test_the_early_tuner_chooses_until_there_is_a_drafter():
     alone = made(tuner=late)
     assert alone.choices(2) == (CHAIN, None)
     assert alone.choose(2) is None
+
+
+def test_what_is_decoded_aside_leaves_no_trace():
+    """An evaluation's prompts are numbered from 0 like those of training."""
+    arms = strategy.parse_arms(("4:D3K1V4-ngram,D2K1V3-ngram",))
+    early = shared.SharedTuner(bandit.BegMab(arms, seed=1, epsilon=0.5))
+    late = shared.SharedTuner(tuner.Threshold(TABLE, 4, 6)).for_engine()
+    state = made(tuner=late, early_tuner=early)
+    rows = [row_of(3, (1,), (7,))]
+
+    def decode(tokens, seconds):
+        for _ in range(6):
+            how = state.choose(2)
+            call = tuner.Call(1, 1, how, seconds, 1, 2, (2, 1))
+            state.took(rows, call, state.inputs(rows, 1, how).outcomes + 1)
+        late.choose(1)
+        state.finished(rows[0].request, np.array(tokens, np.int32))
+
+    def everything():
+        matching = state.inputs(rows, 1, NGRAM)
+        arrays = [matching.corpus.texts, matching.corpus.lengths, matching.outcomes]
+        return [x.tolist() for x in arrays], early.state(), late.state()
+
+    decode([7, 9], seconds=0.5)
+    late.choose(8)
+    before = everything()
+    with state.aside():
+        assert 9 not in state.inputs(rows, 1, NGRAM).corpus.texts
+        state.begin()
+        decode([7, 8], seconds=0.25)
+        assert all(a != b for a, b in zip(before, everything(), strict=True))
+    assert everything() == before
+    with pytest.raises(KeyError), state.aside():
+        decode([7, 8], seconds=0.25)
+        raise KeyError
+    assert everything() == before
 
 
 def test_an_engine_that_was_not_told_how_never_speculates():

@@ -135,7 +135,7 @@ def mismatch(made, trainer):
     layout = experience.Layout(row_tokens=16, rows_per_micro_batch=1)
     parts = layout.pack(made)
     values = [packing.gather(part, trainer) for part in parts]
-    return experience.max_mismatch(made, parts, values)
+    return experience.max_mismatch(made, packing.scatter(parts, values))
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 1), (3, 3)])

@@ -226,8 +226,8 @@ def test_three_kinds_of_logprobs_each_in_its_place(make):
     # The reference's and then the policy's own, once for both epochs.
     assert made.learner.passes == ["first", (0,)]
     assert row["policy/loss"] == 1.5
-    # What the weights that rolled out say, which the first update had.
-    assert row["mismatch/logprob_max_abs"] == pytest.approx(0.25)
+    # By the pass that the weights that rolled out took.
+    assert row["mismatch/logprob_max_abs"] == pytest.approx(2.0)
     assert row["policy/weights_digest"] == "digest of (2,)"
 
 
@@ -266,6 +266,25 @@ def test_minibatches_are_whole_groups_in_order_again_in_every_epoch(make):
         assert flat(micro, "old_logprobs") == expected
         # The weights are of a minibatch: four completions of at most six tokens.
         assert flat(micro, "weights")[0] == pytest.approx(1 / (4 * 6))
+
+
+def test_the_mismatch_is_that_of_every_minibatch(make):
+    made = make(**{"learner.minibatches": 2})
+    told, off = made.learner.logprobs, 0.0
+
+    def logprobs(params, parts):
+        # Of the last completion's last token, which the second minibatch has.
+        last = 10 * (P * R - 1) + LENGTHS[-1] - 1
+        found = told(params, parts)
+        return [x + off * (p.target == last) for x, p in zip(found, parts, strict=True)]
+
+    made.learner.logprobs = logprobs
+    for off in (0.0, -0.5):
+        row = update(made)
+        assert row["mismatch/logprob_max_abs"] == pytest.approx(2.0 - off)
+    # Without that pass the first alone is trained by the weights that rolled out.
+    made = make(**{"learner.minibatches": 2, "learner.old_logprobs": "rollout"})
+    assert update(made)["mismatch/logprob_max_abs"] == pytest.approx(0.25)
 
 
 def test_groups_that_are_left_are_spread_over_the_minibatches(make):

@@ -150,6 +150,26 @@ def test_versions_count_and_nothing_recompiles(pool):
     assert sync.state() == {"version": 10}
 
 
+def test_a_run_resumes_at_its_version_whatever_its_last_step_taught(pool):
+    """A step without signal, of DAPO's, gives the engines nothing."""
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    targets, params = weight_sync.engine_meshes(mesh), place(mesh)
+
+    def begun(version=None):
+        made = weight_sync.WeightSync(MODEL, source=mesh, targets=targets, pool=pool)
+        if version is not None:
+            made.restore(version)
+        # The first transfer, as `Trainer.begin` makes it.
+        return made, made.sync(params)[1]
+
+    made, version = begun()
+    for has_signal in (True, False, False):
+        version = made.sync(params)[1] if has_signal else version
+    resumed, again = begun(made.state())
+    assert again == version == 2
+    assert resumed.sync(params)[1] == made.sync(params)[1] == 3
+
+
 def test_mesh_that_does_not_divide_is_refused_by_name(pool):
     mesh = sharding.make_mesh(1, 1, 4)
     with pytest.raises(ValueError, match="layers.qkv.*does not divide"):

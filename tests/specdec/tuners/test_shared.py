@@ -34,6 +34,16 @@ class Told:
         return method
 
 
+def test_engines_share_it_unless_each_has_its_own():
+    static = shared.SharedTuner(tuner.Static(strategy.parse_arms(("4:D3K1V4",))))
+    assert static.for_engine() is static
+    made = tuner.Threshold(strategy.parse_arms(("4:D3K1V4",)), 2, 3)
+    threshold = shared.SharedTuner(made)
+    one, two = threshold.for_engine(), threshold.for_engine()
+    assert one is not two and one.choose(1) == D3 and two.choose(3) is None
+    assert [own["speculating"] for own in threshold.state()["engines"]] == [True, False]
+
+
 def ask(made):
     return [
         made.strategies(3),

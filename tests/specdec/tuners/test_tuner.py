@@ -84,6 +84,22 @@ def test_the_threshold_has_hysteresis():
     ]
 
 
+def test_every_engine_has_a_threshold_of_its_own():
+    """One has few rows left; another, in between, does not begin for that."""
+    made = tuner.Threshold(TABLE, start_rows=4, stop_rows=6)
+    few, many = made.for_engine(), made.for_engine()
+    assert few.choose(4) == D3 and many.choose(5) is None
+    assert few.choose(5) == D3
+    state = json.loads(json.dumps(made.state()))
+    other = tuner.Threshold(TABLE, start_rows=4, stop_rows=6)
+    few, many, third = (other.for_engine() for _ in range(3))
+    other.restore(state)
+    assert [own.choose(5) for own in (few, many, third)] == [D3, None, None]
+    # A tuner that learns is one for all.
+    static = tuner.Static(TABLE)
+    assert static.for_engine() is static
+
+
 def test_a_threshold_goes_on_where_it_was():
     made = tuner.Threshold(TABLE, start_rows=4, stop_rows=6)
     made.choose(4)

@@ -58,7 +58,8 @@ def save(
         record = {"format": _FORMAT_WITH_LAYER, **dataclasses.asdict(cfg)}
     record["about"] = dict(about or {})
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".drafter.") as temp:
+    aside = {"prefix": f".{directory.name}.", "suffix": ".partial"}
+    with tempfile.TemporaryDirectory(dir=directory.parent, **aside) as temp:
         made = pathlib.Path(temp) / "made"
         made.mkdir()
         (made / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")

@@ -55,6 +55,10 @@ class ModelSource(abc.ABC):
     sampling: Mapping[str, float] = types.MappingProxyType({})
 
     @abc.abstractmethod
+    def files(self) -> list[str]:
+        """Paths of all files that the model and its tokenizer are read from."""
+
+    @abc.abstractmethod
     def load(
         self, dtype=jnp.float32, shardings: model_params.Params | None = None
     ) -> model_params.Params:
@@ -79,6 +83,12 @@ class DirectorySource(ModelSource):
         """The given identity, or a digest over the weights' bytes."""
         return self._identity or f"dir sha256:{_digest(_weight_files(self.directory))}"
 
+    def files(self) -> list[str]:
+        names = ("config.json", "generation_config.json", *convert.TOKENIZER_FILES)
+        paths = [os.path.join(self.directory, name) for name in names]
+        weights = convert.weight_files(self.directory)
+        return [path for path in paths if os.path.isfile(path)] + sorted(weights)
+
     def load(self, dtype=jnp.float32, shardings=None) -> model_params.Params:
         return convert.load(self.directory, self.config, dtype, shardings)
 
@@ -98,6 +108,9 @@ class GGUFSource(gguf_file.GGUFFile, ModelSource):
     def identity(self) -> str:
         """A digest over the file's bytes."""
         return f"gguf sha256:{_digest([self.path])}"
+
+    def files(self) -> list[str]:
+        return [self.path]
 
 
 def resolve(spec: str) -> ModelSource:

@@ -7,6 +7,7 @@ position. (With a chain rule, `SpeculatorConfig.rule`, they do, and their law do
 """
 
 import concurrent.futures
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -124,6 +125,10 @@ class Engine:
             raise ValueError("the engine was made without speculator_cfg: give one.")
         placed = jax.device_put(params, sharding.replicated(self.mesh))
         self._speculator.offer(placed, version)
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Decode meanwhile without learning from it; see `Speculator.aside`."""
+        return self._speculator.aside()
 
     @property
     def drafter_version(self) -> int:

@@ -7,9 +7,11 @@ pass of the drafter and no forward of the target. Full pages of a prompt are fil
 for all rows that share them.
 """
 
+import contextlib
+import copy
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -180,11 +182,14 @@ class Speculator:
         self._params: drafter.DrafterParams | None = None
         self._sharpness = np.float32(1.0)
         self._page_size, self._max_length = page_size, max_length
-        texts = cfg.texts
-        self._store = ngram_store.NgramStore(texts.kept_per_prompt, texts.kept_tokens)
-        self._outcomes = np.zeros((texts.longest + 1, 2), np.float32)
+        self._store = self._empty_store()
+        self._outcomes = np.zeros((cfg.texts.longest + 1, 2), np.float32)
         # Full prompt pages that are in the drafter's cache.
         self._filled: set[int] = set()
+
+    def _empty_store(self) -> ngram_store.NgramStore:
+        texts = self.cfg.texts
+        return ngram_store.NgramStore(texts.kept_per_prompt, texts.kept_tokens)
 
     def offer(self, params: drafter.DrafterParams, version: int) -> None:
         """Give new weights, on the engine's devices; safe from another thread."""
@@ -217,6 +222,25 @@ class Speculator:
         """Take embedding and head of the target."""
         if self._params is not None:
             self.weights = learned.weights_of(self._params, target)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let what is decoded meanwhile teach nothing for later.
+
+        Texts of other prompts, whose ids may be the same, and calls that are none of a
+        rollout: an evaluation leaves no trace. Nothing is decoded when this begins or
+        ends, by any engine that shares the tuners.
+        """
+        kept = self._store, self._outcomes
+        tuners = [t for t in (self._tuner, self._early_tuner) if t is not None]
+        states = copy.deepcopy([tuner.state() for tuner in tuners])
+        self._store = self._empty_store()
+        try:
+            yield
+        finally:
+            self._store, self._outcomes = kept
+            for tuner, state in zip(tuners, states, strict=True):
+                tuner.restore(state)
 
     def begin(self) -> None:
         """Begin a run: nothing is cached, and what matches did counts less."""

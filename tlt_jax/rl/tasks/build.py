@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import pathlib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -31,6 +32,8 @@ class Task(Protocol):
 
     Attributes:
       name: for records.
+      files: that it reads, whose content is compared when a run is taken up again; a
+        task that reads none need not have this.
     """
 
     name: str
@@ -246,6 +249,9 @@ def _create_dataset(name: str, options: Mapping[str, Any], **sizes: int) -> Any:
 class FileTask:
     """Prompts and answers from a data set (`data.read_examples`).
 
+    Attributes:
+      files: that they were read from.
+
     Args:
       path: a file, a directory, or `hub:NAME`.
       reward: its own verifier, see `rewards.named`.
@@ -315,6 +321,11 @@ class FileTask:
                 is_held = generated.held_out(repr(example.prompt), holdout_frac)
                 parts[is_held].append(example)
             train, held_out = parts[False], parts[True]
+        self.files = _files_of(path, split, subset)
+        if eval_path is not None:
+            self.files += _files_of(eval_path, None, None)
+        elif eval_split is not None:
+            self.files += _files_of(path, eval_split, subset)
         train, held_out = train[:limit], held_out[:eval_size]
         if chat:
             train, held_out = (
@@ -338,6 +349,12 @@ class FileTask:
         return examples
 
 
+def _files_of(
+    path: str, split: str | None, subset: str | None
+) -> tuple[pathlib.Path, ...]:
+    return tuple(data_files.find(path, split, subset))
+
+
 def _read_answered(
     path: str, judges: Sequence[str], reading: Mapping[str, Any]
 ) -> list[types.Example]:
@@ -357,7 +374,7 @@ class _Adapted:
     """A task with a system prompt, or with other rewards than its own."""
 
     def __init__(self, task: Task, system_prompt: str, reward: sections.Reward):
-        self.name = task.name
+        self.name, self.files = task.name, files_of(task)
         self._task, self._system_prompt = task, system_prompt
         self.score = rewards.combined(reward.functions, reward.weights, task.score)
 
@@ -380,6 +397,11 @@ class _Adapted:
             )
         message = {"role": "system", "content": system}
         return dataclasses.replace(example, prompt=(message, *prompt))
+
+
+def files_of(task: Task) -> tuple[pathlib.Path, ...]:
+    """Return the files that a task was read from: none, unless it says some."""
+    return tuple(pathlib.Path(path) for path in getattr(task, "files", ()))
 
 
 def build(

@@ -192,19 +192,14 @@ def micro_batches(
     ]
 
 
-def max_mismatch(
-    batch: Experience,
-    parts: Sequence[packing.Packed],
-    trainer_logprobs: Sequence[np.ndarray],
-) -> float:
+def max_mismatch(batch: Experience, trainer_logprobs: Sequence[np.ndarray]) -> float:
     """Largest absolute difference, in nats, of rollout's and trainer's logprobs.
 
-    The latter are `[rows, M]` for each of the batch's packed parts, by the weights that
-    rolled out.
+    The latter are of each of the batch's completions, by the weights that rolled out.
     """
-    trainer = packing.scatter(parts, trainer_logprobs)
     gaps = [
-        np.abs(own - mine) for own, mine in zip(trainer, batch.logprobs, strict=True)
+        np.abs(own - mine)
+        for own, mine in zip(trainer_logprobs, batch.logprobs, strict=True)
     ]
     # NumPy's maximum of what is not a number is not a number; Python's may hide it.
     return float(np.max(np.concatenate(gaps), initial=0.0))

@@ -118,16 +118,19 @@ class Updater:
           failures.NotFiniteError: several updates in a row were not finite.
         """
         old_logprobs = batch.logprobs if self._cfg.old_logprobs == "rollout" else None
-        reference = None
+        reference = mismatch = None
         with watch.stage("inference"):
             if self.reference is not None:
                 reference = self._logprobs(self.reference, batch)
             if self._recomputes:
                 old_logprobs = self._logprobs(self.train_state.params, batch)
+                # Of all minibatches: an update sees those after the first with weights
+                # that have not rolled out.
+                mismatch = experience.max_mismatch(batch, old_logprobs)
         advantages_n = experience.advantages_of(
             batch, self.algorithm, self._rollout.max_new_tokens, reference
         )
-        records, mismatch = [], None
+        records = []
         num_groups = len(batch.prompts)
         parts = np.array_split(
             np.arange(num_groups), min(self._cfg.minibatches, num_groups)
@@ -150,7 +153,8 @@ class Updater:
                         self.train_state, micro, self.algorithm.loss
                     )
                 if mismatch is None:
-                    mismatch = experience.max_mismatch(part, packed, trained)
+                    own = packing.scatter(packed, trained)
+                    mismatch = experience.max_mismatch(part, own)
                 records.append(record)
                 self._check_skipped(record, watch)
         row: dict[str, Any] = {

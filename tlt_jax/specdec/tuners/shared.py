@@ -15,6 +15,14 @@ class SharedTuner:
         self._tuner = tuner
         self._lock = threading.Lock()
 
+    def for_engine(self) -> tuner_lib.Tuner:
+        """Return who chooses for one more engine: this one, or one of the engine's own.
+
+        The latter is used by one thread, and its state is part of this one's.
+        """
+        own = self._tuner.for_engine()
+        return self if own is self._tuner else own
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._tuner, name)
 

@@ -71,6 +71,13 @@ class Tuner(Protocol):
     def changed(self, what: Updated) -> None:
         """Note that the target, or the drafter, has new weights."""
 
+    def for_engine(self) -> "Tuner":
+        """Return who chooses for one more engine: itself, unless it follows its rows.
+
+        What it learns, it learns for all engines and in one state.
+        """
+        return self
+
     def state(self) -> dict[str, Any]:
         """Return all that was learned, random state included, as JSON has it."""
         return {"tuner": self.NAME}
@@ -150,6 +157,8 @@ class Threshold(Tuner):
         self._table = table
         self._start_rows, self._stop_rows = start_rows, stop_rows
         self._speculating = False
+        # Of one engine each: the batches of workers grow and shrink by themselves.
+        self._of_engines: list[Threshold] = []
 
     def strategies(self, num_rows: int) -> tuple[Strategy | None, ...]:
         if num_rows <= self._start_rows:
@@ -168,9 +177,20 @@ class Threshold(Tuner):
     def _strategy(self, num_rows: int) -> Strategy:
         return self._table.first(num_rows) or self._table.entries[-1][1][0]
 
+    def for_engine(self) -> "Threshold":
+        own = Threshold(self._table, self._start_rows, self._stop_rows)
+        self._of_engines.append(own)
+        return own
+
     def state(self) -> dict[str, Any]:
-        return super().state() | {"speculating": self._speculating}
+        state = super().state() | {"speculating": self._speculating}
+        if self._of_engines:
+            state["engines"] = [own.state() for own in self._of_engines]
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state; engines that it knows nothing of begin plainly."""
         super().restore(state)
         self._speculating = bool(state["speculating"])
+        for own, told in zip(self._of_engines, state.get("engines", ()), strict=False):
+            own.restore(told)
