@@ -77,6 +77,8 @@ _MOMENTS = {
     "rollouts file": ("tlt_jax.workdir.directory:write_rollouts", NUM_STEPS),
     "renaming": ("pathlib:Path.replace", 2 + NUM_STEPS),
     "checkpoint": (_SAVE, NUM_STEPS // 2),
+    "checksums": ("tlt_jax.workdir.checksums:write", NUM_STEPS // 2),
+    "folder renaming": ("os:rename", NUM_STEPS),
     "end": ("tlt_jax.train:Trainer.finish", 1),
 }
 _DRAFTER_MOMENTS = {
@@ -264,11 +266,11 @@ def _checkpoint_facts(directory: pathlib.Path, name: str) -> dict[str, Any]:
             key = f"{name}/{item}{jax.tree_util.keystr(key)}"
             found[key] = hashlib.sha256(text).hexdigest()
     record = json.loads((directory / name / "meta" / "metadata").read_text())
-    for key, value in record["driver"].items():
-        if key != "budget" and isinstance(value, dict):
-            for part, its in value.items():
-                if part != "budget":
-                    found[f"{name}/record {key} {part}"] = its
+    for key in ("parts", "meta", "arrays"):
+        for part, its in record["driver"].get(key, {}).items():
+            # It is made of seconds.
+            if part != "budget":
+                found[f"{name}/record {key} {part}"] = its
     return found
 
 
