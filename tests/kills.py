@@ -316,9 +316,12 @@ class Campaign:
         self.failures: list[str] = []
 
     def prepare(self, name: str) -> None:
-        """Makes the run that others of its kind are compared with, twice."""
+        """Makes the run that others of its kind are compared with.
+
+        Twice, unless a loss is shown: it is equal to itself.
+        """
         made = []
-        for number in range(2):
+        for number in range(1 if self._without else 2):
             folder = self._new(f"{name}-whole-{number}")
             directory = folder / "run"
             ended = killed_starts.start(words(KINDS[name], directory), folder)
@@ -326,13 +329,13 @@ class Campaign:
                 output = (folder / "output.txt").read_text()
                 raise RuntimeError(f"a run of kind {name} failed: {ended}\n{output}")
             made.append((ended.seconds, self._facts(folder)))
-        problems = differences(made[1][1], made[0][1], KINDS[name].ignored)
+        problems = differences(made[-1][1], made[0][1], KINDS[name].ignored)
         if problems:
             self._fail(f"{name}: two uninterrupted runs differ", problems)
-        self._wanted[name] = made[1]
-        rewards = [v for k, v in made[1][1].items() if k.endswith(" reward/mean")]
+        self._wanted[name] = made[-1]
+        rewards = [v for k, v in made[-1][1].items() if k.endswith(" reward/mean")]
         print(
-            f"{name}: a whole run takes {made[1][0]:.1f} s; mean reward "
+            f"{name}: a whole run takes {made[-1][0]:.1f} s; mean reward "
             f"{sum(rewards) / len(rewards):.2f}",
             flush=True,
         )
@@ -344,7 +347,7 @@ class Campaign:
         folder = self._new(f"{name}-{seed}")
         directory = folder / "run"
         if planned.keeps_model:
-            source = self._folder / f"{name}-whole-1" / "run" / "initial_model"
+            source = self._folder / f"{name}-whole-0" / "run" / "initial_model"
             shutil.copytree(source, directory / "initial_model")
         command = words(kind, directory, **{"checkpoint.grace_s": planned.grace_s})
         problems, done = [], []
@@ -456,6 +459,12 @@ def main(argv: Sequence[str]) -> int:
         "--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)} (default: all)"
     )
     parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="begin no cycle after so long",
+    )
+    parser.add_argument(
         "--without",
         default="",
         metavar="MODULE:CLASS.METHOD",
@@ -474,13 +483,17 @@ def main(argv: Sequence[str]) -> int:
     campaign = Campaign(folder, options.without)
     for name in names[: options.cycles]:
         campaign.prepare(name)
+    num_done = 0
     for number in range(options.cycles):
+        if time.monotonic() - started > 60 * options.minutes:
+            break
+        num_done += 1
         turn, which = divmod(number, len(names))
         campaign.cycle(names[which], options.seed + turn)
     print(campaign.table())
     kills = sum(count["kills"] for count in campaign.count.values())
     print(
-        f"{options.cycles} cycles, {kills} kills, {len(campaign.failures)} different; "
+        f"{num_done} cycles, {kills} kills, {len(campaign.failures)} different; "
         f"{(time.monotonic() - started) / 60:.1f} minutes"
     )
     if not campaign.failures:
