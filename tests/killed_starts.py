@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import llvmlite.binding  # noqa: F401
 
 from tests import command_lines
 from tlt_jax import launch, train
