@@ -98,22 +98,30 @@ def start(
     child, started = os.fork(), time.monotonic()
     if not child:
         _run(words, folder, kill, without)
-    status, open_kill = None, kill if kill is not None and not kill.where else None
-    while status is None:
+    try:
+        status = _wait(child, started, kill)
+    except BaseException:
+        os.killpg(child, signal.SIGKILL)
+        raise
+    seconds = time.monotonic() - started
+    step = int(began.read_text()) if began.exists() else None
+    return Ended(status, seconds, step, _survivors())
+
+
+def _wait(child: int, started: float, kill: Kill | None) -> int:
+    """Waits for a start's end, which a kill at a time of its own brings about."""
+    is_due = kill is not None and not kill.where
+    while True:
         spent = time.monotonic() - started
-        if open_kill is not None and spent >= open_kill.delay_s:
-            os.kill(child, open_kill.number)
-            open_kill = None
+        if is_due and spent >= kill.delay_s:
+            os.kill(child, kill.number)
+            is_due = False
         if spent > _LONGEST_S:
             os.killpg(child, signal.SIGKILL)
         found, code = os.waitpid(child, os.WNOHANG)
         if found:
-            status = os.waitstatus_to_exitcode(code)
-        else:
-            time.sleep(_POLL_S)
-    seconds = time.monotonic() - started
-    step = int(began.read_text()) if began.exists() else None
-    return Ended(status, seconds, step, _survivors())
+            return os.waitstatus_to_exitcode(code)
+        time.sleep(_POLL_S)
 
 
 def adopt() -> None:
