@@ -11,12 +11,10 @@ says which command repeats it. Linux only.
 import argparse
 import collections
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import random
-import re
 import shutil
 import signal
 import sys
@@ -37,7 +35,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from tests import killed_starts  # noqa: E402
+from tests import killed_starts, run_facts  # noqa: E402
 
 NUM_STEPS = 6
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -59,7 +57,6 @@ _TLT = {
     "adaptation.head_chunk": 16,
     "specdec.strategies": "1:D2K1V3",
 }
-# What is known of a run before it was killed: nothing, or how it begins.
 _SAVE = "tlt_jax.workdir.state:RunState.save"
 _MOMENTS = {
     "startup": ("", 1),
@@ -92,9 +89,6 @@ _DRAFTER_MOMENTS = {
 _FROM_NOTHING = ("startup", "model making", "model writing", "assembly")
 # Delays after a moment, in seconds: at once, or within what comes next.
 _DELAYS_S = (0.0, 0.003, 0.03, 0.1)
-_LEFT_OVER = re.compile(
-    r"\.part(ial)?$|\.tmp|tmp$|orbax-checkpoint-tmp|/\.initial_model"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,94 +207,6 @@ def words(kind: Kind, directory: pathlib.Path, **more: Any) -> list[str]:
     return ["tlt_jax.launch", f"--processes={kind.processes}", "--", *flags]
 
 
-def facts(directory: pathlib.Path) -> dict[str, Any]:
-    """Returns everything of a finished run that must be equal, by name."""
-    found: dict[str, Any] = {"files": [], "left over": []}
-    for path in sorted(directory.rglob("*")):
-        name = str(path.relative_to(directory))
-        if _LEFT_OVER.search(f"/{name}"):
-            found["left over"].append(name)
-        elif not name.startswith(("checkpoints/", "drafter_checkpoints/")):
-            found["files"].append(name)
-        if name.startswith(("initial_model/", "tokenizer/")):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    found["steps"] = [row["step"] for row in rows]
-    for row in rows:
-        for name, value in row.items():
-            if not name.endswith("_s"):
-                found[f"row {row['step']} {name}"] = value
-    for path in sorted(directory.glob("rollouts/*")):
-        for line in map(json.loads, path.read_text().splitlines()):
-            step = int(path.stem.removeprefix("step_"))
-            drafted = line.pop("drafted")
-            found.setdefault(f"rollouts {step}", []).append(line)
-            found.setdefault(f"rollouts {step} drafted", []).append(drafted)
-    for folder in ("checkpoints", "drafter_checkpoints"):
-        steps = [int(path.name) for path in directory.glob(f"{folder}/[0-9]*")]
-        if steps:
-            found[f"{folder}/ newest"] = max(steps)
-            found |= _checkpoint_facts(directory, f"{folder}/{max(steps)}")
-    return found
-
-
-def _checkpoint_facts(directory: pathlib.Path, name: str) -> dict[str, Any]:
-    """Returns a digest of every array of a checkpoint, and its record."""
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    found = {}
-    reader = ocp.PyTreeCheckpointer()
-    for item in ("policy", "optimizer", "arrays"):
-        path = directory / name / item
-        if not path.is_dir():
-            continue
-        described = reader.metadata(path).item_metadata.tree
-        wanted = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described
-        )
-        tree = reader.restore(path, restore_args=wanted)
-        for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            array = np.asarray(leaf)
-            text = f"{array.shape} {array.dtype} ".encode() + array.tobytes()
-            key = f"{name}/{item}{jax.tree_util.keystr(key)}"
-            found[key] = hashlib.sha256(text).hexdigest()
-    record = json.loads((directory / name / "meta" / "metadata").read_text())
-    for key in ("parts", "meta", "arrays"):
-        for part, its in record["driver"].get(key, {}).items():
-            # It is made of seconds.
-            if part != "budget":
-                found[f"{name}/record {key} {part}"] = its
-    return found
-
-
-def differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], ignored: str = ""
-) -> list[str]:
-    """Returns what is different, one line each."""
-    lines = []
-    if found["left over"]:
-        lines.append(f"left over: {', '.join(found['left over'])}")
-    for name in sorted(found.keys() | wanted.keys() - {"left over"}):
-        if name == "left over" or (ignored and re.match(ignored, name)):
-            continue
-        ours, theirs = found.get(name, "absent"), wanted.get(name, "absent")
-        if ours != theirs:
-            lines.append(f"{name}: {_short(ours, theirs)}")
-    return lines
-
-
-def _short(ours: Any, theirs: Any) -> str:
-    if isinstance(ours, list) and isinstance(theirs, list):
-        only = [
-            [x for x in a if x not in b] for a, b in ((ours, theirs), (theirs, ours))
-        ]
-        ours, theirs = only if any(only) else (ours, theirs)
-    return f"{str(ours)[:150]} instead of {str(theirs)[:150]}"
-
-
 class Campaign:
     """The uninterrupted runs, and what is compared with them.
 
@@ -331,7 +237,7 @@ class Campaign:
                 output = (folder / "output.txt").read_text()
                 raise RuntimeError(f"a run of kind {name} failed: {ended}\n{output}")
             made.append((ended.seconds, self._facts(folder)))
-        problems = differences(made[-1][1], made[0][1], KINDS[name].ignored)
+        problems = run_facts.differences(made[-1][1], made[0][1], KINDS[name].ignored)
         if problems:
             self._fail(f"{name}: two uninterrupted runs differ", problems)
         self._wanted[name] = made[-1]
@@ -372,7 +278,7 @@ class Campaign:
             elif ended.status != 0:
                 problems.append(f"the last start ended with status {ended.status}")
         if not problems or "status" not in problems[-1]:
-            problems += differences(self._facts(folder), wanted, kind.ignored)
+            problems += run_facts.differences(self._facts(folder), wanted, kind.ignored)
         for one in done:
             count = self.count.setdefault((name, one["moment"]), collections.Counter())
             count.update(kills=1, resumed=int(one["resumed"]), equal=int(not problems))
@@ -386,7 +292,7 @@ class Campaign:
     def _facts(self, folder: pathlib.Path) -> dict[str, Any]:
         output = folder / "facts.json"
         status = killed_starts.in_child(
-            lambda: output.write_text(json.dumps(facts(folder / "run"))),
+            lambda: output.write_text(json.dumps(run_facts.of(folder / "run"))),
             folder / "output.txt",
         )
         if status:

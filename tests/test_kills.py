@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests import kills
+from tests import kills, run_facts
 
 
 def campaign(*arguments):
@@ -44,14 +44,14 @@ def test_every_moment_is_a_function_of_the_package():
 
 def test_what_differs_is_named():
     wanted = {"left over": [], "row 1 a": 1, "row 2 drafter/b": 2, "steps": [1, 2]}
-    assert kills.differences(wanted, wanted) == []
+    assert run_facts.differences(wanted, wanted) == []
     found = {"left over": ["x.part"], "row 2 drafter/b": 3, "steps": [1, 1, 2, 3]}
-    assert kills.differences(found, wanted, "row . drafter/") == [
+    assert run_facts.differences(found, wanted, "row . drafter/") == [
         "left over: x.part",
         "row 1 a: absent instead of 1",
         "steps: [3] instead of []",
     ]
-    assert "row 2 drafter/b: 3 instead of 2" in kills.differences(found, wanted)
+    assert "row 2 drafter/b: 3 instead of 2" in run_facts.differences(found, wanted)
 
 
 def test_facts_of_a_directory(tmp_path):
@@ -64,7 +64,7 @@ def test_facts_of_a_directory(tmp_path):
     (tmp_path / "rollouts" / "step_000002.jsonl").write_text(text)
     rows = '{"step": 2, "a": "c", "time/step_s": 1.5}\n' * 2
     (tmp_path / "metrics.jsonl").write_text(rows)
-    assert kills.facts(tmp_path) == {
+    assert run_facts.of(tmp_path) == {
         "left over": [
             ".initial_model.x1",
             "config.json.partial",
