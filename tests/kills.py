@@ -24,16 +24,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Before jax is imported: one device, and programs that need not be fast.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR",
-    str(pathlib.Path(tempfile.gettempdir()) / f"tlt_jax_tests_{os.getuid()}"),
-)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if __name__ == "__main__":
+    # Before jax is imported: one device, and programs that need not be fast.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    _cache = pathlib.Path(tempfile.gettempdir()) / f"tlt_jax_tests_{os.getuid()}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from tests import killed_starts, run_facts  # noqa: E402
 
