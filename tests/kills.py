@@ -31,8 +31,8 @@ if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     _cache = pathlib.Path(tempfile.gettempdir()) / f"tlt_jax_tests_{os.getuid()}"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from tests import killed_starts, run_facts  # noqa: E402
 
