@@ -78,11 +78,12 @@ def _checkpoint_facts(directory: pathlib.Path, name: str) -> dict[str, Any]:
 def differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any], ignored: str = ""
 ) -> list[str]:
-    """Returns what is different, one line each."""
+    """Returns what is different, one line each, digests first."""
     lines = []
     if found["left over"]:
         lines.append(f"left over: {', '.join(found['left over'])}")
-    for name in sorted(found.keys() | wanted.keys() - {"left over"}):
+    names = found.keys() | wanted.keys()
+    for name in sorted(names, key=lambda name: (not name.endswith("digest"), name)):
         if name == "left over" or (ignored and re.match(ignored, name)):
             continue
         ours, theirs = found.get(name, "absent"), wanted.get(name, "absent")
