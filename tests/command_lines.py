@@ -14,7 +14,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _SERVER = (
@@ -89,7 +89,7 @@ def serve(argv: list[str]) -> None:
             if not child:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
-                _run(module, arguments, stop)
+                become(module, arguments, stop=stop)
             _, status = os.waitpid(child, 0)
             started = os.waitstatus_to_exitcode(status), _text(out), _text(err)
         print(json.dumps(started), flush=True)
@@ -100,8 +100,8 @@ def _text(file) -> str:
     return file.read()
 
 
-def _run(module: str, arguments: list[str], stop: bool) -> None:
-    """Becomes `python -m module`; never returns."""
+def become(module: str, arguments: Sequence[str], *, stop: bool = False) -> NoReturn:
+    """Becomes `python -m module`, in a child; see `start`."""
     import runpy
     import traceback
 

@@ -16,6 +16,7 @@ from tlt_jax.models.formats import source
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import generated, scratch_model
 from tlt_jax.settings import schema, sections
+from tlt_jax.workdir import files
 
 RECIPE = pathlib.Path(__file__).resolve().parents[3] / "configs" / "tiny.py"
 SIZES = dict(num_layers=1, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)
@@ -130,6 +131,21 @@ def test_a_model_does_not_depend_on_the_number_of_threads(
     files = (folder / "model.safetensors" for folder in (tmp_path / "model", learnt[0]))
     first, second = (file.read_bytes() for file in files)
     assert first == second
+
+
+def test_what_a_kill_leaves_has_the_name_by_which_it_is_removed(tmp_path, monkeypatch):
+    there = []
+
+    def save(*_, **__):
+        there.append(len(os.listdir(tmp_path)))
+        files.remove_remains(tmp_path)
+        there.append(len(os.listdir(tmp_path)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scratch_model.convert, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "model", steps=1)
+    assert there == [1, 0]
 
 
 def test_a_complete_directory_is_used_again(tmp_path):

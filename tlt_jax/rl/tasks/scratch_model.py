@@ -127,7 +127,8 @@ def make(
     params = _train_alike(cfg, texts, settings.pretrain, settings.seed, on_progress)
     parent, name = os.path.split(directory)
     os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as temporary:
+    # What a killed process leaves is removed by the name, see `workdir.files`.
+    with tempfile.TemporaryDirectory(".partial", f".{name}.", parent) as temporary:
         made, files = os.path.join(temporary, "model"), os.path.join(temporary, "files")
         tokenizer.save(files)
         convert.save(params, cfg, made, tokenizer_source=files)
