@@ -59,8 +59,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.rollout.max_new_tokens = 4
         config.rollout.steps_per_call = 4
         config.optimizer.learning_rate = 1e-3
-        # For specdec.mode=tlt: an answer is over, and who waits goes on, in no time; and
-        # few strategies, since each is compiled for each size of batch.
+        # For specdec.mode=tlt: an answer is over, and who waits goes on, in no time.
+        # Few strategies, since each is compiled for each size of batch.
         config.specdec.strategies = ("4:D2K1V3",)
         config.specdec.ngram_strategies = ("4:D2K1V3-ngram",)
         config.adaptation.num_steps = 2
