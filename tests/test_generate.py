@@ -322,7 +322,7 @@ def test_prompts_come_from_files_and_standard_input(
         (["--model=M", "--prompt=a", "--rule=greedy"], "keyed|rejection|block"),
         (
             ["--model=M", "--prompt=a", "--top_p=2"],
-            r"top_p=2.0 is out of range: above 0, at most 1",
+            r"top_p=2.0 is out of range: at least 1e-09, at most 1",
         ),
         (["--model=M", "--prompt=a", "--num_samples=0"], "--num_samples=0"),
         (["--model=M", "--prompt=a", "--sed=0"], "Did you mean: seed"),

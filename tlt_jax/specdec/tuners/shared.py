@@ -20,7 +20,9 @@ class SharedTuner:
 
         The latter is used by one thread, and its state is part of this one's.
         """
-        own = self._tuner.for_engine()
+        # A tuner of one's own may do without.
+        make = getattr(self._tuner, "for_engine", None)
+        own = self._tuner if make is None else make()
         return self if own is self._tuner else own
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
