@@ -17,7 +17,8 @@ MISTAKES = {
     ),
     "a value": (
         [TINY, WORKDIR, "--config.sampling.temperature=-1.0"],
-        "error: sampling.temperature=-1.0 is out of range: 0 or at least 0.001, at most 1000.",
+        "error: sampling.temperature=-1.0 is out of range: 0 or at least 0.001, at "
+        "most 1000.",
     ),
     "a flag": ([TINY, "--workdr=unused"], "error: Unknown command line flag 'workdr'"),
     "no directory": ([TINY], "workdir"),
