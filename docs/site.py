@@ -11,7 +11,7 @@ from mkdocs.structure import files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Pages by their path in the repository and in the site.
-PAGES = {"experiments/RESULTS.md": "results.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {"experiments/RESULTS.md": "results.md"}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 

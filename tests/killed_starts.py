@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import llvmlite.binding  # noqa: F401
+import llvmlite.binding  # noqa: F401 (imported once, for all forked starts)
 
 from tests import command_lines
 from tlt_jax import launch, train

@@ -34,7 +34,7 @@ if __name__ == "__main__":
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-from tests import killed_starts, run_facts  # noqa: E402
+from tests import killed_starts, run_facts  # noqa: E402 (they import jax)
 
 NUM_STEPS = 6
 ROOT = pathlib.Path(__file__).resolve().parents[1]

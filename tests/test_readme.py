@@ -18,10 +18,7 @@ from tests import command_lines
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What a newcomer reads; recipes and experiments print commands in their docstrings.
 PAGES = [
-    *(
-        ROOT / name
-        for name in ("README.md", "CONTRIBUTING.md", "experiments/RESULTS.md")
-    ),
+    *(ROOT / name for name in ("README.md", "experiments/RESULTS.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 

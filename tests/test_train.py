@@ -22,7 +22,6 @@ from tests import tiny_runs
 from tests.workdir import damage
 from tlt_jax import train
 from tlt_jax.rl import collector, evaluator
-from tlt_jax.rl.update import experience
 from tlt_jax.runtime import failures, stopping
 from tlt_jax.settings import schema
 from tlt_jax.workdir import checkpoint, files, metrics
@@ -335,31 +334,6 @@ def test_a_damaged_checkpoint_is_passed_over_on_request(base, model, tmp_path, c
     assert policy(tmp_path / "run", 8) == policy(base)
 
 
-def test_updates_that_are_not_finite_are_skipped_then_stop_the_run(
-    model, tmp_path, monkeypatch
-):
-    """The advantages of steps 2 and 4 to 6 are not numbers."""
-    advantages_of, num_calls = experience.advantages_of, 0
-
-    def sometimes_nan(*arguments):
-        nonlocal num_calls
-        num_calls += 1
-        estimated = advantages_of(*arguments)
-        return estimated if num_calls in (1, 3) else np.full_like(estimated, np.nan)
-
-    monkeypatch.setattr(experience, "advantages_of", sometimes_nan)
-    keep = {"checkpoint.every": 1, "checkpoint.keep": 9}
-    with pytest.raises(failures.TrainingError) as raised:
-        start(model, tmp_path, **keep)
-    assert "3 updates in a row were not finite (step 6)" in str(raised.value)
-    assert "checkpoint is that of step 5;" in str(raised.value)
-    rows = metrics.read(tmp_path)
-    assert values(rows, "policy/update_skipped") == [0, 1, 0, 1, 1]
-    assert np.isnan(rows[1]["policy/loss"])
-    assert policy(tmp_path, 1) == policy(tmp_path, 2) != policy(tmp_path, 3)
-    assert policy(tmp_path, 3) == policy(tmp_path, 5)
-
-
 def test_a_reward_function_that_fails_is_counted(model, tmp_path, monkeypatch):
     """It raises or returns NaN by the text's length, and hangs once."""
     hangs = tmp_path / "hangs"
@@ -481,14 +455,6 @@ def test_a_reward_worker_that_cannot_start_is_told_before_the_first_rollout(
     with pytest.raises(failures.UserError, match="cannot start: .*not in workers"):
         start(model, tmp_path / "run", **shy)
     assert not (tmp_path / "run" / "rollouts").exists()
-
-
-def test_bfloat16_trains(model, tmp_path):
-    narrow = {"precision": "bfloat16", "rollout.max_batch": 1}
-    rows = start(model, tmp_path, num_steps=2, **narrow)
-    for row in rows:
-        assert row["policy/grad_norm"] > 0 and row["policy/update_skipped"] == 0
-        assert row["mismatch/logprob_max_abs"] < 0.1
 
 
 def test_a_full_disk_is_named_and_costs_nothing(

@@ -8,6 +8,7 @@ from tests import tiny_runs
 from tlt_jax import train
 from tlt_jax.models.formats import source
 from tlt_jax.rl.update import experience
+from tlt_jax.runtime import failures
 from tlt_jax.workdir import metrics, progress
 
 policy, values = tiny_runs.policy, tiny_runs.values
@@ -160,3 +161,36 @@ def test_a_step_in_which_no_group_carries_signal_updates_nothing(model, tmp_path
     assert policy(tmp_path) == start_weights(model)
     digests = values(rows, "rollout/tokens_digest")
     assert digests[0] != digests[1]  # The prompts go on.
+
+
+def test_updates_that_are_not_finite_are_skipped_then_stop_the_run(
+    model, tmp_path, monkeypatch
+):
+    """The advantages of steps 2 and 4 to 6 are not numbers."""
+    advantages_of, num_calls = experience.advantages_of, 0
+
+    def sometimes_nan(*arguments):
+        nonlocal num_calls
+        num_calls += 1
+        estimated = advantages_of(*arguments)
+        return estimated if num_calls in (1, 3) else np.full_like(estimated, np.nan)
+
+    monkeypatch.setattr(experience, "advantages_of", sometimes_nan)
+    keep = {"checkpoint.every": 1, "checkpoint.keep": 9}
+    with pytest.raises(failures.TrainingError) as raised:
+        start(model, tmp_path, **keep)
+    assert "3 updates in a row were not finite (step 6)" in str(raised.value)
+    assert "checkpoint is that of step 5;" in str(raised.value)
+    rows = metrics.read(tmp_path)
+    assert values(rows, "policy/update_skipped") == [0, 1, 0, 1, 1]
+    assert np.isnan(rows[1]["policy/loss"])
+    assert policy(tmp_path, 1) == policy(tmp_path, 2) != policy(tmp_path, 3)
+    assert policy(tmp_path, 3) == policy(tmp_path, 5)
+
+
+def test_bfloat16_trains(model, tmp_path):
+    narrow = {"precision": "bfloat16", "rollout.max_batch": 1}
+    rows = start(model, tmp_path, num_steps=2, **narrow)
+    for row in rows:
+        assert row["policy/grad_norm"] > 0 and row["policy/update_skipped"] == 0
+        assert row["mismatch/logprob_max_abs"] < 0.1

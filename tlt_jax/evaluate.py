@@ -399,11 +399,7 @@ def main(argv: Sequence[str]) -> None:
             f"unexpected argument {argv[1]!r}: every setting is a --flag."
         )
     with command_line.told(OSError):
-        try:
-            run()
-        except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+        run()
 
 
 if __name__ == "__main__":

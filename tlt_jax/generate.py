@@ -468,11 +468,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         command_line.fail(f"unexpected argument {argv[1]!r}: did you quote the prompt?")
     with command_line.told(OSError):
-        try:
-            run()
-        except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+        run()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def load(spec: str, section: type) -> ml_collections.ConfigDict:
         return _read(path, section)
     try:
         values = _module(path).get_config(*([argument] if colon else []))
+    # A recipe may raise anything; what cannot be explained goes on as it is.
     except Exception as error:
         message = _explain(error, path)
         if message is None:

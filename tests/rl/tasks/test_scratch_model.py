@@ -121,7 +121,6 @@ def test_weights_are_a_function_of_the_settings(learnt, tmp_path):
     assert weights(tmp_path / "seed_0") != weights(tmp_path / "seed_1")
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="made with 2 threads")
 def test_a_model_does_not_depend_on_the_number_of_threads(
     learnt, tmp_path, monkeypatch
 ):
