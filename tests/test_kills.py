@@ -79,6 +79,7 @@ def test_facts_of_a_directory(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_restored_is_noticed():
     """The run is killed in its sixth rollout and draws the first prompts again."""
     told = campaign(
