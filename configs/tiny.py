@@ -63,9 +63,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         # Few strategies, since each is compiled for each size of batch.
         config.specdec.strategies = ("4:D2K1V3",)
         config.specdec.ngram_strategies = ("4:D2K1V3-ngram",)
-        config.adaptation.num_steps = 2
-        config.adaptation.row_tokens = 64
-        config.adaptation.row_bases = 48
+        config.adaptation.name = "eagle"
+        config.adaptation.row_tokens = 32
+        config.adaptation.row_bases = 16
+        config.adaptation.piece_bases = 0
     else:
         config.num_steps = 40
         config.task.options.max_n = 32
