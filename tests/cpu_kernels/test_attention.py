@@ -56,10 +56,16 @@ def draw(case, seed=0):
         cache_values=cache[1],
         page_table=table.astype(np.int32),
         lengths=lengths,
+        **side_by_side([tokens] * batch),
         mask=mask,
         past_keys=normal((num_kv, head_dim, batch, past)),
         past_values=normal((num_kv, head_dim, batch, past)),
     )
+
+
+def side_by_side(counts):
+    counts = np.array(counts, np.int32)
+    return dict(starts=np.cumsum(counts, dtype=np.int32) - counts, counts=counts)
 
 
 def turned(x, cos, sin):
@@ -124,6 +130,7 @@ def test_a_query_has_the_same_bits_whatever_else_there_is():
                 for name in ("page_table", "lengths", "mask")
             }
             alone["mask"] = alone["mask"][:, :tokens, : 3 + tokens]
+            alone |= side_by_side([tokens])
             for name in ("past_keys", "past_values"):
                 alone[name] = args[name][:, :, row : row + 1]
             for name in ("qkv", "cos", "sin"):
@@ -131,6 +138,23 @@ def test_a_query_has_the_same_bits_whatever_else_there_is():
             found = attend(args | alone)
             for whole, its in zip((heads, keys, values), found, strict=True):
                 np.testing.assert_array_equal(its[..., 0, :], whole[..., row, :tokens])
+
+
+def test_rows_of_different_widths_have_the_bits_of_equal_ones():
+    """Columns side by side, one row without any, and spare ones behind them."""
+    counts = (4, 0, 6, 1)
+    args = draw((2, 3, 32, 6, 32, (40, 3, 64, 100), 3))
+    heads, keys, values = attend(args)
+    taken = [(row, t) for row, count in enumerate(counts) for t in range(count)]
+    row, t = np.array(taken + [(0, 5), (3, 5)]).T
+    ragged = side_by_side(counts)
+    for name in ("qkv", "cos", "sin"):
+        ragged[name] = args[name][..., row, t][..., None, :]
+    found = attend(args | ragged)
+    assert found[0].shape == (2, 3, 32, 1, 13)
+    for whole, its in zip((heads, keys, values), found, strict=True):
+        expected = whole[..., row[:11], t[:11]]
+        np.testing.assert_array_equal(its[..., 0, :11], expected)
 
 
 def test_what_is_not_visible_among_fresh_keys_may_be_anything():

@@ -81,8 +81,10 @@ def test_writing_as_on_accelerators_gives_the_same_cache(page_size, width, dtype
         cache = jax.tree.map(lambda x: x.astype(dtype), as_cache(before))
         lengths = rng.integers(0, 3 * page_size - width + 1, B).astype(np.int32)
         counts = rng.integers(0, width + 1, B).astype(np.int32)
-        sources = rng.integers(0, 7, (B, width)).astype(np.int32)
-        new = kv_cache._Write(as_cache(columns), TABLE, lengths, counts, sources)
+        # Any of all rows' columns but the last of each, wherever they stand.
+        sources = 8 * rng.integers(0, B, (B, width)) + rng.integers(0, 7, (B, width))
+        fresh = kv_cache._fresh(cache, *columns, None)
+        new = kv_cache._Write(fresh, TABLE, lengths, counts, sources.astype(np.int32))
         given = (cache, new)
         wanted = straight(*given)
         for after in (on_tpu(*given), on_gpu(*given)):

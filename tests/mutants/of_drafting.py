@@ -9,9 +9,11 @@ _PAGES = f"{_DRAFTS} -k pages_are"
 
 EDITS = {
     ("specdec/tree.py", "tests/specdec/test_tree.py"): [
-        ("best = jnp.sort(best, axis=1)", "best = best + 0"),
+        ("best = jnp.sort(jnp.where(", "best = (jnp.where("),
         ("parent_of % (num + 1)", "parent_of % num"),
-        ("take(candidates.scores) > -jnp.inf", "take(candidates.scores) < jnp.inf"),
+        ("jnp.where(scores > -jnp.inf, best, num)", "best"),
+        ("room = budget - jnp.sum(alive)", "room = budget"),
+        ("wanted = alive[:, None] & candidates", "wanted = candidates"),
         ("for _ in range(draft_depth + 1):", "for _ in range(draft_depth):"),
         ("seen = seen | jnp.where(", "seen = seen ^ jnp.where("),
         (">> (node % _WORD).astype(jnp.uint32)", ">> (node % 16).astype(jnp.uint32)"),
@@ -99,7 +101,9 @@ EDITS = {
             "is_eos_BA = is_eos_BA & (steps < count_B[:, None])",
             "is_eos_BA = is_eos_BA & False",
         ),
-        ("sources=walk.path,", "sources=0 * walk.path,"),
+        ("sources=path,", "sources=0 * path,"),
+        ("path_BA = columns.columns(walk.path)", "path_BA = walk.path"),
+        ("jnp.where(state.alive, rows.remaining, 0)", "rows.remaining", _ACCEPTED),
         ("ancestor_words(tree, most - 1)", "ancestor_words(tree, most - 2)"),
     ],
     ("specdec/decode.py", "tests/specdec/test_decode.py"): [

@@ -9,6 +9,7 @@ volume, covers all randomness. Everything else is what runs: drafting, trees,
 verification, caches, ends and limits.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -155,8 +156,15 @@ class Rollouts:
         self.run = speculate.run
 
     def law(self, strategies, limit=LONGEST):
-        """Total probability of each completion, under a cycle of strategies."""
+        """Total probability of each completion, under a cycle of strategies.
+
+        Budgets are in nodes a row, on average.
+        """
         law = {}
+        strategies = [
+            s and dataclasses.replace(s, budget=s.budget * len(self.volumes))
+            for s in strategies
+        ]
         drawn = self.decode(strategies, min(limit, self.most))
         for tokens, volume in zip(drawn, self.volumes, strict=True):
             law[tokens] = law.get(tokens, 0.0) + volume
@@ -229,7 +237,9 @@ class Rollouts:
             else:
                 # The drafter reads whatever its cache holds: it is one of the worst.
                 most = strategy.max_accept_length
-                drafted = np.maximum(drafted, inputs.lengths - most)
+                # Where rows share, there is room for one token of each.
+                known = 1 if strategy.budget else most
+                drafted = np.maximum(drafted, inputs.lengths - known)
                 behind = np.zeros((num, most), np.int32)
                 for i, text in enumerate(texts):
                     rest = text[drafted[i] + 1 :]
@@ -292,6 +302,8 @@ def total_variation(law, other):
 CHAIN = strategy_lib.Strategy(3, 1, 4)
 TREE = strategy_lib.Strategy(3, 2, 8)
 SINGLE = strategy_lib.Strategy(1, 2, 3)
+# Rows of the enumeration share: guesses of one decide what is read of another.
+TIGHT = strategy_lib.Strategy(3, 2, 8, budget=3)  # nodes a row on average
 WIDE = strategy_lib.Strategy(1, 3, 4)
 
 
@@ -303,8 +315,10 @@ WIDE = strategy_lib.Strategy(1, 3, 4)
         (LAW, 4, (TREE,), LONGEST),
         (LAW, 4, (WIDE, None, TREE), 1),
         (TRUNCATED, 5, (TREE,), 3),
+        (LAW, 4, (TIGHT,), LONGEST),
+        (LAW, 4, (SINGLE, TIGHT), 2),
     ],
-    ids="plain chain tree switching truncated".split(),
+    ids="plain chain tree switching truncated shared switching_shared".split(),
 )
 def test_the_law_is_the_targets(monkeypatch, sampling_cfg, most, strategies, limit):
     law = Case(monkeypatch, sampling_cfg, most).law(strategies, limit)
@@ -334,8 +348,23 @@ MUTATIONS = {
         "mask_BWW = jnp.ones((len(words), *[tree.tokens.shape[1]] * 2), bool)",
     ),
     "first columns appended, not the path": (
-        "        sources=walk.path,\n",
+        "        sources=path,\n",
         "",
+    ),
+}
+# Of rows that share.
+IN_THE_SHARE = {
+    "a row's columns taken for another's": (
+        "path_BA = columns.columns(walk.path)",
+        "path_BA = jnp.roll(columns.columns(walk.path), 1, axis=0)",
+    ),
+    "positions of equal rows": (
+        "columns.pack(tokens), columns.pack(positions)",
+        "columns.pack(tokens), positions.reshape(-1)[: columns.num_columns][None]",
+    ),
+    "a node more than the row has": (
+        "ragged.of_counts(counts_B, width, budget)",
+        "ragged.of_counts(jnp.minimum(counts_B + 1, width), width, budget)",
     ),
 }
 
@@ -352,6 +381,14 @@ def test_an_error_in_the_step_shows_in_the_law(monkeypatch, name):
     assert total_variation(law, whole_law(LAW, 3)) > 1e-3
 
 
+@pytest.mark.parametrize("name", IN_THE_SHARE)
+def test_an_error_in_the_share_shows_in_the_law(monkeypatch, name):
+    case = Case(monkeypatch, LAW, 3)
+    case.run = mutation.mutate(speculate, *IN_THE_SHARE[name]).run
+    law = case.law((TIGHT,), 2)
+    assert total_variation(law, whole_law(LAW, 3)) > 1e-3
+
+
 IN_THE_RULE = {
     "one key for all steps": (
         "lengths[:, None] + 1 + jnp.arange(num)",
@@ -363,7 +400,7 @@ IN_THE_RULE = {
     ),
     "noise of the next position": ("lengths[:, None] + 1 +", "lengths[:, None] + 2 +"),
     "drafted token taken, not the target's": (
-        "drawn_BW = law.draw(chance.draft, tree.depths, settings.kernels)",
+        "drawn_BW = law.draw(noise_BAV, which, settings.kernels)",
         "drawn_BW = jnp.roll(tree.tokens, -1, axis=1)",
     ),
     "another node's child accepted": (
@@ -371,8 +408,8 @@ IN_THE_RULE = {
         "is_child",
     ),
     "the root's noise at every depth": (
-        "law.draw(chance.draft, tree.depths,",
-        "law.draw(chance.draft, 0 * tree.depths,",
+        "law.draw(noise_BAV, which,",
+        "law.draw(noise_BAV, 0 * which,",
     ),
 }
 

@@ -20,6 +20,9 @@ CHAIN = strategy_lib.Strategy(3, 1, 4)
 TREE = strategy_lib.Strategy(4, 3, 9)
 WIDE_TREE = strategy_lib.Strategy(2, 5, 24)
 SINGLE = strategy_lib.Strategy(1, 2, 3)
+# Rows that share: eight of them have 12 nodes of 32, and 20 of 72.
+TIGHT_CHAIN = strategy_lib.Strategy(3, 1, 4, budget=12)
+TIGHT_TREE = strategy_lib.Strategy(4, 3, 9, budget=20)
 EAGLE = drafter.of_target(hosts.CFG, output_norm=False)
 FUSED = drafter.of_target(hosts.CFG, feature_layers=(0, 1), draft_vocab_size=40)
 
@@ -152,7 +155,9 @@ class Host(hosts.Host):
 
     def speculate(self, sampling_cfg, strategy, token_limit=MAX_TOKENS, quota=99):
         most = strategy.max_accept_length
-        self.fill(most)
+        # Where rows share, the host fills until what is left fits.
+        fits = len(self.rows) * most <= strategy.num_columns(self.bucket)
+        self.fill(most if fits else 1)
         tokens = np.zeros((len(self.rows), most), np.int32)
         for row, ask in enumerate(self.rows):
             rest = ask.text[self.drafted[row] + 1 :]
@@ -244,8 +249,11 @@ WIDE = dict(bucket=8, page_size=4)
         (hosts.PLAIN, (CHAIN, None, TREE), dict(shuffle=True)),
         (hosts.TRUNCATED, (TREE,), dict(token_limits=(3, 8, 1))),
         (hosts.GREEDY, (SINGLE, TREE), dict(cfg=FUSED)),
+        (hosts.PLAIN, (TIGHT_CHAIN,), dict(cfg=FUSED)),
+        (hosts.TRUNCATED, (TIGHT_TREE, None), dict(shuffle=True, share=True)),
     ],
-    ids="chain tree wide deterministic switching truncated greedy".split(),
+    ids="chain tree wide deterministic switching truncated greedy "
+    "shared_chain shared_tree".split(),
 )
 def test_tokens_are_those_of_plain_decoding(sampling_cfg, strategies, options):
     options = dict(options)

@@ -61,19 +61,50 @@ def test_select_keeps_the_best(num_nodes):
         for row in range(BATCH):
             wanted = slow_select(candidates, row, row, num_nodes)
             valid = tree.valid[row]
+            assert not np.any(np.diff(valid.astype(int)) > 0)
             found = list(
                 zip(
                     tree.tokens[row][valid],
-                    # An absent node among them moves none that is there.
                     tree.parents[row][valid],
                     tree.depths[row][valid],
                     strict=True,
                 )
             )
-            places = np.cumsum(valid) - 1
-            found = [(t, places[p], d) for t, p, d in found]
             assert found == wanted
             assert not tree.tokens[row][~valid].any()
+
+
+@pytest.mark.parametrize("num_nodes,budget", [(7, 25), (3, 14), (21, 60), (7, 12)])
+def test_rows_that_share_keep_the_best_of_all(num_nodes, budget):
+    share = jax.jit(tree_lib.share, static_argnums=(2, 3))
+    select = jax.jit(tree_lib.select, static_argnums=2)
+    root, widths = np.zeros(BATCH, np.int32), set()
+    for seed in range(4):
+        candidates = random_candidates(seed)
+        alive = np.random.default_rng(seed).random(BATCH) < 0.7
+        kept = share(candidates, alive, num_nodes, budget)
+        # The best of each row, then the best of those: parents stand before children.
+        order = [
+            (-candidates.scores[row, i], row, rank, i)
+            for row in np.flatnonzero(alive)
+            for rank, i in enumerate(
+                sorted(range(NUM), key=lambda i: (-candidates.scores[row, i], i))
+            )
+            if rank < num_nodes - 1 and np.isfinite(candidates.scores[row, i])
+        ]
+        room = budget - int(alive.sum())
+        wanted = {(int(row), i) for _, row, _, i in sorted(order)[:room]}
+        found = set(zip(*np.nonzero(np.isfinite(kept.scores)), strict=True))
+        assert {(int(row), int(i)) for row, i in found} == wanted
+        for row, i in wanted:
+            assert kept.scores[row, i] == candidates.scores[row, i]
+            above = int(candidates.parents[row, i])
+            assert above < 0 or (row, above) in wanted
+        tree = select(kept, root, num_nodes)
+        counts = np.where(alive, np.sum(tree.valid, axis=1), 0)
+        assert counts.sum() == min(budget, alive.sum() + len(order))
+        widths |= set(counts.tolist())
+    assert 0 in widths and len(widths) > 2
 
 
 def ancestors(tree, row, node):

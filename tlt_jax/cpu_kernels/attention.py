@@ -46,6 +46,8 @@ def attend(
     cache_values: Array,
     page_table: Array,
     lengths: Array,
+    starts: Array,
+    counts: Array,
     mask: Array,
     layer: Array | int,
     scale: float,
@@ -58,24 +60,28 @@ def attend(
     query's result does not depend on other rows, nor on how many there are.
 
     Args:
-      qkv: `[K, G + 2, H, B, T] float32`, queries, key and value of each kv head.
-      cos, sin: `[H / 2, B, T] float32`, see `layers.rope_tables`.
+      qkv: `[K, G + 2, H, *columns] float32`, queries, key and value of each kv head;
+        two axes of N columns in all.
+      cos, sin: `[H / 2, *columns] float32`, see `layers.rope_tables`.
       cache_keys, cache_values: `[L, P, K, H, S] float32`.
       page_table: `[B, max_pages] int32`.
       lengths: `[B] int32`, cached positions; others are not read into the result.
-      mask: `[B, T, S' + T] bool`, which earlier and which fresh keys a query sees.
+      starts, counts: `[B] int32`, a row's first column, and its columns, at most W.
+      mask: `[B, W, S' + W] bool`, which earlier and which fresh keys a query sees.
       layer: which layer's pages.
       scale: multiplies the scores.
       past_keys, past_values: `[K, H, B, S'] float32`, of earlier calls and in no page
         yet, keys rotated; finite; None: there are none.
 
     Returns:
-      Heads `[K, G, H, B, T]`; rotated keys and values `[K, H, B, T]`.
+      Heads `[K, G, H, *columns]`; rotated keys and values `[K, H, *columns]`. Columns
+      of no row may hold anything.
 
     Raises:
       ValueError: a shape or dtype is not of those.
     """
-    num_kv, heads, head_dim, batch, num_tokens = qkv.shape
+    num_kv, heads, head_dim, *columns = qkv.shape
+    batch, width = page_table.shape[0], mask.shape[1]
     page_size = cache_keys.shape[-1]
     if past_keys is None:
         past_keys = past_values = jnp.zeros((num_kv, head_dim, batch, 0), jnp.float32)
@@ -85,13 +91,15 @@ def attend(
     expected = {
         "past_keys": (past_keys, past_shape, jnp.float32),
         "past_values": (past_values, past_shape, jnp.float32),
-        "cos": (cos, (head_dim // 2, batch, num_tokens), jnp.float32),
-        "sin": (sin, (head_dim // 2, batch, num_tokens), jnp.float32),
+        "cos": (cos, (head_dim // 2, *columns), jnp.float32),
+        "sin": (sin, (head_dim // 2, *columns), jnp.float32),
         "cache_values": (cache_values, cache_keys.shape, jnp.float32),
         "cache_keys": (cache_keys, cache_shape, jnp.float32),
         "page_table": (page_table, (batch, page_table.shape[-1]), jnp.int32),
         "lengths": (lengths, (batch,), jnp.int32),
-        "mask": (mask, (batch, num_tokens, num_past + num_tokens), jnp.bool_),
+        "starts": (starts, (batch,), jnp.int32),
+        "counts": (counts, (batch,), jnp.int32),
+        "mask": (mask, (batch, width, num_past + width), jnp.bool_),
         "qkv": (qkv, qkv.shape, jnp.float32),
     }
     for name, (array, shape, dtype) in expected.items():
@@ -107,12 +115,13 @@ def attend(
             f"takes multiples of {lanes}; use the portable one."
         )
     register()
-    columns = (num_kv, head_dim, batch, num_tokens)
+    fresh = (num_kv, head_dim, *columns)
     results = [
         jax.ShapeDtypeStruct(shape, jnp.float32)
-        for shape in ((num_kv, heads - 2, *columns[1:]), columns, columns)
+        for shape in ((num_kv, heads - 2, head_dim, *columns), fresh, fresh)
     ]
     return jax.ffi.ffi_call(attention_code.HANDLER, results)(
-        *(qkv, cos, sin, cache_keys, cache_values, page_table, lengths, mask),
-        *(past_keys, past_values, jnp.asarray(layer, jnp.int32), jnp.float32(scale)),
+        *(qkv, cos, sin, cache_keys, cache_values, page_table, lengths, starts, counts),
+        *(mask, past_keys, past_values),
+        *(jnp.asarray(layer, jnp.int32), jnp.float32(scale)),
     )

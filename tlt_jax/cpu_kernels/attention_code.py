@@ -28,12 +28,12 @@ _HIDDEN = -1e30
 _FIELDS = job_lib.Fields(
     arguments=(
         *("qkv", "cos", "sin", "cache_keys", "cache_values", "table", "lengths"),
-        *("mask", "past_keys", "past_values"),
+        *("starts", "counts", "mask", "past_keys", "past_values"),
     ),
     results=("heads", "keys", "values"),
     numbers=(
-        *("batch", "tokens", "past", "num_kv", "group", "head_dim", "page_size"),
-        *("max_pages", "layer_offset", "scale_bits"),
+        *("batch", "columns", "width", "past", "num_kv", "group", "head_dim"),
+        *("page_size", "max_pages", "layer_offset", "scale_bits"),
     ),
 )
 
@@ -175,20 +175,21 @@ class _Unit:
     def __init__(self, code: code_lib.Code, job: dict[str, ir.Value], unit: ir.Value):
         """Find places and sizes, and allocate what the unit needs."""
         self._code, self._job = code, job
-        self._tokens, self._head_dim = job["tokens"], job["head_dim"]
+        self._head_dim, self._columns = job["head_dim"], job["columns"]
         self._group, self._page_size = job["group"], job["page_size"]
         self._half = code.udiv(self._head_dim, code.number(2))
         self._row, self._head = (
             divide(unit, job["num_kv"]) for divide in (code.udiv, code.urem)
         )
-        # All rows' columns of an element, those of a head, and the row's first.
-        self._columns = code.times(job["batch"], self._tokens)
+        # All columns of a head, and the row's own: its first, and how many.
         self._head_size = code.times(self._head_dim, self._columns)
-        self._first_column = code.times(self._row, self._tokens)
+        self._first_column, self._tokens = (
+            code.get(job[name], self._row, kind=I32) for name in ("starts", "counts")
+        )
         # Keys that are in no page: those of earlier calls, then the fresh ones.
         self._own_slots = code.plus(job["past"], self._tokens)
         self._wide = code.up(self._own_slots, LANES)
-        # qkv: [K, G + 2, H, B, T]; of a kv head's heads queries come first.
+        # qkv: [K, G + 2, H, columns]; of a kv head's heads queries come first.
         kv_head = code.times(self._head, code.plus(self._group, 2), self._head_size)
         self._qkv = code.at(job["qkv"], kv_head, self._first_column)
         self._allocate()
@@ -336,12 +337,14 @@ class _Unit:
     def _attend_to_own(self) -> None:
         """Keys that are in no page are a tile of their own, with the call's mask."""
         code, slots, wide = self._code, self._own_slots, self._wide
-        row_mask = code.times(self._row, self._tokens, slots)
+        # Of each row the mask has as many slots as the widest can have.
+        stride = code.plus(self._job["past"], self._job["width"])
+        row_mask = code.times(self._row, self._job["width"], stride)
         mask, none = code.at(self._job["mask"], row_mask, kind=I8), ir.Constant(I8, 0)
         with code.loop(self._tokens) as token, code.loop(wide) as slot:
             is_there = code.icmp_signed("<", slot, slots)
             inside = code.select(is_there, slot, code.number(0))
-            seen = code.get(mask, code.times(token, slots), inside, kind=I8)
+            seen = code.get(mask, code.times(token, stride), inside, kind=I8)
             seen = code.select(is_there, seen, none)
             code.put(seen, self._own_mask, code.times(token, wide), slot)
         self._attend(
@@ -357,7 +360,7 @@ class _Unit:
         self._code.invoke("attend_tile", *self._queries, *_Tile(**tile))
 
     def _store(self) -> None:
-        """Divide the sums, and write heads: [K, G, H, B, T]."""
+        """Divide the sums, and write heads: [K, G, H, columns]."""
         code, columns, queries = self._code, self._columns, self._queries
         head_dim, unit = self._head_dim, ir.Constant(F32, 1.0)
         kv_head = code.times(self._head, self._group, self._head_size)
@@ -376,15 +379,17 @@ class _Unit:
 
 def _numbers(code: code_lib.Code, call: job_lib.Call):
     """Read a call's shapes, layer and scale; a unit is a row's queries of a kv head."""
-    num_kv, heads, head_dim, batch, tokens = call.dims(0, 5)
+    num_kv, heads, head_dim, *columns = call.dims(0, 5)
     _, num_pages, *_, page_size = call.dims(3, 5)
-    _, max_pages = call.dims(5, 2)
-    *_, past = call.dims(8, 4)
+    batch, max_pages = call.dims(5, 2)
+    _, width, _ = call.dims(9, 3)
+    *_, past = call.dims(10, 4)
     num_pointers = len(_FIELDS.arguments)
     layer = code.get(call.argument(num_pointers), 0, kind=I32)
     numbers = dict(
         batch=batch,
-        tokens=tokens,
+        columns=code.times(*columns),
+        width=width,
         past=past,
         num_kv=num_kv,
         group=code.plus(heads, -2),

@@ -131,12 +131,13 @@ def append(
       lengths: `[B] int32`, columns that the row holds already.
       counts: `[B] int32`, columns to write, not more than `sources` names.
       features: `[n x D, B, T]`, of the same columns; None where the cache has none.
-      sources: `[B, A] int32`, which fresh columns to write, in order; None: the first.
+      sources: `[B, A] int32`, which of the B x T fresh columns to write, in order (then
+        they need not stand by row); None: the first of each row.
     """
-    fresh = _fresh(cache, keys, values, features)
     if sources is None:
-        num_rows, width = fresh.keys.shape[3:]
-        sources = jnp.broadcast_to(jnp.arange(width), (num_rows, width))
+        num_rows, width = jax.tree.leaves(keys)[0].shape[-2:]
+        sources = jnp.arange(num_rows * width).reshape(num_rows, width)
+    fresh = _fresh(cache, keys, values, features)
     # Columns of packed pages are no columns in memory.
     columns = cache.packing == 1
     return lax.platform_dependent(
@@ -161,23 +162,17 @@ class _Write:
 def _append_columns(cache: PagedCache, new: _Write) -> PagedCache:
     """Write every column where it belongs."""
     page_size = cache.page_size
-    num_rows, width = new.sources.shape
+    stops = jnp.cumsum(new.counts)
 
-    # One column of one row after the other, in place: [B x A] steps.
+    # One wanted column of one row after the other, in place.
     def write(i, cache):
-        row, t = i // width, i % width
+        row = jnp.sum(stops <= i)
+        t = i - stops[row] + new.counts[row]
         position = new.lengths[row] + t
-        # The loop has as many steps for every row: what is not wanted goes where it
-        # hurts nobody.
-        page = jnp.where(
-            t < new.counts[row],
-            new.page_table[row, position // page_size],
-            SCRATCH_PAGE,
-        )
-        slot = position % page_size
-        return _write_columns(cache, new.fresh, row, new.sources[row, t], page, slot)
+        page, slot = new.page_table[row, position // page_size], position % page_size
+        return _write_columns(cache, new.fresh, new.sources[row, t], page, slot)
 
-    return lax.fori_loop(0, num_rows * width, write, cache)
+    return lax.fori_loop(0, stops[-1], write, cache)
 
 
 def _append_by_scatter(cache: PagedCache, new: _Write) -> PagedCache:
@@ -198,11 +193,10 @@ def _append_by_scatter(cache: PagedCache, new: _Write) -> PagedCache:
     absent = cache.num_pages + jnp.arange(new.sources.size).reshape(new.sources.shape)
     page = jnp.where(column_A < new.counts[:, None], page_BA, absent).ravel()
     slot = (position_BA % page_size).ravel()
-    row = jnp.repeat(jnp.arange(new.sources.shape[0]), new.sources.shape[1])
 
     # [B x A, L, K, H]: with the written axis first, as the indexed update has it.
     def put(pages, fresh):
-        block = jnp.moveaxis(fresh[:, :, :, row, new.sources.ravel()], 3, 0)
+        block = jnp.moveaxis(fresh[..., new.sources.ravel()], 3, 0)
         return pages.at[:, page, :, :, slot].set(
             block.astype(pages.dtype), mode="drop", unique_indices=True
         )
@@ -239,9 +233,9 @@ def _append_through_pages(cache: PagedCache, new: _Write) -> PagedCache:
             sizes = (*pages.shape[:1], 1, *pages.shape[2:])
             whole = cache.columns(lax.dynamic_slice(pages, (0, page, 0, 0, 0), sizes))
             for t in range(width):
-                from_column = (0, 0, 0, row, new.sources[row, t])
-                block = lax.dynamic_slice(fresh, from_column, (*fresh.shape[:3], 1, 1))
-                block = _padded(block[:, None, :, :, 0], whole.shape[3])
+                from_column = (0, 0, 0, new.sources[row, t])
+                block = lax.dynamic_slice(fresh, from_column, (*fresh.shape[:3], 1))
+                block = _padded(block[:, None], whole.shape[3])
                 block = block.astype(pages.dtype)
                 whole = jnp.where(wanted & (column == t), block, whole)
             whole = page_layout.pack(whole, cache.packing)
@@ -273,9 +267,9 @@ def append_pages(
     Raises:
       ValueError: T is no multiple of the page size.
     """
+    num_rows, width = jax.tree.leaves(keys)[0].shape[-2:]
     fresh = _fresh(cache, keys, values, features)
     page_size = cache.page_size
-    num_rows, width = fresh.keys.shape[3:]
     # With that no write begins or ends within a page.
     if width % page_size:
         raise ValueError(
@@ -290,7 +284,8 @@ def append_pages(
         page = jnp.where(
             j * page_size < counts[row], page_table[row, first], SCRATCH_PAGE
         )
-        return _write_columns(cache, fresh, row, j * page_size, page, 0, page_size)
+        column = row * width + j * page_size
+        return _write_columns(cache, fresh, column, page, 0, page_size)
 
     return lax.fori_loop(0, num_rows * pages_per_row, write, cache)
 
@@ -368,7 +363,7 @@ def _padded(block: Array, num_features: int) -> Array:
 
 
 def _fresh(cache, keys: Fresh, values: Fresh, features: Array | None) -> PagedCache:
-    """Bring fresh columns into the order of the pages' axes, `[L, K, H, B, T]`."""
+    """Bring fresh columns into the order of the pages' axes, `[L, K, H, B x T]`."""
     if (features is None) != (cache.features is None):
         raise ValueError(
             f"features is {'not ' if features is None else ''}given, but the cache "
@@ -378,18 +373,17 @@ def _fresh(cache, keys: Fresh, values: Fresh, features: Array | None) -> PagedCa
     if features is not None:
         features = features[None, None]
     stacked = (jnp.stack(x) if isinstance(x, tuple) else x for x in (keys, values))
-    return PagedCache(*stacked, features, cache.packing)
+    fresh = PagedCache(*stacked, features, cache.packing)
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), fresh)
 
 
-def _write_columns(cache, fresh, row, t, page, slot, width=1) -> PagedCache:
+def _write_columns(cache, fresh, column, page, slot, width=1) -> PagedCache:
     """Write neighbouring columns into a page; whole pages where they are packed."""
 
-    # [L, K, H, 1, width] becomes [L, 1, K, H, width], packed as the pages are.
+    # [L, K, H, width] becomes [L, 1, K, H, width], packed as the pages are.
     def put(pages, fresh):
-        num_layers, num_heads, head_dim = fresh.shape[:3]
-        sizes = (*fresh.shape[:3], 1, width)
-        columns = lax.dynamic_slice(fresh, (0, 0, 0, row, t), sizes)
-        block = columns.reshape(num_layers, 1, num_heads, head_dim, width)
+        sizes = (*fresh.shape[:3], width)
+        block = lax.dynamic_slice(fresh, (0, 0, 0, column), sizes)[:, None]
         block = _padded(block, pages.shape[3] * cache.packing)
         block = page_layout.pack(block, cache.packing)
         return lax.dynamic_update_slice(

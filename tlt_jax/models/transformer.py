@@ -19,6 +19,7 @@ from tlt_jax.models import (
     kernel_attention,
     kv_cache,
     layers,
+    ragged,
 )
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
@@ -58,6 +59,7 @@ def forward(
     positions: Array,
     visibility: attention.Visibility | None = None,
     view: kv_cache.CacheView | None = None,
+    rows: ragged.Ragged | None = None,
     *,
     dtype=jnp.float32,
     features: tuple[int, ...] = (),
@@ -75,6 +77,8 @@ def forward(
       positions: `[B, T] int32`, rotary positions.
       visibility: which fresh tokens see which; None: causal within the row.
       view: the cached past, seen by every fresh token; None: there is none.
+      rows: where the view's rows lie in one row of N columns: then T = N and B = 1 of
+        all arrays but the view's and the visibility's, `[B, W, W]`; None: as they do.
       dtype: of activations and products; norms, softmax and scores are float32.
       features: indices of layers whose outputs are returned.
       with_cache_columns: return the new keys and values.
@@ -98,12 +102,13 @@ def forward(
     if visibility is None:
         visibility = attention.Visibility()
     if view is not None and kernels.checked:
-        view = checked_view(view, positions, visibility)
+        view = checked_view(view, positions, visibility, rows)
     # Angles are the same in all layers: cos and sin [H / 2, B, T], once.
     rope = layers.rope_tables(cfg, positions)
     # Rows of the table [B, T, D], turned so that features come first.
     x_DBT = constrain(jnp.moveaxis(params.embed[tokens].astype(dtype), -1, 0))
-    where = dict(positions=positions, visibility=visibility, view=view)
+    by_row = positions if rows is None else rows.unpack(positions)
+    where = dict(positions=by_row, visibility=visibility, view=view)
 
     # One layer for both ways to walk them: its index is an int where they are unrolled,
     # and traced where they are scanned over.
@@ -111,16 +116,18 @@ def forward(
         attend = functools.partial(
             attend_parts, **where, index=index, window=window, kernel=kernels.attention
         )
+        attend = kernel_attention.by_row(attend, rows)
         # The native kernel rotates and attends in one, where shapes allow it.
         native, head_dim = None, cfg.head_dim
         if kernel_attention.takes_native(
-            kernels, x_DBT, head_dim, view, visibility, window
+            kernels, x_DBT, head_dim, view, visibility, window, rows
         ):
             native = functools.partial(
                 kernel_attention.attend_native,
                 view=view,
                 layer=index,
                 visibility=visibility,
+                rows=rows,
             )
         x_DBT, keys, values = decoder_layer(
             layer, x_DBT, cfg, rope, attend, kernels, attend_columns=native
@@ -139,14 +146,18 @@ def forward(
 
 
 def checked_view(
-    view: kv_cache.CacheView, positions: Array, visibility: attention.Visibility
+    view: kv_cache.CacheView,
+    positions: Array,
+    visibility: attention.Visibility,
+    rows: ragged.Ragged | None = None,
 ) -> kv_cache.CacheView:
     """Have the host check what attention reads by, before it does; all layers' at once.
 
-    `positions` are `[B, T] int32`, of the fresh tokens. Using the view returned fails
-    where a value is wrong, see `validators.checked_lengths`.
+    `positions` are `[B, T] int32`, of the fresh tokens, for `rows` see `forward`. Using
+    the view returned fails where a value is wrong, see `validators.checked_lengths`.
     """
     cache = view.cache
+    positions = positions if rows is None else rows.unpack(positions)
     lengths = validators.checked_lengths(
         (cache.keys.shape[0], cache.num_pages, cache.page_size),
         view.page_table,

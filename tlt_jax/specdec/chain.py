@@ -213,13 +213,17 @@ class ChainRule:
         proposal: protocols.Proposal,
         chance: Chance,
         settings: decode.Settings,
+        rows: None = None,
     ) -> tuple[verify.Walk, Array]:
         """Keep a part of each chain, and draw what follows it.
 
         Behind the recovered or bonus token it stands again. See `protocols.Rule` for
-        the arguments; in a chain, node i has depth i.
+        the arguments; in a chain, node i has depth i. Chains are whole, so that rows
+        share nothing: a chain that was cut where its tokens looked unlikely would be
+        no sample of the drafter's laws.
         """
         del settings
+        assert rows is None, rows
         batch, width, _ = law.scores.shape
         chex.assert_shape(tree.tokens, (batch, width))
         # A drafter that has broken has no laws: then nothing passes.

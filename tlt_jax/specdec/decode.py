@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from tlt_jax.models import attention, kv_cache, transformer
+from tlt_jax.models import attention, kv_cache, ragged, transformer
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
@@ -213,14 +213,16 @@ def forward(
     tokens: Array,
     positions: Array,
     visible: attention.Visibility | None = None,
+    ragged_rows: ragged.Ragged | None = None,
     *,
     settings: Settings,
 ) -> transformer.Output:
     """Read tokens behind what the cache holds of each row; the cache stays as it is.
 
     All in int32: `page_table [B, max_pages]`; `lengths [B]`, cached positions; `tokens`
-    and `positions`, `[B, T]`. `visible` says which of the tokens see each other; None:
-    each those before it. `settings` name the features that are wanted.
+    and `positions`, `[B, T]`, or `[1, N]` where `ragged_rows` say which are whose.
+    `visible` says which of a row's tokens see each other; None: each those before it.
+    `settings` name the features that are wanted.
     """
     return transformer.forward(
         params,
@@ -229,6 +231,7 @@ def forward(
         positions,
         visible,
         kv_cache.CacheView(cache, page_table, lengths),
+        ragged_rows,
         dtype=jnp.dtype(settings.dtype),
         kernels=settings.kernels,
         features=settings.feature_layers or (),

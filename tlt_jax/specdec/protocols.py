@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from flax import struct
 
-from tlt_jax.models import kv_cache
+from tlt_jax.models import kv_cache, ragged
 from tlt_jax.specdec import candidates as candidates_lib
 from tlt_jax.specdec import decode, sampling, verify
 from tlt_jax.specdec import strategy as strategy_lib
@@ -54,7 +54,7 @@ class Taken:
       walk: the accepted path.
       counts: `[B] int32`, tokens of it that are kept; 0: the row rode along.
       alive: `[B] bool`, rows that took part.
-      features: `[F, B, W]`, the target's at the nodes that it read, or None.
+      features: `[F, B, A]`, the target's at the nodes of the path, or None.
     """
 
     walk: verify.Walk
@@ -68,7 +68,7 @@ class Proposer(Protocol):
 
     The methods are traced. `inputs` is what the host gives for a call and no step
     changes; `rows` are as the step finds them: `rows.pending` is the last token of each
-    text, and `rows.lengths` its position.
+    text, `rows.lengths` its position, and `rows.remaining` 0 where the text has ended.
 
     Attributes:
       strategy: the shape of what it proposes.
@@ -136,10 +136,11 @@ class Rule(Protocol):
         proposal: Proposal,
         chance: verify.Chance,
         settings: decode.Settings,
+        rows: ragged.Ragged | None,
     ) -> tuple[verify.Walk, Array]:
         """Walk each tree, selected from the proposal, as far as the rule accepts.
 
-        The law is the target's, of the tokens behind each node, `[B, W, V]`; the chance
-        is the step's. Returns the walk, and `[B, A] float32`, log-probabilities of its
-        tokens under the law.
+        The law is the target's, of the tokens behind each node, `[B, W, V]`, or
+        `[1, N, V]` where `rows` say which are whose; the chance is the step's. Returns
+        the walk, and `[B, A] float32`, log-probabilities of its tokens under the law.
         """

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from tlt_jax.models import attention, kv_cache, transformer
+from tlt_jax.models import attention, kv_cache, ragged, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.specdec import decode, protocols, sampling, verify
 from tlt_jax.specdec import tree as tree_lib
@@ -125,7 +125,10 @@ def run_step(
     proposer: protocols.Proposer,
     settings: decode.Settings,
 ) -> tuple[protocols.Caches, Step]:
-    """Take one step of `run`, keyed and at a temperature above 0, and show it."""
+    """Take one step of `run`, keyed and at a temperature above 0, and show it.
+
+    Its rows do not share a budget.
+    """
     assert settings.sampling_cfg.temperature > 0, settings
     start, rule = _begin(caches, rows, inputs, proposer, settings), verify.Keyed()
     limit = settings.max_tokens
@@ -133,6 +136,7 @@ def run_step(
         params, rows, inputs, limit, proposer, rule, settings, start
     )
     caches, result = _end(state, caches, proposer)
+    assert not proposer.strategy.shares(rows.pending.shape[0]), proposer.strategy
     return caches, Step(tree, law.logprobs(), chance.draft, walk, result)
 
 
@@ -166,44 +170,71 @@ def _step(
     params, rows, inputs, token_limit, proposer, rule, settings, state: _State
 ) -> tuple[_State, tuple]:
     """Propose, select, forward, judge, commit; second what it saw on its way."""
-    rows = rows.replace(lengths=state.lengths, pending=state.pending)
-    most = proposer.strategy.max_accept_length
+    rows = rows.replace(
+        lengths=state.lengths,
+        pending=state.pending,
+        remaining=jnp.where(state.alive, rows.remaining, 0),
+    )
+    strategy = proposer.strategy
+    most = strategy.max_accept_length
     chance = rule.chance(rows.keys, rows.lengths, most, settings)
 
     proposal = proposer.propose(inputs, state.proposer, rows, chance.draft)
-    tree = tree_lib.select(
-        proposal.candidates, rows.pending, proposer.strategy.tokens_to_verify
-    )
-    out = _forward(params, state.target, rows, tree, most, settings)
-    logits_BWV = transformer.logits(params, out.hidden, settings.kernels)
-    law = sampling.law(logits_BWV, settings.sampling_cfg)
-    walk, logprobs_BA = rule.judge(law, tree, proposal, chance, settings)
+    tree, columns = _select(proposal.candidates, rows, strategy)
+    out = _forward(params, state.target, rows, tree, most, columns, settings)
+    logits = transformer.logits(params, out.hidden, settings.kernels)
+    law = sampling.law(logits, settings.sampling_cfg)
+    walk, logprobs_BA = rule.judge(law, tree, proposal, chance, settings, columns)
 
+    # Where the path's nodes stand among all columns that the target read.
+    if columns is None:
+        width = tree.tokens.shape[1]
+        path_BA = walk.path + width * jnp.arange(walk.path.shape[0])[:, None]
+    else:
+        path_BA = columns.columns(walk.path)
     room_B = jnp.minimum(rows.remaining, token_limit) - state.emitted.counts
-    taken, ended_B = _take(walk, state.alive, room_B, out, settings)
-    state = _commit(state, rows, out, taken, ended_B, logprobs_BA, settings)
+    taken, ended_B = _take(walk, state.alive, room_B, out, path_BA, settings)
+    state = _commit(state, rows, out, taken, ended_B, logprobs_BA, path_BA, settings)
     proposed = proposer.advance(inputs, state.proposer, rows, proposal, taken)
     return state.replace(proposer=proposed), (chance, tree, law, walk)
 
 
-def _forward(params, target, rows, tree, most, settings) -> transformer.Output:
-    """Have the target read every tree in one pass, `[..., B, W]`."""
+def _select(
+    candidates, rows, strategy
+) -> tuple[tree_lib.DraftTree, ragged.Ragged | None]:
+    """Choose what the target reads; where rows share its columns, which are whose."""
+    num_rows, width = rows.pending.shape[0], strategy.tokens_to_verify
+    if not strategy.shares(num_rows):
+        return tree_lib.select(candidates, rows.pending, width), None
+    alive_B, budget = rows.remaining > 0, strategy.num_columns(num_rows)
+    candidates = tree_lib.share(candidates, alive_B, width, budget)
+    tree = tree_lib.select(candidates, rows.pending, width)
+    counts_B = jnp.where(alive_B, jnp.sum(tree.valid, axis=1), 0)
+    return tree, ragged.of_counts(counts_B, width, budget)
+
+
+def _forward(params, target, rows, tree, most, columns, settings):
+    """Have the target read every tree in one pass, `[..., B, W]` or `[..., 1, N]`."""
     # A node stands where it would if its path were the text, and sees that path alone.
     words = tree_lib.ancestor_words(tree, most - 1)
     mask_BWW = tree_lib.unpack_words(words, tree.tokens.shape[1])
+    tokens, positions = tree.tokens, rows.lengths[:, None] + tree.depths
+    if columns is not None:
+        tokens, positions = columns.pack(tokens), columns.pack(positions)
     return decode.forward(
         params,
         target,
         rows.page_table,
         rows.lengths,
-        tree.tokens,
-        rows.lengths[:, None] + tree.depths,
+        tokens,
+        positions,
         attention.Visibility(ancestors=mask_BWW, words=words),
+        columns,
         settings=settings,
     )
 
 
-def _take(walk, alive, room, out, settings) -> tuple[protocols.Taken, Array]:
+def _take(walk, alive, room, out, path, settings) -> tuple[protocols.Taken, Array]:
     """Cut each walk at its row's room and behind a token that ends the text.
 
     Second `[B] bool`, the rows whose text ended.
@@ -215,21 +246,19 @@ def _take(walk, alive, room, out, settings) -> tuple[protocols.Taken, Array]:
     is_eos_BA = is_eos_BA & (steps < count_B[:, None])
     first_eos_B = jnp.min(jnp.where(is_eos_BA, steps, most), axis=1)
     count_B = jnp.where(alive, jnp.minimum(count_B, first_eos_B + 1), 0)
-    taken = protocols.Taken(
-        walk=walk,
-        counts=count_B,
-        alive=alive,
-        features=decode.kept_features(out, settings),
-    )
+    kept = decode.kept_features(out, settings)
+    if kept is not None:
+        kept = kept.reshape(kept.shape[0], -1)[:, path]
+    taken = protocols.Taken(walk=walk, counts=count_B, alive=alive, features=kept)
     return taken, alive & (first_eos_B < most)
 
 
-def _commit(state, rows, out, taken, ended, logprobs, settings) -> _State:
+def _commit(state, rows, out, taken, ended, logprobs, path, settings) -> _State:
     """Keep what was taken: cache columns, tokens, counts."""
     walk, count_B, alive_B = taken.walk, taken.counts, taken.alive
     batch, most = walk.tokens.shape
     steps = jnp.arange(most)
-    # Of the W columns that the forward made, those along the path go into the pages.
+    # Of the columns that the forward made, those along the path go into the pages.
     target = kv_cache.append(
         state.target,
         out.keys,
@@ -237,8 +266,8 @@ def _commit(state, rows, out, taken, ended, logprobs, settings) -> _State:
         rows.page_table,
         decode.after(walk.tokens, rows.lengths),
         count_B,
-        features=taken.features,
-        sources=walk.path,
+        features=decode.kept_features(out, settings),
+        sources=path,
     )
     # Rows draw differently many tokens: each writes behind what it had; the rest of
     # the walk goes beyond the result's width, where it is dropped.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 PROPOSERS = ("drafter", "ngram", "both")
 # Programs beyond these would not be compiled in a day.
 _MOST = {"draft_depth": 256, "topk": 1024, "tokens_to_verify": 4096}
+_MOST_BUDGET = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -15,21 +16,25 @@ class Strategy:
     Drafting expands `topk` children of each of `topk` live branches, `draft_depth`
     levels deep; the best `tokens_to_verify - 1` of those nodes and the root, the row's
     pending token, are verified in one target pass. With `topk` 1 the tree is a chain.
+    Under a budget the nodes of all rows together are limited, too: the best of the
+    whole batch are verified.
 
     Reference: Li et al., EAGLE-2, 2024, section 4; the system's paper, section 5.
 
     Attributes:
       draft_depth: levels below the root, at least 1.
       topk: children of each live branch, and live branches of each level.
-      tokens_to_verify: nodes of the tree verified, root included.
+      tokens_to_verify: nodes of a row's tree that are verified at most, root included.
       proposer: `drafter` (learned), `ngram` (suffix matches), `both` in one tree, or
         `package.module:Name`, a class of one's own (`protocols.Proposer`).
+      budget: nodes of all rows that are verified; 0: `tokens_to_verify` for each row.
     """
 
     draft_depth: int
     topk: int
     tokens_to_verify: int
     proposer: str = "drafter"
+    budget: int = 0
 
     def __post_init__(self):
         for name, most in _MOST.items():
@@ -37,6 +42,11 @@ class Strategy:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: at least 1, at most {most}."
                 )
+        if not 0 <= self.budget <= _MOST_BUDGET:
+            raise ValueError(
+                f"budget={self.budget}: nodes of all rows, at most {_MOST_BUDGET}; 0: "
+                "tokens_to_verify for each row."
+            )
         if self.proposer not in PROPOSERS and not self.is_external:
             raise ValueError(
                 f"proposer={self.proposer!r}: use one of {', '.join(PROPOSERS)}, or "
@@ -60,6 +70,15 @@ class Strategy:
     def max_accept_length(self) -> int:
         """Tokens that one step yields at most (A): the deepest path and the bonus."""
         return self.draft_depth + 1
+
+    def num_columns(self, num_rows: int) -> int:
+        """Return the nodes that one step verifies at most: one a row at the least."""
+        most = num_rows * self.tokens_to_verify
+        return min(max(self.budget, num_rows), most) if self.budget else most
+
+    def shares(self, num_rows: int) -> bool:
+        """Say whether rows have to share: there is not room for all of all trees."""
+        return self.num_columns(num_rows) < num_rows * self.tokens_to_verify
 
     @property
     def num_drafted(self) -> int:
@@ -89,11 +108,12 @@ class Strategy:
 
     def __str__(self) -> str:
         shape = f"D{self.draft_depth}K{self.topk}V{self.tokens_to_verify}"
+        shape += f"N{self.budget}" if self.budget else ""
         return shape if self.proposer == "drafter" else f"{shape}-{self.proposer}"
 
 
 def parse(text: str) -> Strategy:
-    """Read a strategy as `str` writes it, `D6K2V12` or `D4K2V8-ngram`.
+    """Read a strategy as `str` writes it: `D6K2V12`, `D6K2V12N64` or `D4K2V8-ngram`.
 
     Raises:
       ValueError: the text is not of that form, or the strategy cannot be built.
@@ -101,16 +121,18 @@ def parse(text: str) -> Strategy:
     shape, _, proposer = text.partition("-")
     try:
         depth, rest = shape.removeprefix("D").split("K")
-        topk, verify = rest.split("V")
+        topk, rest = rest.split("V")
+        verify, has_budget, budget = rest.partition("N")
         numbers = int(depth), int(topk), int(verify)
+        budget = int(budget) if has_budget else 0
     except ValueError:
         raise ValueError(
             f"strategy {text!r} is not of the form D<draft_depth>K<topk>"
-            "V<tokens_to_verify>, with -ngram or -both behind it where suffix matches "
-            "are wanted, or -package.module:Name of a proposer of one's own; for "
-            "example D6K2V12."
+            "V<tokens_to_verify>, N<budget> behind it where all rows share, -ngram or "
+            "-both where suffix matches are wanted, or -package.module:Name of a "
+            "proposer of one's own; for example D6K2V12 or D6K2V12N64."
         ) from None
-    return Strategy(*numbers, proposer or "drafter")
+    return Strategy(*numbers, proposer or "drafter", budget)
 
 
 @dataclasses.dataclass(frozen=True)

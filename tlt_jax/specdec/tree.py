@@ -42,23 +42,25 @@ def select(
     nodes by score, ties by index, contain the parents of all their members. Of W nodes,
     `tokens_to_verify`, one is the pending token, `root [B] int32`: at least W - 1
     candidates are given for each row, and where they are absent nodes are not valid.
+    Valid nodes stand before those that are not.
     """
     batch, num = candidates.tokens.shape
-    _, best = lax.top_k(candidates.scores, tokens_to_verify - 1)
-    best = jnp.sort(best, axis=1)
+    scores, best = lax.top_k(candidates.scores, tokens_to_verify - 1)
+    # In their order, and behind them what is absent.
+    best = jnp.sort(jnp.where(scores > -jnp.inf, best, num), axis=1)
+    valid = best < num
     chosen = jnp.zeros((batch, num), jnp.int32)
-    chosen = chosen.at[jnp.arange(batch)[:, None], best].set(1)
+    chosen = chosen.at[jnp.arange(batch)[:, None], best].set(1, mode="drop")
     # Node index of each chosen candidate; index -1, the root, wraps to the last column.
     index = jnp.concatenate(
         [jnp.cumsum(chosen, axis=1), jnp.zeros((batch, 1), jnp.int32)], axis=1
     )
 
     def take(x):
-        return jnp.take_along_axis(x, best, axis=1)
+        return jnp.take_along_axis(x, jnp.minimum(best, num - 1), axis=1)
 
     parent_of = take(candidates.parents)
     parents = jnp.take_along_axis(index, parent_of % (num + 1), axis=1)
-    valid = take(candidates.scores) > -jnp.inf
 
     def with_root(first, rest):
         return jnp.concatenate([first[:, None], rest.astype(first.dtype)], axis=1)
@@ -70,6 +72,33 @@ def select(
         depths=with_root(zeros, jnp.where(valid, take(candidates.depths), 0)),
         valid=with_root(jnp.ones((batch,), bool), valid),
     )
+
+
+def share(
+    candidates: candidates_lib.Candidates,
+    alive: Array,
+    tokens_to_verify: int,
+    budget: int,
+) -> candidates_lib.Candidates:
+    """Drop all but the best candidates of the whole batch.
+
+    What is left and the roots of the rows that are `alive [B] bool` are at most
+    `budget` nodes, and at most `tokens_to_verify` of a row; rows that are not keep
+    nothing. Of equal scores those of earlier rows are kept, in a row those of lower
+    index, so that with a candidate its parent is left as well.
+    """
+    batch, num = candidates.tokens.shape
+    wanted = alive[:, None] & candidates.present()
+    scores = jnp.where(wanted, candidates.scores, -jnp.inf)
+    of_row, which = lax.top_k(scores, tokens_to_verify - 1)
+    num_kept = min(budget, of_row.size)
+    best, place = lax.top_k(of_row.reshape(-1), num_kept)
+    room = budget - jnp.sum(alive)
+    place = jnp.where(jnp.arange(num_kept) < room, place, of_row.size)
+    row = place // (tokens_to_verify - 1)
+    column = which.reshape(-1)[jnp.minimum(place, of_row.size - 1)]
+    kept = jnp.full((batch, num), -jnp.inf, scores.dtype)
+    return candidates.replace(scores=kept.at[row, column].set(best, mode="drop"))
 
 
 def ancestor_words(tree: DraftTree, draft_depth: int) -> Array:

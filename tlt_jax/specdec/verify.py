@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
+from tlt_jax.models import ragged
 from tlt_jax.specdec import decode, noise, sampling
 from tlt_jax.specdec import tree as tree_lib
 from tlt_jax.types import Array
@@ -73,12 +74,24 @@ class Keyed:
         proposal: Any,
         chance: Chance,
         settings: decode.Settings,
+        rows: ragged.Ragged | None = None,
     ) -> tuple[Walk, Array]:
         """Walk by the target's draws, whatever the proposal's laws were."""
         del proposal
-        drawn_BW = law.draw(chance.draft, tree.depths, settings.kernels)
-        taken = walk(tree, drawn_BW, chance.draft.shape[1])
-        logprobs_BW = law.logprob_of(drawn_BW)
+        noise_BAV, which = chance.draft, tree.depths
+        batch, most, vocab_size = noise_BAV.shape
+        if rows is None:
+            drawn_BW = law.draw(noise_BAV, which, settings.kernels)
+            logprobs_BW = law.logprob_of(drawn_BW)
+        else:
+            # Of one row of columns each takes its own row's noise.
+            which = rows.pack(which + most * jnp.arange(batch)[:, None])
+            noise_1MV = noise_BAV.reshape(1, batch * most, vocab_size)
+            drawn_1N = law.draw(noise_1MV, which, settings.kernels)
+            drawn_BW, logprobs_BW = map(
+                rows.unpack, (drawn_1N, law.logprob_of(drawn_1N))
+            )
+        taken = walk(tree, drawn_BW, most)
         return taken, jnp.take_along_axis(logprobs_BW, taken.path, axis=1)
 
 

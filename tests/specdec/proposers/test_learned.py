@@ -97,7 +97,7 @@ def draft_program(coupled, temperature):
 
     def fn(weights, cache, table, accepted, noise, tau, sharpness):
         nothing = jnp.zeros((NUM,), jnp.int32)
-        rows = decode.Rows(table, *[nothing] * 4)
+        rows = decode.Rows(table, *[nothing] * 3, remaining=nothing + 1)
         draft = learned.Draft(weights, tau, sharpness, nothing, accepted["tokens"])
         state = learned.State(cache, **accepted)
         return proposer.propose(draft, state, rows, noise)

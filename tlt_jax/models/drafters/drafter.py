@@ -22,7 +22,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tlt_jax.models import attention, kernel_attention, kv_cache, layers, transformer
+from tlt_jax.models import (
+    attention,
+    kernel_attention,
+    kv_cache,
+    layers,
+    ragged,
+    transformer,
+)
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
@@ -334,6 +341,7 @@ def forward(
     visibility: attention.Visibility | None = None,
     view: kv_cache.CacheView | None = None,
     past: Past | None = None,
+    rows: ragged.Ragged | None = None,
     dtype=jnp.float32,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Output:
@@ -351,18 +359,19 @@ def forward(
         tree level each sees itself alone.
       view: the drafter's cache, whose one layer every query sees; None: there is none.
       past: keys of earlier levels; None: there are none.
-      dtype, kernels: see `transformer.forward`.
+      rows, dtype, kernels: see `transformer.forward`.
     """
     visible = attention.Visibility() if visibility is None else visibility
     if view is not None and kernels.checked:
-        view = transformer.checked_view(view, positions, visible)
+        view = transformer.checked_view(view, positions, visible, rows)
+    by_row = positions if rows is None else rows.unpack(positions)
 
     # Disjoint parts of the keys: the fresh ones, the cache's and, while a tree is
     # drafted, the levels above, which stand in no order and in no cache.
     def attend(query, keys, values):
         options = dict(kernel=kernels.attention, with_log_normaliser=past is not None)
         partial = transformer.attend_parts(
-            query, keys, values, positions, visible, view, 0, **options
+            query, keys, values, by_row, visible, view, 0, **options
         )
         if past is None:
             return partial
@@ -375,12 +384,13 @@ def forward(
 
     native = None
     if kernel_attention.takes_native(
-        kernels, embedded, cfg.layer.head_dim, view, visible
+        kernels, embedded, cfg.layer.head_dim, view, visible, rows=rows
     ):
         earlier = None if past is None else (past.keys, past.values, past.mask)
-        seen = dict(view=view, layer=0, visibility=visible, past=earlier)
+        seen = dict(view=view, layer=0, visibility=visible, past=earlier, rows=rows)
         native = functools.partial(kernel_attention.attend_native, **seen)
     options = dict(dtype=dtype, kernels=kernels, attend_columns=native)
+    attend = kernel_attention.by_row(attend, rows)
     return apply(params, cfg, embedded, features, positions, attend, **options)
 
 

@@ -287,8 +287,12 @@ class Speculator:
             return []
         shared: dict[int, scheduler.Part] = {}
         own, size = [], self._page_size
+        # Beyond one for each row, what the first step can take in of all of them.
+        spare = strategy.num_columns(len(rows)) - len(rows)
         for row in rows:
-            if 1 <= row.length - row.drafted <= strategy.max_accept_length:
+            behind = row.length - row.drafted - 1
+            if 0 <= behind < strategy.max_accept_length and behind <= spare:
+                spare -= behind
                 continue
             text, pages = row.text(), tuple(row.pages)
             num_full = (len(row.request.prompt) - 1) // size

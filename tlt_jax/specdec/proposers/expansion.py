@@ -81,12 +81,17 @@ class Expansion:
         if probs is not None:
             shape = (batch, depth, probs.shape[-1])
             probs = jnp.zeros(shape, probs.dtype).at[:, 0].set(probs)
+
         # Room for all levels: E candidates of this one, E x E of each further one.
+        def begin(absent, values_BE):
+            all_BC = jnp.full((batch, num), absent, values_BE.dtype)
+            return all_BC.at[:, :topk].set(values_BE)
+
         found = candidates_lib.Candidates(
-            tokens=jnp.zeros((batch, num), jnp.int32).at[:, :topk].set(ids_BE),
-            parents=jnp.full((batch, num), -1, jnp.int32),
-            depths=jnp.ones((batch, num), jnp.int32),
-            scores=jnp.zeros((batch, num), jnp.float32).at[:, :topk].set(scores_BE),
+            tokens=begin(0, ids_BE),
+            parents=begin(candidates_lib.NO_PARENT, jnp.full_like(ids_BE, -1)),
+            depths=begin(0, jnp.ones_like(ids_BE)),
+            scores=begin(-jnp.inf, scores_BE),
         )
         # Nodes see the columns that were just taken in, and later their ancestors,
         # each of which will stand in a slot behind those columns.
@@ -164,6 +169,29 @@ class Expansion:
             features=jnp.take_along_axis(out.hidden, parent_BE[None], axis=2),
             probs=probs,
         )
+
+    def may_matter(self, live: Level, alive: Array) -> Array:
+        """Say whether any child of a live node may yet be verified, bool scalar.
+
+        Not where as many nodes as are verified score at least as high: of a row all
+        that it can have, or all that the rows `alive [B] bool` share. For a child's
+        score is at most its parent's. Chains that are judged whole go on.
+        """
+        if self.keep_laws:
+            return jnp.bool_(True)
+        num_rows, width = live.tokens.shape[0], self.strategy.tokens_to_verify
+        room = self.strategy.num_columns(num_rows) - jnp.sum(alive)
+        best_B = jnp.max(live.scores, axis=1)
+
+        def num_above(score):
+            """Nodes of each row that score at least so high, [B]."""
+            is_above_BC = live.found.scores >= jnp.reshape(score, (-1, 1))
+            above_B = jnp.where(alive, jnp.sum(is_above_BC, axis=1), 0)
+            return jnp.minimum(above_B, width - 1)
+
+        has_room_B = alive & (num_above(best_B) < width - 1)
+        best = jnp.max(jnp.where(has_room_B, best_B, -jnp.inf))
+        return jnp.any(has_room_B) & (jnp.sum(num_above(best)) < room)
 
     def _children(self, weights, score, hidden_DBE, level) -> tuple:
         """Choose the best children behind nodes, from the drafter's outputs at them.

@@ -8,12 +8,13 @@ the drafter has not seen.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
 from tlt_jax.models import kernels as kernels_lib
-from tlt_jax.models import kv_cache
+from tlt_jax.models import kv_cache, ragged
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
@@ -144,19 +145,34 @@ class Learned(protocols.Proposer):
         score = self._score(inputs, noise)
         view = kv_cache.CacheView(state.pages, rows.page_table, state.start)
         how = jnp.dtype(self.settings.dtype), self.settings.kernels
-        taken_in = _take_in(weights, self.cfg, state.tokens, state.features, view, *how)
+        alive_B = rows.remaining > 0
+        columns = self._columns(state, alive_B)
+        taken_in = _take_in(
+            weights, self.cfg, state.tokens, state.features, view, *how, columns
+        )
         # The root's output stands where the last token was taken in.
-        last = (state.counts - 1)[None, :, None]
-        root_DB1 = jnp.take_along_axis(taken_in.hidden, last, axis=2)
+        last_B1 = jnp.maximum(state.counts - 1, 0)[:, None]
+        if columns is None:
+            root_DB1 = jnp.take_along_axis(taken_in.hidden, last_B1[None], axis=2)
+        else:
+            root_DB1 = taken_in.hidden[:, 0, columns.columns(last_B1)]
+            taken_in = jax.tree.map(columns.unpack, taken_in)
         live = grow.first_level(weights, score, state.counts, taken_in, root_DB1)
         if self.strategy.draft_depth > 1:
             root_position_B = state.start + state.counts - 1
 
-            def expand(level, live):
-                positions_B = root_position_B + level - 1
-                return grow.expand(weights, score, view, positions_B, level, live)
+            def goes_on(state):
+                level, live = state
+                more = level <= self.strategy.draft_depth
+                return more & grow.may_matter(live, alive_B)
 
-            live = lax.fori_loop(2, self.strategy.draft_depth + 1, expand, live)
+            def expand(state):
+                level, live = state
+                positions_B = root_position_B + level - 1
+                live = grow.expand(weights, score, view, positions_B, level, live)
+                return level + 1, live
+
+            _, live = lax.while_loop(goes_on, expand, (jnp.int32(2), live))
         laws, draft_ids = live.probs, weights.params.draft_ids
         if self._is_sampled and draft_ids is not None:
             # Over all the vocabulary: tokens that cannot be drafted have 0.
@@ -182,10 +198,7 @@ class Learned(protocols.Proposer):
             decode.after(walk.tokens, state.start),
             jnp.where(alive_B, state.counts, 0),
         )
-        # Of the W nodes' features those along the path, `[n x D, B, A]`.
-        features_FBA = jnp.take_along_axis(
-            taken.features[: self.cfg.num_read], walk.path[None], axis=2
-        )
+        features_FBA = taken.features[: self.cfg.num_read]
         # In a row that rides along nothing changes.
         alive_B1 = alive_B[:, None]
         return State(
@@ -200,6 +213,18 @@ class Learned(protocols.Proposer):
         self, state: State, caches: protocols.Caches
     ) -> tuple[protocols.Caches, Array]:
         return caches.replace(drafter=state.pages), state.start
+
+    def _columns(self, state: State, alive: Array) -> ragged.Ragged | None:
+        """Lay what rows take in side by side, where they share: few take in much.
+
+        All together they accepted at most what was verified of them, or are told by
+        the host, which sees to it.
+        """
+        (num_rows, width), strategy = state.tokens.shape, self.strategy
+        if not strategy.shares(num_rows):
+            return None
+        counts_B = jnp.where(alive, state.counts, 0)
+        return ragged.of_counts(counts_B, width, strategy.num_columns(num_rows))
 
     def _score(self, inputs: Draft, noise: Array) -> expansion.Score:
         if self._is_sampled:
@@ -217,15 +242,24 @@ def _features(cache, page_table, start, width, counts, cfg) -> Array:
     return jnp.where(meant_BT, features_FBT[: cfg.num_read], 0)
 
 
-def _take_in(weights, cfg, tokens, features, view, dtype, kernels) -> drafter.Output:
-    """Read tokens and features behind the view's, `[..., B, T]`; no page changes."""
+def _take_in(
+    weights, cfg, tokens, features, view, dtype, kernels, rows=None
+) -> drafter.Output:
+    """Read tokens and features behind the view's, `[..., B, T]`; no page changes.
+
+    What comes of it is `[..., 1, N]` where `rows` lay them side by side.
+    """
+    positions = view.lengths[:, None] + jnp.arange(tokens.shape[1])
+    if rows is not None:
+        tokens, positions, features = map(rows.pack, (tokens, positions, features))
     return drafter.forward(
         weights.params,
         cfg,
         weights.embedded(tokens, dtype),
         drafter.fuse(weights.params, cfg, features.astype(dtype), kernels),
-        view.lengths[:, None] + jnp.arange(tokens.shape[1]),
+        positions,
         view=view,
+        rows=rows,
         dtype=dtype,
         kernels=kernels,
     )

@@ -32,7 +32,7 @@ def features(bucket: int, strategy: Strategy | None) -> tuple[float, float, floa
     if strategy is None:
         return 1.0, float(bucket), 0.0
     levels = strategy.draft_depth if strategy.drafts else 0
-    return 1.0, float(bucket * strategy.tokens_to_verify), float(levels)
+    return 1.0, float(strategy.num_columns(bucket)), float(levels)
 
 
 @dataclasses.dataclass(frozen=True)
