@@ -356,7 +356,7 @@ MUTATIONS = {
 IN_THE_SHARE = {
     "a row's columns taken for another's": (
         "path_BA = columns.columns(walk.path)",
-        "path_BA = jnp.roll(columns.columns(walk.path), 1, axis=0)",
+        "path_BA = columns.columns(walk.path)[::-1]",
     ),
     "positions of equal rows": (
         "columns.pack(tokens), columns.pack(positions)",
