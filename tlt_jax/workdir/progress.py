@@ -74,8 +74,8 @@ class Progress(contextlib.AbstractContextManager):
 
     On a terminal a display is redrawn in place: the run's bar and remaining time, the
     reward so far, the current step's stage and what the workers do at this moment, the
-    latest steps. Elsewhere each step prints one line, and a long stage a line every
-    30 s.
+    latest steps. Elsewhere each step prints one line, a long stage a line every 30 s,
+    and of the first step each stage.
     """
 
     def __init__(
@@ -132,6 +132,10 @@ class Progress(contextlib.AbstractContextManager):
 
     def stage(self, name: str) -> None:
         """Say what the run does now: rollout, reward, update, ..."""
+        # Until the first step is over there is nothing else to see, for minutes where
+        # large programs are compiled.
+        if self._plain and not self._rows and name != self._stage:
+            self._print(f"  {name} ...")
         self._stage, self._detail, self._fraction = name, "", None
         self._stage_since = self._printed_at = self._clock()
 
