@@ -44,8 +44,8 @@ def test_a_run_is_complete_with_its_last_checkpoint(directory, tmp_path):
     "rewards,last",
     [
         ([0.25], "0.250 in the last"),
-        ([0.0, 0.0, 0.0, 0.5, 1.0], "0.750 over the last 2"),
-        (20 * [0.0] + 9 * [1.0] + [0.5], "0.950 over the last 10"),
+        (8 * [0.0] + [0.5, 1.0], "0.750 over the last 2"),
+        (50 * [0.0] + 9 * [1.0] + [0.5], "0.950 over the last 10"),
     ],
 )
 def test_the_last_reward_is_a_mean_where_there_are_steps(tmp_path, rewards, last):

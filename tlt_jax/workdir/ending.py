@@ -10,9 +10,6 @@ from tlt_jax import config
 from tlt_jax.runtime import failures
 from tlt_jax.workdir import checkpoint, metrics
 
-# Steps whose mean reward is told.
-_NUM_LAST = 10
-
 
 def last_row(directory: pathlib.Path, run: Any) -> dict[str, Any] | None:
     """Return the last record of a run that is complete, or None."""
@@ -28,8 +25,8 @@ def finished(directory: pathlib.Path, run: config.RunConfig) -> str:
     rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
     told = f"finished: step {total} of {total}"
     if rewards:
-        # A single step's is noise: of the last ones, where there are enough.
-        num = max(1, min(_NUM_LAST, len(rewards) // 2))
+        # One step's is noise: as many as the plot takes together, where there are many.
+        num = max(1, min(10, len(rewards) // 5))
         last = f"over the last {num}" if num > 1 else "in the last"
         told += f", reward {rewards[0]:.3f} in the first step, "
         told += f"{statistics.fmean(rewards[-num:]):.3f} {last}"
