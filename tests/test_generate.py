@@ -200,7 +200,7 @@ def test_without_a_law_the_models_own_is_taken(command, model, workdir, tmp_path
 
 def test_without_a_length_the_context_is_the_limit(command, model):
     status, out, error = command(f"--model={model}", SHORT[0], "--seed=3", LAW)
-    assert (status, out) == (0, expected_text(CHAT, max_new_tokens=38)), error
+    assert (status, out) == (0, expected_text(CHAT, max_new_tokens=37)), error
     prompts = [np.zeros(n, np.int32) for n in (22, 800, 999, 1000)]
     asked = generate.requests_of(prompts, 1, None, limit=1000)
     assert [request.max_new_tokens for request in asked] == [256, 200, 1, 1]
