@@ -63,6 +63,7 @@ def test_plain_output_is_lines_and_first_and_slow_stages_are_heard_of():
     now = [0.0]
     out = console(terminal=False)
     with progress.Progress(2, console=out, clock=lambda: now[0]) as shown:
+        shown.stage("loading")
         shown.stage("rollout")
         for done in range(4):
             now[0] += 20.0
