@@ -229,7 +229,7 @@ def test_a_record_counts_what_was_said():
     "arguments,message",
     [
         ([], "--model=SPEC is missing"),
-        (["--model=M"], "--task=NAME is missing: name a task, such as products"),
+        (["--model=M"], "and --model is no run's workdir, which has a task"),
         (["--model=M", "--task=product"], "did you mean 'products'"),
         (["--model=M", "--task=absent.jsonl"], "absent.jsonl"),
         (["--model=M", "--task=count", "--option=max=3"], "has no option 'max'"),

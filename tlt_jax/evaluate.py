@@ -152,8 +152,9 @@ def plan_of(
     own = run is not None and task in (None, run.task.name)
     if run is None and task is None:
         raise ValueError(
-            "--task=NAME is missing: name a task, such as products, or a data file; "
-            "only a run's workdir has a task of its own."
+            "--task=NAME is missing, and --model is no run's workdir, which has a task "
+            "of its own: name a task, such as products, or a data file, or correct "
+            "--model."
         )
     base = run.task if run else sections.Task()
     values: dict[str, Any] = {"options": dict(base.options) if own else {}}
