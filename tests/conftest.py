@@ -5,11 +5,14 @@ import pathlib
 import tempfile
 
 # Read when jax is first imported, so set before that. Nearly all the time of the tests
-# goes into compiling, and without LLVM's optimisations that takes half as long.
+# goes into compiling. Without LLVM's optimisations that takes half as long, and a third
+# of that where code for fusions is not made by way of MLIR.
 NUM_DEVICES = 8
 for _flag, _value in (
     ("--xla_force_host_platform_device_count", NUM_DEVICES),
     ("--xla_backend_optimization_level", 0),
+    ("--xla_cpu_use_fusion_emitters", False),
+    ("--xla_cpu_parallel_codegen_split_count", 1),
 ):
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = (
