@@ -98,8 +98,8 @@ ACCEPTED = {
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(page_size=4, prefill_chunk=8, max_rows=2),
-        dict(page_size=16, prefill_chunk=16, max_rows=1),
+        dict(page_size=4, prefill_chunk=8),
+        dict(page_size=16, prefill_chunk=16, max_rows=2),
     ],
     ids=str,
 )
