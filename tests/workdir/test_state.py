@@ -16,8 +16,10 @@ TLT = {
     "specdec.mode": "tlt",
     "specdec.tuner": "beg_mab",
     "specdec.epsilon": 0.5,
-    "specdec.strategies": ("4:D2K1V3,D3K1V4",),
-    "specdec.ngram_strategies": ("4:D2K1V3-ngram,D3K1V4-ngram",),
+    # Each is compiled for each size of batch.
+    "rollout.max_batch": 1,
+    "specdec.strategies": ("1:D2K1V3,D3K1V4",),
+    "specdec.ngram_strategies": ("1:D2K1V3-ngram,D3K1V4-ngram",),
     "drafter.features": "last",
     "adaptation.row_tokens": 64,
     "adaptation.row_bases": 32,
