@@ -67,9 +67,9 @@ def test_a_group_is_spread_at_the_price_of_a_copy_of_its_prompt():
         [[(2, [0, 1])], [(2, [2])]],
         14,
     )
-    # Beside the first group there is room for one response of the second.
+    # Two rows of 9 hold all, where whole groups need two of 10.
     rows, width = choose(tree(2, 7, 1), tree(1, 3, 2), row_tokens=12)
-    assert (rows, width) == ([[(2, [0, 1])], [(1, [0, 1])]], 10)
+    assert (rows, width) == ([[(2, [0])], [(1, [0, 1]), (2, [1])]], 9)
 
 
 def test_of_equals_the_fewest_rows_are_taken():
