@@ -127,13 +127,24 @@ def _in_child(root: pathlib.Path, tests: str, log: pathlib.Path) -> int:
     # Plugins that find themselves would be imported anew, or be refused as imported.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout", "-m", ""]
+    ending = _Ending()
     try:
-        return int(pytest.main([*options, *shlex.split(tests)]))
+        return int(pytest.main([*options, *shlex.split(tests)], plugins=[ending]))
     except BaseException as error:
+        # What a failed test has left may raise once more, behind the tests.
         print(error)
-        return 3
+        return 1 if ending.code == 1 else 3
     finally:
         sys.stdout.flush()
+
+
+class _Ending:
+    """Remembers how the tests ended; a plugin of pytest."""
+
+    code = 0
+
+    def pytest_sessionfinish(self, exitstatus):
+        self.code = int(exitstatus)
 
 
 def is_seen(root: pathlib.Path, mutant: Mutant, log: pathlib.Path) -> bool:
