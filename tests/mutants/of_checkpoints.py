@@ -30,7 +30,7 @@ EDITS = {
             _DAMAGE,
         ),
         ("        self.delete_after(step)\n", "", _DAMAGE),
-        ("post_finalization_callback=self._add_checksums", "", _DAMAGE),
+        ("=self._add_checksums", "=None", _DAMAGE),
         ("_check_whole(directory, step, items)", "pass", _DAMAGE),
         (
             'read.record["driver"],\n            read.arrays(item),',

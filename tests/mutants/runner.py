@@ -4,6 +4,7 @@ A child is forked for each: what is imported from outside of this repository is 
 once. The tree itself is never touched.
 """
 
+import ast
 import importlib
 import os
 import pathlib
@@ -52,9 +53,14 @@ class Mutant(NamedTuple):
         path = root / self.path
         if not path.is_file():
             return f"{self.path} is no file"
-        count = path.read_text().count(self.old)
+        text = path.read_text()
+        count = text.count(self.old)
         if count != 1 or self.old == self.new:
             return f"{self.path}: {self.old!r} stands there {count} times"
+        try:
+            ast.parse(text.replace(self.old, self.new))
+        except SyntaxError as error:
+            return f"{self.path}: {self.new!r} is no Python ({error})"
         for word in shlex.split(self.tests):
             file = word.partition("::")[0]
             if file.startswith("tests/") and not (root / file).exists():
