@@ -80,7 +80,7 @@ EDITS = {
     ("models/transformer.py", "tests/models/test_transformer.py"): [
         (
             "jnp.where(index == wanted, x_DBT, kept[slot])",
-            "jnp.where(index <= wanted, x_DBT, kept[slot])",
+            "jnp.where(index >= wanted, x_DBT, kept[slot])",
             _FORMS,
         ),
         (

@@ -184,7 +184,8 @@ class Host(hosts.Host):
         # A row's step ends with a token that nobody guessed, unless a limit cuts it:
         # rows that are through count no more.
         inside = np.arange(MAX_TOKENS) < emitted.counts[:, None]
-        was_cut = result.was_drafted[inside & ~np.roll(inside, -1, axis=1)]
+        is_last = np.arange(MAX_TOKENS) == emitted.counts[:, None] - 1
+        was_cut = result.was_drafted[is_last]
         num_undrafted = np.sum(inside & ~result.was_drafted)
         assert result.num_accepted[0] == num_undrafted + np.sum(was_cut)
         self.take(emitted)
