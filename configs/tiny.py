@@ -18,9 +18,9 @@ Expected (seeds 0, 1, 2; the mean reward of the first two steps, and of the last
   count, 40 steps: from 0.38, 0.33, 0.35 to 0.80, 0.84, 0.77; it swings with the share
     of long questions in a step, which are right less often.
 
-Cost on two CPU cores: a step takes 0.06 s (count: 0.4 s). The whole run needs 45
-seconds of processor time, nearly all of it for compiling, and 15 (count: 25) when the
-programs are in the compilation cache.
+Cost on two CPU cores: a step takes 0.06 s (count: 0.4 s). The whole run needs
+45 to 60 seconds of processor time, nearly all of it for compiling, and 15 (count: 25)
+when the programs are in the compilation cache.
 """
 
 import ml_collections

@@ -40,6 +40,10 @@ from experiments.lab import (
 )
 
 WIDTH = 100
+_LEGEND = (
+    "Stale: the code that it measures has changed since. Carried: it has, and a review "
+    "found\nthat no number can be another by it."
+)
 _NOTHING_LOST = "nothing was being measured."
 
 
@@ -76,6 +80,8 @@ def show_list(scale: str) -> list[tables.Row]:
     counts = collections.Counter(row["status"] for row in rows)
     told = ", ".join(f"{num} {status}" for status, num in counts.items())
     print(f"At scale {scale}, of record: {told}.")
+    if counts.keys() & {provenance.STALE, provenance.CARRIED}:
+        print(_LEGEND)
     own = experiment.own_folder(scale)
     print(f"Your own go to {command_line.shown(own)}; --help of each says more.")
     return rows

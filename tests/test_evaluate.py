@@ -169,6 +169,25 @@ def test_of_a_data_set_all_is_asked_unless_a_part_is_named():
     assert evaluate.plan_of(own, "mine.jsonl").split == "eval"
 
 
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        ({}, "9 held-out prompts"),
+        ({"holdout_frac": 0.0}, "9 prompts, none held out from training"),
+        ({"holdout_frac": 0.0, "eval_path": "e.jsonl"}, "9 held-out prompts"),
+    ],
+)
+def test_what_training_asks_as_well_is_not_called_held_out(options, said):
+    run = run_settings(**{"task.name": "mine.jsonl", "task.options": options})
+    assert evaluate.prompts_asked(evaluate.plan_of(run), 9) == said
+
+
+def test_of_all_of_a_data_set_nothing_is_said_of_training():
+    assert evaluate.prompts_asked(evaluate.plan_of(None, "mine.jsonl"), 9) == (
+        "9 prompts"
+    )
+
+
 def test_a_record_counts_what_was_said():
     lengths, reasons = [2, 4, 6, 6], ["eos", "eos", "length", "stop"]
     completions = [
@@ -210,7 +229,7 @@ def test_a_record_counts_what_was_said():
     "arguments,message",
     [
         ([], "--model=SPEC is missing"),
-        (["--model=M"], "--task=NAME is missing: name a task, such as products"),
+        (["--model=M"], "and --model is no run's workdir, which has a task"),
         (["--model=M", "--task=product"], "did you mean 'products'"),
         (["--model=M", "--task=absent.jsonl"], "absent.jsonl"),
         (["--model=M", "--task=count", "--option=max=3"], "has no option 'max'"),

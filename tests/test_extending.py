@@ -43,6 +43,8 @@ def test_the_page_s_commands_use_all_of_them(folder, tmp_path):
     more = ("--config.log.progress=off", "--config.log.tensorboard=false")
     # A model that has learnt less says more of what is nearly right.
     more += ("--config.pretrain.steps=60",)
+    # Each strategy is compiled for each size of batch: there is one.
+    more += ("--config.rollout.max_batch=1",)
     block = block.replace("workdirs", str(tmp_path))
     # From where the reader's own files lie: nothing but that names them.
     for line in block.replace("=configs/", f"={ROOT}/configs/").splitlines():

@@ -198,6 +198,17 @@ def test_without_a_law_the_models_own_is_taken(command, model, workdir, tmp_path
     assert "step 4, float32, temperature 1.3 (the run's)" in error
 
 
+def test_without_a_length_the_context_is_the_limit(command, model):
+    status, out, error = command(f"--model={model}", SHORT[0], "--seed=3", LAW)
+    assert (status, out) == (0, expected_text(CHAT, max_new_tokens=37)), error
+    prompts = [np.zeros(n, np.int32) for n in (22, 800, 999, 1000)]
+    asked = generate.requests_of(prompts, 1, None, limit=1000)
+    assert [request.max_new_tokens for request in asked] == [256, 200, 1, 1]
+    # What is asked for is never lowered: the engine says that it does not fit.
+    (asked,) = generate.requests_of(prompts[3:], 1, 7, limit=1000)
+    assert asked.max_new_tokens == 7
+
+
 def test_an_earlier_checkpoint_answers(command, model, workdir):
     status, out, error = command(f"--model={workdir}", "--step=2", *SHORT)
     assert status == 0 and f"{workdir}, step 2, float32" in error

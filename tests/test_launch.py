@@ -107,7 +107,7 @@ def test_cores_are_shared_without_overlap():
         (["--", "--workdir=x"], "--processes"),
         (["--processes=0", "--", "--workdir=x"], "--processes=0: give at least 1"),
         (["--processes=2", "--", "--config=x"], "--workdir=DIR is missing behind --"),
-        (["--processes=2", "--workdir=x"], "unrecognized arguments: --workdir=x"),
+        (["--processes=2", "--workdir=x"], "--workdir=x is no option of launch"),
         (["--processes=2", "--", "--workdir=/proc/no"], "/proc/no cannot be written"),
     ],
 )

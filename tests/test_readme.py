@@ -243,6 +243,22 @@ def test_files_that_a_page_names_exist(page):
     assert not missing, f"{page.name} names {missing}, which are not there"
 
 
+def test_tests_that_a_page_names_exist():
+    named = [
+        found
+        for text in DOCUMENTS.values()
+        for found in re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)`", text)
+    ]
+    assert len(named) > 50
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if not (ROOT / "tests" / file).is_file()
+        or f"\ndef {name}(" not in (ROOT / "tests" / file).read_text("utf-8")
+    ]
+    assert not missing
+
+
 def test_the_readme_is_one_page():
     size = len(DOCUMENTS["README.md"].encode())
     assert size <= 10_000, f"README.md has {size} bytes: what is more belongs to docs/"

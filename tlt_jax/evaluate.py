@@ -152,8 +152,9 @@ def plan_of(
     own = run is not None and task in (None, run.task.name)
     if run is None and task is None:
         raise ValueError(
-            "--task=NAME is missing: name a task, such as products, or a data file; "
-            "only a run's workdir has a task of its own."
+            "--task=NAME is missing, and --model is no run's workdir, which has a task "
+            "of its own: name a task, such as products, or a data file, or correct "
+            "--model."
         )
     base = run.task if run else sections.Task()
     values: dict[str, Any] = {"options": dict(base.options) if own else {}}
@@ -254,6 +255,17 @@ def describe(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prompts_asked(plan: Plan, num: int) -> str:
+    """Say of so many prompts whether they were held out from training."""
+    if plan.split != "eval":
+        return f"{num} prompts"
+    options = dict(plan.task.options)
+    apart = options.get("eval_path") or options.get("eval_split")
+    if options.get("holdout_frac") == 0 and not apart:
+        return f"{num} prompts, none held out from training"
+    return f"{num} held-out prompts"
+
+
 def run() -> None:
     """Evaluate as the flags say."""
     _FLAGS.check()
@@ -283,11 +295,11 @@ def run() -> None:
     if _OUT.value is not None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         pathlib.Path(_OUT.value).write_text(text, encoding="utf-8")
-    held_out = "held-out " if plan.split == "eval" else ""
     plural = "s" if plan.num_samples > 1 else ""
+    what = prompts_asked(plan, record["num_prompts"])
     print(
-        f"{asked.identity}, {asked.precision}; {task.name}: {record['num_prompts']} "
-        f"{held_out}prompts, {plan.num_samples} completion{plural} each, {how}\n"
+        f"{asked.identity}, {asked.precision}; {task.name}: {what}, "
+        f"{plan.num_samples} completion{plural} each, {how}\n"
         f"{describe(record)}",
         file=sys.stderr,
     )

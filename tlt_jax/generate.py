@@ -71,7 +71,7 @@ _NUM_SAMPLES = flags.DEFINE_integer(
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     None,
-    "Longest completion in tokens. Default: 256.",
+    "Longest completion in tokens. Default: 256, or what the context leaves.",
     lower_bound=1,
     allow_override=True,
 )
@@ -96,6 +96,8 @@ _COMPARE = flags.DEFINE_bool(
 
 Prompt = str | Sequence[Mapping[str, str]]
 
+# Longest completion where nobody says.
+_MOST_NEW_TOKENS = 256
 # Decode steps between two pieces of a text that is shown as it comes.
 _STREAM_STEPS = 8
 # Positions that a conversation begins with; they are doubled when it has filled them.
@@ -142,11 +144,22 @@ def encode(
 
 
 def requests_of(
-    prompts: Sequence[np.ndarray], num_samples: int, max_new_tokens: int
+    prompts: Sequence[np.ndarray],
+    num_samples: int,
+    max_new_tokens: int | None,
+    limit: int = sys.maxsize,
 ) -> list[types.Request]:
-    """Ask for completions of each prompt, `[n] int32`, whose computation they share."""
+    """Ask for completions of each prompt, `[n] int32`, whose computation they share.
+
+    `max_new_tokens` is the longest completion; None: 256, or as many as a text of
+    `limit` tokens leaves beside its prompt.
+    """
+    lengths = [
+        max_new_tokens or max(1, min(_MOST_NEW_TOKENS, limit - len(prompt)))
+        for prompt in prompts
+    ]
     return [
-        types.Request(i * num_samples + sample, i, sample, prompt, max_new_tokens)
+        types.Request(i * num_samples + sample, i, sample, prompt, lengths[i])
         for i, prompt in enumerate(prompts)
         for sample in range(num_samples)
     ]
@@ -179,6 +192,12 @@ def complete(
         return engine.run(requests, seed)
     finally:
         engine.pool.close()
+
+
+def _limit(asked: policy.Policy, speculation: speculation_lib.Speculation) -> int:
+    """The longest text in tokens that model and drafter take."""
+    positions = asked.config.max_positions
+    return min(positions, speculation.max_length or positions)
 
 
 class _Answers:
@@ -238,7 +257,8 @@ def run() -> None:
             for _, prompt in prompts
         ]
         num_samples = _NUM_SAMPLES.value or 1
-        requests = requests_of(encoded, num_samples, _MAX_NEW_TOKENS.value or 256)
+        limit = _limit(asked, speculation)
+        requests = requests_of(encoded, num_samples, _MAX_NEW_TOKENS.value, limit)
         answers = _Answers(prompts, num_samples, asked.tokenizer.decode)
         completions, stats = _generate(
             asked, requests, answers, speculation, settings, display
@@ -327,7 +347,7 @@ def _converse(
         length = _CHAT_LENGTH
         while length < longest:
             length *= 2
-        length = min(length, limit, speculation.max_length or limit)
+        length = min(length, _limit(asked, speculation))
         engine = asked.engine(
             max_rows=1,
             max_length=max(length, longest),
@@ -348,7 +368,7 @@ def _converse(
                 f"the conversation of {len(prompt)} tokens fills the model's context "
                 f"of {limit}: /clear begins anew."
             )
-        most = min(_MAX_NEW_TOKENS.value or 256, room)
+        most = min(_MAX_NEW_TOKENS.value or _MOST_NEW_TOKENS, room)
         # Each answer has noise of its own.
         request = types.Request(num_answers, num_answers, 0, prompt, most)
         num_answers += 1

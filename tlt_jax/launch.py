@@ -57,7 +57,12 @@ def main(argv: Sequence[str]) -> int:
         help="a program that joins the processes as this one does (default: "
         "tlt_jax.main)",
     )
-    options = parser.parse_args(own)
+    options, unknown = parser.parse_known_args(own)
+    if unknown:
+        parser.error(
+            f"{unknown[0]} is no option of launch: what the processes are to be given "
+            "stands behind --."
+        )
     if options.processes < 1:
         parser.error(f"--processes={options.processes}: give at least 1.")
     directory = command_line.last_value(program, "workdir")

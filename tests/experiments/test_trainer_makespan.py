@@ -126,9 +126,10 @@ def test_turns_draw_the_same_tokens_and_train_when_they_shall(tmp_path):
             "adaptation.row_bases": 32,
             "adaptation.learning_rate": 1e-30,
             "specdec.tuner": "static",
-            "specdec.strategies": ("2:D2K1V3",),
+            "specdec.strategies": ("1:D2K1V3",),
             "specdec.ngram_strategies": (),
-            "rollout.max_batch": 2,
+            # Programs are compiled for each size of batch, and each worker.
+            "rollout.max_batch": 1,
         }
     )
     display = progress.Progress(2, mode="off")

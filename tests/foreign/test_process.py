@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tlt_jax.foreign import process, serving
+from tlt_jax.foreign import process
 
 ECHO = "operator:itemgetter"  # Of a job it gives the item whose place is the payload.
 
@@ -69,8 +69,3 @@ def test_bytes_that_trickle_do_not_put_the_deadline_off():
         assert thread.is_alive()
         done.set()
         thread.join()
-
-
-def test_printable_text_stays():
-    assert serving.printable("caf\u00e9 \u65e5") == "caf\u00e9 \u65e5"
-    assert serving.printable("a\nb\x1b[31m\udc80") == r"a\nb\x1b[31m\udc80"

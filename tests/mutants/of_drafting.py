@@ -86,7 +86,7 @@ EDITS = {
         (
             "num_accepted[:, None] >= steps) & alive_B[:, None]",
             "num_accepted[:, None] >= steps)",
-            _ACCEPTED,
+            f"{_SPECULATE} -k '[chain]'",
         ),
         (
             "was_drafted_BA = steps < walk.num_accepted[:, None]",

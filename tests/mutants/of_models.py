@@ -1,6 +1,7 @@
 """Mutants of `models` and the kernels: by file and tests, (old, new) pairs."""
 
 _GGUF = "tests/models/formats/test_gguf_file.py"
+_FORMS = "tests/models/test_transformer.py -k unrolled"
 _PAGES = "tests/rl/engine/test_engine_drafts.py -k pages_are"
 
 EDITS = {
@@ -79,8 +80,8 @@ EDITS = {
     ("models/transformer.py", "tests/models/test_transformer.py"): [
         (
             "jnp.where(index == wanted, x_DBT, kept[slot])",
-            "jnp.where(index <= wanted, x_DBT, kept[slot])",
-            _PAGES,
+            "jnp.where(index >= wanted, x_DBT, kept[slot])",
+            _FORMS,
         ),
         (
             "return jnp.concatenate(out.features) if out.features else out.hidden",
@@ -90,7 +91,7 @@ EDITS = {
         (
             "tuple(outputs[i] for i in features)",
             "tuple(outputs[0] for i in features)",
-            _PAGES,
+            _FORMS,
         ),
         (
             "x_DBT = x_DBT + attended_DBT",
@@ -98,10 +99,9 @@ EDITS = {
             "tests/models/test_parity.py -k llama-plain",
         ),
     ],
-    ("models/params.py", "tests/models/test_params.py"): [],
     ("models/drafters/drafter.py", "tests/models/drafters"): [
         ("return low - 1, mid - 1, high - 1", "return low, mid, high"),
-        ("if not 2 < chosen[1] < chosen[2]:", "if not 2 <= chosen[1] < chosen[2]:"),
+        ("if not 2 < chosen[1] < chosen[2]:", "if not 2 < chosen[1] <= chosen[2]:"),
     ],
     ("models/drafters/layouts.py", "tests/models/drafters/test_layouts.py"): [
         ('values["d2t"] = ids - np.arange(len(ids))', 'values["d2t"] = ids'),

@@ -44,7 +44,7 @@ EDITS = {
             "hidden=known[:, : known.shape[1] - num_fused],",
         ),
     ],
-    ("rl/engine/stats.py", "tests/rl/engine/test_engine_speculation.py -k rates"): [
+    ("rl/engine/stats.py", "tests/rl/engine/test_stats.py"): [
         (
             "self.num_tried, call.num_accepted[:-1])",
             "self.num_tried, call.num_accepted)",
@@ -87,6 +87,16 @@ EDITS = {
     ],
     ("rl/engine/engine.py", _PAGES): [
         ("self._speculator.begin()", "pass", f"{_DRAFTS} -k discounted"),
+        (
+            "self._speculator.written((*admission.prompts, *admission.returns))",
+            "pass",
+            f"{_DRAFTS} -k anew",
+        ),
+        (
+            "written((*admission.prompts, *admission.returns))",
+            "written(admission.returns)",
+            f"{_DRAFTS} -k anew",
+        ),
     ],
     ("rl/workers/coordinator.py", "tests/rl/workers/test_coordinator.py"): [
         (

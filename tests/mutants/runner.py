@@ -4,6 +4,7 @@ A child is forked for each: what is imported from outside of this repository is 
 once. The tree itself is never touched.
 """
 
+import ast
 import importlib
 import os
 import pathlib
@@ -52,9 +53,14 @@ class Mutant(NamedTuple):
         path = root / self.path
         if not path.is_file():
             return f"{self.path} is no file"
-        count = path.read_text().count(self.old)
+        text = path.read_text()
+        count = text.count(self.old)
         if count != 1 or self.old == self.new:
             return f"{self.path}: {self.old!r} stands there {count} times"
+        try:
+            ast.parse(text.replace(self.old, self.new))
+        except SyntaxError as error:
+            return f"{self.path}: {self.new!r} is no Python ({error})"
         for word in shlex.split(self.tests):
             file = word.partition("::")[0]
             if file.startswith("tests/") and not (root / file).exists():
@@ -127,13 +133,24 @@ def _in_child(root: pathlib.Path, tests: str, log: pathlib.Path) -> int:
     # Plugins that find themselves would be imported anew, or be refused as imported.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout", "-m", ""]
+    ending = _Ending()
     try:
-        return int(pytest.main([*options, *shlex.split(tests)]))
+        return int(pytest.main([*options, *shlex.split(tests)], plugins=[ending]))
     except BaseException as error:
+        # What a failed test has left may raise once more, behind the tests.
         print(error)
-        return 3
+        return 1 if ending.code == 1 else 3
     finally:
         sys.stdout.flush()
+
+
+class _Ending:
+    """Remembers how the tests ended; a plugin of pytest."""
+
+    code = 0
+
+    def pytest_sessionfinish(self, exitstatus):
+        self.code = int(exitstatus)
 
 
 def is_seen(root: pathlib.Path, mutant: Mutant, log: pathlib.Path) -> bool:

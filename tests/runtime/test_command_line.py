@@ -208,7 +208,11 @@ def test_command_line_overrides(run_program):
         ("--config=recpe.py", "there is no such file; did you mean recipe.py?"),
         ("", "--config=FILE is missing"),
         ("--config=recipe.py --workdr=x", "Did you mean: workdir"),
-        ("--config=recipe.py more", "unexpected argument 'more'"),
+        (
+            "--config=recipe.py more",
+            "unexpected argument 'more': every setting is a --flag.",
+        ),
+        ("recipe.py:two", "did you mean --config=recipe.py:two ?"),
         ("--config=recipe.py --config.num_steps=0", "at least 1, at most 1e+09."),
         ("--config=recipe.py --config.reward.function=a", "'reward.functions'?"),
     ],

@@ -193,7 +193,7 @@ def test_wrong_items_are_named(values, message):
         (
             "q",
             "keys at the top are free, lost, paint, rent, seed, share, sold, style, "
-            "title, wall.",
+            "title, wall; --help lists those below as well.",
         ),
         ("seed.x", "'seed' is not a section."),
     ],

@@ -186,6 +186,13 @@ class Host(hosts.Host):
         assert not emitted.tokens[outside].any()
         assert not emitted.logprobs[outside].any()
         assert np.all(np.diff(result.num_accepted) <= 0)
+        # A row's step ends with a token that nobody guessed, unless a limit cuts it:
+        # rows that are through count no more.
+        inside = np.arange(MAX_TOKENS) < emitted.counts[:, None]
+        is_last = np.arange(MAX_TOKENS) == emitted.counts[:, None] - 1
+        was_cut = result.was_drafted[is_last]
+        num_undrafted = np.sum(inside & ~result.was_drafted)
+        assert result.num_accepted[0] == num_undrafted + np.sum(was_cut)
         self.take(emitted)
         self.drafted = result.progress[: len(self.rows)].tolist()
         self.num_row_steps += int(result.num_accepted[0])

@@ -50,12 +50,13 @@ def test_of_parts_the_others_are_not_read(folder):
     assert checksums.damaged(folder, ("one", "two")) == "one/x"
 
 
-def test_large_files_are_read_to_their_end(tmp_path):
+@pytest.mark.parametrize("place", [0, 5 << 20, (9 << 20) - 1])
+def test_large_files_are_read_from_end_to_end(tmp_path, place):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_bytes(bytes(9 << 20))
     checksums.write(tmp_path)
     with (tmp_path / "a" / "x").open("rb+") as file:
-        file.seek(-1, os.SEEK_END)
+        file.seek(place)
         file.write(b"\1")
     assert checksums.damaged(tmp_path) == "a/x"
 

@@ -132,6 +132,8 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(files.WorkdirError, match=r"file.run could not be written"):
         claim(tmp_path / "file" / "run")
+    with pytest.raises(files.WorkdirError, match=r"a file stands where .* --workdir"):
+        claim(tmp_path / "file")
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

@@ -183,3 +183,31 @@ def test_what_is_wrong_is_told(tmp_path):
                 path.write_bytes(b"")
         with pytest.raises(checkpoint.CheckpointError, match="it is damaged"):
             checkpointer.restore(made(0))
+
+
+def test_weights_are_read_of_a_run_that_goes_on(tmp_path):
+    ids = np.asarray(tiny_drafter.DRAFT_IDS)
+    with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
+        for step in (3, 4):
+            arrays = {"draft_ids": ids + step - 3, "texts/tokens": np.arange(step)}
+            meta = {"version": 2 * step, "sharpness": step / 2}
+            checkpointer.save(step, snapshot(made(step), arrays, meta), CFG)
+        checkpointer.wait()
+        for asked, step in ((None, 4), (3, 3)):
+            cfg, params, found, version = drafter_checkpoint.restore_weights(
+                tmp_path, asked
+            )
+            assert (cfg, found, version) == (CFG, step, 2 * step)
+            assert params.draft_ids.tolist() == (ids + step - 3).tolist()
+            assert params.sharpness == np.float32(step / 2)
+            bare = params.replace(draft_ids=None, sharpness=None)
+            same(bare, made(step).params.replace(draft_ids=None, sharpness=None))
+    # Its vocabulary is compared with the rest.
+    largest = max(
+        (p for p in (tmp_path / "drafter_checkpoints/4/arrays").rglob("*")),
+        key=lambda p: p.stat().st_size if p.is_file() else 0,
+    )
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(checkpoint.DamagedError, match="arrays/.* is not what was wri"):
+        drafter_checkpoint.restore_weights(tmp_path)
+    assert drafter_checkpoint.restore_weights(tmp_path, 3)[2] == 3

@@ -40,6 +40,21 @@ def test_a_run_is_complete_with_its_last_checkpoint(directory, tmp_path):
     assert ending.last_row(tmp_path / "new", run) is None
 
 
+@pytest.mark.parametrize(
+    "rewards,last",
+    [
+        ([0.25], "0.250 in the last"),
+        (8 * [0.0] + [0.5, 1.0], "0.750 over the last 2"),
+        (50 * [0.0] + 9 * [1.0] + [0.5], "0.950 over the last 10"),
+    ],
+)
+def test_the_last_reward_is_a_mean_where_there_are_steps(tmp_path, rewards, last):
+    rows = [f'{{"step": {i + 1}, "reward/mean": {r}}}' for i, r in enumerate(rewards)]
+    (tmp_path / metrics.FILE).write_text("\n".join(rows) + "\n")
+    told = ending.finished(tmp_path, tiny_runs.config_of(num_steps=len(rewards)))
+    assert told.splitlines()[0].endswith(f"in the first step, {last}")
+
+
 def commands_of(told):
     lines = [line for line in told.splitlines() if " python -m " in line]
     return [shlex.split(line.partition("python -m ")[2]) for line in lines]
@@ -50,7 +65,7 @@ def test_what_can_be_done_next_is_done_by_these_commands(directory):
     told = ending.finished(directory, run)
     first, where, *_, last = told.splitlines()
     assert first == (
-        "finished: step 127 of 127, reward 0.250 in the first step, 0.875 now"
+        "finished: step 127 of 127, reward 0.250 in the first step, 0.875 in the last"
     )
     assert where == f"  in        '{directory}': metrics.jsonl, plots, rollouts, " + (
         "checkpoints"

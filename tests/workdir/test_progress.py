@@ -59,22 +59,28 @@ def test_remaining_time_leaves_compilation_out():
         assert shown.remaining_s() == 16.0
 
 
-def test_plain_output_is_lines_and_slow_stages_are_heard_of():
+def test_plain_output_is_lines_and_first_and_slow_stages_are_heard_of():
     now = [0.0]
     out = console(terminal=False)
     with progress.Progress(2, console=out, clock=lambda: now[0]) as shown:
+        shown.stage("loading")
         shown.stage("rollout")
         for done in range(4):
             now[0] += 20.0
             shown.within(done, 64, "900 tok/s")
+        shown.stage("update")
+        shown.stage("update")
         shown.record(ROW)
+        shown.stage("rollout")
     lines = out.file.getvalue().splitlines()
-    assert lines[:2] == [
+    assert lines[:4] == [
+        "  rollout ...",
         "  step 1: rollout 1/64  900 tok/s after 40 s",
         "  step 1: rollout 3/64  900 tok/s after 80 s",
+        "  update ...",
     ]
-    assert lines[2].startswith("step 1/2 | reward 0.406")
-    assert len(lines) == 3
+    assert lines[4].startswith("step 1/2 | reward 0.406")
+    assert len(lines) == 5
 
 
 def test_live_display_shows_steps_and_stage():

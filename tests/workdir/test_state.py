@@ -16,8 +16,10 @@ TLT = {
     "specdec.mode": "tlt",
     "specdec.tuner": "beg_mab",
     "specdec.epsilon": 0.5,
-    "specdec.strategies": ("4:D2K1V3,D3K1V4",),
-    "specdec.ngram_strategies": ("4:D2K1V3-ngram,D3K1V4-ngram",),
+    # Each is compiled for each size of batch.
+    "rollout.max_batch": 1,
+    "specdec.strategies": ("1:D2K1V3,D3K1V4",),
+    "specdec.ngram_strategies": ("1:D2K1V3-ngram,D3K1V4-ngram",),
     "drafter.features": "last",
     "adaptation.row_tokens": 64,
     "adaptation.row_bases": 32,
@@ -165,13 +167,26 @@ def test_parts_get_back_what_they_said_each_its_own():
     assert made.latest_step() == 6
     a, b = Part(0), Part(0)
     other, updater = run_state({"a": a, "b": b}, said)
-    updater.value = 0
+    updater.value, updater.train_state = 0, None
     assert other.restore() and other.step == 6
     assert (a.value, b.value, updater.value) == (1, 2, 3)
     trained = updater.train_state
     assert (trained.params, trained.opt_state, trained.num_updates) == ("p", "o", 7)
     other.wait()
     assert said == [("save", 6), ("restore", 6), ("wait",)]
+
+
+def test_a_run_is_completed_once_with_what_its_parts_said_at_the_steps_end():
+    said = []
+    made, _ = run_state({"a": Part(1)}, said)
+    made.complete()
+    # No step was taken.
+    assert Checkpointer.kept is None and said == [("wait",)]
+    made.step = 2
+    for told in (5, 6):
+        made.complete({"a": {"value": told}})
+    assert Checkpointer.kept.meta["parts"] == {"a": {"value": 5}}
+    assert said == [("wait",), ("save", 2), ("wait",), ("wait",)]
 
 
 def test_a_damaged_checkpoint_is_passed_over_where_that_is_asked_for():

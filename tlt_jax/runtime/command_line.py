@@ -7,6 +7,7 @@ status 2, never a traceback.
 import contextlib
 import logging as python_logging
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -49,7 +50,10 @@ def run(
     def read(argv: Sequence[str]) -> list[str]:
         words, changes = parse(argv, section)
         if len(words) > 1:
-            fail(f"unexpected argument {words[1]!r}: every setting is a --flag.")
+            hint = "every setting is a --flag."
+            if pathlib.PurePath(words[1].partition(":")[0]).suffix in (".py", ".yaml"):
+                hint = f"did you mean --config={words[1]} ?"
+            fail(f"unexpected argument {words[1]!r}: {hint}")
         try:
             made.append(settings_of(flag.value, changes, section))
         except schema.ConfigError as error:

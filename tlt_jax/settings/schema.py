@@ -82,7 +82,8 @@ def unknown_key_message(section: type, key: str) -> str:
         hint = f"did you mean '{'.'.join([*parts[:depth], near[0]])}'?"
     elif siblings:
         where = f"keys in '{parent}'" if parent else "keys at the top"
-        hint = f"{where} are {', '.join(siblings)}."
+        more = "" if parent else "; --help lists those below as well"
+        hint = f"{where} are {', '.join(siblings)}{more}."
     else:
         hint = f"'{parent}' is not a section."
     return f"unknown config key '{key}': {hint}"

@@ -2,6 +2,7 @@
 
 import pathlib
 import shlex
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,11 @@ def finished(directory: pathlib.Path, run: config.RunConfig) -> str:
     rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
     told = f"finished: step {total} of {total}"
     if rewards:
-        told += f", reward {rewards[0]:.3f} in the first step, {rewards[-1]:.3f} now"
+        # One step's is noise: as many as the plot takes together, where there are many.
+        num = max(1, min(10, len(rewards) // 5))
+        last = f"over the last {num}" if num > 1 else "in the last"
+        told += f", reward {rewards[0]:.3f} in the first step, "
+        told += f"{statistics.fmean(rewards[-num:]):.3f} {last}"
     return told + _lines(
         {
             "in": f"{workdir}: metrics.jsonl, plots, rollouts, checkpoints",

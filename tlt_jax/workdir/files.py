@@ -27,6 +27,11 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     """
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise WorkdirError(
+            f"{path} could not be written ({error.strerror}): a file stands where a "
+            "directory is needed; name another --workdir."
+        ) from error
     except OSError as error:
         raise WorkdirError(
             f"{path} could not be written ({error.strerror or error}): make room or "

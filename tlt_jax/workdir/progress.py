@@ -18,6 +18,7 @@ import rich.text
 from tlt_jax.rl.workers import workers as workers_lib
 
 _SHOWN_STEPS = 10
+_FIRST = "starting"
 _PLAIN_EVERY_S = 30.0
 _BAR = 24
 _SPLIT = ("rollout", "reward", "inference", "update", "sync", "compile")
@@ -74,8 +75,8 @@ class Progress(contextlib.AbstractContextManager):
 
     On a terminal a display is redrawn in place: the run's bar and remaining time, the
     reward so far, the current step's stage and what the workers do at this moment, the
-    latest steps. Elsewhere each step prints one line, and a long stage a line every
-    30 s.
+    latest steps. Elsewhere each step prints one line, a long stage a line every 30 s,
+    and of the first step each stage.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Progress(contextlib.AbstractContextManager):
         self._rows: collections.deque = collections.deque(maxlen=_SHOWN_STEPS)
         self._rewards: list[float] = []
         self._look: Callable[[], Workers | None] = lambda: None
-        self._stage, self._detail, self._fraction = "starting", "", None
+        self._stage, self._detail, self._fraction = _FIRST, "", None
         self._stage_since = self._printed_at = clock()
         self._off = mode == "off"
         in_lines = mode == "plain" or not self._console.is_terminal
@@ -132,6 +133,11 @@ class Progress(contextlib.AbstractContextManager):
 
     def stage(self, name: str) -> None:
         """Say what the run does now: rollout, reward, update, ..."""
+        # Until the first step is over there is nothing else to see, for minutes where
+        # large programs are compiled. What cannot be used is found by the first stage,
+        # and is to stand alone.
+        if self._plain and not self._rows and self._stage not in (_FIRST, name):
+            self._print(f"  {name} ...")
         self._stage, self._detail, self._fraction = name, "", None
         self._stage_since = self._printed_at = self._clock()
 

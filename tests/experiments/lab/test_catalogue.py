@@ -211,10 +211,14 @@ def test_the_listing_names_every_experiment(capsys):
     }
     rows = program.main([])
     assert {row["experiment"] for row in rows if row["command"]} == runnable
-    assert "decode_speed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "decode_speed" in told and "\nStale: the code that it measures" in told
     unrun = program.main(["--scale=paper"])
     assert {row["status"] for row in unrun} == {"unrun", "as cpu", "a tool"}
-    assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines())
+    told = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in told.splitlines())
+    # Nobody has run that: no word needs explaining.
+    assert "Stale:" not in told
 
 
 def test_the_listing_says_what_an_item_is_of_and_takes():

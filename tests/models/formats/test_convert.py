@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +244,14 @@ def test_damaged_and_missing_files_are_named(saved, tmp_path):
     changed = {k: v for k, v in index["weight_map"].items() if "norm" not in k}
     index_path.write_text(json.dumps({"weight_map": changed}))
     with pytest.raises(ValueError, match="does not hold what the index says"):
+        convert.load(tmp_path / "split", CFG)
+
+
+def test_one_file_beside_the_parts_of_an_older_model_is_refused(tmp_path):
+    convert.save(random_params(), CFG, tmp_path / "one")
+    convert.save(random_params(), CFG, tmp_path / "split", max_shard_bytes=5000)
+    shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "split")
+    with pytest.raises(ValueError, match="model.safetensors and an index of other fil"):
         convert.load(tmp_path / "split", CFG)
 
 

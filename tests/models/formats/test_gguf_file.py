@@ -54,6 +54,8 @@ def write(path, model, quantize=None, metadata=(), tensors=(), pre="smollm", ski
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
     } | dict(metadata)
+    if "split.count" in values:
+        writer.add_uint16("split.count", values.pop("split.count"))
     for key, value in values.items():
         if key in skip:
             continue
@@ -206,6 +208,7 @@ def test_yarn_and_linear_scaling_are_read(tmp_path):
         (dict(metadata=[("expert_count", 8)]), "expert_count=8"),
         (dict(metadata=[("rope.dimension_count", 4)]), "rope.dimension_count=4"),
         (dict(metadata=[("rope.scaling.type", "longrope")]), "longrope|factor"),
+        (dict(metadata=[("split.count", 2)]), "is one of 2 parts of a model"),
         (dict(skip=["block_count"]), "no metadata block_count"),
         (dict(skip=["blk.1.ffn_up.weight"]), "missing blk.1.ffn_up.weight"),
         (dict(tensors=[("blk.0.x", np.ones(3, np.float32))]), "surplus blk.0.x"),

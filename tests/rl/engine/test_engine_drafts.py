@@ -12,6 +12,7 @@ import pytest
 
 from tests.rl import engines
 from tests.rl.engine import test_engine_speculation as speculation
+from tlt_jax import types
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import engine as engine_lib
@@ -88,6 +89,7 @@ def test_drafter_pages_are_those_of_whole_texts(monkeypatch, cfg):
     engine.pool.close()
 
 
+ONE_ROW = dict(page_size=16, prefill_chunk=16, max_rows=1)
 # How often at least so many drafted tokens were accepted.
 ACCEPTED = {
     "eagle": [76, 26, 9, 4],
@@ -99,7 +101,7 @@ ACCEPTED = {
     "sizes",
     [
         dict(page_size=4, prefill_chunk=8),
-        dict(page_size=16, prefill_chunk=16, max_rows=2),
+        ONE_ROW,
     ],
     ids=str,
 )
@@ -111,6 +113,24 @@ def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
     engine = speculation.engine_of("chain", cfg, **sizes)
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert stats.num_accepted == ACCEPTED[name]
+    engine.pool.close()
+
+
+def test_pages_that_get_other_prompts_are_filled_anew():
+    """The third prompt gets the pages of the first: none of it is there yet."""
+    sizes = ONE_ROW | dict(steps_per_call=32, cpu_kernels="native")
+    engine = speculation.engine_of("chain", speculation.EAGLE, **sizes)
+    rng = np.random.default_rng(6)
+    # 32 cached positions are two full pages; one more holds what is drawn.
+    requests = [
+        types.Request(n, n, 0, rng.integers(3, 32, 33).astype(np.int32), 6)
+        for n in range(3)
+    ]
+    _, stats = engine.run(requests, engines.SEED)
+    assert stats.num_fill_tokens == 3 * 32
+    # As many drafts are accepted as where each has the cache for itself.
+    alone = [engine.run([one], engines.SEED)[1].num_accepted for one in requests]
+    assert stats.num_accepted == np.sum(alone, axis=0).tolist()
     engine.pool.close()
 
 

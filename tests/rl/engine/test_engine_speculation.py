@@ -10,10 +10,8 @@ from tests.rl import engines
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import speculator
-from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec import sampling, strategy
-from tlt_jax.specdec.tuners import tuner
 
 DRAFTER = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=20)
 EAGLE = drafter.of_target(engines.CFG, output_norm=False)
@@ -272,18 +270,3 @@ def test_shared_prompt_pages_are_filled_once():
 def test_what_cannot_be_built_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def test_rates_are_of_drafts_that_were_tried():
-    """A call that drafted two levels says nothing of a third."""
-    stats = rollout_stats.RolloutStats()
-    for counts in ((10, 8, 4), (10, 6, 3, 3)):
-        text = f"D{len(counts) - 1}K1V{len(counts)}"
-        stats.add(tuner.Call(1, 1, strategy.parse(text), 1.0, 10, 20, counts))
-    stats.add(tuner.Call(1, 1, None, 1.0, 10, 10))
-    assert stats.num_accepted == [20, 14, 7, 3]
-    assert stats.accept_rates() == [14 / 20, 7 / 14, 3 / 3]
-    joined = stats.join(stats)
-    assert joined.accept_rates() == stats.accept_rates()
-    assert joined.accept_length == stats.accept_length == 44 / 20
-    assert rollout_stats.RolloutStats().accept_rates() == []

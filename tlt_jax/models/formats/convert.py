@@ -117,7 +117,7 @@ def writing(directory: str | os.PathLike, num_bytes: int) -> Iterator[str]:
         not os.path.isdir(directory) or os.listdir(directory)
     ):
         raise ValueError(
-            f"directory={directory} exists and is not empty: name another or remove it."
+            f"{directory} exists and is not empty: name another or remove it."
         )
     parent = os.path.dirname(directory)
     os.makedirs(parent, exist_ok=True)
