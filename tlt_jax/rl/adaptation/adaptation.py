@@ -8,6 +8,7 @@ earlier text, the engines propose from text.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -134,6 +135,7 @@ class Adaptation:
         seed: int,
         directory: pathlib.Path,
         observer: watch_lib.Observer,
+        is_counted: bool = False,
     ):
         """Take the parts; `start` gives the drafter weights.
 
@@ -147,12 +149,15 @@ class Adaptation:
           precision: of activations, and of the engines' copies.
           seed: of weights and of the order of texts.
           directory: for what memory does not hold.
+          is_counted: one worker takes `settings.max_steps` steps after every rollout,
+            however long they take and whatever they are worth: no clock has a say.
         """
         self.cfg, self._settings = cfg, settings
         self._workers, self._tuners = workers, tuners
         self._initial, self._eos_ids = initial, tuple(eos_ids)
         self._precision, self._seed, self._observer = precision, seed, observer
         self._ngram_accept_length: float | None = None
+        self._is_counted = is_counted
         self.budget = budget.Budget()
         self._sharing = Sharing(workers.group)
         self.version, self.is_ready = 0, initial is not None
@@ -265,6 +270,8 @@ class Adaptation:
 
     def _train_while_nobody_waits(self, rollout_s: float) -> None:
         seconds = self.budget.seconds(rollout_s, self._settings.max_frac)
+        if self._is_counted:
+            seconds = math.inf
         if not seconds or not len(self.buffer):
             self.budget = self.budget.skipped()
             return
