@@ -1,11 +1,15 @@
 """Whole runs with workers and an adaptive drafter: the same with all of it off."""
 
+import json
 import threading
 
+import jax
 import pytest
 
-from tests import tiny_runs
-from tlt_jax import train
+from tests import command_lines, tiny_runs
+from tlt_jax import evaluate, policy, train
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import adaptation, spot_trainer
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.runtime import train_state
@@ -143,6 +147,91 @@ def test_steps_between_rollout_and_update_can_be_counted(off, tmp_path):
     assert_same_run(tmp_path, off)
     # Or none, where training does not pay.
     assert {3} <= set(values(rows, "drafter/num_steps")) <= {0, 3}
+
+
+@pytest.fixture(scope="module")
+def chained(off, tmp_path_factory):
+    """The settings of a run by a chain rule, and such a run, by the rule `block`.
+
+    Its drafter is there from the beginning and is trained by counted steps, on the
+    model of `off`.
+    """
+    directory = tmp_path_factory.mktemp("chained")
+    model = off / "initial_model"
+    cfg = drafter.of_target(policy.load(str(model)).config, output_norm=False)
+    drafter_io.save(directory / "drafter", drafter.init(cfg, jax.random.key(0)), cfg)
+    settings = {
+        "model.spec": str(model),
+        "drafter.directory": str(directory / "drafter"),
+        "workers.num": 1,
+        "mesh.data": 1,
+        "adaptation.max_steps": 2,
+        # Less than a step takes.
+        "adaptation.max_frac": 1e-9,
+        "adaptation.learning_rate": 1e-2,
+        "specdec.rule": "block",
+        "eval.every": 4,
+        "eval.num_prompts": 4,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.plots, "draw_all", lambda directory: None)
+        start(directory / "run", **settings)
+    return settings, directory / "run"
+
+
+def test_a_chain_rule_draws_tokens_of_its_own_and_is_recorded(off, chained, tmp_path):
+    settings, directory = chained
+    runs = {"block": metrics.read(directory)[1:]}
+    for rule in ("rejection", "keyed"):
+        changes = {"num_steps": 1, "eval.every": 0, "specdec.rule": rule}
+        runs[rule] = start(tmp_path / rule, **settings | changes)
+    for rule, rows in runs.items():
+        assert set(values(rows, "specdec/rule")) == {rule}
+        assert min(values(rows, "specdec/accept_length")) > 1
+        assert max(values(rows, "mismatch/logprob_max_abs")) < 1e-4
+    wanted = metrics.read(off)
+    assert all("specdec/rule" not in row for row in wanted)
+    first = {rule: rows[0]["rollout/tokens_digest"] for rule, rows in runs.items()}
+    assert first["keyed"] == wanted[0]["rollout/tokens_digest"]
+    assert len(set(first.values())) == 3
+    assert json.loads((directory / "config.json").read_text())["specdec"]["rule"] == (
+        "block"
+    )
+    # Training heeds no clock.
+    assert values(runs["block"], "drafter/num_steps") == [2] * 4
+    assert values(runs["keyed"], "drafter/num_steps") == [1]
+
+
+def test_a_chain_rules_run_goes_on_bit_for_bit(chained, tmp_path):
+    settings, whole = chained
+    start(tmp_path, **settings | {"num_steps": 2})
+    start(tmp_path, **settings)
+    rows, wanted = metrics.read(tmp_path), metrics.read(whole)
+    assert len(set(values(wanted[1:], "drafter/version"))) == 4
+    assert tiny_runs.decisive(rows) == tiny_runs.decisive(wanted)
+    assert tiny_runs.policy(tmp_path) == tiny_runs.policy(whole)
+    for step in (1, 4):
+        assert tiny_runs.rollouts(tmp_path, step) == tiny_runs.rollouts(whole, step)
+
+
+def test_under_a_chain_rule_evaluations_keep_the_tokens(chained):
+    _, directory = chained
+    status, out, errors = command_lines.in_process(evaluate, f"--model={directory}")
+    assert status == 0, errors
+    recorded = metrics.read(directory)[-1]["eval/avg@1"]
+    assert json.loads(out)["avg@1"] == recorded
+
+
+def test_what_clocks_decide_is_said_at_the_start(chained, tmp_path, capsys):
+    settings, _ = chained
+    changes = {"num_steps": 1, "eval.every": 0, "log.progress": "plain"}
+    start(tmp_path / "static", **settings | changes)
+    assert "specdec.rule" not in capsys.readouterr().out
+    start(tmp_path / "measured", **settings | changes | {"specdec.tuner": "beg_mab"})
+    said = capsys.readouterr().out
+    assert said.count("specdec.rule='block' keeps the law of tokens and not") == 1
+    assert "specdec.tuner='beg_mab' is told seconds" in said
+    assert " (block)" in said
 
 
 def test_a_resumed_run_takes_the_drafter_up_bit_for_bit(

@@ -1,4 +1,4 @@
-"""The standard rules of chain drafts: the target's law, and not plain decoding's tokens.
+"""The standard rules of chain drafts: the law of plain decoding, not its tokens.
 
 A drafter draws a chain of tokens from its laws; the target's laws at those places, and
 one beyond, decide how many are kept and what follows them. The tokens are then a sample

@@ -42,7 +42,8 @@ def engine_of(table, cfg=DRAFTER, speculator_changes=None, mesh=None, **changes)
         engines.CFG,
         dataclasses.replace(engines.BASE, **changes),
         speculator_cfg=speculator.SpeculatorConfig(
-            strategy.parse_arms(TABLES[table]), cfg, **(speculator_changes or {})
+            **{"table": strategy.parse_arms(TABLES[table]), "drafter_cfg": cfg}
+            | (speculator_changes or {})
         ),
         decode_text=engines.letters,
         mesh=mesh,
@@ -285,5 +286,9 @@ def test_rates_are_of_drafts_that_were_tried():
     assert stats.accept_rates() == [14 / 20, 7 / 14, 3 / 3]
     joined = stats.join(stats)
     assert joined.accept_rates() == stats.accept_rates()
+    # Workers that had nothing to do know of no rule.
+    named = rollout_stats.RolloutStats(rule="block")
+    assert stats.join(named).rule == named.join(stats).rule == "block"
+    assert joined.rule == ""
     assert joined.accept_length == stats.accept_length == 44 / 20
     assert rollout_stats.RolloutStats().accept_rates() == []

@@ -1,0 +1,108 @@
+"""An engine whose drafts are accepted by a chain rule: the law of its completions."""
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from tests import mutation
+from tests.rl import engines
+from tests.rl.engine import test_engine_speculation as speculating
+from tlt_jax import types
+from tlt_jax.specdec import chain, strategy
+
+NUM, LIMIT = 6000, 3
+PROMPT = np.array([7, 3, 11], np.int32)
+# Calls end within accepted runs, rows come and go, and of many rows none speculates.
+SIZES = dict(max_rows=64, steps_per_call=2, max_length=8, page_size=2)
+# Kinds of tokens, as there are too many completions: ends, and two kinds of others.
+KINDS = np.where(np.arange(32) == engines.EOS, 0, 1 + np.arange(32) % 2)
+
+
+def kinds(tokens):
+    return tuple(KINDS[tokens].tolist())
+
+
+@pytest.fixture(scope="module")
+def law():
+    """Probability of every completion's kinds, by a full forward for every text."""
+    drawn = [
+        (),
+        *((i,) for i in range(32)),
+        *((i, j) for i in range(32) for j in range(32)),
+    ]
+    texts = np.zeros((len(drawn), len(PROMPT) + 2), np.int32)
+    for text, tokens in zip(texts, drawn, strict=True):
+        text[: len(PROMPT) + len(tokens)] = [*PROMPT, *tokens]
+    logits = jax.vmap(engines.full_logits, (None, 0))(engines.PARAMS, texts)
+    ends = [len(PROMPT) + len(tokens) - 1 for tokens in drawn]
+    scores = np.asarray(logits, np.float64)[np.arange(len(drawn)), ends]
+    probs = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    probs = dict(zip(drawn, probs, strict=True))
+    found = {}
+
+    def grow(tokens, prob):
+        if len(tokens) == LIMIT or (tokens and tokens[-1] == engines.EOS):
+            name = kinds(np.array(tokens))
+            found[name] = found.get(name, 0.0) + prob
+            return
+        for token, p in enumerate(probs[tokens]):
+            grow((*tokens, token), prob * p)
+
+    grow((), 1.0)
+    assert abs(sum(found.values()) - 1) < 1e-9
+    return found
+
+
+def pvalue(law, rule="block"):
+    """Of the engine's completions: the chance that the law's are so far from it."""
+    table = strategy.parse_arms(("48:D3K1V4",))
+    changes = dict(table=table, rule=rule)
+    engine = speculating.engine_of("chain", speculating.EAGLE, changes, **SIZES)
+    requests = [types.Request(i, 1, i, PROMPT, LIMIT) for i in range(NUM)]
+    completions, stats = engine.run(requests, engines.SEED)
+    engine.pool.close()
+    assert stats.rule == rule and set(stats.strategies) == {"none", "D3K1V4"}
+    assert stats.accept_length > 1.2
+    found = dict.fromkeys(law, 0)
+    for completion in completions:
+        found[kinds(completion.tokens)] += 1
+    expected = np.array([*law.values()]) * NUM
+    assert expected.min() > 5
+    return scipy.stats.chisquare([*found.values()], expected).pvalue
+
+
+def test_the_law_is_the_targets(law):
+    assert pvalue(law) > 0.01
+
+
+def test_an_error_in_the_rule_shows_in_the_law(law, monkeypatch):
+    old = "rest / scale, target_probs), mass"
+    mutated = mutation.mutate(chain, old, "target_probs, target_probs), mass")
+    monkeypatch.setitem(chain.RULES, "block", mutated.RULES["block"])
+    assert pvalue(law) < 1e-6
+
+
+def test_until_the_drafter_comes_suffix_matches_are_judged_by_the_keyed_rule():
+    early = strategy.parse_arms(("4:D3K2V5-ngram",))
+    changes = dict(rule="block", early=early)
+    engine = speculating.engine_of("chain", speculating.EAGLE, changes)
+    speculator = engine._speculator
+    speculator._early_tuner = speculating.tuner.Static(early)
+    weights, speculator.weights = speculator.weights, None
+    plain = engines.engine_of()
+    wanted, _ = plain.run(engines.REQUESTS, engines.SEED)
+    plain.pool.close()
+    completions, stats = engine.run(engines.REQUESTS, engines.SEED)
+    assert set(stats.strategies) == {"D3K2V5-ngram"} and stats.accept_length > 1
+    speculating.assert_equal(completions, {c.request_id: c for c in wanted})
+    speculator.weights = weights
+    others, stats = engine.run(engines.REQUESTS, engines.SEED)
+    assert set(stats.strategies) == {"D3K1V4"} and stats.rule == "block"
+    engine.pool.close()
+    tokens = [[c.tokens.tolist() for c in run] for run in (wanted, others)]
+    assert tokens[0] != tokens[1]
+    # What each row got is the target's all the same.
+    for request, completion in zip(engines.REQUESTS, others, strict=True):
+        exact = engines.exact_logprobs(request, completion)
+        np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
