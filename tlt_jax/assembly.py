@@ -117,7 +117,7 @@ def assemble(
             sampling_cfg=law,
             precision=run.precision,
             seed=run.seed,
-            is_counted=is_chain and speculation_lib.counts_steps(run.adaptation),
+            rule=run.specdec.rule,
             directory=directory / own,
             observer=observer,
         )

@@ -128,7 +128,7 @@ def by_the_clock(run: config.RunConfig, num_workers: int) -> str:
         reasons.append(
             f"specdec.tuner={settings.tuner!r} is told seconds ({names} look at rows)"
         )
-    by_time = training.enabled and training.max_frac > 0 and not counts_steps(training)
+    by_time = training.enabled and training.max_frac > 0 and not training.counts_steps
     if num_workers == 1 and by_time:
         reasons.append("the drafter trains by the clock (adaptation.max_steps=0)")
     if settings.ngram_strategies and not run.drafter.directory:
@@ -143,11 +143,6 @@ def by_the_clock(run: config.RunConfig, num_workers: int) -> str:
         f"repeated or resumed, this run draws others, as {'; '.join(reasons)} (see "
         "docs/sampling.md)."
     )
-
-
-def counts_steps(training: settings_lib.Adaptation) -> bool:
-    """Tell whether one worker's trainings are as long as a number of steps says."""
-    return training.max_steps > 0 and training.max_frac > 0
 
 
 def load(

@@ -161,6 +161,11 @@ class Adaptation(Objective):
     max_frac: float = schema.number(0.2, 0.0, 1e6)
     max_steps: int = schema.number(0, 0, 10**9)
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether a number says how long one worker's trainings are at most."""
+        return self.max_steps > 0 and self.max_frac > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Workers:

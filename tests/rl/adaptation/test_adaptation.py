@@ -57,7 +57,7 @@ def make(tmp_path):
     """Makes adaptations, with their workers and a tuner, and closes them."""
     made = []
 
-    def one(group=None, initial=None, law=PLAIN, is_counted=False, **settings):
+    def one(group=None, initial=None, law=PLAIN, rule="keyed", **settings):
         workers, tuner = Workers(group), Tuner()
         one = adaptation.Adaptation(
             speculation.Adaptation(**SETTINGS | settings),
@@ -71,7 +71,7 @@ def make(tmp_path):
             seed=3,
             directory=tmp_path,
             observer=watch_lib.Silent(),
-            is_counted=is_counted,
+            rule=rule,
         )
         made.append(one)
         return one, workers, tuner
@@ -207,10 +207,10 @@ def test_engines_get_the_drafter_once_it_is_the_better_one(
     assert adapted.is_ready == ready and len(workers.offered) == ready
 
 
-def test_counted_trainings_heed_no_clock(make):
+def test_by_a_chain_rule_counted_trainings_heed_no_clock(make):
     settings = {"max_frac": 1e-9, "max_steps": 3}
-    for is_counted, num_steps in ((True, [3, 3, 3]), (False, [1, 0, 0])):
-        adapted, workers, _ = make(is_counted=is_counted, **settings)
+    for rule, num_steps in (("block", [3, 3, 3]), ("keyed", [1, 0, 0])):
+        adapted, workers, _ = make(rule=rule, **settings)
         adapted.start()
         for number in range(8):
             workers.on_text(text(number))
@@ -221,6 +221,10 @@ def test_counted_trainings_heed_no_clock(make):
             adapted.budget = dataclasses.replace(adapted.budget, gain_per_s=-1.0)
             taken.append(adapted.row()["drafter/num_steps"])
         assert taken == num_steps
+        # Its texts were not drawn by the noise that drafts would be ranked by.
+        measured = adapted.trainer.report.measured
+        assert adapted._measures == (rule == "keyed") and measured is None
+        assert adapted.is_ready or rule == "keyed"
 
 
 def test_under_another_law_the_first_update_decides(make):
