@@ -149,8 +149,8 @@ class Adaptation:
           precision: of activations, and of the engines' copies.
           seed: of weights and of the order of texts.
           directory: for what memory does not hold.
-          rule: by which drafts are accepted. Where tokens hang on the drafter's weights,
-            trainings of `settings.max_steps` are that long, however long they take and
+          rule: by which drafts are accepted. Where tokens hang on the drafter, counted
+            trainings (`settings.max_steps`) are that long whatever time they take and
             whatever they are worth: no clock has a say.
         """
         self.cfg, self._settings = cfg, settings
