@@ -94,7 +94,6 @@ def assemble(
     mesh = learning.learner.mesh
     meshes = weight_sync.engine_meshes(mesh, run.workers.num, run.rollout.tensor)
     speculation = speculation_lib.of_run(run, model)
-    is_chain = run.specdec.rule != chain.KEYED
     if clocks := speculation_lib.by_the_clock(run, group.num * len(meshes)):
         observer.note(clocks)
     team = workers.Workers(
@@ -147,11 +146,9 @@ def assemble(
     )
     judging, beside = None, team.engines
     # The same law has the same programs; of another one, an engine is beside each. So
-    # it is where rollouts keep the law alone: evaluations compare policies by the same
-    # noise, whatever the drafter has become meanwhile.
-    is_other = is_chain or run.eval.temperature not in (None, law.temperature)
-    if run.eval.every and is_other:
-        its = law_of(run.sampling, run.eval.temperature)
+    # it is where rollouts keep the law alone: evaluations keep the noise.
+    its = law_of(run.sampling, run.eval.temperature)
+    if run.eval.every and (its != law or run.specdec.rule != chain.KEYED):
         beside = [
             engine_of_run(run, model, tokenizer, its, mesh=engine.mesh)
             for engine in team.engines

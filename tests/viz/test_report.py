@@ -116,11 +116,11 @@ def test_a_chain_rule_is_named_and_promises_no_text(workdir, tmp_path):
     keyed = report.page(workdir, 4)
     assert "Without drafts the text would be the same." in keyed
     shutil.copytree(workdir, tmp_path / "run")
-    (tmp_path / "run" / metrics.FILE).unlink()
-    rows = metrics.read(workdir)
-    assert "rule" not in report._table(rows)[0]
-    rows = [row | {"specdec/rule": "block"} for row in rows]
-    test_plots.write(tmp_path / "run", rows)
+    assert "rule" not in report._table(metrics.read(workdir))[0]
+    record = tmp_path / "run" / metrics.FILE
+    said = '{"specdec/rule": "block", '
+    record.write_text(record.read_text().replace("{", said))
+    rows = metrics.read(tmp_path / "run")
     page = report.page(tmp_path / "run", 4)
     assert "Without drafts the text would be another one of the same law." in page
     assert "would be the same" not in page
