@@ -1,6 +1,7 @@
 """Whole runs with workers and an adaptive drafter: the same with all of it off."""
 
 import json
+import shutil
 import threading
 
 import jax
@@ -111,6 +112,7 @@ def test_everything_on_is_everything_off(off, tmp_path, waits, seen):
     versions = values(rows, "drafter/version")
     assert versions == sorted(versions) and versions[-1] > 2
     assert max(values(rows, "specdec/accept_length")) > 1
+    assert set(values(rows, "specdec/rule")) == {"keyed"}
     for row in rows:
         assert metrics.NAMES <= row.keys()
         assert 0 <= row["workers/trained_s"] <= row["workers/idle_s"]
@@ -179,39 +181,37 @@ def chained(off, tmp_path_factory):
     return settings, directory / "run"
 
 
-def test_a_chain_rule_draws_tokens_of_its_own_and_is_recorded(off, chained, tmp_path):
-    settings, directory = chained
-    runs = {"block": metrics.read(directory)[1:]}
-    for rule in ("rejection", "keyed"):
-        changes = {"num_steps": 1, "eval.every": 0, "specdec.rule": rule}
-        runs[rule] = start(tmp_path / rule, **settings | changes)
-    for rule, rows in runs.items():
-        assert set(values(rows, "specdec/rule")) == {rule}
-        assert min(values(rows, "specdec/accept_length")) > 1
-        assert max(values(rows, "mismatch/logprob_max_abs")) < 1e-4
-    wanted = metrics.read(off)
+def test_a_chain_rule_draws_tokens_of_its_own_and_is_recorded(off, chained):
+    _, directory = chained
+    rows, wanted = metrics.read(directory)[1:], metrics.read(off)
+    assert values(rows, "specdec/rule") == ["block"] * 4
     assert all("specdec/rule" not in row for row in wanted)
-    first = {rule: rows[0]["rollout/tokens_digest"] for rule, rows in runs.items()}
-    assert first["keyed"] == wanted[0]["rollout/tokens_digest"]
-    assert len(set(first.values())) == 3
-    assert json.loads((directory / "config.json").read_text())["specdec"]["rule"] == (
-        "block"
-    )
+    config = json.loads((directory / "config.json").read_text())
+    assert config["specdec"]["rule"] == "block"
+    assert min(values(rows, "specdec/accept_length")) > 1
+    assert max(values(rows, "mismatch/logprob_max_abs")) < 1e-4
+    first = [run[0]["rollout/tokens_digest"] for run in (rows, wanted)]
+    assert first[0] != first[1]
     # Training heeds no clock.
-    assert values(runs["block"], "drafter/num_steps") == [2] * 4
-    assert values(runs["keyed"], "drafter/num_steps") == [1]
+    assert values(rows, "drafter/num_steps") == [2] * 4
 
 
-def test_a_chain_rules_run_goes_on_bit_for_bit(chained, tmp_path):
+def test_a_chain_rules_run_goes_on_bit_for_bit(chained, tmp_path, capsys):
     settings, whole = chained
-    start(tmp_path, **settings | {"num_steps": 2})
-    start(tmp_path, **settings)
-    rows, wanted = metrics.read(tmp_path), metrics.read(whole)
+    # As one that was killed in its last step.
+    shutil.copytree(whole, tmp_path / "run")
+    for folder in ("checkpoints", "drafter_checkpoints"):
+        shutil.rmtree(tmp_path / "run" / folder / "4")
+    start(tmp_path / "run", **settings, **{"log.progress": "plain"})
+    said = capsys.readouterr().out
+    assert "resuming after step 2 of 4" in said
+    assert "specdec.rule" not in said
+    rows, wanted = metrics.read(tmp_path / "run"), metrics.read(whole)
     assert len(set(values(wanted[1:], "drafter/version"))) == 4
     assert tiny_runs.decisive(rows) == tiny_runs.decisive(wanted)
-    assert tiny_runs.policy(tmp_path) == tiny_runs.policy(whole)
-    for step in (1, 4):
-        assert tiny_runs.rollouts(tmp_path, step) == tiny_runs.rollouts(whole, step)
+    assert tiny_runs.policy(tmp_path / "run") == tiny_runs.policy(whole)
+    kept = [tiny_runs.rollouts(run, 4) for run in (tmp_path / "run", whole)]
+    assert kept[0] == kept[1]
 
 
 def test_under_a_chain_rule_evaluations_keep_the_tokens(chained):
@@ -225,13 +225,13 @@ def test_under_a_chain_rule_evaluations_keep_the_tokens(chained):
 def test_what_clocks_decide_is_said_at_the_start(chained, tmp_path, capsys):
     settings, _ = chained
     changes = {"num_steps": 1, "eval.every": 0, "log.progress": "plain"}
-    start(tmp_path / "static", **settings | changes)
-    assert "specdec.rule" not in capsys.readouterr().out
-    start(tmp_path / "measured", **settings | changes | {"specdec.tuner": "beg_mab"})
+    changes |= {"specdec.tuner": "beg_mab", "specdec.rule": "rejection"}
+    (row,) = start(tmp_path, **settings | changes)
+    assert row["specdec/rule"] == "rejection"
     said = capsys.readouterr().out
-    assert said.count("specdec.rule='block' keeps the law of tokens and not") == 1
-    assert "specdec.tuner='beg_mab' is told seconds" in said
-    assert " (block)" in said
+    assert said.count("specdec.rule='rejection' keeps the law of tokens and not") == 1
+    assert "as specdec.tuner='beg_mab' is told seconds" in said
+    assert f"accept {row['specdec/accept_length']:.2f} (rejection)" in said
 
 
 def test_a_resumed_run_takes_the_drafter_up_bit_for_bit(
