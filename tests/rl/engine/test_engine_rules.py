@@ -15,17 +15,15 @@ NUM, LIMIT = 6000, 3
 PROMPT = np.array([7, 3, 11], np.int32)
 # Calls end within accepted runs, rows come and go, and of many rows none speculates.
 SIZES = dict(max_rows=64, steps_per_call=2, max_length=8, page_size=2)
-# Kinds of tokens, as there are too many completions: ends, and two kinds of others.
-KINDS = np.where(np.arange(32) == engines.EOS, 0, 1 + np.arange(32) % 2)
-
-
-def kinds(tokens):
-    return tuple(KINDS[tokens].tolist())
 
 
 @pytest.fixture(scope="module")
 def law():
-    """Probability of every completion's kinds, by a full forward for every text."""
+    """Probability of every completion, by a full forward for every text.
+
+    Of its kinds of tokens, as there are too many completions: 0 ends, 1 are those with
+    the likelier half of the first token's law, 2 the others. Second, each token's kind.
+    """
     drawn = [
         (),
         *((i,) for i in range(32)),
@@ -39,11 +37,16 @@ def law():
     scores = np.asarray(logits, np.float64)[np.arange(len(drawn)), ends]
     probs = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     probs = dict(zip(drawn, probs, strict=True))
+    order = np.argsort(-probs[()])
+    before = np.cumsum(probs[()][order]) - probs[()][order]
+    kinds = np.full(32, 2)
+    kinds[order[before < 0.5]] = 1
+    kinds[engines.EOS] = 0
     found = {}
 
     def grow(tokens, prob):
         if len(tokens) == LIMIT or (tokens and tokens[-1] == engines.EOS):
-            name = kinds(np.array(tokens))
+            name = tuple(kinds[list(tokens)])
             found[name] = found.get(name, 0.0) + prob
             return
         for token, p in enumerate(probs[tokens]):
@@ -51,7 +54,7 @@ def law():
 
     grow((), 1.0)
     assert abs(sum(found.values()) - 1) < 1e-9
-    return found
+    return found, kinds
 
 
 def pvalue(law, rule="block"):
@@ -64,10 +67,11 @@ def pvalue(law, rule="block"):
     engine.pool.close()
     assert stats.rule == rule and set(stats.strategies) == {"none", "D3K1V4"}
     assert stats.accept_length > 1.2
-    found = dict.fromkeys(law, 0)
+    probs, kinds = law
+    found = dict.fromkeys(probs, 0)
     for completion in completions:
-        found[kinds(completion.tokens)] += 1
-    expected = np.array([*law.values()]) * NUM
+        found[tuple(kinds[completion.tokens])] += 1
+    expected = np.array([*probs.values()]) * NUM
     assert expected.min() > 5
     return scipy.stats.chisquare([*found.values()], expected).pvalue
 
