@@ -11,10 +11,10 @@ from tests.rl.engine import test_engine_speculation as speculating
 from tlt_jax import types
 from tlt_jax.specdec import chain, strategy
 
-NUM, LIMIT = 6000, 3
+NUM, LIMIT = 4000, 3
 PROMPT = np.array([7, 3, 11], np.int32)
 # Calls end within accepted runs, rows come and go, and of many rows none speculates.
-SIZES = dict(max_rows=64, steps_per_call=2, max_length=8, page_size=2)
+SIZES = dict(max_rows=16, steps_per_call=2, max_length=8, page_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def law():
 
 def pvalue(law, rule="block"):
     """Of the engine's completions: the chance that the law's are so far from it."""
-    table = strategy.parse_arms(("48:D3K1V4",))
+    table = strategy.parse_arms(("12:D3K1V4",))
     changes = dict(table=table, rule=rule)
     engine = speculating.engine_of("chain", speculating.EAGLE, changes, **SIZES)
     requests = [types.Request(i, 1, i, PROMPT, LIMIT) for i in range(NUM)]
@@ -85,28 +85,3 @@ def test_an_error_in_the_rule_shows_in_the_law(law, monkeypatch):
     mutated = mutation.mutate(chain, old, "target_probs, target_probs), mass")
     monkeypatch.setitem(chain.RULES, "block", mutated.RULES["block"])
     assert pvalue(law) < 1e-6
-
-
-def test_until_the_drafter_comes_suffix_matches_are_judged_by_the_keyed_rule():
-    early = strategy.parse_arms(("4:D3K2V5-ngram",))
-    changes = dict(rule="block", early=early)
-    engine = speculating.engine_of("chain", speculating.EAGLE, changes)
-    speculator = engine._speculator
-    speculator._early_tuner = speculating.tuner.Static(early)
-    weights, speculator.weights = speculator.weights, None
-    plain = engines.engine_of()
-    wanted, _ = plain.run(engines.REQUESTS, engines.SEED)
-    plain.pool.close()
-    completions, stats = engine.run(engines.REQUESTS, engines.SEED)
-    assert set(stats.strategies) == {"D3K2V5-ngram"} and stats.accept_length > 1
-    speculating.assert_equal(completions, {c.request_id: c for c in wanted})
-    speculator.weights = weights
-    others, stats = engine.run(engines.REQUESTS, engines.SEED)
-    assert set(stats.strategies) == {"D3K1V4"} and stats.rule == "block"
-    engine.pool.close()
-    tokens = [[c.tokens.tolist() for c in run] for run in (wanted, others)]
-    assert tokens[0] != tokens[1]
-    # What each row got is the target's all the same.
-    for request, completion in zip(engines.REQUESTS, others, strict=True):
-        exact = engines.exact_logprobs(request, completion)
-        np.testing.assert_allclose(completion.logprobs, exact, rtol=0, atol=1e-4)
