@@ -149,6 +149,7 @@ KINDS = {
             "adaptation.max_steps": 2,
             "specdec.ngram_strategies": "",
             "specdec.rule": "block",
+            "specdec.strategies": "4:D2K1V3",
             "sampling.temperature": 0.9,
         },
     ),
