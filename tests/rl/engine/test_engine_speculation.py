@@ -147,17 +147,16 @@ def test_a_chain_rule_gives_other_tokens_with_the_targets_log_probs():
 
 
 def test_until_a_drafter_comes_suffix_matches_are_keyed_under_a_chain_rule(expected):
-    requests = engines.REQUESTS[5:9]
     early = strategy.parse_arms(TABLES["ngram"])
     changes = dict(rule="block", early=early)
     engine = engine_of("chain", EAGLE, changes, max_rows=1)
     engine._speculator._early_tuner = tuner.Static(early)
     weights, engine._speculator.weights = engine._speculator.weights, None
-    completions, stats = engine.run(requests, engines.SEED)
+    completions, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert set(stats.strategies) == {"D3K2V5-ngram"} and stats.accept_length > 1
     assert_equal(completions, expected[0])
     engine._speculator.weights = weights
-    others, stats = engine.run(requests, engines.SEED)
+    others, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert set(stats.strategies) == {"D3K1V4"} and stats.rule == "block"
     tokens = [[c.tokens.tolist() for c in run] for run in (completions, others)]
     assert tokens[0] != tokens[1]
