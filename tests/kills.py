@@ -139,6 +139,20 @@ KINDS = {
         },
         ignored=r"row \d+ drafter/(budget|gain)",
     ),
+    # Tokens hang on the drafter's weights, which are so used from the second step on:
+    # under another law than the plain one nothing is measured before.
+    "block": Kind(
+        _COMMON
+        | _TLT
+        | {
+            "workers.num": 1,
+            "adaptation.max_steps": 2,
+            "specdec.ngram_strategies": "",
+            "specdec.rule": "block",
+            "specdec.strategies": "4:D2K1V3",
+            "sampling.temperature": 0.9,
+        },
+    ),
     "tlt-2": Kind(
         _COMMON | _TLT | {"workers.num": 2, "mesh.data": 2, "rollout.max_batch": 2},
         ignored=_CLOCKS,

@@ -108,6 +108,11 @@ def test_a_model_is_judged_by_a_file(workdir, tmp_path):
     speculate = (f"--drafter={tmp_path / 'd'}", "--strategy=16:D2K2V4")
     quick, _ = command(*model, "--num_samples=4", *speculate)
     assert quick["accept_length"] > 1.0
+    # By a chain rule other answers come, and that is said.
+    speculate = (speculate[0], "--strategy=16:D2K1V3", "--rule=block")
+    others, errors = command(*model, "--num_samples=4", *speculate)
+    assert others["rule"] == "block" and others["length_mean"] != plain["length_mean"]
+    assert "tokens   by the rule block: others than plain" in errors
     changing = ("accept_length", "tokens_per_s")
     assert {k: v for k, v in quick.items() if k not in changing} == {
         k: v for k, v in plain.items() if k not in changing
@@ -217,6 +222,15 @@ def test_a_record_counts_what_was_said():
         "tokens_per_s": 3.0,
         "accept_length": 1.5,
     }
+    # The tokens of a chain rule are its own.
+    stats.rule = "block"
+    chained = evaluate.record_of(answers, rewards, (2,))
+    assert chained == record | {"rule": "block"}
+    assert evaluate.describe(chained | {"max_new_tokens": 6}).splitlines()[3] == (
+        "tokens   by the rule block: others than plain decoding's, of the same law"
+    )
+    stats.rule = "keyed"
+    assert evaluate.record_of(answers, rewards, (2,)) == record
     assert evaluate.describe(record | {"max_new_tokens": 6}).splitlines() == [
         "avg@2    0.500  95 % interval 0.500 to 0.500",
         "pass@2   1.000  95 % interval 1.000 to 1.000",

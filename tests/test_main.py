@@ -39,6 +39,18 @@ MISTAKES = {
         ],
         "error: drafter.features='low_mid_high': num_layers=2 has no layers 2 < N/2",
     ),
+    "a rule without a drafter": (
+        [TINY, WORKDIR, "--config.specdec.mode=ngram", "--config.specdec.rule=block"],
+        "error: specdec.rule='block' with specdec.mode='ngram': it judges what a ",
+    ),
+    "a rule that judges no trees": (
+        [
+            *(TINY, WORKDIR, "--config.specdec.mode=tlt"),
+            *("--config.specdec.rule=block", "--config.specdec.strategies=8:D3K2V8"),
+        ],
+        "error: specdec.rule='block' judges whole chains that the learned drafter "
+        "sampled, and strategy D3K2V8 is none: use D3K1V4 (topk 1, ",
+    ),
     "no worker ever waits": (
         [TINY, WORKDIR, "--config.workers.num=2", "--config.workers.min_idle=2"],
         "error: workers.min_idle=2 of workers.num=2: the last worker never waits",

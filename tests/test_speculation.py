@@ -8,6 +8,7 @@ from tlt_jax import speculation
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.settings import schema
 from tlt_jax.specdec import sampling, strategy
 
 TLT = {"specdec.mode": "tlt", "drafter.features": "last"}
@@ -40,6 +41,90 @@ def test_settings_reach_the_tuners():
     assert found.tuner.choose(1) == chain
     with pytest.raises(ValueError, match="has 2 candidates"):
         made(**{"specdec.tuner": "static", "specdec.strategies": ("2:D2K1V3,D3K1V4",)})
+
+
+CHAINS = {"specdec.rule": "block", "specdec.strategies": ("2:D2K1V3",)}
+# Tokens of which no clock decides.
+COUNTED = {
+    "specdec.tuner": "static",
+    "specdec.ngram_strategies": (),
+    "adaptation.max_steps": 2,
+}
+
+
+def test_a_rule_reaches_the_engines():
+    assert made().speculator_cfg.rule == "keyed"
+    cfg = made(**CHAINS, **{"specdec.ngram_strategies": ("2:D2K2V4-ngram",)})
+    assert cfg.speculator_cfg.rule == "block"
+    # What was sampled from no law it cannot judge.
+    rules = [
+        cfg.speculator_cfg.rule_of(strategy.parse(text))
+        for text in (
+            "D2K1V3",
+            "D2K2V4-ngram",
+        )
+    ]
+    assert rules == ["block", "keyed"]
+
+
+@pytest.mark.parametrize("text", ["D3K2V8", "D3K1V4-ngram", "D3K1V7-both"])
+def test_a_rule_refuses_candidates_that_are_no_chains_of_the_drafter(text):
+    """A keyed one among them, too: a tuner must not choose by what its walk saw."""
+    arms = {"specdec.strategies": (f"2:D2K1V3,{text}",)}
+    with pytest.raises(schema.ConfigError) as raised:
+        made(**CHAINS | arms)
+    assert str(raised.value) == (
+        "specdec.rule='block' judges whole chains that the learned drafter sampled, "
+        f"and strategy {text} is none: use D3K1V4 (topk 1, tokens_to_verify = "
+        "draft_depth + 1, proposer drafter), or rule='keyed'."
+    )
+    made(**arms)
+
+
+@pytest.mark.parametrize(
+    "changes,num_workers,reason",
+    [
+        ({"specdec.rule": "keyed", "specdec.tuner": "beg_mab"}, 2, ""),
+        ({}, 1, ""),
+        ({"specdec.tuner": "threshold"}, 1, ""),
+        ({"adaptation.max_steps": 0, "adaptation.enabled": False}, 1, ""),
+        ({"adaptation.max_steps": 0, "adaptation.max_frac": 0.0}, 1, ""),
+        ({}, 2, "2 workers take requests as they come to them"),
+        (
+            {"specdec.tuner": "cost_model"},
+            1,
+            "specdec.tuner='cost_model' is told seconds (static and threshold look at "
+            "rows)",
+        ),
+        (
+            {"adaptation.max_steps": 0},
+            1,
+            "the drafter trains by the clock (adaptation.max_steps=0)",
+        ),
+        (
+            {"specdec.ngram_strategies": ("2:D2K1V3-ngram",)},
+            1,
+            "when the drafter takes over from specdec.ngram_strategies depends on "
+            "texts that no checkpoint keeps",
+        ),
+    ],
+)
+def test_it_is_said_what_clocks_decide(changes, num_workers, reason):
+    run = tiny_runs.config_of(**TLT | CHAINS | COUNTED | changes)
+    told = reason and (
+        "specdec.rule='block' keeps the law of tokens and not the tokens: repeated or "
+        f"resumed, this run draws others, as {reason} (see docs/sampling.md)."
+    )
+    assert speculation.by_the_clock(run, num_workers) == told
+
+
+def test_all_that_clocks_decide_is_one_line():
+    run = tiny_runs.config_of(**TLT | CHAINS)
+    told = speculation.by_the_clock(run, 1)
+    assert told.count("; ") == 2 and "\n" not in told
+    # A drafter that is ready at once takes over from nothing.
+    named = tiny_runs.config_of(**TLT | CHAINS, **{"drafter.directory": "somewhere"})
+    assert speculation.by_the_clock(named, 1).count("; ") == 1
 
 
 def test_a_drafter_of_its_own_or_a_new_one(tmp_path):

@@ -1,11 +1,16 @@
 """Whole runs with workers and an adaptive drafter: the same with all of it off."""
 
+import json
+import shutil
 import threading
 
+import jax
 import pytest
 
-from tests import tiny_runs
-from tlt_jax import train
+from tests import command_lines, tiny_runs
+from tlt_jax import evaluate, policy, train
+from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import adaptation, spot_trainer
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.runtime import train_state
@@ -107,6 +112,7 @@ def test_everything_on_is_everything_off(off, tmp_path, waits, seen):
     versions = values(rows, "drafter/version")
     assert versions == sorted(versions) and versions[-1] > 2
     assert max(values(rows, "specdec/accept_length")) > 1
+    assert set(values(rows, "specdec/rule")) == {"keyed"}
     for row in rows:
         assert metrics.NAMES <= row.keys()
         assert 0 <= row["workers/trained_s"] <= row["workers/idle_s"]
@@ -143,6 +149,95 @@ def test_steps_between_rollout_and_update_can_be_counted(off, tmp_path):
     assert_same_run(tmp_path, off)
     # Or none, where training does not pay.
     assert {3} <= set(values(rows, "drafter/num_steps")) <= {0, 3}
+
+
+@pytest.fixture(scope="module")
+def chained(off, tmp_path_factory):
+    """The settings of a run by a chain rule, and such a run, by the rule `block`.
+
+    Its drafter is there from the beginning and is trained by counted steps, on the
+    model of `off`.
+    """
+    directory = tmp_path_factory.mktemp("chained")
+    model = off / "initial_model"
+    cfg = drafter.of_target(policy.load(str(model)).config, output_norm=False)
+    drafter_io.save(directory / "drafter", drafter.init(cfg, jax.random.key(0)), cfg)
+    settings = {
+        "model.spec": str(model),
+        "drafter.directory": str(directory / "drafter"),
+        "workers.num": 1,
+        "mesh.data": 1,
+        "adaptation.max_steps": 2,
+        # Less than a step takes.
+        "adaptation.max_frac": 1e-9,
+        "adaptation.learning_rate": 1e-2,
+        "specdec.rule": "block",
+        "eval.every": 4,
+        "eval.num_prompts": 24,
+        "eval.samples": 2,
+        "eval.k": (1, 2),
+        "reward.functions": (tiny_runs.ODD,),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.plots, "draw_all", lambda directory: None)
+        start(directory / "run", **settings)
+    return settings, directory / "run"
+
+
+def test_a_chain_rule_draws_tokens_of_its_own_and_is_recorded(off, chained):
+    _, directory = chained
+    rows, wanted = metrics.read(directory)[1:], metrics.read(off)
+    assert values(rows, "specdec/rule") == ["block"] * 4
+    assert all("specdec/rule" not in row for row in wanted)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["specdec"]["rule"] == "block"
+    assert min(values(rows, "specdec/accept_length")) > 1
+    assert max(values(rows, "mismatch/logprob_max_abs")) < 1e-4
+    first = [run[0]["rollout/tokens_digest"] for run in (rows, wanted)]
+    assert first[0] != first[1]
+    # Training heeds no clock.
+    assert values(rows, "drafter/num_steps") == [2] * 4
+
+
+def test_a_chain_rules_run_goes_on_bit_for_bit(chained, tmp_path, capsys):
+    settings, whole = chained
+    # As one that was killed in its last step.
+    shutil.copytree(whole, tmp_path / "run")
+    for folder in ("checkpoints", "drafter_checkpoints"):
+        shutil.rmtree(tmp_path / "run" / folder / "4")
+    start(tmp_path / "run", **settings, **{"log.progress": "plain"})
+    said = capsys.readouterr().out
+    assert "resuming after step 2 of 4" in said
+    assert "specdec.rule" not in said
+    rows, wanted = metrics.read(tmp_path / "run"), metrics.read(whole)
+    for name in ("drafter/version", "policy/weights_digest"):
+        assert len(set(values(wanted[1:], name))) == 4
+    assert tiny_runs.decisive(rows) == tiny_runs.decisive(wanted)
+    assert tiny_runs.policy(tmp_path / "run") == tiny_runs.policy(whole)
+    kept = [tiny_runs.rollouts(run, 4) for run in (tmp_path / "run", whole)]
+    assert kept[0] == kept[1]
+
+
+def test_under_a_chain_rule_evaluations_keep_the_tokens(chained):
+    _, directory = chained
+    status, out, errors = command_lines.in_process(evaluate, f"--model={directory}")
+    assert status == 0, errors
+    found, recorded = json.loads(out), metrics.read(directory)[-1]
+    assert 0 < found["avg@2"] < 1
+    for name in ("avg@2", "pass@1", "pass@2"):
+        assert found[name] == recorded[f"eval/{name}"]
+
+
+def test_what_clocks_decide_is_said_at_the_start(chained, tmp_path, capsys):
+    settings, _ = chained
+    changes = {"num_steps": 1, "eval.every": 0, "log.progress": "plain"}
+    changes |= {"specdec.tuner": "beg_mab", "specdec.rule": "rejection"}
+    (row,) = start(tmp_path, **settings | changes)
+    assert row["specdec/rule"] == "rejection"
+    said = capsys.readouterr().out
+    assert said.count("specdec.rule='rejection' keeps the law of tokens and not") == 1
+    assert "as specdec.tuner='beg_mab' is told seconds" in said
+    assert f"accept {row['specdec/accept_length']:.2f} (rejection)" in said
 
 
 def test_a_resumed_run_takes_the_drafter_up_bit_for_bit(

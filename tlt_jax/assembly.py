@@ -28,7 +28,7 @@ from tlt_jax.rl.workers import records, weight_sync, workers
 from tlt_jax.runtime import distributed
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import sections
-from tlt_jax.specdec import sampling
+from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec.tuners import shared as shared_tuner
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
@@ -94,6 +94,8 @@ def assemble(
     mesh = learning.learner.mesh
     meshes = weight_sync.engine_meshes(mesh, run.workers.num, run.rollout.tensor)
     speculation = speculation_lib.of_run(run, model)
+    if clocks := speculation_lib.by_the_clock(run, group.num * len(meshes)):
+        observer.note(clocks)
     team = workers.Workers(
         [engine_of_run(run, model, tokenizer, law, speculation, m) for m in meshes],
         records.Config(
@@ -114,6 +116,7 @@ def assemble(
             sampling_cfg=law,
             precision=run.precision,
             seed=run.seed,
+            rule=run.specdec.rule,
             directory=directory / own,
             observer=observer,
         )
@@ -142,9 +145,10 @@ def assemble(
         between=adapting.hand_over,
     )
     judging, beside = None, team.engines
-    # The same law has the same programs; of another one, an engine is beside each.
-    if run.eval.every and run.eval.temperature not in (None, law.temperature):
-        its = law_of(run.sampling, run.eval.temperature)
+    # The same law has the same programs; of another one, an engine is beside each. So
+    # it is where rollouts keep the law alone: evaluations keep the noise.
+    its = law_of(run.sampling, run.eval.temperature)
+    if run.eval.every and (its != law or run.specdec.rule != chain.KEYED):
         beside = [
             engine_of_run(run, model, tokenizer, its, mesh=engine.mesh)
             for engine in team.engines

@@ -159,6 +159,7 @@ def _check(run: RunConfig) -> None:
             f"rollout.group_size=1 with the advantages of {named}, which compare the "
             "completions of a group: one alone teaches nothing. Set it to 2 or more."
         )
+    speculation.check_rule(run.specdec)
     speculation.check_shape(run.drafter)
     sections.check_reward(run.reward)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)

@@ -5,10 +5,11 @@ r"""Judge a policy by a task: avg@n and pass@k with their intervals, lengths, sp
 
 SPEC is a Hugging Face directory, gguf:FILE, a hub name, smollm2-135m-instruct, or the
 workdir of a run; --step=N takes an earlier checkpoint of it. A run is asked what its
-own evaluation asks, with the same noise: the numbers are those of its record. Another
-task is named by --task: one of tlt_jax.rl.tasks.build, or a data set, all of which is
-asked. Standard output has one line of JSON, standard error what people read; --out
-writes every prompt with its completions.
+own evaluation asks, with the same noise: the numbers are those of its record (unless
+--rule draws others of the same law). Another task is named by --task: one of
+tlt_jax.rl.tasks.build, or a data set, all of which is asked. Standard output has one
+line of JSON, standard error what people read; --out writes every prompt with its
+completions.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from tlt_jax.rl.tasks import prompts, reward_pool
 from tlt_jax.runtime import command_line, compile_cache
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import schema, sections
-from tlt_jax.specdec import sampling
+from tlt_jax.specdec import chain, sampling
 from tlt_jax.viz import status_line
 
 _FLAGS = policy.Flags()
@@ -217,7 +218,7 @@ def record_of(
     """Say what an evaluation found, fit for JSON; `rewards [P, n]`.
 
     `<name>_ci95` are 95 % intervals over prompts, lengths are in tokens, and speed is
-    without compilation.
+    without compilation. A chain rule is named: the tokens are its own.
     """
     row: dict[str, Any] = {}
     limits = evaluator.intervals(rewards, ks)
@@ -226,6 +227,8 @@ def record_of(
     lengths = [len(completion.tokens) for completion in answers.completions]
     reasons = [completion.finish_reason for completion in answers.completions]
     stats = answers.stats
+    if stats.rule not in ("", chain.KEYED):
+        row["rule"] = stats.rule
     busy_s = stats.prefill_s + stats.fill_s + stats.decode_s
     return row | {
         "length_mean": statistics.fmean(lengths),
@@ -250,6 +253,11 @@ def describe(record: Mapping[str, Any]) -> str:
         f"{record['length_median']:g}, longest {record['length_max']} tokens; "
         f"{record['truncated_frac']:.1%} cut at {record['max_new_tokens']}"
     )
+    if "rule" in record:
+        lines.append(
+            f"tokens   by the rule {record['rule']}: others than plain decoding's, of "
+            "the same law"
+        )
     if record["failed_frac"]:
         lines.append(f"rewards  {record['failed_frac']:.1%} failed")
     return "\n".join(lines)

@@ -351,8 +351,8 @@ class Flags:
             chain.KEYED,
             list(chain.RULES),
             "What accepts drafted tokens. keyed keeps the tokens of plain decoding; "
-            "the standard rules for sampled chains, for comparison, keep only their "
-            "law.",
+            "rejection and block, for whole chains of the drafter (such as D5K1V6), "
+            "keep only their law.",
             **shared,
         )
 

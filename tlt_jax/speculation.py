@@ -14,13 +14,16 @@ from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.engine import speculator
 from tlt_jax.settings import schema
 from tlt_jax.settings import speculation as settings_lib
-from tlt_jax.specdec import chain
+from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.training import objectives
 from tlt_jax.specdec.tuners import build as tuners
 from tlt_jax.specdec.tuners import shared as shared_tuner
+from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 NGRAM = "ngram"
+# Tuners whose choices are a function of the rows alive.
+_TIMELESS = (tuner_lib.Static.NAME, tuner_lib.Threshold.NAME)
 # Chains, shorter the more rows there are: on two CPU cores these were the fastest.
 DEFAULT_TABLE = ("1:D7K1V8", "4:D5K1V6", "16:D3K1V4")
 
@@ -61,7 +64,8 @@ def of_run(run: config.RunConfig, model: model_config.ModelConfig) -> Speculatio
     """Read `specdec` and `drafter`; load the drafter if one is named.
 
     Raises:
-      ValueError: the drafter is another target's, or a strategy cannot be built.
+      ValueError: the drafter is another target's, a strategy cannot be built, or the
+        rule cannot judge what it drafts.
     """
     settings = run.specdec
     if settings.mode == "off":
@@ -84,18 +88,60 @@ def of_run(run: config.RunConfig, model: model_config.ModelConfig) -> Speculatio
     early_tuner = tuner_of(early, run.seed) if early.entries else None
     if settings.mode == "ngram":
         return Speculation(speculator.SpeculatorConfig(early), tuner=early_tuner)
-    cfg, params = _drafter_of_run(run, model)
     arms = strategy_lib.parse_arms(settings.strategies)
+    law = sampling.SamplingConfig(run.sampling.temperature)
+    try:
+        chain.check(settings.rule, arms.strategies(), law)
+    except ValueError as error:
+        raise schema.ConfigError(f"specdec.{error}") from error
+    cfg, params = _drafter_of_run(run, model)
     speculator_cfg = speculator.SpeculatorConfig(
         arms,
         cfg,
         ranking=settings.ranking,
         tau=settings.tau,
+        rule=settings.rule,
         capture=run.adaptation.enabled,
         early=early,
     )
     return Speculation(
         speculator_cfg, params, tuner_of(arms, run.seed + 1), early_tuner
+    )
+
+
+def by_the_clock(run: config.RunConfig, num_workers: int) -> str:
+    """Say in a line that clocks have a say in a run's tokens; empty: they have none.
+
+    By a chain rule tokens depend on the drafter's weights, on the strategy of each
+    call, and on which rows are decoded together, as a call's end may cut an accepted
+    run. By the keyed rule they depend on none of these. `num_workers` are those of all
+    processes.
+    """
+    settings, training = run.specdec, run.adaptation
+    if settings.rule == chain.KEYED:
+        return ""
+    reasons = []
+    if num_workers > 1:
+        reasons.append(f"{num_workers} workers take requests as they come to them")
+    if settings.tuner not in _TIMELESS:
+        names = " and ".join(_TIMELESS)
+        reasons.append(
+            f"specdec.tuner={settings.tuner!r} is told seconds ({names} look at rows)"
+        )
+    by_time = training.enabled and training.max_frac > 0 and not training.counts_steps
+    if num_workers == 1 and by_time:
+        reasons.append("the drafter trains by the clock (adaptation.max_steps=0)")
+    if settings.ngram_strategies and not run.drafter.directory:
+        reasons.append(
+            "when the drafter takes over from specdec.ngram_strategies depends on "
+            "texts that no checkpoint keeps"
+        )
+    if not reasons:
+        return ""
+    return (
+        f"specdec.rule={settings.rule!r} keeps the law of tokens and not the tokens: "
+        f"repeated or resumed, this run draws others, as {'; '.join(reasons)} (see "
+        "docs/sampling.md)."
     )
 
 

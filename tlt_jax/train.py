@@ -1,7 +1,8 @@
 """The RL run: rollout, reward, update, weight sync, step after step, resumable.
 
 Everything a step does is a function of the configuration, the step number and what the
-checkpoint holds, so a run that was killed goes on bit for bit.
+checkpoint holds, so a run that was killed goes on bit for bit (by a chain rule where no
+clock has a say in its tokens, `speculation.by_the_clock`).
 """
 
 import contextlib

@@ -18,6 +18,7 @@ SETTINGS = {
         "window": (300, "[1, 1000000]"),
         "ranking": ("coupled", ""),
         "tau": (0.5, "[0.001, 1000]"),
+        "rule": ("keyed", ""),
     },
     speculation.DrafterShape: {
         "architecture": ("tlt", ""),
@@ -80,6 +81,7 @@ CHOICES = {
         "static threshold beg_mab cost_model package.module:Name"
     ),
     (speculation.Specdec, "ranking"): "coupled deterministic",
+    (speculation.Specdec, "rule"): "keyed rejection block",
     (speculation.DrafterShape, "architecture"): "tlt eagle eagle3",
     (speculation.DrafterShape, "features"): "last low_mid_high layers",
     (speculation.Objective, "name"): "eagle hass eagle3",
@@ -102,6 +104,19 @@ def test_only_what_is_set_overrides_the_objectives_preset():
     # Of a training during a run the objective's settings alone.
     adapted = speculation.Adaptation(learning_rate=1e-3, num_rows=3, num_steps=2)
     assert adapted.overrides() == {"num_steps": 2}
+
+
+@pytest.mark.parametrize("mode", ["off", "ngram"])
+def test_a_chain_rule_needs_a_learned_drafter(mode):
+    speculation.check_rule(speculation.Specdec(mode=mode))
+    speculation.check_rule(speculation.Specdec(mode="tlt", rule="block"))
+    with pytest.raises(schema.ConfigError) as raised:
+        speculation.check_rule(speculation.Specdec(mode=mode, rule="block"))
+    assert str(raised.value) == (
+        f"specdec.rule='block' with specdec.mode='{mode}': it judges what a learned "
+        "drafter has sampled, and there is none. Set specdec.mode=tlt, or "
+        "specdec.rule=keyed."
+    )
 
 
 SHAPES = [

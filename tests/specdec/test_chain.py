@@ -48,8 +48,10 @@ def counts_of(made, strategies, limit=whole.LONGEST):
     [
         (whole.TRUNCATED, "rejection", (CHAIN,), whole.LONGEST, SMALL_VOCAB),
         (whole.LAW, "block", (CHAIN, None), 2, {}),
+        # Keyed trees and chains in turns, as where a drafter comes.
+        (whole.LAW, "block", (whole.SINGLE, CHAIN), 2, {}),
     ],
-    ids="rejection block".split(),
+    ids="rejection block mixed".split(),
 )
 def test_the_law_is_the_targets(sampling_cfg, rule, strategies, limit, how):
     made = rollouts(sampling_cfg, rule, **how)

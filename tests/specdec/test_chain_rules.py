@@ -208,3 +208,83 @@ def test_frequencies_with_chance_of_its_own(name):
         if here.sum() > 200:
             expected = target[whole] * here.sum()
             assert scipy.stats.chisquare(counts, expected).pvalue > 0.01
+
+
+def cells(laws, length):
+    """Cells of a position's noise, in each of which every law draws one token.
+
+    Pairs of a value within and the width; `laws` are by prefix, those of `length` here.
+    """
+    ends = {0.0, 1.0}
+    for probs in laws:
+        for prefix, law in probs.items():
+            if len(prefix) == length:
+                ends.update(np.cumsum(law)[:-1])
+    ends = np.sort([*ends])
+    return list(zip((ends[1:] + ends[:-1]) / 2, np.diff(ends), strict=True))
+
+
+def drawn(law, noise):
+    return int(np.sum(np.cumsum(law)[:-1] < noise))
+
+
+def behind(name, target, draft, first):
+    """What a step by a chain rule makes of two drafts behind the first token: texts of
+    up to three tokens with their probabilities.
+    """
+    rest, guesses = (
+        {prefix[1:]: law for prefix, law in laws.items() if prefix[:1] == (first,)}
+        for laws in (target, draft)
+    )
+    pairs = list(itertools.product(range(VOCAB), repeat=2))
+    found = outcomes(name, rest, along(guesses, pairs, 2), pairs)
+    texts = {}
+    for pair, weight, *rows in zip(
+        pairs, chain_probs(guesses, pairs), *found, strict=True
+    ):
+        for num, probability, follow in zip(*rows, strict=True):
+            for token in range(VOCAB):
+                text = (first, *pair[:num], token)[:3]
+                mass = weight * probability * follow[token]
+                texts[text] = texts.get(text, 0.0) + mass
+    return texts
+
+
+def law_of_mixed_steps(target, draft, chains, goes_on_keyed):
+    """Law of three tokens: a keyed walk of two drafts is cut behind its first token;
+    then come keyed steps, or one by a chain rule with a keyed one for what is left.
+
+    `chains` are what it makes `behind` each first token; `goes_on_keyed` is told the
+    first token, and how many drafts the walk had accepted.
+    """
+    law = dict.fromkeys(itertools.product(range(VOCAB), repeat=3), 0.0)
+    places = (cells((target, draft), length) for length in range(3))
+    for (u, du), (v, dv), (w, dw) in itertools.product(*places):
+        volume = du * dv * dw
+        # The drafter knows the noise, too.
+        first, guess = drawn(target[()], u), drawn(draft[()], u)
+        second = drawn(target[(first,)], v)
+        accepted = int(first == guess)
+        accepted += accepted and int(second == drawn(draft[(guess,)], v))
+        keyed = {(first, second): 1.0}
+        texts = keyed if goes_on_keyed(first, accepted) else chains[first]
+        for text, probability in texts.items():
+            third = (drawn(target[text], w),) if len(text) == 2 else ()
+            law[text + third] += volume * probability
+    return law
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keyed_steps_may_come_between_unless_what_they_saw_decides_it(name):
+    target, draft = prefix_laws(7), prefix_laws(107)
+    chains = [behind(name, target, draft, first) for first in range(VOCAB)]
+
+    def distance(goes_on_keyed):
+        law = law_of_mixed_steps(target, draft, chains, goes_on_keyed)
+        return variation(law, target)
+
+    # By nothing, or by what is settled.
+    assert distance(lambda *_: False) < 1e-12
+    assert distance(lambda first, _: first == 1) < 1e-12
+    # By what the walk had accepted of tokens that are still to be drawn.
+    assert distance(lambda _, accepted: accepted == 2) > 0.01

@@ -144,7 +144,7 @@ class Rollouts:
     ):
         self.sampling_cfg, self.most, self.volumes = sampling_cfg, most, volumes
         self.cfg, self.rule = cfg, chain.RULES[rule]
-        self.ranking = "coupled" if rule == "keyed" else learned.SAMPLED
+        self.is_chain_rule = rule != chain.KEYED
         params = jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(5))
         params = params.replace(draft_ids=draft_ids)
         self.weights = learned.DrafterWeights(
@@ -182,12 +182,16 @@ class Rollouts:
             if strategy is None:
                 fn = functools.partial(decode.decode, settings=settings)
             else:
+                rule, ranking = self.rule, "coupled"
+                if self.is_chain_rule and strategy.topk == 1:
+                    ranking = learned.SAMPLED
+                elif self.is_chain_rule:
+                    # What it cannot judge stays keyed, as suffix matches do in a run.
+                    rule = verify.Keyed()
                 fn = functools.partial(
                     self.run,
-                    proposer=learned.Learned(
-                        strategy, settings, self.cfg, self.ranking
-                    ),
-                    rule=self.rule,
+                    proposer=learned.Learned(strategy, settings, self.cfg, ranking),
+                    rule=rule,
                     settings=settings,
                 )
             self.programs[strategy] = jax.jit(fn)

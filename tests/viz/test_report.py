@@ -112,6 +112,23 @@ def test_what_cannot_be_read_is_left_out_and_counted(workdir, tmp_path):
     assert shown == ["step"]
 
 
+def test_a_chain_rule_is_named_and_promises_no_text(workdir, tmp_path):
+    keyed = report.page(workdir, 4)
+    assert "Without drafts the text would be the same." in keyed
+    shutil.copytree(workdir, tmp_path / "run")
+    assert "rule" not in report._table(metrics.read(workdir))[0]
+    record = tmp_path / "run" / metrics.FILE
+    said = '{"specdec/rule": "block", '
+    record.write_text(record.read_text().replace("{", said))
+    rows = metrics.read(tmp_path / "run")
+    page = report.page(tmp_path / "run", 4)
+    assert "Without drafts the text would be another one of the same law." in page
+    assert "would be the same" not in page
+    assert report.summary(rows)["accept length, by the rule block"] == "2.00"
+    names, cells = report._table(rows)
+    assert {line[names.index("rule")] for line in cells} == {"block"}
+
+
 def test_characters_are_not_torn():
     class Bytes:
         def token_bytes(self, token):

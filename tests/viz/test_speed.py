@@ -19,6 +19,14 @@ def test_the_report_keeps_compilation_apart():
         "compile 7.00 s",
         "accept length 1.00: a token per target forward",
     ]
+    stats.num_accepted, stats.num_tried, stats.rule = [10, 5], [10], "block"
+    stats.strategies["D1K1V2"] = 4
+    assert speed.report(stats, 2).splitlines()[-2:] == [
+        "accept length 1.50 tokens per target forward; accepted by depth: 0.50",
+        "calls by strategy: D1K1V2 4 (rule block draws others from the same law)",
+    ]
+    stats.rule = "keyed"
+    assert speed.report(stats, 2).endswith("\ncalls by strategy: D1K1V2 4")
     assert "prefill 0 tokens in 0.00 s, nothing to do" in speed.report(
         rollout_stats.RolloutStats(), 1
     )

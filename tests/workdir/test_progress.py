@@ -38,6 +38,16 @@ def test_one_line_per_step():
     assert progress.line({"step": 9}, 10, 10, 0.0) == "step 10/10"
 
 
+def test_accept_lengths_of_a_chain_rule_are_said_to_be():
+    row = {"specdec/num_accepted": [2, 1], "specdec/accept_length": 1.5}
+    for more, told in (
+        ({}, "1.50"),
+        ({"specdec/rule": "keyed"}, "1.50"),
+        ({"specdec/rule": "block"}, "1.50 (block)"),
+    ):
+        assert progress.line(row | more, 1, 1) == f"step 1/1 | accept {told}"
+
+
 def test_durations():
     times = [0, 7.26, 42.4, 99.9, 125, 3599, 11520]
     assert [progress.duration(t) for t in times] == [

@@ -62,6 +62,8 @@ class Collected:
             "rollout/rounds": self.num_rounds,
             "rollout/prompts_skipped": self.num_skipped,
         }
+        if stats.rule:
+            row["specdec/rule"] = stats.rule
         if stats.num_accepted:
             row["specdec/num_accepted"] = stats.num_accepted
             row["specdec/num_tried"] = stats.num_tried

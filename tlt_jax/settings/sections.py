@@ -361,7 +361,8 @@ class Checkpoint:
     """What survives a crash.
 
     All that decides what is computed does. The texts in which suffix matches are looked
-    up do not: they are gathered anew, which costs some speed and changes no token.
+    up do not: they are gathered anew, which costs some speed and changes no token (by a
+    chain rule, `specdec.rule`, see docs/sampling.md).
 
     Attributes:
       every: RL steps between checkpoints; 0: only the last step.

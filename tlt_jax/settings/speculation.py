@@ -27,6 +27,10 @@ class Specdec:
       ranking: of the learned drafter's candidates: by the noise that the target draws
         with (`coupled`) or by probability alone (`deterministic`).
       tau: temperature of the coupled score's softmax; lower is sharper.
+      rule: what accepts the learned drafter's drafts: `keyed` keeps the tokens of plain
+        decoding; `rejection` and `block` keep their law alone. These judge whole chains
+        (strategies such as D5K1V6), to which ranking and tau mean nothing; what tokens
+        then depend on stands in docs/sampling.md. Suffix matches are always `keyed`.
     """
 
     mode: Literal["off", "ngram", "tlt"] = "off"
@@ -41,6 +45,7 @@ class Specdec:
     window: int = schema.number(300, 1, 10**6)
     ranking: Literal["coupled", "deterministic"] = "coupled"
     tau: float = schema.number(0.5, 1e-3, 1e3)
+    rule: Literal["keyed", "rejection", "block"] = "keyed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,8 @@ class Adaptation(Objective):
         update, as a part of the rollout's, spent while it pays; 0: none.
       max_steps: with one worker: most training steps between rollout and update; 0: as
         many as the time allows. With time to spare it makes the drafter, too, a
-        function of the settings.
+        function of the settings; under a chain rule (`specdec.rule`) the time has no
+        say then, and so many are taken after every rollout.
     """
 
     enabled: bool = True
@@ -155,6 +161,11 @@ class Adaptation(Objective):
     max_frac: float = schema.number(0.2, 0.0, 1e6)
     max_steps: int = schema.number(0, 0, 10**9)
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether a number says how long one worker's trainings are at most."""
+        return self.max_steps > 0 and self.max_frac > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Workers:
@@ -171,6 +182,20 @@ class Workers:
     num: int = schema.number(1, 1, 2**10)
     min_idle: int = schema.number(1, 1, 2**10)
     timeout_s: float = schema.number(900.0, 1e-3, 604800.0)
+
+
+def check_rule(cfg: Specdec) -> None:
+    """Refuse a chain rule where no learned drafter is there to be judged.
+
+    Raises:
+      schema.ConfigError: it is so.
+    """
+    if cfg.rule != "keyed" and cfg.mode != "tlt":
+        raise schema.ConfigError(
+            f"specdec.rule={cfg.rule!r} with specdec.mode={cfg.mode!r}: it judges what "
+            "a learned drafter has sampled, and there is none. Set specdec.mode=tlt, "
+            "or specdec.rule=keyed."
+        )
 
 
 def check_shape(shape: DrafterShape) -> None:

@@ -1,10 +1,10 @@
-"""The standard rules of chain drafts, to compare the keyed rule with.
+"""The standard rules of chain drafts: the law of plain decoding, not its tokens.
 
 A drafter draws a chain of tokens from its laws; the target's laws at those places, and
 one beyond, decide how many are kept and what follows them. The tokens are then a sample
 of the target's law again, but another one than plain decoding draws, and another one
-for another drafter, strategy, batch or cut of the calls. Nothing but naming such a rule
-turns it on.
+for other weights of the drafter, another strategy or another cut of the calls, which
+rows that are decoded together decide. Nothing but naming such a rule turns it on.
 
 Chance of a step. Every draw has noise of its own, keyed by the request, by the length
 of its text when the step begins, by what the draw is for, and by the position:
@@ -22,6 +22,16 @@ of its text when the step begins, by what the draw is for, and by the position:
   laws made of the past, and whatever cut the calls or switched strategies before.
 - Of the request's key, under counters that no position of plain decoding has, so that
   a run is repeated by its seed, and may switch to plain decoding and back.
+
+Keyed steps may come in between under a condition. They look at the noise of positions
+ahead, too, and at what they drafted there; where a call's limit cuts their walk this is
+not emitted yet. The next keyed step draws it by that same noise, a step by a chain rule
+by its own: both draw it from the target's law, unless which of the two comes hangs on
+what the noise was. So who chooses between them must not have seen how much of a keyed
+walk was accepted: of a tuner's candidates all or none are judged by a chain rule
+(`check`), and a run goes over from keyed suffix matches to chains when the drafter
+comes, which nobody decides by the rows under way. Choices between chains and plain
+decoding, which looks at nothing ahead, are free.
 
 Reference: Leviathan, Kalman and Matias, Fast Inference from Transformers via
 Speculative Decoding, 2023, Algorithm 1; Chen et al., Accelerating Large Language Model

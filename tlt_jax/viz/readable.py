@@ -12,7 +12,7 @@ from typing import Any
 from tlt_jax.models.formats import json_file
 
 # Names whose values are text, and those whose values may be lists; the rest: numbers.
-_TEXTS = frozenset({"specdec/strategy"})
+_TEXTS = frozenset({"specdec/strategy", "specdec/rule"})
 _LARGEST = 1e30  # beyond it pictures have no axis
 
 

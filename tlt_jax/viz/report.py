@@ -15,6 +15,7 @@ from typing import Any
 
 from tlt_jax.models.formats import json_file
 from tlt_jax.models.formats import tokenizer as model_tokenizer
+from tlt_jax.specdec import chain
 from tlt_jax.viz import page as page_lib
 from tlt_jax.viz import plots, readable, style
 from tlt_jax.workdir import metrics, progress
@@ -39,6 +40,7 @@ _COLUMNS = (
     ("longest", "length/max", ".0f"),
     ("accept", "specdec/accept_length", ".2f", 1.0),
     ("strategy", "specdec/strategy", "s", "none"),
+    ("rule", "specdec/rule", "s", chain.KEYED),
     ("drafter", "drafter/version", ".0f"),
     ("idle", "workers/idle_frac", ".0%", 0.0),
     ("rollout s", "time/rollout_s", ".2f"),
@@ -53,8 +55,10 @@ _SHOWN_ROWS = 100
 _NEEDED = {"example_id", "reward", "num_tokens", "finish_reason", "answer", "text"}
 _DRAFTED = (
     "Green: tokens that a draft had guessed and the target accepted. The others the "
-    "target drew itself. Without drafts the text would be the same."
+    "target drew itself."
 )
+_SAME = "Without drafts the text would be the same."
+_OTHER = "Without drafts the text would be another one of the same law."
 
 
 def write(
@@ -86,6 +90,7 @@ def page(workdir: pathlib.Path, num_answers: int) -> str:
         raise metrics.MetricsError(
             f"{workdir / metrics.FILE} has no step yet: wait for the first one."
         )
+    rule = _chain_rule(rows)
     path = workdir / "config.json"
     config = json_file.read(path, "restore it") if path.is_file() else {}
     pictures = [
@@ -100,7 +105,7 @@ def page(workdir: pathlib.Path, num_answers: int) -> str:
     if answers or num_unread:
         shown = "".join(map(page_lib.answer, answers))
         drafted = any(flag for one in answers for _, flag in one.pieces)
-        notes = [_DRAFTED] if drafted else []
+        notes = [f"{_DRAFTED} {_OTHER if rule else _SAME}"] if drafted else []
         if num_unread:
             notes.append(f"Lines of rollouts/ that cannot be read: {num_unread}.")
         title = f"Answers of step {step}"
@@ -143,7 +148,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     passes = sum(one[0] for one in counts if one)
     if passes:
         yielded = sum(map(sum, counts))
-        told["accept length"] = f"{yielded / passes:.2f}"
+        rule = _chain_rule(rows)
+        name = f"accept length, by the rule {rule}" if rule else "accept length"
+        told[name] = f"{yielded / passes:.2f}"
     idle_s, trained_s = total("workers/idle_s"), total("workers/trained_s")
     has_drafter = any(row.get("drafter/version") is not None for row in steps)
     if idle_s and (trained_s or has_drafter):
@@ -208,6 +215,12 @@ def pieces(
     if rest := decoder.decode(b"", final=True):
         cut.append((rest, False))
     return cut
+
+
+def _chain_rule(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rule of drafts if it does not keep the tokens; else nothing."""
+    rules = [row.get("specdec/rule", chain.KEYED) for row in rows]
+    return next((str(rule) for rule in rules if rule != chain.KEYED), "")
 
 
 def _answer(record, tokenizer, is_longest) -> page_lib.Answer:

@@ -32,7 +32,7 @@ def report(stats: rollout_stats.RolloutStats, num_samples: int) -> str:
     lines += [
         f"accept length {stats.accept_length:.2f} tokens per target forward; "
         f"accepted by depth: {rates}",
-        f"calls by strategy: {calls}",
+        f"calls by strategy: {calls}{_told(stats)}",
     ]
     return "\n".join(lines)
 
@@ -50,12 +50,16 @@ def compare(
     )
     num_tokens, plain_s = plain_stats.num_tokens, plain_stats.decode_s
     ratio = plain_s / (stats.decode_s + stats.fill_s)
-    why = ""
-    if stats.rule != chain.KEYED:
-        why = f" (rule {stats.rule} draws others from the same law)"
     return (
         f"plain   {num_tokens} tokens in {plain_s:.2f} s, "
         f"{num_tokens / plain_s:.1f} tokens/s\n"
         f"speculation: {ratio:.2f} times as fast, tokens equal in {num_equal} of "
-        f"{len(completions)}{why}"
+        f"{len(completions)}{_told(stats)}"
     )
+
+
+def _told(stats: rollout_stats.RolloutStats) -> str:
+    """Say of a rule that keeps no tokens that it does not."""
+    if stats.rule in ("", chain.KEYED):
+        return ""
+    return f" (rule {stats.rule} draws others from the same law)"

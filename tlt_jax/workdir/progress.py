@@ -16,6 +16,7 @@ import rich.table
 import rich.text
 
 from tlt_jax.rl.workers import workers as workers_lib
+from tlt_jax.specdec import chain
 
 _SHOWN_STEPS = 10
 _FIRST = "starting"
@@ -267,6 +268,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         seconds = row.get(f"time/{part}_s")
         if total and seconds and seconds / total >= 0.01:
             split.append(f"{part} {seconds / total:.0%}")
+    rule = row.get("specdec/rule", chain.KEYED)
     version, idle = row.get("drafter/version"), row.get("workers/idle_frac")
     free_s, trained_s = row.get("workers/idle_s"), row.get("workers/trained_s")
     waited = ""
@@ -278,6 +280,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "length": "/".join(lengths) if all(lengths) else lengths[0],
         # Without speculation the record has a 1, which would tell nothing.
         "accept": number("specdec/accept_length", ".2f")
+        + (f" ({rule})" if rule != chain.KEYED else "")
         if row.get("specdec/num_accepted")
         else "",
         "drafter": "" if version is None else f"v{version}",

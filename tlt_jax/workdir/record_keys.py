@@ -183,6 +183,13 @@ TRAINING = (
         _SPECULATES,
     ),
     Key("specdec/num_tried", "counts", "drafts tried at each depth", _SPECULATES),
+    Key(
+        "specdec/rule",
+        "text",
+        "what accepts the learned drafter's drafts; other than `keyed`: the tokens are "
+        "others than plain decoding's, of the same law",
+        "unless `specdec.mode=off`",
+    ),
     # Workers
     Key("workers/idle_s", "s", "without generating, all workers added", stays=True),
     Key("workers/trained_s", "s", "of these, training the drafter", stays=True),

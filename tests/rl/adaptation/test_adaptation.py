@@ -1,5 +1,6 @@
 """A run's drafter: what survives a kill, when engines may use it, its versions."""
 
+import dataclasses
 import inspect
 import json
 import pathlib
@@ -56,7 +57,7 @@ def make(tmp_path):
     """Makes adaptations, with their workers and a tuner, and closes them."""
     made = []
 
-    def one(group=None, initial=None, law=PLAIN, **settings):
+    def one(group=None, initial=None, law=PLAIN, rule="keyed", **settings):
         workers, tuner = Workers(group), Tuner()
         one = adaptation.Adaptation(
             speculation.Adaptation(**SETTINGS | settings),
@@ -70,6 +71,7 @@ def make(tmp_path):
             seed=3,
             directory=tmp_path,
             observer=watch_lib.Silent(),
+            rule=rule,
         )
         made.append(one)
         return one, workers, tuner
@@ -203,6 +205,25 @@ def test_engines_get_the_drafter_once_it_is_the_better_one(
     # Once ready it stays so, and is offered no second time.
     adapted.end_rollout(99.0, after_rollout())
     assert adapted.is_ready == ready and len(workers.offered) == ready
+
+
+def test_by_a_chain_rule_counted_trainings_heed_no_clock(make):
+    settings = {"max_frac": 1e-9, "max_steps": 3}
+    for rule, num_steps in (("block", [3, 3, 3]), ("keyed", [1, 0, 0])):
+        adapted, workers, _ = make(rule=rule, **settings)
+        adapted.start()
+        for number in range(8):
+            workers.on_text(text(number))
+        rows = []
+        for _ in range(3):
+            # What was worth nothing is not tried again, but where steps are counted.
+            adapted.end_rollout(2.5, after_rollout(1.0))
+            adapted.budget = dataclasses.replace(adapted.budget, gain_per_s=-1.0)
+            rows.append(adapted.row())
+        assert [row["drafter/num_steps"] for row in rows] == num_steps
+        # Its texts were not drawn by the noise that drafts would be ranked by.
+        assert ("drafter/sharpness" in rows[0]) == (rule == "keyed")
+        assert rows[0]["drafter/ready"] or rule == "keyed"
 
 
 def test_under_another_law_the_first_update_decides(make):

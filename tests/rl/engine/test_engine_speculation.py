@@ -12,6 +12,7 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import speculator
 from tlt_jax.runtime import sharding
 from tlt_jax.specdec import sampling, strategy
+from tlt_jax.specdec.tuners import tuner
 
 DRAFTER = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=20)
 EAGLE = drafter.of_target(engines.CFG, output_norm=False)
@@ -40,7 +41,8 @@ def engine_of(table, cfg=DRAFTER, speculator_changes=None, mesh=None, **changes)
         engines.CFG,
         dataclasses.replace(engines.BASE, **changes),
         speculator_cfg=speculator.SpeculatorConfig(
-            strategy.parse_arms(TABLES[table]), cfg, **(speculator_changes or {})
+            **{"table": strategy.parse_arms(TABLES[table]), "drafter_cfg": cfg}
+            | (speculator_changes or {})
         ),
         decode_text=engines.letters,
         mesh=mesh,
@@ -138,6 +140,23 @@ def test_a_chain_rule_gives_other_tokens_with_the_targets_log_probs():
     assert_equal(again, {c.request_id: c for c in completions})
     engine.set_drafter(drafter_params(EAGLE, 1), version=1)
     others, _ = engine.run(engines.REQUESTS, engines.SEED)
+    tokens = [[c.tokens.tolist() for c in run] for run in (completions, others)]
+    assert tokens[0] != tokens[1]
+    engine.pool.close()
+
+
+def test_until_a_drafter_comes_suffix_matches_are_keyed_under_a_chain_rule(expected):
+    early = strategy.parse_arms(TABLES["ngram"])
+    changes = dict(rule="block", early=early)
+    engine = engine_of("chain", EAGLE, changes, max_rows=1)
+    engine._speculator._early_tuner = tuner.Static(early)
+    weights, engine._speculator.weights = engine._speculator.weights, None
+    completions, stats = engine.run(engines.REQUESTS, engines.SEED)
+    assert set(stats.strategies) == {"D3K2V5-ngram"} and stats.accept_length > 1
+    assert_equal(completions, expected[0])
+    engine._speculator.weights = weights
+    others, stats = engine.run(engines.REQUESTS, engines.SEED)
+    assert set(stats.strategies) == {"D3K1V4"} and stats.rule == "block"
     tokens = [[c.tokens.tolist() for c in run] for run in (completions, others)]
     assert tokens[0] != tokens[1]
     engine.pool.close()

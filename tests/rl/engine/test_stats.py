@@ -29,6 +29,9 @@ def test_rates_are_of_drafts_that_were_tried():
     assert stats.accept_length == 44 / 20
     empty = rollout_stats.RolloutStats()
     assert (empty.accept_rates(), empty.accept_length) == ([], 1.0)
+    # Workers that had nothing to do know of no rule.
+    named = rollout_stats.RolloutStats(rule="block")
+    assert empty.join(named).rule == named.join(empty).rule == "block"
     # What nobody tried has no chance rather than no number.
     assert rollout_stats.accept_rates([5, 0, 0], [5, 0]) == [0.0, 0.0]
 

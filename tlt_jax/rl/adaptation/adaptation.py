@@ -8,6 +8,7 @@ earlier text, the engines propose from text.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.runtime import distributed, train_state
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import speculation
-from tlt_jax.specdec import sampling
+from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.texts import sampling as text_sampling
@@ -134,6 +135,7 @@ class Adaptation:
         seed: int,
         directory: pathlib.Path,
         observer: watch_lib.Observer,
+        rule: str = chain.KEYED,
     ):
         """Take the parts; `start` gives the drafter weights.
 
@@ -147,12 +149,17 @@ class Adaptation:
           precision: of activations, and of the engines' copies.
           seed: of weights and of the order of texts.
           directory: for what memory does not hold.
+          rule: by which drafts are accepted. Where tokens hang on the drafter, counted
+            trainings (`settings.max_steps`) are that long whatever time they take and
+            whatever they are worth: no clock has a say.
         """
         self.cfg, self._settings = cfg, settings
         self._workers, self._tuners = workers, tuners
         self._initial, self._eos_ids = initial, tuple(eos_ids)
         self._precision, self._seed, self._observer = precision, seed, observer
         self._ngram_accept_length: float | None = None
+        is_keyed = rule == chain.KEYED
+        self._is_counted = not is_keyed and settings.counts_steps
         self.budget = budget.Budget()
         self._sharing = Sharing(workers.group)
         self.version, self.is_ready = 0, initial is not None
@@ -190,8 +197,9 @@ class Adaptation:
             depth=_DEPTH,
             dtype=precision,
         )
-        # What drafts would have had accepted can be read off texts of this law alone.
-        self._measures = sampling_cfg == sampling.SamplingConfig()
+        # What drafts would have had accepted can be read off texts of this law alone,
+        # and by their own noise, which chain rules do not draw them by.
+        self._measures = is_keyed and sampling_cfg == sampling.SamplingConfig()
         self.trainer = spot_trainer.SpotTrainer(
             self.learner,
             self.sampler,
@@ -265,6 +273,8 @@ class Adaptation:
 
     def _train_while_nobody_waits(self, rollout_s: float) -> None:
         seconds = self.budget.seconds(rollout_s, self._settings.max_frac)
+        if self._is_counted:
+            seconds = math.inf
         if not seconds or not len(self.buffer):
             self.budget = self.budget.skipped()
             return

@@ -3,7 +3,7 @@
 Rows are admitted into free slots, decoded many steps a call, retired when they end, and
 packed into the next smaller batch bucket as the batch drains. Each decode call may
 speculate or not. Tokens do not depend on any of this: noise is keyed by request and
-position. (With a chain rule, `SpeculatorConfig.rule`, they do, and their law does not.)
+position. (By a chain rule, `SpeculatorConfig.rule`, they do, and their law does not.)
 """
 
 import concurrent.futures
@@ -198,7 +198,8 @@ class Engine:
         """
         self._require_params()
         engine_cfg = self.engine_cfg
-        stats = rollout_stats.RolloutStats(rule=self._speculator.rule)
+        rule = self._speculator.rule if self._speculates else ""
+        stats = rollout_stats.RolloutStats(rule=rule)
         waited_before = self.pool.stats.waited_s
         plan = scheduler.Scheduler(
             source,
@@ -351,10 +352,11 @@ def answer(
     on_call: Callable[[int, int], None] | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
-    """Generate a completion for every request; which engine does changes no token.
+    """Generate a completion for every request.
 
-    For engines of this process that are not expected to fail: `workers.Workers` does it
-    for those that are, and for several processes.
+    Which engine does changes no token, if drafts are accepted by the keyed rule. For
+    engines of this process that are not expected to fail: `workers.Workers` does it for
+    those that are, and for several processes.
 
     Args:
       engines: of equal sizes and weights; at least one. They run side by side.

@@ -196,7 +196,7 @@ class EnginePrograms:
             fn = functools.partial(
                 speculate.run,
                 proposer=self._proposer(strategy),
-                rule=chain.RULES[self._speculator_cfg.rule],
+                rule=chain.RULES[self._speculator_cfg.rule_of(strategy)],
                 settings=self.settings,
             )
             return decode.donated(fn, self._shardings, self._replicated).lower(

@@ -3,7 +3,8 @@
 Every worker takes requests from the same queue when it has room, so none starves while
 another has work that has not begun. Nobody takes more than an equal part of what is
 waiting or being decoded: the worker that asks first would else have it all. Who takes
-what changes no token, since noise is keyed by request and position.
+what changes no token, since noise is keyed by request and position (by a chain rule,
+`SpeculatorConfig.rule`, it changes tokens and not their law).
 """
 
 import collections

@@ -171,7 +171,8 @@ class Scheduler:
 
         Rows that are decoded come first. Where pages run out for them, those admitted
         last are put back into the queue with what they have drawn: their continuation
-        is the same, since noise is keyed by position. A waiting row is admitted into a
+        is the same, since noise is keyed by position (or one of the same law, by a
+        chain rule). A waiting row is admitted into a
         free slot if there are pages for all of its next `num_steps` tokens, too, so
         that what is cached for it is used before it can be put back. Returns what the
         device must do, before pages are written by anything else.

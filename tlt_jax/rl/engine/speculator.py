@@ -66,9 +66,9 @@ class SpeculatorConfig:
       tau: temperature of the coupled score.
       texts: of suffix matches.
       rule: of acceptance. `keyed` is ours: the tokens are those of plain decoding.
-        `rejection` and `block`, for comparison, keep their law alone: the tokens are
-        others, for every drafter and batch others again. They judge chains sampled
-        from the drafter, to which `ranking` and `tau` mean nothing; see `chain`.
+        `rejection` and `block` keep their law alone: the tokens are others, for every
+        drafter and batch others again. They judge chains sampled from the drafter, to
+        which `ranking` and `tau` mean nothing; see `chain` and `rule_of`.
       capture: pages keep what training the drafter needs, see `capture`.
     """
 
@@ -80,6 +80,15 @@ class SpeculatorConfig:
     rule: str = chain.KEYED
     capture: bool = False
     early: strategy_lib.Arms | None = None
+
+    def rule_of(self, strategy: strategy_lib.Strategy) -> str:
+        """Return the rule that judges a strategy's drafts.
+
+        What is guessed without the drafter, before its time, was sampled from no law:
+        there the rule is always keyed. That the two follow each other keeps the law, as
+        nothing but the drafter's coming decides when; see `chain`.
+        """
+        return self.rule if strategy.drafts else chain.KEYED
 
     def check(
         self,

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from tlt_jax.specdec import chain
 from tlt_jax.specdec.tuners import tuner
 
 
@@ -26,7 +25,8 @@ class RolloutStats:
       num_tried: the same of drafts at depth d + 1 whose parent was accepted, whether
         they were, too, or not: strategies differ in depth.
       strategies: decode calls by strategy; `none` is plain decoding.
-      rule: by which drafted tokens were accepted, see `speculator.SpeculatorConfig`.
+      rule: by which the learned drafter's tokens were accepted, see
+        `speculator.SpeculatorConfig`; empty: no engine here speculates.
       prefill_s, fill_s, decode_s: seconds on the host's clock, waiting for the device;
         no compilation.
       compile_s: seconds for which programs were waited for.
@@ -47,7 +47,7 @@ class RolloutStats:
     strategies: collections.Counter = dataclasses.field(
         default_factory=collections.Counter
     )
-    rule: str = chain.KEYED
+    rule: str = ""
     prefill_s: float = 0.0
     fill_s: float = 0.0
     decode_s: float = 0.0
@@ -89,6 +89,7 @@ class RolloutStats:
         values = {name: mine[name] + its[name] for name in mine if name != "rule"}
         for name in ("num_accepted", "num_tried"):
             values[name] = _sum(mine[name], its[name])
+        values["rule"] = self.rule or other.rule
         return dataclasses.replace(self, **values)
 
 
