@@ -335,8 +335,9 @@ class Flags:
         self._strategy = flags.DEFINE_multi_string(
             "strategy",
             [],
-            "<rows>:D<draft_depth>K<topk>V<tokens_to_verify>: how to speculate for up "
-            "to so many rows; may be given several times, the fewest rows first.",
+            "<rows>:D<draft_depth>K<topk>V<tokens_to_verify>, N<budget of all rows> "
+            "behind it if they shall share: how to speculate for up to so many rows; "
+            "may be given several times, the fewest rows first.",
             **shared,
         )
         self._ranking = flags.DEFINE_enum(

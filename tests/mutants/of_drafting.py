@@ -9,7 +9,7 @@ _PAGES = f"{_DRAFTS} -k pages_are"
 
 EDITS = {
     ("specdec/tree.py", "tests/specdec/test_tree.py"): [
-        ("best = jnp.sort(jnp.where(", "best = (jnp.where("),
+        ("best, num), axis=1)", "best, num), axis=0)"),
         ("parent_of % (num + 1)", "parent_of % num"),
         ("jnp.where(scores > -jnp.inf, best, num)", "best"),
         ("room = budget - jnp.sum(alive)", "room = budget"),
@@ -130,6 +130,9 @@ EDITS = {
             "scores_BEV + noise_B1V",
         ),
         ("index=first + chosen_BE,", "index=chosen_BE,"),
+        ("return jnp.minimum(above_B, width - 1)", "return above_B"),
+        ("has_room_B = alive & (", "has_room_B = ("),
+        ("(jnp.sum(num_above(best)) < room)", "(jnp.sum(num_above(best)) <= room)"),
         (
             "features=jnp.take_along_axis(out.hidden, parent_BE[None], axis=2)",
             "features=out.hidden",
@@ -157,13 +160,13 @@ EDITS = {
             _PAGES,
         ),
         (
-            "view.lengths[:, None] + jnp.arange(tokens.shape[1]),",
-            "view.lengths[:, None] + 1 + jnp.arange(tokens.shape[1]),",
+            "view.lengths[:, None] + jnp.arange(tokens.shape[1])",
+            "view.lengths[:, None] + 1 + jnp.arange(tokens.shape[1])",
             _PAGES,
         ),
         (
-            "last = (state.counts - 1)[None, :, None]",
-            "last = (0 * state.counts)[None, :, None]",
+            "last_B1 = jnp.maximum(state.counts - 1, 0)[:, None]",
+            "last_B1 = (0 * state.counts)[:, None]",
             _ACCEPTED,
         ),
         (

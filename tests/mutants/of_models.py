@@ -44,7 +44,7 @@ EDITS = {
             "page = lax.dynamic_slice_in_dim(pages, sources[i], 1, axis=1)",
             "page = lax.dynamic_slice_in_dim(pages, sources[0], 1, axis=1)",
         ),
-        ("row, new.sources[row, t], page, slot)", "row, t, page, slot)"),
+        ("new.fresh, new.sources[row, t], page, slot)", "new.fresh, t, page, slot)"),
         (
             "per_row = 1 + (width - 1 + page_size - 1) // page_size",
             "per_row = (width - 1 + page_size - 1) // page_size",

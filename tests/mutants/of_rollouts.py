@@ -56,8 +56,8 @@ EDITS = {
     ],
     ("rl/engine/speculator.py", _SPECULATOR): [
         (
-            "if 1 <= row.length - row.drafted <= strategy.max_accept_length:",
-            "if 1 <= row.length - row.drafted < strategy.max_accept_length:",
+            "0 <= behind < strategy.max_accept_length and",
+            "0 <= behind < strategy.max_accept_length - 1 and",
         ),
         ("stop = max(row.length - 1, 0)", "stop = max(row.length, 0)"),
         (

@@ -157,7 +157,10 @@ def checked_view(
     the view returned fails where a value is wrong, see `validators.checked_lengths`.
     """
     cache = view.cache
-    positions = positions if rows is None else rows.unpack(positions)
+    if rows is not None:
+        # Beyond a row's own columns stand others', which no query of it sees.
+        own_BW = jnp.arange(rows.width) < rows.counts[:, None]
+        positions = jnp.where(own_BW, rows.unpack(positions), view.lengths[:, None])
     lengths = validators.checked_lengths(
         (cache.keys.shape[0], cache.num_pages, cache.page_size),
         view.page_table,

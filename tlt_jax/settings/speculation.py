@@ -15,7 +15,9 @@ class Specdec:
         drafter, adapted during the run; proposals from text until it is better).
       strategies: candidates for `tlt`: `4:D5K1V6,D3K1V4` names two (draft_depth, topk,
         tokens_to_verify) for up to 4 active rows; entries with few rows come first, and
-        beyond the last one decoding is plain. Each costs a program per batch bucket.
+        beyond the last one decoding is plain. `16:D7K1V8N48` limits what is verified of
+        all rows together, which then share by score. Each costs a program per batch
+        bucket.
       ngram_strategies: the same for `ngram`, and for `tlt` before the drafter is ready.
       tuner: who chooses: `static` and `threshold` (one candidate per entry),
         `beg_mab` (the paper's bandit), `cost_model` (ours), or one of one's own.

@@ -22,6 +22,8 @@ TABLES = {
     "tail": ("2:D3K1V4",),
     "ngram": ("4:D3K2V5-ngram",),
     "both": ("2:D3K2V7-both",),
+    # Rows that share: three have 8 nodes of 15, two of them 8 of 10.
+    "shared": ("4:D3K2V5N8",),
 }
 # Fewer rows than a batch, and so few pages that rows are put back.
 SMALL = dict(max_rows=3, page_size=2, num_pages=26, steps_per_call=4, prefill_chunk=3)
@@ -87,8 +89,9 @@ def assert_notes_what_was_drafted(completions, stats):
         ("by rows", SMALL | dict(check_kernels=True)),
         ("ngram", dict(cfg=None)),
         ("both", SMALL),
+        ("shared", SMALL | dict(check_kernels=True)),
     ],
-    ids="chain rows preempting ngram both".split(),
+    ids="chain rows preempting ngram both shared".split(),
 )
 def test_tokens_are_those_of_plain_decoding(expected, table, changes):
     completions_of, plain_stats = expected

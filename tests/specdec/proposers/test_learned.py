@@ -11,6 +11,7 @@ from tests.specdec import hosts
 from tlt_jax.models import kv_cache
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.specdec import candidates as candidates_lib
 from tlt_jax.specdec import decode, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import expansion, learned
@@ -188,3 +189,39 @@ def test_best_of_are_the_largest(k):
     order = np.argsort(-scores, axis=-1)[..., :k]
     np.testing.assert_array_equal(ids, order)
     np.testing.assert_array_equal(values, np.take_along_axis(scores, order, -1))
+
+
+@pytest.mark.parametrize(
+    "strategy,live,alive,wanted",
+    [
+        # Of 7 nodes three are roots: three found ones score as high as the first row's
+        # live one, itself among them, and four as high as the second row's.
+        ("D4K1V5N7", (-0.5, -0.7, -9), (1, 1, 1), True),
+        ("D4K1V5N7", (-9, -0.7, -9), (1, 1, 1), False),
+        # A row that has ended neither goes on nor takes anybody's room.
+        ("D4K1V5N6", (-9, -0.7, -0.1), (1, 1, 0), True),
+        ("D4K1V5N5", (-9, -0.9, -0.1), (1, 1, 0), False),
+        # A row has all that it may have, though there is room for others.
+        ("D2K1V3N8", (-0.6, -9, -9), (1, 1, 1), False),
+        ("D2K1V3N8", (-0.6, -0.75, -9), (1, 1, 1), True),
+        # Nobody shares: only a row's own nodes count.
+        ("D4K1V5", (-0.6, -9, -9), (1, 1, 1), True),
+        ("D2K1V3", (-0.3, -9, -9), (1, 1, 1), True),
+        ("D2K1V3", (-0.6, -0.7, -9), (1, 0, 1), False),
+    ],
+)
+def test_no_level_is_drafted_that_cannot_enter(strategy, live, alive, wanted):
+    found = np.array([[-0.2, -0.5, -np.inf], [-0.7, -0.8, -1.5], [-0.1, -2.0, -2.5]])
+    none = np.zeros((3, 3), np.int32)
+    settings = decode.Settings(hosts.CFG)
+    grow = expansion.Expansion(strategy_lib.parse(strategy), settings, CFG, False)
+    level = expansion.Level(
+        candidates_lib.Candidates(none, none, none, jnp.asarray(found)),
+        *[None] * 3,
+        tokens=none[:, :1],
+        scores=jnp.array(live)[:, None],
+        index=none[:, :1],
+        features=None,
+        probs=None,
+    )
+    assert bool(grow.may_matter(level, jnp.array(alive, bool))) == wanted
