@@ -80,6 +80,12 @@ class Strategy:
         """Say whether rows have to share: there is not room for all of all trees."""
         return self.num_columns(num_rows) < num_rows * self.tokens_to_verify
 
+    def of_batch(self, num_rows: int) -> "Strategy":
+        """Return itself without a budget where the batch is too small for one."""
+        if self.shares(num_rows):
+            return self
+        return dataclasses.replace(self, budget=0)
+
     @property
     def num_drafted(self) -> int:
         """Nodes that the learned drafter proposes."""
@@ -125,6 +131,8 @@ def parse(text: str) -> Strategy:
         verify, has_budget, budget = rest.partition("N")
         numbers = int(depth), int(topk), int(verify)
         budget = int(budget) if has_budget else 0
+        if has_budget and budget < 1:
+            raise ValueError("a budget that is named is one")
     except ValueError:
         raise ValueError(
             f"strategy {text!r} is not of the form D<draft_depth>K<topk>"

@@ -134,15 +134,37 @@ def test_optimism_falls_with_evidence_and_rises_with_discounts():
 @pytest.mark.parametrize(
     "name,family",
     [
-        ("D3K1V4", ("drafter", 1, 0)),
-        ("D7K1V8", ("drafter", 1, 0)),
-        ("D3K2V6", ("drafter", 2, 6)),
-        ("D5K1V6-ngram", ("ngram", 1, 0)),
-        ("D3K2V8-both", ("both", 2, 8)),
+        ("D3K1V4", ("drafter", 1, 0, 0)),
+        ("D7K1V8", ("drafter", 1, 0, 0)),
+        ("D3K2V6", ("drafter", 2, 6, 0)),
+        ("D5K1V6-ngram", ("ngram", 1, 0, 0)),
+        ("D3K2V8-both", ("both", 2, 8, 0)),
+        # Of a batch of four: not all of 32 nodes, and all of them.
+        ("D7K1V8N31", ("drafter", 1, 0, 31)),
+        ("D7K1V8N32", ("drafter", 1, 0, 0)),
     ],
 )
 def test_families(name, family):
-    assert survival.family_of(strategy.parse(name)) == family
+    assert survival.family_of(strategy.parse(name), 4) == family
+
+
+def test_a_budget_is_expected_to_reach_as_deep_as_an_equal_share():
+    tight = strategy.parse("D3K1V4N10")
+    made = survival.Survival(prior_weight=0, shared_weight=20)
+    made.add(D3, (100, 80, 40, 10), 2)
+    # A row and a half of drafts each at four rows, and at two rows all there are.
+    assert made.accept_length(tight, bucket=4) == pytest.approx(1 + 0.8 + 0.8 * 0.25)
+    assert made.accept_length(tight, bucket=2) == made.accept_length(D3, bucket=2)
+    made.add(tight, (60, 60, 30, 30), 4)
+    # Rows that guessed well had more: twenty row-steps count as expected.
+    first = (60 + 20 * 0.8) / 80
+    second = (30 + 20 * 0.25) / 80
+    third = 30 / 50
+    wanted = 1 + first * (1 + second * (1 + third))
+    assert made.accept_length(tight, bucket=4) == pytest.approx(wanted)
+    # Nothing of it is held true of chains without a budget, or of other batches.
+    assert made.accept_length(D3) == pytest.approx(1 + 0.8 + 0.4 + 0.1)
+    assert made.accept_length(tight, bucket=8) == pytest.approx(1 + 0.8 * 0.25)
 
 
 TREE, NGRAM = strategy.parse("D3K2V8"), strategy.parse("D2K1V3-ngram")
@@ -160,14 +182,14 @@ def seen(**settings):
 
 
 STATE = [
-    ["drafter", 1, 0, None, [[10, 7], [6, 4], [4, 3]]],
-    ["drafter", 1, 0, 4, [[10, 7], [6, 4], [4, 3]]],
-    ["drafter", 2, 8, None, [[5, 2], [2, 1], [1, 0]]],
-    ["drafter", 2, 8, 2, [[5, 2], [2, 1], [1, 0]]],
-    ["ngram", 1, 0, None, [[40, 10], [10, 0]]],
-    ["ngram", 1, 0, 1, [[40, 10], [10, 0]]],
-    ["both", 2, 4, None, [[30, 20], [20, 10]]],
-    ["both", 2, 4, 1, [[30, 20], [20, 10]]],
+    ["drafter", 1, 0, 0, None, [[10, 7], [6, 4], [4, 3]]],
+    ["drafter", 1, 0, 0, 4, [[10, 7], [6, 4], [4, 3]]],
+    ["drafter", 2, 8, 0, None, [[5, 2], [2, 1], [1, 0]]],
+    ["drafter", 2, 8, 0, 2, [[5, 2], [2, 1], [1, 0]]],
+    ["ngram", 1, 0, 0, None, [[40, 10], [10, 0]]],
+    ["ngram", 1, 0, 0, 1, [[40, 10], [10, 0]]],
+    ["both", 2, 4, 0, None, [[30, 20], [20, 10]]],
+    ["both", 2, 4, 0, 1, [[30, 20], [20, 10]]],
 ]
 
 
@@ -200,13 +222,13 @@ def test_old_calls_fade_by_so_much():
 def test_discounts_by_proposer_and_size():
     made = seen(kept=5.0)
     made.discount(0.25, drafted_only=True)
-    counts = {(p, k): c for p, k, _, bucket, c in made.state() if bucket is None}
+    counts = {(p, k): c for p, k, _, _, bucket, c in made.state() if bucket is None}
     assert counts["drafter", 1] == [[5, 3.5], [5, pytest.approx(10 / 3)], [4, 3]]
     assert counts["drafter", 2] == [[5, 2], [2, 1], [1, 0]]
     assert counts["ngram", 1] == [[40, 10], [10, 0]]
     assert counts["both", 2] == [[7.5, 5], [5, 2.5]]
     made.discount(0.5)
-    counts = {(p, k): c for p, k, _, bucket, c in made.state() if bucket is None}
+    counts = {(p, k): c for p, k, _, _, bucket, c in made.state() if bucket is None}
     assert counts["ngram", 1] == [[20, 5], [5, 0]]
     assert counts["both", 2] == [[5, pytest.approx(10 / 3)], [5, 2.5]]
 

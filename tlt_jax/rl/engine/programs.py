@@ -209,6 +209,7 @@ class EnginePrograms:
 
         if strategy is None:
             return programs.Program(("decode", batch), plain)
+        strategy = strategy.of_batch(batch)
         return programs.Program(("speculate", batch, strategy), speculative)
 
     def _proposer(self, strategy: strategy_lib.Strategy) -> protocols.Proposer:

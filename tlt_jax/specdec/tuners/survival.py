@@ -7,19 +7,21 @@ from typing import Any
 from tlt_jax.specdec import strategy as strategy_lib
 
 Strategy = strategy_lib.Strategy
-Family = tuple[str, int, int]
+Family = tuple[str, int, int, int]
 
 
-def family_of(strategy: Strategy) -> Family:
+def family_of(strategy: Strategy, bucket: int | None = None) -> Family:
     """Return what strategies share whose steps score each other's levels.
 
     The first levels of a deep chain are a shallower chain: chains of one proposer are
     one family. A tree keeps the best `tokens_to_verify` nodes of all its levels, so
     trees share where `topk` and `tokens_to_verify` are equal; there a deeper one has
-    given a few shallow nodes away, which is neglected.
+    given a few shallow nodes away, which is neglected. Where a batch of `bucket` rows
+    has to share its budget, how deep a row comes is the budget's doing.
     """
     size = strategy.tokens_to_verify if strategy.topk > 1 else 0
-    return strategy.proposer, strategy.topk, size
+    budget = strategy.budget if bucket and strategy.shares(bucket) else 0
+    return strategy.proposer, strategy.topk, size, budget
 
 
 class Survival:
@@ -38,6 +40,10 @@ class Survival:
     proposer: `prior_weight` row-steps. Batch buckets differ, since the last rows of a
     rollout are not like the others: a bucket's hazards start from those of all, which
     count for `shared_weight` row-steps.
+
+    Where rows share a budget, each batch size is by itself: before it was seen its
+    hazards are those of the same proposer without a budget, as far down as an equal
+    share of the nodes reaches.
 
     Evidence counts for at most `memory` row-steps, so old calls fade, at a depth only
     as new ones tell of it: what was learned of a depth that is not drafted any more is
@@ -77,8 +83,11 @@ class Survival:
     def add(self, strategy: Strategy, num_accepted: Sequence[int], bucket: int) -> None:
         """Add a call's counts, as `tuner.Call` has them."""
         assert len(num_accepted) <= strategy.max_accept_length, num_accepted
-        for where in (None, bucket):
-            counts = self._counts.setdefault((family_of(strategy), where), [])
+        family = family_of(strategy, bucket)
+        # What one batch size makes of a budget says nothing of another.
+        places = (bucket,) if family[-1] else (None, bucket)
+        for where in places:
+            counts = self._counts.setdefault((family, where), [])
             for depth, (at_risk, survived) in enumerate(
                 zip(num_accepted, num_accepted[1:], strict=False)
             ):
@@ -95,8 +104,8 @@ class Survival:
 
         With `drafted_only` what suffix matches alone did stays as it is.
         """
-        for ((proposer, _, _), _), counts in self._counts.items():
-            if drafted_only and proposer == "ngram":
+        for (family, _), counts in self._counts.items():
+            if drafted_only and family[0] == "ngram":
                 continue
             for pair in counts:
                 least = min(self._kept, pair[0])
@@ -111,7 +120,10 @@ class Survival:
         `optimism` is in standard deviations, added to every hazard; `bucket` is of
         batches, None: any. The strategy need not have been tried.
         """
-        family = family_of(strategy)
+        family = family_of(strategy, bucket)
+        share = None
+        if family[-1]:
+            share = strategy.num_columns(bucket) / bucket - 1
         every = self._counts.get((family, None), [])
         here = self._counts.get((family, bucket), []) if bucket is not None else []
         relatives = [
@@ -126,10 +138,12 @@ class Survival:
                 mean = _mean(_sum(relatives, depth), weight, mean)
             n, k = every[depth] if depth < len(every) else (0.0, 0.0)
             mean = hazard = _mean((n, k), weight, mean)
+            if share is not None:
+                hazard *= min(max(share - depth, 0.0), 1.0)
             if depth < len(here):
                 # Of all the evidence, so much as it counts for.
                 n = here[depth][0] + min(n, self._shared_weight)
-                hazard = _mean(here[depth], self._shared_weight, mean)
+                hazard = _mean(here[depth], self._shared_weight, hazard)
             if optimism:
                 # Of a rule-of-succession mean: at 0 and 1, too, a few are no proof.
                 spread = hazard * (1 - hazard) + 0.25 / (n + 1)
@@ -149,8 +163,8 @@ class Survival:
     def restore(self, state: list[Any]) -> None:
         """Go on from a `state()`."""
         self._counts = {
-            ((proposer, topk, size), bucket): [list(pair) for pair in counts]
-            for proposer, topk, size, bucket, counts in state
+            (tuple(family), bucket): [list(pair) for pair in counts]
+            for *family, bucket, counts in state
         }
 
 
