@@ -147,6 +147,7 @@ def test_a_broken_drafter_costs_speed_only(rule):
         parents=np.array([[0, 0, 1]], np.int32),
         depths=np.array([[0, 1, 2]], np.int32),
         valid=np.ones((1, 3), bool),
+        chances=np.ones((1, 3), np.float32),
     )
     gumbel = np.array([[-0.3, 0.4, 0.1]], np.float32)
     chance = chain.Chance(None, np.zeros((1, 2), np.float32), gumbel)

@@ -71,6 +71,13 @@ def test_select_keeps_the_best(num_nodes):
                 )
             )
             assert found == wanted
+            # A path's chance is the product of its nodes'.
+            path = np.ones(num_nodes)
+            for node in range(1, num_nodes):
+                path[node] = path[tree.parents[row][node]] * tree.chances[row][node]
+            scores = np.sort(candidates.scores[row])[::-1][: num_nodes - 1]
+            scores = np.exp(scores[np.isfinite(scores)])
+            np.testing.assert_allclose(np.sort(path[1:][valid[1:]])[::-1], scores, 1e-5)
             assert not tree.tokens[row][~valid].any()
 
 
@@ -136,6 +143,7 @@ def test_words_of_more_than_32_nodes():
         parents=np.maximum(np.arange(num_nodes) - 1, 0)[None].astype(np.int32),
         depths=np.arange(num_nodes)[None].astype(np.int32),
         valid=np.ones((1, num_nodes), bool),
+        chances=np.ones((1, num_nodes), np.float32),
     )
     words = tree_lib.ancestor_words(chain, num_nodes - 1)
     assert words.shape == (1, num_nodes, 2)

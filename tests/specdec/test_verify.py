@@ -14,6 +14,7 @@ TREE = {
     "parents": [0, 0, 0, 1, 1, 4, 0],
     "depths": [0, 1, 1, 2, 2, 3, 0],
     "valid": [True] * 6 + [False],
+    "chances": [1, 0.6, 0.25, 0.75, 0.2, 1.0, 1],
 }
 # Drawn at nodes 0 to 6: the first goes on by 1, 4 and 5 to a bonus token; the second
 # recovers at once, by what padding holds; the third is corrected behind node 1.
@@ -22,6 +23,7 @@ DRAWN = [[3, 9, 0, 0, 4, 6, 0], [8, 9, 0, 0, 4, 6, 0], [3, 1, 0, 0, 4, 6, 0]]
 
 def trees(batch):
     kinds = dict(tokens=np.int32, parents=np.int32, depths=np.int32, valid=bool)
+    kinds["chances"] = np.float32
     return tree_lib.DraftTree(
         **{
             name: jnp.asarray(np.tile(np.asarray(TREE[name], kind), (batch, 1)))
@@ -70,3 +72,16 @@ def test_nothing_is_drawn_at_temperature_0():
     keys = jnp.zeros((2, 2), jnp.uint32)
     chance = verify.Keyed().chance(keys, jnp.array([4, 9]), 3, settings)
     assert chance.draft.shape == (2, 3, 1) and not chance.draft.any()
+
+
+def test_drafts_are_counted_by_the_chance_that_they_were_given():
+    walk = verify.walk(trees(3), jnp.asarray(DRAWN, jnp.int32), 4)
+    tried, chance, true = verify.reliability(trees(3), walk, jnp.array([1, 1, 1], bool))
+    # The first row tries all five, the second 1 and 2, the third 1 to 4.
+    assert tried.tolist() == [0, 0, 5, 0, 0, 0, 3, 2, 0, 1]
+    np.testing.assert_allclose(chance[jnp.array([2, 6, 7, 9])], [1.15, 1.8, 1.5, 1.0])
+    assert true.tolist() == [0, 0, 1, 0, 0, 0, 2, 0, 0, 1]
+    # Rows that have ended tell nothing.
+    ended = verify.reliability(trees(3), walk, jnp.array([0, 1, 0], bool))
+    assert ended[0].tolist() == [0, 0, 1, 0, 0, 0, 1, 0, 0, 0]
+    assert not ended[2].any()

@@ -52,6 +52,22 @@ def test_all_plots_of_a_run(tmp_path, num_steps):
     assert sorted(os.listdir(tmp_path / "plots")) == sorted(p.name for p in written)
 
 
+def test_chances_are_drawn_against_what_came_of_them():
+    tenths = [0, 4, *[0] * 7, 6]
+    row = {
+        "specdec/chance_tried": tenths,
+        "specdec/chance_sum": [0, 0.5, *[0] * 7, 5.7],
+        "specdec/chance_true": [0, 1, *[0] * 7, 6],
+    }
+    drawn = plots.reliability([row, row, {"step": 3}])
+    _, line = drawn.axes[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[0.125, 0.25], [0.95, 1.0]])
+    # Nothing is drawn of records that hold something else.
+    row["specdec/chance_sum"] = [1.0]
+    assert plots.reliability([row]) is None
+    assert plots.reliability([{"specdec/chance_tried": "many"}]) is None
+
+
 def test_what_is_not_recorded_is_not_drawn(tmp_path):
     write(tmp_path, [{"step": 0, "reward/mean": 1.0}])
     assert [path.name for path in plots.draw_all(tmp_path)] == ["reward.png"]

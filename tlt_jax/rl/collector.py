@@ -67,6 +67,10 @@ class Collected:
         if stats.num_accepted:
             row["specdec/num_accepted"] = stats.num_accepted
             row["specdec/num_tried"] = stats.num_tried
+            tried, chance, true = stats.reliability.tolist()
+            row["specdec/chance_tried"] = [int(n) for n in tried]
+            row["specdec/chance_sum"] = chance
+            row["specdec/chance_true"] = [int(n) for n in true]
             row["specdec/strategy"] = stats.most_used
         return row | experience.reward_and_length_row(
             self.everything.rewards, self.everything.completions

@@ -31,12 +31,14 @@ class Speculated:
       num_accepted: `[A] int32`: how often, over live rows and steps, at least d drafted
         tokens were accepted; entry 0 counts the row-steps.
       was_drafted: `[B, max_tokens] bool`: the token had been drafted, and accepted.
+      reliability: `[3, 10] float32`, see `verify.reliability`, over all steps.
       progress: what the proposer tells the host, see `protocols.Proposer.finish`.
     """
 
     emitted: decode.Emitted
     num_accepted: Array
     was_drafted: Array
+    reliability: Array
     progress: Any
 
 
@@ -46,6 +48,7 @@ def plain(emitted: decode.Emitted) -> Speculated:
         emitted=emitted,
         num_accepted=np.zeros((0,), np.int32),
         was_drafted=np.zeros(emitted.tokens.shape, bool),
+        reliability=np.zeros((3, verify.NUM_TENTHS), np.float32),
         progress=(),
     )
 
@@ -81,6 +84,7 @@ class _State:
     emitted: decode.Emitted
     num_accepted: Array  # [A]
     was_drafted: Array  # [B, max_tokens]
+    reliability: Array  # [3, 10]
 
 
 def run(
@@ -151,6 +155,7 @@ def _begin(caches, rows, inputs, proposer, settings) -> _State:
         emitted=decode.nothing(batch, settings.max_tokens),
         num_accepted=jnp.zeros((most,), jnp.int32),
         was_drafted=jnp.zeros((batch, settings.max_tokens), bool),
+        reliability=jnp.zeros((3, verify.NUM_TENTHS), jnp.float32),
     )
 
 
@@ -162,6 +167,7 @@ def _end(state: _State, caches, proposer) -> tuple[protocols.Caches, Speculated]
         emitted=state.emitted,
         num_accepted=state.num_accepted,
         was_drafted=state.was_drafted,
+        reliability=state.reliability,
         progress=progress,
     )
 
@@ -193,10 +199,13 @@ def _step(
     else:
         path_BA = columns.columns(walk.path)
     room_B = jnp.minimum(rows.remaining, token_limit) - state.emitted.counts
+    counted = verify.reliability(tree, walk, state.alive)
     taken, ended_B = _take(walk, state.alive, room_B, out, path_BA, settings)
     state = _commit(state, rows, out, taken, ended_B, logprobs_BA, path_BA, settings)
     proposed = proposer.advance(inputs, state.proposer, rows, proposal, taken)
-    return state.replace(proposer=proposed), (chance, tree, law, walk)
+    counted = state.reliability + counted
+    state = state.replace(proposer=proposed, reliability=counted)
+    return state, (chance, tree, law, walk)
 
 
 def _select(

@@ -25,12 +25,15 @@ class DraftTree:
       parents: `[B, W] int32`, index of the parent; the root is its own.
       depths: `[B, W] int32`, 0 for the root.
       valid: `[B, W] bool`; the root always is, and so is a valid node's parent.
+      chances: `[B, W] float32`, estimated probability that a node comes true if its
+        parent does; the root's is 1, and so is that of nodes that are not valid.
     """
 
     tokens: Array
     parents: Array
     depths: Array
     valid: Array
+    chances: Array
 
 
 def select(
@@ -63,14 +66,18 @@ def select(
     parents = jnp.take_along_axis(index, parent_of % (num + 1), axis=1)
 
     def with_root(first, rest):
-        return jnp.concatenate([first[:, None], rest.astype(first.dtype)], axis=1)
+        return jnp.concatenate([first[:, None].astype(rest.dtype), rest], axis=1)
 
     zeros = jnp.zeros((batch,), jnp.int32)
+    parents = with_root(zeros, jnp.where(valid, parents, ROOT))
+    scores = with_root(zeros, jnp.where(valid, take(candidates.scores), 0.0))
+    chances = jnp.exp(scores - jnp.take_along_axis(scores, parents, axis=1))
     return DraftTree(
         tokens=with_root(root, jnp.where(valid, take(candidates.tokens), 0)),
-        parents=with_root(zeros, jnp.where(valid, parents, ROOT)),
+        parents=parents,
         depths=with_root(zeros, jnp.where(valid, take(candidates.depths), 0)),
         valid=with_root(jnp.ones((batch,), bool), valid),
+        chances=chances,
     )
 
 

@@ -95,6 +95,35 @@ class Keyed:
         return taken, jnp.take_along_axis(logprobs_BW, taken.path, axis=1)
 
 
+# Tenths of chance, by which drafts are counted.
+NUM_TENTHS = 10
+
+
+def reliability(tree: tree_lib.DraftTree, walk: Walk, alive: Array) -> Array:
+    """Count what came of the drafts that were given some chance, by tenths of it.
+
+    A node had its chance if its parent came true, in a row that is `alive [B] bool`.
+    Returns `[3, NUM_TENTHS] float32`: how many, the sum of their chances, and how many
+    came true. Where chances are right the last two agree.
+    """
+    # Of a node of depth d, the path's node above it and the one beside it.
+    above = jnp.maximum(tree.depths - 1, 0)
+    most = walk.path.shape[1] - 1
+    index = jnp.arange(tree.tokens.shape[1])
+
+    def on_path(depth):
+        return jnp.take_along_axis(walk.path, jnp.minimum(depth, most), axis=1)
+
+    reached = walk.num_accepted[:, None]
+    tried = tree.valid & (index > tree_lib.ROOT) & alive[:, None]
+    tried = tried & (above <= reached) & (tree.parents == on_path(above))
+    true = tried & (tree.depths <= reached) & (on_path(tree.depths) == index)
+    tenth = jnp.clip((tree.chances * NUM_TENTHS).astype(jnp.int32), 0, NUM_TENTHS - 1)
+    in_tenth = tenth == jnp.arange(NUM_TENTHS)[:, None, None]
+    counted = jnp.stack([tried, jnp.where(tried, tree.chances, 0.0), true])
+    return jnp.sum(jnp.where(in_tenth, counted[:, None], 0.0), axis=(2, 3))
+
+
 def walk(tree: tree_lib.DraftTree, drawn: Array, max_accept_length: int) -> Walk:
     """Follow the drawn tokens down the trees.
 

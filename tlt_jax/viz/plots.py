@@ -49,6 +49,8 @@ _TRAINING = (
     ("eval/deterministic_rate_by_depth", "held out: accepted, deterministic"),
 )
 
+_TENTHS = 10
+
 
 def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     """Draw what a record of at least one step has data for; return the files."""
@@ -70,7 +72,8 @@ def figures(workdir: str | pathlib.Path) -> dict[str, figure.Figure]:
     """
     workdir = pathlib.Path(workdir)
     rows = readable.rows(metrics.read(workdir))
-    draws = (reward, lengths, time_split, accept_length, policy, drafter_training)
+    draws = (reward, lengths, time_split, accept_length, reliability)
+    draws += (policy, drafter_training)
     made = {draw.__name__: draw(rows) for draw in draws}
     made["timeline"] = timeline.draw(timeline.read(workdir))
     return {name: drawn for name, drawn in made.items() if drawn is not None}
@@ -186,6 +189,34 @@ def accept_length(rows: Rows) -> figure.Figure | None:
     axes.axhline(1.0, color=style.GREY, lw=1, ls=":", label="plain decoding")
     axes.set_ylim(bottom=0)
     return style.finish(fig, axes)
+
+
+def reliability(rows: Rows) -> figure.Figure | None:
+    """Draw how often drafts came true, over the chance that they were given.
+
+    The whole run's; nothing where nothing was drafted.
+    """
+    names = [f"specdec/chance_{name}" for name in ("tried", "sum", "true")]
+    counts = [[readable.numbers(row, name) for name in names] for row in rows]
+    whole = [three for three in counts if set(map(len, three)) == {_TENTHS}]
+    if not whole:
+        return None
+    tried, chance, true = np.sum(whole, axis=0)
+    some = tried > 0
+    if not some.any():
+        return None
+    fig, axes = style.figure("Reliability of drafts", "came true")
+    shares = tried[some] / tried.sum()
+    points = chance[some] / tried[some], true[some] / tried[some]
+    axes.plot([0, 1], [0, 1], color=style.GREY, lw=1, ls=":", label="as it was said")
+    axes.plot(*points, color=style.GREEN, lw=1.5)
+    axes.scatter(
+        *points, s=20 + 400 * shares, color=style.GREEN, label="by tenths; area: drafts"
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    fig = style.finish(fig, axes)
+    axes.set_xlabel("chance given")
+    return fig
 
 
 def policy(rows: Rows) -> figure.Figure | None:

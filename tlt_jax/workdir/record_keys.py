@@ -184,6 +184,14 @@ TRAINING = (
     ),
     Key("specdec/num_tried", "counts", "drafts tried at each depth", _SPECULATES),
     Key(
+        "specdec/chance_tried",
+        "counts",
+        "drafts whose parent came true, by tenths of the chance they were given",
+        _SPECULATES,
+    ),
+    Key("specdec/chance_sum", "drafts", "sum of these chances", _SPECULATES),
+    Key("specdec/chance_true", "counts", "how many of them came true", _SPECULATES),
+    Key(
         "specdec/rule",
         "text",
         "what accepts the learned drafter's drafts; other than `keyed`: the tokens are "

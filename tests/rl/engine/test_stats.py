@@ -1,5 +1,6 @@
 """What an engine counts, and what two engines count together."""
 
+import numpy as np
 import pytest
 
 from tlt_jax.rl.engine import stats as rollout_stats
@@ -52,6 +53,14 @@ def test_calls_are_counted():
     assert stats.most_used == "D2K1V3"
 
 
+def test_drafts_are_counted_by_their_chance():
+    stats, counted_once = counted(), np.arange(30.0).reshape(3, 10)
+    for _ in range(2):
+        stats.add(call_of("D2K1V3", (10, 8, 4)), counted_once)
+    stats.add(call_of(None))
+    np.testing.assert_array_equal(stats.reliability, 2 * counted_once)
+
+
 def test_engines_are_added_up():
     one = counted(call_of("D2K1V3", (10, 8, 4), rows=3))
     two = counted(call_of("D3K1V4", (4, 2, 1, 1), rows=2), call_of(None, rows=1))
@@ -61,7 +70,11 @@ def test_engines_are_added_up():
         stats.num_prefill_tokens, stats.num_fill_tokens = 100 * number, 30 * number
         stats.prefill_s, stats.fill_s = 0.25 * number, 0.5 * number
         stats.compile_s, stats.capture_s = 2.0 * number, 0.125 * number
-    assert vars(one.join(two)) == {
+    one.reliability[2, 9], two.reliability[2, 9] = 3, 4
+    joined = vars(one.join(two))
+    tried, chance, true = joined.pop("reliability")
+    assert true.tolist() == [0] * 9 + [7] and not tried.any() and not chance.any()
+    assert joined == {
         "num_tokens": 30,
         "num_steps": 30,
         "num_row_steps": 120,

@@ -311,7 +311,7 @@ class Engine:
             num_tokens=int(emitted.counts.sum()),
             num_accepted=tuple(result.num_accepted.tolist()),
         )
-        stats.add(call)
+        stats.add(call, result.reliability)
         self._speculator.took(rows, call, result.progress)
         return self._kept(rows, result)
 

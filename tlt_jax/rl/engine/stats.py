@@ -5,6 +5,9 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+
+from tlt_jax.specdec import verify
 from tlt_jax.specdec.tuners import tuner
 
 
@@ -24,6 +27,8 @@ class RolloutStats:
         were accepted; entry 0 counts the row-steps.
       num_tried: the same of drafts at depth d + 1 whose parent was accepted, whether
         they were, too, or not: strategies differ in depth.
+      reliability: `[3, 10]`, drafts that had their chance by tenths of it, see
+        `verify.reliability`.
       strategies: decode calls by strategy; `none` is plain decoding.
       rule: by which the learned drafter's tokens were accepted, see
         `speculator.SpeculatorConfig`; empty: no engine here speculates.
@@ -44,6 +49,9 @@ class RolloutStats:
     num_preempted: int = 0
     num_accepted: list[int] = dataclasses.field(default_factory=list)
     num_tried: list[int] = dataclasses.field(default_factory=list)
+    reliability: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros((3, verify.NUM_TENTHS))
+    )
     strategies: collections.Counter = dataclasses.field(
         default_factory=collections.Counter
     )
@@ -71,8 +79,9 @@ class RolloutStats:
         calls = {name: n for name, n in self.strategies.items() if name != "none"}
         return max(calls, key=calls.get)
 
-    def add(self, call: tuner.Call) -> None:
+    def add(self, call: tuner.Call, reliability: np.ndarray | float = 0.0) -> None:
         """Count a decode call; the tokens kept of it are counted where rows end."""
+        self.reliability = self.reliability + reliability
         self.decode_s += call.elapsed_s
         self.call_s.append(call.elapsed_s)
         self.active_rows.append(call.num_rows)
