@@ -11,6 +11,7 @@ EDITS = {
         ('self._parts = dict(parts) | {"updater": learning}', "self._parts = parts"),
         ("part.restore(saved[name])", "pass"),
         ("store.restore(self.step)", "pass"),
+        ("store.restore(0)", "pass"),
         ("store.save(self.step)", "pass"),
         ("self.step = found.step", "self.step = 0"),
         ("self._learning.train_state = state", "_ = state"),
@@ -71,9 +72,14 @@ EDITS = {
     ("workdir/drafter_checkpoint.py", _STORE): [
         ("cfg.keep + 1, pass_over", "cfg.keep, pass_over"),
         ('observer.note if cfg.on_damage == "previous" else None', "None"),
-        ("if there is None or there[0] < step:", "if there is None:"),
+        ("(there is None or there[0] < step)", "there is None"),
         ("found = found if self._group.is_first else given", "found = given"),
         ("trained.restore(found)", "pass"),
+        (
+            "if step and (there is None",
+            "if (there is None",
+            f"{_DRAFTER} -k anew",
+        ),
         ("abstract_state(), at_most=step)", "abstract_state(), at_most=None)"),
         (
             "counted = (state.opt_state, state.num_updates)",

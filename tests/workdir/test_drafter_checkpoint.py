@@ -2,6 +2,7 @@
 
 import functools
 import os
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import pytest
 
 from tests.specdec import tiny_drafter
 from tests.specdec.texts import test_buffer
-from tlt_jax.runtime import train_state
+from tlt_jax.runtime import distributed, train_state
+from tlt_jax.settings import sections
 from tlt_jax.specdec.texts import buffer as text_buffer
 from tlt_jax.specdec.texts import sampling as text_sampling
 from tlt_jax.workdir import checkpoint, drafter_checkpoint
@@ -164,6 +166,31 @@ def test_what_is_ahead_of_the_run_is_written_again(tmp_path):
         checkpointer.wait()
         same(checkpointer.restore(made(0))[1].state, made(7))
         assert sorted(os.listdir(tmp_path / "drafter_checkpoints")) == ["1", "2", "3"]
+
+
+def test_a_run_that_begins_anew_finds_no_place_taken(tmp_path):
+    """Killed before the policy's checkpoint was complete, and after the drafter's."""
+    notes, restored = [], []
+    trained = types.SimpleNamespace(
+        trains=True,
+        cfg=CFG,
+        abstract_state=lambda: made(0),
+        state=lambda: snapshot(made(7)),
+        target=lambda: None,
+        restore=restored.append,
+    )
+    observer = types.SimpleNamespace(note=notes.append)
+    how = trained, tmp_path, sections.Checkpoint(), distributed.Group(), observer
+    with drafter_checkpoint.DrafterStore(*how) as store:
+        store.save(2)
+    with drafter_checkpoint.DrafterStore(*how) as store:
+        store.restore(0)
+        assert os.listdir(tmp_path / "drafter_checkpoints") == []
+        store.save(2)
+        store.wait()
+        assert notes == [] and restored == []
+        store.restore(2)
+    assert len(restored) == 1 and notes == []
 
 
 def test_what_is_wrong_is_told(tmp_path):

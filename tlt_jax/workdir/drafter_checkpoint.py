@@ -215,12 +215,13 @@ class DrafterStore(contextlib.AbstractContextManager):
     def restore(self, step: int) -> None:
         """Go on from the drafter's checkpoint of the run's step, or the newest before.
 
+        There is none of step 0: later ones are removed, and the drafter begins anew.
         The others get the drafter from the first process, which keeps the texts.
         """
         trained, found = self._trained, None
         if self._checkpointer is not None:
             there = self._checkpointer.restore(trained.abstract_state(), at_most=step)
-            if there is None or there[0] < step:
+            if step and (there is None or there[0] < step):
                 self._observer.note(
                     f"there is no checkpoint of the drafter of step {step}: "
                     + ("it begins anew." if there is None else "an older one goes on.")

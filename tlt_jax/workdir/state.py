@@ -29,7 +29,10 @@ class Store(Protocol):
         """Write the part as it is after a step; may go on in the background."""
 
     def restore(self, step: int) -> None:
-        """Go on from what was written of the step, or the newest before."""
+        """Go on from what was written of the step, or the newest before.
+
+        Step 0 is a run's begin: what a killed start left there is removed.
+        """
 
     def wait(self) -> None:
         """Wait until all is on disk."""
@@ -85,6 +88,9 @@ class RunState(contextlib.AbstractContextManager):
             target.params, (target.opt_state, target.num_updates)
         )
         if found is None:
+            # Theirs may be complete where it was killed before the policy's was.
+            for store in self._stores:
+                store.restore(0)
             return False
         saved = found.meta.get("parts", {})
         if saved.keys() != self._parts.keys():
