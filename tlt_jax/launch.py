@@ -57,12 +57,7 @@ def main(argv: Sequence[str]) -> int:
         help="a program that joins the processes as this one does (default: "
         "tlt_jax.main)",
     )
-    options, unknown = parser.parse_known_args(own)
-    if unknown:
-        parser.error(
-            f"{unknown[0]} is no option of launch: what the processes are to be given "
-            "stands behind --."
-        )
+    options = parser.parse_args(own)
     if options.processes < 1:
         parser.error(f"--processes={options.processes}: give at least 1.")
     directory = command_line.last_value(program, "workdir")
@@ -80,6 +75,12 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong as the other commands do."""
 
     def error(self, message: str) -> NoReturn:
+        before, _, unknown = message.partition("unrecognized arguments: ")
+        if unknown and not before:
+            message = (
+                f"{unknown.split()[0]} is no option of launch: what the processes are "
+                "to be given stands behind --."
+            )
         command_line.fail(message)
 
 
