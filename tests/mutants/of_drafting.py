@@ -214,8 +214,8 @@ EDITS = {
             "size = strategy.tokens_to_verify",
         ),
         ("hazard = min(1.0, hazard + optimism * spread)", "hazard = min(1.0, hazard)"),
-        ("hazard = _mean(here[depth], self._shared_weight, mean)", "hazard = mean"),
-        ('if drafted_only and proposer == "ngram":', "if False:"),
+        ("hazard = _mean(here[depth], self._shared_weight, hazard)", "hazard = mean"),
+        ('if drafted_only and family[0] == "ngram":', "if False:"),
     ],
     ("specdec/tuners/bandit.py", "tests/specdec/tuners/test_bandit.py"): [
         (
