@@ -80,6 +80,7 @@ def test_a_table_chooses_by_rows():
         (("4:D4K1V5", "2:D2K1V3"), "the smallest first"),
         (("4:D4K1V5", "4:D2K1V3"), "the smallest first"),
         (("0:D4K1V5",), "at least 1"),
+        (("4:D4K1V5", "16:D4K1V5N16"), "16 nodes for up to 16 rows.*Give more"),
     ],
 )
 def test_malformed_tables_are_refused(entries, message):

@@ -67,7 +67,7 @@ class Collected:
         if stats.num_accepted:
             row["specdec/num_accepted"] = stats.num_accepted
             row["specdec/num_tried"] = stats.num_tried
-            tried, chance, true = stats.reliability.tolist()
+            tried, chance, true = stats.reliability
             row["specdec/chance_tried"] = [int(n) for n in tried]
             row["specdec/chance_sum"] = chance
             row["specdec/chance_true"] = [int(n) for n in true]

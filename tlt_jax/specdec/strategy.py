@@ -173,6 +173,13 @@ class Arms:
                     f"entry {limit}:{names} names a strategy twice, or none: name each "
                     "candidate once."
                 )
+            for strategy in strategies:
+                if 0 < strategy.budget <= limit:
+                    raise ValueError(
+                        f"entry {limit}:{strategy} has {strategy.budget} nodes for up "
+                        f"to {limit} rows, which is no more than one each: nothing "
+                        "that is drafted could be verified. Give more, or fewer rows."
+                    )
 
     def entry_of(self, num_rows: int) -> int | None:
         """Return the index of the entry for `num_rows` rows; None beyond the last."""

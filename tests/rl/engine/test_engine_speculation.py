@@ -24,6 +24,7 @@ TABLES = {
     "both": ("2:D3K2V7-both",),
     # Rows that share: three have 8 nodes of 15, two of them 8 of 10.
     "shared": ("4:D3K2V5N8",),
+    "shared ngram": ("4:D3K2V5N8-ngram",),
 }
 # Fewer rows than a batch, and so few pages that rows are put back.
 SMALL = dict(max_rows=3, page_size=2, num_pages=26, steps_per_call=4, prefill_chunk=3)
@@ -90,8 +91,9 @@ def assert_notes_what_was_drafted(completions, stats):
         ("ngram", dict(cfg=None)),
         ("both", SMALL),
         ("shared", SMALL | dict(check_kernels=True)),
+        ("shared ngram", SMALL | dict(cfg=None)),
     ],
-    ids="chain rows preempting ngram both shared".split(),
+    ids="chain rows preempting ngram both shared shared_ngram".split(),
 )
 def test_tokens_are_those_of_plain_decoding(expected, table, changes):
     completions_of, plain_stats = expected

@@ -49,8 +49,8 @@ class RolloutStats:
     num_preempted: int = 0
     num_accepted: list[int] = dataclasses.field(default_factory=list)
     num_tried: list[int] = dataclasses.field(default_factory=list)
-    reliability: np.ndarray = dataclasses.field(
-        default_factory=lambda: np.zeros((3, verify.NUM_TENTHS))
+    reliability: list[list[float]] = dataclasses.field(
+        default_factory=lambda: np.zeros((3, verify.NUM_TENTHS)).tolist()
     )
     strategies: collections.Counter = dataclasses.field(
         default_factory=collections.Counter
@@ -81,7 +81,7 @@ class RolloutStats:
 
     def add(self, call: tuner.Call, reliability: np.ndarray | float = 0.0) -> None:
         """Count a decode call; the tokens kept of it are counted where rows end."""
-        self.reliability = self.reliability + reliability
+        self.reliability = np.add(self.reliability, reliability).tolist()
         self.decode_s += call.elapsed_s
         self.call_s.append(call.elapsed_s)
         self.active_rows.append(call.num_rows)
@@ -98,6 +98,7 @@ class RolloutStats:
         values = {name: mine[name] + its[name] for name in mine if name != "rule"}
         for name in ("num_accepted", "num_tried"):
             values[name] = _sum(mine[name], its[name])
+        values["reliability"] = np.add(self.reliability, other.reliability).tolist()
         values["rule"] = self.rule or other.rule
         return dataclasses.replace(self, **values)
 
