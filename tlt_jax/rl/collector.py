@@ -67,11 +67,12 @@ class Collected:
         if stats.num_accepted:
             row["specdec/num_accepted"] = stats.num_accepted
             row["specdec/num_tried"] = stats.num_tried
-            tried, chance, true = stats.reliability
+            row["specdec/strategy"] = stats.most_used
+        tried, chance, true = stats.reliability
+        if any(tried):
             row["specdec/chance_tried"] = [int(n) for n in tried]
             row["specdec/chance_sum"] = chance
             row["specdec/chance_true"] = [int(n) for n in true]
-            row["specdec/strategy"] = stats.most_used
         return row | experience.reward_and_length_row(
             self.everything.rewards, self.everything.completions
         )

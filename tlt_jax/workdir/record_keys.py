@@ -46,6 +46,7 @@ class Key(NamedTuple):
 _UPDATE = "where a group carried signal; else null"
 _UPDATED = "where a group carried signal"
 _SPECULATES = "where a decode call speculated"
+_DRAFTS = "where the learned drafter's drafts were verified"
 _FRESH = "where the drafter was measured since the last row"
 _TRAINED = "where the drafter was trained since the last row"
 _ADAPTS = "with `specdec.mode=tlt`"
@@ -186,11 +187,12 @@ TRAINING = (
     Key(
         "specdec/chance_tried",
         "counts",
-        "drafts whose parent came true, by tenths of the chance they were given",
-        _SPECULATES,
+        "the learned drafter's drafts whose parent came true, by tenths of the chance "
+        "they were given",
+        _DRAFTS,
     ),
-    Key("specdec/chance_sum", "drafts", "sum of these chances", _SPECULATES),
-    Key("specdec/chance_true", "counts", "how many of them came true", _SPECULATES),
+    Key("specdec/chance_sum", "drafts", "sum of these chances", _DRAFTS),
+    Key("specdec/chance_true", "counts", "how many of them came true", _DRAFTS),
     Key(
         "specdec/rule",
         "text",

@@ -122,6 +122,9 @@ def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
     engine = speculation.engine_of("chain", cfg, **sizes)
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert stats.num_accepted == ACCEPTED[name]
+    # Of a chain every draft behind an accepted one had its chance.
+    tried, _, true = map(sum, stats.reliability)
+    assert (tried, true) == (sum(stats.num_tried), sum(ACCEPTED[name][1:]))
     engine.pool.close()
 
 

@@ -111,6 +111,9 @@ def test_tokens_are_those_of_plain_decoding(expected, table, changes):
     # Once more: nothing that the first run left behind shows.
     again, later = engine.run(engines.REQUESTS, engines.SEED)
     assert_equal(again, completions_of)
+    if changes.get("cfg", True) is None:
+        # What is thought of matches begins anew with every start of a run.
+        assert not np.any(stats.reliability)
     if table == "ngram":
         # But that answers which were given before are found again.
         assert later.accept_length > stats.accept_length + 0.5

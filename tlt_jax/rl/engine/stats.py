@@ -27,8 +27,8 @@ class RolloutStats:
         were accepted; entry 0 counts the row-steps.
       num_tried: the same of drafts at depth d + 1 whose parent was accepted, whether
         they were, too, or not: strategies differ in depth.
-      reliability: `[3, 10]`, drafts that had their chance by tenths of it, see
-        `verify.reliability`.
+      reliability: `[3, 10]`, the learned drafter's drafts that had their chance by
+        tenths of it, see `verify.reliability`.
       strategies: decode calls by strategy; `none` is plain decoding.
       rule: by which the learned drafter's tokens were accepted, see
         `speculator.SpeculatorConfig`; empty: no engine here speculates.
