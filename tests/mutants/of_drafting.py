@@ -5,6 +5,7 @@ _SPECULATE = "tests/specdec/test_speculate.py"
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
 _ENGINE = "tests/rl/engine/test_engine_speculation.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
+_SHARE = f"{_DRAFTS} -k share"
 _PAGES = f"{_DRAFTS} -k pages_are"
 
 EDITS = {
@@ -103,7 +104,7 @@ EDITS = {
         ),
         ("sources=path,", "sources=0 * path,"),
         ("path_BA = columns.columns(walk.path)", "path_BA = walk.path"),
-        ("jnp.where(state.alive, rows.remaining, 0)", "rows.remaining", _ACCEPTED),
+        ("jnp.where(state.alive, rows.remaining, 0)", "rows.remaining", _SHARE),
         ("ancestor_words(tree, most - 1)", "ancestor_words(tree, most - 2)"),
     ],
     ("specdec/decode.py", "tests/specdec/test_decode.py"): [
