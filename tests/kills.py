@@ -56,6 +56,12 @@ _TLT = {
     "adaptation.head_chunk": 16,
     "specdec.strategies": "1:D2K1V3",
 }
+# With one worker the drafter, too, is then a function of the settings.
+_COUNTED = {
+    "workers.num": 1,
+    "adaptation.max_steps": 2,
+    "specdec.ngram_strategies": "",
+}
 _SAVE = "tlt_jax.workdir.state:RunState.save"
 _MOMENTS = {
     "startup": ("", 1),
@@ -130,13 +136,7 @@ KINDS = {
         }
     ),
     "tlt": Kind(
-        _COMMON
-        | _TLT
-        | {
-            "workers.num": 1,
-            "adaptation.max_steps": 2,
-            "specdec.ngram_strategies": "",
-        },
+        _COMMON | _TLT | _COUNTED,
         ignored=r"row \d+ drafter/(budget|gain)",
     ),
     # Tokens hang on the drafter's weights, which are so used from the second step on:
@@ -144,10 +144,8 @@ KINDS = {
     "block": Kind(
         _COMMON
         | _TLT
+        | _COUNTED
         | {
-            "workers.num": 1,
-            "adaptation.max_steps": 2,
-            "specdec.ngram_strategies": "",
             "specdec.rule": "block",
             "specdec.strategies": "4:D2K1V3",
             "sampling.temperature": 0.9,

@@ -5,7 +5,7 @@ _SPECULATE = "tests/specdec/test_speculate.py"
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
 _ENGINE = "tests/rl/engine/test_engine_speculation.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
-_SHARE = f"{_DRAFTS} -k share"
+_SHARE = f"{_SPECULATE} -k give_their"
 _PAGES = f"{_DRAFTS} -k pages_are"
 
 EDITS = {

@@ -271,3 +271,19 @@ def test_tokens_are_those_of_plain_decoding(sampling_cfg, strategies, options):
     hosts.assert_equal_to_reference(host.rows, sampling_cfg)
     # Some guesses are right: what is tested is not plain decoding.
     assert host.num_accepted > host.num_row_steps
+
+
+def test_rows_that_end_within_a_call_give_their_share_to_the_others():
+    """From the second step on two of eight rows are left, and have all their drafts."""
+    accepted = {}
+    for strategy in (CHAIN, TIGHT_CHAIN):
+        asks = [
+            hosts.Ask(ask.request_id, ask.prompt, 8 if number in (2, 6) else 1)
+            for number, ask in enumerate(hosts.asks())
+        ]
+        host = Host(asks, **WIDE, cfg=FUSED)
+        host.prefill(4)
+        result = host.speculate(hosts.PLAIN, strategy)
+        accepted[strategy] = result.num_accepted.tolist()
+    # Only the first step's eight rows had four drafts among them instead of three each.
+    assert accepted == {CHAIN: [16, 9, 2, 2], TIGHT_CHAIN: [16, 8, 1, 1]}
