@@ -103,7 +103,7 @@ EDITS = {
             "is_eos_BA = is_eos_BA & False",
         ),
         ("sources=path,", "sources=0 * path,"),
-        ("path_BA = columns.columns(walk.path)", "path_BA = walk.path"),
+        ("path_BA = ragged_rows.columns(walk.path)", "path_BA = walk.path"),
         ("jnp.where(state.alive, rows.remaining, 0)", "rows.remaining", _SHARE),
         ("ancestor_words(tree, most - 1)", "ancestor_words(tree, most - 2)"),
     ],

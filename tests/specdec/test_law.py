@@ -359,12 +359,12 @@ MUTATIONS = {
 # Of rows that share.
 IN_THE_SHARE = {
     "a row's columns taken for another's": (
-        "path_BA = columns.columns(walk.path)",
-        "path_BA = columns.columns(walk.path)[::-1]",
+        "path_BA = ragged_rows.columns(walk.path)",
+        "path_BA = ragged_rows.columns(walk.path)[::-1]",
     ),
     "positions of equal rows": (
-        "columns.pack(tokens), columns.pack(positions)",
-        "columns.pack(tokens), positions.reshape(-1)[: columns.num_columns][None]",
+        "map(ragged_rows.pack, (tokens, positions))",
+        "ragged_rows.pack(tokens), positions.reshape(1, -1)[:, : len(rows.keys) * 3]",
     ),
     "a node more than the row has": (
         "ragged.of_counts(counts_B, width, budget)",

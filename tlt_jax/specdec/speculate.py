@@ -186,18 +186,18 @@ def _step(
     chance = rule.chance(rows.keys, rows.lengths, most, settings)
 
     proposal = proposer.propose(inputs, state.proposer, rows, chance.draft)
-    tree, columns = _select(proposal.candidates, rows, strategy)
-    out = _forward(params, state.target, rows, tree, most, columns, settings)
+    tree, ragged_rows = _select(proposal.candidates, rows, strategy)
+    out = _forward(params, state.target, rows, tree, most, ragged_rows, settings)
     logits = transformer.logits(params, out.hidden, settings.kernels)
     law = sampling.law(logits, settings.sampling_cfg)
-    walk, logprobs_BA = rule.judge(law, tree, proposal, chance, settings, columns)
+    walk, logprobs_BA = rule.judge(law, tree, proposal, chance, settings, ragged_rows)
 
     # Where the path's nodes stand among all columns that the target read.
-    if columns is None:
+    if ragged_rows is None:
         width = tree.tokens.shape[1]
         path_BA = walk.path + width * jnp.arange(walk.path.shape[0])[:, None]
     else:
-        path_BA = columns.columns(walk.path)
+        path_BA = ragged_rows.columns(walk.path)
     room_B = jnp.minimum(rows.remaining, token_limit) - state.emitted.counts
     counted = verify.reliability(tree, walk, state.alive)
     taken, ended_B = _take(walk, state.alive, room_B, out, path_BA, settings)
@@ -222,14 +222,14 @@ def _select(
     return tree, ragged.of_counts(counts_B, width, budget)
 
 
-def _forward(params, target, rows, tree, most, columns, settings):
+def _forward(params, target, rows, tree, most, ragged_rows, settings):
     """Have the target read every tree in one pass, `[..., B, W]` or `[..., 1, N]`."""
     # A node stands where it would if its path were the text, and sees that path alone.
     words = tree_lib.ancestor_words(tree, most - 1)
     mask_BWW = tree_lib.unpack_words(words, tree.tokens.shape[1])
     tokens, positions = tree.tokens, rows.lengths[:, None] + tree.depths
-    if columns is not None:
-        tokens, positions = columns.pack(tokens), columns.pack(positions)
+    if ragged_rows is not None:
+        tokens, positions = map(ragged_rows.pack, (tokens, positions))
     return decode.forward(
         params,
         target,
@@ -238,7 +238,7 @@ def _forward(params, target, rows, tree, most, columns, settings):
         tokens,
         positions,
         attention.Visibility(ancestors=mask_BWW, words=words),
-        columns,
+        ragged_rows,
         settings=settings,
     )
 

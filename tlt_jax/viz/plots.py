@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import axes as axes_lib
 from matplotlib import cm, figure
 
+from tlt_jax.specdec import verify
 from tlt_jax.viz import readable, style, timeline
 from tlt_jax.workdir import metrics, record_keys
 
@@ -48,8 +49,6 @@ _TRAINING = (
     ("eval/coupled_rate_by_depth", "held out: accepted by depth, coupled"),
     ("eval/deterministic_rate_by_depth", "held out: accepted, deterministic"),
 )
-
-_TENTHS = 10
 
 
 def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
@@ -198,7 +197,7 @@ def reliability(rows: Rows) -> figure.Figure | None:
     """
     names = [f"specdec/chance_{name}" for name in ("tried", "sum", "true")]
     counts = [[readable.numbers(row, name) for name in names] for row in rows]
-    whole = [three for three in counts if set(map(len, three)) == {_TENTHS}]
+    whole = [three for three in counts if set(map(len, three)) == {verify.NUM_TENTHS}]
     if not whole:
         return None
     tried, chance, true = np.sum(whole, axis=0)

@@ -194,24 +194,24 @@ def test_best_of_are_the_largest(k):
 @pytest.mark.parametrize(
     "strategy,live,alive,wanted",
     [
-        # Of 7 nodes three are roots: three found ones score as high as the first row's
-        # live one, itself among them, and four as high as the second row's.
-        ("D4K1V5N7", (-0.5, -0.7, -9), (1, 1, 1), True),
-        ("D4K1V5N7", (-9, -0.7, -9), (1, 1, 1), False),
+        # Of 9 nodes three are roots: five found ones score as high as the first row's
+        # live one, itself among them, and six as high as the second row's.
+        ("D4K1V5N9", (-0.5, -0.7, -9), (1, 1, 1), True),
+        ("D4K1V5N9", (-9, -0.7, -9), (1, 1, 1), False),
         # A row that has ended neither goes on nor takes anybody's room.
         ("D4K1V5N6", (-9, -0.7, -0.1), (1, 1, 0), True),
         ("D4K1V5N5", (-9, -0.9, -0.1), (1, 1, 0), False),
         # A row has all that it may have, though there is room for others.
         ("D2K1V3N8", (-0.6, -9, -9), (1, 1, 1), False),
-        ("D2K1V3N8", (-0.6, -0.75, -9), (1, 1, 1), True),
-        # Nobody shares: only a row's own nodes count.
+        ("D2K1V3N8", (-0.3, -9, -9), (1, 1, 1), True),
+        # Nobody shares: only a row's own nodes count, and of the third row's two.
         ("D4K1V5", (-0.6, -9, -9), (1, 1, 1), True),
-        ("D2K1V3", (-0.3, -9, -9), (1, 1, 1), True),
+        ("D2K1V3", (-0.6, -0.75, -9), (1, 1, 1), True),
         ("D2K1V3", (-0.6, -0.7, -9), (1, 0, 1), False),
     ],
 )
 def test_no_level_is_drafted_that_cannot_enter(strategy, live, alive, wanted):
-    found = np.array([[-0.2, -0.5, -np.inf], [-0.7, -0.8, -1.5], [-0.1, -2.0, -2.5]])
+    found = np.array([[-0.2, -0.5, -np.inf], [-0.7, -0.8, -1.5], [-0.1, -0.3, -0.4]])
     none = np.zeros((3, 3), np.int32)
     settings = decode.Settings(hosts.CFG)
     grow = expansion.Expansion(strategy_lib.parse(strategy), settings, CFG, False)

@@ -146,17 +146,17 @@ class Learned(protocols.Proposer):
         view = kv_cache.CacheView(state.pages, rows.page_table, state.start)
         how = jnp.dtype(self.settings.dtype), self.settings.kernels
         alive_B = rows.remaining > 0
-        columns = self._columns(state, alive_B)
+        ragged_rows = self._ragged(state, alive_B)
         taken_in = _take_in(
-            weights, self.cfg, state.tokens, state.features, view, *how, columns
+            weights, self.cfg, state.tokens, state.features, view, *how, ragged_rows
         )
         # The root's output stands where the last token was taken in.
         last_B1 = jnp.maximum(state.counts - 1, 0)[:, None]
-        if columns is None:
+        if ragged_rows is None:
             root_DB1 = jnp.take_along_axis(taken_in.hidden, last_B1[None], axis=2)
         else:
-            root_DB1 = taken_in.hidden[:, 0, columns.columns(last_B1)]
-            taken_in = jax.tree.map(columns.unpack, taken_in)
+            root_DB1 = taken_in.hidden[:, 0, ragged_rows.columns(last_B1)]
+            taken_in = jax.tree.map(ragged_rows.unpack, taken_in)
         live = grow.first_level(weights, score, state.counts, taken_in, root_DB1)
         if self.strategy.draft_depth > 1:
             root_position_B = state.start + state.counts - 1
@@ -214,7 +214,7 @@ class Learned(protocols.Proposer):
     ) -> tuple[protocols.Caches, Array]:
         return caches.replace(drafter=state.pages), state.start
 
-    def _columns(self, state: State, alive: Array) -> ragged.Ragged | None:
+    def _ragged(self, state: State, alive: Array) -> ragged.Ragged | None:
         """Lay what rows take in side by side, where they share: few take in much.
 
         All together they accepted at most what was verified of them, or are told by
