@@ -15,7 +15,7 @@ hub:ORGANISATION/NAME. What a row holds:
 --prompt_key and its like name other columns; a.b is field b of column a. With --reward
 every row must have an answer that this reward takes for right itself; with
 --tokenizer_of and --max_prompt_tokens prompts must fit. Ends with status 1 if any row
-is bad.
+is bad, and with 2 if a data set cannot be read.
 """
 
 import collections
