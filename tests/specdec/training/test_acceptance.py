@@ -4,8 +4,10 @@ import collections
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from tests.specdec import tiny_drafter
 from tlt_jax.specdec import noise
@@ -57,6 +59,7 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
     for end in ("", "_chain"):
         expected["deterministic" + end] = np.zeros(NUM_STEPS)
         expected["coupled" + end] = np.zeros((NUM_STEPS, num))
+    expected["coupled_logprob"] = np.zeros((NUM_STEPS, num, len(acceptance.TAUS)))
     ends = {0: 9, 1: 16}
     lifetimes = np.zeros(batch.bases.shape, int)
     for m in np.flatnonzero(batch.valid[0]):
@@ -66,8 +69,14 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
             if base + k + 2 >= ends[int(batch.segment[0, base])]:
                 break
             expected["count"][k] += 1
+            drawn = batch.tokens[0, base + k + 2]
             for key, scores in scores_of(steps, m, k).items():
-                hit = ids[np.argmax(scores)] == batch.tokens[0, base + k + 2]
+                if key != "deterministic" and drawn in ids:
+                    for j, tau in enumerate(acceptance.TAUS):
+                        chances = scipy.special.log_softmax(scores / tau)
+                        place = (k, key[1], j)
+                        expected["coupled_logprob"][place] += chances @ (ids == drawn)
+                hit = ids[np.argmax(scores)] == drawn
                 alive[key] &= hit
                 name, *rest = (key,) if key == "deterministic" else key
                 place = (k, *rest)
@@ -78,8 +87,10 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
         functools.partial(acceptance.measure, num_steps=NUM_STEPS, cfg=FORWARD)
     )
     sums = measure(params, batch, target)
+    assert sums.keys() == expected.keys() == acceptance.nothing(NUM_STEPS).keys()
     for name, value in expected.items():
-        np.testing.assert_array_equal(sums[name], value, err_msg=name)
+        rtol = 1e-5 if name == "coupled_logprob" else 0
+        np.testing.assert_allclose(sums[name], value, rtol=rtol, err_msg=name)
     assert expected["count"].tolist() == [9, 7, 5]
     found = jax.jit(
         functools.partial(acceptance.lifetimes, num_steps=NUM_STEPS, cfg=FORWARD)
@@ -101,7 +112,12 @@ def test_summary():
             [[4.0, 3.0, 3.0, 2.0, 2.0], [0.0, 2.0, 2.0, 0.0, 0.0]]
         ),
     }
+    # By tau at the second sharpness: a parabola about 2 ** 0.125; at the others not.
+    place = np.arange(-5, 8) / 2 - 0.125
+    logprobs = np.stack([-((place + i - 1) ** 2) for i in range(5)])
+    sums["coupled_logprob"] = np.stack([logprobs, 3 * logprobs])
     found = acceptance.summarise(sums)
+    assert found.pop("tau") == pytest.approx(2**0.125)
     assert found == {
         "sharpness": acceptance.SHARPNESSES[1],
         "deterministic/rate_by_depth": [0.5, 0.5],
@@ -130,8 +146,42 @@ def test_chance_changes_no_sharpness(accepted, used, chosen):
         "deterministic_chain": plain,
         "coupled": chains,
         "coupled_chain": chains,
+        "coupled_logprob": np.zeros((1, 5, len(acceptance.TAUS))),
     }
     found = acceptance.summarise(sums, used)
     assert found["sharpness"] == chosen
+    # No text, no likelihood: as if it had not been measured.
+    assert found["tau"] == 0.5
     hits = accepted[acceptance.SHARPNESSES.index(chosen)]
     assert found["coupled/accept_length"] == pytest.approx(1 + hits / 120)
+
+
+@pytest.mark.parametrize("ids", [None, np.arange(5, 28)], ids="all some".split())
+@pytest.mark.parametrize(
+    ("sharpness", "tau"), [(2.0, 0.7), (1.0, 1.0), (3.0, 2.8), (2.0, 0.0)], ids=str
+)
+def test_a_drafter_of_known_errors_is_found_out(sharpness, tau, ids):
+    """Of 2000 draws; one that knows all but the scale is never in doubt."""
+    num, vocab = 2000, 31
+    rng = np.random.default_rng(3)
+    keys = rng.integers(0, 2**32, (num, 2), dtype=np.uint32)
+    positions = np.arange(num, dtype=np.int32)
+    logits = rng.normal(size=(num, vocab)).astype(np.float32)
+    unknown = tau * rng.gumbel(size=logits.shape)
+    noise_QV = np.asarray(noise.gumbel(keys, positions, vocab))
+    drawn = np.argmax(sharpness * logits + unknown + noise_QV, axis=1)
+    drafted = logits if ids is None else logits[:, ids]
+    part = unroll_lib.Predictions(
+        hidden=jnp.asarray(drafted.T[None]),
+        exists=jnp.ones((1, num)),
+        laws=(drawn, positions, keys),
+    )
+    target = unroll_lib.Target(
+        embed=np.zeros((vocab, 1)), head=jnp.eye(drafted.shape[1]), draft_ids=ids
+    )
+    if ids is not None:
+        target = target.replace(draft_ids=jnp.asarray(ids))
+    sums = acceptance.count(part, tiny_drafter.params_of(CFG), target)
+    found = acceptance.summarise(jax.device_get(sums))
+    assert found["sharpness"] == sharpness
+    assert found["tau"] == pytest.approx(max(tau, acceptance.TAUS[0]), rel=0.06)

@@ -19,6 +19,10 @@ SHARPNESSES = (1.0, 1.25, 1.5, 2.0, 3.0)
 # Share of drafts that another sharpness must have accepted more than the one in use. A
 # batch of some hundred bases tells them apart to one or two percent.
 _LEAST_GAIN = 0.03
+# Temperatures of the coupled score that are tried, rising in steps of the square root
+# of two, from 0.18 to 11.
+TAUS = tuple(2.0 ** (k / 2) for k in range(-5, 8))
+_LOGPROB = "coupled_logprob"
 
 
 def measure(
@@ -41,6 +45,11 @@ def measure(
     of what the engine does, but the same. (Temperature 1 without truncation; texts
     drawn otherwise need their own law here.)
 
+    Given the drafter's law and the noise, token v was drawn with the chance
+    softmax((sharpness x logprobs + noise) / tau)[v] if the target's log-probabilities
+    are the sharpened ones plus Gumbel noise of scale tau, which only the target knows.
+    So tau has a likelihood, and by the best one scores are chances.
+
     Reference: Daliri et al., Coupling without Communication and Drafter-Invariant
     Speculative Decoding, 2024 (draft and target share the noise).
 
@@ -51,26 +60,17 @@ def measure(
       Sums `[U] float32`: `count` of the predictions; `deterministic` and `coupled`, the
       drafts among them that are the text's token, given the text's tokens before; and
       `deterministic_chain`, `coupled_chain`, those of them with no miss before. The
-      coupled ones are `[U, n]`, by `SHARPNESSES`.
+      coupled ones are `[U, n]`, by `SHARPNESSES`. `coupled_logprob [U, n, m]`, by
+      `TAUS` as well, is the log of the chances that the texts' tokens were given;
+      those that cannot be proposed are left out.
     """
     bases, chunk = _predictions(
         params, batch, target, num_steps, cfg, seen, start, size
     )
 
     def one_chunk(sums, start):
-        part = bases.chunk(start, chunk)
-        here = {name: [] for name in sums}
-        # Whether every level of the chain up to this one was accepted, by base.
-        alive = dict.fromkeys(RANKINGS, True)
-        for u, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
-            here["count"].append(jnp.sum(part.exists[u]))
-            for name, hit in hits.items():
-                alive[name] = alive[name] & hit
-                here[name].append(jnp.sum(hit, axis=0, dtype=jnp.float32))
-                in_chain = jnp.sum(alive[name], axis=0, dtype=jnp.float32)
-                here[f"{name}_chain"].append(in_chain)
-        sums = {name: sums[name] + jnp.stack(here[name]) for name in sums}
-        return sums, None
+        here = count(bases.chunk(start, chunk), params, target)
+        return {name: sums[name] + here[name] for name in sums}, None
 
     return lax.scan(one_chunk, nothing(num_steps), bases.starts(chunk))[0]
 
@@ -81,7 +81,26 @@ def nothing(num_steps: int) -> dict[str, np.ndarray]:
     for name, rest in zip(RANKINGS, ((), (len(SHARPNESSES),)), strict=True):
         zero = np.zeros((num_steps, *rest), np.float32)
         zeros |= {name: zero, f"{name}_chain": zero}
-    return zeros
+    shape = (num_steps, len(SHARPNESSES), len(TAUS))
+    return zeros | {_LOGPROB: np.zeros(shape, np.float32)}
+
+
+def count(
+    part: unroll.Predictions, params: drafter.DrafterParams, target: unroll.Target
+) -> dict[str, Array]:
+    """Count as `measure` does; the laws are tokens drawn, positions and keys."""
+    here: dict[str, list[Array]] = {name: [] for name in nothing(0)}
+    # Whether every level of the chain up to this one was accepted, by base.
+    alive = dict.fromkeys(RANKINGS, True)
+    for u, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
+        here["count"].append(jnp.sum(part.exists[u]))
+        here[_LOGPROB].append(jnp.sum(hits.pop(_LOGPROB), axis=-1))
+        for name, hit in hits.items():
+            alive[name] = alive[name] & hit
+            here[name].append(jnp.sum(hit, axis=0, dtype=jnp.float32))
+            in_chain = jnp.sum(alive[name], axis=0, dtype=jnp.float32)
+            here[f"{name}_chain"].append(in_chain)
+    return {name: jnp.stack(values) for name, values in here.items()}
 
 
 def lifetimes(
@@ -102,7 +121,7 @@ def lifetimes(
       `[B, M] int32`, 0 to `num_steps`: drafts accepted before the first miss or the end
       of the text; 0 where there is no base.
     """
-    sharpness = 1.0 if params.sharpness is None else params.sharpness
+    sharpness, _ = drafter.measured(params)
     bases, chunk = _predictions(params, batch, target, num_steps, cfg)
 
     def one_chunk(_, start):
@@ -148,7 +167,8 @@ def _predictions(
 def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
     """Yield for each level where its draft is the text's token.
 
-    `deterministic [Q] bool`, and `coupled [Q, n] bool` by sharpness.
+    `deterministic [Q] bool`, `coupled [Q, n] bool` by sharpness, and log-chances
+    `coupled_logprob [n, m, Q]` of the text's token, 0 where it cannot be proposed.
     """
     num_steps, _, size = part.hidden.shape
     drawn_Q, positions_Q, keys_Q = part.laws
@@ -162,15 +182,37 @@ def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
         head = drafter_head.head_of(params, target.head)
         logits_QV = transformer.head_logits(head, part.hidden[u])
         here_QV = gumbel_QV[u : u + size]
-        best = [jnp.argmax(logits_QV, axis=-1)]
-        best += [jnp.argmax(logits_QV * x + here_QV, axis=-1) for x in sharpnesses]
+        scores = [logits_QV * x + here_QV for x in sharpnesses]
         # [Q, 1 + n]: the likeliest token, and the coupled ones.
+        best = [jnp.argmax(x_QV, axis=-1) for x_QV in (logits_QV, *scores)]
         guessed = jnp.stack(best, axis=-1)
+        wanted_Q, exists_Q = drawn_Q[u : u + size], part.exists[u] > 0
+        place_Q, known_Q = wanted_Q, exists_Q
         if target.draft_ids is not None:
             guessed = target.draft_ids[guessed]
-        exists_Q = part.exists[u] > 0
-        hit = (guessed == drawn_Q[u : u + size, None]) & exists_Q[:, None]
-        yield {"deterministic": hit[:, 0], "coupled": hit[:, 1:]}
+            place_Q = jnp.searchsorted(target.draft_ids, wanted_Q)
+            place_Q = jnp.minimum(place_Q, target.draft_ids.shape[0] - 1)
+            known_Q = exists_Q & (target.draft_ids[place_Q] == wanted_Q)
+        hit = (guessed == wanted_Q[:, None]) & exists_Q[:, None]
+        chances = jnp.stack([_log_chances(x_QV, place_Q) for x_QV in scores])
+        yield {
+            "deterministic": hit[:, 0],
+            "coupled": hit[:, 1:],
+            _LOGPROB: jnp.where(known_Q, chances, 0.0),
+        }
+
+
+def _log_chances(scores: Array, place: Array) -> Array:
+    """Take log softmax(scores / tau) at `place [Q]` of `[Q, V]`, `[m, Q]` by `TAUS`."""
+    below_QV = scores - jnp.max(scores, axis=-1, keepdims=True)
+    here_Q = jnp.take_along_axis(below_QV, place[:, None], axis=-1)[:, 0]
+    # Two exponentials are enough: half a temperature squares what is summed.
+    weights = [jnp.exp(below_QV / tau) for tau in TAUS[:-3:-1]]
+    while len(weights) < len(TAUS):
+        weights.append(jnp.square(weights[-2]))
+    normalisers = [jnp.log(jnp.sum(x_QV, axis=-1)) for x_QV in reversed(weights)]
+    pairs = zip(TAUS, normalisers, strict=True)
+    return jnp.stack([here_Q / tau - normaliser for tau, normaliser in pairs])
 
 
 def summarise(
@@ -187,7 +229,7 @@ def summarise(
       `<ranking>/rate_by_depth`: of the drafts at each depth, given the text's tokens
       before; `<ranking>/accept_length`: drafts accepted from a base on before the first
       miss, plus the token that the target adds; `sharpness`: the best one for coupled
-      drafts, with which theirs are given.
+      drafts, with which theirs are given; `tau`: the likeliest with that sharpness.
     """
     counts = [float(x) for x in sums["count"]]
     chains = np.sum(np.asarray(sums["coupled_chain"]), axis=0)
@@ -196,7 +238,12 @@ def summarise(
     if sharpness in SHARPNESSES:
         used = SHARPNESSES.index(sharpness)
         best = best if chains[best] > (1 + _LEAST_GAIN) * chains[used] else used
-    out: dict[str, list[float] | float] = {"sharpness": SHARPNESSES[best]}
+    # Which draft is best does not depend on tau: acceptance chooses the one, likelihood
+    # the other.
+    out: dict[str, list[float] | float] = {
+        "sharpness": SHARPNESSES[best],
+        "tau": _likeliest(np.sum(np.asarray(sums[_LOGPROB])[:, best], axis=0)),
+    }
     for name in RANKINGS:
         hits, chain = (np.asarray(sums[x]) for x in (name, f"{name}_chain"))
         if name == "coupled":
@@ -206,3 +253,18 @@ def summarise(
         accepted = float(np.sum(chain))
         out[f"{name}/accept_length"] = 1.0 + accepted / max(counts[0], 1.0)
     return out
+
+
+def _likeliest(logprobs: np.ndarray) -> float:
+    """Find tau by its log-likelihoods `[m]` at `TAUS`.
+
+    Between them it is the vertex of a parabola through the best and its neighbours.
+    """
+    if not np.any(logprobs):
+        return drafter.TAU
+    best = int(np.argmax(logprobs))
+    if best in (0, len(TAUS) - 1):
+        return TAUS[best]
+    before, here, after = np.asarray(logprobs[best - 1 : best + 2], np.float64)
+    offset = (after - before) / (2 * (2 * here - before - after))
+    return float(TAUS[best] * 2 ** (offset / 2))
