@@ -23,6 +23,8 @@ _LEAST_GAIN = 0.03
 # of two, from 0.18 to 11.
 TAUS = tuple(2.0 ** (k / 2) for k in range(-5, 8))
 _LOGPROB = "coupled_logprob"
+# No draft is taken to miss less often: a few that do would outweigh all the rest.
+_LEAST_MISS = 1e-4
 
 
 def measure(
@@ -48,7 +50,10 @@ def measure(
     Given the drafter's law and the noise, token v was drawn with the chance
     softmax((sharpness x logprobs + noise) / tau)[v] if the target's log-probabilities
     are the sharpened ones plus Gumbel noise of scale tau, which only the target knows.
-    So tau has a likelihood, and by the best one scores are chances.
+    That is so at best roughly: where some tokens were drawn of which the drafter knows
+    nothing, a tau that fits the whole law is too large for those that are drafted. So
+    the likelihood of what happens to drafts alone is looked at: by the best tau their
+    scores are the chances that they come true.
 
     Reference: Daliri et al., Coupling without Communication and Drafter-Invariant
     Speculative Decoding, 2024 (draft and target share the noise).
@@ -61,8 +66,8 @@ def measure(
       drafts among them that are the text's token, given the text's tokens before; and
       `deterministic_chain`, `coupled_chain`, those of them with no miss before. The
       coupled ones are `[U, n]`, by `SHARPNESSES`. `coupled_logprob [U, n, m]`, by
-      `TAUS` as well, is the log of the chances that the texts' tokens were given;
-      those that cannot be proposed are left out.
+      `TAUS` as well, is the log of the chances that were given to what happened: that
+      a coupled draft is the text's token, or that it is not.
     """
     bases, chunk = _predictions(
         params, batch, target, num_steps, cfg, seen, start, size
@@ -121,7 +126,8 @@ def lifetimes(
       `[B, M] int32`, 0 to `num_steps`: drafts accepted before the first miss or the end
       of the text; 0 where there is no base.
     """
-    sharpness, _ = drafter.measured(params)
+    given = params.sharpness
+    sharpness = drafter.SHARPNESS if given is None else given
     bases, chunk = _predictions(params, batch, target, num_steps, cfg)
 
     def one_chunk(_, start):
@@ -167,8 +173,8 @@ def _predictions(
 def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
     """Yield for each level where its draft is the text's token.
 
-    `deterministic [Q] bool`, `coupled [Q, n] bool` by sharpness, and log-chances
-    `coupled_logprob [n, m, Q]` of the text's token, 0 where it cannot be proposed.
+    `deterministic [Q] bool`, `coupled [Q, n] bool` by sharpness, and the log-chances of
+    either outcome, `coupled_logprob [n, m, Q]`; where no prediction exists all are 0.
     """
     num_steps, _, size = part.hidden.shape
     drawn_Q, positions_Q, keys_Q = part.laws
@@ -187,32 +193,32 @@ def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
         best = [jnp.argmax(x_QV, axis=-1) for x_QV in (logits_QV, *scores)]
         guessed = jnp.stack(best, axis=-1)
         wanted_Q, exists_Q = drawn_Q[u : u + size], part.exists[u] > 0
-        place_Q, known_Q = wanted_Q, exists_Q
         if target.draft_ids is not None:
             guessed = target.draft_ids[guessed]
-            place_Q = jnp.searchsorted(target.draft_ids, wanted_Q)
-            place_Q = jnp.minimum(place_Q, target.draft_ids.shape[0] - 1)
-            known_Q = exists_Q & (target.draft_ids[place_Q] == wanted_Q)
         hit = (guessed == wanted_Q[:, None]) & exists_Q[:, None]
-        chances = jnp.stack([_log_chances(x_QV, place_Q) for x_QV in scores])
+        outcomes = zip(scores, hit[:, 1:].T, strict=True)
+        logprobs = jnp.stack([_log_chances(x_QV, hit_Q) for x_QV, hit_Q in outcomes])
         yield {
             "deterministic": hit[:, 0],
             "coupled": hit[:, 1:],
-            _LOGPROB: jnp.where(known_Q, chances, 0.0),
+            _LOGPROB: jnp.where(exists_Q, logprobs, 0.0),
         }
 
 
-def _log_chances(scores: Array, place: Array) -> Array:
-    """Take log softmax(scores / tau) at `place [Q]` of `[Q, V]`, `[m, Q]` by `TAUS`."""
+def _log_chances(scores: Array, hit: Array) -> Array:
+    """Take the log-chances of what happened to the best of `[Q, V]`, `[m, Q]`.
+
+    By each of `TAUS`: of its being the draw where `hit [Q] bool`, else of its not.
+    """
     below_QV = scores - jnp.max(scores, axis=-1, keepdims=True)
-    here_Q = jnp.take_along_axis(below_QV, place[:, None], axis=-1)[:, 0]
     # Two exponentials are enough: half a temperature squares what is summed.
     weights = [jnp.exp(below_QV / tau) for tau in TAUS[:-3:-1]]
     while len(weights) < len(TAUS):
         weights.append(jnp.square(weights[-2]))
-    normalisers = [jnp.log(jnp.sum(x_QV, axis=-1)) for x_QV in reversed(weights)]
-    pairs = zip(TAUS, normalisers, strict=True)
-    return jnp.stack([here_Q / tau - normaliser for tau, normaliser in pairs])
+    # The best one's weight is 1.
+    total_MQ = jnp.stack([jnp.sum(x_QV, axis=-1) for x_QV in reversed(weights)])
+    miss_MQ = jnp.maximum(1 - 1 / total_MQ, _LEAST_MISS)
+    return jnp.log(jnp.where(hit, 1 / total_MQ, miss_MQ))
 
 
 def summarise(
