@@ -247,8 +247,8 @@ EDITS = {
     ],
     ("specdec/training/acceptance.py", "tests/specdec/training/test_acceptance.py"): [
         ("jnp.square(weights[-2])", "jnp.square(weights[-1])"),
-        ("jnp.where(exists_Q, logprobs, 0.0)", "logprobs"),
-        ("jnp.where(hit, 1 / total_MQ, miss_MQ)", "1 / total_MQ"),
+        ("jnp.where(exists_Q, errors_NMQ, 0.0)", "errors_NMQ"),
+        ("- hit.T[1:, None]", "- hit.T[:-1, None]"),
         ("[:, best], axis=0)", "[:, 0], axis=0)"),
         ("* 2 ** (offset / 2)", "* 2**offset"),
     ],

@@ -268,7 +268,7 @@ TRAINING = (
     Key(
         "drafter/tau",
         "-",
-        "with that sharpness, by which their chances fit best what came true",
+        "with that sharpness, by which most nearly as many come true as scores say",
         _FRESH,
     ),
     Key("drafter/failure", "text", "why a training was undone", "where one was"),
@@ -376,7 +376,7 @@ DRAFTER = (
     Key(
         "eval/tau",
         "-",
-        "with that sharpness, by which their chances fit best what came true",
+        "with that sharpness, by which most nearly as many come true as scores say",
         _MEASURED,
         code='"tau"',
     ),

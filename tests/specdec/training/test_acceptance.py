@@ -59,7 +59,7 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
     for end in ("", "_chain"):
         expected["deterministic" + end] = np.zeros(NUM_STEPS)
         expected["coupled" + end] = np.zeros((NUM_STEPS, num))
-    expected["coupled_logprob"] = np.zeros((NUM_STEPS, num, len(acceptance.TAUS)))
+    expected["coupled_error"] = np.zeros((NUM_STEPS, num, len(acceptance.TAUS)))
     ends = {0: 9, 1: 16}
     lifetimes = np.zeros(batch.bases.shape, int)
     for m in np.flatnonzero(batch.valid[0]):
@@ -74,10 +74,9 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
                 hit = ids[np.argmax(scores)] == drawn
                 for j, tau in enumerate(acceptance.TAUS):
                     chance = scipy.special.softmax(scores / tau).max()
-                    happened = chance if hit else max(1 - chance, 1e-4)
                     if key != "deterministic":
                         place = (k, key[1], j)
-                        expected["coupled_logprob"][place] += np.log(happened)
+                        expected["coupled_error"][place] += (chance - hit) ** 2
                 alive[key] &= hit
                 name, *rest = (key,) if key == "deterministic" else key
                 place = (k, *rest)
@@ -90,7 +89,7 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
     sums = measure(params, batch, target)
     assert sums.keys() == expected.keys() == acceptance.nothing(NUM_STEPS).keys()
     for name, value in expected.items():
-        rtol = 1e-4 if name == "coupled_logprob" else 0
+        rtol = 1e-4 if name == "coupled_error" else 0
         np.testing.assert_allclose(sums[name], value, rtol=rtol, err_msg=name)
     assert expected["count"].tolist() == [9, 7, 5]
     found = jax.jit(
@@ -115,8 +114,8 @@ def test_summary():
     }
     # By tau at the second sharpness: a parabola about 2 ** 0.125; at the others not.
     place = np.arange(-5, 8) / 2 - 0.125
-    logprobs = np.stack([-((place + i - 1) ** 2) for i in range(5)])
-    sums["coupled_logprob"] = np.stack([logprobs, 3 * logprobs])
+    errors = np.stack([1 + (place + i - 1) ** 2 for i in range(5)])
+    sums["coupled_error"] = np.stack([errors, 3 * errors])
     found = acceptance.summarise(sums)
     assert found.pop("tau") == pytest.approx(2**0.125)
     assert found == {
@@ -147,11 +146,11 @@ def test_chance_changes_no_sharpness(accepted, used, chosen):
         "deterministic_chain": plain,
         "coupled": chains,
         "coupled_chain": chains,
-        "coupled_logprob": np.zeros((1, 5, len(acceptance.TAUS))),
+        "coupled_error": np.zeros((1, 5, len(acceptance.TAUS))),
     }
     found = acceptance.summarise(sums, used)
     assert found["sharpness"] == chosen
-    # No text, no likelihood: as if it had not been measured.
+    # No text, no error: as if it had not been measured.
     assert found["tau"] == 0.5
     hits = accepted[acceptance.SHARPNESSES.index(chosen)]
     assert found["coupled/accept_length"] == pytest.approx(1 + hits / 120)

@@ -22,9 +22,7 @@ _LEAST_GAIN = 0.03
 # Temperatures of the coupled score that are tried, rising in steps of the square root
 # of two, from 0.18 to 11.
 TAUS = tuple(2.0 ** (k / 2) for k in range(-5, 8))
-_LOGPROB = "coupled_logprob"
-# No draft is taken to miss less often: a few that do would outweigh all the rest.
-_LEAST_MISS = 1e-4
+_ERROR = "coupled_error"
 
 
 def measure(
@@ -50,13 +48,14 @@ def measure(
     Given the drafter's law and the noise, token v was drawn with the chance
     softmax((sharpness x logprobs + noise) / tau)[v] if the target's log-probabilities
     are the sharpened ones plus Gumbel noise of scale tau, which only the target knows.
-    That is so at best roughly: where some tokens were drawn of which the drafter knows
-    nothing, a tau that fits the whole law is too large for those that are drafted. So
-    the likelihood of what happens to drafts alone is looked at: by the best tau their
-    scores are the chances that they come true.
+    That is so at best roughly, and where some tokens were drawn of which the drafter
+    knows nothing, the likeliest tau is too large for those that are drafted. What is
+    wanted are drafts that come true as often as their scores say: the best tau has the
+    smallest sum of squared differences between the two.
 
     Reference: Daliri et al., Coupling without Communication and Drafter-Invariant
-    Speculative Decoding, 2024 (draft and target share the noise).
+    Speculative Decoding, 2024 (draft and target share the noise); Brier,
+    Verification of Forecasts Expressed in Terms of Probability, 1950.
 
     See `unroll.unroll` for the arguments; `size` bases of each row from `start` on are
     counted, by themselves all. The sums over all are those of any parts.
@@ -65,9 +64,9 @@ def measure(
       Sums `[U] float32`: `count` of the predictions; `deterministic` and `coupled`, the
       drafts among them that are the text's token, given the text's tokens before; and
       `deterministic_chain`, `coupled_chain`, those of them with no miss before. The
-      coupled ones are `[U, n]`, by `SHARPNESSES`. `coupled_logprob [U, n, m]`, by
-      `TAUS` as well, is the log of the chances that were given to what happened: that
-      a coupled draft is the text's token, or that it is not.
+      coupled ones are `[U, n]`, by `SHARPNESSES`. `coupled_error [U, n, m]`, by `TAUS`
+      as well, are the squared differences between a coupled draft's score and 1 where
+      it is the text's token, else 0.
     """
     bases, chunk = _predictions(
         params, batch, target, num_steps, cfg, seen, start, size
@@ -87,7 +86,7 @@ def nothing(num_steps: int) -> dict[str, np.ndarray]:
         zero = np.zeros((num_steps, *rest), np.float32)
         zeros |= {name: zero, f"{name}_chain": zero}
     shape = (num_steps, len(SHARPNESSES), len(TAUS))
-    return zeros | {_LOGPROB: np.zeros(shape, np.float32)}
+    return zeros | {_ERROR: np.zeros(shape, np.float32)}
 
 
 def count(
@@ -99,7 +98,7 @@ def count(
     alive = dict.fromkeys(RANKINGS, True)
     for u, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
         here["count"].append(jnp.sum(part.exists[u]))
-        here[_LOGPROB].append(jnp.sum(hits.pop(_LOGPROB), axis=-1))
+        here[_ERROR].append(jnp.sum(hits.pop(_ERROR), axis=-1))
         for name, hit in hits.items():
             alive[name] = alive[name] & hit
             here[name].append(jnp.sum(hit, axis=0, dtype=jnp.float32))
@@ -173,8 +172,8 @@ def _predictions(
 def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
     """Yield for each level where its draft is the text's token.
 
-    `deterministic [Q] bool`, `coupled [Q, n] bool` by sharpness, and the log-chances of
-    either outcome, `coupled_logprob [n, m, Q]`; where no prediction exists all are 0.
+    `deterministic [Q] bool`, `coupled [Q, n] bool` by sharpness, and the squared errors
+    of its scores, `coupled_error [n, m, Q]`; where no prediction exists all are 0.
     """
     num_steps, _, size = part.hidden.shape
     drawn_Q, positions_Q, keys_Q = part.laws
@@ -196,29 +195,25 @@ def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
         if target.draft_ids is not None:
             guessed = target.draft_ids[guessed]
         hit = (guessed == wanted_Q[:, None]) & exists_Q[:, None]
-        outcomes = zip(scores, hit[:, 1:].T, strict=True)
-        logprobs = jnp.stack([_log_chances(x_QV, hit_Q) for x_QV, hit_Q in outcomes])
+        errors_NMQ = jnp.square(
+            jnp.stack([_chances(x_QV) for x_QV in scores]) - hit.T[1:, None]
+        )
         yield {
             "deterministic": hit[:, 0],
             "coupled": hit[:, 1:],
-            _LOGPROB: jnp.where(exists_Q, logprobs, 0.0),
+            _ERROR: jnp.where(exists_Q, errors_NMQ, 0.0),
         }
 
 
-def _log_chances(scores: Array, hit: Array) -> Array:
-    """Take the log-chances of what happened to the best of `[Q, V]`, `[m, Q]`.
-
-    By each of `TAUS`: of its being the draw where `hit [Q] bool`, else of its not.
-    """
+def _chances(scores: Array) -> Array:
+    """Give the best of `[Q, V]` its share by each of `TAUS`, `[m, Q]`."""
     below_QV = scores - jnp.max(scores, axis=-1, keepdims=True)
     # Two exponentials are enough: half a temperature squares what is summed.
     weights = [jnp.exp(below_QV / tau) for tau in TAUS[:-3:-1]]
     while len(weights) < len(TAUS):
         weights.append(jnp.square(weights[-2]))
     # The best one's weight is 1.
-    total_MQ = jnp.stack([jnp.sum(x_QV, axis=-1) for x_QV in reversed(weights)])
-    miss_MQ = jnp.maximum(1 - 1 / total_MQ, _LEAST_MISS)
-    return jnp.log(jnp.where(hit, 1 / total_MQ, miss_MQ))
+    return jnp.stack([1 / jnp.sum(x_QV, axis=-1) for x_QV in reversed(weights)])
 
 
 def summarise(
@@ -235,7 +230,7 @@ def summarise(
       `<ranking>/rate_by_depth`: of the drafts at each depth, given the text's tokens
       before; `<ranking>/accept_length`: drafts accepted from a base on before the first
       miss, plus the token that the target adds; `sharpness`: the best one for coupled
-      drafts, with which theirs are given; `tau`: the likeliest with that sharpness.
+      drafts, with which theirs are given; `tau`: the best with that sharpness.
     """
     counts = [float(x) for x in sums["count"]]
     chains = np.sum(np.asarray(sums["coupled_chain"]), axis=0)
@@ -244,11 +239,11 @@ def summarise(
     if sharpness in SHARPNESSES:
         used = SHARPNESSES.index(sharpness)
         best = best if chains[best] > (1 + _LEAST_GAIN) * chains[used] else used
-    # Which draft is best does not depend on tau: acceptance chooses the one, likelihood
-    # the other.
+    # Which draft is best does not depend on tau: acceptance chooses the one, how true
+    # scores come the other.
     out: dict[str, list[float] | float] = {
         "sharpness": SHARPNESSES[best],
-        "tau": _likeliest(np.sum(np.asarray(sums[_LOGPROB])[:, best], axis=0)),
+        "tau": _truest(np.sum(np.asarray(sums[_ERROR])[:, best], axis=0)),
     }
     for name in RANKINGS:
         hits, chain = (np.asarray(sums[x]) for x in (name, f"{name}_chain"))
@@ -261,16 +256,16 @@ def summarise(
     return out
 
 
-def _likeliest(logprobs: np.ndarray) -> float:
-    """Find tau by its log-likelihoods `[m]` at `TAUS`.
+def _truest(errors: np.ndarray) -> float:
+    """Find tau by the errors `[m]` at `TAUS`, smallest first of equal ones.
 
     Between them it is the vertex of a parabola through the best and its neighbours.
     """
-    if not np.any(logprobs):
+    if not np.any(errors):
         return drafter.TAU
-    best = int(np.argmax(logprobs))
+    best = int(np.argmin(errors))
     if best in (0, len(TAUS) - 1):
         return TAUS[best]
-    before, here, after = np.asarray(logprobs[best - 1 : best + 2], np.float64)
-    offset = (after - before) / (2 * (2 * here - before - after))
+    before, here, after = np.asarray(errors[best - 1 : best + 2], np.float64)
+    offset = (before - after) / (2 * (before - 2 * here + after))
     return float(TAUS[best] * 2 ** (offset / 2))
