@@ -261,7 +261,8 @@ def _truest(errors: np.ndarray) -> float:
 
     Between them it is the vertex of a parabola through the best and its neighbours.
     """
-    if not np.any(errors):
+    # No text, or a drafter whose numbers are none.
+    if not 0 < np.sum(errors) < np.inf:
         return drafter.TAU
     best = int(np.argmin(errors))
     if best in (0, len(TAUS) - 1):
