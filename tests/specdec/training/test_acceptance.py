@@ -163,7 +163,7 @@ def test_a_drafter_of_known_errors_is_found_out(sharpness, tau):
     """One that knows all but the scale is never in doubt."""
     _, _, found = measured(sharpness, tau, np.arange(31))
     assert found["sharpness"] == sharpness
-    assert found["tau"] == pytest.approx(max(tau, acceptance.TAUS[0]), rel=0.06)
+    assert found["tau"] == pytest.approx(max(tau, acceptance.TAUS[0]), rel=0.1)
 
 
 def test_tokens_that_cannot_be_drafted_count_against_drafts():
