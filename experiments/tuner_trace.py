@@ -190,9 +190,11 @@ def blended(
     mixed = jax.tree.map(
         lambda a, b: (1 - share) * a + share * b,
         initial.replace(draft_ids=None),
-        trained.replace(draft_ids=None, sharpness=None),
+        trained.replace(draft_ids=None, sharpness=None, tau=None),
     )
-    return mixed.replace(draft_ids=trained.draft_ids, sharpness=trained.sharpness)
+    return mixed.replace(
+        draft_ids=trained.draft_ids, sharpness=trained.sharpness, tau=trained.tau
+    )
 
 
 def record_trace(

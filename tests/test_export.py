@@ -154,7 +154,7 @@ def test_the_drafter_of_a_run_is_given_out(workdir, tmp_path):
             snapshot = train_state.Snapshot(
                 train_state.TrainState(params, {"m": params}, jnp.int32(9)),
                 {"buffer.tokens": np.arange(5)},
-                {"version": 2, "sharpness": 1.5},
+                {"version": 2, "sharpness": 1.5, "tau": 2.5},
             )
             checkpointer.save(step, snapshot, EAGLE)
     for layout, step in (("eagle", None), ("eagle", 3), ("tlt", None)):
@@ -163,11 +163,12 @@ def test_the_drafter_of_a_run_is_given_out(workdir, tmp_path):
         assert said == f"the drafter of step {step or 7}"
         cfg, params = drafter_io.load(out, CFG)
         assert (cfg.architecture, cfg.max_length) == ("eagle", 40)
-        # Engines of others have no place for it.
-        assert params.sharpness == (1.5 if layout == "tlt" else None)
+        # Engines of others have no place for them.
+        measured = (1.5, 2.5) if layout == "tlt" else (None, None)
+        assert (params.sharpness, params.tau) == measured
         jax.tree.map(
             np.testing.assert_array_equal,
-            params.replace(join_bias=None, sharpness=None),
+            params.replace(join_bias=None, sharpness=None, tau=None),
             weights[step or 7],
         )
     with pytest.raises(ValueError, match="use the layout eagle"):

@@ -83,6 +83,7 @@ def test_run_leaves_its_record_plot_and_drafter(whole):
     assert cfg.feature_layers == (0, 1) and cfg.max_length == 20
     assert params.fuse.shape == (64, 128)
     assert params.sharpness == last["eval/sharpness"]
+    assert params.tau == np.float32(last["eval/tau"])
     record = json.loads((directory / "drafter" / "config.json").read_text())
     assert record["about"]["objective"]["token_loss"] == "lk_hybrid"
     assert record["about"]["num_steps"] == NUM_STEPS

@@ -151,7 +151,7 @@ def load(
     table: Sequence[str] = (),
     *,
     ranking: str = "coupled",
-    tau: float = 0.5,
+    tau: float | None = None,
     rule: str = chain.KEYED,
     dtype: Any = jnp.float32,
 ) -> Speculation:

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.lab import experiment, paired, prompts, recipes, tables
 from tlt_jax import policy, speculation, types
+from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.rl.engine import engine as engine_lib
@@ -137,13 +138,14 @@ class Setting:
         made = drafter_io.about(speculation.folder(self.options.drafter))
         # It may be a path; what the target is, its fingerprint says.
         made.pop("target", None)
-        sharpness = self.drafter.params.sharpness
+        sharpness, tau = drafter.measured(self.drafter.params)
         return {
             "target": cfg.target,
             "drafter": {
                 "feature_layers": cfg.feature_layers,
                 "draft_vocab_size": cfg.draft_vocab_size,
-                "sharpness": None if sharpness is None else float(sharpness),
+                "sharpness": float(sharpness),
+                "tau": float(tau),
                 "about": made,
             },
             "texts": self.texts,

@@ -188,7 +188,7 @@ def _drafter(root):
         params = _drawn(drafter.describe(cfg))
         if cfg.draft_vocab_size:
             params = params.replace(draft_ids=_DRAFT_IDS)
-        params = params.replace(sharpness=np.float32(1.5))
+        params = params.replace(sharpness=np.float32(1.5), tau=np.float32(2.5))
         drafter_io.save(root / name, params, cfg, {"step": 3})
 
 

@@ -156,7 +156,7 @@ def any_drafter(directory: pathlib.Path) -> None:
         ids = np.asarray(params.draft_ids)
         rising = ids.dtype == np.int32 and (np.diff(ids) > 0).all() and ids[0] >= 0
         _is(rising and ids[-1] < seeds.TARGET.vocab_size, f"draft_ids {ids}")
-    plain = params.replace(draft_ids=None, sharpness=None)
+    plain = params.replace(draft_ids=None, sharpness=None, tau=None)
     _check_params(plain, drafter.describe(cfg))
     drafter_io.read_config(directory, seeds.TARGET)
     for path in directory.glob("*.safetensors"):

@@ -242,7 +242,7 @@ FOUND = [
         in_json(feature_layers=[1, 3, 8]),
         "names .8",
     ),
-    ("drafter", "all", "drafter.safetensors", not_finite, "sharpness nan"),
+    ("drafter", "all", "drafter.safetensors", not_finite, "tau nan"),
     (
         "eagle",
         "one",

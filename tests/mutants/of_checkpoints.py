@@ -97,7 +97,8 @@ EDITS = {
             _DRAFTER,
         ),
         ("found.arrays, found.meta", "{}, found.meta", _DRAFTER),
-        ('meta.get("sharpness", 1.0)', "1.0", f"{_DRAFTER} -k weights"),
+        ('meta.get("sharpness", drafter.SHARPNESS)', "1.0", f"{_DRAFTER} -k weights"),
+        ('meta.get("tau", drafter.TAU)', "0.5", f"{_DRAFTER} -k weights"),
         ('arrays.get("draft_ids")', "None", f"{_DRAFTER} -k weights"),
         (
             'record["step"], meta.get("version", 0)',

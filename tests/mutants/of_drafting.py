@@ -248,6 +248,13 @@ EDITS = {
         ),
         ("ridge = (spread / _PRIOR_SPREAD) ** 2", "ridge = 0.0"),
     ],
+    ("specdec/training/acceptance.py", "tests/specdec/training/test_acceptance.py"): [
+        ("jnp.square(weights[-2])", "jnp.square(weights[-1])"),
+        ("jnp.where(exists_Q, errors_NMQ, 0.0)", "errors_NMQ"),
+        ("- hit.T[1:, None]", "- hit.T[:-1, None]"),
+        ("[:, best], axis=0)", "[:, 0], axis=0)"),
+        ("* 2 ** (offset / 2)", "* 2**offset"),
+    ],
     ("specdec/training/losses.py", "tests/specdec/training/test_losses.py"): [
         (
             "weight = lax.stop_gradient(jnp.exp(-rate * (1.0 - distance)))",

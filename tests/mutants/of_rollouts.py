@@ -65,8 +65,13 @@ EDITS = {
             "self._filled.difference_update(())",
         ),
         (
-            "np.float32(1.0 if given is None else given)",
-            "np.float32(1.0)",
+            "self._sharpness, self._tau = drafter.measured(params)",
+            "self._tau, self._sharpness = drafter.measured(params)",
+            "tests/rl/engine/test_engine_speculation.py -k sharpness",
+        ),
+        (
+            "self._tau if self.cfg.tau is None else np.float32(self.cfg.tau)",
+            "np.float32(self.cfg.tau or drafter.TAU)",
             "tests/rl/engine/test_engine_speculation.py -k sharpness",
         ),
         (
@@ -142,13 +147,16 @@ EDITS = {
     ("rl/adaptation/adaptation.py", "tests/rl/adaptation/test_adaptation.py"): [
         ('self._ngram_accept_length = meta["ngram_accept_length"]', "pass"),
         ('self.learner.sharpness = meta["sharpness"]', "pass"),
+        ('meta.get("tau", drafter.TAU)', "drafter.TAU"),
+        ("learner.sharpness, learner.tau = measured", "pass"),
         ('self.budget = budget.Budget(**meta["budget"])', "pass"),
         ("self.sampler.restore(part(_SAMPLER))", "pass"),
         ("self.version += 1", "self.version += 2"),
     ],
     ("rl/adaptation/learner.py", "tests/rl/adaptation/test_learner.py"): [
         ("if keep and self._placed is not None:", "if self._placed is not None:"),
-        ('self.sharpness = found["sharpness"]', "pass"),
+        ('self.sharpness, self.tau = found["sharpness"], found["tau"]', "pass"),
+        ("tau=np.float32(self.tau),", ""),
     ],
     ("workdir/metrics.py", "tests/workdir/test_metrics.py"): [
         (

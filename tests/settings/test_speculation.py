@@ -17,7 +17,7 @@ SETTINGS = {
         "epsilon": (0.1, "[0, 1]"),
         "window": (300, "[1, 1000000]"),
         "ranking": ("coupled", ""),
-        "tau": (0.5, "[0.001, 1000]"),
+        "tau": (None, "[0.001, 1000]"),
         "rule": ("keyed", ""),
     },
     speculation.DrafterShape: {

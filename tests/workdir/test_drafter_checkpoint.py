@@ -217,7 +217,7 @@ def test_weights_are_read_of_a_run_that_goes_on(tmp_path):
     with drafter_checkpoint.DrafterCheckpointer(tmp_path) as checkpointer:
         for step in (3, 4):
             arrays = {"draft_ids": ids + step - 3, "texts/tokens": np.arange(step)}
-            meta = {"version": 2 * step, "sharpness": step / 2}
+            meta = {"version": 2 * step, "sharpness": step / 2, "tau": step}
             checkpointer.save(step, snapshot(made(step), arrays, meta), CFG)
         checkpointer.wait()
         for asked, step in ((None, 4), (3, 3)):
@@ -226,8 +226,9 @@ def test_weights_are_read_of_a_run_that_goes_on(tmp_path):
             )
             assert (cfg, found, version) == (CFG, step, 2 * step)
             assert params.draft_ids.tolist() == (ids + step - 3).tolist()
-            assert params.sharpness == np.float32(step / 2)
-            bare = params.replace(draft_ids=None, sharpness=None)
+            assert (params.sharpness, params.tau) == (step / 2, step)
+            assert params.tau.dtype == np.float32
+            bare = params.replace(draft_ids=None, sharpness=None, tau=None)
             same(bare, made(step).params.replace(draft_ids=None, sharpness=None))
     # Its vocabulary is compared with the rest.
     largest = max(

@@ -60,6 +60,7 @@ def test_a_resumed_run_has_the_state_of_every_part(tmp_path):
         # What two short steps leave at its default is set to something else.
         parts.updater.skips.in_a_row = 2
         parts.adaptation.learner.sharpness = 1.75
+        parts.adaptation.learner.tau = 1.25
         parts.adaptation.version = 5
         trainer.state.save()
         trainer.state.wait()

@@ -28,7 +28,9 @@ class Specdec:
       window: of `beg_mab`: calls of a candidate that count.
       ranking: of the learned drafter's candidates: by the noise that the target draws
         with (`coupled`) or by probability alone (`deterministic`).
-      tau: temperature of the coupled score's softmax; lower is sharper.
+      tau: temperature of the coupled score's softmax, by which a score is the chance
+        that a draft comes true; lower is surer. Unset: as it was measured with the
+        drafter's weights, 0.5 where it was not.
       rule: what accepts the learned drafter's drafts: `keyed` keeps the tokens of plain
         decoding; `rejection` and `block` keep their law alone. These judge whole chains
         (strategies such as D5K1V6), to which ranking and tau mean nothing; what tokens
@@ -46,7 +48,7 @@ class Specdec:
     epsilon: float = schema.number(0.1, 0.0, 1.0)
     window: int = schema.number(300, 1, 10**6)
     ranking: Literal["coupled", "deterministic"] = "coupled"
-    tau: float = schema.number(0.5, 1e-3, 1e3)
+    tau: float | None = schema.number(None, 1e-3, 1e3)
     rule: Literal["keyed", "rejection", "block"] = "keyed"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from tlt_jax import policy, speculation
 from tlt_jax.models import kv_cache
+from tlt_jax.models.drafters import drafter
 from tlt_jax.specdec import decode, noise, protocols, sampling, speculate, tree
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import learned
@@ -97,7 +98,6 @@ class Tracer:
                 f"ranking={ranking!r}: use one of {', '.join(learned.RANKINGS)}."
             )
         self._asked, self._strategy, self._max_length = asked, strategy, max_length
-        self._tau = np.float32(drafting.speculator_cfg.tau)
         cfg, drafter_cfg = asked.config, drafting.speculator_cfg.drafter_cfg
         dtype = jnp.dtype(asked.precision)
         num_pages = -(-(max_length + strategy.max_accept_length) // _PAGE_SIZE)
@@ -108,9 +108,10 @@ class Tracer:
             target=kv_cache.create(cfg, *size, drafter_cfg.num_read),
             drafter=kv_cache.create(drafter_cfg.layer, *size),
         )
-        given = drafting.params.sharpness
-        self._sharpness = np.float32(1.0 if given is None else given)
-        params = drafting.params.replace(sharpness=None)
+        self._sharpness, self._tau = drafter.measured(drafting.params)
+        if drafting.speculator_cfg.tau is not None:
+            self._tau = np.float32(drafting.speculator_cfg.tau)
+        params = drafting.params.replace(sharpness=None, tau=None)
         self._weights = learned.weights_of(params, asked.params)
         settings = decode.Settings(
             cfg=cfg,

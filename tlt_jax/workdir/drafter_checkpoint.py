@@ -244,8 +244,8 @@ def restore_weights(
     `step` counts RL steps done; None: the newest checkpoint.
 
     Returns:
-      The drafter, its weights with `draft_ids` and `sharpness`, the step, and its
-      version: how often it was given to the engines, 0: never.
+      The drafter, its weights with `draft_ids`, `sharpness` and `tau`, the step,
+      and its version: how often it was given to the engines, 0: never.
 
     Raises:
       checkpoint.CheckpointError: there is no such checkpoint, or it is damaged.
@@ -263,6 +263,10 @@ def restore_weights(
     )
     cfg = drafter_io.from_json(_DEFAULTS | record["model"])
     meta = record["driver"]["meta"]
-    sharpness = np.float32(meta.get("sharpness", 1.0))
-    params = params.replace(draft_ids=arrays.get("draft_ids"), sharpness=sharpness)
+    # Older checkpoints have no tau.
+    sharpness = np.float32(meta.get("sharpness", drafter.SHARPNESS))
+    tau = np.float32(meta.get("tau", drafter.TAU))
+    params = params.replace(
+        draft_ids=arrays.get("draft_ids"), sharpness=sharpness, tau=tau
+    )
     return cfg, params, record["step"], meta.get("version", 0)

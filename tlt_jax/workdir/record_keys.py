@@ -265,6 +265,12 @@ TRAINING = (
         _FRESH,
     ),
     Key("drafter/sharpness", "-", "of coupled drafts, the best one", _FRESH),
+    Key(
+        "drafter/tau",
+        "-",
+        "with that sharpness, by which most nearly as many come true as scores say",
+        _FRESH,
+    ),
     Key("drafter/failure", "text", "why a training was undone", "where one was"),
     # Evaluation
     Key(
@@ -366,6 +372,13 @@ DRAFTER = (
         "of coupled drafts, the best one",
         _MEASURED,
         code='"sharpness"',
+    ),
+    Key(
+        "eval/tau",
+        "-",
+        "with that sharpness, by which most nearly as many come true as scores say",
+        _MEASURED,
+        code='"tau"',
     ),
     Key("texts/num", "texts", "to train on", "in row 0"),
     Key("texts/response_tokens", "tokens", "of their responses", "in row 0"),

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 from tests.specdec import tiny_drafter
+from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 
 CFG = tiny_drafter.drafter_config(max_length=64)
@@ -33,14 +34,20 @@ def test_saved_drafter_is_loaded(saved):
     assert [path.name for path in directory.parent.iterdir()] == ["drafter"]
 
 
-def test_sharpness_comes_back_and_must_be_positive(saved):
+@pytest.mark.parametrize("name", ["sharpness", "tau"])
+def test_what_was_measured_comes_back_and_must_be_positive(saved, name):
     directory, params = saved
-    for value in (np.float32(1.25), np.float32(0)):
-        drafter_io.save(directory, params.replace(sharpness=value), CFG)
+    # To float32 alone this is itself.
+    for value in (np.float32(1.2345678), np.float32(0)):
+        drafter_io.save(directory, params.replace(**{name: value}), CFG)
         if value:
             _, loaded = drafter_io.load(directory, tiny_drafter.TARGET, "bfloat16")
-            assert loaded.sharpness.dtype == np.float32 and loaded.sharpness == value
-    with pytest.raises(ValueError, match="sharpness 0.0, which should be positive"):
+            assert getattr(loaded, name).dtype == np.float32
+            assert getattr(loaded, name) == value
+            # The other one was not measured, as in older files.
+            wanted = {"sharpness": (value, 0.5), "tau": (1, value)}
+            assert drafter.measured(loaded) == wanted[name]
+    with pytest.raises(ValueError, match=f"{name} 0.0, which should be positive"):
         drafter_io.load(directory, tiny_drafter.TARGET)
 
 

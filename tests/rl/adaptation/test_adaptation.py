@@ -122,7 +122,8 @@ def as_saved(snapshot):
 def test_everything_that_changes_survives_a_kill(make):
     before, workers, _ = trained(make)
     # Whatever training made of them: none has the value that it begins with.
-    before.learner.sharpness, before.is_ready = 2.0, True
+    before.learner.sharpness, before.learner.tau = 2.0, 1.5
+    before.is_ready = True
     before._offer()
     before._offer()
     state = as_saved(before.state())
@@ -253,11 +254,14 @@ def test_versions_count_offers_of_a_ready_drafter(make):
 def test_a_trained_drafter_is_offered_at_once(make):
     initial = drafter.init(CFG, jax.random.key(1), jnp.float32)
     ids = jnp.arange(2, 14)
-    initial = initial.replace(draft_ids=ids, sharpness=np.float32(1.5))
+    initial = initial.replace(
+        draft_ids=ids, sharpness=np.float32(1.5), tau=np.float32(2.5)
+    )
     adapted, workers, _ = make(initial=initial, capture_frac=0.25)
     adapted.start()
     ((params, version),) = workers.offered
-    assert version == 1 and adapted.is_ready and params.sharpness == 1.5
+    assert version == 1 and adapted.is_ready
+    assert (params.sharpness, params.tau) == (1.5, 2.5)
     jax.tree.map(np.testing.assert_array_equal, params, initial)
     assert workers.capture_frac == 0.25
 
@@ -288,12 +292,13 @@ def test_what_another_process_learned_is_taken_over(make):
     other = jax.tree.map(lambda x: x + 1, adapted.learner.state)
     ids = np.arange(3, 15)
     report = spot_trainer.Report(num_steps=3)
-    learned.append((report, 7, (other, ids, 1.25)))
+    learned.append((report, 7, (other, ids, 1.25, 0.75)))
     adapted.hand_over(watch_lib.Watch())
     assert adapted.learner.state is other and adapted.learner.draft_ids is ids
     # The other one's newest version was 7, and this is a newer one.
     assert adapted.version == 8 == workers.offered[-1][1]
-    assert workers.offered[-1][0].sharpness == 1.25
+    params = workers.offered[-1][0]
+    assert (params.sharpness, params.tau) == (1.25, 0.75)
     assert adapted.row()["drafter/num_steps"] == 3
 
 

@@ -119,11 +119,13 @@ def test_a_device_of_each_worker_as_many_as_divide_a_batch(learner):
 def test_what_drafts_would_have_had_accepted_is_measured(learner):
     fresh(learner)
     learner.begin((jax.devices()[0],), target())
-    learner.sharpness = 7.0
+    learner.sharpness, learner.tau = 7.0, 70.0
     found = last(learner.measure([batch_of(0)]))
     learner.end()
     assert found["sharpness"] in acceptance.SHARPNESSES
     assert learner.sharpness == learner.weights("float32").sharpness
     assert learner.sharpness == found["sharpness"]
+    assert learner.tau == found["tau"] <= acceptance.TAUS[-1]
+    assert learner.weights("bfloat16").tau == np.float32(found["tau"])
     assert 1 <= found["coupled/accept_length"] <= 3
     assert len(found["coupled/rate_by_depth"]) == 2

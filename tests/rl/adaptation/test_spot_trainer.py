@@ -57,7 +57,7 @@ class Learner:
     def measure(self, batch):
         for _ in range(PIECES):
             yield self.piece()
-        return {"coupled/accept_length": 2.0, "sharpness": 1.0}
+        return {"coupled/accept_length": 2.0, "sharpness": 1.0, "tau": 0.5}
 
     def end(self, keep=True):
         self.events.append(("end", keep))

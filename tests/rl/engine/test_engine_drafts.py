@@ -128,8 +128,9 @@ def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
     engine.pool.close()
 
 
-# Batches of four with 10 nodes of 16: the row that guesses best gets most of them.
-SHARED = [83, 28, 6, 0]
+# Batches of four with 10 nodes of 16: the row that guesses best gets most of them; by
+# another tau of the drafter others.
+SHARED, SHARED_BY_TAU = [83, 28, 6, 0], [81, 29, 7, 0]
 
 
 @pytest.mark.parametrize("kernels", ["native", "xla"])
@@ -142,6 +143,10 @@ def test_rows_that_share_have_as_many_accepted(kernels):
     )
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert stats.num_accepted == SHARED
+    params = speculation.drafter_params(speculation.DRAFTER)
+    engine.set_drafter(params.replace(tau=np.float32(4)), version=1)
+    _, stats = engine.run(engines.REQUESTS, engines.SEED)
+    assert stats.num_accepted == SHARED_BY_TAU
     engine.pool.close()
 
 

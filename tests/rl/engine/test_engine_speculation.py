@@ -222,20 +222,22 @@ def test_a_drafter_is_waited_for_and_may_be_exchanged(expected):
     engine.pool.close()
 
 
-def test_a_drafters_sharpness_is_told_with_every_call():
+@pytest.mark.parametrize("setting", [None, 2.0])
+def test_a_drafters_sharpness_and_tau_are_told_with_every_call(setting):
+    """A setting goes before the drafter's own tau, and before the default."""
     table = strategy.parse_arms(TABLES["chain"])
-    made = speculator.Speculator(
-        speculator.SpeculatorConfig(table, EAGLE), page_size=2, max_length=40
-    )
+    cfg = speculator.SpeculatorConfig(table, EAGLE, tau=setting)
+    made = speculator.Speculator(cfg, page_size=2, max_length=40)
     params = drafter_params(EAGLE)
-    for given, told in ((np.float32(1.5), 1.5), (None, 1.0)):
-        made.offer(params.replace(sharpness=given), version=0)
+    for given, told in (((1.5, 2.75), (1.5, 2.75)), ((None, None), (1.0, 0.5))):
+        sharpness, tau = (x and np.float32(x) for x in given)
+        made.offer(params.replace(sharpness=sharpness, tau=tau), version=0)
         made.take_up((), engines.PARAMS)
         call = made.inputs([], 1, table.first(1))
-        assert call.sharpness == told
+        assert (call.sharpness, call.tau) == (told[0], setting or told[1])
+        assert call.sharpness.dtype == call.tau.dtype == np.float32
         # Else programs would have been compiled for other weights.
-        assert call.weights.params.sharpness is None
-    assert made.inputs([], 1, table.first(1)).sharpness.dtype == np.float32
+        assert call.weights.params.sharpness is call.weights.params.tau is None
 
 
 def test_shared_prompt_pages_are_filled_once():

@@ -4,8 +4,10 @@ import collections
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from tests.specdec import tiny_drafter
 from tlt_jax.specdec import noise
@@ -57,6 +59,7 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
     for end in ("", "_chain"):
         expected["deterministic" + end] = np.zeros(NUM_STEPS)
         expected["coupled" + end] = np.zeros((NUM_STEPS, num))
+    expected["coupled_error"] = np.zeros((NUM_STEPS, num, len(acceptance.TAUS)))
     ends = {0: 9, 1: 16}
     lifetimes = np.zeros(batch.bases.shape, int)
     for m in np.flatnonzero(batch.valid[0]):
@@ -66,8 +69,14 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
             if base + k + 2 >= ends[int(batch.segment[0, base])]:
                 break
             expected["count"][k] += 1
+            drawn = batch.tokens[0, base + k + 2]
             for key, scores in scores_of(steps, m, k).items():
-                hit = ids[np.argmax(scores)] == batch.tokens[0, base + k + 2]
+                hit = ids[np.argmax(scores)] == drawn
+                for j, tau in enumerate(acceptance.TAUS):
+                    chance = scipy.special.softmax(scores / tau).max()
+                    if key != "deterministic":
+                        place = (k, key[1], j)
+                        expected["coupled_error"][place] += (chance - hit) ** 2
                 alive[key] &= hit
                 name, *rest = (key,) if key == "deterministic" else key
                 place = (k, *rest)
@@ -78,8 +87,10 @@ def test_counts_are_those_of_a_slow_twin(tmp_path):
         functools.partial(acceptance.measure, num_steps=NUM_STEPS, cfg=FORWARD)
     )
     sums = measure(params, batch, target)
+    assert sums.keys() == expected.keys() == acceptance.nothing(NUM_STEPS).keys()
     for name, value in expected.items():
-        np.testing.assert_array_equal(sums[name], value, err_msg=name)
+        rtol = 1e-4 if name == "coupled_error" else 0
+        np.testing.assert_allclose(sums[name], value, rtol=rtol, err_msg=name)
     assert expected["count"].tolist() == [9, 7, 5]
     found = jax.jit(
         functools.partial(acceptance.lifetimes, num_steps=NUM_STEPS, cfg=FORWARD)
@@ -101,7 +112,12 @@ def test_summary():
             [[4.0, 3.0, 3.0, 2.0, 2.0], [0.0, 2.0, 2.0, 0.0, 0.0]]
         ),
     }
+    # By tau at the second sharpness: a parabola about 2 ** 0.125; at the others not.
+    place = np.arange(-5, 8) / 2 - 0.125
+    errors = np.stack([1 + (place + i - 1) ** 2 for i in range(5)])
+    sums["coupled_error"] = np.stack([errors, 3 * errors])
     found = acceptance.summarise(sums)
+    assert found.pop("tau") == pytest.approx(2**0.125)
     assert found == {
         "sharpness": acceptance.SHARPNESSES[1],
         "deterministic/rate_by_depth": [0.5, 0.5],
@@ -130,8 +146,52 @@ def test_chance_changes_no_sharpness(accepted, used, chosen):
         "deterministic_chain": plain,
         "coupled": chains,
         "coupled_chain": chains,
+        "coupled_error": np.zeros((1, 5, len(acceptance.TAUS))),
     }
     found = acceptance.summarise(sums, used)
     assert found["sharpness"] == chosen
+    # No text, no error: as if it had not been measured.
+    assert found["tau"] == 0.5
     hits = accepted[acceptance.SHARPNESSES.index(chosen)]
     assert found["coupled/accept_length"] == pytest.approx(1 + hits / 120)
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "tau"), [(2.0, 0.7), (1.0, 1.0), (3.0, 2.8), (2.0, 0.0)], ids=str
+)
+def test_a_drafter_of_known_errors_is_found_out(sharpness, tau):
+    """One that knows all but the scale is never in doubt."""
+    _, _, found = measured(sharpness, tau, np.arange(31))
+    assert found["sharpness"] == sharpness
+    assert found["tau"] == pytest.approx(max(tau, acceptance.TAUS[0]), rel=0.1)
+
+
+def test_tokens_that_cannot_be_drafted_count_against_drafts():
+    ids = np.arange(5, 28)
+    scores, drawn, found = measured(2.0, 0.7, ids)
+    chances = scipy.special.softmax(scores / found["tau"], axis=1).max(axis=1)
+    hits = ids[np.argmax(scores, axis=1)] == drawn
+    assert np.mean(chances) == pytest.approx(np.mean(hits), abs=0.02)
+    assert np.mean(hits) < 0.6 and found["tau"] > 0.9
+
+
+def measured(sharpness, tau, ids):
+    """Scores of a drafter, what was drawn, and what `summarise` makes of it."""
+    num, vocab = 3000, 31
+    rng = np.random.default_rng(3)
+    keys = rng.integers(0, 2**32, (num, 2), dtype=np.uint32)
+    positions = np.arange(num, dtype=np.int32)
+    logits = rng.normal(size=(num, vocab)).astype(np.float32)
+    noise_QV = np.asarray(noise.gumbel(keys, positions, vocab))
+    unknown = tau * rng.gumbel(size=logits.shape)
+    drawn = np.argmax(sharpness * logits + unknown + noise_QV, axis=1)
+    part = unroll_lib.Predictions(
+        hidden=jnp.asarray(logits[:, ids].T[None]),
+        exists=jnp.ones((1, num)),
+        laws=(drawn, positions, keys),
+    )
+    head, embed = jnp.eye(len(ids)), np.zeros((vocab, 1))
+    target = unroll_lib.Target(embed, head, jnp.asarray(ids))
+    sums = acceptance.count(part, tiny_drafter.params_of(CFG), target)
+    found = acceptance.summarise(jax.device_get(sums))
+    return (found["sharpness"] * logits + noise_QV)[:, ids], drawn, found

@@ -20,6 +20,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from tlt_jax.models import (
@@ -37,6 +38,8 @@ from tlt_jax.types import Array
 
 Architecture = Literal["tlt", "eagle", "eagle3"]
 ARCHITECTURES: tuple[Architecture, ...] = typing.get_args(Architecture)
+# Of a drafter of which they were not measured.
+SHARPNESS, TAU = 1.0, 0.5
 _FAMILIES_OWN = ("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm")
 
 
@@ -133,7 +136,8 @@ class DrafterParams:
       fuse: `[D, n * D]`, or None where the feature is the target's last one.
       norm: `[D]` or None.
       draft_ids: `[Vd] int32`, rising target ids that can be proposed, or None: all.
-      sharpness: float32 scalar, see `learned.Draft`; measured and not trained. None: 1.
+      sharpness, tau: float32 scalars, see `learned.Draft`; measured and not trained.
+        None: they were not, see `measured`.
       join_bias: `[D]` or None.
       feature_norm: `[D]`, `eagle3` alone.
       head: `[Vd, D]` or None: the target's.
@@ -145,9 +149,17 @@ class DrafterParams:
     norm: jax.Array | None = None
     draft_ids: jax.Array | None = None
     sharpness: jax.Array | None = None
+    tau: jax.Array | None = None
     join_bias: jax.Array | None = None
     feature_norm: jax.Array | None = None
     head: jax.Array | None = None
+
+
+def measured(params: DrafterParams) -> tuple[np.float32, np.float32]:
+    """Return sharpness and tau, as they were measured or as they are taken to be."""
+    given = (params.sharpness, SHARPNESS), (params.tau, TAU)
+    sharpness, tau = (np.float32(x if x is not None else other) for x, other in given)
+    return sharpness, tau
 
 
 @struct.dataclass
@@ -257,7 +269,10 @@ def of_target(
 
 
 def describe(cfg: DrafterConfig) -> DrafterParams:
-    """Describe every trained leaf, not `draft_ids` and `sharpness`, as a `Weight`."""
+    """Describe every trained leaf as a `Weight`.
+
+    Not `draft_ids`, `sharpness` and `tau`, which are chosen and measured.
+    """
     d, n = cfg.layer.d_model, cfg.num_features
     stacked = model_params.describe(cfg.layer).layers
 

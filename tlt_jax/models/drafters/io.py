@@ -27,6 +27,8 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "drafter.safetensors"
 # The second says what the layer is, too; the first is that of architecture `tlt`.
 _FORMAT, _FORMAT_WITH_LAYER = 1, 2
 _MOST_LAYERS = 64
+# Scalars that stand beside the weights where they were measured.
+_MEASURED = ("sharpness", "tau")
 _SETTINGS = ("feature_layers", "output_norm", "draft_vocab_size", "max_length")
 
 
@@ -41,7 +43,7 @@ def save(
     Args:
       directory: where.
       params: the weights, with `draft_ids` where the vocabulary is reduced, and
-        `sharpness` where it was measured.
+        `sharpness` and `tau` where they were measured.
       cfg: the drafter.
       about: what else shall stand in `config.json`: objective, target version, ...
 
@@ -96,7 +98,7 @@ def load(
         cfg, params = _load(pathlib.Path(directory), target)
 
     def place(path, leaf):
-        is_kept = _name(path) in ("draft_ids", "sharpness")
+        is_kept = _name(path) in ("draft_ids", *_MEASURED)
         if not np.isfinite(np.asarray(leaf, np.float64)).all():
             raise ValueError(
                 f"{directory}: {_name(path)} holds weights that are not finite: it is "
@@ -114,8 +116,8 @@ def _load(directory: pathlib.Path, target: model_config.ModelConfig):
     if cfg.draft_vocab_size:
         wanted = wanted.replace(draft_ids=np.zeros(cfg.draft_vocab_size, np.int32))
     arrays = _read_weights(directory / WEIGHTS_FILE)
-    if "sharpness" in arrays:
-        wanted = wanted.replace(sharpness=np.float32(1))
+    there = [name for name in _MEASURED if name in arrays]
+    wanted = wanted.replace(**{name: np.float32(1) for name in there})
     shapes = {name: tuple(leaf.shape) for name, leaf in _named(wanted).items()}
     present = {name: array.shape for name, array in arrays.items()}
     if present != shapes:
@@ -135,12 +137,12 @@ def _load(directory: pathlib.Path, target: model_config.ModelConfig):
                 "drafter again."
             )
     _check_ids(directory, arrays.get("draft_ids"), target.vocab_size)
-    sharpness = arrays.get("sharpness")
-    if sharpness is not None and not 0 < sharpness < np.inf:
-        raise ValueError(
-            f"{directory} has sharpness {sharpness}, which should be positive: export "
-            "the drafter again."
-        )
+    for name in there:
+        if not 0 < arrays[name] < np.inf:
+            raise ValueError(
+                f"{directory} has {name} {arrays[name]}, which should be positive: "
+                "export the drafter again."
+            )
     named = {name: arrays[name] for name in shapes}
     return cfg, jax.tree.unflatten(jax.tree.structure(wanted), named.values())
 

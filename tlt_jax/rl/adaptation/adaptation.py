@@ -308,10 +308,14 @@ class Adaptation:
         self.trainer.report, self.version, found = self._sharing.meet(
             self.trainer.report,
             self.version,
-            lambda: (learner.state, learner.draft_ids, learner.sharpness),
+            lambda: (
+                *(learner.state, learner.draft_ids),
+                *(learner.sharpness, learner.tau),
+            ),
         )
         if found is not None:
-            learner.state, learner.draft_ids, learner.sharpness = found
+            learner.state, learner.draft_ids, *measured = found
+            learner.sharpness, learner.tau = measured
             self._publish()
 
     def row(self) -> dict[str, Any]:
@@ -353,6 +357,7 @@ class Adaptation:
             "is_ready": self.is_ready,
             "ngram_accept_length": self._ngram_accept_length,
             "sharpness": self.learner.sharpness,
+            "tau": self.learner.tau,
             "budget": dataclasses.asdict(self.budget),
         }
         return train_state.Snapshot(self.learner.state, arrays, meta)
@@ -376,6 +381,8 @@ class Adaptation:
         self.version, self.is_ready = meta["version"], meta["is_ready"]
         self._ngram_accept_length = meta["ngram_accept_length"]
         self.learner.sharpness = meta["sharpness"]
+        # Older checkpoints have none.
+        self.learner.tau = meta.get("tau", drafter.TAU)
         self.budget = budget.Budget(**meta["budget"])
 
     def for_others(self, snapshot: train_state.Snapshot) -> train_state.Snapshot:

@@ -43,6 +43,7 @@ class DrafterLearner:
       state: float32, without `draft_ids`; in host memory between trainings.
       draft_ids: `[Vd] int32` in host memory, or None: all tokens, or not yet chosen.
       sharpness: of coupled drafts; None: not known, the next measurement finds it.
+      tau: with that sharpness, as it was measured last.
       pool: of compiled programs.
     """
 
@@ -68,7 +69,8 @@ class DrafterLearner:
         """
         self.cfg = cfg
         self.draft_ids: np.ndarray | None = None
-        self.sharpness: float | None = 1.0
+        self.sharpness: float | None = drafter.SHARPNESS
+        self.tau = drafter.TAU
         self.pool = programs.ProgramPool()
         self._objective, self._optimizer = objective, optimizer
         self._batch, self._depth = batch, depth
@@ -118,7 +120,7 @@ class DrafterLearner:
     ) -> train_state.TrainState:
         """Make a state with these weights, or random ones of a seed.
 
-        What else the weights came with is taken over: sharpness and draft vocabulary.
+        What else they came with is taken over: sharpness, tau and draft vocabulary.
         `norm [D]` is the target's final norm: the head is made for its scale.
         """
         state = self._random_state(seed)
@@ -126,9 +128,11 @@ class DrafterLearner:
         if params is not None:
             if params.sharpness is not None:
                 self.sharpness = float(params.sharpness)
+            if params.tau is not None:
+                self.tau = float(params.tau)
             if params.draft_ids is not None:
                 self.draft_ids = np.asarray(params.draft_ids)
-            own = params.replace(draft_ids=None, sharpness=None)
+            own = params.replace(draft_ids=None, sharpness=None, tau=None)
             own = jax.tree.map(lambda x: x.astype(jnp.float32), own)
         elif own.norm is not None:
             own = own.replace(norm=jnp.asarray(norm, jnp.float32))
@@ -206,7 +210,8 @@ class DrafterLearner:
     def measure(self, batches: Iterable[unroll.Batch]) -> Pieces[dict[str, Any]]:
         """Say what drafts along the batches' texts would have had accepted.
 
-        A sharpness that would have been clearly better than the one in use replaces it.
+        A sharpness that would have been clearly better than the one in use replaces it;
+        tau is always the newest.
         Yields a result of each part, which is on its way; returns what was found, see
         `acceptance.summarise`.
         """
@@ -221,7 +226,7 @@ class DrafterLearner:
                 yield here["count"]
                 sums = jax.tree.map(np.add, sums, jax.device_get(here))
         found = acceptance.summarise(sums, self.sharpness)
-        self.sharpness = found["sharpness"]
+        self.sharpness, self.tau = found["sharpness"], found["tau"]
         return found
 
     def end(self, keep: bool = True) -> None:
@@ -231,11 +236,13 @@ class DrafterLearner:
         self._placed = self._target = None
 
     def weights(self, dtype: str) -> drafter.DrafterParams:
-        """Return a copy for engines, with `draft_ids` and sharpness."""
+        """Return a copy for engines, with `draft_ids`, sharpness and tau."""
         params = jax.device_get(self.newest.params)
         cast = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
         return cast.replace(
-            draft_ids=self.draft_ids, sharpness=np.float32(self.sharpness)
+            draft_ids=self.draft_ids,
+            sharpness=np.float32(self.sharpness),
+            tau=np.float32(self.tau),
         )
 
     def _place(self, batch: unroll.Batch) -> unroll.Batch:

@@ -74,6 +74,7 @@ class Report:
                 length = self.measured[f"{ranking}/accept_length"]
                 row[f"drafter/fresh_accept_length_{ranking}"] = length
             row["drafter/sharpness"] = self.measured["sharpness"]
+            row["drafter/tau"] = self.measured["tau"]
         if self.failures:
             row["drafter/failure"] = self.failures[-1]
         return row

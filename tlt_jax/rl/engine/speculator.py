@@ -63,7 +63,7 @@ class SpeculatorConfig:
         do without it.
       drafter_cfg: the learned drafter; None: suffix matches alone.
       ranking: of its candidates, see `propose`.
-      tau: temperature of the coupled score.
+      tau: temperature of the coupled score; None: the drafter's own.
       texts: of suffix matches.
       rule: of acceptance. `keyed` is ours: the tokens are those of plain decoding.
         `rejection` and `block` keep their law alone: the tokens are others, for every
@@ -75,7 +75,7 @@ class SpeculatorConfig:
     table: strategy_lib.Arms
     drafter_cfg: drafter.DrafterConfig | None = None
     ranking: str = "coupled"
-    tau: float = 0.5
+    tau: float | None = None
     texts: TextsConfig = TextsConfig()
     rule: str = chain.KEYED
     capture: bool = False
@@ -107,8 +107,10 @@ class SpeculatorConfig:
             raise ValueError(
                 f"ranking={self.ranking!r}: use one of {', '.join(learned.RANKINGS)}."
             )
-        if not 0 < self.tau:
-            raise ValueError(f"tau={self.tau} is not positive: try 0.5.")
+        if self.tau is not None and not 0 < self.tau:
+            raise ValueError(
+                f"tau={self.tau} is not positive: leave it out for the drafter's own."
+            )
         chain.check(self.rule, self.table.strategies(), sampling_cfg)
         for strategy in self.early.strategies() if self.early else ():
             if strategy.drafts:
@@ -189,7 +191,7 @@ class Speculator:
         self._offer_lock = threading.Lock()
         self._offered: tuple[drafter.DrafterParams, int] | None = None
         self._params: drafter.DrafterParams | None = None
-        self._sharpness = np.float32(1.0)
+        self._sharpness, self._tau = map(np.float32, (drafter.SHARPNESS, drafter.TAU))
         self._page_size, self._max_length = page_size, max_length
         self._store = self._empty_store()
         self._outcomes = np.zeros((cfg.texts.longest + 1, 2), np.float32)
@@ -217,10 +219,9 @@ class Speculator:
         if offer is None:
             return
         params, self.version = offer
-        given = params.sharpness
-        self._sharpness = np.float32(1.0 if given is None else given)
-        # It is told anew in every call, and no weight that programs are made for.
-        self._params = params.replace(sharpness=None)
+        self._sharpness, self._tau = drafter.measured(params)
+        # They are told anew in every call, and no weights that programs are made for.
+        self._params = params.replace(sharpness=None, tau=None)
         self._filled.clear()
         for row in rows:
             row.drafted = 0
@@ -347,9 +348,8 @@ class Speculator:
             rest = row.tail(row.length - row.drafted)
             lengths[i] = row.drafted
             tokens[i, : len(rest)] = rest
-        return learned.Draft(
-            self.weights, np.float32(self.cfg.tau), self._sharpness, lengths, tokens
-        )
+        tau = self._tau if self.cfg.tau is None else np.float32(self.cfg.tau)
+        return learned.Draft(self.weights, tau, self._sharpness, lengths, tokens)
 
     def _matching(self, rows, batch) -> ngram.Matching:
         """Lay out the texts that the rows may search."""

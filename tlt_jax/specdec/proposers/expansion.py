@@ -8,9 +8,12 @@ draw that position, so that it guesses the sample and not the mode. A child's sc
 estimates the chance that it is the target's draw: softmax over the vocabulary of
 (sharpness x draft_logprobs + noise) / tau, multiplied along the path. A drafter is less
 certain than its target, as a rule; then the noise would outweigh what it knows, and a
-sharpness above 1 makes up for it. Deterministic ranking, the paper's, takes the
-drafter's probabilities themselves. With one child a node, tau and sharpness 1 and noise
-that is not the target's, the tree is a chain sampled from the drafter's laws.
+sharpness above 1 makes up for it. Tau says how far off the drafter is all the same: the
+softmax is the law of the draw, given the noise, where the target's log-probabilities
+are the sharpened ones plus Gumbel noise of scale tau. Both are measured with each
+version of a drafter (`training.acceptance`). Deterministic ranking, the paper's, takes
+the drafter's probabilities themselves. With one child a node, tau and sharpness 1 and
+noise that is not the target's, the tree is a chain sampled from the drafter's laws.
 
 Reference: Li et al., EAGLE-2, 2024, section 4; Daliri, Musco and Suresh, Coupling
 without Communication and Drafter-Invariant Speculative Decoding, 2024.

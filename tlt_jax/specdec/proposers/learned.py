@@ -63,7 +63,8 @@ class Draft:
 
     Attributes:
       weights: what the drafter computes with.
-      tau: float32 scalar, temperature of the coupled score, at least about 0.1.
+      tau: float32 scalar, temperature of the coupled score, at least about 0.1; see
+        `expansion`.
       sharpness: float32 scalar, what the drafter's log-probabilities count for beside
         the noise; 1: as they are.
       lengths: `[B] int32`, positions in its cache, 1 to A fewer than in the target's.

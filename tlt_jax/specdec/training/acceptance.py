@@ -19,6 +19,10 @@ SHARPNESSES = (1.0, 1.25, 1.5, 2.0, 3.0)
 # Share of drafts that another sharpness must have accepted more than the one in use. A
 # batch of some hundred bases tells them apart to one or two percent.
 _LEAST_GAIN = 0.03
+# Temperatures of the coupled score that are tried, rising in steps of the square root
+# of two, from 0.18 to 11.
+TAUS = tuple(2.0 ** (k / 2) for k in range(-5, 8))
+_ERROR = "coupled_error"
 
 
 def measure(
@@ -41,8 +45,17 @@ def measure(
     of what the engine does, but the same. (Temperature 1 without truncation; texts
     drawn otherwise need their own law here.)
 
+    Given the drafter's law and the noise, token v was drawn with the chance
+    softmax((sharpness x logprobs + noise) / tau)[v] if the target's log-probabilities
+    are the sharpened ones plus Gumbel noise of scale tau, which only the target knows.
+    That is so at best roughly, and where some tokens were drawn of which the drafter
+    knows nothing, the likeliest tau is too large for those that are drafted. What is
+    wanted are drafts that come true as often as their scores say: the best tau has the
+    smallest sum of squared differences between the two.
+
     Reference: Daliri et al., Coupling without Communication and Drafter-Invariant
-    Speculative Decoding, 2024 (draft and target share the noise).
+    Speculative Decoding, 2024 (draft and target share the noise); Brier,
+    Verification of Forecasts Expressed in Terms of Probability, 1950.
 
     See `unroll.unroll` for the arguments; `size` bases of each row from `start` on are
     counted, by themselves all. The sums over all are those of any parts.
@@ -51,26 +64,17 @@ def measure(
       Sums `[U] float32`: `count` of the predictions; `deterministic` and `coupled`, the
       drafts among them that are the text's token, given the text's tokens before; and
       `deterministic_chain`, `coupled_chain`, those of them with no miss before. The
-      coupled ones are `[U, n]`, by `SHARPNESSES`.
+      coupled ones are `[U, n]`, by `SHARPNESSES`. `coupled_error [U, n, m]`, by `TAUS`
+      as well, are the squared differences between a coupled draft's score and 1 where
+      it is the text's token, else 0.
     """
     bases, chunk = _predictions(
         params, batch, target, num_steps, cfg, seen, start, size
     )
 
     def one_chunk(sums, start):
-        part = bases.chunk(start, chunk)
-        here = {name: [] for name in sums}
-        # Whether every level of the chain up to this one was accepted, by base.
-        alive = dict.fromkeys(RANKINGS, True)
-        for u, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
-            here["count"].append(jnp.sum(part.exists[u]))
-            for name, hit in hits.items():
-                alive[name] = alive[name] & hit
-                here[name].append(jnp.sum(hit, axis=0, dtype=jnp.float32))
-                in_chain = jnp.sum(alive[name], axis=0, dtype=jnp.float32)
-                here[f"{name}_chain"].append(in_chain)
-        sums = {name: sums[name] + jnp.stack(here[name]) for name in sums}
-        return sums, None
+        here = count(bases.chunk(start, chunk), params, target)
+        return {name: sums[name] + here[name] for name in sums}, None
 
     return lax.scan(one_chunk, nothing(num_steps), bases.starts(chunk))[0]
 
@@ -81,7 +85,26 @@ def nothing(num_steps: int) -> dict[str, np.ndarray]:
     for name, rest in zip(RANKINGS, ((), (len(SHARPNESSES),)), strict=True):
         zero = np.zeros((num_steps, *rest), np.float32)
         zeros |= {name: zero, f"{name}_chain": zero}
-    return zeros
+    shape = (num_steps, len(SHARPNESSES), len(TAUS))
+    return zeros | {_ERROR: np.zeros(shape, np.float32)}
+
+
+def count(
+    part: unroll.Predictions, params: drafter.DrafterParams, target: unroll.Target
+) -> dict[str, Array]:
+    """Count as `measure` does; the laws are tokens drawn, positions and keys."""
+    here: dict[str, list[Array]] = {name: [] for name in nothing(0)}
+    # Whether every level of the chain up to this one was accepted, by base.
+    alive = dict.fromkeys(RANKINGS, True)
+    for u, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
+        here["count"].append(jnp.sum(part.exists[u]))
+        here[_ERROR].append(jnp.sum(hits.pop(_ERROR), axis=-1))
+        for name, hit in hits.items():
+            alive[name] = alive[name] & hit
+            here[name].append(jnp.sum(hit, axis=0, dtype=jnp.float32))
+            in_chain = jnp.sum(alive[name], axis=0, dtype=jnp.float32)
+            here[f"{name}_chain"].append(in_chain)
+    return {name: jnp.stack(values) for name, values in here.items()}
 
 
 def lifetimes(
@@ -102,7 +125,8 @@ def lifetimes(
       `[B, M] int32`, 0 to `num_steps`: drafts accepted before the first miss or the end
       of the text; 0 where there is no base.
     """
-    sharpness = 1.0 if params.sharpness is None else params.sharpness
+    given = params.sharpness
+    sharpness = drafter.SHARPNESS if given is None else given
     bases, chunk = _predictions(params, batch, target, num_steps, cfg)
 
     def one_chunk(_, start):
@@ -148,7 +172,8 @@ def _predictions(
 def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
     """Yield for each level where its draft is the text's token.
 
-    `deterministic [Q] bool`, and `coupled [Q, n] bool` by sharpness.
+    `deterministic [Q] bool`, `coupled [Q, n] bool` by sharpness, and the squared errors
+    of its scores, `coupled_error [n, m, Q]`; where no prediction exists all are 0.
     """
     num_steps, _, size = part.hidden.shape
     drawn_Q, positions_Q, keys_Q = part.laws
@@ -162,15 +187,33 @@ def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
         head = drafter_head.head_of(params, target.head)
         logits_QV = transformer.head_logits(head, part.hidden[u])
         here_QV = gumbel_QV[u : u + size]
-        best = [jnp.argmax(logits_QV, axis=-1)]
-        best += [jnp.argmax(logits_QV * x + here_QV, axis=-1) for x in sharpnesses]
+        scores = [logits_QV * x + here_QV for x in sharpnesses]
         # [Q, 1 + n]: the likeliest token, and the coupled ones.
+        best = [jnp.argmax(x_QV, axis=-1) for x_QV in (logits_QV, *scores)]
         guessed = jnp.stack(best, axis=-1)
+        wanted_Q, exists_Q = drawn_Q[u : u + size], part.exists[u] > 0
         if target.draft_ids is not None:
             guessed = target.draft_ids[guessed]
-        exists_Q = part.exists[u] > 0
-        hit = (guessed == drawn_Q[u : u + size, None]) & exists_Q[:, None]
-        yield {"deterministic": hit[:, 0], "coupled": hit[:, 1:]}
+        hit = (guessed == wanted_Q[:, None]) & exists_Q[:, None]
+        errors_NMQ = jnp.square(
+            jnp.stack([_chances(x_QV) for x_QV in scores]) - hit.T[1:, None]
+        )
+        yield {
+            "deterministic": hit[:, 0],
+            "coupled": hit[:, 1:],
+            _ERROR: jnp.where(exists_Q, errors_NMQ, 0.0),
+        }
+
+
+def _chances(scores: Array) -> Array:
+    """Give the best of `[Q, V]` its share by each of `TAUS`, `[m, Q]`."""
+    below_QV = scores - jnp.max(scores, axis=-1, keepdims=True)
+    # Two exponentials are enough: half a temperature squares what is summed.
+    weights = [jnp.exp(below_QV / tau) for tau in TAUS[:-3:-1]]
+    while len(weights) < len(TAUS):
+        weights.append(jnp.square(weights[-2]))
+    # The best one's weight is 1.
+    return jnp.stack([1 / jnp.sum(x_QV, axis=-1) for x_QV in reversed(weights)])
 
 
 def summarise(
@@ -187,7 +230,7 @@ def summarise(
       `<ranking>/rate_by_depth`: of the drafts at each depth, given the text's tokens
       before; `<ranking>/accept_length`: drafts accepted from a base on before the first
       miss, plus the token that the target adds; `sharpness`: the best one for coupled
-      drafts, with which theirs are given.
+      drafts, with which theirs are given; `tau`: the best with that sharpness.
     """
     counts = [float(x) for x in sums["count"]]
     chains = np.sum(np.asarray(sums["coupled_chain"]), axis=0)
@@ -196,7 +239,12 @@ def summarise(
     if sharpness in SHARPNESSES:
         used = SHARPNESSES.index(sharpness)
         best = best if chains[best] > (1 + _LEAST_GAIN) * chains[used] else used
-    out: dict[str, list[float] | float] = {"sharpness": SHARPNESSES[best]}
+    # Which draft is best does not depend on tau: acceptance chooses the one, how true
+    # scores come the other.
+    out: dict[str, list[float] | float] = {
+        "sharpness": SHARPNESSES[best],
+        "tau": _truest(np.sum(np.asarray(sums[_ERROR])[:, best], axis=0)),
+    }
     for name in RANKINGS:
         hits, chain = (np.asarray(sums[x]) for x in (name, f"{name}_chain"))
         if name == "coupled":
@@ -206,3 +254,19 @@ def summarise(
         accepted = float(np.sum(chain))
         out[f"{name}/accept_length"] = 1.0 + accepted / max(counts[0], 1.0)
     return out
+
+
+def _truest(errors: np.ndarray) -> float:
+    """Find tau by the errors `[m]` at `TAUS`, smallest first of equal ones.
+
+    Between them it is the vertex of a parabola through the best and its neighbours.
+    """
+    # No text, or a drafter whose numbers are none.
+    if not 0 < np.sum(errors) < np.inf:
+        return drafter.TAU
+    best = int(np.argmin(errors))
+    if best in (0, len(TAUS) - 1):
+        return TAUS[best]
+    before, here, after = np.asarray(errors[best - 1 : best + 2], np.float64)
+    offset = (before - after) / (2 * (before - 2 * here + after))
+    return float(TAUS[best] * 2 ** (offset / 2))
