@@ -68,6 +68,22 @@ def test_chances_are_drawn_against_what_came_of_them():
     assert plots.reliability([{"specdec/chance_tried": "many"}]) is None
 
 
+def test_what_was_accepted_is_drawn_by_rank():
+    verified, accepted = [0, 8, 8, 16, *[0] * 16], [0, 6, 2, 2, *[0] * 16]
+    row = {"specdec/rank_verified": verified, "specdec/rank_accepted": accepted}
+    axes = plots.ranks([row, row, {"step": 3}]).axes[0]
+    heights = [bar.get_height() for bar in axes.patches]
+    np.testing.assert_allclose(heights, [0, 0.6, 0.2, 0.2])
+    (line,) = axes.lines
+    np.testing.assert_allclose(line.get_xydata(), [[1, 0.75], [2, 0.25], [3, 0.125]])
+    told = [label.get_text() for label in axes.get_xticklabels()]
+    assert told == ["0.25", "0.5", "0.75", "1"]
+    # Nothing is drawn of records that hold something else.
+    for others in ([1.0], "many", [0] * 20):
+        row["specdec/rank_verified"] = others
+        assert plots.ranks([row]) is None
+
+
 def test_what_is_not_recorded_is_not_drawn(tmp_path):
     write(tmp_path, [{"step": 0, "reward/mean": 1.0}])
     assert [path.name for path in plots.draw_all(tmp_path)] == ["reward.png"]
