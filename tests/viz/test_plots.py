@@ -63,6 +63,8 @@ def test_chances_are_drawn_against_what_came_of_them():
     _, line = drawn.axes[0].lines
     np.testing.assert_allclose(line.get_xydata(), [[0.125, 0.25], [0.95, 1.0]])
     # Nothing is drawn of records that hold something else.
+    huge = {name: [10**30, *counts[1:]] for name, counts in row.items()}
+    assert plots.reliability([huge]).axes[0].collections
     row["specdec/chance_sum"] = [1.0]
     assert plots.reliability([row]) is None
     assert plots.reliability([{"specdec/chance_tried": "many"}]) is None

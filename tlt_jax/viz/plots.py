@@ -200,7 +200,7 @@ def reliability(rows: Rows) -> figure.Figure | None:
     whole = [three for three in counts if set(map(len, three)) == {verify.NUM_TENTHS}]
     if not whole:
         return None
-    tried, chance, true = np.sum(whole, axis=0)
+    tried, chance, true = np.sum(np.array(whole, float), axis=0)
     some = tried > 0
     if not some.any():
         return None
@@ -226,7 +226,7 @@ def ranks(rows: Rows) -> figure.Figure | None:
     names = [f"specdec/rank_{name}" for name in ("verified", "accepted")]
     counts = [[readable.numbers(row, name) for name in names] for row in rows]
     whole = [two for two in counts if set(map(len, two)) == {len(rooms.ROOMS)}]
-    verified, accepted = np.sum(whole, axis=0) if whole else np.zeros((2, 1))
+    verified, accepted = np.sum(np.array(whole or [[[], []]], float), axis=0)
     if not verified.any():
         return None
     last = np.flatnonzero(verified)[-1] + 1
