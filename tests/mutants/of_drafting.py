@@ -250,14 +250,17 @@ EDITS = {
         ("hazard = _mean(here[depth], self._shared_weight, hazard)", "hazard = mean"),
         ('if drafted_only and proposer == "ngram":', "if False:"),
         # Depth and room change places; the room is the batch's, not a row's alive.
-        ("np.diff(within_DR, axis=0, prepend=0)", "np.diff(within_DR, prepend=0)"),
+        (
+            "np.diff(within_DR, axis=0, prepend=0)",
+            "np.diff(within_DR, axis=1, prepend=0)",
+        ),
         ("room_of(strategy, call.num_rows, call.bucket)", "math.inf"),
         ("room_of(strategy, num_rows or bucket, bucket)", "math.inf"),
         ("columns = strategy.num_columns(bucket) / num_rows", "columns = 1 + bucket"),
         (" | (most_D1 <= room)", ""),
         ("np.arange(len(_ROOMS)) <= own)", "np.arange(len(_ROOMS)) < own)"),
         ("(upper - lower) * (room - low) / (high - low)", "(upper - lower)"),
-        ("copyto(counts[:, :depth], fade * more, where=known)", "copyto(counts, more)"),
+        ("fade * more, where=known)", "fade * more)"),
     ],
     ("specdec/tuners/bandit.py", "tests/specdec/tuners/test_bandit.py"): [
         (

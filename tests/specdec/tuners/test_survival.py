@@ -261,6 +261,14 @@ def test_chains_alone_tell_of_equal_shares():
     assert made.accept_length(tight, bucket=4) == pytest.approx(wanted)
 
 
+def test_depths_that_a_call_does_not_name_are_not_known():
+    made = survival.Survival(prior_weight=0)
+    add(made, D3, (100,), 2)
+    assert made.state() == []
+    add(made, D3, (100, 80), 2)
+    assert made.accept_length(D3, bucket=2) == pytest.approx(1 + 0.8 + 0.64 + 0.512)
+
+
 def test_of_a_tree_alone_no_smaller_one_is_known():
     made = survival.Survival(prior_weight=0, prior_hazard=0.5)
     add(made, TREE, (100, 80, 40, 10), 2)

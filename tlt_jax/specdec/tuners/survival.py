@@ -100,8 +100,11 @@ class Survival:
         self._counts: dict[tuple[Kind, int | None], np.ndarray] = {}
 
     def add(self, call: tuner.Call) -> None:
-        """Add a call; one that did not speculate tells nothing."""
-        if not call.speculated:
+        """Add a call; one that did not speculate tells nothing.
+
+        Of depths that `num_accepted` does not name nothing is known.
+        """
+        if not call.speculated or len(call.num_accepted) == 1:
             return
         added, known = _added(call)
         depth, kind = len(known), kind_of(call.strategy)
