@@ -195,6 +195,10 @@ def test_a_chain_rule_draws_tokens_of_its_own_and_is_recorded(off, chained):
     assert max(values(rows, "mismatch/logprob_max_abs")) < 1e-4
     first = [run[0]["rollout/tokens_digest"] for run in (rows, wanted)]
     assert first[0] != first[1]
+    for row in rows:
+        accepted, verified = row["specdec/rank_accepted"], row["specdec/rank_verified"]
+        assert sum(accepted) == sum(row["specdec/num_accepted"][1:]) <= sum(verified)
+        assert all(a <= v for a, v in zip(accepted, verified, strict=True))
     # Training heeds no clock.
     assert values(rows, "drafter/num_steps") == [2] * 4
 

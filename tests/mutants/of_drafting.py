@@ -26,6 +26,38 @@ EDITS = {
         ("(place < counts[:, None])", "(place <= counts[:, None])"),
         ("(index < index[:, None])", "(index <= index[:, None])"),
     ],
+    ("specdec/rooms.py", "tests/specdec/test_rooms.py"): [
+        # A depth's exclusion; a row's rank for the batch's; no caps, no room, no rows
+        # that ended; depth and room swapped; what was left out; ties.
+        (
+            "fits_BCD = depths_BC[..., None] <= levels_D",
+            "fits_BCD = depths_BC[..., None] <= levels_D[-1:] + 0 * levels_D",
+        ),
+        ("    if num_rows > 1:", "    if False:"),
+        (
+            "order_N = jnp.argsort(losses_BC.reshape(-1), stable=True)",
+            "order_N = jnp.argsort(depths_BC.reshape(-1), stable=True)",
+        ),
+        (" & (jnp.cumsum(fits_BCD, axis=1) <= most_BW)", ""),
+        ("& (place_ND <= room)", ""),
+        ("candidates.present() & alive[:, None]", "candidates.present()"),
+        ("jnp.maximum(num_alive, 1)", "num_rows"),
+        ("walk.num_accepted[:, None] + left_some_out", "walk.num_accepted[:, None]"),
+        ("left_some_out = strategy", "left_some_out = True or strategy"),
+        (
+            "(levels[:, None] <= levels)[..., None]",
+            "(levels[:, None] >= levels)[..., None]",
+        ),
+        ("jnp.floor(most_R), verified)", "jnp.floor(most_R), room)"),
+    ],
+    ("specdec/speculate.py", _ACCEPTED): [
+        (
+            "by_room = by_room + rooms.accepted_by_room(",
+            "by_room = rooms.accepted_by_room(",
+        ),
+        ("return num_rows == 1 and strategy.topk == 1", "return strategy.topk == 1"),
+        ("by_room = rooms.of_chains(state.num_accepted, num_verified)", "pass"),
+    ],
     ("specdec/verify.py", f"{_SPECULATE} -k 'chain or tree'"): [
         (
             "lengths[:, None] + 1 + jnp.arange(num)",
@@ -211,15 +243,27 @@ EDITS = {
         ("p == prompt_id and i != row]", "p == prompt_id]"),
     ],
     ("specdec/tuners/survival.py", "tests/specdec/tuners/test_survival.py"): [
-        ("fade = min(1.0, self._memory / pair[0])", "fade = 1.0"),
-        ("least = min(self._kept, pair[0])", "least = 0.0"),
+        ("np.maximum(more[_AT_RISK], self._memory)", "self._memory"),
+        ("np.minimum(self._kept, at_risk))", "0 * at_risk)"),
         (
             "size = strategy.tokens_to_verify if strategy.topk > 1 else 0",
             "size = strategy.tokens_to_verify",
         ),
         ("hazard = min(1.0, hazard + optimism * spread)", "hazard = min(1.0, hazard)"),
         ("hazard = _mean(here[depth], self._shared_weight, hazard)", "hazard = mean"),
-        ('if drafted_only and family[0] == "ngram":', "if False:"),
+        ('if drafted_only and proposer == "ngram":', "if False:"),
+        # Depth and room change places; the room is the batch's, not a row's alive.
+        (
+            "np.diff(within_DR, axis=0, prepend=0)",
+            "np.diff(within_DR, axis=1, prepend=0)",
+        ),
+        ("room_of(strategy, call.num_rows, call.bucket)", "math.inf"),
+        ("room_of(strategy, num_rows or bucket, bucket)", "math.inf"),
+        ("columns = strategy.num_columns(bucket) / num_rows", "columns = 1 + bucket"),
+        (" | (most_D1 <= room)", ""),
+        ("np.arange(len(_ROOMS)) <= own)", "np.arange(len(_ROOMS)) < own)"),
+        ("(upper - lower) * (room - low) / (high - low)", "(upper - lower)"),
+        ("fade * more, where=known)", "fade * more)"),
     ],
     ("specdec/tuners/bandit.py", "tests/specdec/tuners/test_bandit.py"): [
         (

@@ -53,6 +53,9 @@ EDITS = {
             "return sum(num_accepted) / num_accepted[0]",
             "return sum(num_accepted[1:]) / num_accepted[0]",
         ),
+        ("call.accepted_by_room[-1]", "call.accepted_by_room[1]"),
+        ("np.diff(within, axis=1, prepend=0)", "np.array(within)"),
+        ("chosen.drafts and not chosen.matches", "chosen.drafts"),
     ],
     ("rl/engine/speculator.py", _SPECULATOR): [
         (

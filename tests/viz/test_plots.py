@@ -63,9 +63,27 @@ def test_chances_are_drawn_against_what_came_of_them():
     _, line = drawn.axes[0].lines
     np.testing.assert_allclose(line.get_xydata(), [[0.125, 0.25], [0.95, 1.0]])
     # Nothing is drawn of records that hold something else.
+    huge = {name: [10**30, *counts[1:]] for name, counts in row.items()}
+    assert plots.reliability([huge]).axes[0].collections
     row["specdec/chance_sum"] = [1.0]
     assert plots.reliability([row]) is None
     assert plots.reliability([{"specdec/chance_tried": "many"}]) is None
+
+
+def test_what_was_accepted_is_drawn_by_rank():
+    verified, accepted = [0, 8, 8, 16, *[0] * 16], [0, 6, 2, 2, *[0] * 16]
+    row = {"specdec/rank_verified": verified, "specdec/rank_accepted": accepted}
+    axes = plots.ranks([row, row, {"step": 3}]).axes[0]
+    heights = [bar.get_height() for bar in axes.patches]
+    np.testing.assert_allclose(heights, [0, 0.6, 0.2, 0.2])
+    (line,) = axes.lines
+    np.testing.assert_allclose(line.get_xydata(), [[1, 0.75], [2, 0.25], [3, 0.125]])
+    told = [label.get_text() for label in axes.get_xticklabels()]
+    assert told == ["0.25", "0.5", "0.75", "1"]
+    # Nothing is drawn of records that hold something else.
+    for others in ([1.0], "many", [0] * 20):
+        row["specdec/rank_verified"] = others
+        assert plots.ranks([row]) is None
 
 
 def test_what_is_not_recorded_is_not_drawn(tmp_path):

@@ -73,6 +73,10 @@ class Collected:
             row["specdec/chance_tried"] = [int(n) for n in tried]
             row["specdec/chance_sum"] = chance
             row["specdec/chance_true"] = [int(n) for n in true]
+        verified, accepted = stats.by_rank
+        if any(verified):
+            row["specdec/rank_verified"] = verified
+            row["specdec/rank_accepted"] = accepted
         return row | experience.reward_and_length_row(
             self.everything.rewards, self.everything.completions
         )

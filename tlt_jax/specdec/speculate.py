@@ -17,7 +17,7 @@ from jax import lax
 
 from tlt_jax.models import attention, kv_cache, ragged, transformer
 from tlt_jax.models import params as model_params
-from tlt_jax.specdec import decode, protocols, sampling, verify
+from tlt_jax.specdec import decode, protocols, rooms, sampling, verify
 from tlt_jax.specdec import tree as tree_lib
 from tlt_jax.types import Array
 
@@ -32,6 +32,7 @@ class Speculated:
         tokens were accepted; entry 0 counts the row-steps.
       was_drafted: `[B, max_tokens] bool`: the token had been drafted, and accepted.
       reliability: `[3, 10] float32`, see `verify.reliability`, over all steps.
+      accepted_by_room: `[A, R] int32`, see `rooms.accepted_by_room`, the same.
       progress: what the proposer tells the host, see `protocols.Proposer.finish`.
     """
 
@@ -39,6 +40,7 @@ class Speculated:
     num_accepted: Array
     was_drafted: Array
     reliability: Array
+    accepted_by_room: Array
     progress: Any
 
 
@@ -49,6 +51,7 @@ def plain(emitted: decode.Emitted) -> Speculated:
         num_accepted=np.zeros((0,), np.int32),
         was_drafted=np.zeros(emitted.tokens.shape, bool),
         reliability=np.zeros((3, verify.NUM_TENTHS), np.float32),
+        accepted_by_room=np.zeros((0, len(rooms.ROOMS)), np.int32),
         progress=(),
     )
 
@@ -85,6 +88,7 @@ class _State:
     num_accepted: Array  # [A]
     was_drafted: Array  # [B, max_tokens]
     reliability: Array  # [3, 10]
+    accepted_by_room: Array  # [A, R]
 
 
 def run(
@@ -156,6 +160,7 @@ def _begin(caches, rows, inputs, proposer, settings) -> _State:
         num_accepted=jnp.zeros((most,), jnp.int32),
         was_drafted=jnp.zeros((batch, settings.max_tokens), bool),
         reliability=jnp.zeros((3, verify.NUM_TENTHS), jnp.float32),
+        accepted_by_room=jnp.zeros((most, len(rooms.ROOMS)), jnp.int32),
     )
 
 
@@ -163,13 +168,23 @@ def _end(state: _State, caches, proposer) -> tuple[protocols.Caches, Speculated]
     caches, progress = proposer.finish(
         state.proposer, caches.replace(target=state.target)
     )
+    by_room, strategy = state.accepted_by_room, proposer.strategy
+    if _is_one_chain(strategy, state.lengths.shape[0]):
+        num_verified = strategy.num_columns(1) - 1
+        by_room = rooms.of_chains(state.num_accepted, num_verified)
     return caches, Speculated(
         emitted=state.emitted,
         num_accepted=state.num_accepted,
         was_drafted=state.was_drafted,
         reliability=state.reliability,
+        accepted_by_room=by_room,
         progress=progress,
     )
+
+
+def _is_one_chain(strategy, num_rows) -> bool:
+    """Whether what was accepted at each depth tells of every room already."""
+    return num_rows == 1 and strategy.topk == 1 and strategy.proposer == "drafter"
 
 
 def _step(
@@ -200,11 +215,18 @@ def _step(
         path_BA = ragged_rows.columns(walk.path)
     room_B = jnp.minimum(rows.remaining, token_limit) - state.emitted.counts
     counted = verify.reliability(tree, walk, state.alive)
+    by_room = state.accepted_by_room
+    if not _is_one_chain(strategy, rows.lengths.shape[0]):
+        by_room = by_room + rooms.accepted_by_room(
+            proposal.candidates, walk, state.alive, strategy
+        )
     taken, ended_B = _take(walk, state.alive, room_B, out, path_BA, settings)
     state = _commit(state, rows, out, taken, ended_B, logprobs_BA, path_BA, settings)
     proposed = proposer.advance(inputs, state.proposer, rows, proposal, taken)
     counted = state.reliability + counted
-    state = state.replace(proposer=proposed, reliability=counted)
+    state = state.replace(
+        proposer=proposed, reliability=counted, accepted_by_room=by_room
+    )
     return state, (chance, tree, law, walk)
 
 

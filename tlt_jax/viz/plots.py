@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import axes as axes_lib
 from matplotlib import cm, figure
 
-from tlt_jax.specdec import verify
+from tlt_jax.specdec import rooms, verify
 from tlt_jax.viz import readable, style, timeline
 from tlt_jax.workdir import metrics, record_keys
 
@@ -72,7 +72,7 @@ def figures(workdir: str | pathlib.Path) -> dict[str, figure.Figure]:
     workdir = pathlib.Path(workdir)
     rows = readable.rows(metrics.read(workdir))
     draws = (reward, lengths, time_split, accept_length, reliability)
-    draws += (policy, drafter_training)
+    draws += (ranks, policy, drafter_training)
     made = {draw.__name__: draw(rows) for draw in draws}
     made["timeline"] = timeline.draw(timeline.read(workdir))
     return {name: drawn for name, drawn in made.items() if drawn is not None}
@@ -200,7 +200,7 @@ def reliability(rows: Rows) -> figure.Figure | None:
     whole = [three for three in counts if set(map(len, three)) == {verify.NUM_TENTHS}]
     if not whole:
         return None
-    tried, chance, true = np.sum(whole, axis=0)
+    tried, chance, true = np.sum(np.array(whole, float), axis=0)
     some = tried > 0
     if not some.any():
         return None
@@ -215,6 +215,32 @@ def reliability(rows: Rows) -> figure.Figure | None:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     fig = style.finish(fig, axes)
     axes.set_xlabel("chance given")
+    return fig
+
+
+def ranks(rows: Rows) -> figure.Figure | None:
+    """Draw by rank which drafts were verified, and how many of these were accepted.
+
+    The whole run's; nothing where nothing was drafted.
+    """
+    names = [f"specdec/rank_{name}" for name in ("verified", "accepted")]
+    counts = [[readable.numbers(row, name) for name in names] for row in rows]
+    whole = [two for two in counts if set(map(len, two)) == {len(rooms.ROOMS)}]
+    verified, accepted = np.sum(np.array(whole or [[[], []]], float), axis=0)
+    if not verified.any():
+        return None
+    last = np.flatnonzero(verified)[-1] + 1
+    verified, accepted = verified[:last], accepted[:last]
+    fig, axes = style.figure("Accepted by rank", "fraction")
+    look = {"color": style.GREEN, "alpha": 0.35, "label": "share of all accepted"}
+    axes.bar(range(last), accepted / max(accepted.sum(), 1), width=0.8, **look)
+    some = np.flatnonzero(verified)
+    look = {"color": style.BLUE, "marker": "o", "ms": 4, "label": "accepted per column"}
+    axes.plot(some, accepted[some] / verified[some], **look)
+    axes.set_ylim(0, 1)
+    fig = style.finish(fig, axes)
+    axes.set_xticks(range(last), [f"{room:g}" for room in rooms.ROOMS[:last]])
+    axes.set_xlabel("rank of the draft in the batch, per live row, up to")
     return fig
 
 

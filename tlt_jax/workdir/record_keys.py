@@ -194,6 +194,15 @@ TRAINING = (
     Key("specdec/chance_sum", "drafts", "sum of these chances", _DRAFTS),
     Key("specdec/chance_true", "counts", "how many of them came true", _DRAFTS),
     Key(
+        "specdec/rank_verified",
+        "counts",
+        "the learned drafter's drafts, by their rank by score among all of the "
+        "batch, divided by its live rows: up to 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, "
+        "5, 6, 8, 10, 12, 16, 24, 32, 48, 64, and beyond",
+        _DRAFTS,
+    ),
+    Key("specdec/rank_accepted", "counts", "how many of these were accepted", _DRAFTS),
+    Key(
         "specdec/rule",
         "text",
         "what accepts the learned drafter's drafts; other than `keyed`: the tokens are "

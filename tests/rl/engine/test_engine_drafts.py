@@ -5,6 +5,8 @@ speed and shows in no text: here its pages are compared after every call, and ho
 drafts are accepted is a literal.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from tlt_jax import types
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import engine as engine_lib
-from tlt_jax.specdec import strategy
+from tlt_jax.specdec import rooms, strategy
 
 OTHERS = engines.params_of(3)
 
@@ -118,31 +120,50 @@ ACCEPTED = {
 def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
     """Native kernels; no call cuts an accepted run."""
     cfg = speculation.EAGLE if name == "eagle" else speculation.DRAFTER
-    sizes = sizes | dict(steps_per_call=32, cpu_kernels="native")
-    engine = speculation.engine_of("chain", cfg, **sizes)
+    more = dict(steps_per_call=32, cpu_kernels="native")
+    engine = speculation.engine_of("chain", cfg, **sizes | more)
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert stats.num_accepted == ACCEPTED[name]
     # Of a chain every draft behind an accepted one had its chance.
     tried, _, true = map(sum, stats.reliability)
     assert (tried, true) == (sum(stats.num_tried), sum(ACCEPTED[name][1:]))
+    _, accepted = stats.by_rank
+    assert sum(accepted) == sum(ACCEPTED[name][1:])
+    if sizes is ONE_ROW:
+        # A chain's node stands in the place of its depth.
+        assert [n for n in accepted if n] == ACCEPTED[name][1:]
     engine.pool.close()
 
 
 # Batches of four with 10 nodes of 16: the row that guesses best gets most of them; by
 # another tau of the drafter others.
 SHARED, SHARED_BY_TAU = [83, 28, 6, 0], [81, 29, 7, 0]
+# Of one level, two, and all three: accepted within half a node a row, one, and all.
+BY_ROOM = {1: [21, 29, 29], 2: [21, 30, 36], 3: [21, 30, 34]}
 
 
 @pytest.mark.parametrize("kernels", ["native", "xla"])
-def test_rows_that_share_have_as_many_accepted(kernels):
+def test_rows_that_share_have_as_many_accepted(kernels, monkeypatch):
     engine = speculation.engine_of(
         "chain",
         speculation.DRAFTER,
         dict(table=strategy.parse_arms(("4:D3K1V4N10",))),
         **dict(page_size=4, prefill_chunk=8, steps_per_call=32, cpu_kernels=kernels),
     )
+    calls, took = [], engine._speculator.took
+
+    def watched(rows, call, progress):
+        calls.append(call)
+        took(rows, call, progress)
+
+    monkeypatch.setattr(engine._speculator, "took", watched)
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert stats.num_accepted == SHARED
+    by_room = np.sum([call.accepted_by_room for call in calls], axis=0)
+    columns = [rooms.ROOMS.index(room) for room in (0.5, 1, math.inf)]
+    assert {d: by_room[d, columns].tolist() for d in (1, 2, 3)} == BY_ROOM
+    assert by_room[3, -1] == sum(SHARED[1:]) == sum(stats.by_rank[1])
+    assert by_room[0, -1] == sum(stats.by_rank[0])
     params = speculation.drafter_params(speculation.DRAFTER)
     engine.set_drafter(params.replace(tau=np.float32(4)), version=1)
     _, stats = engine.run(engines.REQUESTS, engines.SEED)

@@ -1,10 +1,12 @@
 """What an engine counts, and what two engines count together."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from tlt_jax.rl.engine import stats as rollout_stats
-from tlt_jax.specdec import strategy
+from tlt_jax.specdec import rooms, strategy
 from tlt_jax.specdec.tuners import tuner
 
 
@@ -61,6 +63,26 @@ def test_drafts_are_counted_by_their_chance():
     np.testing.assert_array_equal(stats.reliability, 2 * counted_once)
 
 
+def test_the_learned_drafters_drafts_are_counted_by_rank():
+    """What a room holds and the smaller one does not, with all of the levels."""
+    verified, shallow, whole = np.zeros((3, len(rooms.ROOMS)), int)
+    verified[3:], verified[5:] = 10, 17
+    shallow[3:], whole[3:], whole[4:] = 4, 6, 9
+    tables = tuple(map(tuple, np.stack([verified, shallow, whole]).tolist()))
+    call = call_of("D2K1V3N7", (10, 6, 3))
+    stats = counted(*[dataclasses.replace(call, accepted_by_room=tables)] * 2)
+    wanted = np.zeros((2, len(rooms.ROOMS)), int)
+    wanted[:, 3], wanted[0, 5], wanted[1, 4] = (20, 12), 14, 6
+    assert stats.by_rank == wanted.tolist()
+    for other in ("D2K1V3-ngram", "D2K1V3-both"):
+        call = call_of(other, (10, 6, 3))
+        call = dataclasses.replace(call, accepted_by_room=tables)
+        stats.add(call, np.ones((3, 10)))
+    stats.add(call_of(None))
+    assert stats.by_rank == wanted.tolist() and not np.any(stats.reliability)
+    assert stats.join(counted()).join(stats).by_rank == (2 * wanted).tolist()
+
+
 def test_engines_are_added_up():
     one = counted(call_of("D2K1V3", (10, 8, 4), rows=3))
     two = counted(call_of("D3K1V4", (4, 2, 1, 1), rows=2), call_of(None, rows=1))
@@ -72,6 +94,7 @@ def test_engines_are_added_up():
         stats.compile_s, stats.capture_s = 2.0 * number, 0.125 * number
     one.reliability[2][9], two.reliability[2][9] = 3, 4
     joined = vars(one.join(two))
+    assert not np.any(joined.pop("by_rank"))
     tried, chance, true = joined.pop("reliability")
     assert true == [0] * 9 + [7] and tried == chance == [0] * 10
     assert joined == {

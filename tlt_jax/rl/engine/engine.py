@@ -310,11 +310,9 @@ class Engine:
             num_steps=int(emitted.num_steps),
             num_tokens=int(emitted.counts.sum()),
             num_accepted=tuple(result.num_accepted.tolist()),
+            accepted_by_room=tuple(map(tuple, result.accepted_by_room.tolist())),
         )
-        # What chance a match has is learned anew when a run resumes, and so its record
-        # would differ: the learned drafter's alone are counted.
-        alone = strategy is not None and strategy.drafts and not strategy.matches
-        stats.add(call, result.reliability if alone else 0.0)
+        stats.add(call, result.reliability)
         self._speculator.took(rows, call, result.progress)
         return self._kept(rows, result)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tlt_jax.specdec import verify
+from tlt_jax.specdec import rooms, verify
 from tlt_jax.specdec.tuners import tuner
 
 
@@ -29,6 +29,8 @@ class RolloutStats:
         they were, too, or not: strategies differ in depth.
       reliability: `[3, 10]`, the learned drafter's drafts that had their chance by
         tenths of it, see `verify.reliability`.
+      by_rank: `[2, R]`, its nodes that were verified, and those accepted, by their rank
+        in the batch: of `rooms.ROOMS` the first that holds them.
       strategies: decode calls by strategy; `none` is plain decoding.
       rule: by which the learned drafter's tokens were accepted, see
         `speculator.SpeculatorConfig`; empty: no engine here speculates.
@@ -51,6 +53,9 @@ class RolloutStats:
     num_tried: list[int] = dataclasses.field(default_factory=list)
     reliability: list[list[float]] = dataclasses.field(
         default_factory=lambda: np.zeros((3, verify.NUM_TENTHS)).tolist()
+    )
+    by_rank: list[list[int]] = dataclasses.field(
+        default_factory=lambda: np.zeros((2, len(rooms.ROOMS)), int).tolist()
     )
     strategies: collections.Counter = dataclasses.field(
         default_factory=collections.Counter
@@ -80,8 +85,18 @@ class RolloutStats:
         return max(calls, key=calls.get)
 
     def add(self, call: tuner.Call, reliability: np.ndarray | float = 0.0) -> None:
-        """Count a decode call; the tokens kept of it are counted where rows end."""
-        self.reliability = np.add(self.reliability, reliability).tolist()
+        """Count a decode call; the tokens kept of it are counted where rows end.
+
+        What chance a match has is learned anew when a run resumes, and so its record
+        would differ: chances and ranks are counted of the learned drafter's alone.
+        """
+        chosen = call.strategy
+        if chosen is not None and chosen.drafts and not chosen.matches:
+            self.reliability = np.add(self.reliability, reliability).tolist()
+            if call.accepted_by_room:
+                within = call.accepted_by_room[0], call.accepted_by_room[-1]
+                by_rank = np.diff(within, axis=1, prepend=0)
+                self.by_rank = np.add(self.by_rank, by_rank).tolist()
         self.decode_s += call.elapsed_s
         self.call_s.append(call.elapsed_s)
         self.active_rows.append(call.num_rows)
@@ -98,7 +113,8 @@ class RolloutStats:
         values = {name: mine[name] + its[name] for name in mine if name != "rule"}
         for name in ("num_accepted", "num_tried"):
             values[name] = _sum(mine[name], its[name])
-        values["reliability"] = np.add(self.reliability, other.reliability).tolist()
+        for name in ("reliability", "by_rank"):
+            values[name] = np.add(mine[name], its[name]).tolist()
         values["rule"] = self.rule or other.rule
         return dataclasses.replace(self, **values)
 

@@ -58,13 +58,14 @@ class CostModel(tuner.Tuner):
     """Chooses the strategy with the most tokens per second that may be hoped for.
 
     Per row an arm yields `accept length / seconds of a step`; plain decoding is an arm
-    of accept length 1. Accept lengths come from all calls at once (`survival`), seconds
-    from the arm's own in the bucket, or from a law of all where there are none
-    (`step_times`). Either enters with the optimism that its evidence leaves room for.
-    So an untried arm is tried only if it may be the best, and a tried one is tried
-    again only while its doubt exceeds its distance from the best: what it is worth is
-    learned within a bounded number of calls, and exploring ends until `changed`
-    discounts what is known of acceptance. Nothing is random.
+    of accept length 1. Accept lengths are read from one curve by depth and by nodes for
+    each row alive, of which every call tells (`survival`), seconds come from the arm's
+    own in the bucket, or from a law of all where there are none (`step_times`). Either
+    enters with the optimism that its evidence leaves room for. So an untried arm is
+    tried only if it may be the best, and a tried one is tried again only while its
+    doubt exceeds its distance from the best: what it is worth is learned within a
+    bounded number of calls, and exploring ends until `changed` discounts what is known
+    of acceptance. Nothing is random.
 
     Two calls are owed whatever is hoped for. Plain decoding is the first call in each
     bucket: what speculation is measured against shall be no guess. And it tells nothing
@@ -115,14 +116,14 @@ class CostModel(tuner.Tuner):
             arms = tuple(s for s in arms if s is not None and s.drafts) or arms
         if len(arms) == 1:
             return arms[0]
-        return max(arms, key=lambda strategy: self.speed(bucket, strategy))
+        return max(arms, key=lambda strategy: self.speed(num_rows, strategy))
 
-    def speed(self, bucket: int, strategy: Strategy | None) -> float:
-        """Return the tokens per second of one row that may be hoped for."""
-        tokens = 1.0
+    def speed(self, num_rows: int, strategy: Strategy | None) -> float:
+        """Return the tokens per second of a row that may be hoped for."""
+        tokens, bucket = 1.0, tuner.bucket_of(num_rows, self._max_rows)
         if strategy is not None:
             optimism = self._cfg.optimism
-            tokens = self.survival.accept_length(strategy, optimism, bucket)
+            tokens = self.survival.accept_length(strategy, optimism, bucket, num_rows)
         seconds, doubt = self.step_times.estimate(bucket, strategy)
         return tokens / (seconds * math.exp(-self._cfg.time_optimism * doubt))
 
@@ -132,7 +133,7 @@ class CostModel(tuner.Tuner):
         step_s = call.elapsed_s / call.num_steps
         self.step_times.add(call.bucket, call.strategy, step_s)
         if call.strategy is not None:
-            self.survival.add(call.strategy, call.num_accepted, call.bucket)
+            self.survival.add(call)
             self._asked |= call.strategy.drafts
 
     def changed(self, what: tuner.Updated) -> None:
@@ -146,12 +147,18 @@ class CostModel(tuner.Tuner):
     def state(self) -> dict[str, Any]:
         return super().state() | {
             "asked": self._asked,
-            "survival": self.survival.state(),
+            "accepted": self.survival.state(),
             "step_times": self.step_times.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
+        if "accepted" not in state:
+            raise ValueError(
+                "the state of tuner 'cost_model' is of an older version of tlt_jax, "
+                "which did not learn acceptance by room: go on with that version, or "
+                "begin a new run."
+            )
         self._asked = bool(state["asked"])
-        self.survival.restore(state["survival"])
+        self.survival.restore(state["accepted"])
         self.step_times.restore(state["step_times"])

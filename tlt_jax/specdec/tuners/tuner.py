@@ -27,6 +27,8 @@ class Call:
       num_tokens: kept, of all rows.
       num_accepted: over rows and steps, how often at least d drafted tokens were
         accepted; entry 0 counts the row-steps. Empty where decoding was plain.
+      accepted_by_room: what less room and less depth would have had accepted, see
+        `rooms.accepted_by_room`; empty: nothing is known beyond `num_accepted`.
     """
 
     num_rows: int
@@ -36,6 +38,7 @@ class Call:
     num_steps: int
     num_tokens: int
     num_accepted: tuple[int, ...] = ()
+    accepted_by_room: tuple[tuple[int, ...], ...] = ()
 
     @property
     def accept_length(self) -> float:
