@@ -179,6 +179,7 @@ TABLES = {
             "ranking or rule": "ranking",
             "accept length": _fixed("accept_length", 2),
             "of deterministic": _times("times_deterministic"),
+            "of keyed chains as deep": _times("times_keyed_chain"),
         },
     ),
     "trainer_makespan": Table(
