@@ -64,6 +64,12 @@ def _with_error(name: str, digits: int) -> Callable[[tables.Row], str]:
     return entry
 
 
+def _gib(row: tables.Row, name: str) -> str:
+    """Bytes of a program; what its compiler refused has none."""
+    value = row.get(name)
+    return "refused" if value is None else f"{value / 2**30:.1f} GiB"
+
+
 _SYSTEMS = {
     "off": "everything off",
     "ngram": "matches alone",
@@ -180,6 +186,22 @@ TABLES = {
             "accept length": _fixed("accept_length", 2),
             "of deterministic": _times("times_deterministic"),
             "of keyed chains as deep": _times("times_keyed_chain"),
+        },
+    ),
+    "step_ahead_of_time": Table(
+        "step_ahead_of_time.csv",
+        {
+            "chips": lambda row: f"{row['num_chips']} x {row['chip']}",
+            "rows": "batch",
+            "step": "program",
+            "columns": "columns",
+            "operations": lambda row: f"{row['flops'] / 1e12:.2f}e12",
+            "of plain": _times("flops_of_plain"),
+            "bytes": lambda row: f"{row['bytes'] / 1e9:.1f} GB",
+            "of plain's": _times("bytes_of_plain"),
+            "at the least, in plain steps": _times("bound_of_plain"),
+            "temporaries of a chip": lambda row: _gib(row, "temp_bytes"),
+            "all of a chip": lambda row: _gib(row, "total_bytes"),
         },
     ),
     "trainer_makespan": Table(
