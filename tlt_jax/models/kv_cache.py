@@ -324,8 +324,7 @@ def read_features(
     Returns:
       `[n x D, B, T]`; of positions beyond a row's length anything.
     """
-    # Columns of packed pages are no columns in memory. And a compiler for TPUs that is
-    # asked for columns copies all pages into another layout first.
+    # Columns of packed pages are no columns in memory.
     columns = cache.packing == 1
     return lax.platform_dependent(
         *(cache, page_table, start),
@@ -352,26 +351,29 @@ def _read_columns(
 def _read_through_pages(
     cache: PagedCache, page_table: Array, start: Array, *, count: int
 ) -> Array:
-    """Read the pages that a row's columns belong to, a row at a time, and cut them."""
-    num_pages = (count - 1) // cache.page_size + 2
-    last = page_table.shape[1] - 1
+    """Read the pages that a row's columns belong to, and pick the columns from them.
+
+    One page after the other, and columns by where they stand: if pages are gathered, or
+    columns sliced out of them, the compiler for TPUs copies the whole cache before.
+    """
+    page_size, last = cache.page_size, page_table.shape[1] - 1
+    sizes = (1, 1, *cache.features.shape[2:])
 
     def read(row):
         pages, at = row
-        index = jnp.minimum(at // cache.page_size + jnp.arange(num_pages), last)
-        # One page after the other, each [1, 1, 1, n x D, page_size]: where several are
-        # gathered at once the compiler for TPUs cuts all of the cache into pieces.
-        sizes = (1, 1, *cache.features.shape[2:])
-        read = [
-            cache.columns(
-                lax.dynamic_slice(cache.features, (0, pages[index[j]], 0, 0, 0), sizes)
-            )[0, 0, 0]
-            for j in range(num_pages)
-        ]
-        whole = jnp.concatenate(read, axis=1)
-        return lax.dynamic_slice_in_dim(whole, at % cache.page_size, count, axis=1)
+        columns = 0
+        for j in range((count - 1) // page_size + 2):
+            index = at // page_size + j
+            page = pages[jnp.minimum(index, last)]
+            block = lax.dynamic_slice(cache.features, (0, page, 0, 0, 0), sizes)
+            # [n x D, page_size, 1]; of all slots one at most is the column wanted, and
+            # the others may hold anything.
+            block = cache.columns(block)[0, 0, 0, :, :, None]
+            position = index * page_size + jnp.arange(page_size)
+            wanted = position[:, None] == at + jnp.arange(count)
+            columns += jnp.sum(jnp.where(wanted, block, 0), axis=1)
+        return columns
 
-    # [B, n x D, T]: all rows' whole pages at once would be as large as a cache.
     return jnp.moveaxis(lax.map(read, (page_table, start)), 0, 1)
 
 
