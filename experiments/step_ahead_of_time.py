@@ -1,12 +1,13 @@
 """Compiles decode programs for accelerators that are not there: what does a step cost?
 
     python -m experiments.step_ahead_of_time
-    python -m experiments.step_ahead_of_time --chips=h200 --batches=64
+    python -m experiments.step_ahead_of_time --compiled=32,64,128 --again
 
 The decode programs of a 7B model and its drafter, plain and speculative, are compiled
 whole by the compilers for an H200 (jax's CUDA plug-in) and for four chips of v5e
-(libtpu), which need neither. In a strategy `N2B` stands for a budget of two nodes a
-row. Rows are as long as the cache allows, `max_length`.
+(libtpu), which need neither: those of the batches that `--compiled` names, as it takes
+a minute a program. In a strategy `N2B` stands for a budget of two nodes a row. Rows are
+as long as the cache allows, `max_length`.
 
 `flops` and `bytes` are of one step on all chips together, as `step_costs` counts them;
 all levels are drafted. `bound_ms` is the longer of the two by the chips' peaks, and
@@ -260,8 +261,10 @@ def compiled(decoding: Decoding, chip: str) -> tables.Row:
     }
 
 
-def measure(cell: tables.Cell, max_length: int) -> list[tables.Row]:
-    """Counts a step, beside a plain one, and compiles its program for one chip."""
+def measure(
+    cell: tables.Cell, max_length: int, compiled_batches: Sequence[int]
+) -> list[tables.Row]:
+    """Counts a step, beside a plain one; compiles its program for one chip if asked."""
     model, chip = ahead_of_time.ARCHITECTURES[MODEL], CHIPS[cell["chip"]]
     devices = described(cell["chip"])[: chip.num_chips]
     mesh = sharding.make_mesh(1, 1, chip.num_chips, devices=devices)
@@ -270,7 +273,8 @@ def measure(cell: tables.Cell, max_length: int) -> list[tables.Row]:
     cost = counted(asked, chip.platform)
     plain = counted(dataclasses.replace(asked, strategy=None), chip.platform)
     num_columns = strategy.num_columns(asked.batch) if strategy else asked.batch
-    told = compiled(asked, cell["chip"])
+    is_compiled = asked.batch in compiled_batches
+    told = compiled(asked, cell["chip"]) if is_compiled else {}
     return [
         {
             **cell.overrides,
@@ -303,6 +307,7 @@ def check(options: argparse.Namespace) -> None:
     """Refuses what cannot be read."""
     options.chips = experiment.known(options.chips, CHIPS, "chips")
     options.batches = experiment.numbers(options.batches, "batches")
+    options.compiled = experiment.numbers(options.compiled, "compiled")
     options.strategies = options.strategies.split(",")
     for text in options.strategies:
         strategy_of(text, options.batches[0])
@@ -316,13 +321,19 @@ EXPERIMENT = experiment.Experiment(
         experiment.Option("chips", ",".join(CHIPS), recorded=False),
         experiment.Option("batches", "32,64,128", recorded=False),
         experiment.Option("strategies", STRATEGIES, recorded=False),
+        experiment.Option(
+            *("compiled", "64", "batches of which programs are compiled, too"),
+            recorded=False,
+        ),
         experiment.Option("max-length", 2048, "positions of a row"),
     ),
     constants={"model": MODEL},
     check=check,
     context=ahead_of_time.without_devices,
     cells=lambda options: cells(options.chips, options.batches, options.strategies),
-    measure=lambda context, cell, max_length: measure(cell, max_length),
+    measure=lambda options, context, cell, max_length: measure(
+        cell, max_length, options.compiled
+    ),
 )
 main = EXPERIMENT.main
 

@@ -65,9 +65,8 @@ def _with_error(name: str, digits: int) -> Callable[[tables.Row], str]:
 
 
 def _gib(row: tables.Row, name: str) -> str:
-    """Bytes of a program; what its compiler refused has none."""
-    value = row.get(name)
-    return "refused" if value is None else f"{value / 2**30:.1f} GiB"
+    """Bytes of a program; what was not compiled has none."""
+    return "-" if row[name] is None else f"{row[name] / 2**30:.1f} GiB"
 
 
 _SYSTEMS = {

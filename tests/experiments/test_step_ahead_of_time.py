@@ -157,7 +157,7 @@ def test_a_budget_is_named_by_the_row():
         read("D7K1V8Nx", 64)
 
 
-def test_the_table_has_every_program_and_none_was_refused():
+def test_the_table_has_every_step_and_no_program_was_refused():
     rows = tables.read(TABLE)
     strategies = ["plain", *step_ahead_of_time.STRATEGIES.split(",")]
     wanted = {
@@ -169,7 +169,8 @@ def test_the_table_has_every_program_and_none_was_refused():
     assert {(r["chip"], r["batch"], r["strategy"]) for r in rows} == wanted
     for row in rows:
         assert not row.get("refused"), row
-        assert row["fits"] or row["chip"] == "v5e", row
+        assert row["fits"] in (True, None), row
+        assert row["fits"] or row["batch"] != 64, row
     steps = {(r["chip"], r["batch"], r["strategy"]): r for r in rows}
     for chip, batch, strategy in steps:
         if strategy == "D7K1V8N2B":
