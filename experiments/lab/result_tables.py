@@ -30,7 +30,7 @@ class Table:
 
 
 def _times(name: str) -> Callable[[tables.Row], str]:
-    return lambda row: f"{row[name]:.2f}x" if row[name] else "-"
+    return lambda row: f"{row[name]:.2f}x" if row.get(name) else "-"
 
 
 def _percent(name: str) -> Callable[[tables.Row], str]:
