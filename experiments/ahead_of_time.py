@@ -136,7 +136,7 @@ def measure(program: recipe_programs.Program, hbm_bytes: float) -> tables.Row:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         # The compiler refuses what exceeds the chip, and says by how much.
-        return row | {"fits": False, "refused": _first_line(error)}
+        return row | {"fits": False, "refused": first_line(error)}
     memory = compiled.memory_analysis()
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = (
@@ -173,7 +173,8 @@ def collectives(text: str) -> collections.Counter:
     return collections.Counter(found)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the line of a compiler's error that says what it lacks."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if "exceeds" in line or "Ran out" in line]
     return (told or lines)[0][:200]

@@ -30,7 +30,7 @@ class Table:
 
 
 def _times(name: str) -> Callable[[tables.Row], str]:
-    return lambda row: f"{row[name]:.2f}x" if row[name] else "-"
+    return lambda row: f"{row[name]:.2f}x" if row.get(name) else "-"
 
 
 def _percent(name: str) -> Callable[[tables.Row], str]:
@@ -62,6 +62,11 @@ def _with_error(name: str, digits: int) -> Callable[[tables.Row], str]:
         return f"{told} ± {error:.{digits}f}" if error else told
 
     return entry
+
+
+def _gib(row: tables.Row, name: str) -> str:
+    """Bytes of a program; what was not compiled has none."""
+    return "-" if row[name] is None else f"{row[name] / 2**30:.1f} GiB"
 
 
 _SYSTEMS = {
@@ -179,6 +184,23 @@ TABLES = {
             "ranking or rule": "ranking",
             "accept length": _fixed("accept_length", 2),
             "of deterministic": _times("times_deterministic"),
+            "of keyed chains as deep": _times("times_keyed_chain"),
+        },
+    ),
+    "step_ahead_of_time": Table(
+        "step_ahead_of_time.csv",
+        {
+            "chips": lambda row: f"{row['num_chips']} x {row['chip']}",
+            "rows": "batch",
+            "step": "program",
+            "columns": "columns",
+            "operations": lambda row: f"{row['flops'] / 1e12:.2f}e12",
+            "of plain": _times("flops_of_plain"),
+            "bytes": lambda row: f"{row['bytes'] / 1e9:.1f} GB",
+            "of plain's": _times("bytes_of_plain"),
+            "at the least, in plain steps": _times("bound_of_plain"),
+            "temporaries of a chip": lambda row: _gib(row, "temp_bytes"),
+            "all of a chip": lambda row: _gib(row, "total_bytes"),
         },
     ),
     "trainer_makespan": Table(

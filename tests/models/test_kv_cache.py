@@ -107,6 +107,20 @@ def test_a_gpu_appends_without_a_loop(platform, num_scatters, num_loops):
     assert text.count("stablehlo.while") == num_loops
 
 
+@pytest.mark.parametrize(("platform", "num_loops"), [("tpu", 1), ("cuda", 0)])
+def test_a_tpu_reads_features_through_pages(platform, num_loops):
+    """Its compiler copies all pages before it gathers columns of them."""
+    features = jnp.zeros((1, NUM_PAGES, 1, 6, 4))
+    cache = as_cache(some_cache(4)).replace(features=features)
+    read = jax.jit(kv_cache.read_features, static_argnums=3)
+    traced = read.trace(cache, jnp.asarray(TABLE), np.zeros(B, np.int32), 3)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.while") == num_loops
+    # Of the columns, beside that of which page is which row's.
+    gathers = [line for line in text.splitlines() if "stablehlo.gather" in line]
+    assert any("x6x4xf32" in line for line in gathers) == (not num_loops)
+
+
 def packed(cache, packing):
     """The same columns, with room for more features, as TPUs hold small pages."""
 

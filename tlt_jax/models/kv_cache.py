@@ -11,6 +11,8 @@ Where a drafter is in use pages also hold the target's features that it reads: t
 speculation on, or taking new drafter weights, then needs no forward of the target.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -322,24 +324,57 @@ def read_features(
     Returns:
       `[n x D, B, T]`; of positions beyond a row's length anything.
     """
+    # Columns of packed pages are no columns in memory.
+    columns = cache.packing == 1
+    return lax.platform_dependent(
+        *(cache, page_table, start),
+        tpu=functools.partial(_read_through_pages, count=count),
+        default=functools.partial(
+            _read_columns if columns else _read_through_pages, count=count
+        ),
+    )
+
+
+def _read_columns(
+    cache: PagedCache, page_table: Array, start: Array, *, count: int
+) -> Array:
+    """Read every column where it is, see `read_features`."""
     # Positions of a row may reach behind the table's end, where nothing is wanted.
     last = page_table.shape[1] - 1
-    if cache.packing == 1:
-        positions_BT = start[:, None] + jnp.arange(count)
-        index_BT = jnp.minimum(positions_BT // cache.page_size, last)
-        pages_BT = jnp.take_along_axis(page_table, index_BT, axis=1)
-        columns = cache.features[0, pages_BT, 0, :, positions_BT % cache.page_size]
-        return jnp.moveaxis(columns, -1, 0)  # from [B, T, n x D]
-    # Columns are scattered: whole pages, [B, pages, n x D, page_size], are read ...
-    num_pages = (count - 1) // cache.page_size + 2
-    index = start[:, None] // cache.page_size + jnp.arange(num_pages)
-    pages = jnp.take_along_axis(page_table, jnp.minimum(index, last), axis=1)
-    columns = jax.vmap(read_feature_pages, in_axes=(None, 0))(cache, pages)
-    # ... brought together, [B, n x D, slots], and cut to what is wanted of them.
-    columns = jnp.moveaxis(columns, 2, 1)
-    columns = columns.reshape(*columns.shape[:2], -1)
-    cut = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, count, axis=1))
-    return jnp.moveaxis(cut(columns, start % cache.page_size), 0, 1)
+    positions_BT = start[:, None] + jnp.arange(count)
+    index_BT = jnp.minimum(positions_BT // cache.page_size, last)
+    pages_BT = jnp.take_along_axis(page_table, index_BT, axis=1)
+    columns = cache.features[0, pages_BT, 0, :, positions_BT % cache.page_size]
+    return jnp.moveaxis(columns, -1, 0)  # from [B, T, n x D]
+
+
+def _read_through_pages(
+    cache: PagedCache, page_table: Array, start: Array, *, count: int
+) -> Array:
+    """Read the pages that a row's columns belong to, and pick the columns from them.
+
+    One page after the other, and columns by where they stand: if pages are gathered, or
+    columns sliced out of them, the compiler for TPUs copies the whole cache before.
+    """
+    page_size, last = cache.page_size, page_table.shape[1] - 1
+    sizes = (1, 1, *cache.features.shape[2:])
+
+    def read(row):
+        pages, at = row
+        columns = 0
+        for j in range((count - 1) // page_size + 2):
+            index = at // page_size + j
+            page = pages[jnp.minimum(index, last)]
+            block = lax.dynamic_slice(cache.features, (0, page, 0, 0, 0), sizes)
+            # [n x D, page_size, 1]; of all slots one at most is the column wanted, and
+            # the others may hold anything.
+            block = cache.columns(block)[0, 0, 0, :, :, None]
+            position = index * page_size + jnp.arange(page_size)
+            wanted = position[:, None] == at + jnp.arange(count)
+            columns += jnp.sum(jnp.where(wanted, block, 0), axis=1)
+        return columns
+
+    return jnp.moveaxis(lax.map(read, (page_table, start)), 0, 1)
 
 
 def read_feature_pages(cache: PagedCache, pages: Array) -> Array:

@@ -1,0 +1,136 @@
+"""What one decode step computes and moves, counted in what is traced of its program.
+
+A compiler's own account takes the bodies of loops once, knows nothing of the inside of
+a kernel, and that for GPUs gives none. Here a loop's body counts as often as it runs,
+a kernel as it estimates itself, and a step is the body of the program's outer loop:
+
+- floating-point operations: those of products and of kernels;
+- bytes: what products, reductions, orderings and scans read and write, what is read or
+  written of an array by index, and what kernels say. Arithmetic by element, and what
+  only lies otherwise, is taken as part of what reads it, at no cost.
+
+Both are of all devices together, and of arrays as the program has them: what devices
+repeat, or exchange, is not counted.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+import numpy as np
+
+# Read all that they are given, and write what comes of it.
+_WHOLE = {"sort", "top_k", "argmax", "argmin", "cumsum", "cummax", "cumlogsumexp"}
+_WHOLE |= {f"reduce_{what}" for what in ("sum", "max", "min", "and", "or", "prod")}
+# Move what comes of them, or their last array of values, and leave the rest.
+_READS = {"gather", "dynamic_slice"}
+_WRITES = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_add": 2}
+_LOOPS = {"while", "scan"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Floating-point operations and bytes."""
+
+    flops: float = 0.0
+    num_bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.num_bytes + other.num_bytes)
+
+    def times(self, count: int) -> "Cost":
+        """Returns what so many cost."""
+        return Cost(self.flops * count, self.num_bytes * count)
+
+
+def of_step(traced: jex_core.ClosedJaxpr, platform: str, trips: int) -> Cost:
+    """Counts one step of a decode program's loop.
+
+    Args:
+      traced: the program, whose outer loop is its only one that asks whether to go on.
+      platform: `tpu`, `cuda` or `cpu`, for what is written differently for each.
+      trips: of loops inside of it that ask so, too: the levels that are drafted.
+
+    Raises:
+      ValueError: it has no such loop, or several.
+    """
+    loops = [eqn for eqn in _flat(traced.jaxpr) if eqn.primitive.name == "while"]
+    if len(loops) != 1:
+        raise ValueError(f"the program has {len(loops)} outer loops, not one.")
+    return _of(loops[0].params["body_jaxpr"].jaxpr, platform, trips)
+
+
+def _flat(jaxpr: Any) -> Iterator[Any]:
+    """Lists equations, those of calls in their places."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in (*_LOOPS, "cond") or not (inner := _inner(eqn)):
+            yield eqn
+        else:
+            for each in inner:
+                yield from _flat(each)
+
+
+def _of(jaxpr: Any, platform: str, trips: int) -> Cost:
+    costs = [_of_equation(eqn, platform, trips) for eqn in jaxpr.eqns]
+    return sum(costs, Cost())
+
+
+def _of_equation(eqn: Any, platform: str, trips: int) -> Cost:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "pallas_call":
+        estimate = params["cost_estimate"]
+        return Cost(estimate.flops, estimate.bytes_accessed)
+    if name == "while":
+        return _of(params["body_jaxpr"].jaxpr, platform, trips).times(trips)
+    if name == "scan":
+        return _of(params["jaxpr"].jaxpr, platform, trips).times(params["length"])
+    if name == "cond":
+        branches = [b.jaxpr for b in params["branches"]]
+        if (chosen := _branch(params, platform)) is not None:
+            return _of(branches[chosen], platform, trips)
+        costs = [_of(branch, platform, trips) for branch in branches]
+        return max(costs, key=lambda cost: cost.num_bytes)
+    given, made = eqn.invars, eqn.outvars
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        depth = math.prod(given[0].aval.shape[axis] for axis in contracted)
+        flops = 2 * depth * math.prod(made[0].aval.shape)
+        return Cost(flops, _bytes(given) + _bytes(made))
+    if name in _WHOLE:
+        return Cost(0, _bytes(given) + _bytes(made))
+    if name in _READS:
+        return Cost(0, 2 * _bytes(made) + _bytes(given[1:]))
+    if name in _WRITES:
+        return Cost(0, 2 * _bytes(given[_WRITES[name] : _WRITES[name] + 1]))
+    return sum((_of(each, platform, trips) for each in _inner(eqn)), Cost())
+
+
+def _branch(params: Any, platform: str) -> int | None:
+    """Returns which branch a platform takes; None: that is decided as it runs."""
+    platforms = params.get("branches_platforms")
+    if platforms is None:
+        return None
+    named = [i for i, names in enumerate(platforms) if names and platform in names]
+    return named[0] if named else list(platforms).index(None)
+
+
+def _inner(eqn: Any) -> list[Any]:
+    """Lists what an equation calls."""
+    return [value for value in eqn.params.values() if hasattr(value, "eqns")]
+
+
+def _bytes(variables: Any) -> int:
+    return sum(
+        math.prod(v.aval.shape) * _itemsize(v.aval.dtype)
+        for v in variables
+        if hasattr(v.aval, "shape")
+    )
+
+
+def _itemsize(dtype: Any) -> int:
+    # Keys are of a type that NumPy does not know, and are small.
+    is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+    return 8 if is_key else np.dtype(dtype).itemsize

@@ -1,0 +1,227 @@
+"""Steps on chips that are not there: what is counted, and that programs compile."""
+
+import dataclasses
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+
+from experiments import ahead_of_time, step_ahead_of_time, step_costs
+from experiments.lab import experiment, tables
+from tlt_jax.pallas_kernels.verify_attention import arguments, tpu_plan
+from tlt_jax.runtime import sharding
+
+TABLE = experiment.RESULTS_DIR / "cpu" / "step_ahead_of_time.csv"
+MODEL = dataclasses.replace(
+    ahead_of_time.ARCHITECTURES["qwen2.5-7b"],
+    num_layers=8,
+    vocab_size=4096,
+    eos_ids=(1,),
+    d_model=256,
+    d_ff=512,
+    num_heads=8,
+    num_kv_heads=4,
+)
+BATCH, LENGTH = 16, 256
+# Heads of queries, keys and values, back again, and the gated layer; then the head.
+NUM_WEIGHTS = 8 * (256 * 128 * (8 + 4 + 4) + 8 * 128 * 256 + 3 * 256 * 512) + 4096 * 256
+
+
+def looping(body):
+    """A program whose outer loop does something, traced."""
+    weights, state = jnp.zeros((8, 4)), jnp.zeros((4, 2))
+
+    def program(x):
+        x = jnp.sin(weights.T @ (weights @ x))
+        return lax.while_loop(lambda x: x[0, 0] < 1, body(weights), x)
+
+    return jax.make_jaxpr(program)(state)
+
+
+def double(x_ref, out_ref):
+    out_ref[...] = 2 * x_ref[...]
+
+
+kernel = pl.pallas_call(
+    double,
+    out_shape=jax.ShapeDtypeStruct((4, 2), jnp.float32),
+    interpret=True,
+    cost_estimate=pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=5),
+)
+# 2 x 8 x 4 x 2 operations; 32 weights, 8 numbers given and 16 that come of it.
+PRODUCT = step_costs.Cost(128, 4 * (32 + 8 + 16))
+# Back: the same operations, 16 numbers given, 8 that come of it.
+BACK = step_costs.Cost(128, 4 * (32 + 16 + 8))
+
+
+def once(w):
+    return lambda x: jnp.sin(w.T @ (w @ x))
+
+
+def often(w):
+    return lambda x: lax.fori_loop(0, 3, lambda _, x: once(w)(x), x)
+
+
+def as_asked(w):
+    return lambda x: lax.while_loop(lambda x: x[0, 0] < 2, once(w), x)
+
+
+def by_kernel(w):
+    return lambda x: kernel(x)
+
+
+def by_platform(w):
+    return lambda x: lax.platform_dependent(
+        x, tpu=lambda x: x, cuda=often(w), default=once(w)
+    )
+
+
+def by_index(w):
+    # Two of four rows are read; then two numbers are written in a place.
+    return lambda x: x[jnp.array([0, 3])].sum() + x.at[1, :].set(3.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "platform", "wanted"),
+    [
+        (once, "tpu", PRODUCT + BACK),
+        (often, "tpu", (PRODUCT + BACK).times(3)),
+        (as_asked, "tpu", (PRODUCT + BACK).times(5)),
+        (by_kernel, "tpu", step_costs.Cost(7, 5)),
+        (by_platform, "tpu", step_costs.Cost()),
+        (by_platform, "cuda", (PRODUCT + BACK).times(3)),
+        (by_platform, "cpu", PRODUCT + BACK),
+    ],
+)
+def test_a_step_is_what_the_outer_loop_does(body, platform, wanted):
+    assert step_costs.of_step(looping(body), platform, 5) == wanted
+
+
+def test_what_is_read_and_written_by_index_counts_alone():
+    cost = step_costs.of_step(looping(by_index), "tpu", 0)
+    gathered, summed, written = 2 * 16 + 2 * 4, 16 + 4, 2 * 8
+    assert cost == step_costs.Cost(0, gathered + summed + written)
+
+
+def test_a_program_with_two_outer_loops_is_refused():
+    def twice(x):
+        for _ in range(2):
+            x = lax.while_loop(lambda x: x < 1, lambda x: x + 1, x)
+        return x
+
+    with pytest.raises(ValueError, match="2 outer loops, not one"):
+        step_costs.of_step(jax.make_jaxpr(twice)(0.0), "tpu", 0)
+
+
+@functools.cache
+def cost(text, platform="cuda"):
+    strategy = step_ahead_of_time.strategy_of(text, BATCH)
+    asked = step_ahead_of_time.Decoding(MODEL, BATCH, LENGTH, strategy, None)
+    return step_ahead_of_time.counted(asked, platform)
+
+
+def attention(num_tokens):
+    sizes = arguments.Sizes((BATCH, 4, 2, num_tokens, 128), "bfloat16", 128, 2)
+    return tpu_plan.cost(sizes, None)
+
+
+def test_a_plain_step_multiplies_every_weight_once():
+    flops = cost("plain").flops
+    assert flops == 2 * BATCH * NUM_WEIGHTS + 8 * attention(1).flops
+    # Weights in two bytes, and what is cached: activations are some percent of it.
+    least = 2 * NUM_WEIGHTS + 8 * attention(1).bytes_accessed
+    assert least < cost("plain").num_bytes < 1.2 * least
+
+
+def test_a_step_costs_by_its_budget_and_not_by_its_trees():
+    shared, more = cost("D5K2V11N2B"), cost("D5K2V11N3B")
+    whole = cost("D5K2V11")
+    column = 2 * NUM_WEIGHTS
+    # Attention and all that is drafted are the same, but for what is taken in packed.
+    assert more.flops - shared.flops >= BATCH * column
+    assert more.flops - shared.flops < 1.5 * BATCH * column
+    assert whole.flops - more.flops > 8 * BATCH * column
+    assert cost("plain").num_bytes < shared.num_bytes < more.num_bytes < whole.num_bytes
+
+
+def test_a_budget_is_named_by_the_row():
+    read = step_ahead_of_time.strategy_of
+    assert read("D7K1V8N2B", 64).budget == 128
+    assert read("D7K1V8N40", 64).budget == 40
+    assert read("plain", 64) is None
+    with pytest.raises(ValueError, match="is not of the form"):
+        read("D7K1V8Nx", 64)
+
+
+def test_the_table_has_every_step_and_no_program_was_refused():
+    rows = tables.read(TABLE)
+    strategies = ["plain", *step_ahead_of_time.STRATEGIES.split(",")]
+    wanted = {
+        (chip, batch, strategy)
+        for chip in step_ahead_of_time.CHIPS
+        for batch in (32, 64, 128)
+        for strategy in strategies
+    }
+    assert {(r["chip"], r["batch"], r["strategy"]) for r in rows} == wanted
+    for row in rows:
+        assert not row.get("refused"), row
+        assert row["fits"] in (True, None), row
+        assert row["fits"] or row["batch"] != 64, row
+    steps = {(r["chip"], r["batch"], r["strategy"]): r for r in rows}
+    for chip, batch, strategy in steps:
+        if strategy == "D7K1V8N2B":
+            shared, whole = steps[chip, batch, strategy], steps[chip, batch, "D7K1V8"]
+            assert 1 < shared["flops_of_plain"] < whole["flops_of_plain"] / 2
+            assert 1 < shared["bound_of_plain"] <= whole["bound_of_plain"]
+
+
+@pytest.fixture
+def no_cache():
+    ahead_of_time.use_compilation_cache(False)
+    yield
+    ahead_of_time.use_compilation_cache(True)
+
+
+def compiled(chip, text):
+    chips = step_ahead_of_time.CHIPS[chip].num_chips
+    mesh = sharding.make_mesh(
+        1, 1, chips, devices=step_ahead_of_time.described(chip)[:chips]
+    )
+    strategy = step_ahead_of_time.strategy_of(text, BATCH)
+    asked = step_ahead_of_time.Decoding(MODEL, BATCH, 4096, strategy, mesh)
+    caches = asked.program()[0].abstract_caches
+    features = getattr(caches.target, "features", None)
+    row = step_ahead_of_time.compiled(asked, chip)
+    return row, 0 if features is None else features.size * 2
+
+
+BUDGETED = ("D7K1V8", "D7K1V8N32", "D5K4V16N48")
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("text", BUDGETED)
+def test_budgets_compile_for_tpus_and_copy_no_features(text, no_cache):
+    row, features = compiled("v5e", text)
+    assert row["fits"] and row["compiler_bytes"] > 0, row
+    assert row["temp_bytes"] < features / 2
+
+
+@pytest.mark.cuda_compile
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("text", BUDGETED)
+def test_budgets_compile_for_an_h200_and_copy_no_features(text, no_cache):
+    row, features = compiled("h200", text)
+    assert row["fits"], row
+    assert row["temp_bytes"] < features / 2
+
+
+def test_without_the_compiler_the_message_has_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ahead_of_time.NoCompilerError, match="pip install --no-deps"):
+        step_ahead_of_time.described("h200")
