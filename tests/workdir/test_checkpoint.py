@@ -107,6 +107,20 @@ def test_latest_comes_back_bitwise_and_old_ones_go(tmp_path):
     assert_bitwise_equal((restored.params, restored.opt_state), states[3])
 
 
+def test_leaves_that_are_none_may_have_come_since(tmp_path):
+    """Weights get optional parts in later versions: theirs before went on without."""
+    older = {"norm": None, "out": jnp.arange(6.0), "gone": None}
+    newer = {"bias": None, "norm": None, "out": jnp.zeros(6), "parts": (None, None)}
+    made, wanted = ((x, OPTIMIZER.init(x)) for x in (older, newer))
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, *made, CFG, {})
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore_latest(*wanted)
+    assert_bitwise_equal(restored.params, newer | {"out": older["out"]})
+    found = jax.tree.leaves(restored.opt_state)
+    assert_bitwise_equal(found, jax.tree.leaves(made[1]))
+
+
 def test_eight_devices_to_one_and_to_another_mesh(tmp_path):
     params, opt_state = make_state()
     eight = sharding.make_mesh(2, 2, 2)

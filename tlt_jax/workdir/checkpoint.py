@@ -30,6 +30,7 @@ from tlt_jax.workdir import checksums
 
 DIRECTORY = "checkpoints"
 _POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
+_TREES = ocp.StandardCheckpointHandler()
 _Tree = TypeVar("_Tree")
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -406,9 +407,26 @@ class _Reader:
         self.record = self._read({_META: ocp.args.JsonRestore()})[_META]
 
     def trees(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        """Read trees of arrays by their items' names, as `wanted` describes them."""
-        found = self._read({k: ocp.args.StandardRestore(v) for k, v in wanted.items()})
-        return {name: found[name] for name in wanted}
+        """Read trees of arrays by their items' names, as `wanted` describes them.
+
+        Leaves that are None may be others than in the version that wrote: a setting
+        that came later is absent there.
+        """
+        asked, named = {}, {}
+        for name, tree in wanted.items():
+            folder = self._directory / str(self._step) / name
+            written = self._try(lambda path=folder: _TREES.metadata(path).tree)
+            named[name] = ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
+            asked[name] = ocp.args.StandardRestore(_leaves_of(written, named[name]))
+        read, found = self._read(asked), {}
+        for name, tree in wanted.items():
+            leaves = _leaves_of(named[name], read[name])
+            made = ocp.tree.deserialize_tree(leaves, tree, keep_empty_nodes=True)
+            # Orbax does not give back what an optimizer's empty states are.
+            found[name] = jax.tree.unflatten(
+                jax.tree.structure(tree), jax.tree.leaves(made)
+            )
+        return found
 
     def arrays(self, item: str) -> dict[str, np.ndarray]:
         """Read an item of NumPy arrays, which the driver's record describes."""
@@ -419,14 +437,29 @@ class _Reader:
         return arrays | (self.trees({item: filled})[item] if filled else {})
 
     def _read(self, items: dict[str, Any]) -> Any:
+        args = ocp.args.Composite(**items)
+        return self._try(lambda: self._manager.restore(self._step, args=args))
+
+    def _try(self, read: Callable[[], Any]) -> Any:
         try:
-            return self._manager.restore(self._step, args=ocp.args.Composite(**items))
+            return read()
         # All of them: Orbax raises an `Exception` as such, too.
         except Exception as error:
             found = _damaged(self._directory, self._step, _summary(error))
         # What Orbax has begun to read would complain at the interpreter's end.
         gc.collect()
         raise found
+
+
+def _leaves_of(names: Any, tree: Any) -> Any:
+    """Give what `names` names, of dicts and lists, the leaves of a tree; or None."""
+    if isinstance(names, dict):
+        there = tree or {}
+        return {key: _leaves_of(part, there.get(key)) for key, part in names.items()}
+    if isinstance(names, list | tuple):
+        there = [*(tree or ()), *[None] * len(names)]
+        return [_leaves_of(*pair) for pair in zip(names, there, strict=False)]
+    return tree
 
 
 def _check_whole(
