@@ -254,6 +254,8 @@ def _falls_with_batch(rows: claims.Rows) -> claims.Finding:
 
 def _the_tuner_pays(rows: claims.Rows) -> claims.Finding:
     found = {r["batch"]: r["speedup"] for r in tables.where(rows, system=TUNER)}
+    if not found:
+        return False, "no batch has several strategies"
     least = min(found, key=found.get)
     return found[least] >= 0.98, f"least at batch {least}: {found[least]:.2f}"
 

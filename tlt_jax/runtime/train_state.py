@@ -3,15 +3,21 @@
 Policy and drafter are trained alike: the optimizer gets a gradient, and a loss or
 gradient that is not finite leaves the state as it was. A few such steps are bad luck;
 several in a row mean that training has diverged, and whoever counts them ends it.
+
+Orbax keeps its trees as dicts and lists, leaves that are None as well, and compares
+whole trees: a leaf that may be None and came in a later version would make all that was
+written before unreadable, so it is asked for what was `written_like`.
 """
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import struct
 
 from tlt_jax.runtime import failures
@@ -98,3 +104,29 @@ class Snapshot:
     state: TrainState
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def written_like(path: pathlib.Path, tree: Any) -> Any:
+    """Describe what was written to `path` by the leaves of `tree`: to ask Orbax for."""
+    written = ocp.StandardCheckpointHandler().metadata(path).tree
+    return _leaves_of(written, ocp.tree.serialize_tree(tree, keep_empty_nodes=True))
+
+
+def restored(found: Any, tree: Any) -> Any:
+    """Bring what Orbax has read into the form of `tree`."""
+    names = ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
+    leaves = _leaves_of(names, found)
+    made = ocp.tree.deserialize_tree(leaves, tree, keep_empty_nodes=True)
+    # It does not give back what an optimizer's empty states are.
+    return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(made))
+
+
+def _leaves_of(names: Any, tree: Any) -> Any:
+    """Give what `names` names, of dicts and lists, the leaves of a tree; or None."""
+    if isinstance(names, dict):
+        there = tree or {}
+        return {key: _leaves_of(part, there.get(key)) for key, part in names.items()}
+    if isinstance(names, list | tuple):
+        there = [*(tree or ()), *[None] * len(names)]
+        return [_leaves_of(*pair) for pair in zip(names, there, strict=False)]
+    return tree

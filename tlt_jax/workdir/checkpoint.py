@@ -9,6 +9,7 @@ compared before anything is read.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -25,12 +26,11 @@ from jax.experimental import multihost_utils
 
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as params_lib
-from tlt_jax.runtime import failures
+from tlt_jax.runtime import failures, train_state
 from tlt_jax.workdir import checksums
 
 DIRECTORY = "checkpoints"
 _POLICY, _OPTIMIZER, _META = "policy", "optimizer", "meta"
-_TREES = ocp.StandardCheckpointHandler()
 _Tree = TypeVar("_Tree")
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -412,21 +412,13 @@ class _Reader:
         Leaves that are None may be others than in the version that wrote: a setting
         that came later is absent there.
         """
-        asked, named = {}, {}
+        folder, asked = self._directory / str(self._step), {}
         for name, tree in wanted.items():
-            folder = self._directory / str(self._step) / name
-            written = self._try(lambda path=folder: _TREES.metadata(path).tree)
-            named[name] = ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
-            asked[name] = ocp.args.StandardRestore(_leaves_of(written, named[name]))
-        read, found = self._read(asked), {}
-        for name, tree in wanted.items():
-            leaves = _leaves_of(named[name], read[name])
-            made = ocp.tree.deserialize_tree(leaves, tree, keep_empty_nodes=True)
-            # Orbax does not give back what an optimizer's empty states are.
-            found[name] = jax.tree.unflatten(
-                jax.tree.structure(tree), jax.tree.leaves(made)
-            )
-        return found
+            ask = functools.partial(train_state.written_like, folder / name, tree)
+            like = self._try(ask)
+            asked[name] = ocp.args.StandardRestore(like)
+        found = self._read(asked)
+        return {k: train_state.restored(found[k], tree) for k, tree in wanted.items()}
 
     def arrays(self, item: str) -> dict[str, np.ndarray]:
         """Read an item of NumPy arrays, which the driver's record describes."""
@@ -449,17 +441,6 @@ class _Reader:
         # What Orbax has begun to read would complain at the interpreter's end.
         gc.collect()
         raise found
-
-
-def _leaves_of(names: Any, tree: Any) -> Any:
-    """Give what `names` names, of dicts and lists, the leaves of a tree; or None."""
-    if isinstance(names, dict):
-        there = tree or {}
-        return {key: _leaves_of(part, there.get(key)) for key, part in names.items()}
-    if isinstance(names, list | tuple):
-        there = [*(tree or ()), *[None] * len(names)]
-        return [_leaves_of(*pair) for pair in zip(names, there, strict=False)]
-    return tree
 
 
 def _check_whole(
