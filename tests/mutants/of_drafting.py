@@ -5,6 +5,8 @@ _SPECULATE = "tests/specdec/test_speculate.py"
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
 _ENGINE = "tests/rl/engine/test_engine_speculation.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
+_BLOCK = "tests/specdec/proposers/test_block.py"
+_SHARED = f"{_SPECULATE} -k 'shared_block'"
 _SHARE = f"{_SPECULATE} -k give_their"
 _PAGES = f"{_DRAFTS} -k pages_are"
 
@@ -174,6 +176,52 @@ EDITS = {
             'coupled = self.ranking == "coupled" and is_drawn',
             "coupled = is_drawn",
             _LEARNED,
+        ),
+    ],
+    ("specdec/proposers/block.py", f"{_DRAFTS} -k 'accepted and block'"): [
+        # Masks at the root's place, the wrong token before, the next depth's noise.
+        (
+            "positions = state.start[:, None] + jnp.arange(width + size - 1)",
+            "positions = state.start[:, None] + places_BW",
+        ),
+        (
+            "*children(live.tokens, level))",
+            "*children(0 * live.tokens + rows.pending[:, None], level))",
+        ),
+        ("*children(rows.pending[:, None], 1)", "*children(state.tokens[:, :1], 1)"),
+        (
+            "of_level_B1V + follows_BEV, level)",
+            "of_level_B1V + follows_BEV, level + 1)",
+        ),
+        ("(logits_BLV, level - 1, axis=1)", "(logits_BLV, 0 * level, axis=1)"),
+        ("columns_BL = state.counts[:, None] - 1 + depths", "columns_BL = 0 + depths"),
+        ("out.keys[..., :width]", "out.keys[..., -width:]", _PAGES),
+        ("jnp.repeat(live.index, topk, axis=1)", "jnp.tile(live.index, topk)", _BLOCK),
+        ("(live.scores[..., None] + gains_BEE)", "(0 + gains_BEE)", _BLOCK),
+        ("index=first + chosen_BE,", "index=chosen_BE,", _BLOCK),
+        ("jnp.where(alive_B, state.counts + more, 0)", "state.counts + more", _SHARED),
+    ],
+    ("models/drafters/block.py", _BLOCK): [
+        (
+            "seen_BWW |= is_mask_BW[:, :, None] & is_mask_BW[:, None, :]",
+            "seen_BWW |= in_order & is_mask_BW[:, :, None] & is_mask_BW[:, None, :]",
+        ),
+        (
+            "return jnp.minimum(index, root_B1),",
+            "return jnp.minimum(index, 0 * root_B1),",
+        ),
+        ("masks = jnp.concatenate([masks, params.masks])", "masks = params.masks"),
+    ],
+    ("specdec/training/unroll.py", "tests/specdec/training -k block"): [
+        (
+            "take(batch.positions, wide.bases) + place_C",
+            "take(batch.positions, wide.bases)",
+        ),
+        ("return attention.join(shared, own)", "return shared"),
+        ("is_mask[:, None] & is_mask)[None]", "is_mask[:, None] | is_mask)[None]"),
+        (
+            "before_DBM = _embed_ahead(batch, target, batch.bases, u + 1, cfg.dtype)",
+            "before_DBM = _embed_ahead(batch, target, batch.bases, u, cfg.dtype)",
         ),
     ],
     ("specdec/proposers/ngram.py", "tests/specdec/proposers/test_ngram.py"): [

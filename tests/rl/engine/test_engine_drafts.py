@@ -77,8 +77,9 @@ class Watched:
         ("by rows", speculation.EAGLE),
         ("by rows", speculation.DRAFTER),
         ("shared", speculation.DRAFTER),
+        ("shared", speculation.BLOCK),
     ],
-    ids="eagle fused shared".split(),
+    ids="eagle fused shared block".split(),
 )
 def test_drafter_pages_are_those_of_whole_texts(monkeypatch, table, cfg):
     """Pages that are shared, reused, put back, and of weights that came later."""
@@ -103,6 +104,12 @@ ONE_ROW = dict(page_size=16, prefill_chunk=16, max_rows=1)
 ACCEPTED = {
     "eagle": [76, 26, 9, 4],
     "some tokens": [80, 28, 8, 1],
+    "block": [0, 0, 0, 0],
+}
+DRAFTERS = {
+    "eagle": speculation.EAGLE,
+    "some tokens": speculation.DRAFTER,
+    "block": speculation.BLOCK,
 }
 
 
@@ -117,9 +124,8 @@ ACCEPTED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
     """Native kernels; no call cuts an accepted run."""
-    cfg = speculation.EAGLE if name == "eagle" else speculation.DRAFTER
     sizes = sizes | dict(steps_per_call=32, cpu_kernels="native")
-    engine = speculation.engine_of("chain", cfg, **sizes)
+    engine = speculation.engine_of("chain", DRAFTERS[name], **sizes)
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert stats.num_accepted == ACCEPTED[name]
     # Of a chain every draft behind an accepted one had its chance.
@@ -129,19 +135,21 @@ def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
 
 
 # Batches of four with 10 nodes of 16: the row that guesses best gets most of them.
-SHARED = [83, 28, 6, 0]
+SHARED = {"some tokens": [83, 28, 6, 0], "block": [0, 0, 0, 0]}
 
 
-@pytest.mark.parametrize("kernels", ["native", "xla"])
-def test_rows_that_share_have_as_many_accepted(kernels):
+@pytest.mark.parametrize(
+    "name,kernels", [(name, x) for name in SHARED for x in ("native", "xla")]
+)
+def test_rows_that_share_have_as_many_accepted(name, kernels):
     engine = speculation.engine_of(
         "chain",
-        speculation.DRAFTER,
+        DRAFTERS[name],
         dict(table=strategy.parse_arms(("4:D3K1V4N10",))),
         **dict(page_size=4, prefill_chunk=8, steps_per_call=32, cpu_kernels=kernels),
     )
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
-    assert stats.num_accepted == SHARED
+    assert stats.num_accepted == SHARED[name]
     engine.pool.close()
 
 

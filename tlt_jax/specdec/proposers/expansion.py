@@ -196,15 +196,25 @@ class Expansion:
     def _children(self, weights, score, hidden_DBE, level) -> tuple:
         """Choose the best children behind nodes, from the drafter's outputs at them.
 
+        See `ranked`.
+        """
+        kernels = self.settings.kernels
+        scores_BEV = drafter_head.logits(
+            weights.params, self.cfg, weights.head, hidden_DBE, kernels
+        )
+        return self.ranked(weights.params.draft_ids, score, scores_BEV, level)
+
+    def ranked(
+        self, draft_ids: Array | None, score: Score, scores_BEV: Array, level: Array
+    ) -> tuple[Array, Array, Array | None]:
+        """Choose the best children behind nodes of a level, from the drafter's logits.
+
         Tokens, and log of the estimated chances to be the target's draw, `[B, E', E]`
         (E' is 1 at the root, then E); and, where laws are kept, the one behind the
         first node, `[B, Vd]`.
         """
-        draft_ids, kernels = weights.params.draft_ids, self.settings.kernels
+        kernels = self.settings.kernels
         temperature = self.settings.sampling_cfg.temperature
-        scores_BEV = drafter_head.logits(
-            weights.params, self.cfg, weights.head, hidden_DBE, kernels
-        )
         if temperature not in (0, 1):
             scores_BEV = scores_BEV / temperature
         # The law is looked at before chance and sharpness change the scores.

@@ -16,7 +16,7 @@ from jax import lax
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import kv_cache, ragged
 from tlt_jax.models import params as model_params
-from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import block, drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import decode, protocols
 from tlt_jax.specdec import strategy as strategy_lib
@@ -36,11 +36,14 @@ class DrafterWeights:
       params: its own weights, without a head.
       embed: `[V, D]`, the target's embedding.
       head: `[Vd, D]`, the target's head rows of the draft vocabulary, or its own.
+      follow: `[Vd, R]`, of a block drafter: from what a token says of the next one, see
+        `models.drafters.block`, to logits; else None.
     """
 
     params: drafter.DrafterParams
     embed: Array
     head: Array
+    follow: Array | None = None
 
     def embedded(self, tokens: Array, dtype) -> Array:
         """Look up `tokens [B, T]`, `[D, B, T]`."""
@@ -54,7 +57,11 @@ def weights_of(
     head = params.head
     if head is None:
         head = drafter_head.head_rows(target, params.draft_ids)
-    return DrafterWeights(params.replace(head=None), target.embed, head)
+    follow = None
+    if params.block is not None:
+        # Once for weights, and not for every step.
+        follow = block.to_logits(params.block, head)
+    return DrafterWeights(params.replace(head=None), target.embed, head, follow)
 
 
 @struct.dataclass
