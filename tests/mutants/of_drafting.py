@@ -115,11 +115,7 @@ EDITS = {
         ("alive=alive_B & ~ended_B &", "alive=alive_B &"),
     ],
     ("specdec/proposers/expansion.py", _LEARNED): [
-        (
-            "jnp.arange(batch) * num + level - 1",
-            "jnp.arange(batch) * num + level",
-            _ACCEPTED,
-        ),
+        ("owners * num + level - 1", "owners * num + level", _ACCEPTED),
         (
             "score.noise, level - 1, axis=1, keepdims=False",
             "score.noise, level, axis=1, keepdims=False",
@@ -133,9 +129,16 @@ EDITS = {
             "scores_BEV + noise_B1V",
         ),
         ("index=first + chosen_BE,", "index=chosen_BE,"),
-        ("return jnp.minimum(above_B, width - 1)", "return above_B"),
-        ("has_room_B = alive & (", "has_room_B = ("),
-        ("(jnp.sum(num_above(best)) < room)", "(jnp.sum(num_above(best)) <= room)"),
+        (
+            "jnp.minimum(jnp.sum(is_above & alive[:, None], axis=-1), width - 1)",
+            "jnp.sum(is_above & alive[:, None], axis=-1)",
+        ),
+        ("in_row_BE = alive[:, None] & (", "in_row_BE = ("),
+        ("(jnp.sum(above_BEB, axis=2) < room)", "(jnp.sum(above_BEB, axis=2) <= room)"),
+        ("num_above(live.scores)", "num_above(live.scores[:, :1])"),
+        ("noise_B1V[rows.owners(), 0][None]", "noise_B1V[:1]"),
+        ("jnp.where(own_BE[..., None], gains_BEE, -jnp.inf)", "gains_BEE"),
+        ("* topk // (topk + 1)", "// (topk + 1)"),
         (
             "features=jnp.take_along_axis(out.hidden, parent_BE[None], axis=2)",
             "features=out.hidden",

@@ -37,13 +37,17 @@ class Ragged:
             places = jnp.arange(self.width, dtype=jnp.int32)[None]
         return jnp.minimum(self.starts[:, None] + places, self.num_columns - 1)
 
-    def pack(self, x: Array) -> Array:
-        """Bring `[..., B, W]` side by side, `[..., 1, N]`."""
+    def owners(self) -> Array:
+        """Say whose each column is, `[N] int32`; spare ones are the last's."""
         column = jnp.arange(self.num_columns, dtype=jnp.int32)
         stops = self.starts + self.counts
         # Rows that end at or before a column stand before its own.
         row = jnp.sum(stops[None, :] <= column[:, None], axis=1)
-        row = jnp.minimum(row, self.starts.shape[0] - 1)
+        return jnp.minimum(row, self.starts.shape[0] - 1)
+
+    def pack(self, x: Array) -> Array:
+        """Bring `[..., B, W]` side by side, `[..., 1, N]`."""
+        column, row = jnp.arange(self.num_columns, dtype=jnp.int32), self.owners()
         place = jnp.clip(column - self.starts[row], 0, self.width - 1)
         return x[..., row, place][..., None, :]
 

@@ -1,5 +1,6 @@
 """Drafting against a slow form that computes every path anew, without caches."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,6 +21,8 @@ NUM, MOST, PAGE = 2, 16, 4  # rows, longest text, page size
 CFG = drafter.of_target(hosts.CFG, feature_layers=(0, 1), draft_vocab_size=30)
 STRATEGY = strategy_lib.Strategy(3, 2, 8)
 LENGTHS = (7, 3)  # cached positions of the target
+# A budget, and how many nodes of each row are expanded under it, the root among them.
+BUDGETS = [(4, [2, 1]), (5, [3, 2]), (15, [5, 5])]
 COUNTS = (3, 1)  # of which the drafter has still to take in
 
 
@@ -91,10 +94,10 @@ def slow_draft(row, noise, tau, sharpness, temperature):
 
 
 @functools.cache
-def draft_program(coupled, temperature):
+def draft_program(coupled, temperature, strategy):
     settings = decode.Settings(hosts.CFG, sampling.SamplingConfig(temperature))
     ranking = "coupled" if coupled else "deterministic"
-    proposer = learned.Learned(STRATEGY, settings, CFG, ranking)
+    proposer = learned.Learned(strategy, settings, CFG, ranking)
 
     def fn(weights, cache, table, accepted, noise, tau, sharpness):
         nothing = jnp.zeros((NUM,), jnp.int32)
@@ -106,11 +109,8 @@ def draft_program(coupled, temperature):
     return jax.jit(fn)
 
 
-@pytest.mark.parametrize(
-    "coupled,temperature,sharpness",
-    [(True, 1.0, 1.0), (True, 0.7, 1.5), (False, 1.0, 1.5)],
-)
-def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
+def proposed(coupled, temperature, sharpness, strategy=STRATEGY):
+    """A proposal for both rows, and the noise that it was made with."""
     tokens, raw = texts_and_features()
     num_pages = 1 + NUM * MOST // PAGE
     table = 1 + np.arange(num_pages - 1, dtype=np.int32).reshape(NUM, -1)
@@ -149,7 +149,7 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
         counts=counts,
     )
     noise = jax.random.gumbel(jax.random.key(3), (NUM, 4, hosts.CFG.vocab_size))
-    made = draft_program(coupled, temperature)(
+    made = draft_program(coupled, temperature, strategy)(
         weights(),
         cache,
         table,
@@ -158,28 +158,67 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
         jnp.float32(0.6),
         jnp.float32(sharpness),
     )
+    return made, noise
+
+
+def children_of(found, row):
+    """Children of each path among a row's candidates: `{path: [(token, gain), ..]}`."""
+    paths, children = {-1: ((), 0.0)}, {}
+    for i in np.flatnonzero(found.scores[row] > -np.inf):
+        path, score = paths[int(found.parents[row, i])]
+        token = int(found.tokens[row, i])
+        assert found.depths[row, i] == len(path) + 1
+        gain = float(found.scores[row, i]) - score
+        children.setdefault(path, []).append((token, gain))
+        paths[int(i)] = ((*path, token), float(found.scores[row, i]))
+    return children
+
+
+@pytest.mark.parametrize(
+    "coupled,temperature,sharpness",
+    [(True, 1.0, 1.0), (True, 0.7, 1.5), (False, 1.0, 1.5)],
+)
+def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
+    made, noise = proposed(coupled, temperature, sharpness)
     found = jax.device_get(made.candidates)
     keys, values = made.extra
+    width = STRATEGY.max_accept_length
     assert keys.shape == values.shape == (2, 6, NUM, width)
     for row in range(NUM):
         chance = noise if coupled else None
         wanted = slow_draft(row, chance, 0.6, sharpness, temperature)
-        paths = {-1: ((), 0.0)}
-        children = {}
-        for i in range(STRATEGY.num_drafted):
-            path, score = paths[int(found.parents[row, i])]
-            token = int(found.tokens[row, i])
-            assert found.depths[row, i] == len(path) + 1
-            children.setdefault(path, []).append(
-                (token, float(found.scores[row, i]) - score)
-            )
-            paths[i] = ((*path, token), float(found.scores[row, i]))
+        children = children_of(found, row)
         assert children.keys() == wanted.keys()
         for path, pairs in wanted.items():
             assert [t for t, _ in children[path]] == [t for t, _ in pairs]
             np.testing.assert_allclose(
                 [s for _, s in children[path]], [s for _, s in pairs], atol=2e-5
             )
+
+
+@pytest.mark.parametrize("budget,expanded", BUDGETS)
+def test_only_nodes_whose_children_may_be_verified_are_expanded(budget, expanded):
+    """Under a budget the best of the batch are those of whole trees."""
+    strategy = dataclasses.replace(STRATEGY, budget=budget)
+    made, noise = proposed(True, 1.0, 1.0, strategy)
+    found = jax.device_get(made.candidates)
+    # Expanded nodes of each row, and all nodes of the batch with their scores.
+    num_expanded, best, wanted = [], [], []
+    for row in range(NUM):
+        here, whole = children_of(found, row), slow_draft(row, noise, 0.6, 1.0, 1.0)
+        num_expanded.append(len(here))
+        for path, pairs in here.items():
+            assert [t for t, _ in pairs] == [t for t, _ in whole[path]]
+        for nodes, tree in ((best, here), (wanted, whole)):
+            scores = {(): 0.0}
+            for path, pairs in sorted(tree.items(), key=lambda one: len(one[0])):
+                for token, gain in pairs:
+                    scores[*path, token] = scores[path] + gain
+                    nodes.append((scores[path] + gain, row, *path, token))
+    assert num_expanded == expanded
+    best, wanted = (sorted(x)[::-1][: budget - NUM] for x in (best, wanted))
+    assert [n[1:] for n in best] == [n[1:] for n in wanted]
+    np.testing.assert_allclose([n[0] for n in best], [n[0] for n in wanted], atol=5e-5)
 
 
 @pytest.mark.parametrize("k", [1, 3, 4, 6])
@@ -224,4 +263,5 @@ def test_no_level_is_drafted_that_cannot_enter(strategy, live, alive, wanted):
         features=None,
         probs=None,
     )
-    assert bool(grow.may_matter(level, jnp.array(alive, bool))) == wanted
+    matters = grow.may_matter(level, jnp.array(alive, bool))
+    assert bool(matters.any()) == wanted

@@ -18,11 +18,12 @@ without Communication and Drafter-Invariant Speculative Decoding, 2024.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from tlt_jax.models import attention
+from tlt_jax.models import attention, ragged
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import candidates as candidates_lib
@@ -111,27 +112,40 @@ class Expansion:
             probs=probs,
         )
 
-    def expand(self, weights, score, view, positions_B, level, live) -> Level:
-        """Find the children of the live nodes, and which of them live on."""
+    def expand(self, weights, score, view, positions_B, level, live, rows) -> Level:
+        """Find the children of the live nodes, and which of them live on.
+
+        Of those alone that `rows` lay side by side; None: of all.
+        """
         (batch, topk), dtype = live.tokens.shape, jnp.dtype(self.settings.dtype)
         width = live.keys.shape[3] - (self.strategy.draft_depth - 1) * topk
         # Live nodes do not see each other: none is another's ancestor.
         eye_BEE = jnp.broadcast_to(jnp.eye(topk, dtype=bool), (batch, topk, topk))
+        positions_BE = jnp.broadcast_to(positions_B[:, None], (batch, topk))
+        columns = (live.tokens, live.features, positions_BE)
+        if rows is not None:
+            columns = tuple(map(rows.pack, columns))
+        tokens, features, positions = columns
         out = drafter.forward(
             weights.params,
             self.cfg,
-            weights.embedded(live.tokens, dtype),
-            live.features,
-            jnp.broadcast_to(positions_B[:, None], (batch, topk)),
+            weights.embedded(tokens, dtype),
+            features,
+            positions,
             visibility=attention.Visibility(ancestors=eye_BEE),
             view=view,
             past=drafter.Past(live.keys, live.values, live.mask),
+            rows=rows,
             dtype=dtype,
             kernels=self.settings.kernels,
         )
+        ids_BEE, gains_BEE, probs_BV = self._children(
+            weights, score, out.hidden, level, rows
+        )
+        if rows is not None:
+            out = jax.tree.map(rows.unpack, out)
         # E x E candidates (C), each with its path's score; those of the levels before
         # stand first.
-        ids_BEE, gains_BEE, probs_BV = self._children(weights, score, out.hidden, level)
         ids_BC = ids_BEE.reshape(batch, topk**2)
         scores_BC = (live.scores[..., None] + gains_BEE).reshape(batch, topk**2)
         first = topk + (level - 2) * topk**2
@@ -171,29 +185,42 @@ class Expansion:
         )
 
     def may_matter(self, live: Level, alive: Array) -> Array:
-        """Say whether any child of a live node may yet be verified, bool scalar.
+        """Say of which live nodes a child may yet be verified, `[B, E] bool`.
 
-        Not where as many nodes as are verified score at least as high: of a row all
+        Not where as many nodes as are verified score at least as high: of the row all
         that it can have, or all that the rows `alive [B] bool` share. For a child's
-        score is at most its parent's. Chains that are judged whole go on.
+        score is at most its parent's. Chains that are judged whole go on. In a row
+        those that matter stand first: live nodes fall in score.
         """
-        if self.keep_laws:
-            return jnp.bool_(True)
         num_rows, width = live.tokens.shape[0], self.strategy.tokens_to_verify
+        if self.keep_laws:
+            return jnp.broadcast_to(alive[:, None], live.tokens.shape)
         room = self.strategy.num_columns(num_rows) - jnp.sum(alive)
-        best_B = jnp.max(live.scores, axis=1)
 
-        def num_above(score):
-            """Nodes of each row that score at least so high, [B]."""
-            is_above_BC = live.found.scores >= jnp.reshape(score, (-1, 1))
-            above_B = jnp.where(alive, jnp.sum(is_above_BC, axis=1), 0)
-            return jnp.minimum(above_B, width - 1)
+        def num_above(scores):
+            """Nodes of each row that score at least so high, `[..., B]`."""
+            is_above = live.found.scores >= scores[..., None, None]
+            return jnp.minimum(jnp.sum(is_above & alive[:, None], axis=-1), width - 1)
 
-        has_room_B = alive & (num_above(best_B) < width - 1)
-        best = jnp.max(jnp.where(has_room_B, best_B, -jnp.inf))
-        return jnp.any(has_room_B) & (jnp.sum(num_above(best)) < room)
+        above_BEB = num_above(live.scores)
+        of_own_BE = jnp.diagonal(above_BEB, axis1=0, axis2=2).T
+        in_row_BE = alive[:, None] & (of_own_BE < width - 1)
+        return in_row_BE & (jnp.sum(above_BEB, axis=2) < room)
 
-    def _children(self, weights, score, hidden_DBE, level) -> tuple:
+    def side_by_side(self, matters: Array) -> ragged.Ragged | None:
+        """Lay the live nodes of which `matters [B, E] bool` says so side by side.
+
+        None: there might be as many of them as there are nodes. No more of them matter
+        than nodes are verified beside the roots, and no more than `topk` a row.
+        """
+        num_rows, topk = matters.shape
+        num_columns = self.strategy.num_columns(num_rows) * topk // (topk + 1)
+        if num_columns >= num_rows * topk:
+            return None
+        counts_B = jnp.sum(matters, axis=1, dtype=jnp.int32)
+        return ragged.of_counts(counts_B, topk, num_columns)
+
+    def _children(self, weights, score, hidden_DBE, level, rows=None) -> tuple:
         """Choose the best children behind nodes, from the drafter's outputs at them.
 
         See `ranked`.
@@ -211,7 +238,8 @@ class Expansion:
 
         Tokens, and log of the estimated chances to be the target's draw, `[B, E', E]`
         (E' is 1 at the root, then E); and, where laws are kept, the one behind the
-        first node, `[B, Vd]`.
+        first node, `[B, Vd]`. Outputs may be laid side by side, `[D, 1, N]`: nodes that
+        are not among them have no children.
         """
         kernels = self.settings.kernels
         temperature = self.settings.sampling_cfg.temperature
@@ -227,38 +255,55 @@ class Expansion:
             and self.strategy.topk == 1
             and kernels.rank is not None
         ):
-            return self._only_child(draft_ids, score, scores_BEV, level)
+            chosen = self._only_child(draft_ids, score, scores_BEV, level, rows)
+            return *self._by_row(*chosen, rows), None
         if score.noise is not None:
             noise_B1V = lax.dynamic_index_in_dim(score.noise, level - 1, axis=1)
             if draft_ids is not None:
                 noise_B1V = noise_B1V[..., draft_ids]
+            if rows is not None:
+                noise_B1V = noise_B1V[rows.owners(), 0][None]
             scores_BEV = (scores_BEV * score.sharpness + noise_B1V) / score.tau
         # Of each node's V scores the E best, with their share of all.
         best_BEE, ids_BEE = best_of(scores_BEV, self.strategy.topk)
         if draft_ids is not None:
             ids_BEE = draft_ids[ids_BEE]
         gains_BEE = best_BEE - sampling.log_sum_exp(scores_BEV)[..., None]
-        return ids_BEE, gains_BEE, probs_BV
+        return *self._by_row(ids_BEE, gains_BEE, rows), probs_BV
 
-    def _only_child(self, draft_ids, score, scores_BEV, level) -> tuple:
-        """Choose the child of a chain's node by a kernel, `[B, 1, 1]`."""
+    def _by_row(self, ids, gains, rows) -> tuple[Array, Array]:
+        """Bring children `[1, N, E]` of nodes side by side to `[B, E', E]`."""
+        if rows is None:
+            return ids, gains
+        # Columns last as they are unpacked, [E, 1, N] to [E, B, E'], and back.
+        ids_BEE, gains_BEE = (
+            jnp.moveaxis(rows.unpack(jnp.moveaxis(x, -1, 0)), 0, -1)
+            for x in (ids, gains)
+        )
+        own_BE = jnp.arange(rows.width) < rows.counts[:, None]
+        return ids_BEE, jnp.where(own_BE[..., None], gains_BEE, -jnp.inf)
+
+    def _only_child(self, draft_ids, score, scores_BEV, level, rows) -> tuple:
+        """Choose the child of each chain's node by a kernel, `[..., 1]` each."""
         batch, num, vocab_size = score.noise.shape
+        owners = jnp.arange(batch) if rows is None else rows.owners()
         if draft_ids is None:
             # The kernel reads each row's noise where it lies.
             noise_RV = score.noise.reshape(-1, vocab_size)
-            which_B = jnp.arange(batch) * num + level - 1
+            owners = owners * num + level - 1
         else:
             noise_RV = lax.dynamic_index_in_dim(
                 score.noise, level - 1, axis=1, keepdims=False
             )[:, draft_ids]
-            which_B = jnp.arange(batch)
-        ids_B, shares_B = self.settings.kernels.rank(
-            *(scores_BEV[:, 0], noise_RV, which_B.astype(jnp.int32)),
-            *(score.sharpness, score.tau),
+        shape = scores_BEV.shape[:-1]
+        ids, shares = self.settings.kernels.rank(
+            scores_BEV.reshape(-1, scores_BEV.shape[-1]),
+            noise_RV,
+            *(owners.astype(jnp.int32), score.sharpness, score.tau),
         )
         if draft_ids is not None:
-            ids_B = draft_ids[ids_B]
-        return ids_B[:, None, None], shares_B[:, None, None], None
+            ids = draft_ids[ids]
+        return ids.reshape(*shape, 1), shares.reshape(*shape, 1)
 
 
 def best_of(scores: Array, k: int) -> tuple[Array, Array]:

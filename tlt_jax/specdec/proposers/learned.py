@@ -169,17 +169,18 @@ class Learned(protocols.Proposer):
             root_position_B = state.start + state.counts - 1
 
             def goes_on(state):
-                level, live = state
-                more = level <= self.strategy.draft_depth
-                return more & grow.may_matter(live, alive_B)
+                level, live, matters_BE = state
+                return (level <= self.strategy.draft_depth) & jnp.any(matters_BE)
 
             def expand(state):
-                level, live = state
+                level, live, matters_BE = state
                 positions_B = root_position_B + level - 1
-                live = grow.expand(weights, score, view, positions_B, level, live)
-                return level + 1, live
+                rows = grow.side_by_side(matters_BE)
+                live = grow.expand(weights, score, view, positions_B, level, live, rows)
+                return level + 1, live, grow.may_matter(live, alive_B)
 
-            _, live = lax.while_loop(goes_on, expand, (jnp.int32(2), live))
+            begin = jnp.int32(2), live, grow.may_matter(live, alive_B)
+            live = lax.while_loop(goes_on, expand, begin)[1]
         laws, draft_ids = live.probs, weights.params.draft_ids
         if self._is_sampled and draft_ids is not None:
             # Over all the vocabulary: tokens that cannot be drafted have 0.
