@@ -65,7 +65,7 @@ class Block(learned.Learned):
 
         def goes_on(state):
             level, live = state
-            return (level <= depth) & grow.may_matter(live, alive_B)
+            return (level <= depth) & jnp.any(grow.may_matter(live, alive_B))
 
         def expand(state):
             level, live = state

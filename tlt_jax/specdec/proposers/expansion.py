@@ -229,16 +229,21 @@ class Expansion:
         scores_BEV = drafter_head.logits(
             weights.params, self.cfg, weights.head, hidden_DBE, kernels
         )
-        return self.ranked(weights.params.draft_ids, score, scores_BEV, level)
+        return self.ranked(weights.params.draft_ids, score, scores_BEV, level, rows)
 
     def ranked(
-        self, draft_ids: Array | None, score: Score, scores_BEV: Array, level: Array
+        self,
+        draft_ids: Array | None,
+        score: Score,
+        scores_BEV: Array,
+        level: Array,
+        rows: ragged.Ragged | None = None,
     ) -> tuple[Array, Array, Array | None]:
         """Choose the best children behind nodes of a level, from the drafter's logits.
 
         Tokens, and log of the estimated chances to be the target's draw, `[B, E', E]`
         (E' is 1 at the root, then E); and, where laws are kept, the one behind the
-        first node, `[B, Vd]`. Outputs may be laid side by side, `[D, 1, N]`: nodes that
+        first node, `[B, Vd]`. Logits may be laid side by side, `[1, N, Vd]`: nodes that
         are not among them have no children.
         """
         kernels = self.settings.kernels
