@@ -243,7 +243,13 @@ FOUND = [
         "names .8",
     ),
     ("drafter", "block", "config.json", in_json(block_size="3"), "block_size=3 is no"),
-    ("drafter", "block", "config.json", in_json(block_size=4), "block.masks is .2, 40"),
+    (
+        "drafter",
+        "block",
+        "config.json",
+        in_json(block_size=4),
+        "block.masks is .2, 8. and should be .3, 8",
+    ),
     ("drafter", "all", "drafter.safetensors", not_finite, "sharpness nan"),
     (
         "eagle",

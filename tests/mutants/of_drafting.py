@@ -184,8 +184,8 @@ EDITS = {
     ("specdec/proposers/block.py", f"{_DRAFTS} -k 'accepted and block'"): [
         # Masks at the root's place, the wrong token before, the next depth's noise.
         (
-            "positions = state.start[:, None] + jnp.arange(width + size - 1)",
-            "positions = state.start[:, None] + places_BW",
+            "state.start[:, None] + root_B1 + place_BL",
+            "state.start[:, None] + root_B1 + 0 * place_BL",
         ),
         (
             "*children(live.tokens, level))",
@@ -197,22 +197,15 @@ EDITS = {
             "of_level_B1V + follows_BEV, level + 1)",
         ),
         ("(logits_BLV, level - 1, axis=1)", "(logits_BLV, 0 * level, axis=1)"),
-        ("columns_BL = state.counts[:, None] - 1 + depths", "columns_BL = 0 + depths"),
-        ("out.keys[..., :width]", "out.keys[..., -width:]", _PAGES),
+        ("root_B1 = state.counts[:, None] - 1", "root_B1 = 0 * state.counts[:, None]"),
+        ("jnp.arange(keys.shape[3]) < root_B1", "jnp.arange(keys.shape[3]) <= root_B1"),
+        ("keys, values = map(ragged_rows.unpack, (keys, values))", "pass", _SHARED),
         ("jnp.repeat(live.index, topk, axis=1)", "jnp.tile(live.index, topk)", _BLOCK),
         ("(live.scores[..., None] + gains_BEE)", "(0 + gains_BEE)", _BLOCK),
         ("index=first + chosen_BE,", "index=chosen_BE,", _BLOCK),
-        ("jnp.where(alive_B, state.counts + more, 0)", "state.counts + more", _SHARED),
     ],
     ("models/drafters/block.py", _BLOCK): [
-        (
-            "seen_BWW |= is_mask_BW[:, :, None] & is_mask_BW[:, None, :]",
-            "seen_BWW |= in_order & is_mask_BW[:, :, None] & is_mask_BW[:, None, :]",
-        ),
-        (
-            "return jnp.minimum(index, root_B1),",
-            "return jnp.minimum(index, 0 * root_B1),",
-        ),
+        ("(index[:, None] > 0)", "(index[:, None] >= index[None, :])"),
         ("masks = jnp.concatenate([masks, params.masks])", "masks = params.masks"),
     ],
     ("specdec/training/unroll.py", "tests/specdec/training -k block"): [

@@ -133,18 +133,22 @@ BLOCK_FORWARD = dataclasses.replace(FORWARD, drafter=BLOCK)
 def drafted_block(params, record, base):
     """Features of a block behind `base`, as drafting makes them: all in one pass."""
     tokens = jnp.asarray(record.tokens)[None]
-    count = jnp.array([base + 1])
-    places, numbers, seen = block.lay_out(count, base + 1, BLOCK.block_size)
+    size, more = BLOCK.block_size, BLOCK.block_size - 1
     embedded = drafter.embed(tiny_drafter.target_params(), tokens)
     features = jnp.asarray(record.features).T[:, None]
+    # The text up to the base, and the masks of the base behind it.
+    columns = np.array([*range(base + 1), *[base] * more])
+    seen = np.tri(base + size, dtype=bool)
+    seen[base:, base:] = block.seen(size)
+    numbers = np.array([*[0] * base, *range(size)])
     out = FORWARD_ONE(
         params,
         BLOCK,
-        embedded[..., places[0] + 1],
-        drafter.fuse(params, BLOCK, features)[..., places[0]],
-        jnp.arange(places.shape[1])[None],
-        visibility=attention.Visibility(ancestors=seen),
-        added=block.masks_of(params.block, numbers, jnp.float32),
+        embedded[..., columns + 1],
+        drafter.fuse(params, BLOCK, features)[..., columns],
+        jnp.arange(base + size)[None],
+        visibility=attention.Visibility(ancestors=jnp.asarray(seen)[None]),
+        added=block.masks_of(params.block, numbers[None], jnp.float32),
     )
     # The token before each place: the pending one, then those behind it.
     before = embedded[..., base + 1 :][..., : BLOCK.block_size]

@@ -113,30 +113,10 @@ def to_logits(params: BlockParams, head: Array) -> Array:
     return jnp.matmul(head, outward, precision=layers.precision(head.dtype))
 
 
-def lay_out(counts: Array, width: int, block_size: int) -> tuple[Array, Array, Array]:
-    """Lay the masks of each row right behind its columns.
+def seen(block_size: int) -> Array:
+    """Say which columns of its block each sees, `[K, K] bool`.
 
-    Args:
-      counts: `[B] int32`, columns of each row, of which the last is the root; 1 to
-        `width`.
-      width: A.
-      block_size: K.
-
-    Returns:
-      For A + K - 1 columns: which of the A columns each is, or is a mask of, and its
-      number in the block, see `masks_of`, both `[B, A + K - 1] int32`; and
-      `[B, A + K - 1, A + K - 1] bool`, which of them each sees. Behind the last mask
-      stand columns that nobody reads.
+    The root sees itself; masks see the root and one another.
     """
-    index = jnp.arange(width + block_size - 1, dtype=jnp.int32)
-    root_B1 = counts[:, None] - 1
-    behind_BW = index - root_B1
-    numbers_BW = jnp.clip(behind_BW, 0, block_size - 1)
-    is_mask_BW = (behind_BW > 0) & (behind_BW < block_size)
-    is_text_BW = behind_BW <= 0
-    in_order = index[None, :] <= index[:, None]
-    seen_BWW = in_order & is_text_BW[:, None, :]
-    seen_BWW |= is_mask_BW[:, :, None] & is_mask_BW[:, None, :]
-    # One that nobody reads sees itself: a query that sees nothing is an error.
-    seen_BWW |= index[None, :] == index[:, None]
-    return jnp.minimum(index, root_B1), numbers_BW, seen_BWW
+    index = jnp.arange(block_size)
+    return (index[None, :] == 0) | (index[:, None] > 0)

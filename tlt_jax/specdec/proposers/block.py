@@ -1,10 +1,11 @@
 """Propose by a drafter that guesses whole blocks in one pass (`models.drafters.block`).
 
-The pass takes in what was accepted last, as any learned drafter does, and reads the
-masks behind it in the same forward. Then a tree grows level by level without another
-one: behind a guessed token the logits are those of its depth, and what the token adds
-to them. Tokens are ranked as elsewhere (`expansion`), coupled by default, so that the
-guess of depth k behind the guess u is argmax(sharpness x log q_k(. | u) + noise).
+What was accepted last is taken in, as by any learned drafter, but for keys and values
+alone; the pass reads the last column of it and the masks behind. Then a tree grows
+level by level without another one: behind a guessed token the logits are those of its
+depth, and what the token adds to them. Tokens are ranked as elsewhere (`expansion`),
+coupled by default, so that the guess of depth k behind the guess u is
+argmax(sharpness x log q_k(. | u) + noise).
 
 Reference: Daliri, Musco and Suresh, Coupling without Communication and
 Drafter-Invariant Speculative Decoding, 2024.
@@ -12,11 +13,10 @@ Drafter-Invariant Speculative Decoding, 2024.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tlt_jax.models import attention, kv_cache, ragged, transformer
+from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models.drafters import block as block_lib
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
@@ -77,53 +77,51 @@ class Block(learned.Learned):
         return protocols.Proposal(live.found, laws, (keys, values))
 
     def _read(self, weights, state, rows, alive_B) -> tuple[Array, Array, Array]:
-        """Take in, and fill the masks behind it.
+        """Take in, and fill the block.
 
         What the head multiplies of each depth, `[D, B, draft_depth]`; and keys and
         values `[K, H, B, A]` of what was taken in.
         """
-        size, width = self.cfg.block_size, state.tokens.shape[1]
-        dtype, kernels = jnp.dtype(self.settings.dtype), self.settings.kernels
-        places_BW, numbers_BW, seen_BWW = block_lib.lay_out(state.counts, width, size)
-        tokens = jnp.take_along_axis(state.tokens, places_BW, axis=1)
-        features = jnp.take_along_axis(state.features, places_BW[None], axis=2)
-        numbers = numbers_BW
-        positions = state.start[:, None] + jnp.arange(width + size - 1)
-        ragged_rows = self._ragged_blocks(state, alive_B)
+        size = self.cfg.block_size
+        how = jnp.dtype(self.settings.dtype), self.settings.kernels
+        view = kv_cache.CacheView(state.pages, rows.page_table, state.start)
+        ragged_rows = self._ragged(state, alive_B)
+        # Of these columns keys and values alone are used: the compiler leaves the rest
+        # of the layer out.
+        taken_in = learned.take_in(
+            weights, self.cfg, state.tokens, state.features, view, *how, ragged_rows
+        )
+        keys, values = taken_in.keys, taken_in.values
         if ragged_rows is not None:
-            tokens, features, numbers, positions = map(
-                ragged_rows.pack, (tokens, features, numbers, positions)
-            )
+            keys, values = map(ragged_rows.unpack, (keys, values))
+        # The root's column once more, then its masks, [B, size].
+        root_B1 = state.counts[:, None] - 1
+        root_FB1 = jnp.take_along_axis(state.features, root_B1[None], axis=2)
+        features_DB1 = drafter.fuse(
+            weights.params, self.cfg, root_FB1.astype(how[0]), how[1]
+        )
+        embedded_DB1 = weights.embedded(rows.pending[:, None], how[0])
+        shape = (*embedded_DB1.shape[:2], size)
+        place_BL = jnp.broadcast_to(jnp.arange(size), shape[1:])
+        # Before the root, which stands among the block's own columns.
+        is_before_BA = jnp.arange(keys.shape[3]) < root_B1
+        is_before_BLA = jnp.repeat(is_before_BA[:, None], size, axis=1)
         out = drafter.forward(
             weights.params,
             self.cfg,
-            weights.embedded(tokens, dtype),
-            drafter.fuse(weights.params, self.cfg, features.astype(dtype), kernels),
-            positions,
-            visibility=attention.Visibility(ancestors=seen_BWW),
-            view=kv_cache.CacheView(state.pages, rows.page_table, state.start),
-            rows=ragged_rows,
-            added=block_lib.masks_of(weights.params.block, numbers, dtype),
-            dtype=dtype,
-            kernels=kernels,
+            jnp.broadcast_to(embedded_DB1, shape),
+            jnp.broadcast_to(features_DB1, shape),
+            state.start[:, None] + root_B1 + place_BL,
+            visibility=attention.Visibility(
+                ancestors=jnp.broadcast_to(block_lib.seen(size), (shape[1], size, size))
+            ),
+            view=view,
+            past=drafter.Past(keys, values, is_before_BLA),
+            added=block_lib.masks_of(weights.params.block, place_BL, how[0]),
+            dtype=how[0],
+            kernels=how[1],
         )
-        if ragged_rows is not None:
-            out = jax.tree.map(ragged_rows.unpack, out)
-        # The root, and masks 1, 2, ... of each row.
-        depths = jnp.arange(self.strategy.draft_depth)
-        columns_BL = state.counts[:, None] - 1 + depths
-        hidden_DBL = jnp.take_along_axis(out.hidden, columns_BL[None], axis=2)
-        return hidden_DBL, out.keys[..., :width], out.values[..., :width]
-
-    def _ragged_blocks(self, state, alive_B) -> ragged.Ragged | None:
-        """Lay rows and their masks side by side, where rows share; see `_ragged`."""
-        num_rows, width = state.tokens.shape
-        if not self.strategy.shares(num_rows):
-            return None
-        more = self.cfg.block_size - 1
-        counts_B = jnp.where(alive_B, state.counts + more, 0)
-        num_columns = self.strategy.num_columns(num_rows) + num_rows * more
-        return ragged.of_counts(counts_B, width + more, num_columns)
+        return out.hidden[..., : self.strategy.draft_depth], keys, values
 
     def _follows(self, weights, tokens_BE) -> Array:
         """Return what tokens add to the logits of the next, `[B, E, Vd] float32`."""

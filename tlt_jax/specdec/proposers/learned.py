@@ -154,7 +154,7 @@ class Learned(protocols.Proposer):
         how = jnp.dtype(self.settings.dtype), self.settings.kernels
         alive_B = rows.remaining > 0
         ragged_rows = self._ragged(state, alive_B)
-        taken_in = _take_in(
+        taken_in = take_in(
             weights, self.cfg, state.tokens, state.features, view, *how, ragged_rows
         )
         # The root's output stands where the last token was taken in.
@@ -250,8 +250,15 @@ def _features(cache, page_table, start, width, counts, cfg) -> Array:
     return jnp.where(meant_BT, features_FBT[: cfg.num_read], 0)
 
 
-def _take_in(
-    weights, cfg, tokens, features, view, dtype, kernels, rows=None
+def take_in(
+    weights: DrafterWeights,
+    cfg: drafter.DrafterConfig,
+    tokens: Array,
+    features: Array,
+    view: kv_cache.CacheView,
+    dtype: jnp.dtype,
+    kernels: kernels_lib.Kernels,
+    rows: ragged.Ragged | None = None,
 ) -> drafter.Output:
     """Read tokens and features behind the view's, `[..., B, T]`; no page changes.
 
@@ -301,7 +308,7 @@ def fill(
     """
     features = _features(cache, page_table, start, tokens.shape[1], counts, cfg)
     view = kv_cache.CacheView(drafter_cache, page_table, start)
-    out = _take_in(weights, cfg, tokens, features, view, dtype, kernels)
+    out = take_in(weights, cfg, tokens, features, view, dtype, kernels)
     return kv_cache.append_pages(
         drafter_cache, (out.keys,), (out.values,), page_table, start, counts
     )
