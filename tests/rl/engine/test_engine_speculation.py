@@ -44,7 +44,10 @@ def drafter_params(cfg, seed=0):
         ids = np.random.default_rng(seed).permutation(engines.CFG.vocab_size)
         ids = np.sort(ids[: cfg.draft_vocab_size]).astype(np.int32)
         params = params.replace(draft_ids=jax.numpy.asarray(ids))
-    return tiny_drafter.followed(params) if cfg.block_size else params
+    if not cfg.block_size:
+        return params
+    # So sure that what it says decides as much as the noise.
+    return tiny_drafter.followed(params.replace(norm=5 * params.norm))
 
 
 def engine_of(table, cfg=DRAFTER, speculator_changes=None, mesh=None, **changes):
