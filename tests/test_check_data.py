@@ -118,7 +118,8 @@ def test_half_a_character_is_a_bad_row(check, tmp_path):
 def test_files_that_are_not_there(check, tmp_path):
     path = write(tmp_path / "x.jsonl", GOOD)
     status, out = check(tmp_path / "none.jsonl", path)
-    assert status == 1 and "none.jsonl is not a file" in out and "0 bad" in out
+    assert status == 2 and "0 bad" in out
+    assert f"error: {tmp_path / 'none.jsonl'} is not a file" in out
     (tmp_path / "empty.jsonl").write_text("")
     status, out = check(tmp_path / "empty.jsonl")
     assert status == 1 and "0 bad: it is empty" in out

@@ -15,7 +15,7 @@ hub:ORGANISATION/NAME. What a row holds:
 --prompt_key and its like name other columns; a.b is field b of column a. With --reward
 every row must have an answer that this reward takes for right itself; with
 --tokenizer_of and --max_prompt_tokens prompts must fit. Ends with status 1 if any row
-is bad.
+is bad, and with 2 if a data set cannot be read.
 """
 
 import collections
@@ -139,8 +139,8 @@ def problems(
             yield f"{row.where}: {wrong}"
 
 
-def run(names: Sequence[str]) -> bool:
-    """Check as the flags say; true: everything is good."""
+def run(names: Sequence[str]) -> int:
+    """Check as the flags say, all of `names`; return the status, see `main`."""
     if (_TOKENIZER.value is None) != (_MAX_PROMPT_TOKENS.value is None):
         raise ValueError("--tokenizer_of and --max_prompt_tokens belong together.")
     checks = []
@@ -150,7 +150,7 @@ def run(names: Sequence[str]) -> bool:
         limit = _MAX_PROMPT_TOKENS.value
         checks.append(lengths(_TOKENIZER.value, limit, _AS_CHAT.value))
     keys = {name: flag.value for name, flag in _KEYS.items()}
-    good = True
+    status = 0
     for name in names:
         counts: collections.Counter = collections.Counter()
         rows = examples_lib.scan(name, split=_SPLIT.value, subset=_SUBSET.value, **keys)
@@ -161,8 +161,8 @@ def run(names: Sequence[str]) -> bool:
             # The rest is counted.
             collections.deque(wrong, maxlen=0)
         except ValueError as error:
-            print(error)
-            good = False
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
             continue
         num, bad = counts["rows"], counts["bad"]
         print(
@@ -170,17 +170,18 @@ def run(names: Sequence[str]) -> bool:
             + (f" ({_SHOWN.value} shown)" if bad > _SHOWN.value else "")
             + ("" if num else ": it is empty")
         )
-        good = good and num > 0 and not bad
-    return good
+        if bad or not num:
+            status = max(status, 1)
+    return status
 
 
 def main(argv: Sequence[str]) -> None:
-    """Check; status 1: a row is bad, status 2: the command line is."""
+    """Check; status 1: a row is bad, or there is none; 2: a set cannot be read."""
     if len(argv) < 2:
         command_line.fail(f"name at least one data set: {data_files.ACCEPTED}.")
     with command_line.told():
-        good = run(argv[1:])
-    sys.exit(0 if good else 1)
+        status = run(argv[1:])
+    sys.exit(status)
 
 
 if __name__ == "__main__":

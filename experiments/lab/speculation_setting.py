@@ -17,6 +17,7 @@ from tlt_jax.runtime import compile_cache
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.texts import shards
+from tlt_jax.specdec.tuners import cost_model
 
 MAX_PROMPT_TOKENS = 320
 PAGE_SIZE = 64
@@ -81,21 +82,27 @@ class Setting:
         ranking: str = "coupled",
         rule: str = chain.KEYED,
         most_rows: int = 0,
+        others: Sequence[strategy_lib.Strategy] = (),
     ) -> engine_lib.Engine:
         """Makes an engine of `batch` rows that always does the same.
 
+        With `others` the cost model chooses among these, `strategy` and plain decoding.
         With a cache for `most_rows` rows engines of fewer find its programs compiled.
         """
-        chosen = speculation.PLAIN
+        chosen, tuner = speculation.PLAIN, None
         if strategy is not None:
+            table = strategy_lib.Arms(((batch, (strategy, *others)),))
+            if others:
+                tuner = cost_model.CostModel(table, max_rows=batch)
             chosen = speculation.Speculation(
                 dataclasses.replace(
                     self.drafter.speculator_cfg,
-                    table=strategy_lib.Arms(((batch, (strategy,)),)),
+                    table=table,
                     ranking=ranking,
                     rule=rule,
                 ),
                 self.drafter.params,
+                tuner,
             )
         return self.policy.engine(
             max_rows=batch,

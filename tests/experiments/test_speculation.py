@@ -99,12 +99,14 @@ def test_accept_length(arguments):
 
 def test_speculation_speed(arguments):
     given, out = arguments
-    summary = speculation_speed.main([*given, "--cases=1:D1K1V2", "--rounds=2"])
-    assert [row["system"] for row in summary] == ["plain", "D1K1V2"]
+    cases = "--cases=2:D1K1V2,2:D1K1V2N3"
+    summary = speculation_speed.main([*given, cases, "--rounds=2"])
+    systems = ["plain", "D1K1V2", "D1K1V2N3", "tuner"]
+    assert [row["system"] for row in summary] == systems
     assert "speedup" not in summary[0] and summary[1]["speedup"] > 0
     assert summary[0]["step_cost"] == 1 and summary[0]["accept_length"] == 1
     assert all(row["rows_differing"] == 0 for row in summary)
-    assert len(rows_of(out / "speculation_speed.csv")) == 4
+    assert len(rows_of(out / "speculation_speed.csv")) == 8
     assert (out / "speculation_speed.png").stat().st_size > 0
 
 
