@@ -127,6 +127,28 @@ def test_all_that_clocks_decide_is_one_line():
     assert speculation.by_the_clock(named, 1).count("; ") == 1
 
 
+def test_a_block_is_as_deep_as_the_deepest_strategy(tmp_path):
+    arms = {"specdec.strategies": ("1:D5K1V6,D2K1V3", "2:D3K1V4")}
+    named = TLT | arms | {"drafter.architecture": "block", "adaptation.name": "eagle"}
+    found = made(**named).speculator_cfg.drafter_cfg
+    # No objective that regresses features trains it.
+    assert (found.block_size, found.output_norm) == (5, True)
+    cfg = made(**named, **{"drafter.block_size": 4}).speculator_cfg
+    with pytest.raises(ValueError) as raised:
+        cfg.check(engines.CFG, 14, sampling.SamplingConfig())
+    assert str(raised.value) == (
+        "strategy D5K1V6 drafts 5 tokens deep, but this drafter guesses blocks of 4: "
+        "name strategies of at most D4, or train one with drafter.block_size=5."
+    )
+    with pytest.raises(schema.ConfigError, match="drafts of 33 tokens: a pass guesses"):
+        made(**named | {"specdec.strategies": ("1:D33K1V34",)})
+    params = drafter.init(cfg.drafter_cfg, engines.jax.random.key(0))
+    drafter_io.save(tmp_path / "drafter", params, cfg.drafter_cfg)
+    loaded = speculation.load(str(tmp_path), engines.CFG).speculator_cfg
+    table = [(most, *map(str, arms)) for most, arms in loaded.table.entries]
+    assert table == [(1, "D4K1V5"), (4, "D4K1V5"), (16, "D3K1V4")]
+
+
 def test_a_drafter_of_its_own_or_a_new_one(tmp_path):
     new = made().speculator_cfg
     assert new.capture and new.drafter_cfg.max_length == 14

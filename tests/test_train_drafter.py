@@ -125,6 +125,31 @@ def test_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, *loaded)
 
 
+def test_a_killed_block_drafter_goes_on_as_if_it_had_not_been(
+    whole, tmp_path, monkeypatch
+):
+    """On the texts of the other run: of their drafter they know nothing."""
+    run = settings(**{"drafter.architecture": "block"})
+    for name in ("run", "whole"):
+        for folder in ("target", "texts"):
+            shutil.copytree(whole[0] / folder, tmp_path / name / folder)
+    last = train_drafter.train(run, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, train_drafter._Trainer, "_row", 3)
+        train_drafter.train(run, tmp_path / "run")
+    train_drafter.train(run, tmp_path / "run")
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+    model = policy.load(str(tmp_path / "run" / "target")).config
+    (cfg, loaded), (_, wanted) = (
+        drafter_io.load(tmp_path / name / "drafter", model) for name in ("run", "whole")
+    )
+    jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
+    # As deep as what is measured, whatever the recipe says of unrolled steps.
+    assert (cfg.block_size, run.objective.num_steps) == (4, 3)
+    assert len(last["drafter/top1_acc"]) == len(last["eval/coupled_rate_by_depth"]) == 4
+    assert np.abs(loaded.block.markov_out).max() > 0
+
+
 def test_template_options_reach_the_prompts_of_texts(whole, tmp_path):
     directory, _ = whole
     options = settings(**{"texts.template_options": {"thinking": True}})

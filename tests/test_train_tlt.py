@@ -5,6 +5,7 @@ import shutil
 import threading
 
 import jax
+import numpy as np
 import pytest
 
 from tests import command_lines, tiny_runs
@@ -15,7 +16,7 @@ from tlt_jax.rl.adaptation import adaptation, spot_trainer
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.runtime import train_state
 from tlt_jax.viz import timeline
-from tlt_jax.workdir import metrics, progress
+from tlt_jax.workdir import drafter_checkpoint, metrics, progress
 
 values = tiny_runs.values
 BASE = {
@@ -133,8 +134,10 @@ def test_suffix_matches_alone_change_nothing_either(off, tmp_path):
     assert_same_run(tmp_path, off)
 
 
-def test_one_worker_trains_between_rollout_and_update(off, tmp_path):
-    rows = start(tmp_path, **{"workers.num": 1, "adaptation.max_frac": 1.0})
+@pytest.mark.parametrize("architecture", ["tlt", "block"])
+def test_one_worker_trains_between_rollout_and_update(off, tmp_path, architecture):
+    settings = {"adaptation.max_frac": 1.0, "drafter.architecture": architecture}
+    rows = start(tmp_path, **{"workers.num": 1}, **settings)
     assert_same_run(tmp_path, off)
     assert sum(values(rows, "drafter/num_steps")) > 0
     assert (
@@ -220,6 +223,34 @@ def test_a_chain_rules_run_goes_on_bit_for_bit(chained, tmp_path, capsys):
     assert tiny_runs.policy(tmp_path / "run") == tiny_runs.policy(whole)
     kept = [tiny_runs.rollouts(run, 4) for run in (tmp_path / "run", whole)]
     assert kept[0] == kept[1]
+
+
+def test_a_block_drafters_run_goes_on_bit_for_bit(off, tmp_path):
+    settings = {
+        "model.spec": str(off / "initial_model"),
+        "drafter.architecture": "block",
+        "workers.num": 1,
+        "mesh.data": 1,
+        "adaptation.max_steps": 2,
+        "adaptation.max_frac": 1e-9,
+        "specdec.rule": "rejection",
+    }
+    start(tmp_path / "whole", **settings)
+    # As one that was killed in its last step.
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for folder in ("checkpoints", "drafter_checkpoints"):
+        shutil.rmtree(tmp_path / "run" / folder / "4")
+    start(tmp_path / "run", **settings)
+    rows, wanted = (metrics.read(tmp_path / name) for name in ("run", "whole"))
+    assert values(rows, "drafter/num_updates") == [2, 4, 6, 8]
+    assert min(values(rows, "specdec/accept_length")[1:]) > 1
+    assert tiny_runs.decisive(rows) == tiny_runs.decisive(wanted)
+    drafters = [
+        drafter_checkpoint.restore_weights(tmp_path / name)[1]
+        for name in ("run", "whole")
+    ]
+    assert drafters[0].block.masks.shape[0] == 1
+    jax.tree.map(np.testing.assert_array_equal, *drafters)
 
 
 def test_under_a_chain_rule_evaluations_keep_the_tokens(chained):

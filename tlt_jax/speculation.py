@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tlt_jax import config
 from tlt_jax.models import config as model_config
-from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import block, drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.engine import speculator
 from tlt_jax.settings import schema
@@ -94,7 +94,7 @@ def of_run(run: config.RunConfig, model: model_config.ModelConfig) -> Speculatio
         chain.check(settings.rule, arms.strategies(), law)
     except ValueError as error:
         raise schema.ConfigError(f"specdec.{error}") from error
-    cfg, params = _drafter_of_run(run, model)
+    cfg, params = _drafter_of_run(run, model, arms.strategies())
     speculator_cfg = speculator.SpeculatorConfig(
         arms,
         cfg,
@@ -158,7 +158,8 @@ def load(
     """Load the drafter that `spec` names, for a command that speculates.
 
     It is a directory, ours or in a published layout, or `ngram` for suffix matches
-    alone. The table's entries are as of `strategy.parse_arms`; empty: the default. For
+    alone. The table's entries are as of `strategy.parse_arms`; empty: the default, as
+    deep as a drafter of blocks can go. For
     `rule` see `speculator.SpeculatorConfig`, for `ranking` and `tau` see
     `proposers.learned`; `dtype` is that of the drafter's weights.
 
@@ -172,8 +173,11 @@ def load(
         cfg, params = drafter_io.load(folder(spec), target, dtype)
     elif not table:
         entries = tuple(f"{entry}-{NGRAM}" for entry in entries)
+    arms = strategy_lib.parse_arms(entries)
+    if not table and cfg is not None and cfg.block_size:
+        arms = arms.cut(cfg.block_size)
     speculator_cfg = speculator.SpeculatorConfig(
-        strategy_lib.parse_arms(entries), cfg, ranking=ranking, tau=tau, rule=rule
+        arms, cfg, ranking=ranking, tau=tau, rule=rule
     )
     return Speculation(speculator_cfg, params)
 
@@ -190,8 +194,11 @@ def drafter_of(
     objective: objectives.Objective,
     target: model_config.ModelConfig,
     max_length: int,
+    depth: int,
 ) -> drafter.DrafterConfig:
     """Describe a new drafter of a target, for texts of at most `max_length` positions.
+
+    `depth` is that of the deepest draft, unless the shape names the size of a block.
 
     Raises:
       schema.ConfigError: the target has too few layers for these features.
@@ -207,24 +214,35 @@ def drafter_of(
                 f"drafter.features={shape.features!r}: {error} Set drafter.features to "
                 "'last' or 'layers'."
             ) from error
+    is_block = shape.architecture == "block"
+    size = shape.block_size or depth
+    if is_block and size > block.MOST:
+        raise schema.ConfigError(
+            f"drafter.architecture='block' for drafts of {size} tokens: a pass guesses "
+            f"{block.MOST} at most; name strategies (or eval.depth) of up to that."
+        )
     return drafter.of_target(
         target,
         feature_layers=layers,
-        output_norm=not objective.feature_weight,
+        output_norm=is_block or not objective.feature_weight,
         draft_vocab_size=shape.draft_vocab_size,
         max_length=max_length,
         architecture=shape.architecture,
+        block_size=size if is_block else 0,
     )
 
 
 def _drafter_of_run(
-    run: config.RunConfig, model: model_config.ModelConfig
+    run: config.RunConfig,
+    model: model_config.ModelConfig,
+    strategies: Sequence[strategy_lib.Strategy],
 ) -> tuple[drafter.DrafterConfig, drafter.DrafterParams | None]:
     """The drafter that is named, or the description of a new one."""
     settings, longest = run.drafter, run.longest_text
     if not settings.directory:
         objective = objectives.preset(run.adaptation.name)
-        return drafter_of(settings, objective, model, longest), None
+        depth = max((s.draft_depth for s in strategies), default=1)
+        return drafter_of(settings, objective, model, longest, depth), None
     cfg, params = drafter_io.load(
         folder(settings.directory), model, jnp.dtype(run.precision)
     )

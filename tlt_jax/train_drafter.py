@@ -87,13 +87,16 @@ class _Trainer:
         self.seconds: dict[str, float] = {}
         with self._stage("load"):
             self.policy = self._target()
-        self.objective = dataclasses.replace(
-            objectives.preset(run.objective.name), **run.objective.overrides()
-        )
+        named = run.objective.name, run.objective.overrides()
         max_length = min(run.batch.row_tokens, self._longest)
         self.cfg = speculation.drafter_of(
-            run.drafter, self.objective, self.policy.config, max_length
+            run.drafter,
+            objectives.choose(*named),
+            self.policy.config,
+            max_length,
+            depth=run.eval.depth,
         )
+        self.objective = objectives.choose(*named, self.cfg.block_size)
         inputs = {"model": self.policy.files, "data": self._data()}
         self.about = identity.claim(directory, run, inputs, display.note)
         with self._stage("texts"):
@@ -270,7 +273,7 @@ class _Trainer:
             head_chunk=run.batch.head_chunk,
             # Nobody waits for the devices, so that a step is one piece.
             piece_bases=0,
-            depth=run.eval.depth,
+            depth=min(run.eval.depth, cfg.block_size or run.eval.depth),
             dtype=run.precision,
             remat=run.batch.remat,
         )

@@ -183,6 +183,7 @@ def _drafter(root):
         "all": {},
         "some": {"draft_vocab_size": 5, "feature_layers": (1, 4)},
         "published": {"architecture": "eagle3", "feature_layers": (1, 3, 4)},
+        "block": {"architecture": "block", "block_size": 3},
     }.items():
         cfg = drafter.of_target(TARGET, **options)
         params = _drawn(drafter.describe(cfg))

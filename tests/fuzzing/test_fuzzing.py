@@ -242,6 +242,14 @@ FOUND = [
         in_json(feature_layers=[1, 3, 8]),
         "names .8",
     ),
+    ("drafter", "block", "config.json", in_json(block_size="3"), "block_size=3 is no"),
+    (
+        "drafter",
+        "block",
+        "config.json",
+        in_json(block_size=4),
+        "block.masks is .2, 8. and should be .3, 8",
+    ),
     ("drafter", "all", "drafter.safetensors", not_finite, "tau nan"),
     (
         "eagle",

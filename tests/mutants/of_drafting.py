@@ -5,6 +5,8 @@ _SPECULATE = "tests/specdec/test_speculate.py"
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
 _ENGINE = "tests/rl/engine/test_engine_speculation.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
+_BLOCK = "tests/specdec/proposers/test_block.py"
+_SHARED = f"{_SPECULATE} -k 'shared_block'"
 _SHARE = f"{_SPECULATE} -k give_their"
 _PAGES = f"{_DRAFTS} -k pages_are"
 
@@ -209,6 +211,45 @@ EDITS = {
             'coupled = self.ranking == "coupled" and is_drawn',
             "coupled = is_drawn",
             _LEARNED,
+        ),
+    ],
+    ("specdec/proposers/block.py", f"{_DRAFTS} -k 'accepted and block'"): [
+        # Masks at the root's place, the wrong token before, the next depth's noise.
+        (
+            "state.start[:, None] + root_B1 + place_BL",
+            "state.start[:, None] + root_B1 + 0 * place_BL",
+        ),
+        (
+            "*children(live.tokens, level))",
+            "*children(0 * live.tokens + rows.pending[:, None], level))",
+        ),
+        ("*children(rows.pending[:, None], 1)", "*children(state.tokens[:, :1], 1)"),
+        (
+            "of_level_B1V + follows_BEV, level)",
+            "of_level_B1V + follows_BEV, level + 1)",
+        ),
+        ("(logits_BLV, level - 1, axis=1)", "(logits_BLV, 0 * level, axis=1)"),
+        ("root_B1 = state.counts[:, None] - 1", "root_B1 = 0 * state.counts[:, None]"),
+        ("jnp.arange(keys.shape[3]) < root_B1", "jnp.arange(keys.shape[3]) <= root_B1"),
+        ("keys, values = map(ragged_rows.unpack, (keys, values))", "pass", _SHARED),
+        ("jnp.repeat(live.index, topk, axis=1)", "jnp.tile(live.index, topk)", _BLOCK),
+        ("(live.scores[..., None] + gains_BEE)", "(0 + gains_BEE)", _BLOCK),
+        ("index=first + chosen_BE,", "index=chosen_BE,", _BLOCK),
+    ],
+    ("models/drafters/block.py", _BLOCK): [
+        ("(index[:, None] > 0)", "(index[:, None] >= index[None, :])"),
+        ("masks = jnp.concatenate([masks, params.masks])", "masks = params.masks"),
+    ],
+    ("specdec/training/unroll.py", "tests/specdec/training -k block"): [
+        (
+            "take(batch.positions, wide.bases) + place_C",
+            "take(batch.positions, wide.bases)",
+        ),
+        ("return attention.join(shared, own)", "return shared"),
+        ("is_mask[:, None] & is_mask)[None]", "is_mask[:, None] | is_mask)[None]"),
+        (
+            "before_DBM = _embed_ahead(batch, target, batch.bases, u + 1, cfg.dtype)",
+            "before_DBM = _embed_ahead(batch, target, batch.bases, u, cfg.dtype)",
         ),
     ],
     ("specdec/proposers/ngram.py", "tests/specdec/proposers/test_ngram.py"): [

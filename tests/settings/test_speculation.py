@@ -25,12 +25,14 @@ SETTINGS = {
         "features": ("low_mid_high", ""),
         "feature_layers": ((), ""),
         "draft_vocab_size": (0, "[0, 10000000]"),
+        "block_size": (0, "[0, 32]"),
     },
     speculation.Drafter: {
         "architecture": ("tlt", ""),
         "features": ("low_mid_high", ""),
         "feature_layers": ((), ""),
         "draft_vocab_size": (0, "[0, inf)"),
+        "block_size": (0, "[0, 32]"),
         "directory": ("", ""),
         "max_length": (0, "[0, 10000000]"),
     },
@@ -82,7 +84,7 @@ CHOICES = {
     ),
     (speculation.Specdec, "ranking"): "coupled deterministic",
     (speculation.Specdec, "rule"): "keyed rejection block",
-    (speculation.DrafterShape, "architecture"): "tlt eagle eagle3",
+    (speculation.DrafterShape, "architecture"): "tlt eagle eagle3 block",
     (speculation.DrafterShape, "features"): "last low_mid_high layers",
     (speculation.Objective, "name"): "eagle hass eagle3",
     (
@@ -120,17 +122,18 @@ def test_a_chain_rule_needs_a_learned_drafter(mode):
 
 
 SHAPES = [
-    # Features, layers, whether tlt, eagle and eagle3 take them.
-    ("last", (), (True, True, False)),
-    ("low_mid_high", (), (True, False, True)),
-    ("layers", (0, 4), (True, False, False)),
-    ("layers", (0, 2, 4), (True, False, True)),
+    # Features, layers, whether tlt, eagle, eagle3 and block take them.
+    ("last", (), (True, True, False, True)),
+    ("low_mid_high", (), (True, False, True, True)),
+    ("layers", (0, 4), (True, False, False, True)),
+    ("layers", (0, 2, 4), (True, False, True, True)),
 ]
 
 
 @pytest.mark.parametrize("features,layers,fits", SHAPES)
 def test_an_architecture_takes_the_layers_that_it_knows(features, layers, fits):
-    for architecture, taken in zip(("tlt", "eagle", "eagle3"), fits, strict=True):
+    names = "tlt", "eagle", "eagle3", "block"
+    for architecture, taken in zip(names, fits, strict=True):
         shape = speculation.DrafterShape(architecture, features, layers)
         if taken:
             speculation.check_shape(shape)
@@ -142,6 +145,16 @@ def test_an_architecture_takes_the_layers_that_it_knows(features, layers, fits):
             f"'{features}', feature_layers={layers}: eagle reads the last feature "
             "(features='last'), eagle3 three layers ('low_mid_high')."
         )
+
+
+def test_blocks_have_a_size_and_other_drafters_none():
+    speculation.check_shape(speculation.DrafterShape("block", "last", block_size=4))
+    with pytest.raises(schema.ConfigError) as raised:
+        speculation.check_shape(speculation.DrafterShape("tlt", "last", block_size=4))
+    assert str(raised.value) == (
+        "drafter.block_size=4 with drafter.architecture='tlt': it is of architecture "
+        "block; leave it out, or set drafter.architecture=block."
+    )
 
 
 @pytest.mark.parametrize("features,layers", [("layers", ()), ("last", (1,))])

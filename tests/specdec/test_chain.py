@@ -27,6 +27,10 @@ SMALL_VOCAB = dict(
     draft_ids=jnp.array([0, 2], jnp.int32),
 )
 
+BLOCK = SMALL_VOCAB | dict(
+    cfg=dataclasses.replace(whole.BLOCK, draft_vocab_size=2),
+)
+
 
 def rollouts(sampling_cfg, rule, most=4, **how):
     made = whole.Rollouts(sampling_cfg, most, np.ones(NUM_ROWS), rule=rule, **how)
@@ -48,10 +52,12 @@ def counts_of(made, strategies, limit=whole.LONGEST):
     [
         (whole.TRUNCATED, "rejection", (CHAIN,), whole.LONGEST, SMALL_VOCAB),
         (whole.LAW, "block", (CHAIN, None), 2, {}),
+        # A block's laws, given the tokens before, of a small vocabulary.
+        (whole.LAW, "rejection", (CHAIN,), whole.LONGEST, BLOCK),
         # Keyed trees and chains in turns, as where a drafter comes.
         (whole.LAW, "block", (whole.SINGLE, CHAIN), 2, {}),
     ],
-    ids="rejection block mixed".split(),
+    ids="rejection block block_drafter mixed".split(),
 )
 def test_the_law_is_the_targets(sampling_cfg, rule, strategies, limit, how):
     made = rollouts(sampling_cfg, rule, **how)

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from tests import mutation
+from tests.specdec import tiny_drafter
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
-from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import chain, decode, noise, protocols, sampling, speculate, verify
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec.proposers import learned
+from tlt_jax.specdec.proposers import build, learned
 
 CFG = model_config.ModelConfig(
     family="llama",
@@ -43,6 +43,7 @@ EOS = 2
 PROMPT = (1, 0, 1)
 LONGEST = 5  # tokens
 DRAFTER = drafter.of_target(CFG)
+BLOCK = drafter.of_target(CFG, architecture="block", block_size=3)
 LAW = sampling.SamplingConfig(temperature=0.7)
 TRUNCATED = sampling.SamplingConfig(temperature=0.25, top_p=0.8)
 PAGE = 4
@@ -147,9 +148,9 @@ class Rollouts:
         self.is_chain_rule = rule != chain.KEYED
         params = jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(5))
         params = params.replace(draft_ids=draft_ids)
-        self.weights = learned.DrafterWeights(
-            params, target().embed, drafter_head.head_rows(target(), draft_ids)
-        )
+        if cfg.block_size:
+            params = tiny_drafter.followed(params)
+        self.weights = learned.weights_of(params, target())
         num = len(volumes)
         self.keys = np.stack([np.zeros(num), np.arange(num)], axis=1).astype(np.uint32)
         self.programs = {}
@@ -190,7 +191,7 @@ class Rollouts:
                     rule = verify.Keyed()
                 fn = functools.partial(
                     self.run,
-                    proposer=learned.Learned(strategy, settings, self.cfg, ranking),
+                    proposer=build.build(strategy, settings, self.cfg, ranking),
                     rule=rule,
                     settings=settings,
                 )
@@ -273,7 +274,7 @@ class Rollouts:
 class Case(Rollouts):
     """All rows of the enumeration."""
 
-    def __init__(self, monkeypatch, sampling_cfg, most):
+    def __init__(self, monkeypatch, sampling_cfg, most, **how):
         u, volumes = cells(sampling_cfg, most)
         table = jnp.asarray(u, jnp.float32)
 
@@ -286,7 +287,7 @@ class Case(Rollouts):
 
         monkeypatch.setattr(noise, "gumbel", keyed)
         monkeypatch.setattr(sampling.Law, "draw", draw_by_distribution)
-        super().__init__(sampling_cfg, most, volumes)
+        super().__init__(sampling_cfg, most, volumes, **how)
 
 
 @functools.cache
@@ -312,20 +313,25 @@ WIDE = strategy_lib.Strategy(1, 3, 4)
 
 
 @pytest.mark.parametrize(
-    "sampling_cfg,most,strategies,limit",
+    "sampling_cfg,most,strategies,limit,how",
     [
-        (LAW, 4, (None,), LONGEST),
-        (LAW, 4, (CHAIN,), LONGEST),
-        (LAW, 4, (TREE,), LONGEST),
-        (LAW, 4, (WIDE, None, TREE), 1),
-        (TRUNCATED, 5, (TREE,), 3),
-        (LAW, 4, (TIGHT,), LONGEST),
-        (LAW, 4, (SINGLE, TIGHT), 2),
+        (LAW, 4, (None,), LONGEST, {}),
+        (LAW, 4, (CHAIN,), LONGEST, {}),
+        (LAW, 4, (TREE,), LONGEST, {}),
+        (LAW, 4, (WIDE, None, TREE), 1, {}),
+        (TRUNCATED, 5, (TREE,), 3, {}),
+        (LAW, 4, (TIGHT,), LONGEST, {}),
+        (LAW, 4, (SINGLE, TIGHT), 2, {}),
+        (LAW, 4, (CHAIN, None, TREE), 3, dict(cfg=BLOCK)),
+        (TRUNCATED, 4, (SINGLE, TIGHT), 2, dict(cfg=BLOCK)),
     ],
-    ids="plain chain tree switching truncated shared switching_shared".split(),
+    ids="plain chain tree switching truncated shared switching_shared "
+    "block block_shared".split(),
 )
-def test_the_law_is_the_targets(monkeypatch, sampling_cfg, most, strategies, limit):
-    law = Case(monkeypatch, sampling_cfg, most).law(strategies, limit)
+def test_the_law_is_the_targets(
+    monkeypatch, sampling_cfg, most, strategies, limit, how
+):
+    law = Case(monkeypatch, sampling_cfg, most, **how).law(strategies, limit)
     assert abs(sum(law.values()) - 1) < 1e-9
     assert total_variation(law, whole_law(sampling_cfg, most)) < 1e-6
 

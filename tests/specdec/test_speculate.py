@@ -1,5 +1,6 @@
 """Speculative decoding against plain decoding: equal tokens, whatever is drafted."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.specdec import hosts
+from tests.specdec import hosts, tiny_drafter
 from tlt_jax.models import kv_cache, transformer
 from tlt_jax.models.drafters import drafter
-from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import chain, decode, protocols, speculate
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec.proposers import learned
+from tlt_jax.specdec.proposers import build, learned
 
 MAX_TOKENS = 8  # of one call
 CHAIN = strategy_lib.Strategy(3, 1, 4)
@@ -25,6 +25,7 @@ TIGHT_CHAIN = strategy_lib.Strategy(3, 1, 4, budget=12)
 TIGHT_TREE = strategy_lib.Strategy(4, 3, 9, budget=20)
 EAGLE = drafter.of_target(hosts.CFG, output_norm=False)
 FUSED = drafter.of_target(hosts.CFG, feature_layers=(0, 1), draft_vocab_size=40)
+BLOCK = dataclasses.replace(FUSED, architecture="block", block_size=4, markov_rank=8)
 
 
 @functools.cache
@@ -34,9 +35,9 @@ def weights(cfg):
         ids = np.random.default_rng(0).permutation(hosts.CFG.vocab_size)
         ids = np.sort(ids[: cfg.draft_vocab_size]).astype(np.int32)
         params = params.replace(draft_ids=jnp.asarray(ids))
-    target = hosts.weights()
-    head = drafter_head.head_rows(target, params.draft_ids)
-    return learned.DrafterWeights(params, target.embed, head)
+    if cfg.block_size:
+        params = tiny_drafter.followed(params)
+    return learned.weights_of(params, hosts.weights())
 
 
 def settings_of(cfg, sampling_cfg=hosts.PLAIN, max_tokens=1):
@@ -50,7 +51,7 @@ def program(sampling_cfg, cfg, strategy, ranking, rule="keyed"):
     ranking = ranking if rule == "keyed" else learned.SAMPLED
     fn = functools.partial(
         speculate.run,
-        proposer=learned.Learned(strategy, settings, cfg, ranking),
+        proposer=build.build(strategy, settings, cfg, ranking),
         rule=chain.RULES[rule],
         settings=settings,
     )
@@ -258,9 +259,11 @@ WIDE = dict(bucket=8, page_size=4)
         (hosts.GREEDY, (SINGLE, TREE), dict(cfg=FUSED)),
         (hosts.PLAIN, (TIGHT_CHAIN,), dict(cfg=FUSED)),
         (hosts.TRUNCATED, (TIGHT_TREE, None), dict(shuffle=True, share=True)),
+        (hosts.PLAIN, (TREE, None, CHAIN), dict(cfg=BLOCK, shuffle=True)),
+        (hosts.PLAIN, (TIGHT_CHAIN,), dict(cfg=BLOCK, token_limits=(3, 8))),
     ],
     ids="chain tree wide deterministic switching truncated greedy "
-    "shared_chain shared_tree".split(),
+    "shared_chain shared_tree block shared_block".split(),
 )
 def test_tokens_are_those_of_plain_decoding(sampling_cfg, strategies, options):
     options = dict(options)

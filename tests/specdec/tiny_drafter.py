@@ -43,6 +43,13 @@ def params_of(cfg: drafter.DrafterConfig) -> drafter.DrafterParams:
     return jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(1))
 
 
+def followed(params: drafter.DrafterParams) -> drafter.DrafterParams:
+    """Let tokens of a block say something of the next ones, as after training."""
+    own = params.block
+    outward = jax.random.normal(jax.random.key(3), own.markov_out.shape)
+    return params.replace(block=own.replace(markov_out=outward / 2))
+
+
 def target_of(cfg: drafter.DrafterConfig) -> unroll.Target:
     ids = DRAFT_IDS if cfg.draft_vocab_size else None
     head = drafter_head.head_rows(target_params(), ids)

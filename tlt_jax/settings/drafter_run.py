@@ -68,7 +68,7 @@ class Eval:
 
     Attributes:
       every: steps between measurements; 0: only before the first and after the last.
-      depth: levels drafted.
+      depth: levels drafted, of a `drafter.block_size` at most as many.
     """
 
     every: int = schema.number(0, 0, 10**9)

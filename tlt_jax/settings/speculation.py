@@ -57,19 +57,23 @@ class DrafterShape:
     """The drafter.
 
     Attributes:
-      architecture: what is computed: `tlt`, ours; or what SGLang and vLLM load: `eagle`
-        (with features `last`) and `eagle3` (three layers fused).
+      architecture: what is computed: `tlt`, ours, token by token; `block`, ours, all
+        tokens of a draft in one pass; or what SGLang and vLLM load: `eagle` (with
+        features `last`) and `eagle3` (three layers fused).
       features: `last` (the target's normed last feature), `low_mid_high` (three layers
         fused) or `layers` (those named in feature_layers).
       feature_layers: indices of the target's layers, for `layers`.
       draft_vocab_size: tokens that can be proposed, the most frequent of the texts; 0:
         all.
+      block_size: of `block`: tokens that a pass guesses, so deep strategies are at
+        most; 0: as deep as the deepest of them (trained before a run: as `eval.depth`).
     """
 
-    architecture: Literal["tlt", "eagle", "eagle3"] = "tlt"
+    architecture: Literal["tlt", "eagle", "eagle3", "block"] = "tlt"
     features: Literal["last", "low_mid_high", "layers"] = "low_mid_high"
     feature_layers: tuple[int, ...] = ()
     draft_vocab_size: int = schema.number(0, 0, 10**7)
+    block_size: int = schema.number(0, 0, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Drafter(DrafterShape):
         `tlt_jax.train_drafter`, an export, or a published EAGLE, EAGLE-3 or speculators
         drafter); the shape is then its own. Empty: it begins with random weights.
       architecture, features, feature_layers, draft_vocab_size: see `DrafterShape`.
+      block_size: see `DrafterShape`.
       max_length: positions of texts that a trained drafter is used for although it was
         trained for fewer, where it may be of less use; 0: what it was trained for, or,
         where it goes on learning, the longest text.
@@ -95,8 +100,9 @@ class Objective:
     """What a drafter learns. An unset field is what `name` prescribes.
 
     Attributes:
-      name: a preset of `tlt_jax.specdec.training.objectives`.
-      num_steps: unrolled steps.
+      name: a preset of `tlt_jax.specdec.training.objectives`; a drafter of
+        architecture `block` has one of its own, whatever stands here.
+      num_steps: unrolled steps; of architecture `block` they are its `block_size`.
       decay: step k counts decay ** k.
       token_loss: how laws are compared: `soft_ce`, `kl`, `tv`, `lk_hybrid`, or a
         function of one's own.
@@ -206,8 +212,15 @@ def check_shape(shape: DrafterShape) -> None:
     """Refuse a drafter's shape that contradicts itself.
 
     Raises:
-      schema.ConfigError: layers are named and not used, or the other way round.
+      schema.ConfigError: layers are named and not used, or the other way round, or a
+        size is of another architecture.
     """
+    if shape.block_size and shape.architecture != "block":
+        raise schema.ConfigError(
+            f"drafter.block_size={shape.block_size} with drafter.architecture="
+            f"{shape.architecture!r}: it is of architecture block; leave it out, or "
+            "set drafter.architecture=block."
+        )
     if (shape.features == "layers") != bool(shape.feature_layers):
         raise schema.ConfigError(
             f"drafter.features={shape.features!r} with drafter."

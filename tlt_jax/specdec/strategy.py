@@ -196,6 +196,21 @@ class Arms:
         named = (s for _, strategies in self.entries for s in strategies)
         return tuple(dict.fromkeys(named))
 
+    def cut(self, depth: int) -> "Arms":
+        """Return chains, one for each number of rows, no deeper than `depth`."""
+
+        def cut(strategy: Strategy) -> Strategy:
+            assert strategy.topk == 1, strategy
+            least = min(strategy.draft_depth, depth)
+            return dataclasses.replace(
+                strategy,
+                draft_depth=least,
+                tokens_to_verify=min(strategy.tokens_to_verify, least + 1),
+            )
+
+        entries = ((limit, tuple(map(cut, named))) for limit, named in self.entries)
+        return Arms(tuple(entries))
+
     def check_single(self) -> None:
         """Refuse entries with several candidates, where nothing chooses.
 

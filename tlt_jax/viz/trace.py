@@ -17,6 +17,7 @@ from tlt_jax.models import kv_cache
 from tlt_jax.models.drafters import drafter
 from tlt_jax.specdec import decode, noise, protocols, sampling, speculate, tree
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import build as proposers
 from tlt_jax.specdec.proposers import learned
 
 _PAGE_SIZE = 16
@@ -121,7 +122,7 @@ class Tracer:
             feature_layers=drafter_cfg.feature_layers,
             dtype=asked.precision,
         )
-        proposer = learned.Learned(strategy, settings, drafter_cfg, ranking)
+        proposer = proposers.build(strategy, settings, drafter_cfg, ranking)
         take, partial = speculate.run_step, functools.partial
         self._step = jax.jit(partial(take, proposer=proposer, settings=settings))
         self._prefill = jax.jit(partial(decode.prefill, settings=settings))

@@ -32,7 +32,7 @@ MODES: tuple[Mode, ...] = typing.get_args(Mode)
 _FROZEN, _ARRAYS = "frozen", "arrays"
 # What checkpoints of earlier versions do not say of a drafter.
 _DEFAULTS = dict.fromkeys(("join_bias", "norm_before_residual", "own_head"), False)
-_DEFAULTS["architecture"] = "tlt"
+_DEFAULTS |= {"architecture": "tlt", "block_size": 0, "markov_rank": 0}
 
 
 class DrafterCheckpointer(contextlib.AbstractContextManager):

@@ -34,6 +34,33 @@ def test_saved_drafter_is_loaded(saved):
     assert [path.name for path in directory.parent.iterdir()] == ["drafter"]
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_block_comes_back_and_needs_all_of_it(tmp_path, size):
+    cfg = tiny_drafter.drafter_config(architecture="block", block_size=size)
+    params = tiny_drafter.params_of(cfg).replace(draft_ids=tiny_drafter.DRAFT_IDS)
+    drafter_io.save(tmp_path / "drafter", params, cfg)
+    loaded_cfg, loaded = drafter_io.load(tmp_path / "drafter", tiny_drafter.TARGET)
+    assert loaded_cfg == cfg and (loaded.block.masks is None) == (size == 1)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    edit(tmp_path / "drafter", block_size=5)
+    with pytest.raises(ValueError, match="block.masks is .* should be .4, 16."):
+        drafter_io.load(tmp_path / "drafter", tiny_drafter.TARGET)
+    edit(tmp_path / "drafter", block_size=99)
+    with pytest.raises(ValueError, match="block_size=99: .* guesses 1 to 32 tokens"):
+        drafter_io.load(tmp_path / "drafter", tiny_drafter.TARGET)
+
+
+def test_what_earlier_versions_do_not_say_is_no_block(tmp_path):
+    cfg = tiny_drafter.drafter_config(architecture="eagle", feature_layers=())
+    cfg = dataclasses.replace(cfg, draft_vocab_size=0)
+    drafter_io.save(tmp_path / "drafter", tiny_drafter.params_of(cfg), cfg)
+    path = tmp_path / "drafter" / "config.json"
+    record = json.loads(path.read_text())
+    del record["block_size"], record["markov_rank"]
+    path.write_text(json.dumps(record))
+    assert drafter_io.load(tmp_path / "drafter", tiny_drafter.TARGET)[0] == cfg
+
+
 @pytest.mark.parametrize("name", ["sharpness", "tau"])
 def test_what_was_measured_comes_back_and_must_be_positive(saved, name):
     directory, params = saved

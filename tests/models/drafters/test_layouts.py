@@ -216,6 +216,8 @@ def test_what_a_layout_has_no_place_for_is_refused_by_name():
 
     for layout in LAYOUTS:
         refused(layout, "train one with drafter.architecture='eagle", feature_layers=())
+        sizes = {"architecture": "block", "block_size": 4}
+        refused(layout, "architecture='block' is computed nowhere else", **sizes)
     three = {"architecture": "eagle3", "feature_layers": (1, 3, 4)}
     refused("eagle", "use the layout eagle3 or speculators", **three)
     refused("eagle3", "use the layout eagle", architecture="eagle")

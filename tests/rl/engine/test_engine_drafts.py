@@ -79,8 +79,9 @@ class Watched:
         ("by rows", speculation.EAGLE),
         ("by rows", speculation.DRAFTER),
         ("shared", speculation.DRAFTER),
+        ("shared", speculation.BLOCK),
     ],
-    ids="eagle fused shared".split(),
+    ids="eagle fused shared block".split(),
 )
 def test_drafter_pages_are_those_of_whole_texts(monkeypatch, table, cfg):
     """Pages that are shared, reused, put back, and of weights that came later."""
@@ -105,6 +106,12 @@ ONE_ROW = dict(page_size=16, prefill_chunk=16, max_rows=1)
 ACCEPTED = {
     "eagle": [76, 26, 9, 4],
     "some tokens": [80, 28, 8, 1],
+    "block": [94, 15, 4, 0],
+}
+DRAFTERS = {
+    "eagle": speculation.EAGLE,
+    "some tokens": speculation.DRAFTER,
+    "block": speculation.BLOCK,
 }
 
 
@@ -119,9 +126,8 @@ ACCEPTED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
     """Native kernels; no call cuts an accepted run."""
-    cfg = speculation.EAGLE if name == "eagle" else speculation.DRAFTER
     more = dict(steps_per_call=32, cpu_kernels="native")
-    engine = speculation.engine_of("chain", cfg, **sizes | more)
+    engine = speculation.engine_of("chain", DRAFTERS[name], **sizes | more)
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
     assert stats.num_accepted == ACCEPTED[name]
     # Of a chain every draft behind an accepted one had its chance.
@@ -137,16 +143,19 @@ def test_as_many_drafts_are_accepted_whatever_the_pages(name, sizes):
 
 # Batches of four with 10 nodes of 16: the row that guesses best gets most of them; by
 # another tau of the drafter others.
-SHARED, SHARED_BY_TAU = [83, 28, 6, 0], [81, 29, 7, 0]
+SHARED = {"some tokens": [83, 28, 6, 0], "block": [98, 12, 2, 0]}
+SHARED_BY_TAU = [81, 29, 7, 0]
 # Of one level, two, and all three: accepted within half a node a row, one, and all.
 BY_ROOM = {1: [21, 29, 29], 2: [21, 30, 36], 3: [21, 30, 34]}
 
 
-@pytest.mark.parametrize("kernels", ["native", "xla"])
-def test_rows_that_share_have_as_many_accepted(kernels, monkeypatch):
+@pytest.mark.parametrize(
+    "name,kernels", [(name, x) for name in SHARED for x in ("native", "xla")]
+)
+def test_rows_that_share_have_as_many_accepted(name, kernels, monkeypatch):
     engine = speculation.engine_of(
         "chain",
-        speculation.DRAFTER,
+        DRAFTERS[name],
         dict(table=strategy.parse_arms(("4:D3K1V4N10",))),
         **dict(page_size=4, prefill_chunk=8, steps_per_call=32, cpu_kernels=kernels),
     )
@@ -158,16 +167,17 @@ def test_rows_that_share_have_as_many_accepted(kernels, monkeypatch):
 
     monkeypatch.setattr(engine._speculator, "took", watched)
     _, stats = engine.run(engines.REQUESTS, engines.SEED)
-    assert stats.num_accepted == SHARED
+    assert stats.num_accepted == SHARED[name]
     by_room = np.sum([call.accepted_by_room for call in calls], axis=0)
-    columns = [rooms.ROOMS.index(room) for room in (0.5, 1, math.inf)]
-    assert {d: by_room[d, columns].tolist() for d in (1, 2, 3)} == BY_ROOM
-    assert by_room[3, -1] == sum(SHARED[1:]) == sum(stats.by_rank[1])
+    assert by_room[3, -1] == sum(SHARED[name][1:]) == sum(stats.by_rank[1])
     assert by_room[0, -1] == sum(stats.by_rank[0])
-    params = speculation.drafter_params(speculation.DRAFTER)
-    engine.set_drafter(params.replace(tau=np.float32(4)), version=1)
-    _, stats = engine.run(engines.REQUESTS, engines.SEED)
-    assert stats.num_accepted == SHARED_BY_TAU
+    if name == "some tokens":
+        columns = [rooms.ROOMS.index(room) for room in (0.5, 1, math.inf)]
+        assert {d: by_room[d, columns].tolist() for d in (1, 2, 3)} == BY_ROOM
+        params = speculation.drafter_params(speculation.DRAFTER)
+        engine.set_drafter(params.replace(tau=np.float32(4)), version=1)
+        _, stats = engine.run(engines.REQUESTS, engines.SEED)
+        assert stats.num_accepted == SHARED_BY_TAU
     engine.pool.close()
 
 

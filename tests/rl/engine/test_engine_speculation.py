@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.rl import engines
+from tests.specdec import tiny_drafter
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import speculator
@@ -16,6 +17,13 @@ from tlt_jax.specdec.tuners import tuner
 
 DRAFTER = drafter.of_target(engines.CFG, feature_layers=(0, 1), draft_vocab_size=20)
 EAGLE = drafter.of_target(engines.CFG, output_norm=False)
+BLOCK = drafter.of_target(
+    engines.CFG,
+    feature_layers=(0, 1),
+    draft_vocab_size=20,
+    architecture="block",
+    block_size=5,
+)
 TABLES = {
     "chain": ("4:D3K1V4",),
     "by rows": ("1:D4K2V9", "2:D2K2V4"),
@@ -36,7 +44,10 @@ def drafter_params(cfg, seed=0):
         ids = np.random.default_rng(seed).permutation(engines.CFG.vocab_size)
         ids = np.sort(ids[: cfg.draft_vocab_size]).astype(np.int32)
         params = params.replace(draft_ids=jax.numpy.asarray(ids))
-    return params
+    if not cfg.block_size:
+        return params
+    # So sure that what it says decides as much as the noise.
+    return tiny_drafter.followed(params.replace(norm=5 * params.norm))
 
 
 def engine_of(table, cfg=DRAFTER, speculator_changes=None, mesh=None, **changes):
@@ -92,8 +103,12 @@ def assert_notes_what_was_drafted(completions, stats):
         ("both", SMALL),
         ("shared", SMALL | dict(check_kernels=True)),
         ("shared ngram", SMALL | dict(cfg=None)),
+        ("by rows", SMALL | dict(cfg=BLOCK, check_kernels=True)),
+        ("shared", SMALL | dict(cfg=BLOCK)),
+        ("both", dict(cfg=BLOCK)),
     ],
-    ids="chain rows preempting ngram both shared shared_ngram".split(),
+    ids="chain rows preempting ngram both shared shared_ngram "
+    "block shared_block block_and_ngram".split(),
 )
 def test_tokens_are_those_of_plain_decoding(expected, table, changes):
     completions_of, plain_stats = expected

@@ -11,7 +11,7 @@ import pytest
 
 from tests.specdec import tiny_drafter
 from tlt_jax.models import attention, kv_cache
-from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import block, drafter
 from tlt_jax.runtime import train_state
 from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.training import losses as drafter_losses
@@ -124,6 +124,80 @@ def test_unrolled_step_is_the_drafted_level(buffer):
             )
             compared += 1
     assert compared == 4 + 3 + 4 + 2
+
+
+BLOCK = tiny_drafter.drafter_config(architecture="block", block_size=3)
+BLOCK_FORWARD = dataclasses.replace(FORWARD, drafter=BLOCK)
+
+
+def drafted_block(params, record, base):
+    """Features of a block behind `base`, as drafting makes them: all in one pass."""
+    tokens = jnp.asarray(record.tokens)[None]
+    size, more = BLOCK.block_size, BLOCK.block_size - 1
+    embedded = drafter.embed(tiny_drafter.target_params(), tokens)
+    features = jnp.asarray(record.features).T[:, None]
+    # The text up to the base, and the masks of the base behind it.
+    columns = np.array([*range(base + 1), *[base] * more])
+    seen = np.tri(base + size, dtype=bool)
+    seen[base:, base:] = block.seen(size)
+    numbers = np.array([*[0] * base, *range(size)])
+    out = FORWARD_ONE(
+        params,
+        BLOCK,
+        embedded[..., columns + 1],
+        drafter.fuse(params, BLOCK, features)[..., columns],
+        jnp.arange(base + size)[None],
+        visibility=attention.Visibility(ancestors=jnp.asarray(seen)[None]),
+        added=block.masks_of(params.block, numbers[None], jnp.float32),
+    )
+    # The token before each place: the pending one, then those behind it.
+    before = embedded[..., base + 1 :][..., : BLOCK.block_size]
+    code = block.code_of(params.block, before, BLOCK.layer.rms_norm_eps)
+    return block.follow(
+        params.block, out.hidden[..., base:][..., : code.shape[2]], code
+    )
+
+
+def test_blocks_of_training_are_those_of_drafting(buffer):
+    params = tiny_drafter.followed(tiny_drafter.params_of(BLOCK))
+    batch, target = batch_of(buffer, [[0, 1]]), tiny_drafter.target_of(BLOCK)
+    remat = dataclasses.replace(BLOCK_FORWARD, remat=True)
+    for num_steps, cfg in ((3, BLOCK_FORWARD), (2, remat)):
+        steps = unroll(params, batch, target, num_steps=num_steps, cfg=cfg)
+        exists = unroll_lib.step_exists(batch, num_steps)
+        for m, base in ((0, 2), (2, 4), (5, 10), (7, 12)):
+            text, position = (0, base) if base < 9 else (1, base - 9)
+            expected = drafted_block(params, buffer.read(text), position)
+            for k in range(int(exists[:, 0, m].sum())):
+                np.testing.assert_allclose(
+                    steps[k][:, 0, m], expected[:, 0, k], atol=1e-5, rtol=0
+                )
+    with pytest.raises(ValueError, match="num_steps=4 of a drafter.* blocks of 3"):
+        unroll(params, batch, target, num_steps=4, cfg=BLOCK_FORWARD)
+
+
+def test_a_block_learns_masks_and_what_tokens_say_of_the_next(buffer):
+    params, target = tiny_drafter.params_of(BLOCK), tiny_drafter.target_of(BLOCK)
+    batch = batch_of(buffer, [[0, 1], []])
+    objective = objectives.choose("eagle", {"num_steps": 9, "decay": 0.7}, 3)
+    assert objective == objectives.Objective(3, decay=0.7, token_loss="lk_hybrid")
+    optimizer = optax.adamw(3e-3)
+    state, losses = train_state.begin(params, optimizer), []
+
+    @jax.jit
+    def step(state):
+        (loss, _), slopes = jax.value_and_grad(tiny_drafter.loss, has_aux=True)(
+            state.params, batch, target, cfg=BLOCK_FORWARD, objective=objective
+        )
+        return train_state.step(state, slopes, loss, optimizer)[0], loss
+
+    for _ in range(60):
+        state, loss = step(state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.3 * losses[0]
+    for name, before in vars(params.block).items():
+        moved = np.abs(getattr(state.params.block, name) - before)
+        assert np.sqrt((moved**2).mean()) > 0.02, name
 
 
 def test_steps_that_exist_stay_in_their_text(buffer):

@@ -6,8 +6,9 @@ A row with n cached positions and its pending token x_n has inputs t = 0 .. n - 
 the output at n - 1 predicts x_{n+1}. Drafting goes on with the drafter's own output as
 the feature. Embedding and head are the target's; some imported drafters bring a head.
 
-Of three architectures `tlt`, ours, divides everything that it joins by its root mean
-square; `eagle` and `eagle3` are what published checkpoints mean (`drafter_layouts`).
+Of the architectures `tlt`, ours, divides everything that it joins by its root mean
+square, and so does `block`, which guesses K tokens in one pass (`block`); `eagle` and
+`eagle3` are what published checkpoints mean (`drafter_layouts`).
 
 References: Li et al., EAGLE, 2024, section 4.1; Li et al., EAGLE-3, 2025, section 3.1.
 """
@@ -34,9 +35,10 @@ from tlt_jax.models import (
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
+from tlt_jax.models.drafters import block as block_lib
 from tlt_jax.types import Array
 
-Architecture = Literal["tlt", "eagle", "eagle3"]
+Architecture = Literal["tlt", "eagle", "eagle3", "block"]
 ARCHITECTURES: tuple[Architecture, ...] = typing.get_args(Architecture)
 # Of a drafter of which they were not measured.
 SHARPNESS, TAU = 1.0, 0.5
@@ -61,6 +63,8 @@ class DrafterConfig:
       join_bias: `eagle`: the product that joins token and feature has a bias.
       norm_before_residual: `eagle3`: the normed feature is what the layer adds to.
       own_head: `eagle3`: the drafter brings a head, and does not use the target's.
+      block_size: `block`: K, tokens that a pass guesses; else 0.
+      markov_rank: `block`: R, rank of what the token before adds to logits; else 0.
     """
 
     layer: model_config.ModelConfig
@@ -73,13 +77,15 @@ class DrafterConfig:
     join_bias: bool = False
     norm_before_residual: bool = False
     own_head: bool = False
+    block_size: int = 0
+    markov_rank: int = 0
 
     def __post_init__(self):
-        for name in ("draft_vocab_size", "max_length"):
+        for name in ("draft_vocab_size", "max_length", "block_size", "markov_rank"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(
                     f"{name}={str(getattr(self, name))[:40]} is no integer: 0 stands "
-                    "for all."
+                    "for all, or none."
                 )
         for name in ("output_norm", "join_bias", "norm_before_residual", "own_head"):
             if not isinstance(getattr(self, name), bool):
@@ -101,6 +107,8 @@ class DrafterConfig:
             raise ValueError(
                 f"architecture={self.architecture!r}: use {', '.join(ARCHITECTURES)}."
             )
+        sizes = self.block_size, self.markov_rank, self.layer.d_model
+        block_lib.check(*sizes, is_block=self.architecture == "block")
         num, wanted = len(self.feature_layers), {"eagle": (0,), "eagle3": (3,)}
         if num not in wanted.get(self.architecture, (num,)):
             raise ValueError(
@@ -108,6 +116,11 @@ class DrafterConfig:
                 f"{self.feature_layers}: EAGLE reads the target's last feature "
                 "(features='last'), EAGLE-3 three layers ('low_mid_high')."
             )
+
+    @property
+    def is_own(self) -> bool:
+        """Whether inputs are divided by their root mean square, as ours are."""
+        return self.architecture in ("tlt", "block")
 
     @property
     def num_features(self) -> int:
@@ -141,6 +154,7 @@ class DrafterParams:
       join_bias: `[D]` or None.
       feature_norm: `[D]`, `eagle3` alone.
       head: `[Vd, D]` or None: the target's.
+      block: what `block` has beside the layer, or None.
     """
 
     join: jax.Array | None
@@ -153,6 +167,7 @@ class DrafterParams:
     join_bias: jax.Array | None = None
     feature_norm: jax.Array | None = None
     head: jax.Array | None = None
+    block: block_lib.BlockParams | None = None
 
 
 def measured(params: DrafterParams) -> tuple[np.float32, np.float32]:
@@ -238,6 +253,7 @@ def of_target(
     draft_vocab_size: int = 0,
     max_length: int = 0,
     architecture: Architecture = "tlt",
+    block_size: int = 0,
 ) -> DrafterConfig:
     """Describe a drafter for `target`.
 
@@ -254,7 +270,7 @@ def of_target(
             f"{target.num_layers}: use 0 to {target.num_layers - 1}."
         )
     plain = dict(num_layers=1, sliding_window=None, windowed_layers=())
-    if architecture != "tlt":
+    if architecture in ("eagle", "eagle3"):
         plain |= dict.fromkeys(_FAMILIES_OWN, False) | dict(family="llama")
         output_norm = architecture == "eagle3"
     return DrafterConfig(
@@ -265,6 +281,8 @@ def of_target(
         draft_vocab_size=draft_vocab_size,
         max_length=max_length,
         architecture=architecture,
+        block_size=block_size,
+        markov_rank=block_lib.rank_of(target.d_model) if architecture == "block" else 0,
     )
 
 
@@ -293,6 +311,9 @@ def describe(cfg: DrafterConfig) -> DrafterParams:
         fuse=table(n * d) if cfg.feature_layers else None,
         norm=vector("ones") if cfg.output_norm else None,
     )
+    if cfg.architecture == "block":
+        own = block_lib.describe(cfg.block_size, cfg.markov_rank, d)
+        return described.replace(block=own)
     if cfg.architecture == "eagle":
         bias = vector("zeros") if cfg.join_bias else None
         return described.replace(layer=layer.replace(attn_norm=None), join_bias=bias)
@@ -340,9 +361,9 @@ def fuse(
     if params.fuse is None:
         return features
     # n arrays [D, B, T] stand one over the other.
-    if cfg.architecture == "tlt":
+    if cfg.is_own:
         parts = jnp.split(features, cfg.num_features)
-        features = jnp.concatenate([_unit(part, cfg) for part in parts])
+        features = jnp.concatenate([unit(part, cfg) for part in parts])
     return layers.product(params.fuse, features, kernels)
 
 
@@ -357,6 +378,7 @@ def forward(
     view: kv_cache.CacheView | None = None,
     past: Past | None = None,
     rows: ragged.Ragged | None = None,
+    added: Array | None = None,
     dtype=jnp.float32,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
 ) -> Output:
@@ -374,11 +396,14 @@ def forward(
         tree level each sees itself alone.
       view: the drafter's cache, whose one layer every query sees; None: there is none.
       past: keys of earlier levels; None: there are none.
+      added: see `apply`.
       rows, dtype, kernels: see `transformer.forward`.
     """
     visible = attention.Visibility() if visibility is None else visibility
     if view is not None and kernels.checked:
-        view = transformer.checked_view(view, positions, visible, rows)
+        # A block is no tree: in it columns see those behind them.
+        tree = visible if added is None else attention.Visibility()
+        view = transformer.checked_view(view, positions, tree, rows)
     by_row = positions if rows is None else rows.unpack(positions)
 
     # Disjoint parts of the keys: the fresh ones, the cache's and, while a tree is
@@ -404,7 +429,7 @@ def forward(
         earlier = None if past is None else (past.keys, past.values, past.mask)
         seen = dict(view=view, layer=0, visibility=visible, past=earlier, rows=rows)
         native = functools.partial(kernel_attention.attend_native, **seen)
-    options = dict(dtype=dtype, kernels=kernels, attend_columns=native)
+    options = dict(added=added, dtype=dtype, kernels=kernels, attend_columns=native)
     attend = kernel_attention.by_row(attend, rows)
     return apply(params, cfg, embedded, features, positions, attend, **options)
 
@@ -417,19 +442,21 @@ def apply(
     positions: Array,
     attend: Callable[[Array, Array, Array], attention.Partial],
     *,
+    added: Array | None = None,
     dtype=jnp.float32,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
     attend_columns: Callable[..., tuple[Array, Array, Array]] | None = None,
 ) -> Output:
     """Compute the drafter's features under any attention.
 
-    In `tlt` both halves of the input are divided by their root mean square: embeddings
+    In ours both halves of the input are divided by their root mean square: embeddings
     and features have scales of their own, and the drafter's features another one.
     `eagle` joins them as they are and has no norm before the attention. In `eagle3` the
     attention reads both, normed, side by side, and the layer adds to the feature.
 
     Args:
       params, cfg, embedded, features, positions, dtype, kernels: as for `forward`.
+      added: `[D, B, T]`, to what was joined, before the layer; None: nothing.
       attend, attend_columns: see `transformer.decoder_layer`.
     """
     embedded_DBT, features_DBT = embedded.astype(dtype), features.astype(dtype)
@@ -444,11 +471,13 @@ def apply(
         x_DBT = normed_DBT if cfg.norm_before_residual else features_DBT
     else:
         halves = [embedded_DBT, features_DBT]
-        if cfg.architecture == "tlt":
-            halves = [_unit(x, cfg) for x in halves]
+        if cfg.is_own:
+            halves = [unit(x, cfg) for x in halves]
         # One over the other, [2D, B, T], and a product that makes one of both.
         joined = jnp.concatenate(halves)
         x_DBT = layers.product(params.join, joined, kernels, params.join_bias)
+        if added is not None:
+            x_DBT = x_DBT + added.astype(dtype)
         if cfg.architecture == "eagle":
             attention_input = x_DBT
     x_DBT, keys, values = transformer.decoder_layer(
@@ -461,12 +490,12 @@ def apply(
         attention_input=attention_input,
         attend_columns=attend_columns,
     )
-    # Here in `tlt` alone: the other architectures' feature goes on unnormed.
-    if cfg.architecture == "tlt" and params.norm is not None:
+    # Here in ours alone: the other architectures' feature goes on unnormed.
+    if cfg.is_own and params.norm is not None:
         x_DBT = layers.rms_norm(x_DBT, params.norm, eps)
     return Output(hidden=x_DBT, keys=keys, values=values)
 
 
-def _unit(x: Array, cfg: DrafterConfig) -> Array:
-    """Divide by the root mean square over features."""
+def unit(x: Array, cfg: DrafterConfig) -> Array:
+    """Divide `[D, B, T]` by the root mean square over features."""
     return layers.rms_norm(x, jnp.ones(x.shape[0]), cfg.layer.rms_norm_eps)

@@ -26,6 +26,8 @@ from tlt_jax.models.formats import convert, hf_settings, json_file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "drafter.safetensors"
 # The second says what the layer is, too; the first is that of architecture `tlt`.
 _FORMAT, _FORMAT_WITH_LAYER = 1, 2
+# What drafters of earlier versions do not say.
+_DEFAULTS = {"block_size": 0, "markov_rank": 0}
 _MOST_LAYERS = 64
 # Scalars that stand beside the weights where they were measured.
 _MEASURED = ("sharpness", "tau")
@@ -191,7 +193,8 @@ def read_config(
     try:
         if given["format"] == _FORMAT_WITH_LAYER:
             names = [field.name for field in dataclasses.fields(drafter.DrafterConfig)]
-            cfg = from_json({name: record[name] for name in names})
+            described = _DEFAULTS | record
+            cfg = from_json({name: described[name] for name in names})
             _check_layer(cfg, target)
             return cfg
         settings["feature_layers"] = layers_of(settings)

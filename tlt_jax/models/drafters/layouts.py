@@ -140,6 +140,13 @@ def check_expressible(
             f"drafter.architecture={wanted!r}, or give it out as it is "
             "(--drafter_layout=tlt)"
         )
+    elif cfg.architecture == "block":
+        problem = (
+            "architecture='block' is computed nowhere else (DFlash's layers read the "
+            "target's features without its tokens, and have no law of token by token): "
+            f"train one with drafter.architecture={wanted!r}, or give it out as it is "
+            "(--drafter_layout=tlt)"
+        )
     elif cfg.architecture != wanted:
         fitting = [x for x in LAYOUTS if ARCHITECTURE_OF[x] == cfg.architecture]
         problem = (

@@ -179,8 +179,8 @@ class Adaptation:
         self.sampler = text_sampling.Sampler(
             self.buffer, seed=seed, previous_frac=settings.previous_frac, **sizes
         )
-        objective = dataclasses.replace(
-            objectives.preset(settings.name), **settings.overrides()
+        objective = objectives.choose(
+            settings.name, settings.overrides(), cfg.block_size
         )
         self.learner = drafter_learner.DrafterLearner(
             cfg,
@@ -194,7 +194,7 @@ class Adaptation:
             ),
             head_chunk=min(settings.head_chunk, settings.row_bases),
             piece_bases=settings.piece_bases,
-            depth=_DEPTH,
+            depth=min(_DEPTH, cfg.block_size or _DEPTH),
             dtype=precision,
         )
         # What drafts would have had accepted can be read off texts of this law alone,

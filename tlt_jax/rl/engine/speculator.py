@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from tlt_jax import types
@@ -148,7 +149,15 @@ class SpeculatorConfig:
                 "run uses it all the same with drafter.max_length."
             )
         num_tokens = self.drafter_cfg.num_draft_tokens
+        size = self.drafter_cfg.block_size
         for strategy in drafting:
+            if 0 < size < strategy.draft_depth:
+                raise ValueError(
+                    f"strategy {strategy} drafts {strategy.draft_depth} tokens deep, "
+                    f"but this drafter guesses blocks of {size}: name strategies of at "
+                    f"most D{size}, or train one with drafter.block_size="
+                    f"{strategy.draft_depth}."
+                )
             if strategy.topk > num_tokens:
                 raise ValueError(
                     f"strategy {strategy} asks for {strategy.topk} children of a node, "
@@ -232,6 +241,11 @@ class Speculator:
         """Take embedding and head of the target."""
         if self._params is not None:
             self.weights = learned.weights_of(self._params, target)
+            if self.weights.follow is not None:
+                # Where the drafter's own weights lie, however the head is split.
+                where = self._params.block.markov_out.sharding
+                follow = jax.device_put(self.weights.follow, where)
+                self.weights = self.weights.replace(follow=follow)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.runtime import external
 from tlt_jax.specdec import decode, protocols
 from tlt_jax.specdec import strategy as strategy_lib
-from tlt_jax.specdec.proposers import both, learned, ngram
+from tlt_jax.specdec.proposers import block, both, learned, ngram
 
 
 def build(
@@ -26,5 +26,6 @@ def build(
         return external.load("proposer", strategy.proposer)(strategy, settings)
     if not strategy.drafts:
         return ngram.NGram(strategy)
-    drafted = learned.Learned(strategy, settings, drafter_cfg, ranking)
+    drafter_of = block.Block if drafter_cfg.block_size else learned.Learned
+    drafted = drafter_of(strategy, settings, drafter_cfg, ranking)
     return both.Both(drafted, ngram.NGram(strategy)) if strategy.matches else drafted

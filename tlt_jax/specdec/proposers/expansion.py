@@ -226,16 +226,31 @@ class Expansion:
     def _children(self, weights, score, hidden_DBE, level, rows=None) -> tuple:
         """Choose the best children behind nodes, from the drafter's outputs at them.
 
-        Tokens, and log of the estimated chances to be the target's draw, `[B, E', E]`
-        (E' is 1 at the root, then E); and, where laws are kept, the one behind the
-        first node, `[B, Vd]`. Outputs may be laid side by side, `[D, 1, N]`: nodes that
-        are not among them have no children.
+        See `ranked`.
         """
-        draft_ids, kernels = weights.params.draft_ids, self.settings.kernels
-        temperature = self.settings.sampling_cfg.temperature
+        kernels = self.settings.kernels
         scores_BEV = drafter_head.logits(
             weights.params, self.cfg, weights.head, hidden_DBE, kernels
         )
+        return self.ranked(weights.params.draft_ids, score, scores_BEV, level, rows)
+
+    def ranked(
+        self,
+        draft_ids: Array | None,
+        score: Score,
+        scores_BEV: Array,
+        level: Array,
+        rows: ragged.Ragged | None = None,
+    ) -> tuple[Array, Array, Array | None]:
+        """Choose the best children behind nodes of a level, from the drafter's logits.
+
+        Tokens, and log of the estimated chances to be the target's draw, `[B, E', E]`
+        (E' is 1 at the root, then E); and, where laws are kept, the one behind the
+        first node, `[B, Vd]`. Logits may be laid side by side, `[1, N, Vd]`: nodes that
+        are not among them have no children.
+        """
+        kernels = self.settings.kernels
+        temperature = self.settings.sampling_cfg.temperature
         if temperature not in (0, 1):
             scores_BEV = scores_BEV / temperature
         # The law is looked at before chance and sharpness change the scores.

@@ -16,7 +16,7 @@ from jax import lax
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import kv_cache, ragged
 from tlt_jax.models import params as model_params
-from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import block, drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import decode, protocols
 from tlt_jax.specdec import strategy as strategy_lib
@@ -36,11 +36,14 @@ class DrafterWeights:
       params: its own weights, without a head.
       embed: `[V, D]`, the target's embedding.
       head: `[Vd, D]`, the target's head rows of the draft vocabulary, or its own.
+      follow: `[Vd, R]`, of a block drafter: from what a token says of the next one, see
+        `models.drafters.block`, to logits; else None.
     """
 
     params: drafter.DrafterParams
     embed: Array
     head: Array
+    follow: Array | None = None
 
     def embedded(self, tokens: Array, dtype) -> Array:
         """Look up `tokens [B, T]`, `[D, B, T]`."""
@@ -54,7 +57,11 @@ def weights_of(
     head = params.head
     if head is None:
         head = drafter_head.head_rows(target, params.draft_ids)
-    return DrafterWeights(params.replace(head=None), target.embed, head)
+    follow = None
+    if params.block is not None:
+        # Once for weights, and not for every step.
+        follow = block.to_logits(params.block, head)
+    return DrafterWeights(params.replace(head=None), target.embed, head, follow)
 
 
 @struct.dataclass
@@ -148,7 +155,7 @@ class Learned(protocols.Proposer):
         how = jnp.dtype(self.settings.dtype), self.settings.kernels
         alive_B = rows.remaining > 0
         ragged_rows = self._ragged(state, alive_B)
-        taken_in = _take_in(
+        taken_in = take_in(
             weights, self.cfg, state.tokens, state.features, view, *how, ragged_rows
         )
         # The root's output stands where the last token was taken in.
@@ -244,8 +251,15 @@ def _features(cache, page_table, start, width, counts, cfg) -> Array:
     return jnp.where(meant_BT, features_FBT[: cfg.num_read], 0)
 
 
-def _take_in(
-    weights, cfg, tokens, features, view, dtype, kernels, rows=None
+def take_in(
+    weights: DrafterWeights,
+    cfg: drafter.DrafterConfig,
+    tokens: Array,
+    features: Array,
+    view: kv_cache.CacheView,
+    dtype: jnp.dtype,
+    kernels: kernels_lib.Kernels,
+    rows: ragged.Ragged | None = None,
 ) -> drafter.Output:
     """Read tokens and features behind the view's, `[..., B, T]`; no page changes.
 
@@ -295,7 +309,7 @@ def fill(
     """
     features = _features(cache, page_table, start, tokens.shape[1], counts, cfg)
     view = kv_cache.CacheView(drafter_cache, page_table, start)
-    out = _take_in(weights, cfg, tokens, features, view, dtype, kernels)
+    out = take_in(weights, cfg, tokens, features, view, dtype, kernels)
     return kv_cache.append_pages(
         drafter_cache, (out.keys,), (out.values,), page_table, start, counts
     )

@@ -8,8 +8,8 @@ step can be taken in pieces (`step`).
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Objective:
     """What a drafter learns.
 
     Attributes:
-      num_steps: U, unrolled steps.
+      num_steps: U, unrolled steps, or the places of a block.
       decay: step u counts decay ** u.
       token_loss: see `drafter_losses.token_loss`.
       token_weight: of the token loss.
@@ -76,6 +76,25 @@ def preset(name: ObjectiveName) -> Objective:
         case "eagle3":
             return Objective(7, decay=0.8)
     raise ValueError(f"objective={name!r}: use eagle, hass or eagle3.")
+
+
+def choose(
+    name: ObjectiveName, overrides: Mapping[str, Any], block_size: int = 0
+) -> Objective:
+    """Make the objective that settings name, with fields of their own.
+
+    A drafter that guesses blocks of K, `block_size`, has one objective, whatever the
+    name: the law of every place of the block, the later ones less, compared by cross
+    entropy and total variation (`lk_hybrid`); its steps are the K places.
+
+    Raises:
+      ValueError: there is no such objective.
+    """
+    if not block_size:
+        return dataclasses.replace(preset(name), **overrides)
+    own = Objective(block_size, decay=0.8, token_loss="lk_hybrid")
+    kept = {key: value for key, value in overrides.items() if key != "num_steps"}
+    return dataclasses.replace(own, **kept)
 
 
 def draft_vocabulary(

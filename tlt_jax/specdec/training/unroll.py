@@ -9,7 +9,9 @@ start from. Step u = 0 .. U - 1 of a base is the tree node u levels below it:
                               from which the token of position t + u + 2 was drawn
 
 As in drafting, it sees the keys of step 0 at positions up to t, and of the steps 1 .. u
-those of its own base.
+those of its own base. A block drafter makes all steps of a base in one pass: step u is
+mask u at the base, which sees the base's other masks, and predicts the same law given
+the token of position t + u + 1 (`models.drafters.block`).
 
 Letters here, besides those of `types`: M bases of a row, U unrolled steps, Q
 predictions of all rows laid end to end, Vd tokens that can be proposed.
@@ -25,7 +27,7 @@ from flax import struct
 from jax import lax
 
 from tlt_jax.models import attention
-from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import block, drafter
 from tlt_jax.types import Array
 
 
@@ -143,12 +145,14 @@ def unroll(
     is computed for the bases alone: each attends to the former under a mask and to its
     own base's further steps at its own index. So bases may be computed part by part.
 
-    U is `num_steps`. With `detach` gradients end between steps; `seen` is that of
-    `see`, where it was computed before.
+    U is `num_steps`, of a block drafter at most K. With `detach` gradients end between
+    steps; `seen` is that of `see`, where it was computed before.
 
     Returns:
       U arrays `[D, B, M]`. A step that reaches beyond its text has no meaning.
     """
+    if cfg.drafter.block_size:
+        return _blocks(params, batch, target, num_steps, cfg, seen)
     scale = cfg.drafter.layer.head_dim**-0.5
     if seen is None:
         seen = see(params, batch, target, cfg=cfg)
@@ -191,6 +195,88 @@ def unroll(
         if u:
             earlier = (*earlier, own)
     return tuple(steps_DBM)
+
+
+def _blocks(params, batch, target, num_steps, cfg, seen) -> tuple[Array, ...]:
+    """Compute a block behind every base; see `unroll`.
+
+    The K columns of a base, itself and its masks, stand M apart: place outermost.
+    """
+    size, num_bases = cfg.drafter.block_size, batch.bases.shape[1]
+    if num_steps > size:
+        raise ValueError(
+            f"num_steps={num_steps} of a drafter that guesses blocks of {size}: "
+            "measure and train as many at most."
+        )
+    scale = cfg.drafter.layer.head_dim**-0.5
+    if seen is None:
+        seen = see(params, batch, target, cfg=cfg)
+
+    def of_columns(x):
+        """Repeat `[..., M]` for every place, `[..., K x M]`."""
+        return jnp.concatenate([x] * size, axis=-1)
+
+    wide = batch.replace(bases=of_columns(batch.bases))
+    place_C = jnp.repeat(jnp.arange(size), num_bases)
+
+    def attend(query_BKGCH, keys_BKHC, values_BKHC):
+        shared = _attend_bases(query_BKGCH, seen, wide, scale, cfg)
+        own = _attend_masks(query_BKGCH, keys_BKHC, values_BKHC, size, scale)
+        return attention.join(shared, own)
+
+    def compute(params):
+        output = drafter.apply(
+            params,
+            cfg.drafter,
+            of_columns(_embed_ahead(batch, target, batch.bases, 1, cfg.dtype)),
+            of_columns(take(seen.features, batch.bases[None])),
+            take(batch.positions, wide.bases) + place_C,
+            attend,
+            added=block.masks_of(params.block, place_C[None], cfg.dtype),
+            dtype=cfg.dtype,
+        )
+        return output.hidden
+
+    hidden_DBC = (jax.checkpoint(compute) if cfg.remat else compute)(params)
+    steps_DBM = jnp.split(hidden_DBC, size, axis=2)
+    eps = cfg.drafter.layer.rms_norm_eps
+
+    def conditional(u):
+        before_DBM = _embed_ahead(batch, target, batch.bases, u + 1, cfg.dtype)
+        code_RBM = block.code_of(params.block, before_DBM, eps)
+        return block.follow(params.block, steps_DBM[u], code_RBM)
+
+    return tuple(conditional(u) for u in range(num_steps))
+
+
+def _attend_masks(query, keys, values, size, scale) -> attention.Partial:
+    """Attend among the masks of each base: queries `[B, K, G, size x M, H]`.
+
+    A base itself, at place 0, neither sees them nor is seen, as its column was before.
+    """
+    batch, num_kv, group, num_columns, head_dim = query.shape
+    num_bases = num_columns // size
+
+    def apart(x, axis):
+        """Make bases rows: `[B x M, K, ...]` with the places at `axis`."""
+        x = x.reshape(*x.shape[:axis], size, num_bases, *x.shape[axis + 1 :])
+        x = jnp.moveaxis(x, axis + 1, 1)
+        return x.reshape(batch * num_bases, *x.shape[2:])
+
+    is_mask = jnp.arange(size) > 0
+    part = attention.attend_masked(
+        *(apart(query, 3), apart(keys, 3), apart(values, 3)),
+        (is_mask[:, None] & is_mask)[None],
+        scale=scale,
+    )
+
+    def together(x):
+        """Bring `[B x M, K, G x size, ...]` to `[B, K, G x size x M, ...]`."""
+        x = x.reshape(batch, num_bases, num_kv, group * size, *x.shape[3:])
+        x = jnp.moveaxis(x, 1, 3)
+        return x.reshape(batch, num_kv, group * num_columns, *x.shape[4:])
+
+    return jax.tree.map(together, part)
 
 
 def bases_from(batch: Batch, start: Array | int, size: int) -> Batch:
