@@ -23,7 +23,7 @@ BASE = {
     "adaptation.row_bases": 32,
     "specdec.tuner": "static",
     "specdec.strategies": ("4:D2K1V3",),
-    "specdec.ngram_strategies": (),
+    "specdec.ngram_strategies": ("4:D3K2V5-ngram",),
 }
 
 

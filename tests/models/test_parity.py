@@ -9,7 +9,7 @@ import transformers
 
 from tests.models import tiny_hf
 from tlt_jax.models import attention, transformer
-from tlt_jax.models.formats import convert, hf_config
+from tlt_jax.models.formats import convert, hf_config, layout
 
 TOLERANCE = dict(rtol=0, atol=1e-4)
 NUM_TOKENS = 40  # beyond the original context of the stretched models
@@ -94,21 +94,21 @@ def test_logits_and_every_layer_equal_those_of_transformers(name, tmp_path):
     np.testing.assert_array_equal(reference(again, tokens)[0], logits)
 
 
-def by_tensor(model):
-    """Gradients of a model by the names of its files, where experts are apart."""
-    found = {}
+def by_tensor(model, cfg):
+    """Gradients of a mixture by the names of its files, where experts are apart."""
+    names, found = layout.hf_names(cfg), {}
     for name, parameter in model.named_parameters():
-        grad = parameter.grad.numpy()
-        if not name.endswith(("gate_up_proj", "experts.down_proj")):
+        grad, kind = parameter.grad.numpy(), name.rpartition(".")[2]
+        layer = "".join(name.split(".")[2:3])
+        if name.endswith("mlp.gate.weight"):
+            found[names["router"].format(layer)] = grad
+        elif kind in ("gate_up_proj", "down_proj"):
+            roles = kind.removesuffix("_proj").split("_")
+            for x, own in enumerate(grad):
+                for role, part in zip(roles, np.split(own, len(roles)), strict=True):
+                    found[names[f"expert_{role}"].format(layer, x)] = part
+        else:
             found[name] = grad
-            continue
-        stem, _, kind = name.rpartition(".")
-        for x, own in enumerate(grad):
-            parts = [own] if kind == "down_proj" else np.split(own, 2)
-            for part, role in zip(
-                parts, kind.removesuffix("_proj").split("_"), strict=True
-            ):
-                found[f"{stem}.{x}.{role}_proj.weight"] = part
     return found
 
 
@@ -133,7 +133,7 @@ def test_gradients_of_mixtures_equal_those_of_transformers(name, tmp_path):
         return jnp.sum(transformer.logits(params, hidden) * probe)
 
     found = dict(convert.named_tensors(ours_of(params), cfg))
-    expected = by_tensor(model)
+    expected = by_tensor(model, cfg)
     assert found.keys() == expected.keys()
     for tensor, grad in expected.items():
         np.testing.assert_allclose(found[tensor], grad, **TOLERANCE, err_msg=tensor)

@@ -8,6 +8,7 @@ CLASSES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
 }
 
 BASE = dict(
@@ -89,6 +90,7 @@ CASES = {
         "qwen3_moe",
         EXPERTS | dict(norm_topk_prob=False, tie_word_embeddings=True),
     ),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
 }
 
 

@@ -6,10 +6,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 FAMILIES: tuple[Family, ...] = typing.get_args(Family)
 # Families of mixtures, each with the one whose dense layers are alike otherwise.
-MIXTURES: Mapping[str, Family] = {"qwen3_moe": "qwen3"}
+MIXTURES: Mapping[str, Family] = {"qwen3_moe": "qwen3", "mixtral": "llama"}
 
 # Far beyond any model: what says more is damaged, and would ask for all memory.
 MOST: Mapping[str, int] = {

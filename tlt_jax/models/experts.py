@@ -69,7 +69,7 @@ def mlp(
       given: `[C, B, T] int32`, routes to take in place of the router's; those of X and
         more stand for none. None: none is given.
     """
-    # In float32, as norms are: near ties must not depend on the activations' type.
+    # The softmax is in float32, as norms are, whatever the activations.
     logits_XBT = layers.product(layer.router, x, kernels).astype(jnp.float32)
     probs_XBT = jax.nn.softmax(logits_XBT, axis=0)
     routes = _choose(probs_XBT, experts.per_token)

@@ -180,7 +180,7 @@ def test_windows(keys, expected):
 
 
 REFUSED = [
-    (dict(architectures=["MixtralForCausalLM"]), "MixtralForCausalLM.*LlamaForCausal"),
+    (dict(architectures=["PhimoeForCausalLM"]), "PhimoeForCausalLM.*LlamaForCausal"),
     (dict(architectures=["Qwen2Model"]), "Qwen2Model"),
     (dict(architectures=None, model_type="gemma2"), "gemma2"),
     (dict(model_type="llama"), "contradicts model_type='llama'"),

@@ -15,6 +15,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import algorithms, experience, learner, routing
 from tlt_jax.runtime import programs, sharding
+from tlt_jax.settings import sections
 
 X, C, L = 6, 2, 3
 MODEL = model_config.ModelConfig(
@@ -67,6 +68,18 @@ def test_flips_are_counted_order_aside_where_routes_are_known():
     found = experts.Routing(own, *(jnp.zeros((1, X)),) * 2, jnp.zeros((1,)))
     flipped, known = routing.flips(found, jnp.asarray(rollout))
     assert (float(flipped), float(known)) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("routes", "replay"), ("load_balancing_coef", 0.1), ("router_z_coef", 0.2)],
+)
+def test_what_only_mixtures_have_is_refused_for_others(name, value):
+    cfg = sections.Learner(**{name: value})
+    with pytest.raises(ValueError, match=f"learner.{name}={value} is of mixtures"):
+        routing.of_settings(cfg, MODEL.dense())
+    assert routing.of_settings(cfg, MODEL) != routing.Config()
+    assert routing.of_settings(sections.Learner(), MODEL.dense()) == routing.Config()
 
 
 def completion(number, length, seed):

@@ -16,6 +16,7 @@ ARCHITECTURES: Mapping[str, model_config.Family] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
 }
 
 _READ = frozenset(
@@ -27,15 +28,13 @@ _READ = frozenset(
 _WINDOW_KEYS = frozenset(
     "use_sliding_window sliding_window max_window_layers layer_types".split()
 )
+_COUNTS = frozenset("num_experts num_local_experts num_experts_per_tok".split())
 _READ_BY_FAMILY = {
     "llama": frozenset({"mlp_bias"}),
     "qwen2": _WINDOW_KEYS,
     "qwen3": _WINDOW_KEYS,
-    "qwen3_moe": _WINDOW_KEYS
-    | frozenset(
-        "num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
-        "norm_topk_prob".split()
-    ),
+    "qwen3_moe": _WINDOW_KEYS | _COUNTS | {"moe_intermediate_size", "norm_topk_prob"},
+    "mixtral": _COUNTS,
 }
 # How those who made a model sample from it.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -78,6 +77,7 @@ _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "cross_attention_hidden_size": ((None,), "decoders only"),
     "tie_encoder_decoder": ((False, None), "decoders only"),
     "chunk_size_feed_forward": ((0, None), "set it to 0"),
+    "router_jitter_noise": ((0, None), "training here has no noise; set it to 0.0"),
     "decoder_sparse_step": (
         (1, None),
         "every layer is a mixture, or none; set it to 1",
@@ -136,6 +136,11 @@ def from_hf(
     rope_theta, rope_scaling = hf_rope.from_hf(config, max_positions)
     sliding_window, windowed_layers = _windows(config, family, num_layers)
     attention_bias = hf_settings.boolean(config, "attention_bias")
+    if family == "mixtral" and attention_bias:
+        raise ValueError(
+            "attention_bias=true is not a setting of MixtralForCausalLM, which has no "
+            "biases: remove the key."
+        )
     if family == "qwen2" and config.get("attention_bias") is False:
         raise ValueError(
             "attention_bias=false is not a setting of Qwen2ForCausalLM, which always "
@@ -162,12 +167,14 @@ def from_hf(
         sliding_window=sliding_window,
         windowed_layers=windowed_layers,
         max_positions=max_positions,
-        experts=_experts(config) if family in model_config.MIXTURES else None,
+        experts=_experts(config, family) if family in model_config.MIXTURES else None,
         **special,
     )
 
 
-def _experts(config: Mapping[str, Any]) -> model_config.Experts:
+def _experts(
+    config: Mapping[str, Any], family: model_config.Family
+) -> model_config.Experts:
     most = model_config.MOST
     read = hf_settings.integer
     # Releases of transformers write one name or the other, or both.
@@ -177,6 +184,13 @@ def _experts(config: Mapping[str, Any]) -> model_config.Experts:
         raise ValueError(
             f"num_experts={config['num_experts']} contradicts num_local_experts="
             f"{config['num_local_experts']}: remove the wrong one from config.json."
+        )
+    if family == "mixtral":
+        # Its softmax is over the chosen experts alone: the same as dividing by a sum.
+        return model_config.Experts(
+            num=counts.pop() if counts else 8,
+            per_token=read(config, "num_experts_per_tok", 2),
+            d_ff=read(config, "intermediate_size", at_most=most["d_ff"]),
         )
     return model_config.Experts(
         num=counts.pop() if counts else 128,
@@ -247,6 +261,13 @@ def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, An
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if cfg.family == "mixtral":
+        return config | {
+            "num_local_experts": cfg.experts.num,
+            "num_experts_per_tok": cfg.experts.per_token,
+            "intermediate_size": cfg.experts.d_ff,
+            "sliding_window": None,
+        }
     if cfg.family != "qwen2":
         config["attention_bias"] = cfg.qkv_bias
     if cfg.family == "llama":
@@ -361,7 +382,7 @@ def _refuse_unknown(config: Mapping[str, Any], family: model_config.Family) -> N
 def _windows(
     config: Mapping[str, Any], family: model_config.Family, num_layers: int
 ) -> tuple[int | None, tuple[bool, ...]]:
-    if family == "llama":
+    if family in ("llama", "mixtral"):
         return None, ()
     width = None
     if hf_settings.boolean(config, "use_sliding_window"):
@@ -424,6 +445,8 @@ def _check_exportable(cfg: model_config.ModelConfig) -> None:
     biases = f"qkv_bias={cfg.qkv_bias}", f"out_bias={cfg.out_bias}"
     refused = {
         f"qk_norm={cfg.qk_norm}": cfg.qk_norm != (cfg.family in _QWEN3),
+        "biases or shares that are not normalised": cfg.family == "mixtral"
+        and (cfg.qkv_bias or cfg.experts is not None and not cfg.experts.normalised),
         f"windowed_layers in a {cfg.family}": (
             cfg.family in model_config.MIXTURES and any(cfg.windowed_layers)
         ),

@@ -62,6 +62,24 @@ def _names(form: int, layer: str) -> dict[str, str]:
 
 # `{}` stands for the layer.
 HF_NAMES, GGUF_NAMES = _names(0, "model.layers.{}"), _names(1, "blk.{}")
+# What families call otherwise in Hugging Face directories.
+_MIXTRAL = {
+    "router": "gate",
+    "expert_gate": "experts.{}.w1",
+    "expert_up": "experts.{}.w3",
+    "expert_down": "experts.{}.w2",
+}
+_OWN_NAMES = {
+    "mixtral": {
+        role: f"model.layers.{{}}.block_sparse_moe.{name}.weight"
+        for role, name in _MIXTRAL.items()
+    }
+}
+
+
+def hf_names(cfg: model_config.ModelConfig) -> dict[str, str]:
+    """Name every role's tensor as Hugging Face directories of the family do."""
+    return HF_NAMES | _OWN_NAMES.get(cfg.family, {})
 
 
 @dataclasses.dataclass(frozen=True)

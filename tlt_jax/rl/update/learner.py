@@ -119,7 +119,8 @@ class Learner:
         counts those of all parts.
 
         Raises:
-          ValueError: a weight does not divide over the mesh.
+          ValueError: a weight does not divide over the mesh, or settings of mixtures
+            of experts are for a model that is none.
         """
         self.mesh = mesh
         self.rules = sharding_lib.ShardingRules()
@@ -132,11 +133,7 @@ class Learner:
             dtype=jnp.dtype(precision),
             remat=remat,
             head_chunk=head_chunk * self._num_parts,
-            routing=routing.Config(
-                replay=cfg.routes == "replay",
-                balance_coef=cfg.load_balancing_coef,
-                z_coef=cfg.router_z_coef,
-            ),
+            routing=routing.of_settings(cfg, model),
             kernels=portable,
         )
         self._pool = pool

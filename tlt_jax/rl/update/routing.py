@@ -10,7 +10,9 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from tlt_jax.models import config as model_config
 from tlt_jax.models import experts
+from tlt_jax.settings import sections
 from tlt_jax.types import Array
 
 
@@ -27,6 +29,26 @@ class Config:
     replay: bool = False
     balance_coef: float = 0.0
     z_coef: float = 0.0
+
+
+def of_settings(cfg: sections.Learner, model: model_config.ModelConfig) -> Config:
+    """Take from the settings what is asked of a model's routers.
+
+    Raises:
+      ValueError: something is asked, and the model has none.
+    """
+    asked = {
+        "routes": cfg.routes != "own",
+        "load_balancing_coef": cfg.load_balancing_coef > 0,
+        "router_z_coef": cfg.router_z_coef > 0,
+    }
+    for name, is_asked in asked.items():
+        if is_asked and model.experts is None:
+            raise ValueError(
+                f"learner.{name}={getattr(cfg, name)} is of mixtures of experts, and "
+                f"this {model.family} model is none: leave it out."
+            )
+    return Config(cfg.routes == "replay", cfg.load_balancing_coef, cfg.router_z_coef)
 
 
 def given(routes: Array | None, cfg: Config) -> Array | None:
