@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from tlt_jax.cpu_kernels import attention as cpu_attention
-from tlt_jax.cpu_kernels import choice, gumbel
+from tlt_jax.cpu_kernels import choice, grouped, gumbel
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.pallas_kernels.verify_attention import page_layout
 from tlt_jax.runtime import sharding
@@ -78,6 +78,9 @@ NATIVE = Kernels("native", noise=gumbel.gumbel, draw=gumbel.draw, rank=gumbel.ra
 
 def for_experts(kernels: Kernels, split: Split) -> Kernels:
     """Settle how a program on these devices multiplies by a mixture's experts."""
+    if kernels.is_native:
+        # Here, and not by the threads that trace programs: it is registered once.
+        grouped.register()
     return dataclasses.replace(
         kernels,
         ragged=split.mesh.devices.flat[0].platform != "cpu",
