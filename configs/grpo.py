@@ -18,11 +18,6 @@ each needs of a chip's memory is in experiments/results/cpu/ahead_of_time.csv:
     ds-r1-distill-qwen-7b   deepseek-ai/DeepSeek-R1-Distill-Qwen-7B  64 chips of v5p
     qwen2.5-32b             Qwen/Qwen2.5-32B                         256 chips of v5p
     llama-3.3-70b           meta-llama/Llama-3.3-70B-Instruct        256 chips of v5p
-    qwen3-30b-a3b           Qwen/Qwen3-30B-A3B                       64 chips of v5p
-
-The last is a mixture of experts, which no row of the paper is: its mesh splits experts
-as well (`mesh.expert`), and its records say how many routes flipped between rollout and
-trainer; `--config.learner.routes=replay` lets none.
 
 Weights come from the Hugging Face hub under these names (Llama's after accepting its
 licence), or from a directory: --config.model.spec=DIR. Where the number of chips is
@@ -59,17 +54,15 @@ class Variant:
 
     Attributes:
       spec: name on the Hugging Face hub.
-      fsdp, tensor: devices along these mesh axes; rows of a micro-batch: fsdp x expert.
+      fsdp, tensor: devices along these mesh axes; rows of a micro-batch: fsdp.
       max_batch: rows that an engine decodes at once, of full length; the engines of
         all hosts together hold a step's responses.
-      expert: devices along the axis that splits experts.
     """
 
     spec: str
     fsdp: int
     tensor: int
     max_batch: int
-    expert: int = 1
 
 
 VARIANTS = {
@@ -79,7 +72,6 @@ VARIANTS = {
         "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 16, 4, 64
     ),
     "llama-3.3-70b": Variant("meta-llama/Llama-3.3-70B-Instruct", 64, 4, 16),
-    "qwen3-30b-a3b": Variant("Qwen/Qwen3-30B-A3B", 4, 4, 64, expert=4),
 }
 DEFAULT = "qwen2.5-7b"
 
@@ -136,7 +128,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = variant.fsdp
     config.mesh.tensor = variant.tensor
-    config.mesh.expert = variant.expert
 
     config.reward.workers = 16
     config.eval.every = 10

@@ -47,7 +47,6 @@ SLICES = {
     "qwen2.5-32b": "v5p:4x8x8",
     "ds-r1-distill-qwen-7b": "v5p:4x4x4",
     "llama-3.3-70b": "v5p:4x8x8",
-    "qwen3-30b-a3b": "v5p:4x4x4",
 }
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 _COLLECTIVES += ("collective-permute",)
@@ -79,16 +78,6 @@ ARCHITECTURES = {
         ),
         max_positions=131_072,
         eos_ids=(128_001, 128_008, 128_009),
-    ),
-    "qwen3-30b-a3b": random_drafter.model_of(
-        (151_936, 2048, 6144, 32, 4, 128, 48),
-        "qwen3_moe",
-        tie_embeddings=False,
-        qk_norm=True,
-        rope_theta=1e6,
-        max_positions=40_960,
-        eos_ids=(151_645, 151_643),
-        experts=model_config.Experts(num=128, per_token=8, d_ff=768),
     ),
 }
 
