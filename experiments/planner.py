@@ -99,6 +99,13 @@ def model_of(name: str) -> costs.Model:
         heads = read["num_attention_heads"]
         width, layers = read["hidden_size"], read["num_hidden_layers"]
         inner, vocabulary = read["intermediate_size"], read["vocab_size"]
+        count = read.get("num_experts") or read.get("num_local_experts") or 0
+        mixture = None
+        if count:
+            expert = 3 * width * read["moe_intermediate_size"]
+            mixture = costs.Mixture(
+                *(count, read["num_experts_per_tok"], layers * count * expert, inner)
+            )
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"--model={name}: config.json does not describe a decoder "
@@ -108,8 +115,9 @@ def model_of(name: str) -> costs.Model:
     head_dim = read.get("head_dim") or width // heads
     attention = width * head_dim * (2 * heads + 2 * kv_heads)
     embeddings = 1 if read.get("tie_word_embeddings") else 2
-    params = layers * (attention + 3 * width * inner) + embeddings * vocabulary * width
-    return costs.Model(params, layers, width, kv_heads, head_dim, vocabulary)
+    blocks = mixture.params if mixture else layers * 3 * width * inner
+    params = layers * attention + blocks + embeddings * vocabulary * width
+    return costs.Model(params, layers, width, kv_heads, head_dim, vocabulary, mixture)
 
 
 @dataclasses.dataclass(frozen=True)

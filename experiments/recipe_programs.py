@@ -45,7 +45,9 @@ class Recipe:
         """Makes learner, weight sync and engine of a policy without weights."""
         self.model, self.run = model, run
         self.mesh = sharding.make_mesh(
-            run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices=devices
+            *(run.mesh.data, run.mesh.fsdp, run.mesh.tensor),
+            devices=devices,
+            expert=run.mesh.expert,
         )
         # Predictions on each device. A run takes the learner's default, which holds
         # less and gathers the head's weights more often.
@@ -85,6 +87,7 @@ class Recipe:
                 eos_ids=model.eos_ids,
                 dtype=run.precision,
                 attention=run.rollout.attention,
+                keep_routes=model.experts is not None,
             ),
             mesh=engine_mesh,
         )
@@ -143,10 +146,14 @@ class Recipe:
         prompt = np.zeros(run.task.max_prompt_tokens, np.int32)
         tokens = np.zeros(run.rollout.max_new_tokens, np.int32)
         logprobs = np.zeros(len(tokens), np.float32)
+        routes = experience.no_routes(self.model, len(prompt) + len(tokens) - 1)
         example = types.Example("", "", None, {})
         batch = experience.Experience(
             [prompts.Prompt(i, example, prompt) for i in range(num_rows)],
-            [types.Completion(i, tokens, logprobs, "length") for i in range(num_rows)],
+            [
+                types.Completion(i, tokens, logprobs, "length", routes=routes)
+                for i in range(num_rows)
+            ],
             np.zeros((num_rows, 1)),
         )
         later_updates = run.learner.epochs * run.learner.minibatches > 1
@@ -160,6 +167,7 @@ class Recipe:
             max_new_tokens=run.rollout.max_new_tokens,
             old_logprobs=given if later_updates or not recompute else None,
             ref_logprobs=given if algorithm.loss.kl_coef > 0 else None,
+            num_experts=self.model.experts.num if self.model.experts else 0,
         )
 
         def place(leaf):

@@ -30,7 +30,7 @@ MISTAKES = {
     ),
     "another variant": (
         ["--config=configs/tiny.py:cont", WORKDIR],
-        "has no variant 'cont': use arithmetic (the default) or count.",
+        "has no variant 'cont': use arithmetic (the default), count or experts.",
     ),
     "too few layers": (
         [

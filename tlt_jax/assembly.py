@@ -287,6 +287,7 @@ def engine_of_run(
         cpu_kernels=run.rollout.cpu_kernels,
         attention=run.rollout.attention,
         check_kernels=run.rollout.check_kernels,
+        keep_routes=model.experts is not None,
     )
 
 

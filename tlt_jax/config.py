@@ -189,8 +189,10 @@ def _check(run: RunConfig) -> None:
         )
     sizes = dataclasses.astuple(run.mesh)
     if 0 in sizes or sizes.count(-1) > 1:
+        named = f"data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}"
+        named += f", expert={sizes[3]}" if sizes[3] != 1 else ""
         raise schema.ConfigError(
-            f"mesh=(data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}): each axis "
+            f"mesh=({named}): each axis "
             "has at least 1 device, and at most one is -1 (all that remain)."
         )
     if not all(1 <= k <= run.eval.samples for k in run.eval.k):

@@ -12,7 +12,8 @@ Letters (inside array code a local carries its shape, `q_BTNH`; axes of fixed me
 | W | nodes verified, root included | D | model dimension |
 | A | longest accepted path + bonus | F | feed-forward dimension |
 | E | children per node while drafting | V | vocabulary |
-| M | queries of a kv head (M = G x T) | | |
+| M | queries of a kv head (M = G x T) | X | experts of a layer |
+| C | experts that a token passes | | |
 
 Features come first (`x_DBT`): activations are the columns that a weight `[out, in]`
 multiplies. On CPUs this is the faster form of small products and elsewhere the compiler
@@ -81,6 +82,9 @@ class Completion:
       was_drafted: `[n] bool`: the token had been drafted, and the target accepted it.
         It says how the text was found and not what it is: another batch or drafter has
         others. None: nobody noted it.
+      routes: `[m, L, C] uint8` or `uint16`: the experts that every position of prompt
+        and completion passed, but the last one, which was drawn and never read. None:
+        blocks are dense, or the engine was not asked.
     """
 
     request_id: int
@@ -88,6 +92,7 @@ class Completion:
     logprobs: np.ndarray
     finish_reason: FinishReason
     was_drafted: np.ndarray | None = None
+    routes: np.ndarray | None = None
 
 
 def __getattr__(name: str) -> Any:

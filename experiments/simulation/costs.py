@@ -90,8 +90,28 @@ DEVICES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Experts of a target whose tokens pass a few of them each.
+
+    Attributes:
+      num, per_token: experts of a layer, and those that a token passes.
+      params: weights of all experts of all layers.
+      d_ff: of the dense block that a drafter has in their place.
+    """
+
+    num: int
+    per_token: int
+    params: float
+    d_ff: int
+
+    def touched_frac(self, num_tokens: float) -> float:
+        """Returns the part of the experts that some token passes, routes being even."""
+        return 1 - (1 - self.per_token / self.num) ** num_tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
-    """A target's sizes, as its configuration says."""
+    """A target's sizes, as its configuration says; `mixture` is None of dense ones."""
 
     num_params: float
     num_layers: int
@@ -99,6 +119,19 @@ class Model:
     kv_heads: int
     head_dim: int
     vocab_size: int
+    mixture: Mixture | None = None
+
+    def read_params(self, num_tokens: float) -> float:
+        """Returns weights that a forward over so many tokens reads."""
+        if self.mixture is None:
+            return self.num_params
+        untouched = 1 - self.mixture.touched_frac(num_tokens)
+        return self.num_params - untouched * self.mixture.params
+
+    @property
+    def active_params(self) -> float:
+        """Weights that one token is multiplied by."""
+        return self.read_params(1)
 
     @property
     def kv_bytes(self) -> int:
@@ -108,7 +141,10 @@ class Model:
     @property
     def drafter_params(self) -> float:
         """One layer, the fusing product, and the target's head that it reads."""
-        layer = (self.num_params - 2 * self.vocab_size * self.d_model) / self.num_layers
+        dense = self.num_params - (self.mixture.params if self.mixture else 0)
+        layer = (dense - 2 * self.vocab_size * self.d_model) / self.num_layers
+        if self.mixture:
+            layer += 3 * self.d_model * self.mixture.d_ff
         return max(layer, 0) + 2 * self.d_model**2 + self.vocab_size * self.d_model
 
 
@@ -118,6 +154,10 @@ MODELS = {
     "qwen2.5-7b": Model(7.62e9, 28, 3584, 4, 128, 152064),
     "qwen2.5-32b": Model(32.8e9, 64, 5120, 8, 128, 152064),
     "llama-3.3-70b": Model(70.6e9, 80, 8192, 8, 128, 128256),
+    "qwen3-30b-a3b": Model(
+        *(30.5e9, 48, 2048, 4, 128, 151936),
+        Mixture(128, 8, params=48 * 128 * 3 * 2048 * 768, d_ff=6144),
+    ),
 }
 
 
@@ -125,10 +165,11 @@ MODELS = {
 class RooflineCosts:
     """Seconds of a worker of `tensor` devices, from bandwidth and operations.
 
-    A forward over n tokens takes the larger of reading weights and cache and of
-    computing, and `layer_s` of each layer for launches and collectives. A step of a
-    strategy costs a forward over all nodes, and per level drafted a forward of the
-    drafter, which has one layer and the target's head; `level_s` comes on top.
+    A forward over n tokens takes the larger of reading weights (of a mixture those that
+    n tokens touch) and cache and of computing, and `layer_s` of each layer for launches
+    and collectives. A step of a strategy costs a forward over all nodes, and per level
+    drafted a forward of the drafter, which has one layer and the target's head;
+    `level_s` comes on top.
     `bandwidth_frac` and `flops_frac` of the published figures are reached, when
     training `training_flops_frac`. A member of a drafter step has `drafter_rows` of
     `row_tokens`.
@@ -151,24 +192,35 @@ class RooflineCosts:
     start_s = 0.5
 
     def _forward_s(
-        self, params: float, layers: int, tokens: float, cache_bytes: float
+        self,
+        params: float,
+        layers: int,
+        tokens: float,
+        cache_bytes: float,
+        active_params: float | None = None,
     ) -> float:
+        active = params if active_params is None else active_params
         reading = (2 * params + cache_bytes) / (
             self.device.bandwidth * self.bandwidth_frac
         )
-        computing = 2 * params * tokens / (self.device.flops * self.flops_frac)
+        computing = 2 * active * tokens / (self.device.flops * self.flops_frac)
         return max(reading, computing) / self.tensor + layers * self.layer_s
+
+    def _target_s(self, tokens: float, cache_bytes: float) -> float:
+        model = self.model
+        return self._forward_s(
+            model.read_params(tokens),
+            model.num_layers,
+            tokens,
+            cache_bytes,
+            model.active_params,
+        )
 
     def step_s(self, bucket: int, strategy: Strategy | None, context: float) -> float:
         """Returns seconds of a decode step."""
         verified = strategy.tokens_to_verify if strategy else 1
         model = self.model
-        total = self._forward_s(
-            model.num_params,
-            model.num_layers,
-            bucket * verified,
-            context * model.kv_bytes,
-        )
+        total = self._target_s(bucket * verified, context * model.kv_bytes)
         if strategy is not None and strategy.drafts:
             level = self._forward_s(
                 model.drafter_params,
@@ -181,8 +233,7 @@ class RooflineCosts:
 
     def prefill_s(self, num_tokens: int) -> float:
         """Returns seconds to cache prompt tokens."""
-        model = self.model
-        return self._forward_s(model.num_params, model.num_layers, num_tokens, 0.0)
+        return self._target_s(num_tokens, 0.0)
 
     def fill_s(self, num_tokens: int) -> float:
         """Returns seconds to take positions into the drafter's cache."""
@@ -214,7 +265,7 @@ class RooflineCosts:
         Of all tokens of a step, prompts included, on all devices of the cluster.
         `passes`: forwards' worth of operations, 1 for a forward, 3 with its gradient.
         """
-        operations = 2 * passes * self.model.num_params * num_tokens
+        operations = 2 * passes * self.model.active_params * num_tokens
         speed = num_devices * self.device.flops * self.training_flops_frac
         return operations / speed + exchange_s
 

@@ -23,7 +23,7 @@ def test_all_recipes_are_listed_with_their_variants():
         "smollm2": (),
         "smollm2_drafter": ("counting", "random_numbers"),
         "smollm2_tlt": ("off", "ngram"),
-        "tiny": ("arithmetic", "count"),
+        "tiny": ("arithmetic", "count", "experts"),
         "tiny_drafter": (),
     }
 

@@ -17,6 +17,7 @@ from tlt_jax import config
 from tlt_jax.models import params as model_params
 from tlt_jax.runtime import sharding
 
+MESH_AXES = sharding.MESH_AXES
 TABLE = experiment.RESULTS_DIR / "cpu" / "ahead_of_time.csv"
 
 
@@ -39,17 +40,26 @@ def test_architectures_have_as_many_weights_as_published(name, num_weights):
     assert model_params.count(ahead_of_time.ARCHITECTURES[name]) == num_weights
 
 
+def mesh_of(run):
+    """Sizes and names of the mesh's axes; only mixtures have one for experts."""
+    mesh = run.mesh
+    if mesh.expert == 1:
+        return (mesh.data, mesh.fsdp, mesh.tensor), MESH_AXES
+    sizes = mesh.data, mesh.fsdp, mesh.expert, mesh.tensor
+    return sizes, ("data", "fsdp", "expert", "tensor")
+
+
 @pytest.mark.parametrize("name", grpo.VARIANTS)
 def test_weights_and_cache_divide_over_the_recipes_mesh(name):
     run, model = run_of(name), ahead_of_time.ARCHITECTURES[name]
-    sizes = dataclasses.astuple(run.mesh)
+    sizes, axes_of = mesh_of(run)
     slice_name, _, shape = ahead_of_time.SLICES[name].partition(":")
     assert math.prod(map(int, shape.split("x"))) == math.prod(sizes)
     assert slice_name in ahead_of_time.HBM_BYTES
     axes = model_params.logical_axes(model)
     rules = sharding.ShardingRules()
-    for dims in (sizes, (1, 1, run.mesh.tensor)):
-        mesh = AbstractMesh(dims, sharding.MESH_AXES)
+    for dims, names in ((sizes, axes_of), ((1, 1, run.mesh.tensor), MESH_AXES)):
+        mesh = AbstractMesh(dims, names)
         shapes = model_params.abstract(model)
         placed = sharding.tree_shardings(mesh, rules, axes, shapes)
         split = [
@@ -182,7 +192,7 @@ def test_the_table_is_that_of_the_recipes():
         largest = f"decode_{run.rollout.max_batch}"
         assert of_model.keys() == {*wanted, largest}
         for row in of_model.values():
-            mesh = "x".join(map(str, dataclasses.astuple(run.mesh)))
+            mesh = "x".join(map(str, mesh_of(run)[0]))
             assert (row["slice"], row["mesh"]) == (ahead_of_time.SLICES[name], mesh)
             assert int(row["row_tokens"]) == run.learner.row_tokens
             assert int(row["max_batch"]) == run.rollout.max_batch
@@ -202,7 +212,7 @@ def no_cache():
 def test_every_host_of_a_slice_has_its_engine(name):
     run = run_of(name)
     devices = ahead_of_time.described_devices(ahead_of_time.SLICES[name])
-    mesh = sharding.make_mesh(*dataclasses.astuple(run.mesh), devices=devices)
+    mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
     places = sharding.regrouped(mesh, run.rollout.tensor or run.mesh.tensor)
     hosts = [{chip.process_index for chip in place} for place in places.devices[0]]
     assert all(len(host) == 1 for host in hosts)

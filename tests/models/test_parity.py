@@ -9,7 +9,7 @@ import transformers
 
 from tests.models import tiny_hf
 from tlt_jax.models import attention, transformer
-from tlt_jax.models.formats import convert, hf_config
+from tlt_jax.models.formats import convert, hf_config, layout
 
 TOLERANCE = dict(rtol=0, atol=1e-4)
 NUM_TOKENS = 40  # beyond the original context of the stretched models
@@ -86,10 +86,58 @@ def test_logits_and_every_layer_equal_those_of_transformers(name, tmp_path):
 
     convert.save(params, cfg, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", attn_implementation="eager"
+        tmp_path / "ours",
+        attn_implementation="eager",
+        experts_implementation="eager",
     )
     assert type(again) is type(model)
     np.testing.assert_array_equal(reference(again, tokens)[0], logits)
+
+
+def by_tensor(model, cfg):
+    """Gradients of a mixture by the names of its files, where experts are apart."""
+    names, found = layout.hf_names(cfg), {}
+    for name, parameter in model.named_parameters():
+        grad, kind = parameter.grad.numpy(), name.rpartition(".")[2]
+        layer = "".join(name.split(".")[2:3])
+        if name.endswith("mlp.gate.weight"):
+            found[names["router"].format(layer)] = grad
+        elif kind in ("gate_up_proj", "down_proj"):
+            roles = kind.removesuffix("_proj").split("_")
+            for x, own in enumerate(grad):
+                for role, part in zip(roles, np.split(own, len(roles)), strict=True):
+                    found[names[f"expert_{role}"].format(layer, x)] = part
+        else:
+            found[name] = grad
+    return found
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe-plain", "qwen3-moe-tied-shares"])
+def test_gradients_of_mixtures_equal_those_of_transformers(name, tmp_path):
+    model = tiny_hf.case(name)
+    model.save_pretrained(tmp_path)
+    cfg = hf_config.read(tmp_path)
+    params = convert.load(tmp_path, cfg)
+    tokens = some_tokens(2)
+    positions = jnp.broadcast_to(jnp.arange(NUM_TOKENS), tokens.shape)
+    probe = np.random.default_rng(3).standard_normal((*tokens.shape, cfg.vocab_size))
+    probe = (probe / tokens.size).astype(np.float32)
+
+    logits = model(torch.tensor(tokens)).logits
+    torch.sum(logits * torch.tensor(probe)).backward()
+
+    @jax.jit
+    @jax.grad
+    def ours_of(params):
+        hidden = transformer.forward(params, cfg, jnp.asarray(tokens), positions).hidden
+        return jnp.sum(transformer.logits(params, hidden) * probe)
+
+    found = dict(convert.named_tensors(ours_of(params), cfg))
+    expected = by_tensor(model, cfg)
+    assert found.keys() == expected.keys()
+    for tensor, grad in expected.items():
+        np.testing.assert_allclose(found[tensor], grad, **TOLERANCE, err_msg=tensor)
+        assert np.abs(grad).max() > 1e-4, tensor
 
 
 @pytest.mark.parametrize("name", ["llama-tied-llama3", "qwen3-bias-windows-yarn"])

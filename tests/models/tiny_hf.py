@@ -7,6 +7,8 @@ CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
 }
 
 BASE = dict(
@@ -37,6 +39,10 @@ YARN = dict(
     rope_theta=100.0,
     factor=4.0,
     original_max_position_embeddings=ORIGINAL,
+)
+
+EXPERTS = dict(
+    num_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True
 )
 
 # Together: every family; tied and untied heads; each bias; one and several query heads
@@ -79,6 +85,12 @@ CASES = {
             rope_parameters=YARN | dict(attention_factor=1.3, truncate=False),
         ),
     ),
+    "qwen3-moe-plain": ("qwen3_moe", EXPERTS),
+    "qwen3-moe-tied-shares": (
+        "qwen3_moe",
+        EXPERTS | dict(norm_topk_prob=False, tie_word_embeddings=True),
+    ),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
 }
 
 
@@ -90,7 +102,8 @@ def build(family: str, seed: int = 0, **overrides) -> transformers.PreTrainedMod
     """
     config_class, model_class = CLASSES[family]
     torch.manual_seed(seed)
-    config = config_class(**(BASE | overrides), attn_implementation="eager")
+    plain = dict(attn_implementation="eager", experts_implementation="eager")
+    config = config_class(**(BASE | overrides), **plain)
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

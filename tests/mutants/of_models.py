@@ -99,6 +99,19 @@ EDITS = {
             "tests/models/test_parity.py -k llama-plain",
         ),
     ],
+    ("models/experts.py", "tests/models/test_experts.py"): [
+        ("if experts.normalised:", "if not experts.normalised:"),
+        (
+            "jnp.moveaxis(lax.stop_gradient(probs_XBT), 0, -1), count)",
+            "probs_XBT, count)",
+        ),
+        ("(stops_X - blocks_X) * block", "stops_X * block"),
+        ("given < experts.num, given, routes)", "given <= experts.num, given, routes)"),
+        ("lax.axis_index(holders) * len(gate_up) if holders else 0", "0"),
+        ("y_DCBT[:, c] * shares_CBT[c]", "y_DCBT[:, c] * shares_CBT[0]"),
+        ("one.dot(own, weight[expert], 1, 0)", "one.dot(own, weight[0], 1, 0)"),
+        ("return jnp.sum(back, axis=1), None, None", "return back[:, 0], None, None"),
+    ],
     ("models/drafters/drafter.py", "tests/models/drafters"): [
         ("return low - 1, mid - 1, high - 1", "return low, mid, high"),
         ("if not 2 < chosen[1] < chosen[2]:", "if not 2 < chosen[1] <= chosen[2]:"),

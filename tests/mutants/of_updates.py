@@ -58,6 +58,13 @@ EDITS = {
         ),
         ("shaped[i] -= cfg.kl_coef * kl.sum()", "shaped[i] -= cfg.kl_coef * kl.mean()"),
     ],
+    ("rl/update/routing.py", "tests/rl/update/test_routing.py"): [
+        ("jnp.sort(x, axis=1) for x in", "x for x in"),
+        ("known_LCBT[:, 0] < num_experts", "known_LCBT[:, 0] <= num_experts"),
+        ("cfg.balance_coef * balance + cfg.z_coef * z, sums", "0.0 * balance, sums"),
+        ("if routes is None or not cfg.replay:", "if True:"),
+        ("return len(chosen_X) * jnp.sum", "return jnp.sum"),
+    ],
     ("rl/update/policy_gradient.py", _UPDATER): [
         (
             "rollout_logprobs=lay_out(rollout_logprobs),",
@@ -126,7 +133,7 @@ EDITS = {
             "reference = self._logprobs(self.train_state.params, batch)",
         ),
         (
-            "old_logprobs = self._logprobs(self.train_state.params, batch)",
+            "old_logprobs = self._logprobs(self.train_state.params, batch, own)",
             "old_logprobs = batch.logprobs",
         ),
     ],

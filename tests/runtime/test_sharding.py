@@ -1,5 +1,7 @@
 """Logical axes to mesh axes, on eight simulated devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,12 +77,36 @@ def test_weights_split_by_rules():
     )
     specs = jax.tree.map(lambda s: tuple(s.spec), shardings)
     assert specs.embed == ("tensor", "fsdp")
+    assert specs.layers.router is None
     assert specs.layers.qkv == (None, "tensor", None, None, "fsdp")
     assert specs.layers.gate_up == (None, None, "tensor", "fsdp")
     assert specs.layers.down == (None, "fsdp", "tensor")
     assert specs.final_norm == (None,)
     params = jax.device_put(params_lib.init(TINY, jax.random.key(0)), shardings)
     assert params.layers.down.addressable_shards[0].data.shape == (2, 8, 12)
+
+
+def test_experts_have_an_axis_of_their_own():
+    """Other weights are split over it as over `fsdp`; batches as well."""
+    mesh = sharding.make_mesh(1, 2, 2, expert=2)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+    experts = model_config.Experts(num=4, per_token=2, d_ff=8)
+    cfg = dataclasses.replace(TINY, family="qwen3_moe", experts=experts)
+    axes, shapes = params_lib.logical_axes(cfg), params_lib.abstract(cfg)
+    specs = jax.tree.map(
+        lambda s: tuple(s.spec), sharding.tree_shardings(mesh, RULES, axes, shapes)
+    )
+    assert specs.embed == ("tensor", ("fsdp", "expert"))
+    assert specs.layers.gate_up == (None, "expert", None, "tensor", "fsdp")
+    assert specs.layers.down == (None, "expert", "fsdp", "tensor")
+    assert specs.layers.router == (None, None, ("fsdp", "expert"))
+    spec = sharding.named(mesh, RULES, ("batch",), (16,)).spec
+    assert tuple(spec) == (("data", "fsdp", "expert"),)
+    few = model_config.Experts(num=3, per_token=2, d_ff=8)
+    cfg = dataclasses.replace(cfg, experts=few)
+    axes, shapes = params_lib.logical_axes(cfg), params_lib.abstract(cfg)
+    with pytest.raises(ValueError, match=r"gate_up: axis 1 \(expert\) of shape \(2, 3"):
+        sharding.tree_shardings(mesh, RULES, axes, shapes)
 
 
 def test_batch_splits_over_data_and_fsdp():

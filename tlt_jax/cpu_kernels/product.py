@@ -23,13 +23,13 @@ from tlt_jax.types import Array
 
 I64, POINTER, VOID = code_lib.I64, code_lib.POINTER, code_lib.VOID
 # Weights times vectors that one thread should have, or waking it does not pay.
-_GRAIN = 32768
+GRAIN = 32768
 # Chunks per thread: threads that started late leave some to the others.
 _CHUNKS = 4
 # Rows of a transposed result that are collected before they are written.
 _STAGE_ROWS = 64
 # A multiple of every block's steps of k in one pass.
-_STEPS = 4
+STEPS = 4
 
 _COLUMNS_FIRST, _ROWS_FIRST = "tlt_jax_product", "tlt_jax_product_transposed"
 # What chunks of rows read.
@@ -101,7 +101,7 @@ def _call(name: str, weight: Array, x: Array, shape: tuple[int, ...]) -> Array:
 def kernel(features: frozenset[str]) -> code_lib.Module:
     """Write the kernel for a CPU with these features, as LLVM names them."""
     module = job_lib.begin(ffi.has_fma(features))
-    blocks = _blocks(features)
+    blocks = blocks_of(features)
     for block in blocks:
         block.write(module)
     _write_chunk(module)
@@ -111,7 +111,7 @@ def kernel(features: frozenset[str]) -> code_lib.Module:
     return module
 
 
-def _blocks(
+def blocks_of(
     features: frozenset[str],
 ) -> list[product_blocks.WideBlock | product_blocks.TurnedBlock]:
     """Choose blocks: for less rows than others have, then narrowest to widest."""
@@ -197,16 +197,9 @@ def _write_call(
         code.ret(code_lib.NULL)
 
     # Panels of equal width, as few as can be, of the narrowest block that holds them.
-    single, *blocks = blocks
-    widest = code.number(blocks[-1].width)
-    panels = code.over(n, widest)
+    panels = code.over(n, blocks[-1].width)
     share = code.over(n, panels)
-    chosen = _numbers_of(code, blocks[-1])
-    for block in reversed(blocks[:-1]):
-        fits = code.icmp_signed("<=", share, code.number(block.width))
-        chosen = _selected(code, fits, _numbers_of(code, block), chosen)
-    is_low = code.icmp_signed("<", num_rows, chosen["rows"])
-    chosen = _selected(code, is_low, _numbers_of(code, single), chosen)
+    chosen = choose(code, blocks, share, num_rows)
     width, rows = chosen["width"], chosen["rows"]
     is_packed = code.icmp_signed("!=", chosen["is_packed"], code.number(0))
     fits = code.icmp_signed("==", n, width)
@@ -216,7 +209,7 @@ def _write_call(
     reach = code.times(code.over(n, width), width)
     spare = code.plus(code.times(size, n), code.times(reach, -1), n)
     within = code.udiv(code.most(spare, 0), n)
-    safe = code.and_(code.least(within, size), code.number(-_STEPS))
+    safe = code.and_(code.least(within, size), code.number(-STEPS))
     main = code.select(is_packed, size, safe)
     rest = code.times(code.sub(size, main), n)
     copied = code.select(fits, code.number(0), code.times(size, width))
@@ -237,7 +230,7 @@ def _write_call(
     # Threads that the work is worth, and chunks.
     num_blocks = code.over(num_rows, rows)
     work = code.times(num_rows, size, chosen["vectors"], panels)
-    worth = code.plus(code.udiv(work, code.number(_GRAIN)), 1)
+    worth = code.plus(code.udiv(work, code.number(GRAIN)), 1)
     threads = code.least(call.threads(), worth)
     is_alone = code.icmp_signed("<=", threads, code.number(1))
     wished = code.select(is_alone, code.number(1), code.times(threads, _CHUNKS))
@@ -247,6 +240,26 @@ def _write_call(
     values |= dict(per_chunk=per_chunk, transposed=code.number(transposed))
     _FIELDS.store(code, job, values)
     call.run(job, "product_chunk", code.over(num_blocks, per_chunk), threads)
+
+
+def choose(
+    code: code_lib.Code,
+    blocks: Sequence[product_blocks.WideBlock | product_blocks.TurnedBlock],
+    columns: ir.Value,
+    num_rows: ir.Value,
+) -> dict[str, ir.Value]:
+    """Choose the narrowest of `blocks_of` that holds so many columns, see its numbers.
+
+    Where the weight has fewer rows than it, that is the block of one row, which takes
+    more than one panel for them.
+    """
+    single, *blocks = blocks
+    chosen = _numbers_of(code, blocks[-1])
+    for block in reversed(blocks[:-1]):
+        fits = code.icmp_signed("<=", columns, code.number(block.width))
+        chosen = _selected(code, fits, _numbers_of(code, block), chosen)
+    is_low = code.icmp_signed("<", num_rows, chosen["rows"])
+    return _selected(code, is_low, _numbers_of(code, single), chosen)
 
 
 def _numbers_of(code, block) -> dict[str, ir.Value]:

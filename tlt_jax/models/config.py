@@ -6,8 +6,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Family = Literal["llama", "qwen2", "qwen3"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 FAMILIES: tuple[Family, ...] = typing.get_args(Family)
+# Families of mixtures, each with the one whose dense layers are alike otherwise.
+MIXTURES: Mapping[str, Family] = {"qwen3_moe": "qwen3", "mixtral": "llama"}
 
 # Far beyond any model: what says more is damaged, and would ask for all memory.
 MOST: Mapping[str, int] = {
@@ -18,8 +20,10 @@ MOST: Mapping[str, int] = {
     "num_heads": 2**12,
     "num_kv_heads": 2**12,
     "head_dim": 2**12,
+    "num_experts": 2**15,
     "max_positions": 2**31 - 1,
 }
+_SIZES = tuple(name for name in MOST if name != "num_experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,48 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """Feed-forward blocks of which a router chooses a few for every token.
+
+    The router's probabilities are a softmax over all experts; the largest are chosen.
+    Where a model takes the softmax over the chosen ones alone, that is the same as
+    `normalised`.
+
+    Attributes:
+      num: experts of a layer.
+      per_token: experts that a token passes, at most `num`.
+      d_ff: feed-forward dimension of one expert, the F of its weights.
+      normalised: the chosen experts' probabilities are divided by their sum.
+    """
+
+    num: int
+    per_token: int
+    d_ff: int
+    normalised: bool = True
+
+    def __post_init__(self):
+        for name, most in (("num", MOST["num_experts"]), ("d_ff", MOST["d_ff"])):
+            size = getattr(self, name)
+            if type(size) is not int or not 0 < size <= most:
+                raise ValueError(
+                    f"experts.{name}={str(size)[:40]}; accepted: an integer from 1 to "
+                    f"{most}."
+                )
+        if type(self.per_token) is not int or not 0 < self.per_token <= self.num:
+            raise ValueError(
+                f"experts.per_token={str(self.per_token)[:40]}; accepted: an integer "
+                f"from 1 to the {self.num} experts of a layer."
+            )
+        if not isinstance(self.normalised, bool):
+            raise ValueError("experts.normalised is neither True nor False.")
+
+    @property
+    def route_dtype(self) -> str:
+        """Of an expert's number where many are kept; `num` stands for none."""
+        return "uint8" if self.num < 2**8 else "uint16"
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder: what is computed, not how or where.
 
@@ -77,6 +123,8 @@ class ModelConfig:
       windowed_layers: length L; which layers are windowed. Empty: none.
       max_positions: longest context that the weights are said to support.
       bos_id, eos_ids, pad_id: special tokens; `eos_ids` ends a completion.
+      experts: every layer's feed-forward block is a mixture of them, and `d_ff` that of
+        a dense block beside it, which only a drafter has; None: dense blocks.
     """
 
     family: Family
@@ -101,10 +149,11 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    experts: Experts | None = None
 
     def __post_init__(self):
-        for name, most in MOST.items():
-            size = getattr(self, name)
+        for name in _SIZES:
+            size, most = getattr(self, name), MOST[name]
             if type(size) is not int or not 0 < size <= most:
                 raise ValueError(
                     f"{name}={str(size)[:40]}; accepted: an integer from 1 to {most}."
@@ -130,6 +179,8 @@ class ModelConfig:
                 f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of "
                 "dimensions."
             )
+        if self.experts is not None and self.mlp_bias:
+            raise ValueError("mlp_bias=True with experts: experts have no biases.")
         if self.windowed_layers and len(self.windowed_layers) != self.num_layers:
             raise ValueError(
                 f"windowed_layers has {len(self.windowed_layers)} entries for "
@@ -162,6 +213,9 @@ class ModelConfig:
         given = dict(fields)
         if given["rope_scaling"] is not None:
             given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+        # Written before there were experts it has no entry.
+        if given.get("experts") is not None:
+            given["experts"] = Experts(**given["experts"])
         for name in ("windowed_layers", "eos_ids"):
             given[name] = tuple(given[name])
         return cls(**given)
@@ -170,6 +224,11 @@ class ModelConfig:
     def heads_per_kv(self) -> int:
         """G, query heads served by one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    def dense(self) -> "ModelConfig":
+        """Describe the same model with dense blocks in place of experts."""
+        family = MIXTURES.get(self.family, self.family)
+        return dataclasses.replace(self, family=family, experts=None)
 
     def window(self, layer: int) -> int | None:
         """Width in tokens of `layer`'s window, or None where it sees everything."""

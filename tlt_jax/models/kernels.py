@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from tlt_jax.cpu_kernels import attention as cpu_attention
-from tlt_jax.cpu_kernels import choice, gumbel
+from tlt_jax.cpu_kernels import choice, grouped, gumbel
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.pallas_kernels.verify_attention import page_layout
 from tlt_jax.runtime import sharding
@@ -22,12 +22,23 @@ ATTENTION_CHOICES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Split:
+    """Devices of a program, and which of their axes split what."""
+
+    mesh: jax.sharding.Mesh
+    rules: sharding.ShardingRules
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernels:
     """Kernels of a program; what has a kernel has no derivative.
 
     Attributes:
       products: of weights and few columns: `xla`, or `native` for programs on one CPU
         device in float32, see `cpu_kernels.choice`.
+      ragged: products of many experts are `jax.lax.ragged_dot`, which is for
+        accelerators; see `models.experts`.
+      split: devices among which experts and rows are divided by hand; None: one device.
       attention: over a paged cache; None: the portable walk over pages.
       native_attention: where shapes allow it, by the native kernel instead, for the
         same programs as native products; see `cpu_kernels.attention`.
@@ -41,6 +52,8 @@ class Kernels:
     """
 
     products: str = "xla"
+    ragged: bool = False
+    split: Split | None = None
     attention: verify_attention.Implementation | None = None
     native_attention: bool = False
     checked: bool = False
@@ -61,6 +74,18 @@ class Kernels:
 
 PORTABLE = Kernels()
 NATIVE = Kernels("native", noise=gumbel.gumbel, draw=gumbel.draw, rank=gumbel.rank)
+
+
+def for_experts(kernels: Kernels, split: Split) -> Kernels:
+    """Settle how a program on these devices multiplies by a mixture's experts."""
+    if kernels.is_native:
+        # Here, and not by the threads that trace programs: it is registered once.
+        grouped.register()
+    return dataclasses.replace(
+        kernels,
+        ragged=split.mesh.devices.flat[0].platform != "cpu",
+        split=split if split.mesh.size > 1 else None,
+    )
 
 
 def choose(

@@ -37,12 +37,15 @@ class PagedCache:
       keys, values: `[L, num_pages, K, H, page_size]`.
       features: `[1, num_pages, 1, n x D, page_size]` or None, what a drafter reads.
       packing: features that lie side by side in each of these; 1: columns.
+      routes: `[1, num_pages, 1, L x C, page_size]` of unsigned integers or None, the
+        experts that a mixture chose for each position.
     """
 
     keys: Array
     values: Array
     features: Array | None = None
     packing: int = struct.field(pytree_node=False, default=1)
+    routes: Array | None = None
 
     @property
     def num_pages(self) -> int:
@@ -82,6 +85,7 @@ def create(
     dtype,
     feature_size: int = 0,
     packing: int = 1,
+    keep_routes: bool = False,
 ) -> PagedCache:
     """Make an empty cache, zeros.
 
@@ -92,10 +96,17 @@ def create(
       dtype: of everything in it.
       feature_size: n x D, features kept of each position; 0: none.
       packing: see `page_layout`; divides `feature_size`.
+      keep_routes: of a mixture of experts, its routes are kept, too.
     """
 
-    def zeros(*shape):
+    def zeros(*shape, dtype=dtype):
         return page_layout.pack(jnp.zeros((*shape, page_size), dtype), packing)
+
+    routes = None
+    if keep_routes:
+        count = cfg.num_layers * cfg.experts.per_token
+        size = page_layout.padded(count, packing)
+        routes = zeros(1, num_pages, 1, size, dtype=cfg.experts.route_dtype)
 
     num_features = page_layout.padded(cfg.head_dim, packing)
     shape = (cfg.num_layers, num_pages, cfg.num_kv_heads, num_features)
@@ -104,6 +115,7 @@ def create(
         values=zeros(*shape),
         features=zeros(1, num_pages, 1, feature_size) if feature_size else None,
         packing=packing,
+        routes=routes,
     )
 
 
@@ -122,6 +134,7 @@ def append(
     counts: Array,
     *,
     features: Array | None = None,
+    routes: Array | None = None,
     sources: Array | None = None,
 ) -> PagedCache:
     """Write `counts` fresh columns of each row behind its `lengths` old ones.
@@ -133,13 +146,14 @@ def append(
       lengths: `[B] int32`, columns that the row holds already.
       counts: `[B] int32`, columns to write, not more than `sources` names.
       features: `[n x D, B, T]`, of the same columns; None where the cache has none.
+      routes: `[L, C, B, T]`, theirs as well; read where the cache keeps them.
       sources: `[B, A] int32`, which of the B x T fresh columns to write, in order (then
         they need not stand by row); None: the first of each row.
     """
     if sources is None:
         num_rows, width = jax.tree.leaves(keys)[0].shape[-2:]
         sources = jnp.arange(num_rows * width).reshape(num_rows, width)
-    fresh = _fresh(cache, keys, values, features)
+    fresh = _fresh(cache, keys, values, features, routes)
     # Columns of packed pages are no columns in memory.
     columns = cache.packing == 1
     return lax.platform_dependent(
@@ -258,6 +272,7 @@ def append_pages(
     counts: Array,
     *,
     features: Array | None = None,
+    routes: Array | None = None,
 ) -> PagedCache:
     """Write fresh columns page by page, where rows start at page boundaries.
 
@@ -270,7 +285,7 @@ def append_pages(
       ValueError: T is no multiple of the page size.
     """
     num_rows, width = jax.tree.leaves(keys)[0].shape[-2:]
-    fresh = _fresh(cache, keys, values, features)
+    fresh = _fresh(cache, keys, values, features, routes)
     page_size = cache.page_size
     # With that no write begins or ends within a page.
     if width % page_size:
@@ -382,6 +397,14 @@ def read_feature_pages(cache: PagedCache, pages: Array) -> Array:
     return cache.columns(cache.features[0, pages, 0])
 
 
+def read_route_pages(cache: PagedCache, pages: Array) -> Array:
+    """Read the routes that whole pages `[n] int32` keep, `[n, L x C, page_size]`.
+
+    Behind them may be rows that packing needs.
+    """
+    return cache.columns(cache.routes[0, pages, 0])
+
+
 def _as_it_lies(pages: Array) -> Array:
     """Keep the compiler from laying pages out otherwise between the kernel's calls."""
     by_lanes = [axis for axis in (4, 3) if pages.shape[axis] % page_layout.LANES == 0]
@@ -397,7 +420,7 @@ def _padded(block: Array, num_features: int) -> Array:
     return jnp.pad(block, [(0, spare if i == 3 else 0) for i in range(block.ndim)])
 
 
-def _fresh(cache, keys: Fresh, values: Fresh, features: Array | None) -> PagedCache:
+def _fresh(cache, keys: Fresh, values: Fresh, features, routes=None) -> PagedCache:
     """Bring fresh columns into the order of the pages' axes, `[L, K, H, B x T]`."""
     if (features is None) != (cache.features is None):
         raise ValueError(
@@ -408,7 +431,10 @@ def _fresh(cache, keys: Fresh, values: Fresh, features: Array | None) -> PagedCa
     if features is not None:
         features = features[None, None]
     stacked = (jnp.stack(x) if isinstance(x, tuple) else x for x in (keys, values))
-    fresh = PagedCache(*stacked, features, cache.packing)
+    routes = (
+        None if cache.routes is None else routes.reshape(1, 1, -1, *routes.shape[2:])
+    )
+    fresh = PagedCache(*stacked, features, cache.packing, routes)
     return jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), fresh)
 
 

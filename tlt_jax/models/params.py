@@ -48,10 +48,11 @@ class LayerParams:
       out: `[D, K, G, H]`.
       out_bias: `[D]` or None.
       mlp_norm: `[D]`.
-      gate_up: `[2, F, D]`, gate first.
+      gate_up: `[2, F, D]`, gate first; of experts `[X, 2, F, D]`.
       gate_up_bias: `[2, F]` or None.
-      down: `[D, F]`.
+      down: `[D, F]`; of experts `[X, D, F]`.
       down_bias: `[D]` or None.
+      router: `[X, D]`, where the block is a mixture of X experts, or None.
     """
 
     attn_norm: jax.Array
@@ -66,6 +67,7 @@ class LayerParams:
     out_bias: jax.Array | None = None
     gate_up_bias: jax.Array | None = None
     down_bias: jax.Array | None = None
+    router: jax.Array | None = None
 
 
 @struct.dataclass
@@ -102,20 +104,28 @@ def describe(cfg: model_config.ModelConfig) -> Params:
 
     # The kv heads' axis is the one that devices split: G + 2 and H stay whole.
     heads = (k, g + 2, h)
+    # Experts stand side by side, and devices may have some of them each.
+    experts = cfg.experts
+    f = f if experts is None else experts.d_ff
+    each = () if experts is None else (experts.num,)
+    each_axes = ("expert",) * len(each)
     head_axes = ("kv_heads", None, None)
     layers = LayerParams(
         attn_norm=layer((d,), (None,), "ones"),
         qkv=layer((*heads, d), (*head_axes, "embed"), "normal", d),
         out=layer((d, k, g, h), ("embed", *head_axes), "normal", k * g * h),
         mlp_norm=layer((d,), (None,), "ones"),
-        gate_up=layer((2, f, d), (None, "mlp", "embed"), "normal", d),
-        down=layer((d, f), ("embed", "mlp"), "normal", f),
+        gate_up=layer(
+            (*each, 2, f, d), (*each_axes, None, "mlp", "embed"), "normal", d
+        ),
+        down=layer((*each, d, f), (*each_axes, "embed", "mlp"), "normal", f),
         qkv_bias=layer(heads, head_axes, "zeros") if cfg.qkv_bias else None,
         q_norm=layer((h,), (None,), "ones") if cfg.qk_norm else None,
         k_norm=layer((h,), (None,), "ones") if cfg.qk_norm else None,
         out_bias=layer((d,), (None,), "zeros") if cfg.out_bias else None,
         gate_up_bias=(layer((2, f), (None, "mlp"), "zeros") if cfg.mlp_bias else None),
         down_bias=layer((d,), (None,), "zeros") if cfg.mlp_bias else None,
+        router=layer((*each, d), (None, "embed"), "normal", d) if experts else None,
     )
     table = Weight((v, d), ("vocab", "embed"), "normal", d)
     return Params(

@@ -16,6 +16,7 @@ from jax import lax
 from tlt_jax.cpu_kernels import product as cpu_product
 from tlt_jax.models import (
     attention,
+    experts,
     kernel_attention,
     kv_cache,
     layers,
@@ -44,12 +45,14 @@ class Output:
       keys, values: `[L, K, H, B, T]`, keys rotated; a tuple of L where the layers are
         unrolled; None if not asked for.
       features: tuple of `[D, B, T]`, outputs of the layers asked for, before any norm.
+      routing: of all layers, see `experts.Routing`; None where blocks are dense.
     """
 
     hidden: Array
     keys: kv_cache.Fresh | None
     values: kv_cache.Fresh | None
     features: tuple[Array, ...]
+    routing: experts.Routing | None = None
 
 
 def forward(
@@ -61,6 +64,7 @@ def forward(
     view: kv_cache.CacheView | None = None,
     rows: ragged.Ragged | None = None,
     *,
+    routes: Array | None = None,
     dtype=jnp.float32,
     features: tuple[int, ...] = (),
     with_cache_columns: bool = True,
@@ -79,6 +83,8 @@ def forward(
       view: the cached past, seen by every fresh token; None: there is none.
       rows: where the view's rows lie in one row of N columns: then T = N and B = 1 of
         all arrays but the view's and the visibility's, `[B, W, W]`; None: as they do.
+      routes: `[L, C, B, T] int32`, experts to take in place of those that routers
+        choose, see `experts.mlp`; None: none are given.
       dtype: of activations and products; norms, softmax and scores are float32.
       features: indices of layers whose outputs are returned.
       with_cache_columns: return the new keys and values.
@@ -109,10 +115,11 @@ def forward(
     x_DBT = constrain(jnp.moveaxis(params.embed[tokens].astype(dtype), -1, 0))
     by_row = positions if rows is None else rows.unpack(positions)
     where = dict(positions=by_row, visibility=visibility, view=view)
+    is_token = None if visibility.segment is None else visibility.segment >= 0
 
     # One layer for both ways to walk them: its index is an int where they are unrolled,
     # and traced where they are scanned over.
-    def one_layer(layer, x_DBT, index, window):
+    def one_layer(layer, x_DBT, index, window, given):
         attend = functools.partial(
             attend_parts, **where, index=index, window=window, kernel=kernels.attention
         )
@@ -129,20 +136,26 @@ def forward(
                 visibility=visibility,
                 rows=rows,
             )
-        x_DBT, keys, values = decoder_layer(
-            layer, x_DBT, cfg, rope, attend, kernels, attend_columns=native
+        x_DBT, keys, values, routing = decoder_layer(
+            *(layer, x_DBT, cfg, rope, attend, kernels),
+            attend_columns=native,
+            is_token=is_token,
+            routes=given,
         )
         x_DBT = constrain(x_DBT)
         # [K, H, B, T] each: read once more by whoever appends them, and never here.
-        return x_DBT, (keys, values) if with_cache_columns else (None, None)
+        columns = (keys, values) if with_cache_columns else (None, None)
+        return x_DBT, (*columns, routing)
 
     if remat != "none":
         policy = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
         one_layer = jax.checkpoint(one_layer, policy=policy)
     run = _unrolled if isinstance(params.layers, tuple) else _scanned
-    x_DBT, (keys, values), kept = run(params, cfg, one_layer, x_DBT, features)
+    x_DBT, (keys, values, routing), kept = run(
+        params, cfg, one_layer, x_DBT, features, routes
+    )
     hidden = layers.rms_norm(x_DBT, params.final_norm, cfg.rms_norm_eps)
-    return Output(hidden=hidden, keys=keys, values=values, features=kept)
+    return Output(hidden, keys, values, kept, routing)
 
 
 def checked_view(
@@ -218,17 +231,20 @@ def head_logits(
     return jnp.moveaxis(lax.optimization_barrier(logits_first), 0, -1)
 
 
-def _unrolled(params, cfg, one_layer, x_DBT, features):
+def _unrolled(params, cfg, one_layer, x_DBT, features, routes):
     columns, outputs = [], []
     for index, layer in enumerate(params.layers):
-        x_DBT, fresh = one_layer(layer, x_DBT, index, cfg.window(index))
+        given = None if routes is None else routes[index]
+        x_DBT, fresh = one_layer(layer, x_DBT, index, cfg.window(index), given)
         columns.append(fresh)
         outputs.append(x_DBT)
-    keys, values = zip(*columns, strict=True)
-    return x_DBT, (keys, values), tuple(outputs[i] for i in features)
+    keys, values, routing = zip(*columns, strict=True)
+    # Small beside keys and values, which stay apart.
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *routing) if cfg.experts else None
+    return x_DBT, (keys, values, stacked), tuple(outputs[i] for i in features)
 
 
-def _scanned(params, cfg, one_layer, x_DBT, features):
+def _scanned(params, cfg, one_layer, x_DBT, features, routes):
     # A scan's layers are one program: a window is then a number for each of them, and
     # those without one get one that nothing exceeds.
     windows = None
@@ -243,13 +259,13 @@ def _scanned(params, cfg, one_layer, x_DBT, features):
 
     def body(carry, scanned):
         x_DBT, kept = carry
-        index, layer, window = scanned
-        x_DBT, fresh = one_layer(layer, x_DBT, index, window)
+        index, layer, window, given = scanned
+        x_DBT, fresh = one_layer(layer, x_DBT, index, window, given)
         for slot, wanted in enumerate(features):
             kept = kept.at[slot].set(jnp.where(index == wanted, x_DBT, kept[slot]))
         return (x_DBT, kept), fresh
 
-    xs = (jnp.arange(cfg.num_layers), params.layers, windows)
+    xs = (jnp.arange(cfg.num_layers), params.layers, windows, routes)
     (x_DBT, kept), columns = lax.scan(body, (x_DBT, kept), xs)
     return x_DBT, columns, tuple(kept[i] for i in range(len(features)))
 
@@ -263,7 +279,9 @@ def decoder_layer(
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
     attention_input: Array | None = None,
     attend_columns: Callable[..., tuple[Array, Array, Array]] | None = None,
-) -> tuple[Array, Array, Array]:
+    is_token: Array | None = None,
+    routes: Array | None = None,
+) -> tuple[Array, Array, Array, experts.Routing | None]:
     """Compute one layer: attention and feed-forward block, each behind its norm.
 
     Args:
@@ -279,9 +297,11 @@ def decoder_layer(
       attend_columns: takes the place of `attend` and of rotation: takes queries, keys
         and values `[K, G + 2, H, B, T]` and `rope`, returns heads `[K, G, H, B, T]`,
         and rotated keys and values `[K, H, B, T]`.
+      is_token, routes: of a mixture of experts, see `experts.mlp`.
 
     Returns:
-      The layer's output `[D, B, T]` and its keys and values `[K, H, B, T]`.
+      The layer's output `[D, B, T]`, its keys and values `[K, H, B, T]`, and what its
+      router did, None where the block is dense.
     """
     normed = attention_input
     if normed is None:
@@ -292,7 +312,12 @@ def decoder_layer(
     # Both blocks add to what came in, and read it normed.
     x_DBT = x_DBT + attended_DBT
     normed_DBT = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)
-    return x_DBT + layers.mlp(layer, normed_DBT, kernels), keys, values
+    if cfg.experts is None:
+        return x_DBT + layers.mlp(layer, normed_DBT, kernels), keys, values, None
+    mixed_DBT, routing = experts.mlp(
+        *(layer, normed_DBT, cfg.experts, kernels), is_token=is_token, given=routes
+    )
+    return x_DBT + mixed_DBT, keys, values, routing
 
 
 def attend_parts(

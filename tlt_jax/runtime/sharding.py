@@ -5,7 +5,8 @@ mesh axes each name is split over. Partition specs are made here and nowhere els
 
 The mesh has three axes. `data`: copies of the weights, each with its part of the
 batch. `fsdp`: weights and batch both split. `tensor`: heads, feed-forward and
-vocabulary split.
+vocabulary split. That of a mixture of experts may have a fourth, `expert`: experts and
+batch both split, and other weights as by `fsdp`.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
+_WITH_EXPERTS = ("data", "fsdp", "expert", "tensor")
 
 # Logical names of one array's axes; None: never split.
 Axes = tuple[str | None, ...]
@@ -27,12 +29,13 @@ Axes = tuple[str | None, ...]
 class ShardingRules:
     """Mesh axes over which each logical axis is split; empty: not split."""
 
-    embed: tuple[str, ...] = ("fsdp",)  # D, of weights.
+    embed: tuple[str, ...] = ("fsdp", "expert")  # D, of weights.
     mlp: tuple[str, ...] = ("tensor",)  # F.
     kv_heads: tuple[str, ...] = ("tensor",)  # K, of weights and of the cache.
     vocab: tuple[str, ...] = ("tensor",)  # V.
+    expert: tuple[str, ...] = ("expert",)  # X.
     layer: tuple[str, ...] = ()  # L.
-    batch: tuple[str, ...] = ("data", "fsdp")  # Rows of any batch.
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")  # Rows of any batch.
     # T, of the activations between layers that training keeps.
     sequence: tuple[str, ...] = ("tensor",)
     page: tuple[str, ...] = ()  # Pages of the cache.
@@ -40,10 +43,10 @@ class ShardingRules:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             for axis in getattr(self, field.name):
-                if axis not in MESH_AXES:
+                if axis not in _WITH_EXPERTS:
                     raise ValueError(
                         f"{field.name}={getattr(self, field.name)!r} names no mesh axis"
-                        f" {axis!r}: use {', '.join(MESH_AXES)}."
+                        f" {axis!r}: use {', '.join(_WITH_EXPERTS)}."
                     )
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
@@ -63,14 +66,16 @@ def make_mesh(
     fsdp: int = -1,
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
+    *,
+    expert: int = 1,
 ) -> Mesh:
-    """Arrange devices as a (data, fsdp, tensor) mesh.
+    """Arrange devices as a (data, fsdp, tensor) mesh, or as one with `expert`.
 
     Those of one process stand side by side, `tensor` first.
 
     Args:
-      data, fsdp, tensor: devices along each axis, at least 1; at most one is -1 and
-        takes all that remain.
+      data, fsdp, tensor, expert: devices along each axis, at least 1; at most one is -1
+        and takes all that remain. Without `expert`, 1, the mesh has no such axis.
       devices: the devices to use, default all. Sizes without a -1 may ask for fewer:
         the first ones are taken.
 
@@ -78,8 +83,12 @@ def make_mesh(
       ValueError: the sizes do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, tensor]
+    axes, sizes = MESH_AXES, [data, fsdp, tensor]
+    if expert != 1:
+        axes, sizes = _WITH_EXPERTS, [data, fsdp, expert, tensor]
+    kinds = (AxisType.Auto,) * len(axes)
     asked = f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
+    asked += f", expert={expert}" if expert != 1 else ""
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"{asked}: give sizes of at least 1, at most one of them -1.")
     fixed = math.prod(size for size in sizes if size != -1)
@@ -101,15 +110,20 @@ def make_mesh(
         devices.sort(key=lambda device: device.process_index)
     elif total == len(jax.devices()) and devices == jax.devices():
         # Lets the backend order the devices by their links.
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        return jax.make_mesh(tuple(sizes), axes, axis_types=kinds)
     grid = np.array(devices[:total]).reshape(sizes)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, axes, axis_types=kinds)
 
 
 def regrouped(mesh: Mesh, tensor: int) -> Mesh:
     """Return the mesh of the same devices, in their order, in groups of `tensor`."""
     grid = mesh.devices.reshape(1, -1, tensor)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def num_parts(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Return into how many parts these axes split; one that is not there does not."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def named(
@@ -122,7 +136,7 @@ def named(
     """Return the sharding of an array whose axes are called `axes`.
 
     Args:
-      mesh: with the axes of `MESH_AXES`.
+      mesh: of `make_mesh`; axes that it does not have split nothing.
       rules: logical to mesh axes. A mesh axis serves one array axis: of two that ask
         for it the first gets it.
       axes: a logical name or None per array axis; trailing ones may be left out.
@@ -136,8 +150,9 @@ def named(
     used: set[str] = set()
     spec = []
     for i, name in enumerate(axes):
-        wanted = tuple(a for a in rules.mesh_axes(name) if a not in used)
-        parts = math.prod(mesh.shape[a] for a in wanted)
+        there = (axis for axis in rules.mesh_axes(name) if axis in mesh.shape)
+        wanted = tuple(axis for axis in there if axis not in used)
+        parts = num_parts(mesh, wanted)
         if shape is not None and shape[i] % parts:
             if not replicate:
                 raise ValueError(

@@ -37,10 +37,12 @@ class Pretrain:
     Attributes:
       num_layers: layers.
       d_model: model dimension.
-      d_ff: feed-forward dimension.
+      d_ff: feed-forward dimension, of each expert where there are some.
       num_heads: attention heads.
       num_kv_heads: key/value heads; divide num_heads.
       head_dim: dimension of a head; even.
+      num_experts: experts of each layer's feed-forward block; 0: a dense block.
+      experts_per_token: experts that a token passes; at most num_experts.
       steps: supervised steps.
       num_rows: rows per step, each as long as the longest question with the longest
         answer and holding as many as fit.
@@ -55,6 +57,8 @@ class Pretrain:
     num_heads: int = schema.number(4, 1, 2**12)
     num_kv_heads: int = schema.number(2, 1, 2**12)
     head_dim: int = schema.number(16, 2, 2**12)
+    num_experts: int = schema.number(0, 0, 2**15)
+    experts_per_token: int = schema.number(2, 1, 2**15)
     steps: int = schema.number(300, 0, 10**9)
     num_rows: int = schema.number(64, 1, 10**6)
     learning_rate: float = schema.number(3e-3, above=0.0, high=1e3)
@@ -266,6 +270,12 @@ class Learner:
         trainer where a batch takes several updates (with one they are the update's
         own), so that weights depend on the tokens alone; or recorded by the `rollout`,
         which saves that pass and differs in last bits with the batches of its rows.
+      routes: of a mixture of experts: the trainer's forward chooses experts itself
+        (`own`), or takes those that the rollout chose (`replay`).
+      load_balancing_coef: of a mixture of experts: weight of the loss that evens out
+        how many tokens each expert gets; 0: off.
+      router_z_coef: of a mixture of experts: weight of the mean squared log of the
+        routers' normalisers, which keeps their logits small; 0: off.
     """
 
     epochs: int = schema.number(1, 1, 10**4)
@@ -273,6 +283,9 @@ class Learner:
     row_tokens: int = schema.number(2048, 2, 10**8)
     rows_per_micro_batch: int = schema.number(1, 1, 10**6)
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    routes: Literal["own", "replay"] = "own"
+    load_balancing_coef: float = schema.number(0.0, 0.0, 1e3)
+    router_z_coef: float = schema.number(0.0, 0.0, 1e3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,11 +296,13 @@ class Mesh:
       data: copies of the weights, each with its part of the batch.
       fsdp: weights and batch both split.
       tensor: heads, feed-forward and vocabulary split.
+      expert: experts of a mixture and batch both split.
     """
 
     data: int = schema.number(1, -1, 2**20)
     fsdp: int = schema.number(-1, -1, 2**20)
     tensor: int = schema.number(1, -1, 2**20)
+    expert: int = schema.number(1, -1, 2**20)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Settings:
         cache holds none.
       keep_hidden: the cache keeps the last features behind those of the layers, too:
         training the drafter needs them.
+      keep_routes: of a mixture of experts: the cache keeps the routes.
       dtype: of activations.
       kernels: see `transformer.forward`.
     """
@@ -44,6 +45,7 @@ class Settings:
     max_tokens: int = 1
     feature_layers: tuple[int, ...] | None = None
     keep_hidden: bool = False
+    keep_routes: bool = False
     dtype: str = "float32"
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE
 
@@ -183,6 +185,7 @@ def _step(params, rows: Rows, state: _State, settings: Settings) -> _State:
         after(drawn_B, lengths_B),
         alive_B.astype(jnp.int32),
         features=kept_features(out, settings),
+        routes=kept_routes(out, settings),
     )
     # All live rows have drawn equally many tokens: a column of the result is a step.
     column = emitted.num_steps
@@ -283,6 +286,7 @@ def prefill(
         lengths,
         counts,
         features=kept_features(out, settings),
+        routes=kept_routes(out, settings),
     )
 
 
@@ -297,6 +301,11 @@ def kept_features(out: transformer.Output, settings: Settings) -> Array | None:
     if settings.keep_hidden and settings.feature_layers:
         features_FBT = jnp.concatenate([features_FBT, out.hidden])
     return features_FBT
+
+
+def kept_routes(out: transformer.Output, settings: Settings) -> Array | None:
+    """Return what the cache keeps of a forward's routes, `[L, C, B, T]` or None."""
+    return out.routing.routes if settings.keep_routes else None
 
 
 def _put(buffer: Array, column: Array, values: Array) -> Array:

@@ -298,6 +298,7 @@ def _commit(state, rows, out, taken, ended, logprobs, path, settings) -> _State:
         decode.after(walk.tokens, rows.lengths),
         count_B,
         features=decode.kept_features(out, settings),
+        routes=decode.kept_routes(out, settings),
         sources=path,
     )
     # Rows draw differently many tokens: each writes behind what it had; the rest of

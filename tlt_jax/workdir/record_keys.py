@@ -45,6 +45,7 @@ class Key(NamedTuple):
 
 _UPDATE = "where a group carried signal; else null"
 _UPDATED = "where a group carried signal"
+_MIXTURE = "of a mixture of experts, where a group carried signal"
 _SPECULATES = "where a decode call speculated"
 _DRAFTS = "where the learned drafter's drafts were verified"
 _FRESH = "where the drafter was measured since the last row"
@@ -144,6 +145,27 @@ TRAINING = (
         "largest distance of a log-probability of the rollout from the trainer's own",
         _UPDATE,
         stays=True,
+    ),
+    # Mixtures of experts
+    Key(
+        "moe/route_flips",
+        "fraction",
+        "tokens x layers that the trainer sent through other experts than the rollout, "
+        "before the first update; 0 with `learner.routes=replay`",
+        _MIXTURE,
+    ),
+    Key(
+        "moe/load_balancing_loss",
+        "-",
+        "unevenness of the experts' load within a micro-batch, as trained on with "
+        "`learner.load_balancing_coef`; about the experts per token where it is even",
+        _MIXTURE,
+    ),
+    Key(
+        "moe/router_z_loss",
+        "-",
+        "mean squared log of the routers' normalisers, see `learner.router_z_coef`",
+        _MIXTURE,
     ),
     # Rollout
     Key("rollout/tokens", "tokens", "drawn, EOS counted", stays=True),

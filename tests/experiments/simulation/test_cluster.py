@@ -414,3 +414,37 @@ def test_the_planner_says_what_is_wrong(flags, message):
 def test_lengths_beyond_the_limit_are_refused(workdir):
     with pytest.raises(ValueError, match="500 tokens, more than --max-tokens=300"):
         planner.main([f"--lengths={workdir}", "--max-tokens=300"])
+
+
+def test_a_mixtures_step_reads_the_experts_that_its_columns_touch(tmp_path):
+    model = costs.MODELS["qwen3-30b-a3b"]
+    # Of 128 experts a token passes 8; of two tokens' 16 one in sixteen is the same.
+    assert model.mixture.touched_frac(1) == pytest.approx(8 / 128)
+    assert model.mixture.touched_frac(2) == pytest.approx(15.5 / 128)
+    assert model.active_params == pytest.approx(3.3e9, rel=0.05)
+    assert model.read_params(1000) == pytest.approx(model.num_params)
+    assert costs.MODELS["qwen2.5-7b"].read_params(1) == 7.62e9
+    machine = costs.RooflineCosts(costs.DEVICES["h200"], model, 1, layer_s=0.0)
+    one, tree = machine.step_s(1, None, 0), machine.step_s(16, None, 0)
+    experts = 1 - (1 - 8 / 128) ** 16
+    extra = 2 * (experts - 8 / 128) * model.mixture.params
+    assert tree - one == pytest.approx(extra / (4.8e12 * 0.75))
+    # The drafter is dense: attention, three products of 6144, and the target's head.
+    assert model.drafter_params == pytest.approx(376e6, rel=0.01)
+
+    config = dict(
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        intermediate_size=6144,
+        vocab_size=151936,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = planner.model_of(str(tmp_path))
+    assert read.mixture == model.mixture
+    assert read.num_params == pytest.approx(model.num_params, rel=0.01)

@@ -40,7 +40,7 @@ def write(path, model, quantize=None, metadata=(), tensors=(), pre="smollm", ski
       tensors: pairs that are added.
       skip: names of metadata and tensors that are left out.
     """
-    config, arch = model.config, model.config.model_type
+    config, arch = model.config, model.config.model_type.replace("_moe", "moe")
     writer = gguf.GGUFWriter(path, arch)
     values = {
         "block_count": config.num_hidden_layers,
@@ -53,7 +53,14 @@ def write(path, model, quantize=None, metadata=(), tensors=(), pre="smollm", ski
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-    } | dict(metadata)
+    }
+    if arch == "qwen3moe":
+        values |= {
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+        }
+    values |= dict(metadata)
     if "split.count" in values:
         writer.add_uint16("split.count", values.pop("split.count"))
     for key, value in values.items():
@@ -80,13 +87,13 @@ def write(path, model, quantize=None, metadata=(), tensors=(), pre="smollm", ski
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
 
     roles = {name: role for role, name in layout.HF_NAMES.items()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _apart(model):
         parts = name.split(".")
         layer = parts[2] if parts[1] == "layers" else ""
         if layer:
             parts[2] = "{}"
         role = roles[".".join(parts)]
-        tensor = parameter.detach().numpy()
+        tensor = np.ascontiguousarray(parameter.detach().numpy())
         if arch == "llama" and role in ("q", "q_bias"):
             tensor = permuted(tensor, config.num_attention_heads)
         if arch == "llama" and role in ("k", "k_bias"):
@@ -108,6 +115,20 @@ def write(path, model, quantize=None, metadata=(), tensors=(), pre="smollm", ski
     return gguf_file.GGUFFile(path)
 
 
+def _apart(model):
+    """Parameters, those of all experts under the name of one, gate and up apart."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = parameter.chunk(2, dim=1)
+            stem = name.removesuffix("gate_up_proj")
+            yield f"{stem}{{}}.gate_proj.weight", gate
+            yield f"{stem}{{}}.up_proj.weight", up
+        elif name.endswith("experts.down_proj"):
+            yield name.replace("down_proj", "{}.down_proj.weight"), parameter
+        else:
+            yield name, parameter
+
+
 def same_config(cfg, expected, model):
     """Equal but for the special tokens, which the file has of its own."""
     assert (cfg.bos_id, cfg.eos_ids, cfg.pad_id) == (1, (0,), 0)
@@ -122,6 +143,7 @@ def same_config(cfg, expected, model):
         ("llama", dict(tie_word_embeddings=True, head_dim=6)),
         ("qwen2", {}),
         ("qwen3", dict(tie_word_embeddings=True, num_key_value_heads=1)),
+        ("qwen3_moe", tiny_hf.EXPERTS),
     ],
 )
 def test_a_file_holds_the_model_that_was_written(family, overrides, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from tests.models import tiny_hf
-from tlt_jax.models.config import RopeScaling
+from tlt_jax.models.config import Experts, RopeScaling
 from tlt_jax.models.formats import hf_config
 
 QWEN2 = dict(
@@ -180,7 +180,7 @@ def test_windows(keys, expected):
 
 
 REFUSED = [
-    (dict(architectures=["MixtralForCausalLM"]), "MixtralForCausalLM.*LlamaForCausal"),
+    (dict(architectures=["PhimoeForCausalLM"]), "PhimoeForCausalLM.*LlamaForCausal"),
     (dict(architectures=["Qwen2Model"]), "Qwen2Model"),
     (dict(architectures=None, model_type="gemma2"), "gemma2"),
     (dict(model_type="llama"), "contradicts model_type='llama'"),
@@ -220,6 +220,61 @@ REFUSED = [
 def test_what_is_not_computed_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         hf_config.from_hf(QWEN2 | change)
+
+
+def moe(**changes):
+    sizes = dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
+    family = dict(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe")
+    return QWEN2 | family | sizes | dict(norm_topk_prob=True) | changes
+
+
+def test_a_released_mixture_is_read():
+    """As Qwen/Qwen3-30B-A3B has it, and with the other name of one entry."""
+    released = dict(
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        output_router_logits=False,
+        router_aux_loss_coef=0.001,
+        use_sliding_window=False,
+        sliding_window=None,
+        max_window_layers=48,
+    )
+    config = moe(**released)
+    cfg = hf_config.from_hf(config)
+    assert cfg.experts == Experts(128, 8, 768, normalised=True) and cfg.qk_norm
+    other = config | dict(num_local_experts=128)
+    del other["num_experts"]
+    assert hf_config.from_hf(other) == cfg
+    assert not hf_config.from_hf(moe(norm_topk_prob=False)).experts.normalised
+    assert cfg.dense().family == "qwen3" and cfg.dense().experts is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(decoder_sparse_step=2),
+            "decoder_sparse_step=2.*every layer is a mixture",
+        ),
+        (dict(mlp_only_layers=[0]), r"mlp_only_layers=\[0\].*every layer is a mixture"),
+        (dict(shared_expert_intermediate_size=64), "shared_expert_inter.*not computed"),
+        (dict(n_shared_experts=1), "n_shared_experts=1.*not computed"),
+        (dict(scoring_func="sigmoid"), "scoring_func='sigmoid'.*softmax"),
+        (dict(topk_method="noaux_tc"), "topk_method='noaux_tc'.*softmax"),
+        (dict(use_sliding_window=True), "use_sliding_window=true.*qwen3_moe"),
+        (
+            dict(num_local_experts=64),
+            "num_experts=128 contradicts num_local_experts=64",
+        ),
+        (dict(num_experts_per_tok=129), "per_token=129; accepted.*128 experts"),
+        (dict(norm_topk_prob=1), "norm_topk_prob=1; accepted: true or false"),
+        (dict(architectures=["Qwen2MoeForCausalLM"]), "Qwen2MoeForCausalLM.*supported"),
+    ],
+)
+def test_mixtures_that_are_not_computed_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        hf_config.from_hf(moe(**change))
+    assert "\n" not in str(error.value)
 
 
 def test_a_window_of_llama_is_refused():

@@ -312,7 +312,7 @@ def test_the_tiny_recipe_has_room_for_its_task(variant):
 
 def test_the_tiny_recipe_names_its_variants():
     get_config = runpy.run_path(str(RECIPE))["get_config"]
-    with pytest.raises(ValueError, match="use arithmetic .* or count"):
+    with pytest.raises(ValueError, match="use arithmetic .*, count or experts"):
         get_config("sums")
 
 

@@ -252,7 +252,7 @@ def test_a_response_feels_its_prompt_and_itself_only():
     @jax.jit
     def by_embedding(chosen):
         def total(embed):
-            logprobs, _ = policy_gradient.token_logprobs(
+            logprobs, _, _ = policy_gradient.token_logprobs(
                 params.replace(embed=embed), rows, cfg=FORWARD
             )
             return jnp.where(chosen, logprobs, 0.0).sum()

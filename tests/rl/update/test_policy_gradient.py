@@ -49,7 +49,9 @@ def test_rows_and_columns(packed):
         "source": [[1, 1, 3, 4], [0, 1, 0, 0]],
         "target": [[3, 4, 5, 6], [7, 8, 0, 0]],
     }
-    assert {f.name for f in dataclasses.fields(batch.rows)} == expected.keys()
+    fields = {f.name for f in dataclasses.fields(batch.rows)}
+    assert fields == expected.keys() | {"routes", "share"}
+    assert batch.rows.routes is None and batch.rows.share is None  # of dense blocks
     for name, values in expected.items():
         np.testing.assert_array_equal(getattr(batch.rows, name), values, name)
     valid = np.array([[True] * 4, [True, True, False, False]])
@@ -72,6 +74,31 @@ def test_rows_and_columns(packed):
         np.testing.assert_array_equal(
             np.where(valid, found, NO), np.array(values, np.float32), name
         )
+
+
+def test_routes_stand_at_their_texts_positions(packed):
+    """`[m, L = 1, C = 2]` of each completion; of its last token they are not known."""
+    texts = [len(g.prompt) + len(r) for g in GROUPS for r in g.responses]
+    routes = [
+        np.uint8([[[10 * i + t, 99]] for t in range(n - 1)])
+        for i, n in enumerate(texts)
+    ]
+    batch = policy_gradient.micro_batch(
+        packed,
+        advantages=np.zeros(3),
+        weights=np.ones(3),
+        routes=routes,
+        num_experts=100,
+        num_tokens=9,
+    )
+    assert batch.rows.routes.dtype == np.uint8
+    found, no = batch.rows.routes[:, :, 0], 100
+    # The first row has the later group, whose prompt is its first response's.
+    np.testing.assert_array_equal(
+        found[..., 0], [[10, 11, no, 22, 23, no], [0, 1, no, no, no, no]]
+    )
+    assert ((found[..., 1] == 99) == (found[..., 0] < no)).all()
+    np.testing.assert_array_equal(batch.rows.share, np.float32([6 / 9, 3 / 9]))
 
 
 @pytest.mark.parametrize("name", ["old", "rollout", "ref"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
+from tests.rl import engines
 from tlt_jax import types
 from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import experience, updater
@@ -66,7 +67,7 @@ class FakeLearner:
         self.updates, self.passes, self.prepared = [], [], []
         self.skips = []
 
-    def logprobs(self, params, parts):
+    def logprobs(self, params, parts, routes=None):
         self.passes.append(params)
         model = "first" if params == "first" else "now"
         return [np.where(part.valid, law(model, part.target), np.nan) for part in parts]
@@ -117,7 +118,7 @@ def make(monkeypatch):
             | settings
         )
         one = updater.Updater(
-            None,
+            engines.CFG,
             algorithm=run.algorithm,
             rollout=run.rollout,
             learner=run.learner,
@@ -272,10 +273,10 @@ def test_the_mismatch_is_that_of_every_minibatch(make):
     made = make(**{"learner.minibatches": 2})
     told, off = made.learner.logprobs, 0.0
 
-    def logprobs(params, parts):
+    def logprobs(params, parts, routes):
         # Of the last completion's last token, which the second minibatch has.
         last = 10 * (P * R - 1) + LENGTHS[-1] - 1
-        found = told(params, parts)
+        found = told(params, parts, routes)
         return [x + off * (p.target == last) for x, p in zip(found, parts, strict=True)]
 
     made.learner.logprobs = logprobs

@@ -212,6 +212,7 @@ def identify(target: model_config.ModelConfig) -> str:
     return (
         f"{c.family}-L{c.num_layers}-D{c.d_model}-F{c.d_ff}-N{c.num_heads}"
         f"-K{c.num_kv_heads}-H{c.head_dim}-V{c.vocab_size}"
+        + (f"-X{c.experts.num}-F{c.experts.d_ff}" if c.experts else "")
     )
 
 
@@ -274,7 +275,7 @@ def of_target(
         plain |= dict.fromkeys(_FAMILIES_OWN, False) | dict(family="llama")
         output_norm = architecture == "eagle3"
     return DrafterConfig(
-        layer=dataclasses.replace(target, **plain),
+        layer=dataclasses.replace(target.dense(), **plain),
         target=identify(target),
         feature_layers=tuple(feature_layers),
         output_norm=output_norm,
@@ -480,7 +481,7 @@ def apply(
             x_DBT = x_DBT + added.astype(dtype)
         if cfg.architecture == "eagle":
             attention_input = x_DBT
-    x_DBT, keys, values = transformer.decoder_layer(
+    x_DBT, keys, values, _ = transformer.decoder_layer(
         params.layer,
         x_DBT,
         cfg.layer,

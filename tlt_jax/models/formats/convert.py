@@ -56,7 +56,7 @@ def load(
     """
     source = _Safetensors(directory)
     _check_tied_head(source, cfg)
-    leaves = model_layout.layout(cfg, model_layout.HF_NAMES)
+    leaves = model_layout.layout(cfg, model_layout.hf_names(cfg))
     return model_layout.assemble(leaves, source, dtype, shardings)
 
 
@@ -146,7 +146,7 @@ def named_tensors(
     params: model_params.Params, cfg: model_config.ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor of the Hugging Face form, layer by layer, on the host."""
-    leaves = model_layout.layout(cfg, model_layout.HF_NAMES)
+    leaves = model_layout.layout(cfg, model_layout.hf_names(cfg))
     yield _single(leaves.embed, params.embed)
     for i in range(cfg.num_layers):
         for field in dataclasses.fields(model_params.LayerParams):

@@ -28,6 +28,14 @@ _READ = frozenset(
     "rope.scaling.finetuned rope.scaling.yarn_beta_fast "
     "rope.scaling.yarn_beta_slow".split()
 )
+_READ_OF_MIXTURES = frozenset(
+    "expert_count expert_used_count expert_feed_forward_length".split()
+)
+# What files call the families.
+_ARCHITECTURES: Mapping[str, model_config.Family] = {
+    **{name: name for name in ("llama", "qwen2", "qwen3")},
+    "qwen3moe": "qwen3_moe",
+}
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -108,6 +116,7 @@ class GGUFFile:
             bos_id=self._token_id("bos"),
             eos_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
             pad_id=self._token_id("padding"),
+            experts=self._experts() if family in model_config.MIXTURES else None,
         )
 
     def load(
@@ -227,21 +236,30 @@ class GGUFFile:
 
     def _family(self) -> model_config.Family:
         architecture = self._meta("general.architecture")
-        if architecture not in model_config.FAMILIES:
+        if architecture not in tuple(_ARCHITECTURES):
             raise ValueError(
                 f"{self.path}: general.architecture={json_file.show(architecture)} "
-                f"is not supported; supported: {', '.join(model_config.FAMILIES)}."
+                f"is not supported; supported: {', '.join(_ARCHITECTURES)}."
             )
+        family = _ARCHITECTURES[architecture]
+        read = _READ | _READ_OF_MIXTURES if family in model_config.MIXTURES else _READ
         for key, field in self._reader.fields.items():
             prefix, _, suffix = key.partition(".")
-            if prefix != architecture or suffix in _READ:
+            if prefix != architecture or suffix in read:
                 continue
             raise ValueError(
                 f"{self.path}: {json_file.word(key)}="
                 f"{json_file.show(field.contents())} is not supported for "
                 f"{architecture} models."
             )
-        return architecture
+        return family
+
+    def _experts(self) -> model_config.Experts:
+        return model_config.Experts(
+            num=self._integer("expert_count"),
+            per_token=self._integer("expert_used_count"),
+            d_ff=self._integer("expert_feed_forward_length"),
+        )
 
     def _rope_scaling(self, head_dim: int) -> model_config.RopeScaling | None:
         kind = self._get("rope.scaling.type", "none")

@@ -15,6 +15,8 @@ ARCHITECTURES: Mapping[str, model_config.Family] = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
 }
 
 _READ = frozenset(
@@ -26,10 +28,13 @@ _READ = frozenset(
 _WINDOW_KEYS = frozenset(
     "use_sliding_window sliding_window max_window_layers layer_types".split()
 )
+_COUNTS = frozenset("num_experts num_local_experts num_experts_per_tok".split())
 _READ_BY_FAMILY = {
     "llama": frozenset({"mlp_bias"}),
     "qwen2": _WINDOW_KEYS,
     "qwen3": _WINDOW_KEYS,
+    "qwen3_moe": _WINDOW_KEYS | _COUNTS | {"moe_intermediate_size", "norm_topk_prob"},
+    "mixtral": _COUNTS,
 }
 # How those who made a model sample from it.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -48,10 +53,13 @@ _METADATA = frozenset(
     "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores "
     "return_dict_in_generate forced_bos_token_id forced_eos_token_id "
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens "
-    "begin_suppress_tokens".split()
+    "begin_suppress_tokens "
+    # What other trainers add to their loss.
+    "output_router_logits router_aux_loss_coef".split()
 )
 
 _MOST_EOS = 64
+_QWEN3 = ("qwen3", "qwen3_moe")
 # Keys that other values than these would make compute something else.
 _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "only SwiGLU blocks are computed"),
@@ -69,6 +77,20 @@ _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "cross_attention_hidden_size": ((None,), "decoders only"),
     "tie_encoder_decoder": ((False, None), "decoders only"),
     "chunk_size_feed_forward": ((0, None), "set it to 0"),
+    "router_jitter_noise": ((0, None), "training here has no noise; set it to 0.0"),
+    "decoder_sparse_step": (
+        (1, None),
+        "every layer is a mixture, or none; set it to 1",
+    ),
+    "mlp_only_layers": (([], None), "every layer is a mixture, or none; set it to []"),
+    **{
+        key: ((0, None), "experts that every token passes are not computed")
+        for key in ("shared_expert_intermediate_size", "n_shared_experts")
+    },
+    **{
+        key: ((None,), "the router is a softmax over all experts, without groups")
+        for key in ("scoring_func", "topk_method", "n_group", "topk_group")
+    },
     "pruned_heads": (({}, None), "heads are all computed"),
 }
 
@@ -99,7 +121,7 @@ def from_hf(
     d_model = hf_settings.integer(config, "hidden_size", at_most=most["d_model"])
     if config.get("head_dim") is not None:
         head_dim = hf_settings.integer(config, "head_dim")
-    elif family == "qwen3":
+    elif family in _QWEN3:
         head_dim = 128  # the family's default does not follow from d_model
     elif d_model % num_heads:
         raise ValueError(
@@ -114,6 +136,11 @@ def from_hf(
     rope_theta, rope_scaling = hf_rope.from_hf(config, max_positions)
     sliding_window, windowed_layers = _windows(config, family, num_layers)
     attention_bias = hf_settings.boolean(config, "attention_bias")
+    if family == "mixtral" and attention_bias:
+        raise ValueError(
+            "attention_bias=true is not a setting of MixtralForCausalLM, which has no "
+            "biases: remove the key."
+        )
     if family == "qwen2" and config.get("attention_bias") is False:
         raise ValueError(
             "attention_bias=false is not a setting of Qwen2ForCausalLM, which always "
@@ -133,14 +160,43 @@ def from_hf(
         qkv_bias=family == "qwen2" or attention_bias,
         out_bias=family != "qwen2" and attention_bias,
         mlp_bias=hf_settings.boolean(config, "mlp_bias"),
-        qk_norm=family == "qwen3",
+        qk_norm=family in _QWEN3,
         rms_norm_eps=hf_settings.positive(config, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         sliding_window=sliding_window,
         windowed_layers=windowed_layers,
         max_positions=max_positions,
+        experts=_experts(config, family) if family in model_config.MIXTURES else None,
         **special,
+    )
+
+
+def _experts(
+    config: Mapping[str, Any], family: model_config.Family
+) -> model_config.Experts:
+    most = model_config.MOST
+    read = hf_settings.integer
+    # Releases of transformers write one name or the other, or both.
+    names = [n for n in ("num_experts", "num_local_experts") if n in config]
+    counts = {read(config, name, at_most=most["num_experts"]) for name in names}
+    if len(counts) > 1:
+        raise ValueError(
+            f"num_experts={config['num_experts']} contradicts num_local_experts="
+            f"{config['num_local_experts']}: remove the wrong one from config.json."
+        )
+    if family == "mixtral":
+        # Its softmax is over the chosen experts alone: the same as dividing by a sum.
+        return model_config.Experts(
+            num=counts.pop() if counts else 8,
+            per_token=read(config, "num_experts_per_tok", 2),
+            d_ff=read(config, "intermediate_size", at_most=most["d_ff"]),
+        )
+    return model_config.Experts(
+        num=counts.pop() if counts else 128,
+        per_token=read(config, "num_experts_per_tok", 8),
+        d_ff=read(config, "moe_intermediate_size", 768, at_most=most["d_ff"]),
+        normalised=hf_settings.boolean(config, "norm_topk_prob"),
     )
 
 
@@ -205,10 +261,30 @@ def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, An
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if cfg.family == "mixtral":
+        return config | {
+            "num_local_experts": cfg.experts.num,
+            "num_experts_per_tok": cfg.experts.per_token,
+            "intermediate_size": cfg.experts.d_ff,
+            "sliding_window": None,
+        }
     if cfg.family != "qwen2":
         config["attention_bias"] = cfg.qkv_bias
     if cfg.family == "llama":
         config["mlp_bias"] = cfg.mlp_bias
+        return config
+    if cfg.experts is not None:
+        config |= {
+            "num_experts": cfg.experts.num,
+            "num_experts_per_tok": cfg.experts.per_token,
+            "moe_intermediate_size": cfg.experts.d_ff,
+            "norm_topk_prob": cfg.experts.normalised,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": cfg.num_layers,
+        }
         return config
     windowed = cfg.windowed_layers or (False,) * cfg.num_layers
     first = windowed.index(True) if any(windowed) else cfg.num_layers
@@ -306,10 +382,15 @@ def _refuse_unknown(config: Mapping[str, Any], family: model_config.Family) -> N
 def _windows(
     config: Mapping[str, Any], family: model_config.Family, num_layers: int
 ) -> tuple[int | None, tuple[bool, ...]]:
-    if family == "llama":
+    if family in ("llama", "mixtral"):
         return None, ()
     width = None
     if hf_settings.boolean(config, "use_sliding_window"):
+        if family in model_config.MIXTURES:
+            raise ValueError(
+                f"config.json has use_sliding_window=true, which is not computed for "
+                f"{family} models: their windows are not chosen layer by layer."
+            )
         if config.get("sliding_window") is not None:
             width = hf_settings.integer(config, "sliding_window")
         elif "sliding_window" not in config:
@@ -363,7 +444,15 @@ def _check_exportable(cfg: model_config.ModelConfig) -> None:
     is_llama, is_qwen2 = cfg.family == "llama", cfg.family == "qwen2"
     biases = f"qkv_bias={cfg.qkv_bias}", f"out_bias={cfg.out_bias}"
     refused = {
-        f"qk_norm={cfg.qk_norm}": cfg.qk_norm != (cfg.family == "qwen3"),
+        f"qk_norm={cfg.qk_norm}": cfg.qk_norm != (cfg.family in _QWEN3),
+        "biases or shares that are not normalised": cfg.family == "mixtral"
+        and (cfg.qkv_bias or cfg.experts is not None and not cfg.experts.normalised),
+        f"windowed_layers in a {cfg.family}": (
+            cfg.family in model_config.MIXTURES and any(cfg.windowed_layers)
+        ),
+        f"experts={cfg.experts}": (
+            (cfg.experts is None) == (cfg.family in model_config.MIXTURES)
+        ),
         ", ".join(biases): is_qwen2 and (cfg.out_bias or not cfg.qkv_bias),
         " apart from ".join(biases): not is_qwen2 and cfg.qkv_bias != cfg.out_bias,
         "mlp_bias=True": not is_llama and cfg.mlp_bias,

@@ -40,12 +40,20 @@ _PROJECTIONS = {
     "up": ("mlp.up_proj", "ffn_up"),
     "down": ("mlp.down_proj", "ffn_down"),
 }
+# Those of a mixture. Hugging Face directories have a tensor for each expert, its number
+# in the second brackets; GGUF files one for all experts of a layer.
+_EXPERTS = {
+    "router": ("mlp.gate", "ffn_gate_inp"),
+    "expert_gate": ("mlp.experts.{}.gate_proj", "ffn_gate_exps"),
+    "expert_up": ("mlp.experts.{}.up_proj", "ffn_up_exps"),
+    "expert_down": ("mlp.experts.{}.down_proj", "ffn_down_exps"),
+}
 
 
 def _names(form: int, layer: str) -> dict[str, str]:
     """Name the tensor of every role in one of the forms."""
     names = {role: f"{own[form]}.weight" for role, own in _OUTSIDE.items()}
-    for role, own in (_NORMS | _PROJECTIONS).items():
+    for role, own in (_NORMS | _PROJECTIONS | _EXPERTS).items():
         names[role] = f"{layer}.{own[form]}.weight"
     for role, own in _PROJECTIONS.items():
         names[f"{role}_bias"] = f"{layer}.{own[form]}.bias"
@@ -54,6 +62,24 @@ def _names(form: int, layer: str) -> dict[str, str]:
 
 # `{}` stands for the layer.
 HF_NAMES, GGUF_NAMES = _names(0, "model.layers.{}"), _names(1, "blk.{}")
+# What families call otherwise in Hugging Face directories.
+_MIXTRAL = {
+    "router": "gate",
+    "expert_gate": "experts.{}.w1",
+    "expert_up": "experts.{}.w3",
+    "expert_down": "experts.{}.w2",
+}
+_OWN_NAMES = {
+    "mixtral": {
+        role: f"model.layers.{{}}.block_sparse_moe.{name}.weight"
+        for role, name in _MIXTRAL.items()
+    }
+}
+
+
+def hf_names(cfg: model_config.ModelConfig) -> dict[str, str]:
+    """Name every role's tensor as Hugging Face directories of the family do."""
+    return HF_NAMES | _OWN_NAMES.get(cfg.family, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,17 +163,8 @@ def layout(
         return leaf(weight, part("q", g, 0), part("k", 1, g), part("v", 1, g + 1))
 
     layers = weights.layers
-    return model_params.Params(
-        embed=table(weights.embed, "embed"),
-        layers=model_params.LayerParams(
-            attn_norm=vector(layers.attn_norm, "attn_norm", d),
-            qkv=heads(layers.qkv, "", ((d,),), (0,)),
-            qkv_bias=heads(layers.qkv_bias, "_bias", (), ()),
-            q_norm=vector(layers.q_norm, "q_norm", h),
-            k_norm=vector(layers.k_norm, "k_norm", h),
-            out=leaf(layers.out, ("out", ((d,), (k, g, h)), (0, 0, 0, 0))),
-            out_bias=vector(layers.out_bias, "out_bias", d),
-            mlp_norm=vector(layers.mlp_norm, "mlp_norm", d),
+    if cfg.experts is None:
+        blocks = dict(
             gate_up=leaf(
                 layers.gate_up,
                 ("gate", ((1, f), (d,)), (0, 0, 0)),
@@ -160,9 +177,65 @@ def layout(
             ),
             down=leaf(layers.down, ("down", ((d,), (f,)), (0, 0))),
             down_bias=vector(layers.down_bias, "down_bias", d),
+        )
+    else:
+        blocks = _expert_blocks(cfg, layers, names)
+    return model_params.Params(
+        embed=table(weights.embed, "embed"),
+        layers=model_params.LayerParams(
+            attn_norm=vector(layers.attn_norm, "attn_norm", d),
+            qkv=heads(layers.qkv, "", ((d,),), (0,)),
+            qkv_bias=heads(layers.qkv_bias, "_bias", (), ()),
+            q_norm=vector(layers.q_norm, "q_norm", h),
+            k_norm=vector(layers.k_norm, "k_norm", h),
+            out=leaf(layers.out, ("out", ((d,), (k, g, h)), (0, 0, 0, 0))),
+            out_bias=vector(layers.out_bias, "out_bias", d),
+            mlp_norm=vector(layers.mlp_norm, "mlp_norm", d),
+            **blocks,
         ),
         final_norm=table(weights.final_norm, "final_norm"),
         lm_head=table(weights.lm_head, "lm_head"),
+    )
+
+
+def _expert_blocks(
+    cfg: model_config.ModelConfig,
+    layers: model_params.LayerParams,
+    names: Mapping[str, str],
+) -> dict[str, Leaf]:
+    """Describe the leaves of a mixture: a tensor per expert, or one for all."""
+    d, f, num = cfg.d_model, cfg.experts.d_ff, cfg.experts.num
+    is_apart = names["expert_gate"].count("{}") == 2
+
+    def pieces(i, role, groups, start):
+        if not is_apart:
+            yield Piece(names[role].format(i), ((1, num), *groups), (i, 0, *start))
+            return
+        for x in range(num):
+            own = ((1, 1, *groups[0]), *groups[1:])
+            yield Piece(names[role].format(i, x), own, (i, x, *start))
+
+    def leaf(weight, *parts):
+        every = [
+            piece
+            for i in range(cfg.num_layers)
+            for part in parts
+            for piece in pieces(i, *part)
+        ]
+        return Leaf(weight.shape, tuple(every))
+
+    router = [
+        Piece(names["router"].format(i), ((1, num), (d,)), (i, 0, 0))
+        for i in range(cfg.num_layers)
+    ]
+    return dict(
+        gate_up=leaf(
+            layers.gate_up,
+            ("expert_gate", ((1, f), (d,)), (0, 0, 0)),
+            ("expert_up", ((1, f), (d,)), (1, 0, 0)),
+        ),
+        down=leaf(layers.down, ("expert_down", ((d,), (f,)), (0, 0))),
+        router=Leaf(layers.router.shape, tuple(router)),
     )
 
 

@@ -7,6 +7,7 @@ no training position needs. No forward of the target is spent on them.
 
 import numpy as np
 
+from tlt_jax.models import config as model_config
 from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec.texts import layout
 
@@ -17,6 +18,20 @@ _SPREAD = 2654435761
 def is_chosen(request_id: int, frac: float) -> bool:
     """Tell whether a request's text is captured: `frac` of all, always the same."""
     return (request_id * _SPREAD) % 2**32 < frac * 2**32
+
+
+def routes(
+    row: scheduler.Row, pages: np.ndarray, cfg: model_config.ModelConfig
+) -> np.ndarray:
+    """Return a finished row's routes, see `types.Completion`.
+
+    `pages [>= pages of the row, >= L x C, page_size]` are what its pages keep of them.
+    """
+    count, size = len(row.text()) - 1, pages.shape[2]
+    columns = np.moveaxis(pages[: -(-count // size)], 2, 1)
+    columns = columns.reshape(-1, pages.shape[1])[:count]
+    shape = cfg.num_layers, cfg.experts.per_token
+    return np.ascontiguousarray(columns[:, : shape[0] * shape[1]]).reshape(-1, *shape)
 
 
 def record(

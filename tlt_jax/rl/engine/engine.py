@@ -155,6 +155,8 @@ class Engine:
             wanted += [made.fill(params, rows) for rows in cache_writer.BUCKETS]
         if made.captures:
             wanted.append(made.read_features())
+        if self.engine_cfg.keep_routes:
+            wanted.append(made.read_routes())
         for program in wanted:
             self.pool.prepare(program)
         if wait:
@@ -231,6 +233,7 @@ class Engine:
                     np.asarray(row.logprobs, np.float32),
                     reason,
                     np.asarray(row.was_drafted, bool),
+                    self._routes(row) if engine_cfg.keep_routes else None,
                 )
                 text = None
                 if on_text and capture.is_chosen(completion.request_id, capture_frac):
@@ -255,17 +258,23 @@ class Engine:
 
     def _captured(self, row: scheduler.Row, keys: "_Keys") -> layout.Record:
         """Read what the row's pages keep of its text."""
-        ids = np.zeros((self.engine_cfg.max_pages,), np.int32)
-        ids[: len(row.pages)] = row.pages
-        read = self.pool.get(self.programs.read_features())
-        columns = jax.device_get(read(self._caches.target, ids))
         return capture.record(
             row,
-            columns,
+            self._read_pages(row, self.programs.read_features()),
             num_fused=len(self.programs.settings.feature_layers) * self.cfg.d_model,
             key=keys.of([row])[0],
             version=self.version,
         )
+
+    def _routes(self, row: scheduler.Row) -> np.ndarray:
+        """Read which experts its text passed, see `types.Completion`."""
+        pages = self._read_pages(row, self.programs.read_routes())
+        return capture.routes(row, pages, self.cfg)
+
+    def _read_pages(self, row: scheduler.Row, program: programs.Program) -> np.ndarray:
+        ids = np.zeros((self.engine_cfg.max_pages,), np.int32)
+        ids[: len(row.pages)] = row.pages
+        return jax.device_get(self.pool.get(program)(self._caches.target, ids))
 
     def _decode_call(
         self, plan: scheduler.Scheduler, keys: "_Keys", stats

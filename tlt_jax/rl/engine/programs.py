@@ -46,6 +46,7 @@ class EngineConfig:
       cpu_kernels: `auto`, `xla` or `native`, see `cpu_kernels.choice`.
       attention: `auto`, `portable` or a kernel, see `models.kernels.choose`.
       check_kernels: check what attention reads by, see `models.kernels.Kernels`.
+      keep_routes: of a mixture of experts: completions bring their routes.
     """
 
     max_rows: int
@@ -61,6 +62,7 @@ class EngineConfig:
     cpu_kernels: str = "auto"
     attention: str = "auto"
     check_kernels: bool = False
+    keep_routes: bool = False
 
     def __post_init__(self):
         if "" in self.stop:
@@ -105,8 +107,11 @@ class EnginePrograms:
         """Describe the caches; weights are given to each program's builder.
 
         Raises:
-          ValueError: `engine_cfg.cpu_kernels` or `.attention` cannot be had.
+          ValueError: `engine_cfg.cpu_kernels` or `.attention` cannot be had, or
+            `.keep_routes` of a model without experts.
         """
+        if engine_cfg.keep_routes and cfg.experts is None:
+            raise ValueError("keep_routes=True, but the model has no experts.")
         self._cfg, self._engine_cfg = cfg, engine_cfg
         self._speculator_cfg = speculator_cfg
         self._drafter_cfg = drafter_cfg = speculator_cfg and speculator_cfg.drafter_cfg
@@ -119,6 +124,9 @@ class EnginePrograms:
             *(mesh, rules, self._dtype),
             checked=engine_cfg.check_kernels,
         )
+        if cfg.experts is not None:
+            split = kernels.Split(mesh, rules)
+            self.kernels = kernels.for_experts(self.kernels, split)
         layers = drafter_cfg and drafter_cfg.feature_layers
         self.settings = decode.Settings(
             cfg=cfg,
@@ -128,6 +136,7 @@ class EnginePrograms:
             feature_layers=layers,
             # Beside what is fused: training needs the last features, too.
             keep_hidden=bool(layers) and self.captures,
+            keep_routes=engine_cfg.keep_routes,
             dtype=engine_cfg.dtype,
             kernels=self.kernels,
         )
@@ -273,6 +282,16 @@ class EnginePrograms:
 
         return programs.Program(("read_features",), lower)
 
+    def read_routes(self) -> programs.Program:
+        """Read what pages keep of the target's routes, `[max_pages, L x C, page]`."""
+
+        def lower():
+            pages = self._ints(self._engine_cfg.max_pages)
+            fn = jax.jit(kv_cache.read_route_pages, out_shardings=self._replicated)
+            return fn.lower(self.abstract_caches.target, pages)
+
+        return programs.Program(("read_routes",), lower)
+
     def copy(self) -> programs.Program:
         """Copy up to `max_rows` pages of the target's cache."""
 
@@ -306,6 +325,7 @@ class EnginePrograms:
             self._dtype,
             feature_size,
             self.kernels.packing(cfg.page_size, model.head_dim),
+            keep_routes=cfg.keep_routes and model is self._cfg,
         )
 
     def _chunk(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:

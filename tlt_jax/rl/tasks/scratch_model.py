@@ -161,15 +161,21 @@ def model_of(
     tokenizer: model_tokenizer.Tokenizer,
     texts: Sequence[Text],
 ) -> model_config.ModelConfig:
-    """Describes the model: a llama with a tied head.
+    """Describes the model: a llama with a tied head, or a Qwen3 mixture of experts.
 
     Raises:
       ValueError: no such model has these sizes.
     """
     sizes = settings.pretrain
     longest = settings.task.max_prompt_tokens + settings.max_new_tokens
+    mixture = {"family": "llama"}
+    if sizes.num_experts:
+        experts = model_config.Experts(
+            sizes.num_experts, sizes.experts_per_token, sizes.d_ff
+        )
+        mixture = {"family": "qwen3_moe", "qk_norm": True, "experts": experts}
     cfg = model_config.ModelConfig(
-        family="llama",
+        **mixture,
         vocab_size=tokenizer.vocab_size,
         num_layers=sizes.num_layers,
         d_model=sizes.d_model,
@@ -352,6 +358,9 @@ def _record_of(settings: Settings) -> dict[str, Any]:
     record = schema.to_dict(settings)
     # No weight depends on these: such a model has no chat template.
     del record["max_new_tokens"], record["task"]["template_options"]
+    if not settings.pretrain.num_experts:
+        # As they were recorded before there were experts.
+        del record["pretrain"]["num_experts"], record["pretrain"]["experts_per_token"]
     return json.loads(json.dumps(record))  # Tuples become lists, as they are read.
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tlt_jax import types
+from tlt_jax.models import config as model_config
 from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import advantages, algorithms, losses, packing, policy_gradient
 
@@ -41,6 +42,12 @@ class Experience:
         """Log-probabilities that the rollout recorded, n arrays."""
         return [c.logprobs for c in self.completions]
 
+    @property
+    def routes(self) -> list[np.ndarray] | None:
+        """Experts that the rollout's tokens passed, n arrays, if it recorded them."""
+        every = [c.routes for c in self.completions]
+        return None if any(routes is None for routes in every) else every
+
     def groups(self) -> list[packing.Group]:
         """The groups as trees to be packed."""
         size = self.group_size
@@ -70,17 +77,27 @@ class Experience:
         )
 
 
-def filling(width: int, num_prompts: int, group_size: int) -> Experience:
+def filling(
+    width: int,
+    num_prompts: int,
+    group_size: int,
+    model: model_config.ModelConfig | None = None,
+) -> Experience:
     """Make up a batch that packs into rows of a width, to prepare programs with.
 
     It has a first completion that fills the row, which is at least 2 wide, and others
-    without tokens; P and R are those of the batches to come.
+    without tokens; P and R are those of the batches to come. Of a `model` with experts
+    completions have routes.
     """
 
     def completion(number, length):
         zeros = np.zeros(length)
         return types.Completion(
-            number, zeros.astype(np.int32), zeros.astype(np.float32), "length"
+            number,
+            zeros.astype(np.int32),
+            zeros.astype(np.float32),
+            "length",
+            routes=no_routes(model, length),
         )
 
     num = num_prompts * group_size
@@ -89,6 +106,14 @@ def filling(width: int, num_prompts: int, group_size: int) -> Experience:
         [completion(i, 0 if i else width - 1) for i in range(num)],
         np.zeros((num_prompts, group_size)),
     )
+
+
+def no_routes(model: model_config.ModelConfig | None, count: int) -> np.ndarray | None:
+    """Make up a completion's routes, see `types.Completion`; of dense blocks None."""
+    if model is None or model.experts is None:
+        return None
+    shape = count, model.num_layers, model.experts.per_token
+    return np.zeros(shape, model.experts.route_dtype)
 
 
 def advantages_of(
@@ -165,11 +190,13 @@ def micro_batches(
     max_new_tokens: int,
     old_logprobs: Sequence[np.ndarray] | None,
     ref_logprobs: Sequence[np.ndarray] | None,
+    num_experts: int = 0,
 ) -> tuple[list[packing.Packed], list[policy_gradient.MicroBatch]]:
     """Lay one optimizer step's batch out for the learner.
 
     `advantages_n` are `[n] float32`; the length limit is for the `constant`
-    aggregation; log-probabilities are n arrays or None, see `losses.TokenColumns`.
+    aggregation; log-probabilities are n arrays or None, see `losses.TokenColumns`. Of a
+    model with experts their number is needed.
 
     Returns:
       The packed parts, and for each what the learner reads.
@@ -179,6 +206,7 @@ def micro_batches(
         batch.lengths, algorithm.aggregation, max_length=max_new_tokens
     )
     capped = algorithm.loss.importance_cap is not None
+    num_tokens = sum(int(np.sum(part.segment >= 0)) for part in parts)
     return parts, [
         policy_gradient.micro_batch(
             part,
@@ -187,6 +215,9 @@ def micro_batches(
             old_logprobs=old_logprobs,
             rollout_logprobs=batch.logprobs if capped else None,
             ref_logprobs=ref_logprobs,
+            routes=batch.routes,
+            num_experts=num_experts,
+            num_tokens=num_tokens,
         )
         for part in parts
     ]

@@ -6,7 +6,6 @@ follows. What is jitted are pure functions; the `Learner` places, compiles and c
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +16,15 @@ import optax
 from jax import lax
 
 from tlt_jax.models import config as model_config
+from tlt_jax.models import kernels
 from tlt_jax.models import params as model_params
-from tlt_jax.rl.update import losses, packing, policy_gradient, weights_digest
+from tlt_jax.rl.update import (
+    losses,
+    packing,
+    policy_gradient,
+    routing,
+    weights_digest,
+)
 from tlt_jax.runtime import programs, train_state
 from tlt_jax.runtime import sharding as sharding_lib
 from tlt_jax.settings import sections
@@ -107,22 +113,28 @@ class Learner:
         """Prepare shardings and the optimizer; nothing is compiled yet.
 
         `law` is that which completions were drawn from; `precision` is of activations
-        and products, for `remat` see `sections.Model`. The mesh has the axes of
-        `sharding.MESH_AXES`; each part of the batch on it holds the logits of
+        and products, for `remat` see `sections.Model`. The mesh is one of
+        `sharding.make_mesh`; each part of the batch on it holds the logits of
         `head_chunk` predictions at once, of which `policy_gradient.ForwardConfig`
         counts those of all parts.
 
         Raises:
-          ValueError: a weight does not divide over the mesh.
+          ValueError: a weight does not divide over the mesh, or settings of mixtures
+            of experts are for a model that is none.
         """
         self.mesh = mesh
         self.rules = sharding_lib.ShardingRules()
+        portable = kernels.PORTABLE
+        if model.experts is not None:
+            portable = kernels.for_experts(portable, kernels.Split(mesh, self.rules))
         self.forward_cfg = policy_gradient.ForwardConfig(
             model=model,
             law=law,
             dtype=jnp.dtype(precision),
             remat=remat,
             head_chunk=head_chunk * self._num_parts,
+            routing=routing.of_settings(cfg, model),
+            kernels=portable,
         )
         self._pool = pool
         settings = dict(
@@ -146,9 +158,14 @@ class Learner:
         return self._rows_per_device * self._num_parts
 
     @property
+    def _num_experts(self) -> int:
+        experts = self.forward_cfg.model.experts
+        return 0 if experts is None else experts.num
+
+    @property
     def _num_parts(self) -> int:
         """Parts into which the mesh splits a batch."""
-        return math.prod(self.mesh.shape[axis] for axis in self.rules.batch)
+        return sharding_lib.num_parts(self.mesh, self.rules.batch)
 
     def abstract_state(self) -> train_state.TrainState:
         """Return shapes, dtypes and shardings of the state, as restoring needs them."""
@@ -178,12 +195,15 @@ class Learner:
         return self._pool.get(program)(placed)
 
     def logprobs(
-        self, params: model_params.Params, parts: Sequence[packing.Packed]
+        self,
+        params: model_params.Params,
+        parts: Sequence[packing.Packed],
+        routes: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
         """Compute log-probabilities without gradients: the old or reference policy's.
 
         `params` are float32, placed as the state's; `parts` have `rows_per_micro_batch`
-        rows.
+        rows; `routes` are replayed, see `policy_gradient.rows_of`.
 
         Returns:
           For each part `[rows, M] float32`, for `packing.scatter`; what stands where no
@@ -191,7 +211,8 @@ class Learner:
         """
         outputs = []
         for part in parts:
-            rows = self._place(policy_gradient.rows_of(part))
+            rows = policy_gradient.rows_of(part, routes, self._num_experts)
+            rows = self._place(rows)
             outputs.append(self._pool.get(self._logprobs_program(rows))(params, rows))
         return [np.asarray(x) for x in jax.device_get(outputs)]
 
@@ -214,7 +235,10 @@ class Learner:
         rows, columns = self._place(batch.rows), self._place(batch.columns)
         wanted = [self._accumulate_program(rows, columns, cfg, batch.num_sequences)]
         if with_logprobs:
-            wanted.append(self._logprobs_program(rows))
+            bare = rows.replace(share=None)
+            wanted.append(self._logprobs_program(bare.replace(routes=None)))
+            if rows.routes is not None and self.forward_cfg.routing.replay:
+                wanted.append(self._logprobs_program(bare))
         wanted += [self._zeros_program(), self._apply_program(), self._digest_program()]
         for program in wanted:
             self._pool.prepare(program)
@@ -255,7 +279,8 @@ class Learner:
         record = {name: float(value) for name, value in outcome.items()}
         # On the host, in double precision.
         total = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
-        return state, losses.summarise(total) | record, list(logprobs)
+        record = losses.summarise(total) | routing.summarise(total) | record
+        return state, record, list(logprobs)
 
     def _abstract_train_state(self) -> train_state.TrainState:
         model = self.forward_cfg.model

@@ -21,9 +21,9 @@ import numpy as np
 
 from tlt_jax.rl.update import row_filling
 
-_COLUMNS = ("tokens", "positions", "segment", "prefix")
+_COLUMNS = ("tokens", "positions", "segment", "prefix", "owner")
 _PREDICTIONS = ("source", "target", "sequence", "index")
-_PADDING = {"segment": -1, "prefix": -1, "index": -1}
+_PADDING = {"segment": -1, "prefix": -1, "owner": -1, "index": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Packed:
       positions: `[B, T] int32`, padding 0.
       segment: `[B, T] int32`, number of the prompt or response in its row, padding -1.
       prefix: `[B, T] int32`, segment of the column's prompt, padding -1.
+      owner: `[B, T] int32`, completion whose text the column is of, of a prompt that
+        of its first response, padding -1.
       source: `[B, M] int32`, column of the row whose logits predict, padding 0.
       target: `[B, M] int32`, token predicted, padding 0.
       sequence: `[B, M] int32`, the response, in [0, num_sequences), padding 0.
@@ -66,6 +68,7 @@ class Packed:
     positions: np.ndarray
     segment: np.ndarray
     prefix: np.ndarray
+    owner: np.ndarray
     source: np.ndarray
     target: np.ndarray
     sequence: np.ndarray
@@ -171,6 +174,29 @@ def gather(packed: Packed, values: Sequence[np.ndarray] | np.ndarray) -> np.ndar
             )
         flat = np.concatenate([np.asarray(array) for array in values])
     return np.where(packed.valid, flat[np.maximum(packed.index, 0)], 0)
+
+
+def gather_columns(
+    packed: Packed, values: Sequence[np.ndarray], fill: int
+) -> np.ndarray:
+    """Lays values of text positions out over columns, see `Packed.owner`.
+
+    Args:
+      packed: the layout, whole or a part of it.
+      values: for each completion `[m_i, ...]`, of its text's first m_i positions.
+      fill: what stands where there is no value.
+
+    Returns:
+      `[B, T, ...]` of the values' dtype.
+    """
+    laid_out = np.full(
+        (*packed.owner.shape, *values[0].shape[1:]), fill, values[0].dtype
+    )
+    for number in np.unique(packed.owner[packed.owner >= 0]):
+        own = values[number]
+        is_known = (packed.owner == number) & (packed.positions < len(own))
+        laid_out[is_known] = own[packed.positions[is_known]]
+    return laid_out
 
 
 def scatter(parts: Sequence[Packed], values: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -295,7 +321,10 @@ def _row(
     for tree in row:
         prefix = segment
         places = np.arange(len(tree.prompt))
-        append(tree.prompt, positions=places, segment=segment, prefix=prefix)
+        first = tree.responses[0][0]
+        append(
+            tree.prompt, positions=places, segment=segment, prefix=prefix, owner=first
+        )
         column += len(tree.prompt)
         segment += 1
         last_of_prompt = column - 1
@@ -306,6 +335,7 @@ def _row(
                 positions=len(tree.prompt) + offsets,
                 segment=segment,
                 prefix=prefix,
+                owner=number,
                 source=np.where(offsets == 0, last_of_prompt, column + offsets - 1),
                 target=tokens,
                 sequence=first_sequence + sequence,

@@ -10,10 +10,12 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from tlt_jax.models import attention, transformer
+from tlt_jax.models import attention, experts, transformer
 from tlt_jax.models import config as model_config
+from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.update import losses, packing
+from tlt_jax.rl.update import routing as routing_lib
 from tlt_jax.specdec import sampling
 from tlt_jax.types import Array
 
@@ -25,6 +27,10 @@ class Rows:
     Attributes:
       tokens, positions, segment, prefix: `[B, T] int32`.
       source, target: `[B, M] int32`.
+      routes: `[B, T, L, C]` unsigned, the experts that the rollout chose, X and more
+        where it is not known; None: it was not asked, or blocks are dense.
+      share: `[B] float32`, of a model with experts: the row's part of the minibatch's
+        columns.
     """
 
     tokens: Array
@@ -33,6 +39,8 @@ class Rows:
     prefix: Array
     source: Array
     target: Array
+    routes: Array | None = None
+    share: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +69,8 @@ class ForwardConfig:
       remat: see `transformer.forward`.
       head_chunk: predictions whose logits are held at once, so that the head needs
         `head_chunk x V` numbers; at least 1.
+      routing: what is asked of a mixture's routers.
+      kernels: without attention or native products: what has derivatives.
     """
 
     model: model_config.ModelConfig
@@ -68,11 +78,25 @@ class ForwardConfig:
     dtype: Any = jnp.float32
     remat: str = "full"
     head_chunk: int = 1024
+    routing: routing_lib.Config = routing_lib.Config()
+    kernels: kernels_lib.Kernels = kernels_lib.PORTABLE
 
 
-def rows_of(packed: packing.Packed) -> Rows:
-    """Select what the forward reads."""
-    return Rows(**{f.name: getattr(packed, f.name) for f in dataclasses.fields(Rows)})
+def rows_of(
+    packed: packing.Packed,
+    routes: Sequence[np.ndarray] | None = None,
+    num_experts: int = 0,
+) -> Rows:
+    """Select what the forward reads.
+
+    `routes` are those of n completions, see `types.Completion`, of `num_experts`; None:
+    the forward chooses for itself.
+    """
+    names = [f.name for f in dataclasses.fields(Rows)]
+    rows = Rows(**{n: getattr(packed, n) for n in names if hasattr(packed, n)})
+    if routes is None:
+        return rows
+    return rows.replace(routes=packing.gather_columns(packed, routes, num_experts))
 
 
 def micro_batch(
@@ -83,6 +107,9 @@ def micro_batch(
     old_logprobs: Sequence[np.ndarray] | None = None,
     rollout_logprobs: Sequence[np.ndarray] | None = None,
     ref_logprobs: Sequence[np.ndarray] | None = None,
+    routes: Sequence[np.ndarray] | None = None,
+    num_experts: int = 0,
+    num_tokens: int = 1,
 ) -> MicroBatch:
     """Lay a batch's numbers out over the predictions of some of its rows.
 
@@ -92,6 +119,8 @@ def micro_batch(
       weights: `[n] float32`, of `losses.token_weights` over the batch.
       old_logprobs, rollout_logprobs, ref_logprobs: n arrays `[length_i] float32`, or
         None, see `losses.TokenColumns`.
+      routes, num_experts: see `rows_of`; 0: blocks are dense.
+      num_tokens: columns of the minibatch that are no padding; of a model with experts.
 
     Raises:
       ValueError: counts or lengths differ from the layout's.
@@ -111,7 +140,11 @@ def micro_batch(
         rollout_logprobs=lay_out(rollout_logprobs),
         ref_logprobs=lay_out(ref_logprobs),
     )
-    return MicroBatch(rows_of(packed), columns, packed.num_sequences)
+    rows = rows_of(packed, routes, num_experts)
+    if num_experts:
+        own = np.sum(packed.segment >= 0, axis=1)
+        rows = rows.replace(share=(own / max(num_tokens, 1)).astype(np.float32))
+    return MicroBatch(rows, columns, packed.num_sequences)
 
 
 def token_logprobs(
@@ -121,7 +154,7 @@ def token_logprobs(
     cfg: ForwardConfig,
     with_entropy: bool = False,
     constrain: Callable[[Array], Array] = lambda x: x,
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, Array | None, experts.Routing | None]:
     """Compute the log-probability of every prediction of packed rows.
 
     The logits of `cfg.head_chunk` predictions exist at a time; with more than one chunk
@@ -131,9 +164,10 @@ def token_logprobs(
 
     Returns:
       `[B, M] float32` natural log-probabilities of `rows.target` under the sampling
-      law, and entropies `[B, M] float32` in nats or None.
+      law, entropies `[B, M] float32` in nats or None, and what the routers of a mixture
+      did.
     """
-    hidden = transformer.forward(
+    out = transformer.forward(
         params,
         cfg.model,
         rows.tokens,
@@ -143,7 +177,10 @@ def token_logprobs(
         with_cache_columns=False,
         remat=cfg.remat,
         constrain=constrain,
-    ).hidden
+        routes=routing_lib.given(rows.routes, cfg.routing),
+        kernels=cfg.kernels,
+    )
+    hidden = out.hidden
 
     num_rows, num_predictions = rows.source.shape
     num_chunks = -(-num_rows * num_predictions // cfg.head_chunk)
@@ -162,7 +199,7 @@ def token_logprobs(
 
     source, target = cut(rows.source), cut(rows.target)
     if num_chunks == 1:
-        return one_chunk(source[:, 0], target[:, 0])
+        return *one_chunk(source[:, 0], target[:, 0]), out.routing
     chunks = jnp.moveaxis(source, 1, 0), jnp.moveaxis(target, 1, 0)
     outputs = lax.map(jax.checkpoint(lambda chunk: one_chunk(*chunk)), chunks)
 
@@ -170,7 +207,7 @@ def token_logprobs(
         joined = jnp.moveaxis(x, 0, 1).reshape(num_rows, num_chunks * width)
         return joined[:, :num_predictions]
 
-    return jax.tree.map(join, outputs)
+    return *jax.tree.map(join, outputs), out.routing
 
 
 @struct.dataclass
@@ -208,7 +245,7 @@ def accumulate(
     """
 
     def loss(params):
-        logprobs, entropy = token_logprobs(
+        logprobs, entropy, routing = token_logprobs(
             params, rows, cfg=cfg, with_entropy=True, constrain=constrain
         )
         if not loss_cfg.entropy_coef:
@@ -221,6 +258,11 @@ def accumulate(
             cfg=loss_cfg,
             num_sequences=num_sequences,
         )
+        if routing is not None:
+            extra, own = routing_lib.losses(
+                routing, rows.routes, rows.share, cfg.routing
+            )
+            value, sums = value + extra, sums | own
         return value, (sums, logprobs)
 
     grad, (sums, logprobs) = jax.grad(loss, has_aux=True)(params)

@@ -63,12 +63,14 @@ class Updater:
             num_steps=num_steps,
             precision=precision,
             remat=remat,
-            mesh=sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
+            mesh=sharding.make_mesh(
+                mesh.data, mesh.fsdp, mesh.tensor, expert=mesh.expert
+            ),
             pool=self.pool,
         )
         self.reference: model_params.Params | None = None
         self.skips = train_state_lib.Skips(_MAX_SKIPPED)
-        self._rollout, self._cfg = rollout, learner
+        self._model, self._rollout, self._cfg = model, rollout, learner
         self._layout = experience.Layout(
             learner.row_tokens, self.learner.rows_per_micro_batch
         )
@@ -90,7 +92,9 @@ class Updater:
         """Compile every program of the updates to come, in the background."""
         num_prompts = self._rollout.prompts_per_step // self._cfg.minibatches
         for width in self._layout.widths:
-            blank = experience.filling(width, num_prompts, self._rollout.group_size)
+            blank = experience.filling(
+                width, num_prompts, self._rollout.group_size, self._model
+            )
             given = blank.logprobs
             has_old = self._cfg.old_logprobs == "rollout" or self._recomputes
             _, (micro, *_) = experience.micro_batches(
@@ -101,6 +105,7 @@ class Updater:
                 max_new_tokens=self._rollout.max_new_tokens,
                 old_logprobs=given if has_old else None,
                 ref_logprobs=given if self.needs_reference else None,
+                num_experts=self._num_experts,
             )
             passes = self.needs_reference or self._recomputes
             self.learner.prepare(micro, self.algorithm.loss, with_logprobs=passes)
@@ -123,7 +128,8 @@ class Updater:
             if self.reference is not None:
                 reference = self._logprobs(self.reference, batch)
             if self._recomputes:
-                old_logprobs = self._logprobs(self.train_state.params, batch)
+                own = batch.routes if self._cfg.routes == "replay" else None
+                old_logprobs = self._logprobs(self.train_state.params, batch, own)
                 # Of all minibatches: an update sees those after the first with weights
                 # that have not rolled out.
                 mismatch = experience.max_mismatch(batch, old_logprobs)
@@ -147,6 +153,7 @@ class Updater:
                     max_new_tokens=self._rollout.max_new_tokens,
                     old_logprobs=_take(old_logprobs, rows),
                     ref_logprobs=_take(reference, rows),
+                    num_experts=self._num_experts,
                 )
                 with watch.stage("update"):
                     self.train_state, record, trained = self.learner.update(
@@ -161,6 +168,9 @@ class Updater:
             name: float(np.mean([record[name] for record in records]))
             for name in records[0]
         }
+        # As above: the weights of later updates have not rolled out.
+        if (flips := records[0].get("moe/route_flips")) is not None:
+            row["moe/route_flips"] = flips
         with watch.stage("update"):
             digest = self.learner.digest(self.train_state.params)
         return row | {
@@ -174,12 +184,22 @@ class Updater:
         cfg = self._cfg
         return cfg.old_logprobs == "recompute" and cfg.epochs * cfg.minibatches > 1
 
+    @property
+    def _num_experts(self) -> int:
+        return 0 if self._model.experts is None else self._model.experts.num
+
     def _logprobs(
-        self, params: model_params.Params, batch: experience.Experience
+        self,
+        params: model_params.Params,
+        batch: experience.Experience,
+        routes: list[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        """Log-probabilities of a batch's completions by the trainer's own forward."""
+        """Log-probabilities of a batch's completions by the trainer's own forward.
+
+        `routes` are replayed; those of a reference's other weights are its own.
+        """
         parts = self._layout.pack(batch)
-        return packing.scatter(parts, self.learner.logprobs(params, parts))
+        return packing.scatter(parts, self.learner.logprobs(params, parts, routes))
 
     def _check_skipped(self, record: dict[str, float], watch: watch_lib.Watch) -> None:
         self.skips.count(record["policy/update_skipped"])

@@ -104,7 +104,7 @@ class WeightSync:
             self._middle = self.placed[0]
         elif self._spans_processes:
             # Every process gets what its engines need.
-            gathered = sharding_lib.ShardingRules(embed=())
+            gathered = sharding_lib.ShardingRules(embed=(), expert=())
             places = sharding_lib.regrouped(source, targets[0].size)
             self._middle = _unstacked(model, places, gathered)
         else:
