@@ -214,7 +214,7 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
         by_batch = sorted(tables.groups(its, "batch").items())
         best = [max(rows, key=lambda row: row["speedup"]) for _, rows in by_batch]
         places = [math.log2(row["batch"]) for row in best]
-        _plot_speedups(right, best, label, color, places)
+        _plot_speedups(right, best, label, color, places, told=its is tuned)
     batches = sorted(set(tables.column(chosen, "batch")))
     right.set_xticks([math.log2(batch) for batch in batches], batches)
     right.set_xlabel("batch; of each kind the best strategy")
@@ -222,11 +222,16 @@ def plot(summary: list[tables.Row], stamp: str) -> plotting.Figure:
 
 
 def _plot_speedups(
-    axes: axes_lib.Axes, rows: list[tables.Row], label: str, color: str, places: list
+    axes: axes_lib.Axes,
+    rows: list[tables.Row],
+    label: str,
+    color: str,
+    places: list,
+    told: bool = True,
 ):
     speedups = tables.column(rows, "speedup")
     axes.plot(places, speedups, "o-", color=color, label=label)
-    for place, value in zip(places, speedups, strict=True):
+    for place, value in zip(places, speedups, strict=True) if told else ():
         axes.annotate(
             f"{value:.2f}",
             (place, value),

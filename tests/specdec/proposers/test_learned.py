@@ -245,8 +245,8 @@ def test_best_of_are_the_largest(k):
         ("D2K1V3N8", (-0.3, -9, -9), (1, 1, 1), True),
         # Nobody shares: only a row's own nodes count, and of the third row's two.
         ("D4K1V5", (-0.6, -9, -9), (1, 1, 1), True),
-        ("D2K1V3", (-0.6, -0.75, -9), (1, 1, 1), True),
-        ("D2K1V3", (-0.6, -0.7, -9), (1, 0, 1), False),
+        ("D2K2V3", (-0.6, -0.75, -9), (1, 1, 1), True),
+        ("D2K2V3", (-0.6, -0.7, -9), (1, 0, 1), False),
     ],
 )
 def test_no_level_is_drafted_that_cannot_enter(strategy, live, alive, wanted):

@@ -288,10 +288,7 @@ def of_target(
 
 
 def describe(cfg: DrafterConfig) -> DrafterParams:
-    """Describe every trained leaf as a `Weight`.
-
-    Not `draft_ids`, `sharpness` and `tau`, which are chosen and measured.
-    """
+    """Describe every trained leaf, none that is chosen or measured, as a `Weight`."""
     d, n = cfg.layer.d_model, cfg.num_features
     stacked = model_params.describe(cfg.layer).layers
 

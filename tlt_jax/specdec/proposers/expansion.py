@@ -196,7 +196,8 @@ class Expansion:
         those that matter stand first: live nodes fall in score.
         """
         num_rows, width = live.tokens.shape[0], self.strategy.tokens_to_verify
-        if self.keep_laws:
+        all_fit = self.strategy.num_drafted < width
+        if self.keep_laws or all_fit and not self.strategy.shares(num_rows):
             return jnp.broadcast_to(alive[:, None], live.tokens.shape)
         room = self.strategy.num_columns(num_rows) - jnp.sum(alive)
 
