@@ -142,7 +142,7 @@ def test_a_step_costs_by_its_budget_and_not_by_its_trees():
     whole = cost("D5K2V11")
     column = 2 * NUM_WEIGHTS
     # Attention is the same. What is taken in is packed as well, and so are the nodes
-    # that a level expands: at most 21 of 32 with the smaller budget, all with the other.
+    # that a level expands: at most 21 of 32 with the smaller budget, or all of them.
     assert more.flops - shared.flops >= BATCH * column
     assert more.flops - shared.flops < 2 * BATCH * column
     assert whole.flops - more.flops > 8 * BATCH * column
