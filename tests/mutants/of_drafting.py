@@ -220,8 +220,8 @@ EDITS = {
             "state.start[:, None] + root_B1 + 0 * place_BL",
         ),
         (
-            "*children(live.tokens, level))",
-            "*children(0 * live.tokens + rows.pending[:, None], level))",
+            "found = children(live.tokens, level)",
+            "found = children(0 * live.tokens + rows.pending[:, None], level)",
         ),
         ("*children(rows.pending[:, None], 1)", "*children(state.tokens[:, :1], 1)"),
         (
@@ -232,9 +232,6 @@ EDITS = {
         ("root_B1 = state.counts[:, None] - 1", "root_B1 = 0 * state.counts[:, None]"),
         ("jnp.arange(keys.shape[3]) < root_B1", "jnp.arange(keys.shape[3]) <= root_B1"),
         ("keys, values = map(ragged_rows.unpack, (keys, values))", "pass", _SHARED),
-        ("jnp.repeat(live.index, topk, axis=1)", "jnp.tile(live.index, topk)", _BLOCK),
-        ("(live.scores[..., None] + gains_BEE)", "(0 + gains_BEE)", _BLOCK),
-        ("index=first + chosen_BE,", "index=chosen_BE,", _BLOCK),
     ],
     ("models/drafters/block.py", _BLOCK): [
         ("(index[:, None] > 0)", "(index[:, None] >= index[None, :])"),

@@ -256,11 +256,9 @@ def test_no_level_is_drafted_that_cannot_enter(strategy, live, alive, wanted):
     grow = expansion.Expansion(strategy_lib.parse(strategy), settings, CFG, False)
     level = expansion.Level(
         candidates_lib.Candidates(none, none, none, jnp.asarray(found)),
-        *[None] * 3,
         tokens=none[:, :1],
         scores=jnp.array(live)[:, None],
         index=none[:, :1],
-        features=None,
         probs=None,
     )
     matters = grow.may_matter(level, jnp.array(alive, bool))

@@ -20,7 +20,6 @@ from tlt_jax.models import attention, kv_cache, transformer
 from tlt_jax.models.drafters import block as block_lib
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import candidates as candidates_lib
 from tlt_jax.specdec import decode, protocols
 from tlt_jax.specdec.proposers import expansion, learned
 from tlt_jax.types import Array
@@ -61,7 +60,7 @@ class Block(learned.Learned):
             draft_ids = weights.params.draft_ids
             return grow.ranked(draft_ids, score, of_level_B1V + follows_BEV, level)
 
-        live = self._first_level(*children(rows.pending[:, None], 1))
+        live = grow.begun(*children(rows.pending[:, None], 1))
 
         def goes_on(state):
             level, live = state
@@ -69,7 +68,8 @@ class Block(learned.Learned):
 
         def expand(state):
             level, live = state
-            return level + 1, _next_level(level, live, *children(live.tokens, level))
+            found = children(live.tokens, level)
+            return level + 1, grow.grown(level, live, *found)[0]
 
         if depth > 1:
             _, live = lax.while_loop(goes_on, expand, (jnp.int32(2), live))
@@ -131,68 +131,9 @@ class Block(learned.Learned):
         kernels = self.settings.kernels
         return transformer.head_logits(weights.follow, code_RBE, kernels)
 
-    def _first_level(self, ids_B1E, gains_B1E, probs_BV) -> expansion.Level:
-        """Begin with the root's children: candidates, all of which are live."""
-        topk, num = self.strategy.topk, self.strategy.num_drafted
-        ids_BE, scores_BE = ids_B1E[:, 0], gains_B1E[:, 0]
-        batch = ids_BE.shape[0]
-
-        # Room for all levels: E candidates of this one, E x E of each further one.
-        def begin(absent, values_BE):
-            all_BC = jnp.full((batch, num), absent, values_BE.dtype)
-            return all_BC.at[:, :topk].set(values_BE)
-
-        if probs_BV is not None:
-            shape = (batch, self.strategy.draft_depth, probs_BV.shape[-1])
-            probs_BV = jnp.zeros(shape, probs_BV.dtype).at[:, 0].set(probs_BV)
-        return expansion.Level(
-            found=candidates_lib.Candidates(
-                tokens=begin(0, ids_BE),
-                parents=jnp.full((batch, num), candidates_lib.NO_PARENT, jnp.int32),
-                depths=begin(0, jnp.ones_like(ids_BE)),
-                scores=begin(-jnp.inf, scores_BE),
-            ),
-            # A block's keys were all there in its one pass.
-            keys=None,
-            values=None,
-            mask=None,
-            tokens=ids_BE,
-            scores=scores_BE,
-            index=jnp.broadcast_to(jnp.arange(topk, dtype=jnp.int32), (batch, topk)),
-            features=None,
-            probs=probs_BV,
-        )
-
     def _of_all_tokens(self, laws, draft_ids) -> Array | None:
         """Spread laws `[B, draft_depth, Vd]` over all the vocabulary."""
         if laws is None or draft_ids is None:
             return laws
         shape = (*laws.shape[:-1], self.settings.cfg.vocab_size)
         return jnp.zeros(shape, laws.dtype).at[..., draft_ids].add(laws)
-
-
-def _next_level(level, live, ids_BEE, gains_BEE, probs_BV) -> expansion.Level:
-    """Add the children of the live nodes; the E best of them live on."""
-    batch, topk = live.tokens.shape
-    ids_BC = ids_BEE.reshape(batch, topk**2)
-    scores_BC = (live.scores[..., None] + gains_BEE).reshape(batch, topk**2)
-    # Those of the levels before stand first.
-    first = topk + (level - 2) * topk**2
-
-    def put(x_BC, new_BC):
-        return lax.dynamic_update_slice_in_dim(x_BC, new_BC, first, axis=1)
-
-    best_BE, chosen_BE = lax.top_k(scores_BC, topk)
-    found, probs = live.found, live.probs
-    return live.replace(
-        found=candidates_lib.Candidates(
-            tokens=put(found.tokens, ids_BC),
-            parents=put(found.parents, jnp.repeat(live.index, topk, axis=1)),
-            depths=put(found.depths, jnp.zeros_like(ids_BC) + level),
-            scores=put(found.scores, scores_BC),
-        ),
-        tokens=jnp.take_along_axis(ids_BC, chosen_BE, axis=1),
-        scores=best_BE,
-        index=first + chosen_BE,
-        probs=None if probs is None else probs.at[:, level - 1].set(probs_BV),
-    )

@@ -46,17 +46,20 @@ class Score:
 
 @struct.dataclass
 class Level:
-    """State between levels: what was found, and the nodes to be expanded next."""
+    """State between levels: what was found, and the nodes to be expanded next.
+
+    Keys, values, mask and features are of drafters that read a level by its own.
+    """
 
     found: candidates_lib.Candidates
-    keys: Array  # [K, H, B, S]: what was taken in, then a slot for each live node
-    values: Array
-    mask: Array  # [B, E, S]: who is an ancestor of the live node
     tokens: Array  # [B, E]
     scores: Array  # [B, E]
     index: Array  # [B, E], of the live node among the candidates
-    features: Array  # [D, B, E], the drafter's own output at the live node's parent
     probs: Array | None  # [B, draft_depth, Vd], laws of a chain
+    keys: Array | None = None  # [K, H, B, S]: what was taken in, a slot for each node
+    values: Array | None = None
+    mask: Array | None = None  # [B, E, S]: who is an ancestor of the live node
+    features: Array | None = None  # [D, B, E], the drafter's output at its parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,41 +82,83 @@ class Expansion:
         """Find the root's children: they are candidates, and all of them are live."""
         _, _, batch, width = taken_in.keys.shape
         depth, topk = self.strategy.draft_depth, self.strategy.topk
-        num = self.strategy.num_drafted
-        ids_B1E, gains_B1E, probs = self._children(weights, score, root_DB1, 1)
-        ids_BE, scores_BE = ids_B1E[:, 0], gains_B1E[:, 0]
-        if probs is not None:
-            shape = (batch, depth, probs.shape[-1])
-            probs = jnp.zeros(shape, probs.dtype).at[:, 0].set(probs)
-
-        # Room for all levels: E candidates of this one, E x E of each further one.
-        def begin(absent, values_BE):
-            all_BC = jnp.full((batch, num), absent, values_BE.dtype)
-            return all_BC.at[:, :topk].set(values_BE)
-
-        found = candidates_lib.Candidates(
-            tokens=begin(0, ids_BE),
-            parents=begin(candidates_lib.NO_PARENT, jnp.full_like(ids_BE, -1)),
-            depths=begin(0, jnp.ones_like(ids_BE)),
-            scores=begin(-jnp.inf, scores_BE),
-        )
+        live = self.begun(*self._children(weights, score, root_DB1, 1))
         # Nodes see the columns that were just taken in, and later their ancestors,
         # each of which will stand in a slot behind those columns.
         slots = width + (depth - 1) * topk
         seen_BS = jnp.arange(slots) < counts_B[:, None]
         shape = (*taken_in.keys.shape[:3], slots)
         zeros = jnp.zeros(shape, jnp.dtype(self.settings.dtype))
-        return Level(
-            found=found,
+        return live.replace(
             keys=zeros.at[..., :width].set(taken_in.keys),
             values=zeros.at[..., :width].set(taken_in.values),
             mask=jnp.broadcast_to(seen_BS[:, None], (batch, topk, slots)),
+            features=jnp.broadcast_to(root_DB1, (root_DB1.shape[0], batch, topk)),
+        )
+
+    def begun(self, ids_B1E: Array, gains_B1E: Array, probs_BV: Array | None) -> Level:
+        """Begin with the root's children: they are candidates, and all of them live."""
+        ids_BE, scores_BE = ids_B1E[:, 0], gains_B1E[:, 0]
+        (batch, topk), num = ids_BE.shape, self.strategy.num_drafted
+        if probs_BV is not None:
+            shape = (batch, self.strategy.draft_depth, probs_BV.shape[-1])
+            probs_BV = jnp.zeros(shape, probs_BV.dtype).at[:, 0].set(probs_BV)
+
+        # Room for all levels: E candidates of this one, E x E of each further one.
+        def begin(absent, values_BE):
+            all_BC = jnp.full((batch, num), absent, values_BE.dtype)
+            return all_BC.at[:, :topk].set(values_BE)
+
+        return Level(
+            found=candidates_lib.Candidates(
+                tokens=begin(0, ids_BE),
+                parents=jnp.full((batch, num), candidates_lib.NO_PARENT, jnp.int32),
+                depths=begin(0, jnp.ones_like(ids_BE)),
+                scores=begin(-jnp.inf, scores_BE),
+            ),
             tokens=ids_BE,
             scores=scores_BE,
             index=jnp.broadcast_to(jnp.arange(topk, dtype=jnp.int32), (batch, topk)),
-            features=jnp.broadcast_to(root_DB1, (root_DB1.shape[0], batch, topk)),
-            probs=probs,
+            probs=probs_BV,
         )
+
+    def grown(
+        self,
+        level: Array,
+        live: Level,
+        ids_BEE: Array,
+        gains_BEE: Array,
+        probs_BV: Array | None,
+    ) -> tuple[Level, Array]:
+        """Add the children of the live nodes; the E best of them live on.
+
+        Second `[B, E]`, which of the live nodes is the parent of each.
+        """
+        batch, topk = live.tokens.shape
+        # E x E candidates (C), each with its path's score; those of the levels before
+        # stand first.
+        ids_BC = ids_BEE.reshape(batch, topk**2)
+        scores_BC = (live.scores[..., None] + gains_BEE).reshape(batch, topk**2)
+        first = topk + (level - 2) * topk**2
+
+        def put(x_BC, new_BC):
+            return lax.dynamic_update_slice_in_dim(x_BC, new_BC, first, axis=1)
+
+        best_BE, chosen_BE = lax.top_k(scores_BC, topk)
+        found, probs = live.found, live.probs
+        grown = live.replace(
+            found=candidates_lib.Candidates(
+                tokens=put(found.tokens, ids_BC),
+                parents=put(found.parents, jnp.repeat(live.index, topk, axis=1)),
+                depths=put(found.depths, jnp.zeros_like(ids_BC) + level),
+                scores=put(found.scores, scores_BC),
+            ),
+            tokens=jnp.take_along_axis(ids_BC, chosen_BE, axis=1),
+            scores=best_BE,
+            index=first + chosen_BE,
+            probs=None if probs is None else probs.at[:, level - 1].set(probs_BV),
+        )
+        return grown, chosen_BE // topk
 
     def expand(self, weights, score, view, positions_B, level, live, rows) -> Level:
         """Find the children of the live nodes, and which of them live on.
@@ -142,49 +187,23 @@ class Expansion:
             dtype=dtype,
             kernels=self.settings.kernels,
         )
-        ids_BEE, gains_BEE, probs_BV = self._children(
-            weights, score, out.hidden, level, rows
-        )
+        children = self._children(weights, score, out.hidden, level, rows)
         if rows is not None:
             out = jax.tree.map(rows.unpack, out)
-        # E x E candidates (C), each with its path's score; those of the levels before
-        # stand first.
-        ids_BC = ids_BEE.reshape(batch, topk**2)
-        scores_BC = (live.scores[..., None] + gains_BEE).reshape(batch, topk**2)
-        first = topk + (level - 2) * topk**2
-
-        def put(x_BC, new_BC):
-            return lax.dynamic_update_slice_in_dim(x_BC, new_BC, first, axis=1)
-
-        found = candidates_lib.Candidates(
-            tokens=put(live.found.tokens, ids_BC),
-            parents=put(live.found.parents, jnp.repeat(live.index, topk, axis=1)),
-            depths=put(live.found.depths, jnp.zeros_like(ids_BC) + level),
-            scores=put(live.found.scores, scores_BC),
-        )
-        # The E best live on: each sees what its parent saw, and its parent.
+        # Each node that lives on sees what its parent saw, and its parent.
+        grown, parent_BE = self.grown(level, live, *children)
         slot = width + (level - 2) * topk
-        best_BE, chosen_BE = lax.top_k(scores_BC, topk)
-        parent_BE = chosen_BE // topk
         is_parent_BES = slot + parent_BE[..., None] == jnp.arange(live.mask.shape[2])
         mask_BES = jnp.take_along_axis(live.mask, parent_BE[..., None], axis=1)
 
         def put_columns(x_KHBS, new_KHBE):
             return lax.dynamic_update_slice_in_dim(x_KHBS, new_KHBE, slot, axis=3)
 
-        probs = live.probs
-        if probs is not None:
-            probs = probs.at[:, level - 1].set(probs_BV)
-        return Level(
-            found=found,
+        return grown.replace(
             keys=put_columns(live.keys, out.keys),
             values=put_columns(live.values, out.values),
             mask=mask_BES | is_parent_BES,
-            tokens=jnp.take_along_axis(ids_BC, chosen_BE, axis=1),
-            scores=best_BE,
-            index=first + chosen_BE,
             features=jnp.take_along_axis(out.hidden, parent_BE[None], axis=2),
-            probs=probs,
         )
 
     def may_matter(self, live: Level, alive: Array) -> Array:
