@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import threading
 import types
 
 import numpy as np
@@ -77,9 +78,12 @@ def evaluate(first, used):
     """Judge by so many engines; return row, texts, and the engines at work."""
     team = [first, *(engines.engine_of(first.pool) for _ in used[1:])]
     at_work = set()
+    # They begin together: else one may have answered all before another has begun.
+    together = threading.Barrier(sum(used), timeout=60)
     for number, engine in enumerate(team):
 
         def serve(*args, engine=engine, number=number, **options):
+            together.wait()
             stats = type(engine).serve(engine, *args, **options)
             if stats.num_tokens:
                 at_work.add(number)
