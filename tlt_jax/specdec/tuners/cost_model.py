@@ -153,12 +153,7 @@ class CostModel(tuner.Tuner):
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        if "accepted" not in state:
-            raise ValueError(
-                "the state of tuner 'cost_model' is of an older version of tlt_jax, "
-                "which did not learn acceptance by room: go on with that version, or "
-                "begin a new run."
-            )
         self._asked = bool(state["asked"])
-        self.survival.restore(state["accepted"])
+        # An older version did not learn acceptance by room: it is learned anew.
+        self.survival.restore(state.get("accepted", []))
         self.step_times.restore(state["step_times"])
