@@ -115,21 +115,20 @@ def test_as_the_slow_form_and_as_steps_with_less(name):
     count = jax.jit(functools.partial(rooms.accepted_by_room, strategy=tight))
     select = jax.jit(tree_lib.select, static_argnums=2)
     share = jax.jit(tree_lib.share, static_argnums=(2, 3))
-    compared = 0
+    root, compared = np.zeros(BATCH, np.int32), 0
     for seed in range(2):
         rng = np.random.default_rng(seed)
         candidates = test_tree.random_candidates(seed)
         alive = rng.random(BATCH) < 0.8
         # What the target draws at each depth, whatever was accepted above.
         drawn = rng.integers(test_tree.VOCAB, size=(BATCH, DEPTH + 1), dtype=np.int32)
-        root = np.zeros(BATCH, np.int32)
 
         def step(budget, depth, candidates=candidates, alive=alive, drawn=drawn):
             shallow = jnp.where(candidates.depths <= depth, candidates.scores, -jnp.inf)
             left = candidates.replace(scores=shallow)
             if budget < BATCH * (most + 1):
                 left = share(left, alive, most + 1, budget)
-            tree = select(left, root, most + 1)  # noqa: B023
+            tree = select(left, root, most + 1)
             at_nodes = np.take_along_axis(drawn, np.asarray(tree.depths), axis=1)
             return verify.walk(tree, jnp.asarray(at_nodes), DEPTH + 1)
 
