@@ -8,6 +8,7 @@ few for prefilling, filling the drafter's cache, and copying pages.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -274,23 +275,19 @@ class EnginePrograms:
 
     def read_features(self) -> programs.Program:
         """Read what pages keep of the target's features, `[max_pages, F, page]`."""
-
-        def lower():
-            pages = self._ints(self._engine_cfg.max_pages)
-            fn = jax.jit(kv_cache.read_feature_pages, out_shardings=self._replicated)
-            return fn.lower(self.abstract_caches.target, pages)
-
-        return programs.Program(("read_features",), lower)
+        return self._reading("read_features", kv_cache.read_feature_pages)
 
     def read_routes(self) -> programs.Program:
         """Read what pages keep of the target's routes, `[max_pages, L x C, page]`."""
+        return self._reading("read_routes", kv_cache.read_route_pages)
 
+    def _reading(self, name: str, read: Callable[..., Any]) -> programs.Program:
         def lower():
             pages = self._ints(self._engine_cfg.max_pages)
-            fn = jax.jit(kv_cache.read_route_pages, out_shardings=self._replicated)
+            fn = jax.jit(read, out_shardings=self._replicated)
             return fn.lower(self.abstract_caches.target, pages)
 
-        return programs.Program(("read_routes",), lower)
+        return programs.Program((name,), lower)
 
     def copy(self) -> programs.Program:
         """Copy up to `max_rows` pages of the target's cache."""
