@@ -86,7 +86,7 @@ class WideBlock:
             weights = rows.pointers()
             for k in range(self.steps):
                 step(weights, k)
-            rows.prefetch(self.steps, 3)
+            rows.prefetch(self.steps)
             rows.advance(self.steps)
         place.value = tail
         with code.loop(code.sub(size, main)):
@@ -134,7 +134,7 @@ class TurnedBlock:
         with code.loop(code.sub(size, odd), _TURNED):
             for k, weights in enumerate(_transposed(code, rows.pointers())):
                 multiply(k, weights)
-            rows.prefetch(_TURNED, 2)
+            rows.prefetch(_TURNED)
             rows.advance(_TURNED)
             place.value = code.at(place.value, _TURNED * self.columns)
         with code.loop(odd):
@@ -170,14 +170,14 @@ class _Rows:
         for third in self._thirds:
             third.value = self._code.at(third.value, count)
 
-    def prefetch(self, count: int, locality: int) -> None:
+    def prefetch(self, count: int) -> None:
         """Fetch the next block's weights in the order in which they lie in memory.
 
-        A pass of the loop takes `count` weights of each row; `locality` is 3 for the
-        first cache, 2 for the second one.
+        Into the second cache: the first one is too small for them beside the columns,
+        which every block reads. A pass of the loop takes `count` weights of each row.
         """
         code, num_bytes = self._code, count * self._count * 4
-        flags = [ir.Constant(I32, flag) for flag in (0, locality, 1)]
+        flags = [ir.Constant(I32, flag) for flag in (0, 2, 1)]
         ahead = self._ahead.value
         for line in range(0, num_bytes, 64):
             place = code.at(ahead, line, kind=I8)
