@@ -11,6 +11,7 @@ from configs import smollm2_drafter, tiny_drafter
 from tests import command_lines, tiny_runs
 from tlt_jax import policy, train_drafter
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.runtime import failures, stopping
 from tlt_jax.settings import drafter_run, schema
 from tlt_jax.specdec import noise
@@ -148,6 +149,35 @@ def test_a_killed_block_drafter_goes_on_as_if_it_had_not_been(
     assert (cfg.block_size, run.objective.num_steps) == (4, 3)
     assert len(last["drafter/top1_acc"]) == len(last["eval/coupled_rate_by_depth"]) == 4
     assert np.abs(loaded.block.markov_out).max() > 0
+
+
+def test_rounds_bring_new_texts_and_a_killed_run_goes_on(whole, tmp_path, monkeypatch):
+    """Steps 1 to 3, 4 to 6 and 7 to 8 have texts of their own and those before."""
+    changes = {"texts.num": 8, "texts.round_steps": 3, "texts.kept_rounds": 2}
+    run = settings(**changes | {"average": 0.9})
+    for name in ("run", "whole"):
+        shutil.copytree(whole[0] / "target", tmp_path / name / "target")
+    train_drafter.train(run, tmp_path / "whole")
+    for owner, name, call in (
+        (train_drafter._Trainer, "_row", 3),
+        # The texts of the last round, written in shards.
+        (shards.Shards, "append", 2),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, owner, name, call)
+            train_drafter.train(run, tmp_path / "run")
+    train_drafter.train(run, tmp_path / "run")
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+    model = policy.load(str(tmp_path / "run" / "target")).config
+    loaded, wanted = (
+        drafter_io.load(tmp_path / name / "drafter", model)[1]
+        for name in ("run", "whole")
+    )
+    jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
+    held_out = [offline_texts.HELD_OUT + i for i in range(8)]
+    for name in ("run", "whole"):
+        there = shards.Shards(tmp_path / name / "texts", "float32").text_ids
+        assert there == [*range(8, 24), *held_out]
 
 
 def test_template_options_reach_the_prompts_of_texts(whole, tmp_path):

@@ -214,7 +214,9 @@ def inputs_of(
     drafter: tuple[pathlib.Path, ...] = ()
     if run.drafter.directory and run.specdec.mode == "tlt":
         folder = pathlib.Path(speculation_lib.folder(run.drafter.directory))
-        drafter = tuple(sorted(path for path in folder.glob("*") if path.is_file()))
+        # Of a card nothing is computed.
+        read = (path for path in folder.glob("*") if path.suffix != ".md")
+        drafter = tuple(sorted(path for path in read if path.is_file()))
     return {
         "data": tasks.files_of(task),
         "model": tuple(pathlib.Path(path) for path in source.files()),

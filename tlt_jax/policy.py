@@ -328,8 +328,9 @@ class Flags:
             "drafter",
             None,
             "Speculate with this learned drafter: a directory, ours or a published "
-            "EAGLE, EAGLE-3 or speculators one; or ngram: guess from what the texts "
-            "hold already.",
+            "EAGLE, EAGLE-3 or speculators one; the name of one that comes with the "
+            "package (smollm2-135m-instruct); or ngram: guess from what the texts hold "
+            "already.",
             **shared,
         )
         self._strategy = flags.DEFINE_multi_string(

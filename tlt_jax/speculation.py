@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tlt_jax import config
 from tlt_jax.models import config as model_config
-from tlt_jax.models.drafters import block, drafter
+from tlt_jax.models.drafters import block, drafter, shipped
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.engine import speculator
 from tlt_jax.settings import schema
@@ -157,10 +157,10 @@ def load(
 ) -> Speculation:
     """Load the drafter that `spec` names, for a command that speculates.
 
-    It is a directory, ours or in a published layout, or `ngram` for suffix matches
-    alone. The table's entries are as of `strategy.parse_arms`; empty: the default, as
-    deep as a drafter of blocks can go. For
-    `rule` see `speculator.SpeculatorConfig`, for `ranking` and `tau` see
+    It is a directory, ours or in a published layout, the name of a drafter that comes
+    with the package, or `ngram` for suffix matches alone. The table's entries are as of
+    `strategy.parse_arms`; empty: the default, as deep as a drafter of blocks can go.
+    For `rule` see `speculator.SpeculatorConfig`, for `ranking` and `tau` see
     `proposers.learned`; `dtype` is that of the drafter's weights.
 
     Raises:
@@ -183,7 +183,16 @@ def load(
 
 
 def folder(spec: str) -> str:
-    """Return the drafter's own directory; the workdir of a training holds it."""
+    """Return the drafter's own directory; the workdir of a training holds it.
+
+    `spec` is a path, or the name of a drafter that comes with the package.
+
+    Raises:
+      ValueError: it is a name that no drafter has.
+    """
+    named = shipped.folder(spec)
+    if named is not None:
+        return named
     directory = os.path.expanduser(spec)
     inside = os.path.join(directory, "drafter")
     return inside if os.path.isdir(inside) else directory

@@ -9,17 +9,18 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from absl import flags
 
-from tlt_jax import assembly, policy, speculation
+from tlt_jax import assembly, policy, speculation, types
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.adaptation import offline, offline_texts
+from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import speculator
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import files as data_files
@@ -99,12 +100,25 @@ class _Trainer:
         self.objective = objectives.choose(*named, self.cfg.block_size)
         inputs = {"model": self.policy.files, "data": self._data()}
         self.about = identity.claim(directory, run, inputs, display.note)
+        self.rounds = offline_texts.Rounds(
+            run.texts.num, run.texts.round_steps, run.texts.kept_rounds
+        )
+        self.engine: engine_lib.Engine | None = None
+        closing.callback(self._leave_engine)
+        self.texts = self._open_texts()
         with self._stage("texts"):
-            texts = self._texts()
+            done = min(checkpoint.newest(directory) or 0, run.num_steps - 1)
+            self._write_texts(self.rounds.place(done)[0])
         learner = self._learner()
         closing.callback(learner.pool.close)
         self.training = offline.OfflineTraining(
-            learner, texts, seed=run.seed, eos_ids=self.policy.eos_ids, **self._sizes
+            learner,
+            self.texts,
+            seed=run.seed,
+            eos_ids=self.policy.eos_ids,
+            rounds=self.rounds,
+            prepare=self._next_texts,
+            **self._sizes,
         )
         pass_over = display.note if run.checkpoint.on_damage == "previous" else None
         keep = run.checkpoint.keep
@@ -144,6 +158,8 @@ class _Trainer:
                 row["time/step_s"] = (time.perf_counter() - started) / taken
                 if due or last:
                     row |= self._measure()
+                    # Whatever becomes of the run, what it has found can be used.
+                    self._export()
                 self.writer.write(row)
                 self._show(row)
                 started = time.perf_counter()
@@ -157,7 +173,9 @@ class _Trainer:
         self.checkpointer.wait()
         if self.step < run.num_steps:
             return {"step": self.step}
-        self._export()
+        if not (self.directory / EXPORT).is_dir():
+            self._measure()
+            self._export()
         with files.writing(self.directory / "plots"):
             plots.draw_training(self.directory)
         return row
@@ -202,13 +220,15 @@ class _Trainer:
         """Tokens of the longest text."""
         return self.run.texts.max_prompt_tokens + self.run.texts.max_new_tokens
 
-    def _texts(self) -> shards.Shards:
+    def _open_texts(self) -> shards.Shards:
         run, target, directory = self.run, self.policy, self.directory / "texts"
         assembly.check_context(
             target.config, run.texts.max_prompt_tokens, run.texts.max_new_tokens
         )
         about_texts = schema.to_dict(run.texts)
         options = about_texts.pop("template_options")
+        # They say how long texts are kept, and nothing of a text.
+        del about_texts["round_steps"], about_texts["kept_rounds"]
         made_with = {
             "target": drafter.identify(target.config),
             "model": run.model.spec,
@@ -221,45 +241,80 @@ class _Trainer:
         }
         with files.writing(directory):
             offline_texts.claim(directory, made_with)
-        texts = shards.Shards(directory, run.texts.dtype)
-        asked = offline_texts.ask(
-            run.texts,
-            lambda example: target.tokenizer.encode_prompt(example.prompt, **options),
-        )
-        if not offline_texts.missing(asked, texts):
-            return texts
+        return shards.Shards(directory, run.texts.dtype)
+
+    def _next_texts(self, number: int) -> None:
+        self.display.stage("texts")
+        self._write_texts(number)
+        self.display.stage("training")
+
+    def _write_texts(self, number: int) -> None:
+        """Let the target write what is missing of a round's texts; delete others."""
+        run, texts, target = self.run, self.texts, self.policy
+        options = dict(run.texts.template_options)
+        wanted = self.rounds.numbers(number)
+        with files.writing(self.directory / "texts"):
+            texts.drop(range(wanted.start * run.texts.num))
+        for each in wanted:
+            first, held_out = each * run.texts.num, offline_texts.HELD_OUT
+            needed = {*range(first, first + run.texts.num)}
+            needed |= {*range(held_out, held_out + run.texts.num_held_out)}
+            if needed.issubset(texts.text_ids):
+                # To find out what is asked would take some seconds.
+                continue
+            asked = offline_texts.ask(
+                run.texts,
+                lambda example: target.tokenizer.encode_prompt(
+                    example.prompt, **options
+                ),
+                each,
+            )
+            self._answer(asked)
+
+    def _leave_engine(self) -> None:
+        if self.engine is not None:
+            self.engine.pool.close()
+
+    def _capturing_engine(self) -> engine_lib.Engine:
+        """The target's engine, whose pages keep what the drafter reads."""
+        run = self.run
         # Texts are written whole, whatever part of them rows will hold.
         written_for = dataclasses.replace(self.cfg, max_length=0)
         capturing = speculator.SpeculatorConfig(
             strategy.Arms(()), written_for, capture=True
         )
-        engine = target.engine(
+        return self.policy.engine(
             max_rows=run.texts.max_batch,
             max_length=self._longest,
             page_size=run.texts.page_size,
             steps_per_call=run.texts.steps_per_call,
             speculation=speculation.Speculation(capturing, params=None),
         )
+
+    def _answer(self, asked: Sequence[types.Request]) -> None:
+        self.engine = self.engine or self._capturing_engine()
         started = time.perf_counter()
 
         def show(done, total, num_tokens):
             speed = num_tokens / (time.perf_counter() - started)
             self.display.within(done, total, f"{speed:.0f} tokens/s")
 
-        try:
-            with files.writing(directory):
-                offline_texts.write(
-                    engine, asked, texts, seed=run.seed, on_progress=show
-                )
-        finally:
-            engine.pool.close()
-        return texts
+        with files.writing(self.directory / "texts"):
+            offline_texts.write(
+                self.engine, asked, self.texts, seed=self.run.seed, on_progress=show
+            )
+        if not self.rounds.num_steps:
+            # There will be no other texts, and its cache is large.
+            self.engine.pool.close()
+            self.engine = None
 
     def _learner(self) -> drafter_learner.DrafterLearner:
         run, cfg = self.run, self.cfg
         optimizer = policy_learner.make_optimizer(
             run.optimizer, num_steps=run.num_steps, updates_per_step=1
         )
+        if run.average:
+            optimizer = train_state.averaged(optimizer, run.average)
         return drafter_learner.DrafterLearner(
             cfg,
             self.objective,
@@ -326,8 +381,6 @@ class _Trainer:
 
     def _export(self) -> None:
         learner = self.training.learner
-        if learner.sharpness is None:
-            self._measure()
         folder, weights = self.directory / EXPORT, learner.weights("float32")
         about = {
             "target": self.policy.identity,

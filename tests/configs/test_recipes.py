@@ -21,7 +21,7 @@ def test_all_recipes_are_listed_with_their_variants():
         ),
         "mine": (),
         "smollm2": (),
-        "smollm2_drafter": ("counting", "random_numbers"),
+        "smollm2_drafter": ("counting", "random_numbers", "general"),
         "smollm2_tlt": ("off", "ngram"),
         "tiny": ("arithmetic", "count", "experts"),
         "tiny_drafter": (),
@@ -50,5 +50,6 @@ def test_every_drafter_has_a_path_of_its_own():
         "--workdir=workdirs/smollm2_drafter",
         "--workdir=workdirs/counting_drafter",
         "--workdir=workdirs/random_numbers_drafter",
+        "--workdir=workdirs/general_drafter",
         "--workdir=workdirs/tiny_drafter",
     ]

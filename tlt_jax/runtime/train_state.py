@@ -11,7 +11,7 @@ written before unreadable, so it is asked for what was `written_like`.
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,56 @@ class TrainState:
 def begin(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """Make the state before the first step."""
     return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+class Averaged(NamedTuple):
+    """State of an optimizer that keeps a moving average of the weights.
+
+    Attributes:
+      inner: of the optimizer itself.
+      average: of the weights.
+      num_updates: int32, that it took in.
+    """
+
+    inner: Any
+    average: Any
+    num_updates: Array
+
+
+def averaged(
+    optimizer: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformation:
+    """Let an optimizer keep a moving average of the weights that it makes.
+
+    At a constant rate weights move about a better place, which their average finds.
+    After n updates the decay is at most (1 + n) / (10 + n), so that the first weights
+    are soon forgotten.
+
+    Reference: Polyak and Juditsky, Acceleration of Stochastic Approximation by
+    Averaging, 1992.
+    """
+
+    def init(params):
+        return Averaged(optimizer.init(params), params, jnp.int32(0))
+
+    def update(grads, state, params):
+        updates, inner = optimizer.update(grads, state.inner, params)
+        num = state.num_updates.astype(jnp.float32)
+        kept = jnp.minimum(decay, (1 + num) / (10 + num))
+        average = jax.tree.map(
+            lambda old, new: kept * old + (1 - kept) * new,
+            state.average,
+            optax.apply_updates(params, updates),
+        )
+        return updates, Averaged(inner, average, state.num_updates + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def average_of(state: TrainState) -> Any:
+    """Return the average of the weights where one is kept, else the weights."""
+    kept = isinstance(state.opt_state, Averaged)
+    return state.opt_state.average if kept else state.params
 
 
 def step(

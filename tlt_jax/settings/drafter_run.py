@@ -14,9 +14,14 @@ class Texts:
     """What the target writes for the drafter to learn from.
 
     Attributes:
-      tasks: where prompts come from, in turns: names of `tlt_jax.rl.tasks.build`, and
-        `chat`, requests without a right answer. Required.
-      num: texts to train on.
+      tasks: where prompts come from, in turns: names of `tlt_jax.rl.tasks.build`, of
+        reasoning-gym's with a style and numbers (`products:cot,max_digits=1`); `chat`,
+        requests without a right answer; `everyday`, more of them and problems to be
+        worked in steps. Required.
+      num: texts to train on, at a time.
+      round_steps: steps after which `num` others are written; 0: the texts stay.
+      kept_rounds: so many times `num` texts, the newest ones, are trained on and on
+        disk; older ones are deleted.
       num_held_out: texts of held-out prompts to measure on.
       seed: fixes which prompts are asked.
       template_options: settings of the target's chat template, as those of
@@ -31,6 +36,8 @@ class Texts:
 
     tasks: tuple[str, ...] = schema.names()
     num: int = schema.number(1024, 1, 10**8)
+    round_steps: int = schema.number(0, 0, 10**9)
+    kept_rounds: int = schema.number(1, 1, 10**6)
     num_held_out: int = schema.number(64, 1, 10**6)
     seed: int = schema.number(0, 0, 10**18)
     template_options: schema.Options = ()
@@ -95,12 +102,15 @@ class DrafterRun:
     Attributes:
       seed: fixes noise, weights and order.
       num_steps: optimizer steps.
+      average: decay a step of the weights' moving average, which is measured and
+        written in their place; 0: none.
       precision: type of activations and products; the drafter's weights are float32.
       model: the target.
     """
 
     seed: int = schema.number(0, 0, 10**18)
     num_steps: int = schema.number(1000, 1, 10**9)
+    average: float = schema.number(0.0, 0.0, 0.99999)
     precision: Literal["float32", "bfloat16"] = "float32"
     model: sections.Model = sections.Model()
     pretrain: sections.Pretrain = sections.Pretrain()

@@ -83,7 +83,9 @@ class Drafter(DrafterShape):
     Attributes:
       directory: where a trained one is read from (the workdir of
         `tlt_jax.train_drafter`, an export, or a published EAGLE, EAGLE-3 or speculators
-        drafter); the shape is then its own. Empty: it begins with random weights.
+        drafter), or the name of one that comes with the package
+        (`smollm2-135m-instruct`); the shape is then its own. Empty: it begins with
+        random weights.
       architecture, features, feature_layers, draft_vocab_size: see `DrafterShape`.
       block_size: see `DrafterShape`.
       max_length: positions of texts that a trained drafter is used for although it was

@@ -213,9 +213,10 @@ class DrafterLearner:
         A sharpness that would have been clearly better than the one in use replaces it;
         tau is always the newest.
         Yields a result of each part, which is on its way; returns what was found, see
-        `acceptance.summarise`.
+        `acceptance.summarise`. Of weights of which an average is kept it is that one's.
         """
-        run, params, given = self._compiled, self._placed.params, self._target
+        run, given = self._compiled, self._target
+        params = train_state.average_of(self._placed)
         sums = acceptance.nothing(self._depth)
         for batch in batches:
             placed = self._place(batch)
@@ -236,8 +237,11 @@ class DrafterLearner:
         self._placed = self._target = None
 
     def weights(self, dtype: str) -> drafter.DrafterParams:
-        """Return a copy for engines, with `draft_ids`, sharpness and tau."""
-        params = jax.device_get(self.newest.params)
+        """Return a copy for engines, with `draft_ids`, sharpness and tau.
+
+        It is their average where one is kept.
+        """
+        params = jax.device_get(train_state.average_of(self.newest))
         cast = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
         return cast.replace(
             draft_ids=self.draft_ids,

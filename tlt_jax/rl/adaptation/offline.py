@@ -3,12 +3,13 @@
 The same learner as beside a rollout (`spot_trainer`), with nobody who wants the devices
 back. Every epoch takes each text once, in an order of its own: batches are a function
 of the seed and the texts alone, so that a killed training goes on from a step's number.
+So are those of a round, behind which others of the texts are new.
 (The line of batches beside rollouts, `texts.sampling`, mixes the texts of two steps as
 they come in; here nothing comes in, and its state would have to be kept.)
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +43,8 @@ class OfflineTraining:
         num_rows: int,
         seed: int,
         eos_ids: Sequence[int],
+        rounds: offline_texts.Rounds | None = None,
+        prepare: Callable[[int], None] = lambda number: None,
         **sizes: int,
     ):
         """Take the parts, choose the draft vocabulary; `begin` gives weights.
@@ -49,6 +52,8 @@ class OfflineTraining:
         The texts are `offline_texts.write`'s; the rows of a step are B, `num_rows`, and
         of T and M, `row_tokens` and `row_bases`. The seed is of weights and of the
         order of texts; `eos_ids` are always among the tokens that can be proposed.
+        `prepare` is called with the number of a round before its first step and sees to
+        it that its texts are there; by itself there is one round, of all texts.
 
         Raises:
           ValueError: no text has a position to learn from.
@@ -59,9 +64,9 @@ class OfflineTraining:
         learner.sharpness = None
         self._texts, self._seed = texts, seed
         self._sizes, self._num_rows = sizes, num_rows
-        ids = np.array(texts.text_ids)
-        self._train = np.flatnonzero(ids < offline_texts.HELD_OUT)
-        self._held_out = np.flatnonzero(ids >= offline_texts.HELD_OUT)
+        self._rounds = rounds or offline_texts.Rounds(offline_texts.HELD_OUT)
+        self._prepare = prepare
+        self._find(range(offline_texts.HELD_OUT))
         if not self._plan(self._train, (seed, 0)):
             raise ValueError(
                 "no text has a position to draft from: raise texts.max_new_tokens or "
@@ -116,13 +121,18 @@ class OfflineTraining:
 
     def state(self) -> train_state.Snapshot:
         """Return what a killed training goes on from, besides its number of steps."""
-        meta = {"num_skipped": self.skips.in_a_row}
+        meta: dict[str, Any] = {"num_skipped": self.skips.in_a_row}
+        if self._rounds.num_steps and self.learner.draft_ids is not None:
+            # The texts that they were chosen by will be deleted.
+            meta["draft_ids"] = self.learner.draft_ids.tolist()
         return train_state.Snapshot(self.learner.newest, meta=meta)
 
     def restore(self, snapshot: train_state.Snapshot, num_steps: int) -> None:
         """Go on from a `state` that was taken after so many steps; before `begin`."""
         self.learner.state = jax.device_get(snapshot.state)
         self.skips.in_a_row = snapshot.meta["num_skipped"]
+        if "draft_ids" in snapshot.meta:
+            self.learner.draft_ids = np.array(snapshot.meta["draft_ids"], np.int32)
         self.num_steps = num_steps
 
     def about_texts(self) -> dict[str, Any]:
@@ -139,6 +149,13 @@ class OfflineTraining:
             row["texts/draft_vocab_coverage"] = float(known.mean())
         return row
 
+    def _find(self, text_ids: range) -> None:
+        """Find the texts of these ids, and those held out, among all."""
+        ids = np.array(self._texts.text_ids)
+        chosen = (ids >= text_ids.start) & (ids < text_ids.stop)
+        self._train = np.flatnonzero(chosen)
+        self._held_out = np.flatnonzero(ids >= offline_texts.HELD_OUT)
+
     def _plan(self, indices: np.ndarray, seed: tuple[int, ...] | None):
         return layout.plan(
             self._texts, indices, num_rows=self._num_rows, seed=seed, **self._sizes
@@ -149,7 +166,18 @@ class OfflineTraining:
 
     def _batches(self, first: int) -> Iterator[unroll.Batch]:
         """Batches from the `first` on."""
+        begun, done = self._rounds.place(first)
+        for number in itertools.count(begun):
+            self._prepare(number)
+            self._find(self._rounds.text_ids(number))
+            end = self._rounds.num_steps - done if self._rounds.num_steps else None
+            yield from itertools.islice(self._epochs(number, done), end)
+            done = 0
+
+    def _epochs(self, number: int, first: int) -> Iterator[unroll.Batch]:
+        """Batches of a round from its `first` on."""
         for epoch in itertools.count():
-            plan = self._plan(self._train, (self._seed, epoch))
+            seed = (self._seed, epoch, number) if number else (self._seed, epoch)
+            plan = self._plan(self._train, seed)
             yield from map(self._lay_out, plan[first:])
             first = max(first - len(plan), 0)

@@ -1,11 +1,14 @@
 """The texts that a drafter learns from: prompts, answers of the target, its features.
 
 Texts are on disk some at a time; a killed process goes on with those that are missing.
-A text is a function of the settings and its id alone.
+A text is a function of the settings and its id alone. Long trainings take them in
+rounds, so that the disk holds the texts of a few rounds, however many are written.
 """
 
+import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +24,44 @@ from tlt_jax.specdec.texts import layout, shards
 
 # Held-out texts have ids from here on, so that more training texts do not move them.
 HELD_OUT = 1 << 40
-_CHAT = "chat"
+# Seeds of the prompts of two rounds are so far apart.
+_ROUND_SEEDS = 1_000_003
+# A generator of reasoning-gym with a style and, perhaps, whole numbers as options.
+_STYLED = re.compile(r"(\w+):(plain|cot|two_shot)((?:,\w+=-?\d+)*)")
+_REQUESTS = {"chat": chat.ChatPrompts, "everyday": chat.EverydayPrompts}
 _ABOUT = "about.json"
 _SHARD_TEXTS = 32
 # Texts that are answered together, in batches of the engine: few enough that a killed
 # process repeats little, enough that the batch is seldom nearly empty.
 _GROUP_ROUNDS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Which texts are trained on when.
+
+    Attributes:
+      num_texts: written for a round.
+      num_steps: of a round; 0: there is only the first, without an end.
+      kept: rounds whose texts are trained on at a time.
+    """
+
+    num_texts: int
+    num_steps: int = 0
+    kept: int = 1
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Return the round of a step, and the steps of that round before it."""
+        return divmod(step, self.num_steps) if self.num_steps else (0, step)
+
+    def numbers(self, number: int) -> range:
+        """Return the rounds whose texts are trained on in a round."""
+        return range(max(number + 1 - self.kept, 0), number + 1)
+
+    def text_ids(self, number: int) -> range:
+        """Return the ids of the texts that are trained on in a round."""
+        numbers = self.numbers(number)
+        return range(numbers.start * self.num_texts, numbers.stop * self.num_texts)
 
 
 def claim(directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
@@ -55,9 +90,13 @@ def claim(directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
 
 
 def ask(
-    settings: drafter_run.Texts, encode: Callable[[types.Example], np.ndarray]
+    settings: drafter_run.Texts,
+    encode: Callable[[types.Example], np.ndarray],
+    number: int = 0,
 ) -> list[types.Request]:
     """Choose the prompts, training ones first, of every task in turns.
+
+    `number` is of the round; held-out prompts are the same in all.
 
     Returns:
       Requests of `num + num_held_out` texts, by their ids.
@@ -66,17 +105,22 @@ def ask(
       ValueError: a task is unknown or has no prompt that is short enough.
     """
     asked = []
-    for split, count, first_id in (
-        ("train", settings.num, 0),
-        ("eval", settings.num_held_out, HELD_OUT),
+    for split, count, first_seed, first_id in (
+        (
+            "train",
+            settings.num,
+            settings.seed + number * _ROUND_SEEDS,
+            number * settings.num,
+        ),
+        ("eval", settings.num_held_out, settings.seed, HELD_OUT),
     ):
         size = -(-count // len(settings.tasks))
         # A task that is named twice gives other prompts the second time.
         sets = [
             prompts.PromptSet(
-                _task(
-                    name, settings.seed + settings.tasks[:i].count(name), size
-                ).examples(split),
+                _task(name, first_seed + settings.tasks[:i].count(name), size).examples(
+                    split
+                ),
                 encode,
                 max_tokens=settings.max_prompt_tokens,
                 long_prompts="skip",
@@ -160,6 +204,13 @@ def _answer(engine, requests, wanted, kept, seed, report) -> int:
 
 
 def _task(name: str, seed: int, size: int) -> tasks.Task:
-    if name == _CHAT:
-        return chat.ChatPrompts(seed=seed, size=size, eval_size=size)
-    return tasks.build(sections.Task(name=name, seed=seed, size=size), eval_size=size)
+    if name in _REQUESTS:
+        return _REQUESTS[name](seed=seed, size=size, eval_size=size)
+    options: dict[str, Any] = {}
+    styled = _STYLED.fullmatch(name)
+    if styled:
+        name, options["style"], rest = styled.groups()
+        pairs = (pair.split("=") for pair in rest.split(",")[1:])
+        options |= {key: int(value) for key, value in pairs}
+    task = sections.Task(name=name, options=options, seed=seed, size=size)
+    return tasks.build(task, eval_size=size)

@@ -7,7 +7,7 @@ it is complete, and is mapped, not read: memory holds what a batch takes.
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -33,7 +33,8 @@ class Shards:
             shutil.rmtree(path)
         # Views of the files, in the order of their ids.
         self._records: list[layout.Record] = []
-        self._num_shards = 0
+        self._ids_of: dict[pathlib.Path, list[int]] = {}
+        self._next = 0
         for path in sorted(self._directory.glob("shard_*")):
             self._open(path)
 
@@ -71,7 +72,7 @@ class Shards:
         arrays["index"] = np.ascontiguousarray(arrays.pop("texts")[:, _IN_FILE])
         if not widths[1]:
             del arrays["features"]
-        path = self._directory / f"shard_{self._num_shards:06d}"
+        path = self._directory / f"shard_{self._next:06d}"
         partial = path.with_suffix(".partial")
         partial.mkdir()
         for name, array in arrays.items():
@@ -86,6 +87,16 @@ class Shards:
         """Read the text at `index`; its features are views of the file."""
         return self._records[index]
 
+    def drop(self, text_ids: Container[int]) -> None:
+        """Delete the shards that hold no other texts than these."""
+        for path, ids in list(self._ids_of.items()):
+            if all(text_id in text_ids for text_id in ids):
+                # The name goes first: a shard of which files are gone is none.
+                gone = path.rename(path.with_suffix(".partial"))
+                shutil.rmtree(gone)
+                del self._ids_of[path]
+                self._records = [r for r in self._records if r.text_id not in ids]
+
     def _open(self, path: pathlib.Path) -> None:
         arrays = {
             file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")
@@ -97,6 +108,8 @@ class Shards:
             )
         arrays["texts"] = arrays.pop("index")[:, _PACKED]
         arrays.setdefault("features", arrays["hidden"][:, :0])
-        self._records += text_arrays.unpack(arrays, self._dtype.name)
+        records = text_arrays.unpack(arrays, self._dtype.name)
+        self._records += records
         self._records.sort(key=lambda record: record.text_id)
-        self._num_shards += 1
+        self._ids_of[path] = [record.text_id for record in records]
+        self._next = int(path.name.removeprefix("shard_")) + 1
