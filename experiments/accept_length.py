@@ -9,7 +9,13 @@ each strategy. How uncertain the texts are is told by `nats_per_token`, the mean
 lengths compare; not so under the standard chain rules (`rejection`, `block`), whose
 tokens are other samples of the same law.
 Accept length: tokens per target forward and row, recovered or bonus token included.
-What it is worth in time is `experiments.speculation_speed`. The drafters of record are
+What it is worth in time is `experiments.speculation_speed`. That of the drafter which
+comes with the package, on text of which it is not certain:
+
+    python -m experiments.accept_length --scale=cpu --texts=chats,reasoning \
+        --drafter=smollm2-135m-instruct --temperatures=1,0.6,0
+
+The drafters of record are
 those of `configs/smollm2_drafter.py`, `:random_numbers` and `:counting`, by
 
     python -m tlt_jax.train_drafter --workdir=workdirs/random_numbers_drafter \
@@ -123,6 +129,8 @@ def check(options: argparse.Namespace) -> None:
         strategy_lib.parse(text)
     for directory in options.drafter.split(","):
         speculation_setting.check_drafter(directory, options.scale)
+    if options.texts:
+        experiment.known(options.texts, speculation_setting.TEXTS, "texts")
 
 
 def measure(
@@ -180,12 +188,13 @@ def _plot_panel(axes: axes_lib.Axes, rows: list[tables.Row]) -> None:
 
 
 def load(options: argparse.Namespace) -> list[speculation_setting.Setting]:
-    """Loads every drafter with its texts."""
+    """Loads every drafter with its texts, or with each kind that is named."""
     return [
         speculation_setting.Setting(
-            argparse.Namespace(**vars(options) | {"drafter": directory})
+            argparse.Namespace(**vars(options) | {"drafter": directory}), texts
         )
         for directory in options.drafter.split(",")
+        for texts in options.texts.split(",")
     ]
 
 
@@ -228,6 +237,13 @@ EXPERIMENT = experiment.Experiment(
         *speculation_setting.OPTIONS,
         *experiment.plain(strategies=STRATEGIES, temperatures="1,0"),
         experiment.Option("batch", 4, recorded=False),
+        experiment.Option(
+            "texts",
+            "",
+            f"held-out prompts of {','.join(speculation_setting.TEXTS)}; default: of "
+            "each drafter's own texts",
+            recorded=False,
+        ),
     ),
     check=check,
     context=load,

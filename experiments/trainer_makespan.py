@@ -47,6 +47,7 @@ from experiments.lab import (
     recipes,
     tables,
 )
+from tlt_jax import speculation
 from tlt_jax.viz import timeline
 
 WITHOUT, WITH = "without trainer", "with trainer"
@@ -66,7 +67,7 @@ _SUMS += ("drafter_steps", "tokens")
 
 def check(options: argparse.Namespace) -> None:
     """Refuses workers that cannot be divided, and a drafter that is not there."""
-    if not pathlib.Path(options.drafter).is_dir():
+    if not pathlib.Path(speculation.folder(options.drafter)).is_dir():
         raise ValueError(
             f"--drafter={options.drafter} is no directory here: train one, for the "
             f"recipe by {recipes.TRAIN_COUNTING}"
@@ -248,7 +249,7 @@ EXPERIMENT = experiment.Experiment(
     needs=f"--drafter={recipes.COUNTING_DRAFTER}",
     before={recipes.TRAIN_COUNTING: 15},
     options=(
-        *experiment.plain(config="configs/smollm2_tlt.py", rounds=6),
+        *experiment.plain(config="configs/smollm2_tlt.py:counting", rounds=6),
         experiment.Option(
             "drafter",
             "",

@@ -9,8 +9,9 @@ import pytest
 
 from configs import smollm2_drafter, tiny_drafter
 from tests import command_lines, tiny_runs
-from tlt_jax import policy, train_drafter
+from tlt_jax import export, policy, speculation, train_drafter
 from tlt_jax.models.drafters import io as drafter_io
+from tlt_jax.models.drafters import shipped
 from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.runtime import failures, stopping
 from tlt_jax.settings import drafter_run, schema
@@ -206,6 +207,29 @@ def test_texts_are_what_their_features_and_noise_draw(whole):
         np.testing.assert_array_equal(drawn, record.tokens[places])
         num_drawn += len(places)
     assert num_drawn > 50
+
+
+def test_a_trained_drafter_can_be_shipped_under_a_name(whole, tmp_path, monkeypatch):
+    """And is found by it, with what it was made of and what was measured."""
+    directory, last = whole
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    export.ship_drafter(str(directory), "tiny-model", "What it brings.\n")
+    target = policy.load(str(directory / "target"))
+    found = speculation.load("tiny-model", target.config)
+    _, wanted = drafter_io.load(directory / "drafter", target.config)
+    np.testing.assert_array_equal(
+        found.params.join, wanted.join.astype("bfloat16").astype("float32")
+    )
+    assert found.params.tau == wanted.tau
+    assert speculation.folder("tiny-model") == str(tmp_path / "tiny-model")
+    card = (tmp_path / "tiny-model" / "CARD.md").read_text()
+    assert "| trained | 8 steps of up to 48 positions, tlt_jax" in card
+    assert "| texts | 40 answers of the target at temperature 1, of up to 12" in card
+    length = last["eval/coupled_accept_length"]
+    assert f"chains of 4 | accept length {length:.3f} coupled" in card
+    assert card.endswith("\n\nWhat it brings.\n")
+    with pytest.raises(ValueError, match="give a name, not a path"):
+        export.ship_drafter(str(directory), "a/b")
 
 
 def test_other_settings_are_refused_in_the_same_directory(whole):

@@ -2,6 +2,7 @@ r"""Write a run's policy, or its drafter, for other programs.
 
     python -m tlt_jax.export --workdir=DIR --out=DIR [--step=N] [--dtype=bfloat16]
     python -m tlt_jax.export --workdir=DIR --drafter_layout=LAYOUT --out=DIR
+    python -m tlt_jax.export --workdir=DIR --ship=smollm2-135m-instruct
 
 The policy's directory holds config.json, generation_config.json, safetensors and the
 tokenizer; transformers and the usual serving engines load it by its path.
@@ -11,11 +12,17 @@ tlt: this package, by --drafter=DIR and drafter.directory. The workdir is that o
 with specdec.mode=tlt, or of tlt_jax.train_drafter. Engines compute what the layout's
 name means and nothing else: drafters of ours that shall go there are trained with
 drafter.architecture=eagle or eagle3.
+
+--ship puts the newest drafter that a training has measured into the package, in
+bfloat16, with a card, where --drafter and drafter.directory find it by its name.
 """
 
 import dataclasses
 import json
 import os
+import pathlib
+from importlib import metadata
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -23,14 +30,22 @@ from tlt_jax import assembly, policy
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
-from tlt_jax.models.drafters import layouts
+from tlt_jax.models.drafters import layouts, shipped
 from tlt_jax.models.formats import convert
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.runtime import command_line
-from tlt_jax.workdir import checkpoint, drafter_checkpoint
+from tlt_jax.workdir import checkpoint, drafter_checkpoint, metrics
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write; absent or empty.")
+_SHIP = flags.DEFINE_string(
+    "ship",
+    None,
+    "In place of --out: put the drafter into the package under this name of its model.",
+)
+_NOTES = flags.DEFINE_string(
+    "notes", None, "A file of Markdown that the card of --ship ends with."
+)
 _STEP = flags.DEFINE_integer(
     "step", None, "RL step whose checkpoint is exported; default: the newest."
 )
@@ -127,6 +142,53 @@ def export_drafter(
     return what
 
 
+def ship_drafter(workdir: str, name: str, notes: str = "") -> str:
+    """Put the drafter of a training into the package; return where it is.
+
+    It is the one that was measured last, of a training that may go on. See
+    `shipped.save` for `name` and `notes`.
+
+    Raises:
+      ValueError: the workdir is of no training that has measured a drafter.
+    """
+    if os.path.isdir(os.path.join(workdir, drafter_checkpoint.DIRECTORY)):
+        raise ValueError(
+            f"{workdir} is of a run, whose drafter serves the model that it trained: "
+            "--ship takes the workdir of tlt_jax.train_drafter."
+        )
+    cfg, params, (_, _, spec), _ = _drafter(workdir, None)
+    settings = _settings(workdir)
+    step = drafter_io.about(os.path.join(workdir, _TRAINED))["num_steps"]
+    texts, batch = settings["texts"], settings["batch"]
+    round_steps = texts.get("round_steps", 0)
+    num_texts = texts["num"] * (-(-step // round_steps) if round_steps else 1)
+    row = {row["step"]: row for row in metrics.read(workdir)}.get(step, {})
+    if "eval/coupled_accept_length" not in row:
+        raise ValueError(
+            f"{workdir} has no measurement of step {step}, at which its drafter was "
+            "written: start the training again, which measures it."
+        )
+    asked = ", ".join(dict.fromkeys(texts["tasks"]))
+    rates = " ".join(f"{x:.2f}" for x in row["eval/coupled_rate_by_depth"])
+    about = {
+        "target": spec,
+        "trained": f"{step} steps of up to {batch['num_rows'] * batch['row_bases']} "
+        f"positions, tlt_jax {metadata.version('tlt-jax')}",
+        "texts": f"{num_texts} answers of the target at temperature 1, of up to "
+        f"{texts['max_new_tokens']} tokens, to {asked}",
+        "objective": json.dumps(settings["objective"]),
+        "layer": f"features {list(cfg.feature_layers)}, {cfg.draft_vocab_size} tokens "
+        f"that can be proposed, texts of up to {cfg.max_length} positions",
+        f"held out, temperature 1, chains of {settings['eval']['depth']}": "accept "
+        "length "
+        f"{row['eval/coupled_accept_length']:.3f} coupled, "
+        f"{row['eval/deterministic_accept_length']:.3f} deterministic; rates by depth, "
+        f"coupled, {rates}; sharpness {row['eval/sharpness']:g}, tau "
+        f"{row['eval/tau']:.3f}",
+    }
+    return str(shipped.save(name, params, cfg, about, notes))
+
+
 def _drafter(workdir: str, step: int | None):
     """Find a workdir's drafter: description, weights, target, and what to call it.
 
@@ -170,11 +232,19 @@ def _drafter(workdir: str, step: int | None):
 
 def _spec(workdir: str) -> str:
     """The model that a run was started with."""
+    return _settings(workdir)["model"]["spec"]
+
+
+def _settings(workdir: str) -> dict[str, Any]:
+    """The settings that a run was started with."""
     path = os.path.join(workdir, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)["model"]["spec"]
-    except (OSError, ValueError, KeyError) as error:
+            settings = json.load(file)
+        if not isinstance(settings["model"]["spec"], str):
+            raise ValueError("model.spec is no text")
+        return settings
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not say which model the run has ({error!r}): give the "
             "--workdir of a run."
@@ -187,7 +257,14 @@ def main(argv: list[str]) -> None:
         command_line.fail(
             f"unexpected argument {argv[1]!r}: every setting is a --flag."
         )
+    if (_OUT.value is None) == (_SHIP.value is None):
+        command_line.fail("name where to write: either --out=DIR or --ship=NAME.")
     with command_line.told(OSError):
+        if _SHIP.value is not None:
+            notes = pathlib.Path(_NOTES.value).read_text() if _NOTES.value else ""
+            where = ship_drafter(_WORKDIR.value, _SHIP.value, notes)
+            print(f"wrote the drafter {_SHIP.value} to {where}")
+            return
         if _LAYOUT.value is None:
             step = export(_WORKDIR.value, _OUT.value, _STEP.value, _DTYPE.value)
             what = f"the policy of step {step}"
@@ -200,7 +277,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Entry point."""
-    flags.mark_flags_as_required(["workdir", "out"])
+    flags.mark_flags_as_required(["workdir"])
     app.run(main, flags_parser=command_line.parse_flags)
 
 

@@ -158,9 +158,10 @@ class _Trainer:
                 row["time/step_s"] = (time.perf_counter() - started) / taken
                 if due or last:
                     row |= self._measure()
+                self.writer.write(row)
+                if due or last:
                     # Whatever becomes of the run, what it has found can be used.
                     self._export()
-                self.writer.write(row)
                 self._show(row)
                 started = time.perf_counter()
             if run.checkpoint.every and self.step % run.checkpoint.every == 0:

@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.lab import tables
 from tlt_jax import config, train
-from tlt_jax.rl.adaptation import budget
+from tlt_jax.rl.adaptation import budget, offline_texts
 from tlt_jax.runtime import compile_cache
 from tlt_jax.workdir import metrics, progress
 
@@ -98,12 +98,16 @@ def settings_of(recipe: str, overrides: Mapping[str, object]) -> config.RunConfi
 
 
 def tasks_of(drafter: str) -> list[str]:
-    """Names the tasks that a drafter's workdir was trained on; none: nothing tells."""
+    """Names the tasks that a drafter's workdir was trained on; none: nothing tells.
+
+    Without the styles that they were asked in.
+    """
     path = pathlib.Path(drafter) / "config.json"
     if not path.is_file():
         return []
     settings = json.loads(path.read_text(encoding="utf-8"))
-    return list(dict.fromkeys(settings.get("texts", {}).get("tasks", ())))
+    named = map(offline_texts.task_of, settings.get("texts", {}).get("tasks", ()))
+    return list(dict.fromkeys(named))
 
 
 def print_other_tasks(drafter: str, tasks: Sequence[str], used_for: str) -> None:

@@ -15,6 +15,7 @@ from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.runtime import compile_cache
+from tlt_jax.settings import drafter_run
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.texts import shards
@@ -23,6 +24,15 @@ from tlt_jax.specdec.tuners import cost_model
 MAX_PROMPT_TOKENS = 320
 PAGE_SIZE = 64
 TASKS_OF_RECORD = ("counting", "random_numbers")
+_DIGITS = "min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+# Kinds of text that a general drafter serves, by the sources of their prompts.
+TEXTS = {
+    "chats": ("everyday",),
+    "reasoning": (
+        *(f"products:cot,{_DIGITS}", f"chain_sum:cot,{_DIGITS}"),
+        *("gsm_symbolic:cot", "lcm:cot"),
+    ),
+}
 OPTIONS = (
     *experiment.plain(
         recorded=False,
@@ -44,10 +54,10 @@ OPTIONS = (
 class Setting:
     """A model, its drafter and held-out prompts; makes engines."""
 
-    def __init__(self, options: argparse.Namespace):
-        """Loads all of it."""
+    def __init__(self, options: argparse.Namespace, texts: str = ""):
+        """Loads all of it; `texts`, of `TEXTS`, in place of the drafter's own."""
         compile_cache.enable()
-        self.options = options
+        self.options, self._kind = options, texts
         self.policy = policy.load(options.model)
         self.drafter = speculation.load(options.drafter, self.policy.config)
         found = self._held_out(pathlib.Path(options.drafter))
@@ -66,8 +76,20 @@ class Setting:
     def _held_out(self, workdir: pathlib.Path) -> list[np.ndarray]:
         """Prompts of the texts that the drafter was measured on, never trained on.
 
-        Where the drafter came without its workdir: the fixed chat prompts.
+        Where the drafter came without its workdir: the fixed chat prompts. Of a named
+        kind of text: held-out prompts, which no training asks.
         """
+        if self._kind:
+            asked = offline_texts.ask(
+                drafter_run.Texts(
+                    tasks=TEXTS[self._kind],
+                    num=1,
+                    num_held_out=self.options.num_prompts,
+                    max_prompt_tokens=MAX_PROMPT_TOKENS,
+                ),
+                lambda example: self.policy.tokenizer.encode_prompt(example.prompt),
+            )
+            return [request.prompt for request in asked[1:]]
         if not (workdir / "texts").is_dir():
             encode = self.policy.tokenizer.encode_prompt
             return [encode(prompts.as_messages(text)) for text in prompts.CHAT]
@@ -125,7 +147,9 @@ class Setting:
 
     @property
     def texts(self) -> str:
-        """What the prompts are of: the tasks of the drafter's texts."""
+        """What the prompts are of: their kind, or the tasks of the drafter's texts."""
+        if self._kind:
+            return self._kind
         path = pathlib.Path(self.options.drafter) / "config.json"
         if not (path.parent / "texts").is_dir():
             return "chat"
@@ -160,7 +184,7 @@ def check_drafter(directory: str, scale: str) -> None:
     Raises:
       ValueError: there is no such directory.
     """
-    if not pathlib.Path(directory).is_dir():
+    if not pathlib.Path(speculation.folder(directory)).is_dir():
         raise ValueError(
             f"--drafter={directory} is no directory here: train one, for example "
             f"with {recipes.TRAIN_COUNTING}"

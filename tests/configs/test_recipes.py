@@ -22,7 +22,7 @@ def test_all_recipes_are_listed_with_their_variants():
         "mine": (),
         "smollm2": (),
         "smollm2_drafter": ("counting", "random_numbers", "general"),
-        "smollm2_tlt": ("off", "ngram"),
+        "smollm2_tlt": ("off", "ngram", "chain_sum", "counting"),
         "tiny": ("arithmetic", "count", "experts"),
         "tiny_drafter": (),
     }

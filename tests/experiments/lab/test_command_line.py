@@ -199,22 +199,21 @@ def test_every_experiment_keeps_rows_as_they_are_measured():
 
 
 def test_a_drafter_of_other_texts_is_told(tmp_path, capsys):
-    config = {"texts": {"tasks": ["chat", "chain_sum", "chat"]}}
+    config = {"texts": {"tasks": ["chat", "chain_sum:cot,max_terms=2", "chat"]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     drafter = str(tmp_path)
-    recipes.print_other_task_of(
-        "configs/smollm2_tlt.py", {"drafter.directory": drafter}
-    )
+    recipe = "configs/smollm2_tlt.py:counting"
+    recipes.print_other_task_of(recipe, {"drafter.directory": drafter})
     told = capsys.readouterr().out
     assert told.count("\n") == 1
     assert (
-        "was trained on chat, chain_sum, and configs/smollm2_tlt.py runs counting"
-        in (told)
+        "was trained on chat, chain_sum, and configs/smollm2_tlt.py:counting runs "
+        "counting" in told
     )
     # Where it fits, or nothing tells, nothing is said.
     recipes.print_other_tasks(drafter, ["chain_sum"], "x")
     recipes.print_other_tasks(str(tmp_path / "gone"), ["x"], "x")
-    recipes.print_other_task_of("configs/smollm2_tlt.py", {})
+    recipes.print_other_task_of(recipe, {})
     assert not capsys.readouterr().out
 
 

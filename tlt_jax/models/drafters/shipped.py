@@ -5,10 +5,17 @@ on and what it brings. Embedding and head are the target's and are not in it.
 """
 
 import difflib
+import hashlib
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
-from tlt_jax.models.drafters import io
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tlt_jax.models.drafters import drafter, io
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "shipped"
 CARD = "CARD.md"
@@ -17,6 +24,47 @@ CARD = "CARD.md"
 def names() -> list[str]:
     """Return the names of all."""
     return sorted(path.parent.name for path in FOLDER.glob(f"*/{io.CONFIG_FILE}"))
+
+
+def save(
+    name: str,
+    params: drafter.DrafterParams,
+    cfg: drafter.DrafterConfig,
+    about: Mapping[str, Any],
+    notes: str = "",
+) -> pathlib.Path:
+    """Put a drafter into the package, in place of an older one; return its directory.
+
+    Args:
+      name: of the model that it serves, as `model.spec` has it.
+      params, cfg: see `io.save`; weights are written as bfloat16.
+      about: what it was made of and what was measured: rows of the card.
+      notes: Markdown that the card ends with.
+
+    Raises:
+      ValueError: the name is a path.
+    """
+    if os.path.basename(name) != name or name.startswith("."):
+        raise ValueError(f"name={name!r}: give a name, not a path.")
+
+    def narrowed(leaf):
+        is_measured = leaf.ndim == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return np.asarray(leaf if is_measured else leaf.astype(jnp.bfloat16))
+
+    directory = FOLDER / name
+    io.save(directory, jax.tree.map(narrowed, params), cfg, about)
+    path = directory / io.WEIGHTS_FILE
+    # Everybody's who installs the package, whoever built it.
+    path.chmod(0o644)
+    weights = path.read_bytes()
+    rows = dict(about) | {
+        "weights": f"{len(weights) / 1e6:.1f} MB, bfloat16, sha256 "
+        f"{hashlib.sha256(weights).hexdigest()}"
+    }
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    card = f"# A drafter for {name}\n\n| what | value |\n| --- | --- |\n{table}"
+    (directory / CARD).write_text(card + (f"\n{notes}" if notes else ""))
+    return directory
 
 
 def folder(spec: str) -> str | None:

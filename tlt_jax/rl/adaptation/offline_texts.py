@@ -134,6 +134,12 @@ def ask(
     return asked
 
 
+def task_of(name: str) -> str:
+    """Return a source of prompts without the style and the numbers behind it."""
+    styled = _STYLED.fullmatch(name)
+    return styled.group(1) if styled else name
+
+
 def request_of(text_id: int, prompt: np.ndarray, max_new_tokens: int) -> types.Request:
     """Ask for the text that a prompt begins; each has a prompt of its own."""
     return types.Request(text_id, text_id, 0, prompt, max_new_tokens)
