@@ -257,8 +257,6 @@ def main(argv: list[str]) -> None:
         command_line.fail(
             f"unexpected argument {argv[1]!r}: every setting is a --flag."
         )
-    if (_OUT.value is None) == (_SHIP.value is None):
-        command_line.fail("name where to write: either --out=DIR or --ship=NAME.")
     with command_line.told(OSError):
         if _SHIP.value is not None:
             notes = pathlib.Path(_NOTES.value).read_text() if _NOTES.value else ""
@@ -278,6 +276,11 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Entry point."""
     flags.mark_flags_as_required(["workdir"])
+    flags.register_multi_flags_validator(
+        ["out", "ship"],
+        lambda given: (given["out"] is None) != (given["ship"] is None),
+        "name where to write: either --out=DIR or --ship=NAME.",
+    )
     app.run(main, flags_parser=command_line.parse_flags)
 
 
