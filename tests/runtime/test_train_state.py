@@ -49,3 +49,21 @@ def test_so_many_in_a_row_end_the_training():
         skips.check()
     with pytest.raises(failures.TrainingError, match="not finite: train less"):
         skips.check("train less")
+
+
+def test_an_average_follows_the_weights():
+    """Of steps of 0.5 each: a decay of (1 + n) / (10 + n), then of 0.2 at most."""
+    averaged = train_state.averaged(optax.sgd(0.5), 0.2)
+    state = train_state.begin({"w": jnp.array([0.0])}, averaged)
+    assert train_state.average_of(state) is state.opt_state.average
+    wanted = weight = 0.0
+    for kept in (1 / 10, 2 / 11, 0.2, 0.2):
+        state, _, _ = train_state.step(state, {"w": jnp.array([-1.0])}, 1.0, averaged)
+        weight += 0.5
+        wanted = kept * wanted + (1 - kept) * weight
+        np.testing.assert_allclose(state.params["w"], [weight], rtol=1e-6)
+        found = train_state.average_of(state)["w"]
+        np.testing.assert_allclose(found, [wanted], rtol=1e-6)
+    # Where none is kept it is the weights themselves.
+    plain = state_of()
+    assert train_state.average_of(plain) is plain.params

@@ -59,6 +59,49 @@ def test_a_task_named_twice_gives_other_prompts_the_second_time():
     assert once == [r.prompt.tolist() for r in ask(tasks=("chat",), num=6)[:6]]
 
 
+def test_rounds_ask_other_prompts_and_hold_the_same_out():
+    def asked(number):
+        texts = drafter_run.Texts(
+            tasks=("count", "chat"), num=5, num_held_out=3, seed=4
+        )
+        return {
+            r.request_id: r.prompt.tolist()
+            for r in offline_texts.ask(texts, encode, number)
+        }
+
+    first, third = asked(0), asked(2)
+    assert [*third][:5] == [10, 11, 12, 13, 14]
+    assert [first[i] for i in range(5)] != [third[i] for i in range(10, 15)]
+    held_out = range(offline_texts.HELD_OUT, offline_texts.HELD_OUT + 3)
+    assert [first[i] for i in held_out] == [third[i] for i in held_out]
+
+
+def test_rounds_have_steps_and_texts():
+    rounds = offline_texts.Rounds(num_texts=10, num_steps=4, kept=3)
+    assert [rounds.place(step) for step in (0, 3, 4, 9)] == [
+        *((0, 0), (0, 3), (1, 0), (2, 1)),
+    ]
+    assert [rounds.text_ids(number) for number in (0, 1, 2, 5)] == [
+        *(range(0, 10), range(0, 20), range(0, 30), range(30, 60)),
+    ]
+    # One that has no end.
+    assert offline_texts.Rounds(num_texts=10).place(7) == (0, 7)
+
+
+def test_a_task_can_have_a_style_and_numbers():
+    def prompt(name):
+        return offline_texts._task(name, 0, 4).examples("train")[0].prompt
+
+    assert prompt("products")[-1]["content"].startswith("Solve the following mult")
+    asked = prompt("products:cot,min_digits=1,max_digits=1")[-1]["content"]
+    assert asked.endswith("followed by the answer.") and ": 1 * 4." in asked
+    assert len(prompt("chain_sum:two_shot")) == 5
+    assert offline_texts.task_of("products:cot,min_digits=1") == "products"
+    assert offline_texts.task_of("hub:a/b") == "hub:a/b"
+    with pytest.raises(ValueError, match="has no option 'max_digit'; did you mean"):
+        prompt("products:cot,max_digit=1")
+
+
 def test_missing_are_the_ids_that_are_not_there():
     asked = ask()
     wanted = {1, 3, 4, offline_texts.HELD_OUT}

@@ -44,6 +44,22 @@ def test_texts_come_back_in_the_order_of_their_ids(tmp_path, dtype):
             )
 
 
+def test_shards_are_dropped_whole(tmp_path):
+    """Where a text of theirs is still wanted, they stay; names are not given twice."""
+    buffer = shards.Shards(tmp_path, "float32")
+    for ids in ((0, 1), (2, 9), (3, 4)):
+        buffer.append([made(i, 5, 2) for i in ids])
+    buffer.drop(range(5))
+    assert buffer.text_ids == [2, 9]
+    buffer.append([made(5, 5, 2)])
+    for each in (buffer, shards.Shards(tmp_path, "float32")):
+        assert each.text_ids == [2, 5, 9]
+        np.testing.assert_array_equal(each.read(1).tokens, made(5, 5, 2).tokens)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("shard_000001", "shard_000003"),
+    ]
+
+
 def test_bad_records_are_refused(tmp_path):
     buffer = shards.Shards(tmp_path, "float32")
     buffer.append([made(1, 4, 2)])
