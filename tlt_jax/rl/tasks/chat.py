@@ -74,12 +74,12 @@ Write a letter from {p} to {q}, who moved away because of {t}.
 What do {t} and {u} have in common? Name {n} things.
 {p} has {n} {o} and gives {m} of them to {q}. How many are left? Show each step.
 {p} buys {n} boxes of {m} {o} each. How many {o} are there? Show your work.
-A shop sells {o} for {n} dollars each. What do {m} of them cost? Work it out in steps.
+{p} sells {o} for {n} dollars each. What do {m} of them cost? Work it out in steps.
 {p} has {n} {o}, {q} has {m} more. How many have they together? Think step by step.
-Which is larger, {n} times {m} or {m} plus 100? Explain each step.
+{p} asks: which is larger, {n} times {m} or {m} plus 100? Explain each step.
 {q} reads {n} pages a day. How long does a book of {m} hundred pages take? Show steps.
-Work out {n} + {m} - 7 step by step, then write the answer alone on the last line.
-Share {m} {o} fairly among {n} friends. How many does each get, and how many are left?
+Help {p} to work out {n} + {m} - 7 step by step, the answer alone on the last line.
+{q} shares {m} {o} fairly among {n} friends. How many does each get? What is left?
 """.strip().splitlines()
 _AUDIENCES = """
 a child; a student; my grandmother; an engineer; a beginner; a busy manager; a tourist;
