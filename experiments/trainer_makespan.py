@@ -47,7 +47,7 @@ from experiments.lab import (
     recipes,
     tables,
 )
-from tlt_jax import speculation
+from tlt_jax.models.drafters import shipped
 from tlt_jax.viz import timeline
 
 WITHOUT, WITH = "without trainer", "with trainer"
@@ -67,7 +67,8 @@ _SUMS += ("drafter_steps", "tokens")
 
 def check(options: argparse.Namespace) -> None:
     """Refuses workers that cannot be divided, and a drafter that is not there."""
-    if not pathlib.Path(speculation.folder(options.drafter)).is_dir():
+    found = options.drafter in shipped.names()
+    if not (found or pathlib.Path(options.drafter).is_dir()):
         raise ValueError(
             f"--drafter={options.drafter} is no directory here: train one, for the "
             f"recipe by {recipes.TRAIN_COUNTING}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.lab import experiment, paired, prompts, recipes, tables
 from tlt_jax import policy, speculation, types
-from tlt_jax.models.drafters import drafter
+from tlt_jax.models.drafters import drafter, shipped
 from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.rl.engine import engine as engine_lib
@@ -184,7 +184,7 @@ def check_drafter(directory: str, scale: str) -> None:
     Raises:
       ValueError: there is no such directory.
     """
-    if not pathlib.Path(speculation.folder(directory)).is_dir():
+    if directory not in shipped.names() and not pathlib.Path(directory).is_dir():
         raise ValueError(
             f"--drafter={directory} is no directory here: train one, for example "
             f"with {recipes.TRAIN_COUNTING}"
