@@ -173,7 +173,8 @@ def write(
 
     def report(num_drawn):
         if on_progress:
-            on_progress(len(kept), len(asked), num_tokens + num_drawn)
+            num_done = len(asked) - len(missing(asked, kept))
+            on_progress(num_done, len(asked), num_tokens + num_drawn)
 
     for first in range(0, len(asked), size):
         group = asked[first : first + size]
