@@ -116,8 +116,8 @@ EDITS = {
     ("specdec/rejection.py", "tests/specdec/test_rejection.py"): [
         ("(stand.uniform < ratio_B)", "(stand.uniform < ratio_B**2)"),
         ("possible = (ours > 0) & (theirs > 0)", "possible = theirs > 0"),
-        ("is_child = tree.valid & (index > tree_lib.ROOT)", "is_child = tree.valid"),
-        ("stand.num_failed + 1, stand.num_failed)", "stand.num_failed, 0)"),
+        ("== num_before[:, None] + 1)", "== num_before[:, None] + 2)"),
+        ("jnp.where(source_B < 0, 0, ", "jnp.where(source_B < 1, 0, "),
         ("last = jnp.minimum(steps, num_accepted[:, None])", "last = steps"),
     ],
     ("specdec/speculate.py", _SPECULATE): [

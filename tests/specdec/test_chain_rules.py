@@ -43,8 +43,9 @@ def step_by_rejection(target_probs, draft_probs, draft_tokens, uniforms, gumbel)
     )
     behind = jnp.where(index[1:] < depth, index[1:], 0)
     laws = protocols.Laws(draft_probs[None], behind[None], None)
+    scores = jnp.log(target_probs)[None]
     walk, _ = rejection.Rejection().judge(
-        sampling.Law(jnp.log(target_probs)[None], jnp.zeros((1, depth + 1))),
+        sampling.Law(scores, jnp.zeros_like(scores[..., 0])),
         line,
         protocols.Proposal(None, laws),
         rejection.Chance(None, uniforms[None], gumbel[None]),

@@ -236,6 +236,42 @@ def test_output_law_is_the_targets(shape, seed, zeros):
     assert variation(found, target, chains.DEPTH + 1) < 1e-6
 
 
+def behind(laws, base):
+    return {p[len(base) :]: law for p, law in laws.items() if p[: len(base)] == base}
+
+
+def test_texts_of_several_steps_are_the_targets():
+    """Steps of two depths, whose rows stand behind different texts; calls end early."""
+    target, draft = chains.prefix_laws(5), chains.prefix_laws(105)
+    # Behind up to one token trees of two levels, behind two a level.
+    parents_of = {0: (0, 0, 0, 1), 1: (0, 0, 0, 1), 2: (0, 0, 0)}
+    steps = {}
+    for parents in dict.fromkeys(parents_of.values()):
+        rows, told = [], []
+        for length in (n for n, its in parents_of.items() if its == parents):
+            for base in itertools.product(range(VOCAB), repeat=length):
+                laws = behind(target, base), behind(draft, base)
+                trees = sampled_trees(parents, laws[1])
+                cases, expected = cases_of(parents, *laws, trees)
+                for tokens, prefixes, *chance in cases:
+                    rows.append((tokens, [(*base, *p) for p in prefixes], *chance))
+                told += [(base, weight) for *_, weight in expected]
+        walk, _ = judged(rejection.Rejection(), parents, target, draft, rows)
+        for row, (base, weight) in enumerate(told):
+            # No more than two, or what the text has room for.
+            num = min(walk.num_accepted[row] + 1, 2, 3 - len(base))
+            text = (*base, *walk.tokens[row, :num].tolist())
+            steps.setdefault(base, []).append((text, weight))
+    law = {(): 1.0}
+    for length in range(3):
+        for base in [text for text in law if len(text) == length]:
+            weight = law.pop(base)
+            for text, chance in steps[base]:
+                law[text] = law.get(text, 0.0) + weight * chance
+    assert len(law) == 27
+    assert variation(law.items(), target, 3) < 1e-6
+
+
 def test_what_the_shape_and_chance_may_not_depend_on():
     """Drawn tokens, and chance of other depths."""
     parents, target, draft, trees = sampled("uneven", 1)
