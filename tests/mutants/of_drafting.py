@@ -119,6 +119,7 @@ EDITS = {
         ("== num_before[:, None] + 1)", "== num_before[:, None] + 2)"),
         ("jnp.where(source_B < 0, 0, ", "jnp.where(source_B < 1, 0, "),
         ("last = jnp.minimum(steps, num_accepted[:, None])", "last = steps"),
+        ("return (uniform - chance) / left", "return uniform"),
     ],
     ("specdec/speculate.py", _SPECULATE): [
         (

@@ -42,6 +42,8 @@ def step_by_rejection(target_probs, draft_probs, draft_tokens, uniforms, gumbel)
         sources=index[None] - 1,
     )
     behind = jnp.where(index[1:] < depth, index[1:], 0)
+    # Rounded as the target's are, so that equal laws are.
+    draft_probs = jnp.exp(jnp.log(draft_probs))
     laws = protocols.Laws(draft_probs[None], behind[None], None)
     scores = jnp.log(target_probs)[None]
     walk, _ = rejection.Rejection().judge(

@@ -320,10 +320,6 @@ MUTATIONS = {
         "return normalised(rest, rest)[0]",
         "return rest",
     ),
-    "one number for all tests": (
-        "return (uniform - chance) / left",
-        "return uniform",
-    ),
     "the root's law at every node": (
         "proposal.laws.behind[row_B, source_B])",
         "0)",
