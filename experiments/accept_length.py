@@ -6,8 +6,8 @@ r"""Accept length of a drafter: coupled against deterministic, over depth and bu
 Held-out prompts of each drafter's own texts are answered at temperatures 0 and 1 under
 each strategy. How uncertain the texts are is told by `nats_per_token`, the mean of
 -log p of the tokens drawn. The tokens are the same under all strategies, so that accept
-lengths compare; not so under the standard chain rules (`rejection`, `block`), whose
-tokens are other samples of the same law.
+lengths compare; not so under the standard rules for sampled drafts (`rejection`, for
+chains `block`), whose tokens are other samples of the same law.
 Accept length: tokens per target forward and row, recovered or bonus token included.
 What it is worth in time is `experiments.speculation_speed`. That of the drafter which
 comes with the package, on text of which it is not certain:
@@ -48,7 +48,8 @@ from tlt_jax.specdec import chain
 from tlt_jax.specdec import strategy as strategy_lib
 
 GREEDY = "deterministic"
-CHAIN_RULES = ("rejection", "block")
+# The first judges trees, too.
+SAMPLED_RULES = ("rejection", "block")
 STRATEGIES = "D2K1V3,D4K1V5,D8K1V9,D4K2V8,D8K2V16,D8K4V16,D8K4V32"
 # What the rules are compared by: a chain, and trees of so many nodes.
 CHAIN, TREE_NODES = "D8K1V9", 16
@@ -65,8 +66,8 @@ def answer(
 
     `first` takes up the tokens where it is empty, and is compared with them.
     """
-    rule = ranking if ranking in CHAIN_RULES else chain.KEYED
-    ranking_of = "coupled" if ranking in CHAIN_RULES else ranking
+    rule = ranking if ranking in SAMPLED_RULES else chain.KEYED
+    ranking_of = "coupled" if ranking in SAMPLED_RULES else ranking
     engine = setting.engine(
         setting.options.batch, temperature, strategy, ranking_of, rule
     )
@@ -144,8 +145,8 @@ def measure(
     for strategy in map(strategy_lib.parse, options.strategies.split(",")):
         # Greedily there is no noise to couple by.
         rankings = ["coupled", GREEDY] if temperature else [GREEDY]
-        if temperature and strategy.topk == 1:
-            rankings += CHAIN_RULES
+        if temperature and not strategy.budget:
+            rankings += SAMPLED_RULES[: 1 if strategy.topk > 1 else 2]
         for ranking in rankings:
             row = answer(setting, temperature, ranking, strategy, first)
             rows.append(row)
@@ -202,7 +203,9 @@ def _of_rules(rows: claims.Rows) -> dict[str, float]:
     """Reads the accept lengths of random numbers by rule, and the best tree's."""
     rows = tables.where(rows, texts="random_numbers", temperature=1)
     chains = {row["ranking"]: row for row in tables.where(rows, strategy=CHAIN)}
-    found = {name: chains[name]["accept_length"] for name in ("coupled", *CHAIN_RULES)}
+    found = {
+        name: chains[name]["accept_length"] for name in ("coupled", *SAMPLED_RULES)
+    }
     nodes = {"ranking": "coupled", "tokens_to_verify": TREE_NODES}
     trees = [row["accept_length"] for row in tables.where(rows, **nodes)]
     if not trees:
@@ -225,7 +228,7 @@ def _ratio_at_least(
 EXPERIMENT = experiment.Experiment(
     slug="accept_length",
     text=__doc__,
-    title="depth by tokens verified, children; rankings, chain rules over temperature",
+    title="depth by tokens verified, children; rankings and rules over temperature",
     published="d4: 4.63 to 4.82, d16: 7.25 to 9.78 (V16 to V128)",
     needs=f"--drafter={recipes.NUMBERS_DRAFTER},{recipes.COUNTING_DRAFTER}",
     before={recipes.TRAIN_NUMBERS: 32, recipes.TRAIN_COUNTING: 15},

@@ -436,7 +436,7 @@ def test_speculation_gives_the_same_text(
 
 def test_a_chain_rule_draws_other_tokens_and_says_so(command, model, drafter_directory):
     arguments = (f"--model={model}", *SHORT, f"--drafter={drafter_directory}")
-    several = ("--num_samples=4", "--strategy=4:D3K1V4", "--rule=rejection")
+    several = ("--num_samples=4", "--strategy=4:D3K2V7", "--rule=rejection")
     status, text, errors = command(*arguments, *several, "--compare")
     assert status == 0, errors
     assert "(rule rejection draws others from the same law)" in errors

@@ -65,6 +65,10 @@ def test_a_rule_reaches_the_engines():
         )
     ]
     assert rules == ["block", "keyed"]
+    # Chains and trees, of which a tuner may choose by what was accepted.
+    several = {"specdec.strategies": ("2:D2K1V3,D3K2V8",)}
+    cfg = made(**{"specdec.rule": "rejection"}, **several).speculator_cfg
+    assert cfg.rule == "rejection" and len(cfg.table.strategies()) == 2
 
 
 @pytest.mark.parametrize("text", ["D3K2V8", "D3K1V4-ngram", "D3K1V7-both"])

@@ -226,7 +226,9 @@ def test_a_chain_rules_run_goes_on_bit_for_bit(chained, tmp_path, capsys):
 
 
 def test_a_block_drafters_run_goes_on_bit_for_bit(off, tmp_path):
+    """Of trees that it sampled."""
     settings = {
+        "specdec.strategies": ("2:D2K2V5",),
         "model.spec": str(off / "initial_model"),
         "drafter.architecture": "block",
         "workers.num": 1,
@@ -267,6 +269,7 @@ def test_what_clocks_decide_is_said_at_the_start(chained, tmp_path, capsys):
     settings, _ = chained
     changes = {"num_steps": 1, "eval.every": 0, "log.progress": "plain"}
     changes |= {"specdec.tuner": "beg_mab", "specdec.rule": "rejection"}
+    changes |= {"specdec.strategies": ("2:D2K1V3,D2K2V5",)}
     (row,) = start(tmp_path, **settings | changes)
     assert row["specdec/rule"] == "rejection"
     said = capsys.readouterr().out

@@ -353,8 +353,8 @@ class Flags:
             chain.KEYED,
             list(chain.RULES),
             "What accepts drafted tokens. keyed keeps the tokens of plain decoding; "
-            "rejection and block, for whole chains of the drafter (such as D5K1V6), "
-            "keep only their law.",
+            "rejection, for chains and trees of the drafter (such as D5K1V6, D4K2V8), "
+            "and block, for chains, keep only their law.",
             **shared,
         )
 

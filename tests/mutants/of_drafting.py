@@ -106,16 +106,20 @@ EDITS = {
     ],
     ("specdec/chain.py", "tests/specdec/test_chain_rules.py"): [
         (
-            "jnp.minimum(ratios, 1.0), laws, in_order=True",
-            "ratios, laws, in_order=False",
-        ),
-        (
             "weight = jnp.minimum(1.0, weight * ratios[..., i])",
             "weight *= ratios[..., i]",
         ),
         ("+ 1) == ratios.shape[-1]", "+ 1) == 0"),
         ("either = mass + 1.0 - weights", "either = mass + weights"),
         ("jnp.maximum(rest, 0.0), [", "jnp.abs(rest), ["),
+    ],
+    ("specdec/rejection.py", "tests/specdec/test_rejection.py"): [
+        ("(stand.uniform < ratio_B)", "(stand.uniform < ratio_B**2)"),
+        ("possible = (ours > 0) & (theirs > 0)", "possible = theirs > 0"),
+        ("== num_before[:, None] + 1)", "== num_before[:, None] + 2)"),
+        ("jnp.where(source_B < 0, 0, ", "jnp.where(source_B < 1, 0, "),
+        ("last = jnp.minimum(steps, num_accepted[:, None])", "last = steps"),
+        ("return (uniform - chance) / left", "return uniform"),
     ],
     ("specdec/speculate.py", _SPECULATE): [
         (

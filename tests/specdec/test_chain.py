@@ -1,8 +1,8 @@
-"""Chain rules in the decode loop: other tokens than plain decoding's, the same law.
+"""Rules for sampled drafts in the decode loop: other tokens, plain decoding's law.
 
-The noise of these rules is continuous and many-fold, so that the law of completions is
-counted here over many rows of one batch, and not enumerated: what one decision makes of
-its chance is enumerated in `test_chain_rules`.
+Their noise is continuous and many-fold, so that the law of completions is counted here
+over many rows of one batch, and not enumerated: what a step makes of its chance is
+enumerated in `test_chain_rules`, and of trees in `test_rejection`.
 """
 
 import dataclasses
@@ -17,8 +17,17 @@ from tests import mutation
 from tests.specdec import hosts, test_speculate, twins
 from tests.specdec import test_law as whole
 from tlt_jax.models.drafters import drafter
-from tlt_jax.specdec import chain, decode, noise, protocols, sampling, tree
+from tlt_jax.specdec import (
+    chain,
+    decode,
+    noise,
+    protocols,
+    rejection,
+    sampling,
+    tree,
+)
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import expansion, learned
 
 NUM_ROWS = 10_000
 CHAIN = strategy_lib.Strategy(3, 1, 4)
@@ -30,6 +39,10 @@ SMALL_VOCAB = dict(
 BLOCK = SMALL_VOCAB | dict(
     cfg=dataclasses.replace(whole.BLOCK, draft_vocab_size=2),
 )
+BLOCK_TREES = dict(cfg=whole.BLOCK)
+# By ranks the root's children, two behind the first and one behind the second, and one
+# more behind each of those.
+TREE = strategy_lib.Strategy(3, 2, 8)
 
 
 def rollouts(sampling_cfg, rule, most=4, **how):
@@ -56,8 +69,11 @@ def counts_of(made, strategies, limit=whole.LONGEST):
         (whole.LAW, "rejection", (CHAIN,), whole.LONGEST, BLOCK),
         # Keyed trees and chains in turns, as where a drafter comes.
         (whole.LAW, "block", (whole.SINGLE, CHAIN), 2, {}),
+        # Trees, of two tokens and of all, beside chains and plain decoding.
+        (whole.TRUNCATED, "rejection", (TREE, CHAIN, None), 3, SMALL_VOCAB),
+        (whole.LAW, "rejection", (whole.WIDE, TREE), 2, BLOCK_TREES),
     ],
-    ids="rejection block block_drafter mixed".split(),
+    ids="rejection block block_drafter mixed tree block_tree".split(),
 )
 def test_the_law_is_the_targets(sampling_cfg, rule, strategies, limit, how):
     made = rollouts(sampling_cfg, rule, **how)
@@ -65,42 +81,61 @@ def test_the_law_is_the_targets(sampling_cfg, rule, strategies, limit, how):
     assert scipy.stats.chisquare(counts, expected).pvalue > 0.01
 
 
-# Which rule, what stands for what.
+# Which rule and module, what stands for what.
 MUTATIONS = {
     "tests by the noise of the drafts": (
         "rejection",
+        rejection,
         "at_places(noise.uniform, testing)",
         "at_places(noise.uniform, drafting)",
     ),
     "drafts by the noise of an earlier step": (
         "block",
+        rejection,
         "noise.step_keys(keys, lengths, 3)",
         "noise.step_keys(keys, 0 * lengths, 3)",
     ),
     "rejected and drawn from the target's law, not the residual": (
         "rejection",
-        "rest / scale, target_probs), mass",
-        "target_probs, target_probs), mass",
+        rejection,
+        "rest = jnp.maximum(target_probs - draft_probs, 0.0)",
+        "rest = target_probs",
+    ),
+    "a tree cut where its tokens look unlikely": (
+        "tree",
+        expansion,
+        "if self.keep_laws and self.strategy.topk > 1:",
+        "if False:",
     ),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_an_error_shows_in_the_law(monkeypatch, name):
-    rule, old, new = MUTATIONS[name]
-    mutated = mutation.mutate(chain, old, new)
-    monkeypatch.setitem(chain.RULES, rule, mutated.RULES[rule])
+    which, module, old, new = MUTATIONS[name]
+    mutated = mutation.mutate(module, old, new)
+    rule, strategy = which, CHAIN
+    if which == "block":
+        monkeypatch.setattr(chain.BlockRule, "chance", mutated.Fresh.chance)
+    elif which == "rejection":
+        monkeypatch.setitem(chain.RULES, rule, mutated.Rejection())
+    else:
+        monkeypatch.setattr(learned, "expansion", mutated)
+        rule, strategy = "rejection", strategy_lib.Strategy(2, 2, 4)
     made = rollouts(whole.LAW, rule)
-    counts, expected = counts_of(made, (CHAIN,))
+    counts, expected = counts_of(made, (strategy,))
     assert scipy.stats.chisquare(counts, expected).pvalue < 1e-6
 
 
-def test_texts_log_probs_and_caches():
+@pytest.mark.parametrize(
+    "rule,strategy", [("block", CHAIN), ("rejection", test_speculate.TREE)]
+)
+def test_texts_log_probs_and_caches(rule, strategy):
     law = hosts.TRUNCATED
-    how = test_speculate.WIDE | dict(cfg=test_speculate.FUSED, rule="block")
+    how = test_speculate.WIDE | dict(cfg=test_speculate.FUSED, rule=rule)
     host = test_speculate.Host(hosts.asks(), **how)
     host.prefill(4)
-    test_speculate.run(host, law, (CHAIN,), token_limits=(3, 8))
+    test_speculate.run(host, law, (strategy,), token_limits=(3, 8))
     host.check_cache()
 
     logits, *_ = hosts.full_forward(
@@ -154,11 +189,13 @@ def test_a_broken_drafter_costs_speed_only(rule):
         depths=np.array([[0, 1, 2]], np.int32),
         valid=np.ones((1, 3), bool),
         chances=np.ones((1, 3), np.float32),
+        sources=np.array([[-1, 0, 1]], np.int32),
     )
     gumbel = np.array([[-0.3, 0.4, 0.1]], np.float32)
-    chance = chain.Chance(None, np.zeros((1, 2), np.float32), gumbel)
+    chance = rejection.Chance(None, np.zeros((1, 2), np.float32), gumbel)
     laws = np.full((1, 2, 3), np.nan, np.float32)
-    proposal = protocols.Proposal(None, laws)
+    behind = np.array([[1, 0]], np.int32)
+    proposal = protocols.Proposal(None, protocols.Laws(laws, behind, None))
     judge = jax.jit(chain.RULES[rule].judge, static_argnums=4)
     walk, _ = judge(law, line, proposal, chance, None)
     assert walk.num_accepted.tolist() == [0]
@@ -170,6 +207,13 @@ def test_a_broken_drafter_costs_speed_only(rule):
     [
         ("residual", "D3K1V4", 1.0, "rule='residual': use one of keyed"),
         ("block", "D3K2V8", 1.0, "strategy D3K2V8 is none: use D3K1V4"),
+        (
+            "rejection",
+            "D3K2V8N16",
+            1.0,
+            "whole trees .* D3K2V8N16 is none: use D3K2V8 ",
+        ),
+        ("rejection", "D3K2V16-both", 1.0, "V16-both is none: use D3K2V11 "),
         ("rejection", "D3K1V4-ngram", 1.0, "D3K1V4-ngram is none"),
         ("rejection", "D3K1V7-both", 1.0, "D3K1V7-both is none"),
         ("block", "D3K1V4", 0.0, "temperature=0 samples nothing"),

@@ -3,14 +3,13 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
-from tlt_jax.specdec import chain
+from tlt_jax.specdec import chain, protocols, rejection, sampling, tree
 
-RULES = {"token": chain.token_rule, "block": chain.block_rule}
-NAMES = list(RULES)
 VOCAB, DEPTH = 3, 3
 
 
@@ -18,6 +17,57 @@ VOCAB, DEPTH = 3, 3
 def _double_precision():
     with jax.enable_x64(True):
         yield
+
+
+def decide_by_rejection(target_probs, draft_probs, draft_tokens):
+    """What becomes of a chain, from what the walk down a tree computes."""
+    laws = target_probs[..., :-1, :], draft_probs
+    rest = rejection.residual(*laws)
+    return chain.Decision(
+        jnp.minimum(rejection.ratios(*laws, draft_tokens), 1.0),
+        jnp.concatenate([rest, target_probs[..., -1:, :]], axis=-2),
+    )
+
+
+def step_by_rejection(target_probs, draft_probs, draft_tokens, uniforms, gumbel):
+    """The walk down a chain: `num_accepted`, and the token that follows."""
+    (depth,) = draft_tokens.shape
+    index = jnp.arange(depth + 1, dtype=jnp.int32)
+    line = tree.DraftTree(
+        tokens=jnp.pad(draft_tokens, (1, 0))[None],
+        parents=jnp.maximum(index - 1, 0)[None],
+        depths=index[None],
+        valid=jnp.ones((1, depth + 1), bool),
+        chances=jnp.ones((1, depth + 1)),
+        sources=index[None] - 1,
+    )
+    behind = jnp.where(index[1:] < depth, index[1:], 0)
+    # Rounded as the target's are, so that equal laws are.
+    draft_probs = jnp.exp(jnp.log(draft_probs))
+    laws = protocols.Laws(draft_probs[None], behind[None], None)
+    scores = jnp.log(target_probs)[None]
+    walk, _ = rejection.Rejection().judge(
+        sampling.Law(scores, jnp.zeros_like(scores[..., 0])),
+        line,
+        protocols.Proposal(None, laws),
+        rejection.Chance(None, uniforms[None], gumbel[None]),
+        None,
+    )
+    (num_accepted,) = walk.num_accepted
+    return num_accepted, walk.tokens[0, num_accepted]
+
+
+def step_by_block(target_probs, draft_probs, draft_tokens, uniforms, gumbel):
+    decision = chain.block_rule(target_probs, draft_probs, draft_tokens)
+    return chain.keep(decision, uniforms, gumbel)
+
+
+# What each makes of a chain, and with chance.
+RULES = {
+    "rejection": (decide_by_rejection, step_by_rejection),
+    "block": (chain.block_rule, step_by_block),
+}
+NAMES = list(RULES)
 
 
 def prefix_laws(seed, zeros=False, vocab=VOCAB):
@@ -49,12 +99,12 @@ def outcomes(name, target, draft_probs, chains):
 
     Arrays over chains and passed/failed patterns, `[chains, 2**depth]`; the law has V.
     """
-    judge = RULES[name]
+    decide, step = RULES[name]
     tokens = np.array(chains, np.int32)
     depth = tokens.shape[1]
     target_probs = along(target, chains, depth + 1)
     vocab = target_probs.shape[-1]
-    decision = judge(target_probs, draft_probs, tokens)
+    decision = decide(target_probs, draft_probs, tokens)
     thresholds = np.asarray(decision.thresholds)[:, None]
     assert thresholds.dtype == np.float64
     assert thresholds.min() >= 0 and thresholds.max() <= 1 + 1e-12
@@ -66,7 +116,7 @@ def outcomes(name, target, draft_probs, chains):
 
     def at_chain(laws, drafts, tokens, uniforms):
         def once(uniform, gumbel):
-            return chain.keep(judge(laws, drafts, tokens), uniform, gumbel)
+            return step(laws, drafts, tokens, uniform, gumbel)
 
         each_noise = jax.vmap(once, (None, 0))
         return jax.vmap(each_noise, (0, None))(uniforms, noise)
@@ -159,7 +209,7 @@ def test_a_chain_chosen_without_chance_is_a_point_mass(name):
 
 
 EXPECTED = {
-    "token": {1: 0.65, 2: 1.0725, 3: 1.3471, 4: 1.5256, 6: 1.7171},
+    "rejection": {1: 0.65, 2: 1.0725, 3: 1.3471, 4: 1.5256, 6: 1.7171},
     "block": {1: 0.65, 2: 1.125, 3: 1.4871, 4: 1.7706, 6: 2.1795},
 }
 
@@ -168,13 +218,13 @@ EXPECTED = {
 def test_expected_accepted_counts_of_a_memoryless_pair(name):
     target_law = np.array([0.5, 0.2, 0.2, 0.1])
     draft_law = np.array([0.15, 0.55, 0.2, 0.1])
-    judge = jax.jit(RULES[name])
+    decide = jax.jit(RULES[name][0])
     for depth, expected in EXPECTED[name].items():
         chains = np.array(list(itertools.product(range(4), repeat=depth)), np.int32)
         target_probs = np.broadcast_to(target_law, (len(chains), depth + 1, 4))
         draft_probs = np.broadcast_to(draft_law, (len(chains), depth, 4))
-        tests = np.asarray(judge(target_probs, draft_probs, chains).thresholds)
-        if name == "token":
+        tests = np.asarray(decide(target_probs, draft_probs, chains).thresholds)
+        if name == "rejection":
             kept = np.cumprod(tests, axis=1).sum(axis=1)
         else:
             # At least i are kept unless all tests from i on fail.
@@ -195,8 +245,8 @@ def test_frequencies_with_chance_of_its_own(name):
     uniforms = rng.random((num, DEPTH), np.float32)
     gumbel = rng.gumbel(size=(num, VOCAB)).astype(np.float32)
     chains = np.array(CHAINS, np.int32)[picked]
-    decision = jax.jit(RULES[name])(target_probs, draft_probs, chains)
-    kept = jax.jit(chain.keep)(decision, uniforms, gumbel)
+    step = jax.jit(jax.vmap(RULES[name][1]))
+    kept = step(target_probs, draft_probs, chains, uniforms, gumbel)
     num_accepted, token = map(np.asarray, kept)
     first = np.where(num_accepted > 0, chains[:, 0], token)
     counts = np.bincount(first, minlength=VOCAB)

@@ -145,7 +145,7 @@ class Rollouts:
     ):
         self.sampling_cfg, self.most, self.volumes = sampling_cfg, most, volumes
         self.cfg, self.rule = cfg, chain.RULES[rule]
-        self.is_chain_rule = rule != chain.KEYED
+        self.samples, self.trees = rule != chain.KEYED, rule == "rejection"
         params = jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(5))
         params = params.replace(draft_ids=draft_ids)
         if cfg.block_size:
@@ -184,9 +184,9 @@ class Rollouts:
                 fn = functools.partial(decode.decode, settings=settings)
             else:
                 rule, ranking = self.rule, "coupled"
-                if self.is_chain_rule and strategy.topk == 1:
+                if self.samples and (self.trees or strategy.topk == 1):
                     ranking = learned.SAMPLED
-                elif self.is_chain_rule:
+                elif self.samples:
                     # What it cannot judge stays keyed, as suffix matches do in a run.
                     rule = verify.Keyed()
                 fn = functools.partial(

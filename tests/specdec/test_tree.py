@@ -79,6 +79,10 @@ def test_select_keeps_the_best(num_nodes):
             scores = np.exp(scores[np.isfinite(scores)])
             np.testing.assert_allclose(np.sort(path[1:][valid[1:]])[::-1], scores, 1e-5)
             assert not tree.tokens[row][~valid].any()
+            sources = tree.sources[row]
+            kept = candidates.tokens[row][sources[1:][valid[1:]]]
+            assert kept.tolist() == tree.tokens[row][1:][valid[1:]].tolist()
+            assert sources[0] == -1 and np.all(sources[~valid] == -1)
 
 
 @pytest.mark.parametrize("num_nodes,budget", [(7, 25), (3, 14), (21, 60), (7, 12)])
@@ -144,6 +148,7 @@ def test_words_of_more_than_32_nodes():
         depths=np.arange(num_nodes)[None].astype(np.int32),
         valid=np.ones((1, num_nodes), bool),
         chances=np.ones((1, num_nodes), np.float32),
+        sources=np.arange(-1, num_nodes - 1)[None].astype(np.int32),
     )
     words = tree_lib.ancestor_words(chain, num_nodes - 1)
     assert words.shape == (1, num_nodes, 2)

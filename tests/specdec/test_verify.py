@@ -15,6 +15,7 @@ TREE = {
     "depths": [0, 1, 1, 2, 2, 3, 0],
     "valid": [True] * 6 + [False],
     "chances": [1, 0.6, 0.25, 0.75, 0.2, 1.0, 1],
+    "sources": [-1, 0, 1, 2, 3, 4, -1],
 }
 # Drawn at nodes 0 to 6: the first goes on by 1, 4 and 5 to a bonus token; the second
 # recovers at once, by what padding holds; the third is corrected behind node 1.
@@ -22,8 +23,7 @@ DRAWN = [[3, 9, 0, 0, 4, 6, 0], [8, 9, 0, 0, 4, 6, 0], [3, 1, 0, 0, 4, 6, 0]]
 
 
 def trees(batch):
-    kinds = dict(tokens=np.int32, parents=np.int32, depths=np.int32, valid=bool)
-    kinds["chances"] = np.float32
+    kinds = dict.fromkeys(TREE, np.int32) | {"valid": bool, "chances": np.float32}
     return tree_lib.DraftTree(
         **{
             name: jnp.asarray(np.tile(np.asarray(TREE[name], kind), (batch, 1)))

@@ -32,9 +32,11 @@ class Specdec:
         that a draft comes true; lower is surer. Unset: as it was measured with the
         drafter's weights, 0.5 where it was not.
       rule: what accepts the learned drafter's drafts: `keyed` keeps the tokens of plain
-        decoding; `rejection` and `block` keep their law alone. These judge whole chains
-        (strategies such as D5K1V6), to which ranking and tau mean nothing; what tokens
-        then depend on stands in docs/sampling.md. Suffix matches are always `keyed`.
+        decoding; `rejection` and `block` keep their law alone. These judge what is
+        sampled from the drafter, to which ranking and tau mean nothing: `rejection`
+        chains and trees without a budget (strategies such as D5K1V6, D4K2V8), `block`
+        chains. What tokens then depend on stands in docs/sampling.md. Suffix matches
+        are always `keyed`.
     """
 
     mode: Literal["off", "ngram", "tlt"] = "off"

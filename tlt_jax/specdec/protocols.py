@@ -7,6 +7,7 @@ the step carries for them.
 
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 from flax import struct
 
 from tlt_jax.models import kv_cache, ragged
@@ -31,18 +32,48 @@ class Caches:
 
 
 @struct.dataclass
+class Laws:
+    """What candidates were sampled from: children of a node one after the other.
+
+    Each child is a sample of the node's law without the children before it.
+
+    Attributes:
+      probs: `[B, X, Vd]`, laws of the token behind a row's text, the first, and behind
+        candidates that were expanded.
+      behind: `[B, C] int32`, which of them is the one behind a candidate; 0: none, it
+        has no children.
+      draft_ids: `[Vd] int32`, tokens that the laws are over; None: all in order.
+    """
+
+    probs: Array
+    behind: Array
+    draft_ids: Array | None
+
+    def of_all_tokens(self, probs: Array, vocab_size: int) -> Array:
+        """Spread some of the laws, `[..., Vd]`, over all tokens, `[..., V]`.
+
+        Tokens that cannot be drafted have 0; and all have where the drafter has broken:
+        then nothing that it drafted passes a test.
+        """
+        probs = jnp.where(jnp.isnan(probs), 0.0, probs)
+        if self.draft_ids is None:
+            return probs
+        whole = jnp.zeros((*probs.shape[:-1], vocab_size), probs.dtype)
+        return whole.at[..., self.draft_ids].add(probs)
+
+
+@struct.dataclass
 class Proposal:
     """What a proposer guesses in a step.
 
     Attributes:
       candidates: at least `tokens_to_verify - 1` a row; absent ones count.
-      draft_probs: `[B, A - 1, V]`, laws that a chain was sampled from; None: the
-        candidates were not sampled.
+      laws: that they were sampled from; None: they were not sampled.
       extra: whatever the proposer wants to have when it advances.
     """
 
     candidates: candidates_lib.Candidates
-    draft_probs: Array | None = None
+    laws: Laws | None = None
     extra: Any = ()
 
 

@@ -3,8 +3,8 @@
 A step proposes a tree behind each row's pending token, has the target read it in one
 pass, walks it by the rule's judgement and appends the accepted path to the cache.
 Nothing is rolled back, and by the keyed rule the tokens are those of `decode`, whatever
-was proposed: a bad proposer costs speed only. The chain rules, offered for comparison,
-keep its law and not its tokens (`chain`).
+was proposed: a bad proposer costs speed only. The rules for sampled drafts, offered for
+comparison, keep its law and not its tokens (`chain`).
 """
 
 import functools

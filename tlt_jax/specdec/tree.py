@@ -27,6 +27,7 @@ class DraftTree:
       valid: `[B, W] bool`; the root always is, and so is a valid node's parent.
       chances: `[B, W] float32`, estimated probability that a node comes true if its
         parent does; the root's is 1, and so is that of nodes that are not valid.
+      sources: `[B, W] int32`, the candidate that a node is; -1: none.
     """
 
     tokens: Array
@@ -34,6 +35,7 @@ class DraftTree:
     depths: Array
     valid: Array
     chances: Array
+    sources: Array
 
 
 def select(
@@ -78,6 +80,7 @@ def select(
         depths=with_root(zeros, jnp.where(valid, take(candidates.depths), 0)),
         valid=with_root(jnp.ones((batch,), bool), valid),
         chances=chances,
+        sources=with_root(zeros - 1, jnp.where(valid, best, -1)),
     )
 
 

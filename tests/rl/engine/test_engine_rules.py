@@ -94,7 +94,8 @@ def test_the_law_is_the_targets(law):
 
 
 def test_an_error_in_the_rule_shows_in_the_law(law, monkeypatch):
-    old = "rest / scale, target_probs), mass"
-    mutated = mutation.mutate(chain, old, "target_probs, target_probs), mass")
+    old = "return rejection.normalised(rest, target_probs)"
+    new = "return rejection.normalised(target_probs, target_probs)"
+    mutated = mutation.mutate(chain, old, new)
     monkeypatch.setitem(chain.RULES, "block", mutated.RULES["block"])
     assert pvalue(law) < 1e-6

@@ -58,8 +58,11 @@ def texts_and_features():
     return tokens, rng.normal(size=shape).astype(np.float32)
 
 
-def slow_draft(row, noise, tau, sharpness, temperature):
-    """Children of each expanded path: `{path: [(token, score), ...]}`."""
+def slow_draft(row, noise, tau, sharpness, temperature, laws=None):
+    """Children of each expanded path: `{path: [(token, score), ...]}`.
+
+    Where `laws` take up the laws behind paths, scores are by rank.
+    """
     tokens, raw = texts_and_features()
     fused = np.array(drafter.fuse(weights().params, CFG, raw))[:, row]
     ids = np.asarray(weights().params.draft_ids)
@@ -76,11 +79,15 @@ def slow_draft(row, noise, tau, sharpness, temperature):
         _, logits = whole(text, features)
         scores = np.asarray(logits)[length - 1 + len(path)].astype(np.float64)
         scores = scores / (temperature or 1)
+        if laws is not None:
+            laws[path] = np.exp(scores) / np.exp(scores).sum()
         if noise is not None:
             chance = np.asarray(noise)[row, len(path)][ids]
             scores = (scores * sharpness + chance) / tau
         scores = scores - np.log(np.sum(np.exp(scores - scores.max()))) - scores.max()
         best = np.argsort(-scores)[: STRATEGY.topk]
+        if laws is not None:
+            return [(int(ids[i]), -0.25 - 1.75 * rank) for rank, i in enumerate(best)]
         return [(int(ids[i]), scores[i]) for i in best]
 
     live = [((), 0.0)]
@@ -96,7 +103,7 @@ def slow_draft(row, noise, tau, sharpness, temperature):
 @functools.cache
 def draft_program(coupled, temperature, strategy):
     settings = decode.Settings(hosts.CFG, sampling.SamplingConfig(temperature))
-    ranking = "coupled" if coupled else "deterministic"
+    ranking = {True: "coupled", False: "deterministic"}.get(coupled, coupled)
     proposer = learned.Learned(strategy, settings, CFG, ranking)
 
     def fn(weights, cache, table, accepted, noise, tau, sharpness):
@@ -194,6 +201,32 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
             np.testing.assert_allclose(
                 [s for _, s in children[path]], [s for _, s in pairs], atol=2e-5
             )
+
+
+def test_a_sampled_trees_shape_is_by_rank_and_its_laws_are_kept():
+    made, noise = proposed(learned.SAMPLED, 0.7, 1.5)
+    found, laws = jax.device_get((made.candidates, made.laws))
+    ids = np.asarray(weights().params.draft_ids)
+    assert np.array_equal(laws.draft_ids, ids) and laws.probs.shape == (NUM, 5, 30)
+    for shape in (found.parents, found.depths, found.scores, laws.behind):
+        assert np.array_equal(shape[0], shape[1])
+    for row in range(NUM):
+        wanted_laws, paths = {}, {-1: ()}
+        wanted = slow_draft(row, noise, 1.0, 1.0, 0.7, wanted_laws)
+        assert children_of(found, row) == wanted
+        np.testing.assert_allclose(laws.probs[row, 0], wanted_laws[()], atol=1e-6)
+        for i, token in enumerate(found.tokens[row]):
+            paths[i] = (*paths[int(found.parents[row, i])], int(token))
+            slot = laws.behind[row, i]
+            assert (slot > 0) == (paths[i] in wanted)
+            if slot:
+                law = wanted_laws[paths[i]]
+                np.testing.assert_allclose(laws.probs[row, slot], law, atol=1e-6)
+    assert laws.behind.max(axis=1).tolist() == [4, 4]
+    # Over all tokens those that cannot be drafted have nothing.
+    spread = np.asarray(made.laws.of_all_tokens(laws.probs, hosts.CFG.vocab_size))
+    np.testing.assert_array_equal(spread[..., ids], laws.probs)
+    np.testing.assert_allclose(spread.sum(-1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("budget,expanded", BUDGETS)

@@ -40,7 +40,6 @@ class Block(learned.Learned):
         noise: Array,
     ) -> protocols.Proposal:
         """See `protocols.Proposer`."""
-        assert self.strategy.topk == 1 or not self._is_sampled, self.strategy
         assert self.strategy.draft_depth <= self.cfg.block_size, self.strategy
         weights, depth = inputs.weights, self.strategy.draft_depth
         grow = expansion.Expansion(
@@ -73,7 +72,7 @@ class Block(learned.Learned):
 
         if depth > 1:
             _, live = lax.while_loop(goes_on, expand, (jnp.int32(2), live))
-        laws = self._of_all_tokens(live.probs, weights.params.draft_ids)
+        laws = grow.laws(live, weights.params.draft_ids)
         return protocols.Proposal(live.found, laws, (keys, values))
 
     def _read(self, weights, state, rows, alive_B) -> tuple[Array, Array, Array]:
@@ -130,10 +129,3 @@ class Block(learned.Learned):
         code_RBE = block_lib.code_of(weights.params.block, embedded_DBE, eps)
         kernels = self.settings.kernels
         return transformer.head_logits(weights.follow, code_RBE, kernels)
-
-    def _of_all_tokens(self, laws, draft_ids) -> Array | None:
-        """Spread laws `[B, draft_depth, Vd]` over all the vocabulary."""
-        if laws is None or draft_ids is None:
-            return laws
-        shape = (*laws.shape[:-1], self.settings.cfg.vocab_size)
-        return jnp.zeros(shape, laws.dtype).at[..., draft_ids].add(laws)

@@ -12,11 +12,20 @@ sharpness above 1 makes up for it. Tau says how far off the drafter is all the s
 softmax is the law of the draw, given the noise, where the target's log-probabilities
 are the sharpened ones plus Gumbel noise of scale tau. Both are measured with each
 version of a drafter (`training.acceptance`). Deterministic ranking, the paper's, takes
-the drafter's probabilities themselves. With one child a node, tau and sharpness 1 and
-noise that is not the target's, the tree is a chain sampled from the drafter's laws.
+the drafter's probabilities themselves.
+
+For a rule that compares laws the tree is sampled from the drafter's: tau and sharpness
+are 1, the noise is not the target's. The children of a node, the largest of its
+log-probabilities plus noise in order, are then draws without replacement. Which nodes
+there are may not depend on what was drawn: a tree that was cut where its tokens look
+unlikely is no sample of the laws. So the scores of a tree that is sampled are a prior,
+by the ranks along the path alone (`_RANK_PRIOR`): its shape is a function of the
+strategy, with a node it has the node's parent and the sibling drawn before it.
 
 Reference: Li et al., EAGLE-2, 2024, section 4; Daliri, Musco and Suresh, Coupling
-without Communication and Drafter-Invariant Speculative Decoding, 2024.
+without Communication and Drafter-Invariant Speculative Decoding, 2024; Kool, van Hoof
+and Welling, Stochastic Beams and Where to Find Them, 2019, section 2 (draws without
+replacement).
 """
 
 import dataclasses
@@ -30,9 +39,14 @@ from tlt_jax.models import attention, ragged
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.specdec import candidates as candidates_lib
-from tlt_jax.specdec import decode, sampling
+from tlt_jax.specdec import decode, protocols, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.types import Array
+
+# Log of the chance that a sampled node is accepted if its parent is: of a node's first
+# child, and what each child drawn before it takes off. Sums of both are exact in
+# float32, so that ties are ties.
+_RANK_PRIOR = (-0.25, -1.75)
 
 
 @struct.dataclass
@@ -55,7 +69,8 @@ class Level:
     tokens: Array  # [B, E]
     scores: Array  # [B, E]
     index: Array  # [B, E], of the live node among the candidates
-    probs: Array | None  # [B, draft_depth, Vd], laws of a chain
+    probs: Array | None  # [B, X, Vd], laws behind the root and all that were expanded
+    behind: Array | None = None  # [B, C], which of them is the one behind a candidate
     keys: Array | None = None  # [K, H, B, S]: what was taken in, a slot for each node
     values: Array | None = None
     mask: Array | None = None  # [B, E, S]: who is an ancestor of the live node
@@ -70,7 +85,7 @@ class Expansion:
       strategy: depth and width.
       settings: of the target; temperature 0 counts as 1, which keeps the order.
       cfg: the drafter.
-      keep_laws: keep the laws behind a chain's first `draft_depth` tokens.
+      keep_laws: the tree is sampled, keep the laws that it is sampled from.
     """
 
     strategy: strategy_lib.Strategy
@@ -96,13 +111,16 @@ class Expansion:
             features=jnp.broadcast_to(root_DB1, (root_DB1.shape[0], batch, topk)),
         )
 
-    def begun(self, ids_B1E: Array, gains_B1E: Array, probs_BV: Array | None) -> Level:
+    def begun(self, ids_B1E: Array, gains_B1E: Array, probs_B1V: Array | None) -> Level:
         """Begin with the root's children: they are candidates, and all of them live."""
         ids_BE, scores_BE = ids_B1E[:, 0], gains_B1E[:, 0]
         (batch, topk), num = ids_BE.shape, self.strategy.num_drafted
-        if probs_BV is not None:
-            shape = (batch, self.strategy.draft_depth, probs_BV.shape[-1])
-            probs_BV = jnp.zeros(shape, probs_BV.dtype).at[:, 0].set(probs_BV)
+        behind_BC = None
+        if probs_B1V is not None:
+            # Of the root, and of E nodes of each level but the last.
+            more = (self.strategy.draft_depth - 1) * topk
+            probs_B1V = jnp.pad(probs_B1V, [(0, 0), (0, more), (0, 0)])
+            behind_BC = jnp.zeros((batch, num), jnp.int32)
 
         # Room for all levels: E candidates of this one, E x E of each further one.
         def begin(absent, values_BE):
@@ -119,7 +137,8 @@ class Expansion:
             tokens=ids_BE,
             scores=scores_BE,
             index=jnp.broadcast_to(jnp.arange(topk, dtype=jnp.int32), (batch, topk)),
-            probs=probs_BV,
+            probs=probs_B1V,
+            behind=behind_BC,
         )
 
     def grown(
@@ -128,7 +147,7 @@ class Expansion:
         live: Level,
         ids_BEE: Array,
         gains_BEE: Array,
-        probs_BV: Array | None,
+        probs_BEV: Array | None,
     ) -> tuple[Level, Array]:
         """Add the children of the live nodes; the E best of them live on.
 
@@ -145,7 +164,15 @@ class Expansion:
             return lax.dynamic_update_slice_in_dim(x_BC, new_BC, first, axis=1)
 
         best_BE, chosen_BE = lax.top_k(scores_BC, topk)
-        found, probs = live.found, live.probs
+        found = live.found
+        if probs_BEV is not None:
+            slot = 1 + (level - 2) * topk
+            probs_BXV = lax.dynamic_update_slice_in_dim(
+                live.probs, probs_BEV, slot, axis=1
+            )
+            row_B1 = jnp.arange(batch)[:, None]
+            behind_BC = live.behind.at[row_B1, live.index].set(slot + jnp.arange(topk))
+            live = live.replace(probs=probs_BXV, behind=behind_BC)
         grown = live.replace(
             found=candidates_lib.Candidates(
                 tokens=put(found.tokens, ids_BC),
@@ -156,7 +183,6 @@ class Expansion:
             tokens=jnp.take_along_axis(ids_BC, chosen_BE, axis=1),
             scores=best_BE,
             index=first + chosen_BE,
-            probs=None if probs is None else probs.at[:, level - 1].set(probs_BV),
         )
         return grown, chosen_BE // topk
 
@@ -211,12 +237,12 @@ class Expansion:
 
         Not where as many nodes as are verified score at least as high: of the row all
         that it can have, or all that the rows `alive [B] bool` share. For a child's
-        score is at most its parent's. Chains that are judged whole go on. In a row
-        those that matter stand first: live nodes fall in score.
+        score is at most its parent's. In a row those that matter stand first: live
+        nodes fall in score.
         """
         num_rows, width = live.tokens.shape[0], self.strategy.tokens_to_verify
         all_fit = self.strategy.num_drafted < width
-        if self.keep_laws or all_fit and not self.strategy.shares(num_rows):
+        if all_fit and not self.strategy.shares(num_rows):
             return jnp.broadcast_to(alive[:, None], live.tokens.shape)
         room = self.strategy.num_columns(num_rows) - jnp.sum(alive)
 
@@ -234,8 +260,11 @@ class Expansion:
         """Lay the live nodes of which `matters [B, E] bool` says so side by side.
 
         None: there might be as many of them as there are nodes. No more of them matter
-        than nodes are verified beside the roots, and no more than `topk` a row.
+        than nodes are verified beside the roots, and no more than `topk` a row. Where
+        laws are kept each keeps its place.
         """
+        if self.keep_laws:
+            return None
         num_rows, topk = matters.shape
         num_columns = self.strategy.num_columns(num_rows) * topk // (topk + 1)
         if num_columns >= num_rows * topk:
@@ -265,8 +294,8 @@ class Expansion:
         """Choose the best children behind nodes of a level, from the drafter's logits.
 
         Tokens, and log of the estimated chances to be the target's draw, `[B, E', E]`
-        (E' is 1 at the root, then E); and, where laws are kept, the one behind the
-        first node, `[B, Vd]`. Logits may be laid side by side, `[1, N, Vd]`: nodes that
+        (E' is 1 at the root, then E); and, where laws are kept, those behind the nodes,
+        `[B, E', Vd]`. Logits may be laid side by side, `[1, N, Vd]`: nodes that
         are not among them have no children.
         """
         kernels = self.settings.kernels
@@ -274,10 +303,10 @@ class Expansion:
         if temperature not in (0, 1):
             scores_BEV = scores_BEV / temperature
         # The law is looked at before chance and sharpness change the scores.
-        probs_BV = None
+        probs_BEV = None
         if self.keep_laws:
             normaliser_BE = sampling.log_sum_exp(scores_BEV)
-            probs_BV = jnp.exp(scores_BEV - normaliser_BE[..., None])[:, 0]
+            probs_BEV = jnp.exp(scores_BEV - normaliser_BE[..., None])
         elif (
             score.noise is not None
             and self.strategy.topk == 1
@@ -296,8 +325,19 @@ class Expansion:
         best_BEE, ids_BEE = best_of(scores_BEV, self.strategy.topk)
         if draft_ids is not None:
             ids_BEE = draft_ids[ids_BEE]
-        gains_BEE = best_BEE - sampling.log_sum_exp(scores_BEV)[..., None]
-        return *self._by_row(ids_BEE, gains_BEE, rows), probs_BV
+        if self.keep_laws and self.strategy.topk > 1:
+            first, further = _RANK_PRIOR
+            ranks = jnp.arange(self.strategy.topk, dtype=jnp.float32)
+            gains_BEE = jnp.broadcast_to(first + further * ranks, ids_BEE.shape)
+        else:
+            gains_BEE = best_BEE - sampling.log_sum_exp(scores_BEV)[..., None]
+        return *self._by_row(ids_BEE, gains_BEE, rows), probs_BEV
+
+    def laws(self, live: Level, draft_ids: Array | None) -> protocols.Laws | None:
+        """Return the laws that the candidates were sampled from, where they are."""
+        if not self.keep_laws:
+            return None
+        return protocols.Laws(live.probs, live.behind, draft_ids)
 
     def _by_row(self, ids, gains, rows) -> tuple[Array, Array]:
         """Bring children `[1, N, E]` of nodes side by side to `[B, E', E]`."""

@@ -24,7 +24,7 @@ from tlt_jax.specdec.proposers import expansion
 from tlt_jax.types import Array
 
 RANKINGS = ("coupled", "deterministic")
-# Not for users to choose: a chain drawn from the drafter's laws, for a chain rule.
+# Not for users to choose: drawn from the drafter's laws, for a rule that compares laws.
 SAMPLED = "sampled"
 
 
@@ -117,7 +117,7 @@ class Learned(protocols.Proposer):
       settings: of the target; at temperature 0 there is no noise, and the drafter's
         laws are those of temperature 1, which keeps the order.
       cfg: the drafter.
-      ranking: one of `RANKINGS`, or `SAMPLED`: draw a chain by noise that is not the
+      ranking: one of `RANKINGS`, or `SAMPLED`: draw a tree by noise that is not the
         target's, and keep the laws that it is drawn from.
     """
 
@@ -145,7 +145,6 @@ class Learned(protocols.Proposer):
     def propose(
         self, inputs: Draft, state: State, rows: decode.Rows, noise: Array
     ) -> protocols.Proposal:
-        assert self.strategy.topk == 1 or not self._is_sampled, self.strategy
         weights = inputs.weights
         grow = expansion.Expansion(
             self.strategy, self.settings, self.cfg, self._is_sampled
@@ -182,11 +181,7 @@ class Learned(protocols.Proposer):
 
             begin = jnp.int32(2), live, grow.may_matter(live, alive_B)
             live = lax.while_loop(goes_on, expand, begin)[1]
-        laws, draft_ids = live.probs, weights.params.draft_ids
-        if self._is_sampled and draft_ids is not None:
-            # Over all the vocabulary: tokens that cannot be drafted have 0.
-            shape = (*laws.shape[:-1], self.settings.cfg.vocab_size)
-            laws = jnp.zeros(shape, laws.dtype).at[..., draft_ids].add(laws)
+        laws = grow.laws(live, weights.params.draft_ids)
         return protocols.Proposal(live.found, laws, (taken_in.keys, taken_in.values))
 
     def advance(
