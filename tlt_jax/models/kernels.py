@@ -106,7 +106,7 @@ def for_experts(kernels: Kernels, split: Split) -> Kernels:
 
 
 def _if_several(split: Split) -> Split | None:
-    return split if split.mesh.size > 1 else None
+    return split if split.mesh.devices.size > 1 else None
 
 
 def choose(
@@ -173,4 +173,6 @@ def _choose_attention(
             f"attention={asked!r} was asked for on {device.device_kind}, where "
             f"'auto', 'portable' and {', '.join(map(repr, works))} work."
         )
-    return verify_attention.Implementation(name, interpret, mesh, rules)
+    # That of one device is the same for all.
+    several = mesh if mesh.devices.size > 1 else None
+    return verify_attention.Implementation(name, interpret, several, rules)

@@ -184,9 +184,10 @@ class EnginePrograms:
         """Append a chunk to `batch` rows of the target's cache."""
 
         def lower():
-            fn = functools.partial(decode.prefill, settings=self.settings)
-            return decode.donated(fn, self._shardings.target).lower(
-                abstract_of(params), self.abstract_caches.target, *self._chunk(batch)
+            return programs.bound(decode.prefill, settings=self.settings).lower(
+                lambda fn: decode.donated(fn, self._shardings.target),
+                *(abstract_of(params), self.abstract_caches.target),
+                *self._chunk(batch),
             )
 
         return programs.Program(("prefill", batch), lower)
@@ -200,8 +201,9 @@ class EnginePrograms:
         """Decode `batch` rows as the strategy says; None: plainly."""
 
         def plain():
-            fn = functools.partial(decode.decode, settings=self.settings)
-            return decode.donated(fn, self._shardings.target, self._replicated).lower(
+            where = self._shardings.target, self._replicated
+            return programs.bound(decode.decode, settings=self.settings).lower(
+                lambda fn: decode.donated(fn, *where),
                 abstract_of(params),
                 self.abstract_caches.target,
                 self._rows(batch),
@@ -209,13 +211,17 @@ class EnginePrograms:
             )
 
         def speculative():
-            fn = functools.partial(
+            where, bind = (self._shardings, self._replicated), programs.bound
+            if strategy.is_external:
+                # A record of one's own need not tell whether it equals another.
+                bind = bind.__wrapped__
+            return bind(
                 speculate.run,
                 proposer=self._proposer(strategy),
                 rule=chain.RULES[self._speculator_cfg.rule_of(strategy)],
                 settings=self.settings,
-            )
-            return decode.donated(fn, self._shardings, self._replicated).lower(
+            ).lower(
+                lambda fn: decode.donated(fn, *where),
                 abstract_of(params),
                 self.abstract_caches,
                 self._rows(batch),
@@ -267,10 +273,9 @@ class EnginePrograms:
 
         def lower():
             how = {"cfg": self._drafter_cfg, "dtype": self._dtype}
-            fn = functools.partial(learned.fill, kernels=self.kernels, **how)
-            where = self._shardings.drafter
-            jitted = jax.jit(fn, donate_argnums=(2,), out_shardings=where)
-            return jitted.lower(
+            where = {"donate_argnums": (2,), "out_shardings": self._shardings.drafter}
+            return programs.bound(learned.fill, kernels=self.kernels, **how).lower(
+                lambda fn: jax.jit(fn, **where),
                 self._drafter_weights(params),
                 self.abstract_caches.target,
                 self.abstract_caches.drafter,
