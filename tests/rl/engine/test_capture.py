@@ -110,7 +110,7 @@ def test_only_so_much_is_underway(monkeypatch):
 
 
 def test_an_error_of_handing_on_ends_the_run_and_what_comes_behind_it():
-    told = []
+    told, may_come = [], threading.Event()
 
     def hand_on(text):
         told.append(text.text_id)
@@ -120,8 +120,18 @@ def test_an_error_of_handing_on_ends_the_run_and_what_comes_behind_it():
     with pytest.raises(OSError, match="the disk is full"):
         with capture.Delivery(hand_on) as delivery:
             for number in (1, 2, 3, 4):
-                delivery.add(finished(number), [Page()])
+                delivery.add(finished(number), [Page(may_come)])
+            may_come.set()
     assert told == [1, 2]
+    assert not [t for t in threading.enumerate() if t.name.startswith("capture")]
+    # The next one to be added is told.
+    with pytest.raises(OSError, match="the disk is full"):
+        with capture.Delivery(hand_on) as delivery:
+            delivery.add(finished(2), [Page()])
+            delivery._underway[0][0].exception()
+            delivery.add(finished(3), [Page()])
+            told.append("not reached")
+    assert told == [1, 2, 2]
 
 
 def test_the_same_share_is_chosen_always():

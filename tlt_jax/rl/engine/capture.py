@@ -130,9 +130,11 @@ class Delivery:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
-            self._settle(0)
-        self._thread.shutdown(cancel_futures=True)
+        try:
+            if kind is None:
+                self._settle(0)
+        finally:
+            self._thread.shutdown(cancel_futures=True)
 
     def add(self, text: Finished, pages: Iterable[jax.Array]) -> float:
         """Take a text and its pages, see `record`; return seconds that this took."""
