@@ -219,7 +219,6 @@ def test_budgets_compile_for_tpus_and_copy_no_features(text, no_cache):
 
 @pytest.mark.cuda_compile
 @pytest.mark.timeout(1200)
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize("text", BUDGETED)
 def test_budgets_compile_for_an_h200_and_copy_no_features(text, no_cache):
     row, features = compiled("h200", text)

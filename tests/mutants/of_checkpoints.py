@@ -116,6 +116,7 @@ EDITS = {
     ("rl/workers/weight_sync.py", "tests/rl/workers/test_weight_sync.py -k version"): [
         ('self.version = state["version"] - 1', "pass"),
         ('self.version = state["version"] - 1', 'self.version = state["version"]'),
+        ("embed=(), expert=()", "", "tests/rl/workers/test_weight_sync.py -k host"),
     ],
     ("rl/update/updater.py", "tests/rl/update/test_updater.py -k resumed"): [
         ('self.skips.in_a_row = state["num_skipped"]', "pass"),

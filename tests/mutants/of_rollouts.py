@@ -43,6 +43,16 @@ EDITS = {
             "hidden=known[:, num_fused:],",
             "hidden=known[:, : known.shape[1] - num_fused],",
         ),
+        (
+            "row.pages[: -(-min(row.length, len(row.text())) // page_size)]",
+            "row.pages",
+        ),
+        ("if num_bytes <= most_bytes and not task.done():", "if not task.done():"),
+        ("if self._has_failed:", "if False:"),
+    ],
+    ("rl/engine/requests.py", "tests/rl/engine/test_requests.py"): [
+        ("if sure >= longest + _MARGIN:", "if True:"),
+        ("old - num, len(known) - longest", "old - num, len(known)"),
     ],
     ("rl/engine/stats.py", "tests/rl/engine/test_stats.py"): [
         (

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+from jax import lax
 
 from tlt_jax.cpu_kernels import attention as cpu_attention
 from tlt_jax.cpu_kernels import choice, grouped, gumbel
@@ -38,7 +39,8 @@ class Kernels:
         device in float32, see `cpu_kernels.choice`.
       ragged: products of many experts are `jax.lax.ragged_dot`, which is for
         accelerators; see `models.experts`.
-      split: devices among which experts and rows are divided by hand; None: one device.
+      split: devices of the program, where there are several; experts and rows are
+        divided among them by hand. None: one device.
       attention: over a paged cache; None: the portable walk over pages.
       native_attention: where shapes allow it, by the native kernel instead, for the
         same programs as native products; see `cpu_kernels.attention`.
@@ -66,6 +68,21 @@ class Kernels:
         """Whether the program takes native products for CPUs where there are some."""
         return self.products == "native"
 
+    @property
+    def splits_vocab(self) -> bool:
+        """Whether every device has a part of the vocabulary."""
+        split = self.split
+        return (
+            split is not None and sharding.num_parts(split.mesh, split.rules.vocab) > 1
+        )
+
+    def whole(self, array: Array) -> Array:
+        """Have every device hold all of an array, whose parts several hold."""
+        if self.split is None:
+            return array
+        everywhere = sharding.replicated(self.split.mesh)
+        return lax.with_sharding_constraint(array, everywhere)
+
     def packing(self, page_size: int, head_dim: int) -> int:
         """Say how pages must lie for the attention; see `page_layout.packing`."""
         name = None if self.attention is None else self.attention.name
@@ -84,8 +101,12 @@ def for_experts(kernels: Kernels, split: Split) -> Kernels:
     return dataclasses.replace(
         kernels,
         ragged=split.mesh.devices.flat[0].platform != "cpu",
-        split=split if split.mesh.size > 1 else None,
+        split=_if_several(split),
     )
+
+
+def _if_several(split: Split) -> Split | None:
+    return split if split.mesh.devices.size > 1 else None
 
 
 def choose(
@@ -124,8 +145,12 @@ def choose(
     if is_native:
         cpu_attention.register()
         return dataclasses.replace(base, native_attention=True, checked=checked)
-    chosen = _choose_attention(attention, mesh, rules)
-    return dataclasses.replace(base, attention=chosen, checked=checked)
+    return dataclasses.replace(
+        base,
+        attention=_choose_attention(attention, mesh, rules),
+        split=_if_several(Split(mesh, rules)),
+        checked=checked,
+    )
 
 
 def _choose_attention(
@@ -148,4 +173,6 @@ def _choose_attention(
             f"attention={asked!r} was asked for on {device.device_kind}, where "
             f"'auto', 'portable' and {', '.join(map(repr, works))} work."
         )
-    return verify_attention.Implementation(name, interpret, mesh, rules)
+    # That of one device is the same for all.
+    several = mesh if mesh.devices.size > 1 else None
+    return verify_attention.Implementation(name, interpret, several, rules)
