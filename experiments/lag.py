@@ -38,9 +38,7 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     ]
 
 
-def summary_of(
-    options: argparse.Namespace, rows: list[tables.Row]
-) -> list[tables.Row]:
+def summary_of(options: argparse.Namespace, rows: list[tables.Row]) -> list[tables.Row]:
     """Compares the lags: of seconds the median step, of rewards the last ten steps."""
     warm = [row for row in rows if row["step"] > options.warm_steps]
     seeds, summary = tables.values(rows, "seed"), []
