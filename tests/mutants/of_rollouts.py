@@ -149,6 +149,7 @@ EDITS = {
         ("if entry.step >= step + self.lag:", "if entry.step > step + self.lag:"),
         ("entry.made is None and entry.step < self._num_steps", "entry.made is None"),
         ("return left[0].before if left else {}", "return {}"),
+        ("if self._has_ended:", "if False:"),
         ("made[step] = self._weights(step, version, arrays)", "made[step] = None"),
         ("return Weights(step, self._sync.place(policy), version, policy)", "return 0"),
         ("found = dataclasses.replace(found, useful=useful)", "pass"),

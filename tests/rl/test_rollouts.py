@@ -304,6 +304,8 @@ def test_a_rollout_that_was_given_up_is_made_anew_with_the_weights_it_had(make):
     assert other.log == [(4, 2.0, 3), (5, 3.0, 4)]
     with pytest.raises(failures.Abandoned):
         one.run(3, 5)
+    # Of those behind it none was begun, which would have changed the parts.
+    assert one.log[-1] == "begin" and len(one.log) == 5 and one.position == 5
     # What the step has begun beyond it is no part of a checkpoint.
     assert [entry["step"] for entry in one.made.state(4)[0]["entries"]] == [4, 5]
 

@@ -24,7 +24,7 @@ from tlt_jax.rl.adaptation import adaptation
 from tlt_jax.rl.update import updater
 from tlt_jax.rl.workers import weight_sync
 from tlt_jax.rl.workers import workers as workers_lib
-from tlt_jax.runtime import programs
+from tlt_jax.runtime import failures, programs
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import schema
 
@@ -126,6 +126,7 @@ class Rollouts:
         self._workers, self._updater, self._sync = workers, learning, sync
         self._parts, self._observer = dict(parts), _Beside(observer)
         self._entries: collections.deque[_Entry] = collections.deque()
+        self._has_ended = False
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
         if lag:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "rollouts")
@@ -265,7 +266,7 @@ class Rollouts:
         for entry in self._entries:
             if entry.made is None and entry.step < self._num_steps:
                 watch = watch_lib.Watch(self._pools(), self._observer, entry.step)
-                entry.made = self._thread.submit(self._roll, entry, watch)
+                entry.made = self._thread.submit(self._roll_next, entry, watch)
 
     def _pools(self) -> list[programs.ProgramPool]:
         return [engine.pool for engine in self._workers.engines]
@@ -275,8 +276,17 @@ class Rollouts:
         concurrent.futures.wait([entry.made for entry in self._begun()])
         self._adaptation.settle()
 
+    def _roll_next(self, entry: _Entry, watch: watch_lib.Watch) -> rolled.Rolled:
+        """Make a rollout in the thread, unless one before it has come to nothing."""
+        if self._has_ended:
+            raise failures.Abandoned
+        try:
+            return self._roll(entry, watch)
+        except BaseException:
+            self._has_ended = True
+            raise
+
     def _roll(self, entry: _Entry, watch: watch_lib.Watch) -> rolled.Rolled:
-        """Make a rollout; alone in its thread, or where there is none."""
         entry.before = {name: part.state() for name, part in self._parts.items()}
         workers, adapting = self._workers, self._adaptation
         if self.lag:
