@@ -45,10 +45,7 @@ class Key(NamedTuple):
 
 _UPDATE = "where a group carried signal; else null"
 _UPDATED = "where a group carried signal"
-_COMPARED = (
-    "where a group carried signal, but with `rollout.lag` not where "
-    "`learner.old_logprobs` are the rollout's; else null"
-)
+_COMPARED = _UPDATE + ", as with `rollout.lag` and `learner.old_logprobs=rollout`"
 _WEIGHTED = "with `algorithm.importance_cap`, or `rollout.lag`"
 _LAGS = "with `rollout.lag`"
 _MIXTURE = "of a mixture of experts, where a group carried signal"
@@ -343,8 +340,7 @@ TRAINING = (
     Key(
         "time/wait_s",
         "s",
-        "waiting for the rollout that went on beside the step before; rollout, reward "
-        "and part of compile are spent beside the step and add nothing to it",
+        "for the rollout; itself, rewards included, it is beside the step before",
         _LAGS,
         code='stage("wait")',
     ),
