@@ -138,8 +138,8 @@ class Rollout:
         0: as many as `mesh.tensor`. Divides the model's key/value heads.
       lag: RL steps by which the weights that roll out are older than those that learn:
         always so many, after the first ones. 0: rollout and update take turns; else
-        rollouts go on while the learner updates, and both hold as many copies of the
-        weights more. For one process and engines of one device.
+        rollouts go on while the learner updates, and it holds lag + 1 copies of the
+        weights more, an engine lag. For one process and engines of one device.
     """
 
     prompts_per_step: int = schema.number(8, 1, 10**6)
