@@ -128,6 +128,11 @@ _CLOCKS = (
 )
 KINDS = {
     "off": Kind(_COMMON | {"reward.workers": 1}),
+    "lag": Kind(_COMMON | {"reward.workers": 1, "rollout.lag": 1}),
+    "lag-tlt": Kind(
+        _COMMON | _TLT | _COUNTED | {"rollout.lag": 2},
+        ignored=r"row \d+ drafter/(budget|gain)",
+    ),
     "ngram": Kind(
         _COMMON
         | {

@@ -98,9 +98,7 @@ def assemble(
         observer.note(clocks)
     team = workers.Workers(
         [engine_of_run(run, model, tokenizer, law, speculation, m) for m in meshes],
-        records.Config(
-            min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
-        ),
+        _thresholds(run),
         group,
     )
     adapting = adaptation.NoAdaptation()
@@ -177,6 +175,16 @@ def assemble(
         adaptation=adapting,
         collector=collecting,
         evaluator=judging,
+    )
+
+
+def _thresholds(run: config.RunConfig) -> records.Config:
+    """Say when and on how many waiting workers the drafter is trained."""
+    return records.Config(
+        min_idle=run.workers.min_idle,
+        # Beside an update with collectives of its own none may have some.
+        max_members=1 if run.rollout.lag else None,
+        heartbeat_timeout_s=run.workers.timeout_s,
     )
 
 

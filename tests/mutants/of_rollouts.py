@@ -136,6 +136,43 @@ EDITS = {
             "state.num_restarts <= cfg.max_restarts",
             "state.num_restarts < cfg.max_restarts",
         ),
+        (
+            "late = late[: cfg.max_members - len(training.members)]",
+            "late = late[: cfg.max_members]",
+        ),
+        ("for w in members[: cfg.max_members])", "for w in members)"),
+    ],
+    ("rl/rollouts.py", "tests/rl/test_rollouts.py"): [
+        (
+            "workers.set_params(entry.weights.placed, entry.weights.version)",
+            "workers.set_params(self.newest.placed, self.newest.version)",
+        ),
+        (
+            "self._workers.set_params(self.newest.placed, self.newest.version)",
+            "pass",
+        ),
+        (
+            "given = entry.weights.policy, found.useful, watch",
+            "given = self.newest.policy, found.useful, watch",
+        ),
+        ("dataclasses.replace(self.newest, step=step)", "self.newest"),
+        ("if entry.step >= step + self.lag:", "if entry.step > step + self.lag:"),
+        ("entry.made is None and entry.step < self._num_steps", "entry.made is None"),
+        ("return left[0].before if left else {}", "return {}"),
+        ("if self._has_ended:", "if False:"),
+        ("made[step] = self._weights(step, version, arrays)", "made[step] = None"),
+        ("return Weights(step, self._sync.place(policy), version, policy)", "return 0"),
+        ("found = dataclasses.replace(found, useful=useful)", "pass"),
+        (
+            "first = self._entries[-1].step + 1 if self._entries else step",
+            "first = step",
+        ),
+        ("self._workers.abandon()", "pass"),
+    ],
+    ("rl/rolled.py", "tests/rl/test_rollouts.py"): [
+        ("batch = batch.with_logprobs_of(self.useful)", "pass"),
+        ("self.useful and batch.places_of(self.useful)", "self.useful and [0]"),
+        ('np.cumsum(arrays["num_routes"])', 'np.cumsum(arrays["lengths"])'),
     ],
     ("rl/adaptation/spot_trainer.py", _SPOT): [
         (

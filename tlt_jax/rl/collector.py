@@ -6,7 +6,7 @@ on how many prompts were drawn before, nothing else.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,11 @@ class Collector:
         self.expected_lengths = {
             int(key): value for key, value in state["expected_lengths"].items()
         }
+
+    def prompts_of(self, ids: Sequence[int]) -> list[prompts.Prompt]:
+        """Find prompts by their ids."""
+        known = {prompt.prompt_id: prompt for prompt in self._prompts.prompts}
+        return [known[number] for number in ids]
 
     def collect(self, step: int, watch: watch_lib.Watch) -> Collected:
         """Collect the experience of one step.

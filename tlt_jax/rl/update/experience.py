@@ -68,6 +68,24 @@ class Experience:
             self.rewards[list(chosen)],
         )
 
+    def places_of(self, chosen: "Experience") -> list[int]:
+        """Return the indices of groups that were `select`ed of these."""
+        size = self.group_size
+        firsts = [c.request_id for c in self.completions[::size]]
+        return [firsts.index(c.request_id) for c in chosen.completions[::size]]
+
+    def with_logprobs(self, logprobs: Sequence[np.ndarray]) -> "Experience":
+        """Replace the recorded log-probabilities, n arrays."""
+        pairs = zip(self.completions, logprobs, strict=True)
+        changed = [dataclasses.replace(c, logprobs=own) for c, own in pairs]
+        return dataclasses.replace(self, completions=changed)
+
+    def with_logprobs_of(self, chosen: "Experience") -> "Experience":
+        """Replace those of the groups that were `select`ed by what they have there."""
+        own = {c.request_id: c.logprobs for c in chosen.completions}
+        given = [own.get(c.request_id, c.logprobs) for c in self.completions]
+        return self.with_logprobs(given)
+
     def join(self, other: "Experience") -> "Experience":
         """Append another batch's groups."""
         return Experience(

@@ -122,11 +122,20 @@ class WeightSync:
     ) -> tuple[list[model_params.Params], int]:
         """Give the engines the learner's present weights.
 
+        Returns what `place` does, and the version, counted from 1.
+        """
+        placed = self.place(params)
+        self.version += 1
+        return placed, self.version
+
+    def place(self, params: model_params.Params) -> list[model_params.Params]:
+        """Make the engines' weights of the learner's, of any version.
+
         `params` are as in `train_state.TrainState`, and kept as they are.
 
         Returns:
           Each engine's params (a tuple of layers, on its mesh, in its dtype), complete
-          when returned, and their version, counted from 1.
+          when returned.
         """
         one_layer = self._pool.get(self._layer_program())
         others = self._pool.get(self.others_program())
@@ -141,8 +150,7 @@ class WeightSync:
         each = zip(copies, zip(*layers, strict=True), strict=True)
         placed = [copy.replace(layers=own) for copy, own in each]
         jax.block_until_ready(placed)
-        self.version += 1
-        return placed, self.version
+        return placed
 
     @functools.cached_property
     def _which(self) -> list[jax.Array]:
