@@ -9,6 +9,7 @@ import types
 import jax
 import pytest
 
+from tests.runtime import linked_groups
 from tlt_jax.runtime import channel, distributed
 
 NUM = 3
@@ -22,13 +23,8 @@ def pool():
 
 @pytest.fixture
 def groups():
-    server = channel.Server(NUM, "127.0.0.1", b"secret")
-    made = [distributed.Group(0, NUM, server)]
-    for i in range(1, NUM):
-        link = channel.Client(i, server.address, b"secret")
-        made.append(distributed.Group(i, NUM, link))
-    yield made
-    server.close(failed=True)
+    with linked_groups.of(NUM) as made:
+        yield made
 
 
 def all_do(pool, groups, action, order=(2, 0, 1)):
