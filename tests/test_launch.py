@@ -75,7 +75,7 @@ def task_of_slurm(index, num, port):
     ids=["launch", "slurm"],
 )
 def test_processes_join_and_share_arrays(environment_of, initialize):
-    _, _, port = member_lib.Member().address(True).partition(":")
+    _, _, port = member_lib.Member().address("127.0.0.1").partition(":")
     members = [
         subprocess.Popen(
             [sys.executable, "-c", MEMBER.replace("initialize()", initialize)],
@@ -105,6 +105,7 @@ def test_processes_join_and_share_arrays(environment_of, initialize):
         (["--processes=2", "--workdir=x"], "--workdir=x is no option of launch"),
         (["--processes=2", "--", "--workdir=/proc/no"], "/proc/no cannot be written"),
         (["--processes=2", "--restarts=-1", "--"], "--restarts=-1: give 0 or more"),
+        (["--processes=2", "--cpus_per_process=nan", "--"], "=nan: give more than 0"),
         (["--processes=2", "--executor=slurm", "--"], "'slurm' (choose from"),
     ],
 )

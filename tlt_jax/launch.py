@@ -51,6 +51,10 @@ def main(argv: Sequence[str]) -> int:
         command_line.fail(f"--processes={options.processes}: give at least 1.")
     if options.restarts < 0:
         command_line.fail(f"--restarts={options.restarts}: give 0 or more.")
+    if options.cpus_per_process is not None and not options.cpus_per_process > 0:
+        command_line.fail(
+            f"--cpus_per_process={options.cpus_per_process:g}: give more than 0."
+        )
     directory = command_line.last_value(program, "workdir")
     if not directory:
         command_line.fail("--workdir=DIR is missing behind --.")
@@ -86,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cpus_per_process",
         type=float,
-        help="cores of each, with Ray (default: 1)",
+        help="cores of each, with Ray; here they are divided (default: 1)",
     )
     parser.add_argument(
         "--restarts",
@@ -174,7 +178,7 @@ class _Run:
     def _begin(self) -> None:
         """Let every member run its part of a world."""
         one = self._executor
-        address = one.call(0, "address", one.is_local)
+        address = one.call(0, "address", one.host(0))
         forwarded: Mapping[str, str] = {}
         if not one.is_local:
             forwarded = {
@@ -188,6 +192,7 @@ class _Run:
                 distributed.PROCESS: str(index),
                 # Where a member sees its own devices alone, they are not numbered.
                 distributed.DEVICES: self._devices(index) if one.is_local else "",
+                distributed.HOST: one.host(index),
             }
             shows = one.is_local and index == 0
             log = "" if shows else str(self._log(index))

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import pathlib
+import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -11,6 +13,7 @@ import pytest
 
 from tlt_jax.executors import executor, local, member, on_ray
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What a program does: says who it is, and ends as it is told.
 PROGRAM = """
 import os, signal, sys, time
@@ -85,7 +88,8 @@ def test_a_world_is_started_watched_begun_again_and_stopped(operated, tmp_path):
     assert facts["python"] == "{}.{}.{}".format(*sys.version_info[:3])
     assert facts.items() >= member.versions().items()
     operated.check_same(2)
-    host, _, port = operated.call(0, "address", True).partition(":")
+    assert operated.host(1) == "127.0.0.1"
+    host, _, port = operated.call(0, "address", operated.host(0)).partition(":")
     assert host == "127.0.0.1" and 1024 <= int(port) < 65536
     with pytest.raises(ValueError, match="method='_process': members have address, "):
         operated.call(0, "_process")
@@ -178,3 +182,19 @@ def test_a_cluster_that_is_not_there_or_too_small_is_said(monkeypatch):
     with pytest.raises(executor.ExecutorError, match=told):
         made.start(3, executor.Share(cpus=1000))
     made.stop()
+
+
+@pytest.mark.ray
+@needs_ray
+def test_the_commands_that_begin_a_cluster_have_these_flags():
+    """Those of docs/clusters.md: what they start needs more than one machine."""
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    printed = re.findall(r"ray symmetric-run (.+?) -- ", text)
+    ray = pathlib.Path(sys.executable).with_name("ray")
+    known = set()
+    for command in ("start", "symmetric-run"):
+        told = subprocess.run([ray, command, "--help"], capture_output=True, text=True)
+        known |= set(re.findall(r"^  (--[a-z-]+)", told.stdout, re.M))
+    assert len(printed) == 1
+    for line in printed:
+        assert set(re.findall(r"--[a-z-]+", line)) <= known, line

@@ -73,6 +73,14 @@ class Executor(abc.ABC):
         """
 
     @abc.abstractmethod
+    def host(self, index: int) -> str:
+        """Return the address at which other members find a member's machine.
+
+        Raises:
+          ExecutorError: the member is gone.
+        """
+
+    @abc.abstractmethod
     def stop(self) -> None:
         """End all members, and their programs at once."""
 

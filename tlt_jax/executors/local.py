@@ -29,6 +29,9 @@ class Local(executor.Executor):
         self._members[index].kill()
         self._members[index] = member_lib.Member(self._shares[index])
 
+    def host(self, index: int) -> str:
+        return "127.0.0.1"
+
     def stop(self) -> None:
         for one in self._members:
             one.kill()

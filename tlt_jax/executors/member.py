@@ -39,12 +39,8 @@ class Member:
         """Say what is here: versions, a digest of the code, and the host's name."""
         return versions() | {"host": socket.gethostname()}
 
-    def address(self, is_alone: bool) -> str:
-        """Choose `host:port` where nobody listens; `is_alone`: on the loopback."""
-        host = "127.0.0.1"
-        if not is_alone:
-            name = os.environ.get("TLT_JAX_HOST") or socket.gethostname()
-            host = socket.gethostbyname(name)
+    def address(self, host: str) -> str:
+        """Choose `host:port` where nobody listens; the host is this machine's."""
         with socket.socket() as probe:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"

@@ -60,11 +60,13 @@ class OnRay(executor.Executor):
                 logging_level=logging.ERROR,
                 **own,
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        # Of many kinds, Ray's own among them; whatever it is, there is no cluster.
+        except Exception as error:
             first = str(error).strip().partition("\n")[0]
             where = f"{_ADDRESS}={address}" if address else "a cluster of this machine"
             raise executor.ExecutorError(
-                f"{where}: Ray cannot be joined ({first})."
+                f"{where}: Ray cannot be joined ({first}): it must be of the same "
+                "version, and RAY_AUTH_MODE and token those of the cluster."
             ) from error
         self._group: Any = None
         self._members: list[Any] = []
@@ -126,9 +128,17 @@ class OnRay(executor.Executor):
         options = self._options | {"scheduling_strategy": strategy}
         return actor.options(**options).remote()
 
+    def host(self, index: int) -> str:
+        find = self._ray.util.get_node_ip_address
+        asked = self._members[index].__ray_call__.remote(lambda _: find())
+        return self._answer(index, asked)
+
     def _call(self, index: int, method: str, arguments: list[Any]) -> Any:
-        ray = self._ray
         asked = getattr(self._members[index], method).remote(*arguments)
+        return self._answer(index, asked)
+
+    def _answer(self, index: int, asked: Any) -> Any:
+        ray = self._ray
         try:
             return ray.get(asked, timeout=_ANSWER_S)
         except ray.exceptions.RayTaskError as error:
