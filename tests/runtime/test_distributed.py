@@ -7,6 +7,7 @@ import threading
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from tests.runtime import linked_groups
@@ -83,6 +84,45 @@ def test_two_that_come_for_different_things_are_told(groups, pool):
 def test_the_others_call_what_process_0_offers(groups):
     groups[0].offer("counter", types.SimpleNamespace(add=lambda a, b: (a, b)))
     assert groups[2].call("counter", "add", 3, 4) == (3, 4)
+
+
+def test_what_is_large_goes_round_and_not_through_the_first(groups, pool):
+    """By far the most of it from one, as of a drafter that it alone has trained."""
+    arrays = [np.arange(n, dtype=np.float32) for n in (10, 300_000, 1000)]
+    before = [group.traffic for group in groups]
+
+    def share(group):
+        return group.gather("drafter", {"of": group.index, "x": arrays[group.index]})
+
+    for found in all_do(pool, groups, share):
+        assert [one["of"] for one in found] == [0, 1, 2]
+        for one, wanted in zip(found, arrays, strict=True):
+            assert one["x"].dtype == np.float32 and np.array_equal(one["x"], wanted)
+    for group, earlier in zip(groups, before, strict=True):
+        carried = {n: b - earlier[n] for n, b in group.traffic.items()}
+        assert carried["calls"] < 1000
+        assert 300_000 * 4 < carried["values"] <= 2 * (301_010 * 4 + 1000)
+    # One makes it, all have it.
+    made = all_do(
+        pool, groups, lambda g: g.first_large("x", lambda: np.ones(g.index + 1))
+    )
+    assert [one.tolist() for one in made] == [[1.0]] * NUM
+
+
+def test_who_is_gone_while_values_travel_is_named(groups, pool, monkeypatch):
+    monkeypatch.setattr(distributed, "_TOLD_S", 0.0)
+    waiting = [
+        pool.submit(groups[i].gather, "drafter", np.zeros(8_000_000)) for i in (0, 1)
+    ]
+    # It says how much it will send, and dies.
+    groups[2].exchange("drafter", 100)
+    groups[2]._link.close(failed=True)
+    groups[2]._ring.close()
+    for one in waiting:
+        with pytest.raises(
+            channel.ProcessError, match="process 2 has ended|ring of pro"
+        ):
+            one.result(20)
 
 
 def test_an_error_is_explained_by_a_process_that_has_ended(groups, monkeypatch):
