@@ -167,6 +167,19 @@ def test_processes_that_cannot_join_say_so(monkeypatch):
         distributed.initialize(on_cluster=True)
 
 
+def test_a_port_that_is_taken_is_said(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("UNKNOWN: Failed to start RPC server")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    for name, value in (("NUM_PROCESSES", "1"), ("PROCESS", "0")):
+        monkeypatch.setenv(getattr(distributed, name), value)
+    monkeypatch.setenv(distributed.COORDINATOR, "127.0.0.1:99")
+    told = "^another program listens at 127.0.0.1:99: the same command takes another "
+    with pytest.raises(channel.ProcessError, match=told):
+        distributed.initialize()
+
+
 @pytest.mark.parametrize(
     "said,expected",
     [

@@ -35,6 +35,8 @@ HOST = "TLT_JAX_HOST"
 
 _LOCAL = ("localhost", "127.0.0.1")
 _SHUTDOWN_LIMIT_S = 30
+# What JAX says where it cannot listen.
+_PORT_TAKEN = "Failed to start RPC server"
 _TOLD_S = 1.0
 
 
@@ -60,6 +62,11 @@ def initialize(on_cluster: bool = False) -> None:
             **settings, shutdown_timeout_seconds=_SHUTDOWN_LIMIT_S
         )
     except (RuntimeError, ValueError) as error:
+        if _PORT_TAKEN in str(error):
+            raise channel.ProcessError(
+                f"another program listens at {settings.get('coordinator_address')}: "
+                "the same command takes another port."
+            ) from error
         raise channel.ProcessError(
             f"the other processes could not be joined ({error}): start all of them, "
             "with tlt_jax.launch or your cluster's launcher."
