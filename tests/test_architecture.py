@@ -16,8 +16,9 @@ PACKAGE = ROOT / "tlt_jax"
 LEVELS = (
     ("types", "settings"),
     ("config",),
+    ("runtime/transport",),
     ("runtime",),
-    ("foreign",),
+    ("foreign", "executors"),
     ("pallas_kernels/verify_attention", "cpu_kernels"),
     ("models",),
     ("models/formats",),

@@ -208,6 +208,24 @@ EDITS = {
         ('self.sharpness, self.tau = found["sharpness"], found["tau"]', "pass"),
         ("tau=np.float32(self.tau),", ""),
     ],
+    ("rl/workers/columns.py", "tests/rl/workers/test_columns.py"): [
+        ("np.cumsum(lengths)[:-1]", "np.cumsum(lengths)[1:]"),
+        (
+            "parts(columns.routes, columns.num_routes)",
+            "parts(columns.routes, columns.length)",
+        ),
+    ],
+    ("runtime/transport/ring.py", "tests/runtime/transport/test_ring.py"): [
+        ("self.num_bytes += len(piece)", "pass"),
+    ],
+    ("runtime/transport/messages.py", "tests/runtime/transport/test_messages.py"): [
+        ("_MAKERS | _ARRAY_MAKERS if arrays else _MAKERS", "_MAKERS | _ARRAY_MAKERS"),
+        ("if at != len(part):", "if at < len(part):"),
+    ],
+    ("launch.py", "tests/test_launch.py -k again"): [
+        ("newest > self._newest else", "newest >= self._newest else"),
+        ("self._executor.restart(index)", "pass"),
+    ],
     ("workdir/metrics.py", "tests/workdir/test_metrics.py"): [
         (
             'lambda one: one[0]["step"] < first_step',

@@ -223,7 +223,7 @@ class _Asked:
         self, group: distributed.Group
     ) -> tuple[np.ndarray, reward_pool.Scores]:
         """Gather what all processes have judged: `[P, R]`, and how it went."""
-        parts = group.exchange("rewards", (self.judged, self.pool.gather()))
+        parts = group.gather("rewards", (self.judged, self.pool.gather()))
         scores = reward_pool.joined([part for _, part in parts])
         # Judged in the order in which they ended; from here on in that of requests.
         judged = [index for indices, _ in parts for index in indices]
