@@ -57,8 +57,8 @@ class _Entry:
     """A rollout that is made, or will be, for the step behind `step` others.
 
     `weights` are None once nobody needs them any more, `before` is what the parts were
-    at its begin, `made` is None where it must not begin yet, as the run ends before, and
-    `told` is what its own log-probabilities have shown, once they were computed.
+    at its begin, `made` is None where it must not begin yet, as the run ends before,
+    and `told` is what its own log-probabilities have shown, once they were computed.
     """
 
     step: int
