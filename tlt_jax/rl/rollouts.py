@@ -56,13 +56,13 @@ class Weights:
 class _Entry:
     """A rollout that is made, or will be, for the step behind `step` others.
 
-    `before` is what the parts were at its begin. `made` is None where it must not begin
-    yet, as the run ends before. `told` is what its own log-probabilities have shown,
-    once they were computed.
+    `weights` are None once nobody needs them any more, `before` is what the parts were
+    at its begin, `made` is None where it must not begin yet, as the run ends before,
+    and `told` is what its own log-probabilities have shown, once they were computed.
     """
 
     step: int
-    weights: Weights
+    weights: Weights | None
     before: dict[str, Any] | None = None
     made: concurrent.futures.Future[rolled.Rolled] | None = None
     told: dict[str, Any] | None = None
