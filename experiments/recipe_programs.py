@@ -12,6 +12,7 @@ from tlt_jax import assembly, types
 from tlt_jax import config as config_lib
 from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import config as model_config
+from tlt_jax.models import flash_attention
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
@@ -53,6 +54,16 @@ class Recipe:
         # less and gathers the head's weights more often.
         self.head_chunk = 2048
         pool = programs.ProgramPool()
+        flash = flash_attention.choose(
+            *(run.learner.attention, model, run.precision, self.mesh),
+            sharding.ShardingRules(),
+            flash_attention.Lengths(
+                prompt=run.task.max_prompt_tokens,
+                answer=run.rollout.max_new_tokens,
+                group_size=run.rollout.group_size,
+                row=run.learner.row_tokens,
+            ),
+        )
         self.learner = learner.Learner(
             model,
             assembly.law_of(run.sampling),
@@ -64,6 +75,7 @@ class Recipe:
             mesh=self.mesh,
             pool=pool,
             head_chunk=self.head_chunk,
+            flash=flash,
         )
         self.state = self.learner.abstract_state()
         (engine_mesh,) = weight_sync.engine_meshes(self.mesh, tensor=run.rollout.tensor)

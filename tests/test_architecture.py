@@ -19,7 +19,7 @@ LEVELS = (
     ("runtime/transport",),
     ("runtime",),
     ("foreign", "executors"),
-    ("pallas_kernels/verify_attention", "cpu_kernels"),
+    ("pallas_kernels/verify_attention", "pallas_kernels/one_column", "cpu_kernels"),
     ("models",),
     ("models/formats",),
     ("models/drafters",),

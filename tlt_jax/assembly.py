@@ -87,8 +87,8 @@ def assemble(
         mesh=run.mesh,
         law=law,
         num_steps=run.num_steps,
-        precision=run.precision,
-        remat=run.model.remat,
+        max_prompt_tokens=run.task.max_prompt_tokens,
+        **dict(precision=run.precision, remat=run.model.remat),
     )
     closing.callback(learning.pool.close)
     mesh = learning.learner.mesh

@@ -53,6 +53,17 @@ def test_a_platform_has_its_kernel(platform, name):
     assert choose("auto", mesh_of("metal")).attention is None
 
 
+def test_one_gpu_has_products_of_one_column():
+    def fused(mesh, cpu_kernels="auto"):
+        return choose("auto", mesh, cpu_kernels).one_column
+
+    assert fused(mesh_of("gpu")) == fused(mesh_of("cuda")) == "triton_gpu"
+    assert fused(mesh_of("gpu"), "xla") is None
+    assert fused(mesh_of("tpu")) is None and fused(mesh_of()) is None
+    two = types.SimpleNamespace(devices=np.repeat(mesh_of("gpu").devices, 2))
+    assert fused(two) is None
+
+
 @pytest.mark.parametrize(
     ("asked", "platform", "message"),
     [

@@ -94,8 +94,8 @@ EDITS = {
             _FORMS,
         ),
         (
-            "x_DBT = x_DBT + attended_DBT",
-            "x_DBT = attended_DBT",
+            "out, heads, kernels, layer.out_bias, residual=residual_DBT",
+            "out, heads, kernels, layer.out_bias",
             "tests/models/test_parity.py -k llama-plain",
         ),
     ],

@@ -8,6 +8,7 @@ from jax import lax
 
 from tlt_jax.cpu_kernels import attention as cpu_attention
 from tlt_jax.cpu_kernels import choice, grouped, gumbel
+from tlt_jax.pallas_kernels.one_column import api as one_column_api
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.pallas_kernels.verify_attention import page_layout
 from tlt_jax.runtime import sharding
@@ -31,8 +32,25 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class Flash:
+    """A library's kernel of attention in training, see `flash_attention`.
+
+    Attributes:
+      name: `splash` or `cudnn`.
+      interpret: run splash step by step on a CPU: slow, for tests.
+      mesh: devices that split rows and kv heads; None: one.
+      rules: which of its axes split what.
+    """
+
+    name: str
+    interpret: bool = False
+    mesh: jax.sharding.Mesh | None = None
+    rules: sharding.ShardingRules = sharding.ShardingRules()
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Kernels of a program; what has a kernel has no derivative.
+    """Kernels of a program; what has a kernel but `training` has no derivative.
 
     Attributes:
       products: of weights and few columns: `xla`, or `native` for programs on one CPU
@@ -42,6 +60,10 @@ class Kernels:
       split: devices of the program, where there are several; experts and rows are
         divided among them by hand. None: one device.
       attention: over a paged cache; None: the portable walk over pages.
+      one_column: products of a single column with what stands around them, by one of
+        `one_column.IMPLEMENTATIONS`, for programs on one GPU; None: as others are.
+      training: attention of packed rows without a past, each prompt of which has one
+        answer; None: the portable form, which takes trees.
       native_attention: where shapes allow it, by the native kernel instead, for the
         same programs as native products; see `cpu_kernels.attention`.
       checked: page tables, lengths, positions and ancestors are checked by the host in
@@ -57,6 +79,8 @@ class Kernels:
     ragged: bool = False
     split: Split | None = None
     attention: verify_attention.Implementation | None = None
+    one_column: str | None = None
+    training: Flash | None = None
     native_attention: bool = False
     checked: bool = False
     noise: Callable[[Array, Array, int], Array] | None = None
@@ -145,11 +169,14 @@ def choose(
     if is_native:
         cpu_attention.register()
         return dataclasses.replace(base, native_attention=True, checked=checked)
+    own = verify_attention.for_platform(mesh.devices.flat[0].platform)
+    fused = own == "triton_gpu" and mesh.devices.size == 1 and cpu_kernels == "auto"
     return dataclasses.replace(
         base,
         attention=_choose_attention(attention, mesh, rules),
         split=_if_several(Split(mesh, rules)),
         checked=checked,
+        one_column=one_column_api.IMPLEMENTATIONS[0] if fused else None,
     )
 
 

@@ -279,6 +279,10 @@ class Learner:
         With `rollout.lag` ratios of recomputed ones are weighted by
         `algorithm.importance_cap` against the policy that rolled out, which takes a
         pass with its weights; recorded ones are that policy's already.
+      attention: of the update: `auto` takes a library's flash kernel (`splash` on TPUs,
+        `cudnn` on GPUs from Hopper on; bfloat16) where that costs less, answers then
+        having a copy of their prompt each; else, and with `portable`, each prompt is
+        computed once a row.
       routes: of a mixture of experts: the trainer's forward chooses experts itself
         (`own`), or takes those that the rollout chose (`replay`).
       load_balancing_coef: of a mixture of experts: weight of the loss that evens out
@@ -292,6 +296,7 @@ class Learner:
     row_tokens: int = schema.number(2048, 2, 10**8)
     rows_per_micro_batch: int = schema.number(1, 1, 10**6)
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    attention: Literal["auto", "portable", "splash", "cudnn"] = "auto"
     routes: Literal["own", "replay"] = "own"
     load_balancing_coef: float = schema.number(0.0, 0.0, 1e3)
     router_z_coef: float = schema.number(0.0, 0.0, 1e3)

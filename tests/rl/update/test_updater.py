@@ -128,6 +128,7 @@ def make(monkeypatch):
             num_steps=run.num_steps,
             precision=run.precision,
             remat=run.model.remat,
+            max_prompt_tokens=run.task.max_prompt_tokens,
         )
         one.train_state, one.told = State((0,)), Told()
         if one.needs_reference:
@@ -147,7 +148,31 @@ def test_settings_reach_the_learner(make):
     settings = made.learner.settings
     assert settings.pop("pool") is made.pool
     assert dict(settings.pop("mesh").shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert settings.pop("flash") is None  # on a CPU
     assert settings == {"num_steps": 9, "precision": "float32", "remat": "dots"}
+
+
+def test_with_a_flash_kernel_every_answer_has_its_prompt(make, monkeypatch):
+    asked = []
+
+    def choose(*given):
+        asked.append(given)
+        return "flash"
+
+    columns = []
+    for chosen in (choose, lambda *given: None):
+        monkeypatch.setattr(updater.flash_attention, "choose", chosen)
+        made = make(**{"learner.attention": "portable"})
+        update(made)
+        ((_, micro, _),) = made.learner.updates
+        prefixes = [row for m in micro for row in m.rows.prefix if row.max() >= 0]
+        columns.append([int(np.sum(row >= 0)) for row in prefixes])
+        assert made.learner.settings["flash"] == ("flash" if chosen is choose else None)
+    assert sum(columns[0]) > sum(columns[1])
+    ((name, model, precision, _, _, lengths),) = asked
+    assert (name, model, precision) == ("portable", engines.CFG, "float32")
+    assert (lengths.group_size, lengths.row) == (R, 32)
+    assert lengths.prompt >= 1 and lengths.answer >= 1
 
 
 def flat(micro, name):

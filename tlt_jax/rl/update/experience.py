@@ -172,10 +172,12 @@ class Layout:
     Attributes:
       row_tokens: longest row.
       rows_per_micro_batch: rows whose activations are held at once.
+      most_sequences: see `packing.pack`.
     """
 
     row_tokens: int
     rows_per_micro_batch: int
+    most_sequences: int | None = None
 
     @property
     def widths(self) -> list[int]:
@@ -195,6 +197,7 @@ class Layout:
             rows_multiple=self.rows_per_micro_batch,
             rounding=self._quarter,
             uniform=True,
+            most_sequences=self.most_sequences,
         )
         return packing.split(packed, self.rows_per_micro_batch)
 

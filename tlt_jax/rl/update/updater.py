@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tlt_jax.models import config as model_config
+from tlt_jax.models import flash_attention
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.update import algorithms, experience, packing
 from tlt_jax.rl.update import learner as learner_lib
@@ -43,19 +44,34 @@ class Updater:
         num_steps: int,
         precision: str,
         remat: str,
+        max_prompt_tokens: int,
     ):
         """Make the learner; `train_state` and `reference` are given by the caller.
 
         See `learner.Learner` for the arguments that are no sections of the settings.
 
         Raises:
-          ValueError: the algorithm contradicts itself, or the mesh is not to be had.
+          ValueError: the algorithm contradicts itself, or the mesh or the learner's
+            attention is not to be had.
         """
         lagging = algorithms.LAGGING if rollout.lag else {}
         self.algorithm = algorithms.build(
             algorithms.preset(algorithm.name) | lagging | algorithm.overrides()
         )
         self.pool = programs.ProgramPool()
+        placed = sharding.make_mesh(
+            mesh.data, mesh.fsdp, mesh.tensor, expert=mesh.expert
+        )
+        flash = flash_attention.choose(
+            *(learner.attention, model, precision, placed),
+            sharding.ShardingRules(),
+            flash_attention.Lengths(
+                prompt=max_prompt_tokens,
+                answer=rollout.max_new_tokens,
+                group_size=rollout.group_size,
+                row=learner.row_tokens,
+            ),
+        )
         self.learner = learner_lib.Learner(
             model,
             law,
@@ -64,16 +80,17 @@ class Updater:
             num_steps=num_steps,
             precision=precision,
             remat=remat,
-            mesh=sharding.make_mesh(
-                mesh.data, mesh.fsdp, mesh.tensor, expert=mesh.expert
-            ),
+            mesh=placed,
             pool=self.pool,
+            flash=flash,
         )
         self.reference: model_params.Params | None = None
         self.skips = train_state_lib.Skips(_MAX_SKIPPED)
         self._model, self._rollout, self._cfg = model, rollout, learner
         self._layout = experience.Layout(
-            learner.row_tokens, self.learner.rows_per_micro_batch
+            learner.row_tokens,
+            self.learner.rows_per_micro_batch,
+            flash and flash_attention.MOST_SEQUENCES,
         )
 
     @property
