@@ -12,7 +12,8 @@ as long as the cache allows, `max_length`.
 `flops` and `bytes` are of one step on all chips together, as `step_costs` counts them;
 all levels are drafted. `bound_ms` is the longer of the two by the chips' peaks, and
 `bound_of_plain` what a step then costs in plain steps: speculation pays on that chip
-where more tokens a step are accepted. `compiler_bytes` and `compiler_flops` are the
+where more tokens a step are accepted. `launches` are the kernels that a GPU starts
+for a step, counted in the compiled text. `compiler_bytes` and `compiler_flops` are the
 compiler's, of a device, loops' bodies once; that for GPUs tells none. No time is
 measured but that of compiling.
 """
@@ -29,7 +30,7 @@ import jax
 from jax.experimental import topologies
 
 from experiments import ahead_of_time, step_costs
-from experiments.lab import experiment, tables
+from experiments.lab import experiment, launches, tables
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
@@ -244,6 +245,7 @@ def compiled(decoding: Decoding, chip: str) -> tables.Row:
         told = ahead_of_time.first_line(error)
         return {"lower_s": lower_s, "fits": False, "refused": told}
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    is_gpu = CHIPS[chip].platform == "cuda"
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = memory.argument_size_in_bytes + fresh + memory.temp_size_in_bytes
     total += memory.generated_code_size_in_bytes
@@ -256,6 +258,7 @@ def compiled(decoding: Decoding, chip: str) -> tables.Row:
         "total_bytes": total,
         "hbm_bytes": int(CHIPS[chip].hbm_bytes),
         "fits": total <= CHIPS[chip].hbm_bytes,
+        "launches": launches.of_step(program.as_text()) if is_gpu else None,
         "compiler_flops": cost.get("flops"),
         "compiler_bytes": cost.get("bytes accessed"),
     }
@@ -319,7 +322,7 @@ EXPERIMENT = experiment.Experiment(
     title="decode steps of a 7B model, compiled for an H200 and v5e",
     options=(
         experiment.Option("chips", ",".join(CHIPS), recorded=False),
-        experiment.Option("batches", "32,64,128", recorded=False),
+        experiment.Option("batches", "1,32,64,128", recorded=False),
         experiment.Option("strategies", STRATEGIES, recorded=False),
         experiment.Option(
             *("compiled", "64", "batches of which programs are compiled, too"),

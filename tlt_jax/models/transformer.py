@@ -26,6 +26,7 @@ from tlt_jax.models import (
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
+from tlt_jax.pallas_kernels.one_column import api as one_column
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.pallas_kernels.verify_attention import validators
 from tlt_jax.types import Array
@@ -225,6 +226,12 @@ def head_logits(
       `[..., V] float32`: the vocabulary is last, as sampling laws have it.
     """
     head = head.astype(hidden.dtype)
+    if kernels.one_column is not None and one_column.takes(head, hidden):
+        column = hidden.reshape(-1, 1, 1)
+        logits = one_column.product(
+            head, column, implementation=kernels.one_column, dtype=jnp.float32
+        )
+        return logits.reshape(*hidden.shape[1:], -1)
     if layers.takes_native(kernels, hidden):
         return cpu_product.product_transposed(head, hidden)
     prec = layers.precision(hidden.dtype)

@@ -32,6 +32,7 @@ def product(
     bias: Array | None = None,
     residual: Array | None = None,
     gated: bool = False,
+    dtype=None,
 ) -> Array:
     """Multiply one column by a weight; there is no derivative.
 
@@ -46,9 +47,10 @@ def product(
       bias: `[*out]`, or None.
       residual: `[*out, 1, 1]`, added, or None.
       gated: `*out` is `[2, F]`; the result is silu(first) x second, `[F, 1, 1]`.
+      dtype: of the result; None: the input's.
 
     Returns:
-      `[*out, 1, 1]` in the input's dtype.
+      `[*out, 1, 1]`.
 
     Raises:
       ValueError: the implementation is not known.
@@ -69,5 +71,5 @@ def product(
         residual=None if residual is None else residual.reshape(-1),
     )
     interpret = implementation.endswith("_interpreted")
-    made = pallas_gpu.product(operands, eps=eps, interpret=interpret)
+    made = pallas_gpu.product(operands, dtype or x.dtype, eps=eps, interpret=interpret)
     return made.reshape(*out, 1, 1)

@@ -41,7 +41,7 @@ class Operands(typing.NamedTuple):
     residual: Array | None
 
 
-def product(given: Operands, *, eps: float, interpret: bool) -> Array:
+def product(given: Operands, dtype, *, eps: float, interpret: bool) -> Array:
     """Multiply, `[R]`; see `api.product`."""
     halves, num_rows, size = given.weight.shape
     chunk = math.gcd(size, _MAX_CHUNK)
@@ -50,12 +50,12 @@ def product(given: Operands, *, eps: float, interpret: bool) -> Array:
     return pl.pallas_call(
         functools.partial(_kernel, present=present, chunk=chunk, eps=eps),
         grid=(num_rows // ROWS,),
-        out_shape=jax.ShapeDtypeStruct((num_rows,), given.x.dtype),
+        out_shape=jax.ShapeDtypeStruct((num_rows,), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS),
         cost_estimate=pl.CostEstimate(
             flops=2 * given.weight.size,
             transcendentals=num_rows * (halves - 1),
-            bytes_accessed=moved + num_rows * given.x.dtype.itemsize,
+            bytes_accessed=moved + num_rows * jnp.dtype(dtype).itemsize,
         ),
         name="one_column_product",
         interpret=interpret,
