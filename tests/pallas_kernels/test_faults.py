@@ -116,15 +116,6 @@ def a_slot_too_many_on_tpus(monkeypatch):
     )
 
 
-def a_block_into_the_one_that_is_read(monkeypatch):
-    real = tpu_kernel._Step.fetch
-    monkeypatch.setattr(
-        tpu_kernel._Step,
-        "fetch",
-        lambda self, row, first, stop, turn: real(self, row, first, stop, 0),
-    )
-
-
 def another_page_on_gpus(monkeypatch):
     real = pallas_gpu._operands
 
@@ -145,24 +136,18 @@ def a_slot_too_many_on_gpus(monkeypatch):
     monkeypatch.setattr(pallas_gpu._Walk, "begin", begin)
 
 
-OF_TPU = (
-    another_page_on_tpus,
-    a_slot_too_many_on_tpus,
-    a_block_into_the_one_that_is_read,
-)
+OF_TPU = (another_page_on_tpus, a_slot_too_many_on_tpus)
 OF_GPU = (another_page_on_gpus, a_slot_too_many_on_gpus)
 
 
 @pytest.mark.parametrize("fault", OF_TPU)
-def test_an_error_is_seen_by_the_simulator(small_blocks, monkeypatch, capfd, fault):
+def test_an_error_is_seen_by_the_simulator(small_blocks, monkeypatch, fault):
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         suite.assert_right(faulty(suite.SIMULATED, fault.__name__), simulator())
-        # Numbers may be right by luck where the detector tells.
-        assert "RACE" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("fault", [*OF_TPU[:2], *OF_GPU])
+@pytest.mark.parametrize("fault", [*OF_TPU, *OF_GPU])
 def test_an_error_is_seen_where_kernels_are_interpreted(monkeypatch, fault):
     name = "mosaic_tpu" if fault in OF_TPU else "triton_gpu"
     implementation = suite.INTERPRETED[name]
