@@ -131,7 +131,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     # Where drafters are in use (`specdec.mode=tlt`): all of the head is most of what a
     # drafted token reads.
-    config.drafter.draft_vocab_size = 32 * 1024
+    config.drafter.draft_vocab_size = 16 * 1024
 
     config.reward.workers = 16
     config.eval.every = 10

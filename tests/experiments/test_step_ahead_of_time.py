@@ -180,13 +180,18 @@ def test_the_table_has_every_step_and_no_program_was_refused():
     assert cells["wanted"] == len(wanted)
     assert {("h200", 64, strategy) for strategy in strategies} <= found
     # One row, with the draft vocabulary of the large recipes.
-    assert step_ahead_of_time.DRAFT_VOCAB == run_of_recipe().drafter.draft_vocab_size
+    size = run_of_recipe().drafter.draft_vocab_size
     (alone,) = [
         row
         for row in rows
         if (row["chip"], row["batch"], row["strategy"]) == ("h200", 1, "D7K1V8")
     ]
+    assert alone["draft_vocab"] == step_ahead_of_time.DRAFT_VOCAB == size
     assert 1.2 < alone["bytes_of_plain"] <= 1.35
+    (plain,) = [
+        row for row in rows if row.get("launches") and row["program"] == "plain"
+    ]
+    assert plain["batch"] == 1 and plain["launches"] <= 250
     for row in rows:
         assert not row.get("refused"), row
         assert row["fits"] in (True, None), row
