@@ -140,6 +140,8 @@ OF_TPU = (another_page_on_tpus, a_slot_too_many_on_tpus)
 OF_GPU = (another_page_on_gpus, a_slot_too_many_on_gpus)
 
 
+@pytest.mark.simulator
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", OF_TPU)
 def test_an_error_is_seen_by_the_simulator(small_blocks, monkeypatch, fault):
     fault(monkeypatch)

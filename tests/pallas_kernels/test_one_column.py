@@ -28,7 +28,7 @@ def test_a_product_with_all_around_it(size, dtype):
     bias, residual = draw(4, 8, dtype=dtype), draw(4, 8, 1, 1, dtype=dtype)
     around = dict(norm=(scale, 1e-5), bias=bias, residual=residual)
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (weight, x))
-    for names in ((), ("norm",), ("bias",), ("residual",), tuple(around)):
+    for names in ((), ("norm", "residual"), tuple(around)):
         given = {name: around[name] for name in names}
         made = api.product(weight, x, implementation=INTERPRETED, **given)
         column = exact[1][:, 0, 0]
