@@ -3,11 +3,12 @@
     python -m tests.deaths --kills=100 [--executor=local] [--seed=0] [--within=30]
 
 Every `--within` seconds at the latest one of the processes of a launched run is killed,
-at moments that the seed names; on a busy machine, where a start alone takes so long, let
-it be more. It is one of the learner's and workers', which the launcher begins again, or the
-launcher itself (the head), after which the same command is given again. Run after run,
-until so many were killed; every record, digest and array must be those of a run that
-nobody has touched. Prints a table; ends with status 1 where one differs. Linux only.
+at moments that the seed names: one of the learner's and workers', which the launcher
+begins again, or the launcher itself (the head), after which the same command is given
+again. On a busy machine, where a start alone takes so long, let it be more. Run after
+run, until so many were killed; every record, digest and array must be those of a run
+that nobody has touched. Prints a table; ends with status 1 where one differs.
+Linux only.
 """
 
 import argparse
