@@ -1,12 +1,14 @@
 """Death campaign: `kill -9` of a run's processes, which goes on by itself.
 
-    python -m tests.deaths --kills=100 [--executor=local] [--seed=0]
+    python -m tests.deaths --kills=100 [--executor=local] [--seed=0] [--within=30]
 
-Every now and then one of the processes of a launched run is killed, at moments that the
-seed names: one of the learner's and workers', which the launcher begins again, or the
-launcher itself (the head), after which the same command is given again. Run after run,
-until so many were killed; every record, digest and array must be those of a run that
-nobody has touched. Prints a table; ends with status 1 where one differs. Linux only.
+Every `--within` seconds at the latest one of the processes of a launched run is killed,
+at moments that the seed names: one of the learner's and workers', which the launcher
+begins again, or the launcher itself (the head), after which the same command is given
+again. On a busy machine, where a start alone takes so long, let it be more. Run after
+run, until so many were killed; every record, digest and array must be those of a run
+that nobody has touched. Prints a table; ends with status 1 where one differs.
+Linux only.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 
-from tests import run_facts
+from tests import kills, run_facts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Nobody counts how often: what does not get through takes too long instead.
@@ -35,11 +37,9 @@ _SETTINGS = {
     "log.plots_every": 0,
     "pretrain.steps": 150,
 }
-# Between two kills, from the earlier one's; a start of all takes some seconds of it.
-_MOST_S = 20.0
 _LONGEST_S = 3600.0
-# A run's files but for those of its end; every process may say something else.
-_IGNORED = "files"
+# Which worker takes what, and so how many steps the same tokens take, clocks decide.
+_IGNORED = kills.KINDS["processes"].ignored
 
 
 def command(directory: pathlib.Path, executor: str) -> list[str]:
@@ -77,10 +77,10 @@ class Campaign:
       num_starts: of the command.
     """
 
-    def __init__(self, executor: str, seed: int, folder: pathlib.Path):
+    def __init__(self, executor: str, seed: int, within_s: float, folder: pathlib.Path):
         """Begin; `folder` is empty."""
         self._executor, self._rng = executor, random.Random(seed)
-        self._folder = folder
+        self._folder, self._within_s = folder, within_s
         self.count: collections.Counter[str] = collections.Counter()
         self.num_starts = 0
 
@@ -95,7 +95,7 @@ class Campaign:
         directory, until = self._folder / name, time.monotonic() + _LONGEST_S
         started, begun = self._start(directory), self.count.total()
         while self.count.total() - begun < num_kills:
-            due = time.monotonic() + self._rng.uniform(0.0, _MOST_S)
+            due = time.monotonic() + self._rng.uniform(0.0, self._within_s)
             while time.monotonic() < due and started.poll() is None:
                 time.sleep(0.02)
             if started.poll() is not None:
@@ -138,9 +138,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--executor", default="local")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--within", type=float, default=30.0)
     options = parser.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="tlt_jax_deaths_"))
-    campaign = Campaign(options.executor, options.seed, folder)
+    campaign = Campaign(options.executor, options.seed, options.within, folder)
     started, num_runs, problems = time.monotonic(), 0, []
     wanted = campaign.alone()
     while campaign.count.total() < options.kills and not problems:
