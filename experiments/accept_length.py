@@ -9,11 +9,11 @@ each strategy. How uncertain the texts are is told by `nats_per_token`, the mean
 lengths compare; not so under the standard rules for sampled drafts (`rejection`, for
 chains `block`), whose tokens are other samples of the same law.
 Accept length: tokens per target forward and row, recovered or bonus token included.
-What it is worth in time is `experiments.speculation_speed`. That of the drafter which
-comes with the package, on text of which it is not certain:
+What it is worth in time is `experiments.speculation_speed`. That of a general drafter
+(`:general`), on text of which it is not certain:
 
     python -m experiments.accept_length --scale=cpu --texts=chats,reasoning \
-        --drafter=smollm2-135m-instruct --temperatures=1,0.6,0
+        --drafter=workdirs/general_drafter --temperatures=1,0.6,0
 
 The drafters of record are
 those of `configs/smollm2_drafter.py`, `:random_numbers` and `:counting`, by

@@ -16,16 +16,10 @@ and the share of time in which workers wait.
 
 Systems: `off`; `ngram`, matches of earlier text alone (the paper's TLT-Base); `frozen`,
 a drafter trained before (`drafter.directory`) that learns no more; `tlt`, everything.
-Each recipe has a drafter of its own: SmolLM2's of counting in words, by itself the
-recipe, is trained by
+Each recipe has a drafter of its own: SmolLM2's of this task is trained by
 
     python -m tlt_jax.train_drafter --config=configs/smollm2_drafter.py:counting \
         --workdir=workdirs/counting_drafter
-
-The README's first command reasons, and begins with what its recipe says:
-
-    python -m experiments.end_to_end --scale=cpu --systems=off,ngram,frozen,tlt \
-        --processes=2 --models=reasoning=configs/smollm2_tlt.py
 
 Target: at least 1.5 times on CPU, on a long-tailed workload.
 """
@@ -290,7 +284,7 @@ EXPERIMENT = experiment.Experiment(
     options=(
         experiment.Option(
             "models",
-            "smollm2=configs/smollm2_tlt.py:counting",
+            "smollm2=configs/smollm2_tlt.py",
             "NAME=RECIPE, separated by commas",
             recorded=False,
         ),

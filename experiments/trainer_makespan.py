@@ -250,7 +250,7 @@ EXPERIMENT = experiment.Experiment(
     needs=f"--drafter={recipes.COUNTING_DRAFTER}",
     before={recipes.TRAIN_COUNTING: 15},
     options=(
-        *experiment.plain(config="configs/smollm2_tlt.py:counting", rounds=6),
+        *experiment.plain(config="configs/smollm2_tlt.py", rounds=6),
         experiment.Option(
             "drafter",
             "",

@@ -59,7 +59,7 @@ def test_ratio_and_commands(workdirs):
     )
     for mode, command in zip(("tlt", "off"), commands, strict=True):
         assert command[1:3] == ["-m", "tlt_jax.main"]
-        assert "--config=configs/smollm2_tlt.py:counting" in command
+        assert "--config=configs/smollm2_tlt.py" in command
         assert f"--config.specdec.mode={mode}" in command
         wanted = {"--config.num_steps=3", "--config.task.size=9", "--config.seed=0"}
         assert wanted <= set(command)

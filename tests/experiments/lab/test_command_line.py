@@ -202,12 +202,12 @@ def test_a_drafter_of_other_texts_is_told(tmp_path, capsys):
     config = {"texts": {"tasks": ["chat", "chain_sum:cot,max_terms=2", "chat"]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     drafter = str(tmp_path)
-    recipe = "configs/smollm2_tlt.py:counting"
+    recipe = "configs/smollm2_tlt.py"
     recipes.print_other_task_of(recipe, {"drafter.directory": drafter})
     told = capsys.readouterr().out
     assert told.count("\n") == 1
     assert (
-        "was trained on chat, chain_sum, and configs/smollm2_tlt.py:counting runs "
+        "was trained on chat, chain_sum, and configs/smollm2_tlt.py runs "
         "counting" in told
     )
     # Where it fits, or nothing tells, nothing is said.
