@@ -62,8 +62,7 @@ def make(
     engine.set_params(params, version=0)
     if draft_cfg is not None:
         drawn = drafter.init(draft_cfg, jax.random.key(1), jnp.dtype(dtype))
-        if drawn.draft_ids is not None:
-            drawn = drawn.replace(draft_ids=jnp.arange(vocab))
+        drawn = drawn.replace(draft_ids=jnp.arange(vocab, dtype=jnp.int32))
         engine.set_drafter(drawn, version=0)
     return engine
 

@@ -87,15 +87,11 @@ def test_what_the_budget_leaves_no_time_for_is_said(tmp_path):
 
 def test_rehearsal_without_recipes_packages(tmp_path, lacking):
     out = tmp_path / "out"
-    rows = first_contact.main(
-        ["--rehearse", f"--out={out}", "--items=copy,kernels,bench"]
-    )
-    assert [row["ended"] for row in rows if "ended" in row] == ["whole"] * 3
+    rows = first_contact.main(["--rehearse", f"--out={out}", "--items=copy,kernels"])
+    assert [row["ended"] for row in rows if "ended" in row] == ["whole"] * 2
     (kernel,) = tables.where(rows, item="kernels", case="decode")
     assert kernel["is_right"] and 0 < kernel["max_error"] < 5e-6
     assert rows[0]["case"] == "copy on the device" and rows[0]["gb_per_s"] > 0.01
-    (timed,) = tables.where(rows, item="bench", case="decode")
-    assert timed["median_us"] > 0
     assert tables.read(out / "first_contact.csv")[0]["gb_per_s"] == rows[0]["gb_per_s"]
     names = sorted(path.name for path in out.iterdir())
     assert names == [f"first_contact.{end}" for end in ("csv", "json", "log")]
@@ -104,7 +100,7 @@ def test_rehearsal_without_recipes_packages(tmp_path, lacking):
 @pytest.mark.slow
 def test_the_whole_rehearsal(tmp_path, lacking):
     out = tmp_path / "out"
-    rows = first_contact.main(["--rehearse", f"--out={out}", "--budget-s=900"])
+    rows = first_contact.main(["--rehearse", f"--out={out}", "--budget-s=1800"])
     ended = {row["item"]: row["ended"] for row in rows if "ended" in row}
     assert ended == dict.fromkeys(first_contact.LIMITS, "whole")
     equal = tables.where(rows, item="equality")
@@ -113,6 +109,8 @@ def test_the_whole_rehearsal(tmp_path, lacking):
     runs = [row for row in rows if row["item"] == "tiny_run" and "case" in row]
     assert [row["case"] for row in runs] == ["off, workers=2", "tlt, workers=2"]
     assert [row["steps_differing"] for row in runs] == [0, 0]
+    (timed,) = tables.where(rows, item="bench", case="decode")
+    assert timed["median_us"] > 0
     kernels = tables.read(out / "first_contact_kernels.csv")
     assert {row["case"] for row in kernels} == {"B=1", "B=2"}
     assert all(row["us_per_step"] > 0 for row in kernels)
