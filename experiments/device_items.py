@@ -415,6 +415,8 @@ def equality(sizes: Sizes) -> Iterator[tables.Row]:
                     max_length=page_size + sizes.equal_tokens,
                     page_size=page_size,
                     dtype=dtype,
+                    # So cold that texts repeat themselves, and guesses come true.
+                    temperature=0.1,
                 )
                 completions, stats = engine.run(requests, 7)
             engine.pool.close()

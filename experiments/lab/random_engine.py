@@ -29,10 +29,11 @@ def make(
     max_length: int,
     page_size: int,
     dtype: str,
+    temperature: float = 1.0,
 ) -> engine_lib.Engine:
     """Makes an engine that always does the same, its drafter of random weights.
 
-    `strategy` None: plain decoding. The law is that of temperature 1.
+    `strategy` None: plain decoding.
     """
     chosen = draft_cfg = None
     vocab = min(DRAFT_VOCAB, cfg.vocab_size)
@@ -54,7 +55,7 @@ def make(
             max_length=max_length,
             page_size=page_size,
             steps_per_call=64,
-            sampling_cfg=sampling.SamplingConfig(1.0),
+            sampling_cfg=sampling.SamplingConfig(temperature),
             dtype=dtype,
         ),
         speculator_cfg=chosen,
