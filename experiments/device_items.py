@@ -225,9 +225,10 @@ _CACHE = ("cache_keys", "cache_values")
 def kernel_bench(sizes: Sizes) -> Iterator[tables.Row]:
     """Times our attention kernel beside jax's own."""
     ours = api.for_platform(jax.default_backend())
+    bandwidth = bench.copy_bandwidth(num_bytes=min(sizes.copied_bytes, 2**30))
     for spec in map(arg_specs.by_name, sizes.specs):
         for name in filter(None, (ours, *sizes.implementations)):
-            row = bench.measure(spec, name)
+            row = bench.measure(spec, name, bandwidth=bandwidth)
             yield {"case": row.pop("arguments"), **row}
 
 
