@@ -110,16 +110,18 @@ def minimal_bytes(cfg: model_config.ModelConfig, params, context: float) -> int:
 
 
 class Decoder:
-    """An engine's program for one row, and a cache that it finds filled."""
+    """An engine's program for some rows, and a cache that it finds filled."""
 
-    def __init__(self, cfg, params, options, context: int, temperature: float):
+    def __init__(
+        self, cfg, params, options, context: int, temperature: float, batch: int = 1
+    ):
         """Compiles it; no prompt is read, since no time hangs on what is cached."""
         self._params, self._steps = params, options.steps
         most = context + options.steps
         engine = engine_lib.Engine(
             cfg,
             engine_programs.EngineConfig(
-                max_rows=1,
+                max_rows=batch,
                 max_length=most,
                 page_size=options.page_size,
                 steps_per_call=options.steps,
@@ -128,16 +130,17 @@ class Decoder:
             ),
         )
         engine.set_params(params, version=0)
-        self._program = engine.pool.get(engine.programs.decoding(params, 1, None))
+        self._program = engine.pool.get(engine.programs.decoding(params, batch, None))
         self._cache = engine.pool.get(engine.programs.empty_caches())().target
         engine.pool.close()
         num_pages = engine.engine_cfg.max_pages
+        pages = 1 + np.arange(batch * num_pages, dtype=np.int32)
         self._rows = decode.Rows(
-            page_table=1 + np.arange(num_pages, dtype=np.int32)[None],
-            lengths=np.array([context], np.int32),
-            pending=np.ones(1, np.int32),
-            keys=np.ones((1, 2), np.uint32),
-            remaining=np.array([most], np.int32),
+            page_table=pages.reshape(batch, num_pages),
+            lengths=np.full(batch, context, np.int32),
+            pending=np.ones(batch, np.int32),
+            keys=1 + np.arange(2 * batch, dtype=np.uint32).reshape(batch, 2) // 2,
+            remaining=np.full(batch, most, np.int32),
         )
 
     def seconds(self, num_steps: int) -> float:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import ml_collections
 import pytest
 
 from tests import tiny_runs
@@ -12,7 +13,7 @@ from tlt_jax import config
 from tlt_jax.settings import drafter_run, schema, sections
 
 
-def recipe() -> config.ml_collections.ConfigDict:
+def recipe() -> ml_collections.ConfigDict:
     out = config.default()
     out.model.spec = "some/model"
     out.task.name = "count"

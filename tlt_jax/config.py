@@ -10,10 +10,12 @@ the JSON form follow.
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import ml_collections
+if typing.TYPE_CHECKING:
+    import ml_collections
 
 from tlt_jax.settings import describe, drafter_run, schema, sections, speculation
 
@@ -60,7 +62,7 @@ class RunConfig:
         return self.task.max_prompt_tokens + self.rollout.max_new_tokens
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> "ml_collections.ConfigDict":
     """Return a new locked ConfigDict with every key at its default.
 
     `model.spec` and `task.name` are empty: a recipe must set them.
@@ -72,14 +74,14 @@ def default() -> ml_collections.ConfigDict:
     return config
 
 
-def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
+def load(config: "ml_collections.ConfigDict | Mapping[str, Any]") -> RunConfig:
     """Check nested keys and values and freeze them; absent keys keep their defaults.
 
     Raises:
       schema.ConfigError: a key is unknown (the nearest one is named), or a value has
         the wrong type or is out of range.
     """
-    if isinstance(config, ml_collections.ConfigDict):
+    if hasattr(config, "to_dict"):
         config = config.to_dict()
     return schema.build(RunConfig, config)
 

@@ -39,7 +39,10 @@ OURS = (
     *("losslessness", "decode_speed", "decode_bandwidth", "grpo_step_speed"),
     *("peers_side_by_side", "ahead_of_time", "kernel_ahead_of_time", "tuner_trace"),
     *("step_ahead_of_time", "simulator_check", "planner", "lag"),
+    "first_contact",
 )
+# Of tools that are no matter of seconds on any machine.
+_TOOLS = {"first_contact": "one accelerator, seven minutes; never run"}
 # Minutes of whole tables of which the record tells the last part alone.
 _MINUTES = {"end_to_end": 35.0, "peers_side_by_side": 20.0}
 _MACHINES = {
@@ -80,7 +83,7 @@ def listing(scale: str) -> list[tables.Row]:
 def takes(item: experiment_lib.Experiment, scale: str) -> str:
     """Says what machine and how many minutes a result takes."""
     if item.is_tool:
-        return "any machine, seconds"
+        return _TOOLS.get(item.slug, "any machine, seconds")
     if scale in _MACHINES and item.larger:
         return _MACHINES[scale]
     record = provenance.read(experiment_lib.record_folder("cpu"), item.slug)

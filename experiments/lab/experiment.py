@@ -166,7 +166,7 @@ class Experiment:
       plot: draws the tables; returns a figure.
       claims: what the result can refute.
       run: does everything in place of cells; returns the result.
-      table: file of the result; empty: `<slug>.csv`.
+      table: file of the result; empty: `<slug>.csv`, and of a tool none.
       is_derived: read from elsewhere and not measured, so that it is made anew always.
       is_tool: it answers questions, and has neither result nor the shared options.
     """
@@ -237,7 +237,7 @@ class Experiment:
 
     def kept(self, options: argparse.Namespace) -> str:
         """Says what a run that was stopped leaves."""
-        if self.is_tool:
+        if self.is_tool and not self.table:
             return "nothing is lost, since nothing was kept."
         path = options.out / (self.table or f"{self.slug}.csv")
         if not path.exists():

@@ -85,6 +85,7 @@ DEVICES = {
     "h100": Device(3.35e12, 989e12, 80e9),
     "h200": Device(4.8e12, 989e12, 141e9),
     "b200": Device(8.0e12, 2250e12, 192e9),
+    "v5e": Device(8.19e11, 197e12, 16e9),
     "v5p": Device(2.765e12, 459e12, 95e9),
 }
 
@@ -151,6 +152,7 @@ class Model:
 # The models' published configurations.
 MODELS = {
     "qwen2.5-1.5b": Model(1.54e9, 28, 1536, 2, 128, 151936),
+    "qwen2.5-3b": Model(3.09e9, 36, 2048, 2, 128, 151936),
     "qwen2.5-7b": Model(7.62e9, 28, 3584, 4, 128, 152064),
     "qwen2.5-32b": Model(32.8e9, 64, 5120, 8, 128, 152064),
     "llama-3.3-70b": Model(70.6e9, 80, 8192, 8, 128, 128256),

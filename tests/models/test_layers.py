@@ -69,3 +69,15 @@ def test_yarn_scales_cosine_and_sine(given, expected):
     cos, sin = layers.rope_tables(cfg, jnp.zeros((1, 1), jnp.int32))
     np.testing.assert_allclose(cos, expected, rtol=1e-6)
     assert not sin.any()
+
+
+def test_columns_of_bfloat16_do_not_hang_on_how_many_there_are():
+    """On CPUs; a verified column then has the bits of a plain step's."""
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(1536, 576)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(576, 1, 64)), jnp.bfloat16)
+    product = jax.jit(layers.product)
+    whole = np.asarray(product(weight, x), np.float32)
+    for count in (2, 16, 40):
+        few = np.asarray(product(weight, x[..., :count]), np.float32)
+        np.testing.assert_array_equal(few, whole[..., :count])

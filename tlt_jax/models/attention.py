@@ -8,6 +8,7 @@ page beyond a row's length changes nothing in it, bit for bit.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,11 @@ def _part(scores: Array, visible: Array, values: Array, spec: str) -> Partial:
     scores = jnp.where(visible, scores, HIDDEN)
     # Any constant would do, for it cancels in `finish`: so it has no gradient.
     maximum = lax.stop_gradient(jnp.max(scores, axis=-1))
-    # Where nothing is visible the maximum is the hidden score itself, and exp(0) is 1:
+    if values.dtype != jnp.float32:
+        # Weights are rounded to the values' type. About a power of two a key's weight
+        # has the same digits in whichever part it stands, fresh or cached.
+        maximum = jnp.ceil(maximum / math.log(2)) * math.log(2)
+    # Where nothing is visible the maximum is the hidden score itself, or near it:
     # what is invisible must be masked once more.
     weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0.0)
     total = _einsum(spec, weights.astype(values.dtype), values)

@@ -76,7 +76,20 @@ def _product(weight: Array, x: Array) -> Array:
     Its gradient states both products in the order of their results: derived ones are
     transposed afterwards, and compilers for CPUs then copy operands element by element.
     """
-    return jnp.tensordot(weight, x, axes=1, precision=precision(x.dtype))
+    if x.dtype == jnp.float32:
+        return jnp.tensordot(weight, x, axes=1, precision=precision(x.dtype))
+    # Compilers for CPUs sum a column of bfloat16 in an order that hangs on how many
+    # there are, but for one, unless sums are asked for in float32.
+    return lax.platform_dependent(weight, x, cpu=_rounded, default=_in_its_type)
+
+
+def _in_its_type(weight: Array, x: Array) -> Array:
+    return jnp.tensordot(weight, x, axes=1)
+
+
+def _rounded(weight: Array, x: Array) -> Array:
+    sums = jnp.tensordot(weight, x, axes=1, preferred_element_type=jnp.float32)
+    return sums.astype(x.dtype)
 
 
 def _product_forward(weight, x):

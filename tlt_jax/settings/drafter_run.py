@@ -1,10 +1,12 @@
 """Every setting of a drafter's offline training: meaning, unit, range, default."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import ml_collections
+if typing.TYPE_CHECKING:
+    import ml_collections
 
 from tlt_jax.settings import schema, sections, speculation
 
@@ -134,7 +136,7 @@ class DrafterRun:
         speculation.check_shape(self.drafter)
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> "ml_collections.ConfigDict":
     """Return a new locked ConfigDict with every key at its default.
 
     `model.spec` and `texts.tasks` are empty: a recipe must set them.

@@ -14,8 +14,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import ml_collections
-from ml_collections import config_dict
+if typing.TYPE_CHECKING:
+    import ml_collections
 
 # A mapping of free keys, as sorted pairs so that it can be hashed.
 Options = tuple[tuple[str, Any], ...]
@@ -137,8 +137,12 @@ def to_dict(section: Any) -> dict[str, Any]:
     return out
 
 
-def to_config_dict(section: Any) -> ml_collections.ConfigDict:
+def to_config_dict(section: Any) -> "ml_collections.ConfigDict":
     """Return an unlocked ConfigDict of a section's values (defaults, for a class)."""
+    # Only recipes are written in them: settings load where the package is not.
+    import ml_collections
+    from ml_collections import config_dict
+
     out = ml_collections.ConfigDict()
     for field in dataclasses.fields(section):
         value = (

@@ -1,10 +1,11 @@
 """Heads of GGUF files whose sizes do not hold together, written byte by byte."""
 
 import struct
+import sys
 
 import pytest
 
-from tlt_jax.models.formats import gguf_header
+from tlt_jax.models.formats import gguf_file, gguf_header
 
 U32, STRING, ARRAY, U8 = 4, 8, 9, 0
 F32, Q8_0 = 0, 8
@@ -78,3 +79,13 @@ def test_what_fits_is_accepted(tmp_path):
 def test_what_does_not_fit_is_refused(content, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         check(tmp_path / "x", content)
+
+
+def test_a_machine_without_the_package_says_so_where_a_file_is_read(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="not installed here: pip install gguf, or"):
+        gguf_file.GGUFFile(path)

@@ -1,11 +1,12 @@
 """Models in GGUF files: configuration, weights and tokenizer."""
 
 import functools
+import importlib
 import os
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
-import gguf
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
@@ -14,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from tlt_jax.models import config as model_config
 from tlt_jax.models import layers
 from tlt_jax.models import params as model_params
-from tlt_jax.models.formats import gguf_header, hf_settings, json_file
+from tlt_jax.models.formats import hf_settings, json_file
 from tlt_jax.models.formats import layout as model_layout
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 
@@ -49,13 +50,17 @@ class GGUFFile:
         """Open a file and read its metadata; weights stay on disk.
 
         Raises:
-          ValueError: if it is missing, truncated, or no GGUF file.
+          ValueError: if it is missing, truncated, or no GGUF file, or the package
+            that reads such files is not installed.
         """
         self.path = os.fspath(path)
         if not os.path.isfile(self.path):
             raise ValueError(f"{self.path} does not exist or is not a file.")
+        gguf = _package(self.path)
+        # It needs the package, too.
+        header = importlib.import_module("tlt_jax.models.formats.gguf_header")
         try:
-            gguf_header.check(self.path)
+            header.check(self.path)
             self._reader = gguf.GGUFReader(self.path)
         except OSError as error:
             raise ValueError(
@@ -170,9 +175,9 @@ class GGUFFile:
                 if type_ in wanted
             ]
 
-        special = gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL
-        backend.add_special_tokens(added(*special))
-        backend.add_tokens(added(gguf.TokenType.USER_DEFINED))
+        kinds = _package(self.path).TokenType
+        backend.add_special_tokens(added(kinds.UNKNOWN, kinds.CONTROL))
+        backend.add_tokens(added(kinds.USER_DEFINED))
         config = {"clean_up_tokenization_spaces": False}
         roles = dict(bos="bos", eos="eos", pad="padding", unk="unknown")
         for role, key in roles.items():
@@ -213,7 +218,7 @@ class GGUFFile:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Dequantise a slice of a tensor into float32."""
-        tensor = self._tensors[name]
+        tensor, gguf = self._tensors[name], _package(self.path)
         try:
             # What is not finite in a file is told to the user where it is seen.
             with np.errstate(all="ignore"):
@@ -367,10 +372,25 @@ class GGUFFile:
         if field is None:
             return None
         value = field.contents()
-        if field.types == [gguf.GGUFValueType.FLOAT32]:
+        if field.types == [_package(self.path).GGUFValueType.FLOAT32]:
             # The decimal that was meant: 1e-5, not 9.99999974e-06.
             return float(str(np.float32(value)))
         return value
+
+
+def _package(path: str) -> ModuleType:
+    """Return the package that reads such files; nothing else needs it.
+
+    Raises:
+      ValueError: it is not installed; the message has the remedy.
+    """
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is read by the package gguf, which is not installed here: "
+            "pip install gguf, or take the model's Hugging Face directory."
+        ) from error
 
 
 def _byte_level_bpe(
