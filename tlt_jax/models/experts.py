@@ -217,23 +217,28 @@ def _plan(routes_TC: Array, num_experts: int, ragged: bool) -> _Plan:
         block = min(max(1 << (mean - 1).bit_length(), _LEAST_BLOCK), _MOST_BLOCK)
         # Every expert's last block may be nearly empty.
         num_blocks = min(-(-num_choices // block) + num_experts, num_choices)
-    is_here = (routes_TC >= 0) & (routes_TC < num_experts)
-    expert_M = jnp.where(is_here, routes_TC, num_experts).reshape(-1)
-    order_M = jnp.argsort(expert_M, stable=True).astype(jnp.int32)
-    sorted_M = expert_M[order_M]
-    bounds = jnp.searchsorted(sorted_M, jnp.arange(num_experts + 1)).astype(jnp.int32)
-    counts_X = jnp.diff(bounds)
+    # Counted and not sorted: compilers for TPUs take long over sorts, and there is one
+    # in every layer.
+    is_own_TCX = routes_TC[..., None] == jnp.arange(num_experts)
+    chosen_TX = jnp.sum(is_own_TCX, axis=1, dtype=jnp.int32)
+    through_TX = jnp.cumsum(chosen_TX, axis=0)
+    counts_X = through_TX[-1]
     blocks_X = -(-counts_X // block)
     stops_X = jnp.cumsum(blocks_X)
-    # Of the expert behind the last one, nobody's, the first row is beyond all.
-    first_X = jnp.append((stops_X - blocks_X) * block, num_blocks * block)
-    slot_M = first_X[sorted_M] + jnp.arange(num_choices) - bounds[sorted_M]
-    slots = jnp.zeros((num_choices,), jnp.int32).at[order_M].set(slot_M)
-    sources = jnp.full((num_blocks * block,), num_choices, jnp.int32)
+    # An expert's rows come by tokens.
+    next_TX = (stops_X - blocks_X) * block + through_TX - chosen_TX
+    slots_TC = jnp.sum(jnp.where(is_own_TCX, next_TX[:, None], 0), axis=2)
+    # A token that is given an expert twice has two rows of it.
+    again_TCC = routes_TC[:, :, None] == routes_TC[:, None]
+    slots_TC += jnp.sum(jnp.tril(again_TCC, -1), axis=2, dtype=jnp.int32)
+    num_slots = num_blocks * block
+    slots_TC = jnp.where(jnp.any(is_own_TCX, axis=2), slots_TC, num_slots)
+    sources = jnp.full((num_slots,), num_choices, jnp.int32)
+    choices_M = jnp.arange(num_choices, dtype=jnp.int32)
     experts = jnp.searchsorted(stops_X, jnp.arange(num_blocks), side="right")
     return _Plan(
-        slots=slots.reshape(routes_TC.shape),
-        sources=sources.at[slot_M].set(order_M, mode="drop"),
+        slots=slots_TC.astype(jnp.int32),
+        sources=sources.at[slots_TC.reshape(-1)].set(choices_M, mode="drop"),
         counts=counts_X,
         experts=jnp.minimum(experts, num_experts - 1).astype(jnp.int32),
         num_blocks=stops_X[-1],
