@@ -128,6 +128,12 @@ def _drafters(rows: Rows) -> Rows:
     ]
 
 
+def _sum_of_known(rows: Rows, name: str) -> int | None:
+    """Adds up what was compared; nothing was: None."""
+    known = [row[name] for row in rows if row[name] is not None]
+    return sum(known) if known else None
+
+
 def _flips(rows: Rows) -> Rows:
     """Puts meshes into one row, short runs only."""
 
@@ -144,7 +150,7 @@ def _flips(rows: Rows) -> Rows:
         | {
             "mismatch": max(tables.column(its, "mismatch/max")),
             "accept_length": its[0]["accept_length"],
-            "steps_differing": sum(tables.column(its, "steps_differing")),
+            "steps_differing": _sum_of_known(its, "steps_differing"),
         }
         for key, its in tables.groups(short, *names).items()
     ]
@@ -253,7 +259,6 @@ TABLES = {
             "`learner.routes`": "routes",
             "speculation": "speculation",
             "flips, 1 device": lambda row: row.get("1 device"),
-            "2 experts": lambda row: row.get("2 experts"),
             "2 fsdp x 2 experts": lambda row: row.get("2 fsdp x 2 experts"),
             "log-prob mismatch, nats": lambda row: f"{row['mismatch']:.2g}",
             "accept length": _fixed("accept_length", 2),
