@@ -129,6 +129,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh.fsdp = variant.fsdp
     config.mesh.tensor = variant.tensor
 
+    # Where drafters are in use (`specdec.mode=tlt`): all of the head is most of what a
+    # drafted token reads.
+    config.drafter.draft_vocab_size = 16 * 1024
+
     config.reward.workers = 16
     config.eval.every = 10
     config.eval.num_prompts = 64

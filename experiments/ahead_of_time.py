@@ -5,11 +5,12 @@
 
 For each variant of configs/grpo.py the programs of its run are made from abstract
 weights, with no file and no hub, and compiled by the compilers for TPUs (libtpu) and
-GPUs (jax's CUDA plug-in) for described slices. The longest rows that the recipe allows
-are taken. The table says per device what a program holds, what the run holds besides on
-the fullest device, and whether both fit into the chip's memory. No speed is measured,
-but that of the compiler (`compile_cpu_s` counts its own processor time, whatever else
-the machine does).
+GPUs (jax's CUDA plug-in) for described slices. Those called tlt_ are of rollouts with
+`specdec.mode=tlt`, whose pages keep what the drafter reads and is trained on; updates
+are the same. The longest rows that the recipe allows are taken. The table says per
+device what a program holds, what the run holds besides on the fullest device, and
+whether both fit into the chip's memory. No speed is measured, but that of the compiler
+(`compile_cpu_s` counts its own processor time, whatever else the machine does).
 
 `flops` and `bytes_accessed` are the compiler's, which counts the body of a loop once
 (layers of the learner, chunks of its head, tiles of attention, steps of decoding), and
@@ -254,10 +255,12 @@ def run_model(
 
 
 def _run_on(name: str, place: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
-    run = config_lib.load(grpo.get_config(name))
-    devices = described_devices(place)
+    config = grpo.get_config(name)
+    run, devices = config_lib.load(config), described_devices(place)
     recipe = recipe_programs.Recipe(ARCHITECTURES[name], run, devices)
-    for program in recipe.programs():
+    config.specdec.mode = "tlt"
+    tlt = recipe_programs.Recipe(ARCHITECTURES[name], config_lib.load(config), devices)
+    for program in (*recipe.programs(), *tlt.rollouts()):
         if wanted and program.name not in wanted:
             continue
         print(f"Compiling {program.name} of {name} for {place} ...", flush=True)

@@ -19,6 +19,10 @@ behind, `--lost` how much of what it learned an update of the target takes, `--l
 how much of the way back a training step of one worker covers; so the table shows
 whether the workers' idle time is enough (`drafter_quality`, 1: adapted).
 
+`--lag=1 --learner-devices=16` lets rollouts go on beside updates (`rollout.lag`): of
+the cluster's devices so many learn and the others roll out, compared with all of them
+doing both by turns. The system itself has no such placement yet.
+
 All is a prediction; `--assumptions` prints what it rests on.
 """
 
@@ -52,6 +56,8 @@ ASSUMPTIONS = """\
 OPTIONS = (
     experiment.Option("device", "h100", ", ".join(costs.DEVICES)),
     experiment.Option("devices", 64, "of the whole cluster"),
+    experiment.Option("lag", 0, "RL steps by which weights that roll out are older"),
+    experiment.Option("learner-devices", 0, "of the cluster, with --lag"),
     experiment.Option("tensor", 1, "devices of a worker"),
     experiment.Option("per-host", 8, "devices of a host"),
     experiment.Option(
@@ -187,6 +193,19 @@ def check(options: argparse.Namespace) -> None:
             f"--devices={options.devices} cannot be divided into workers of "
             f"--tensor={options.tensor}: choose a divisor."
         )
+    learners = options.learner_devices
+    if options.lag < 0 or (options.lag > 0) != (learners > 0):
+        raise ValueError(
+            f"--lag={options.lag} --learner-devices={learners}: give both, each at "
+            "least 1, or neither."
+        )
+    rolling = options.devices - learners
+    if learners and (rolling < options.tensor or rolling % options.tensor):
+        raise ValueError(
+            f"--learner-devices={learners} leaves {rolling} of --devices="
+            f"{options.devices}, which are no workers of --tensor={options.tensor}: "
+            "choose another number."
+        )
     for name in ("learned", "lost"):
         if not 0 <= (value := getattr(options, name)) <= 1:
             raise ValueError(f"--{name}={value:g}: 0 to 1.")
@@ -280,7 +299,7 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
     return rl_step.Scenario(
         cfg=cluster_size.config_of(
             machine,
-            options.devices,
+            options.devices - options.learner_devices,
             per_host=options.per_host,
             max_rows=options.max_rows,
             max_new_tokens=options.max_tokens,
@@ -291,7 +310,10 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
         table=table,
         threshold=cluster_size.THRESHOLD,
         responses=responses,
-        rest_s=cluster_size.rest_of(machine, options.devices),
+        rest_s=cluster_size.rest_of(
+            machine, options.learner_devices or options.devices
+        ),
+        lag=options.lag,
         drafter=cluster_records.Drafter(learned=options.learned, lost=options.lost)
         if options.stale_accept_length
         else cluster_records.Drafter(),
@@ -302,11 +324,14 @@ def verdict(summary: list[tables.Row]) -> str:
     """Says it in a sentence."""
     off, best = summary[0], max(summary, key=lambda row: row["times_faster"])
     bound = off["step_s"] / (off["step_s"] - off["rollout_s"])
+    what = "speculation"
+    if off["system"] != rl_step.OFF:
+        what += " and rollouts beside updates"
     if best["times_faster"] < 1.05:
-        gain = "speculation brings less than 5 % here: leave it off"
+        gain = f"{what} brings less than 5 % here: leave it off"
     else:
         gain = (
-            f"speculation makes an RL step {best['times_faster']:.2f} times as fast "
+            f"{what} makes an RL step {best['times_faster']:.2f} times as fast "
             f"(rollout {best['rollout_times_faster']:.2f} times)"
         )
     return (
@@ -318,8 +343,17 @@ def verdict(summary: list[tables.Row]) -> str:
 
 def plan_and_tell(options: argparse.Namespace) -> list[tables.Row]:
     """Simulates every system; prints and returns a row for each."""
-    found = rl_step.compare(scenario_of(options), options.steps, options.seed)
-    summary = [{"system": system, **totals} for system, totals in found]
+    scenario, summary, reference = scenario_of(options), [], None
+    if options.lag:
+        by_turns = argparse.Namespace(
+            **vars(options) | {"lag": 0, "learner_devices": 0}
+        )
+        reference = rl_step.run(
+            scenario_of(by_turns), rl_step.OFF, options.steps, options.seed
+        )
+        summary += [{"system": "turns"} | rl_step.totals(reference, reference)]
+    found = rl_step.compare(scenario, options.steps, options.seed, reference)
+    summary += [{"system": system, **totals} for system, totals in found]
     print(tables.shown(summary))
     print(verdict(summary))
     if options.assumptions:

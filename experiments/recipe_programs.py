@@ -10,11 +10,12 @@ import numpy as np
 
 from tlt_jax import assembly, types
 from tlt_jax import config as config_lib
+from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import config as model_config
+from tlt_jax.models import flash_attention
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
-from tlt_jax.rl.engine import scheduler
 from tlt_jax.rl.tasks import prompts
 from tlt_jax.rl.update import algorithms, experience, learner, policy_gradient
 from tlt_jax.rl.workers import weight_sync
@@ -53,6 +54,16 @@ class Recipe:
         # less and gathers the head's weights more often.
         self.head_chunk = 2048
         pool = programs.ProgramPool()
+        flash = flash_attention.choose(
+            *(run.learner.attention, model, run.precision, self.mesh),
+            sharding.ShardingRules(),
+            flash_attention.Lengths(
+                prompt=run.task.max_prompt_tokens,
+                answer=run.rollout.max_new_tokens,
+                group_size=run.rollout.group_size,
+                row=run.learner.row_tokens,
+            ),
+        )
         self.learner = learner.Learner(
             model,
             assembly.law_of(run.sampling),
@@ -64,6 +75,7 @@ class Recipe:
             mesh=self.mesh,
             pool=pool,
             head_chunk=self.head_chunk,
+            flash=flash,
         )
         self.state = self.learner.abstract_state()
         (engine_mesh,) = weight_sync.engine_meshes(self.mesh, tensor=run.rollout.tensor)
@@ -74,6 +86,7 @@ class Recipe:
             dtype=run.precision,
             pool=pool,
         )
+        speculation = speculation_lib.of_run(run, model)
         self.engine = engine_lib.Engine(
             model,
             engine_programs.EngineConfig(
@@ -89,7 +102,9 @@ class Recipe:
                 attention=run.rollout.attention,
                 keep_routes=model.experts is not None,
             ),
+            speculator_cfg=speculation.speculator_cfg,
             mesh=engine_mesh,
+            **{name: one.for_engine() for name, one in speculation.tuners.items()},
         )
         self.weights = self._engine_weights(engine_mesh)
         self.engine.set_params(self.weights, 0)
@@ -101,14 +116,18 @@ class Recipe:
         and smaller buckets decode like the largest: both need less. The cache is given
         up before the update, and the last layer to be synchronised finds all others.
         """
+        return self.updates() + self.rollouts()
+
+    def updates(self) -> list[Program]:
+        """Returns those of the update, and of bringing weights to the engine."""
         # What is lowered is what the run lowers, hence the private names.
-        engine, state = self.engine, self.state
+        state = self.state
         params, weights = device_bytes(state.params), device_bytes(self.weights)
         moments = device_bytes(state.opt_state)
         loss = self._algorithm().loss
         reference = params if loss.kl_coef > 0 else 0
         rows, columns, num_sequences = self.micro_batch()
-        made = [
+        return [
             Program(
                 "accumulate",
                 self.learner._accumulate_program(
@@ -125,16 +144,31 @@ class Recipe:
                 params + moments + reference + 2 * weights,
             ),
         ]
-        recorder = _Recorder()
+
+    def rollouts(self) -> list[Program]:
+        """Returns those of the engine, of the largest batch of each kind.
+
+        Those of a run that speculates are called so: its pages keep features, too.
+        """
+        engine, recorder = self.engine, _Recorder()
         engine.pool = recorder
         engine.warm_up(wait=False)
-        learning = params + moments + reference
-        prefills = [key[1] for key in recorder.lowering if key[0] == "prefill"]
-        buckets = scheduler.buckets(engine.engine_cfg.max_rows)
-        for key in (("prefill", max(prefills)), ("decode", max(buckets))):
-            name = f"{key[0]}_{key[1]}"
-            made.append(Program(name, recorder.lowering[key], learning))
-        return made
+        largest: dict[str, tuple] = {}
+        for key in recorder.lowering:
+            if key[0] in ("prefill", "decode", "speculate", "fill"):
+                before = largest.get(key[0], key)
+                largest[key[0]] = max(before, key, key=lambda one: one[1])
+        run = "tlt_" if engine.programs.captures else ""
+        params, moments = map(device_bytes, (self.state.params, self.state.opt_state))
+        reference = params if self._algorithm().loss.kl_coef > 0 else 0
+        return [
+            Program(
+                f"{run}{kind}_{key[1]}",
+                recorder.lowering[key],
+                params + moments + reference,
+            )
+            for kind, key in largest.items()
+        ]
 
     def micro_batch(self) -> tuple[policy_gradient.Rows, Any, int]:
         """Makes the largest micro-batch: full rows of one prompt and response each.

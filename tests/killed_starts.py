@@ -24,6 +24,7 @@ import llvmlite.binding  # noqa: F401 (imported once, for all forked starts)
 
 from tests import command_lines
 from tlt_jax import launch, train
+from tlt_jax.executors import member
 from tlt_jax.rl import collector
 from tlt_jax.rl.adaptation import budget
 from tlt_jax.rl.engine import engine
@@ -167,7 +168,7 @@ def _run(words, folder, kill, without) -> None:
         # Its processes are forked as well.
         names = ("DEVNULL", "STDOUT", "TimeoutExpired")
         kept = {name: getattr(subprocess, name) for name in names}
-        launch.subprocess = types.SimpleNamespace(Popen=_Forked, **kept)
+        member.subprocess = types.SimpleNamespace(Popen=_Forked, **kept)
         status = launch.main(arguments)
     except SystemExit as end:
         status = end.code
@@ -183,7 +184,7 @@ def _say_into(path: pathlib.Path) -> None:
 
 
 class _Forked:
-    """What `launch` needs of `subprocess.Popen`, without a new interpreter."""
+    """What a member needs of `subprocess.Popen`, without a new interpreter."""
 
     def __init__(self, arguments, *, env, stdout, preexec_fn, **_: Any):
         self._code: int | None = None

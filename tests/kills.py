@@ -134,6 +134,11 @@ _CLOCKS = (
 )
 KINDS = {
     "off": Kind(_COMMON | {"reward.workers": 1}),
+    "lag": Kind(_COMMON | {"reward.workers": 1, "rollout.lag": 1}),
+    "lag-tlt": Kind(
+        _COMMON | _TLT | _COUNTED | {"rollout.lag": 2},
+        ignored=r"row \d+ drafter/(budget|gain)",
+    ),
     "ngram": Kind(
         _COMMON
         | {
@@ -225,7 +230,9 @@ def words(kind: Kind, directory: pathlib.Path, **more: Any) -> list[str]:
     flags = [f"{key}={value}" for key, value in given.items()]
     if kind.processes == 1:
         return ["tlt_jax.main", *flags]
-    return ["tlt_jax.launch", f"--processes={kind.processes}", "--", *flags]
+    # What is killed is to end, so that a start after it is one that is counted.
+    own = [f"--processes={kind.processes}", "--restarts=0"]
+    return ["tlt_jax.launch", *own, "--", *flags]
 
 
 class Campaign:

@@ -52,7 +52,7 @@ def _checkpoint_facts(directory: pathlib.Path, name: str) -> dict[str, Any]:
     """Returns a digest of every array of a checkpoint, and its record."""
     found = {}
     reader = ocp.PyTreeCheckpointer()
-    for item in ("policy", "optimizer", "arrays"):
+    for item in ("policy", "optimizer", "arrays", "rollouts"):
         path = directory / name / item
         if not path.is_dir():
             continue

@@ -16,9 +16,10 @@ PACKAGE = ROOT / "tlt_jax"
 LEVELS = (
     ("types", "settings"),
     ("config",),
+    ("runtime/transport",),
     ("runtime",),
-    ("foreign",),
-    ("pallas_kernels/verify_attention", "cpu_kernels"),
+    ("foreign", "executors"),
+    ("pallas_kernels/verify_attention", "pallas_kernels/one_column", "cpu_kernels"),
     ("models",),
     ("models/formats",),
     ("models/drafters",),

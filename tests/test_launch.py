@@ -1,5 +1,6 @@
 """Real processes that find each other, share a run, die, and are started again."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import pytest
 
 from tests import tiny_runs
 from tlt_jax import launch
+from tlt_jax.executors import member as member_lib
 from tlt_jax.runtime import distributed, stopping
 from tlt_jax.workdir import metrics
 
@@ -73,7 +75,7 @@ def task_of_slurm(index, num, port):
     ids=["launch", "slurm"],
 )
 def test_processes_join_and_share_arrays(environment_of, initialize):
-    port = launch.free_port()
+    _, _, port = member_lib.Member().address("127.0.0.1").partition(":")
     members = [
         subprocess.Popen(
             [sys.executable, "-c", MEMBER.replace("initialize()", initialize)],
@@ -94,13 +96,6 @@ def test_processes_join_and_share_arrays(environment_of, initialize):
         assert told.startswith("the processes have different settings: start all")
 
 
-def test_cores_are_shared_without_overlap():
-    assert launch.shares([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
-    assert launch.shares([3, 5], 2) == [[3], [5]]
-    assert launch.shares([3, 5], 3) == [[3, 5]] * 3
-    assert launch.shares([], 2) == [[], []]
-
-
 @pytest.mark.parametrize(
     "arguments,told",
     [
@@ -109,6 +104,9 @@ def test_cores_are_shared_without_overlap():
         (["--processes=2", "--", "--config=x"], "--workdir=DIR is missing behind --"),
         (["--processes=2", "--workdir=x"], "--workdir=x is no option of launch"),
         (["--processes=2", "--", "--workdir=/proc/no"], "/proc/no cannot be written"),
+        (["--processes=2", "--restarts=-1", "--"], "--restarts=-1: give 0 or more"),
+        (["--processes=2", "--cpus_per_process=nan", "--"], "=nan: give more than 0"),
+        (["--processes=2", "--executor=slurm", "--"], "'slurm' (choose from"),
     ],
 )
 def test_bad_command_lines(arguments, told, capsys):
@@ -122,6 +120,8 @@ def test_bad_command_lines(arguments, told, capsys):
 class Process:
     """Ends with the status that a test wants; None: when it is told to."""
 
+    pid = 0
+
     def __init__(self, arguments, code, stdout=None, **settings):
         self.arguments, self.settings, self.code = arguments, settings, code
         if stdout is not None:
@@ -132,7 +132,10 @@ class Process:
         return self.code
 
     def terminate(self):
-        self.code = -signal.SIGTERM
+        if self.code is None:
+            self.code = -signal.SIGTERM
+
+    kill = terminate
 
     def wait(self, timeout=None):
         return self.code
@@ -142,17 +145,17 @@ class Process:
 def started(monkeypatch, tmp_path, capsys):
     """Launch processes that end so; return the status, them, and what is said."""
 
-    def launch_all(codes, *own):
+    def launch_all(codes, *own, num=None):
         left, made = list(codes), []
 
         def popen(arguments, **settings):
             made.append(Process(arguments, left.pop(0), **settings))
             return made[-1]
 
-        monkeypatch.setattr(launch.subprocess, "Popen", popen)
+        monkeypatch.setattr(member_lib.subprocess, "Popen", popen)
         monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
         monkeypatch.setattr(launch, "_GRACE_S", 0.0)
-        count = f"--processes={len(codes)}"
+        count = f"--processes={num or len(codes)}"
         program = ["--", "--config=x.py", f"--workdir={tmp_path}"]
         status = launch.main([count, *own, *program])
         return status, made, capsys.readouterr().err
@@ -194,7 +197,7 @@ def test_each_process_is_told_who_it_is(started, tmp_path):
     ],
 )
 def test_who_failed_first_is_named_and_the_others_end(started, codes, status, told):
-    found, made, err = started(codes)
+    found, made, err = started(codes, "--restarts=0")
     assert found == status and told in err
     assert [process.code for process in made] == [
         -signal.SIGTERM if code is None else code for code in codes
@@ -207,6 +210,37 @@ def test_who_failed_first_is_named_and_the_others_end(started, codes, status, to
         assert "1.log:\n" in err if "process 1" in told else "2.log:\n" in err
         assert err.endswith("line 18\nline 19\n") and "line 8\n" in err
         assert "line 7\n" not in err
+
+
+def test_where_one_is_killed_all_begin_again(started, tmp_path):
+    """With a port of their own, and from the newest checkpoint."""
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "6.partial").mkdir()
+    # Who has lost another one ends with an error of its own.
+    status, made, err = started([2, -9, None, -6, 0, 0], num=2)
+    assert status == 0 and len(made) == 6
+    assert made[2].code == -signal.SIGTERM
+    addresses = [process.env[distributed.COORDINATOR] for process in made]
+    assert addresses[0] == addresses[1] != addresses[2] == addresses[3]
+    begins = [process.env[distributed.PROCESS] for process in made]
+    assert begins == ["0", "1"] * 3
+    where = "all are started again and go on from the checkpoint of step 5"
+    assert err.splitlines() == [
+        f"process 1 of 2 was ended by signal SIGKILL: {where} (1 of 3 times without a "
+        "new one).",
+        f"process 1 of 2 was ended by signal SIGABRT: {where} (2 of 3 times without a "
+        "new one).",
+    ]
+
+
+def test_what_does_not_help_is_not_repeated(started):
+    """Without a new checkpoint three times; with an error of one's own not once."""
+    status, made, err = started([None, -11] * 4, num=2)
+    assert status == 1 and len(made) == 8
+    assert err.count("all are started again and go on from the beginning") == 3
+    assert "error: process 1 of 2 ended with signal SIGSEGV, and the run" in err
+    status, made, err = started([None, 1], num=2)
+    assert status == 1 and len(made) == 2 and "again" not in err
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
@@ -240,7 +274,7 @@ def test_a_signal_is_passed_on_once_and_the_end_waited_for(
         made.append(Slow(arguments, None, **settings))
         return made[-1]
 
-    monkeypatch.setattr(launch.subprocess, "Popen", popen)
+    monkeypatch.setattr(member_lib.subprocess, "Popen", popen)
     before = [signal.getsignal(n) for n in stopping.SIGNALS]
     program = ["--", "--config=x.py", f"--workdir={tmp_path}"]
     assert launch.main(["--processes=2", *program]) == 128 + number
@@ -256,6 +290,62 @@ def test_another_program_can_be_started(tmp_path):
     start = [sys.executable, "-m", "tlt_jax.launch", *program]
     assert subprocess.run(start, cwd=ROOT, timeout=60).returncode == 0
     assert "-" in (tmp_path / "processes" / "1.log").read_text()
+
+
+# Process 1 dies of SIGKILL, twice, while process 0 waits for it; the third world ends.
+MORTAL = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1].removeprefix("--workdir="))
+index = os.environ["TLT_JAX_PROCESS"]
+(folder / "begun").open("a").write(index + os.environ["TLT_JAX_COORDINATOR"] + "\\n")
+print("speaks", index, flush=True)
+starts = [line[0] for line in (folder / "begun").read_text().splitlines()]
+if index == "1" and starts.count("1") < 3:
+    while starts.count("0") < starts.count("1"):
+        time.sleep(0.01)
+        starts = [line[0] for line in (folder / "begun").read_text().splitlines()]
+    os.kill(os.getpid(), signal.SIGKILL)
+while starts.count("1") < 3:
+    time.sleep(0.01)
+    starts = [line[0] for line in (folder / "begun").read_text().splitlines()]
+"""
+
+
+@pytest.mark.parametrize(
+    "executor",
+    [
+        "local",
+        pytest.param(
+            "ray",
+            marks=[
+                pytest.mark.ray,
+                pytest.mark.skipif(
+                    importlib.util.find_spec("ray") is None, reason="no Ray"
+                ),
+            ],
+        ),
+    ],
+)
+def test_a_real_world_goes_on_after_kill_9(tmp_path, executor):
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    path = f"{ROOT}{os.pathsep}{tmp_path}"
+    variables = {name: v for name, v in os.environ.items() if name != "RAY_ADDRESS"}
+    own = [f"--executor={executor}", "--processes=2", "--module=mortal"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tlt_jax.launch", *own, "--", f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        env=variables | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = "process 1 of 2 was ended by signal SIGKILL: all are started again"
+    assert ended.stderr.count(told) == 2
+    assert ended.stdout.splitlines() == ["speaks 0"] * 3
+    begun = (tmp_path / "begun").read_text().splitlines()
+    assert sorted(line[0] for line in begun) == list("000111")
+    assert len({line[1:] for line in begun}) == 3
 
 
 def command(directory, processes, *more):
@@ -341,19 +431,17 @@ def test_processes_share_a_run_that_survives_the_death_of_one(tmp_path):
     ]
 
     started = started_until(11)
-    os.kill(children(started.pid)[1], signal.SIGKILL)
-    output, _ = started.communicate(timeout=60)
-    assert started.returncode == 1
-    assert "error: process 1 of 2 ended with signal SIGKILL, and the run" in output
-    assert "The same command resumes from the newest checkpoint." in output
-    assert tiny_runs.policy(tmp_path / "killed")
-    assert len(metrics.read(tmp_path / "killed")) < 40
-
+    started.send_signal(signal.SIGINT)
+    started.communicate(timeout=60)
     shutil.copytree(tmp_path / "killed", tmp_path / "by_one")
-    for directory, processes in (("killed", 2), ("by_one", 1)):
-        variables = devices if processes == 1 else {}
-        status, output = run(tmp_path / directory, processes, *settings, **variables)
-        assert status == 0, output
+    started = started_until(15)
+    os.kill(children(started.pid)[1], signal.SIGKILL)
+    output, _ = started.communicate(timeout=200)
+    assert started.returncode == 0, output
+    told = "process 1 of 2 was ended by signal SIGKILL: all are started again and go on"
+    assert f"{told} from the checkpoint of step " in output
+    status, output = run(tmp_path / "by_one", 1, *settings, **devices)
+    assert status == 0, output
     names = ("step", "rollout/tokens_digest", "reward/mean", "policy/loss")
     names += ("policy/weights_digest",)
     expected = metrics.read(tmp_path / "one")

@@ -87,8 +87,8 @@ def assemble(
         mesh=run.mesh,
         law=law,
         num_steps=run.num_steps,
-        precision=run.precision,
-        remat=run.model.remat,
+        max_prompt_tokens=run.task.max_prompt_tokens,
+        **dict(precision=run.precision, remat=run.model.remat),
     )
     closing.callback(learning.pool.close)
     mesh = learning.learner.mesh
@@ -98,9 +98,7 @@ def assemble(
         observer.note(clocks)
     team = workers.Workers(
         [engine_of_run(run, model, tokenizer, law, speculation, m) for m in meshes],
-        records.Config(
-            min_idle=run.workers.min_idle, heartbeat_timeout_s=run.workers.timeout_s
-        ),
+        _thresholds(run),
         group,
     )
     adapting = adaptation.NoAdaptation()
@@ -177,6 +175,16 @@ def assemble(
         adaptation=adapting,
         collector=collecting,
         evaluator=judging,
+    )
+
+
+def _thresholds(run: config.RunConfig) -> records.Config:
+    """Say when and on how many waiting workers the drafter is trained."""
+    return records.Config(
+        min_idle=run.workers.min_idle,
+        # Beside an update with collectives of its own none may have some.
+        max_members=1 if run.rollout.lag else None,
+        heartbeat_timeout_s=run.workers.timeout_s,
     )
 
 

@@ -1,50 +1,86 @@
-"""Run several processes here: `python -m tlt_jax.launch --processes=N -- ...`.
+"""Run several processes as one: `python -m tlt_jax.launch --processes=N -- ...`.
 
 What follows `--` is the command line of `tlt_jax.main`, or of what `--module` names.
-The processes join through `jax.distributed` at a free port. On CPUs each gets its share
-of the cores, and XLA's threads with it. Process 0
-speaks here; the others write to `WORKDIR/processes/N.log`. If one fails, all are ended;
-the same command resumes, with any number of processes. Ctrl-C and SIGTERM stop the run
+`--executor=local` starts the processes on this machine, `--executor=ray` on the cluster
+that RAY_ADDRESS names; they join through `jax.distributed` at a free port. Process 0
+speaks here; the others write to `WORKDIR/processes/N.log`, with Ray all of them.
+
+A world is one start of all processes. Where one of them is killed, or its machine is
+gone, the world is ended and started again from the newest checkpoint, as long as
+checkpoints come: at most what lies between two of them is computed twice, and what is
+computed is the same. A process that ends with an error of its own ends the run. The
+same command resumes, with any number of processes. Ctrl-C and SIGTERM stop the run
 after saving; a second Ctrl-C ends it at once.
 
-On clusters start `tlt_jax.main --cluster` in every task of your launcher instead.
+Where a cluster's own launcher starts all tasks, they run `tlt_jax.main --cluster`.
 """
 
 import argparse
-import ctypes
+import contextlib
 import os
 import pathlib
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from tlt_jax.runtime import command_line, distributed, stopping
+from tlt_jax.executors import executor as executor_lib
+from tlt_jax.executors import local, on_ray
+from tlt_jax.runtime import command_line, distributed, failures, stopping
 
+EXECUTORS = {"local": local.Local, "ray": on_ray.OnRay}
 _POLL_S = 0.1
 # How long processes that were asked to end may take.
 _GRACE_S = 10.0
 # After one has stopped: the others save the same step.
 _SAVING_S = 60.0
-_PR_SET_PDEATHSIG = 1
 _TAIL_LINES = 12
 # What `tlt_jax.main` returns for what a user can mend, with a line that says so.
 _USER_ERROR = 2
+# What members of other machines get of this process's environment.
+_FORWARDED = "JAX_", "XLA_", "TLT_JAX_", "HF_", "LIBTPU_", "NCCL_", "PYTHONPATH"
 
 
 def main(argv: Sequence[str]) -> int:
     """Start the processes and wait for them; return the exit status."""
     at = argv.index("--") if "--" in argv else len(argv)
     own, program = argv[:at], argv[at + 1 :]
+    options = _parser().parse_args(own)
+    if options.processes < 1:
+        command_line.fail(f"--processes={options.processes}: give at least 1.")
+    if options.restarts < 0:
+        command_line.fail(f"--restarts={options.restarts}: give 0 or more.")
+    if options.cpus_per_process is not None and not options.cpus_per_process > 0:
+        command_line.fail(
+            f"--cpus_per_process={options.cpus_per_process:g}: give more than 0."
+        )
+    directory = command_line.last_value(program, "workdir")
+    if not directory:
+        command_line.fail("--workdir=DIR is missing behind --.")
+    try:
+        (pathlib.Path(directory) / "processes").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        command_line.fail(f"{directory} cannot be written ({error.strerror}).")
+    try:
+        return _Run(options, program, pathlib.Path(directory)).through()
+    except failures.UserError as error:
+        command_line.fail(error)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m tlt_jax.launch",
-        description="Run tlt_jax.main in several processes of this machine.",
+        description="Run tlt_jax.main in several processes.",
         usage="%(prog)s --processes=N [...] -- --config=FILE --workdir=DIR [...]",
     )
     parser.add_argument("--processes", type=int, required=True, help="how many")
+    parser.add_argument(
+        "--executor",
+        choices=sorted(EXECUTORS),
+        default="local",
+        help="who starts them: this machine, or Ray (default: local)",
+    )
     parser.add_argument(
         "--devices_per_process",
         type=int,
@@ -52,23 +88,24 @@ def main(argv: Sequence[str]) -> int:
         help="accelerators of each; without meaning on CPUs (default: 1)",
     )
     parser.add_argument(
+        "--cpus_per_process",
+        type=float,
+        help="cores of each, with Ray; here they are divided (default: 1)",
+    )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        help="how often in a row, without a new checkpoint, processes are started "
+        "again where one was killed (default: 3)",
+    )
+    parser.add_argument(
         "--module",
         default="tlt_jax.main",
         help="a program that joins the processes as this one does (default: "
         "tlt_jax.main)",
     )
-    options = parser.parse_args(own)
-    if options.processes < 1:
-        parser.error(f"--processes={options.processes}: give at least 1.")
-    directory = command_line.last_value(program, "workdir")
-    if not directory:
-        parser.error("--workdir=DIR is missing behind --.")
-    try:
-        logs = pathlib.Path(directory) / "processes"
-        children = _Children(options, program, logs)
-    except OSError as error:
-        parser.error(f"{directory} cannot be written ({error.strerror}).")
-    return children.wait()
+    return parser
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,86 +121,139 @@ class _Parser(argparse.ArgumentParser):
         command_line.fail(message)
 
 
-class _Children:
-    """The processes that were started."""
+class _Run:
+    """Worlds, one after the other, until one has gone through."""
 
-    def __init__(self, options, program: Sequence[str], logs: pathlib.Path):
-        logs.mkdir(parents=True, exist_ok=True)
-        self._logs = logs
-        port = free_port()
-        # Not every system can say which cores are ours.
-        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        cores = shares(sorted(own), options.processes)
-        self._processes: list[subprocess.Popen] = []
-        self._signal = 0
-        self._handlers = [signal.signal(n, self._hear) for n in stopping.SIGNALS]
-        for index in range(options.processes):
-            num = options.devices_per_process
-            devices = range(index * num, (index + 1) * num)
-            environment = os.environ | {
-                distributed.COORDINATOR: f"127.0.0.1:{port}",
-                distributed.NUM_PROCESSES: str(options.processes),
-                distributed.PROCESS: str(index),
-                distributed.DEVICES: ",".join(map(str, devices)),
-            }
-            log = None if index == 0 else open(self._log(index), "ab")
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", options.module, *program],
-                    env=environment,
-                    stdin=None if index == 0 else subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log and subprocess.STDOUT,
-                    process_group=0,
-                    preexec_fn=_before_start(cores[index]),
-                )
-            )
-            if log:
-                log.close()
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        program: Sequence[str],
+        directory: pathlib.Path,
+    ):
+        self._options, self._num = options, options.processes
+        self._words = ["-m", options.module, *program]
+        self._directory = directory
+        self._heard: list[int] = []
+        self._num_told = 0
+        # With an executor elsewhere: how much was shown of what process 0 says.
+        self._shown = 0
+        self._restarts, self._newest = 0, -1
+        self._executor = EXECUTORS[options.executor]()
 
-    def wait(self) -> int:
-        """Wait for all to end, for one to fail, or for what a signal has stopped."""
+    def through(self) -> int:
+        """Start the world, and again where it is broken; return the exit status."""
+        one = self._executor
+        handlers = [signal.signal(n, self._hear) for n in stopping.SIGNALS]
         try:
+            one.start(
+                self._num,
+                executor_lib.Share(
+                    self._options.cpus_per_process, self._options.devices_per_process
+                ),
+            )
+            if not one.is_local:
+                one.check_same(self._num)
+                self._shown = self._size_of_log()
+            self._begin()
             while True:
-                codes = [process.poll() for process in self._processes]
+                codes = one.watch(_POLL_S)
+                self._show()
+                self._pass_signals_on()
                 if all(code == 0 for code in codes):
                     return 0
-                if any(codes):
-                    return self._stopped() if self._signal else self._fail()
-                time.sleep(_POLL_S)
+                if not any(codes):
+                    # Those that run are waited for, with or without others' ends.
+                    time.sleep(_POLL_S * (0 in codes))
+                    continue
+                if self._heard:
+                    return self._stopped()
+                if not self._begin_again(codes):
+                    return self._fail()
         finally:
             self._end()
-            for number, handler in zip(stopping.SIGNALS, self._handlers, strict=True):
+            one.stop()
+            for number, handler in zip(stopping.SIGNALS, handlers, strict=True):
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: object) -> None:
-        """Ask the processes to stop, once; a second Ctrl-C ends them.
+    def _begin(self) -> None:
+        """Let every member run its part of a world."""
+        one = self._executor
+        address = one.call(0, "address", one.host(0))
+        forwarded: Mapping[str, str] = {}
+        if not one.is_local:
+            forwarded = {
+                n: v for n, v in os.environ.items() if n.startswith(_FORWARDED)
+            }
+        for index in range(self._num):
+            variables = {
+                **forwarded,
+                distributed.COORDINATOR: address,
+                distributed.NUM_PROCESSES: str(self._num),
+                distributed.PROCESS: str(index),
+                # Where a member sees its own devices alone, they are not numbered.
+                distributed.DEVICES: self._devices(index) if one.is_local else "",
+                distributed.HOST: one.host(index),
+            }
+            shows = one.is_local and index == 0
+            log = "" if shows else str(self._log(index))
+            one.call(index, "run", self._words, variables, log, os.getcwd())
 
-        They have process groups of their own, so that a terminal's Ctrl-C reaches them
-        by this way alone.
-        """
-        if not self._signal:
-            self._signal = number
-            for process in self._processes:
-                process.terminate()
-        elif number == signal.SIGINT:
-            for process in self._processes:
-                process.kill()
+    def _devices(self, index: int) -> str:
+        count = self._options.devices_per_process
+        return ",".join(map(str, range(index * count, (index + 1) * count)))
+
+    def _begin_again(self, codes: Sequence[int | None]) -> bool:
+        """Start the world again, if one was killed and this may help."""
+        killed = [i for i, code in enumerate(codes) if code is not None and code < 0]
+        if not killed:
+            # Who lost another process may have been seen before it.
+            time.sleep(_GRACE_S / 5)
+            codes = self._executor.watch()
+            killed = [i for i, c in enumerate(codes) if c is not None and c < 0]
+        newest = _newest_checkpoint(self._directory)
+        self._restarts = 0 if newest > self._newest else self._restarts
+        self._newest = max(newest, self._newest)
+        if not killed or self._restarts >= self._options.restarts:
+            return False
+        self._restarts += 1
+        where = "the beginning" if newest < 0 else f"the checkpoint of step {newest}"
+        print(
+            f"process {killed[0]} of {self._num} was ended by "
+            f"{_name(codes[killed[0]])}: all are started again and go on from {where} "
+            f"({self._restarts} of {self._options.restarts} times without a new one).",
+            file=sys.stderr,
+            flush=True,
+        )
+        for index in range(self._num):
+            self._executor.restart(index)
+        self._begin()
+        return True
+
+    def _hear(self, number: int, frame: object) -> None:
+        """Note a signal; the processes have groups of their own and get it later."""
+        self._heard.append(number)
+
+    def _pass_signals_on(self) -> None:
+        """Ask the processes to stop, once; a second Ctrl-C ends them."""
+        for number in self._heard[self._num_told :]:
+            self._num_told += 1
+            if self._num_told == 1:
+                self._tell("terminate")
+            elif number == signal.SIGINT:
+                self._tell("kill")
 
     def _stopped(self) -> int:
         """Wait for the others where the first has stopped; it has said all."""
         self._end(within_s=_SAVING_S)
-        codes = [process.poll() for process in self._processes]
+        codes = self._executor.watch()
         if codes[0] == -signal.SIGTERM:
             # It was not far enough to say a word.
             print(stopping.INTERRUPTED, file=sys.stderr)
-        return _USER_ERROR if _USER_ERROR in codes else 128 + self._signal
+        return _USER_ERROR if _USER_ERROR in codes else 128 + self._heard[0]
 
     def _fail(self) -> int:
         """End the others and say which process was the first to fail."""
-        # What one process finds wrong, others may find and say as well.
-        time.sleep(_GRACE_S / 5)
-        codes = [process.poll() for process in self._processes]
+        codes = self._executor.watch()
         self._end()
         failed = [i for i, code in enumerate(codes) if code]
         # One that was killed is the cause of what others report.
@@ -171,60 +261,64 @@ class _Children:
         code = codes[index]
         if index == 0 and code == _USER_ERROR:
             return code  # It has said all.
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+        how = _name(code) if code < 0 else f"status {code}"
         print(
             f"error: process {index} of {len(codes)} ended with {how}, and the run "
             "with it. The same command resumes from the newest checkpoint.",
             file=sys.stderr,
         )
-        if index:
+        if index or not self._executor.is_local:
             print(f"The end of {self._log(index)}:", file=sys.stderr)
             text = self._log(index).read_text(errors="replace")
             print("\n".join(text.splitlines()[-_TAIL_LINES:]), file=sys.stderr)
         return code if code > 0 else 1
 
     def _end(self, within_s: float = _GRACE_S) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                process.terminate()
-        until = time.monotonic() + within_s
-        for process in self._processes:
-            try:
-                process.wait(max(until - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        """Ask all to end, and end those that have not in time."""
+        until_s = time.monotonic() + within_s
+        if not self._num_told:
+            self._tell("terminate")
+        while None in self._executor.watch() and time.monotonic() < until_s:
+            time.sleep(_POLL_S)
+        self._tell("kill")
+        self._show()
+
+    def _tell(self, method: str) -> None:
+        """Call a method of all whose programs run."""
+        for index, code in enumerate(self._executor.watch()):
+            # Between the two it may go.
+            with contextlib.suppress(executor_lib.ExecutorError):
+                if code is None:
+                    self._executor.call(index, method)
+
+    def _show(self) -> None:
+        """Say here what process 0 has said elsewhere."""
+        if self._executor.is_local:
+            return
+        # Who is gone says no more; the log stays.
+        with contextlib.suppress(executor_lib.ExecutorError):
+            log = str(self._log(0))
+            while text := self._executor.call(0, "read", log, self._shown):
+                self._shown += len(text)
+                sys.stdout.buffer.write(text.encode("latin-1"))
+                sys.stdout.flush()
+
+    def _size_of_log(self) -> int:
+        return self._log(0).stat().st_size if self._log(0).exists() else 0
 
     def _log(self, index: int) -> pathlib.Path:
-        return self._logs / f"{index}.log"
+        return (self._directory / "processes" / f"{index}.log").resolve()
 
 
-def shares(cores: Sequence[int], count: int) -> list[list[int]]:
-    """Divide cores into `count` shares without overlap; too few: all for everybody."""
-    if count > len(cores):
-        return [list(cores)] * count
-    bounds = [len(cores) * i // count for i in range(count + 1)]
-    return [list(cores[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+def _name(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}"
 
 
-def free_port() -> int:
-    """Find a port of this machine that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _before_start(cores: Sequence[int]):
-    """Return what a child does first: keep to its cores, and end with its parent."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        if cores:
-            os.sched_setaffinity(0, cores)
-        if libc:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    return prepare
+def _newest_checkpoint(directory: pathlib.Path) -> int:
+    """Return the step of the newest checkpoint; below 0: there is none."""
+    folder = directory / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=-1)
 
 
 if __name__ == "__main__":

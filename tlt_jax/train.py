@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from tlt_jax import assembly, config
-from tlt_jax.rl import collector
+from tlt_jax.rl import rolled, rollouts
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.runtime import distributed, failures, stopping
 from tlt_jax.runtime import watch as watch_lib
@@ -53,6 +53,7 @@ def train(
         if group.is_first:
             closing.enter_context(workdir.claimed(directory, run))
         group.check_same("settings", config.digest(run))
+        rollouts.check(run.rollout.lag, group.num)
         mode = run.log.progress if group.is_first else "off"
         display = closing.enter_context(progress.Progress(run.num_steps, mode=mode))
         where = functools.partial(ending.stopped, directory, run.num_steps)
@@ -86,6 +87,7 @@ class Trainer:
     Attributes:
       parts: see `assembly.Parts`.
       state: what a checkpoint holds; `state.step` counts RL steps done.
+      rollouts: what steps learn from.
       group: the processes that do this together.
     """
 
@@ -127,12 +129,16 @@ class Trainer:
                 parts.adaptation, directory, run.checkpoint, group, display
             )
         )
-        learning = parts.updater
-        changing = {"collector": parts.collector, "sync": parts.sync}
-        changing |= parts.speculation.tuners
-        given = run.checkpoint, parts.model, learning, changing, stores, about
-        made = state.RunState(directory, *given, display.note)
-        self.state = closing.enter_context(made)
+        learning, sync = parts.updater, parts.sync
+        changing = {"collector": parts.collector, **parts.speculation.tuners}
+        self.rollouts = rollouts.Rollouts(
+            *(run.rollout.lag, run.num_steps, parts.collector, parts.adaptation),
+            *(parts.workers, learning, sync, changing, display),
+        )
+        closing.callback(self.rollouts.close)
+        kept = changing | {"sync": sync}, stores, self.rollouts
+        given = run.checkpoint, parts.model, learning, *kept, about, display.note
+        self.state = closing.enter_context(state.RunState(directory, *given))
         if self.state.restore():
             display.resume(self.state.step)
         else:
@@ -151,7 +157,8 @@ class Trainer:
 
     def begin(self) -> None:
         """Give the workers their weights, and compile what the steps need."""
-        self._push_weights()
+        self.rollouts.renew(self.state.step)
+        self.rollouts.rest(self.watch())
         self.parts.adaptation.start()
         if self.state.step < self.run.num_steps:
             # Beside a training drafter compilers would take several times as long.
@@ -176,12 +183,10 @@ class Trainer:
         """
         row = {"step": self.state.step}
         while self.state.step < self.run.num_steps and not stop.agreed(self.group):
-            before = self.state.parts()
             try:
                 row = self.take_step()
             except failures.Abandoned:
-                self.parts.adaptation.settle()
-                self.state.complete(before)
+                self.state.complete()
                 break
         return row
 
@@ -206,30 +211,31 @@ class Trainer:
 
     def watch(self) -> watch_lib.Watch:
         """Make the watch of the next step."""
-        pools = [engine.pool for engine in self.parts.workers.engines]
-        pools.append(self.parts.updater.pool)
+        pools = [self.parts.updater.pool]
+        if not self.rollouts.lag:
+            pools += [engine.pool for engine in self.parts.workers.engines]
         return watch_lib.Watch(pools, self._display, self.state.step)
 
     def take_step(self) -> dict[str, Any]:
         """Collect, update, sync; write the record and what else is due."""
         run, parts, watch = self.run, self.parts, self.watch()
         started = time.perf_counter()
-        parts.adaptation.begin_rollout()
-        collected = parts.collector.collect(self.state.step, watch)
-        # One worker waits for nobody: it trains here, if it pays.
-        parts.adaptation.end_rollout(collected.stats.accept_length, watch)
-        row = collected.row() | parts.adaptation.row() | self._about_workers(watch)
-        parts.workers.release_caches()
-        if collected.useful is not None:
-            row |= parts.updater.update(collected.useful, watch)
+        found = self.rollouts.take(self.state.step, watch)
+        row = found.row | self._about_workers(found, watch)
+        if not self.rollouts.lag:
+            parts.workers.release_caches()
+        step = self.state.step + 1
+        if found.useful is None:
+            self.rollouts.keep(step)
+        else:
+            row |= parts.updater.update(found.useful, watch)
             with watch.stage("sync"):
-                self._push_weights()
-        self.state.step += 1
-        step = self.state.step
+                self.rollouts.renew(step)
+        self.state.step = step
         if run.eval.every and step % run.eval.every == 0:
             row |= self._evaluate(watch)
         row = step_record.complete(row, step, watch.row(), started)
-        self._write(row, collected)
+        self._write(row, found)
         self._display.record(row)
         if run.checkpoint.every and step % run.checkpoint.every == 0:
             self.state.save()
@@ -249,6 +255,7 @@ class Trainer:
             if self._overdue and may_leave:
                 raise failures.Abandoned
 
+        self.rollouts.rest(watch)
         with watch.stage("eval"), contextlib.suppress(failures.Abandoned):
             return self.parts.evaluator.evaluate(look)
         return {}
@@ -260,35 +267,28 @@ class Trainer:
             opened = sinks.open_writer(self._directory, first_step, self.run)
             self._writer = self._closing.enter_context(opened)
 
-    def _push_weights(self) -> None:
-        params = self.parts.updater.train_state.params
-        self.parts.workers.set_params(*self.parts.sync.sync(params))
-
-    def _about_workers(self, watch: watch_lib.Watch) -> dict[str, Any]:
-        """What the workers did in this step's rollouts; the timeline is written."""
+    def _about_workers(
+        self, found: rolled.Rolled, watch: watch_lib.Watch
+    ) -> dict[str, Any]:
+        """What the workers did in a step's rollouts; the timeline is written."""
         if not self.group.is_first:
             return {}
-        team = self.parts.workers
-        intervals = team.take_intervals()
+        intervals, lost = found.intervals, found.lost
         workdir.write_timeline(self._directory, self.state.step + 1, intervals)
-        row = step_record.of_workers(intervals, team.lost)
-        if len(team.lost) > self._num_lost:
-            self._num_lost = len(team.lost)
+        row = step_record.of_workers(intervals, lost)
+        if len(lost) > self._num_lost:
+            self._num_lost = len(lost)
             watch.note(f"lost workers: {row['workers/lost']}; the others go on.")
         return row
 
-    def _write(
-        self, row: dict[str, Any], collected: collector.Collected | None = None
-    ) -> None:
+    def _write(self, row: dict[str, Any], found: rolled.Rolled | None = None) -> None:
         """Write a record, and the completions if they are due; sinks get both."""
         if self._writer is None:
             return
         self._writer.write(row)
         every = self.run.log.rollouts_every
-        if collected is not None and every and row["step"] % every == 0:
-            scores, decode = collected.scores, self.parts.tokenizer.decode
-            parts = [one.parts for one in scores.items] if scores.names else ()
-            told = collected.everything, decode, parts
+        if found is not None and every and row["step"] % every == 0:
+            told = found.everything, self.parts.tokenizer.decode, found.parts
             records = workdir.write_rollouts(self._directory, row["step"], *told)
             self._writer.samples(row["step"], records)
 

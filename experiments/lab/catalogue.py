@@ -38,7 +38,7 @@ PAPER = {
 OURS = (
     *("losslessness", "decode_speed", "decode_bandwidth", "grpo_step_speed"),
     *("peers_side_by_side", "ahead_of_time", "kernel_ahead_of_time", "tuner_trace"),
-    *("step_ahead_of_time", "simulator_check", "planner", "route_flips"),
+    *("step_ahead_of_time", "simulator_check", "planner", "lag", "route_flips"),
 )
 # Minutes of whole tables of which the record tells the last part alone.
 _MINUTES = {"end_to_end": 35.0, "peers_side_by_side": 20.0}

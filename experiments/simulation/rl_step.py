@@ -20,7 +20,9 @@ class Scenario:
     `arms` are candidates of the tuner `cost_model`; `table` has one strategy for each
     number of rows, for the tuner `threshold`, which begins at `threshold` of a worker.
     `rest_s` are seconds after a rollout of so many tokens, prompts included: inference,
-    update and sync. The drafter's state is that at the beginning.
+    update and sync. The drafter's state is that at the beginning. With a `lag` the
+    learner has devices of its own, and rollouts go on beside its updates by weights
+    that are so many steps old (`rollout.lag`).
     """
 
     cfg: cluster_records.ClusterConfig
@@ -34,6 +36,33 @@ class Scenario:
     drafter: cluster_records.Drafter = dataclasses.field(
         default_factory=cluster_records.Drafter
     )
+    lag: int = 0
+
+
+class Line:
+    """When rollouts and updates that go on side by side begin and end.
+
+    The rollout of step s (from 0) needs the weights after step s - 1 - lag and the end
+    of the rollout before; the update of step s its rollout and the update before.
+    """
+
+    def __init__(self, lag: int):
+        """Begins at time 0, when there are the first weights."""
+        self._lag, self._rolled_s = lag, 0.0
+        self._updated_s = [0.0]
+
+    def wait_s(self) -> float:
+        """Returns how long workers wait for weights after the last rollout's end."""
+        step = len(self._updated_s) - 1
+        ready_s = self._updated_s[max(step - self._lag, 0)]
+        return max(ready_s - self._rolled_s, 0.0)
+
+    def step(self, rollout_s: float, rest_s: float) -> float:
+        """Takes the next step; returns the seconds since the end of the one before."""
+        self._rolled_s += self.wait_s() + rollout_s
+        before_s = self._updated_s[-1]
+        self._updated_s.append(max(self._rolled_s, before_s) + rest_s)
+        return self._updated_s[-1] - before_s
 
 
 def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict]:
@@ -65,16 +94,20 @@ def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict
         seed=seed,
         drafter=dataclasses.replace(scenario.drafter),
     )
-    rows = []
+    rows, line = [], Line(scenario.lag)
     for step in range(num_steps):
-        if step:
+        if step > scenario.lag:
             simulated.changed_target()
         responses = scenario.responses(step)
         report = simulated.roll_out(responses)
         tokens = sum(r.prompt_tokens + r.num_tokens for r in responses)
         rest_s = scenario.rest_s(tokens)
-        simulated.pass_time(rest_s)
         step_s = report.makespan_s + rest_s
+        if scenario.lag:
+            step_s = line.step(report.makespan_s, rest_s)
+            simulated.pass_time(line.wait_s())
+        else:
+            simulated.pass_time(rest_s)
         idle_s = report.sums["workers/idle_s"]
         rows.append(
             {
@@ -99,12 +132,18 @@ def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict
 
 
 def compare(
-    scenario: Scenario, num_steps: int, seed: int
+    scenario: Scenario,
+    num_steps: int,
+    seed: int,
+    reference: Sequence[dict] | None = None,
 ) -> Iterator[tuple[str, dict]]:
-    """Takes RL steps with each system; yields it and its totals."""
-    reference = None
+    """Takes RL steps with each system; yields it and its totals.
+
+    Those are beside the rows of a `reference`; None: everything off. With a lag the
+    first steps, in which a rollout goes on beside no update, are left out.
+    """
     for system in (OFF, PAPER, OURS):
-        rows = run(scenario, system, num_steps, seed)
+        rows = run(scenario, system, num_steps + scenario.lag, seed)[scenario.lag :]
         reference = reference or rows
         yield system, totals(rows, reference)
 

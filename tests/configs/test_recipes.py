@@ -13,6 +13,10 @@ RECIPES = {one.path.stem: one for one in recipe.summaries(FOLDER)}
 LOAD = {"tlt_jax.main": config.load, "tlt_jax.train_drafter": drafter_run.load}
 
 
+def recipe_of(name):
+    return importlib.import_module(f"configs.{name}").get_config
+
+
 def test_all_recipes_are_listed_with_their_variants():
     assert {name: one.variants for name, one in RECIPES.items()} == {
         "grpo": (
@@ -38,6 +42,26 @@ def test_every_variant_is_a_run_of_the_program_that_the_docstring_starts(name):
     if name != "mine":  # Its argument is a file.
         with pytest.raises(ValueError, match=f"{name}.py has no variant 'another'"):
             get_config("another")
+
+
+def test_the_variant_that_counts_is_the_run_of_the_tables_of_record():
+    """Each of these decides what tokens a run has, or how many."""
+    settings = recipe_of("smollm2_tlt")("counting")
+    assert (settings.task.name, settings.task.options.to_dict()) == (
+        *("counting", {"pass_mark": 0.9}),
+    )
+    rollout, learner = settings.rollout, settings.learner
+    sizes = rollout.prompts_per_step, rollout.group_size, rollout.max_new_tokens
+    assert sizes == (2, 8, 512)
+    assert (learner.row_tokens, learner.rows_per_micro_batch) == (1024, 1)
+    assert (settings.num_steps, settings.eval.every) == (16, 0)
+    assert settings.specdec.strategies == ("2:D7K1V8",)
+    # The others differ from the main job in one thing each.
+    main = recipe_of("smollm2_tlt")("").to_dict()
+    other = recipe_of("smollm2_tlt")("chain_sum").to_dict()
+    assert main["task"].pop("name") == "products"
+    assert other["task"].pop("name") == "chain_sum"
+    assert main == other
 
 
 def test_every_drafter_has_a_path_of_its_own():

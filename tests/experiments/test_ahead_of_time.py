@@ -129,6 +129,22 @@ def test_what_a_run_holds_beside_a_program_is_added_up():
     assert programs["sync"].beside_bytes == 2 * (params + weights) + moments
 
 
+def test_what_a_drafter_reads_is_split_as_the_keys_are():
+    """Whole on each device it would take twice what keys and values do."""
+    changes = {"specdec.mode": "tlt", "mesh.fsdp": 2, "mesh.tensor": 4}
+    run, model = run_of("qwen2.5-7b", **changes), ahead_of_time.ARCHITECTURES
+    recipe = recipe_programs.Recipe(model["qwen2.5-7b"], run, jax.devices())
+    target = recipe.engine.programs.abstract_caches.target
+    features = recipe_programs.device_bytes(target.features)
+    # Of 64 rows of 32K and a page each: three layers' and the last of D, on four.
+    positions = target.num_pages * 128
+    assert features == positions * 4 * 3584 * 2 // 4 < 15 * 2**30
+    kept = recipe_programs.device_bytes((target.keys, target.values))
+    assert kept == positions * 28 * 4 * 2 * 128 * 2 // 4
+    names = [program.name for program in recipe.rollouts()]
+    assert names == ["tlt_prefill_4", "tlt_decode_64", "tlt_speculate_16", "tlt_fill_4"]
+
+
 def test_a_program_is_compiled_and_judged():
     def lower():
         x = jax.ShapeDtypeStruct((1000,), jnp.float32)
@@ -193,7 +209,13 @@ def test_the_table_is_that_of_the_recipes():
         run = run_of(name)
         its = [row for row in rows if row["model"] == name]
         largest = f"decode_{run.rollout.max_batch}"
-        assert sorted((row["slice"], row["program"]) for row in its) == sorted(
+        of_tlt = {row["program"] for row in its if row["program"].startswith("tlt_")}
+        assert of_tlt <= {f"tlt_{largest}", "tlt_speculate_16"}
+        assert sorted(
+            (row["slice"], row["program"])
+            for row in its
+            if row["program"] not in of_tlt
+        ) == sorted(
             (place, program)
             for place in ahead_of_time.SLICES[name]
             for program in (*wanted, largest)

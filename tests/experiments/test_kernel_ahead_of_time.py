@@ -1,6 +1,9 @@
 """The kernels for chips that are not there: they lower, and the table is theirs."""
 
 import functools
+import os
+import pathlib
+import runpy
 
 import jax
 import pytest
@@ -43,14 +46,31 @@ def test_the_kernel_lowers_for_tpus(name):
     assert text.count("tpu_custom_call") == 1
 
 
-# Upstream points to another dialect; why it is not taken stands in pallas_gpu.py.
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "num_calls"), [(AGAIN, 2), ("prefill_b4_8k_t1024", 1)]
 )
 def test_the_kernel_lowers_for_cuda(name, num_calls):
     text = lowered(arg_specs.by_name(name), "triton_gpu", "NVIDIA H200", "cuda")
     assert text.count("__gpu$xla.gpu.triton") == num_calls
+
+
+def test_what_runs_on_a_device_lowers_for_it():
+    """All of `-m device`, whose warnings are errors there, too."""
+    for spec in arg_specs.SUITE:
+        text = lowered(spec, "triton_gpu", "NVIDIA H200", "cuda")
+        assert "__gpu$xla.gpu.triton" in text, spec.name
+
+
+@pytest.mark.parametrize(("platform", "quickly"), [("cpu", True), ("cuda", False)])
+def test_an_accelerator_is_compiled_for_with_all_optimisations(
+    monkeypatch, platform, quickly
+):
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    conftest = pathlib.Path(__file__).parents[1] / "conftest.py"
+    runpy.run_path(str(conftest))
+    assert ("optimization_level" in os.environ["XLA_FLAGS"]) == quickly
+    assert "device_count=8" in os.environ["XLA_FLAGS"]
 
 
 def of_implementation(name):

@@ -6,6 +6,7 @@ import pytest
 
 from experiments import (
     active_batch,
+    lag,
     length_tail,
     losslessness,
     ngram_start,
@@ -93,6 +94,41 @@ def test_reward_curves_are_compared_step_by_step(tmp_path, runs, monkeypatch):
     changed = reward_curves.summary_of(rows)
     assert changed[1]["steps_differing"] == 1
     assert changed[1]["reward_gap_max"] == pytest.approx(0.25)
+
+
+def test_lags_are_compared_seed_by_seed(tmp_path, monkeypatch):
+    """With lag 1 a step is half as long, by one seed; by the other twice as long."""
+
+    def run(recipe, overrides):
+        number, seed = overrides["rollout.lag"], overrides["seed"]
+        lagging = {"rollout/lag": number, "time/wait_s": 0.5} if number else {}
+        return [
+            {
+                "step": step,
+                "reward/mean": 0.01 * step + 0.1 * number,
+                "rollout/tokens": 100,
+                "rollout/tokens_digest": "",
+                "time/step_s": 4.0 * (0.5, 2.0)[seed] if number == 1 else 4.0,
+                "time/rollout_s": 3.0,
+                **lagging,
+            }
+            for step in range(1, overrides["num_steps"] + 1)
+        ]
+
+    monkeypatch.setattr(recipes, "run", run)
+    options = [f"--out={tmp_path}", "--steps=20", "--warm-steps=2", "--seeds=2"]
+    none, one, two = lag.main(options)
+    assert [row["lag"] for row in (none, one, two)] == [0, 1, 2]
+    assert one["times_faster"] == pytest.approx(1.0) == two["times_faster"]
+    assert none["wait_s"] == 0 and one["wait_s"] == 0.5 and one["rollout_s"] == 3
+    # The last ten steps: 0.11 to 0.2.
+    assert none["reward_last"] == pytest.approx(0.155)
+    assert one["reward_last_max"] == pytest.approx(0.255)
+    assert (tmp_path / "lag.png").stat().st_size > 10_000
+    rows = tables.read(tmp_path / "lag.csv")
+    assert len(rows) == 3 * 2 * 20 and {row["age"] for row in rows} == {0, 1, 2}
+    _, slower, _ = lag.main([*options, "--again", "--seeds=1"])
+    assert slower["times_faster"] == pytest.approx(2.0)
 
 
 def test_suffix_matches_count_before_the_drafter_is_ready(tmp_path, runs):

@@ -10,8 +10,10 @@ import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 
+from configs import grpo
 from experiments import ahead_of_time, step_ahead_of_time, step_costs
-from experiments.lab import experiment, provenance, tables
+from experiments.lab import experiment, launches, provenance, tables
+from tlt_jax import config
 from tlt_jax.models import config as model_config
 from tlt_jax.pallas_kernels.verify_attention import arguments, tpu_plan
 from tlt_jax.runtime import sharding
@@ -184,6 +186,10 @@ def test_a_budget_is_named_by_the_row():
         read("D7K1V8Nx", 64)
 
 
+def run_of_recipe():
+    return config.load(grpo.get_config())
+
+
 def test_the_table_has_every_step_and_no_program_was_refused():
     every = tables.read(TABLE)
     # Those of other models are added one by one.
@@ -192,7 +198,7 @@ def test_the_table_has_every_step_and_no_program_was_refused():
     wanted = {
         (chip, batch, strategy)
         for chip in step_ahead_of_time.CHIPS
-        for batch in (32, 64, 128)
+        for batch in (1, 32, 64, 128)
         for strategy in strategies
     }
     found = {(r["chip"], r["batch"], r["strategy"]) for r in rows}
@@ -201,6 +207,19 @@ def test_the_table_has_every_step_and_no_program_was_refused():
     assert found <= wanted and len(every) == cells["done"]
     assert cells["wanted"] == len(wanted) + len(every) - len(rows)
     assert {("h200", 64, strategy) for strategy in strategies} <= found
+    # One row, with the draft vocabulary of the large recipes.
+    size = run_of_recipe().drafter.draft_vocab_size
+    (alone,) = [
+        row
+        for row in rows
+        if (row["chip"], row["batch"], row["strategy"]) == ("h200", 1, "D7K1V8")
+    ]
+    assert alone["draft_vocab"] == step_ahead_of_time.DRAFT_VOCAB == size
+    assert 1.2 < alone["bytes_of_plain"] <= 1.35
+    (plain,) = [
+        row for row in rows if row.get("launches") and row["program"] == "plain"
+    ]
+    assert plain["batch"] == 1 and plain["launches"] <= 250
     for row in rows:
         assert not row.get("refused"), row
         assert row["fits"] in (True, None), row
@@ -211,6 +230,54 @@ def test_the_table_has_every_step_and_no_program_was_refused():
             shared, whole = steps[chip, batch, strategy], steps[chip, batch, "D7K1V8"]
             assert 1 < shared["flops_of_plain"] < whole["flops_of_plain"] / 2
             assert 1 < shared["bound_of_plain"] <= whole["bound_of_plain"]
+
+
+COMPILED = """
+%add.1 (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %z = f32[] add(%x, %y)
+}
+
+%inner (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[], f32[8]{0}) parameter(0)
+  %part = f32[8]{0} get-tuple-element(%state), index=1
+  %fusion.2 = f32[8]{0} fusion(%part), kind=kLoop, calls=%add.1
+  %dot = f32[8]{0} custom-call(%fusion.2), custom_call_target="__cublas$gemm"
+  ROOT %tuple.1 = (s32[], f32[8]{0}) tuple(%part, %dot)
+}
+
+%more (state.2: (s32[], f32[8])) -> pred[] {
+  %state.2 = (s32[], f32[8]{0}) parameter(0)
+  ROOT %compare = pred[] fusion(%state.2), kind=kLoop, calls=%add.1
+}
+
+%few (x.3: f32[8]) -> f32[8] {
+  ROOT %x.3 = f32[8]{0} parameter(0)
+}
+
+%body (state.4: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state.4 = (s32[], f32[8]{0}) parameter(0)
+  %while.1 = (s32[], /*index=1*/f32[8]{0}) while(%state.4), condition=%more, body=%inner
+  %chosen = f32[8]{0} conditional(%p, %a, %b), branch_computations={%few, %inner}
+  %copy.1 = f32[8]{0} copy(%chosen)
+  ROOT %tuple.2 = (s32[], f32[8]{0}) bitcast(%while.1)
+}
+
+ENTRY %main (given: f32[8]) -> f32[8] {
+  %fusion.9 = f32[8]{0} fusion(%given), kind=kLoop, calls=%add.1
+  %while.2 = (s32[], f32[8]{0}) while(%tuple.9), condition=%more, body=%body
+  ROOT %out = f32[8]{0} get-tuple-element(%while.2), index=1
+}
+"""
+
+
+def test_launches_are_those_of_the_outer_loops_body():
+    # Of each turn the condition; within it a loop of two and a condition, the branch
+    # with most, and a copy.
+    assert launches.of_step(COMPILED) == 1 + (2 + 1) + 2 + 1
+    with pytest.raises(ValueError, match="has no loop"):
+        launches.of_step(COMPILED.replace("while(", "custom-call("))
 
 
 @pytest.fixture
@@ -247,12 +314,28 @@ def test_budgets_compile_for_tpus_and_copy_no_features(text, no_cache):
 
 @pytest.mark.cuda_compile
 @pytest.mark.timeout(1200)
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize("text", BUDGETED)
 def test_budgets_compile_for_an_h200_and_copy_no_features(text, no_cache):
     row, features = compiled("h200", text)
     assert row["fits"], row
     assert row["temp_bytes"] < features / 2
+
+
+@pytest.mark.cuda_compile
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_a_step_of_one_row_starts_few_kernels_on_an_h200(no_cache):
+    """As many for every layer: those of 28 follow from those of two and four."""
+    mesh = sharding.make_mesh(1, 1, 1, devices=step_ahead_of_time.described("h200")[:1])
+    found = []
+    for num_layers in (2, 4):
+        model = dataclasses.replace(
+            ahead_of_time.ARCHITECTURES["qwen2.5-7b"], num_layers=num_layers
+        )
+        asked = step_ahead_of_time.Decoding(model, 1, 2048, None, mesh)
+        found.append(step_ahead_of_time.compiled(asked, "h200")["launches"])
+    of_layer = (found[1] - found[0]) / 2
+    assert found[0] + 26 * of_layer <= 250, found
 
 
 def test_without_the_compiler_the_message_has_the_command(monkeypatch):

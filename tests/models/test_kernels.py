@@ -13,13 +13,13 @@ from tlt_jax.runtime import sharding
 RULES = sharding.ShardingRules()
 
 
-def mesh_of(platform=None, kind="TPU v5"):
-    """One CPU device, or what stands for a device of another platform."""
+def mesh_of(platform=None, kind="TPU v5", count=1):
+    """One CPU device, or what stands for devices of another platform."""
     if platform is None:
         device = jax.devices()[0]
         return jax.sharding.Mesh(np.array([device]), ("data",))
     device = types.SimpleNamespace(platform=platform, device_kind=kind)
-    return types.SimpleNamespace(devices=np.array([device]))
+    return types.SimpleNamespace(devices=np.array([device] * count))
 
 
 def choose(attention, mesh=None, cpu_kernels="xla", **options):
@@ -41,12 +41,27 @@ def test_on_cpus_the_walk_over_pages_unless_a_kernel_is_interpreted():
     [("tpu", "mosaic_tpu"), ("gpu", "triton_gpu"), ("cuda", "triton_gpu")],
 )
 def test_a_platform_has_its_kernel(platform, name):
-    mesh = mesh_of(platform)
+    mesh, two = mesh_of(platform), mesh_of(platform, count=2)
     for asked in ("auto", name):
         chosen = choose(asked, mesh).attention
-        assert (chosen.name, chosen.interpret, chosen.mesh) == (name, False, mesh)
+        # Programs of one device are the same for each.
+        assert (chosen.name, chosen.interpret, chosen.mesh) == (name, False, None)
+        assert choose(asked, two).attention.mesh == two
+        assert choose(asked, mesh).split is None
+        assert choose(asked, two).split.mesh == two
     assert choose("portable", mesh).attention is None
     assert choose("auto", mesh_of("metal")).attention is None
+
+
+def test_one_gpu_has_products_of_one_column():
+    def fused(mesh, cpu_kernels="auto"):
+        return choose("auto", mesh, cpu_kernels).one_column
+
+    assert fused(mesh_of("gpu")) == fused(mesh_of("cuda")) == "triton_gpu"
+    assert fused(mesh_of("gpu"), "xla") is None
+    assert fused(mesh_of("tpu")) is None and fused(mesh_of()) is None
+    two = types.SimpleNamespace(devices=np.repeat(mesh_of("gpu").devices, 2))
+    assert fused(two) is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kv_cache
 from tlt_jax.pallas_kernels.verify_attention import page_layout
+from tlt_jax.runtime import sharding
 
 L, K, H, B, NUM_PAGES = 2, 2, 4, 3, 9
 TABLE = np.array([[5, 2, 0], [1, 8, 3], [7, 4, 6]], np.int32)
@@ -167,6 +168,40 @@ def test_packed_pages_are_written_and_read_as_columns():
     np.testing.assert_array_equal(*read)
     read = [kv_cache.read_feature_pages(one, jnp.array([5, 2])) for one in both]
     np.testing.assert_array_equal(*read)
+
+
+@pytest.mark.parametrize("packing", [1, 2])
+def test_features_split_over_eight_devices_are_those_of_one(packing):
+    mesh, num_features, page_size = sharding.make_mesh(1, 1, 8), 48, 4
+    rng = np.random.default_rng(4)
+    pages = rng.normal(size=(1, NUM_PAGES, 1, num_features, page_size))
+    whole = as_cache(some_cache(page_size)).replace(features=jnp.float32(pages))
+    whole = whole if packing == 1 else packed(whole, packing)
+    where = jax.tree.map(
+        lambda leaf, axes: sharding.named(
+            mesh, sharding.ShardingRules(), axes, leaf.shape, replicate=True
+        ),
+        whole,
+        kv_cache.logical_axes(whole),
+    )
+    split = jax.device_put(whole, where)
+    assert split.features.addressable_shards[0].data.size * 8 == split.features.size
+    fresh = jnp.float32(rng.normal(size=(num_features, B, 8)))
+    lengths, counts = jnp.array([4, 0, 4]), jnp.array([3, 8, 7])
+
+    def write_and_read(cache):
+        given = *map(jnp.asarray, (*some_columns(8), TABLE)), lengths
+        cache = kv_cache.append_pages(cache, *given, counts, features=fresh)
+        cache = kv_cache.append(cache, *given, counts - 2, features=2 * fresh)
+        read = kv_cache.read_features(
+            cache, jnp.asarray(TABLE), jnp.maximum(lengths - 1, 0), 7
+        )
+        return cache, read, kv_cache.read_feature_pages(cache, jnp.array([5, 2]))
+
+    one = jax.jit(write_and_read)(whole)
+    several = jax.jit(write_and_read, out_shardings=(where, None, None))(split)
+    for got, wanted in zip(jax.tree.leaves(several), jax.tree.leaves(one), strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_rows_that_drop_everything_need_no_pages():

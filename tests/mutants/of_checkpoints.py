@@ -17,8 +17,10 @@ EDITS = {
         ("self._learning.train_state = state", "_ = state"),
         ("if saved.keys() != self._parts.keys():", "if False:"),
         ("counted = (state.opt_state, state.num_updates)", 'counted = ("o", 0)'),
-        ('self._about | {"parts": parts', '{"parts": parts'),
-        ('{"parts": parts or self.parts()}', '{"parts": self.parts()}'),
+        ('self._about | {"parts": self', '{"parts": self'),
+        ("in self._parts.items()} | before", "in self._parts.items()}"),
+        ('{_ROLLOUTS: waiting, "arrays": kinds}', "{_ROLLOUTS: waiting}"),
+        ("found.meta.get(_ROLLOUTS, {}), found.arrays", "{}, found.arrays"),
         ('note if cfg.on_damage == "previous" else None', "None"),
         ("if self.step and self.latest_step() != self.step:", "if self.step:"),
     ],
@@ -116,6 +118,7 @@ EDITS = {
     ("rl/workers/weight_sync.py", "tests/rl/workers/test_weight_sync.py -k version"): [
         ('self.version = state["version"] - 1', "pass"),
         ('self.version = state["version"] - 1', 'self.version = state["version"]'),
+        ("embed=(), expert=()", "", "tests/rl/workers/test_weight_sync.py -k host"),
     ],
     ("rl/update/updater.py", "tests/rl/update/test_updater.py -k resumed"): [
         ('self.skips.in_a_row = state["num_skipped"]', "pass"),

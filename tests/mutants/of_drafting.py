@@ -75,6 +75,7 @@ EDITS = {
         ("(high, low), rounds=20)", "(high, low), rounds=13)"),
         ("jnp.where(ids < half, *words)", "jnp.where(ids <= half, *words)"),
         ("+ 0.5) * 2.0**-31", "+ 1.0) * 2.0**-31"),
+        ("if kernels.splits_vocab:", "if False:"),
         (
             "lengths.astype(jnp.uint32) | np.uint32(1 << 31)",
             "lengths.astype(jnp.uint32)",
@@ -83,6 +84,7 @@ EDITS = {
     ("specdec/sampling.py", "tests/specdec/test_sampling.py"): [
         ("scores >= best[..., -1:]", "scores > best[..., -1:]"),
         ("likelier < top_p", "likelier <= top_p - 0.1"),
+        ("is_stable=False", "is_stable=True"),
         ("keepdims=True) + jnp.log(cfg.min_p)", "keepdims=True) - jnp.log(cfg.min_p)"),
         ("ids, num - 1), jnp.min)", "ids, 0), jnp.max)"),
         (

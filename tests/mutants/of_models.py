@@ -94,8 +94,8 @@ EDITS = {
             _FORMS,
         ),
         (
-            "x_DBT = x_DBT + attended_DBT",
-            "x_DBT = attended_DBT",
+            "out, heads, kernels, layer.out_bias, residual=residual_DBT",
+            "out, heads, kernels, layer.out_bias",
             "tests/models/test_parity.py -k llama-plain",
         ),
         (
@@ -166,5 +166,24 @@ EDITS = {
             "step.fetch(row, at + cut.pages, stop, 1 - turn)",
             "step.fetch(row, at, stop, 1 - turn)",
         ),
+    ],
+    (
+        "models/flash_attention.py",
+        "tests/models/test_flash_attention.py -k 'not compiles'",
+    ): [
+        ("splash_attention.SegmentIds(ids, ids)", "None"),
+        ("scaled = (query.astype(jnp.float32) * scale)", "scaled = (query * 1.0)"),
+        ("* text * (products + kernel) < tree", "* text * (products + kernel) > tree"),
+        ("if any(model.windowed_layers):", "if all(model.windowed_layers):"),
+    ],
+    (
+        "pallas_kernels/one_column/pallas_gpu.py",
+        "tests/pallas_kernels/test_one_column.py",
+    ): [
+        ("part = part * factor * chunk", "part = part * chunk"),
+        ("made += given.residual", "made = given.residual"),
+    ],
+    ("rl/update/packing.py", "tests/rl/update/test_packing.py -k pairs"): [
+        ("        most_trees=most_sequences,\n", ""),
     ],
 }

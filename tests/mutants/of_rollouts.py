@@ -43,6 +43,16 @@ EDITS = {
             "hidden=known[:, num_fused:],",
             "hidden=known[:, : known.shape[1] - num_fused],",
         ),
+        (
+            "row.pages[: -(-min(row.length, len(row.text())) // page_size)]",
+            "row.pages",
+        ),
+        ("if num_bytes <= most_bytes and not task.done():", "if not task.done():"),
+        ("if self._has_failed:", "if False:"),
+    ],
+    ("rl/engine/requests.py", "tests/rl/engine/test_requests.py"): [
+        ("if sure >= longest + _MARGIN:", "if True:"),
+        ("old - num, len(known) - longest", "old - num, len(known)"),
     ],
     ("rl/engine/stats.py", "tests/rl/engine/test_stats.py"): [
         (
@@ -126,6 +136,43 @@ EDITS = {
             "state.num_restarts <= cfg.max_restarts",
             "state.num_restarts < cfg.max_restarts",
         ),
+        (
+            "late = late[: cfg.max_members - len(training.members)]",
+            "late = late[: cfg.max_members]",
+        ),
+        ("for w in members[: cfg.max_members])", "for w in members)"),
+    ],
+    ("rl/rollouts.py", "tests/rl/test_rollouts.py"): [
+        (
+            "workers.set_params(entry.weights.placed, entry.weights.version)",
+            "workers.set_params(self.newest.placed, self.newest.version)",
+        ),
+        (
+            "self._workers.set_params(self.newest.placed, self.newest.version)",
+            "pass",
+        ),
+        (
+            "given = entry.weights.policy, found.useful, watch",
+            "given = self.newest.policy, found.useful, watch",
+        ),
+        ("dataclasses.replace(self.newest, step=step)", "self.newest"),
+        ("if entry.step >= step + self.lag:", "if entry.step > step + self.lag:"),
+        ("entry.made is None and entry.step < self._num_steps", "entry.made is None"),
+        ("return left[0].before if left else {}", "return {}"),
+        ("if self._has_ended:", "if False:"),
+        ("made[step] = self._weights(step, version, arrays)", "made[step] = None"),
+        ("return Weights(step, self._sync.place(policy), version, policy)", "return 0"),
+        ("found = dataclasses.replace(found, useful=useful)", "pass"),
+        (
+            "first = self._entries[-1].step + 1 if self._entries else step",
+            "first = step",
+        ),
+        ("self._workers.abandon()", "pass"),
+    ],
+    ("rl/rolled.py", "tests/rl/test_rollouts.py"): [
+        ("batch = batch.with_logprobs_of(self.useful)", "pass"),
+        ("self.useful and batch.places_of(self.useful)", "self.useful and [0]"),
+        ('np.cumsum(arrays["num_routes"])', 'np.cumsum(arrays["lengths"])'),
     ],
     ("rl/adaptation/spot_trainer.py", _SPOT): [
         (
@@ -160,6 +207,24 @@ EDITS = {
         ("if keep and self._placed is not None:", "if self._placed is not None:"),
         ('self.sharpness, self.tau = found["sharpness"], found["tau"]', "pass"),
         ("tau=np.float32(self.tau),", ""),
+    ],
+    ("rl/workers/columns.py", "tests/rl/workers/test_columns.py"): [
+        ("np.cumsum(lengths)[:-1]", "np.cumsum(lengths)[1:]"),
+        (
+            "parts(columns.routes, columns.num_routes)",
+            "parts(columns.routes, columns.length)",
+        ),
+    ],
+    ("runtime/transport/ring.py", "tests/runtime/transport/test_ring.py"): [
+        ("self.num_bytes += len(piece)", "pass"),
+    ],
+    ("runtime/transport/messages.py", "tests/runtime/transport/test_messages.py"): [
+        ("_MAKERS | _ARRAY_MAKERS if arrays else _MAKERS", "_MAKERS | _ARRAY_MAKERS"),
+        ("if at != len(part):", "if at < len(part):"),
+    ],
+    ("launch.py", "tests/test_launch.py -k again"): [
+        ("newest > self._newest else", "newest >= self._newest else"),
+        ("self._executor.restart(index)", "pass"),
     ],
     ("workdir/metrics.py", "tests/workdir/test_metrics.py"): [
         (

@@ -136,6 +136,10 @@ EDITS = {
             "old_logprobs = self._logprobs(self.train_state.params, batch, own)",
             "old_logprobs = batch.logprobs",
         ),
+        ("own = self._logprobs(policy, batch, routes)", "own = batch.logprobs"),
+        ("algorithms.LAGGING if rollout.lag else {}", "{}"),
+        ("if not self._lags:", "if True:"),
+        ('passes |= self._lags and self._cfg.old_logprobs == "recompute"', "pass"),
     ],
     (
         "rl/update/experience.py",
@@ -155,5 +159,6 @@ EDITS = {
             "np.mean(advantages.carries_signal(rewards))",
         ),
         ("np.percentile(lengths, 95)", "np.percentile(lengths, 50)"),
+        ("own.get(c.request_id, c.logprobs)", "c.logprobs"),
     ],
 }

@@ -19,17 +19,22 @@ def test_the_bench_writes_a_row_for_each(tmp_path):
             "--arguments=tree",
             f"--implementations={names}",
             "--calls=4",
+            "--copy-mib=4",
         ]
     )
     assert [row["implementation"] for row in rows] == names.split(",")
     ours, *peers = rows
     assert ours["minimal_bytes"] == arg_specs.by_name("tree").minimal_bytes
     assert {"median_us", "gb_per_s", "bandwidth_frac"} <= ours.keys()
+    # A share of what a copy reached in this run.
+    record = json.loads((tmp_path / "verify_attention.json").read_text())
+    share = ours["gb_per_s"] / record["copy_gb_per_s"]
+    assert 0 < record["copy_gb_per_s"]
+    assert ours["bandwidth_frac"] == pytest.approx(share, abs=0.02)
     # Of rows of different lengths jax's own know nothing.
     assert all(row["failed"].startswith("NotImplementedError") for row in peers)
     with (tmp_path / "verify_attention.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 3
-    record = json.loads((tmp_path / "verify_attention.json").read_text())
     assert record["device"] == jax.devices()[0].device_kind
     assert len(record["commit"]) == 40
 
@@ -67,7 +72,7 @@ def test_targets_are_told_reached_or_missed():
         slow,
     ]
     assert bench.verdicts(rows) == [
-        "reached: 80% of the bandwidth on verify_b32_8k_w16 (81.0%)",
+        "reached: 80% of a copy's bandwidth on verify_b32_8k_w16 (81.0%)",
         "missed: jax's own speed on verify_b32_8k_w16 (120.0 us; "
         "dot_product_attention_cudnn 110.0 us)",
         "reached: jax's own speed on decode_b1_8k (9.0 us; "

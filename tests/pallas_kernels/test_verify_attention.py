@@ -5,14 +5,13 @@ accelerator that is there.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
+from tests.pallas_kernels import suite
 from tlt_jax.pallas_kernels.verify_attention import (
     api,
     arg_specs,
@@ -22,112 +21,11 @@ from tlt_jax.pallas_kernels.verify_attention import (
 )
 from tlt_jax.runtime import sharding
 
-INTERPRETED = {
-    "mosaic_tpu": api.Implementation("mosaic_tpu", interpret=True),
-    "triton_gpu": api.Implementation("triton_gpu", interpret=True),
-}
-REFERENCE = api.Implementation("reference")
-TREE = arg_specs.by_name("tree")
-# Pages of 64 slots and 16 features, so that pages are packed in twos.
-SIMULATED = arg_specs.ArgSpec(
-    "simulated", (300, 0, 33), 2, num_kv=1, head_dim=16, page_size=64, window=290
-)
-# For programs that run once: compiling them is what takes time.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
-
-@functools.cache
-def program(spec, implementation, log, packing=1):
-    return quick_jit(
-        functools.partial(
-            api.verify_attention,
-            scale=spec.scale,
-            window=spec.window,
-            soft_cap=spec.soft_cap,
-            packing=packing,
-            with_log_normaliser=log,
-            implementation=implementation,
-        )
-    )
-
-
-def run(spec, implementation, arguments, log=True, packing=1):
-    """Output `[B, K, G, T, H]` and log normalisers in float32."""
-    compiled = program(spec, implementation, log, packing)
-    out, log_normaliser = compiled(**arguments)
-    return np.asarray(out, np.float32), log_normaliser
-
-
-def packed(spec, arguments, packing):
-    """The same arguments with pages as a cache for TPUs holds them."""
-    room = page_layout.padded(spec.head_dim, packing) - spec.head_dim
-    made = arguments.copy()
-    for pages in ("cache_keys", "cache_values"):
-        more = np.pad(arguments[pages], [(0, 0)] * 3 + [(0, room), (0, 0)])
-        made[pages] = page_layout.pack(more, packing)
-    return made
-
-
-def mask_of(words, num_tokens):
-    """Unpack words bit by bit."""
-    mask = np.zeros((*words.shape[:-1], num_tokens), bool)
-    for s in range(num_tokens):
-        mask[..., s] = (words[..., s // 32] >> (s % 32)) & 1
-    return mask
-
-
-def expected(spec, arguments):
-    """The twin: one query at a time over the keys that it sees, in float64."""
-    a = {k: np.asarray(v, np.float64) for k, v in arguments.items() if k != "words"}
-    out = np.zeros(spec.query_shape)
-    logs = np.full(spec.query_shape[:4], -1e30)
-    causal = np.tril(np.ones((spec.num_tokens, spec.num_tokens), bool))
-    for b, length in enumerate(spec.lengths):
-        mask = causal
-        if spec.kind == "tree":
-            mask = mask_of(arguments["words"][b], spec.num_tokens)
-        slots = np.arange(length)
-        pages = arguments["page_table"][b, slots // spec.page_size]
-        past = [
-            a[f"cache_{name}"][-1, pages, :, :, slots % spec.page_size]
-            for name in ("keys", "values")
-        ]
-        at = np.concatenate([slots, a["positions"][b]])
-        for k, t in np.ndindex(spec.num_kv, spec.num_tokens):
-            seen = np.concatenate([np.ones(length, bool), mask[t]])
-            if spec.window is not None:
-                seen &= a["positions"][b, t] - at < spec.window
-            keys, values = (
-                np.concatenate([old[:, k], a[name][b, k].T])[seen]
-                for old, name in zip(past, ("keys", "values"), strict=True)
-            )
-            scores = a["query"][b, k, :, t] @ keys.T * spec.scale
-            if spec.soft_cap is not None:
-                scores = np.tanh(scores / spec.soft_cap) * spec.soft_cap
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            normaliser = weights.sum(axis=1)
-            out[b, k, :, t] = weights @ values / normaliser[:, None]
-            logs[b, k, :, t] = scores.max(axis=1) + np.log(normaliser)
-    return out, logs
-
-
-def assert_right(spec, implementation, packing=1):
-    arguments = arg_specs.make(spec)
-    given = packed(spec, arguments, packing)
-    out, logs = run(spec, implementation, given, packing=packing)
-    exact, exact_logs = expected(spec, arguments)
-    # Weights are rounded to bfloat16, and so is the output.
-    tolerance, rounding = (5e-6, 0) if spec.dtype == "float32" else (5e-3, 2**-8)
-    np.testing.assert_allclose(out, exact, atol=tolerance, rtol=rounding)
-    np.testing.assert_allclose(logs, exact_logs, atol=1e-5, rtol=0)
-
 
 @pytest.mark.parametrize("spec", arg_specs.SUITE, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("name", ["reference", *INTERPRETED])
+@pytest.mark.parametrize("name", ["reference", *suite.INTERPRETED])
 def test_attention_is_that_of_one_query_at_a_time(name, spec):
-    assert_right(spec, INTERPRETED.get(name, REFERENCE))
+    suite.assert_right(spec, suite.INTERPRETED.get(name, suite.REFERENCE))
 
 
 @pytest.mark.device
@@ -137,142 +35,88 @@ def test_attention_on_the_device(spec):
     if name is None:
         pytest.skip("JAX_PLATFORMS names no accelerator that has a kernel")
     packing = page_layout.packing(name, spec.page_size, spec.head_dim)
-    assert_right(spec, api.Implementation(name), packing)
+    suite.assert_right(spec, api.Implementation(name), packing)
 
 
-def test_a_simulated_tpu_sees_no_race_and_reads_nothing_that_it_must_not(
-    monkeypatch, capfd
-):
-    """Memory that was never written is NaN, and reads beyond an array raise.
-
-    Pages arrive in blocks of the fewest, so that rows have several.
-    """
-    monkeypatch.setattr(tpu_plan, "_BLOCK_BYTES", 1)
-    spec = SIMULATED
-    sizes = spec.query_shape, spec.dtype, spec.page_size, spec.max_pages
-    cut = tpu_plan.plan(*sizes)
-    assert spec.max_pages > cut.pages and cut.packing > 1
-    simulated = pltpu.InterpretParams(
-        detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait"
-    )
-    assert_right(spec, api.Implementation("mosaic_tpu", interpret=simulated))
-    assert "RACE" not in capfd.readouterr().out
-
-
-class Forgetful:
-    """A copy that is started and never waited for."""
-
-    def __init__(self, copy):
-        self.start = copy.start
-
-    def wait(self):
-        pass
-
-
-@pytest.mark.parametrize("mode", ["eager", "on_wait"])
-def test_a_missing_wait_is_seen(monkeypatch, capfd, mode):
-    """So that silence means something: both ways to simulate show it, each its own.
-
-    Copies made at once give right numbers, and the detector tells the race; copies
-    made when they are waited for never arrive. Where only one of a page's two copies
-    is waited for the detector tells nothing, and the numbers alone are wrong.
-    """
-    monkeypatch.setattr(tpu_plan, "_BLOCK_BYTES", 1)
-    real = pltpu.make_async_copy
-    monkeypatch.setattr(
-        pltpu, "make_async_copy", lambda *given: Forgetful(real(*given))
-    )
-    simulated = pltpu.InterpretParams(
-        detect_races=True, uninitialized_memory="nan", dma_execution_mode=mode
-    )
-    # Traced as nothing else was, lest a right program be taken from a cache.
-    spec = dataclasses.replace(SIMULATED, name=f"forgetful_{mode}", num_tokens=3)
-    implementation = api.Implementation("mosaic_tpu", interpret=simulated)
-    if mode == "eager":
-        assert_right(spec, implementation)
-        assert "RACE" in capfd.readouterr().out
-    else:
-        with pytest.raises(AssertionError):
-            assert_right(spec, implementation)
-
-
-@pytest.mark.parametrize("name", ["reference", *INTERPRETED])
+@pytest.mark.parametrize("name", ["reference", *suite.INTERPRETED])
 def test_packed_pages_hold_the_same(name):
     """As a cache for TPUs gives them, with room for more features than there are."""
     spec = arg_specs.ArgSpec("packed", (31, 0, 48), 3, num_kv=1, head_dim=80)
     arguments = arg_specs.make(spec)
-    implementation = INTERPRETED.get(name, REFERENCE)
-    out, logs = run(spec, implementation, arguments)
+    implementation = suite.INTERPRETED.get(name, suite.REFERENCE)
+    out, logs = suite.run(spec, implementation, arguments)
     packing = page_layout.packing("mosaic_tpu", spec.page_size, spec.head_dim)
     assert (packing, page_layout.padded(80, packing)) == (8, 128)
-    given = packed(spec, arguments, packing)
+    given = suite.packed(spec, arguments, packing)
     assert given["cache_keys"].shape[3:] == (16, 128)
     unpacked = page_layout.unpack(given["cache_keys"], packing)
     np.testing.assert_array_equal(unpacked[..., :80, :], arguments["cache_keys"])
-    again, again_logs = run(spec, implementation, given, packing=packing)
+    again, again_logs = suite.run(spec, implementation, given, packing=packing)
     np.testing.assert_allclose(again, out, atol=1e-6, rtol=0)
     np.testing.assert_allclose(again_logs, logs, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"cache_keys has shape .*128\), but"):
         api.verify_attention(**given, scale=spec.scale, implementation=implementation)
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", suite.INTERPRETED)
 def test_a_rows_numbers_do_not_depend_on_the_batch(name):
-    arguments = arg_specs.make(TREE)
-    out, logs = run(TREE, INTERPRETED[name], arguments)
+    arguments = arg_specs.make(suite.TREE)
+    out, logs = suite.run(suite.TREE, suite.INTERPRETED[name], arguments)
     of_rows = ("query", "keys", "values", "page_table", "lengths", "positions", "words")
     # Elsewhere in the batch, beside rows of other lengths and numbers.
     order = np.array([2, 0, 1])
     moved = arguments | {k: arguments[k][order] for k in of_rows}
     moved["lengths"] = moved["lengths"] * [1, 0, 1]
     moved["query"][1] = np.nan
-    again, again_logs = run(TREE, INTERPRETED[name], moved)
+    again, again_logs = suite.run(suite.TREE, suite.INTERPRETED[name], moved)
     for now, before in ((0, 2), (2, 1)):
         np.testing.assert_array_equal(again[now], out[before])
         np.testing.assert_array_equal(again_logs[now], logs[before])
     assert np.isnan(again[1]).all()
     # And alone.
     alone = arguments | {k: arguments[k][:1] for k in of_rows}
-    np.testing.assert_array_equal(run(TREE, INTERPRETED[name], alone)[0][0], out[0])
+    np.testing.assert_array_equal(
+        suite.run(suite.TREE, suite.INTERPRETED[name], alone)[0][0], out[0]
+    )
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", suite.INTERPRETED)
 def test_a_node_depends_on_no_key_but_its_ancestors(name):
     """Kernels have no derivative: any change to other keys must change no bit."""
-    arguments = arg_specs.make(TREE)
-    mask = mask_of(arguments["words"], TREE.num_tokens)
-    out, _ = run(TREE, INTERPRETED[name], arguments)
-    for node in range(TREE.num_tokens):
+    arguments = arg_specs.make(suite.TREE)
+    mask = suite.mask_of(arguments["words"], suite.TREE.num_tokens)
+    out, _ = suite.run(suite.TREE, suite.INTERPRETED[name], arguments)
+    for node in range(suite.TREE.num_tokens):
         changed = {k: arguments[k].copy() for k in ("keys", "values")}
         for fresh in changed.values():
             fresh[..., node] *= -30
-        again, _ = run(TREE, INTERPRETED[name], arguments | changed)
+        again, _ = suite.run(suite.TREE, suite.INTERPRETED[name], arguments | changed)
         same = (again == out).all(axis=(1, 2, 4))
         np.testing.assert_array_equal(same, ~mask[:, :, node])
 
 
 def test_a_nodes_gradient_is_zero_but_for_its_ancestors_and_the_past():
-    arguments = arg_specs.make(TREE)
-    mask = mask_of(arguments["words"], TREE.num_tokens)
-    direction = np.random.default_rng(1).normal(size=TREE.query_shape)
+    arguments = arg_specs.make(suite.TREE)
+    mask = suite.mask_of(arguments["words"], suite.TREE.num_tokens)
+    direction = np.random.default_rng(1).normal(size=suite.TREE.query_shape)
 
     def outputs(fresh):
         given = jax.tree.map(jnp.asarray, arguments) | fresh
         out, _ = api.verify_attention(
-            **given, scale=TREE.scale, implementation=REFERENCE
+            **given, scale=suite.TREE.scale, implementation=suite.REFERENCE
         )
         return jnp.sum(out * direction, axis=(1, 2, 4))  # [B, T]
 
     names = ("keys", "values", "cache_keys", "cache_values")
     given = {name: jnp.asarray(arguments[name]) for name in names}
-    slopes = quick_jit(jax.jacrev(outputs))(given)
+    slopes = suite.quick_jit(jax.jacrev(outputs))(given)
     for name in names[:2]:
         size = np.abs(slopes[name]).max(axis=(3, 4))  # [B, T, B, T]
-        for b, other in np.ndindex(TREE.batch, TREE.batch):
+        for b, other in np.ndindex(suite.TREE.batch, suite.TREE.batch):
             seen = mask[b] if b == other else np.zeros_like(mask[b])
             assert (size[b, :, other][~seen] == 0).all()
             # A node that sees itself alone weighs itself 1, whatever its key.
-            few = (mask[b].sum(axis=1) + TREE.lengths[b]) == 1
+            few = (mask[b].sum(axis=1) + suite.TREE.lengths[b]) == 1
             if name == "values" or not few.any():
                 assert (size[b, :, other][seen] > 0).all()
     for name in names[2:]:
@@ -282,16 +126,16 @@ def test_a_nodes_gradient_is_zero_but_for_its_ancestors_and_the_past():
         assert (np.abs(slope).max(axis=(0, 1))[readable] > 0).all()
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", suite.INTERPRETED)
 def test_heads_are_spread_over_devices(name):
     mesh = sharding.make_mesh(1, 1, 2, devices=jax.devices()[:2])
-    arguments = arg_specs.make(TREE)
+    arguments = arg_specs.make(suite.TREE)
     spread = api.Implementation(name, interpret=True, mesh=mesh)
-    out, logs = run(TREE, spread, arguments)
-    whole, whole_logs = run(TREE, INTERPRETED[name], arguments)
+    out, logs = suite.run(suite.TREE, spread, arguments)
+    whole, whole_logs = suite.run(suite.TREE, suite.INTERPRETED[name], arguments)
     np.testing.assert_array_equal(out, whole)
     np.testing.assert_array_equal(logs, whole_logs)
-    assert run(TREE, spread, arguments, log=False)[1] is None
+    assert suite.run(suite.TREE, spread, arguments, log=False)[1] is None
 
 
 def test_the_suite_reaches_every_way_to_cut_a_call():
@@ -348,10 +192,10 @@ def at(array, index, value):
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
-    arguments = arg_specs.make(TREE)
+    arguments = arg_specs.make(suite.TREE)
     with pytest.raises(ValueError, match=message):
         api.verify_attention(
-            **arguments | change(arguments), scale=1.0, implementation=REFERENCE
+            **arguments | change(arguments), scale=1.0, implementation=suite.REFERENCE
         )
 
 
@@ -367,7 +211,7 @@ def test_what_a_kernel_cannot_do_is_refused_by_name():
         )
 
     with pytest.raises(NotImplementedError, match="give them with packing=8"):
-        shapes(TREE)
+        shapes(suite.TREE)
     prefill = arg_specs.by_name("prefill_b4_8k_t1024")
     with pytest.raises(NotImplementedError, match="rollout.prefill_chunk"):
         shapes(prefill, 2**15)

@@ -45,6 +45,8 @@ class Group:
         found[self.index] = own
         return found
 
+    gather = exchange
+
 
 def evaluator_of(some_engines, rewards, group=None, used=None):
     rng = np.random.default_rng(7)

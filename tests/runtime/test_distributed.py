@@ -7,8 +7,10 @@ import threading
 import types
 
 import jax
+import numpy as np
 import pytest
 
+from tests.runtime import linked_groups
 from tlt_jax.runtime import channel, distributed
 
 NUM = 3
@@ -22,13 +24,8 @@ def pool():
 
 @pytest.fixture
 def groups():
-    server = channel.Server(NUM, "127.0.0.1", b"secret")
-    made = [distributed.Group(0, NUM, server)]
-    for i in range(1, NUM):
-        link = channel.Client(i, server.address, b"secret")
-        made.append(distributed.Group(i, NUM, link))
-    yield made
-    server.close(failed=True)
+    with linked_groups.of(NUM) as made:
+        yield made
 
 
 def all_do(pool, groups, action, order=(2, 0, 1)):
@@ -89,6 +86,45 @@ def test_the_others_call_what_process_0_offers(groups):
     assert groups[2].call("counter", "add", 3, 4) == (3, 4)
 
 
+def test_what_is_large_goes_round_and_not_through_the_first(groups, pool):
+    """By far the most of it from one, as of a drafter that it alone has trained."""
+    arrays = [np.arange(n, dtype=np.float32) for n in (10, 300_000, 1000)]
+    before = [group.traffic for group in groups]
+
+    def share(group):
+        return group.gather("drafter", {"of": group.index, "x": arrays[group.index]})
+
+    for found in all_do(pool, groups, share):
+        assert [one["of"] for one in found] == [0, 1, 2]
+        for one, wanted in zip(found, arrays, strict=True):
+            assert one["x"].dtype == np.float32 and np.array_equal(one["x"], wanted)
+    for group, earlier in zip(groups, before, strict=True):
+        carried = {n: b - earlier[n] for n, b in group.traffic.items()}
+        assert carried["calls"] < 1000
+        assert 300_000 * 4 < carried["values"] <= 2 * (301_010 * 4 + 1000)
+    # One makes it, all have it.
+    made = all_do(
+        pool, groups, lambda g: g.first_large("x", lambda: np.ones(g.index + 1))
+    )
+    assert [one.tolist() for one in made] == [[1.0]] * NUM
+
+
+def test_who_is_gone_while_values_travel_is_named(groups, pool, monkeypatch):
+    monkeypatch.setattr(distributed, "_TOLD_S", 0.0)
+    waiting = [
+        pool.submit(groups[i].gather, "drafter", np.zeros(8_000_000)) for i in (0, 1)
+    ]
+    # It says how much it will send, and dies.
+    groups[2].exchange("drafter", 100)
+    groups[2]._link.close(failed=True)
+    groups[2]._ring.close()
+    for one in waiting:
+        with pytest.raises(
+            channel.ProcessError, match="process 2 has ended|ring of pro"
+        ):
+            one.result(20)
+
+
 def test_an_error_is_explained_by_a_process_that_has_ended(groups, monkeypatch):
     monkeypatch.setattr(distributed, "_TOLD_S", 0.0)
     groups[1].explain(RuntimeError("of mine alone"))
@@ -129,6 +165,19 @@ def test_processes_that_cannot_join_say_so(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(channel.ProcessError, match="could not be joined .nobody answ"):
         distributed.initialize(on_cluster=True)
+
+
+def test_a_port_that_is_taken_is_said(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("UNKNOWN: Failed to start RPC server")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    for name, value in (("NUM_PROCESSES", "1"), ("PROCESS", "0")):
+        monkeypatch.setenv(getattr(distributed, name), value)
+    monkeypatch.setenv(distributed.COORDINATOR, "127.0.0.1:99")
+    told = "^another program listens at 127.0.0.1:99: the same command takes another "
+    with pytest.raises(channel.ProcessError, match=told):
+        distributed.initialize()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ SETTINGS = {
     drafter_run.Texts: {
         "tasks": ((), ""),
         "num": (1024, "[1, 100000000]"),
+        "round_steps": (0, "[0, 1000000000]"),
+        "kept_rounds": (1, "[1, 1000000]"),
         "num_held_out": (64, "[1, 1000000]"),
         "seed": (0, "[0, 1000000000000000000]"),
         "template_options": ((), ""),

@@ -53,6 +53,7 @@ SETTINGS = {
         "attention": ("auto", ""),
         "check_kernels": (False, ""),
         "tensor": (0, "[0, 1048576]"),
+        "lag": (0, "[0, 64]"),
     },
     sections.Cache: {
         "page_size": (64, "[1, 65536]"),

@@ -1,5 +1,7 @@
 """The noise is a fixed, random-looking function of (seed, request, position)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 import scipy.stats
 from jax.extend import random as jax_random
 
+from tlt_jax.models import kernels as kernels_lib
+from tlt_jax.runtime import sharding
 from tlt_jax.specdec import noise
 
 gumbel = jax.jit(noise.gumbel, static_argnums=2)
@@ -240,3 +244,24 @@ def test_some_entries_are_those_of_the_whole(vocab_size):
     found = noise.gumbel_at(keys, positions, ids, vocab_size)
     whole = noise.gumbel(keys, positions, vocab_size)
     np.testing.assert_array_equal(found, whole[:, ids])
+
+
+@pytest.mark.parametrize("vocab_size", [16, 17])
+def test_devices_that_split_the_vocabulary_make_the_same_noise(vocab_size):
+    mesh = sharding.make_mesh(1, 2, 4)
+    split = kernels_lib.Split(mesh, sharding.ShardingRules())
+    kernels = dataclasses.replace(kernels_lib.PORTABLE, split=split)
+    keys, positions = noise.request_keys(3, [0, 5]), jnp.array([4, 9])
+    where = sharding.named(mesh, split.rules, ("batch", "vocab"), (2, vocab_size), True)
+    made = jax.jit(noise.gumbel, static_argnums=(2, 3), out_shardings=where)
+    compiled = made.lower(keys, positions, vocab_size, kernels).compile()
+    found = compiled(keys, positions)
+    np.testing.assert_array_equal(found, gumbel(keys, positions, vocab_size))
+    # Each makes its part, and none needs another's.
+    for exchange in ("all-to-all", "all-gather", "collective-permute", "all-reduce"):
+        assert f" {exchange}" not in compiled.as_text()
+    if vocab_size == 16:
+        assert found.addressable_shards[0].data.shape == (1, 4)
+    # Where it is not split, each word that is made is used.
+    alone = dataclasses.replace(split, mesh=sharding.make_mesh(8, 1, 1))
+    assert not dataclasses.replace(kernels, split=alone).splits_vocab

@@ -1,6 +1,7 @@
 """The sampling law against a slow twin, and its draws against the law."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,20 @@ def test_law_and_draws_equal_their_definition(num_tokens):
         for drawn, chosen in zip(np.asarray(tokens), np.asarray(scored), strict=True):
             wanted = expected[np.arange(12), drawn]
             np.testing.assert_allclose(chosen, wanted, atol=2e-5)
+
+
+def test_top_p_sorts_numbers_alone():
+    """GPUs sort stably by sorting indices as well: twice the bytes, in every step."""
+    cfg = sampling.SamplingConfig(top_p=0.9)
+    logits = jax.ShapeDtypeStruct((2, 3, 128), jnp.float32)
+    text = jax.jit(sampling.law, static_argnums=1).lower(logits, cfg).as_text()
+    sorts = [line for line in text.splitlines() if "stablehlo.sort" in line]
+    assert len(sorts) == 1 and "is_stable = false" in sorts[0]
+    assert re.search(r"sort\"\(%[^,]*\) ", sorts[0]), sorts
+    plain = jax.jit(sampling.law, static_argnums=1).lower(
+        logits, sampling.SamplingConfig()
+    )
+    assert "stablehlo.sort" not in plain.as_text()
 
 
 def test_the_definition_orders_temperature_top_k_top_p_min_p():

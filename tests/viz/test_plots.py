@@ -124,6 +124,14 @@ def test_time_split_stacks_to_the_step_and_names_the_rest():
     assert labels == ["rollout", "update", "compilation", "other"]
 
 
+def test_time_split_leaves_out_what_was_spent_beside_the_step():
+    (axes,) = plots.time_split([make_row(0) | {"time/wait_s": 2.0}]).axes
+    spans = [(p.get_y(), p.get_height()) for p in axes.patches]
+    assert (0, 2) in spans and 6 not in [height for _, height in spans]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[:2] == ["waiting for the rollout", "update"]
+
+
 def test_one_step_of_compilation_does_not_squeeze_the_others():
     (axes,) = plots.time_split([make_row(s) for s in range(40)]).axes
     assert axes.get_ylim()[1] < 15

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.runtime import linked_groups
 from tlt_jax.rl.adaptation import adaptation
-from tlt_jax.runtime import channel, distributed, train_state
+from tlt_jax.runtime import distributed, train_state
 from tlt_jax.settings import sections
 from tlt_jax.workdir import drafter_checkpoint
 
@@ -150,16 +151,11 @@ def test_alone_a_process_goes_on_with_all_it_kept(checkpointers, found, notes):
 @pytest.mark.parametrize("found", [9, None])
 def test_the_others_get_the_drafter_without_its_texts(checkpointers, found):
     Checkpointer.found = None if found is None else found_of(found)
-    server = channel.Server(2, "127.0.0.1", b"secret")
-    groups = [
-        distributed.Group(0, 2, server),
-        distributed.Group(1, 2, channel.Client(1, server.address, b"secret")),
-    ]
     told = [[], []]
-    stores = [open_store(*pair) for pair in zip(groups, told, strict=True)]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(lambda store: store.restore(9), stores))
-    server.close(failed=True)
+    with linked_groups.of(2) as groups:
+        stores = [open_store(*pair) for pair in zip(groups, told, strict=True)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda store: store.restore(9), stores))
     # The first alone opens the directory, writes, and speaks.
     assert len(checkpointers) == 1
     stores[1].save(10)

@@ -36,6 +36,9 @@ def test_one_line_per_step():
         "time 10 s | of it rollout 60%, update 39% | 60 s left"
     )
     assert progress.line({"step": 9}, 10, 10, 0.0) == "step 10/10"
+    # A rollout beside the step before is no part of this one; waiting for it is.
+    text = progress.line(ROW | {"time/wait_s": 2.0}, 4, 10)
+    assert text.endswith("time 10 s | of it wait 20%, update 39%")
 
 
 def test_accept_lengths_of_a_chain_rule_are_said_to_be():

@@ -109,6 +109,24 @@ class Store:
         self.said.append(("wait",))
 
 
+class Rollouts:
+    """What waits, what was before a rollout that was given up, what was restored."""
+
+    def __init__(self, said, waiting=None, before=None):
+        self.said, self.waiting, self.given = said, waiting or ({}, {}), before or {}
+        self.restored = None
+
+    def before(self):
+        return self.given
+
+    def state(self, step):
+        self.said.append(("waiting", step))
+        return self.waiting
+
+    def restore(self, told, arrays):
+        self.restored = told, arrays
+
+
 class Checkpointer:
     """In place of Orbax: one checkpoint, in memory."""
 
@@ -123,11 +141,13 @@ class Checkpointer:
     def __enter__(self):
         return self
 
-    def restore_latest(self, params, opt_state):
+    def restore_latest(self, params, opt_state, item):
+        assert item == "rollouts"
         return Checkpointer.kept
 
-    def save(self, step, params, opt_state, model, meta):
-        Checkpointer.kept = checkpoint.Restored(step, params, opt_state, meta)
+    def save(self, step, params, opt_state, model, meta, more):
+        arrays = more.get("rollouts", {})
+        Checkpointer.kept = checkpoint.Restored(step, params, opt_state, meta, arrays)
 
     def latest_step(self):
         return Checkpointer.kept and Checkpointer.kept.step
@@ -136,13 +156,14 @@ class Checkpointer:
         pass
 
 
-def run_state(parts, said, notes=None, **checkpoints):
+def run_state(parts, said, notes=None, rollouts=None, **checkpoints):
     tree = types.SimpleNamespace(params="p", opt_state="o", num_updates=7)
     updater = Part(3)
     updater.train_state = tree
     updater.learner = types.SimpleNamespace(abstract_state=lambda: tree)
     cfg = sections.Checkpoint(keep=4, **checkpoints)
-    given = "model", updater, parts, (Store(said),), {"settings": {"seed": 5}}
+    waits = rollouts or Rollouts(said)
+    given = "model", updater, parts, (Store(said),), waits, {"settings": {"seed": 5}}
     made = state.RunState("d", cfg, *given, (notes or []).append)
     return made, updater
 
@@ -176,20 +197,47 @@ def test_parts_get_back_what_they_said_each_its_own():
     trained = updater.train_state
     assert (trained.params, trained.opt_state, trained.num_updates) == ("p", "o", 7)
     other.wait()
-    assert said == [("save", 6), ("restore", 6), ("wait",)]
+    assert said == [("waiting", 6), ("save", 6), ("restore", 6), ("wait",)]
+
+
+def test_rollouts_that_wait_are_kept_with_their_arrays():
+    said, tokens = [], np.arange(3, dtype=np.int32)
+    arrays = {"7.tokens": tokens, "7.routes": np.zeros((0, 2), np.uint8)}
+    rollouts = Rollouts(said, ({"entries": [{"step": 7}]}, arrays))
+    made, _ = run_state({}, said, rollouts=rollouts)
+    made.step = 7
+    made.save()
+    kept = Checkpointer.kept
+    assert kept.meta["rollouts"] == {"entries": [{"step": 7}]}
+    assert kept.meta["arrays"] == {
+        "7.tokens": [[3], "int32"],
+        "7.routes": [[0, 2], "uint8"],
+    }
+    # Orbax takes no empty ones.
+    assert list(kept.arrays) == ["7.tokens"]
+    again = Rollouts(said)
+    other, _ = run_state({}, said, rollouts=again)
+    assert other.restore()
+    assert again.restored == ({"entries": [{"step": 7}]}, {"7.tokens": tokens})
+    # What trains beside the rollout is saved after it has ended.
+    assert said[:2] == [("waiting", 7), ("save", 7)]
 
 
 def test_a_run_is_completed_once_with_what_its_parts_said_at_the_steps_end():
     said = []
-    made, _ = run_state({"a": Part(1)}, said)
+    rollouts = Rollouts(said)
+    made, _ = run_state({"a": Part(1), "b": Part(2)}, said, rollouts=rollouts)
     made.complete()
     # No step was taken.
     assert Checkpointer.kept is None and said == [("wait",)]
     made.step = 2
     for told in (5, 6):
-        made.complete({"a": {"value": told}})
-    assert Checkpointer.kept.meta["parts"] == {"a": {"value": 5}}
-    assert said == [("wait",), ("save", 2), ("wait",), ("wait",)]
+        # Before a rollout that was given up.
+        rollouts.given = {"a": {"value": told}}
+        made.complete()
+    parts = {"a": {"value": 5}, "b": {"value": 2}, "updater": {"value": 3}}
+    assert Checkpointer.kept.meta["parts"] == parts
+    assert said == [("wait",), ("waiting", 2), ("save", 2), ("wait",), ("wait",)]
 
 
 def test_a_damaged_checkpoint_is_passed_over_where_that_is_asked_for():

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+from jax import lax
 
 from tlt_jax.cpu_kernels import attention as cpu_attention
 from tlt_jax.cpu_kernels import choice, grouped, gumbel
+from tlt_jax.pallas_kernels.one_column import api as one_column_api
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.pallas_kernels.verify_attention import page_layout
 from tlt_jax.runtime import sharding
@@ -30,16 +32,38 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class Flash:
+    """A library's kernel of attention in training, see `flash_attention`.
+
+    Attributes:
+      name: `splash` or `cudnn`.
+      interpret: run splash step by step on a CPU: slow, for tests.
+      mesh: devices that split rows and kv heads; None: one.
+      rules: which of its axes split what.
+    """
+
+    name: str
+    interpret: bool = False
+    mesh: jax.sharding.Mesh | None = None
+    rules: sharding.ShardingRules = sharding.ShardingRules()
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Kernels of a program; what has a kernel has no derivative.
+    """Kernels of a program; what has a kernel but `training` has no derivative.
 
     Attributes:
       products: of weights and few columns: `xla`, or `native` for programs on one CPU
         device in float32, see `cpu_kernels.choice`.
       ragged: products of many experts are `jax.lax.ragged_dot`, which is for
         accelerators; see `models.experts`.
-      split: devices among which experts and rows are divided by hand; None: one device.
+      split: devices of the program, where there are several; experts and rows are
+        divided among them by hand. None: one device.
       attention: over a paged cache; None: the portable walk over pages.
+      one_column: products of a single column with what stands around them, by one of
+        `one_column.IMPLEMENTATIONS`, for programs on one GPU; None: as others are.
+      training: attention of packed rows without a past, each prompt of which has one
+        answer; None: the portable form, which takes trees.
       native_attention: where shapes allow it, by the native kernel instead, for the
         same programs as native products; see `cpu_kernels.attention`.
       checked: page tables, lengths, positions and ancestors are checked by the host in
@@ -55,6 +79,8 @@ class Kernels:
     ragged: bool = False
     split: Split | None = None
     attention: verify_attention.Implementation | None = None
+    one_column: str | None = None
+    training: Flash | None = None
     native_attention: bool = False
     checked: bool = False
     noise: Callable[[Array, Array, int], Array] | None = None
@@ -65,6 +91,21 @@ class Kernels:
     def is_native(self) -> bool:
         """Whether the program takes native products for CPUs where there are some."""
         return self.products == "native"
+
+    @property
+    def splits_vocab(self) -> bool:
+        """Whether every device has a part of the vocabulary."""
+        split = self.split
+        return (
+            split is not None and sharding.num_parts(split.mesh, split.rules.vocab) > 1
+        )
+
+    def whole(self, array: Array) -> Array:
+        """Have every device hold all of an array, whose parts several hold."""
+        if self.split is None:
+            return array
+        everywhere = sharding.replicated(self.split.mesh)
+        return lax.with_sharding_constraint(array, everywhere)
 
     def packing(self, page_size: int, head_dim: int) -> int:
         """Say how pages must lie for the attention; see `page_layout.packing`."""
@@ -84,8 +125,12 @@ def for_experts(kernels: Kernels, split: Split) -> Kernels:
     return dataclasses.replace(
         kernels,
         ragged=split.mesh.devices.flat[0].platform != "cpu",
-        split=split if split.mesh.size > 1 else None,
+        split=_if_several(split),
     )
+
+
+def _if_several(split: Split) -> Split | None:
+    return split if split.mesh.devices.size > 1 else None
 
 
 def choose(
@@ -124,8 +169,15 @@ def choose(
     if is_native:
         cpu_attention.register()
         return dataclasses.replace(base, native_attention=True, checked=checked)
-    chosen = _choose_attention(attention, mesh, rules)
-    return dataclasses.replace(base, attention=chosen, checked=checked)
+    own = verify_attention.for_platform(mesh.devices.flat[0].platform)
+    fused = own == "triton_gpu" and mesh.devices.size == 1 and cpu_kernels == "auto"
+    return dataclasses.replace(
+        base,
+        attention=_choose_attention(attention, mesh, rules),
+        split=_if_several(Split(mesh, rules)),
+        checked=checked,
+        one_column=one_column_api.IMPLEMENTATIONS[0] if fused else None,
+    )
 
 
 def _choose_attention(
@@ -148,4 +200,6 @@ def _choose_attention(
             f"attention={asked!r} was asked for on {device.device_kind}, where "
             f"'auto', 'portable' and {', '.join(map(repr, works))} work."
         )
-    return verify_attention.Implementation(name, interpret, mesh, rules)
+    # That of one device is the same for all.
+    several = mesh if mesh.devices.size > 1 else None
+    return verify_attention.Implementation(name, interpret, several, rules)

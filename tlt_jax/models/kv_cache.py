@@ -119,6 +119,14 @@ def create(
     )
 
 
+def logical_axes(cache: PagedCache) -> PagedCache:
+    """Name the axes of a cache's arrays, see `sharding.ShardingRules`."""
+    heads = (None, "page", "kv_heads", None, None)
+    features = None if cache.features is None else (None, "page", None, "feature")
+    routes = None if cache.routes is None else (None, "page")
+    return cache.replace(keys=heads, values=heads, features=features, routes=routes)
+
+
 def page_bytes(cfg: model_config.ModelConfig, page_size: int, dtype) -> int:
     """Bytes that one page takes in all layers, keys and values."""
     columns = cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * page_size
@@ -392,17 +400,28 @@ def _read_through_pages(
     return jnp.moveaxis(lax.map(read, (page_table, start)), 0, 1)
 
 
-def read_feature_pages(cache: PagedCache, pages: Array) -> Array:
-    """Read what whole pages `[n] int32` keep, `[n, n x D, page_size]`."""
-    return cache.columns(cache.features[0, pages, 0])
+def read_feature_pages(cache: PagedCache, pages: Array) -> tuple[Array, ...]:
+    """Read what whole pages `[n] int32` keep, each `[page_size, n x D]`."""
+    return _read_pages(cache, cache.features, pages)
 
 
-def read_route_pages(cache: PagedCache, pages: Array) -> Array:
-    """Read the routes that whole pages `[n] int32` keep, `[n, L x C, page_size]`.
+def read_route_pages(cache: PagedCache, pages: Array) -> tuple[Array, ...]:
+    """Read the routes that whole pages `[n] int32` keep, each `[page_size, L x C]`.
 
     Behind them may be rows that packing needs.
     """
-    return cache.columns(cache.routes[0, pages, 0])
+    return _read_pages(cache, cache.routes, pages)
+
+
+def _read_pages(cache, array: Array, pages: Array) -> tuple[Array, ...]:
+    """Read each page by itself: the host takes those that are wanted."""
+    sizes = (1, 1, *array.shape[2:])
+    blocks = (
+        lax.dynamic_slice(array, (0, pages[i], 0, 0, 0), sizes)
+        for i in range(pages.shape[0])
+    )
+    # A position's numbers side by side, as the host wants them.
+    return tuple(cache.columns(block)[0, 0, 0].T for block in blocks)
 
 
 def _as_it_lies(pages: Array) -> Array:

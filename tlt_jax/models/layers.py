@@ -11,6 +11,7 @@ from tlt_jax.cpu_kernels import product as cpu_product
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
+from tlt_jax.pallas_kernels.one_column import api as one_column
 from tlt_jax.types import Array
 
 # The native product wins up to this many columns, see experiments/LOG.md.
@@ -27,6 +28,9 @@ def product(
     x: Array,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
     bias: Array | None = None,
+    *,
+    norm: tuple[Array, float] | None = None,
+    residual: Array | None = None,
 ) -> Array:
     """Multiply columns by a weight, in their dtype.
 
@@ -34,15 +38,30 @@ def product(
       weight: `[*out, in]`.
       x: `[in, B, T]`.
       kernels: whose native products take the kernel for few columns on CPUs, which
-        has no derivative and cannot be partitioned; see `cpu_kernels.product`.
+        has no derivative and cannot be partitioned; see `cpu_kernels.product`. One
+        column on a GPU has a kernel for all of this, see `one_column`.
       bias: `[*out]`, or None.
+      norm: scale and epsilon of `rms_norm`, which `x` passes first; None: it does not.
+      residual: `[*out, B, T]`, what the result is added to, or None.
 
     Returns:
       `[*out, B, T]`.
     """
+    if kernels.one_column is not None and one_column.takes(weight, x):
+        return one_column.product(
+            weight.astype(x.dtype),
+            x,
+            implementation=kernels.one_column,
+            norm=norm,
+            bias=bias,
+            residual=residual,
+        )
+    if norm is not None:
+        x = rms_norm(x, *norm)
     multiply = cpu_product.product if takes_native(kernels, x) else _product
     y = multiply(weight.astype(x.dtype), x)
-    return y if bias is None else y + bias.astype(x.dtype)[..., None, None]
+    y = y if bias is None else y + bias.astype(x.dtype)[..., None, None]
+    return y if residual is None else residual + y
 
 
 def takes_native(kernels: kernels_lib.Kernels, x: Array) -> bool:
@@ -190,6 +209,9 @@ def mlp(
     layer: model_params.LayerParams,
     x: Array,
     kernels: kernels_lib.Kernels = kernels_lib.PORTABLE,
+    *,
+    norm: tuple[Array, float] | None = None,
+    residual: Array | None = None,
 ) -> Array:
     """Apply the gated feed-forward block, down(silu(gate x) * up x).
 
@@ -197,11 +219,22 @@ def mlp(
 
     Args:
       layer, kernels: one layer's weights, and see `product`.
-      x: `[D, B, T]`, normed; the result is as large.
+      x: `[D, B, T]`; the result is as large.
+      norm, residual: see `product`.
     """
-    # Both projections in one product: [2, F, B, T], gate first.
-    hidden_2FBT = product(layer.gate_up, x, kernels, layer.gate_up_bias)
-    # A split, not two slices: its gradient is one concatenation.
-    gate, up = jnp.split(hidden_2FBT, 2)
-    gated_FBT = jax.nn.silu(gate[0]) * up[0]
-    return product(layer.down, gated_FBT, kernels, layer.down_bias)
+    if kernels.one_column is not None and one_column.takes(layer.gate_up, x):
+        gated_FBT = one_column.product(
+            layer.gate_up.astype(x.dtype),
+            x,
+            implementation=kernels.one_column,
+            norm=norm,
+            bias=layer.gate_up_bias,
+            gated=True,
+        )
+    else:
+        # Both projections in one product: [2, F, B, T], gate first.
+        hidden_2FBT = product(layer.gate_up, x, kernels, layer.gate_up_bias, norm=norm)
+        # A split, not two slices: its gradient is one concatenation.
+        gate, up = jnp.split(hidden_2FBT, 2)
+        gated_FBT = jax.nn.silu(gate[0]) * up[0]
+    return product(layer.down, gated_FBT, kernels, layer.down_bias, residual=residual)

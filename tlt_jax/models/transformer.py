@@ -17,6 +17,7 @@ from tlt_jax.cpu_kernels import product as cpu_product
 from tlt_jax.models import (
     attention,
     experts,
+    flash_attention,
     kernel_attention,
     kv_cache,
     layers,
@@ -25,6 +26,7 @@ from tlt_jax.models import (
 from tlt_jax.models import config as model_config
 from tlt_jax.models import kernels as kernels_lib
 from tlt_jax.models import params as model_params
+from tlt_jax.pallas_kernels.one_column import api as one_column
 from tlt_jax.pallas_kernels.verify_attention import api as verify_attention
 from tlt_jax.pallas_kernels.verify_attention import validators
 from tlt_jax.types import Array
@@ -116,6 +118,14 @@ def forward(
     by_row = positions if rows is None else rows.unpack(positions)
     where = dict(positions=by_row, visibility=visibility, view=view)
     is_token = None if visibility.segment is None else visibility.segment >= 0
+    flash = None
+    if kernels.training is not None and view is None and is_token is not None:
+        flash = functools.partial(
+            flash_attention.attend,
+            within=flash_attention.sequences(visibility),
+            scale=cfg.head_dim**-0.5,
+            flash=kernels.training,
+        )
 
     # One layer for both ways to walk them: its index is an int where they are unrolled,
     # and traced where they are scanned over.
@@ -123,7 +133,7 @@ def forward(
         attend = functools.partial(
             attend_parts, **where, index=index, window=window, kernel=kernels.attention
         )
-        attend = kernel_attention.by_row(attend, rows)
+        attend = flash or kernel_attention.by_row(attend, rows)
         # The native kernel rotates and attends in one, where shapes allow it.
         native, head_dim = None, cfg.head_dim
         if kernel_attention.takes_native(
@@ -216,6 +226,12 @@ def head_logits(
       `[..., V] float32`: the vocabulary is last, as sampling laws have it.
     """
     head = head.astype(hidden.dtype)
+    if kernels.one_column is not None and one_column.takes(head, hidden):
+        column = hidden.reshape(-1, 1, 1)
+        logits = one_column.product(
+            head, column, implementation=kernels.one_column, dtype=jnp.float32
+        )
+        return logits.reshape(*hidden.shape[1:], -1)
     if layers.takes_native(kernels, hidden):
         return cpu_product.product_transposed(head, hidden)
     prec = layers.precision(hidden.dtype)
@@ -303,17 +319,18 @@ def decoder_layer(
       The layer's output `[D, B, T]`, its keys and values `[K, H, B, T]`, and what its
       router did, None where the block is dense.
     """
-    normed = attention_input
-    if normed is None:
-        normed = layers.rms_norm(x_DBT, layer.attn_norm, cfg.rms_norm_eps)
-    attended_DBT, keys, values = _self_attention(
-        layer, normed, cfg, rope, attend, kernels, attend_columns
-    )
     # Both blocks add to what came in, and read it normed.
-    x_DBT = x_DBT + attended_DBT
-    normed_DBT = layers.rms_norm(x_DBT, layer.mlp_norm, cfg.rms_norm_eps)
+    given, norm = attention_input, None
+    if given is None:
+        given, norm = x_DBT, (layer.attn_norm, cfg.rms_norm_eps)
+    x_DBT, keys, values = _self_attention(
+        layer, given, norm, x_DBT, cfg, rope, attend, kernels, attend_columns
+    )
+    norm = layer.mlp_norm, cfg.rms_norm_eps
     if cfg.experts is None:
-        return x_DBT + layers.mlp(layer, normed_DBT, kernels), keys, values, None
+        added_DBT = layers.mlp(layer, x_DBT, kernels, norm=norm, residual=x_DBT)
+        return added_DBT, keys, values, None
+    normed_DBT = layers.rms_norm(x_DBT, *norm)
     mixed_DBT, routing = experts.mlp(
         *(layer, normed_DBT, cfg.experts, kernels), is_token=is_token, given=routes
     )
@@ -367,12 +384,14 @@ def attend_parts(
     return attention.join(cached, partial)
 
 
-def _self_attention(layer, x_DBT, cfg, rope, attend, kernels, attend_columns):
-    """Project, rotate, attend, project back."""
+def _self_attention(
+    layer, x_DBT, norm, residual_DBT, cfg, rope, attend, kernels, attend_columns
+):
+    """Norm, project, rotate, attend, project back, and add to the residual."""
     group = cfg.heads_per_kv
     # All projections in one product, [K, C, H, B, T] with C = G + 2: a kv head's
     # queries, its key and its value, so that devices that split K have whole families.
-    qkv_KCHBT = layers.product(layer.qkv, x_DBT, kernels, layer.qkv_bias)
+    qkv_KCHBT = layers.product(layer.qkv, x_DBT, kernels, layer.qkv_bias, norm=norm)
     query_KGHBT, key_K1HBT, value_K1HBT = jnp.split(
         qkv_KCHBT, [group, group + 1], axis=1
     )
@@ -390,7 +409,10 @@ def _self_attention(layer, x_DBT, cfg, rope, attend, kernels, attend_columns):
     # As a plain product: with the heads' axes kept the compiler reorders the weight.
     out = layer.out.astype(x_DBT.dtype).reshape(layer.out.shape[0], -1)
     heads = heads_KGHBT.reshape(-1, *x_DBT.shape[1:])
-    return layers.product(out, heads, kernels, layer.out_bias), key_KHBT, value_KHBT
+    added_DBT = layers.product(
+        out, heads, kernels, layer.out_bias, residual=residual_DBT
+    )
+    return added_DBT, key_KHBT, value_KHBT
 
 
 def _norm_heads(x_KGHBT: Array, scale: Array, eps: float) -> Array:

@@ -6,7 +6,7 @@ on how many prompts were drawn before, nothing else.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,11 @@ class Collector:
             int(key): value for key, value in state["expected_lengths"].items()
         }
 
+    def prompts_of(self, ids: Sequence[int]) -> list[prompts.Prompt]:
+        """Find prompts by their ids."""
+        known = {prompt.prompt_id: prompt for prompt in self._prompts.prompts}
+        return [known[number] for number in ids]
+
     def collect(self, step: int, watch: watch_lib.Watch) -> Collected:
         """Collect the experience of one step.
 
@@ -218,7 +223,7 @@ class _Asked:
         self, group: distributed.Group
     ) -> tuple[np.ndarray, reward_pool.Scores]:
         """Gather what all processes have judged: `[P, R]`, and how it went."""
-        parts = group.exchange("rewards", (self.judged, self.pool.gather()))
+        parts = group.gather("rewards", (self.judged, self.pool.gather()))
         scores = reward_pool.joined([part for _, part in parts])
         # Judged in the order in which they ended; from here on in that of requests.
         judged = [index for indices, _ in parts for index in indices]

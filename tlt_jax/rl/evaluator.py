@@ -177,7 +177,7 @@ class Evaluator:
             for engine in engines:
                 engine.release_cache()
         rewards = np.empty(count)
-        for indices, found in group.exchange("evaluation", (own, judged)):
+        for indices, found in group.gather("evaluation", (own, judged)):
             rewards[indices] = found
         row = rewards_row(rewards.reshape(-1, samples), self._cfg.k)
         return {f"eval/{name}": value for name, value in row.items()}

@@ -2,58 +2,30 @@
 
 Process 0 listens; the others connect with a secret that they were given. Who connects
 and does not show in time that it knows the secret is hung up on, and holds up nobody.
-What is sent is pickled, and of what comes nothing is made but numbers, texts, arrays
-and records of this package. Who ends without saying goodbye, or hangs, breaks the
-channel: all who wait are told which process is gone.
+What is said here is small: numbers, texts and records of this package (`messages`).
+Arrays are refused, as all of it goes through process 0; they have a way of their own
+(`ring`). Who ends without saying goodbye, or hangs, breaks the channel: all who wait
+are told which process is gone.
 """
 
-import builtins
 import contextlib
 import dataclasses
-import enum
-import io
-import json
-import os
-import pickle
-import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
 from tlt_jax.runtime import failures
+from tlt_jax.runtime.transport import links, messages
 
 _GOODBYE, _BEAT = b"goodbye", b"beat"
 _BEAT_S = 5.0
 # JAX gives a process up a little later, and then ends all without a word for users.
 _SILENT_S = 45.0
-# Who connects has so long to show that it belongs here.
-_HANDSHAKE_S = 10.0
-# Of a greeting or a beat; of a call, which may carry a drafter with its optimizer.
-_MOST_SHORT_BYTES, _MOST_BYTES = 4096, 1 << 35
+# Of a beat; of a call, which carries no arrays.
+_MOST_SHORT_BYTES, _MOST_BYTES = 4096, 1 << 24
 # What waits for a process that is gone has so long to find out by itself.
 _LEAVE_S = 10.0
-# What arrays and containers are made by, and whose records are.
-_MAKERS = frozenset(
-    [
-        ("collections", "Counter"),
-        ("collections", "OrderedDict"),
-        ("collections", "deque"),
-        ("builtins", "set"),
-        ("builtins", "frozenset"),
-        ("builtins", "bytearray"),
-        ("builtins", "complex"),
-        ("builtins", "slice"),
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy._core.numeric", "_frombuffer"),
-    ]
-)
-_DTYPES = frozenset(["bfloat16", "float8_e4m3fn", "float8_e5m2"])
-_PACKAGES = frozenset(["tlt_jax", "optax"])
 # Of `Server`, what its clients call.
 _OWN_METHODS = frozenset(["meet", "check"])
 _REMEDY = "The same command resumes from the newest checkpoint."
@@ -63,57 +35,24 @@ class ProcessError(failures.UserError):
     """Another process of the run has ended or does something else."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes nothing but what processes of a run send each other."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a class or function by its name.
-
-        Raises:
-          ProcessError: it is none of those.
-        """
-        if (module, name) in _MAKERS or (module == "ml_dtypes" and name in _DTYPES):
-            return super().find_class(module, name)
-        # Of what this process has imported itself; naming a module must not run it.
-        found = getattr(sys.modules.get(module), name, None)
-        if isinstance(found, type):
-            ours = module.partition(".")[0] in _PACKAGES
-            if issubclass(found, Exception) and (ours or module == builtins.__name__):
-                return found
-            is_named_tuple = issubclass(found, tuple) and hasattr(found, "_fields")
-            if ours and (
-                dataclasses.is_dataclass(found)
-                or issubclass(found, enum.Enum)
-                or is_named_tuple
-            ):
-                return found
-        raise ProcessError(
-            f"a message from another process holds {module}.{name}, which none of them "
-            "sends: all processes must run the same version of tlt_jax."
-        )
-
-
 def loads(message: bytes) -> Any:
-    """Make a value of a message: numbers, texts, containers, arrays, records, errors.
-
-    Records are dataclasses, named tuples and enumerations of this package and of optax.
+    """Make a value of a message; see `messages.loads`.
 
     Raises:
-      ProcessError: the message holds anything else, or is no message.
+      ProcessError: the message holds what no process sends here, or is no message.
     """
     try:
-        return _Unpickler(io.BytesIO(message)).load()
-    except ProcessError:
-        raise
-    # A pickle that is damaged may fail in any way.
-    except Exception as error:
-        raise ProcessError(
-            f"a message from another process cannot be read ({type(error).__name__})."
-        ) from error
+        return messages.loads(message)
+    except messages.MessageError as error:
+        raise ProcessError(str(error)) from error
 
 
 class Server:
-    """The end of process 0. Objects that are offered here are called by the others."""
+    """The end of process 0. Objects that are offered here are called by the others.
+
+    Attributes:
+      traffic: bytes of calls and answers.
+    """
 
     def __init__(
         self,
@@ -134,6 +73,7 @@ class Server:
             closed the channel some seconds later: it may wait where nothing wakes it.
         """
         self._silent_s, self._on_gone = silent_s, on_gone
+        self.traffic = links.Traffic()
         self._left = threading.Event()
         self._life_lines: set[connection.Connection] = set()
         self._num = num_processes
@@ -142,6 +82,7 @@ class Server:
         # Without the secret: that handshake would hold up all who come later.
         self._listener = connection.Listener((host, 0), None, backlog)
         self._objects: dict[str, Any] = {}
+        self._actions: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._meetings: dict[int, _Meeting] = {}
         self._gone: set[int] = set()
@@ -154,6 +95,11 @@ class Server:
     def address(self) -> tuple[str, int]:
         """Host and port."""
         return self._listener.address
+
+    def when_broken(self, action: Callable[[], None]) -> None:
+        """Call this, by another thread, where a process is found to be gone."""
+        with self._changed:
+            self._actions.append(action)
 
     def offer(self, name: str, target: Any) -> None:
         """Let the others call methods of `target`; its `close` tells it of the end."""
@@ -207,7 +153,7 @@ class Server:
             )
             self._closed = True
             for caller in self._callers:
-                _hang_up(caller)
+                links.hang_up(caller)
         self._listener.close()
 
     def _accept(self) -> None:
@@ -233,7 +179,8 @@ class Server:
                 self._watch(index, caller)
                 return
             while True:
-                _send(caller, self._answer(caller.recv_bytes(_MOST_BYTES)))
+                answer = self._answer(_receive(caller, self.traffic))
+                _send(caller, answer, self.traffic)
         except (EOFError, OSError):
             if is_life_line and not self._closed:
                 with self._changed:
@@ -248,11 +195,7 @@ class Server:
 
     def _greet(self, caller: connection.Connection) -> tuple[int, bool]:
         """Let a caller show that it knows the secret, and say who it is."""
-        with _deadline(caller):
-            _send_at_once(caller)
-            connection.deliver_challenge(caller, self._secret)
-            connection.answer_challenge(caller, self._secret)
-            index, is_life_line = json.loads(caller.recv_bytes(_MOST_SHORT_BYTES))
+        index, is_life_line = links.greet(caller, self._secret)
         if type(index) is not int or not 0 < index < self._num:
             raise ValueError(f"index={index!r} is no process of {self._num}.")
         return index, bool(is_life_line)
@@ -282,7 +225,7 @@ class Server:
         # the caller in the other process, who waits for an answer, raises it there.
         except Exception as error:
             try:
-                loads(pickle.dumps(error))
+                loads(messages.dumps(error))
             # Errors may be made in any way, and not all can be made again.
             except Exception:
                 error = RuntimeError(f"{type(error).__name__}: {error}")
@@ -305,6 +248,8 @@ class Server:
             with contextlib.suppress(OSError):
                 life_line.send_bytes(told.encode()[:_MOST_SHORT_BYTES])
         _leave_later(self._left, self._on_gone, told)
+        for action in self._actions:
+            action()
         for target in self._objects.values():
             if hasattr(target, "close"):
                 target.close()
@@ -318,7 +263,11 @@ class _Meeting:
 
 
 class Client:
-    """The end of another process. Calls by several threads go side by side."""
+    """The end of another process. Calls by several threads go side by side.
+
+    Attributes:
+      traffic: bytes of calls and answers.
+    """
 
     def __init__(
         self,
@@ -333,7 +282,9 @@ class Client:
           ProcessError: process 0 cannot be reached.
         """
         self._index, self._address, self._secret = index, tuple(address), secret
+        self.traffic = links.Traffic()
         self._lock = threading.Lock()
+        self._actions: list[Callable[[], None]] = []
         self._free: list[connection.Connection] = []
         # Its end is this process's end to the server.
         self._life_line = self._connect(True)
@@ -347,8 +298,8 @@ class Client:
           ProcessError: process 0 has ended, or says that another one has.
         """
         with self._connection() as link:
-            _send(link, (name, method, args))
-            succeeded, value = loads(link.recv_bytes(_MOST_BYTES))
+            _send(link, (name, method, args), self.traffic)
+            succeeded, value = loads(_receive(link, self.traffic))
         if not succeeded:
             raise value
         return value
@@ -356,6 +307,11 @@ class Client:
     def meet(self, number: int, topic: str, index: int, value: Any) -> list[Any]:
         """See `Server.meet`."""
         return self.call(None, "meet", number, topic, index, value)
+
+    def when_broken(self, action: Callable[[], None]) -> None:
+        """See `Server.when_broken`."""
+        with self._lock:
+            self._actions.append(action)
 
     def check(self) -> None:
         """See `Server.check`."""
@@ -368,7 +324,7 @@ class Client:
             if not failed:
                 self._life_line.send_bytes(_GOODBYE)
             # Another thread reads from it: closing it would not be told.
-            _hang_up(self._life_line)
+            links.hang_up(self._life_line)
             for link in self._free:
                 link.close()
 
@@ -382,6 +338,11 @@ class Client:
                         return
                     self._life_line.send_bytes(_BEAT)
             told = self._life_line.recv_bytes(_MOST_SHORT_BYTES).decode()
+        if not self._left.is_set():
+            with self._lock:
+                actions = list(self._actions)
+            for action in actions:
+                action()
         _leave_later(self._left, self._on_gone, told)
 
     @contextlib.contextmanager
@@ -399,51 +360,31 @@ class Client:
 
     def _connect(self, is_life_line: bool) -> connection.Connection:
         try:
-            link = connection.Client(self._address)
-            with _deadline(link):
-                _send_at_once(link)
-                connection.answer_challenge(link, self._secret)
-                connection.deliver_challenge(link, self._secret)
-                link.send_bytes(json.dumps([self._index, is_life_line]).encode())
+            return links.connect(
+                self._address, self._secret, [self._index, is_life_line]
+            )
         except (OSError, EOFError, connection.AuthenticationError) as error:
             why = str(error) or type(error).__name__
             raise ProcessError(
                 f"process 0 cannot be reached at {self._address} ({why})."
             ) from error
-        return link
 
 
-def _send(link: connection.Connection, value: Any) -> None:
-    link.send_bytes(pickle.dumps(value))
+def _send(link: connection.Connection, value: Any, traffic: links.Traffic) -> None:
+    message = messages.dumps(value)
+    if len(message) > _MOST_BYTES:
+        raise ValueError(
+            f"a message of {len(message)} bytes is too large for the channel, which "
+            f"takes {_MOST_BYTES}: `Group.gather` sends what is large."
+        )
+    link.send_bytes(message)
+    traffic.count(sent=len(message))
 
 
-@contextlib.contextmanager
-def _deadline(link: connection.Connection) -> Iterator[None]:
-    """Hang up unless what follows is done in time, however slowly it goes on."""
-    timer = threading.Timer(_HANDSHAKE_S, _hang_up, [link])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _send_at_once(link: connection.Connection) -> None:
-    """Keep messages of several parts from waiting for each part's acknowledgement."""
-    with _socket_of(link) as same:
-        same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _hang_up(link: connection.Connection) -> None:
-    """Let both ends of a connection find that it is over."""
-    with contextlib.suppress(OSError), _socket_of(link) as same:
-        same.shutdown(socket.SHUT_RDWR)
-
-
-def _socket_of(link: connection.Connection) -> socket.socket:
-    """Return a second handle of the connection's socket."""
-    return socket.socket(fileno=os.dup(link.fileno()))
+def _receive(link: connection.Connection, traffic: links.Traffic) -> bytes:
+    message = link.recv_bytes(_MOST_BYTES)
+    traffic.count(received=len(message))
+    return message
 
 
 def _leave_later(

@@ -2,7 +2,9 @@
 
 Every process runs the same program with the same settings. `initialize` joins them
 through `jax.distributed`, so that a mesh may span their devices; a `Group` carries what
-is not an array of such a mesh. A program of one process has a group of one.
+is not an array of such a mesh: what is small through process 0, what is large round a
+ring, so that no process carries more than twice the values however many there are. A
+program of one process has a group of one.
 """
 
 import contextlib
@@ -20,17 +22,21 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from tlt_jax.runtime import channel
+from tlt_jax.runtime.transport import messages
+from tlt_jax.runtime.transport import ring as ring_lib
 
 # What a launcher says to the processes that it starts.
 COORDINATOR = "TLT_JAX_COORDINATOR"
 NUM_PROCESSES = "TLT_JAX_NUM_PROCESSES"
 PROCESS = "TLT_JAX_PROCESS"
 DEVICES = "TLT_JAX_DEVICES"
-# Where the channel listens; for machines whose name is not the address to use.
+# Where a process listens; for machines whose name is not the address to use.
 HOST = "TLT_JAX_HOST"
 
 _LOCAL = ("localhost", "127.0.0.1")
 _SHUTDOWN_LIMIT_S = 30
+# What JAX says where it cannot listen.
+_PORT_TAKEN = "Failed to start RPC server"
 _TOLD_S = 1.0
 
 
@@ -56,6 +62,11 @@ def initialize(on_cluster: bool = False) -> None:
             **settings, shutdown_timeout_seconds=_SHUTDOWN_LIMIT_S
         )
     except (RuntimeError, ValueError) as error:
+        if _PORT_TAKEN in str(error):
+            raise channel.ProcessError(
+                f"another program listens at {settings.get('coordinator_address')}: "
+                "the same command takes another port."
+            ) from error
         raise channel.ProcessError(
             f"the other processes could not be joined ({error}): start all of them, "
             "with tlt_jax.launch or your cluster's launcher."
@@ -86,14 +97,25 @@ class Group(contextlib.AbstractContextManager):
         num: int = 1,
         link: channel.Server | channel.Client | None = None,
     ):
-        """Take the link; `alone` and `join` make groups."""
+        """Take the link; `alone`, `linked` and `join` make groups."""
         self.index, self.num = index, num
         self._link = link
+        self._ring: ring_lib.Ring | None = None
         self._num_meetings = 0
 
     def __exit__(self, kind: object, *_: object) -> None:
         if self._link is not None:
+            for name, num_bytes in self.traffic.items():
+                logging.info("%s: %d bytes through this process", name, num_bytes)
             self._link.close(failed=kind is not None)
+        if self._ring is not None:
+            self._ring.close()
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes sent and received by this process: of `calls` and `values`."""
+        carriers = {"calls": self._link, "values": self._ring}
+        return {n: c.traffic.num_bytes for n, c in carriers.items() if c is not None}
 
     @property
     def is_first(self) -> bool:
@@ -101,10 +123,11 @@ class Group(contextlib.AbstractContextManager):
         return self.index == 0
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
-        """Give `value` to all and get everyone's, in order of processes.
+        """Give a small `value` to all and get everyone's, in order of processes.
 
         All processes call this, in the same order and for the same topic. It waits for
-        the last of them as long as that takes.
+        the last of them as long as that takes. Everything goes through process 0, so
+        arrays are refused: `gather` is for them.
 
         Raises:
           channel.ProcessError: a process has ended, or came for another topic.
@@ -114,9 +137,31 @@ class Group(contextlib.AbstractContextManager):
         self._num_meetings += 1
         return self._link.meet(self._num_meetings, topic, self.index, value)
 
+    def gather(self, topic: str, value: Any) -> list[Any]:
+        """Do as `exchange` does with what is large: arrays, and records of them.
+
+        Values go from process to process, see `ring`; through process 0 go their sizes.
+        Arrays of others are views of memory that is nobody else's.
+        """
+        if self._link is None:
+            return [value]
+        own = messages.pack(value)
+        sizes = self.exchange(topic, messages.size(own))
+        try:
+            parts = self._ring.gather(sizes, own)
+        except ring_lib.RingError as error:
+            self.explain(error)
+            raise channel.ProcessError(str(error)) from error
+        found = [value if part is None else messages.unpack(part) for part in parts]
+        return found
+
     def first(self, topic: str, make: Callable[[], Any]) -> Any:
         """Let process 0 make what all get; the others wait. See `exchange`."""
         return self.exchange(topic, make() if self.is_first else None)[0]
+
+    def first_large(self, topic: str, make: Callable[[], Any]) -> Any:
+        """Do as `first` does with what is large; see `gather`."""
+        return self.gather(topic, make() if self.is_first else None)[0]
 
     def check_same(self, topic: str, value: Any) -> None:
         """Make sure that all processes have the same `value`.
@@ -155,6 +200,32 @@ class Group(contextlib.AbstractContextManager):
         return self._link.call(name, method, *args)
 
 
+def linked(
+    index: int,
+    num: int,
+    link: channel.Server | channel.Client,
+    host: str,
+    secret: bytes,
+) -> Group:
+    """Make a group of processes whose channel there is; all of them do.
+
+    Each listens at its `host`, where the process before it must reach it.
+
+    Raises:
+      channel.ProcessError: a process cannot be reached by its neighbour.
+    """
+    group = Group(index, num, link)
+    ring = group._ring = ring_lib.Ring(index, num, host, secret)
+    link.when_broken(ring.close)
+    addresses = group.exchange("addresses", list(ring.address))
+    try:
+        ring.connect(addresses)
+    except ring_lib.RingError as error:
+        group.explain(error)
+        raise channel.ProcessError(str(error)) from error
+    return group
+
+
 def alone() -> Group:
     """Return the group of a program of one process."""
     return Group()
@@ -174,10 +245,11 @@ def join() -> Group:
         logging.info("listening at %s for %d processes", server.address, num - 1)
         host, port = server.address
         _broadcast(b"\n".join([secret.hex().encode(), host.encode(), b"%d" % port]))
-        return Group(0, num, server)
+        return linked(0, num, server, _host(), secret)
     secret, host, port = _broadcast(b"").split(b"\n")
     address, key = (host.decode(), int(port)), bytes.fromhex(secret.decode())
-    return Group(index, num, channel.Client(index, address, key, on_gone=_leave))
+    client = channel.Client(index, address, key, on_gone=_leave)
+    return linked(index, num, client, _host(), key)
 
 
 def leave() -> None:
@@ -193,7 +265,7 @@ def _leave(reason: str) -> None:
 
 
 def _host() -> str:
-    """Return the address of this machine at which the other processes find it."""
+    """Return the address of this machine at which other processes find it."""
     if HOST in os.environ:
         return os.environ[HOST]
     if _is_local():

@@ -8,9 +8,11 @@ ready waits for it. After warm-up a run compiles nothing, which `num_compiled` s
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import jax
 
@@ -24,6 +26,33 @@ class Program:
 
     key: Hashable
     lower: Callable[[], jax.stages.Lowered] = dataclasses.field(compare=False)
+
+
+class Bound:
+    """A function with its settings, which equal devices trace and lower once.
+
+    What jax made of a function it finds by the object, whatever devices ask: so those
+    whose settings are equal must have the same one, see `bound`, and ask one after the
+    other. Each compiles it for itself: an executable is for its devices.
+    """
+
+    def __init__(self, fn: Callable):
+        """Take a function whose settings are bound."""
+        self._fn = fn
+        self._lock = threading.Lock()
+
+    def lower(
+        self, jit: Callable[[Callable], jax.stages.Wrapped], *args: Any
+    ) -> jax.stages.Lowered:
+        """Lower what `jit` makes of the function, for arguments or what they are."""
+        with self._lock:
+            return jit(self._fn).lower(*args)
+
+
+@functools.lru_cache(maxsize=32)
+def bound(fn: Callable, **settings: Hashable) -> Bound:
+    """Bind settings to a function; equal ones are the same object."""
+    return Bound(functools.partial(fn, **settings))
 
 
 @dataclasses.dataclass

@@ -39,6 +39,7 @@ class ShardingRules:
     # T, of the activations between layers that training keeps.
     sequence: tuple[str, ...] = ("tensor",)
     page: tuple[str, ...] = ()  # Pages of the cache.
+    feature: tuple[str, ...] = ("tensor",)  # n x D that pages keep for a drafter.
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -73,6 +73,11 @@ class Watch:
         """Say something of this step that shall stay to be read."""
         self._observer.note(f"  step {self._step + 1}: {text}")
 
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add what was spent beside this step, by stage: under another watch."""
+        for name, spent_s in seconds.items():
+            self._add(name, spent_s)
+
     def row(self) -> dict[str, float]:
         """Return `time/<stage>_s` of every stage; stages that did not happen are 0."""
         spent = dict.fromkeys(_STAGES, 0.0) | self.spent

@@ -136,6 +136,10 @@ class Rollout:
         ends the rollout by its name. The device waits for it each time.
       tensor: devices of one process over which an engine splits heads and vocabulary;
         0: as many as `mesh.tensor`. Divides the model's key/value heads.
+      lag: RL steps by which the weights that roll out are older than those that learn:
+        always so many, after the first ones. 0: rollout and update take turns; else
+        rollouts go on while the learner updates, and it holds lag + 1 copies of the
+        weights more, an engine lag. For one process and engines of one device.
     """
 
     prompts_per_step: int = schema.number(8, 1, 10**6)
@@ -157,6 +161,7 @@ class Rollout:
     ] = "auto"
     check_kernels: bool = False
     tensor: int = schema.number(0, 0, 2**20)
+    lag: int = schema.number(0, 0, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +203,8 @@ class Algorithm:
       kl_estimator: what estimates it from log-probabilities: `k1`, `k2` or `k3`.
       kl_placement: `loss` (a term of the loss) or `reward` (subtracted from rewards).
       importance_cap: truncated importance sampling: the ratio trainer to sampler that
-        weights a token counts at most this much; unset: no weights.
+        weights a token counts at most this much; unset: no weights, or with
+        `rollout.lag` 2.
       entropy_coef: weight of the entropy bonus.
     """
 
@@ -270,6 +276,13 @@ class Learner:
         trainer where a batch takes several updates (with one they are the update's
         own), so that weights depend on the tokens alone; or recorded by the `rollout`,
         which saves that pass and differs in last bits with the batches of its rows.
+        With `rollout.lag` ratios of recomputed ones are weighted by
+        `algorithm.importance_cap` against the policy that rolled out, which takes a
+        pass with its weights; recorded ones are that policy's already.
+      attention: of the update: `auto` takes a library's flash kernel (`splash` on TPUs,
+        `cudnn` on GPUs from Hopper on; bfloat16) where that costs less, answers then
+        having a copy of their prompt each; else, and with `portable`, each prompt is
+        computed once a row.
       routes: of a mixture of experts: the trainer's forward chooses experts itself
         (`own`), or takes those that the rollout chose (`replay`).
       load_balancing_coef: of a mixture of experts: weight of the loss that evens out
@@ -283,6 +296,7 @@ class Learner:
     row_tokens: int = schema.number(2048, 2, 10**8)
     rows_per_micro_batch: int = schema.number(1, 1, 10**6)
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    attention: Literal["auto", "portable", "splash", "cudnn"] = "auto"
     routes: Literal["own", "replay"] = "own"
     load_balancing_coef: float = schema.number(0.0, 0.0, 1e3)
     router_z_coef: float = schema.number(0.0, 0.0, 1e3)

@@ -300,7 +300,8 @@ def kept_features(out: transformer.Output, settings: Settings) -> Array | None:
     features_FBT = transformer.drafter_features(out)
     if settings.keep_hidden and settings.feature_layers:
         features_FBT = jnp.concatenate([features_FBT, out.hidden])
-    return features_FBT
+    # Lest the forward be split as their pages are.
+    return settings.kernels.whole(features_FBT)
 
 
 def kept_routes(out: transformer.Output, settings: Settings) -> Array | None:

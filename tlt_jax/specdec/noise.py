@@ -93,6 +93,10 @@ def gumbel(
     """
     if kernels.noise is not None:
         return kernels.noise(keys, positions, vocab_size)
+    if kernels.splits_vocab:
+        # Every device makes both halves for its part, and none needs another's.
+        ids = jnp.arange(vocab_size, dtype=jnp.uint32)
+        return gumbel_at(keys, positions, ids, vocab_size)
     half = (vocab_size + 1) // 2
     words = _vocabulary_words(keys, positions, jnp.arange(half, dtype=jnp.uint32))
     return _gumbel_of(jnp.concatenate(words, axis=1)[:, :vocab_size])

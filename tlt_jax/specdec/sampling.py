@@ -156,7 +156,9 @@ def _fold(x: Array, reduce) -> Array:
 
 
 def _keep_top_p(scores: Array, top_p: float) -> Array:
-    descending = -jnp.sort(-scores, axis=-1)
+    # The numbers alone: to keep the order of equal ones, which nobody can tell apart,
+    # GPUs would sort their indices as well.
+    descending = -lax.sort(-scores, is_stable=False)
     probs = jnp.exp(descending - log_sum_exp(descending)[..., None])
     likelier = jnp.cumsum(probs, axis=-1) - probs
     num_kept = jnp.sum(likelier < top_p, axis=-1, keepdims=True)

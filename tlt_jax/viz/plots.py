@@ -14,12 +14,13 @@ from matplotlib import cm, figure
 
 from tlt_jax.specdec import rooms, verify
 from tlt_jax.viz import readable, style, timeline
-from tlt_jax.workdir import metrics, record_keys
+from tlt_jax.workdir import metrics, record_keys, step_record
 
 Rows = Sequence[Mapping[str, Any]]
 
 _STAGES = (
     ("time/rollout_s", "rollout", style.BLUE),
+    ("time/wait_s", "waiting for the rollout", style.BLUE),
     ("time/reward_s", "reward", style.PURPLE),
     ("time/inference_s", "inference", style.SKY),
     ("time/update_s", "update", style.ORANGE),
@@ -130,6 +131,13 @@ def lengths(rows: Rows) -> figure.Figure | None:
     return style.finish(fig, axes)
 
 
+def _seconds(row: Mapping[str, Any], name: str) -> float:
+    """Return a stage's part of a step."""
+    if step_record.is_beside(name, row):
+        return 0.0
+    return readable.number(row, name) or 0.0
+
+
 def time_split(rows: Rows) -> figure.Figure | None:
     """Draw what each step's time went into, stacked."""
     rows = [row for row in rows if readable.number(row, "time/step_s") is not None]
@@ -140,7 +148,7 @@ def time_split(rows: Rows) -> figure.Figure | None:
     fig, axes = style.figure("Time per step", "seconds")
     parts = [
         (
-            np.array([readable.number(row, name) or 0 for row in rows], float),
+            np.array([_seconds(row, name) for row in rows], float),
             color,
             label,
         )

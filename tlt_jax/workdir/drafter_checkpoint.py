@@ -228,7 +228,7 @@ class DrafterStore(contextlib.AbstractContextManager):
                 )
             found = there and there[1]
         if self._group.num > 1:
-            given = self._group.first(
+            given = self._group.first_large(
                 "drafter restored", lambda: found and trained.for_others(found)
             )
             found = found if self._group.is_first else given

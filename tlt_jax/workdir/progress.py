@@ -17,12 +17,13 @@ import rich.text
 
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.specdec import chain
+from tlt_jax.workdir import step_record
 
 _SHOWN_STEPS = 10
 _FIRST = "starting"
 _PLAIN_EVERY_S = 30.0
 _BAR = 24
-_SPLIT = ("rollout", "reward", "inference", "update", "sync", "compile")
+_SPLIT = ("rollout", "wait", "reward", "inference", "update", "sync", "compile")
 # What workers do, as the coordinator names it, with its mark and colour.
 _LOOK = {
     "busy": ("●", "blue"),
@@ -266,6 +267,8 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     split = []
     for part in _SPLIT:
         seconds = row.get(f"time/{part}_s")
+        if step_record.is_beside(f"time/{part}_s", row):
+            continue
         if total and seconds and seconds / total >= 0.01:
             split.append(f"{part} {seconds / total:.0%}")
     rule = row.get("specdec/rule", chain.KEYED)

@@ -45,6 +45,9 @@ class Key(NamedTuple):
 
 _UPDATE = "where a group carried signal; else null"
 _UPDATED = "where a group carried signal"
+_COMPARED = _UPDATE + ", as with `rollout.lag` and `learner.old_logprobs=rollout`"
+_WEIGHTED = "with `algorithm.importance_cap`, or `rollout.lag`"
+_LAGS = "with `rollout.lag`"
 _MIXTURE = "of a mixture of experts, where a group carried signal"
 _SPECULATES = "where a decode call speculated"
 _DRAFTS = "where the learned drafter's drafts were verified"
@@ -123,13 +126,13 @@ TRAINING = (
         "policy/importance_mean",
         "-",
         "ratio of trainer to sampler, capped, mean",
-        "with `algorithm.importance_cap`",
+        _WEIGHTED,
     ),
     Key(
         "policy/importance_capped_frac",
         "fraction",
         "tokens of which it was capped",
-        "with `algorithm.importance_cap`",
+        _WEIGHTED,
     ),
     Key("policy/learning_rate", "-", "of the updates, mean", _UPDATED),
     Key(
@@ -143,7 +146,7 @@ TRAINING = (
         "mismatch/logprob_max_abs",
         "nats",
         "largest distance of a log-probability of the rollout from the trainer's own",
-        _UPDATE,
+        _COMPARED,
         stays=True,
     ),
     # Mixtures of experts
@@ -183,6 +186,12 @@ TRAINING = (
     Key("rollout/prefill_s", "s", "computing prompts, all engines added up"),
     Key("rollout/decode_s", "s", "decoding, all engines added up"),
     Key("rollout/rounds", "rounds", "batches drawn, more than 1 by dynamic sampling"),
+    Key(
+        "rollout/lag",
+        "steps",
+        "by which the weights that rolled out are older than those that learn",
+        _LAGS,
+    ),
     Key("rollout/prompts_skipped", "prompts", "left out of the data as too long"),
     # Speculation
     Key(
@@ -327,6 +336,13 @@ TRAINING = (
         "s",
         "log-probabilities of the old and the initial policy",
         stays=True,
+    ),
+    Key(
+        "time/wait_s",
+        "s",
+        "for the rollout; itself, rewards included, it is beside the step before",
+        _LAGS,
+        code='stage("wait")',
     ),
     Key("time/update_s", "s", "gradients and optimizer", stays=True),
     Key("time/sync_s", "s", "bringing weights to the workers", stays=True),

@@ -5,11 +5,16 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from tlt_jax.models import config as model_config
 from tlt_jax.rl.update import updater
 from tlt_jax.runtime import train_state
 from tlt_jax.settings import sections
 from tlt_jax.workdir import checkpoint
+
+# What a checkpoint calls the rollouts that wait, and their arrays.
+_ROLLOUTS = "rollouts"
 
 
 class Stateful(Protocol):
@@ -38,6 +43,21 @@ class Store(Protocol):
         """Wait until all is on disk."""
 
 
+class Rollouts(Protocol):
+    """Rollouts that wait to be learned from, see `rl.rollouts.Rollouts`."""
+
+    def before(self) -> dict[str, Any]:
+        """Return what parts were, by name, before a rollout that was given up."""
+
+    def state(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return what waits after a step: fit for JSON, and arrays; or nothing."""
+
+    def restore(
+        self, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+    ) -> None:
+        """Go on from a `state`."""
+
+
 class RunState(contextlib.AbstractContextManager):
     """The state of a run in its directory. Use as a context manager.
 
@@ -53,20 +73,21 @@ class RunState(contextlib.AbstractContextManager):
         learning: updater.Updater,
         parts: Mapping[str, Stateful],
         stores: tuple[Store, ...],
+        rollouts: Rollouts,
         about: Mapping[str, Any],
         note: Callable[[str], None],
     ):
         """Open the directory; nothing is read yet.
 
         `parts` are whatever changes beside weights and optimizer, by the name that the
-        checkpoint has for it; `stores` keep arrays of their own. `about` is what
-        `identity.claim` says of the run. `note` is told a line where a damaged
-        checkpoint is passed over.
+        checkpoint has for it; `stores` keep arrays of their own, and `rollouts` say
+        what waits. `about` is what `identity.claim` says of the run. `note` is told a
+        line where a damaged checkpoint is passed over.
         """
         self.step = 0
         self._model, self._learning = model, learning
         self._parts = dict(parts) | {"updater": learning}
-        self._stores, self._about = stores, dict(about)
+        self._stores, self._rollouts, self._about = stores, rollouts, dict(about)
         self._checkpointer = checkpoint.Checkpointer(
             directory,
             cfg.keep,
@@ -85,7 +106,7 @@ class RunState(contextlib.AbstractContextManager):
         """
         target = self._learning.learner.abstract_state()
         found = self._checkpointer.restore_latest(
-            target.params, (target.opt_state, target.num_updates)
+            target.params, (target.opt_state, target.num_updates), _ROLLOUTS
         )
         if found is None:
             # Theirs may be complete where it was killed before the policy's was.
@@ -105,29 +126,42 @@ class RunState(contextlib.AbstractContextManager):
             part.restore(saved[name])
         for store in self._stores:
             store.restore(self.step)
+        self._rollouts.restore(found.meta.get(_ROLLOUTS, {}), found.arrays)
         return True
 
     def parts(self) -> dict[str, Any]:
-        """Return the state of what changes beside weights and optimizer, by name."""
-        return {name: part.state() for name, part in self._parts.items()}
+        """Return the state of what changes beside weights and optimizer, by name.
 
-    def save(self, parts: Mapping[str, Any] | None = None) -> None:
+        A rollout that was given up has changed none of it.
+        """
+        before = self._rollouts.before()
+        return {name: part.state() for name, part in self._parts.items()} | before
+
+    def save(self) -> None:
         """Write a checkpoint of this step, in the background.
 
-        `parts` are theirs at the step's end; None: as they are now.
+        Rollouts that go on beside it are waited for.
         """
+        meta = self._about | {"parts": self.parts()}
+        waiting, arrays = self._rollouts.state(self.step)
+        more = {}
+        if waiting:
+            kinds = {name: [list(x.shape), x.dtype.name] for name, x in arrays.items()}
+            meta |= {_ROLLOUTS: waiting, "arrays": kinds}
+            # Orbax takes no empty ones.
+            more[_ROLLOUTS] = {name: x for name, x in arrays.items() if x.size}
         # Before the policy's: every one of those finds theirs of its step.
         for store in self._stores:
             store.save(self.step)
         state = self._learning.train_state
         counted = (state.opt_state, state.num_updates)
-        meta = self._about | {"parts": parts or self.parts()}
-        self._checkpointer.save(self.step, state.params, counted, self._model, meta)
+        given = state.params, counted, self._model, meta, more
+        self._checkpointer.save(self.step, *given)
 
-    def complete(self, parts: Mapping[str, Any] | None = None) -> None:
+    def complete(self) -> None:
         """Save this step unless it is saved, or none was taken; wait for the disk."""
         if self.step and self.latest_step() != self.step:
-            self.save(parts)
+            self.save()
         self.wait()
 
     def latest_step(self) -> int | None:

@@ -42,6 +42,11 @@ def of_workers(
     return row
 
 
+def is_beside(name: str, row: Mapping[str, Any]) -> bool:
+    """Tell whether these seconds of a record were spent beside its step."""
+    return "time/wait_s" in row and name in ("time/rollout_s", "time/reward_s")
+
+
 def left_out(workdir: pathlib.Path, step: int) -> dict[str, Any] | None:
     """Return the record of this step, the newest, if an evaluation is missing there.
 

@@ -390,6 +390,37 @@ def test_the_planner_tells_whether_idle_time_keeps_the_drafter_adapted():
 
 
 @pytest.mark.parametrize(
+    "lag,steps",
+    [
+        # By turns: 10 + 4, 20 + 4, ...
+        (0, [14.0, 24.0, 14.0, 24.0]),
+        # Rollouts end at 10, 30, 40 and 60; each waits for nobody.
+        (1, [14.0, 20.0, 10.0, 20.0]),
+        (9, [14.0, 20.0, 10.0, 20.0]),
+    ],
+)
+def test_rollouts_and_updates_side_by_side_take_the_longer_of_both(lag, steps):
+    line = rl_step.Line(lag)
+    assert [line.step(rollout_s, 4.0) for rollout_s in (10.0, 20.0) * 2] == steps
+    # Where the learner is the slower one, workers wait for weights of their age.
+    line, waits = rl_step.Line(lag), []
+    for _ in range(4):
+        waits.append(line.wait_s())
+        line.step(1.0, 5.0)
+    assert waits == {0: [0, 5, 5, 5], 1: [0, 0, 4, 4], 9: [0, 0, 0, 0]}[lag]
+
+
+def test_the_planner_lets_rollouts_go_on_beside_updates(capsys):
+    flags = [*SMALL, "--steps=2", "--devices=16", "--tensor=2", "--median=100"]
+    turns, off, *_ = planner.main([*flags, "--lag=1", "--learner-devices=4"])
+    assert [turns["system"], off["system"]] == ["turns", "off"]
+    assert turns["times_faster"] == 1
+    # A step is as long as the longer of both: here the update, exchange included.
+    assert off["step_s"] < turns["step_s"] and off["times_faster"] > 1
+    assert "rollouts beside updates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--device=abacus"], "--device=abacus is not known: use one of a100"),
@@ -398,6 +429,13 @@ def test_the_planner_tells_whether_idle_time_keeps_the_drafter_adapted():
         (["--num-prompts=0"], "--num-prompts=0: at least 1"),
         (["--sigma=-1"], "--sigma=-1"),
         (["--learned=2"], "--learned=2: 0 to 1"),
+        (["--lag=1"], "--lag=1 --learner-devices=0: give both"),
+        (["--lag=-1"], "--lag=-1 --learner-devices=0: give both"),
+        (["--learner-devices=8"], "--lag=0 --learner-devices=8: give both"),
+        (
+            ["--lag=1", "--learner-devices=64"],
+            "--learner-devices=64 leaves 0 of --devices=64",
+        ),
         (["--stale-accept-length=7"], "more than that of the adapted"),
         (["--lengths=nowhere"], "has no rollouts"),
         (["--step-times=nowhere.csv"], "cannot be read"),

@@ -282,7 +282,7 @@ def test_what_another_process_learned_is_taken_over(make):
     learned = []
 
     class Group(distributed.Group):
-        def exchange(self, topic, given):
+        def gather(self, topic, given):
             return [given, learned[0]]
 
     adapted, workers, _ = make(Group(0, 2))

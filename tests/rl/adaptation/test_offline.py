@@ -14,9 +14,9 @@ from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.adaptation import offline, offline_texts
+from tlt_jax.rl.engine import capture, speculator
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
-from tlt_jax.rl.engine import speculator
 from tlt_jax.runtime import failures
 from tlt_jax.specdec import strategy
 from tlt_jax.specdec.texts import layout, shards
@@ -104,19 +104,27 @@ def assert_same(one, other):
 def test_features_are_those_of_a_forward_that_nobody_made(
     engine, tmp_path, monkeypatch
 ):
-    used = []
-    get = engine.pool.get
+    used, brought = [], {}
+    get, add = engine.pool.get, capture.Delivery.add
+
+    def counted(self, text, pages):
+        brought[text.text_id] = [page.nbytes for page in pages]
+        return add(self, text, pages)
 
     def noted(program):
         used.append(program.key[0])
         return get(program)
 
     monkeypatch.setattr(engine.pool, "get", noted)
+    monkeypatch.setattr(capture.Delivery, "add", counted)
     told = []
     texts = write(engine, tmp_path / "texts", told)
-    # Texts cost what drawing them costs, and one reading of pages each.
+    # Texts cost what drawing them costs, and the reading of their own pages.
     assert set(used) - {"cache", "copy"} == {"prefill", "decode", "read_features"}
-    assert used.count("read_features") == len(texts) == 12
+    assert used.count("read_features") == len(texts) == len(brought) == 12
+    for text_id, length in zip(texts.text_ids, texts.lengths, strict=True):
+        page = 4 * engines.CFG.d_model * (len(LAYERS) + 1) * np.float32().nbytes
+        assert brought[text_id] == [page] * -(-(length - 1) // 4)
     prompts = {one.request_id: one.prompt for one in asked()}
     forward = jax.jit(
         lambda tokens: transformer.forward(

@@ -11,7 +11,7 @@ class Group:
     def __init__(self, meetings, index):
         self._meetings, self._index = meetings, index
 
-    def exchange(self, topic, value):
+    def gather(self, topic, value):
         assert topic == "drafter"
         self._meetings.values[self._index] = value
         self._meetings.barrier.wait(5)

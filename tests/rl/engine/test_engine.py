@@ -303,6 +303,9 @@ def test_two_devices_draw_the_tokens_of_one(expected):
     assert engine.params.layers[0].qkv.sharding.shard_shape((2, 4, 4, 16))[0] == 1
     completions, _ = engine.run(REQUESTS[5:8], SEED)
     assert_same(completions, expected)
+    # Nor do they exchange the vocabulary's noise.
+    program = engine.pool.get(engine.programs.decoding(placed, 1, None))
+    assert " all-to-all" not in program.as_text()
 
 
 def test_bfloat16_follows_its_own_law():

@@ -138,9 +138,14 @@ def test_tokens_are_those_of_plain_decoding(expected, table, changes):
 def test_two_devices_speculate_as_one(expected):
     mesh = sharding.make_mesh(1, 1, 2, jax.devices()[2:4])
     engine = engine_of("chain", mesh=mesh, max_rows=1)
+    features = engine.programs.abstract_caches.target.features
+    # Half of what a position has on each, as of the keys.
+    assert features.sharding.shard_shape(features.shape)[3] == engines.CFG.d_model
     completions, stats = engine.run(engines.REQUESTS[5:9], engines.SEED)
     assert_equal(completions, expected[0])
     assert stats.accept_length > 1
+    program = engine.programs.decoding(engine.params, 1, strategy.parse("D3K1V4"))
+    assert " all-to-all" not in engine.pool.get(program).as_text()
     engine.pool.close()
 
 

@@ -1,6 +1,8 @@
 """Which programs an engine has, and that they fit what the host gives them."""
 
+import concurrent.futures
 import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from tests.rl import engines
 from tests.rl.engine import test_engine_speculation, test_speculator
 from tests.rl.engine.test_engine_speculation import DRAFTER, EAGLE
+from tlt_jax.models import transformer
 from tlt_jax.rl.engine import programs as engine_programs
+from tlt_jax.runtime import sharding
 from tlt_jax.specdec import chain, strategy
 from tlt_jax.specdec.proposers import both, learned, ngram
 
@@ -104,3 +108,33 @@ def test_sizes_follow_from_the_settings():
     fused.pool.close()
     # Two layers are fused, and the last features kept for the training.
     assert int(np.prod(kept.shape[2:])) == 3 * engines.CFG.d_model * 4
+
+
+def test_equal_devices_trace_and_lower_a_program_once(monkeypatch):
+    """Eight engines of a process, whose threads ask at the same time."""
+    forwards, forward = [], transformer.forward
+
+    def counted(*given, **how):
+        forwards.append(threading.get_ident())
+        return forward(*given, **how)
+
+    monkeypatch.setattr(transformer, "forward", counted)
+
+    def made_for(device):
+        # No other test's width of a call.
+        mesh = sharding.make_mesh(1, 1, 1, [device])
+        return engine_of("by rows", mesh=mesh, steps_per_call=7)
+
+    def lowered(engine):
+        made, params = engine.programs, engine.params
+        wanted = made.decoding(params, 2, named("D2K2V4")), made.prefill(params, 1)
+        return [program.lower() for program in wanted]
+
+    made = [made_for(device) for device in jax.devices()]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lowered, made))
+    for engine in made:
+        engine.pool.close()
+    # The target's in the step, and in prefilling.
+    assert len(forwards) == 2
+    assert len({decoding.as_text() for decoding, _ in found}) == 1

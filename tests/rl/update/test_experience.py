@@ -62,6 +62,19 @@ def test_select_and_join_keep_groups_whole():
     np.testing.assert_array_equal(joined.lengths, [3, 4, 1, 2, 3, 4])
 
 
+def test_logprobs_are_replaced_where_they_belong():
+    made = batch()
+    own = [np.full(len(c.tokens), -9.0 - i) for i, c in enumerate(made.completions)]
+    second = made.select([1])
+    assert made.places_of(second) == [1] and made.places_of(made) == [0, 1]
+    changed = second.with_logprobs(own[2:])
+    assert [x.tolist() for x in changed.logprobs] == [[-11.0] * 3, [-12.0] * 4]
+    back = made.with_logprobs_of(changed)
+    assert [float(x[0]) for x in back.logprobs] == [-1.0, -1.0, -11.0, -12.0]
+    assert [x[0] for x in made.logprobs] == [-1.0] * 4
+    np.testing.assert_array_equal(back.rewards, made.rewards)
+
+
 def test_groups_are_trees_of_prompt_and_completions():
     first, second = batch().groups()
     np.testing.assert_array_equal(first.prompt, [0, 1])

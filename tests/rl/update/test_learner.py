@@ -12,8 +12,8 @@ from tests.rl.update import padding
 from tlt_jax import assembly
 from tlt_jax import config as config_lib
 from tlt_jax.models import config as model_config
+from tlt_jax.models import kernels, transformer
 from tlt_jax.models import params as model_params
-from tlt_jax.models import transformer
 from tlt_jax.rl.update import learner, losses, packing, policy_gradient
 from tlt_jax.runtime import programs, sharding
 from tlt_jax.settings import sections
@@ -212,6 +212,21 @@ def test_packed_equals_padded_in_logprobs_loss_and_gradient(changes):
         results.append((total, packing.scatter([packed], logprobs)))
     assert_close(*results)
     assert float(results[0][0].loss) != 0
+
+
+def test_a_flash_kernel_with_a_prompt_for_each_answer_equals_the_tree():
+    params, groups = make_params(), make_groups(num_groups=2)
+    in_pairs = functools.partial(packing.pack, most_sequences=3)
+    flash = kernels.Kernels(training=kernels.Flash("splash", interpret=True))
+    results, widths = [], []
+    for lay_out, chosen in ((packing.pack, kernels.PORTABLE), (in_pairs, flash)):
+        cfg = dataclasses.replace(FORWARD, kernels=chosen)
+        packed = pack_evenly(groups, 4, lay_out)
+        widths.append(int(np.sum(packed.segment >= 0)))
+        total, logprobs = gradient_of(params, [make_batch(packed)], cfg)
+        results.append((total, packing.scatter([packed], logprobs)))
+    assert_close(*results)
+    assert widths[1] - widths[0] == 10  # two more prompts of five tokens
 
 
 def test_micro_batches_add_up_to_a_single_shot():

@@ -176,6 +176,44 @@ def test_importance_is_truncated(policy_loss):
     assert record["policy/importance_capped_frac"] == 0.5
 
 
+def test_the_decoupled_objective_clips_around_one_policy_and_weighs_by_another(
+    policy_loss,
+):
+    """Token by token: probabilities of the policy, before its update, of the rollout.
+
+    Reference: Hilton et al., "Batch size-invariance for policy optimization", equation
+    of the decoupled clipped surrogate: `prox / behaviour x min(r A, clip(r) A)`.
+    """
+    now, prox, behaviour = np.array(
+        [
+            (0.44, 0.4, 0.32),  # ratio 1.1 stays, weight 1.25
+            (0.6, 0.4, 0.32),  # ratio 1.5 is clipped to 1.2, weight 1.25
+            (0.3, 0.4, 0.8),  # ratio 0.75, which A > 0 leaves, weight 0.5
+            (0.3, 0.4, 0.8),  # the same with A = -1: clipped to 0.8
+            (0.5, 0.4, 0.1),  # ratio 1.25 with A = -1 stays, weight 4 counts 2
+        ]
+    ).T
+    advantages = np.array([1.0, 2.0, 1.0, -1.0, -1.0])
+    ratio, weight = now / prox, np.minimum(prox / behaviour, 2.0)
+    value, grad, sums = run(
+        policy_loss,
+        ratio,
+        advantages,
+        losses.LossConfig(importance_cap=2.0),
+        # Those before the update are -1, whichever they are.
+        rollout_logprobs=-1.0 + np.log(behaviour / prox),
+    )
+    per_token = [-1.1 * 1.25, -2 * 1.2 * 1.25, -0.75 * 0.5, 0.8 * 0.5, 1.25 * 2]
+    assert value == pytest.approx(sum(per_token), rel=1e-6)
+    np.testing.assert_allclose(grad, [-1.375, 0, -0.375, 0, 2.5], rtol=1e-5)
+    twin = np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages)
+    np.testing.assert_allclose(-weight * twin, per_token, rtol=1e-12)
+    record = losses.summarise(sums)
+    assert record["policy/clip_frac"] == pytest.approx(0.4)
+    assert record["policy/importance_mean"] == pytest.approx(1.1)
+    assert record["policy/importance_capped_frac"] == pytest.approx(0.2)
+
+
 def test_entropy_bonus_is_weighted(policy_loss):
     cfg = losses.LossConfig(entropy_coef=0.01)
     value, _, sums = run(

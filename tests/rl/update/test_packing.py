@@ -1,6 +1,7 @@
 """Packed rows against the padded form, and as laws over random batches."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -95,9 +96,25 @@ def test_each_token_is_predicted_from_prompt_and_response_so_far(
         for response in group.responses
         for j in range(len(response))
     ]
-    for form in (packing.pack, padding.pad):
+    for form in (packing.pack, padding.pad, in_pairs):
         packed = form(groups, row_tokens=row_tokens, rounding=rounding)
         assert sees(packed) == dict(enumerate(expected))
+
+
+# Rows of two answers at most, each behind a prompt of its own.
+in_pairs = functools.partial(packing.pack, most_sequences=2)
+
+
+@given(batches, st.integers(0, 25), roundings)
+@random_cases
+def test_in_pairs_prefix_alone_says_who_sees_whom(sizes, slack, rounding):
+    row_tokens = max(p + max(rs) for p, rs in sizes) + slack
+    packed = in_pairs(make_groups(sizes), row_tokens=row_tokens, rounding=rounding)
+    same = packed.prefix[:, :, None] == packed.prefix[:, None]
+    same &= packed.prefix[:, None] >= 0
+    np.testing.assert_array_equal(np.tril(same), packing.visible(packed))
+    for row in packed.prefix:
+        assert len(set(row[row >= 0])) <= 2
 
 
 @given(batches, st.integers(0, 25), roundings, st.sampled_from([1, 2, 3]))

@@ -128,6 +128,7 @@ def make(monkeypatch):
             num_steps=run.num_steps,
             precision=run.precision,
             remat=run.model.remat,
+            max_prompt_tokens=run.task.max_prompt_tokens,
         )
         one.train_state, one.told = State((0,)), Told()
         if one.needs_reference:
@@ -147,7 +148,31 @@ def test_settings_reach_the_learner(make):
     settings = made.learner.settings
     assert settings.pop("pool") is made.pool
     assert dict(settings.pop("mesh").shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert settings.pop("flash") is None  # on a CPU
     assert settings == {"num_steps": 9, "precision": "float32", "remat": "dots"}
+
+
+def test_with_a_flash_kernel_every_answer_has_its_prompt(make, monkeypatch):
+    asked = []
+
+    def choose(*given):
+        asked.append(given)
+        return "flash"
+
+    columns = []
+    for chosen in (choose, lambda *given: None):
+        monkeypatch.setattr(updater.flash_attention, "choose", chosen)
+        made = make(**{"learner.attention": "portable"})
+        update(made)
+        ((_, micro, _),) = made.learner.updates
+        prefixes = [row for m in micro for row in m.rows.prefix if row.max() >= 0]
+        columns.append([int(np.sum(row >= 0)) for row in prefixes])
+        assert made.learner.settings["flash"] == ("flash" if chosen is choose else None)
+    assert sum(columns[0]) > sum(columns[1])
+    ((name, model, precision, _, _, lengths),) = asked
+    assert (name, model, precision) == ("portable", engines.CFG, "float32")
+    assert (lengths.group_size, lengths.row) == (R, 32)
+    assert lengths.prompt >= 1 and lengths.answer >= 1
 
 
 def flat(micro, name):
@@ -230,6 +255,41 @@ def test_three_kinds_of_logprobs_each_in_its_place(make):
     # By the pass that the weights that rolled out took.
     assert row["mismatch/logprob_max_abs"] == pytest.approx(2.0)
     assert row["policy/weights_digest"] == "digest of (2,)"
+
+
+def test_of_older_weights_the_trainers_own_logprobs_stand_for_the_recorded(make):
+    made, told = make(**{"rollout.lag": 1, "learner.epochs": 2}), Told()
+    assert made.algorithm.loss.importance_cap == 2.0
+    assert make(**{"algorithm.importance_cap": 5.0}).algorithm.loss.importance_cap == 5
+    assert make().algorithm.loss.importance_cap is None
+    batch = batch_of((2, 0))
+    found, mismatch = made.behaviour("first", batch, watch_lib.Watch((), told))
+    assert made.learner.passes == ["first"] and told.stages == ["inference"]
+    # All that is compared: -t / 64 - 4 with the recorded -t / 64.
+    assert mismatch == pytest.approx(4.0)
+    assert [c.request_id for c in found.completions] == [4, 5, 0, 1]
+    for mine, recorded in zip(found.completions, batch.completions, strict=True):
+        np.testing.assert_allclose(mine.logprobs, law("first", mine.tokens))
+        np.testing.assert_array_equal(recorded.logprobs, law("rollout", mine.tokens))
+    row = update(made, found)
+    for _, micro, _ in made.learner.updates:
+        tokens = sorted(tokens_of((4, 5, 0, 1)))
+        for name, model in (("old_logprobs", "now"), ("rollout_logprobs", "first")):
+            expected = law(model, tokens).astype(np.float32).tolist()
+            assert flat(micro, name) == expected, name
+    # The weights have moved since: there is nothing that it could be compared with.
+    assert "mismatch/logprob_max_abs" not in row
+
+
+def test_recorded_logprobs_are_those_of_the_policy_that_rolled_out(make):
+    made = make(**{"rollout.lag": 1, "learner.old_logprobs": "rollout"})
+    batch = batch_of()
+    assert made.behaviour("first", batch, watch_lib.Watch()) == (batch, None)
+    update(made, batch)
+    ((_, micro, _),) = made.learner.updates
+    recorded = law("rollout", tokens_of(ALL)).astype(np.float32).tolist()
+    assert flat(micro, "old_logprobs") == flat(micro, "rollout_logprobs") == recorded
+    assert made.learner.passes == []
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -371,6 +431,8 @@ def form(batch):
         ({"learner.old_logprobs": "rollout"}, False),
         ({"algorithm.kl_coef": 0.1}, True),
         ({"algorithm.importance_cap": 2.0}, False),
+        ({"rollout.lag": 1}, True),
+        ({"rollout.lag": 1, "learner.old_logprobs": "rollout"}, False),
     ],
 )
 def test_what_is_compiled_before_is_what_updates_take(make, settings, passes):
@@ -382,7 +444,10 @@ def test_what_is_compiled_before_is_what_updates_take(make, settings, passes):
     ]
     assert {cfg for _, cfg, _ in prepared} == {made.algorithm.loss}
     assert {with_logprobs for _, _, with_logprobs in prepared} == {passes}
-    update(made)
+    batch = batch_of()
+    if "rollout.lag" in settings:
+        batch, _ = made.behaviour((0,), batch, watch_lib.Watch())
+    update(made, batch)
     assert bool(made.learner.passes) == passes
     forms = [form(batch) for batch, _, _ in prepared]
     for _, micro, _ in made.learner.updates:

@@ -268,6 +268,20 @@ def test_a_training_has_workers_of_one_process():
     assert commands[-1] == records.Train(2, 0, (0, 1))
 
 
+@pytest.mark.parametrize(
+    "most,trainings",
+    [
+        (1, [records.Train(1, 0, (0,))]),
+        (3, [records.Train(1, 0, (0, 1)), records.Train(1, 1, (0, 1, 2))]),
+    ],
+)
+def test_no_more_workers_train_together_than_may(most, trainings):
+    cfg = records.Config(min_idle=2, max_members=most)
+    events = [done(1 + worker, worker) for worker in range(4)]
+    _, commands = play(cfg, begin(5), *events)
+    assert [c for c in commands if isinstance(c, records.Train)] == trainings
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"workers=\(1, 1\): give at least one"):
         play(CFG, (0, records.RolloutAsked(1, (1, 1))))

@@ -7,11 +7,12 @@ import time
 import numpy as np
 import pytest
 
+from tests.runtime import linked_groups
 from tlt_jax import types
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.workers import coordinator, records, workers
-from tlt_jax.runtime import channel, distributed, failures, programs
+from tlt_jax.runtime import channel, failures, programs
 
 NUM = 3
 REQUESTS = [
@@ -57,13 +58,8 @@ class FakeEngine:
 
 @pytest.fixture
 def groups():
-    server = channel.Server(NUM, "127.0.0.1", b"secret")
-    made = [distributed.Group(0, NUM, server)]
-    for i in range(1, NUM):
-        link = channel.Client(i, server.address, b"secret")
-        made.append(distributed.Group(i, NUM, link))
-    yield made
-    server.close(failed=True)
+    with linked_groups.of(NUM) as made:
+        yield made
 
 
 def teams_of(groups, engines_each=2, failing=None):

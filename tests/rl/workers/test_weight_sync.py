@@ -1,5 +1,7 @@
 """Engine weights against the learner's: equal, apart, on the engine's devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,9 @@ MODEL = model_config.ModelConfig(
 )
 
 
-def place(mesh, seed=0):
-    params = model_params.init(MODEL, jax.random.key(seed))
-    axes = model_params.logical_axes(MODEL)
+def place(mesh, seed=0, model=MODEL):
+    params = model_params.init(model, jax.random.key(seed))
+    axes = model_params.logical_axes(model)
     rules = sharding.ShardingRules()
     return jax.device_put(params, sharding.tree_shardings(mesh, rules, axes))
 
@@ -107,6 +109,35 @@ def test_engines_may_be_split_otherwise_than_the_learner(
             copy,
             expected,
         )
+
+
+@pytest.mark.parametrize(
+    "shape,num_workers,tensor,expert",
+    [
+        ((1, 8, 1), 8, 1, 1),
+        ((1, 8, 1), 1, 1, 1),
+        ((1, 4, 2), 4, 2, 1),
+        ((2, 2, 2), 8, 1, 1),
+        ((1, 4, 2), 2, 4, 1),
+        ((1, 8, 1), 1, 8, 1),
+        ((1, 4, 1), 8, 1, 2),
+    ],
+)
+def test_no_byte_of_a_transfer_passes_through_the_host(
+    pool, shape, num_workers, tensor, expert
+):
+    """However learner and engines are split: they have devices in common."""
+    mesh = sharding.make_mesh(*shape, expert=expert)
+    model = dataclasses.replace(MODEL, num_heads=8, num_kv_heads=8)
+    targets = weight_sync.engine_meshes(mesh, num_workers, tensor)
+    params = place(mesh, model=model)
+    sync = weight_sync.WeightSync(model, source=mesh, targets=targets, pool=pool)
+    sync.sync(params)  # The numbers of layers stay where they are.
+    with jax.transfer_guard("disallow_explicit"):
+        copies, _ = sync.sync(params)
+    for copy in copies:
+        np.testing.assert_array_equal(copy.embed, params.embed)
+        np.testing.assert_array_equal(copy.layers[2].down, params.layers.down[2])
 
 
 def test_places_of_engines_that_cannot_be_had_are_refused():

@@ -22,6 +22,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -106,9 +107,8 @@ class _Operands(typing.NamedTuple):
       table: `[B, max_pages] int32`.
       starts: `[B, num_blocks] int32`, the first slot that a block sees.
       query: `[B, K, rows, width]`, tokens x group in rows.
-      positions: `[B, rows] int32`, of the queries.
-      seen: `[B, 1, rows] int32`, a query's own index, or `[B, ceil(T / 32), rows]`
-        words.
+      positions: `[B, rows] int32`, of the queries; with a window, and so below.
+      seen: `[B, ceil(T / 32), rows] int32` words; of trees, for a chain tells itself.
       fresh_keys, fresh_values: `[B, K, width, fresh]`, `[B, K, fresh, width]`.
       key_positions: `[B, fresh] int32`.
       keys, values: `[L, num_pages, K, H, page_size]`.
@@ -137,9 +137,9 @@ def verify_attention(
     cut = plan(*args.sizes)
     operands = _operands(args, cut)
     num_rows = cut.num_blocks * cut.rows
-    shape = (batch, num_kv, num_rows)
+    shape = (batch, num_kv, num_tokens * group)
     out_shape = [
-        jax.ShapeDtypeStruct((*shape, cut.width), args.query.dtype),
+        jax.ShapeDtypeStruct((*shape, head_dim), args.query.dtype),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     ]
     part_shape = (batch, num_kv, cut.num_stretches, num_rows)
@@ -170,12 +170,10 @@ def verify_attention(
     out, log = made
 
     def unpacked(x):
-        x = x[:, :, : num_tokens * group]
         x = x.reshape(batch, num_kv, num_tokens, group, *x.shape[3:])
         return jnp.swapaxes(x, 2, 3)
 
-    out = unpacked(out[..., :head_dim])
-    return out, unpacked(log) if args.with_log_normaliser else None
+    return unpacked(out), unpacked(log) if args.with_log_normaliser else None
 
 
 def _operands(args: arguments.Arguments, cut: Plan) -> _Operands:
@@ -197,16 +195,17 @@ def _operands(args: arguments.Arguments, cut: Plan) -> _Operands:
         x = jnp.broadcast_to(x[..., None, None], (*x.shape, group, 1))
         return packed(x)[..., 0]
 
-    index = jnp.broadcast_to(jnp.arange(num_tokens), (batch, num_tokens))
-    if args.words is None:
-        seen = of_rows(index)[:, None]
-    else:
+    # What is not read is a constant: bringing it into order would start a kernel.
+    seen = unread = np.zeros((1, 1, 1), np.int32)
+    if args.words is not None:
         seen = lax.bitcast_convert_type(args.words, jnp.int32)
         seen = jax.vmap(of_rows, in_axes=2, out_axes=1)(seen)
     # A block begins reading at the first slot that its nearest query sees.
-    position_rows = of_rows(positions)
+    position_rows = key_positions = unread[0]
     starts = jnp.zeros((batch, cut.num_blocks), jnp.int32)
     if window is not None:
+        position_rows = of_rows(positions)
+        key_positions = arguments.pad(positions, 1, num_fresh)
         farthest = jnp.iinfo(jnp.int32).max
         nearest = of_rows(positions)[:, : num_tokens * group]
         nearest = arguments.pad(nearest, 1, num_rows, constant_values=farthest)
@@ -230,7 +229,7 @@ def _operands(args: arguments.Arguments, cut: Plan) -> _Operands:
         seen=seen,
         fresh_keys=fresh_keys,
         fresh_values=fresh_values,
-        key_positions=arguments.pad(positions, 1, num_fresh),
+        key_positions=key_positions,
         keys=args.cache_keys,
         values=args.cache_values,
     )
@@ -290,7 +289,7 @@ def _kernel(*refs, cut: Plan, const: arguments.Constants):
 
         here = walk.here
         if len(out_refs) == 2:
-            _finish(out_refs, (row, head, here), total, maximum, normaliser)
+            _finish(out_refs, (row, head, block), total, maximum, normaliser)
         else:
             total_ref, max_ref, sum_ref = out_refs
             total_ref[row, head, stretch, here, :] = total
@@ -308,7 +307,7 @@ class _Walk:
       here: the block's rows of queries.
       length: cached slots of the row.
       query: `[R, width]`.
-      position: `[R] int32`, of the queries.
+      position: `[R] int32`, of the queries, or None without a window.
       features: `[width] int32`, rows of a page that are read.
       lanes: `[tile] int32`, slots of a tile.
     """
@@ -322,7 +321,7 @@ class _Walk:
     here: pl.Slice
     length: Array
     query: Array
-    position: Array
+    position: Array | None
     features: Array
     lanes: Array
 
@@ -332,7 +331,7 @@ class _Walk:
         layer = given.layer[0]
         here = pl.ds(block * cut.rows, cut.rows)
         query = given.query[row, head, here, :]
-        position = given.positions[row, here]
+        position = given.positions[row, here] if const.windowed else None
         # Rows of a page behind the last one are read as the last one: the query is zero
         # there, and what they add to the output is cut off.
         last = const.sizes.query_shape[4] - 1
@@ -382,7 +381,9 @@ class _Walk:
         at = pl.ds(n * _FRESH, _FRESH)
         column = jnp.arange(_FRESH)
         if self.const.causal:
-            seen = given.seen[row, 0, self.here]
+            # Tokens of a group's heads stand side by side.
+            rows = self.here.start + jnp.arange(self.cut.rows)
+            seen = lax.div(rows, jnp.int32(self.const.sizes.query_shape[2]))
             mask = n * _FRESH + column[None, :] <= seen[:, None]
         else:
             word = given.seen[row, n, self.here]
@@ -431,12 +432,22 @@ def _join(lengths_ref, starts_ref, *refs, cut: Plan, num_kv: int):
 
     nothing = _nothing(cut)
     carry = lax.fori_loop(first, last + 1, add, nothing)
-    _finish(out_refs, (row, head, here), *carry)
+    _finish(out_refs, (row, head, block), *carry)
 
 
 def _finish(out_refs, at, total: Array, maximum: Array, normaliser: Array) -> None:
+    """Write a block of a row's head, but for what pads it: no kernel cuts it off."""
     out_ref, log_ref = out_refs
+    row, head, block = at
+    num_rows, width = total.shape
+    rows, features = block * num_rows + jnp.arange(num_rows), jnp.arange(width)
+    is_query, is_feature = rows < log_ref.shape[2], features < out_ref.shape[3]
     seen = normaliser > 0
     safe = jnp.where(seen, normaliser, 1.0)
-    out_ref[(*at, slice(None))] = (total / safe[:, None]).astype(out_ref.dtype)
-    log_ref[at] = jnp.where(seen, maximum + jnp.log(safe), _HIDDEN)
+    plgpu.store(
+        out_ref.at[row, head, rows[:, None], features[None, :]],
+        (total / safe[:, None]).astype(out_ref.dtype),
+        mask=is_query[:, None] & is_feature[None, :],
+    )
+    log = jnp.where(seen, maximum + jnp.log(safe), _HIDDEN)
+    plgpu.store(log_ref.at[row, head, rows], log, mask=is_query)

@@ -456,7 +456,7 @@ class Sharing:
           newest version, and what the process that trained has learned, or None.
         """
         own = learned() if report.num_steps > self._num_known else None
-        found = self._group.exchange("drafter", (report, version, own))
+        found = self._group.gather("drafter", (report, version, own))
         # Reports grow from a common one: the longest is the one that has trained.
         newest, _, learned_there = max(found, key=lambda one: one[0].num_steps)
         self._num_known = newest.num_steps

@@ -213,68 +213,87 @@ class Engine:
         if self._caches is None:
             self._caches = self.pool.get(self.programs.empty_caches())()
         self._speculator.begin()
-        while True:
-            admission = plan.admit(engine_cfg.steps_per_call)
-            self._caches = self._writer.admit(
-                self._caches, self.params, admission, stats
-            )
-            self._speculator.written((*admission.prompts, *admission.returns))
-            if not plan.rows:
-                break
-            self._speculator.take_up(plan.rows, self.params)
-            before = [(row, len(row.tokens)) for row in plan.rows] if on_tokens else ()
-            finished = self._decode_call(plan, keys, stats)
-            for row, count in before:
-                on_tokens(row.request.request_id, row.tokens[count:])
-            for row, reason in finished:
-                completion = types.Completion(
-                    row.request.request_id,
-                    np.asarray(row.tokens, np.int32),
-                    np.asarray(row.logprobs, np.float32),
-                    reason,
-                    np.asarray(row.was_drafted, bool),
-                    self._routes(row) if engine_cfg.keep_routes else None,
+        with capture.Delivery(on_text) as delivery:
+            while True:
+                admission = plan.admit(engine_cfg.steps_per_call)
+                self._caches = self._writer.admit(
+                    self._caches, self.params, admission, stats
                 )
-                text = None
-                if on_text and capture.is_chosen(completion.request_id, capture_frac):
-                    started = time.perf_counter()
-                    text = self._captured(row, keys)
-                    stats.capture_s += time.perf_counter() - started
-                if not plan.finish(row):
-                    # Given up for lost, this worker's requests are others' by now.
-                    continue
-                if self._speculates:
-                    self._speculator.finished(row.request, completion.tokens)
-                stats.num_tokens += len(completion.tokens)
-                on_completion(completion)
-                if text is not None:
-                    on_text(text)
-            if on_call:
-                alive = sum(len(row.tokens) for row in plan.rows)
-                on_call(stats.num_tokens + alive)
+                self._speculator.written((*admission.prompts, *admission.returns))
+                if not plan.rows:
+                    break
+                self._speculator.take_up(plan.rows, self.params)
+                before = [(r, len(r.tokens)) for r in plan.rows] if on_tokens else ()
+                finished = self._decode_call(plan, keys, stats)
+                for row, count in before:
+                    on_tokens(row.request.request_id, row.tokens[count:])
+                for row, reason in finished:
+                    completion = self._completion(row, reason)
+                    text = None
+                    if on_text and capture.is_chosen(
+                        completion.request_id, capture_frac
+                    ):
+                        text = self._captured(row, keys, stats)
+                    if not plan.finish(row):
+                        # Given up for lost, this worker's requests are others' by now.
+                        continue
+                    if self._speculates:
+                        self._speculator.finished(row.request, completion.tokens)
+                    stats.num_tokens += len(completion.tokens)
+                    on_completion(completion)
+                    if text is not None:
+                        stats.capture_s += delivery.add(*text)
+                if on_call:
+                    alive = sum(len(row.tokens) for row in plan.rows)
+                    on_call(stats.num_tokens + alive)
         stats.num_preempted = plan.num_preempted
         stats.compile_s = self.pool.stats.waited_s - waited_before
         return stats
 
-    def _captured(self, row: scheduler.Row, keys: "_Keys") -> layout.Record:
-        """Read what the row's pages keep of its text."""
-        return capture.record(
+    def _completion(
+        self, row: scheduler.Row, reason: types.FinishReason
+    ) -> types.Completion:
+        """Make a finished row's completion; it still holds its pages."""
+        routes = None
+        if self.engine_cfg.keep_routes:
+            # Which experts its text passed.
+            pages = self._read_pages(row, self.programs.read_routes())
+            routes = capture.routes(row, jax.device_get(pages), self.cfg)
+        return types.Completion(
+            row.request.request_id,
+            np.asarray(row.tokens, np.int32),
+            np.asarray(row.logprobs, np.float32),
+            reason,
+            np.asarray(row.was_drafted, bool),
+            routes,
+        )
+
+    def _captured(
+        self, row: scheduler.Row, keys: "_Keys", stats: rollout_stats.RolloutStats
+    ) -> tuple[capture.Finished, list[jax.Array]]:
+        """Begin to read what the row's pages keep of its text."""
+        started = time.perf_counter()
+        text = capture.Finished.of(
             row,
-            self._read_pages(row, self.programs.read_features()),
             num_fused=len(self.programs.settings.feature_layers) * self.cfg.d_model,
             key=keys.of([row])[0],
             version=self.version,
         )
+        pages = self._read_pages(row, self.programs.read_features())
+        stats.capture_s += time.perf_counter() - started
+        return text, pages
 
-    def _routes(self, row: scheduler.Row) -> np.ndarray:
-        """Read which experts its text passed, see `types.Completion`."""
-        pages = self._read_pages(row, self.programs.read_routes())
-        return capture.routes(row, pages, self.cfg)
-
-    def _read_pages(self, row: scheduler.Row, program: programs.Program) -> np.ndarray:
-        ids = np.zeros((self.engine_cfg.max_pages,), np.int32)
-        ids[: len(row.pages)] = row.pages
-        return jax.device_get(self.pool.get(program)(self._caches.target, ids))
+    def _read_pages(
+        self, row: scheduler.Row, program: programs.Program
+    ) -> list[jax.Array]:
+        """Enqueue the reading of those of a row's pages that hold its text."""
+        known = capture.known_pages(row, self.engine_cfg.page_size)
+        read, found = self.pool.get(program), []
+        num = engine_programs.READ_PAGES
+        for start in range(0, len(known), num):
+            some = known[start : start + num]
+            found += read(self._caches.target, _padded(some, num))[: len(some)]
+        return found
 
     def _decode_call(
         self, plan: scheduler.Scheduler, keys: "_Keys", stats

@@ -25,6 +25,9 @@ from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import build as proposers
 from tlt_jax.specdec.proposers import learned, ngram
 
+# Read by a call, of those that a finished text has.
+READ_PAGES = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
@@ -142,14 +145,17 @@ class EnginePrograms:
             kernels=self.kernels,
         )
         abstract = jax.eval_shape(self._empty)
-        axes = (None, "page", "kv_heads", None, None)
+        self._named = functools.partial(sharding.named, mesh, rules)
+        axes = protocols.Caches(
+            target=kv_cache.logical_axes(abstract.target),
+            drafter=drafter_cfg and kv_cache.logical_axes(abstract.drafter),
+        )
 
-        def split(leaf):
-            # The features' third axis is no head.
-            named = axes if leaf.shape[2] > 1 else (None, "page", None, None, None)
-            return sharding.named(mesh, rules, named, leaf.shape)
+        def split(leaf, names):
+            # A model's one key/value head, or features, may not divide.
+            return self._named(names, leaf.shape, replicate=leaf.shape[2] == 1)
 
-        self._shardings = jax.tree.map(split, abstract)
+        self._shardings = jax.tree.map(split, abstract, axes)
         self.abstract_caches = abstract_of(abstract, self._shardings)
 
     def _drafter_weights(self, params: model_params.Params) -> learned.DrafterWeights:
@@ -178,9 +184,10 @@ class EnginePrograms:
         """Append a chunk to `batch` rows of the target's cache."""
 
         def lower():
-            fn = functools.partial(decode.prefill, settings=self.settings)
-            return decode.donated(fn, self._shardings.target).lower(
-                abstract_of(params), self.abstract_caches.target, *self._chunk(batch)
+            return programs.bound(decode.prefill, settings=self.settings).lower(
+                lambda fn: decode.donated(fn, self._shardings.target),
+                *(abstract_of(params), self.abstract_caches.target),
+                *self._chunk(batch),
             )
 
         return programs.Program(("prefill", batch), lower)
@@ -194,8 +201,9 @@ class EnginePrograms:
         """Decode `batch` rows as the strategy says; None: plainly."""
 
         def plain():
-            fn = functools.partial(decode.decode, settings=self.settings)
-            return decode.donated(fn, self._shardings.target, self._replicated).lower(
+            where = self._shardings.target, self._replicated
+            return programs.bound(decode.decode, settings=self.settings).lower(
+                lambda fn: decode.donated(fn, *where),
                 abstract_of(params),
                 self.abstract_caches.target,
                 self._rows(batch),
@@ -203,13 +211,17 @@ class EnginePrograms:
             )
 
         def speculative():
-            fn = functools.partial(
+            where, bind = (self._shardings, self._replicated), programs.bound
+            if strategy.is_external:
+                # A record of one's own need not tell whether it equals another.
+                bind = bind.__wrapped__
+            return bind(
                 speculate.run,
                 proposer=self._proposer(strategy),
                 rule=chain.RULES[self._speculator_cfg.rule_of(strategy)],
                 settings=self.settings,
-            )
-            return decode.donated(fn, self._shardings, self._replicated).lower(
+            ).lower(
+                lambda fn: decode.donated(fn, *where),
                 abstract_of(params),
                 self.abstract_caches,
                 self._rows(batch),
@@ -261,10 +273,9 @@ class EnginePrograms:
 
         def lower():
             how = {"cfg": self._drafter_cfg, "dtype": self._dtype}
-            fn = functools.partial(learned.fill, kernels=self.kernels, **how)
-            where = self._shardings.drafter
-            jitted = jax.jit(fn, donate_argnums=(2,), out_shardings=where)
-            return jitted.lower(
+            where = {"donate_argnums": (2,), "out_shardings": self._shardings.drafter}
+            return programs.bound(learned.fill, kernels=self.kernels, **how).lower(
+                lambda fn: jax.jit(fn, **where),
                 self._drafter_weights(params),
                 self.abstract_caches.target,
                 self.abstract_caches.drafter,
@@ -274,18 +285,26 @@ class EnginePrograms:
         return programs.Program(("fill", batch), lower)
 
     def read_features(self) -> programs.Program:
-        """Read what pages keep of the target's features, `[max_pages, F, page]`."""
-        return self._reading("read_features", kv_cache.read_feature_pages)
+        """Read what `READ_PAGES` keep of features; see `kv_cache.read_feature_pages`.
+
+        Each device gives its part of them, and the host puts them together.
+        """
+        return self._reading("read_features", kv_cache.read_feature_pages, "feature")
 
     def read_routes(self) -> programs.Program:
-        """Read what pages keep of the target's routes, `[max_pages, L x C, page]`."""
-        return self._reading("read_routes", kv_cache.read_route_pages)
+        """Read what they keep of the routes, see `kv_cache.read_route_pages`."""
+        return self._reading("read_routes", kv_cache.read_route_pages, None)
 
-    def _reading(self, name: str, read: Callable[..., Any]) -> programs.Program:
+    def _reading(
+        self, name: str, read: Callable[..., Any], axis: str | None
+    ) -> programs.Program:
         def lower():
-            pages = self._ints(self._engine_cfg.max_pages)
-            fn = jax.jit(read, out_shardings=self._replicated)
-            return fn.lower(self.abstract_caches.target, pages)
+            pages, cache = self._ints(READ_PAGES), self.abstract_caches.target
+            made = jax.eval_shape(read, cache, pages)
+            where = [
+                self._named((None, axis), leaf.shape, replicate=True) for leaf in made
+            ]
+            return jax.jit(read, out_shardings=tuple(where)).lower(cache, pages)
 
         return programs.Program((name,), lower)
 

@@ -76,11 +76,47 @@ def finish(
     return None if row.remaining else "length"
 
 
+# What a decoder gives for bytes that are no character, or not yet.
+_UNKNOWN = "\ufffd"
+# Letters before those that count, in which a decoder may see that a text was cut: it
+# drops a leading space, joins words, and half a character is unknown.
+_MARGIN = 16
+
+
 def _stop_length(tokens, num_new, stop, decode_text) -> int | None:
     """Return after how many tokens a stop string first stands in the text."""
-    if not stop or not any(s in decode_text(tokens) for s in stop):
+    if not stop:
         return None
-    for length in range(len(tokens) - num_new + 1, len(tokens)):
-        if any(s in decode_text(tokens[:length]) for s in stop):
+    old = len(tokens) - num_new
+    start, since = _tail(tokens, old, max(map(len, stop)), stop, decode_text)
+
+    def stands(length):
+        text = decode_text(tokens[start:length])
+        return any(text.find(one, since) >= 0 for one in stop)
+
+    if not stands(len(tokens)):
+        return None
+    for length in range(old + 1, len(tokens)):
+        if stands(length):
             return length
     return len(tokens)
+
+
+def _tail(tokens, old, longest, stop, decode_text) -> tuple[int, int]:
+    """Return the token, and in the text from it the letter, from where to look.
+
+    The first `old` tokens hold no stop string. One that further tokens complete ends
+    behind what they are known to say: their letters but for unknown ones at the end,
+    which may be a character's first bytes. So only `longest` letters before that count.
+    """
+    if old <= 0 or any(_UNKNOWN in one for one in stop):
+        return 0, 0
+    num = longest + _MARGIN
+    while num < old:
+        known = decode_text(tokens[old - num : old]).rstrip(_UNKNOWN)
+        # Of unknown ones before, a further token could change none, but the cut has.
+        sure = len(known) - 1 - known.rfind(_UNKNOWN)
+        if sure >= longest + _MARGIN:
+            return old - num, len(known) - longest
+        num *= 2
+    return 0, 0

@@ -39,7 +39,7 @@ class RolloutStats:
       compile_s: seconds for which programs were waited for.
       active_rows: rows alive at the start of each decode call.
       call_s: seconds of each decode call.
-      capture_s: seconds for reading finished texts' features.
+      capture_s: seconds that decoding waited for finished texts' features.
     """
 
     num_tokens: int = 0

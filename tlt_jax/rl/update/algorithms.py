@@ -58,6 +58,13 @@ def build(settings: Mapping[str, Any]) -> Algorithm:
     return Algorithm(loss=losses.LossConfig(**loss), **host)
 
 
+# Where the weights that rolled out are older than those that learn, unless settings say
+# otherwise: the decoupled objective, ratios clipped around the policy before the update
+# and weighted by its ratio to the one that rolled out. Reference: Hilton et al., "Batch
+# size-invariance for policy optimization", section 3; Fu et al., "AReaL: A Large-Scale
+# Asynchronous Reinforcement Learning System for Language Reasoning", section 5.2.
+LAGGING = {"importance_cap": 2.0}
+
 # What an algorithm does not say is as in GRPO.
 _PRESETS: dict[str, dict[str, Any]] = {
     # Group relative policy optimization: standardized group rewards, symmetric clipping

@@ -68,6 +68,24 @@ class Experience:
             self.rewards[list(chosen)],
         )
 
+    def places_of(self, chosen: "Experience") -> list[int]:
+        """Return the indices of groups that were `select`ed of these."""
+        size = self.group_size
+        firsts = [c.request_id for c in self.completions[::size]]
+        return [firsts.index(c.request_id) for c in chosen.completions[::size]]
+
+    def with_logprobs(self, logprobs: Sequence[np.ndarray]) -> "Experience":
+        """Replace the recorded log-probabilities, n arrays."""
+        pairs = zip(self.completions, logprobs, strict=True)
+        changed = [dataclasses.replace(c, logprobs=own) for c, own in pairs]
+        return dataclasses.replace(self, completions=changed)
+
+    def with_logprobs_of(self, chosen: "Experience") -> "Experience":
+        """Replace those of the groups that were `select`ed by what they have there."""
+        own = {c.request_id: c.logprobs for c in chosen.completions}
+        given = [own.get(c.request_id, c.logprobs) for c in self.completions]
+        return self.with_logprobs(given)
+
     def join(self, other: "Experience") -> "Experience":
         """Append another batch's groups."""
         return Experience(
@@ -154,10 +172,12 @@ class Layout:
     Attributes:
       row_tokens: longest row.
       rows_per_micro_batch: rows whose activations are held at once.
+      most_sequences: see `packing.pack`.
     """
 
     row_tokens: int
     rows_per_micro_batch: int
+    most_sequences: int | None = None
 
     @property
     def widths(self) -> list[int]:
@@ -177,6 +197,7 @@ class Layout:
             rows_multiple=self.rows_per_micro_batch,
             rounding=self._quarter,
             uniform=True,
+            most_sequences=self.most_sequences,
         )
         return packing.split(packed, self.rows_per_micro_batch)
 

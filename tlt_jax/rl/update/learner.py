@@ -5,6 +5,7 @@ the whole batch, so gradients are added up over micro-batches and one optimizer 
 follows. What is jitted are pure functions; the `Learner` places, compiles and calls.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -109,6 +110,7 @@ class Learner:
         mesh: jax.sharding.Mesh,
         pool: programs.ProgramPool,
         head_chunk: int = 1024,
+        flash: kernels.Flash | None = None,
     ):
         """Prepare shardings and the optimizer; nothing is compiled yet.
 
@@ -116,7 +118,8 @@ class Learner:
         and products, for `remat` see `sections.Model`. The mesh is one of
         `sharding.make_mesh`; each part of the batch on it holds the logits of
         `head_chunk` predictions at once, of which `policy_gradient.ForwardConfig`
-        counts those of all parts.
+        counts those of all parts. With `flash` rows are laid out as it wants them, see
+        `models.flash_attention`.
 
         Raises:
           ValueError: a weight does not divide over the mesh, or settings of mixtures
@@ -124,9 +127,9 @@ class Learner:
         """
         self.mesh = mesh
         self.rules = sharding_lib.ShardingRules()
-        portable = kernels.PORTABLE
+        chosen = dataclasses.replace(kernels.PORTABLE, training=flash)
         if model.experts is not None:
-            portable = kernels.for_experts(portable, kernels.Split(mesh, self.rules))
+            chosen = kernels.for_experts(chosen, kernels.Split(mesh, self.rules))
         self.forward_cfg = policy_gradient.ForwardConfig(
             model=model,
             law=law,
@@ -134,7 +137,7 @@ class Learner:
             remat=remat,
             head_chunk=head_chunk * self._num_parts,
             routing=routing.of_settings(cfg, model),
-            kernels=portable,
+            kernels=chosen,
         )
         self._pool = pool
         settings = dict(

@@ -45,7 +45,9 @@ class LossConfig:
         measures; as a reward all three act.
       kl_placement: `loss` adds it per token; `reward` leaves it to `kl_as_reward`.
       importance_cap: truncated importance sampling: each token's surrogate is scaled by
-        min(trainer's old probability / rollout's probability, cap); None: off.
+        min(trainer's old probability / rollout's probability, cap); None: off. Where
+        older weights rolled out this is the decoupled objective, see
+        `algorithms.LAGGING`.
       entropy_coef: weight of the entropy bonus; 0: none.
     """
 
@@ -84,8 +86,8 @@ class TokenColumns:
       advantages: float32.
       old_logprobs: float32, by the trainer before this batch's first update; None: the
         policy has not moved since, its ratio is 1.
-      rollout_logprobs: float32, recorded while sampling; only `importance_cap` needs
-        them.
+      rollout_logprobs: float32, by the policy that rolled out, recorded or computed
+        anew; only `importance_cap` needs them.
       ref_logprobs: float32, by the reference policy, or None.
     """
 

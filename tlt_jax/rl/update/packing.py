@@ -90,6 +90,7 @@ def pack(
     rows_multiple: row_filling.Rounding = 1,
     rounding: row_filling.Rounding = "power_of_two",
     uniform: bool = False,
+    most_sequences: int | None = None,
 ) -> Packed:
     """Packs groups into few columns, each prompt computed once per row it appears in.
 
@@ -105,16 +106,26 @@ def pack(
         few shapes are compiled: a multiple or `power_of_two`.
       uniform: M is T and `row_sequences` bounds all n completions, so that T and n
         alone decide what a micro-batch compiles.
+      most_sequences: give each response a prompt of its own, and a row this many pairs
+        at most, as kernels want them (`models.flash_attention`); None: trees.
 
     Raises:
       ValueError: a prompt with one response exceeds `row_tokens`, or there is nothing
         to pack.
     """
+    trees = _trees(groups, row_tokens)
+    if most_sequences is not None:
+        trees = [
+            row_filling.Tree(tree.prompt, (response,))
+            for tree in trees
+            for response in tree.responses
+        ]
     rows, width = row_filling.choose(
-        _trees(groups, row_tokens),
+        trees,
         row_tokens=row_tokens,
         rows_multiple=rows_multiple,
         rounding=rounding,
+        most_trees=most_sequences,
     )
     return _lay_out(rows, groups, width, rows_multiple, rounding, uniform)
 

@@ -70,7 +70,7 @@ class ForwardConfig:
       head_chunk: predictions whose logits are held at once, so that the head needs
         `head_chunk x V` numbers; at least 1.
       routing: what is asked of a mixture's routers.
-      kernels: without attention or native products: what has derivatives.
+      kernels: without attention over a cache or native products: what has derivatives.
     """
 
     model: model_config.ModelConfig

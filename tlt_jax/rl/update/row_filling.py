@@ -49,6 +49,7 @@ def choose(
     row_tokens: int,
     rows_multiple: Rounding,
     rounding: Rounding,
+    most_trees: int | None = None,
 ) -> tuple[Layout, int]:
     """Choose the rows that cost least.
 
@@ -57,6 +58,7 @@ def choose(
       row_tokens: most columns in a row.
       rows_multiple: the number of rows is rounded up to it.
       rounding: the width is rounded up to it, but not beyond `row_tokens`.
+      most_trees: of a row, or None; each has one response then.
 
     Returns:
       The trees of every row, and the rows' width. Of equally cheap layouts the one with
@@ -64,7 +66,11 @@ def choose(
     """
     best = None
     for width in _widths(max(t.least_width for t in trees), row_tokens, rounding):
-        for rows in (_whole(trees, width), _filled(trees, width)):
+        if most_trees is None:
+            found = (_whole(trees, width), _filled(trees, width))
+        else:
+            found = (_whole(trees, width, -(-width // most_trees)),)
+        for rows in found:
             # Rows narrower than what was asked for cost less still.
             longest = max(sum(tree.size for tree in row) for row in rows)
             needed = min(round_up(longest, rounding), row_tokens)
@@ -97,10 +103,14 @@ def _widths(least: int, row_tokens: int, rounding: Rounding) -> list[int]:
     return [row_tokens, *reversed(found[::step])]
 
 
-def _whole(trees: Sequence[Tree], width: int) -> Layout:
-    """First fit decreasing of groups; what is wider than a row is split likewise."""
+def _whole(trees: Sequence[Tree], width: int, least: int = 0) -> Layout:
+    """First fit decreasing of groups; what is wider than a row is split likewise.
+
+    Smaller ones than `least` columns take as much room, so that few share a row.
+    """
     parts = [part for tree in trees for part in _split(tree, width)]
-    rows = rows_lib.first_fit_decreasing([part.size for part in parts], width)
+    sizes = [max(part.size, least) for part in parts]
+    rows = rows_lib.first_fit_decreasing(sizes, width)
     return [[parts[i] for i in row] for row in rows]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tlt_jax.models import config as model_config
+from tlt_jax.models import flash_attention
 from tlt_jax.models import params as model_params
 from tlt_jax.rl.update import algorithms, experience, packing
 from tlt_jax.rl.update import learner as learner_lib
@@ -43,18 +44,34 @@ class Updater:
         num_steps: int,
         precision: str,
         remat: str,
+        max_prompt_tokens: int,
     ):
         """Make the learner; `train_state` and `reference` are given by the caller.
 
         See `learner.Learner` for the arguments that are no sections of the settings.
 
         Raises:
-          ValueError: the algorithm contradicts itself, or the mesh is not to be had.
+          ValueError: the algorithm contradicts itself, or the mesh or the learner's
+            attention is not to be had.
         """
+        lagging = algorithms.LAGGING if rollout.lag else {}
         self.algorithm = algorithms.build(
-            algorithms.preset(algorithm.name) | algorithm.overrides()
+            algorithms.preset(algorithm.name) | lagging | algorithm.overrides()
         )
         self.pool = programs.ProgramPool()
+        placed = sharding.make_mesh(
+            mesh.data, mesh.fsdp, mesh.tensor, expert=mesh.expert
+        )
+        flash = flash_attention.choose(
+            *(learner.attention, model, precision, placed),
+            sharding.ShardingRules(),
+            flash_attention.Lengths(
+                prompt=max_prompt_tokens,
+                answer=rollout.max_new_tokens,
+                group_size=rollout.group_size,
+                row=learner.row_tokens,
+            ),
+        )
         self.learner = learner_lib.Learner(
             model,
             law,
@@ -63,16 +80,17 @@ class Updater:
             num_steps=num_steps,
             precision=precision,
             remat=remat,
-            mesh=sharding.make_mesh(
-                mesh.data, mesh.fsdp, mesh.tensor, expert=mesh.expert
-            ),
+            mesh=placed,
             pool=self.pool,
+            flash=flash,
         )
         self.reference: model_params.Params | None = None
         self.skips = train_state_lib.Skips(_MAX_SKIPPED)
         self._model, self._rollout, self._cfg = model, rollout, learner
         self._layout = experience.Layout(
-            learner.row_tokens, self.learner.rows_per_micro_batch
+            learner.row_tokens,
+            self.learner.rows_per_micro_batch,
+            flash and flash_attention.MOST_SEQUENCES,
         )
 
     @property
@@ -108,14 +126,39 @@ class Updater:
                 num_experts=self._num_experts,
             )
             passes = self.needs_reference or self._recomputes
+            passes |= self._lags and self._cfg.old_logprobs == "recompute"
             self.learner.prepare(micro, self.algorithm.loss, with_logprobs=passes)
         if wait:
             self.pool.wait()
+
+    def behaviour(
+        self,
+        policy: model_params.Params,
+        batch: experience.Experience,
+        watch: watch_lib.Watch,
+    ) -> tuple[experience.Experience, float | None]:
+        """Give a batch the trainer's own log-probabilities in the recorded ones' place.
+
+        Those of `policy`, which rolled out and may be older than what is trained: what
+        importance weights compare with, and weights then hang on no recorded one. Where
+        `old_logprobs` are the rollout's the batch stays as it is.
+
+        Returns:
+          The batch, and how far the recorded ones are from these, see `max_mismatch`.
+        """
+        if self._cfg.old_logprobs == "rollout":
+            return batch, None
+        routes = batch.routes if self._cfg.routes == "replay" else None
+        with watch.stage("inference"):
+            own = self._logprobs(policy, batch, routes)
+        return batch.with_logprobs(own), experience.max_mismatch(batch, own)
 
     def update(
         self, batch: experience.Experience, watch: watch_lib.Watch
     ) -> dict[str, Any]:
         """Train on the groups of a step; return `policy/` and `mismatch/` values.
+
+        Of a run with `rollout.lag` the batch is one of `behaviour`.
 
         `watch` gets the stages `inference` and `update`, and notes of skipped updates.
 
@@ -173,16 +216,20 @@ class Updater:
             row["moe/route_flips"] = flips
         with watch.stage("update"):
             digest = self.learner.digest(self.train_state.params)
-        return row | {
-            "mismatch/logprob_max_abs": mismatch,
-            "policy/weights_digest": digest,
-        }
+        if not self._lags:
+            # Else the weights may be newer: see `behaviour`.
+            row["mismatch/logprob_max_abs"] = mismatch
+        return row | {"policy/weights_digest": digest}
 
     @property
     def _recomputes(self) -> bool:
         """Whether old log-probabilities take a pass: with one update none is due."""
         cfg = self._cfg
         return cfg.old_logprobs == "recompute" and cfg.epochs * cfg.minibatches > 1
+
+    @property
+    def _lags(self) -> bool:
+        return self._rollout.lag > 0
 
     @property
     def _num_experts(self) -> int:

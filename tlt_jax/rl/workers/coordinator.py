@@ -358,10 +358,12 @@ def _promote(
         if not usable or len(members) < cfg.min_idle:
             return state
         number = state.num_trainings + 1
-        joined = tuple((w, 0) for w in members)
+        joined = tuple((w, 0) for w in members[: cfg.max_members])
         training = records.Training(number, place, 0, joined)
     else:
         late = [w for w in idle.get(training.place, ()) if w not in training.members]
+        if cfg.max_members is not None:
+            late = late[: cfg.max_members - len(training.members)]
         if training.stop_asked_s is not None or not late:
             return state
         revision = training.revision + 1

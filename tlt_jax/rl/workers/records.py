@@ -26,6 +26,7 @@ class Config:
     Attributes:
       min_idle: waiting workers of a process that begin a training; those of it who
         finish later join.
+      max_members: workers that train together at most, of those who wait; None: all.
       heartbeat_timeout_s: a generating worker that says nothing for longer is lost.
       stop_timeout_s: a trainer that was asked to stop and does not answer for longer
         is given up: its drafter is void, and it gets no work until it answers.
@@ -35,6 +36,7 @@ class Config:
     """
 
     min_idle: int = 1
+    max_members: int | None = None
     heartbeat_timeout_s: float = 900.0
     stop_timeout_s: float = 60.0
     resend_s: float = math.inf

@@ -58,10 +58,11 @@ class WeightSync:
     """Casts, reshards and unstacks the learner's weights for rollout engines.
 
     The result never shares a buffer with the learner, whose next update may thus give
-    its own up. Weights go layer by layer: a program on the learner's mesh makes one
-    layer, whichever; where an engine has fewer devices its output is copied leaf by
-    leaf, each given up as soon as all have it. So the peak beyond the engines' weights
-    is one layer, or the embedding and the head. If the learner's mesh spans several
+    its own up, and nothing of it passes through the host. Weights go layer by layer: a
+    program on the learner's mesh makes one layer, whichever, laid out as an engine has
+    it on every place that an engine may have; an engine takes what its devices hold of
+    it already. So the peak beyond the engines' weights is one layer, or the embedding
+    and the head, on devices that no engine has. If the learner's mesh spans several
     processes, all take part at the same time, and each gets the whole weights for its
     own engines.
 
@@ -99,16 +100,14 @@ class WeightSync:
         self.placed = [_unstacked(model, target) for target in targets]
         same = [list(source.devices.flat) == list(t.devices.flat) for t in targets]
         self._same_devices = same == [True]
-        self._spans_processes = sharding_lib.spans_processes(source)
         if self._same_devices:
             self._middle = self.placed[0]
-        elif self._spans_processes:
-            # Every process gets what its engines need.
+        else:
+            # Collectives between the learner's devices gather what it has split: an
+            # array that is split otherwise would be copied through the host.
             gathered = sharding_lib.ShardingRules(embed=(), expert=())
             places = sharding_lib.regrouped(source, targets[0].size)
             self._middle = _unstacked(model, places, gathered)
-        else:
-            self._middle = _unstacked(model, source)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON."""
@@ -123,11 +122,20 @@ class WeightSync:
     ) -> tuple[list[model_params.Params], int]:
         """Give the engines the learner's present weights.
 
+        Returns what `place` does, and the version, counted from 1.
+        """
+        placed = self.place(params)
+        self.version += 1
+        return placed, self.version
+
+    def place(self, params: model_params.Params) -> list[model_params.Params]:
+        """Make the engines' weights of the learner's, of any version.
+
         `params` are as in `train_state.TrainState`, and kept as they are.
 
         Returns:
           Each engine's params (a tuple of layers, on its mesh, in its dtype), complete
-          when returned, and their version, counted from 1.
+          when returned.
         """
         one_layer = self._pool.get(self._layer_program())
         others = self._pool.get(self.others_program())
@@ -136,15 +144,19 @@ class WeightSync:
             [_without_layers(target) for target in self.placed],
         )
         layers = []
-        for i in range(self._num_layers):
-            index = sharding_lib.place(np.int32(i), self._replicated)
+        for i, index in enumerate(self._which):
             wanted = [target.layers[i] for target in self.placed]
             layers.append(self._give(one_layer(params.layers, index), wanted))
         each = zip(copies, zip(*layers, strict=True), strict=True)
         placed = [copy.replace(layers=own) for copy, own in each]
         jax.block_until_ready(placed)
-        self.version += 1
-        return placed, self.version
+        return placed
+
+    @functools.cached_property
+    def _which(self) -> list[jax.Array]:
+        """The layers' numbers, which go to the devices once."""
+        numbers = np.arange(self._num_layers, dtype=np.int32)
+        return [sharding_lib.place(i, self._replicated) for i in numbers]
 
     def _layer_program(self) -> programs.Program:
         """Make one layer of the engines' weights."""
@@ -156,8 +168,8 @@ class WeightSync:
             )
             return _cast(layer, self._dtype)
 
-        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
         jitted = jax.jit(make, out_shardings=self._middle.layers[0])
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
         lower = functools.partial(jitted.lower, self._learners.layers, index)
         return programs.Program((*self._key, "layer"), lower)
 
@@ -171,30 +183,33 @@ class WeightSync:
         return programs.Program((*self._key, "others"), lower)
 
     def _give(self, made: Any, wanted: list[Any]) -> list[Any]:
-        """Copy a tree to every engine, each leaf given up when all have it."""
+        """Give every engine its parts of a tree, whose leaves go one by one."""
         if self._same_devices:
             return [made]
         leaves, treedef = jax.tree.flatten(made)
         del made
         shardings = [jax.tree.leaves(target) for target in wanted]
-        move = _take_own if self._spans_processes else jax.device_put
         copies: list[list] = [[] for _ in wanted]
         for i in range(len(leaves)):
             for copy, where in zip(copies, shardings, strict=True):
-                copy.append(move(leaves[i], where[i]))
+                copy.append(_take_own(leaves[i], where[i]))
             # All have it.
             leaves[i] = None
         return [jax.tree.unflatten(treedef, copy) for copy in copies]
 
 
 def _take_own(leaf: jax.Array, target: jax.sharding.NamedSharding) -> jax.Array:
-    """Make an array of this process of its parts of an array of several."""
-    parts = {_bounds(s.index, leaf.shape): s.data for s in leaf.addressable_shards}
+    """Make an array of the parts of `leaf` that the target's devices hold."""
+    parts = leaf.addressable_shards
+    held = {(_bounds(s.index, leaf.shape), s.device): s.data for s in parts}
+    # A backend may give an engine of all devices another order than the learner's.
+    elsewhere = {_bounds(s.index, leaf.shape): s.data for s in parts}
     wanted = target.addressable_devices_indices_map(leaf.shape)
-    own = [
-        jax.device_put(parts[_bounds(index, leaf.shape)], device)
-        for device, index in wanted.items()
-    ]
+    own = []
+    for device, index in wanted.items():
+        bounds = _bounds(index, leaf.shape)
+        part = held.get((bounds, device), elsewhere[bounds])
+        own.append(jax.device_put(part, device))
     return jax.make_array_from_single_device_arrays(leaf.shape, target, own)
 
 

@@ -17,7 +17,7 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import stats as rollout_stats
-from tlt_jax.rl.workers import coordinator, mailboxes, records, remote
+from tlt_jax.rl.workers import columns, coordinator, mailboxes, records, remote
 from tlt_jax.runtime import distributed, failures
 from tlt_jax.specdec.texts import layout
 
@@ -141,13 +141,15 @@ class Workers:
                 name=f"worker-{worker}",
                 daemon=True,
             ).start()
-        done: dict[int, types.Completion] = {}
+        done = dict(rolling.done)
         stats = rollout_stats.RolloutStats()
         waits: dict[int, list[tuple[float, float]]] = {}
-        for part, spent, waited in self.group.exchange(
-            "completions", (rolling.done, rolling.stats, self._waits())
+        own = columns.of_completions(list(done.values()))
+        for place, (part, spent, waited) in enumerate(
+            self.group.gather("completions", (own, rolling.stats, self._waits()))
         ):
-            done |= part
+            if place != self.group.index:
+                done |= {one.request_id: one for one in columns.completions_of(part)}
             stats = stats.join(spent)
             waits |= waited
         if self.group.is_first:

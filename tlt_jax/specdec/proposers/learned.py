@@ -136,7 +136,9 @@ class Learned(protocols.Proposer):
         return State(
             pages=caches.drafter,
             tokens=inputs.tokens,
-            features=_features(caches.target, *where, behind_B, self.cfg),
+            features=_features(
+                *(caches.target, *where, behind_B, self.cfg, self.settings.kernels)
+            ),
             start=inputs.lengths,
             # A text of one token has no cached position to draft from: a zero feature.
             counts=jnp.maximum(behind_B, 1),
@@ -238,9 +240,11 @@ class Learned(protocols.Proposer):
         return expansion.Score(noise if coupled else None, inputs.tau, inputs.sharpness)
 
 
-def _features(cache, page_table, start, width, counts, cfg) -> Array:
+def _features(cache, page_table, start, width, counts, cfg, kernels) -> Array:
     """Read the target's features at `counts` positions from `start` on, `[F, B, T]`."""
     features_FBT = kv_cache.read_features(cache, page_table, start, width)
+    # Pages of a device have a part of each; a sum over parts would be another one.
+    features_FBT = kernels.whole(features_FBT)
     # Slots that were never written may hold anything.
     meant_BT = jnp.arange(width) < counts[:, None]
     return jnp.where(meant_BT, features_FBT[: cfg.num_read], 0)
@@ -302,7 +306,8 @@ def fill(
       start: `[B] int32`, multiples of the page size.
       dtype, kernels: see `transformer.forward`.
     """
-    features = _features(cache, page_table, start, tokens.shape[1], counts, cfg)
+    where = page_table, start, tokens.shape[1]
+    features = _features(cache, *where, counts, cfg, kernels)
     view = kv_cache.CacheView(drafter_cache, page_table, start)
     out = take_in(weights, cfg, tokens, features, view, dtype, kernels)
     return kv_cache.append_pages(

@@ -1,0 +1,168 @@
+"""Death campaign: `kill -9` of a run's processes, which goes on by itself.
+
+    python -m tests.deaths --kills=100 [--executor=local] [--seed=0]
+
+Every now and then one of the processes of a launched run is killed, at moments that the
+seed names: one of the learner's and workers', which the launcher begins again, or the
+launcher itself (the head), after which the same command is given again. Run after run,
+until so many were killed; every record, digest and array must be those of a run that
+nobody has touched. Prints a table; ends with status 1 where one differs. Linux only.
+"""
+
+import argparse
+import collections
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from tests import run_facts
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Nobody counts how often: what does not get through takes too long instead.
+_OWN = ("--processes=2", "--restarts=1000")
+_SETTINGS = {
+    "num_steps": 12,
+    "mesh.data": -1,
+    "checkpoint.every": 2,
+    "eval.every": 4,
+    "eval.num_prompts": 4,
+    "log.plots_every": 0,
+    "pretrain.steps": 150,
+}
+# Between two kills, from the earlier one's; a start of all takes some seconds of it.
+_MOST_S = 20.0
+_LONGEST_S = 3600.0
+# A run's files but for those of its end; every process may say something else.
+_IGNORED = "files"
+
+
+def command(directory: pathlib.Path, executor: str) -> list[str]:
+    """Returns the command line of a launched run."""
+    flags = [f"--config.{name}={value}" for name, value in _SETTINGS.items()]
+    own = [sys.executable, "-m", "tlt_jax.launch", f"--executor={executor}", *_OWN]
+    config = f"--config={ROOT / 'tests' / 'tiny_runs.py'}"
+    return [*own, "--", config, f"--workdir={directory}", *flags]
+
+
+def members(directory: pathlib.Path) -> dict[int, int]:
+    """Returns the numbers of a run's processes by their place in it."""
+    found = {}
+    for folder in pathlib.Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"--workdir={directory}".encode() in words and b"tlt_jax.main" in words:
+            for variable in variables:
+                name, _, value = variable.partition(b"=")
+                if name == b"TLT_JAX_PROCESS":
+                    found[int(value)] = int(folder.name)
+    return found
+
+
+class Campaign:
+    """Runs with deaths, and the one without.
+
+    Attributes:
+      count: deaths by who died.
+      num_starts: of the command.
+    """
+
+    def __init__(self, executor: str, seed: int, folder: pathlib.Path):
+        """Begin; `folder` is empty."""
+        self._executor, self._rng = executor, random.Random(seed)
+        self._folder = folder
+        self.count: collections.Counter[str] = collections.Counter()
+        self.num_starts = 0
+
+    def alone(self) -> dict:
+        """Returns the facts of a run that nobody touches."""
+        directory = self._folder / "untouched"
+        self._finish(self._start(directory))
+        return run_facts.of(directory)
+
+    def run(self, name: str, num_kills: int) -> dict:
+        """Returns the facts of a run with so many deaths, or fewer: it ends."""
+        directory, until = self._folder / name, time.monotonic() + _LONGEST_S
+        started, begun = self._start(directory), self.count.total()
+        while self.count.total() - begun < num_kills:
+            due = time.monotonic() + self._rng.uniform(0.0, _MOST_S)
+            while time.monotonic() < due and started.poll() is None:
+                time.sleep(0.02)
+            if started.poll() is not None:
+                break
+            if time.monotonic() > until:
+                os.killpg(started.pid, signal.SIGKILL)
+                raise TimeoutError(f"{directory} is not through.")
+            who = self._rng.choice(["process 0", "process 1", "head"])
+            if who == "head":
+                started.kill()
+                started.wait()
+                self.count[who] += 1
+                started = self._start(directory)
+            elif pid := members(directory).get(int(who[-1])):
+                os.kill(pid, signal.SIGKILL)
+                self.count[who] += 1
+        self._finish(started)
+        return run_facts.of(directory)
+
+    def _start(self, directory: pathlib.Path) -> subprocess.Popen:
+        self.num_starts += 1
+        with open(f"{directory}.txt", "ab") as output:
+            return subprocess.Popen(
+                command(directory, self._executor),
+                cwd=ROOT,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def _finish(self, started: subprocess.Popen) -> None:
+        if started.wait(_LONGEST_S):
+            raise RuntimeError(f"ended with status {started.returncode}.")
+
+
+def main() -> int:
+    """Runs the campaign; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.deaths")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--executor", default="local")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="tlt_jax_deaths_"))
+    campaign = Campaign(options.executor, options.seed, folder)
+    started, num_runs, problems = time.monotonic(), 0, []
+    wanted = campaign.alone()
+    while campaign.count.total() < options.kills and not problems:
+        num_runs += 1
+        left = options.kills - campaign.count.total()
+        found = campaign.run(f"run {num_runs}", left)
+        problems = run_facts.differences(found, wanted, _IGNORED)
+        told = ", ".join(f"{who} {n}" for who, n in sorted(campaign.count.items()))
+        print(f"after run {num_runs}: {told}; {len(problems)} differences", flush=True)
+    print(
+        f"| executor | {' | '.join(sorted(campaign.count))} | runs | minutes | equal |"
+    )
+    counts = " | ".join(str(n) for _, n in sorted(campaign.count.items()))
+    minutes = (time.monotonic() - started) / 60
+    equal = "no" if problems else "yes"
+    print(f"| {options.executor} | {counts} | {num_runs} | {minutes:.0f} | {equal} |")
+    if problems:
+        print("\n".join([f"DIFFERENT, see {folder}:", *problems[:20]]))
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

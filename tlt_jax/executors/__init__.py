@@ -1,0 +1,1 @@
+"""Who starts the processes of a run, and starts them again: this machine, or Ray."""

@@ -1,0 +1,178 @@
+"""Members as actors of Ray, in a placement group; see `executor`.
+
+`RAY_ADDRESS` names the cluster; without it one of this machine is begun, on the
+loopback, and ends with this process. Ray is an optional extra: `pip install
+'tlt-jax[ray]'`.
+"""
+
+import logging
+import os
+import socket
+from typing import Any
+
+from tlt_jax.executors import executor
+from tlt_jax.executors import member as member_lib
+
+_ADDRESS = "RAY_ADDRESS"
+# Resources may be in use by who is about to end.
+_PLACED_S = 60.0
+_ANSWER_S = 60.0
+_CONNECT_S = 10.0
+_ACCELERATORS = "GPU", "TPU"
+
+
+class OnRay(executor.Executor):
+    """Operates actors."""
+
+    is_local = False
+    look_s = 0.3
+
+    def __init__(self):
+        """Join the cluster, or begin one.
+
+        Raises:
+          executor.ExecutorError: Ray is not installed, or the cluster not reached.
+        """
+        # Nothing is reported to anybody, unless the user wants it.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # It is about to change what actors without GPUs see; they see none either way.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        address = os.environ.get(_ADDRESS, "")
+        if not address:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        try:
+            import ray
+            import ray.util.scheduling_strategies as strategies
+        except ImportError as error:
+            raise executor.ExecutorError(
+                f"--executor=ray needs Ray, which is not there ({error}): install "
+                "tlt-jax[ray], or use --executor=local."
+            ) from error
+        self._ray, self._strategies = ray, strategies
+        _check_answers(address)
+        own: dict[str, Any] = {}
+        if not address:
+            own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **own,
+            )
+        # Of many kinds, Ray's own among them; whatever it is, there is no cluster.
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            where = f"{_ADDRESS}={address}" if address else "a cluster of this machine"
+            raise executor.ExecutorError(
+                f"{where}: Ray cannot be joined ({first}): it must be of the same "
+                "version, and RAY_AUTH_MODE and token those of the cluster."
+            ) from error
+        self._group: Any = None
+        self._members: list[Any] = []
+        self._options: dict[str, Any] = {}
+
+    def start(self, num: int, share: executor.Share) -> None:
+        ray = self._ray
+        there = ray.cluster_resources()
+        each: dict[str, float] = {"CPU": 1.0 if share.cpus is None else share.cpus}
+        for name in _ACCELERATORS:
+            if there.get(name):
+                each[name] = float(share.devices)
+                break
+        for name, count in each.items():
+            if num * count > there.get(name, 0.0):
+                raise executor.ExecutorError(
+                    f"{num} processes of {count:g} {name} each need {num * count:g} "
+                    f"{name}, and the Ray cluster has {there.get(name, 0.0):g}: start "
+                    "fewer processes, or add nodes."
+                )
+        self._group = ray.util.placement_group([each] * num, strategy="PACK")
+        if not self._group.wait(_PLACED_S):
+            free = ray.available_resources()
+            told = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in each)
+            self.stop()
+            raise executor.ExecutorError(
+                f"the Ray cluster did not place {num} processes of "
+                f"{', '.join(f'{n:g} {name}' for name, n in each.items())} within "
+                f"{_PLACED_S:g} s; free are {told}: wait for others, or add nodes."
+            )
+        self._options = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0.0)}
+        if "TPU" in each:
+            self._options["resources"] = {"TPU": each["TPU"]}
+        self._members = [self._place(index) for index in range(num)]
+        for index in range(num):
+            self.call(index, "poll")
+
+    def restart(self, index: int) -> None:
+        self._ray.kill(self._members[index])
+        self._members[index] = self._place(index)
+        # Its bundle may have to find another machine first.
+        self.call(index, "poll")
+
+    def stop(self) -> None:
+        for one in self._members:
+            self._ray.kill(one)
+        self._members = []
+        if self._group is not None:
+            self._ray.util.remove_placement_group(self._group)
+            self._group = None
+        self._ray.shutdown()
+
+    def _place(self, index: int) -> Any:
+        ray = self._ray
+        strategy = self._strategies.PlacementGroupSchedulingStrategy(
+            self._group, placement_group_bundle_index=index
+        )
+        actor = ray.remote(member_lib.Member)
+        options = self._options | {"scheduling_strategy": strategy}
+        return actor.options(**options).remote()
+
+    def host(self, index: int) -> str:
+        find = self._ray.util.get_node_ip_address
+        asked = self._members[index].__ray_call__.remote(lambda _: find())
+        return self._answer(index, asked)
+
+    def _call(self, index: int, method: str, arguments: list[Any]) -> Any:
+        asked = getattr(self._members[index], method).remote(*arguments)
+        return self._answer(index, asked)
+
+    def _answer(self, index: int, asked: Any) -> Any:
+        ray = self._ray
+        try:
+            return ray.get(asked, timeout=_ANSWER_S)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except (
+            ray.exceptions.RayActorError,
+            ray.exceptions.GetTimeoutError,
+        ) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise executor.ExecutorError(
+                f"process {index} is gone ({first})"
+            ) from error
+
+    def _codes(self) -> list[int | None]:
+        ray = self._ray
+        asked = [one.poll.remote() for one in self._members]
+        codes: list[int | None] = []
+        for one in asked:
+            try:
+                codes.append(ray.get(one, timeout=_ANSWER_S))
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                codes.append(executor.GONE)
+        return codes
+
+
+def _check_answers(address: str) -> None:
+    """Make sure that somebody listens at `host:port`: Ray would wait for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdecimal()) or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except OSError as error:
+        raise executor.ExecutorError(
+            f"{_ADDRESS}={address}: Ray cannot be joined ({error}): start the cluster "
+            "(`ray start --head`), or unset the variable for one of this machine."
+        ) from error

@@ -1,0 +1,1 @@
+"""A weight times one column on GPUs, see `api`."""

@@ -1,0 +1,1 @@
+"""What travels between processes of a run, and by which connections."""

@@ -1,0 +1,105 @@
+"""Connections between processes that share a secret, and what they have carried.
+
+Who connects and does not show in time that it knows the secret is hung up on. A
+`Traffic` counts the bytes that a process sends and receives.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection
+from typing import Any
+
+# Who connects has so long to show that it belongs here.
+_HANDSHAKE_S = 10.0
+# Of what a caller says first.
+_MOST_GREETING_BYTES = 4096
+
+
+class Traffic:
+    """Bytes that a process has sent and received; counted by several threads.
+
+    Attributes:
+      sent_bytes, received_bytes: up to now.
+    """
+
+    def __init__(self):
+        """Begin at nothing."""
+        self._lock = threading.Lock()
+        self.sent_bytes = self.received_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """All that went through this process, either way."""
+        return self.sent_bytes + self.received_bytes
+
+    def count(self, sent: int = 0, received: int = 0) -> None:
+        """Add to it."""
+        with self._lock:
+            self.sent_bytes += sent
+            self.received_bytes += received
+
+
+def greet(caller: connection.Connection, secret: bytes) -> Any:
+    """Let a caller show that it knows the secret; return what it says of itself.
+
+    Raises:
+      multiprocessing.AuthenticationError, OSError, EOFError, ValueError: it does not,
+        is too slow, or says nothing that JSON is.
+    """
+    with _deadline(caller):
+        _send_at_once(caller)
+        connection.deliver_challenge(caller, secret)
+        connection.answer_challenge(caller, secret)
+        return json.loads(caller.recv_bytes(_MOST_GREETING_BYTES))
+
+
+def connect(address: Sequence, secret: bytes, greeting: Any) -> connection.Connection:
+    """Call who listens at host and port, with a greeting that is fit for JSON.
+
+    Raises:
+      multiprocessing.AuthenticationError, OSError, EOFError: nobody does, or another.
+    """
+    link = connection.Client(tuple(address))
+    try:
+        with _deadline(link):
+            _send_at_once(link)
+            connection.answer_challenge(link, secret)
+            connection.deliver_challenge(link, secret)
+            link.send_bytes(json.dumps(greeting).encode())
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+def hang_up(link: connection.Connection) -> None:
+    """Let both ends of a connection find that it is over."""
+    with contextlib.suppress(OSError), socket_of(link) as same:
+        same.shutdown(socket.SHUT_RDWR)
+
+
+def socket_of(link: connection.Connection) -> socket.socket:
+    """Return a second handle of the connection's socket."""
+    return socket.socket(fileno=os.dup(link.fileno()))
+
+
+@contextlib.contextmanager
+def _deadline(link: connection.Connection) -> Iterator[None]:
+    """Hang up unless what follows is done in time, however slowly it goes on."""
+    timer = threading.Timer(_HANDSHAKE_S, hang_up, [link])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _send_at_once(link: connection.Connection) -> None:
+    """Keep messages of several parts from waiting for each part's acknowledgement."""
+    with socket_of(link) as same:
+        same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
