@@ -1,16 +1,16 @@
-"""Compiles the large recipes for TPU slices that are not there: do they fit?
+"""Compiles the large recipes for slices that are not there: do they fit?
 
     python -m experiments.ahead_of_time
     python -m experiments.ahead_of_time --models=qwen2.5-7b --programs=decode_64,apply
 
 For each variant of configs/grpo.py the programs of its run are made from abstract
-weights, with no file and no hub, and compiled by the TPU compiler (libtpu) for a
-described slice. Those called tlt_ are of rollouts with `specdec.mode=tlt`, whose pages
-keep what the drafter reads and is trained on; updates are the same. The longest rows
-that the recipe allows are taken. The table says per device what a program holds, what
-the run holds besides on the fullest device, and whether both fit into the chip's
-memory. No speed is measured, but that of the compiler (`compile_cpu_s` counts its own
-processor time, whatever else the machine does).
+weights, with no file and no hub, and compiled by the compilers for TPUs (libtpu) and
+GPUs (jax's CUDA plug-in) for described slices. Those called tlt_ are of rollouts with
+`specdec.mode=tlt`, whose pages keep what the drafter reads and is trained on; updates
+are the same. The longest rows that the recipe allows are taken. The table says per
+device what a program holds, what the run holds besides on the fullest device, and
+whether both fit into the chip's memory. No speed is measured, but that of the compiler
+(`compile_cpu_s` counts its own processor time, whatever else the machine does).
 
 `flops` and `bytes_accessed` are the compiler's, which counts the body of a loop once
 (layers of the learner, chunks of its head, tiles of attention, steps of decoding), and
@@ -43,13 +43,45 @@ from tlt_jax.runtime import failures
 
 GIB = 2**30
 # Memory of a chip that its compiler gives to programs.
-HBM_BYTES = {"v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB}
-SLICES = {
-    "qwen2.5-7b": "v5p:4x4x4",
-    "qwen2.5-32b": "v5p:4x8x8",
-    "ds-r1-distill-qwen-7b": "v5p:4x4x4",
-    "llama-3.3-70b": "v5p:4x8x8",
+HBM_BYTES = {
+    "v5e": 15.75 * GIB,
+    "v5p": 95.74 * GIB,
+    "v6e": 31.25 * GIB,
+    "h200": 139 * GIB,
 }
+# Of GPUs: switches' domains, hosts in each, and devices of a host.
+SLICES = {
+    "qwen2.5-7b": ("v5p:4x4x4",),
+    "qwen2.5-32b": ("v5p:4x8x8",),
+    "ds-r1-distill-qwen-7b": ("v5p:4x4x4",),
+    "llama-3.3-70b": ("v5p:4x8x8",),
+    "qwen3-30b-a3b": ("v5p:4x4x4", "h200:8x1x8"),
+}
+# What the compiler for GPUs must know of an H200.
+_H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  clock_rate_ghz: 1.98
+  device_memory_size: 150754820096
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+"""
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 _COLLECTIVES += ("collective-permute",)
 
@@ -81,20 +113,33 @@ ARCHITECTURES = {
         max_positions=131_072,
         eos_ids=(128_001, 128_008, 128_009),
     ),
+    "qwen3-30b-a3b": random_drafter.model_of(
+        (151_936, 2048, 6144, 32, 4, 128, 48),
+        "qwen3_moe",
+        tie_embeddings=False,
+        qk_norm=True,
+        rope_theta=1e6,
+        max_positions=40_960,
+        eos_ids=(151_645, 151_643),
+        experts=model_config.Experts(num=128, per_token=8, d_ff=768),
+    ),
 }
 
 
 class NoCompilerError(failures.UserError):
-    """The TPU compiler is not installed."""
+    """The compiler for the chips is not installed."""
 
 
 def described_devices(topology: str) -> Sequence[Any]:
-    """Returns the devices of a TPU slice (`v5p:4x4x4`) that need not exist.
+    """Returns devices that need not exist, `v5p:4x4x4` or `h200:8x1x8`.
 
     Raises:
-      NoCompilerError: libtpu is missing; the message has the command that installs the
-        release that this jax was made with.
+      NoCompilerError: their compiler is missing; the message has the command that
+        installs the release that this jax was made with.
     """
+    chip, _, shape = topology.partition(":")
+    if chip == "h200":
+        return _described_gpus(shape)
     if importlib.util.find_spec("libtpu") is None:
         raise NoCompilerError(
             "libtpu, the TPU compiler, is not installed (700 MB; no TPU is needed): "
@@ -110,6 +155,21 @@ def described_devices(topology: str) -> Sequence[Any]:
     }.items():
         os.environ.setdefault(name, value)
     return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+def _described_gpus(shape: str) -> Sequence[Any]:
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        wanted = " ".join(
+            f"{name}=={jax.__version__}"
+            for name in ("jax-cuda13-pjrt", "jax-cuda13-plugin")
+        )
+        raise NoCompilerError(
+            "the compiler for GPUs is not installed (400 MB, and the CUDA toolkit; no "
+            f"GPU is needed): pip install --no-deps {wanted}"
+        )
+    return topologies.get_topology_desc(
+        "", platform="cuda", topology=shape, target_config=_H200
+    ).devices
 
 
 def use_compilation_cache(use: bool) -> None:
@@ -182,21 +242,32 @@ def first_line(error: Exception) -> str:
     return (told or lines)[0][:200]
 
 
-def run_model(name: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
-    """Compiles the wanted programs (none named: all) of one variant; yields rows."""
+def run_model(
+    name: str, wanted: Sequence[str], chips: Sequence[str] = ()
+) -> Iterator[tables.Row]:
+    """Compiles the wanted programs (none named: all) of one variant; yields rows.
+
+    For its slices of the chips named; none: for all.
+    """
+    for place in SLICES[name]:
+        if not chips or place.partition(":")[0] in chips:
+            yield from _run_on(name, place, wanted)
+
+
+def _run_on(name: str, place: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
     config = grpo.get_config(name)
-    run, devices = config_lib.load(config), described_devices(SLICES[name])
+    run, devices = config_lib.load(config), described_devices(place)
     recipe = recipe_programs.Recipe(ARCHITECTURES[name], run, devices)
     config.specdec.mode = "tlt"
     tlt = recipe_programs.Recipe(ARCHITECTURES[name], config_lib.load(config), devices)
     for program in (*recipe.programs(), *tlt.rollouts()):
         if wanted and program.name not in wanted:
             continue
-        print(f"Compiling {program.name} of {name} for {SLICES[name]} ...")
-        chip = SLICES[name].partition(":")[0]
+        print(f"Compiling {program.name} of {name} for {place} ...", flush=True)
+        chip = place.partition(":")[0]
         yield {
             "model": name,
-            "slice": SLICES[name],
+            "slice": place,
             "mesh": "x".join(str(size) for size in recipe.mesh.devices.shape),
             "row_tokens": run.learner.row_tokens,
             "rows_per_device": run.learner.rows_per_micro_batch,
@@ -218,18 +289,17 @@ def compile_all(
 ) -> list[tables.Row]:
     """Compiles what is wanted; returns the rows that it made."""
     without_devices()
-    described_devices(SLICES[options.models[0]])
     path = tables.path_of(folder, "ahead_of_time")
     commit = (record.record["commit"] or "unknown")[:10]
     # Rows of whole models replace all that there were: recipes change.
     old = [
         row
         for row in (tables.read(path) if path.is_file() else ())
-        if options.programs or row["model"] not in options.models
+        if options.programs or options.chips or row["model"] not in options.models
     ]
     made: list[tables.Row] = []
     for name in options.models:
-        for row in run_model(name, options.programs):
+        for row in run_model(name, options.programs, options.chips):
             made.append(row | {"commit": commit})
             tables.write(path, merged(old, made))
             record.write(path.with_suffix(".json"))
@@ -239,7 +309,8 @@ def compile_all(
 
 def merged(old: Sequence[tables.Row], new: Sequence[tables.Row]) -> list[tables.Row]:
     """Returns the rows in the order of the variants, new ones for old ones."""
-    rows = {(row["model"], row["program"]): row for row in [*old, *new]}
+    names = "model", "slice", "program"
+    rows = {tuple(row[name] for name in names): row for row in [*old, *new]}
     order = list(ARCHITECTURES)
     return sorted(rows.values(), key=lambda row: order.index(row["model"]))
 
@@ -254,8 +325,9 @@ def _in_short(row: tables.Row) -> tables.Row:
 
 def check(options: argparse.Namespace) -> None:
     """Reads the lists of names."""
-    options.models = experiment.known(options.models, ARCHITECTURES, "models")
+    options.models = experiment.known(options.models, grpo.VARIANTS, "models")
     options.programs = list(filter(None, options.programs.split(",")))
+    options.chips = experiment.known(options.chips, HBM_BYTES, "chips")
 
 
 EXPERIMENT = experiment.Experiment(
@@ -263,8 +335,9 @@ EXPERIMENT = experiment.Experiment(
     text=__doc__,
     title="large recipes compiled for TPU slices",
     options=(
-        experiment.Option("models", ",".join(ARCHITECTURES)),
+        experiment.Option("models", ",".join(grpo.VARIANTS)),
         experiment.Option("programs", "", "such as accumulate,decode_64"),
+        experiment.Option("chips", "", "such as v5p; default: all that they are for"),
     ),
     check=check,
     settings=lambda options: {

@@ -108,7 +108,8 @@ def model_of(name: str) -> costs.Model:
         count = read.get("num_experts") or read.get("num_local_experts") or 0
         mixture = None
         if count:
-            expert = 3 * width * read["moe_intermediate_size"]
+            # Where no block is dense, the one width is that of an expert.
+            expert = 3 * width * (read.get("moe_intermediate_size") or inner)
             mixture = costs.Mixture(
                 *(count, read["num_experts_per_tok"], layers * count * expert, inner)
             )

@@ -2,6 +2,7 @@
 
     python -m experiments.step_ahead_of_time
     python -m experiments.step_ahead_of_time --compiled=32,64,128 --again
+    python -m experiments.step_ahead_of_time --model=qwen3-30b-a3b --chips=h200
 
 The decode programs of a 7B model and its drafter, plain and speculative, are compiled
 whole by the compilers for an H200 (jax's CUDA plug-in) and for four chips of v5e
@@ -22,13 +23,11 @@ measured but that of compiling.
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
 from experiments import ahead_of_time, step_costs
 from experiments.lab import experiment, launches, tables
@@ -77,37 +76,11 @@ class Chip:
         return longest / self.num_chips
 
 
-_GIB = ahead_of_time.GIB
 CHIPS = {
-    "h200": Chip("NVIDIA H200", "cuda", 1, 989e12, 139 * _GIB),
+    "h200": Chip("NVIDIA H200", "cuda", 1, 989e12, ahead_of_time.HBM_BYTES["h200"]),
     "v5e": Chip("TPU v5 lite", "tpu", 4, 197e12, ahead_of_time.HBM_BYTES["v5e"]),
 }
-_V5E_SLICE = "v5e:2x2"
-# What the compiler for GPUs must know of an H200.
-_H200 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  clock_rate_ghz: 1.98
-  device_memory_size: 150754820096
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  shared_memory_per_core: 233472
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  threads_per_core_limit: 2048
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-}
-platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
-"""
+_SLICES = {"h200": "h200:1x1x1", "v5e": "v5e:2x2"}
 
 
 def described(chip: str) -> Sequence[Any]:
@@ -116,20 +89,7 @@ def described(chip: str) -> Sequence[Any]:
     Raises:
       NoCompilerError: its compiler is not installed; the message has the command.
     """
-    if CHIPS[chip].platform == "tpu":
-        return ahead_of_time.described_devices(_V5E_SLICE)
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        wanted = " ".join(
-            f"{name}=={jax.__version__}"
-            for name in ("jax-cuda13-pjrt", "jax-cuda13-plugin")
-        )
-        raise ahead_of_time.NoCompilerError(
-            "the compiler for GPUs is not installed (400 MB, and the CUDA toolkit; no "
-            f"GPU is needed): pip install --no-deps {wanted}"
-        )
-    return topologies.get_topology_desc(
-        "", platform="cuda", topology="1x1x1", target_config=_H200
-    ).devices
+    return ahead_of_time.described_devices(_SLICES[chip])
 
 
 def strategy_of(text: str, batch: int) -> strategy_lib.Strategy | None:
@@ -210,11 +170,18 @@ class Decoding:
         made, weights = self.program()
         # What is traced is what the engine lowers, hence the private names.
         ends = made._ints(), made._ints()
-        rows, how = made._rows(self.batch), {"settings": made.settings}
+        rows, settings, per_token = made._rows(self.batch), made.settings, 1
+        if self.model.experts is not None:
+            # Not as the CPU that interprets it would multiply.
+            per_token = self.model.experts.per_token
+            kernels = dataclasses.replace(settings.kernels, ragged=True)
+            settings = dataclasses.replace(settings, kernels=kernels)
+        how = {"settings": settings}
         if self.strategy is None:
             call = functools.partial(decode.decode, **how)
             given = weights, made.abstract_caches.target, rows, *ends
-            return step_costs.of_step(jax.make_jaxpr(call)(*given), platform, 0)
+            traced = jax.make_jaxpr(call)(*given)
+            return step_costs.of_step(traced, platform, 0, per_token)
         strategy = self.strategy.of_batch(self.batch)
         call = functools.partial(
             speculate.run,
@@ -225,7 +192,8 @@ class Decoding:
         inputs = made._inputs(weights, self.batch, strategy)
         given = weights, made.abstract_caches, rows, inputs, *ends
         levels = strategy.draft_depth - 1
-        return step_costs.of_step(jax.make_jaxpr(call)(*given), platform, levels)
+        traced = jax.make_jaxpr(call)(*given)
+        return step_costs.of_step(traced, platform, levels, per_token)
 
 
 def counted(decoding: Decoding, platform: str) -> step_costs.Cost:
@@ -271,7 +239,8 @@ def measure(
     cell: tables.Cell, max_length: int, compiled_batches: Sequence[int]
 ) -> list[tables.Row]:
     """Counts a step, beside a plain one; compiles its program for one chip if asked."""
-    model, chip = ahead_of_time.ARCHITECTURES[MODEL], CHIPS[cell["chip"]]
+    name = cell.overrides.get("model", MODEL)
+    model, chip = ahead_of_time.ARCHITECTURES[name], CHIPS[cell["chip"]]
     devices = described(cell["chip"])[: chip.num_chips]
     mesh = sharding.make_mesh(1, 1, chip.num_chips, devices=devices)
     strategy = strategy_of(cell["strategy"], cell["batch"])
@@ -299,11 +268,15 @@ def measure(
     ]
 
 
-def cells(chips: list[str], batches: list[int], strategies: list[str]) -> list:
+def cells(
+    model: str, chips: list[str], batches: list[int], strategies: list[str]
+) -> list[tables.Cell]:
     """Lists the programs, the middle batch first: each takes a minute or two."""
     order = sorted(batches, key=lambda batch: abs(batch - 64))
+    # The first model's cells are older than the choice.
+    own = {} if model == MODEL else {"model": model}
     return [
-        tables.Cell({"chip": chip, "batch": batch, "strategy": strategy}, None)
+        tables.Cell({**own, "chip": chip, "batch": batch, "strategy": strategy}, None)
         for batch in order
         for chip in chips
         for strategy in (PLAIN, *strategies)
@@ -312,9 +285,11 @@ def cells(chips: list[str], batches: list[int], strategies: list[str]) -> list:
 
 def check(options: argparse.Namespace) -> None:
     """Refuses what cannot be read."""
+    experiment.known(options.model, ahead_of_time.ARCHITECTURES, "model")
     options.chips = experiment.known(options.chips, CHIPS, "chips")
     options.batches = experiment.numbers(options.batches, "batches")
-    options.compiled = experiment.numbers(options.compiled, "compiled")
+    compiled_batches = filter(None, options.compiled.split(","))
+    options.compiled = experiment.numbers(",".join(compiled_batches), "compiled")
     options.strategies = options.strategies.split(",")
     for text in options.strategies:
         strategy_of(text, options.batches[0])
@@ -325,6 +300,12 @@ EXPERIMENT = experiment.Experiment(
     text=__doc__,
     title="decode steps of a 7B model, compiled for an H200 and v5e",
     options=(
+        experiment.Option(
+            "model",
+            MODEL,
+            f"one of {', '.join(ahead_of_time.ARCHITECTURES)}",
+            recorded=False,
+        ),
         experiment.Option("chips", ",".join(CHIPS), recorded=False),
         experiment.Option("batches", "1,32,64,128", recorded=False),
         experiment.Option("strategies", STRATEGIES, recorded=False),
@@ -337,7 +318,9 @@ EXPERIMENT = experiment.Experiment(
     constants={"model": MODEL},
     check=check,
     context=ahead_of_time.without_devices,
-    cells=lambda options: cells(options.chips, options.batches, options.strategies),
+    cells=lambda options: cells(
+        options.model, options.chips, options.batches, options.strategies
+    ),
     measure=lambda options, context, cell, max_length: measure(
         cell, max_length, options.compiled
     ),

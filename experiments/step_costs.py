@@ -5,8 +5,9 @@ a kernel, and that for GPUs gives none. Here a loop's body counts as often as it
 a kernel as it estimates itself, and a step is the body of the program's outer loop:
 
 - floating-point operations: those of products and of kernels;
-- bytes: what products, reductions, orderings and scans read and write, what is read or
-  written of an array by index, and what kernels say. Arithmetic by element, and what
+- bytes: what products, reductions, orderings and scans read and write (of a mixture the
+  weights of the experts that rows touch where routes are even), what is read or written
+  of an array by index, and what kernels say. Arithmetic by element, and what
   only lies otherwise, is taken as part of what reads it, at no cost.
 
 Both are of all devices together, and of arrays as the program has them: what devices
@@ -46,13 +47,36 @@ class Cost:
         return Cost(self.flops * count, self.num_bytes * count)
 
 
-def of_step(traced: jex_core.ClosedJaxpr, platform: str, trips: int) -> Cost:
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What its equations do not say.
+
+    Attributes:
+      platform: that they are lowered for.
+      trips: of loops that ask whether to go on.
+      per_token: experts that a row of a mixture passes.
+    """
+
+    platform: str
+    trips: int
+    per_token: int
+
+    def touched_frac(self, num_experts: int, num_choices: int) -> float:
+        """Returns the part of the experts that rows' choices touch, if even."""
+        num_rows = num_choices / self.per_token
+        return 1 - (1 - self.per_token / num_experts) ** num_rows
+
+
+def of_step(
+    traced: jex_core.ClosedJaxpr, platform: str, trips: int, per_token: int = 1
+) -> Cost:
     """Counts one step of a decode program's loop.
 
     Args:
       traced: the program, whose outer loop is its only one that asks whether to go on.
       platform: `tpu`, `cuda` or `cpu`, for what is written differently for each.
       trips: of loops inside of it that ask so, too: the levels that are drafted.
+      per_token: experts that a row of a mixture passes.
 
     Raises:
       ValueError: it has no such loop, or several.
@@ -60,7 +84,8 @@ def of_step(traced: jex_core.ClosedJaxpr, platform: str, trips: int) -> Cost:
     loops = [eqn for eqn in _flat(traced.jaxpr) if eqn.primitive.name == "while"]
     if len(loops) != 1:
         raise ValueError(f"the program has {len(loops)} outer loops, not one.")
-    return _of(loops[0].params["body_jaxpr"].jaxpr, platform, trips)
+    program = _Program(platform, trips, per_token)
+    return _of(loops[0].params["body_jaxpr"].jaxpr, program)
 
 
 def _flat(jaxpr: Any) -> Iterator[Any]:
@@ -73,25 +98,25 @@ def _flat(jaxpr: Any) -> Iterator[Any]:
                 yield from _flat(each)
 
 
-def _of(jaxpr: Any, platform: str, trips: int) -> Cost:
-    costs = [_of_equation(eqn, platform, trips) for eqn in jaxpr.eqns]
+def _of(jaxpr: Any, program: _Program) -> Cost:
+    costs = [_of_equation(eqn, program) for eqn in jaxpr.eqns]
     return sum(costs, Cost())
 
 
-def _of_equation(eqn: Any, platform: str, trips: int) -> Cost:
+def _of_equation(eqn: Any, program: _Program) -> Cost:
     name, params = eqn.primitive.name, eqn.params
     if name == "pallas_call":
         estimate = params["cost_estimate"]
         return Cost(estimate.flops, estimate.bytes_accessed)
     if name == "while":
-        return _of(params["body_jaxpr"].jaxpr, platform, trips).times(trips)
+        return _of(params["body_jaxpr"].jaxpr, program).times(program.trips)
     if name == "scan":
-        return _of(params["jaxpr"].jaxpr, platform, trips).times(params["length"])
+        return _of(params["jaxpr"].jaxpr, program).times(params["length"])
     if name == "cond":
         branches = [b.jaxpr for b in params["branches"]]
-        if (chosen := _branch(params, platform)) is not None:
-            return _of(branches[chosen], platform, trips)
-        costs = [_of(branch, platform, trips) for branch in branches]
+        if (chosen := _branch(params, program.platform)) is not None:
+            return _of(branches[chosen], program)
+        costs = [_of(branch, program) for branch in branches]
         return max(costs, key=lambda cost: cost.num_bytes)
     given, made = eqn.invars, eqn.outvars
     if name == "dot_general":
@@ -99,13 +124,19 @@ def _of_equation(eqn: Any, platform: str, trips: int) -> Cost:
         depth = math.prod(given[0].aval.shape[axis] for axis in contracted)
         flops = 2 * depth * math.prod(made[0].aval.shape)
         return Cost(flops, _bytes(given) + _bytes(made))
+    if name == "ragged_dot_general":
+        rows, weights = given[0].aval, given[1].aval
+        flops = 2 * math.prod(rows.shape) * weights.shape[-1]
+        touched = program.touched_frac(weights.shape[0], rows.shape[0])
+        read = touched * _bytes(given[1:2])
+        return Cost(flops, _bytes(given[:1]) + read + _bytes(made))
     if name in _WHOLE:
         return Cost(0, _bytes(given) + _bytes(made))
     if name in _READS:
         return Cost(0, 2 * _bytes(made) + _bytes(given[1:]))
     if name in _WRITES:
         return Cost(0, 2 * _bytes(given[_WRITES[name] : _WRITES[name] + 1]))
-    return sum((_of(each, platform, trips) for each in _inner(eqn)), Cost())
+    return sum((_of(each, program) for each in _inner(eqn)), Cost())
 
 
 def _branch(params: Any, platform: str) -> int | None:

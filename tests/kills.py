@@ -62,6 +62,12 @@ _COUNTED = {
     "adaptation.max_steps": 2,
     "specdec.ngram_strategies": "",
 }
+_EXPERTS = {
+    "pretrain.num_experts": 4,
+    "pretrain.experts_per_token": 2,
+    "pretrain.d_ff": 32,
+    "learner.load_balancing_coef": 1e-2,
+}
 _SAVE = "tlt_jax.workdir.state:RunState.save"
 _MOMENTS = {
     "startup": ("", 1),
@@ -155,6 +161,10 @@ KINDS = {
             "specdec.strategies": "4:D2K1V3",
             "sampling.temperature": 0.9,
         },
+    ),
+    "experts": Kind(
+        _COMMON | _TLT | _COUNTED | _EXPERTS,
+        ignored=r"row \d+ drafter/(budget|gain)",
     ),
     "tlt-2": Kind(
         _COMMON | _TLT | {"workers.num": 2, "mesh.data": 2, "rollout.max_batch": 2},

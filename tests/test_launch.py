@@ -490,3 +490,31 @@ def test_processes_share_a_drafter_that_one_of_them_trains(tmp_path):
     updates = tiny_runs.values(rows, "drafter/num_updates")
     assert updates == sorted(updates) and 0 < updates[7] <= updates[8]
     assert sum(tiny_runs.values(rows, "workers/trained_s")) > 0
+
+
+@pytest.mark.slow
+def test_processes_share_a_mixture_of_experts(tmp_path):
+    """Experts of two processes, or of two devices of one: every bit is the same."""
+    settings = (
+        *("--config.num_steps=8", "--config.log.plots_every=0"),
+        *("--config.pretrain.num_experts=4", "--config.pretrain.d_ff=32"),
+        *("--config.mesh.fsdp=1", "--config.mesh.expert=2"),
+    )
+    plain = (*settings, "--config.num_steps=1", "--config.mesh.expert=1")
+    status, output = run(tmp_path / "model", 1, *plain)
+    assert status == 0, output
+    settings += (
+        f"--config.model.spec={tmp_path / 'model' / 'initial_model'}",
+        # Only tasks as they come can teach the model made above.
+        "--config.reward.functions=tests.judges:odd",
+    )
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    for name, processes, variables in (("one", 1, devices), ("two", 2, {})):
+        status, output = run(tmp_path / name, processes, *settings, **variables)
+        assert status == 0, output
+    rows, expected = (metrics.read(tmp_path / name) for name in ("two", "one"))
+    names = ("step", "rollout/tokens_digest", "policy/weights_digest", "policy/loss")
+    for name in (*names, "moe/route_flips", "moe/load_balancing_loss"):
+        assert tiny_runs.values(rows, name) == tiny_runs.values(expected, name), name
+    assert set(tiny_runs.values(rows, "moe/route_flips")) == {0.0}
+    assert tiny_runs.policy(tmp_path / "two") == tiny_runs.policy(tmp_path / "one")

@@ -38,7 +38,7 @@ PAPER = {
 OURS = (
     *("losslessness", "decode_speed", "decode_bandwidth", "grpo_step_speed"),
     *("peers_side_by_side", "ahead_of_time", "kernel_ahead_of_time", "tuner_trace"),
-    *("step_ahead_of_time", "simulator_check", "planner", "lag"),
+    *("step_ahead_of_time", "simulator_check", "planner", "lag", "route_flips"),
     "first_contact",
 )
 # Of tools that are no matter of seconds on any machine.

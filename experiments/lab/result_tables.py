@@ -128,9 +128,54 @@ def _drafters(rows: Rows) -> Rows:
     ]
 
 
+def _sum_of_known(rows: Rows, name: str) -> int | None:
+    """Adds up what was compared; nothing was: None."""
+    known = [row[name] for row in rows if row[name] is not None]
+    return sum(known) if known else None
+
+
+def _flips(rows: Rows) -> Rows:
+    """Puts meshes into one row, short runs only."""
+
+    def told(row):
+        if not row["flips/max"]:
+            return "0"
+        return f"{row['flips']:.2%} ({row['flips/max']:.1%})"
+
+    short = tables.where(rows, steps=min(tables.column(rows, "steps")))
+    names = ("precision", "routes", "speculation")
+    return [
+        dict(zip(names, key, strict=True))
+        | {row["mesh"]: told(row) for row in its}
+        | {
+            "mismatch": max(tables.column(its, "mismatch/max")),
+            "accept_length": its[0]["accept_length"],
+            # Plain decoding is no check of itself.
+            "steps_differing": (
+                None if key[-1] == "off" else _sum_of_known(its, "steps_differing")
+            ),
+        }
+        for key, its in tables.groups(short, *names).items()
+    ]
+
+
 def _is_main_job(row: tables.Row) -> bool:
     return row.get("model") == "smollm2" and row.get("processes") == 2
 
+
+_STEP: Mapping[str, str | Callable[[tables.Row], object]] = {
+    "chips": lambda row: f"{row['num_chips']} x {row['chip']}",
+    "rows": "batch",
+    "step": "program",
+    "columns": "columns",
+    "operations": lambda row: f"{row['flops'] / 1e12:.2f}e12",
+    "of plain": _times("flops_of_plain"),
+    "bytes": lambda row: f"{row['bytes'] / 1e9:.1f} GB",
+    "of plain's": _times("bytes_of_plain"),
+    "at the least, in plain steps": _times("bound_of_plain"),
+    "temporaries of a chip": lambda row: _gib(row, "temp_bytes"),
+    "all of a chip": lambda row: _gib(row, "total_bytes"),
+}
 
 TABLES = {
     # Of the README: the main job alone.
@@ -189,19 +234,40 @@ TABLES = {
     ),
     "step_ahead_of_time": Table(
         "step_ahead_of_time.csv",
+        _STEP,
+        keep=lambda row: not row.get("model"),
+    ),
+    "mixture_step": Table(
+        "step_ahead_of_time.csv",
+        _STEP,
+        keep=lambda row: row.get("model") == "qwen3-30b-a3b",
+    ),
+    "mixture_ahead_of_time": Table(
+        "ahead_of_time.csv",
         {
-            "chips": lambda row: f"{row['num_chips']} x {row['chip']}",
-            "rows": "batch",
-            "step": "program",
-            "columns": "columns",
-            "operations": lambda row: f"{row['flops'] / 1e12:.2f}e12",
-            "of plain": _times("flops_of_plain"),
-            "bytes": lambda row: f"{row['bytes'] / 1e9:.1f} GB",
-            "of plain's": _times("bytes_of_plain"),
-            "at the least, in plain steps": _times("bound_of_plain"),
-            "temporaries of a chip": lambda row: _gib(row, "temp_bytes"),
+            "slice": "slice",
+            "program": "program",
+            "arguments": lambda row: _gib(row, "argument_bytes"),
+            "temporaries": lambda row: _gib(row, "temp_bytes"),
+            "held beside": lambda row: _gib(row, "beside_bytes"),
             "all of a chip": lambda row: _gib(row, "total_bytes"),
+            "of": lambda row: _gib(row, "hbm_bytes"),
         },
+        keep=lambda row: row["model"] == "qwen3-30b-a3b",
+    ),
+    "route_flips": Table(
+        "route_flips_summary.csv",
+        {
+            "precision": "precision",
+            "`learner.routes`": "routes",
+            "speculation": "speculation",
+            "flips, 1 device": lambda row: row.get("1 device"),
+            "2 fsdp x 2 experts": lambda row: row.get("2 fsdp x 2 experts"),
+            "log-prob mismatch, nats": lambda row: f"{row['mismatch']:.2g}",
+            "accept length": _fixed("accept_length", 2),
+            "steps with other tokens": "steps_differing",
+        },
+        prepare=_flips,
     ),
     "trainer_makespan": Table(
         "trainer_makespan_summary.csv",

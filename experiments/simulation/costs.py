@@ -169,7 +169,8 @@ class RooflineCosts:
 
     A forward over n tokens takes the larger of reading weights (of a mixture those that
     n tokens touch) and cache and of computing, and `layer_s` of each layer for launches
-    and collectives. A step of a strategy costs a forward over all nodes, and per level
+    and collectives. A step of a strategy costs a forward over the nodes that it
+    verifies, those of its budget where rows share, and per level
     drafted a forward of the drafter, which has one layer and the target's head;
     `level_s` comes on top.
     `bandwidth_frac` and `flops_frac` of the published figures are reached, when
@@ -220,9 +221,9 @@ class RooflineCosts:
 
     def step_s(self, bucket: int, strategy: Strategy | None, context: float) -> float:
         """Returns seconds of a decode step."""
-        verified = strategy.tokens_to_verify if strategy else 1
+        columns = strategy.num_columns(bucket) if strategy else bucket
         model = self.model
-        total = self._target_s(bucket * verified, context * model.kv_bytes)
+        total = self._target_s(columns, context * model.kv_bytes)
         if strategy is not None and strategy.drafts:
             level = self._forward_s(
                 model.drafter_params,

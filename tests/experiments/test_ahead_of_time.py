@@ -34,6 +34,7 @@ def run_of(name, **changes):
         ("ds-r1-distill-qwen-7b", 7_615_616_512),
         ("qwen2.5-32b", 32_763_876_352),
         ("llama-3.3-70b", 70_553_706_496),
+        ("qwen3-30b-a3b", 30_532_122_624),
     ],
 )
 def test_architectures_have_as_many_weights_as_published(name, num_weights):
@@ -53,9 +54,10 @@ def mesh_of(run):
 def test_weights_and_cache_divide_over_the_recipes_mesh(name):
     run, model = run_of(name), ahead_of_time.ARCHITECTURES[name]
     sizes, axes_of = mesh_of(run)
-    slice_name, _, shape = ahead_of_time.SLICES[name].partition(":")
-    assert math.prod(map(int, shape.split("x"))) == math.prod(sizes)
-    assert slice_name in ahead_of_time.HBM_BYTES
+    for place in ahead_of_time.SLICES[name]:
+        chip, _, shape = place.partition(":")
+        assert math.prod(map(int, shape.split("x"))) == math.prod(sizes)
+        assert chip in ahead_of_time.HBM_BYTES
     axes = model_params.logical_axes(model)
     rules = sharding.ShardingRules()
     for dims, names in ((sizes, axes_of), ((1, 1, run.mesh.tensor), MESH_AXES)):
@@ -184,12 +186,13 @@ def test_collectives_are_counted_once_each():
 
 
 def test_rows_of_earlier_calls_are_kept():
-    def row(model, program, fits):
-        return {"model": model, "program": program, "fits": fits}
+    def row(model, program, fits, place="v5p:4x4x4"):
+        return {"model": model, "slice": place, "program": program, "fits": fits}
 
     old = [row("qwen2.5-7b", "apply", 1), row("qwen2.5-32b", "sync", 2)]
     new = [row("llama-3.3-70b", "apply", 3), row("qwen2.5-7b", "apply", 4)]
-    assert [r["fits"] for r in ahead_of_time.merged(old, new)] == [4, 2, 3]
+    new.append(row("qwen2.5-7b", "apply", 5, "h200:8x1x8"))
+    assert [r["fits"] for r in ahead_of_time.merged(old, new)] == [4, 5, 2, 3]
 
 
 def test_without_the_compiler_the_message_has_the_command(monkeypatch):
@@ -204,14 +207,21 @@ def test_the_table_is_that_of_the_recipes():
     wanted = ("accumulate", "apply", "sync", "prefill_4")
     for name in grpo.VARIANTS:
         run = run_of(name)
-        of_model = {row["program"]: row for row in rows if row["model"] == name}
+        its = [row for row in rows if row["model"] == name]
         largest = f"decode_{run.rollout.max_batch}"
-        of_tlt = {name for name in of_model if name.startswith("tlt_")}
+        of_tlt = {row["program"] for row in its if row["program"].startswith("tlt_")}
         assert of_tlt <= {f"tlt_{largest}", "tlt_speculate_16"}
-        assert of_model.keys() - of_tlt == {*wanted, largest}
-        for row in of_model.values():
-            mesh = "x".join(map(str, mesh_of(run)[0]))
-            assert (row["slice"], row["mesh"]) == (ahead_of_time.SLICES[name], mesh)
+        assert sorted(
+            (row["slice"], row["program"])
+            for row in its
+            if row["program"] not in of_tlt
+        ) == sorted(
+            (place, program)
+            for place in ahead_of_time.SLICES[name]
+            for program in (*wanted, largest)
+        )
+        for row in its:
+            assert row["mesh"] == "x".join(map(str, mesh_of(run)[0]))
             assert int(row["row_tokens"]) == run.learner.row_tokens
             assert int(row["max_batch"]) == run.rollout.max_batch
             assert row["remat"] == run.model.remat
@@ -229,7 +239,7 @@ def no_cache():
 @pytest.mark.parametrize("name", grpo.VARIANTS)
 def test_every_host_of_a_slice_has_its_engine(name):
     run = run_of(name)
-    devices = ahead_of_time.described_devices(ahead_of_time.SLICES[name])
+    devices = ahead_of_time.described_devices(ahead_of_time.SLICES[name][0])
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
     places = sharding.regrouped(mesh, run.rollout.tensor or run.mesh.tensor)
     hosts = [{chip.process_index for chip in place} for place in places.devices[0]]

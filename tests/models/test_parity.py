@@ -112,7 +112,7 @@ def by_tensor(model, cfg):
     return found
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe-plain", "qwen3-moe-tied-shares"])
+@pytest.mark.parametrize("name", ["qwen3-moe-plain", "qwen3-moe-tied-shares", "olmoe"])
 def test_gradients_of_mixtures_equal_those_of_transformers(name, tmp_path):
     model = tiny_hf.case(name)
     model.save_pretrained(tmp_path)

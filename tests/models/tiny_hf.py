@@ -9,6 +9,7 @@ CLASSES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "olmoe": (transformers.OlmoeConfig, transformers.OlmoeForCausalLM),
 }
 
 BASE = dict(
@@ -91,6 +92,19 @@ CASES = {
         EXPERTS | dict(norm_topk_prob=False, tie_word_embeddings=True),
     ),
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+    # Whose heads divide the width.
+    "olmoe": ("olmoe", dict(num_experts=8, num_experts_per_tok=3, head_dim=6)),
+    "olmoe-biases-shares": (
+        "olmoe",
+        dict(
+            num_experts=4,
+            num_experts_per_tok=2,
+            head_dim=6,
+            norm_topk_prob=True,
+            attention_bias=True,
+            num_key_value_heads=4,
+        ),
+    ),
 }
 
 

@@ -98,6 +98,15 @@ EDITS = {
             "out, heads, kernels, layer.out_bias",
             "tests/models/test_parity.py -k llama-plain",
         ),
+        (
+            "layers.rms_norm(flat, scale.reshape(-1), eps)",
+            "layers.rms_norm(flat, scale.reshape(-1)[::-1], eps)",
+            "tests/models/test_parity.py -k olmoe",
+        ),
+    ],
+    ("models/formats/hf_experts.py", "tests/models/formats/test_hf_config.py"): [
+        ('normalised=family == "mixtral"', 'normalised=family != "qwen3_moe"'),
+        ('if family == "qwen3_moe" else', 'if family != "mixtral" else'),
     ],
     ("models/experts.py", "tests/models/test_experts.py"): [
         ("if experts.normalised:", "if not experts.normalised:"),

@@ -21,7 +21,7 @@ import pytest
 from tests import mutation
 from tests.specdec import tiny_drafter
 from tlt_jax.models import config as model_config
-from tlt_jax.models import kv_cache, transformer
+from tlt_jax.models import experts, kv_cache, transformer
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.specdec import chain, decode, noise, protocols, sampling, speculate, verify
@@ -39,6 +39,10 @@ CFG = model_config.ModelConfig(
     head_dim=4,
     tie_embeddings=False,
 )
+# The same with a mixture: each token passes two of four experts.
+MIXTURE = dataclasses.replace(
+    CFG, family="mixtral", experts=model_config.Experts(num=4, per_token=2, d_ff=12)
+)
 EOS = 2
 PROMPT = (1, 0, 1)
 LONGEST = 5  # tokens
@@ -50,17 +54,21 @@ PAGE = 4
 
 
 @functools.cache
-def target():
-    params = jax.jit(model_params.init, static_argnums=0)(CFG, jax.random.key(3))
+def target(model=CFG):
+    # Of this mixture texts go by four different pairs of experts.
+    key = jax.random.key(9 if model.experts else 3)
+    params = jax.jit(model_params.init, static_argnums=0)(model, key)
     # Softer than they come, so that no completion is too rare to matter, with an
     # attention that matters, too.
     layers = params.layers.replace(out=params.layers.out * 20)
+    if model.experts:
+        layers = layers.replace(down=layers.down * 4)
     return params.replace(lm_head=params.lm_head * 0.3, layers=layers)
 
 
 @functools.cache
-def logits_of():
-    """Logits behind every text that has not ended, by its completion."""
+def outputs_of(model=CFG):
+    """Logits and routes behind every text that has not ended, by its completion."""
     prefixes = [
         drawn
         for length in range(LONGEST)
@@ -73,17 +81,24 @@ def logits_of():
     @jax.jit
     def forward(params):
         positions = jnp.broadcast_to(jnp.arange(texts.shape[1]), texts.shape)
-        out = transformer.forward(params, CFG, jnp.asarray(texts), positions)
-        return transformer.logits(params, out.hidden)
+        out = transformer.forward(params, model, jnp.asarray(texts), positions)
+        routes_LCBT = None if out.routing is None else out.routing.routes
+        return transformer.logits(params, out.hidden), routes_LCBT
 
-    logits = np.asarray(forward(target()), np.float64)
-    ends = [len(PROMPT) + len(drawn) - 1 for drawn in prefixes]
-    return dict(zip(prefixes, logits[np.arange(len(ends)), ends], strict=True))
+    logits, routes_LCBT = forward(target(model))
+    rows = np.arange(len(prefixes))
+    ends = np.array([len(PROMPT) + len(drawn) - 1 for drawn in prefixes])
+    logits = np.asarray(logits, np.float64)[rows, ends]
+    if model.experts:
+        routes = np.moveaxis(np.asarray(routes_LCBT)[:, :, rows, ends], -1, 0)
+    else:
+        routes = [None] * len(rows)
+    return dict(zip(prefixes, zip(logits, routes, strict=True), strict=True))
 
 
-def conditional(drawn, cfg):
+def conditional(drawn, cfg, model=CFG):
     """Probabilities behind `drawn`, as sampling documents them, in float64."""
-    scores = logits_of()[drawn] / cfg.temperature
+    scores = outputs_of(model)[drawn][0] / cfg.temperature
     probs = np.exp(scores - scores.max())
     probs /= probs.sum()
     order = np.argsort(-probs)
@@ -93,7 +108,7 @@ def conditional(drawn, cfg):
     return np.where(kept, probs, 0) / probs[kept].sum()
 
 
-def whole_law(cfg, most):
+def whole_law(cfg, most, model=CFG):
     """Probability of every completion."""
     law = {}
 
@@ -101,7 +116,7 @@ def whole_law(cfg, most):
         if (drawn and drawn[-1] == EOS) or len(drawn) == most:
             law[drawn] = prob
             return
-        for token, p in enumerate(conditional(drawn, cfg)):
+        for token, p in enumerate(conditional(drawn, cfg, model)):
             if p > 0:
                 grow((*drawn, token), prob * p)
 
@@ -110,7 +125,7 @@ def whole_law(cfg, most):
 
 
 @functools.cache
-def cells(cfg, most):
+def cells(cfg, most, model=CFG):
     """One u for each cell of each position, and the volumes; `[rows, most]`, `[rows]`.
 
     A position's cells are those of the prefixes that reach it.
@@ -119,7 +134,7 @@ def cells(cfg, most):
     for length in range(most):
         ends = {0.0, 1.0}
         for drawn in itertools.product((0, 1), repeat=length):
-            ends.update(np.cumsum(conditional(drawn, cfg))[:-1])
+            ends.update(np.cumsum(conditional(drawn, cfg, model))[:-1])
         ends = np.sort(list(ends))
         ends = ends[np.concatenate([[True], np.diff(ends) > 1e-12])]
         sides.append(list(zip((ends[1:] + ends[:-1]) / 2, np.diff(ends), strict=True)))
@@ -141,16 +156,24 @@ class Rollouts:
     """Completions of the prompt, decoded as one batch, with a weight for each row."""
 
     def __init__(
-        self, sampling_cfg, most, volumes, cfg=DRAFTER, draft_ids=None, rule="keyed"
+        self,
+        sampling_cfg,
+        most,
+        volumes,
+        cfg=DRAFTER,
+        draft_ids=None,
+        rule="keyed",
+        model=CFG,
     ):
         self.sampling_cfg, self.most, self.volumes = sampling_cfg, most, volumes
+        self.model = model
         self.cfg, self.rule = cfg, chain.RULES[rule]
         self.samples, self.trees = rule != chain.KEYED, rule == "rejection"
         params = jax.jit(drafter.init, static_argnums=0)(cfg, jax.random.key(5))
         params = params.replace(draft_ids=draft_ids)
         if cfg.block_size:
             params = tiny_drafter.followed(params)
-        self.weights = learned.weights_of(params, target())
+        self.weights = learned.weights_of(params, target(model))
         num = len(volumes)
         self.keys = np.stack([np.zeros(num), np.arange(num)], axis=1).astype(np.uint32)
         self.programs = {}
@@ -174,7 +197,7 @@ class Rollouts:
     def program(self, strategy):
         if strategy not in self.programs:
             settings = decode.Settings(
-                CFG,
+                self.model,
                 self.sampling_cfg,
                 eos_ids=(EOS,),
                 max_tokens=self.most,
@@ -202,12 +225,12 @@ class Rollouts:
         num = len(self.volumes)
         table = 1 + np.arange(2 * num, dtype=np.int32).reshape(num, 2)
         sizes = 2 * num + 1, PAGE, jnp.float32
-        cache = kv_cache.create(CFG, *sizes, CFG.d_model)
+        cache = kv_cache.create(self.model, *sizes, CFG.d_model)
         draft_cache = kv_cache.create(self.cfg.layer, *sizes)
         tokens = np.zeros((num, PAGE), np.int32)
         tokens[:, : len(PROMPT) - 1] = PROMPT[:-1]
-        cache = prefill_program()(
-            target(),
+        cache = prefill_program(self.model)(
+            target(self.model),
             cache,
             tokens,
             np.full(num, len(PROMPT) - 1, np.int32),
@@ -238,7 +261,9 @@ class Rollouts:
             strategy = next(turn)
             limits = jnp.int32(limit), jnp.int32(num + 1)
             if strategy is None:
-                cache, emitted = self.program(None)(target(), cache, inputs, *limits)
+                cache, emitted = self.program(None)(
+                    target(self.model), cache, inputs, *limits
+                )
             else:
                 # The drafter reads whatever its cache holds: it is one of the worst.
                 most = strategy.max_accept_length
@@ -250,7 +275,7 @@ class Rollouts:
                     rest = text[drafted[i] + 1 :]
                     behind[i, : len(rest)] = rest
                 caches, result = self.program(strategy)(
-                    target(),
+                    target(self.model),
                     protocols.Caches(cache, draft_cache),
                     inputs,
                     learned.Draft(
@@ -275,7 +300,7 @@ class Case(Rollouts):
     """All rows of the enumeration."""
 
     def __init__(self, monkeypatch, sampling_cfg, most, **how):
-        u, volumes = cells(sampling_cfg, most)
+        u, volumes = cells(sampling_cfg, most, how.get("model", CFG))
         table = jnp.asarray(u, jnp.float32)
 
         def keyed(keys, positions, vocab_size, kernels):
@@ -291,10 +316,10 @@ class Case(Rollouts):
 
 
 @functools.cache
-def prefill_program():
+def prefill_program(model=CFG):
     return jax.jit(
         functools.partial(
-            decode.prefill, settings=decode.Settings(CFG, feature_layers=())
+            decode.prefill, settings=decode.Settings(model, feature_layers=())
         )
     )
 
@@ -324,16 +349,35 @@ WIDE = strategy_lib.Strategy(1, 3, 4)
         (LAW, 4, (SINGLE, TIGHT), 2, {}),
         (LAW, 4, (CHAIN, None, TREE), 3, dict(cfg=BLOCK)),
         (TRUNCATED, 4, (SINGLE, TIGHT), 2, dict(cfg=BLOCK)),
+        (LAW, 4, (WIDE, None, TREE), 2, dict(model=MIXTURE)),
+        (TRUNCATED, 4, (SINGLE, TIGHT), 2, dict(model=MIXTURE)),
     ],
     ids="plain chain tree switching truncated shared switching_shared "
-    "block block_shared".split(),
+    "block block_shared mixture mixture_shared".split(),
 )
 def test_the_law_is_the_targets(
     monkeypatch, sampling_cfg, most, strategies, limit, how
 ):
     law = Case(monkeypatch, sampling_cfg, most, **how).law(strategies, limit)
     assert abs(sum(law.values()) - 1) < 1e-9
-    assert total_variation(law, whole_law(sampling_cfg, most)) < 1e-6
+    wanted = whole_law(sampling_cfg, most, how.get("model", CFG))
+    assert total_variation(law, wanted) < 1e-6
+
+
+def test_texts_of_the_mixture_go_through_all_experts_by_several_routes():
+    routes = [tuple(own.flatten()) for _, own in outputs_of(MIXTURE).values()]
+    assert {*sum(routes, ())} == {0, 1, 2, 3}
+    assert len({tuple(sorted(own)) for own in routes}) >= 4
+
+
+def test_a_node_that_takes_anothers_route_shows_in_the_law(monkeypatch):
+    case = Case(monkeypatch, LAW, 3, model=MIXTURE)
+    choose = experts._choose
+    monkeypatch.setattr(
+        experts, "_choose", lambda probs, count: jnp.roll(choose(probs, count), 1, 2)
+    )
+    law = case.law((TREE,))
+    assert total_variation(law, whole_law(LAW, 3, MIXTURE)) > 1e-3
 
 
 MUTATIONS = {

@@ -6,10 +6,15 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "olmoe"]
 FAMILIES: tuple[Family, ...] = typing.get_args(Family)
-# Families of mixtures, each with the one whose dense layers are alike otherwise.
-MIXTURES: Mapping[str, Family] = {"qwen3_moe": "qwen3", "mixtral": "llama"}
+# Families of mixtures, each with the one whose dense layers are alike otherwise, but
+# for OLMoE's norms, which no dense family has.
+MIXTURES: Mapping[str, Family] = {
+    "qwen3_moe": "qwen3",
+    "mixtral": "llama",
+    "olmoe": "llama",
+}
 
 # Far beyond any model: what says more is damaged, and would ask for all memory.
 MOST: Mapping[str, int] = {
@@ -117,6 +122,8 @@ class ModelConfig:
       tie_embeddings: the LM head is the embedding.
       qkv_bias, out_bias, mlp_bias: biases of the projections.
       qk_norm: RMS norm over H of every query and key head, before rotation.
+      qk_norm_joint: of `qk_norm`: one over all query heads together, and one over all
+        key heads.
       rms_norm_eps: added to the mean square.
       rope_theta, rope_scaling: rotary embedding.
       sliding_window: a windowed layer sees keys at distance < sliding_window.
@@ -150,6 +157,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     experts: Experts | None = None
+    qk_norm_joint: bool = False
 
     def __post_init__(self):
         for name in _SIZES:
@@ -165,9 +173,11 @@ class ModelConfig:
         _check_positive("rms_norm_eps", self.rms_norm_eps, most=1)
         _check_positive("rope_theta", self.rope_theta)
         flags = ("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm")
-        for name in flags:
+        for name in (*flags, "qk_norm_joint"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is neither True nor False.")
+        if self.qk_norm_joint and not self.qk_norm:
+            raise ValueError("qk_norm_joint=True says how qk_norm is done: set both.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
@@ -228,7 +238,10 @@ class ModelConfig:
     def dense(self) -> "ModelConfig":
         """Describe the same model with dense blocks in place of experts."""
         family = MIXTURES.get(self.family, self.family)
-        return dataclasses.replace(self, family=family, experts=None)
+        norms = {"qk_norm": self.qk_norm and not self.qk_norm_joint}
+        return dataclasses.replace(
+            self, family=family, experts=None, **norms, qk_norm_joint=False
+        )
 
     def window(self, layer: int) -> int | None:
         """Width in tokens of `layer`'s window, or None where it sees everything."""

@@ -44,7 +44,8 @@ class LayerParams:
         head, then its value head, so that splitting over K keeps a head's family
         together.
       qkv_bias: `[K, G + 2, H]` or None.
-      q_norm, k_norm: `[H]` or None.
+      q_norm, k_norm: `[H]`; `[K, G, H]` and `[K, H]` where all heads are normed
+        together; or None.
       out: `[D, K, G, H]`.
       out_bias: `[D]` or None.
       mlp_norm: `[D]`.
@@ -110,6 +111,10 @@ def describe(cfg: model_config.ModelConfig) -> Params:
     each = () if experts is None else (experts.num,)
     each_axes = ("expert",) * len(each)
     head_axes = ("kv_heads", None, None)
+    # Norms of queries and of keys are for one head, or for all of them together.
+    query = key = ((h,), (None,))
+    if cfg.qk_norm_joint:
+        query, key = ((k, g, h), head_axes), ((k, h), head_axes[:2])
     layers = LayerParams(
         attn_norm=layer((d,), (None,), "ones"),
         qkv=layer((*heads, d), (*head_axes, "embed"), "normal", d),
@@ -120,8 +125,8 @@ def describe(cfg: model_config.ModelConfig) -> Params:
         ),
         down=layer((*each, d, f), (*each_axes, "embed", "mlp"), "normal", f),
         qkv_bias=layer(heads, head_axes, "zeros") if cfg.qkv_bias else None,
-        q_norm=layer((h,), (None,), "ones") if cfg.qk_norm else None,
-        k_norm=layer((h,), (None,), "ones") if cfg.qk_norm else None,
+        q_norm=layer(*query, "ones") if cfg.qk_norm else None,
+        k_norm=layer(*key, "ones") if cfg.qk_norm else None,
         out_bias=layer((d,), (None,), "zeros") if cfg.out_bias else None,
         gate_up_bias=(layer((2, f), (None, "mlp"), "zeros") if cfg.mlp_bias else None),
         down_bias=layer((d,), (None,), "zeros") if cfg.mlp_bias else None,

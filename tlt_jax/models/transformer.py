@@ -397,8 +397,8 @@ def _self_attention(
     )
     if layer.q_norm is not None:
         eps = cfg.rms_norm_eps
-        query_KGHBT = layers.rms_norm(query_KGHBT, layer.q_norm, eps, axis=2)
-        key_K1HBT = layers.rms_norm(key_K1HBT, layer.k_norm, eps, axis=2)
+        query_KGHBT = _norm_heads(query_KGHBT, layer.q_norm, eps)
+        key_K1HBT = _norm_heads(key_K1HBT, layer.k_norm, eps)
         qkv_KCHBT = jnp.concatenate([query_KGHBT, key_K1HBT, value_K1HBT], axis=1)
     if attend_columns is not None:
         heads_KGHBT, key_KHBT, value_KHBT = attend_columns(qkv_KCHBT, *rope)
@@ -413,6 +413,14 @@ def _self_attention(
         out, heads, kernels, layer.out_bias, residual=residual_DBT
     )
     return added_DBT, key_KHBT, value_KHBT
+
+
+def _norm_heads(x_KGHBT: Array, scale: Array, eps: float) -> Array:
+    """Norm every head by `scale [H]`, or all together by one with more axes."""
+    if scale.ndim == 1:
+        return layers.rms_norm(x_KGHBT, scale, eps, axis=2)
+    flat = x_KGHBT.reshape(-1, *x_KGHBT.shape[3:])
+    return layers.rms_norm(flat, scale.reshape(-1), eps).reshape(x_KGHBT.shape)
 
 
 def _rotate_and_attend(query_KGHBT, key_K1HBT, value_K1HBT, rope, attend):

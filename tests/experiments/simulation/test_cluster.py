@@ -467,6 +467,11 @@ def test_a_mixtures_step_reads_the_experts_that_its_columns_touch(tmp_path):
     experts = 1 - (1 - 8 / 128) ** 16
     extra = 2 * (experts - 8 / 128) * model.mixture.params
     assert tree - one == pytest.approx(extra / (4.8e12 * 0.75))
+    # Of four rows that share 16 nodes no more than 16 columns are read, and computed.
+    target_s = machine._target_s
+    shared = strategy.parse("D7K1V8N16-ngram")
+    assert machine.step_s(4, shared, 0) == target_s(16, 0) == tree
+    assert machine.step_s(4, strategy.parse("D7K1V8-ngram"), 0) == target_s(32, 0)
     # The drafter is dense: attention, three products of 6144, and the target's head.
     assert model.drafter_params == pytest.approx(376e6, rel=0.01)
 
@@ -486,3 +491,10 @@ def test_a_mixtures_step_reads_the_experts_that_its_columns_touch(tmp_path):
     read = planner.model_of(str(tmp_path))
     assert read.mixture == model.mixture
     assert read.num_params == pytest.approx(model.num_params, rel=0.01)
+    # Mixtral and OLMoE have one width, that of an expert.
+    config |= dict(num_local_experts=8, num_experts_per_tok=2, intermediate_size=14336)
+    del config["num_experts"], config["moe_intermediate_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mixture = planner.model_of(str(tmp_path)).mixture
+    assert (mixture.num, mixture.d_ff) == (8, 14336)
+    assert mixture.params == 48 * 8 * 3 * 2048 * 14336

@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 from tests.models import tiny_hf
+from tlt_jax.models import params as model_params
 from tlt_jax.models.config import Experts, RopeScaling
 from tlt_jax.models.formats import hf_config
 
@@ -277,6 +278,63 @@ def test_mixtures_that_are_not_computed_are_refused_by_name(change, message):
     assert "\n" not in str(error.value)
 
 
+def olmoe(**changes):
+    """As allenai/OLMoE-1B-7B-0924 has it."""
+    released = dict(
+        architectures=["OlmoeForCausalLM"],
+        model_type="olmoe",
+        vocab_size=50304,
+        hidden_size=2048,
+        intermediate_size=1024,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        clip_qkv=None,
+        attention_bias=False,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_position_embeddings=4096,
+        hidden_act="silu",
+        pad_token_id=1,
+        eos_token_id=50279,
+        tie_word_embeddings=False,
+        output_router_logits=False,
+        router_aux_loss_coef=0.01,
+    )
+    return released | changes
+
+
+def test_olmoe_is_read():
+    cfg = hf_config.from_hf(olmoe())
+    assert cfg.experts == Experts(64, 8, 1024, normalised=False)
+    assert cfg.qk_norm and cfg.qk_norm_joint and cfg.head_dim == 128
+    # 6.9 billion weights, as its card says.
+    assert model_params.count(cfg) == 6_919_161_856
+    drafter = cfg.dense()
+    assert drafter.family == "llama" and not drafter.qk_norm
+    hf_config.to_hf(drafter)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(clip_qkv=8.0), "clip_qkv=8.0; accepted: None .*not clipped"),
+        (dict(head_dim=64), "head_dim=64 with hidden_size=2048.*remove head_dim"),
+        (dict(sliding_window=4096), "sliding_window=4096.*olmoe"),
+        (dict(moe_intermediate_size=64), "moe_intermediate_size=64.*olmoe"),
+        (dict(architectures=["FlexOlmoForCausalLM"]), "FlexOlmoForCausalLM.*supported"),
+    ],
+)
+def test_an_olmoe_that_is_not_computed_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        hf_config.from_hf(olmoe(**change))
+    assert "\n" not in str(error.value)
+
+
 def test_a_window_of_llama_is_refused():
     with pytest.raises(ValueError, match="sliding_window=4096"):
         hf_config.from_hf(LLAMA | dict(sliding_window=4096))
@@ -325,6 +383,7 @@ def test_the_form_of_transformers_4_stands_beside_that_of_5():
         (QWEN2, dict(qkv_bias=False), "qkv_bias=False"),
         (QWEN2, dict(mlp_bias=True), "mlp_bias"),
         (QWEN3, dict(qk_norm=False), "qk_norm=False"),
+        (QWEN3, dict(qk_norm_joint=True), "qk_norm_joint=True"),
     ],
 )
 def test_what_transformers_has_no_class_for_is_not_written(base, change, message):

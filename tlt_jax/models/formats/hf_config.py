@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlt_jax.models import config as model_config
-from tlt_jax.models.formats import hf_rope, hf_settings, json_file
+from tlt_jax.models.formats import hf_experts, hf_rope, hf_settings, json_file
 
 ARCHITECTURES: Mapping[str, model_config.Family] = {
     "LlamaForCausalLM": "llama",
@@ -17,6 +17,7 @@ ARCHITECTURES: Mapping[str, model_config.Family] = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "MixtralForCausalLM": "mixtral",
+    "OlmoeForCausalLM": "olmoe",
 }
 
 _READ = frozenset(
@@ -28,13 +29,13 @@ _READ = frozenset(
 _WINDOW_KEYS = frozenset(
     "use_sliding_window sliding_window max_window_layers layer_types".split()
 )
-_COUNTS = frozenset("num_experts num_local_experts num_experts_per_tok".split())
 _READ_BY_FAMILY = {
     "llama": frozenset({"mlp_bias"}),
     "qwen2": _WINDOW_KEYS,
     "qwen3": _WINDOW_KEYS,
-    "qwen3_moe": _WINDOW_KEYS | _COUNTS | {"moe_intermediate_size", "norm_topk_prob"},
-    "mixtral": _COUNTS,
+    "qwen3_moe": _WINDOW_KEYS | hf_experts.READ["qwen3_moe"],
+    "mixtral": hf_experts.READ["mixtral"],
+    "olmoe": hf_experts.READ["olmoe"],
 }
 # How those who made a model sample from it.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -60,6 +61,9 @@ _METADATA = frozenset(
 
 _MOST_EOS = 64
 _QWEN3 = ("qwen3", "qwen3_moe")
+_NORMED = (*_QWEN3, "olmoe")
+_WINDOWED = ("qwen2", "qwen3", "qwen3_moe")
+_MAX_POSITIONS = {"llama": 2048, "olmoe": 4096}
 # Keys that other values than these would make compute something else.
 _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "only SwiGLU blocks are computed"),
@@ -92,6 +96,7 @@ _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
         for key in ("scoring_func", "topk_method", "n_group", "topk_group")
     },
     "pruned_heads": (({}, None), "heads are all computed"),
+    "clip_qkv": ((None,), "queries, keys and values are not clipped"),
 }
 
 
@@ -131,11 +136,17 @@ def from_hf(
     else:
         head_dim = d_model // num_heads
     max_positions = hf_settings.integer(
-        config, "max_position_embeddings", 2048 if family == "llama" else 32768
+        config, "max_position_embeddings", _MAX_POSITIONS.get(family, 32768)
     )
     rope_theta, rope_scaling = hf_rope.from_hf(config, max_positions)
     sliding_window, windowed_layers = _windows(config, family, num_layers)
     attention_bias = hf_settings.boolean(config, "attention_bias")
+    if family == "olmoe" and head_dim * num_heads != d_model:
+        raise ValueError(
+            f"head_dim={head_dim} with hidden_size={d_model} and num_attention_heads="
+            f"{num_heads}: the heads of OlmoeForCausalLM divide the hidden size; "
+            "remove head_dim."
+        )
     if family == "mixtral" and attention_bias:
         raise ValueError(
             "attention_bias=true is not a setting of MixtralForCausalLM, which has no "
@@ -160,43 +171,16 @@ def from_hf(
         qkv_bias=family == "qwen2" or attention_bias,
         out_bias=family != "qwen2" and attention_bias,
         mlp_bias=hf_settings.boolean(config, "mlp_bias"),
-        qk_norm=family in _QWEN3,
+        qk_norm=family in _NORMED,
+        qk_norm_joint=family == "olmoe",
         rms_norm_eps=hf_settings.positive(config, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         sliding_window=sliding_window,
         windowed_layers=windowed_layers,
         max_positions=max_positions,
-        experts=_experts(config, family) if family in model_config.MIXTURES else None,
+        experts=hf_experts.from_hf(config, family),
         **special,
-    )
-
-
-def _experts(
-    config: Mapping[str, Any], family: model_config.Family
-) -> model_config.Experts:
-    most = model_config.MOST
-    read = hf_settings.integer
-    # Releases of transformers write one name or the other, or both.
-    names = [n for n in ("num_experts", "num_local_experts") if n in config]
-    counts = {read(config, name, at_most=most["num_experts"]) for name in names}
-    if len(counts) > 1:
-        raise ValueError(
-            f"num_experts={config['num_experts']} contradicts num_local_experts="
-            f"{config['num_local_experts']}: remove the wrong one from config.json."
-        )
-    if family == "mixtral":
-        # Its softmax is over the chosen experts alone: the same as dividing by a sum.
-        return model_config.Experts(
-            num=counts.pop() if counts else 8,
-            per_token=read(config, "num_experts_per_tok", 2),
-            d_ff=read(config, "intermediate_size", at_most=most["d_ff"]),
-        )
-    return model_config.Experts(
-        num=counts.pop() if counts else 128,
-        per_token=read(config, "num_experts_per_tok", 8),
-        d_ff=read(config, "moe_intermediate_size", 768, at_most=most["d_ff"]),
-        normalised=hf_settings.boolean(config, "norm_topk_prob"),
     )
 
 
@@ -261,31 +245,13 @@ def to_hf(cfg: model_config.ModelConfig, dtype: str = "float32") -> dict[str, An
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    if cfg.family == "mixtral":
-        return config | {
-            "num_local_experts": cfg.experts.num,
-            "num_experts_per_tok": cfg.experts.per_token,
-            "intermediate_size": cfg.experts.d_ff,
-            "sliding_window": None,
-        }
-    if cfg.family != "qwen2":
+    if cfg.family not in ("qwen2", "mixtral"):
         config["attention_bias"] = cfg.qkv_bias
     if cfg.family == "llama":
         config["mlp_bias"] = cfg.mlp_bias
         return config
     if cfg.experts is not None:
-        config |= {
-            "num_experts": cfg.experts.num,
-            "num_experts_per_tok": cfg.experts.per_token,
-            "moe_intermediate_size": cfg.experts.d_ff,
-            "norm_topk_prob": cfg.experts.normalised,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "max_window_layers": cfg.num_layers,
-        }
-        return config
+        return config | hf_experts.to_hf(cfg)
     windowed = cfg.windowed_layers or (False,) * cfg.num_layers
     first = windowed.index(True) if any(windowed) else cfg.num_layers
     return config | {
@@ -382,7 +348,7 @@ def _refuse_unknown(config: Mapping[str, Any], family: model_config.Family) -> N
 def _windows(
     config: Mapping[str, Any], family: model_config.Family, num_layers: int
 ) -> tuple[int | None, tuple[bool, ...]]:
-    if family in ("llama", "mixtral"):
+    if family not in _WINDOWED:
         return None, ()
     width = None
     if hf_settings.boolean(config, "use_sliding_window"):
@@ -444,7 +410,10 @@ def _check_exportable(cfg: model_config.ModelConfig) -> None:
     is_llama, is_qwen2 = cfg.family == "llama", cfg.family == "qwen2"
     biases = f"qkv_bias={cfg.qkv_bias}", f"out_bias={cfg.out_bias}"
     refused = {
-        f"qk_norm={cfg.qk_norm}": cfg.qk_norm != (cfg.family in _QWEN3),
+        f"qk_norm={cfg.qk_norm}": cfg.qk_norm != (cfg.family in _NORMED),
+        f"qk_norm_joint={cfg.qk_norm_joint}": (
+            cfg.qk_norm_joint != (cfg.family == "olmoe")
+        ),
         "biases or shares that are not normalised": cfg.family == "mixtral"
         and (cfg.qkv_bias or cfg.experts is not None and not cfg.experts.normalised),
         f"windowed_layers in a {cfg.family}": (
@@ -459,6 +428,9 @@ def _check_exportable(cfg: model_config.ModelConfig) -> None:
         "windowed_layers": is_llama and any(cfg.windowed_layers),
         f"d_model={cfg.d_model} over num_heads={cfg.num_heads}": (
             is_llama and cfg.d_model % cfg.num_heads > 0
+        ),
+        f"head_dim={cfg.head_dim} with d_model={cfg.d_model}": (
+            cfg.family == "olmoe" and cfg.head_dim * cfg.num_heads != cfg.d_model
         ),
     }
     problems = [problem for problem, is_there in refused.items() if is_there]

@@ -150,6 +150,11 @@ def layout(
     def vector(weight, role, size):
         return leaf(weight, (role, ((size,),), (0,)))
 
+    def norm(weight, role):
+        # Of a head, or of all heads one after the other.
+        shape = weight.shape[1:] if weight else ()
+        return leaf(weight, (role, (shape,), (0,) * len(shape)))
+
     def table(weight, role):
         if weight is None:
             return None
@@ -186,8 +191,8 @@ def layout(
             attn_norm=vector(layers.attn_norm, "attn_norm", d),
             qkv=heads(layers.qkv, "", ((d,),), (0,)),
             qkv_bias=heads(layers.qkv_bias, "_bias", (), ()),
-            q_norm=vector(layers.q_norm, "q_norm", h),
-            k_norm=vector(layers.k_norm, "k_norm", h),
+            q_norm=norm(layers.q_norm, "q_norm"),
+            k_norm=norm(layers.k_norm, "k_norm"),
             out=leaf(layers.out, ("out", ((d,), (k, g, h)), (0, 0, 0, 0))),
             out_bias=vector(layers.out_bias, "out_bias", d),
             mlp_norm=vector(layers.mlp_norm, "mlp_norm", d),
