@@ -154,22 +154,21 @@ def test_a_killed_block_drafter_goes_on_as_if_it_had_not_been(
 
 def test_rounds_bring_new_texts_and_a_killed_run_goes_on(whole, tmp_path, monkeypatch):
     """Steps 1 to 3, 4 to 6 and 7 to 8 have texts of their own and those before."""
-    changes = {"texts.num": 8, "texts.round_steps": 3, "texts.kept_rounds": 2}
-    run = settings(**changes | {"average": 0.9})
-    for name in ("run", "whole"):
-        shutil.copytree(whole[0] / "target", tmp_path / name / "target")
+    changes = {"texts.num": 32, "texts.round_steps": 3, "texts.kept_rounds": 2}
+    target = str(whole[0] / "target")
+    run = settings(**changes | {"average": 0.9, "model.spec": target})
     train_drafter.train(run, tmp_path / "whole")
     for owner, name, call in (
         (train_drafter._Trainer, "_row", 3),
-        # The texts of the last round, written in shards.
-        (shards.Shards, "append", 2),
+        # Before the texts of the last round are kept.
+        (shards.Shards, "append", 1),
     ):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             killed_at(patch, owner, name, call)
             train_drafter.train(run, tmp_path / "run")
     train_drafter.train(run, tmp_path / "run")
     assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
-    model = policy.load(str(tmp_path / "run" / "target")).config
+    model = policy.load(target).config
     loaded, wanted = (
         drafter_io.load(tmp_path / name / "drafter", model)[1]
         for name in ("run", "whole")
@@ -178,7 +177,7 @@ def test_rounds_bring_new_texts_and_a_killed_run_goes_on(whole, tmp_path, monkey
     held_out = [offline_texts.HELD_OUT + i for i in range(8)]
     for name in ("run", "whole"):
         there = shards.Shards(tmp_path / name / "texts", "float32").text_ids
-        assert there == [*range(8, 24), *held_out]
+        assert there == [*range(32, 96), *held_out]
 
 
 def test_template_options_reach_the_prompts_of_texts(whole, tmp_path):

@@ -30,7 +30,12 @@ needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed"
 )
 KINDS = [
-    pytest.param(local.Local, id="local"),
+    pytest.param(
+        local.Local,
+        id="local",
+        # Of JAX, whose threads an earlier test has started: a launcher has none.
+        marks=pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+    ),
     pytest.param(
         on_ray.OnRay,
         id="ray",

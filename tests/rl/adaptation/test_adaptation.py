@@ -15,6 +15,7 @@ import pytest
 from tests.rl import engines
 from tlt_jax import train
 from tlt_jax.models.drafters import drafter
+from tlt_jax.rl import rollouts
 from tlt_jax.rl.adaptation import adaptation, spot_trainer
 from tlt_jax.runtime import distributed, sharding
 from tlt_jax.runtime import watch as watch_lib
@@ -310,8 +311,8 @@ def test_no_adaptation_answers_as_one_does():
         wanted = inspect.signature(getattr(one, name)).parameters
         kinds = [[p.kind for p in x.values()] for x in (given, wanted)]
         assert kinds[0] == kinds[1], name
-    source = pathlib.Path(train.__file__).read_text("utf-8")
-    used = set(re.findall(r"\badaptation\.([a-z]\w*)", source))
+    sources = [pathlib.Path(m.__file__).read_text("utf-8") for m in (train, rollouts)]
+    used = set(re.findall(r"\b_?(?:adaptation|adapting)\.([a-z]\w*)", "".join(sources)))
     assert {"start", "end_rollout", "row"} <= used
     assert used <= set(dir(nobody))
     quiet = nobody()

@@ -46,6 +46,8 @@ class Ring:
         self._links: list[connection.Connection] = []
         self._found: queue.Queue[connection.Connection] = queue.Queue()
         self._closed = False
+        # Held while parts go round: until then connections are hung up on, not closed.
+        self._busy = threading.Lock()
         threading.Thread(target=self._accept, daemon=True, name="ring").start()
 
     @property
@@ -102,25 +104,11 @@ class Ring:
         ]
         # As they come: from the process before this one, from the one before that, ...
         order = [(self._index - i) % self._num for i in range(1, self._num)]
-        passing = _Passing(self._after, own, [parts[i] for i in order[:-1]])
-        sender = threading.Thread(target=passing.run, daemon=True, name="ring sender")
-        sender.start()
-        try:
-            for place, source in enumerate(order):
-                self._receive(parts[source], place, passing)
-            sender.join()
-        except OSError as error:
+        with self._busy:
+            error = self._go_round(parts, order, own)
+        if error is not None:
             self.close()
-            passing.stop()
-            sender.join()
             raise RingError(f"the ring of processes is broken ({error}).") from error
-        finally:
-            self.traffic.count(sent=passing.num_bytes)
-        if passing.error is not None:
-            self.close()
-            raise RingError(
-                f"the ring of processes is broken ({passing.error})."
-            ) from passing.error
         return [None if i == self._index else p for i, p in enumerate(parts)]
 
     def close(self) -> None:
@@ -130,6 +118,28 @@ class Ring:
             links.hang_up(link)
         with contextlib.suppress(OSError):
             self._listener.close()
+        with self._busy:
+            for end in (self._before, self._after, *self._links):
+                if end is not None:
+                    end.close()
+
+    def _go_round(self, parts, order, own) -> OSError | None:
+        """Send and receive; return what came in between."""
+        passing = _Passing(self._after, own, [parts[i] for i in order[:-1]])
+        sender = threading.Thread(target=passing.run, daemon=True, name="ring sender")
+        sender.start()
+        error = None
+        try:
+            for place, source in enumerate(order):
+                self._receive(parts[source], place, passing)
+        except OSError as met:
+            error = met
+            for link in self._links:
+                links.hang_up(link)
+            passing.stop()
+        sender.join()
+        self.traffic.count(sent=passing.num_bytes)
+        return error or passing.error
 
     def _receive(self, part: memoryview, place: int, passing: "_Passing") -> None:
         at = 0
