@@ -32,10 +32,7 @@ DIGESTS = ("rollout/tokens_digest", "policy/weights_digest")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model that a run made for itself."""
-    directory = tmp_path_factory.mktemp("model") / "run"
-    train.train(tiny_runs.config_of(num_steps=1), directory)
-    return str(directory / "initial_model")
+    return tiny_runs.initial_model(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

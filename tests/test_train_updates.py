@@ -17,10 +17,7 @@ settings, start = tiny_runs.settings, tiny_runs.start
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model that a run made for itself."""
-    directory = tmp_path_factory.mktemp("model") / "run"
-    train.train(tiny_runs.config_of(num_steps=1), directory)
-    return str(directory / "initial_model")
+    return tiny_runs.initial_model(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

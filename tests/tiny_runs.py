@@ -62,6 +62,13 @@ def _with(values: ml_collections.ConfigDict, settings: dict[str, Any]):
     return values
 
 
+def initial_model(tmp_path_factory) -> str:
+    """Let a run make a model for itself; return where it lies."""
+    directory = tmp_path_factory.mktemp("model") / "run"
+    train.train(config_of(num_steps=1), directory)
+    return str(directory / "initial_model")
+
+
 def settings(model, **overrides):
     """What a run has that begins with a model's weights and is judged by `ODD`."""
     return {"model.spec": model, "reward.functions": (ODD,)} | overrides
