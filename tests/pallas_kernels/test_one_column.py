@@ -95,17 +95,13 @@ def test_a_layer_of_one_column_is_that_of_many_programs():
 def test_layers_take_it_where_they_may():
     norm, weight = (jnp.ones(64), 1e-6), draw(16, 64)
     chosen = kernels.Kernels(one_column=INTERPRETED)
+
+    def multiply(x, residual, kind=chosen):
+        return layers.product(weight, x, kind, norm=norm, residual=residual)
+
     for columns in (1, 2):
-        x, residual = draw(64, 1, columns), draw(16, 1, columns)
-        made, text = (
-            [],
-            str(
-                jax.make_jaxpr(
-                    lambda x: layers.product(weight, x, chosen, norm=norm)  # noqa: B023
-                )(x)
-            ),
-        )
+        given = draw(64, 1, columns), draw(16, 1, columns)
+        text = str(jax.make_jaxpr(multiply)(*given))
         assert ("one_column_product" in text) == (columns == 1)
-        for kind in (chosen, kernels.PORTABLE):
-            made.append(layers.product(weight, x, kind, norm=norm, residual=residual))
+        made = multiply(*given), multiply(*given, kernels.PORTABLE)
         np.testing.assert_allclose(*made, atol=1e-5)
