@@ -41,6 +41,10 @@ class OnRay(executor.Executor):
         address = os.environ.get(_ADDRESS, "")
         if not address:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+            # Ray's name for clusters of several machines: without them it takes the
+            # loopback, which it otherwise replaces by the machine's other address,
+            # even where it is named below.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         try:
             import ray
             import ray.util.scheduling_strategies as strategies
