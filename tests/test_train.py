@@ -280,6 +280,10 @@ def test_a_finished_run_says_so_and_more_steps_are_added(
         drawn: list = []
         patch.setattr(train.plots, "draw_all", drawn.append)
         start(model, directory, **{"log.progress": "plain"})
+        assert not drawn
+        (directory / "plots").rename(tmp_path / "plots")
+        start(model, directory)
+        (tmp_path / "plots").rename(directory / "plots")
     assert drawn == [directory]
     told = capsys.readouterr().out
     assert told.startswith("finished: step 8 of 8, reward ")
