@@ -288,14 +288,15 @@ class Campaign:
         command = words(kind, directory, **{"checkpoint.grace_s": planned.grace_s})
         problems, done = [], []
         for moment, kill in (*planned.kills, ("through", None)):
-            before = _newest(directory)
+            before = first_rollout(*_newest(directory))
             without = self._without if done else ""
             ended = killed_starts.start(command, folder, kill, without)
             if ended.survivors:
                 problems.append(f"outlived its run: {'; '.join(ended.survivors)}")
             if ended.began not in (None, before):
                 problems.append(
-                    f"went on from step {ended.began}, the checkpoint is of {before}"
+                    f"began with the rollout of step {ended.began}, and {before} is "
+                    "what the checkpoint lacks"
                 )
             elif done and ended.began is not None:
                 for one in done:
@@ -358,14 +359,28 @@ def _line(kind: str, moment: str, count: Mapping[str, int]) -> str:
     return f"| {' | '.join([kind, moment, *numbers])} |"
 
 
-def _newest(directory: pathlib.Path) -> int:
-    """Returns the step that a start must go on from."""
+def _newest(directory: pathlib.Path) -> tuple[dict[str, Any], int]:
+    """Returns the record and the step of what a start must go on from."""
     steps = [
         int(path.name)
         for path in directory.glob("checkpoints/[0-9]*")
         if path.name.isdecimal()
     ]
-    return max(steps, default=0)
+    if not steps:
+        return {}, 0
+    path = directory / "checkpoints" / str(max(steps)) / "meta" / "metadata"
+    return json.loads(path.read_text())["driver"], max(steps)
+
+
+def first_rollout(record: Mapping[str, Any], newest: int) -> int:
+    """Returns which rollout a start must begin with, by the steps before it.
+
+    The `record` of the newest checkpoint holds rollouts that wait for their updates,
+    and names those that were given up and are to be made first.
+    """
+    waiting = record.get("rollouts", {}).get("entries", [])
+    lacking = [one["step"] for one in waiting if "rolled" not in one]
+    return lacking[0] if lacking else newest + len(waiting)
 
 
 def _wrong_status(kind, kill, ended) -> list[str]:

@@ -42,6 +42,21 @@ def test_every_moment_is_a_function_of_the_package():
                 assert callable(getattr(owner, name))
 
 
+def test_a_start_begins_with_the_rollout_that_its_checkpoint_lacks():
+    made, given_up = {"step": 4, "rolled": {}}, {"step": 5, "weights": [4, 4]}
+    for entries, first in (
+        ([], 4),
+        ([made], 5),
+        ([made, given_up], 5),
+        ([given_up | {"step": 4}, given_up], 4),
+        ([made, made | {"step": 5}], 6),
+    ):
+        assert kills.first_rollout({"rollouts": {"entries": entries}}, 4) == first
+    # Without lag nothing waits.
+    assert kills.first_rollout({"parts": {}}, 4) == 4
+    assert kills.first_rollout({}, 0) == 0
+
+
 def test_what_differs_is_named():
     wanted = {"left over": [], "row 1 a": 1, "row 2 drafter/b": 2, "steps": [1, 2]}
     assert run_facts.differences(wanted, wanted) == []

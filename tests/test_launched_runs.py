@@ -53,6 +53,58 @@ def children(pid):
     return found
 
 
+# Compiles for its own device, as workers do, and for all, as the learner does; says how
+# many programs it has asked for, and how many were found.
+COMPILING = """
+import collections, os, pathlib
+import jax
+import numpy as np
+from tlt_jax.runtime import compile_cache, distributed, sharding
+
+found = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: found.update([name]))
+distributed.initialize()
+compile_cache.enable()
+with distributed.join() as group:
+    own = jax.device_put(np.arange(8.0), jax.local_devices()[0])
+    jax.jit(lambda x: x * x + 1)(own).block_until_ready()
+    named = sharding.named(sharding.make_mesh(), sharding.ShardingRules(), ("batch",))
+    whole = sharding.place(np.arange(4.0), named)
+    assert float(jax.jit(lambda x: (x * x).sum())(whole)) == 14.0
+    names = "compile_requests_use_cache", "cache_hits"
+    counts = [found[f"/jax/compilation_cache/{name}"] for name in names]
+    path = pathlib.Path(os.environ["COUNTS"], str(group.index))
+    path.write_text(" ".join(map(str, counts)))
+"""
+
+
+@pytest.mark.slow
+def test_who_starts_again_compiles_nothing(tmp_path):
+    """Process 1 neither, of whose programs JAX by itself keeps none."""
+    (tmp_path / "compiling.py").write_text(COMPILING)
+    variables = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "COUNTS": str(tmp_path),
+    }
+    started = command(tmp_path / "run", 2)
+    started.insert(started.index("--"), "--module=compiling")
+    found = []
+    for _ in range(2):
+        subprocess.run(
+            started, cwd=ROOT, env=os.environ | variables, check=True, timeout=240
+        )
+        texts = [(tmp_path / index).read_text() for index in "01"]
+        found.append([tuple(map(int, text.split())) for text in texts])
+    first, again = found
+    assert all(asked > 2 and hits == 0 for asked, hits in first)
+    assert again == [(asked, asked) for asked, _ in first]
+
+
 @pytest.mark.slow
 def test_what_is_wrong_with_the_settings_is_said_once(tmp_path):
     status, output = run(tmp_path, 2, "--config.num_step=3")

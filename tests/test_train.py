@@ -276,7 +276,15 @@ def test_a_finished_run_says_so_and_more_steps_are_added(
     with monkeypatch.context() as patch:
         # It loads nothing.
         patch.setattr(train, "Trainer", None)
+        # Nor does it draw, but for what a death at the end has left undone.
+        drawn: list = []
+        patch.setattr(train.plots, "draw_all", drawn.append)
         start(model, directory, **{"log.progress": "plain"})
+        assert not drawn
+        (directory / "plots").rename(tmp_path / "plots")
+        start(model, directory)
+        (tmp_path / "plots").rename(directory / "plots")
+    assert drawn == [directory]
     told = capsys.readouterr().out
     assert told.startswith("finished: step 8 of 8, reward ")
     assert told.endswith("the same command with --config.num_steps=16\n")

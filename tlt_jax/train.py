@@ -61,6 +61,8 @@ def train(
         row = group.first("finished", lambda: ending.last_row(directory, run))
         if row is not None:
             if group.is_first:
+                with files.writing(directory / "plots"):
+                    plots.complete(directory)
                 display.note(ending.finished(directory, run))
             return row
         try:

@@ -189,6 +189,58 @@ def test_a_cluster_that_is_not_there_or_too_small_is_said(monkeypatch):
     made.stop()
 
 
+def descendants(pid):
+    """Numbers of all processes that a process has begun, and they."""
+    found = set()
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found |= {int(child)} | descendants(int(child))
+    return found
+
+
+def listening(pids):
+    """Addresses at which these processes listen, as the system writes them."""
+    inodes = set()
+    for pid in pids:
+        for link in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                inodes.add(os.readlink(link))
+            except OSError:
+                continue  # Closed meanwhile.
+    found = set()
+    for name in ("tcp", "tcp6"):
+        lines = pathlib.Path("/proc/net", name).read_text().splitlines()[1:]
+        for words in map(str.split, lines):
+            if words[3] == "0A" and f"socket:[{words[9]}]" in inodes:
+                found.add(words[1].partition(":")[0])
+    return found
+
+
+@pytest.mark.ray
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+def test_a_cluster_of_this_machine_listens_on_the_loopback_alone(monkeypatch):
+    """In a process of its own: what Ray has read when it is imported, stays."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    program = (
+        "import sys; from tlt_jax.executors import executor, on_ray; "
+        "made = on_ray.OnRay(); made.start(1, executor.Share(cpus=0.5)); "
+        "print(made.host(0), flush=True); sys.stdin.read(); made.stop()"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stdout.readline() == "127.0.0.1\n"
+    found = listening({started.pid} | descendants(started.pid))
+    started.communicate()
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000"}
+    assert found and found <= loopback
+
+
 @pytest.mark.ray
 @needs_ray
 def test_the_commands_that_begin_a_cluster_have_these_flags():

@@ -211,6 +211,11 @@ def test_each_rollout_is_made_with_weights_of_one_age(make, lag, weights):
     for step, found in enumerate(taken):
         ids = [c.request_id - (step << 32) for c in found.everything.completions]
         assert ids == [0, 1, 2, 3]
+        if found.useful is not None:
+            # The trainer's own, by the weights that rolled out; without lag none.
+            (of_two, of_three) = [c.logprobs for c in found.useful.completions]
+            assert of_two.size == 0
+            assert of_three.tolist() == [weights[step] if lag else -4.0] * 3
         seconds = {"drafter": 0.25, "rollout": 4.0} if lag else {}
         assert dict(found.seconds) == seconds and found.lost == {1: "silent"}
 
@@ -305,6 +310,7 @@ def test_a_rollout_that_was_given_up_is_made_anew_with_the_weights_it_had(make):
     with pytest.raises(failures.Abandoned):
         one.run(3, 5)
     # Of those behind it none was begun, which would have changed the parts.
+    one.made.rest(watch_lib.Watch())
     assert one.log[-1] == "begin" and len(one.log) == 5 and one.position == 5
     # What the step has begun beyond it is no part of a checkpoint.
     assert [entry["step"] for entry in one.made.state(4)[0]["entries"]] == [4, 5]

@@ -290,6 +290,20 @@ def test_what_is_said_is_counted(server):
     assert two.traffic.num_bytes == 0
 
 
+def test_who_has_heard_finds_it_counted():
+    """Else what an answer's receiver reads would hang on the sender's thread."""
+    traffic, counted = links_lib.Traffic(), []
+
+    class Link:
+        def send_bytes(self, message):
+            counted.append((len(message), traffic.sent_bytes))
+
+    channel._send(Link(), [1, 2], traffic)
+    channel._send(Link(), "three", traffic)
+    (first, after_first), (second, after_second) = counted
+    assert 0 < first == after_first and first + second == after_second
+
+
 def test_who_asks_is_told_of_a_break_at_once(server):
     one, two = clients(server)
     heard = [threading.Event(), threading.Event()]

@@ -1,5 +1,6 @@
 """Plots are drawn from any record, complete or not, and by the printed command."""
 
+import functools
 import math
 import os
 
@@ -50,6 +51,30 @@ def test_all_plots_of_a_run(tmp_path, num_steps):
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir(tmp_path / "plots")) == sorted(p.name for p in written)
+
+
+def test_a_run_that_died_before_its_last_plot_is_drawn(tmp_path, monkeypatch):
+    drawn: list = []
+    monkeypatch.setattr(plots, "draw_all", drawn.append)
+    write(tmp_path, [make_row(0)])
+    plots.complete(tmp_path)
+    assert drawn == [tmp_path]
+    # It died while it drew: there is the one of some steps before.
+    (tmp_path / "plots").mkdir()
+    last = tmp_path / "plots" / "policy.png"
+    last.touch()
+    os.utime(tmp_path / metrics.FILE, ns=(0, 100))
+    for at, num in ((99, 2), (100, 2), (101, 2)):
+        os.utime(last, ns=(0, at))
+        plots.complete(tmp_path)
+        assert drawn == [tmp_path] * num
+    # Whatever else is drawn, that is the last.
+    for draw in (plots.timeline.draw, plots.drafter_training):
+        owner = plots.timeline if draw.__name__ == "draw" else plots
+        named = functools.wraps(draw)(lambda told: plots.reward([make_row(0)]))
+        monkeypatch.setattr(owner, draw.__name__, named)
+    names = list(plots.figures(tmp_path))
+    assert {"timeline", "drafter_training"} < set(names) and names[-1] == "policy"
 
 
 def test_chances_are_drawn_against_what_came_of_them():

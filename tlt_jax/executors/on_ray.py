@@ -14,6 +14,7 @@ from tlt_jax.executors import executor
 from tlt_jax.executors import member as member_lib
 
 _ADDRESS = "RAY_ADDRESS"
+_LOOPBACK = "127.0.0.1"
 # Resources may be in use by who is about to end.
 _PLACED_S = 60.0
 _ANSWER_S = 60.0
@@ -40,6 +41,10 @@ class OnRay(executor.Executor):
         address = os.environ.get(_ADDRESS, "")
         if not address:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+            # Ray's name for clusters of several machines: without them it takes the
+            # loopback, which it otherwise replaces by the machine's other address,
+            # even where it is named below.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         try:
             import ray
             import ray.util.scheduling_strategies as strategies
@@ -49,10 +54,11 @@ class OnRay(executor.Executor):
                 "tlt-jax[ray], or use --executor=local."
             ) from error
         self._ray, self._strategies = ray, strategies
+        self._is_own = not address
         _check_answers(address)
         own: dict[str, Any] = {}
         if not address:
-            own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            own = {"include_dashboard": False, "_node_ip_address": _LOOPBACK}
         try:
             ray.init(
                 address=address or "local",
@@ -129,9 +135,18 @@ class OnRay(executor.Executor):
         return actor.options(**options).remote()
 
     def host(self, index: int) -> str:
-        find = self._ray.util.get_node_ip_address
-        asked = self._members[index].__ray_call__.remote(lambda _: find())
-        return self._answer(index, asked)
+        if self._is_own:
+            # A worker of Ray may name this machine's other address.
+            return _LOOPBACK
+        context = self._ray.get_runtime_context
+        asked = self._members[index].__ray_call__.remote(
+            lambda _: context().get_node_id()
+        )
+        node = self._answer(index, asked)
+        for one in self._ray.nodes():
+            if one["NodeID"] == node:
+                return one["NodeManagerAddress"]
+        raise executor.ExecutorError(f"process {index} is gone (with its node)")
 
     def _call(self, index: int, method: str, arguments: list[Any]) -> Any:
         asked = getattr(self._members[index], method).remote(*arguments)

@@ -377,8 +377,9 @@ def _send(link: connection.Connection, value: Any, traffic: links.Traffic) -> No
             f"a message of {len(message)} bytes is too large for the channel, which "
             f"takes {_MOST_BYTES}: `Group.gather` sends what is large."
         )
-    link.send_bytes(message)
+    # Before the other side can answer, or go on: whoever has heard finds it counted.
     traffic.count(sent=len(message))
+    link.send_bytes(message)
 
 
 def _receive(link: connection.Connection, traffic: links.Traffic) -> bytes:

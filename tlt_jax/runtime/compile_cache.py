@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import types
 
 import jax
+from jax._src import compiler
 
 
 def enable() -> None:
@@ -11,10 +13,33 @@ def enable() -> None:
 
     The directory is `xla` below `TLT_JAX_CACHE` (default `~/.cache/tlt_jax`). Programs
     of every size are kept: on CPUs the many small ones are most of a start's time.
+    Every process of a run keeps its own, wherever the directory is.
     """
+    _let_every_process_keep(compiler)
     if jax.config.jax_compilation_cache_dir:
         return
     root = os.environ.get("TLT_JAX_CACHE") or pathlib.Path.home() / ".cache" / "tlt_jax"
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _let_every_process_keep(its: types.ModuleType) -> None:
+    """Let JAX keep what processes above 0 compile, in `its` (JAX's) functions.
+
+    It lets process 0 alone write, and has no setting for that. But on CPUs and TPUs a
+    program's name in the cache says which devices it is for, so that the others would
+    compile theirs again after every restart. On GPUs names are the same for all.
+    """
+    whole = getattr(its, "_cache_write", None)
+    if not isinstance(whole, types.FunctionType) or hasattr(whole, "whole"):
+        return  # A later JAX may do otherwise: then as it does.
+    first = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
+    by_all = types.FunctionType(whole.__code__, vars(its) | {"distributed": first})
+
+    def write(key, seconds, name, backend, *rest) -> None:
+        one = whole if backend.platform == "gpu" else by_all
+        one(key, seconds, name, backend, *rest)
+
+    write.whole = whole
+    its._cache_write = write

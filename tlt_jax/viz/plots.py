@@ -18,6 +18,8 @@ from tlt_jax.workdir import metrics, record_keys, step_record
 
 Rows = Sequence[Mapping[str, Any]]
 
+# What `draw_all` writes last, of every run.
+_LAST = "plots/policy.png"
 _STAGES = (
     ("time/rollout_s", "rollout", style.BLUE),
     ("time/wait_s", "waiting for the rollout", style.BLUE),
@@ -64,6 +66,16 @@ def draw_all(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     return written
 
 
+def complete(workdir: str | pathlib.Path) -> None:
+    """Draw all of a run that is over, unless that was done behind its record.
+
+    A process may be killed between its last checkpoint and the last plot.
+    """
+    record, last = pathlib.Path(workdir) / metrics.FILE, pathlib.Path(workdir) / _LAST
+    if not last.exists() or last.stat().st_mtime_ns < record.stat().st_mtime_ns:
+        draw_all(workdir)
+
+
 def figures(workdir: str | pathlib.Path) -> dict[str, figure.Figure]:
     """Make every plot that the run's record has data for, by name.
 
@@ -73,9 +85,9 @@ def figures(workdir: str | pathlib.Path) -> dict[str, figure.Figure]:
     workdir = pathlib.Path(workdir)
     rows = readable.rows(metrics.read(workdir))
     draws = (reward, lengths, time_split, accept_length, reliability)
-    draws += (ranks, policy, drafter_training)
-    made = {draw.__name__: draw(rows) for draw in draws}
-    made["timeline"] = timeline.draw(timeline.read(workdir))
+    draws += (ranks, drafter_training, policy)
+    made = {"timeline": timeline.draw(timeline.read(workdir))}
+    made |= {draw.__name__: draw(rows) for draw in draws}
     return {name: drawn for name, drawn in made.items() if drawn is not None}
 
 
