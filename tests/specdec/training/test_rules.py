@@ -44,7 +44,7 @@ def test_means_over_texts_are_those_over_drafted_chains():
         passed = np.minimum(1, p_drawn / q_drawn)
         by_chains["rejection"] += np.prod(q_drawn) * np.cumprod(passed)
         decision = chain.block_rule(p, q[:DEPTH], np.array(tokens, np.int32))
-        # The last test that passes counts: k or more are kept unless all from k on fail.
+        # The last test that passes counts: k are kept unless all from k on fail.
         failed = np.cumprod(1 - np.asarray(decision.thresholds)[::-1])[::-1]
         by_chains["block"] += np.prod(q_drawn) * (1 - failed)
     for name, value in by_texts.items():
@@ -87,6 +87,10 @@ def test_sums_are_those_of_the_trainings_own_measures(tmp_path, draft_vocab_size
         assert np.all(found["overlap"] < sums["overlap"])
     else:
         np.testing.assert_allclose(found["overlap"], sums["overlap"], rtol=1e-5)
+    once = jax.jit(given)(params, batch, target, head)
+    np.testing.assert_array_equal(once["block"], found["block"])
+    np.testing.assert_allclose(once["block_sharpened"], once["block"], rtol=1e-5)
+    assert np.all(found["block_sharpened"] != found["block"])
     lengths = rules.accept_lengths(found)
     assert lengths["block"] == pytest.approx(
         1 + float(found["block"].sum() / found["count"][0])

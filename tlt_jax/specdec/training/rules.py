@@ -4,15 +4,16 @@ So the rules are compared on the same texts, though each would write other ones.
 
 By the keyed rule it is a count, as in `acceptance`. By the rules for sampled drafts it
 is a mean over chains that the drafter might draw. Along a chain x_1, x_2, .. let r_i be
-q_i(x_i) / p_i(x_i), the drafter's chance of each token by the target's, given those
-before it. Rejection keeps the first k with the chance of the product of min(1, 1 / r_i).
-Block verification keeps k or more with w_k = min(1, w_{k-1} / r_k), w_0 = 1. A mean over
-the drafter's chains is one over the target's texts, each weighted with r_1 x .. x r_k:
+q_i(x_i) / p_i(x_i), the drafter's chance of a token by the target's, given those before
+it. Rejection keeps k drafts or more with the product of min(1, 1 / r_i), i up to k, and
+block verification with w_k = min(1, w_{k-1} / r_k), where w_0 = 1. A mean over chains
+of the drafter is one over texts of the target, each weighted with r_1 x .. x r_k:
 
     rejection   the mean of min(1, r_1) x .. x min(1, r_k)
     block       the mean of min(1, r_1, r_1 x r_2, .., r_1 x .. x r_k)
 
-Neither asks for a token that the drafter drew, and neither exceeds 1.
+Neither asks for a token that the drafter drew, and neither exceeds 1. The drafter may
+draw from any law, such as a sharpened one.
 
 References: Leviathan et al., Fast Inference from Transformers via Speculative Decoding,
 2023; Sun et al., Block Verification Accelerates Speculative Decoding, 2024 (w_k).
@@ -31,6 +32,8 @@ from tlt_jax.types import Array
 
 # By the names of `chain.RULES`.
 RULES = ("keyed", "rejection", "block")
+# The same where drafts are drawn from the drafter's law to the power of its sharpness.
+SHARPENED = ("rejection_sharpened", "block_sharpened")
 
 
 def kept(log_ratios: Array) -> dict[str, Array]:
@@ -71,8 +74,8 @@ def measure(
 
     Returns:
       Sums `[U] float32`: `count` of the predictions that exist; by rule, those among
-      them that are kept with all before them; and `overlap`, of the two laws given the
-      text's tokens before, 1 - their total variation.
+      them that are kept with all before them, also with drafts of `SHARPENED` laws; and
+      `overlap`, of the two laws given the text's tokens before, 1 - total variation.
     """
     width = batch.bases.shape[1]
     wide = unroll.bases_from(batch, 0, width + num_steps - 1)
@@ -95,7 +98,7 @@ def measure(
         here = _sums(bases.chunk(start, chunk), params, target, head, cfg)
         return jax.tree.map(jnp.add, sums, here), None
 
-    names = ("count", *RULES, "overlap")
+    names = ("count", *RULES, *SHARPENED, "overlap")
     zeros = {name: jnp.zeros(num_steps, jnp.float32) for name in names}
     return lax.scan(one_chunk, zeros, bases.starts(chunk))[0]
 
@@ -121,21 +124,28 @@ def _sums(part, params, target, head, cfg) -> dict[str, Array]:
     sharpness = params.sharpness
     sharpness = drafter.SHARPNESS if sharpness is None else sharpness
     head_VD = drafter_head.head_of(params, target.head)
-    ratios, hits, overlaps = [], [], []
+    ratios, sharpened, hits, overlaps = [], [], [], []
+
+    def ratio_of(draft_QV, here):
+        ratio_Q = _at(draft_QV, place_Q[here]) - there_Q[here]
+        return ratio_Q if ids is None else jnp.where(known_Q[here], ratio_Q, -jnp.inf)
+
     for u in range(num_steps):
         here = slice(u, u + size)
         draft_QV = jax.nn.log_softmax(transformer.head_logits(head_VD, part.hidden[u]))
-        ratio_Q = _at(draft_QV, place_Q[here]) - there_Q[here]
-        guess_Q = jnp.argmax(sharpness * draft_QV + gumbel_QV[here], axis=-1)
+        ratios.append(ratio_of(draft_QV, here))
+        sharp_QV = sharpness * draft_QV
+        sharpened.append(ratio_of(jax.nn.log_softmax(sharp_QV), here))
+        guess_Q = jnp.argmax(sharp_QV + gumbel_QV[here], axis=-1)
         hit_Q = guess_Q == place_Q[here]
         if ids is not None:
-            ratio_Q = jnp.where(known_Q[here], ratio_Q, -jnp.inf)
             hit_Q = hit_Q & known_Q[here]
-        ratios.append(ratio_Q)
         hits.append(hit_Q.astype(jnp.float32))
         common_QV = jnp.exp(jnp.minimum(draft_QV, target_QV[here]))
         overlaps.append(jnp.sum(common_QV, axis=-1))
     weights = kept(jnp.stack(ratios))
+    of_sharpened = kept(jnp.stack(sharpened))
+    weights |= {f"{name}_sharpened": x for name, x in of_sharpened.items()}
     weights["keyed"] = jnp.cumprod(jnp.stack(hits), axis=0)
     weights["overlap"] = jnp.stack(overlaps)
     # What does not exist may be anything.
@@ -157,4 +167,6 @@ def accept_lengths(sums: dict[str, Array]) -> dict[str, float]:
     Drafts accepted from a base on, in the mean, plus the token that the target adds.
     """
     bases = max(float(sums["count"][0]), 1.0)
-    return {name: 1.0 + float(jnp.sum(sums[name])) / bases for name in RULES}
+    return {
+        name: 1.0 + float(jnp.sum(sums[name])) / bases for name in (*RULES, *SHARPENED)
+    }
