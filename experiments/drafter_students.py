@@ -222,7 +222,7 @@ class Student:
 
 
 def operations(student: Student) -> int:
-    """Counts multiplications and additions of an update's products.
+    """Counts multiplications and additions of an update's products, and of norms.
 
     A backward pass takes two products for each of the forward one's; of heads, which do
     not learn, one, and of the target's laws none.
