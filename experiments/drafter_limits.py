@@ -13,8 +13,8 @@ learns from (its training has ended, or copy them).
 
 With few texts a regression knows its own too well and others not well enough: with ever
 more of them both overlaps meet, between what they are here. So the one on its own texts
-bounds how far total variation could fall for what such a drafter can compute. It does
-not bound deeper ones.
+bounds what a regression of this kind could reach. It bounds no drafter that attends, or
+learns overlap itself; the mass of the tokens that can be proposed bounds any.
 """
 
 import argparse
