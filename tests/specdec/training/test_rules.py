@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from tests.specdec import tiny_drafter
 from tlt_jax.specdec import chain
@@ -74,6 +75,18 @@ def test_sums_are_those_of_the_trainings_own_measures(tmp_path, draft_vocab_size
     np.testing.assert_array_equal(found["keyed"], expected["coupled_chain"][:, used])
     assert np.all(np.diff(found["block"]) <= 0)
     assert np.all(found["block"] >= found["rejection"])
+    (hidden,) = unroll.unroll(params, batch, target, 1, cfg=forward)
+    first = 0.0
+    ids = np.arange(tiny_drafter.TARGET.vocab_size)
+    ids = ids if target.draft_ids is None else np.asarray(target.draft_ids)
+    for m in np.flatnonzero(batch.valid[0]):
+        base = batch.bases[0, m]
+        drawn = batch.tokens[0, base + 2]
+        law = scipy.special.softmax(np.asarray(head @ batch.hidden[0, base + 1]))
+        draft = scipy.special.softmax(np.asarray(target.head @ hidden[:, 0, m]))
+        first += min(1.0, draft[ids == drawn].sum() / law[drawn])
+    np.testing.assert_allclose(found["rejection"][0], first, rtol=1e-5)
+    np.testing.assert_allclose(found["block"][0], first, rtol=1e-5)
     sums = jax.jit(
         functools.partial(
             objectives.sums_of,
