@@ -100,7 +100,7 @@ def measure(
 def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     """Takes means over the last quarter of the steps; compares with the frozen one."""
     last = max(row["step"] for row in rows)
-    tail = [row for row in rows if row["step"] > last - last // 4]
+    tail = [row for row in rows if row["step"] > last - max(last // 4, 1)]
 
     def by_seed(its, rule):
         return {
