@@ -39,7 +39,7 @@ OURS = (
     *("losslessness", "decode_speed", "decode_bandwidth", "grpo_step_speed"),
     *("peers_side_by_side", "ahead_of_time", "kernel_ahead_of_time", "tuner_trace"),
     *("step_ahead_of_time", "simulator_check", "planner", "lag", "route_flips"),
-    "first_contact",
+    *("drafters", "drafter_limits", "first_contact"),
 )
 # Of tools that are no matter of seconds on any machine.
 _TOOLS = {"first_contact": "one accelerator, seven minutes; never run"}

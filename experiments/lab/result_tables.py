@@ -301,6 +301,19 @@ TABLES = {
             "of one warm-up's": _times("of_warm_up/last_quarter"),
         },
     ),
+    "drafters": Table(
+        "drafters_summary.csv",
+        {
+            "drift": lambda row: f"{row['drift']} ({row['policy_distance']:.1%})",
+            **{name: name for name in ("drafter", "schedule", "seeds")},
+            "updates": "num_updates",
+            "GFLOP": _fixed("gflop", 0),
+            **{name: _fixed(name, 2) for name in ("keyed", "rejection", "block")},
+            "keyed, of frozen": _times("of_frozen/keyed"),
+            "block, of frozen": _times("of_frozen/block"),
+            "block, drafts sharpened": _fixed("block_sharpened", 2),
+        },
+    ),
     "transfer": Table(
         "transfer_summary.csv",
         {

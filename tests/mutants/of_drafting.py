@@ -343,6 +343,13 @@ EDITS = {
         ("[:, best], axis=0)", "[:, 0], axis=0)"),
         ("* 2 ** (offset / 2)", "* 2**offset"),
     ],
+    ("specdec/training/rules.py", "tests/specdec/training/test_rules.py"): [
+        ("jnp.exp(jnp.minimum(least, 0.0))", "jnp.exp(jnp.minimum(running, 0.0))"),
+        ("jnp.minimum(log_ratios, 0.0), axis=0", "log_ratios, axis=0"),
+        ("jnp.where(known_Q[here], ratio_Q, -jnp.inf)", "ratio_Q"),
+        ("hit_Q = hit_Q & known_Q[here]", "hit_Q = hit_Q | known_Q[here]"),
+        ("sharpened.append(ratio_of(jax", "ratios.append(ratio_of(jax"),
+    ],
     ("specdec/training/losses.py", "tests/specdec/training/test_losses.py"): [
         (
             "weight = lax.stop_gradient(jnp.exp(-rate * (1.0 - distance)))",
