@@ -213,7 +213,7 @@ class Trainer:
         """Make the watch of the next step."""
         pools = [self.parts.updater.pool]
         if not self.rollouts.lag:
-            pools += [engine.pool for engine in self.parts.workers.engines]
+            pools += self.parts.workers.pools
         return watch_lib.Watch(pools, self._display, self.state.step)
 
     def take_step(self) -> dict[str, Any]:

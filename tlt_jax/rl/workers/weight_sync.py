@@ -1,7 +1,7 @@
 """Transfer of the policy from the learner's mesh to a rollout engine's, versioned."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -137,20 +137,24 @@ class WeightSync:
           Each engine's params (a tuple of layers, on its mesh, in its dtype), complete
           when returned.
         """
-        one_layer = self._pool.get(self._layer_program())
-        others = self._pool.get(self.others_program())
-        copies = self._give(
-            others(_without_layers(params)),
-            [_without_layers(target) for target in self.placed],
-        )
-        layers = []
-        for i, index in enumerate(self._which):
-            wanted = [target.layers[i] for target in self.placed]
-            layers.append(self._give(one_layer(params.layers, index), wanted))
-        each = zip(copies, zip(*layers, strict=True), strict=True)
-        placed = [copy.replace(layers=own) for copy, own in each]
+        wanted = list(zip(*map(in_parts, self.placed), strict=True))
+        parts, given = self.parts(params), []
+        for where in wanted:
+            given.append(self._give(next(parts), where))
+        placed = [joined(own) for own in zip(*given, strict=True)]
         jax.block_until_ready(placed)
         return placed
+
+    def parts(self, params: model_params.Params) -> Iterator[Any]:
+        """Make the engines' weights part by part, in the order of `in_parts`.
+
+        Each is on the learner's devices, laid out as engines have it there.
+        """
+        one_layer = self._pool.get(self._layer_program())
+        others = self._pool.get(self.others_program())
+        yield others(_without_layers(params))
+        for index in self._which:
+            yield one_layer(params.layers, index)
 
     @functools.cached_property
     def _which(self) -> list[jax.Array]:
@@ -196,6 +200,54 @@ class WeightSync:
             # All have it.
             leaves[i] = None
         return [jax.tree.unflatten(treedef, copy) for copy in copies]
+
+
+class ToOthers(WeightSync):
+    """Makes the weights of engines in other processes, which have none here.
+
+    A part is whole on each of the learner's devices, one at a time.
+    """
+
+    def __init__(
+        self,
+        model: model_config.ModelConfig,
+        *,
+        source: jax.sharding.Mesh,
+        pool: programs.ProgramPool,
+        dtype: Any = jnp.float32,
+    ):
+        """See `WeightSync`."""
+        own = sharding_lib.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+        super().__init__(model, source=source, targets=[own], pool=pool, dtype=dtype)
+
+    def place(self, params: model_params.Params) -> Callable[[], Iterator[Any]]:
+        """Return what makes the weights' parts, each time anew; see `parts`.
+
+        It holds until the learner's next update.
+        """
+        return functools.partial(self.parts, params)
+
+
+def shardings_of(
+    model: model_config.ModelConfig, mesh: jax.sharding.Mesh
+) -> model_params.Params:
+    """Return the shardings of an engine's weights on its mesh.
+
+    Raises:
+      ValueError: a weight does not divide over it.
+    """
+    return _unstacked(model, mesh)
+
+
+def in_parts(params: model_params.Params) -> list[Any]:
+    """Part what has a place for each weight of an engine: the rest, then its layers."""
+    return [_without_layers(params), *params.layers]
+
+
+def joined(parts: Sequence[Any]) -> model_params.Params:
+    """Put together what `in_parts` has parted."""
+    others, *layers = parts
+    return others.replace(layers=tuple(layers))
 
 
 def _take_own(leaf: jax.Array, target: jax.sharding.NamedSharding) -> jax.Array:

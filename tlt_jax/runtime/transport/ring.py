@@ -35,8 +35,20 @@ class Ring:
       traffic: bytes of parts that this process has sent and received.
     """
 
-    def __init__(self, index: int, num: int, host: str, secret: bytes):
-        """Listen on a free port of `host`; `num` processes, at least two."""
+    def __init__(
+        self,
+        index: int,
+        num: int,
+        host: str,
+        secret: bytes,
+        silent_s: float | None = None,
+    ):
+        """Listen on a free port of `host`; `num` processes, at least two.
+
+        A neighbour that neither sends nor takes anything for `silent_s` while parts go
+        round is taken for gone; None: it may take as long as it lives.
+        """
+        self._silent_s = silent_s
         self._index, self._num, self._secret = index, num, secret
         self.traffic = links.Traffic()
         # Without the secret: that handshake would hold up all who come later.
@@ -82,6 +94,8 @@ class Ring:
             ) from None
         self._links.append(before)
         self._before, self._after = links.socket_of(before), links.socket_of(after)
+        self._before.settimeout(self._silent_s)
+        self._after.settimeout(self._silent_s)
 
     def gather(
         self, sizes: Sequence[int], own: Sequence[memoryview]
