@@ -120,7 +120,8 @@ class Rollouts:
         Raises:
           schema.ConfigError: see `check`.
         """
-        check(lag, workers.group.num, workers.engines[0].mesh.size)
+        sizes = [engine.mesh.size for engine in workers.engines]
+        check(lag, workers.group.num, max(sizes, default=1))
         self.lag, self._num_steps = lag, num_steps
         self._collector, self._adaptation = collecting, adapting
         self._workers, self._updater, self._sync = workers, learning, sync
