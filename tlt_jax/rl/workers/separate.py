@@ -90,6 +90,14 @@ class Distant:
                     case other:
                         raise talk.TalkError(f"it says {other[:1]} where it decodes")
 
+    def dismiss(self) -> None:
+        """Let it end, at its next sign of life if a rollout was given up."""
+        is_free = self._busy.acquire(timeout=ANSWER_S)
+        with contextlib.suppress(talk.TalkError):
+            if is_free:
+                self.talk.say("end")
+        self.talk.hang_up()
+
     def _note(self, waits: Sequence[tuple[float, float]]) -> None:
         """Keep when it waited for compilers, in seconds from now."""
         now = time.perf_counter()
@@ -135,7 +143,7 @@ class Door:
             connection.Client(self._meeting.address).close()
         self._listener.close()
         for one in self.take():
-            _dismiss(one)
+            one.dismiss()
 
     def _accept(self) -> None:
         while not self._closed:
@@ -257,7 +265,7 @@ class Team(workers_lib.Workers):
         """Say goodbye to all: their processes end."""
         super().close()
         for one in self._distant.values():
-            _dismiss(one)
+            one.dismiss()
         if self._door is not None:
             self._door.close()
 
@@ -445,12 +453,6 @@ class _Sending:
             self._failed[one.number] = str(error)
             return None
         return found
-
-
-def _dismiss(one: Distant) -> None:
-    with contextlib.suppress(talk.TalkError):
-        one.talk.say("end")
-    one.talk.hang_up()
 
 
 def _whole(leaf: jax.Array) -> np.ndarray:
