@@ -211,7 +211,12 @@ def _separate(
         max_length=run.longest_text,
     )
     return team, weight_sync.ToOthers(
-        model, source=learning.learner.mesh, dtype=run.precision, pool=learning.pool
+        model,
+        source=learning.learner.mesh,
+        dtype=run.precision,
+        pool=learning.pool,
+        # Rollouts beside updates begin with older ones.
+        keeps=run.rollout.lag > 0,
     )
 
 

@@ -164,8 +164,7 @@ def _check(run: RunConfig) -> None:
     speculation.check_rule(run.specdec)
     speculation.check_shape(run.drafter)
     speculation.check_placement(
-        *(run.workers, run.specdec, run.adaptation),
-        *(run.drafter.directory, run.rollout.lag),
+        run.workers, run.specdec, run.adaptation, run.drafter.directory
     )
     sections.check_reward(run.reward)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)

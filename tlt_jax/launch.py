@@ -1,5 +1,8 @@
 """Run several processes as one: `python -m tlt_jax.launch --processes=N -- ...`.
 
+With `workers.placement=separate` rollout workers are processes besides these, each a
+world of its own, which is started again alone where it is killed.
+
 What follows `--` is the command line of `tlt_jax.main`, or of what `--module` names.
 `--executor=local` starts the processes on this machine, `--executor=ray` on the cluster
 that RAY_ADDRESS names; they join through `jax.distributed` at a free port. Process 0

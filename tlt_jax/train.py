@@ -276,8 +276,8 @@ class Trainer:
         intervals, lost = found.intervals, found.lost
         workdir.write_timeline(self._directory, self.state.step + 1, intervals)
         row = step_record.of_workers(intervals, lost)
-        if len(lost) > self._num_lost:
-            self._num_lost = len(lost)
+        num_before, self._num_lost = self._num_lost, len(lost)
+        if len(lost) > num_before:
             watch.note(f"lost workers: {row['workers/lost']}; the others go on.")
         return row
 

@@ -217,15 +217,15 @@ def check_rule(cfg: Specdec) -> None:
 
 
 def check_placement(
-    cfg: Workers, specdec: Specdec, adaptation: Adaptation, drafter: str, lag: int
+    cfg: Workers, specdec: Specdec, adaptation: Adaptation, drafter: str
 ) -> None:
     """Refuse what workers in processes of their own cannot do.
 
-    `drafter` is the directory of the trained one, `lag` is `rollout.lag`.
+    `drafter` is the directory of the trained one.
 
     Raises:
-      schema.ConfigError: a drafter is to be trained on them or has random weights, its
-        rule lets tokens depend on who generates them, or rollouts overlap updates.
+      schema.ConfigError: a drafter is to be trained on them or has random weights, or
+        its rule lets tokens depend on who generates them.
     """
     if cfg.placement == "colocated":
         return
@@ -239,11 +239,6 @@ def check_placement(
         raise schema.ConfigError(
             f"{told} specdec.mode=tlt: such workers use a trained drafter and train "
             "none. Set adaptation.enabled=false and drafter.directory, or "
-            "workers.placement=colocated."
-        )
-    if lag:
-        raise schema.ConfigError(
-            f"{told} rollout.lag={lag}: set rollout.lag=0, or "
             "workers.placement=colocated."
         )
 

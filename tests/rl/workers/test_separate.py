@@ -43,7 +43,7 @@ def expected(first):
 
 
 def parts_of(params):
-    return lambda: iter(weight_sync.in_parts(params))
+    return lambda: iter(weight_sync.in_parts(jax.device_get(params)))
 
 
 class World:
@@ -248,7 +248,7 @@ def test_processes_of_the_learner_have_the_same_completions(first, expected):
         def take_part():
             def parts():
                 made.append(True)
-                return iter(weight_sync.in_parts(engines.PARAMS))
+                return parts_of(engines.PARAMS)()
 
             guest.set_params(parts, 1)
             found.append(told(guest.run(engines.REQUESTS, engines.SEED)[0]))
@@ -271,7 +271,7 @@ def test_weights_leave_the_learner_once_and_part_by_part(first):
     def parts():
         for part in weight_sync.in_parts(engines.PARAMS):
             assert not before or not any(ref() for ref in before[-1])
-            copies = jax.tree.map(lambda x: x.copy(), part)
+            copies = jax.tree.map(np.array, part)
             before.append([weakref.ref(x) for x in jax.tree.leaves(copies)])
             yield copies
             del copies

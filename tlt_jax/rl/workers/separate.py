@@ -16,7 +16,6 @@ from multiprocessing import AuthenticationError, connection
 from typing import Any
 
 import jax
-import numpy as np
 
 from tlt_jax import types
 from tlt_jax.rl.engine import request_queue
@@ -405,11 +404,10 @@ class _Sending:
             own.connect([tuple(address) for address in addresses])
 
     def send(self, part: Any) -> None:
-        """Send one part, a tree of arrays on this process's devices."""
+        """Send one part, a tree of NumPy arrays."""
         if self._ring is None:
             return
-        leaves = [_whole(leaf) for leaf in jax.tree.leaves(part)]
-        pieces = messages.pack(leaves)
+        pieces = messages.pack(jax.tree.leaves(part))
         size = messages.size(pieces)
         for one in self._distant:
             self._tell(one, "part", size)
@@ -453,11 +451,6 @@ class _Sending:
             self._failed[one.number] = str(error)
             return None
         return found
-
-
-def _whole(leaf: jax.Array) -> np.ndarray:
-    """Bring an array to the host that each device has whole."""
-    return np.asarray(leaf.addressable_shards[0].data)
 
 
 def _all(options: Mapping[str, Any]) -> dict[str, Any]:

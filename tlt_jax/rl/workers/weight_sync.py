@@ -205,7 +205,8 @@ class WeightSync:
 class ToOthers(WeightSync):
     """Makes the weights of engines in other processes, which have none here.
 
-    A part is whole on each of the learner's devices, one at a time.
+    A part is whole on each of the learner's devices, one at a time, and from there on
+    the host.
     """
 
     def __init__(
@@ -215,17 +216,27 @@ class ToOthers(WeightSync):
         source: jax.sharding.Mesh,
         pool: programs.ProgramPool,
         dtype: Any = jnp.float32,
+        keeps: bool = False,
     ):
-        """See `WeightSync`."""
+        """See `WeightSync`; for `keeps` see `place`."""
         own = sharding_lib.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
         super().__init__(model, source=source, targets=[own], pool=pool, dtype=dtype)
+        self._keeps = keeps
 
     def place(self, params: model_params.Params) -> Callable[[], Iterator[Any]]:
-        """Return what makes the weights' parts, each time anew; see `parts`.
+        """Return what makes the weights' parts of NumPy arrays, each time it is called.
 
-        It holds until the learner's next update.
+        It holds until the learner's next update and makes one at a time. Where they
+        are to be kept longer all are made now, on the host.
         """
-        return functools.partial(self.parts, params)
+        if self._keeps:
+            return functools.partial(iter, list(self._on_host(params)))
+        return functools.partial(self._on_host, params)
+
+    def _on_host(self, params: model_params.Params) -> Iterator[Any]:
+        parts = self.parts(params)
+        for _ in range(1 + self._num_layers):
+            yield jax.tree.map(_whole, next(parts))
 
 
 def shardings_of(
@@ -263,6 +274,11 @@ def _take_own(leaf: jax.Array, target: jax.sharding.NamedSharding) -> jax.Array:
         part = held.get((bounds, device), elsewhere[bounds])
         own.append(jax.device_put(part, device))
     return jax.make_array_from_single_device_arrays(leaf.shape, target, own)
+
+
+def _whole(leaf: jax.Array) -> np.ndarray:
+    """Bring an array to the host that each device has whole."""
+    return np.asarray(leaf.addressable_shards[0].data)
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
