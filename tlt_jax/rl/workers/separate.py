@@ -30,6 +30,7 @@ from tlt_jax.runtime.transport import links, messages, ring, talk
 ROLLOUT, EVALUATION = "rollout", "evaluation"
 # What a worker has to answer at once.
 ANSWER_S = 60.0
+_MOST_WORKERS = 1 << 16
 
 
 class Distant:
@@ -156,7 +157,8 @@ class Door:
     def _greet(self, caller: connection.Connection) -> None:
         try:
             number, about = links.greet(caller, self._meeting.secret)
-            if type(number) is not int or number < 0 or type(about) is not dict:
+            fits = type(number) is int and 0 <= number < _MOST_WORKERS
+            if not fits or type(about) is not dict:
                 raise ValueError(f"number={number!r} is no worker.")
         except (OSError, EOFError, ValueError, TypeError, AuthenticationError):
             caller.close()
