@@ -146,14 +146,6 @@ EDITS = {
         ("            one.talk.hang_up()\n", "            pass\n"),
         ("self.lost.pop(one.number, None)", "pass"),
         ("left = [r for r in left if r.request_id not in done]", "left = []"),
-        (
-            "self._distant[one.number] = one",
-            "self._distant.setdefault(one.number, one)",
-        ),
-        (
-            "return any(one.version != self._version for one in self._distant.values())",
-            "return bool(come)",
-        ),
         ("if about.get(name) != self._about[name]", "if False"),
     ],
     ("rl/rollouts.py", "tests/rl/test_rollouts.py"): [
