@@ -230,7 +230,10 @@ EDITS = {
     ],
     ("launch.py", "tests/test_launch.py -k again"): [
         ("newest > self._newest else", "newest >= self._newest else"),
-        ("self._executor.restart(index)", "pass"),
+        (
+            "            self._executor.restart(index)\n        self._begin()",
+            "        self._begin()",
+        ),
     ],
     ("workdir/metrics.py", "tests/workdir/test_metrics.py"): [
         (
