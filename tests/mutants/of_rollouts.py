@@ -232,7 +232,7 @@ EDITS = {
         ("newest > self._newest else", "newest >= self._newest else"),
         (
             "            self._executor.restart(index)\n        self._begin()",
-            "        self._begin()",
+            "            pass\n        self._begin()",
         ),
     ],
     ("workdir/metrics.py", "tests/workdir/test_metrics.py"): [
