@@ -3,16 +3,15 @@
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from tests import test_launch, test_launched_runs, tiny_runs
-from tlt_jax import launch
+from tlt_jax import launch, train
 from tlt_jax.executors import member as member_lib
 from tlt_jax.runtime import distributed
+from tlt_jax.settings import schema
 from tlt_jax.workdir import metrics
 
 RECIPE = f"--config={test_launch.ROOT / 'tests' / 'tiny_runs.py'}"
@@ -138,24 +137,7 @@ def test_a_run_with_workers_of_its_own_survives_the_death_of_any(tmp_path):
     assert tiny_runs.unknown_keys(found) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "words,told",
-    [
-        ((SEPARATE,), "tlt_jax.launch starts the workers with it"),
-        ((SEPARATE, "--config.specdec.mode=tlt"), "'separate' with specdec.mode=tlt"),
-    ],
-)
-def test_what_separate_workers_cannot_do_is_one_line(tmp_path, words, told):
-    command = [sys.executable, "-m", "tlt_jax.main", RECIPE, *words]
-    found = subprocess.run(
-        [*command, f"--workdir={tmp_path}"],
-        cwd=test_launch.ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert found.returncode == 2
-    (line,) = [x for x in found.stderr.splitlines() if x.startswith("error:")]
-    assert told in line
+def test_without_a_launcher_nobody_rolls_out(tmp_path):
+    told = "workers.placement='separate' without a launcher: tlt_jax.launch starts the"
+    with pytest.raises(schema.ConfigError, match=told):
+        train.train(tiny_runs.config_of(**{"workers.placement": "separate"}), tmp_path)

@@ -195,17 +195,11 @@ def _separate(
 ) -> tuple[separate.Team, weight_sync.ToOthers]:
     """Make what speaks with workers in processes of their own; see `_colocated`."""
     del tokenizer, speculation
-    meeting = distributed.meeting()
-    if meeting is None:
-        raise schema.ConfigError(
-            "workers.placement='separate' in a process of its own: tlt_jax.launch "
-            "starts the workers with it, python -m tlt_jax.launch --processes=1 -- ..."
-        )
     team = separate.Team(
         run.workers.num,
         _thresholds(run),
         group,
-        meeting,
+        distributed.meeting(),
         about_workers(run),
         vocab_size=model.vocab_size,
         max_length=run.longest_text,
@@ -218,6 +212,19 @@ def _separate(
         # Rollouts beside updates begin with older ones.
         keeps=run.rollout.lag > 0,
     )
+
+
+def check_launched(run: config.RunConfig) -> None:
+    """Refuse a run whose rollout workers nobody starts.
+
+    Raises:
+      schema.ConfigError: it is one.
+    """
+    if run.workers.placement == "separate" and distributed.meeting() is None:
+        raise schema.ConfigError(
+            "workers.placement='separate' without a launcher: tlt_jax.launch starts "
+            "the workers, too, python -m tlt_jax.launch --processes=1 -- --config=..."
+        )
 
 
 def about_workers(run: config.RunConfig) -> dict[str, str]:

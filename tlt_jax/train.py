@@ -54,6 +54,7 @@ def train(
             closing.enter_context(workdir.claimed(directory, run))
         group.check_same("settings", config.digest(run))
         rollouts.check(run.rollout.lag, group.num)
+        assembly.check_launched(run)
         mode = run.log.progress if group.is_first else "off"
         display = closing.enter_context(progress.Progress(run.num_steps, mode=mode))
         where = functools.partial(ending.stopped, directory, run.num_steps)

@@ -138,10 +138,7 @@ class Door:
     def close(self) -> None:
         """Let nobody in any more."""
         self._closed = True
-        # It waits there for somebody: closing it would not be told.
-        with contextlib.suppress(OSError, AuthenticationError, EOFError):
-            connection.Client(self._meeting.address).close()
-        self._listener.close()
+        links.stop_listening(self._listener)
         for one in self.take():
             one.dismiss()
 

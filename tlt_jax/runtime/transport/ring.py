@@ -130,8 +130,7 @@ class Ring:
         self._closed = True
         for link in self._links:
             links.hang_up(link)
-        with contextlib.suppress(OSError):
-            self._listener.close()
+        links.stop_listening(self._listener)
         with self._busy:
             for end in (self._before, self._after, *self._links):
                 if end is not None:
