@@ -204,10 +204,6 @@ def test_more_workers_come_than_there_were(first, expected):
         world.wait_at_the_door()
         assert world.run() == expected
         assert world.team.at_work() == [0, 6] and late.version == 1
-        # Where two have a number the later one has it.
-        world.worker(6)
-        world.wait_at_the_door()
-        assert world.run() == expected
 
 
 def test_workers_outlive_a_learner_and_keep_their_programs(first, expected):

@@ -39,12 +39,14 @@ class Distant:
     Attributes:
       number: its name.
       version: of the weights that it has; -1: none.
+      is_ready: when it took them it had compiled its programs.
       pool: stands for its programs; of its statistics those of waiting are kept.
     """
 
     def __init__(self, number: int, its: talk.Talk):
         """Take the talk with one that was found to belong here."""
         self.number, self.talk, self.version = number, its, -1
+        self.is_ready = False
         self.pool = programs.ProgramPool()
         self._busy = threading.Lock()
 
@@ -221,8 +223,13 @@ class Team(workers_lib.Workers):
         return [one.pool for one in self._distant.values()]
 
     def at_work(self) -> list[int]:
-        """Return the numbers of the workers that are there."""
-        return sorted(self._distant)
+        """Return the numbers of the workers that are there.
+
+        Those that still compile are left out where others do not.
+        """
+        found = self._distant.values()
+        ready = [one.number for one in found if one.is_ready]
+        return sorted(ready or self._distant)
 
     def place_of(self, worker: int) -> int:
         """All are driven by the first process."""
@@ -392,7 +399,7 @@ class _Sending:
         addresses = [list(own.address)]
         for index, one in enumerate(self._distant, 1):
             self._tell(one, "weights", version, index, self._num, secret, silent_s)
-            addresses.append(self._ask(one, ANSWER_S))
+            addresses += self._ask(one, ANSWER_S) or [None]
         for one in self._distant:
             self._tell(one, None if self._failed else addresses)
         if self._failed:
@@ -421,8 +428,8 @@ class _Sending:
             self._tell(one, "whole")
         for one in self._distant:
             found = self._ask(one, self._silent_s)
-            if found == self._version:
-                one.version = found
+            if found and found[0] == self._version:
+                one.version, one.is_ready = found
         return self._failed
 
     @contextlib.contextmanager
@@ -441,15 +448,15 @@ class _Sending:
             except talk.TalkError as error:
                 self._failed[one.number] = str(error)
 
-    def _ask(self, one: Distant, within_s: float) -> Any:
+    def _ask(self, one: Distant, within_s: float) -> tuple:
+        """Hear what a worker answers; nothing: it has failed."""
         if one.number in self._failed:
-            return None
+            return ()
         try:
-            (found,) = one.talk.hear(within_s)
-        except (talk.TalkError, ValueError) as error:
+            return one.talk.hear(within_s)
+        except talk.TalkError as error:
             self._failed[one.number] = str(error)
-            return None
-        return found
+            return ()
 
 
 def _all(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class Worker:
         while True:
             match its.hear():
                 case "weights", *told:
-                    its.say(self._take_weights(its, *told))
+                    has = self._take_weights(its, *told)
+                    its.say(has, self._engines[separate.ROLLOUT].pool.is_idle)
                 case "serve", seed, law:
                     self._serve(its, seed, law)
                 case ("end",):
@@ -115,8 +116,10 @@ class Worker:
             (addresses,) = its.hear()
             placed, is_whole = [], addresses is not None
             if is_whole:
-                with contextlib.suppress(ring.RingError):
+                try:
                     round_.connect([tuple(address) for address in addresses])
+                except ring.RingError:
+                    is_whole = False
             while True:
                 match its.hear():
                     case "part", size:

@@ -10,7 +10,6 @@ for any number of processes and however uneven the parts are. One that brings al
 drafter that it alone has trained) sends it once, as all others but the last do.
 """
 
-import contextlib
 import queue
 import socket
 import threading
@@ -127,10 +126,11 @@ class Ring:
 
     def close(self) -> None:
         """Leave the ring; who waits for this process is told."""
-        self._closed = True
+        was_closed, self._closed = self._closed, True
         for link in self._links:
             links.hang_up(link)
-        links.stop_listening(self._listener)
+        if not was_closed:
+            links.stop_listening(self._listener)
         with self._busy:
             for end in (self._before, self._after, *self._links):
                 if end is not None:
