@@ -192,3 +192,21 @@ def test_a_group_of_one_is_refused_where_it_teaches_nothing(algorithm):
         tiny_runs.config_of(**alone | {"algorithm.advantage": "rloo"})
     own = tiny_runs.config_of(**alone | {"algorithm.advantage": "mine:advantage"})
     assert own.rollout.group_size == 1
+
+
+@pytest.mark.parametrize(
+    "overrides,told",
+    [
+        (
+            {},
+            "with specdec.mode=tlt: such workers use a trained drafter and train none",
+        ),
+        ({"adaptation__enabled": False}, "enabled=false and drafter.directory, or"),
+        ({"specdec__rule": "rejection"}, "its tokens would depend on which process"),
+    ],
+)
+def test_what_separate_workers_cannot_do_is_refused(overrides, told):
+    overrides = overrides | {"specdec__mode": "tlt"}
+    assert load(**overrides).workers.placement == "colocated"
+    with pytest.raises(schema.ConfigError, match=told):
+        load(**overrides, workers__placement="separate")

@@ -3,14 +3,16 @@
 import json
 import shutil
 import signal
+import threading
 
 import pytest
 
 from tests import tiny_runs
-from tlt_jax import train
+from tlt_jax import assembly, train
+from tlt_jax.executors import member
 from tlt_jax.rl import collector
 from tlt_jax.rl.update import experience
-from tlt_jax.runtime import failures, stopping
+from tlt_jax.runtime import distributed, failures, stopping
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import schema
 from tlt_jax.workdir import checkpoint, metrics, progress
@@ -62,6 +64,29 @@ def test_the_record_says_how_old_the_weights_were(base):
         assert abs(row["policy/importance_mean"] - 1) > 1e-4
         assert row["time/wait_s"] >= 0 and row["time/rollout_s"] > 0
     assert len({digest for digest, _ in digests(rows)}) == STEPS
+
+
+def test_a_separate_worker_has_the_weights_of_its_rollout(
+    base, model, tmp_path, monkeypatch
+):
+    """It stands in a thread here; as a process, see `test_launch_separate`."""
+    where = member.Member().address("127.0.0.1")
+    for name, value in ((distributed.MEETING, where), (distributed.SECRET, "ab" * 32)):
+        monkeypatch.setenv(name, value)
+    changes = LAG | {"workers.placement": "separate"}
+    run = tiny_runs.config_of(**settings(model, **changes))
+    monkeypatch.setenv(distributed.WORKER, "0")
+    given = run, tmp_path, distributed.meeting()
+    worker = threading.Thread(target=assembly.roll_out, args=given, daemon=True)
+    worker.start()
+    monkeypatch.delenv(distributed.WORKER)
+    rows = start(model, tmp_path, **changes)
+    assert digests(rows) == digests(metrics.read(base))
+    assert policy(tmp_path) == policy(base)
+    assert rows[-1]["workers/num_lost"] == 0
+    # It is told of the run's end.
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 def test_every_rollout_is_made_with_the_weights_of_its_age_and_no_other(

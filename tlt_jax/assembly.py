@@ -13,6 +13,7 @@ import jax
 
 from tlt_jax import config
 from tlt_jax import speculation as speculation_lib
+from tlt_jax.executors import member
 from tlt_jax.models import config as model_config
 from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source as model_source
@@ -24,15 +25,17 @@ from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.tasks import prompts, reward_pool, scratch_model
 from tlt_jax.rl.update import updater
-from tlt_jax.rl.workers import records, weight_sync, workers
-from tlt_jax.runtime import distributed
+from tlt_jax.rl.workers import records, separate, served, weight_sync, workers
+from tlt_jax.runtime import distributed, sharding
 from tlt_jax.runtime import watch as watch_lib
-from tlt_jax.settings import sections
+from tlt_jax.settings import schema, sections
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec.tuners import shared as shared_tuner
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
 SCRATCH = "scratch"
+# A model made on the spot, below the workdir.
+_INITIAL = "initial_model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +94,14 @@ def assemble(
         **dict(precision=run.precision, remat=run.model.remat),
     )
     closing.callback(learning.pool.close)
-    mesh = learning.learner.mesh
-    meshes = weight_sync.engine_meshes(mesh, run.workers.num, run.rollout.tensor)
     speculation = speculation_lib.of_run(run, model)
-    if clocks := speculation_lib.by_the_clock(run, group.num * len(meshes)):
+    is_separate = run.workers.placement == "separate"
+    make_team = _separate if is_separate else _colocated
+    team, sync = make_team(run, model, tokenizer, speculation, learning, group)
+    if clocks := speculation_lib.by_the_clock(run, team.num):
         observer.note(clocks)
-    team = workers.Workers(
-        [engine_of_run(run, model, tokenizer, law, speculation, m) for m in meshes],
-        _thresholds(run),
-        group,
-    )
     adapting = adaptation.NoAdaptation()
-    if run.specdec.mode == "tlt":
+    if run.specdec.mode == "tlt" and not is_separate:
         own = "" if group.is_first else f"processes/{group.index}"
         adapting = adaptation.Adaptation(
             run.adaptation,
@@ -120,9 +119,6 @@ def assemble(
         )
     closing.callback(adapting.close)
     closing.callback(team.close)
-    sync = weight_sync.WeightSync(
-        model, source=mesh, targets=meshes, dtype=run.precision, pool=learning.pool
-    )
     rewards = closing.enter_context(
         reward_pool.RewardPool(
             task.score,
@@ -142,17 +138,7 @@ def assemble(
         dynamic_sampling=learning.algorithm.dynamic_sampling,
         between=adapting.hand_over,
     )
-    judging, beside = None, team.engines
-    # The same law has the same programs; of another one, an engine is beside each. So
-    # it is where rollouts keep the law alone: evaluations keep the noise.
-    its = law_of(run.sampling, run.eval.temperature)
-    if run.eval.every and (its != law or run.specdec.rule != chain.KEYED):
-        beside = [
-            engine_of_run(run, model, tokenizer, its, mesh=engine.mesh)
-            for engine in team.engines
-        ]
-        for engine in beside:
-            closing.callback(engine.pool.close)
+    judging = None
     if run.eval.every:
         judging = evaluator.Evaluator(
             run.eval,
@@ -160,7 +146,7 @@ def assemble(
             run.seed,
             prompts_of(run.task, task, "eval", tokenizer, observer),
             team,
-            beside,
+            _judges_of(run, model, tokenizer, team, closing),
             rewards,
             tokenizer.decode,
         )
@@ -176,6 +162,133 @@ def assemble(
         collector=collecting,
         evaluator=judging,
     )
+
+
+def _colocated(
+    run: config.RunConfig,
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    speculation: speculation_lib.Speculation,
+    learning: updater.Updater,
+    group: distributed.Group,
+) -> tuple[workers.Workers, weight_sync.WeightSync]:
+    """Make workers on the learner's devices, and what brings them its weights."""
+    mesh, law = learning.learner.mesh, law_of(run.sampling)
+    meshes = weight_sync.engine_meshes(mesh, run.workers.num, run.rollout.tensor)
+    team = workers.Workers(
+        [engine_of_run(run, model, tokenizer, law, speculation, m) for m in meshes],
+        _thresholds(run),
+        group,
+    )
+    return team, weight_sync.WeightSync(
+        model, source=mesh, targets=meshes, dtype=run.precision, pool=learning.pool
+    )
+
+
+def _separate(
+    run: config.RunConfig,
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    speculation: speculation_lib.Speculation,
+    learning: updater.Updater,
+    group: distributed.Group,
+) -> tuple[separate.Team, weight_sync.ToOthers]:
+    """Make what speaks with workers in processes of their own; see `_colocated`."""
+    del tokenizer, speculation
+    team = separate.Team(
+        run.workers.num,
+        _thresholds(run),
+        group,
+        distributed.meeting(),
+        about_workers(run),
+        vocab_size=model.vocab_size,
+        max_length=run.longest_text,
+    )
+    return team, weight_sync.ToOthers(
+        model,
+        source=learning.learner.mesh,
+        dtype=run.precision,
+        pool=learning.pool,
+        # Rollouts beside updates begin with older ones.
+        keeps=run.rollout.lag > 0,
+    )
+
+
+def check_launched(run: config.RunConfig) -> None:
+    """Refuse a run whose rollout workers nobody starts.
+
+    Raises:
+      schema.ConfigError: it is one.
+    """
+    if run.workers.placement == "separate" and distributed.meeting() is None:
+        raise schema.ConfigError(
+            "workers.placement='separate' without a launcher: tlt_jax.launch starts "
+            "the workers, too, python -m tlt_jax.launch --processes=1 -- --config=..."
+        )
+
+
+def about_workers(run: config.RunConfig) -> dict[str, str]:
+    """Say what a separate worker has in common with the learner."""
+    return {**member.versions(), "settings": config.digest(run)}
+
+
+def roll_out(
+    run: config.RunConfig, directory: str | pathlib.Path, meeting: distributed.Meeting
+) -> None:
+    """Generate for a learner in another process until its run has ended.
+
+    Raises:
+      failures.UserError: it has other code, libraries or settings.
+      ValueError: the engine's settings do not go together.
+    """
+    spec = run.model.spec
+    if spec == SCRATCH:
+        spec = str(pathlib.Path(directory) / _INITIAL)
+
+    def engines():
+        source = model_source.resolve(spec)
+        model, tokenizer, law = source.config, source.tokenizer(), law_of(run.sampling)
+        speculation = speculation_lib.of_run(run, model)
+        tensor = run.rollout.tensor or max(run.mesh.tensor, 1)
+        mesh = sharding.make_mesh(1, 1, tensor, devices=jax.local_devices()[:tensor])
+        engine = engine_of_run(run, model, tokenizer, law, speculation, mesh)
+        its = _judge_of(run, model, tokenizer, engine)
+        drafted = speculation.params if run.specdec.mode == "tlt" else None
+        return {separate.ROLLOUT: engine, separate.EVALUATION: its or engine}, drafted
+
+    served.Worker(meeting, about_workers(run), engines).work()
+
+
+def _judges_of(
+    run: config.RunConfig,
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    team: workers.Workers,
+    closing: contextlib.ExitStack,
+) -> list[engine_lib.Engine]:
+    """Return what evaluates: the team's engines, or one beside each."""
+    beside = [_judge_of(run, model, tokenizer, engine) for engine in team.engines]
+    for engine in filter(None, beside):
+        closing.callback(engine.pool.close)
+    return [own or its for own, its in zip(beside, team.engines, strict=True)]
+
+
+def _judge_of(
+    run: config.RunConfig,
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    engine: engine_lib.Engine,
+) -> engine_lib.Engine | None:
+    """Make the engine that evaluates beside another; None: it does so itself.
+
+    The same law has the same programs; of another one, an engine is beside each. So it
+    is where rollouts keep the law alone: evaluations keep the noise.
+    """
+    its = law_of(run.sampling, run.eval.temperature)
+    is_same = its == law_of(run.sampling) and run.specdec.rule == chain.KEYED
+    if not run.eval.every or is_same:
+        return None
+    return engine_of_run(run, model, tokenizer, its, mesh=engine.mesh)
 
 
 def _thresholds(run: config.RunConfig) -> records.Config:
@@ -202,7 +315,7 @@ def source_of(
     """
     if run.model.spec != SCRATCH:
         return model_source.resolve(run.model.spec)
-    folder = directory / "initial_model"
+    folder = directory / _INITIAL
     observer.stage("making the model")
 
     def show(done, total, loss):

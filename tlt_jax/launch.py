@@ -1,5 +1,8 @@
 """Run several processes as one: `python -m tlt_jax.launch --processes=N -- ...`.
 
+With `workers.placement=separate` rollout workers are processes besides these, each a
+world of its own, which is started again alone where it is killed.
+
 What follows `--` is the command line of `tlt_jax.main`, or of what `--module` names.
 `--executor=local` starts the processes on this machine, `--executor=ray` on the cluster
 that RAY_ADDRESS names; they join through `jax.distributed` at a free port. Process 0
@@ -19,17 +22,23 @@ import argparse
 import contextlib
 import os
 import pathlib
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from absl import flags
+
+from tlt_jax import config
 from tlt_jax.executors import executor as executor_lib
 from tlt_jax.executors import local, on_ray
 from tlt_jax.runtime import command_line, distributed, failures, stopping
+from tlt_jax.settings import schema
 
 EXECUTORS = {"local": local.Local, "ray": on_ray.OnRay}
+_MAIN = "tlt_jax.main"
 _POLL_S = 0.1
 # How long processes that were asked to end may take.
 _GRACE_S = 10.0
@@ -101,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--module",
-        default="tlt_jax.main",
+        default=_MAIN,
         help="a program that joins the processes as this one does (default: "
         "tlt_jax.main)",
     )
@@ -138,6 +147,10 @@ class _Run:
         # With an executor elsewhere: how much was shown of what process 0 says.
         self._shown = 0
         self._restarts, self._newest = 0, -1
+        # Behind the world's members: rollout workers, each a world of its own.
+        self._num_workers = _num_separate(options.module, program)
+        self._secret, self._meeting = secrets.token_hex(32), ""
+        self._waiting: set[int] = set()
         self._executor = EXECUTORS[options.executor]()
 
     def through(self) -> int:
@@ -146,21 +159,23 @@ class _Run:
         handlers = [signal.signal(n, self._hear) for n in stopping.SIGNALS]
         try:
             one.start(
-                self._num,
+                self._num + self._num_workers,
                 executor_lib.Share(
                     self._options.cpus_per_process, self._options.devices_per_process
                 ),
             )
             if not one.is_local:
-                one.check_same(self._num)
+                one.check_same(self._num + self._num_workers)
                 self._shown = self._size_of_log()
             self._begin()
             while True:
                 codes = one.watch(_POLL_S)
                 self._show()
                 self._pass_signals_on()
-                if all(code == 0 for code in codes):
+                if all(code == 0 for code in codes[: self._num]):
                     return 0
+                if self._begin_workers_again(codes):
+                    continue
                 if not any(codes):
                     # Those that run are waited for, with or without others' ends.
                     time.sleep(_POLL_S * (0 in codes))
@@ -179,24 +194,54 @@ class _Run:
         """Let every member run its part of a world."""
         one = self._executor
         address = one.call(0, "address", one.host(0))
+        # The same for all worlds on a host: who works goes on with the next one.
+        is_new = self._meeting.rpartition(":")[0] != one.host(0)
+        if self._num_workers and is_new:
+            self._meeting = one.call(0, "address", one.host(0))
+        for index in range(self._num):
+            self._run(
+                index,
+                {
+                    distributed.COORDINATOR: address,
+                    distributed.NUM_PROCESSES: str(self._num),
+                    distributed.PROCESS: str(index),
+                },
+            )
+        for index in range(self._num, self._num + self._num_workers):
+            if is_new:
+                self._begin_worker(index)
+
+    def _begin_worker(self, index: int) -> None:
+        """Let a rollout worker wait for the world; another program of it is ended."""
+        if index in self._waiting:
+            self._executor.restart(index)
+        self._waiting.add(index)
+        self._run(index, {distributed.WORKER: str(index - self._num)})
+
+    def _run(self, index: int, variables: Mapping[str, str]) -> None:
+        """Let a member run the program, which is told who it is."""
+        one = self._executor
         forwarded: Mapping[str, str] = {}
         if not one.is_local:
             forwarded = {
                 n: v for n, v in os.environ.items() if n.startswith(_FORWARDED)
             }
-        for index in range(self._num):
-            variables = {
-                **forwarded,
-                distributed.COORDINATOR: address,
-                distributed.NUM_PROCESSES: str(self._num),
-                distributed.PROCESS: str(index),
-                # Where a member sees its own devices alone, they are not numbered.
-                distributed.DEVICES: self._devices(index) if one.is_local else "",
-                distributed.HOST: one.host(index),
+        if self._num_workers:
+            meeting = {
+                distributed.MEETING: self._meeting,
+                distributed.SECRET: self._secret,
             }
-            shows = one.is_local and index == 0
-            log = "" if shows else str(self._log(index))
-            one.call(index, "run", self._words, variables, log, os.getcwd())
+            variables = {**variables, **meeting}
+        told = {
+            **forwarded,
+            **variables,
+            # Where a member sees its own devices alone, they are not numbered.
+            distributed.DEVICES: self._devices(index) if one.is_local else "",
+            distributed.HOST: one.host(index),
+        }
+        shows = one.is_local and index == 0
+        log = "" if shows else str(self._log(index))
+        one.call(index, "run", self._words, told, log, os.getcwd())
 
     def _devices(self, index: int) -> str:
         count = self._options.devices_per_process
@@ -210,12 +255,9 @@ class _Run:
             time.sleep(_GRACE_S / 5)
             codes = self._executor.watch()
             killed = [i for i, c in enumerate(codes) if c is not None and c < 0]
-        newest = _newest_checkpoint(self._directory)
-        self._restarts = 0 if newest > self._newest else self._restarts
-        self._newest = max(newest, self._newest)
-        if not killed or self._restarts >= self._options.restarts:
+        if not killed or not self._may_restart():
             return False
-        self._restarts += 1
+        newest = self._newest
         where = "the beginning" if newest < 0 else f"the checkpoint of step {newest}"
         print(
             f"process {killed[0]} of {self._num} was ended by "
@@ -229,6 +271,32 @@ class _Run:
         self._begin()
         return True
 
+    def _begin_workers_again(self, codes: Sequence[int | None]) -> bool:
+        """Start rollout workers again that were killed; the others go on meanwhile."""
+        killed = [i for i in range(self._num, len(codes)) if (codes[i] or 0) < 0]
+        if not killed or any(codes[: self._num]) or self._heard:
+            return False
+        if not self._may_restart():
+            return False
+        for index in killed:
+            told = f"rollout worker {index - self._num} was ended by"
+            print(
+                f"{told} {_name(codes[index])}: it is started again, and others "
+                "generate its requests.",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._begin_worker(index)
+        return True
+
+    def _may_restart(self) -> bool:
+        """Count a start anew, of those in a row without a new checkpoint."""
+        newest = _newest_checkpoint(self._directory)
+        self._restarts = 0 if newest > self._newest else self._restarts
+        self._newest = max(newest, self._newest)
+        self._restarts += 1
+        return self._restarts <= self._options.restarts
+
     def _hear(self, number: int, frame: object) -> None:
         """Note a signal; the processes have groups of their own and get it later."""
         self._heard.append(number)
@@ -238,7 +306,8 @@ class _Run:
         for number in self._heard[self._num_told :]:
             self._num_told += 1
             if self._num_told == 1:
-                self._tell("terminate")
+                # To rollout workers the learner says when it needs them no more.
+                self._tell("terminate", self._num)
             elif number == signal.SIGINT:
                 self._tell("kill")
 
@@ -277,15 +346,21 @@ class _Run:
         """Ask all to end, and end those that have not in time."""
         until_s = time.monotonic() + within_s
         if not self._num_told:
-            self._tell("terminate")
+            self._tell("terminate", self._num)
+        while None in self._executor.watch()[: self._num]:
+            if time.monotonic() > until_s:
+                break
+            time.sleep(_POLL_S)
+        # Of nobody else do rollout workers hear of it.
+        self._tell("terminate", None)
         while None in self._executor.watch() and time.monotonic() < until_s:
             time.sleep(_POLL_S)
         self._tell("kill")
         self._show()
 
-    def _tell(self, method: str) -> None:
-        """Call a method of all whose programs run."""
-        for index, code in enumerate(self._executor.watch()):
+    def _tell(self, method: str, most: int | None = None) -> None:
+        """Call a method of all whose programs run, or of the first `most` members."""
+        for index, code in enumerate(self._executor.watch()[:most]):
             # Between the two it may go.
             with contextlib.suppress(executor_lib.ExecutorError):
                 if code is None:
@@ -308,6 +383,20 @@ class _Run:
 
     def _log(self, index: int) -> pathlib.Path:
         return (self._directory / "processes" / f"{index}.log").resolve()
+
+
+def _num_separate(module: str, program: Sequence[str]) -> int:
+    """Return how many rollout workers the settings want in processes of their own."""
+    if module != _MAIN:
+        return 0
+    try:
+        _, changes = command_line.overrides(["", *program])
+        spec = command_line.last_value(program, "config")
+        run = command_line.settings_of(spec, changes, config.RunConfig)
+    except (schema.ConfigError, flags.Error):
+        # The processes say so.
+        return 0
+    return run.workers.num if run.workers.placement == "separate" else 0
 
 
 def _name(code: int) -> str:

@@ -7,7 +7,7 @@ one machine are started by `tlt_jax.launch`.
 
 from absl import flags
 
-from tlt_jax import config, train
+from tlt_jax import assembly, config, train
 from tlt_jax.runtime import (
     command_line,
     compile_cache,
@@ -40,7 +40,11 @@ def main(run: config.RunConfig) -> None:
         distributed.initialize(_CLUSTER.value)
         cpu_devices.prepare(run)
         compile_cache.enable()
-        train.train(run, _WORKDIR.value, stop)
+        meeting = distributed.meeting()
+        if meeting is not None and meeting.worker is not None:
+            assembly.roll_out(run, _WORKDIR.value, meeting)
+        else:
+            train.train(run, _WORKDIR.value, stop)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def train(
             closing.enter_context(workdir.claimed(directory, run))
         group.check_same("settings", config.digest(run))
         rollouts.check(run.rollout.lag, group.num)
+        assembly.check_launched(run)
         mode = run.log.progress if group.is_first else "off"
         display = closing.enter_context(progress.Progress(run.num_steps, mode=mode))
         where = functools.partial(ending.stopped, directory, run.num_steps)
@@ -215,7 +216,7 @@ class Trainer:
         """Make the watch of the next step."""
         pools = [self.parts.updater.pool]
         if not self.rollouts.lag:
-            pools += [engine.pool for engine in self.parts.workers.engines]
+            pools += self.parts.workers.pools
         return watch_lib.Watch(pools, self._display, self.state.step)
 
     def take_step(self) -> dict[str, Any]:
@@ -275,11 +276,10 @@ class Trainer:
         """What the workers did in a step's rollouts; the timeline is written."""
         if not self.group.is_first:
             return {}
-        intervals, lost = found.intervals, found.lost
-        workdir.write_timeline(self._directory, self.state.step + 1, intervals)
-        row = step_record.of_workers(intervals, lost)
-        if len(lost) > self._num_lost:
-            self._num_lost = len(lost)
+        workdir.write_timeline(self._directory, self.state.step + 1, found.intervals)
+        row = step_record.of_workers(found.intervals, found.lost)
+        num_before, self._num_lost = self._num_lost, len(found.lost)
+        if self._num_lost > num_before:
             watch.note(f"lost workers: {row['workers/lost']}; the others go on.")
         return row
 

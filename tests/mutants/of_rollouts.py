@@ -142,6 +142,12 @@ EDITS = {
         ),
         ("for w in members[: cfg.max_members])", "for w in members)"),
     ],
+    ("rl/workers/separate.py", "tests/rl/workers/test_separate.py"): [
+        ("            one.talk.hang_up()\n", "            pass\n"),
+        ("self.lost.pop(one.number, None)", "pass"),
+        ("left = [r for r in left if r.request_id not in done]", "left = []"),
+        ("if about.get(name) != self._about[name]", "if False"),
+    ],
     ("rl/rollouts.py", "tests/rl/test_rollouts.py"): [
         (
             "workers.set_params(entry.weights.placed, entry.weights.version)",
@@ -224,7 +230,10 @@ EDITS = {
     ],
     ("launch.py", "tests/test_launch.py -k again"): [
         ("newest > self._newest else", "newest >= self._newest else"),
-        ("self._executor.restart(index)", "pass"),
+        (
+            "            self._executor.restart(index)\n        self._begin()",
+            "            pass\n        self._begin()",
+        ),
     ],
     ("workdir/metrics.py", "tests/workdir/test_metrics.py"): [
         (

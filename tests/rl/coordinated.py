@@ -182,21 +182,48 @@ class World:
             if not living:
                 return
             chosen = self.rng.sample(living, self.rng.randint(1, len(living)))
-            places = tuple(n % self.num_places for n in chosen)
-            asked = records.RolloutAsked(generation, tuple(chosen), places)
-            self.queue = Queue(generation, self.rng.randint(0, 6))
-            self.over = set()
-            self.num_failures = 0
-            began = self.now
-            while not self.over:
-                assert self.now - began < MAX_TICKS, "the rollout does not end"
-                self.network.send(self.now, asked)
-                self.tick(chosen)
-                early = self.now - began < 20
-                if early and self.rng.random() < self.fault / 5:
-                    break  # The driver gives the rollout up.
-            else:
-                self.check_end(generation, chosen)
+            self.roll(generation, chosen, self.rng.randint(0, 6))
+
+    def run_with_newcomers(self, num_rollouts: int = 3) -> int:
+        """Start the dead anew, now and then, and let others come that were not there.
+
+        What a rollout has left that was given up or lost all its workers, the next one
+        does. Returns how many it took.
+        """
+        generation, left, num_whole = 0, 0, 0
+        while num_whole < num_rollouts:
+            generation += 1
+            assert generation < 60, "rollouts come to nothing"
+            for number, worker in list(self.workers.items()):
+                if worker.dead and self.rng.random() < 0.5:
+                    self.workers[number] = Generator(number, self.rng)
+            living = [n for n, w in self.workers.items() if not w.dead]
+            if not living or self.rng.random() < 0.3:
+                living.append(max(self.workers) + self.rng.randint(1, 3))
+                self.workers[living[-1]] = Generator(living[-1], self.rng)
+            chosen = self.rng.sample(living, self.rng.randint(1, len(living)))
+            self.roll(generation, chosen, left or self.rng.randint(1, 6))
+            left = len(self.queue.all - self.queue.done)
+            num_whole += not left
+        return generation
+
+    def roll(self, generation: int, chosen: list[int], num_requests: int) -> None:
+        """Make one rollout, which may be given up."""
+        places = tuple(n % self.num_places for n in chosen)
+        asked = records.RolloutAsked(generation, tuple(chosen), places)
+        self.queue = Queue(generation, num_requests)
+        self.over = set()
+        self.num_failures = 0
+        began = self.now
+        while not self.over:
+            assert self.now - began < MAX_TICKS, "the rollout does not end"
+            self.network.send(self.now, asked)
+            self.tick(chosen)
+            early = self.now - began < 20
+            if early and self.rng.random() < self.fault / 5:
+                break  # The driver gives the rollout up.
+        else:
+            self.check_end(generation, chosen)
 
     def tick(self, chosen) -> None:
         self.now += 1

@@ -50,7 +50,8 @@ class Made:
         self.num_abandoned, self.settled, self.version = 0, 0, 0
         self.learned = 0.0
         state = python_types.SimpleNamespace
-        self.engines = [state(mesh=np.zeros(1), pool=state(stats=state(waited_s=0.0)))]
+        self.pools = [state(stats=state(waited_s=0.0))]
+        self.engines = [state(mesh=np.zeros(1))]
         self.group, self.lost = state(num=1), {1: "silent"}
         self.learner = state(abstract_state=lambda: state(params={"w": LEAF}))
         self.parts = {"collector": self}

@@ -66,6 +66,7 @@ SETTINGS = {
     },
     speculation.Workers: {
         "num": (1, "[1, 1024]"),
+        "placement": ("colocated", ""),
         "min_idle": (1, "[1, 1024]"),
         "timeout_s": (900.0, "[0.001, 604800]"),
     },

@@ -14,6 +14,7 @@ from tlt_jax import types
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
+from tlt_jax.rl.workers import separate
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.settings import sections
 
@@ -152,8 +153,12 @@ class Evaluator:
         requests = prompts.requests_of(
             self._prompts.prompts, samples, self._max_new_tokens, 0
         )
-        engines = self._at_work()
         group, count = self._workers.group, len(requests)
+        if isinstance(self._workers, separate.Team):
+            rewards = self._judged_elsewhere(examples, requests)
+            row = rewards_row(rewards.reshape(-1, samples), self._cfg.k)
+            return {f"eval/{name}": value for name, value in row.items()}
+        engines = self._at_work()
         # A process whose workers are all lost has no part either.
         able = group.exchange("evaluators", bool(engines))
         places = [place for place, is_able in enumerate(able) if is_able]
@@ -181,6 +186,24 @@ class Evaluator:
             rewards[indices] = found
         row = rewards_row(rewards.reshape(-1, samples), self._cfg.k)
         return {f"eval/{name}": value for name, value in row.items()}
+
+    def _judged_elsewhere(
+        self, examples: Sequence[types.Example], requests: Sequence[types.Request]
+    ) -> np.ndarray:
+        """Let separate workers answer, and the first process judge; `[n]`."""
+        team, samples = self._workers, self._cfg.samples
+        completions, _ = team.run(
+            requests, _SEED_OFFSET + self._seed, law=separate.EVALUATION
+        )
+        # Of rollouts' time it is no part.
+        team.take_intervals()
+
+        def judge():
+            texts = [self._decode_text(one.tokens) for one in completions]
+            asked = [examples[i // samples] for i in range(len(requests))]
+            return self._rewards.score(zip(asked, texts, strict=True)).rewards
+
+        return team.group.first_large("evaluation", judge)
 
     def _at_work(self) -> list[engine_lib.Engine]:
         """Give the engines beside workers that are not lost their weights."""

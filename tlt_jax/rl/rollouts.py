@@ -24,7 +24,7 @@ from tlt_jax.rl.adaptation import adaptation
 from tlt_jax.rl.update import updater
 from tlt_jax.rl.workers import weight_sync
 from tlt_jax.rl.workers import workers as workers_lib
-from tlt_jax.runtime import failures, programs
+from tlt_jax.runtime import failures
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import schema
 
@@ -120,7 +120,8 @@ class Rollouts:
         Raises:
           schema.ConfigError: see `check`.
         """
-        check(lag, workers.group.num, workers.engines[0].mesh.size)
+        sizes = [engine.mesh.size for engine in workers.engines]
+        check(lag, workers.group.num, max(sizes, default=1))
         self.lag, self._num_steps = lag, num_steps
         self._collector, self._adaptation = collecting, adapting
         self._workers, self._updater, self._sync = workers, learning, sync
@@ -265,11 +266,8 @@ class Rollouts:
         """Begin, in the thread and in their order, what is not begun."""
         for entry in self._entries:
             if entry.made is None and entry.step < self._num_steps:
-                watch = watch_lib.Watch(self._pools(), self._observer, entry.step)
+                watch = watch_lib.Watch(self._workers.pools, self._observer, entry.step)
                 entry.made = self._thread.submit(self._roll_next, entry, watch)
-
-    def _pools(self) -> list[programs.ProgramPool]:
-        return [engine.pool for engine in self._workers.engines]
 
     def _wait(self) -> None:
         """Wait until no rollout is under way, and what it has taught is taken over."""

@@ -22,7 +22,10 @@ def prepare(run: config.RunConfig) -> None:
     """
     flags = os.environ.get("XLA_FLAGS", "")
     tensor = max(run.mesh.tensor, 1)
-    wanted = run.workers.num * (run.rollout.tensor or tensor)
+    # Of separate workers each process has one, and the learner's none.
+    is_separate = run.workers.placement == "separate"
+    num_engines = 1 if is_separate else run.workers.num
+    wanted = num_engines * (run.rollout.tensor or tensor)
     # Whole groups of the learner's.
     wanted = -(-wanted // tensor) * tensor
     if wanted == 1 or _COUNT_FLAG in flags or jax.config.jax_num_cpu_devices > 0:

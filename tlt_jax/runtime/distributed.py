@@ -8,6 +8,7 @@ program of one process has a group of one.
 """
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import socket
@@ -30,6 +31,11 @@ COORDINATOR = "TLT_JAX_COORDINATOR"
 NUM_PROCESSES = "TLT_JAX_NUM_PROCESSES"
 PROCESS = "TLT_JAX_PROCESS"
 DEVICES = "TLT_JAX_DEVICES"
+# Where the learner waits for separate rollout workers, by which secret, and for those
+# the number of each.
+MEETING = "TLT_JAX_MEETING"
+SECRET = "TLT_JAX_SECRET"
+WORKER = "TLT_JAX_WORKER"
 # Where a process listens; for machines whose name is not the address to use.
 HOST = "TLT_JAX_HOST"
 
@@ -51,6 +57,9 @@ def initialize(on_cluster: bool = False) -> None:
       channel.ProcessError: the others could not be joined.
     """
     if not on_cluster and COORDINATOR not in os.environ:
+        if os.environ.get(DEVICES):
+            # A rollout worker's, of those that the machine has.
+            jax.config.update("jax_cuda_visible_devices", os.environ[DEVICES])
         return
     settings = {} if on_cluster else _settings()
     # Between processes CPUs need a library for what one process does by itself.
@@ -86,6 +95,37 @@ def _settings() -> dict[str, Any]:
     if _is_local():
         settings["coordinator_bind_address"] = coordinator
     return settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """Where the learner waits for rollout workers in processes of their own.
+
+    Attributes:
+      address: host and port of the learner's first process.
+      secret: who knows it belongs to the run.
+      host: at which this process listens for others.
+      worker: this one's number; None: it is of the learner.
+    """
+
+    address: tuple[str, int]
+    secret: bytes
+    host: str
+    worker: int | None = None
+
+
+def meeting() -> Meeting | None:
+    """Read what a launcher has said of separate workers; None: nothing."""
+    if MEETING not in os.environ:
+        return None
+    host, _, port = os.environ[MEETING].rpartition(":")
+    worker = os.environ.get(WORKER)
+    return Meeting(
+        (host, int(port)),
+        bytes.fromhex(os.environ[SECRET]),
+        os.environ.get(HOST, "127.0.0.1"),
+        None if worker is None else int(worker),
+    )
 
 
 class Group(contextlib.AbstractContextManager):

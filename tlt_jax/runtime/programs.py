@@ -129,6 +129,12 @@ class ProgramPool:
             return False
         return True
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being prepared."""
+        with self._lock:
+            return all(future.done() for future in self._programs.values())
+
     def wait(self) -> None:
         """Wait for everything that is being prepared; raise the first error of it."""
         with self._lock:

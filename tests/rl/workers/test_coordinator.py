@@ -342,6 +342,18 @@ def test_worlds_with_faults(seeds):
     assert num_steps > 100
 
 
+def test_worlds_in_which_workers_come_anew_and_late():
+    """Death, return and late joining need no other events than there are."""
+    taken, newcomers = 0, 0
+    for seed in range(150):
+        world = coordinated.World(seed)
+        before = max(world.workers)
+        taken += world.run_with_newcomers()
+        newcomers += max(world.workers) > before
+    # Some rollouts were made in several parts, some workers came late.
+    assert taken > 3 * 150 and newcomers > 50
+
+
 def test_waiting_workers_are_used_where_nothing_fails():
     for seed in range(50):
         world = coordinated.World(seed, faults=False)

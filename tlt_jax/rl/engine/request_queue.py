@@ -157,6 +157,10 @@ class Share(RequestSource):
     def waits(self, prompt_id: int) -> bool:
         return self._queue.waits(prompt_id)
 
+    def prompts_waiting(self) -> frozenset[int]:
+        """See `RequestQueue.prompts_waiting`."""
+        return self._queue.prompts_waiting()
+
 
 def in_order(
     requests: Sequence[types.Request], expected_lengths: Mapping[int, float]

@@ -1,7 +1,7 @@
 """Transfer of the policy from the learner's mesh to a rollout engine's, versioned."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -137,20 +137,24 @@ class WeightSync:
           Each engine's params (a tuple of layers, on its mesh, in its dtype), complete
           when returned.
         """
-        one_layer = self._pool.get(self._layer_program())
-        others = self._pool.get(self.others_program())
-        copies = self._give(
-            others(_without_layers(params)),
-            [_without_layers(target) for target in self.placed],
-        )
-        layers = []
-        for i, index in enumerate(self._which):
-            wanted = [target.layers[i] for target in self.placed]
-            layers.append(self._give(one_layer(params.layers, index), wanted))
-        each = zip(copies, zip(*layers, strict=True), strict=True)
-        placed = [copy.replace(layers=own) for copy, own in each]
+        wanted = list(zip(*map(in_parts, self.placed), strict=True))
+        parts, given = self.parts(params), []
+        for where in wanted:
+            given.append(self._give(next(parts), where))
+        placed = [joined(own) for own in zip(*given, strict=True)]
         jax.block_until_ready(placed)
         return placed
+
+    def parts(self, params: model_params.Params) -> Iterator[Any]:
+        """Make the engines' weights part by part, in the order of `in_parts`.
+
+        Each is on the learner's devices, laid out as engines have it there.
+        """
+        one_layer = self._pool.get(self._layer_program())
+        others = self._pool.get(self.others_program())
+        yield others(_without_layers(params))
+        for index in self._which:
+            yield one_layer(params.layers, index)
 
     @functools.cached_property
     def _which(self) -> list[jax.Array]:
@@ -198,6 +202,65 @@ class WeightSync:
         return [jax.tree.unflatten(treedef, copy) for copy in copies]
 
 
+class ToOthers(WeightSync):
+    """Makes the weights of engines in other processes, which have none here.
+
+    A part is whole on each of the learner's devices, one at a time, and from there on
+    the host.
+    """
+
+    def __init__(
+        self,
+        model: model_config.ModelConfig,
+        *,
+        source: jax.sharding.Mesh,
+        pool: programs.ProgramPool,
+        dtype: Any = jnp.float32,
+        keeps: bool = False,
+    ):
+        """See `WeightSync`; for `keeps` see `place`."""
+        own = sharding_lib.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+        super().__init__(model, source=source, targets=[own], pool=pool, dtype=dtype)
+        self._keeps = keeps
+
+    def place(self, params: model_params.Params) -> Callable[[], Iterator[Any]]:
+        """Return what makes the weights' parts of NumPy arrays, each time it is called.
+
+        It holds until the learner's next update and makes one at a time. Where they
+        are to be kept longer all are made now, on the host.
+        """
+        if self._keeps:
+            return functools.partial(iter, list(self._on_host(params)))
+        return functools.partial(self._on_host, params)
+
+    def _on_host(self, params: model_params.Params) -> Iterator[Any]:
+        parts = self.parts(params)
+        for _ in range(1 + self._num_layers):
+            yield jax.tree.map(_whole, next(parts))
+
+
+def shardings_of(
+    model: model_config.ModelConfig, mesh: jax.sharding.Mesh
+) -> model_params.Params:
+    """Return the shardings of an engine's weights on its mesh.
+
+    Raises:
+      ValueError: a weight does not divide over it.
+    """
+    return _unstacked(model, mesh)
+
+
+def in_parts(params: model_params.Params) -> list[Any]:
+    """Part what has a place for each weight of an engine: the rest, then its layers."""
+    return [_without_layers(params), *params.layers]
+
+
+def joined(parts: Sequence[Any]) -> model_params.Params:
+    """Put together what `in_parts` has parted."""
+    others, *layers = parts
+    return others.replace(layers=tuple(layers))
+
+
 def _take_own(leaf: jax.Array, target: jax.sharding.NamedSharding) -> jax.Array:
     """Make an array of the parts of `leaf` that the target's devices hold."""
     parts = leaf.addressable_shards
@@ -211,6 +274,11 @@ def _take_own(leaf: jax.Array, target: jax.sharding.NamedSharding) -> jax.Array:
         part = held.get((bounds, device), elsewhere[bounds])
         own.append(jax.device_put(part, device))
     return jax.make_array_from_single_device_arrays(leaf.shape, target, own)
+
+
+def _whole(leaf: jax.Array) -> np.ndarray:
+    """Bring an array to the host that each device has whole."""
+    return np.asarray(leaf.addressable_shards[0].data)
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:

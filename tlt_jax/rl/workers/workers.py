@@ -10,6 +10,7 @@ queue and coordinator are process 0's.
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from tlt_jax import types
 from tlt_jax.models import params as model_params
@@ -18,13 +19,17 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.workers import columns, coordinator, mailboxes, records, remote
-from tlt_jax.runtime import distributed, failures
+from tlt_jax.runtime import distributed, failures, programs
 from tlt_jax.specdec.texts import layout
 
 _REMEDY = (
     "mend the cause and run the same command again; it resumes from the newest "
     "checkpoint."
 )
+
+
+class NoWorkersError(failures.TrainingError):
+    """Every worker is lost."""
 
 
 class Workers:
@@ -76,6 +81,35 @@ class Workers:
         """Version of the drafter in use; -1: none."""
         return self.engines[0].drafter_version
 
+    @property
+    def pools(self) -> list[programs.ProgramPool]:
+        """The engines' programs."""
+        return [engine.pool for engine in self.engines]
+
+    def at_work(self) -> list[int]:
+        """Return the numbers of the workers that are not lost, in order."""
+        return [number for number in range(self.num) if number not in self.lost]
+
+    def place_of(self, worker: int) -> int:
+        """Return the process whose driver lets a worker generate."""
+        return worker // len(self.engines)
+
+    def lose(self, worker: int, reason: str) -> None:
+        """Leave a worker out from now on."""
+        self.lost[worker] = reason
+
+    def serve(
+        self, worker: int, source: request_queue.RequestSource, seed: int, **told: Any
+    ) -> rollout_stats.RolloutStats:
+        """Let a worker of this process generate what is queued; see `Engine.serve`."""
+        return self.engines[worker - self.first].serve(
+            source,
+            seed,
+            on_text=self.on_text,
+            capture_frac=self.capture_frac,
+            **told,
+        )
+
     def set_params(self, params: Sequence[model_params.Params], version: int) -> None:
         """Use these weights, one copy for each engine, from the next run on."""
         for engine, own in zip(self.engines, params, strict=True):
@@ -126,21 +160,15 @@ class Workers:
         call this with the same requests and get the same.
 
         Raises:
-          failures.TrainingError: every worker is lost.
+          NoWorkersError: every worker is lost.
           failures.Abandoned: see `abandon`.
           channel.ProcessError: another process has ended.
         """
         self.engines[0].check(requests)
-        rolling = _Rollout(
+        rolling = Rollout(
             self, requests, seed, expected_lengths, on_completion, on_call
         )
-        for worker, turn in rolling.turns():
-            threading.Thread(
-                target=rolling.generate,
-                args=(worker, turn),
-                name=f"worker-{worker}",
-                daemon=True,
-            ).start()
+        rolling.through()
         done = dict(rolling.done)
         stats = rollout_stats.RolloutStats()
         waits: dict[int, list[tuple[float, float]]] = {}
@@ -153,7 +181,7 @@ class Workers:
             stats = stats.join(spent)
             waits |= waited
         if self.group.is_first:
-            self._note_intervals(waits)
+            self.note_intervals(waits)
         return [done[r.request_id] for r in requests], stats
 
     def _waits(self) -> dict[int, list[tuple[float, float]]]:
@@ -167,7 +195,7 @@ class Workers:
             for worker, engine in enumerate(self.engines, self.first)
         }
 
-    def _note_intervals(
+    def note_intervals(
         self, waits: Mapping[int, Sequence[tuple[float, float]]]
     ) -> None:
         """Keep what every worker did in the rollout that has ended."""
@@ -192,8 +220,13 @@ class Workers:
         return intervals
 
 
-class _Rollout:
-    """One rollout, while it runs."""
+class Rollout:
+    """One rollout, while it runs.
+
+    Attributes:
+      done: completions of this process's workers by request.
+      stats: of those that have come to an end.
+    """
 
     def __init__(
         self, workers: Workers, requests, seed, expected_lengths, on_completion, on_call
@@ -203,14 +236,29 @@ class _Rollout:
         self._requests, self._expected_lengths = requests, expected_lengths
         self._queue: request_queue.RequestQueue | None = None
         self._lock = threading.Lock()
-        self._tokens = [0] * len(workers.engines)
+        # Drawn by each worker of this process.
+        self._tokens: dict[int, int] = {}
         self._errors: list[BaseException] = []
         self._abandoned = False
         self.done: dict[int, types.Completion] = {}
         self.stats = rollout_stats.RolloutStats()
         self._generation = 0
 
-    def turns(self) -> Iterator[tuple[int, int]]:
+    def through(self) -> None:
+        """Let this process's workers generate, each in a thread, until the end.
+
+        Raises:
+          NoWorkersError, failures.Abandoned, channel.ProcessError: see `Workers.run`.
+        """
+        for worker, turn in self._turns():
+            threading.Thread(
+                target=self.generate,
+                args=(worker, turn),
+                name=f"worker-{worker}",
+                daemon=True,
+            ).start()
+
+    def _turns(self) -> Iterator[tuple[int, int]]:
         """Carry out the coordinator's commands until the rollout's end.
 
         Yields a worker that is to generate from now on, and which turn of its it is.
@@ -224,14 +272,14 @@ class _Rollout:
                 case records.Generate(_, worker, turn):
                     yield worker, turn
                 case records.ReturnRequests(_, worker):
-                    workers.lost[worker] = c.state.worker(worker).reason
+                    workers.lose(worker, c.state.worker(worker).reason)
                     self._queue.lose(worker)
                     c.send(records.RequestsReturned(generation, worker))
                 case records.Abort(_, ""):
                     self._abandoned = True
                     raise failures.Abandoned
                 case records.Abort(_, reason):
-                    error = failures.TrainingError(f"{reason}: {_REMEDY}")
+                    error = NoWorkersError(f"{reason}: {_REMEDY}")
                     raise error from (self._errors[0] if self._errors else None)
                 case records.EndRollout():
                     break
@@ -241,19 +289,19 @@ class _Rollout:
         workers, home = self._workers, self._workers.home
         if isinstance(home, remote.Guest):
             return home.begin(self._requests)
-        if len(workers.lost) == workers.num:
+        numbers = workers.at_work()
+        if not numbers:
             lost = sorted(workers.lost.items())
             reasons = "; ".join(f"worker {n}: {reason}" for n, reason in lost)
-            raise failures.TrainingError(f"no worker is left: {reasons}: {_REMEDY}")
+            raise NoWorkersError(f"no worker is left: {reasons}: {_REMEDY}")
         self._queue = request_queue.RequestQueue(
             self._requests,
-            num_workers=workers.num,
+            num_workers=1 + numbers[-1],
             expected_lengths=self._expected_lengths,
         )
-        for number in workers.lost:
+        for number in set(range(numbers[-1])).difference(numbers):
             self._queue.lose(number)
-        numbers = [n for n in range(workers.num) if n not in workers.lost]
-        places = [n // len(workers.engines) for n in numbers]
+        places = [workers.place_of(number) for number in numbers]
         return home.begin(self._queue, numbers, places)
 
     def _num_done(self) -> int:
@@ -265,7 +313,7 @@ class _Rollout:
     def generate(self, worker: int, turn: int) -> None:
         """Let a worker generate until the queue gives no more; a thread's body."""
         workers, c = self._workers, self._workers.coordination
-        generation, own = self._generation, worker - workers.first
+        generation = self._generation
 
         def complete(completion):
             with self._lock:
@@ -278,18 +326,17 @@ class _Rollout:
                 raise failures.Abandoned
             c.send(records.WorkerAlive(generation, worker, turn))
             with self._lock:
-                self._tokens[own] = num_tokens
+                self._tokens[worker] = num_tokens
                 if self._on_call and worker not in workers.lost:
-                    self._on_call(self._num_done(), sum(self._tokens))
+                    self._on_call(self._num_done(), sum(self._tokens.values()))
 
         try:
-            stats = workers.engines[own].serve(
+            stats = workers.serve(
+                worker,
                 workers.home.share(generation, worker),
                 self._seed,
                 on_completion=complete,
                 on_call=report,
-                on_text=workers.on_text,
-                capture_frac=workers.capture_frac,
             )
         # Whatever it is, it is this worker's end and not the run's.
         except BaseException as error:

@@ -82,6 +82,15 @@ def hang_up(link: connection.Connection) -> None:
         same.shutdown(socket.SHUT_RDWR)
 
 
+def stop_listening(listener: connection.Listener) -> None:
+    """Close a listener in which another thread waits for callers; it finds out."""
+    with contextlib.suppress(OSError):
+        # Closing it would not be told.
+        socket.create_connection(listener.address, _HANDSHAKE_S).close()
+    with contextlib.suppress(OSError):
+        listener.close()
+
+
 def socket_of(link: connection.Connection) -> socket.socket:
     """Return a second handle of the connection's socket."""
     return socket.socket(fileno=os.dup(link.fileno()))

@@ -10,7 +10,6 @@ for any number of processes and however uneven the parts are. One that brings al
 drafter that it alone has trained) sends it once, as all others but the last do.
 """
 
-import contextlib
 import queue
 import socket
 import threading
@@ -35,8 +34,20 @@ class Ring:
       traffic: bytes of parts that this process has sent and received.
     """
 
-    def __init__(self, index: int, num: int, host: str, secret: bytes):
-        """Listen on a free port of `host`; `num` processes, at least two."""
+    def __init__(
+        self,
+        index: int,
+        num: int,
+        host: str,
+        secret: bytes,
+        silent_s: float | None = None,
+    ):
+        """Listen on a free port of `host`; `num` processes, at least two.
+
+        A neighbour that neither sends nor takes anything for `silent_s` while parts go
+        round is taken for gone; None: it may take as long as it lives.
+        """
+        self._silent_s = silent_s
         self._index, self._num, self._secret = index, num, secret
         self.traffic = links.Traffic()
         # Without the secret: that handshake would hold up all who come later.
@@ -82,6 +93,8 @@ class Ring:
             ) from None
         self._links.append(before)
         self._before, self._after = links.socket_of(before), links.socket_of(after)
+        self._before.settimeout(self._silent_s)
+        self._after.settimeout(self._silent_s)
 
     def gather(
         self, sizes: Sequence[int], own: Sequence[memoryview]
@@ -113,11 +126,11 @@ class Ring:
 
     def close(self) -> None:
         """Leave the ring; who waits for this process is told."""
-        self._closed = True
+        was_closed, self._closed = self._closed, True
         for link in self._links:
             links.hang_up(link)
-        with contextlib.suppress(OSError):
-            self._listener.close()
+        if not was_closed:
+            links.stop_listening(self._listener)
         with self._busy:
             for end in (self._before, self._after, *self._links):
                 if end is not None:
