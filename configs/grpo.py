@@ -10,20 +10,28 @@ optimizer steps: here 128 prompts and one.
 Command: python -m tlt_jax.main --config=configs/grpo.py:qwen2.5-7b --workdir=DIR \
              --config.task.name=data/eurus2_rl.parquet
 
-Variants, and the TPU slices that their meshes are made for. Their programs have been
-compiled for these slices, without a TPU, by `python -m experiments.ahead_of_time`; what
-each needs of a chip's memory is in experiments/results/cpu/ahead_of_time.csv:
+Variants, and the devices that their meshes are made for; other devices than the paper's
+size of slice stand behind an @. Their programs have been compiled for these devices,
+without one of them, by `python -m experiments.ahead_of_time`; what each needs of a
+device's memory is in experiments/results/cpu/ahead_of_time.csv:
 
     qwen2.5-7b              Qwen/Qwen2.5-7B                          64 chips of v5p
     ds-r1-distill-qwen-7b   deepseek-ai/DeepSeek-R1-Distill-Qwen-7B  64 chips of v5p
     qwen2.5-32b             Qwen/Qwen2.5-32B                         256 chips of v5p
     llama-3.3-70b           meta-llama/Llama-3.3-70B-Instruct        256 chips of v5p
+    qwen3-30b-a3b           Qwen/Qwen3-30B-A3B                       64 chips of v5p
+    qwen3-30b-a3b@64xh200   Qwen/Qwen3-30B-A3B                       8 hosts of 8 H200
+
+The 30B are a mixture of experts, which no row of the paper is: the mesh splits experts
+as well (`mesh.expert`), and records say how many routes flipped between rollout and
+trainer; `--config.learner.routes=replay` lets none.
 
 Weights come from the Hugging Face hub under these names (Llama's after accepting its
 licence), or from a directory: --config.model.spec=DIR. Where the number of chips is
 another one, set `mesh.fsdp`; `mesh.tensor` divides the model's key/value heads. A
 rollout engine's chips must belong to one process, and hosts of v5p have four: learner
-and engines are split four ways. `rollout.tensor` splits the engines otherwise.
+and engines are split four ways. `rollout.tensor` splits the engines otherwise, and
+`workers.num` is how many of them a process has.
 
 The task is a file of the user's: nothing is fetched. The paper trains on a part of
 Eurus-2-RL, data set PRIME-RL/Eurus-2-RL-Data on the Hugging Face hub. Its file
@@ -35,9 +43,9 @@ name its columns: --config.task.options.prompt_key=question
 
 Expected outcome: reward and lengths rise over the first tens of steps, as the paper
 shows; no run of this size has been made with this code. Cost: every host of a slice
-runs `workers.num` engines, one here, which together decode all 1024 responses of a step
-at once. Reading weights and cache once a token, 8K tokens take 22 s at the least at 7B,
-and two minutes at 70B.
+runs `workers.num` engines, which together decode all 1024 responses of a step at once.
+Reading weights and cache once a token, 8K tokens take 22 s at the least at 7B, and two
+minutes at 70B.
 """
 
 import dataclasses
@@ -54,15 +62,19 @@ class Variant:
 
     Attributes:
       spec: name on the Hugging Face hub.
-      fsdp, tensor: devices along these mesh axes; rows of a micro-batch: fsdp.
+      fsdp, tensor: devices along these mesh axes; rows of a micro-batch: fsdp x expert.
       max_batch: rows that an engine decodes at once, of full length; the engines of
         all hosts together hold a step's responses.
+      expert: devices along the axis that splits experts.
+      workers: engines of a host.
     """
 
     spec: str
     fsdp: int
     tensor: int
     max_batch: int
+    expert: int = 1
+    workers: int = 1
 
 
 VARIANTS = {
@@ -72,6 +84,10 @@ VARIANTS = {
         "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 16, 4, 64
     ),
     "llama-3.3-70b": Variant("meta-llama/Llama-3.3-70B-Instruct", 64, 4, 16),
+    "qwen3-30b-a3b": Variant("Qwen/Qwen3-30B-A3B", 4, 4, 64, expert=4),
+    "qwen3-30b-a3b@64xh200": Variant(
+        "Qwen/Qwen3-30B-A3B", 4, 4, 64, expert=4, workers=2
+    ),
 }
 DEFAULT = "qwen2.5-7b"
 
@@ -128,6 +144,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = variant.fsdp
     config.mesh.tensor = variant.tensor
+    config.mesh.expert = variant.expert
+    config.workers.num = variant.workers
 
     # Where drafters are in use (`specdec.mode=tlt`): all of the head is most of what a
     # drafted token reads.

@@ -4,10 +4,10 @@
     python -m experiments.ahead_of_time --models=qwen2.5-7b --programs=decode_64,apply
 
 For each variant of configs/grpo.py the programs of its run are made from abstract
-weights, with no file and no hub, and compiled by the compilers for TPUs (libtpu) and
-GPUs (jax's CUDA plug-in) for described slices. Those called tlt_ are of rollouts with
-`specdec.mode=tlt`, whose pages keep what the drafter reads and is trained on; updates
-are the same. The longest rows that the recipe allows are taken. The table says per
+weights, with no file and no hub, and compiled for its devices, which are described, by
+the compiler for TPUs (libtpu) or GPUs (jax's CUDA plug-in). Those called tlt_ are of
+rollouts with `specdec.mode=tlt`, whose pages keep what the drafter reads and is trained
+on; updates are the same. The longest rows that the recipe allows are taken. The table says per
 device what a program holds, what the run holds besides on the fullest device, and
 whether both fit into the chip's memory. No speed is measured, but that of the compiler
 (`compile_cpu_s` counts its own processor time, whatever else the machine does).
@@ -51,11 +51,12 @@ HBM_BYTES = {
 }
 # Of GPUs: switches' domains, hosts in each, and devices of a host.
 SLICES = {
-    "qwen2.5-7b": ("v5p:4x4x4",),
-    "qwen2.5-32b": ("v5p:4x8x8",),
-    "ds-r1-distill-qwen-7b": ("v5p:4x4x4",),
-    "llama-3.3-70b": ("v5p:4x8x8",),
-    "qwen3-30b-a3b": ("v5p:4x4x4", "h200:8x1x8"),
+    "qwen2.5-7b": "v5p:4x4x4",
+    "qwen2.5-32b": "v5p:4x8x8",
+    "ds-r1-distill-qwen-7b": "v5p:4x4x4",
+    "llama-3.3-70b": "v5p:4x8x8",
+    "qwen3-30b-a3b": "v5p:4x4x4",
+    "qwen3-30b-a3b@64xh200": "h200:8x1x8",
 }
 # What the compiler for GPUs must know of an H200.
 _H200 = """
@@ -242,24 +243,18 @@ def first_line(error: Exception) -> str:
     return (told or lines)[0][:200]
 
 
-def run_model(
-    name: str, wanted: Sequence[str], chips: Sequence[str] = ()
-) -> Iterator[tables.Row]:
-    """Compiles the wanted programs (none named: all) of one variant; yields rows.
-
-    For its slices of the chips named; none: for all.
-    """
-    for place in SLICES[name]:
-        if not chips or place.partition(":")[0] in chips:
-            yield from _run_on(name, place, wanted)
+def architecture_of(variant: str) -> model_config.ModelConfig:
+    """Returns the model of a variant of configs/grpo.py, whatever its devices."""
+    return ARCHITECTURES[variant.partition("@")[0]]
 
 
-def _run_on(name: str, place: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
-    config = grpo.get_config(name)
+def run_model(name: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
+    """Compiles the wanted programs (none named: all) of one variant; yields rows."""
+    model, place, config = architecture_of(name), SLICES[name], grpo.get_config(name)
     run, devices = config_lib.load(config), described_devices(place)
-    recipe = recipe_programs.Recipe(ARCHITECTURES[name], run, devices)
+    recipe = recipe_programs.Recipe(model, run, devices)
     config.specdec.mode = "tlt"
-    tlt = recipe_programs.Recipe(ARCHITECTURES[name], config_lib.load(config), devices)
+    tlt = recipe_programs.Recipe(model, config_lib.load(config), devices)
     for program in (*recipe.programs(), *tlt.rollouts()):
         if wanted and program.name not in wanted:
             continue
@@ -295,11 +290,11 @@ def compile_all(
     old = [
         row
         for row in (tables.read(path) if path.is_file() else ())
-        if options.programs or options.chips or row["model"] not in options.models
+        if options.programs or row["model"] not in options.models
     ]
     made: list[tables.Row] = []
     for name in options.models:
-        for row in run_model(name, options.programs, options.chips):
+        for row in run_model(name, options.programs):
             made.append(row | {"commit": commit})
             tables.write(path, merged(old, made))
             record.write(path.with_suffix(".json"))
@@ -309,9 +304,8 @@ def compile_all(
 
 def merged(old: Sequence[tables.Row], new: Sequence[tables.Row]) -> list[tables.Row]:
     """Returns the rows in the order of the variants, new ones for old ones."""
-    names = "model", "slice", "program"
-    rows = {tuple(row[name] for name in names): row for row in [*old, *new]}
-    order = list(ARCHITECTURES)
+    rows = {(row["model"], row["program"]): row for row in [*old, *new]}
+    order = list(grpo.VARIANTS)
     return sorted(rows.values(), key=lambda row: order.index(row["model"]))
 
 
@@ -327,17 +321,15 @@ def check(options: argparse.Namespace) -> None:
     """Reads the lists of names."""
     options.models = experiment.known(options.models, grpo.VARIANTS, "models")
     options.programs = list(filter(None, options.programs.split(",")))
-    options.chips = experiment.known(options.chips, HBM_BYTES, "chips")
 
 
 EXPERIMENT = experiment.Experiment(
     slug="ahead_of_time",
     text=__doc__,
-    title="large recipes compiled for TPU slices",
+    title="large recipes compiled for TPUs and GPUs",
     options=(
         experiment.Option("models", ",".join(grpo.VARIANTS)),
         experiment.Option("programs", "", "such as accumulate,decode_64"),
-        experiment.Option("chips", "", "such as v5p; default: all that they are for"),
     ),
     check=check,
     settings=lambda options: {

@@ -28,7 +28,7 @@ def test_every_variant_has_the_papers_settings(name):
     assert loss.kl_placement == "loss"
     assert algorithm.advantage == "grpo"
     # Rows of a micro-batch and heads divide over the mesh's parts.
-    assert run.mesh.fsdp * run.mesh.tensor in (64, 256)
+    assert run.mesh.fsdp * run.mesh.expert * run.mesh.tensor in (64, 256)
 
 
 def test_the_default_is_the_first_variant():

@@ -22,6 +22,7 @@ def test_all_recipes_are_listed_with_their_variants():
         "grpo": (
             *("qwen2.5-7b", "qwen2.5-32b"),
             *("ds-r1-distill-qwen-7b", "llama-3.3-70b"),
+            *("qwen3-30b-a3b", "qwen3-30b-a3b@64xh200"),
         ),
         "mine": (),
         "smollm2": (),
