@@ -7,10 +7,11 @@ For each variant of configs/grpo.py the programs of its run are made from abstra
 weights, with no file and no hub, and compiled for its devices, which are described, by
 the compiler for TPUs (libtpu) or GPUs (jax's CUDA plug-in). Those called tlt_ are of
 rollouts with `specdec.mode=tlt`, whose pages keep what the drafter reads and is trained
-on; updates are the same. The longest rows that the recipe allows are taken. The table says per
-device what a program holds, what the run holds besides on the fullest device, and
-whether both fit into the chip's memory. No speed is measured, but that of the compiler
-(`compile_cpu_s` counts its own processor time, whatever else the machine does).
+on; updates are the same. The longest rows that the recipe allows are taken. The table
+says per device what a program holds, what the run holds besides on the fullest device,
+and whether both fit into the chip's memory. No speed is measured, but that of the
+compiler (`compile_cpu_s` counts its own processor time, whatever else the machine
+does).
 
 `flops` and `bytes_accessed` are the compiler's, which counts the body of a loop once
 (layers of the learner, chunks of its head, tiles of attention, steps of decoding), and
@@ -47,6 +48,7 @@ HBM_BYTES = {
     "v5e": 15.75 * GIB,
     "v5p": 95.74 * GIB,
     "v6e": 31.25 * GIB,
+    "h100": 77.7 * GIB,
     "h200": 139 * GIB,
 }
 # Of GPUs: switches' domains, hosts in each, and devices of a host.
@@ -57,15 +59,26 @@ SLICES = {
     "llama-3.3-70b": "v5p:4x8x8",
     "qwen3-30b-a3b": "v5p:4x4x4",
     "qwen3-30b-a3b@64xh200": "h200:8x1x8",
+    "qwen2.5-1.5b@h200": "h200:1x1x1",
+    "qwen2.5-3b@h200": "h200:1x1x1",
+    "qwen2.5-7b@8xh200": "h200:1x1x8",
+    "qwen2.5-7b@8xh100": "h100:1x1x8",
+    "qwen2.5-7b@v5p-8": "v5p:2x2x1",
+    "qwen2.5-1.5b@v5e-8": "v5e:2x4",
 }
-# What the compiler for GPUs must know of an H200.
-_H200 = """
+# Bytes of memory, and of it in a second.
+_HOPPER = {
+    "h100": (84_942_979_072, 3_352_320_000_000),
+    "h200": (150_754_820_096, 4_800_000_000_000),
+}
+# What the compiler for GPUs must know of one.
+_GPU = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
   core_count: 132
   clock_rate_ghz: 1.98
-  device_memory_size: 150754820096
-  memory_bandwidth: 4800000000000
+  device_memory_size: %d
+  memory_bandwidth: %d
   l2_cache_size: 52428800
   shared_memory_per_core: 233472
   shared_memory_per_block: 49152
@@ -81,7 +94,7 @@ gpu_device_info {
   block_dim_limit_z: 65535
 }
 platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
+device_description_str: "NVIDIA %s"
 """
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 _COLLECTIVES += ("collective-permute",)
@@ -93,10 +106,20 @@ _QWEN = {
     "max_positions": 131_072,
     "eos_ids": (151_643,),
 }
+_QWEN_SMALL = _QWEN | {"tie_embeddings": True}
 _QWEN_7B = random_drafter.model_of(
     (152_064, 3584, 18_944, 28, 4, 128, 28), "qwen2", **_QWEN
 )
+# By what stands before an @ in a variant's name.
 ARCHITECTURES = {
+    "qwen2.5-1.5b": random_drafter.model_of(
+        (151_936, 1536, 8960, 12, 2, 128, 28), "qwen2", **_QWEN_SMALL
+    ),
+    "qwen2.5-3b": random_drafter.model_of(
+        (151_936, 2048, 11_008, 16, 2, 128, 36),
+        "qwen2",
+        **_QWEN_SMALL | {"max_positions": 32_768},
+    ),
     "qwen2.5-7b": _QWEN_7B,
     "qwen2.5-32b": random_drafter.model_of(
         (152_064, 5120, 27_648, 40, 8, 128, 64), "qwen2", **_QWEN, rms_norm_eps=1e-5
@@ -139,8 +162,8 @@ def described_devices(topology: str) -> Sequence[Any]:
         installs the release that this jax was made with.
     """
     chip, _, shape = topology.partition(":")
-    if chip == "h200":
-        return _described_gpus(shape)
+    if chip in _HOPPER:
+        return _described_gpus(chip, shape)
     if importlib.util.find_spec("libtpu") is None:
         raise NoCompilerError(
             "libtpu, the TPU compiler, is not installed (700 MB; no TPU is needed): "
@@ -158,7 +181,7 @@ def described_devices(topology: str) -> Sequence[Any]:
     return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
-def _described_gpus(shape: str) -> Sequence[Any]:
+def _described_gpus(chip: str, shape: str) -> Sequence[Any]:
     if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         wanted = " ".join(
             f"{name}=={jax.__version__}"
@@ -168,8 +191,9 @@ def _described_gpus(shape: str) -> Sequence[Any]:
             "the compiler for GPUs is not installed (400 MB, and the CUDA toolkit; no "
             f"GPU is needed): pip install --no-deps {wanted}"
         )
+    told = _GPU % (*_HOPPER[chip], chip.upper())
     return topologies.get_topology_desc(
-        "", platform="cuda", topology=shape, target_config=_H200
+        "", platform="cuda", topology=shape, target_config=told
     ).devices
 
 
@@ -292,6 +316,10 @@ def compile_all(
         for row in (tables.read(path) if path.is_file() else ())
         if options.programs or row["model"] not in options.models
     ]
+    if old:
+        # Rows that are kept keep their record, to which this run's is added.
+        stored = provenance.read(folder, "ahead_of_time")
+        record.resume(stored, options.models)
     made: list[tables.Row] = []
     for name in options.models:
         for row in run_model(name, options.programs):

@@ -30,6 +30,8 @@ def run_of(name, **changes):
 @pytest.mark.parametrize(
     ("name", "num_weights"),
     [  # As their model cards' files add up.
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
         ("qwen2.5-7b", 7_615_616_512),
         ("ds-r1-distill-qwen-7b", 7_615_616_512),
         ("qwen2.5-32b", 32_763_876_352),
@@ -59,6 +61,7 @@ def test_weights_and_cache_divide_over_the_recipes_mesh(name):
     assert chip in ahead_of_time.HBM_BYTES
     axes = model_params.logical_axes(model)
     rules = sharding.ShardingRules()
+    # A single device holds all.
     for dims, names in ((sizes, axes_of), ((1, 1, run.mesh.tensor), MESH_AXES)):
         mesh = AbstractMesh(dims, names)
         shapes = model_params.abstract(model)
@@ -72,13 +75,14 @@ def test_weights_and_cache_divide_over_the_recipes_mesh(name):
         ]
         assert min(split) == math.prod(dims)  # no large weight is held whole
     assert model.num_kv_heads % run.mesh.tensor == 0
-    # An engine's devices are one process's; a host of v5p has four, one of GPUs eight.
-    per_host = 4 if chip == "v5p" else 8
+    # An engine's devices are one process's; a host of v5p has four, others eight.
+    per_host = min(4 if chip == "v5p" else 8, math.prod(sizes))
     assert (run.rollout.tensor or run.mesh.tensor) * run.workers.num == per_host
-    # All responses of a step are decoded at once.
     num_engines = math.prod(sizes) // per_host * run.workers.num
     responses = run.rollout.prompts_per_step * run.rollout.group_size
-    assert num_engines * run.rollout.max_batch == responses
+    turns = responses // (num_engines * run.rollout.max_batch)
+    # All responses of a step are decoded at once, or on few devices in some turns.
+    assert turns == 1 if math.prod(sizes) >= 64 else 4 <= turns <= 8
     assert run.cache.page_size % 128 == 0
 
 
@@ -219,6 +223,9 @@ def test_the_table_is_that_of_the_recipes():
             assert int(row["max_batch"]) == run.rollout.max_batch
             assert row["remat"] == run.model.remat
             assert row["fits"] == "True", row
+            # Of a GPU's memory XLA is to have 95 %, and what is freed fragments.
+            if "h" in row["slice"]:
+                assert int(row["total_bytes"]) < 0.94 * int(row["hbm_bytes"]), row
 
 
 @pytest.fixture
