@@ -15,8 +15,11 @@ does).
 
 `flops` and `bytes_accessed` are the compiler's, which counts the body of a loop once
 (layers of the learner, chunks of its head, tiles of attention, steps of decoding), and
-so do the counts of collectives. Rows of earlier calls that a call does not make again
-are kept; `commit` says what each was made from.
+so do the counts of collectives. `row_flops` and `row_bytes` are of one packed row of
+the update, counted as `step_costs` does, loops as often as they run;
+accumulate_portable is the same update with `learner.attention=portable`. Rows of
+earlier calls that a call does not make again are kept; `commit` says what each was made
+from.
 """
 
 import argparse
@@ -99,8 +102,11 @@ gpu_device_info {
 platform_name: "CUDA"
 device_description_str: "NVIDIA %s"
 """
-# Compiled if asked for alone: beside the cache, which all hold, decoding holds more.
+# Compiled if asked for alone: beside the cache, which all hold, verifying holds more.
 _LESS = ("tlt_prefill_4", "tlt_fill_4")
+# Whose update is compiled with portable attention, too, and its programs' name.
+_BOTH = ("qwen2.5-7b", "qwen2.5-7b@8xh200")
+_PORTABLE = "accumulate_portable"
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 _COLLECTIVES += ("collective-permute",)
 
@@ -236,8 +242,11 @@ def measure(program: recipe_programs.Program, hbm_bytes: float) -> tables.Row:
     started = time.perf_counter()
     lowered = program.lower()
     lower_s = time.perf_counter() - started
-    started, used = time.perf_counter(), time.process_time()
     row: tables.Row = {"program": program.name, "lower_s": round(lower_s, 1)}
+    if program.row_cost:
+        cost = program.row_cost()
+        row |= {"row_flops": int(cost.flops), "row_bytes": int(cost.num_bytes)}
+    started, used = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -298,7 +307,13 @@ def run_model(name: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
     recipe = recipe_programs.Recipe(model, run, devices)
     config.specdec.mode = "tlt"
     tlt = recipe_programs.Recipe(model, config_lib.load(config), devices)
-    for program in (*recipe.programs(), *tlt.rollouts()):
+    every = [*recipe.programs(), *tlt.rollouts()]
+    if name in _BOTH:
+        config.learner.attention = "portable"
+        portable = recipe_programs.Recipe(model, config_lib.load(config), devices)
+        (accumulate, *_) = portable.updates()
+        every.insert(1, dataclasses.replace(accumulate, name=_PORTABLE))
+    for program in every:
         is_wanted = program.name in wanted if wanted else program.name not in _LESS
         if not is_wanted:
             continue
