@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from configs import grpo
 from experiments import ahead_of_time, recipe_programs
-from experiments.lab import experiment
+from experiments.lab import experiment, tables
 from tlt_jax import config
 from tlt_jax.models import params as model_params
 from tlt_jax.runtime import sharding
@@ -234,6 +234,20 @@ def test_the_table_is_that_of_the_recipes():
             # Of a GPU's memory XLA is to have 95 %, and what is freed fragments.
             if "h" in row["slice"]:
                 assert int(row["total_bytes"]) < 0.94 * int(row["hbm_bytes"]), row
+
+
+def test_a_row_of_32k_moves_a_twentieth_with_a_librarys_attention():
+    """Operations stay: each pass of splash over scores is one product more."""
+    for name in ("qwen2.5-7b", "qwen2.5-7b@8xh200"):
+        cost = {
+            row["program"]: (row["row_flops"], row["row_bytes"])
+            for row in tables.read(TABLE)
+            if row["model"] == name and row["row_bytes"]
+        }
+        flops, num_bytes = cost["accumulate"]
+        portable_flops, portable_bytes = cost["accumulate_portable"]
+        assert 20 < portable_bytes / num_bytes < 25
+        assert flops == pytest.approx(portable_flops, rel=0.07)
 
 
 @pytest.fixture
