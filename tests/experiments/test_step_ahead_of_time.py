@@ -138,7 +138,8 @@ def test_kernels_of_training_attention_count_as_causal_products(name, products):
     with ahead_of_time.cudnn_of_described():
         traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(query, keys, keys)
     cost = step_costs.of_program(traced, "tpu", trips=0, columns=length)
-    assert cost.flops == products * query.size * length
+    # Splash sums slopes times results outside of its kernels.
+    assert 0 <= cost.flops - products * query.size * length <= 2 * query.size
     # Queries, keys and values, in and out, some times each, and no score.
     assert cost.num_bytes < 100 * query.size
 
