@@ -105,7 +105,7 @@ device_description_str: "NVIDIA %s"
 # Compiled if asked for alone: beside the cache, which all hold, verifying holds more.
 _LESS = ("tlt_prefill_4", "tlt_fill_4")
 # Whose update is compiled with portable attention, too, and its programs' name.
-_BOTH = ("qwen2.5-7b", "qwen2.5-7b@8xh200")
+_BOTH = ("qwen2.5-7b@8xh200",)
 _PORTABLE = "accumulate_portable"
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 _COLLECTIVES += ("collective-permute",)

@@ -204,6 +204,10 @@ def test_without_the_compiler_the_message_has_the_command(monkeypatch):
         ahead_of_time.described_devices("v5e:2x2")
 
 
+# Whose rollouts that speculate were not compiled yet, as docs/recipes.md says.
+WITHOUT_TLT = ("qwen2.5-7b", "qwen2.5-32b", "ds-r1-distill-qwen-7b", "llama-3.3-70b")
+
+
 def test_the_table_is_that_of_the_recipes():
     with TABLE.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -212,18 +216,15 @@ def test_the_table_is_that_of_the_recipes():
         run = run_of(name)
         its = [row for row in rows if row["model"] == name]
         size = run.rollout.max_batch
-        both = name in ("qwen2.5-7b", "qwen2.5-7b@8xh200")
+        both = name == "qwen2.5-7b@8xh200"
         # Asked for by name alone.
         more = ("tlt_prefill_4", "tlt_fill_4")
         found = [row["program"] for row in its if row["program"] not in more]
         # Speculation is for few rows.
-        assert sorted(found) == sorted(
-            [
-                *["accumulate_portable"] * both,
-                *("accumulate", "apply", "sync", "prefill_4", f"decode_{size}"),
-                *(f"tlt_decode_{size}", f"tlt_speculate_{min(16, size)}"),
-            ]
-        )
+        wanted = ["accumulate", "apply", "sync", "prefill_4", f"decode_{size}"]
+        if name not in WITHOUT_TLT:
+            wanted += [f"tlt_decode_{size}", f"tlt_speculate_{min(16, size)}"]
+        assert sorted(found) == sorted(wanted + ["accumulate_portable"] * both)
         for row in its:
             assert row["slice"] == ahead_of_time.SLICES[name]
             assert row["mesh"] == "x".join(map(str, mesh_of(run)[0]))
@@ -237,17 +238,15 @@ def test_the_table_is_that_of_the_recipes():
 
 
 def test_a_row_of_32k_moves_a_twentieth_with_a_librarys_attention():
-    """Operations stay: each pass of splash over scores is one product more."""
-    for name in ("qwen2.5-7b", "qwen2.5-7b@8xh200"):
-        cost = {
-            row["program"]: (row["row_flops"], row["row_bytes"])
-            for row in tables.read(TABLE)
-            if row["model"] == name and row["row_bytes"]
-        }
-        flops, num_bytes = cost["accumulate"]
-        portable_flops, portable_bytes = cost["accumulate_portable"]
-        assert 20 < portable_bytes / num_bytes < 25
-        assert flops == pytest.approx(portable_flops, rel=0.07)
+    cost = {
+        row["program"]: (row["row_flops"], row["row_bytes"])
+        for row in tables.read(TABLE)
+        if row["model"] == "qwen2.5-7b@8xh200"
+    }
+    flops, num_bytes = cost["accumulate"]
+    portable_flops, portable_bytes = cost["accumulate_portable"]
+    assert 20 < portable_bytes / num_bytes < 25
+    assert flops == pytest.approx(portable_flops, rel=0.02)
 
 
 @pytest.fixture
