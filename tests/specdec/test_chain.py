@@ -29,6 +29,8 @@ from tlt_jax.specdec import (
 from tlt_jax.specdec import strategy as strategy_lib
 
 NUM_ROWS = 10_000
+# A row of a tree takes as long as ten of a chain.
+NUM_TREE_ROWS = 4_000
 CHAIN = strategy_lib.Strategy(3, 1, 4)
 SMALL_VOCAB = dict(
     cfg=drafter.of_target(whole.CFG, draft_vocab_size=2),
@@ -38,15 +40,16 @@ SMALL_VOCAB = dict(
 BLOCK = SMALL_VOCAB | dict(
     cfg=dataclasses.replace(whole.BLOCK, draft_vocab_size=2),
 )
-BLOCK_TREES = dict(cfg=whole.BLOCK)
+TREES = SMALL_VOCAB | dict(num_rows=NUM_TREE_ROWS)
+BLOCK_TREES = dict(cfg=whole.BLOCK, num_rows=NUM_TREE_ROWS)
 # By ranks the root's children, two behind the first and one behind the second, and one
 # more behind each of those.
 TREE = strategy_lib.Strategy(3, 2, 8)
 
 
-def rollouts(sampling_cfg, rule, most=4, **how):
-    made = whole.Rollouts(sampling_cfg, most, np.ones(NUM_ROWS), rule=rule, **how)
-    made.keys = noise.request_keys(7, range(NUM_ROWS))
+def rollouts(sampling_cfg, rule, most=4, num_rows=NUM_ROWS, **how):
+    made = whole.Rollouts(sampling_cfg, most, np.ones(num_rows), rule=rule, **how)
+    made.keys = noise.request_keys(7, range(num_rows))
     return made
 
 
@@ -55,7 +58,7 @@ def counts_of(made, strategies, limit=whole.LONGEST):
     wanted = whole.whole_law(made.sampling_cfg, made.most)
     counts = np.array([found.pop(drawn, 0) for drawn in wanted])
     assert not found  # completions that the target cannot draw
-    expected = np.array(list(wanted.values())) * NUM_ROWS
+    expected = np.array(list(wanted.values()))
     return counts, expected / expected.sum() * counts.sum()
 
 
@@ -69,7 +72,7 @@ def counts_of(made, strategies, limit=whole.LONGEST):
         # Keyed trees and chains in turns, as where a drafter comes.
         (whole.LAW, "block", (whole.SINGLE, CHAIN), 2, {}),
         # Trees, of two tokens and of all, beside chains and plain decoding.
-        (whole.TRUNCATED, "rejection", (TREE, CHAIN, None), 3, SMALL_VOCAB),
+        (whole.TRUNCATED, "rejection", (TREE, CHAIN, None), 3, TREES),
         (whole.LAW, "rejection", (whole.WIDE, TREE), 2, BLOCK_TREES),
     ],
     ids="rejection block block_drafter mixed tree block_tree".split(),
