@@ -228,7 +228,7 @@ def test_the_listing_says_what_an_item_is_of_and_takes():
     assert all(rows[slug]["paper"] for slug in catalogue.PAPER)
     speed = rows["speculation_speed"]
     assert speed["takes"] == (
-        "21 min on 2 cores (AMD EPYC), and 15 min for what comes first"
+        "20 min on 2 cores (AMD EPYC), and 15 min for what comes first"
     )
     assert program.entry(speed)[-3:] == [
         "  $ python -m tlt_jax.train_drafter "
