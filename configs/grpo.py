@@ -10,20 +10,35 @@ optimizer steps: here 128 prompts and one.
 Command: python -m tlt_jax.main --config=configs/grpo.py:qwen2.5-7b --workdir=DIR \
              --config.task.name=data/eurus2_rl.parquet
 
-Variants, and the TPU slices that their meshes are made for. Their programs have been
-compiled for these slices, without a TPU, by `python -m experiments.ahead_of_time`; what
-each needs of a chip's memory is in experiments/results/cpu/ahead_of_time.csv:
+Variants, and the devices that their meshes are made for; devices other than the first
+stand behind an @. The programs of each have been compiled for its devices, without one
+of them, by `python -m experiments.ahead_of_time`; what they take of a device's memory
+is in docs/recipes.md:
 
     qwen2.5-7b              Qwen/Qwen2.5-7B                          64 chips of v5p
     ds-r1-distill-qwen-7b   deepseek-ai/DeepSeek-R1-Distill-Qwen-7B  64 chips of v5p
     qwen2.5-32b             Qwen/Qwen2.5-32B                         256 chips of v5p
     llama-3.3-70b           meta-llama/Llama-3.3-70B-Instruct        256 chips of v5p
+    qwen3-30b-a3b           Qwen/Qwen3-30B-A3B                       64 chips of v5p
+    qwen3-30b-a3b@64xh200   Qwen/Qwen3-30B-A3B                       8 hosts of 8 H200
+    qwen2.5-1.5b@h200       Qwen/Qwen2.5-1.5B                        one H200
+    qwen2.5-3b@h200         Qwen/Qwen2.5-3B                          one H200
+    qwen2.5-7b@8xh200       Qwen/Qwen2.5-7B                          a host of 8 H200
+    qwen2.5-7b@8xh100       Qwen/Qwen2.5-7B                          a host of 8 H100
+    qwen2.5-7b@v5p-8        Qwen/Qwen2.5-7B                          4 chips of v5p
+    qwen2.5-1.5b@v5e-8      Qwen/Qwen2.5-1.5B                        8 chips of v5e
+
+The 30B are a mixture of experts, which no row of the paper is: the mesh splits experts
+as well (`mesh.expert`), and records say how many routes flipped between rollout and
+trainer; `--config.learner.routes=replay` lets none. Few devices decode the responses of
+a step in turns, and of one GPU, v5p-8 or v5e-8 a step has 32 prompts in place of 128.
 
 Weights come from the Hugging Face hub under these names (Llama's after accepting its
-licence), or from a directory: --config.model.spec=DIR. Where the number of chips is
+licence), or from a directory: --config.model.spec=DIR. Where the number of devices is
 another one, set `mesh.fsdp`; `mesh.tensor` divides the model's key/value heads. A
-rollout engine's chips must belong to one process, and hosts of v5p have four: learner
-and engines are split four ways. `rollout.tensor` splits the engines otherwise.
+rollout engine's devices must belong to one process, and hosts of v5p have four chips:
+learner and engines are split four ways. `rollout.tensor` splits the engines otherwise,
+and `workers.num` is how many of them a process has.
 
 The task is a file of the user's: nothing is fetched. The paper trains on a part of
 Eurus-2-RL, data set PRIME-RL/Eurus-2-RL-Data on the Hugging Face hub. Its file
@@ -34,10 +49,9 @@ name its columns: --config.task.options.prompt_key=question
 --config.task.options.answer_key=answer.
 
 Expected outcome: reward and lengths rise over the first tens of steps, as the paper
-shows; no run of this size has been made with this code. Cost: every host of a slice
-runs `workers.num` engines, one here, which together decode all 1024 responses of a step
-at once. Reading weights and cache once a token, 8K tokens take 22 s at the least at 7B,
-and two minutes at 70B.
+shows; no run of this size has been made with this code. Cost: the engines of a slice
+together decode all 1024 responses of a step at once. Reading weights and cache once a
+token, 8K tokens take 22 s at the least at 7B, and two minutes at 70B.
 """
 
 import dataclasses
@@ -54,15 +68,21 @@ class Variant:
 
     Attributes:
       spec: name on the Hugging Face hub.
-      fsdp, tensor: devices along these mesh axes; rows of a micro-batch: fsdp.
+      fsdp, tensor: devices along these mesh axes; rows of a micro-batch: fsdp x expert.
       max_batch: rows that an engine decodes at once, of full length; the engines of
-        all hosts together hold a step's responses.
+        a slice's hosts together hold a step's responses.
+      expert: devices along the axis that splits experts.
+      workers: engines of a host.
+      prompts: of an RL step.
     """
 
     spec: str
     fsdp: int
     tensor: int
     max_batch: int
+    expert: int = 1
+    workers: int = 1
+    prompts: int = 128
 
 
 VARIANTS = {
@@ -72,6 +92,16 @@ VARIANTS = {
         "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 16, 4, 64
     ),
     "llama-3.3-70b": Variant("meta-llama/Llama-3.3-70B-Instruct", 64, 4, 16),
+    "qwen3-30b-a3b": Variant("Qwen/Qwen3-30B-A3B", 4, 4, 64, expert=4),
+    "qwen3-30b-a3b@64xh200": Variant(
+        "Qwen/Qwen3-30B-A3B", 4, 4, 64, expert=4, workers=2
+    ),
+    "qwen2.5-1.5b@h200": Variant("Qwen/Qwen2.5-1.5B", 1, 1, 64, prompts=32),
+    "qwen2.5-3b@h200": Variant("Qwen/Qwen2.5-3B", 1, 1, 32, prompts=32),
+    "qwen2.5-7b@8xh200": Variant("Qwen/Qwen2.5-7B", 8, 1, 32, workers=8),
+    "qwen2.5-7b@8xh100": Variant("Qwen/Qwen2.5-7B", 4, 2, 32, workers=4),
+    "qwen2.5-7b@v5p-8": Variant("Qwen/Qwen2.5-7B", 1, 4, 64, prompts=32),
+    "qwen2.5-1.5b@v5e-8": Variant("Qwen/Qwen2.5-1.5B", 4, 2, 8, workers=4, prompts=32),
 }
 DEFAULT = "qwen2.5-7b"
 
@@ -107,7 +137,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.task.long_prompts = "skip"
 
     config.sampling.temperature = 0.9
-    config.rollout.prompts_per_step = 128
+    config.rollout.prompts_per_step = variant.prompts
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 31 * 1024
     config.rollout.max_batch = variant.max_batch
@@ -128,6 +158,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = variant.fsdp
     config.mesh.tensor = variant.tensor
+    config.mesh.expert = variant.expert
+    config.workers.num = variant.workers
 
     # Where drafters are in use (`specdec.mode=tlt`): all of the head is most of what a
     # drafted token reads.

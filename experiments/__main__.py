@@ -4,6 +4,7 @@
     python -m experiments check
     python -m experiments plots
     python -m experiments tables
+    python -m experiments compile --out=experiments/results/cpu
     python -m experiments carry active_batch --why="digests and counts are equal"
 
 The first lists every figure and table: where it stands in the paper, what it takes, the
@@ -18,6 +19,9 @@ own tables again. Both take another folder by `--out=DIR`: that of record is
 experiments/results/cpu. A picture names the machine and commit of its rows, whoever
 draws it.
 
+`compile` makes anew every table of programs that are compiled for devices which are not
+there, each in a process of its own; the compilers are libtpu and jax's CUDA plug-in.
+
 For who keeps the repository: `tables` writes the tables of record into
 experiments/RESULTS.md and README.md; `carry` says of the named tables (`all`: of every
 stale one) that a reviewed change alters nothing that they hold.
@@ -26,6 +30,8 @@ stale one) that a reviewed change alters nothing that they hold.
 import argparse
 import collections
 import pathlib
+import shlex
+import subprocess
 import sys
 import textwrap
 
@@ -50,7 +56,7 @@ _NOTHING_LOST = "nothing was being measured."
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = command_line.Parser("experiments", __doc__)
-    what = ["list", "check", "plots", "tables", "carry"]
+    what = ["list", "check", "plots", "tables", "compile", "carry"]
     parser.add_argument("what", nargs="?", choices=what, default="list")
     parser.add_argument("slugs", nargs="*", help="of carry: experiments, or all")
     parser.add_argument("--why", default="", help="of carry: the reason")
@@ -58,8 +64,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=pathlib.Path,
-        help="of check and plots: folder of the tables; default for check those of "
-        "record, for plots your own",
+        help="of check, plots and compile: folder of the tables; default for check "
+        "those of record, else your own",
     )
     parser.add_argument("--strict", action="store_true", help="of check")
     parser.add_argument("--verbosity", type=int, default=0, help="1: with traceback")
@@ -177,6 +183,23 @@ def carry(slugs: list[str], scale: str, why: str) -> list[tables.Row]:
     return rows
 
 
+def compile_all(folder: pathlib.Path) -> list[tables.Row]:
+    """Makes all tables that compilers make, anew; returns what became of each.
+
+    Raises:
+      ValueError: one ended with an error, which it has told.
+    """
+    rows = []
+    for slug, *flags in catalogue.COMPILED:
+        command = ["-m", f"experiments.{slug}", *flags, f"--out={folder}"]
+        print(f"python {shlex.join(command)}", flush=True)
+        status = subprocess.run([sys.executable, *command], check=False).returncode
+        if status:
+            raise ValueError(f"{slug} ended with status {status}: see above.")
+        rows.append({"experiment": slug, "flags": " ".join(flags)})
+    return rows
+
+
 def do(options: argparse.Namespace) -> list[tables.Row]:
     """Does what is asked; returns what it printed."""
     if options.what == "tables":
@@ -185,6 +208,8 @@ def do(options: argparse.Namespace) -> list[tables.Row]:
         return show_plots(options.out or experiment.own_folder(options.scale))
     if options.what == "carry":
         return carry(options.slugs, options.scale, options.why)
+    if options.what == "compile":
+        return compile_all(options.out or experiment.own_folder(options.scale))
     if options.what == "list":
         return show_list(options.scale)
     rows = show_claims(options.out or experiment.record_folder(options.scale))

@@ -4,23 +4,29 @@
     python -m experiments.ahead_of_time --models=qwen2.5-7b --programs=decode_64,apply
 
 For each variant of configs/grpo.py the programs of its run are made from abstract
-weights, with no file and no hub, and compiled by the compilers for TPUs (libtpu) and
-GPUs (jax's CUDA plug-in) for described slices. Those called tlt_ are of rollouts with
-`specdec.mode=tlt`, whose pages keep what the drafter reads and is trained on; updates
-are the same. The longest rows that the recipe allows are taken. The table says per
-device what a program holds, what the run holds besides on the fullest device, and
-whether both fit into the chip's memory. No speed is measured, but that of the compiler
-(`compile_cpu_s` counts its own processor time, whatever else the machine does).
+weights, with no file and no hub, and compiled for its devices, which are described, by
+the compiler for TPUs (libtpu) or GPUs (jax's CUDA plug-in). Those called tlt_ are of
+rollouts with `specdec.mode=tlt`, whose pages keep what the drafter reads and is trained
+on; updates are the same. The longest rows that the recipe allows are taken. The table
+says per device what a program holds, what the run holds besides on the fullest device,
+and whether both fit into the chip's memory. No speed is measured, but that of the
+compiler (`compile_cpu_s` counts its own processor time, whatever else the machine
+does).
 
 `flops` and `bytes_accessed` are the compiler's, which counts the body of a loop once
 (layers of the learner, chunks of its head, tiles of attention, steps of decoding), and
-so do the counts of collectives. Rows of earlier calls that a call does not make again
-are kept; `commit` says what each was made from.
+so do the counts of collectives. `row_flops` and `row_bytes` are of one packed row of
+the update, counted as `step_costs` does, loops as often as they run;
+accumulate_portable is the same update with `learner.attention=portable`. Rows of
+earlier calls that a call does not make again are kept; `commit` says what each was made
+from.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -29,6 +35,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
@@ -47,24 +54,37 @@ HBM_BYTES = {
     "v5e": 15.75 * GIB,
     "v5p": 95.74 * GIB,
     "v6e": 31.25 * GIB,
+    "h100": 77.7 * GIB,
     "h200": 139 * GIB,
 }
 # Of GPUs: switches' domains, hosts in each, and devices of a host.
 SLICES = {
-    "qwen2.5-7b": ("v5p:4x4x4",),
-    "qwen2.5-32b": ("v5p:4x8x8",),
-    "ds-r1-distill-qwen-7b": ("v5p:4x4x4",),
-    "llama-3.3-70b": ("v5p:4x8x8",),
-    "qwen3-30b-a3b": ("v5p:4x4x4", "h200:8x1x8"),
+    "qwen2.5-7b": "v5p:4x4x4",
+    "qwen2.5-32b": "v5p:4x8x8",
+    "ds-r1-distill-qwen-7b": "v5p:4x4x4",
+    "llama-3.3-70b": "v5p:4x8x8",
+    "qwen3-30b-a3b": "v5p:4x4x4",
+    "qwen3-30b-a3b@64xh200": "h200:8x1x8",
+    "qwen2.5-1.5b@h200": "h200:1x1x1",
+    "qwen2.5-3b@h200": "h200:1x1x1",
+    "qwen2.5-7b@8xh200": "h200:1x1x8",
+    "qwen2.5-7b@8xh100": "h100:1x1x8",
+    "qwen2.5-7b@v5p-8": "v5p:2x2x1",
+    "qwen2.5-1.5b@v5e-8": "v5e:2x4",
 }
-# What the compiler for GPUs must know of an H200.
-_H200 = """
+# Bytes of memory, and of it in a second.
+_HOPPER = {
+    "h100": (84_942_979_072, 3_352_320_000_000),
+    "h200": (150_754_820_096, 4_800_000_000_000),
+}
+# What the compiler for GPUs must know of one.
+_GPU = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
   core_count: 132
   clock_rate_ghz: 1.98
-  device_memory_size: 150754820096
-  memory_bandwidth: 4800000000000
+  device_memory_size: %d
+  memory_bandwidth: %d
   l2_cache_size: 52428800
   shared_memory_per_core: 233472
   shared_memory_per_block: 49152
@@ -80,8 +100,13 @@ gpu_device_info {
   block_dim_limit_z: 65535
 }
 platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
+device_description_str: "NVIDIA %s"
 """
+# Compiled if asked for alone: beside the cache, which all hold, verifying holds more.
+_LESS = ("tlt_prefill_4", "tlt_fill_4")
+# Whose update is compiled with portable attention, too, and its programs' name.
+_BOTH = ("qwen2.5-7b@8xh200",)
+_PORTABLE = "accumulate_portable"
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 _COLLECTIVES += ("collective-permute",)
 
@@ -92,10 +117,20 @@ _QWEN = {
     "max_positions": 131_072,
     "eos_ids": (151_643,),
 }
+_QWEN_SMALL = _QWEN | {"tie_embeddings": True}
 _QWEN_7B = random_drafter.model_of(
     (152_064, 3584, 18_944, 28, 4, 128, 28), "qwen2", **_QWEN
 )
+# By what stands before an @ in a variant's name.
 ARCHITECTURES = {
+    "qwen2.5-1.5b": random_drafter.model_of(
+        (151_936, 1536, 8960, 12, 2, 128, 28), "qwen2", **_QWEN_SMALL
+    ),
+    "qwen2.5-3b": random_drafter.model_of(
+        (151_936, 2048, 11_008, 16, 2, 128, 36),
+        "qwen2",
+        **_QWEN_SMALL | {"max_positions": 32_768},
+    ),
     "qwen2.5-7b": _QWEN_7B,
     "qwen2.5-32b": random_drafter.model_of(
         (152_064, 5120, 27_648, 40, 8, 128, 64), "qwen2", **_QWEN, rms_norm_eps=1e-5
@@ -138,8 +173,8 @@ def described_devices(topology: str) -> Sequence[Any]:
         installs the release that this jax was made with.
     """
     chip, _, shape = topology.partition(":")
-    if chip == "h200":
-        return _described_gpus(shape)
+    if chip in _HOPPER:
+        return _described_gpus(chip, shape)
     if importlib.util.find_spec("libtpu") is None:
         raise NoCompilerError(
             "libtpu, the TPU compiler, is not installed (700 MB; no TPU is needed): "
@@ -157,7 +192,7 @@ def described_devices(topology: str) -> Sequence[Any]:
     return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
-def _described_gpus(shape: str) -> Sequence[Any]:
+def _described_gpus(chip: str, shape: str) -> Sequence[Any]:
     if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         wanted = " ".join(
             f"{name}=={jax.__version__}"
@@ -167,9 +202,24 @@ def _described_gpus(shape: str) -> Sequence[Any]:
             "the compiler for GPUs is not installed (400 MB, and the CUDA toolkit; no "
             f"GPU is needed): pip install --no-deps {wanted}"
         )
+    told = _GPU % (*_HOPPER[chip], chip.upper())
     return topologies.get_topology_desc(
-        "", platform="cuda", topology=shape, target_config=_H200
+        "", platform="cuda", topology=shape, target_config=told
     ).devices
+
+
+@contextlib.contextmanager
+def cudnn_of_described() -> Iterator[None]:
+    """Lets jax lower cuDNN's attention for Hopper where no GPU and no cuDNN is."""
+    asked = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    # They ask the machine that compiles.
+    told = {
+        "check_cudnn_version": lambda: 91_900,
+        "check_compute_capability": lambda wanted: True,
+        "is_cuda_compute_capability_equal": lambda wanted: False,
+    }
+    with mock.patch.multiple(asked, **told):
+        yield
 
 
 def use_compilation_cache(use: bool) -> None:
@@ -192,8 +242,11 @@ def measure(program: recipe_programs.Program, hbm_bytes: float) -> tables.Row:
     started = time.perf_counter()
     lowered = program.lower()
     lower_s = time.perf_counter() - started
-    started, used = time.perf_counter(), time.process_time()
     row: tables.Row = {"program": program.name, "lower_s": round(lower_s, 1)}
+    if program.row_cost:
+        cost = program.row_cost()
+        row |= {"row_flops": int(cost.flops), "row_bytes": int(cost.num_bytes)}
+    started, used = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -242,26 +295,27 @@ def first_line(error: Exception) -> str:
     return (told or lines)[0][:200]
 
 
-def run_model(
-    name: str, wanted: Sequence[str], chips: Sequence[str] = ()
-) -> Iterator[tables.Row]:
-    """Compiles the wanted programs (none named: all) of one variant; yields rows.
-
-    For its slices of the chips named; none: for all.
-    """
-    for place in SLICES[name]:
-        if not chips or place.partition(":")[0] in chips:
-            yield from _run_on(name, place, wanted)
+def architecture_of(variant: str) -> model_config.ModelConfig:
+    """Returns the model of a variant of configs/grpo.py, whatever its devices."""
+    return ARCHITECTURES[variant.partition("@")[0]]
 
 
-def _run_on(name: str, place: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
-    config = grpo.get_config(name)
+def run_model(name: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
+    """Compiles the wanted programs (none named: all) of one variant; yields rows."""
+    model, place, config = architecture_of(name), SLICES[name], grpo.get_config(name)
     run, devices = config_lib.load(config), described_devices(place)
-    recipe = recipe_programs.Recipe(ARCHITECTURES[name], run, devices)
+    recipe = recipe_programs.Recipe(model, run, devices)
     config.specdec.mode = "tlt"
-    tlt = recipe_programs.Recipe(ARCHITECTURES[name], config_lib.load(config), devices)
-    for program in (*recipe.programs(), *tlt.rollouts()):
-        if wanted and program.name not in wanted:
+    tlt = recipe_programs.Recipe(model, config_lib.load(config), devices)
+    every = [*recipe.programs(), *tlt.rollouts()]
+    if name in _BOTH:
+        config.learner.attention = "portable"
+        portable = recipe_programs.Recipe(model, config_lib.load(config), devices)
+        (accumulate, *_) = portable.updates()
+        every.insert(1, dataclasses.replace(accumulate, name=_PORTABLE))
+    for program in every:
+        is_wanted = program.name in wanted if wanted else program.name not in _LESS
+        if not is_wanted:
             continue
         print(f"Compiling {program.name} of {name} for {place} ...", flush=True)
         chip = place.partition(":")[0]
@@ -295,23 +349,27 @@ def compile_all(
     old = [
         row
         for row in (tables.read(path) if path.is_file() else ())
-        if options.programs or options.chips or row["model"] not in options.models
+        if options.programs or row["model"] not in options.models
     ]
+    if old:
+        # Rows that are kept keep their record, to which this run's is added.
+        stored = provenance.read(folder, "ahead_of_time")
+        record.resume(stored, options.models)
     made: list[tables.Row] = []
-    for name in options.models:
-        for row in run_model(name, options.programs, options.chips):
-            made.append(row | {"commit": commit})
-            tables.write(path, merged(old, made))
-            record.write(path.with_suffix(".json"))
+    with cudnn_of_described():
+        for name in options.models:
+            for row in run_model(name, options.programs):
+                made.append(row | {"commit": commit})
+                tables.write(path, merged(old, made))
+                record.write(path.with_suffix(".json"))
     print(tables.shown([_in_short(row) for row in made]))
     return made
 
 
 def merged(old: Sequence[tables.Row], new: Sequence[tables.Row]) -> list[tables.Row]:
     """Returns the rows in the order of the variants, new ones for old ones."""
-    names = "model", "slice", "program"
-    rows = {tuple(row[name] for name in names): row for row in [*old, *new]}
-    order = list(ARCHITECTURES)
+    rows = {(row["model"], row["program"]): row for row in [*old, *new]}
+    order = list(grpo.VARIANTS)
     return sorted(rows.values(), key=lambda row: order.index(row["model"]))
 
 
@@ -327,17 +385,15 @@ def check(options: argparse.Namespace) -> None:
     """Reads the lists of names."""
     options.models = experiment.known(options.models, grpo.VARIANTS, "models")
     options.programs = list(filter(None, options.programs.split(",")))
-    options.chips = experiment.known(options.chips, HBM_BYTES, "chips")
 
 
 EXPERIMENT = experiment.Experiment(
     slug="ahead_of_time",
     text=__doc__,
-    title="large recipes compiled for TPU slices",
+    title="large recipes compiled for TPUs and GPUs",
     options=(
         experiment.Option("models", ",".join(grpo.VARIANTS)),
         experiment.Option("programs", "", "such as accumulate,decode_64"),
-        experiment.Option("chips", "", "such as v5p; default: all that they are for"),
     ),
     check=check,
     settings=lambda options: {

@@ -4,6 +4,7 @@
         --tensor=2
     python -m experiments.planner --device=v5p --devices=128 --model=HF_DIR --tensor=4 \
         --lengths=WORKDIR --accept-length=4.5 --max-tokens=16384
+    python -m experiments.planner --recipe=qwen2.5-7b@8xh200
 
 Simulates RL steps with everything off, with the paper's rule and with our tuner, by the
 system's own queue, scheduler, coordinator and tuners (`experiments.simulation`), and
@@ -13,6 +14,9 @@ workdir (`rollouts/`). `--accept-length` is what your drafter reaches when it dr
 `--accept-depth` levels; other depths follow from a constant chance per level. Where
 step times were measured, `--step-times=FILE` replaces the computed ones: a CSV with
 columns `rows,strategy,seconds`, strategy `plain` or such as D7K1V8.
+
+`--recipe` takes model, devices, prompts and rows from a variant of configs/grpo.py, and
+says first what each of its programs takes of a device's memory, as compiled.
 
 A drafter that must keep up: `--stale-accept-length` is what it reaches when it was left
 behind, `--lost` how much of what it learned an update of the target takes, `--learned`
@@ -30,14 +34,17 @@ import argparse
 import csv
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from experiments import cluster_size
+from configs import grpo
+from experiments import ahead_of_time, cluster_size
 from experiments.lab import experiment, tables
 from experiments.simulation import cluster_records, costs, published, rl_step, workload
+from tlt_jax import config as config_lib
 from tlt_jax.rl.engine import scheduler
 from tlt_jax.specdec import strategy as strategy_lib
 
@@ -54,6 +61,7 @@ ASSUMPTIONS = """\
 
 
 OPTIONS = (
+    experiment.Option("recipe", "", "of configs/grpo.py, such as qwen2.5-7b@8xh200"),
     experiment.Option("device", "h100", ", ".join(costs.DEVICES)),
     experiment.Option("devices", 64, "of the whole cluster"),
     experiment.Option("lag", 0, "RL steps by which weights that roll out are older"),
@@ -173,6 +181,50 @@ def read_step_times(path: str) -> dict[costs.Kind, float]:
                 "give more than 0."
             )
     return found
+
+
+def follow_recipe(options: argparse.Namespace) -> list[tables.Row]:
+    """Sets what a recipe says; returns what its programs take of a device's memory.
+
+    Raises:
+      ValueError: there is no such recipe, or a flag says what it says already.
+    """
+    name = options.recipe
+    if name not in grpo.VARIANTS:
+        raise ValueError(
+            f"--recipe={name} is no variant of configs/grpo.py: use one of "
+            f"{', '.join(grpo.VARIANTS)}."
+        )
+    run = config_lib.load(grpo.get_config(name))
+    chip, _, shape = ahead_of_time.SLICES[name].partition(":")
+    tensor = run.rollout.tensor or run.mesh.tensor
+    told = {
+        "device": chip,
+        "devices": math.prod(map(int, shape.split("x"))),
+        "tensor": tensor,
+        "per_host": tensor * run.workers.num,
+        "model": name.partition("@")[0],
+        "num_prompts": run.rollout.prompts_per_step,
+        "group_size": run.rollout.group_size,
+        "max_rows": run.rollout.max_batch,
+    }
+    for option in OPTIONS:
+        if option.key in told and getattr(options, option.key) != option.default:
+            raise ValueError(
+                f"--recipe={name} says --{option.name}={told[option.key]}: leave "
+                f"--{option.name} out, or --recipe."
+            )
+    vars(options).update(told)
+    table = tables.path_of(experiment.record_folder("cpu"), "ahead_of_time")
+    return [
+        {
+            "program": row["program"],
+            "GiB of a device": row["total_bytes"] / ahead_of_time.GIB,
+            "it has": row["hbm_bytes"] / ahead_of_time.GIB,
+        }
+        for row in tables.read(table)
+        if row["model"] == name
+    ]
 
 
 def check(options: argparse.Namespace) -> None:
@@ -343,6 +395,13 @@ def verdict(summary: list[tables.Row]) -> str:
 
 def plan_and_tell(options: argparse.Namespace) -> list[tables.Row]:
     """Simulates every system; prints and returns a row for each."""
+    if options.recipe:
+        memory = follow_recipe(options)
+        print(tables.shown(memory))
+        print(
+            f"configs/grpo.py:{options.recipe}, compiled for {options.devices} x "
+            f"{options.device}, longest rows.\n"
+        )
     scenario, summary, reference = scenario_of(options), [], None
     if options.lag:
         by_turns = argparse.Namespace(

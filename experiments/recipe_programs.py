@@ -1,6 +1,7 @@
 """The compiled programs of a recipe, described without weights or devices."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import step_costs
 from tlt_jax import assembly, types
 from tlt_jax import config as config_lib
 from tlt_jax import speculation as speculation_lib
@@ -26,12 +28,14 @@ from tlt_jax.runtime import programs, sharding
 class Program:
     """One program of a run, and what traces and lowers it.
 
-    Besides its arguments the run then holds `beside_bytes` on the fullest device.
+    Besides its arguments the run then holds `beside_bytes` on the fullest device. Where
+    it trains, `row_cost` counts one packed row.
     """
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     beside_bytes: int
+    row_cost: Callable[[], step_costs.Cost] | None = None
 
 
 class Recipe:
@@ -134,6 +138,7 @@ class Recipe:
                     rows, columns, loss, num_sequences
                 ).lower,
                 moments + reference + weights,
+                lambda: self._row_cost(rows, columns, loss, num_sequences),
             ),
             Program("apply", self.learner._apply_program().lower, reference + weights),
             # The engine holds its old weights until the new ones are there. What has
@@ -144,6 +149,27 @@ class Recipe:
                 params + moments + reference + 2 * weights,
             ),
         ]
+
+    def _row_cost(self, rows, columns, loss, num_sequences) -> step_costs.Cost:
+        compute = functools.partial(
+            policy_gradient.accumulate,
+            cfg=self.learner.forward_cfg,
+            loss_cfg=loss,
+            num_sequences=num_sequences,
+            constrain=self.learner._constrain,
+        )
+        given = self.state.params, self.learner._gradient, rows, columns
+        length = self.run.learner.row_tokens
+        whole = step_costs.of_program(
+            jax.make_jaxpr(compute)(*given),
+            self.mesh.devices.flat[0].platform,
+            # What asks how long it goes on is the portable attention's walk over tiles
+            # of 1024 columns, to the diagonal.
+            trips=(length / 1024 + 1) / 2,
+            columns=length,
+            per_token=self.model.experts.per_token if self.model.experts else 1,
+        )
+        return whole.times(1 / self.learner.rows_per_micro_batch)
 
     def rollouts(self) -> list[Program]:
         """Returns those of the engine, of the largest batch of each kind.

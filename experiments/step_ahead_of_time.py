@@ -163,7 +163,9 @@ class Decoding:
     def lower(self) -> jax.stages.Lowered:
         """Lowers the program that an engine runs."""
         made, weights = self.program()
-        return made.decoding(weights, self.batch, self.strategy).lower()
+        # Kernels' compilers ask which device they are for.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return made.decoding(weights, self.batch, self.strategy).lower()
 
     def cost(self, platform: str) -> step_costs.Cost:
         """Counts one step, all levels drafted."""

@@ -1,4 +1,4 @@
-"""What one decode step computes and moves, counted in what is traced of its program.
+"""What a decode step, or a whole program, computes and moves, counted in its trace.
 
 A compiler's own account takes the bodies of loops once, knows nothing of the inside of
 a kernel, and that for GPUs gives none. Here a loop's body counts as often as it runs,
@@ -9,6 +9,9 @@ a kernel as it estimates itself, and a step is the body of the program's outer l
   weights of the experts that rows touch where routes are even), what is read or written
   of an array by index, and what kernels say. Arithmetic by element, and what
   only lies otherwise, is taken as part of what reads it, at no cost.
+
+Attention kernels of libraries estimate nothing: theirs are the products of causal rows,
+and what goes in and comes out, once.
 
 Both are of all devices together, and of arrays as the program has them: what devices
 repeat, or exchange, is not counted.
@@ -30,6 +33,14 @@ _WHOLE |= {f"reduce_{what}" for what in ("sum", "max", "min", "and", "or", "prod
 _READS = {"gather", "dynamic_slice"}
 _WRITES = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_add": 2}
 _LOOPS = {"while", "scan"}
+# Products of queries and keys, or as large ones, in training attention's kernels.
+_PRODUCTS = {
+    "splash_mha_fwd": 2,
+    "splash_mha_dkv": 4,
+    "splash_mha_dq": 3,
+    "dot_product_attention_fwd": 2,
+    "dot_product_attention_bwd": 5,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.num_bytes + other.num_bytes)
 
-    def times(self, count: int) -> "Cost":
+    def times(self, count: float) -> "Cost":
         """Returns what so many cost."""
         return Cost(self.flops * count, self.num_bytes * count)
 
@@ -55,11 +66,13 @@ class _Program:
       platform: that they are lowered for.
       trips: of loops that ask whether to go on.
       per_token: experts that a row of a mixture passes.
+      columns: of a packed row, where it trains.
     """
 
     platform: str
-    trips: int
+    trips: float
     per_token: int
+    columns: int = 0
 
     def touched_frac(self, num_experts: int, num_choices: int) -> float:
         """Returns the part of the experts that rows' choices touch, if even."""
@@ -88,6 +101,18 @@ def of_step(
     return _of(loops[0].params["body_jaxpr"].jaxpr, program)
 
 
+def of_program(
+    traced: jex_core.ClosedJaxpr,
+    platform: str,
+    *,
+    trips: float,
+    columns: int,
+    per_token: int = 1,
+) -> Cost:
+    """Counts a whole program that trains on packed rows of so many columns."""
+    return _of(traced.jaxpr, _Program(platform, trips, per_token, columns))
+
+
 def _flat(jaxpr: Any) -> Iterator[Any]:
     """Lists equations, those of calls in their places."""
     for eqn in jaxpr.eqns:
@@ -105,9 +130,16 @@ def _of(jaxpr: Any, program: _Program) -> Cost:
 
 def _of_equation(eqn: Any, program: _Program) -> Cost:
     name, params = eqn.primitive.name, eqn.params
-    if name == "pallas_call":
-        estimate = params["cost_estimate"]
+    if name == "pallas_call" and (estimate := params["cost_estimate"]):
         return Cost(estimate.flops, estimate.bytes_accessed)
+    if products := _num_products(name, params):
+        moved = _bytes(eqn.invars) + _bytes(eqn.outvars)
+        query = max(eqn.invars, key=lambda v: _bytes([v])).aval
+        return Cost(products * math.prod(query.shape) * program.columns, moved)
+    if name == "shard_map":
+        # What one device does.
+        inside = sum((_of(each, program) for each in _inner(eqn)), Cost())
+        return inside.times(params["mesh"].size)
     if name == "while":
         return _of(params["body_jaxpr"].jaxpr, program).times(program.trips)
     if name == "scan":
@@ -137,6 +169,14 @@ def _of_equation(eqn: Any, program: _Program) -> Cost:
     if name in _WRITES:
         return Cost(0, 2 * _bytes(given[_WRITES[name] : _WRITES[name] + 1]))
     return sum((_of(each, program) for each in _inner(eqn)), Cost())
+
+
+def _num_products(name: str, params: Any) -> int:
+    """Returns the products of a training attention's kernel; 0: it is none."""
+    if name == "pallas_call":
+        name = str(params["name"] if "name" in params else params["name_and_src_info"])
+    found = [count for kernel, count in _PRODUCTS.items() if name.startswith(kernel)]
+    return found[0] if found else 0
 
 
 def _branch(params: Any, platform: str) -> int | None:

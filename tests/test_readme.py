@@ -171,7 +171,7 @@ def test_every_experiment_prints_its_command():
 
 def test_tables_of_the_readme_are_those_of_the_results():
     """`python -m experiments tables` writes them."""
-    for page in ("README.md", "experiments/RESULTS.md"):
+    for page in ("README.md", "experiments/RESULTS.md", "docs/recipes.md"):
         text = DOCUMENTS[page]
         assert "<!-- table: " in text
         assert result_tables.rendered(text) == text

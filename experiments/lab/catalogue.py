@@ -41,6 +41,13 @@ OURS = (
     *("step_ahead_of_time", "simulator_check", "planner", "lag", "route_flips"),
     *("drafters", "drafter_limits", "first_contact"),
 )
+# What compilers make of devices that are not there: experiments and flags, in order.
+COMPILED = (
+    ("ahead_of_time",),
+    ("kernel_ahead_of_time", "--again"),
+    ("step_ahead_of_time", "--again", "--compiled=1,64"),
+    ("step_ahead_of_time", "--model=qwen3-30b-a3b", "--batches=1,32,64"),
+)
 # Of tools that are no matter of seconds on any machine.
 _TOOLS = {"first_contact": "one accelerator, seven minutes; never run"}
 # Minutes of whole tables of which the record tells the last part alone.

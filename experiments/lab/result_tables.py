@@ -5,12 +5,14 @@ the machine and commit of its rows.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 
 from experiments.lab import experiment, freshness, provenance, tables
 
 PAGES = (freshness.FOLDER / "RESULTS.md", freshness.ROOT / "README.md")
+PAGES += (freshness.ROOT / "docs" / "recipes.md",)
 _BLOCK = re.compile(r"(<!-- table: ([\w]+) -->\n).*?(<!-- end of table -->)", re.S)
 Rows = list[tables.Row]
 
@@ -69,6 +71,20 @@ def _gib(row: tables.Row, name: str) -> str:
     return "-" if row[name] is None else f"{row[name] / 2**30:.1f} GiB"
 
 
+def _by_recipe(rows: Rows) -> Rows:
+    """Puts what a recipe's programs take of a device into one row, in GiB."""
+    found: dict[str, tables.Row] = {}
+    for row in rows:
+        chip, _, shape = str(row["slice"]).partition(":")
+        count = math.prod(map(int, shape.split("x")))
+        empty = {"devices": f"{count} {chip}"} | dict.fromkeys(_PROGRAMS)
+        told = found.setdefault(str(row["model"]), row | empty)
+        told[re.sub(r"_\d+$", "", str(row["program"]))] = _gib(row, "total_bytes")
+    return list(found.values())
+
+
+_PROGRAMS = ("accumulate", "apply", "sync", "prefill", "decode")
+_PROGRAMS += ("tlt_decode", "tlt_speculate")
 _SYSTEMS = {
     "off": "everything off",
     "ngram": "matches alone",
@@ -242,18 +258,16 @@ TABLES = {
         _STEP,
         keep=lambda row: row.get("model") == "qwen3-30b-a3b",
     ),
-    "mixture_ahead_of_time": Table(
+    "recipes": Table(
         "ahead_of_time.csv",
         {
-            "slice": "slice",
-            "program": "program",
-            "arguments": lambda row: _gib(row, "argument_bytes"),
-            "temporaries": lambda row: _gib(row, "temp_bytes"),
-            "held beside": lambda row: _gib(row, "beside_bytes"),
-            "all of a chip": lambda row: _gib(row, "total_bytes"),
-            "of": lambda row: _gib(row, "hbm_bytes"),
+            "`--config=configs/grpo.py:`": lambda row: f"`{row['model']}`",
+            "devices": "devices",
+            "rows of an engine": "max_batch",
+            **{f"`{kind}`": kind for kind in _PROGRAMS},
+            "a device has": lambda row: _gib(row, "hbm_bytes"),
         },
-        keep=lambda row: row["model"] == "qwen3-30b-a3b",
+        prepare=_by_recipe,
     ),
     "route_flips": Table(
         "route_flips_summary.csv",

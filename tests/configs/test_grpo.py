@@ -8,6 +8,15 @@ from tlt_jax import config
 from tlt_jax.rl.tasks import build as tasks
 from tlt_jax.rl.update import algorithms
 
+DEVICES = {
+    "64xh200": (64,),
+    "8xh200": (8,),
+    "8xh100": (8,),
+    "h200": (1,),
+    "v5p-8": (4,),
+    "v5e-8": (8,),
+}
+
 
 @pytest.mark.parametrize("name", grpo.VARIANTS)
 def test_every_variant_has_the_papers_settings(name):
@@ -28,7 +37,8 @@ def test_every_variant_has_the_papers_settings(name):
     assert loss.kl_placement == "loss"
     assert algorithm.advantage == "grpo"
     # Rows of a micro-batch and heads divide over the mesh's parts.
-    assert run.mesh.fsdp * run.mesh.tensor in (64, 256)
+    num_devices = run.mesh.fsdp * run.mesh.expert * run.mesh.tensor
+    assert num_devices in (DEVICES.get(name.partition("@")[2], (64, 256)))
 
 
 def test_the_default_is_the_first_variant():
@@ -41,6 +51,7 @@ def test_the_default_is_the_first_variant():
     [
         ("qwen2.5-7", "qwen2.5-7b"),
         ("Llama-3.3-70B-Instruct", "llama-3.3-70b"),
+        ("qwen2.5-7b@8xh20", "qwen2.5-7b@8xh200"),
         ("ds-r1-distill-qwen-32b", "ds-r1-distill-qwen-7b"),
         ("?", ""),
     ],

@@ -22,6 +22,10 @@ def test_all_recipes_are_listed_with_their_variants():
         "grpo": (
             *("qwen2.5-7b", "qwen2.5-32b"),
             *("ds-r1-distill-qwen-7b", "llama-3.3-70b"),
+            *("qwen3-30b-a3b", "qwen3-30b-a3b@64xh200"),
+            *("qwen2.5-1.5b@h200", "qwen2.5-3b@h200"),
+            *("qwen2.5-7b@8xh200", "qwen2.5-7b@8xh100"),
+            *("qwen2.5-7b@v5p-8", "qwen2.5-1.5b@v5e-8"),
         ),
         "mine": (),
         "smollm2": (),

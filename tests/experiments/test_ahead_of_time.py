@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from configs import grpo
 from experiments import ahead_of_time, recipe_programs
-from experiments.lab import experiment
+from experiments.lab import experiment, tables
 from tlt_jax import config
 from tlt_jax.models import params as model_params
 from tlt_jax.runtime import sharding
@@ -30,6 +30,8 @@ def run_of(name, **changes):
 @pytest.mark.parametrize(
     ("name", "num_weights"),
     [  # As their model cards' files add up.
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
         ("qwen2.5-7b", 7_615_616_512),
         ("ds-r1-distill-qwen-7b", 7_615_616_512),
         ("qwen2.5-32b", 32_763_876_352),
@@ -52,14 +54,14 @@ def mesh_of(run):
 
 @pytest.mark.parametrize("name", grpo.VARIANTS)
 def test_weights_and_cache_divide_over_the_recipes_mesh(name):
-    run, model = run_of(name), ahead_of_time.ARCHITECTURES[name]
+    run, model = run_of(name), ahead_of_time.architecture_of(name)
     sizes, axes_of = mesh_of(run)
-    for place in ahead_of_time.SLICES[name]:
-        chip, _, shape = place.partition(":")
-        assert math.prod(map(int, shape.split("x"))) == math.prod(sizes)
-        assert chip in ahead_of_time.HBM_BYTES
+    chip, _, shape = ahead_of_time.SLICES[name].partition(":")
+    assert math.prod(map(int, shape.split("x"))) == math.prod(sizes)
+    assert chip in ahead_of_time.HBM_BYTES
     axes = model_params.logical_axes(model)
     rules = sharding.ShardingRules()
+    # A single device holds all.
     for dims, names in ((sizes, axes_of), ((1, 1, run.mesh.tensor), MESH_AXES)):
         mesh = AbstractMesh(dims, names)
         shapes = model_params.abstract(model)
@@ -73,12 +75,14 @@ def test_weights_and_cache_divide_over_the_recipes_mesh(name):
         ]
         assert min(split) == math.prod(dims)  # no large weight is held whole
     assert model.num_kv_heads % run.mesh.tensor == 0
-    # An engine's devices are one process's, which on a host of v5p has four.
-    assert (run.rollout.tensor or run.mesh.tensor) <= 4
-    # All responses of a step are decoded at once.
-    num_engines = math.prod(sizes) // 4 * run.workers.num
+    # An engine's devices are one process's; a host of v5p has four, others eight.
+    per_host = min(4 if chip == "v5p" else 8, math.prod(sizes))
+    assert (run.rollout.tensor or run.mesh.tensor) * run.workers.num == per_host
+    num_engines = math.prod(sizes) // per_host * run.workers.num
     responses = run.rollout.prompts_per_step * run.rollout.group_size
-    assert num_engines * run.rollout.max_batch == responses
+    turns = responses // (num_engines * run.rollout.max_batch)
+    # All responses of a step are decoded at once, or on few devices in some turns.
+    assert turns == 1 if math.prod(sizes) >= 64 else 4 <= turns <= 8
     assert run.cache.page_size % 128 == 0
 
 
@@ -186,13 +190,12 @@ def test_collectives_are_counted_once_each():
 
 
 def test_rows_of_earlier_calls_are_kept():
-    def row(model, program, fits, place="v5p:4x4x4"):
-        return {"model": model, "slice": place, "program": program, "fits": fits}
+    def row(model, program, fits):
+        return {"model": model, "program": program, "fits": fits}
 
     old = [row("qwen2.5-7b", "apply", 1), row("qwen2.5-32b", "sync", 2)]
     new = [row("llama-3.3-70b", "apply", 3), row("qwen2.5-7b", "apply", 4)]
-    new.append(row("qwen2.5-7b", "apply", 5, "h200:8x1x8"))
-    assert [r["fits"] for r in ahead_of_time.merged(old, new)] == [4, 5, 2, 3]
+    assert [r["fits"] for r in ahead_of_time.merged(old, new)] == [4, 2, 3]
 
 
 def test_without_the_compiler_the_message_has_the_command(monkeypatch):
@@ -201,31 +204,49 @@ def test_without_the_compiler_the_message_has_the_command(monkeypatch):
         ahead_of_time.described_devices("v5e:2x2")
 
 
+# Whose rollouts that speculate were not compiled yet, as docs/recipes.md says.
+WITHOUT_TLT = ("qwen2.5-7b", "qwen2.5-32b", "ds-r1-distill-qwen-7b", "llama-3.3-70b")
+
+
 def test_the_table_is_that_of_the_recipes():
     with TABLE.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    wanted = ("accumulate", "apply", "sync", "prefill_4")
+    assert {row["model"] for row in rows} == set(grpo.VARIANTS)
     for name in grpo.VARIANTS:
         run = run_of(name)
         its = [row for row in rows if row["model"] == name]
-        largest = f"decode_{run.rollout.max_batch}"
-        of_tlt = {row["program"] for row in its if row["program"].startswith("tlt_")}
-        assert of_tlt <= {f"tlt_{largest}", "tlt_speculate_16"}
-        assert sorted(
-            (row["slice"], row["program"])
-            for row in its
-            if row["program"] not in of_tlt
-        ) == sorted(
-            (place, program)
-            for place in ahead_of_time.SLICES[name]
-            for program in (*wanted, largest)
-        )
+        size = run.rollout.max_batch
+        both = name == "qwen2.5-7b@8xh200"
+        # Asked for by name alone.
+        more = ("tlt_prefill_4", "tlt_fill_4")
+        found = [row["program"] for row in its if row["program"] not in more]
+        # Speculation is for few rows.
+        wanted = ["accumulate", "apply", "sync", "prefill_4", f"decode_{size}"]
+        if name not in WITHOUT_TLT:
+            wanted += [f"tlt_decode_{size}", f"tlt_speculate_{min(16, size)}"]
+        assert sorted(found) == sorted(wanted + ["accumulate_portable"] * both)
         for row in its:
+            assert row["slice"] == ahead_of_time.SLICES[name]
             assert row["mesh"] == "x".join(map(str, mesh_of(run)[0]))
             assert int(row["row_tokens"]) == run.learner.row_tokens
             assert int(row["max_batch"]) == run.rollout.max_batch
             assert row["remat"] == run.model.remat
             assert row["fits"] == "True", row
+            # Of a GPU's memory XLA is to have 95 %, and what is freed fragments.
+            if "h" in row["slice"]:
+                assert int(row["total_bytes"]) < 0.94 * int(row["hbm_bytes"]), row
+
+
+def test_a_row_of_32k_moves_a_twentieth_with_a_librarys_attention():
+    cost = {
+        row["program"]: (row["row_flops"], row["row_bytes"])
+        for row in tables.read(TABLE)
+        if row["model"] == "qwen2.5-7b@8xh200"
+    }
+    flops, num_bytes = cost["accumulate"]
+    portable_flops, portable_bytes = cost["accumulate_portable"]
+    assert 20 < portable_bytes / num_bytes < 25
+    assert flops == pytest.approx(portable_flops, rel=0.02)
 
 
 @pytest.fixture
@@ -236,10 +257,10 @@ def no_cache():
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("name", grpo.VARIANTS)
+@pytest.mark.parametrize("name", [n for n in grpo.VARIANTS if "h200" not in n])
 def test_every_host_of_a_slice_has_its_engine(name):
     run = run_of(name)
-    devices = ahead_of_time.described_devices(ahead_of_time.SLICES[name][0])
+    devices = ahead_of_time.described_devices(ahead_of_time.SLICES[name])
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
     places = sharding.regrouped(mesh, run.rollout.tensor or run.mesh.tensor)
     hosts = [{chip.process_index for chip in place} for place in places.devices[0]]

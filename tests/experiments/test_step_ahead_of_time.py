@@ -14,7 +14,9 @@ from configs import grpo
 from experiments import ahead_of_time, step_ahead_of_time, step_costs
 from experiments.lab import experiment, launches, provenance, tables
 from tlt_jax import config
+from tlt_jax.models import attention as attention_lib
 from tlt_jax.models import config as model_config
+from tlt_jax.models import flash_attention, kernels
 from tlt_jax.pallas_kernels.verify_attention import arguments, tpu_plan
 from tlt_jax.runtime import sharding
 
@@ -118,6 +120,28 @@ def test_a_program_with_two_outer_loops_is_refused():
 
     with pytest.raises(ValueError, match="2 outer loops, not one"):
         step_costs.of_step(jax.make_jaxpr(twice)(0.0), "tpu", 0)
+
+
+@pytest.mark.parametrize(("name", "products"), [("splash", 9), ("cudnn", 7)])
+def test_kernels_of_training_attention_count_as_causal_products(name, products):
+    """Two forward; backward splash makes the scores again in both of its kernels."""
+    length, flash = 1024, kernels.Flash(name)
+    query, keys = jnp.zeros((1, 2, 2, length, 128)), jnp.zeros((1, 2, 128, length))
+    ids = jnp.zeros((1, length), jnp.int32)
+
+    def loss(query, keys, values):
+        within = flash_attention.sequences(attention_lib.Visibility(ids, ids))
+        given = (x.astype(jnp.bfloat16) for x in (query, keys, values))
+        part = flash_attention.attend(*given, within, scale=0.1, flash=flash)
+        return jnp.sum(attention_lib.finish(part))
+
+    with ahead_of_time.cudnn_of_described():
+        traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(query, keys, keys)
+    cost = step_costs.of_program(traced, "tpu", trips=0, columns=length)
+    # Splash sums slopes times results outside of its kernels.
+    assert 0 <= cost.flops - products * query.size * length <= 2 * query.size
+    # Queries, keys and values, in and out, some times each, and no score.
+    assert cost.num_bytes < 100 * query.size
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """A mixture of experts against a slow twin; tokens and devices change nothing."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,21 @@ def test_given_routes_are_taken_where_they_are_known():
     # Order aside the others are as before.
     np.testing.assert_array_equal(y[:, 0, :2], plain[:, 0, :2])
     assert np.abs(np.asarray(y - plain)[:, 0, 2]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("platform", "in_engines", "in_updates"),
+    [("cpu", False, False), ("tpu", True, True), ("gpu", True, False)],
+)
+def test_ragged_products_are_where_compilers_do_not_expand_many_rows(
+    platform, in_engines, in_updates
+):
+    device = types.SimpleNamespace(platform=platform)
+    mesh = types.SimpleNamespace(devices=np.array([device]), size=1)
+    split = kernels.Split(mesh, sharding.ShardingRules())
+    assert kernels.for_experts(kernels.PORTABLE, split).ragged == in_engines
+    trains = kernels.for_experts(kernels.PORTABLE, split, trains=True)
+    assert trains.ragged == in_updates
 
 
 def test_eight_devices_equal_one():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import re
 import types
 
@@ -217,13 +216,9 @@ def test_splash_compiles_for_tpus_and_keeps_no_scores(no_cache, head_dim):
 
 @pytest.mark.cuda_compile
 @pytest.mark.timeout(600)
-def test_cudnn_compiles_for_an_h200_and_keeps_no_scores(no_cache, monkeypatch):
-    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-    # They ask the machine that compiles, which has neither.
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_900)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda wanted: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda wanted: False)
-    text = compiled_text("cudnn", step_ahead_of_time.described("h200")[0])
+def test_cudnn_compiles_for_an_h200_and_keeps_no_scores(no_cache):
+    with ahead_of_time.cudnn_of_described():
+        text = compiled_text("cudnn", step_ahead_of_time.described("h200")[0])
     for name in ("fmhaSoftmax", "fmhaSoftmaxBackward"):
         assert text.count(f'custom_call_target="__cudnn${name}"') == 1, name
     assert not tiles(text)

@@ -117,14 +117,19 @@ PORTABLE = Kernels()
 NATIVE = Kernels("native", noise=gumbel.gumbel, draw=gumbel.draw, rank=gumbel.rank)
 
 
-def for_experts(kernels: Kernels, split: Split) -> Kernels:
-    """Settle how a program on these devices multiplies by a mixture's experts."""
+def for_experts(kernels: Kernels, split: Split, *, trains: bool = False) -> Kernels:
+    """Settle how a program on these devices multiplies by a mixture's experts.
+
+    `trains` is for the update's many rows: compilers for GPUs expand `ragged_dot` to
+    all experts times all rows, which its memory does not hold.
+    """
     if kernels.is_native:
         # Here, and not by the threads that trace programs: it is registered once.
         grouped.register()
+    platform = split.mesh.devices.flat[0].platform
     return dataclasses.replace(
         kernels,
-        ragged=split.mesh.devices.flat[0].platform != "cpu",
+        ragged=platform == "tpu" or (platform != "cpu" and not trains),
         split=_if_several(split),
     )
 

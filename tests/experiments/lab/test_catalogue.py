@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import runpy
+import subprocess
 
 import pytest
 
@@ -227,7 +228,7 @@ def test_the_listing_says_what_an_item_is_of_and_takes():
     assert all(rows[slug]["paper"] for slug in catalogue.PAPER)
     speed = rows["speculation_speed"]
     assert speed["takes"] == (
-        "21 min on 2 cores (AMD EPYC), and 15 min for what comes first"
+        "20 min on 2 cores (AMD EPYC), and 15 min for what comes first"
     )
     assert program.entry(speed)[-3:] == [
         "  $ python -m tlt_jax.train_drafter "
@@ -281,3 +282,28 @@ def test_what_the_page_of_results_links_is_there():
 
 def _docstring(path):
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_every_table_of_compilers_is_made_by_one_command(monkeypatch, tmp_path):
+    started = []
+
+    def run(command, check):
+        started.append(command)
+        return subprocess.CompletedProcess(command, int("--again" in command))
+
+    monkeypatch.setattr(program.subprocess, "run", run)
+    monkeypatch.setattr(catalogue, "COMPILED", catalogue.COMPILED[::3])
+    assert len(program.main(["compile", f"--out={tmp_path}"])) == 2
+    assert [words[2] for words in started] == [
+        *("experiments.ahead_of_time", "experiments.step_ahead_of_time"),
+    ]
+    monkeypatch.setattr(catalogue, "COMPILED", (("kernel_ahead_of_time", "--again"),))
+    with pytest.raises(ValueError, match="kernel_ahead_of_time ended with status 1"):
+        program.main(["compile"])
+
+
+def test_the_flags_of_what_compilers_make_can_be_read():
+    made = {slug for slug, *_ in catalogue.COMPILED}
+    assert made == {item.slug for item in catalogue.every() if "ahead_of" in item.slug}
+    for slug, *flags in catalogue.COMPILED:
+        catalogue.declared(slug).parse(flags)

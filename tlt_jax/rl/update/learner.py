@@ -129,7 +129,8 @@ class Learner:
         self.rules = sharding_lib.ShardingRules()
         chosen = dataclasses.replace(kernels.PORTABLE, training=flash)
         if model.experts is not None:
-            chosen = kernels.for_experts(chosen, kernels.Split(mesh, self.rules))
+            split = kernels.Split(mesh, self.rules)
+            chosen = kernels.for_experts(chosen, split, trains=True)
         self.forward_cfg = policy_gradient.ForwardConfig(
             model=model,
             law=law,
