@@ -40,8 +40,8 @@ from experiments.lab import (
     claims,
     command_line,
     experiment,
+    pages,
     provenance,
-    result_tables,
     tables,
 )
 
@@ -203,7 +203,7 @@ def compile_all(folder: pathlib.Path) -> list[tables.Row]:
 def do(options: argparse.Namespace) -> list[tables.Row]:
     """Does what is asked; returns what it printed."""
     if options.what == "tables":
-        return result_tables.write()
+        return pages.write()
     if options.what == "plots":
         return show_plots(options.out or experiment.own_folder(options.scale))
     if options.what == "carry":

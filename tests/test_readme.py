@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from experiments.lab import catalogue, result_tables
+from experiments.lab import catalogue, pages
 from tests import command_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -174,7 +174,7 @@ def test_tables_of_the_readme_are_those_of_the_results():
     for page in ("README.md", "experiments/RESULTS.md", "docs/recipes.md"):
         text = DOCUMENTS[page]
         assert "<!-- table: " in text
-        assert result_tables.rendered(text) == text
+        assert pages.rendered(text) == text
 
 
 def extras() -> dict[str, str]:

@@ -27,7 +27,7 @@ FOLDER = ROOT / "experiments"
 PACKAGES = ("experiments", "tlt_jax", "configs")
 # How tables and plots are written, for all.
 _LAB = ("catalogue", "claims", "command_line", "experiment", "freshness", "plotting")
-_LAB += ("provenance", "result_tables", "tables")
+_LAB += ("pages", "provenance", "result_tables", "tables")
 SHOWING_MODULES = (
     "tlt_jax.viz",
     *(f"experiments.lab.{name}" for name in _LAB),

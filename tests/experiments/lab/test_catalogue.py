@@ -16,6 +16,7 @@ from experiments.lab import (
     claims,
     experiment,
     freshness,
+    pages,
     provenance,
     result_tables,
     tables,
@@ -61,11 +62,11 @@ def test_a_table_of_the_readme_follows_its_csv(monkeypatch, tmp_path):
     table = result_tables.Table("t.csv", {"A": "a", "B": "b"})
     monkeypatch.setattr(result_tables, "TABLES", {"mine": table})
     text = "x\n<!-- table: mine -->\nold\n<!-- end of table -->\ny\n"
-    new = result_tables.rendered(text)
+    new = pages.rendered(text)
     assert "| A | B |\n| --- | --- |\n| 1 | 0.25 |\n| 2 | - |\n" in new
-    assert result_tables.rendered(new) == new
+    assert pages.rendered(new) == new
     with pytest.raises(ValueError, match="'gone'; made here are mine"):
-        result_tables.rendered(text.replace("mine", "gone"))
+        pages.rendered(text.replace("mine", "gone"))
 
 
 def test_results_are_of_experiments_and_tell_where_they_come_from():
