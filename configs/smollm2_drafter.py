@@ -109,6 +109,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.texts.max_new_tokens = 384
         config.optimizer.schedule = "constant"
         config.average = 0.998
+        # They hold 0.97 of the target's law, 8192 of them 0.93.
+        config.drafter.draft_vocab_size = 16384
         config.objective.num_steps = 3
         config.batch.row_tokens = 576
         config.batch.row_bases = 384

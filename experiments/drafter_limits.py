@@ -30,7 +30,7 @@ from experiments.lab import claims, experiment, plotting, tables
 from tlt_jax import policy as policy_lib
 from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.specdec.texts import layout, shards
-from tlt_jax.specdec.training import objectives
+from tlt_jax.specdec.texts import vocabulary as vocabulary_lib
 
 TOKEN, LAST, LAYERS, EARLIER = "token", "last", "layers", "earlier"
 # What is read, share of the training texts, width, and tokens that can be proposed.
@@ -201,8 +201,8 @@ def measure(
     weights = regress(*train, choosing)
     known = np.ones(len(world.embed), bool)
     if vocabulary:
-        tokens = np.concatenate([r.tokens[r.response_start :] for r in world.train])
-        ids = objectives.draft_vocabulary(tokens, vocabulary, len(known), world.eos_ids)
+        counts = vocabulary_lib.drawn(world.train, len(known))
+        ids = vocabulary_lib.choose(counts, vocabulary, world.eos_ids)
         known = np.isin(np.arange(len(known)), ids)
 
     def look(what, sharpness, most):

@@ -65,7 +65,7 @@ class DrafterShape:
       features: `last` (the target's normed last feature), `low_mid_high` (three layers
         fused) or `layers` (those named in feature_layers).
       feature_layers: indices of the target's layers, for `layers`.
-      draft_vocab_size: tokens that can be proposed, the most frequent of the texts; 0:
+      draft_vocab_size: tokens that can be proposed, the likeliest on the texts; 0:
         all.
       block_size: of `block`: tokens that a pass guesses, so deep strategies are at
         most; 0: as deep as the deepest of them (trained before a run: as `eval.depth`).

@@ -1,5 +1,6 @@
 """Texts that the target writes for its drafter, and the training on them."""
 
+import dataclasses
 import itertools
 import types
 
@@ -19,7 +20,7 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.runtime import failures
 from tlt_jax.specdec import strategy
-from tlt_jax.specdec.texts import layout, shards
+from tlt_jax.specdec.texts import layout, shards, vocabulary
 from tlt_jax.specdec.training import acceptance, objectives
 
 LAYERS = (0, 1)
@@ -294,11 +295,24 @@ def test_the_held_out_texts_are_measured(texts, pool, monkeypatch):
 
 def test_the_vocabulary_is_that_of_the_training_texts(texts, pool):
     training = training_of(texts, pool)
-    drawn = [texts.read(i).tokens[texts.read(i).response_start :] for i in range(9)]
-    wanted = objectives.draft_vocabulary(
-        np.concatenate(drawn), 12, engines.CFG.vocab_size, (engines.EOS,)
-    )
+    training.begin(DEVICES, engines.PARAMS)
+    records = [texts.read(i) for i in range(9)]
+    drawn = [r.tokens[r.response_start :] for r in records]
+    weights = vocabulary.expected(records, engines.PARAMS.head)
+    wanted = vocabulary.choose(weights, 12, (engines.EOS,))
     np.testing.assert_array_equal(training.learner.draft_ids, wanted)
+    # Those drawn most are others.
+    counts = vocabulary.drawn(records, engines.CFG.vocab_size)
+    by_counts = vocabulary.choose(counts, 12, (engines.EOS,))
+    assert by_counts.tolist() != wanted.tolist()
+    kept = training.state()
+    again = training_of(texts, pool)
+    again.restore(kept, 0)
+    np.testing.assert_array_equal(again.learner.draft_ids, wanted)
+    # An older checkpoint tells by its texts: they were counted then.
+    again = training_of(texts, pool)
+    again.restore(dataclasses.replace(kept, meta={"num_skipped": 0}), 0)
+    np.testing.assert_array_equal(again.learner.draft_ids, by_counts)
     row = training.about_texts()
     assert row["texts/num"] == 9
     assert row["texts/response_tokens"] == sum(map(len, drawn))

@@ -371,17 +371,6 @@ def test_step_learns_and_skips_what_is_not_finite(buffer):
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
-def test_draft_vocabulary():
-    tokens = np.array([5, 5, 3, 3, 3, 1], np.int32)
-    choose = objectives.draft_vocabulary
-    assert choose(tokens, 3, 8).tolist() == [1, 3, 5]
-    # What ends a text is always there, and the rest is filled up from the front.
-    assert choose(tokens, 3, 8, always=(7,)).tolist() == [3, 5, 7]
-    assert choose(tokens, 5, 8).tolist() == [0, 1, 2, 3, 5]
-    with pytest.raises(ValueError, match="draft_vocab_size=9 is not in .1, 8."):
-        choose(tokens, 9, 8)
-
-
 def test_objectives():
     eagle = objectives.preset("eagle")
     assert (eagle.feature_weight, eagle.token_weight, eagle.num_steps) == (1.0, 0.1, 1)

@@ -27,7 +27,7 @@ from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import speculation
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec.texts import buffer as text_buffer
-from tlt_jax.specdec.texts import layout
+from tlt_jax.specdec.texts import layout, vocabulary
 from tlt_jax.specdec.texts import sampling as text_sampling
 from tlt_jax.specdec.training import objectives, unroll
 from tlt_jax.specdec.tuners import shared as shared_tuner
@@ -397,9 +397,9 @@ class Adaptation:
         if self.learner.has_vocabulary:
             return True
         view = self.buffer.view()
-        self.learner.choose_vocabulary(
-            [view.read(i) for i in range(len(view))], self._eos_ids
-        )
+        if texts := [view.read(i) for i in range(len(view))]:
+            counts = vocabulary.drawn(texts, self.learner.cfg.layer.vocab_size)
+            self.learner.choose_vocabulary(counts, self._eos_ids)
         return self.learner.has_vocabulary
 
     def _judge(self) -> None:

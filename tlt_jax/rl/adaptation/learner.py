@@ -20,7 +20,7 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.runtime import programs, sharding, train_state
-from tlt_jax.specdec.texts import layout
+from tlt_jax.specdec.texts import vocabulary
 from tlt_jax.specdec.training import acceptance, objectives, unroll
 from tlt_jax.specdec.training import step as step_lib
 from tlt_jax.types import Array
@@ -99,21 +99,13 @@ class DrafterLearner:
         """The state as it is now: on the devices during a training, else `state`."""
         return self.state if self._placed is None else self._placed
 
-    def choose_vocabulary(
-        self, texts: Sequence[layout.Record], eos_ids: Sequence[int]
-    ) -> None:
-        """Choose the tokens that can be proposed, unless all can: once texts tell.
+    def choose_vocabulary(self, weights: np.ndarray, eos_ids: Sequence[int]) -> None:
+        """Choose the tokens that can be proposed, by weights; see `vocabulary`.
 
-        Tokens of the texts' responses are counted; `eos_ids` are always among them.
+        `eos_ids` are always among them.
         """
-        if self.has_vocabulary or not texts:
-            return
-        self.draft_ids = objectives.draft_vocabulary(
-            np.concatenate([r.tokens[r.response_start :] for r in texts]),
-            self.cfg.draft_vocab_size,
-            self.cfg.layer.vocab_size,
-            eos_ids,
-        )
+        size = self.cfg.draft_vocab_size
+        self.draft_ids = vocabulary.choose(weights, size, eos_ids)
 
     def init_state(
         self, params: drafter.DrafterParams | None, norm: Array, seed: int

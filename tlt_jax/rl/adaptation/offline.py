@@ -19,7 +19,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.rl.adaptation import learner as drafter_learner
 from tlt_jax.rl.adaptation import offline_texts
 from tlt_jax.runtime import train_state
-from tlt_jax.specdec.texts import layout, shards
+from tlt_jax.specdec.texts import layout, shards, vocabulary
 from tlt_jax.specdec.training import unroll
 from tlt_jax.types import Array
 
@@ -47,7 +47,7 @@ class OfflineTraining:
         prepare: Callable[[int], None] = lambda number: None,
         **sizes: int,
     ):
-        """Take the parts, choose the draft vocabulary; `begin` gives weights.
+        """Take the parts; `begin` gives weights and chooses the draft vocabulary.
 
         The texts are `offline_texts.write`'s; the rows of a step are B, `num_rows`, and
         of T and M, `row_tokens` and `row_bases`. The seed is of weights and of the
@@ -72,7 +72,7 @@ class OfflineTraining:
                 "no text has a position to draft from: raise texts.max_new_tokens or "
                 "batch.row_tokens."
             )
-        learner.choose_vocabulary([texts.read(i) for i in self._train], eos_ids)
+        self._eos_ids = eos_ids
 
     def begin(
         self, devices: drafter_learner.Devices, target: model_params.Params
@@ -84,6 +84,9 @@ class OfflineTraining:
         if self.learner.state is None:
             norm = jax.device_get(target.final_norm)
             self.learner.state = self.learner.init_state(None, norm, self._seed)
+        if not self.learner.has_vocabulary:
+            weights = vocabulary.expected(self._training_texts(), target.head)
+            self.learner.choose_vocabulary(weights, self._eos_ids)
         self.learner.begin(devices, target)
 
     def steps(self, until: int) -> Iterator[dict[str, Array]]:
@@ -122,8 +125,8 @@ class OfflineTraining:
     def state(self) -> train_state.Snapshot:
         """Return what a killed training goes on from, besides its number of steps."""
         meta: dict[str, Any] = {"num_skipped": self.skips.in_a_row}
-        if self._rounds.num_steps and self.learner.draft_ids is not None:
-            # The texts that they were chosen by will be deleted.
+        if self.learner.draft_ids is not None:
+            # The texts that they were chosen by may be deleted.
             meta["draft_ids"] = self.learner.draft_ids.tolist()
         return train_state.Snapshot(self.learner.newest, meta=meta)
 
@@ -133,6 +136,11 @@ class OfflineTraining:
         self.skips.in_a_row = snapshot.meta["num_skipped"]
         if "draft_ids" in snapshot.meta:
             self.learner.draft_ids = np.array(snapshot.meta["draft_ids"], np.int32)
+        elif not self.learner.has_vocabulary:
+            # Of an older checkpoint, which has the tokens that were drawn most.
+            size = self.learner.cfg.layer.vocab_size
+            counts = vocabulary.drawn(self._training_texts(), size)
+            self.learner.choose_vocabulary(counts, self._eos_ids)
         self.num_steps = num_steps
 
     def about_texts(self) -> dict[str, Any]:
@@ -155,6 +163,9 @@ class OfflineTraining:
         chosen = (ids >= text_ids.start) & (ids < text_ids.stop)
         self._train = np.flatnonzero(chosen)
         self._held_out = np.flatnonzero(ids >= offline_texts.HELD_OUT)
+
+    def _training_texts(self) -> list[layout.Record]:
+        return [self._texts.read(i) for i in self._train]
 
     def _plan(self, indices: np.ndarray, seed: tuple[int, ...] | None):
         return layout.plan(

@@ -8,12 +8,11 @@ step can be taken in pieces (`step`).
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from tlt_jax.models import transformer
@@ -95,34 +94,6 @@ def choose(
     own = Objective(block_size, decay=0.8, token_loss="lk_hybrid")
     kept = {key: value for key, value in overrides.items() if key != "num_steps"}
     return dataclasses.replace(own, **kept)
-
-
-def draft_vocabulary(
-    tokens: np.ndarray, size: int, vocab_size: int, always: Sequence[int] = ()
-) -> np.ndarray:
-    """Choose the tokens that a drafter can propose: the most frequent ones.
-
-    Args:
-      tokens: `[n] int32`, what the target wrote.
-      size: Vd.
-      vocab_size: V; tokens that are as frequent as others are taken by their id.
-      always: ids that are taken whatever their frequency, such as EOS.
-
-    Returns:
-      `[Vd] int32`, rising.
-
-    Raises:
-      ValueError: `size` cannot hold `always`, or exceeds the vocabulary.
-    """
-    if not max(len(always), 1) <= size <= vocab_size:
-        raise ValueError(
-            f"draft_vocab_size={size} is not in [{max(len(always), 1)}, {vocab_size}]: "
-            "it holds the tokens that end a text, and the vocabulary has no more."
-        )
-    counts = np.bincount(tokens, minlength=vocab_size)
-    counts[list(always)] = counts.max() + 1
-    chosen = np.argsort(-counts, kind="stable")[:size]
-    return np.sort(chosen).astype(np.int32)
 
 
 def sums_of(
