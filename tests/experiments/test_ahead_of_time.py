@@ -204,10 +204,6 @@ def test_without_the_compiler_the_message_has_the_command(monkeypatch):
         ahead_of_time.described_devices("v5e:2x2")
 
 
-# Whose rollouts that speculate were not compiled yet, as docs/recipes.md says.
-WITHOUT_TLT = ("qwen2.5-7b", "qwen2.5-32b", "ds-r1-distill-qwen-7b", "llama-3.3-70b")
-
-
 def test_the_table_is_that_of_the_recipes():
     with TABLE.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -220,10 +216,9 @@ def test_the_table_is_that_of_the_recipes():
         # Asked for by name alone.
         more = ("tlt_prefill_4", "tlt_fill_4")
         found = [row["program"] for row in its if row["program"] not in more]
-        # Speculation is for few rows.
         wanted = ["accumulate", "apply", "sync", "prefill_4", f"decode_{size}"]
-        if name not in WITHOUT_TLT:
-            wanted += [f"tlt_decode_{size}", f"tlt_speculate_{min(16, size)}"]
+        # Speculation is for few rows.
+        wanted += [f"tlt_decode_{size}", f"tlt_speculate_{min(16, size)}"]
         assert sorted(found) == sorted(wanted + ["accumulate_portable"] * both)
         for row in its:
             assert row["slice"] == ahead_of_time.SLICES[name]
