@@ -185,7 +185,9 @@ def _plot_panel(axes: axes_lib.Axes, rows: list[tables.Row]) -> None:
         axes.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
     axes.set_xticks(range(len(strategies)), strategies, fontsize=8)
     axes.axhline(1, color=plotting.GREY, linewidth=0.8)
-    axes.margins(y=0.2)
+    # Above the bars, beside one another: no place among them is free.
+    axes.margins(y=0.25)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(kinds))
 
 
 def load(options: argparse.Namespace) -> list[speculation_setting.Setting]:
