@@ -24,6 +24,7 @@ on the same texts (`specdec.training.rules`). No clock has a say but in `seconds
 
 import argparse
 import collections
+import dataclasses
 import itertools
 import statistics
 import time
@@ -35,7 +36,7 @@ from experiments import drafter_students as students
 from experiments.lab import claims, experiment, plotting, recipes, tables
 from tlt_jax.specdec.training import rules
 
-RECIPE = "configs/tiny.py:count"
+RECIPE = next(iter(students.STUDIES))
 FROZEN, ADAPTED, ON_TOP = "frozen", "adapted", "on top"
 # Shares of the updates before RL, and along it.
 SCHEDULES = {FROZEN: (1.0, 0.0), ADAPTED: (0.5, 0.5), ON_TOP: (1.0, 0.5)}
@@ -60,7 +61,7 @@ def measure(
     cost = students.operations(student)
     total = round(options.updates * students.operations(measured_by) / cost)
     first = run.steps[0].policy
-    student.begin(first, cell.seed)
+    student.begin(run, cell.seed)
     states, started = {}, time.perf_counter()
     for share in sorted({share for share, _ in SCHEDULES.values()}):
         wanted = round(share * total) - student.num_updates
@@ -132,7 +133,7 @@ def summary_of(rows: list[tables.Row]) -> list[tables.Row]:
     return summary
 
 
-def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
+def plot(rows: list[tables.Row], stamp: str, config: str) -> plotting.Figure:
     """Draws accept lengths over RL steps, a panel for each drafter and drift."""
     last = max(row["step"] for row in rows)
     found = tables.groups(rows, "drafter", "drift")
@@ -166,7 +167,7 @@ def plot(rows: list[tables.Row], stamp: str) -> plotting.Figure:
             drawn = tables.where(found[key], schedule=schedule)
             style, color = look["linestyle"], look["color"]
             plotting.line(axes, drawn, "step", rule, style, color=color)
-        axes.set_ylim(1, students.DEPTH + 1)
+        axes.set_ylim(1, students.study_of(config).depth + 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
     lines = [matplotlib.lines.Line2D([], [], **look) for look in looks]
     panels[0].legend(
@@ -252,7 +253,7 @@ EXPERIMENT = experiment.Experiment(
     slug="drafters",
     text=__doc__,
     title="drafter, rule and drift: learning online, or well before RL",
-    larger=experiment.recipes("--updates=6000"),
+    larger=experiment.both("--config=configs/smollm2_tlt.py:products --updates=2000"),
     options=(
         experiment.Option("config", RECIPE),
         experiment.Option("steps", 16, "RL steps of a run"),
@@ -264,7 +265,9 @@ EXPERIMENT = experiment.Experiment(
         "drafters": students.DRAFTERS,
         "schedules": SCHEDULES,
         "drifts": students.DRIFTS,
-        "depth": students.DEPTH,
+    },
+    settings=lambda options: {
+        "study": dataclasses.asdict(students.study_of(options.config))
     },
     context=students.Runs,
     cells={"drift": students.DRIFTS, "drafter": students.DRAFTERS},

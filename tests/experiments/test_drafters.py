@@ -1,5 +1,6 @@
 """Drafters taught beside runs or before them: what is counted, and what it decides."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -30,8 +31,9 @@ REAL = students.Student
 class Student:
     """Accepts as many as it had updates, fewer the further the policy has gone."""
 
-    def __init__(self, name, model):
-        self.known = REAL(name, model)
+    def __init__(self, study, name, model):
+        self.known = REAL(study, name, model)
+        self.study = study
         self.cfg, self.objective = self.known.cfg, self.known.objective
         self.taught = []
 
@@ -39,8 +41,8 @@ class Student:
     def num_updates(self):
         return sum(num for _, num, _ in self.taught)
 
-    def begin(self, policy, seed):
-        assert policy.version == 0
+    def begin(self, run, seed):
+        assert run.before == ["before"]
         self.taught = []
 
     def kept(self):
@@ -81,7 +83,7 @@ def runs(monkeypatch):
             drift_of = {"small": 0.0, "large": 0.2}[drift]
             policy = types.SimpleNamespace(version=number, drift=drift_of)
             steps.append(students.Step(policy, students.Texts([(number,)]), row))
-        return students.Run(MODEL, students.Texts(["before"]), steps)
+        return students.Run(MODEL, (0,), students.Texts(["before"]), steps)
 
     monkeypatch.setattr(students.Runs, "_make", make)
     monkeypatch.setattr(students, "Student", Student)
@@ -128,7 +130,7 @@ def test_updates_along_a_run_are_shared_out():
 
 
 def test_products_of_an_update_are_counted():
-    student = students.Student("HASS", MODEL)
+    student = students.Student(students.TINY, "HASS", MODEL)
     # Joins, queries to values, the heads' output, gate with up, and down.
     join, qkv, out, mlp = 2 * 32 * 32, 32 * (4 + 2 + 2) * 8, 32 * 32, 3 * 32 * 64
     columns, bases = 2 * 128, 2 * 112
@@ -140,14 +142,43 @@ def test_products_of_an_update_are_counted():
     assert students.operations(student) == expected
 
 
+def test_a_draft_vocabulary_is_that_of_the_texts_before():
+    """Products are counted with it, and of a recipe without a study there are none."""
+    study = dataclasses.replace(
+        students.TINY, shape={"features": "last", "draft_vocab_size": 4}
+    )
+    student = students.Student(study, "EAGLE-3", MODEL)
+    whole = students.Student(
+        dataclasses.replace(study, shape={"features": "last"}), "EAGLE-3", MODEL
+    )
+    bases, steps = 2 * 112, student.objective.num_steps
+    fewer = (2 * steps + 1) * bases * 2 * 32 * (32 - 4)
+    assert students.operations(whole) - students.operations(student) == fewer
+    head = np.zeros((32, 32), np.float32)
+    head[[3, 8, 30]] = 1.0
+    text = types.SimpleNamespace(
+        tokens=np.zeros(6, np.int32), response_start=2, hidden=np.ones((6, 32))
+    )
+    policy = types.SimpleNamespace(final_norm=np.ones(32), head=head)
+    step = students.Step(policy, students.Texts(), {})
+    student.begin(students.Run(MODEL, (1,), students.Texts([text]), [step]), seed=0)
+    assert student._learner.draft_ids.tolist() == [1, 3, 8, 30]
+    with pytest.raises(ValueError, match="config=configs/sft.py: the sizes of"):
+        drafters.main(["--config=configs/sft.py"])
+
+
 @pytest.mark.slow
 def test_real_drafters_learn_from_a_real_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(students, "LAYERS", (0,))
-    monkeypatch.setitem(students.CAPTURING, "drafter.feature_layers", (0,))
-    monkeypatch.setattr(students, "DEPTH", 2)
-    sizes = {"num_rows": 2, "row_tokens": 32, "row_bases": 16}
-    monkeypatch.setattr(students, "ROWS", sizes)
-    options = ["--config=tests/tiny_runs.py", "--steps=3", "--rollouts=2"]
+    recipe = "tests/tiny_runs.py"
+    study = dataclasses.replace(
+        students.TINY,
+        shape={"features": "layers", "feature_layers": (0,), "draft_vocab_size": 12},
+        rows={"num_rows": 2, "row_tokens": 32, "row_bases": 16},
+        overrides={"drafter.draft_vocab_size": 8},
+        depth=2,
+    )
+    monkeypatch.setitem(students.STUDIES, recipe, study)
+    options = [f"--config={recipe}", "--steps=3", "--rollouts=2"]
     options += ["--updates=12", "--seeds=1", f"--out={tmp_path}"]
     summary = drafters.main(options)
     assert len(summary) == 18
