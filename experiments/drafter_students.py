@@ -214,7 +214,8 @@ class Runs:
 class Student:
     """A drafter of one kind; it learns from any run's texts, and is measured on them.
 
-    Its state is the learner's; `kept` and `go_on` keep one and take it up.
+    Its state is the learner's; `kept` and `go_on` keep one and take it up. `cost` is
+    of an update, see `operations`.
     """
 
     def __init__(self, study: Study, name: str, model: model_config.ModelConfig):
@@ -232,6 +233,7 @@ class Student:
         adam = optax.adamw(rates, 0.9, 0.95, weight_decay=0.0)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam)
         d_model, features = model.d_model, self.cfg.num_features
+        self.cost = operations(self.cfg, self.objective, rows)
         self._learner = drafter_learner.DrafterLearner(
             self.cfg,
             self.objective,
@@ -302,13 +304,17 @@ class Student:
         return found | {"overlap": float(sums["overlap"][0] / sums["count"][0])}
 
 
-def operations(student: Student) -> int:
+def operations(
+    cfg: drafter.DrafterConfig,
+    objective: objectives.Objective,
+    rows: Mapping[str, int],
+) -> int:
     """Counts multiplications and additions of an update's products, and of norms.
 
-    A backward pass takes two products for each of the forward one's; of heads, which do
-    not learn, one, and of the target's laws none.
+    `rows` are of a batch. A backward pass takes two products for each of the forward
+    one's; of heads, which do not learn, one, and of the target's laws none.
     """
-    cfg, steps, rows = student.cfg, student.objective.num_steps, student.study.rows
+    steps = objective.num_steps
     layer, described = cfg.layer, drafter.describe(cfg)
     columns, bases = (rows["num_rows"] * rows[x] for x in ("row_tokens", "row_bases"))
 

@@ -58,8 +58,8 @@ def measure(
     run = context.of(cell["drift"], cell.seed)
     student = context.student(cell["drafter"], run.model)
     measured_by = context.student(next(iter(students.DRAFTERS)), run.model)
-    cost = students.operations(student)
-    total = round(options.updates * students.operations(measured_by) / cost)
+    cost = student.cost
+    total = round(options.updates * measured_by.cost / cost)
     first = run.steps[0].policy
     student.begin(run, cell.seed)
     states, started = {}, time.perf_counter()

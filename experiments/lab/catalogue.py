@@ -39,7 +39,8 @@ OURS = (
     *("losslessness", "decode_speed", "decode_bandwidth", "grpo_step_speed"),
     *("peers_side_by_side", "ahead_of_time", "kernel_ahead_of_time", "tuner_trace"),
     *("step_ahead_of_time", "simulator_check", "planner", "lag", "route_flips"),
-    *("drafters", "drafters_smollm2", "drafter_limits", "first_contact"),
+    *("drafters", "drafters_smollm2", "drafter_variants", "drafter_limits"),
+    "first_contact",
 )
 # What compilers make of devices that are not there: experiments and flags, in order.
 COMPILED = (
