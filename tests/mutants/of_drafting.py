@@ -339,7 +339,9 @@ EDITS = {
     ("specdec/training/acceptance.py", "tests/specdec/training/test_acceptance.py"): [
         ("jnp.square(weights[-2])", "jnp.square(weights[-1])"),
         ("jnp.where(exists_Q, errors_NMQ, 0.0)", "errors_NMQ"),
-        ("- hit.T[1:, None]", "- hit.T[:-1, None]"),
+        ("(scores_QV) - hit_Q)", "(scores_QV) - is_hit(logits_QV))"),
+        ("in_dim(drawn, u, size)", "in_dim(drawn, 0, size)"),
+        ("in_dim(gumbel, u, size)", "in_dim(gumbel, 0, size)"),
         ("[:, best], axis=0)", "[:, 0], axis=0)"),
         ("* 2 ** (offset / 2)", "* 2**offset"),
     ],

@@ -1,6 +1,6 @@
 """What drafted chains would have had accepted on texts that the target drew."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ from jax import lax
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import noise
+from tlt_jax.specdec import noise, sampling
 from tlt_jax.specdec.training import unroll
 from tlt_jax.types import Array
 
@@ -93,18 +93,29 @@ def count(
     part: unroll.Predictions, params: drafter.DrafterParams, target: unroll.Target
 ) -> dict[str, Array]:
     """Count as `measure` does; the laws are tokens drawn, positions and keys."""
-    here: dict[str, list[Array]] = {name: [] for name in nothing(0)}
+    sharpnesses = jnp.array(SHARPNESSES)
+    of_level = _levels(part, params, target, sharpnesses)
+    size = part.hidden.shape[2]
     # Whether every level of the chain up to this one was accepted, by base.
-    alive = dict.fromkeys(RANKINGS, True)
-    for u, hits in enumerate(_hits(part, params, target, SHARPNESSES)):
-        here["count"].append(jnp.sum(part.exists[u]))
-        here[_ERROR].append(jnp.sum(hits.pop(_ERROR), axis=-1))
+    alive = {
+        "deterministic": jnp.ones((size,), bool),
+        "coupled": jnp.ones((len(SHARPNESSES), size), bool),
+    }
+
+    def one_level(alive, u):
+        hits = of_level(u)
+        here = {
+            "count": jnp.sum(part.exists[u]),
+            _ERROR: jnp.sum(hits.pop(_ERROR), axis=-1),
+        }
+        alive = {name: alive[name] & hit for name, hit in hits.items()}
         for name, hit in hits.items():
-            alive[name] = alive[name] & hit
-            here[name].append(jnp.sum(hit, axis=0, dtype=jnp.float32))
-            in_chain = jnp.sum(alive[name], axis=0, dtype=jnp.float32)
-            here[f"{name}_chain"].append(in_chain)
-    return {name: jnp.stack(values) for name, values in here.items()}
+            here[name] = jnp.sum(hit, axis=-1, dtype=jnp.float32)
+            in_chain = jnp.sum(alive[name], axis=-1, dtype=jnp.float32)
+            here[f"{name}_chain"] = in_chain
+        return alive, here
+
+    return lax.scan(one_level, alive, jnp.arange(part.hidden.shape[0]))[1]
 
 
 def lifetimes(
@@ -130,12 +141,10 @@ def lifetimes(
     bases, chunk = _predictions(params, batch, target, num_steps, cfg)
 
     def one_chunk(_, start):
-        alive, total = True, 0
         part = bases.chunk(start, chunk)
-        for hits in _hits(part, params, target, (sharpness,)):
-            alive = alive & hits["coupled"][:, 0]
-            total = total + alive.astype(jnp.int32)
-        return None, total
+        of_level = _levels(part, params, target, jnp.asarray(sharpness)[None])
+        hits_UQ = lax.map(lambda u: of_level(u)["coupled"][0], jnp.arange(num_steps))
+        return None, jnp.sum(jnp.cumprod(hits_UQ, axis=0), axis=0, dtype=jnp.int32)
 
     found = lax.scan(one_chunk, None, bases.starts(chunk))[1]
     num_rows, width = batch.bases.shape
@@ -169,40 +178,47 @@ def _predictions(
     return unroll.predictions(steps_DBM, exists_UBM, drawn, chunk), chunk
 
 
-def _hits(part, params, target, sharpnesses) -> Iterator[dict[str, Array]]:
-    """Yield for each level where its draft is the text's token.
+def _levels(part, params, target, sharpnesses) -> Callable[[Array], dict[str, Array]]:
+    """Return what says, of a level, where its draft is the text's token.
 
-    `deterministic [Q] bool`, `coupled [Q, n] bool` by sharpness, and the squared errors
-    of its scores, `coupled_error [n, m, Q]`; where no prediction exists all are 0.
+    `deterministic [Q] bool`, `coupled [n, Q] bool` by sharpness, and the squared errors
+    of its scores, `coupled_error [n, m, Q]`; where no prediction exists all are 0. It
+    is asked for one level after the other, as it holds the scores of all tokens.
     """
-    num_steps, _, size = part.hidden.shape
-    drawn_Q, positions_Q, keys_Q = part.laws
-    vocab_size = target.embed.shape[0]
+    size, vocab_size = part.hidden.shape[2], target.embed.shape[0]
+    drawn, positions, keys = part.laws
     # The noise that the tokens were drawn with, of the tokens that can be proposed.
     if target.draft_ids is None:
-        gumbel_QV = noise.gumbel(keys_Q, positions_Q, vocab_size)
+        gumbel = noise.gumbel(keys, positions, vocab_size)
     else:
-        gumbel_QV = noise.gumbel_at(keys_Q, positions_Q, target.draft_ids, vocab_size)
-    for u in range(num_steps):
-        head = drafter_head.head_of(params, target.head)
-        logits_QV = transformer.head_logits(head, part.hidden[u])
-        here_QV = gumbel_QV[u : u + size]
-        scores = [logits_QV * x + here_QV for x in sharpnesses]
-        # [Q, 1 + n]: the likeliest token, and the coupled ones.
-        best = [jnp.argmax(x_QV, axis=-1) for x_QV in (logits_QV, *scores)]
-        guessed = jnp.stack(best, axis=-1)
-        wanted_Q, exists_Q = drawn_Q[u : u + size], part.exists[u] > 0
-        if target.draft_ids is not None:
-            guessed = target.draft_ids[guessed]
-        hit = (guessed == wanted_Q[:, None]) & exists_Q[:, None]
-        errors_NMQ = jnp.square(
-            jnp.stack([_chances(x_QV) for x_QV in scores]) - hit.T[1:, None]
-        )
-        yield {
-            "deterministic": hit[:, 0],
-            "coupled": hit[:, 1:],
+        gumbel = noise.gumbel_at(keys, positions, target.draft_ids, vocab_size)
+    head_VD = drafter_head.head_of(params, target.head)
+
+    def of_level(u):
+        here_QV = lax.dynamic_slice_in_dim(gumbel, u, size)
+        wanted_Q = lax.dynamic_slice_in_dim(drawn, u, size)
+        exists_Q = part.exists[u] > 0
+        logits_QV = transformer.head_logits(head_VD, part.hidden[u])
+
+        def is_hit(scores_QV):
+            guessed_Q = sampling.argmax(scores_QV)
+            if target.draft_ids is not None:
+                guessed_Q = target.draft_ids[guessed_Q]
+            return (guessed_Q == wanted_Q) & exists_Q
+
+        def coupled(sharpness):
+            scores_QV = logits_QV * sharpness + here_QV
+            hit_Q = is_hit(scores_QV)
+            return hit_Q, jnp.square(_chances(scores_QV) - hit_Q)
+
+        hits_NQ, errors_NMQ = lax.map(coupled, sharpnesses)
+        return {
+            "deterministic": is_hit(logits_QV),
+            "coupled": hits_NQ,
             _ERROR: jnp.where(exists_Q, errors_NMQ, 0.0),
         }
+
+    return of_level
 
 
 def _chances(scores: Array) -> Array:

@@ -18,6 +18,7 @@ from jax import lax
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.specdec import sampling
 from tlt_jax.specdec.training import losses as drafter_losses
 from tlt_jax.specdec.training import unroll
 from tlt_jax.types import Array
@@ -240,10 +241,10 @@ def _chunk_sums(token_loss, heads, part, hidden_UDQ):
         law_QV = target_logits_QV[u : u + size]
         logits_QV = transformer.head_logits(heads[1], hidden_UDQ[u])
         target_probs, draft_probs = jax.nn.softmax(law_QV), jax.nn.softmax(logits_QV)
-        best_Q = jnp.argmax(logits_QV, axis=-1)
+        best_Q = sampling.argmax(logits_QV)
         values = {
             "token_loss": drafter_losses.token_loss(token_loss, law_QV, logits_QV),
-            "top1_acc": best_Q == jnp.argmax(law_QV, axis=-1),
+            "top1_acc": best_Q == sampling.argmax(law_QV),
             "top1_prob": jnp.take_along_axis(target_probs, best_Q[:, None], axis=-1)[
                 :, 0
             ],

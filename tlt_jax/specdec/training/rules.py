@@ -26,7 +26,7 @@ from jax import lax
 from tlt_jax.models import transformer
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import noise
+from tlt_jax.specdec import noise, sampling
 from tlt_jax.specdec.training import unroll
 from tlt_jax.types import Array
 
@@ -136,7 +136,7 @@ def _sums(part, params, target, head, cfg) -> dict[str, Array]:
         ratios.append(ratio_of(draft_QV, here))
         sharp_QV = sharpness * draft_QV
         sharpened.append(ratio_of(jax.nn.log_softmax(sharp_QV), here))
-        guess_Q = jnp.argmax(sharp_QV + gumbel_QV[here], axis=-1)
+        guess_Q = sampling.argmax(sharp_QV + gumbel_QV[here])
         hit_Q = guess_Q == place_Q[here]
         if ids is not None:
             hit_Q = hit_Q & known_Q[here]
