@@ -29,7 +29,7 @@ from tlt_jax.rl.workers import records, separate, served, weight_sync, workers
 from tlt_jax.runtime import distributed, sharding
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import schema, sections
-from tlt_jax.specdec import chain, sampling
+from tlt_jax.specdec import calibration, chain, sampling
 from tlt_jax.specdec.tuners import shared as shared_tuner
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
@@ -435,13 +435,16 @@ def engine_of(
         speculator_cfg=speculation.speculator_cfg,
         tuner=_for_engine(speculation.tuner),
         early_tuner=_for_engine(speculation.early_tuner),
+        calibration=_for_engine(speculation.calibration),
         decode_text=tokenizer.decoder_for(sizes.get("stop", ())),
         mesh=mesh,
     )
 
 
-def _for_engine(tuner: shared_tuner.SharedTuner | None) -> tuner_lib.Tuner | None:
-    return None if tuner is None else tuner.for_engine()
+def _for_engine(
+    part: shared_tuner.SharedTuner | calibration.Calibration | None,
+) -> tuner_lib.Tuner | calibration.Calibration | None:
+    return None if part is None else part.for_engine()
 
 
 def eos_ids_of(

@@ -133,7 +133,7 @@ class Trainer:
             )
         )
         learning, sync = parts.updater, parts.sync
-        changing = {"collector": parts.collector, **parts.speculation.tuners}
+        changing = {"collector": parts.collector, **parts.speculation.changing}
         self.rollouts = rollouts.Rollouts(
             *(run.rollout.lag, run.num_steps, parts.collector, parts.adaptation),
             *(parts.workers, learning, sync, changing, display),

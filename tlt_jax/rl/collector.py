@@ -6,6 +6,7 @@ on how many prompts were drawn before, nothing else.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +74,9 @@ class Collected:
             row["specdec/chance_tried"] = [int(n) for n in tried]
             row["specdec/chance_sum"] = chance
             row["specdec/chance_true"] = [int(n) for n in true]
+            if stats.taus:
+                row["specdec/tau"] = statistics.mean(stats.taus)
+                row["specdec/sharpness"] = statistics.mean(stats.sharpnesses)
         verified, accepted = stats.by_rank
         if any(verified):
             row["specdec/rank_verified"] = verified

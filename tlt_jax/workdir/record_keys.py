@@ -225,6 +225,13 @@ TRAINING = (
     Key("specdec/chance_sum", "drafts", "sum of these chances", _DRAFTS),
     Key("specdec/chance_true", "counts", "how many of them came true", _DRAFTS),
     Key(
+        "specdec/tau",
+        "-",
+        "by which chances are given at the end, workers' mean",
+        _DRAFTS,
+    ),
+    Key("specdec/sharpness", "-", "the same of sharpness", _DRAFTS),
+    Key(
         "specdec/rank_verified",
         "counts",
         "the learned drafter's drafts, by their rank by score among all of the "

@@ -117,12 +117,12 @@ def call_of(how):
 def test_what_proposers_tell_is_kept():
     state, rows = with_weights(), [row_of(3, (1,)), row_of(3, (2,))]
     outcomes = np.ones((9, 2), np.float32)
-    state.took(rows, call_of(CHAIN), np.array([5, 6, 0, 0], np.int32))
+    state.took(rows, call_of(CHAIN), (np.array([5, 6, 0, 0], np.int32), None))
     assert [row.drafted for row in rows] == [5, 6]
     state.took(rows, call_of(NGRAM), outcomes)
     assert [row.drafted for row in rows] == [5, 6]
     assert state.inputs(rows, 2, NGRAM).outcomes.tolist() == outcomes.tolist()
-    state.took(rows, call_of(BOTH), (np.array([7, 8], np.int32), 2 * outcomes))
+    state.took(rows, call_of(BOTH), ((np.array([7, 8], np.int32), None), 2 * outcomes))
     assert [row.drafted for row in rows] == [7, 8]
     assert state.inputs(rows, 2, NGRAM).outcomes[0, 0] == 2
     state.took(rows, call_of(None), ())

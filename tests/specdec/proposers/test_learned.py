@@ -188,7 +188,7 @@ def children_of(found, row):
 def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
     made, noise = proposed(coupled, temperature, sharpness)
     found = jax.device_get(made.candidates)
-    keys, values = made.extra
+    keys, values, _ = made.extra
     width = STRATEGY.max_accept_length
     assert keys.shape == values.shape == (2, 6, NUM, width)
     for row in range(NUM):

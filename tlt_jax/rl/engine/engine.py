@@ -31,6 +31,7 @@ from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.engine import requests as requests_lib
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs, sharding
+from tlt_jax.specdec import calibration as calibration_lib
 from tlt_jax.specdec import decode, noise, speculate
 from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.tuners import tuner as tuner_lib
@@ -51,13 +52,15 @@ class Engine:
         speculator_cfg: speculator.SpeculatorConfig | None = None,
         tuner: tuner_lib.Tuner | None = None,
         early_tuner: tuner_lib.Tuner | None = None,
+        calibration: calibration_lib.Calibration | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
         """Make an engine without weights; `set_params` gives it some.
 
         It speculates once `set_drafter` gave weights, by strategies that the tuners
-        choose, see `speculator.Speculator`; without `speculator_cfg` never. Stop
+        choose and scores that the calibration, its own, lets follow what comes of them,
+        see `speculator.Speculator`; without `speculator_cfg` never. Stop
         strings need `decode_text`, and without a mesh the engine has the first device.
 
         Raises:
@@ -83,6 +86,7 @@ class Engine:
             max_length=engine_cfg.max_length,
             tuner=tuner,
             early_tuner=early_tuner,
+            calibration=calibration,
         )
         self.programs = engine_programs.EnginePrograms(
             cfg, engine_cfg, speculator_cfg, self.mesh
@@ -246,6 +250,10 @@ class Engine:
                 if on_call:
                     alive = sum(len(row.tokens) for row in plan.rows)
                     on_call(stats.num_tokens + alive)
+        if self._speculator.score is not None:
+            tau, sharpness = self._speculator.score
+            stats.taus.append(tau)
+            stats.sharpnesses.append(sharpness)
         stats.num_preempted = plan.num_preempted
         stats.compile_s = self.pool.stats.waited_s - waited_before
         return stats

@@ -29,6 +29,8 @@ class RolloutStats:
         they were, too, or not: strategies differ in depth.
       reliability: `[3, 10]`, the learned drafter's drafts that had their chance by
         tenths of it, see `verify.reliability`.
+      taus, sharpnesses: of coupled drafts, as they were when a run ended, one for each
+        engine and run that had some; see `calibration`.
       by_rank: `[2, R]`, its nodes that were verified, and those accepted, by their rank
         in the batch: of `rooms.ROOMS` the first that holds them.
       strategies: decode calls by strategy; `none` is plain decoding.
@@ -54,6 +56,8 @@ class RolloutStats:
     reliability: list[list[float]] = dataclasses.field(
         default_factory=lambda: np.zeros((3, verify.NUM_TENTHS)).tolist()
     )
+    taus: list[float] = dataclasses.field(default_factory=list)
+    sharpnesses: list[float] = dataclasses.field(default_factory=list)
     by_rank: list[list[int]] = dataclasses.field(
         default_factory=lambda: np.zeros((2, len(rooms.ROOMS)), int).tolist()
     )
