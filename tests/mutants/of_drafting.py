@@ -1,6 +1,7 @@
 """Mutants of `specdec`: by file and the tests that see them, (old, new) pairs."""
 
 _LEARNED = "tests/specdec/proposers/test_learned.py"
+_EXPANSION = "tests/specdec/proposers/test_expansion.py"
 _SPECULATE = "tests/specdec/test_speculate.py"
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
 _ENGINE = "tests/rl/engine/test_engine_speculation.py"
@@ -176,7 +177,19 @@ EDITS = {
         ("num_above(live.scores)", "num_above(live.scores[:, :1])"),
         ("noise_B1V[rows.owners(), 0][None]", "noise_B1V[:1]"),
         ("jnp.where(own_BE[..., None], gains_BEE, -jnp.inf)", "gains_BEE"),
-        ("* topk // (topk + 1)", "// (topk + 1)"),
+        # Too few columns, by a path that is too short or too long, and of one row.
+        (
+            "num_columns(num_rows) - 1, level - 1",
+            "num_columns(num_rows), level",
+            _EXPANSION,
+        ),
+        ("part = max(rest - path, 0) if", "part = 0 if", _EXPANSION),
+        (
+            "min(num_rows, room // (of_row + path))",
+            "room // (of_row + path)",
+            _EXPANSION,
+        ),
+        ("if spans and 2 * most > spans[-1][1]:", "if spans:", _EXPANSION),
         (
             "features=jnp.take_along_axis(out.hidden, parent_BE[None], axis=2)",
             "features=out.hidden",

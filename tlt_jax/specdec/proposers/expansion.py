@@ -271,17 +271,49 @@ class Expansion:
         in_row_BE = alive[:, None] & (of_own_BE < width - 1)
         return in_row_BE & (jnp.sum(above_BEB, axis=2) < room)
 
-    def side_by_side(self, matters: Array) -> ragged.Ragged | None:
+    def most_expanded(self, num_rows: int, level: int) -> int:
+        """Say how many live nodes matter at most before a level is drafted.
+
+        Where k nodes of a row matter, at least k + level - 2 of its nodes score as high
+        as the worst of all that do: they, and a path to them. With the row's root, and
+        with one child that is yet to be verified, they are among the N nodes of the
+        batch, and among the W of the row. So rows of which as many matter as can, one
+        after another, are the most; what is left of N may hold a part of one more.
+        """
+        strategy = self.strategy
+        of_row = min(strategy.topk, strategy.tokens_to_verify - level)
+        room, path = strategy.num_columns(num_rows) - 1, level - 1
+        num_full = min(num_rows, room // (of_row + path))
+        rest = room - num_full * (of_row + path)
+        part = max(rest - path, 0) if num_full < num_rows else 0
+        return num_full * of_row + part
+
+    def spans(self, num_rows: int) -> tuple[tuple[int, int], ...]:
+        """Part the levels by how many nodes are expanded: last level, and columns.
+
+        The deeper, the fewer; with half as many or fewer another span begins, whose
+        program is one of its own. Levels without any are left out. Where laws are kept
+        each node keeps its place.
+        """
+        depth, spans = self.strategy.draft_depth, []
+        if self.keep_laws and depth > 1:
+            return ((depth, num_rows * self.strategy.topk),)
+        for level in range(2, depth + 1):
+            most = self.most_expanded(num_rows, level)
+            if most == 0:
+                break
+            if spans and 2 * most > spans[-1][1]:
+                spans[-1] = level, spans[-1][1]
+            else:
+                spans.append((level, most))
+        return tuple(spans)
+
+    def side_by_side(self, matters: Array, num_columns: int) -> ragged.Ragged | None:
         """Lay the live nodes of which `matters [B, E] bool` says so side by side.
 
-        None: there might be as many of them as there are nodes. No more of them matter
-        than nodes are verified beside the roots, and no more than `topk` a row. Where
-        laws are kept each keeps its place.
+        None: there might be as many of them as there are nodes.
         """
-        if self.keep_laws:
-            return None
         num_rows, topk = matters.shape
-        num_columns = self.strategy.num_columns(num_rows) * topk // (topk + 1)
         if num_columns >= num_rows * topk:
             return None
         counts_B = jnp.sum(matters, axis=1, dtype=jnp.int32)

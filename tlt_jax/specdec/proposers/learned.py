@@ -7,6 +7,7 @@ the drafter has not seen.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -176,22 +177,25 @@ class Learned(protocols.Proposer):
             root_DB1 = taken_in.hidden[:, 0, ragged_rows.columns(last_B1)]
             taken_in = jax.tree.map(ragged_rows.unpack, taken_in)
         live = grow.first_level(weights, score, state.counts, taken_in, root_DB1)
-        if self.strategy.draft_depth > 1:
-            root_position_B = state.start + state.counts - 1
+        root_position_B = state.start + state.counts - 1
 
-            def goes_on(state):
-                level, live, matters_BE = state
-                return (level <= self.strategy.draft_depth) & jnp.any(matters_BE)
+        def goes_on(last, state):
+            level, live, matters_BE = state
+            return (level <= last) & jnp.any(matters_BE)
 
-            def expand(state):
-                level, live, matters_BE = state
-                positions_B = root_position_B + level - 1
-                rows = grow.side_by_side(matters_BE)
-                live = grow.expand(weights, score, view, positions_B, level, live, rows)
-                return level + 1, live, grow.may_matter(live, alive_B)
+        def expand(num_columns, state):
+            level, live, matters_BE = state
+            positions_B = root_position_B + level - 1
+            packed = grow.side_by_side(matters_BE, num_columns)
+            live = grow.expand(weights, score, view, positions_B, level, live, packed)
+            return level + 1, live, grow.may_matter(live, alive_B)
 
-            begin = jnp.int32(2), live, grow.may_matter(live, alive_B)
-            live = lax.while_loop(goes_on, expand, begin)[1]
+        grown = jnp.int32(2), live, grow.may_matter(live, alive_B)
+        for last, num_columns in grow.spans(alive_B.shape[0]):
+            more = functools.partial(goes_on, last)
+            one = functools.partial(expand, num_columns)
+            grown = lax.while_loop(more, one, grown)
+        live = grown[1]
         laws = grow.laws(live, weights.params.draft_ids)
         extra = taken_in.keys, taken_in.values, live.slopes
         return protocols.Proposal(live.found, laws, extra)
