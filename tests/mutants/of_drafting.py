@@ -7,6 +7,7 @@ _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
 _ENGINE = "tests/rl/engine/test_engine_speculation.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
 _BLOCK = "tests/specdec/proposers/test_block.py"
+_CALIBRATION = "tests/specdec/test_calibration.py"
 _SHARED = f"{_SPECULATE} -k 'shared_block'"
 _SHARE = f"{_SPECULATE} -k give_their"
 _PAGES = f"{_DRAFTS} -k pages_are"
@@ -28,6 +29,14 @@ EDITS = {
         ("new = second.present() & (places == itself)", "new = second.present()"),
         ("(place < counts[:, None])", "(place <= counts[:, None])"),
         ("(index < index[:, None])", "(index <= index[:, None])"),
+    ],
+    ("specdec/calibration.py", _CALIBRATION): [
+        ("return Slopes(-above_mean(scores),", "return Slopes(above_mean(scores),"),
+        ("jnp.where(had_chance, accepted - chances, 0.0)", "accepted - chances"),
+        ("self._pull + pull + weight @ off", "self._pull + pull"),
+        ("_KEPT * self._weight, np.zeros(2)", "self._weight, np.zeros(2)"),
+        ("if measured != self._measured:", "if True:"),
+        ("own.restore(told)", "pass"),
     ],
     ("specdec/rooms.py", "tests/specdec/test_rooms.py"): [
         # A depth's exclusion; a row's rank for the batch's; no caps, no room, no rows
@@ -227,8 +236,8 @@ EDITS = {
             _ACCEPTED,
         ),
         (
-            'coupled = self.ranking == "coupled" and is_drawn',
-            "coupled = is_drawn",
+            'return self.ranking == "coupled" and is_drawn',
+            "return is_drawn",
             _LEARNED,
         ),
     ],

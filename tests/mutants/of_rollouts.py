@@ -3,6 +3,7 @@
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
 _PAGES = f"{_DRAFTS} -k pages_are"
+_SCORES = "tests/rl/engine/test_engine_scores.py"
 _SPECULATOR = "tests/rl/engine/test_speculator.py"
 _SPOT = "tests/rl/adaptation/test_spot_trainer.py"
 
@@ -78,12 +79,12 @@ EDITS = {
             "self._filled.difference_update(())",
         ),
         (
-            "self._sharpness, self._tau = drafter.measured(params)",
-            "self._tau, self._sharpness = drafter.measured(params)",
+            "sharpness, tau = drafter.measured(params)",
+            "tau, sharpness = drafter.measured(params)",
             "tests/rl/engine/test_engine_speculation.py -k sharpness",
         ),
         (
-            "self._tau if self.cfg.tau is None else np.float32(self.cfg.tau)",
+            "own if self.cfg.tau is None else np.float32(self.cfg.tau)",
             "np.float32(self.cfg.tau or drafter.TAU)",
             "tests/rl/engine/test_engine_speculation.py -k sharpness",
         ),
@@ -96,6 +97,12 @@ EDITS = {
             "self.weights = self.weights or learned.weights_of(self._params, target)",
             _PAGES,
         ),
+        (
+            "parts = self._tuner, self._early_tuner, self._calibration",
+            "parts = self._tuner, self._early_tuner",
+        ),
+        ("        self._calibration.begin_run()\n", "", _SCORES),
+        ("if self.cfg.tau is None:\n", "if True:\n", _SCORES),
         ("row.drafted = int(length)", "row.drafted = int(length) + 1"),
         ("row.drafted = 0\n", "row.drafted += 0\n"),
         (

@@ -37,9 +37,10 @@ def test_evidence_is_of_those_whose_parent_came_true():
         tokens=np.array([[5, 6, 7, 8]] * 3),
         parents=np.array([[-1, -1, 0, 1]] * 3),
         depths=np.array([[1, 1, 2, 2]] * 3),
-        scores=np.log([[0.5, 0.25, 0.4, 0.125], [0.5, 0, 0.4, 0], [0.5] * 4]),
+        scores=np.log([[0.5, 0.25, 0.4, 0.125], [0.5, 1e-9, 0.4, 1e-9], [0.5] * 4]),
     )
-    found = jax.tree.map(jnp.asarray, found)
+    # What is absent was not there to come true.
+    found = found.replace(scores=jnp.where(found.scores > -9, found.scores, -jnp.inf))
     drawn, counts = np.array([[5, 7, 9]] * 3), np.array([3, 1, 0])
     slopes = calibration.Slopes(jnp.full((3, 4), -2.0), jnp.full((3, 4), 3.0))
     seen = calibration.evidence(found, slopes, drawn, counts)

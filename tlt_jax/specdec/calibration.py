@@ -4,9 +4,10 @@ A coupled draft's chance is its share of softmax((sharpness x logprobs + noise) 
 and a verification tells whether it came true (`proposers.expansion`). Both numbers are
 first what was measured with a version on held-out texts (`training.acceptance`). From
 then on they are what makes the same sum of squares smallest, of chances less what came
-true, over all drafts since: least squares, linear at the numbers by which a decode call
-gave its chances. What was measured counts like a few hundred drafts, so that few say
-little; and as texts and target move on, older drafts count less at each run.
+true, over the drafts since: recursive least squares, linear at the numbers by which a
+decode call gave its chances. What was measured, and later what a run began with, counts
+like a few hundred drafts, so that few say little; and as texts and target move on,
+older drafts count less at each run.
 
 Tau is taken up at the next decode call. Sharpness has a say in what is drafted: it is
 taken up at the next run, within which a chain stays a function of its text, whatever
@@ -28,9 +29,9 @@ from tlt_jax.specdec import candidates as candidates_lib
 from tlt_jax.specdec import sampling
 from tlt_jax.types import Array
 
-# What the measured numbers count for, as `Evidence.weight` does, of log tau and of log
-# sharpness. A draft of middling chance weighs some 0.1 in each. Sharpness also decides
-# what is drafted, and was measured by that, of which chances say nothing.
+# What a run's first numbers count for beside earlier drafts, in the unit of
+# `Evidence.weight`: on real text a draft weighs some 0.05 by log tau, 0.4 by log
+# sharpness.
 _PRIOR = (20.0, 100.0)
 # What is left of the weight of earlier runs' drafts.
 _KEPT = 0.8
@@ -127,10 +128,10 @@ class Calibration:
         """Begin with no drafter's numbers."""
         self._version: int | None = None
         self._measured: list[float] = []
-        # Logarithms of tau and sharpness: before any draft was verified, and in use.
+        # Logarithms of tau and sharpness: as the run, or the version, began; in use.
         self._first, self._logs = np.zeros(2), np.zeros(2)
-        # Of what was verified: sums of squares of slopes, and of slopes times what they
-        # say that the logarithms are, from the first ones on.
+        # Of all that was verified, what it weighs; of the run's, sums of slopes times
+        # what is to be explained by logarithms other than the first ones.
         self._weight, self._pull = np.zeros((2, 2)), np.zeros(2)
         self._of_engines: list[Calibration] = []
 
@@ -165,10 +166,13 @@ class Calibration:
         self._weight, self._pull = np.zeros((2, 2)), np.zeros(2)
 
     def begin_run(self) -> None:
-        """Let what was seen in earlier runs count less, and take up a sharpness."""
-        self._weight, self._pull = _KEPT * self._weight, _KEPT * self._pull
+        """Take up both numbers, and let what they were learned from count less."""
         weight = np.diag(_PRIOR) + self._weight
-        self._move(1, np.linalg.solve(weight, self._pull)[1])
+        best = self._first + np.linalg.solve(weight, self._pull)
+        for which in range(2):
+            self._move(which, best[which])
+        self._first = self._logs.copy()
+        self._weight, self._pull = _KEPT * self._weight, np.zeros(2)
 
     def record(self, seen: Evidence) -> None:
         """Learn from a decode call, and take up a tau; a broken drafter says none."""
@@ -181,13 +185,13 @@ class Calibration:
         self._pull = self._pull + pull + weight @ off
         # The best one beside the sharpness in use.
         rest = self._pull[0] - self._weight[0, 1] * off[1]
-        self._move(0, rest / (_PRIOR[0] + self._weight[0, 0]))
+        rest /= _PRIOR[0] + self._weight[0, 0]
+        self._move(0, self._first[0] + rest)
 
-    def _move(self, which: int, off: float) -> None:
-        """Bring a logarithm to `off` from the first one, or part of the way there."""
-        step = self._first[which] + off - self._logs[which]
-        moved = self._logs[which] + np.clip(step, -_MOST_STEP, _MOST_STEP)
-        self._logs[which] = np.clip(moved, *_BOUNDS[:, which])
+    def _move(self, which: int, best: float) -> None:
+        """Bring a logarithm to its best value, or part of the way there."""
+        step = np.clip(best - self._logs[which], -_MOST_STEP, _MOST_STEP)
+        self._logs[which] = np.clip(self._logs[which] + step, *_BOUNDS[:, which])
 
     def state(self) -> dict[str, Any]:
         """Return all that was learned, as JSON has it."""
