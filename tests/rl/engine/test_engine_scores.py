@@ -74,27 +74,21 @@ def test_the_sharpness_of_a_run_is_the_one_that_it_began_with(engine):
     assert num_calls > 4 and len({float(x.tau) for x in told[:num_calls]}) > 4
     assert {float(x.sharpness) for x in told[:num_calls]} == {1.0}
     assert told[num_calls].sharpness < 0.99 and told[-1].sharpness < 0.85
-    assert first <= last == 39
+    assert (first, last) == (36, 37)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [dict(tau=2.2), dict(ranking="deterministic"), dict(rule="block")],
-    ids=str,
-)
-def test_nothing_follows_where_tau_is_given_or_means_nothing(changes):
-    more = changes | dict(table=strategy.parse_arms(("4:D3K1V4",)))
+def test_a_tau_that_is_given_stays():
+    more = SHARED | dict(tau=2.25)
     engine = speculation.engine_of("chain", speculation.DRAFTER, more, **SIZES)
     state = engine._speculator._calibration.state()
     *_, stats = run(engine, 2)
+    assert (stats.taus, stats.sharpnesses) == ([2.25], [1.0])
     assert engine._speculator._calibration.state() == state
-    given = "tau" in changes
-    assert (stats.taus, stats.sharpnesses) == (([2.2], [1.0]) if given else ([], []))
     engine.pool.close()
 
 
 def test_matches_have_chances_on_the_same_scale(monkeypatch):
-    """Texts that were drawn before, of which matches come true more often than not."""
+    """Texts of one seed, and so drawn before: what matches do is known by and by."""
     engine = speculation.engine_of("ngram", None, **SIZES)
     counted, kept = [], engine_lib.Engine._kept
 
@@ -103,12 +97,15 @@ def test_matches_have_chances_on_the_same_scale(monkeypatch):
         return kept(engine, rows, result)
 
     monkeypatch.setattr(engine_lib.Engine, "_kept", watched)
-    rates = []
-    for seed in (engines.SEED, engines.SEED, engines.SEED + 1, engines.SEED + 1):
+    for _ in range(6):
         counted.append(np.zeros((3, 10), np.float32))
-        engine.run(engines.REQUESTS, seed)
-        tried, chance, true = np.sum(counted[-1], axis=1)
-        rates.append((int(tried), true / tried, chance / tried))
-    print(rates)
+        engine.run(engines.REQUESTS, 0)
     engine.pool.close()
-    assert 0
+    (tried, chance, true), first = counted[-1], counted[0]
+    # Of those that nothing is known of few come true, and few were said to.
+    assert np.sum(first[1:], axis=1) / np.sum(first[0]) == pytest.approx(0, abs=0.15)
+    assert np.sum(true) / np.sum(tried) == pytest.approx(0.75, abs=0.05)
+    assert abs(np.sum(true) - np.sum(chance)) < 0.08 * np.sum(tried)
+    # From one end of the scale to the other.
+    assert min(tried[0], tried[9]) > 15
+    assert np.all(np.abs(true - chance)[[0, 9]] < 0.1 * tried[[0, 9]])

@@ -1,5 +1,6 @@
 """How many nodes a level of the drafter's tree has columns for, under a budget."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,7 +12,7 @@ import pytest
 from tests.specdec import hosts
 from tests.specdec.proposers import test_learned
 from tlt_jax.models.drafters import drafter
-from tlt_jax.specdec import decode
+from tlt_jax.specdec import candidates, decode
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import expansion
 
@@ -90,6 +91,22 @@ def test_never_more_nodes_matter_and_at_times_as_many(text, num_rows):
         assert np.all(here <= bound)
         most = np.maximum(most, here)
     assert most.tolist() == bound
+
+
+@pytest.mark.parametrize("budget", [0, 6])
+def test_slopes_stand_beside_their_candidates(budget):
+    """Also of nodes that lay side by side: against a sharpness a little larger."""
+    strategy = dataclasses.replace(test_learned.STRATEGY, budget=budget)
+    logs, slopes = [], None
+    for sharpness in (1.004, 1.0):
+        made, _ = test_learned.proposed(True, 1.0, sharpness, strategy)
+        found, slopes = made.candidates, made.extra[2]
+        logs.append(np.log(np.maximum(candidates.chances(found), 1e-30)))
+    present = np.asarray(found.present())
+    wanted = (logs[0] - logs[1]) / np.log(1.004)
+    assert present.sum() >= 12 and np.ptp(wanted[present]) > 1
+    found = np.asarray(slopes.by_sharpness)
+    np.testing.assert_allclose(found[present], wanted[present], atol=0.02)
 
 
 def test_deep_levels_of_chains_have_few_columns(monkeypatch):
