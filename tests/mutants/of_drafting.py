@@ -32,7 +32,7 @@ EDITS = {
     ],
     ("specdec/calibration.py", _CALIBRATION): [
         ("return Slopes(-above_mean(scores),", "return Slopes(above_mean(scores),"),
-        ("jnp.where(had_chance, accepted - chances, 0.0)", "accepted - chances"),
+        ("jnp.where(had_chance, chances * both, 0.0)", "chances * both"),
         ("self._pull + pull + weight @ off", "self._pull + pull"),
         ("_KEPT * self._weight, np.zeros(2)", "self._weight, np.zeros(2)"),
         ("if measured != self._measured:", "if True:"),
