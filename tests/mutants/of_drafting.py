@@ -4,6 +4,7 @@ _LEARNED = "tests/specdec/proposers/test_learned.py"
 _EXPANSION = "tests/specdec/proposers/test_expansion.py"
 _SPECULATE = "tests/specdec/test_speculate.py"
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
+_AHEAD = "tests/rl/engine/test_decode_calls.py"
 _ENGINE = "tests/rl/engine/test_engine_speculation.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
 _BLOCK = "tests/specdec/proposers/test_block.py"
@@ -161,6 +162,13 @@ EDITS = {
         ("rows.keys, lengths_B + 1, settings", "rows.keys, lengths_B, settings"),
         ("(counts_B < rows.remaining)", "(counts_B <= rows.remaining)"),
         ("alive=alive_B & ~ended_B &", "alive=alive_B &"),
+        ("jnp.where(has_finished, 0, step_limit)", "step_limit", _AHEAD),
+        ("jnp.any(start.alive & ~end.alive)", "jnp.any(~end.alive)", _AHEAD),
+        (
+            "remaining=rows.remaining - end.emitted",
+            "remaining=rows.remaining + 0 * end.emitted",
+            _AHEAD,
+        ),
     ],
     ("specdec/proposers/expansion.py", _LEARNED): [
         ("owners * num + level - 1", "owners * num + level", _ACCEPTED),

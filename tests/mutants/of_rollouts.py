@@ -9,6 +9,8 @@ _SPOT = "tests/rl/adaptation/test_spot_trainer.py"
 
 EDITS = {
     ("rl/engine/scheduler.py", "tests/rl/engine/test_scheduler.py"): [
+        ("self._pool.release(row.pages[kept:])", "pass"),
+        ("if sum(lacking) > self._pool.num_free:", "if False:"),
         ("self._references[page] = 1", "self._references[page] = 2"),
         ("if self._references[page] == 0:", "if self._references[page] <= 1:"),
         ("num_shared = prompt_length // page_size", "num_shared = 0"),
@@ -21,6 +23,21 @@ EDITS = {
         ("needed += prompt_length % page_size > 0", "needed += 0"),
         ("return max(1, num_rows // 8)", "return num_rows"),
         ("self._preempt(self.rows[-1])", "self._preempt(self.rows[0])"),
+    ],
+    ("rl/engine/decode_calls.py", "tests/rl/engine/test_decode_calls.py"): [
+        ("min(row.remaining for row in rows) <= steps", "False"),
+        ("            or cfg.stop\n", ""),
+        ("(len(rows) < cfg.max_rows and plan.num_waiting)", "False"),
+        ("not plan.reserve_ahead(2 * steps)", "not plan.reserve_ahead(steps)"),
+        ("now - max(call.enqueued_s, self._last_read_s)", "now - call.enqueued_s"),
+        ("if finished and self._ahead is not None:", "if False:"),
+    ],
+    ("runtime/programs.py", "tests/rl/engine/test_programs.py -k compile_a"): [
+        ("with self._turn(program):", "if True:"),
+        ("_turn(self._kind, program.key)", "_turn(id(self), program.key)"),
+    ],
+    ("runtime/compile_cache.py", "tests/rl/engine/test_programs.py -k compile_a"): [
+        ("strip_device_assignment or _is_nameless(jax)", "strip_device_assignment"),
     ],
     ("rl/engine/cache_writer.py", "tests/rl/engine/test_cache_writer.py"): [
         ("job.text[first + ahead :][:count]", "job.text[first:][:count]", _PAGES),
