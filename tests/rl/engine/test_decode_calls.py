@@ -83,7 +83,17 @@ def test_all_is_as_of_one_call_after_the_other(
     is_other = "num_pages" in changes or "max_rows" in changes
     pool = None if is_other else engine.pool
     one = engines.engine_of(pool, steps_per_call=2, page_size=2, **changes)
+    thrown, throw_away = [], decode_calls.DecodeCalls.throw_away
+
+    def noted(calls, finished, stats):
+        if finished and calls.has_ahead:
+            thrown.append(int(calls._ahead.result.num_steps))
+        throw_away(calls, finished, stats)
+
+    monkeypatch.setattr(decode_calls.DecodeCalls, "throw_away", noted)
     found, ahead = told(one)
+    # They would do no harm, but the device would have worked for nothing.
+    assert thrown == [0] * counts[1]
     one_after_the_other(monkeypatch)
     expected, none = told(one)
     assert found == expected
