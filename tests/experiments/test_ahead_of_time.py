@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -286,6 +287,51 @@ def test_rows_of_earlier_calls_are_kept():
     old = [row("qwen2.5-7b", "apply", 1), row("qwen2.5-32b", "sync", 2)]
     new = [row("llama-3.3-70b", "apply", 3), row("qwen2.5-7b", "apply", 4)]
     assert [r["fits"] for r in ahead_of_time.merged(old, new)] == [4, 2, 3]
+
+
+def test_a_stopped_call_has_lost_nothing_and_the_next_goes_on(tmp_path, monkeypatch):
+    seen = []
+
+    def run_model(name, wanted, known):
+        for program in ("apply", "sync"):
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append((name, program, known.get(program, {}).get("commit")))
+            row = {"model": name, "program": program, "total_bytes": len(seen)}
+            yield row | {"commit": known.get(program, {}).get("commit")}
+
+    monkeypatch.setattr(ahead_of_time, "run_model", run_model)
+    monkeypatch.setattr(ahead_of_time, "without_devices", lambda: None)
+    first, second = "qwen2.5-7b", "qwen2.5-32b"
+    path, record = tmp_path / "ahead_of_time.csv", tmp_path / "ahead_of_time.json"
+    rows = [
+        {"model": first, "program": "gone", "total_bytes": 0, "commit": "a"},
+        {"model": second, "program": "sync", "total_bytes": 0, "commit": "b"},
+    ]
+    tables.write(path, rows)
+    record.write_text('{"source_hash": "old", "carried": [{}], "continued": []}')
+    asked = [f"--models={first},{second}", f"--out={tmp_path}"]
+    with pytest.raises(KeyboardInterrupt):
+        ahead_of_time.main(asked)
+
+    def left():
+        return [(r["model"], r["program"], r["total_bytes"]) for r in tables.read(path)]
+
+    # What the second model had is there, and what the first has no more is not.
+    kept = [(second, "sync", 0), (second, "apply", 3)]
+    assert left() == [(first, "apply", 1), (first, "sync", 2), *kept]
+    assert json.loads(record.read_text())["source_hash"] == "old"
+    commit = tables.read(path)[0]["commit"]
+    seen[:] = [None] * 4
+    ahead_of_time.main(asked)
+    assert left()[2:] == [(second, "apply", 7), (second, "sync", 8)]
+    assert seen[4:] == [
+        *((first, "apply", commit), (first, "sync", commit)),
+        *((second, "apply", commit), (second, "sync", "b")),
+    ]
+    told = json.loads(record.read_text())
+    assert len(told["source_hash"]) == 12 and "carried" not in told
+    assert [run["cells"] for run in told["continued"]] == [[first, second]] * 2
 
 
 def test_without_the_compiler_the_message_has_the_command(monkeypatch):
