@@ -356,7 +356,7 @@ def run_model(
         is_wanted = program.name in wanted if wanted else program.name not in _LESS
         if not is_wanted:
             continue
-        print(f"Compiling {program.name} of {name} for {place} ...", flush=True)
+        print(f"{program.name} of {name} for {place} ...", flush=True)
         chip = place.partition(":")[0]
         yield {
             "model": name,
@@ -392,11 +392,13 @@ def compile_all(
         stored = provenance.read(folder, "ahead_of_time")
         record.resume(stored, options.models)
     made: list[tables.Row] = []
+    num_kept = 0
     with cudnn_of_described():
         for name in options.models:
             its = [row for row in old if row["model"] == name]
             known = {} if options.again else {str(row["program"]): row for row in its}
             for row in run_model(name, options.programs, known):
+                num_kept += bool(row.get("commit"))
                 made.append(row | {"commit": row.get("commit") or commit})
                 tables.write(path, merged(old, made))
                 record.write(path.with_suffix(".json"))
@@ -411,6 +413,7 @@ def compile_all(
         record.record.pop("carried", None)
         record.write(path.with_suffix(".json"))
     print(tables.shown([_in_short(row) for row in made]))
+    print(f"{len(made) - num_kept} compiled, {num_kept} of earlier calls kept.")
     return made
 
 
