@@ -256,6 +256,9 @@ def test_a_program_is_compiled_and_judged():
 
 def test_a_program_that_the_compiler_refuses_is_a_row():
     class Refused:
+        def as_text(self):
+            return ""
+
         def compile(self):
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED\nUsed 120.0G of 95.7G hbm, exceeds by 24.3G\nmore"
@@ -362,7 +365,8 @@ def test_the_table_is_that_of_the_recipes():
             assert row["slice"] == ahead_of_time.SLICES[name]
             assert row["mesh"] == "x".join(map(str, mesh_of(run)[0]))
             assert int(row["row_tokens"]) == run.learner.row_tokens
-            assert int(row["drafter_row_tokens"]) == run.adaptation.row_tokens
+            if row["program"].startswith("drafter"):
+                assert int(row["drafter_row_tokens"]) == run.adaptation.row_tokens
             assert int(row["max_batch"]) == run.rollout.max_batch
             assert row["remat"] == run.model.remat
             assert row["fits"] == "True", row
