@@ -73,6 +73,44 @@ def _clip(most: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def _sizes(settings: speculation.Adaptation) -> dict[str, int]:
+    """Sizes of a training step's batch."""
+    return {
+        "row_tokens": settings.row_tokens,
+        "row_bases": settings.row_bases,
+        "num_rows": settings.num_rows,
+    }
+
+
+def learner_of(
+    settings: speculation.Adaptation,
+    cfg: drafter.DrafterConfig,
+    *,
+    precision: str,
+    is_trained: bool,
+) -> drafter_learner.DrafterLearner:
+    """Make what a run trains its drafter with, as yet without weights.
+
+    `precision` is that of activations and of what the texts keep. A drafter that
+    `is_trained` already learns at a lower rate, unless the settings name one.
+    """
+    return drafter_learner.DrafterLearner(
+        cfg,
+        objectives.choose(settings.name, settings.overrides(), cfg.block_size),
+        _optimizer(settings, is_trained=is_trained),
+        batch=layout.described(
+            **_sizes(settings),
+            d_model=cfg.layer.d_model,
+            num_features=len(cfg.feature_layers),
+            dtype=precision,
+        ),
+        head_chunk=min(settings.head_chunk, settings.row_bases),
+        piece_bases=settings.piece_bases,
+        depth=min(_DEPTH, cfg.block_size or _DEPTH),
+        dtype=precision,
+    )
+
+
 class NoAdaptation:
     """Stands where a run has no learned drafter; see `Adaptation`.
 
@@ -163,11 +201,6 @@ class Adaptation:
         self.budget = budget.Budget()
         self._sharing = Sharing(workers.group)
         self.version, self.is_ready = 0, initial is not None
-        sizes = {
-            "row_tokens": settings.row_tokens,
-            "row_bases": settings.row_bases,
-            "num_rows": settings.num_rows,
-        }
         self.buffer = text_buffer.TextBuffer(
             settings.buffer_mb * _MIB,
             precision,
@@ -177,25 +210,13 @@ class Adaptation:
             on_spill_error=lambda e: observer.note(f"{e} Texts stay in memory."),
         )
         self.sampler = text_sampling.Sampler(
-            self.buffer, seed=seed, previous_frac=settings.previous_frac, **sizes
+            self.buffer,
+            seed=seed,
+            previous_frac=settings.previous_frac,
+            **_sizes(settings),
         )
-        objective = objectives.choose(
-            settings.name, settings.overrides(), cfg.block_size
-        )
-        self.learner = drafter_learner.DrafterLearner(
-            cfg,
-            objective,
-            _optimizer(settings, is_trained=initial is not None),
-            batch=layout.described(
-                **sizes,
-                d_model=cfg.layer.d_model,
-                num_features=len(cfg.feature_layers),
-                dtype=precision,
-            ),
-            head_chunk=min(settings.head_chunk, settings.row_bases),
-            piece_bases=settings.piece_bases,
-            depth=min(_DEPTH, cfg.block_size or _DEPTH),
-            dtype=precision,
+        self.learner = learner_of(
+            settings, cfg, precision=precision, is_trained=initial is not None
         )
         # What drafts would have had accepted can be read off texts of this law alone,
         # and by their own noise, which chain rules do not draw them by.
