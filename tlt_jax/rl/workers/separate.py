@@ -12,6 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import AuthenticationError, connection
 from typing import Any
 
 import jax
@@ -23,10 +24,13 @@ from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.workers import columns, records
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.runtime import distributed, failures, programs
-from tlt_jax.runtime.transport import door, messages, ring, talk
+from tlt_jax.runtime.transport import links, messages, ring, talk
 
 # The laws by which a worker samples: the run's own, and that of its evaluations.
 ROLLOUT, EVALUATION = "rollout", "evaluation"
+# What a worker has to answer at once.
+ANSWER_S = 60.0
+_MOST_WORKERS = 1 << 16
 
 
 class Distant:
@@ -90,7 +94,7 @@ class Distant:
 
     def dismiss(self) -> None:
         """Let it end, at its next sign of life if a rollout was given up."""
-        is_free = self._busy.acquire(timeout=door.ANSWER_S)
+        is_free = self._busy.acquire(timeout=ANSWER_S)
         with contextlib.suppress(talk.TalkError):
             if is_free:
                 self.talk.say("end")
@@ -101,6 +105,73 @@ class Distant:
         now = time.perf_counter()
         self.pool.stats.waits += [(now + a, now + b) for a, b in waits]
         self.pool.stats.waited_s += sum(b - a for a, b in waits)
+
+
+class Door:
+    """Where workers come in; who does not belong here is told why, or hung up on."""
+
+    def __init__(self, meeting: distributed.Meeting, about: Mapping[str, str]):
+        """Listen; `about` are code, libraries and settings, which all must share.
+
+        Raises:
+          failures.UserError: another program listens there.
+        """
+        self._meeting, self._about = meeting, dict(about)
+        self._changed = threading.Condition()
+        self._come: list[Distant] = []
+        self._closed = False
+        try:
+            self._listener = connection.Listener(meeting.address, None, 64)
+        except OSError as error:
+            host, port = meeting.address
+            raise failures.UserError(
+                f"another program listens at {host}:{port} ({error.strerror}): the "
+                "same command takes another port."
+            ) from error
+        threading.Thread(target=self._accept, daemon=True, name="door").start()
+
+    def take(self, num: int = 0, within_s: float = 0.0) -> list[Distant]:
+        """Return who has come since the last call; wait for `num` of them so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._come) >= num, within_s)
+            come, self._come = self._come, []
+        return come
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._closed = True
+        links.stop_listening(self._listener)
+        for one in self.take():
+            one.dismiss()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                caller = self._listener.accept()
+            except OSError:
+                # Closed by us, or by somebody who has changed their mind.
+                continue
+            threading.Thread(target=self._greet, args=(caller,), daemon=True).start()
+
+    def _greet(self, caller: connection.Connection) -> None:
+        try:
+            number, about = links.greet(caller, self._meeting.secret)
+            fits = type(number) is int and 0 <= number < _MOST_WORKERS
+            if not fits or type(about) is not dict:
+                raise ValueError(f"number={number!r} is no worker.")
+        except (OSError, EOFError, ValueError, TypeError, AuthenticationError):
+            caller.close()
+            return
+        its = talk.Talk(caller)
+        other = [name for name in self._about if about.get(name) != self._about[name]]
+        with contextlib.suppress(talk.TalkError):
+            its.say("refused" if other else "welcome", *other)
+            if not other and not self._closed:
+                with self._changed:
+                    self._come.append(Distant(number, its))
+                    self._changed.notify_all()
+                return
+        its.hang_up()
 
 
 class Team(workers_lib.Workers):
@@ -122,11 +193,11 @@ class Team(workers_lib.Workers):
     ):
         """Wait for nobody yet: `num` are expected before the first rollout.
 
-        For `about` see `door.Door`; requests are checked for engines of texts of
+        For `about` see `Door`; requests are checked for engines of texts of
         `max_length`.
 
         Raises:
-          failures.UserError: another program listens there.
+          failures.UserError: see `Door`.
         """
         super().__init__((), cfg, group)
         self.num, self._silent_s = num, cfg.heartbeat_timeout_s
@@ -134,7 +205,7 @@ class Team(workers_lib.Workers):
         self._distant: dict[int, Distant] = {}
         self._is_begun, self._version, self._law = False, -1, ROLLOUT
         self._parts: Callable[[], Iterator[Any]] | None = None
-        self._door = _open(meeting, about) if group.is_first else None
+        self._door = Door(meeting, about) if group.is_first else None
 
     @property
     def version(self) -> int:
@@ -195,15 +266,19 @@ class Team(workers_lib.Workers):
     def release_caches(self) -> None:
         """Theirs are not on the learner's devices."""
 
-    def close(self) -> None:
-        """Say goodbye to all: their processes end."""
+    def close(self, failed: bool = False) -> None:
+        """Say goodbye to all: their processes end, or where a run has failed, wait.
+
+        One that has lost a process is begun again, and finds them then.
+        """
         super().close()
         for one in self._distant.values():
-            one.dismiss()
+            if failed:
+                one.talk.hang_up()
+            else:
+                one.dismiss()
         if self._door is not None:
             self._door.close()
-            for number, its in self._door.take():
-                Distant(number, its).dismiss()
 
     def run(
         self,
@@ -272,11 +347,11 @@ class Team(workers_lib.Workers):
         come = self._door.take(missing, self._silent_s)
         if not (come or self._distant):
             come = self._door.take(1, self._silent_s)
-        for number, its in come:
-            if number in self._distant:
-                self.lose(number, "another has come in its place")
-            self._distant[number] = Distant(number, its)
-            self.lost.pop(number, None)
+        for one in come:
+            if one.number in self._distant:
+                self.lose(one.number, "another has come in its place")
+            self._distant[one.number] = one
+            self.lost.pop(one.number, None)
         self._is_begun = True
         if not self._distant:
             raise workers_lib.NoWorkersError(
@@ -330,7 +405,7 @@ class _Sending:
         addresses = [list(own.address)]
         for index, one in enumerate(self._distant, 1):
             self._tell(one, "weights", version, index, self._num, secret, silent_s)
-            addresses += self._ask(one, door.ANSWER_S) or [None]
+            addresses += self._ask(one, ANSWER_S) or [None]
         for one in self._distant:
             self._tell(one, None if self._failed else addresses)
         if self._failed:
@@ -388,18 +463,6 @@ class _Sending:
         except talk.TalkError as error:
             self._failed[one.number] = str(error)
             return ()
-
-
-def _open(meeting: distributed.Meeting, about: Mapping[str, str]) -> door.Door:
-    """Let workers in; see `Team`."""
-    try:
-        return door.Door(meeting.address, meeting.secret, about)
-    except OSError as error:
-        host, port = meeting.address
-        raise failures.UserError(
-            f"another program listens at {host}:{port} ({error.strerror}): the same "
-            "command takes another port."
-        ) from error
 
 
 def _all(options: Mapping[str, Any]) -> dict[str, Any]:

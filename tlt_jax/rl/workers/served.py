@@ -7,6 +7,7 @@ gone it waits for the one that is started in its place, and keeps its programs.
 import contextlib
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import AuthenticationError
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.workers import columns, separate, weight_sync
 from tlt_jax.runtime import distributed, failures
-from tlt_jax.runtime.transport import door, messages, ring, talk
+from tlt_jax.runtime.transport import links, messages, ring, talk
 
 Engines = Mapping[str, engine_lib.Engine]
+# How often it looks whether a learner is there.
+_LOOK_S = 0.1
 
 
 class Worker:
@@ -35,7 +38,7 @@ class Worker:
 
         It makes engines by the law by which each samples, of one target on one mesh and
         without weights, and the drafter of the first, if it has one. For `about` see
-        `door.Door`.
+        `separate.Door`.
         """
         self._meeting, self._about, self._make = meeting, dict(about), make
         self._engines: Engines = {}
@@ -61,16 +64,22 @@ class Worker:
 
     def _come(self) -> talk.Talk:
         """Wait for a learner, and show that this process belongs to it."""
-        meeting = self._meeting
-        its, other = door.enter(
-            meeting.address, meeting.secret, meeting.worker, self._about
-        )
-        if not other:
-            return its
-        raise failures.UserError(
-            f"rollout worker {meeting.worker} has another {other} than the learner: "
-            "start all processes with the same command, code and libraries."
-        )
+        greeting = [self._meeting.worker, self._about]
+        while True:
+            try:
+                given = self._meeting.address, self._meeting.secret, greeting
+                its = talk.Talk(links.connect(*given))
+                told, *other = its.hear(separate.ANSWER_S)
+            except (OSError, EOFError, AuthenticationError):
+                time.sleep(_LOOK_S)
+                continue
+            if told == "welcome":
+                return its
+            raise failures.UserError(
+                f"rollout worker {self._meeting.worker} has another {other[0]} than "
+                "the learner: start all processes with the same command, code and "
+                "libraries."
+            )
 
     def _follow(self, its: talk.Talk) -> bool:
         """Do what the learner says; false: the run has ended."""

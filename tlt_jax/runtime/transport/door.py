@@ -35,7 +35,10 @@ class Door:
         self._come: list[Come] = []
         self._closed = False
         self._listener = connection.Listener(tuple(address), None, 64)
-        threading.Thread(target=self._accept, daemon=True, name="door").start()
+        self._accepting = threading.Thread(
+            target=self._accept, daemon=True, name="door"
+        )
+        self._accepting.start()
 
     def take(self, num: int = 0, within_s: float = 0.0) -> list[Come]:
         """Return who has come since the last call, by number; wait for `num` so long.
@@ -52,9 +55,12 @@ class Door:
     def close(self) -> None:
         """Let nobody in any more; who waits in `take` goes on."""
         with self._changed:
-            self._closed = True
+            was_closed, self._closed = self._closed, True
             self._changed.notify_all()
-        links.stop_listening(self._listener)
+        if not was_closed:
+            links.stop_listening(self._listener)
+            # Until then the address is taken.
+            self._accepting.join(ANSWER_S)
 
     def _accept(self) -> None:
         while not self._closed:
