@@ -60,8 +60,10 @@ def measure(options: argparse.Namespace, cell: tables.Cell) -> list[tables.Row]:
     started = time.perf_counter()
 
     def run(its: rl_step.Scenario, system: str = rl_step.OURS) -> list[dict]:
-        steps = options.steps + its.lag
-        return rl_step.run(its, system, steps, options.seed)[its.lag :]
+        # The same steps of all, behind those in which a lag still brings nothing.
+        first = max(LAGS)
+        steps = first + options.steps
+        return rl_step.run(its, system, steps, options.seed)[first:]
 
     off = run(scenario, rl_step.OFF)
     found = [((COLOCATED, 0, 0), rl_step.totals(run(scenario), off))]
