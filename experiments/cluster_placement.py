@@ -25,8 +25,8 @@ COLOCATED, SEPARATE = "colocated", "separate"
 LAGS = (0, 1)
 # Parts of the cluster that may be the learner's.
 PARTS = (8, 4, 2)
-# Fewer hardly divide into a learner and workers.
-_MANY = 16
+# Of fewer a learner of its own takes what rollouts lack.
+_MANY = 64
 
 
 def splits(model: str, num_devices: int) -> list[int]:
