@@ -273,10 +273,8 @@ class Team(workers_lib.Workers):
         """
         super().close()
         for one in self._distant.values():
-            if failed:
-                one.talk.hang_up()
-            else:
-                one.dismiss()
+            leave = one.talk.hang_up if failed else one.dismiss
+            leave()
         if self._door is not None:
             self._door.close()
 
