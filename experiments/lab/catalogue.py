@@ -40,7 +40,7 @@ OURS = (
     *("peers_side_by_side", "ahead_of_time", "kernel_ahead_of_time", "tuner_trace"),
     *("step_ahead_of_time", "simulator_check", "planner", "lag", "route_flips"),
     *("drafters", "drafters_smollm2", "drafter_variants", "drafter_limits"),
-    "first_contact",
+    *("cluster_placement", "first_contact"),
 )
 # What compilers make of devices that are not there: experiments and flags, in order.
 COMPILED = (

@@ -436,6 +436,23 @@ TABLES = {
         keep=lambda row: row["system"] == "threshold",
         prepare=_clusters,
     ),
+    "cluster_placement": Table(
+        "cluster_placement.csv",
+        {
+            "model": "model",
+            "H100": "devices",
+            "rollout workers": "placement",
+            "lag": "lag",
+            "learner's own": lambda row: row["learner_devices"] or "-",
+            "a step, s": _fixed("step_s", 0),
+            "of colocated": _times("of_colocated"),
+            "of everything off": _times("times_faster"),
+            "weights, s": lambda row: f"{row['send_s']:.1f}" if row["send_s"] else "-",
+            "learner waits": lambda row: (
+                f"{row['learner_idle_frac']:.0%}" if row["learner_devices"] else "-"
+            ),
+        },
+    ),
     "devices": Table(
         "devices.csv",
         {

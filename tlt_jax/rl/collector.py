@@ -100,7 +100,7 @@ class Collector:
         seed: int,
         prompt_set: prompts.PromptSet,
         workers: workers_lib.Workers,
-        rewards: reward_pool.RewardPool,
+        rewards: reward_pool.Pool,
         decode_text: Callable[[np.ndarray], str],
         *,
         dynamic_sampling: bool,
@@ -212,7 +212,7 @@ class _Asked:
 
     prompts: list[prompts.Prompt]
     requests: list[types.Request]
-    pool: reward_pool.RewardPool
+    pool: reward_pool.Pool
     decode_text: Callable[[np.ndarray], str]
     judged: list[int] = dataclasses.field(default_factory=list)
 

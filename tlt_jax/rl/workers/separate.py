@@ -266,11 +266,15 @@ class Team(workers_lib.Workers):
     def release_caches(self) -> None:
         """Theirs are not on the learner's devices."""
 
-    def close(self) -> None:
-        """Say goodbye to all: their processes end."""
+    def close(self, failed: bool = False) -> None:
+        """Say goodbye to all: their processes end, or where a run has failed, wait.
+
+        One that has lost a process is begun again, and finds them then.
+        """
         super().close()
         for one in self._distant.values():
-            one.dismiss()
+            leave = one.talk.hang_up if failed else one.dismiss
+            leave()
         if self._door is not None:
             self._door.close()
 
