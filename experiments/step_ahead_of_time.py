@@ -23,6 +23,7 @@ measured but that of compiling.
 import argparse
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,7 @@ from tlt_jax.rl.workers import weight_sync
 from tlt_jax.runtime import programs, sharding
 from tlt_jax.specdec import chain, decode, sampling, speculate
 from tlt_jax.specdec import strategy as strategy_lib
+from tlt_jax.specdec.proposers import expansion
 
 PLAIN = "plain"
 MODEL = "qwen2.5-7b"
@@ -183,17 +185,21 @@ class Decoding:
             call = functools.partial(decode.decode, **how)
             given = weights, made.abstract_caches.target, rows, *ends
             traced = jax.make_jaxpr(call)(*given)
-            return step_costs.of_step(traced, platform, 0, per_token)
+            return step_costs.of_step(traced, platform, (), per_token)
         strategy = self.strategy.of_batch(self.batch)
+        proposer = made._proposer(strategy)
         call = functools.partial(
             speculate.run,
-            proposer=made._proposer(strategy),
+            proposer=proposer,
             rule=chain.RULES[chain.KEYED],
             **how,
         )
         inputs = made._inputs(weights, self.batch, strategy)
         given = weights, made.abstract_caches, rows, inputs, *ends
-        levels = strategy.draft_depth - 1
+        grow = expansion.Expansion(strategy, proposer.settings, proposer.cfg, False)
+        # Levels are drafted in a loop, or in several of which each has fewer columns.
+        last = [1, *(level for level, _ in grow.spans(self.batch))]
+        levels = [b - a for a, b in itertools.pairwise(last)]
         traced = jax.make_jaxpr(call)(*given)
         return step_costs.of_step(traced, platform, levels, per_token)
 

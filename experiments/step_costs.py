@@ -18,8 +18,9 @@ repeat, or exchange, is not counted.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -64,13 +65,13 @@ class _Program:
 
     Attributes:
       platform: that they are lowered for.
-      trips: of loops that ask whether to go on.
+      trips: of loops that ask whether to go on, one after the other.
       per_token: experts that a row of a mixture passes.
       columns: of a packed row, where it trains.
     """
 
     platform: str
-    trips: float
+    trips: Iterator[float]
     per_token: int
     columns: int = 0
 
@@ -81,24 +82,31 @@ class _Program:
 
 
 def of_step(
-    traced: jex_core.ClosedJaxpr, platform: str, trips: int, per_token: int = 1
+    traced: jex_core.ClosedJaxpr,
+    platform: str,
+    trips: Sequence[int],
+    per_token: int = 1,
 ) -> Cost:
     """Counts one step of a decode program's loop.
 
     Args:
       traced: the program, whose outer loop is its only one that asks whether to go on.
       platform: `tpu`, `cuda` or `cpu`, for what is written differently for each.
-      trips: of loops inside of it that ask so, too: the levels that are drafted.
+      trips: of each loop inside of it that asks so, too, in their order: the levels
+        that are drafted there.
       per_token: experts that a row of a mixture passes.
 
     Raises:
-      ValueError: it has no such loop, or several.
+      ValueError: it has no such loop, or several, or not so many inside.
     """
     loops = [eqn for eqn in _flat(traced.jaxpr) if eqn.primitive.name == "while"]
     if len(loops) != 1:
         raise ValueError(f"the program has {len(loops)} outer loops, not one.")
-    program = _Program(platform, trips, per_token)
-    return _of(loops[0].params["body_jaxpr"].jaxpr, program)
+    program = _Program(platform, iter(trips), per_token)
+    cost = _of(loops[0].params["body_jaxpr"].jaxpr, program)
+    if next(program.trips, None) is not None:
+        raise ValueError(f"a step has fewer loops than {list(trips)} is of.")
+    return cost
 
 
 def of_program(
@@ -110,7 +118,8 @@ def of_program(
     per_token: int = 1,
 ) -> Cost:
     """Counts a whole program that trains on packed rows of so many columns."""
-    return _of(traced.jaxpr, _Program(platform, trips, per_token, columns))
+    trips_of_all = itertools.repeat(trips)
+    return _of(traced.jaxpr, _Program(platform, trips_of_all, per_token, columns))
 
 
 def _flat(jaxpr: Any) -> Iterator[Any]:
@@ -141,7 +150,9 @@ def _of_equation(eqn: Any, program: _Program) -> Cost:
         inside = sum((_of(each, program) for each in _inner(eqn)), Cost())
         return inside.times(params["mesh"].size)
     if name == "while":
-        return _of(params["body_jaxpr"].jaxpr, program).times(program.trips)
+        if (trips := next(program.trips, None)) is None:
+            raise ValueError("a step has more loops than trips were said of.")
+        return _of(params["body_jaxpr"].jaxpr, program).times(trips)
     if name == "scan":
         return _of(params["jaxpr"].jaxpr, program).times(params["length"])
     if name == "cond":

@@ -155,8 +155,8 @@ class Trainer:
     def __enter__(self) -> "Trainer":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._closing.__exit__(*error)
+    def __exit__(self, kind=None, error=None, trace=None) -> None:
+        self._closing.__exit__(kind, error, trace)
 
     def begin(self) -> None:
         """Give the workers their weights, and compile what the steps need."""

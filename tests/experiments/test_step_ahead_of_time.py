@@ -103,11 +103,23 @@ def by_index(w):
     ],
 )
 def test_a_step_is_what_the_outer_loop_does(body, platform, wanted):
-    assert step_costs.of_step(looping(body), platform, 5) == wanted
+    trips = [5] if body is as_asked else []
+    assert step_costs.of_step(looping(body), platform, trips) == wanted
+
+
+def test_every_loop_of_a_step_has_trips_of_its_own():
+    def twice(w):
+        return lambda x: as_asked(w)(as_asked(w)(x))
+
+    cost = step_costs.of_step(looping(twice), "tpu", [5, 2])
+    assert cost == (PRODUCT + BACK).times(7)
+    for trips, told in (([5], "more loops than"), ([5, 2, 1], "fewer loops than")):
+        with pytest.raises(ValueError, match=told):
+            step_costs.of_step(looping(twice), "tpu", trips)
 
 
 def test_what_is_read_and_written_by_index_counts_alone():
-    cost = step_costs.of_step(looping(by_index), "tpu", 0)
+    cost = step_costs.of_step(looping(by_index), "tpu", [])
     gathered, summed, written = 2 * 16 + 2 * 4, 16 + 4, 2 * 8
     assert cost == step_costs.Cost(0, gathered + summed + written)
 
@@ -119,7 +131,7 @@ def test_a_program_with_two_outer_loops_is_refused():
         return x
 
     with pytest.raises(ValueError, match="2 outer loops, not one"):
-        step_costs.of_step(jax.make_jaxpr(twice)(0.0), "tpu", 0)
+        step_costs.of_step(jax.make_jaxpr(twice)(0.0), "tpu", [])
 
 
 @pytest.mark.parametrize(("name", "products"), [("splash", 9), ("cudnn", 7)])

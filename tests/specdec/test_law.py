@@ -288,7 +288,7 @@ class Rollouts:
                     *limits,
                 )
                 cache, draft_cache = caches.target, caches.drafter
-                emitted, drafted = result.emitted, np.array(result.progress)
+                emitted, drafted = result.emitted, np.array(result.progress[0])
             emitted = jax.device_get(emitted)
             for text, drawn, count in zip(
                 texts, emitted.tokens, emitted.counts, strict=True

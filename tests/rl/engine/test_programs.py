@@ -152,8 +152,9 @@ def cache(tmp_path, monkeypatch):
         return whole(backend, module, *rest)
 
     monkeypatch.setattr(compiler, "backend_compile_and_load", counted)
-    hashed = cache_key._hash_serialized_compile_options
-    monkeypatch.setattr(cache_key, hashed.__name__, getattr(hashed, "whole", hashed))
+    name = "_hash_serialized_compile_options"
+    hashed = getattr(cache_key, name)
+    monkeypatch.setattr(cache_key, name, getattr(hashed, "whole", hashed))
     settings = {
         "jax_compilation_cache_dir": str(tmp_path),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
