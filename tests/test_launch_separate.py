@@ -16,6 +16,14 @@ from tlt_jax.workdir import metrics
 
 RECIPE = f"--config={test_launch.ROOT / 'tests' / 'tiny_runs.py'}"
 SEPARATE = "--config.workers.placement=separate"
+# A drafter so small that its steps are done while a worker waits.
+ADAPTED = (
+    *("--config.specdec.mode=tlt", "--config.drafter.features=last"),
+    *("--config.specdec.strategies=1:D2K1V3", "--config.adaptation.num_rows=1"),
+    "--config.specdec.ngram_strategies=1:D2K1V3-ngram",
+    *("--config.adaptation.row_tokens=64", "--config.adaptation.row_bases=32"),
+    *("--config.adaptation.head_chunk=32", "--config.adaptation.piece_bases=0"),
+)
 
 
 @pytest.fixture
@@ -90,13 +98,15 @@ def test_a_worker_that_does_not_live_ends_the_run(started):
 
 @pytest.mark.slow
 def test_a_run_with_workers_of_its_own_survives_the_death_of_any(tmp_path):
-    """One learner and two workers: every digest is that of one process."""
+    """One learner and two workers that train a drafter: digests of one process."""
     settings = ("--config.num_steps=40", "--config.eval.every=20")
     settings += ("--config.eval.temperature=0", "--config.checkpoint.every=5")
+    # With answers of such lengths one worker waits for the other for a while.
+    settings += ("--config.rollout.max_new_tokens=60",)
     status, output = test_launched_runs.run(tmp_path / "one", 1, *settings)
     assert status == 0, output
     directory = tmp_path / "separate"
-    settings += (SEPARATE, "--config.workers.num=2", "--config.specdec.mode=ngram")
+    settings += (SEPARATE, "--config.workers.num=2", *ADAPTED)
     run = test_launched_runs.start(directory, 1, *settings)
     record, until = directory / metrics.FILE, time.monotonic() + 200
 
@@ -135,6 +145,11 @@ def test_a_run_with_workers_of_its_own_survives_the_death_of_any(tmp_path):
     for row, wanted in zip(found, expected, strict=True):
         assert {n: row.get(n) for n in names} == {n: wanted.get(n) for n in names}
     assert tiny_runs.unknown_keys(found) == []
+    # Workers that waited have trained; what was learned survives all of it.
+    assert sum(tiny_runs.values(found[1:], "workers/trained_s")) > 0
+    for name in ("drafter/num_updates", "drafter/version"):
+        counts = tiny_runs.values(found[1:], name)
+        assert counts == sorted(counts) and counts[-1] > counts[0], counts
 
 
 def test_without_a_launcher_nobody_rolls_out(tmp_path):
