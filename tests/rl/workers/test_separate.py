@@ -196,6 +196,40 @@ def test_more_workers_come_than_there_were(first, expected):
         assert world.team.at_work() == [0, 6] and late.version == 1
 
 
+@pytest.mark.parametrize("number", [1, 6])
+def test_who_comes_in_the_midst_of_a_rollout_takes_part(first, expected, number):
+    """Number 1 dies and comes anew, 6 comes late; else this rollout would not end."""
+    decode_call, helped = engine_lib.Engine._decode_call, threading.Event()
+    calls = []
+
+    def waiting(engine, *rest):
+        if number == 6 and not calls:
+            calls.append(world.worker(6, _decode_call=helping))
+        assert helped.wait(60)
+        return decode_call(engine, *rest)
+
+    def helping(engine, *rest):
+        if number == 1 and not calls:
+            calls.append(engine)
+            raise talk.TalkError("killed")
+        helped.set()
+        return decode_call(engine, *rest)
+
+    with world_of(first, 1 + (number == 1)) as world:
+        world.worker(0, _decode_call=waiting)
+        if number == 1:
+            world.worker(1, _decode_call=helping)
+        world.team.set_params(parts_of(engines.PARAMS), 1)
+        assert world.run() == expected
+        assert world.team.at_work() == [0, number] and not world.team.lost
+        spans = world.team.take_intervals()
+        did = [str(i.activity) for i in spans if i.worker == number]
+        assert did[-1] == "busy" or did[-2:] == ["busy", "idle"]
+        assert ("lost" in did) == (number == 1)
+        # It has got the weights once.
+        assert calls[0].version == 1
+
+
 def test_workers_outlive_a_learner_and_keep_their_programs(first, expected):
     with world_of(first, 2) as world:
         made = [world.worker(i) for i in range(2)]

@@ -25,7 +25,8 @@ class Trainer(spot_trainer.SpotTrainer):
     def train_for(self, seconds: float, max_steps: int = 0) -> None:
         """Let the first worker train for so long; see `SpotTrainer.train_for`."""
         members = self._workers.at_work()[:1]
-        self._there(members, lambda: False, None, seconds, max_steps)
+        if members:
+            self._there(members, lambda: False, None, seconds, max_steps)
 
     def _guarded(self, members, should_stop, train: records.Train | None) -> None:
         self._there(members, should_stop, train, 0.0, 0)
