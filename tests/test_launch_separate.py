@@ -102,7 +102,7 @@ def test_a_run_with_workers_of_its_own_survives_the_death_of_any(tmp_path):
     settings = ("--config.num_steps=40", "--config.eval.every=20")
     settings += ("--config.eval.temperature=0", "--config.checkpoint.every=5")
     # With answers of such lengths one worker waits for the other for a while.
-    settings += ("--config.rollout.max_new_tokens=60",)
+    settings += ("--config.rollout.max_new_tokens=56",)
     status, output = test_launched_runs.run(tmp_path / "one", 1, *settings)
     assert status == 0, output
     directory = tmp_path / "separate"
