@@ -19,8 +19,9 @@ own tables again. Both take another folder by `--out=DIR`: that of record is
 experiments/results/cpu. A picture names the machine and commit of its rows, whoever
 draws it.
 
-`compile` makes anew every table of programs that are compiled for devices which are not
-there, each in a process of its own; the compilers are libtpu and jax's CUDA plug-in.
+`compile` brings up to date every table of programs that are compiled for devices which
+are not there, each in a process of its own; the compilers are libtpu and jax's CUDA
+plug-in. What is there of today's code is kept, so that a stopped call goes on.
 
 For who keeps the repository: `tables` writes the tables of record into
 experiments/RESULTS.md and README.md; `carry` says of the named tables (`all`: of every
@@ -184,13 +185,19 @@ def carry(slugs: list[str], scale: str, why: str) -> list[tables.Row]:
 
 
 def compile_all(folder: pathlib.Path) -> list[tables.Row]:
-    """Makes all tables that compilers make, anew; returns what became of each.
+    """Brings all tables that compilers make up to date; returns what became of each.
 
     Raises:
       ValueError: one ended with an error, which it has told.
     """
     rows = []
     for slug, *flags in catalogue.COMPILED:
+        item = catalogue.declared(slug)
+        stale = item.status_in(folder) in (provenance.STALE, provenance.UNDATED)
+        # What is measured by cells keeps none of other code. Without, it sees itself
+        # which rows are of other programs.
+        if stale and item.cells is not None:
+            flags = [*flags, "--again"]
         command = ["-m", f"experiments.{slug}", *flags, f"--out={folder}"]
         print(f"python {shlex.join(command)}", flush=True)
         status = subprocess.run([sys.executable, *command], check=False).returncode

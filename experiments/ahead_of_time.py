@@ -7,19 +7,23 @@ For each variant of configs/grpo.py the programs of its run are made from abstra
 weights, with no file and no hub, and compiled for its devices, which are described, by
 the compiler for TPUs (libtpu) or GPUs (jax's CUDA plug-in). Those called tlt_ are of
 rollouts with `specdec.mode=tlt`, whose pages keep what the drafter reads and is trained
-on; updates are the same. The longest rows that the recipe allows are taken. The table
-says per device what a program holds, what the run holds besides on the fullest device,
-and whether both fit into the chip's memory. No speed is measured, but that of the
-compiler (`compile_cpu_s` counts its own processor time, whatever else the machine
-does).
+on; updates are the same. The longest rows that the recipe allows are taken. Those
+called drafter_ are of a step of the drafter's training on the first device of a worker
+that waits: its pages, weights and drafter stay there. The table says per device what a
+program holds, what the run holds besides on the fullest device, and whether both fit
+into the chip's memory. No speed is measured, but that of the compiler (`compile_cpu_s`
+counts its own processor time, whatever else the machine does).
 
 `flops` and `bytes_accessed` are the compiler's, which counts the body of a loop once
 (layers of the learner, chunks of its head, tiles of attention, steps of decoding), and
 so do the counts of collectives. `row_flops` and `row_bytes` are of one packed row of
 the update, counted as `step_costs` does, loops as often as they run;
-accumulate_portable is the same update with `learner.attention=portable`. Rows of
-earlier calls that a call does not make again are kept; `commit` says what each was made
-from.
+accumulate_portable is the same update with `learner.attention=portable`.
+
+Every program is lowered, which takes seconds; where `lowered_digest` says that a row is
+of the same program, devices and compiler, it is not compiled again, so that a call that
+was stopped goes on. Rows that a call does not ask for are kept. `commit` says what each
+was compiled from.
 """
 
 import argparse
@@ -33,7 +37,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -109,6 +113,11 @@ _BOTH = ("qwen2.5-7b@8xh200",)
 _PORTABLE = "accumulate_portable"
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 _COLLECTIVES += ("collective-permute",)
+# Columns that say what a compiler did, and of which code.
+_OF_COMPILER = ("refused", "compile_s", "compile_cpu_s", "argument_bytes")
+_OF_COMPILER += ("output_bytes", "temp_bytes", "peak_bytes", "code_bytes", "flops")
+_OF_COMPILER += ("bytes_accessed", "commit")
+_OF_COMPILER += tuple(f"num_{kind.replace('-', '_')}" for kind in _COLLECTIVES)
 
 _QWEN = {
     "tie_embeddings": False,
@@ -237,44 +246,69 @@ def libtpu_command() -> str:
     return f"pip install 'jax[tpu]=={jax.__version__}'"
 
 
-def measure(program: recipe_programs.Program, hbm_bytes: float) -> tables.Row:
-    """Compiles a program; returns its columns of the table."""
+def measure(
+    program: recipe_programs.Program,
+    hbm_bytes: float,
+    known: tables.Row | None = None,
+    place: str = "",
+) -> tables.Row:
+    """Compiles a program; returns its columns of the table.
+
+    `known` is an earlier row: of the same program for the same `place` and compiler, it
+    says what the compiler did.
+    """
     started = time.perf_counter()
     lowered = program.lower()
-    lower_s = time.perf_counter() - started
-    row: tables.Row = {"program": program.name, "lower_s": round(lower_s, 1)}
+    row: tables.Row = {"program": program.name}
+    told = {"lowered_digest": _digest(lowered, place)}
+    told["lower_s"] = round(time.perf_counter() - started, 1)
+    if known and known.get("lowered_digest") == told["lowered_digest"]:
+        told = {name: known.get(name) for name in (*told, *_OF_COMPILER)}
+    else:
+        told |= _compiled(lowered)
     if program.row_cost:
         cost = program.row_cost()
         row |= {"row_flops": int(cost.flops), "row_bytes": int(cost.num_bytes)}
+    row |= told
+    if told.get("refused"):
+        return row | {"fits": False}
+    arguments = told["argument_bytes"]
+    beside = program.beside_bytes + max(0, program.given_bytes - arguments)
+    total = sum(told[f"{name}_bytes"] for name in ("output", "temp", "code"))
+    total += arguments + beside
+    return row | {
+        "beside_bytes": beside,
+        "total_bytes": total,
+        "hbm_bytes": int(hbm_bytes),
+        "fits": total <= hbm_bytes,
+    }
+
+
+def _digest(lowered: jax.stages.Lowered, place: str) -> str:
+    """Returns a digest of all that a compiler is given, and of the compilers."""
+    names = "jaxlib", "libtpu", "jax-cuda13-pjrt"
+    versions = [provenance.version_of(name) for name in names]
+    return provenance.digest(f"{place}{_HOPPER}{_GPU}{versions}{lowered.as_text()}")
+
+
+def _compiled(lowered: jax.stages.Lowered) -> tables.Row:
+    """Compiles; returns what the compiler says, the columns `_OF_COMPILER`."""
     started, used = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         # The compiler refuses what exceeds the chip, and says by how much.
-        return row | {"fits": False, "refused": first_line(error)}
-    memory = compiled.memory_analysis()
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = (
-        memory.argument_size_in_bytes
-        + fresh
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-        + program.beside_bytes
-    )
-    cost = compiled.cost_analysis() or {}
+        return {"refused": first_line(error)}
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     counts = collectives(compiled.as_text())
-    return row | {
+    return {
         "compile_s": round(time.perf_counter() - started, 1),
         "compile_cpu_s": round(time.process_time() - used, 1),
         "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": fresh,
+        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
-        "beside_bytes": program.beside_bytes,
-        "total_bytes": total,
-        "hbm_bytes": int(hbm_bytes),
-        "fits": total <= hbm_bytes,
         "flops": cost.get("flops"),
         "bytes_accessed": cost.get("bytes accessed"),
         **{f"num_{kind.replace('-', '_')}": counts[kind] for kind in _COLLECTIVES},
@@ -300,14 +334,19 @@ def architecture_of(variant: str) -> model_config.ModelConfig:
     return ARCHITECTURES[variant.partition("@")[0]]
 
 
-def run_model(name: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
-    """Compiles the wanted programs (none named: all) of one variant; yields rows."""
+def run_model(
+    name: str, wanted: Sequence[str], known: Mapping[str, tables.Row]
+) -> Iterator[tables.Row]:
+    """Compiles the wanted programs (none named: all) of one variant; yields rows.
+
+    `known` are its rows by program, see `measure`.
+    """
     model, place, config = architecture_of(name), SLICES[name], grpo.get_config(name)
     run, devices = config_lib.load(config), described_devices(place)
     recipe = recipe_programs.Recipe(model, run, devices)
     config.specdec.mode = "tlt"
     tlt = recipe_programs.Recipe(model, config_lib.load(config), devices)
-    every = [*recipe.programs(), *tlt.rollouts()]
+    every = [*recipe.programs(), *tlt.rollouts(), *tlt.drafter_training()]
     if name in _BOTH:
         config.learner.attention = "portable"
         portable = recipe_programs.Recipe(model, config_lib.load(config), devices)
@@ -317,7 +356,7 @@ def run_model(name: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
         is_wanted = program.name in wanted if wanted else program.name not in _LESS
         if not is_wanted:
             continue
-        print(f"Compiling {program.name} of {name} for {place} ...", flush=True)
+        print(f"{program.name} of {name} for {place} ...", flush=True)
         chip = place.partition(":")[0]
         yield {
             "model": name,
@@ -328,7 +367,8 @@ def run_model(name: str, wanted: Sequence[str]) -> Iterator[tables.Row]:
             "head_chunk": recipe.learner.forward_cfg.head_chunk,
             "remat": run.model.remat,
             "max_batch": run.rollout.max_batch,
-            **measure(program, HBM_BYTES[chip]),
+            "drafter_row_tokens": run.adaptation.row_tokens,
+            **measure(program, HBM_BYTES[chip], known.get(program.name), place),
         }
 
 
@@ -344,25 +384,36 @@ def compile_all(
     """Compiles what is wanted; returns the rows that it made."""
     without_devices()
     path = tables.path_of(folder, "ahead_of_time")
+    current = record.record["source_hash"]
     commit = (record.record["commit"] or "unknown")[:10]
-    # Rows of whole models replace all that there were: recipes change.
-    old = [
-        row
-        for row in (tables.read(path) if path.is_file() else ())
-        if options.programs or row["model"] not in options.models
-    ]
+    old = tables.read(path) if path.is_file() else []
     if old:
         # Rows that are kept keep their record, to which this run's is added.
         stored = provenance.read(folder, "ahead_of_time")
         record.resume(stored, options.models)
     made: list[tables.Row] = []
+    num_kept = 0
     with cudnn_of_described():
         for name in options.models:
-            for row in run_model(name, options.programs):
-                made.append(row | {"commit": commit})
+            its = [row for row in old if row["model"] == name]
+            known = {} if options.again else {str(row["program"]): row for row in its}
+            for row in run_model(name, options.programs, known):
+                num_kept += bool(row.get("commit"))
+                made.append(row | {"commit": row.get("commit") or commit})
                 tables.write(path, merged(old, made))
                 record.write(path.with_suffix(".json"))
+            if not options.programs:
+                # Recipes change: what it has no more goes.
+                old = [row for row in old if row["model"] != name]
+                tables.write(path, merged(old, made))
+            jax.clear_caches()
+    if not old:
+        # Every row is of today's code.
+        record.record["source_hash"] = current
+        record.record.pop("carried", None)
+        record.write(path.with_suffix(".json"))
     print(tables.shown([_in_short(row) for row in made]))
+    print(f"{len(made) - num_kept} compiled, {num_kept} of earlier calls kept.")
     return made
 
 

@@ -15,6 +15,7 @@ and 8 nodes), as a prediction.
 """
 
 import argparse
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -36,6 +37,10 @@ THRESHOLD = 32
 # Forwards' worth of operations after a rollout: old and reference log-probabilities
 # one each, the update three.
 PASSES, EXCHANGE_S = 5.0, 5.0
+# Of the learner: weights and gradients in float32, and Adam's two moments.
+STATE_BYTES = 16
+# What one connection of a ring carries: a fifth of a 100 Gb/s network.
+WEIGHTS_BYTES_S = 2.5e9
 # The paper's best by batch: 64 nodes at one row, 48 at 2 to 4, 16 from 8 up.
 TABLE = ("1:D12K8V64", "4:D12K8V48", "32:D8K8V16")
 ARMS = (
@@ -119,10 +124,54 @@ def config_of(
     )
 
 
-def rest_of(machine: costs.RooflineCosts, num_devices: int) -> Callable[[int], float]:
+def rest_of(
+    machine: costs.RooflineCosts, num_devices: int, exchange_s: float = EXCHANGE_S
+) -> Callable[[int], float]:
     """Returns what tells the seconds after a rollout of so many tokens."""
     return functools.partial(
-        machine.update_s, num_devices=num_devices, passes=PASSES, exchange_s=EXCHANGE_S
+        machine.update_s, num_devices=num_devices, passes=PASSES, exchange_s=exchange_s
+    )
+
+
+def check_learner(machine: costs.RooflineCosts, num_devices: int) -> None:
+    """Refuses devices that do not hold what a learner keeps.
+
+    Raises:
+      ValueError: so it is.
+    """
+    state = STATE_BYTES * machine.model.num_params
+    memory = num_devices * machine.device.memory_bytes * MEMORY_FRAC
+    if state > memory:
+        raise ValueError(
+            f"{num_devices} devices of {machine.device.memory_bytes / 1e9:g} GB do not "
+            f"hold the learner's state, {state / 1e9:.0f} GB: give it more."
+        )
+
+
+def with_learner(
+    scenario: rl_step.Scenario,
+    cfg: cluster_records.ClusterConfig,
+    num_devices: int,
+    lag: int,
+    weights_bytes_s: float = WEIGHTS_BYTES_S,
+) -> rl_step.Scenario:
+    """Gives a learner so many devices of its own, and the workers `cfg` the others.
+
+    Nothing is exchanged then between learning and rolling out, no cache is released and
+    taken again; weights go to the workers instead.
+
+    Raises:
+      ValueError: see `check_learner`.
+    """
+    machine = scenario.costs
+    check_learner(machine, num_devices)
+    return dataclasses.replace(
+        scenario,
+        cfg=cfg,
+        rest_s=rest_of(machine, num_devices, exchange_s=0.0),
+        send_s=machine.send_s(weights_bytes_s),
+        is_separate=True,
+        lag=lag,
     )
 
 

@@ -23,9 +23,11 @@ behind, `--lost` how much of what it learned an update of the target takes, `--l
 how much of the way back a training step of one worker covers; so the table shows
 whether the workers' idle time is enough (`drafter_quality`, 1: adapted).
 
-`--lag=1 --learner-devices=16` lets rollouts go on beside updates (`rollout.lag`): of
-the cluster's devices so many learn and the others roll out, compared with all of them
-doing both by turns. The system itself has no such placement yet.
+`--learner-devices=16` gives rollout workers devices of their own
+(`workers.placement=separate`): of the cluster's so many learn and the others roll out,
+compared with all of them doing both by turns. Weights go to the workers each step, by
+`--weights-gb-s`; the learner's devices wait for rollouts, unless `--lag=1` lets those
+go on beside updates (`rollout.lag`).
 
 All is a prediction; `--assumptions` prints what it rests on.
 """
@@ -54,7 +56,9 @@ ASSUMPTIONS = """\
   layer 20 us on top; a drafted level the drafter's own forward and a fitted constant;
 - accept lengths hold for all rows, lengths and RL steps; unless --stale-accept-length
   says otherwise the drafter stays adapted (the table has the steps it could take);
-- after a rollout: five forwards' operations at 35 % of the data sheet, and 5 s;
+- after a rollout: five forwards' operations at 35 % of the data sheet, and 5 s; with a
+  learner of its own weights go to the workers instead of those 5 s, and it has no other
+  use for its devices;
 - no failures, stragglers, slow rewards or checkpoints; all workers alike;
 - checked against recorded runs of two workers on a CPU only (simulator_check).
 """
@@ -65,7 +69,12 @@ OPTIONS = (
     experiment.Option("device", "h100", ", ".join(costs.DEVICES)),
     experiment.Option("devices", 64, "of the whole cluster"),
     experiment.Option("lag", 0, "RL steps by which weights that roll out are older"),
-    experiment.Option("learner-devices", 0, "of the cluster, with --lag"),
+    experiment.Option("learner-devices", 0, "of the cluster; 0: all do both"),
+    experiment.Option(
+        "weights-gb-s",
+        cluster_size.WEIGHTS_BYTES_S / 1e9,
+        "at which weights go to workers of their own",
+    ),
     experiment.Option("tensor", 1, "devices of a worker"),
     experiment.Option("per-host", 8, "devices of a host"),
     experiment.Option(
@@ -246,11 +255,16 @@ def check(options: argparse.Namespace) -> None:
             f"--tensor={options.tensor}: choose a divisor."
         )
     learners = options.learner_devices
-    if options.lag < 0 or (options.lag > 0) != (learners > 0):
+    for name in ("lag", "learner_devices"):
+        if (value := getattr(options, name)) < 0:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: at least 0.")
+    if options.lag and not learners:
         raise ValueError(
-            f"--lag={options.lag} --learner-devices={learners}: give both, each at "
-            "least 1, or neither."
+            f"--lag={options.lag} --learner-devices=0: rollouts go on beside updates "
+            "where the learner has devices of its own; give it some."
         )
+    if not 0 < options.weights_gb_s < math.inf:
+        raise ValueError(f"--weights-gb-s={options.weights_gb_s:g}: more than 0.")
     rolling = options.devices - learners
     if learners and (rolling < options.tensor or rolling % options.tensor):
         raise ValueError(
@@ -348,10 +362,11 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
             drawn = cluster_size.lengths_of(step, count, options.seed, *law)
         return workload.grouped(drawn, options.group_size, options.prompt_tokens)
 
-    return rl_step.Scenario(
+    learners = options.learner_devices
+    by_turns = rl_step.Scenario(
         cfg=cluster_size.config_of(
             machine,
-            options.devices - options.learner_devices,
+            options.devices - learners,
             per_host=options.per_host,
             max_rows=options.max_rows,
             max_new_tokens=options.max_tokens,
@@ -362,13 +377,15 @@ def scenario_of(options: argparse.Namespace) -> rl_step.Scenario:
         table=table,
         threshold=cluster_size.THRESHOLD,
         responses=responses,
-        rest_s=cluster_size.rest_of(
-            machine, options.learner_devices or options.devices
-        ),
-        lag=options.lag,
+        rest_s=cluster_size.rest_of(machine, options.devices),
         drafter=cluster_records.Drafter(learned=options.learned, lost=options.lost)
         if options.stale_accept_length
         else cluster_records.Drafter(),
+    )
+    if not learners:
+        return by_turns
+    return cluster_size.with_learner(
+        by_turns, by_turns.cfg, learners, options.lag, options.weights_gb_s * 1e9
     )
 
 
@@ -378,7 +395,7 @@ def verdict(summary: list[tables.Row]) -> str:
     bound = off["step_s"] / (off["step_s"] - off["rollout_s"])
     what = "speculation"
     if off["system"] != rl_step.OFF:
-        what += " and rollouts beside updates"
+        what += " and a learner with devices of its own"
     if best["times_faster"] < 1.05:
         gain = f"{what} brings less than 5 % here: leave it off"
     else:
@@ -403,7 +420,7 @@ def plan_and_tell(options: argparse.Namespace) -> list[tables.Row]:
             f"{options.device}, longest rows.\n"
         )
     scenario, summary, reference = scenario_of(options), [], None
-    if options.lag:
+    if options.learner_devices:
         by_turns = argparse.Namespace(
             **vars(options) | {"lag": 0, "learner_devices": 0}
         )

@@ -16,6 +16,7 @@ from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import flash_attention
 from tlt_jax.models import params as model_params
+from tlt_jax.rl.adaptation import training
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.tasks import prompts
@@ -28,14 +29,16 @@ from tlt_jax.runtime import programs, sharding
 class Program:
     """One program of a run, and what traces and lowers it.
 
-    Besides its arguments the run then holds `beside_bytes` on the fullest device. Where
-    it trains, `row_cost` counts one packed row.
+    Besides its arguments the run then holds `beside_bytes` on the fullest device. Of
+    arguments of `given_bytes` compilers leave out what is not read, which is held all
+    the same; 0: all is read. Where the policy trains, `row_cost` counts a packed row.
     """
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     beside_bytes: int
     row_cost: Callable[[], step_costs.Cost] | None = None
+    given_bytes: int = 0
 
 
 class Recipe:
@@ -91,6 +94,7 @@ class Recipe:
             pool=pool,
         )
         speculation = speculation_lib.of_run(run, model)
+        self.speculator_cfg = speculation.speculator_cfg
         self.engine = engine_lib.Engine(
             model,
             engine_programs.EngineConfig(
@@ -106,7 +110,7 @@ class Recipe:
                 attention=run.rollout.attention,
                 keep_routes=model.experts is not None,
             ),
-            speculator_cfg=speculation.speculator_cfg,
+            speculator_cfg=self.speculator_cfg,
             mesh=engine_mesh,
             **{name: one.for_engine() for name, one in speculation.tuners.items()},
         )
@@ -185,16 +189,56 @@ class Recipe:
                 before = largest.get(key[0], key)
                 largest[key[0]] = max(before, key, key=lambda one: one[1])
         run = "tlt_" if engine.programs.captures else ""
-        params, moments = map(device_bytes, (self.state.params, self.state.opt_state))
-        reference = params if self._algorithm().loss.kl_coef > 0 else 0
         return [
             Program(
-                f"{run}{kind}_{key[1]}",
-                recorder.lowering[key],
-                params + moments + reference,
+                f"{run}{kind}_{key[1]}", recorder.lowering[key], self._policy_bytes()
             )
             for kind, key in largest.items()
         ]
+
+    def drafter_training(self) -> list[Program]:
+        """Returns those of a step of the drafter's training on a worker that waits.
+
+        It is the worker's first device; more of them would share the rows. The worker
+        keeps its weights and the pages of both caches meanwhile, and of the drafter two
+        copies: in use, and offered. Bringing one there is a copy through the host. What
+        measures drafts runs at temperature 1 alone, and holds less than a gradient.
+        """
+        learner = training.learner_of(
+            self.run.adaptation,
+            self.speculator_cfg.drafter_cfg,
+            precision=self.run.precision,
+            is_trained=bool(self.run.drafter.directory),
+        )
+        learner.state = learner.abstract_state()
+        devices = learner.devices_of([self.engine.mesh])
+        state, batch, target, under_way = learner.described(devices, self.weights)
+        made = self.engine.programs
+        drafts = made._drafter_weights(self.weights)
+        kept = self.weights, made.abstract_caches, drafts.head, *[drafts.params] * 2
+        waiting = self._policy_bytes() + sum(map(device_bytes, kept))
+        read = state.params, batch, target
+        given = {
+            "begin": read,
+            "add": (under_way, read),
+            "close": (under_way.grads, under_way.seen_grads, read),
+            "update": (state, under_way.grads, under_way.sums, batch),
+        }
+        found = []
+        for name, arguments in given.items():
+            held = waiting + device_bytes((state, batch, target))
+            if name != "begin":
+                held += device_bytes(under_way)
+            size = device_bytes(arguments)
+            lower = functools.partial(learner._lower, name, devices, self.weights)
+            found.append(Program(f"drafter_{name}", lower, held - size, None, size))
+        return found
+
+    def _policy_bytes(self) -> int:
+        """Of the policy's training, on a device: weights, moments, reference."""
+        params, moments = map(device_bytes, (self.state.params, self.state.opt_state))
+        reference = params if self._algorithm().loss.kl_coef > 0 else 0
+        return params + moments + reference
 
     def micro_batch(self) -> tuple[policy_gradient.Rows, Any, int]:
         """Makes the largest micro-batch: full rows of one prompt and response each.

@@ -16,7 +16,7 @@ def test_the_processes_of_one_run_are_found_and_no_others(tmp_path):
         return subprocess.Popen([*words, f"--workdir={directory}"], env=variables)
 
     started = [start(0, tmp_path), start(1, tmp_path), start(1, tmp_path / "other")]
-    expected = {0: started[0].pid, 1: started[1].pid}
+    expected = {"process 0": started[0].pid, "process 1": started[1].pid}
     # It takes a moment until they are what they were started as.
     while deaths.members(tmp_path) != expected:
         assert all(one.poll() is None for one in started)

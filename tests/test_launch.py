@@ -101,6 +101,7 @@ def test_processes_join_and_share_arrays(environment_of, initialize):
         (["--processes=2", "--workdir=x"], "--workdir=x is no option of launch"),
         (["--processes=2", "--", "--workdir=/proc/no"], "/proc/no cannot be written"),
         (["--processes=2", "--restarts=-1", "--"], "--restarts=-1: give 0 or more"),
+        (["--processes=2", "--devices_per_process=0"], "_process=0: give at least 1"),
         (["--processes=2", "--cpus_per_process=nan", "--"], "=nan: give more than 0"),
         (["--processes=2", "--executor=slurm", "--"], "'slurm' (choose from"),
     ],

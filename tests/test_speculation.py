@@ -1,10 +1,12 @@
 """What settings say of speculation becomes strategies, tuners and a drafter."""
 
+import types
+
 import pytest
 
 from tests import tiny_runs
 from tests.rl import engines
-from tlt_jax import speculation
+from tlt_jax import assembly, speculation
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import hf as drafter_hf
 from tlt_jax.models.drafters import io as drafter_io
@@ -151,6 +153,18 @@ def test_a_block_is_as_deep_as_the_deepest_strategy(tmp_path):
     loaded = speculation.load(str(tmp_path), engines.CFG).speculator_cfg
     table = [(most, *map(str, arms)) for most, arms in loaded.table.entries]
     assert table == [(1, "D4K1V5"), (4, "D4K1V5"), (16, "D3K1V4")]
+
+
+def test_an_engines_scores_are_part_of_what_a_run_keeps():
+    found = made(**TLT)
+    assert set(found.changing) == {"tuner", "early_tuner", "calibration"}
+    assert set(made(**TLT | {"specdec.mode": "ngram"}).changing) == {"tuner"}
+    letters = types.SimpleNamespace(eos_ids=(), decoder_for=lambda stop: None)
+    sizes = dict(max_rows=4, max_length=14)
+    one = assembly.engine_of(engines.CFG, letters, found, **sizes)
+    one._speculator._calibration.begin(7, 2.0, 1.5)
+    (told,) = found.changing["calibration"].state()["engines"]
+    assert told == one._speculator._calibration.state() and told["version"] == 7
 
 
 def test_a_drafter_of_its_own_or_a_new_one(tmp_path):

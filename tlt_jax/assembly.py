@@ -24,7 +24,7 @@ from tlt_jax.rl.adaptation import adaptation, elsewhere, training
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.tasks import build as tasks
-from tlt_jax.rl.tasks import prompts, reward_pool, scratch_model
+from tlt_jax.rl.tasks import prompts, reward_pool, reward_workers, scratch_model
 from tlt_jax.rl.update import updater
 from tlt_jax.rl.workers import records, separate, served, weight_sync, workers
 from tlt_jax.runtime import distributed, sharding
@@ -50,7 +50,7 @@ class Parts:
 
     model: model_config.ModelConfig
     tokenizer: model_tokenizer.Tokenizer
-    rewards: reward_pool.RewardPool
+    rewards: reward_pool.Pool
     speculation: speculation_lib.Speculation
     updater: updater.Updater
     workers: workers.Workers
@@ -109,15 +109,9 @@ def assemble(
             observer=observer,
         )
     closing.callback(adapting.close)
-    closing.callback(team.close)
+    closing.push(lambda kind, *_: team.close(failed=kind is not None))
     rewards = closing.enter_context(
-        reward_pool.RewardPool(
-            task.score,
-            run.reward.workers,
-            run.reward.timeout_s,
-            memory_mb=run.reward.memory_mb,
-            failure_reward=run.reward.failure_reward,
-        )
+        reward_workers.pool_of(run.reward, task.score, group.index, about_workers(run))
     )
     collecting = collector.Collector(
         run.rollout,
@@ -206,7 +200,7 @@ def _separate(
 
 
 def check_launched(run: config.RunConfig) -> None:
-    """Refuse a run whose rollout workers nobody starts.
+    """Refuse a run whose workers nobody starts.
 
     Raises:
       schema.ConfigError: it is one.
@@ -216,10 +210,16 @@ def check_launched(run: config.RunConfig) -> None:
             "workers.placement='separate' without a launcher: tlt_jax.launch starts "
             "the workers, too, python -m tlt_jax.launch --processes=1 -- --config=..."
         )
+    if run.reward.placement == "separate" and not distributed.reward_meetings():
+        raise schema.ConfigError(
+            "reward.placement='separate' without a launcher: tlt_jax.launch starts "
+            "reward workers, too, python -m tlt_jax.launch --processes=1 -- "
+            "--config=..., or set reward.placement=colocated."
+        )
 
 
 def about_workers(run: config.RunConfig) -> dict[str, str]:
-    """Say what a separate worker has in common with the learner."""
+    """Say what a worker elsewhere has in common with the learner."""
     return {**member.versions(), "settings": config.digest(run)}
 
 
@@ -454,6 +454,7 @@ def engine_of(
         speculator_cfg=speculation.speculator_cfg,
         tuner=speculation.tuner and speculation.tuner.for_engine(),
         early_tuner=speculation.early_tuner and speculation.early_tuner.for_engine(),
+        calibration=speculation.calibration and speculation.calibration.for_engine(),
         decode_text=tokenizer.decoder_for(sizes.get("stop", ())),
         mesh=mesh,
     )

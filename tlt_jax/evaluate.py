@@ -351,13 +351,7 @@ def evaluate(
         observer.stage("generating")
         observer.within(num_done, len(requests), f"{num_tokens} tokens")
 
-    with reward_pool.RewardPool(
-        task.score,
-        judging.workers,
-        judging.timeout_s,
-        memory_mb=judging.memory_mb,
-        failure_reward=judging.failure_reward,
-    ) as pool:
+    with reward_pool.of_settings(judging, task.score, judging.workers) as pool:
         try:
             pool.wait_until_ready()
             answers = evaluator.answer(

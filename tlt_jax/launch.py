@@ -1,7 +1,8 @@
 """Run several processes as one: `python -m tlt_jax.launch --processes=N -- ...`.
 
-With `workers.placement=separate` rollout workers are processes besides these, each a
-world of its own, which is started again alone where it is killed.
+With `workers.placement=separate` rollout workers are processes besides these, and with
+`reward.placement=separate` reward workers are, each a world of its own, which is
+started again alone where it is killed.
 
 What follows `--` is the command line of `tlt_jax.main`, or of what `--module` names.
 `--executor=local` starts the processes on this machine, `--executor=ray` on the cluster
@@ -20,6 +21,7 @@ Where a cluster's own launcher starts all tasks, they run `tlt_jax.main --cluste
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import pathlib
 import secrets
@@ -58,6 +60,9 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(own)
     if options.processes < 1:
         command_line.fail(f"--processes={options.processes}: give at least 1.")
+    if options.devices_per_process < 1:
+        told = f"--devices_per_process={options.devices_per_process}"
+        command_line.fail(f"{told}: give at least 1.")
     if options.restarts < 0:
         command_line.fail(f"--restarts={options.restarts}: give 0 or more.")
     if options.cpus_per_process is not None and not options.cpus_per_process > 0:
@@ -130,6 +135,22 @@ class _Parser(argparse.ArgumentParser):
         command_line.fail(message)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Helper:
+    """A member beside the world: what it is, and what others do where it is gone.
+
+    Attributes:
+      variable: by which it is told its number.
+      computes: whether it has cores and accelerators of its own.
+    """
+
+    what: str
+    others: str
+    variable: str
+    number: int
+    computes: bool
+
+
 class _Run:
     """Worlds, one after the other, until one has gone through."""
 
@@ -147,9 +168,11 @@ class _Run:
         # With an executor elsewhere: how much was shown of what process 0 says.
         self._shown = 0
         self._restarts, self._newest = 0, -1
-        # Behind the world's members: rollout workers, each a world of its own.
-        self._num_workers = _num_separate(options.module, program)
-        self._secret, self._meeting = secrets.token_hex(32), ""
+        # Behind the world's members: workers, each a world of its own.
+        self._helpers = _helpers_of(options.module, program)
+        # Where helpers find the world, and on which hosts that is.
+        self._meetings: dict[str, str] = {}
+        self._hosts: list[str] = []
         self._waiting: set[int] = set()
         self._executor = EXECUTORS[options.executor]()
 
@@ -158,14 +181,10 @@ class _Run:
         one = self._executor
         handlers = [signal.signal(n, self._hear) for n in stopping.SIGNALS]
         try:
-            one.start(
-                self._num + self._num_workers,
-                executor_lib.Share(
-                    self._options.cpus_per_process, self._options.devices_per_process
-                ),
-            )
+            shares = self._shares()
+            one.start(shares)
             if not one.is_local:
-                one.check_same(self._num + self._num_workers)
+                one.check_same(len(shares))
                 self._shown = self._size_of_log()
             self._begin()
             while True:
@@ -174,7 +193,7 @@ class _Run:
                 self._pass_signals_on()
                 if all(code == 0 for code in codes[: self._num]):
                     return 0
-                if self._begin_workers_again(codes):
+                if self._begin_helpers_again(codes):
                     continue
                 if not any(codes):
                     # Those that run are waited for, with or without others' ends.
@@ -194,10 +213,7 @@ class _Run:
         """Let every member run its part of a world."""
         one = self._executor
         address = one.call(0, "address", one.host(0))
-        # The same for all worlds on a host: who works goes on with the next one.
-        is_new = self._meeting.rpartition(":")[0] != one.host(0)
-        if self._num_workers and is_new:
-            self._meeting = one.call(0, "address", one.host(0))
+        is_new = self._helpers and self._meet(address)
         for index in range(self._num):
             self._run(
                 index,
@@ -207,16 +223,59 @@ class _Run:
                     distributed.PROCESS: str(index),
                 },
             )
-        for index in range(self._num, self._num + self._num_workers):
-            if is_new:
-                self._begin_worker(index)
+        codes = one.watch()[self._num :] if self._helpers else ()
+        for number, code in enumerate(codes):
+            # One may have heard the end of a world of which another process was lost.
+            if is_new or code == 0:
+                self._begin_helper(number)
 
-    def _begin_worker(self, index: int) -> None:
-        """Let a rollout worker wait for the world; another program of it is ended."""
+    def _meet(self, address: str) -> bool:
+        """Choose where helpers find the world; false: it is where they look already.
+
+        That is the same for all worlds on these hosts: who works goes on with the next
+        one. The address is another one's.
+        """
+        one, taken = self._executor, {address}
+        wanted = {helper.variable for helper in self._helpers}
+        is_judged = distributed.REWARD_WORKER in wanted
+        hosts = [one.host(i) for i in range(self._num if is_judged else 1)]
+        if hosts == self._hosts:
+            return False
+        self._hosts = hosts
+
+        def free(index: int) -> str:
+            while (found := one.call(index, "address", hosts[index])) in taken:
+                pass
+            taken.add(found)
+            return found
+
+        self._meetings = {distributed.SECRET: secrets.token_hex(32)}
+        if distributed.WORKER in wanted:
+            self._meetings[distributed.MEETING] = free(0)
+        if is_judged:
+            found = ",".join(map(free, range(self._num)))
+            self._meetings[distributed.REWARD_MEETINGS] = found
+        return True
+
+    def _shares(self) -> list[executor_lib.Share]:
+        """Return what each member has."""
+        options = self._options
+        own = executor_lib.Share(options.cpus_per_process, options.devices_per_process)
+        # It does one thing at a time.
+        small = executor_lib.Share(min(1.0, options.cpus_per_process or 1.0), 0)
+        beside = [own if helper.computes else small for helper in self._helpers]
+        return [own] * self._num + beside
+
+    def _begin_helper(self, number: int) -> None:
+        """Let a helper wait for the world; another program of it is ended."""
+        helper, index = self._helpers[number], self._num + number
         if index in self._waiting:
             self._executor.restart(index)
         self._waiting.add(index)
-        self._run(index, {distributed.WORKER: str(index - self._num)})
+        told = {helper.variable: str(helper.number)}
+        if not helper.computes:
+            told["JAX_PLATFORMS"] = "cpu"
+        self._run(index, told)
 
     def _run(self, index: int, variables: Mapping[str, str]) -> None:
         """Let a member run the program, which is told who it is."""
@@ -226,14 +285,9 @@ class _Run:
             forwarded = {
                 n: v for n, v in os.environ.items() if n.startswith(_FORWARDED)
             }
-        if self._num_workers:
-            meeting = {
-                distributed.MEETING: self._meeting,
-                distributed.SECRET: self._secret,
-            }
-            variables = {**variables, **meeting}
         told = {
             **forwarded,
+            **self._meetings,
             **variables,
             # Where a member sees its own devices alone, they are not numbered.
             distributed.DEVICES: self._devices(index) if one.is_local else "",
@@ -271,22 +325,22 @@ class _Run:
         self._begin()
         return True
 
-    def _begin_workers_again(self, codes: Sequence[int | None]) -> bool:
-        """Start rollout workers again that were killed; the others go on meanwhile."""
+    def _begin_helpers_again(self, codes: Sequence[int | None]) -> bool:
+        """Start helpers again that were killed; the others go on meanwhile."""
         killed = [i for i in range(self._num, len(codes)) if (codes[i] or 0) < 0]
         if not killed or any(codes[: self._num]) or self._heard:
             return False
         if not self._may_restart():
             return False
         for index in killed:
-            told = f"rollout worker {index - self._num} was ended by"
+            helper = self._helpers[index - self._num]
             print(
-                f"{told} {_name(codes[index])}: it is started again, and others "
-                "generate its requests.",
+                f"{helper.what} {helper.number} was ended by {_name(codes[index])}: it "
+                f"is started again, and others {helper.others}.",
                 file=sys.stderr,
                 flush=True,
             )
-            self._begin_worker(index)
+            self._begin_helper(index - self._num)
         return True
 
     def _may_restart(self) -> bool:
@@ -306,7 +360,7 @@ class _Run:
         for number in self._heard[self._num_told :]:
             self._num_told += 1
             if self._num_told == 1:
-                # To rollout workers the learner says when it needs them no more.
+                # To helpers the learner says when it needs them no more.
                 self._tell("terminate", self._num)
             elif number == signal.SIGINT:
                 self._tell("kill")
@@ -351,7 +405,7 @@ class _Run:
             if time.monotonic() > until_s:
                 break
             time.sleep(_POLL_S)
-        # Of nobody else do rollout workers hear of it.
+        # Of nobody else do helpers hear of it.
         self._tell("terminate", None)
         while None in self._executor.watch() and time.monotonic() < until_s:
             time.sleep(_POLL_S)
@@ -385,18 +439,25 @@ class _Run:
         return (self._directory / "processes" / f"{index}.log").resolve()
 
 
-def _num_separate(module: str, program: Sequence[str]) -> int:
-    """Return how many rollout workers the settings want in processes of their own."""
+def _helpers_of(module: str, program: Sequence[str]) -> list[_Helper]:
+    """Return the workers that the settings want in processes of their own."""
     if module != _MAIN:
-        return 0
+        return []
     try:
         _, changes = command_line.overrides(["", *program])
         spec = command_line.last_value(program, "config")
         run = command_line.settings_of(spec, changes, config.RunConfig)
     except (schema.ConfigError, flags.Error):
         # The processes say so.
-        return 0
-    return run.workers.num if run.workers.placement == "separate" else 0
+        return []
+    found = []
+    if run.workers.placement == "separate":
+        told = "rollout worker", "generate its requests", distributed.WORKER
+        found += [_Helper(*told, number, True) for number in range(run.workers.num)]
+    if run.reward.placement == "separate":
+        told = "reward worker", "judge in its place", distributed.REWARD_WORKER
+        found += [_Helper(*told, number, False) for number in range(run.reward.workers)]
+    return found
 
 
 def _name(code: int) -> str:

@@ -8,6 +8,7 @@ one machine are started by `tlt_jax.launch`.
 from absl import flags
 
 from tlt_jax import assembly, config, train
+from tlt_jax.rl.tasks import reward_workers
 from tlt_jax.runtime import (
     command_line,
     compile_cache,
@@ -37,6 +38,10 @@ def main(run: config.RunConfig) -> None:
     # First of all, as others begin threads.
     host_memory.keep_freed()
     with command_line.told(), stopping.heard() as stop:
+        judged = distributed.reward_meetings()
+        if judged and judged[0].worker is not None:
+            reward_workers.serve(run, judged, assembly.about_workers(run))
+            return
         distributed.initialize(_CLUSTER.value)
         cpu_devices.prepare(run)
         compile_cache.enable()

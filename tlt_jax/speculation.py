@@ -14,6 +14,7 @@ from tlt_jax.models.drafters import io as drafter_io
 from tlt_jax.rl.engine import speculator
 from tlt_jax.settings import schema
 from tlt_jax.settings import speculation as settings_lib
+from tlt_jax.specdec import calibration as calibration_lib
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.training import objectives
@@ -37,18 +38,27 @@ class Speculation:
       params: the learned drafter's weights; None: there is none, or random ones.
       tuner: chooses among the strategies, for all engines; None: the table, unchanged.
       early_tuner: the same before the drafter is ready.
+      calibration: of the drafter's scores, of all engines; None: each keeps its own.
     """
 
     speculator_cfg: speculator.SpeculatorConfig | None = None
     params: drafter.DrafterParams | None = None
     tuner: shared_tuner.SharedTuner | None = None
     early_tuner: shared_tuner.SharedTuner | None = None
+    calibration: calibration_lib.Calibration | None = None
 
     @property
     def tuners(self) -> dict[str, shared_tuner.SharedTuner]:
         """Those there are, by the name of their field."""
         both = {"tuner": self.tuner, "early_tuner": self.early_tuner}
         return {name: tuner for name, tuner in both.items() if tuner is not None}
+
+    @property
+    def changing(self) -> dict[str, Any]:
+        """What learns in a run and has a state, by the name of its field."""
+        if self.calibration is None:
+            return self.tuners
+        return self.tuners | {"calibration": self.calibration}
 
     @property
     def max_length(self) -> int:
@@ -105,7 +115,8 @@ def of_run(run: config.RunConfig, model: model_config.ModelConfig) -> Speculatio
         early=early,
     )
     return Speculation(
-        speculator_cfg, params, tuner_of(arms, run.seed + 1), early_tuner
+        *(speculator_cfg, params, tuner_of(arms, run.seed + 1), early_tuner),
+        calibration_lib.Calibration(),
     )
 
 

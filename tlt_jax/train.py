@@ -133,7 +133,7 @@ class Trainer:
             )
         )
         learning, sync = parts.updater, parts.sync
-        changing = {"collector": parts.collector, **parts.speculation.tuners}
+        changing = {"collector": parts.collector, **parts.speculation.changing}
         self.rollouts = rollouts.Rollouts(
             *(run.rollout.lag, run.num_steps, parts.collector, parts.adaptation),
             *(parts.workers, learning, sync, changing, display),
@@ -155,8 +155,8 @@ class Trainer:
     def __enter__(self) -> "Trainer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
+    def __exit__(self, *error: Any) -> None:
+        self._closing.__exit__(*error)
 
     def begin(self) -> None:
         """Give the workers their weights, and compile what the steps need."""

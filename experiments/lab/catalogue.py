@@ -40,13 +40,13 @@ OURS = (
     *("peers_side_by_side", "ahead_of_time", "kernel_ahead_of_time", "tuner_trace"),
     *("step_ahead_of_time", "simulator_check", "planner", "lag", "route_flips"),
     *("drafters", "drafters_smollm2", "drafter_variants", "drafter_limits"),
-    "first_contact",
+    *("cluster_placement", "first_contact"),
 )
 # What compilers make of devices that are not there: experiments and flags, in order.
 COMPILED = (
     ("ahead_of_time",),
-    ("kernel_ahead_of_time", "--again"),
-    ("step_ahead_of_time", "--again", "--compiled=1,64"),
+    ("kernel_ahead_of_time",),
+    ("step_ahead_of_time", "--compiled=1,64"),
     ("step_ahead_of_time", "--model=qwen3-30b-a3b", "--batches=1,32,64"),
 )
 # Of tools that are no matter of seconds on any machine.

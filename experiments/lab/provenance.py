@@ -278,10 +278,13 @@ def _told(*command: str) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: version_of(name) for name in _PACKAGES}
+    return {name: version for name, version in found.items() if version}
+
+
+def version_of(package: str) -> str | None:
+    """Returns the version of an installed package; None: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

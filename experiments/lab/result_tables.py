@@ -65,19 +65,28 @@ def _gib(row: tables.Row, name: str) -> str:
 
 
 def _by_recipe(rows: Rows) -> Rows:
-    """Puts what a recipe's programs take of a device into one row, in GiB."""
-    found: dict[str, tables.Row] = {}
+    """Puts what a recipe's programs take of a device into one row, in GiB.
+
+    Of the drafter's training it is the largest program's.
+    """
+    most: dict[tuple[str, str], tables.Row] = {}
     for row in rows:
+        kind = re.sub(r"_\d+$|(?<=drafter)_\w+$", "", str(row["program"]))
+        key = str(row["model"]), kind
+        most[key] = max(
+            most.get(key, row), row, key=lambda one: one["total_bytes"] or 0
+        )
+    found: dict[str, tables.Row] = {}
+    for (model, kind), row in most.items():
         chip, _, shape = str(row["slice"]).partition(":")
         count = math.prod(map(int, shape.split("x")))
         empty = {"devices": f"{count} {chip}"} | dict.fromkeys(_PROGRAMS)
-        told = found.setdefault(str(row["model"]), row | empty)
-        told[re.sub(r"_\d+$", "", str(row["program"]))] = _gib(row, "total_bytes")
+        found.setdefault(model, row | empty)[kind] = _gib(row, "total_bytes")
     return list(found.values())
 
 
 _PROGRAMS = ("accumulate", "apply", "sync", "prefill", "decode")
-_PROGRAMS += ("tlt_decode", "tlt_speculate")
+_PROGRAMS += ("tlt_decode", "tlt_speculate", "drafter")
 _SYSTEMS = {
     "off": "everything off",
     "ngram": "matches alone",
@@ -426,6 +435,23 @@ TABLES = {
         },
         keep=lambda row: row["system"] == "threshold",
         prepare=_clusters,
+    ),
+    "cluster_placement": Table(
+        "cluster_placement.csv",
+        {
+            "model": "model",
+            "H100": "devices",
+            "rollout workers": "placement",
+            "lag": "lag",
+            "learner's own": lambda row: row["learner_devices"] or "-",
+            "a step, s": _fixed("step_s", 0),
+            "of colocated": _times("of_colocated"),
+            "of everything off": _times("times_faster"),
+            "weights, s": lambda row: f"{row['send_s']:.1f}" if row["send_s"] else "-",
+            "learner waits": lambda row: (
+                f"{row['learner_idle_frac']:.0%}" if row["learner_devices"] else "-"
+            ),
+        },
     ),
     "devices": Table(
         "devices.csv",

@@ -261,6 +261,13 @@ class RooflineCosts:
         """Seconds to broadcast the drafter's weights at 50 GB/s."""
         return 2 * self.model.drafter_params / 50e9
 
+    def send_s(self, bytes_per_s: float) -> float:
+        """Returns seconds to bring bf16 weights to workers of their own, round a ring.
+
+        Every process passes them on as they come: it is the same for any number.
+        """
+        return 2 * self.model.num_params / bytes_per_s
+
     def update_s(
         self, num_tokens: float, num_devices: int, *, passes: float, exchange_s: float
     ) -> float:

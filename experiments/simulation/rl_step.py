@@ -20,9 +20,12 @@ class Scenario:
     `arms` are candidates of the tuner `cost_model`; `table` has one strategy for each
     number of rows, for the tuner `threshold`, which begins at `threshold` of a worker.
     `rest_s` are seconds after a rollout of so many tokens, prompts included: inference,
-    update and sync. The drafter's state is that at the beginning. With a `lag` the
-    learner has devices of its own, and rollouts go on beside its updates by weights
-    that are so many steps old (`rollout.lag`).
+    update and sync. The drafter's state is that at the beginning.
+
+    With `is_separate` the learner has devices of its own (`workers.placement`), which
+    wait while the others roll out; `send_s` is what weights take to the workers, which
+    wait for them. With a `lag` rollouts go on beside its updates by weights that are so
+    many steps old (`rollout.lag`).
     """
 
     cfg: cluster_records.ClusterConfig
@@ -36,6 +39,8 @@ class Scenario:
     drafter: cluster_records.Drafter = dataclasses.field(
         default_factory=cluster_records.Drafter
     )
+    is_separate: bool = False
+    send_s: float = 0.0
     lag: int = 0
 
 
@@ -102,12 +107,13 @@ def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict
         report = simulated.roll_out(responses)
         tokens = sum(r.prompt_tokens + r.num_tokens for r in responses)
         rest_s = scenario.rest_s(tokens)
-        step_s = report.makespan_s + rest_s
+        rollout_s = scenario.send_s + report.makespan_s
+        step_s = rollout_s + rest_s
         if scenario.lag:
-            step_s = line.step(report.makespan_s, rest_s)
-            simulated.pass_time(line.wait_s())
+            step_s = line.step(rollout_s, rest_s)
+            simulated.pass_time(line.wait_s() + scenario.send_s)
         else:
-            simulated.pass_time(rest_s)
+            simulated.pass_time(rest_s + scenario.send_s)
         idle_s = report.sums["workers/idle_s"]
         rows.append(
             {
@@ -116,6 +122,10 @@ def run(scenario: Scenario, system: str, num_steps: int, seed: int) -> list[dict
                 "step_s": step_s,
                 "rollout_s": report.makespan_s,
                 "rest_s": rest_s,
+                "send_s": scenario.send_s,
+                "learner_idle_frac": 1 - rest_s / step_s
+                if scenario.is_separate
+                else 0.0,
                 "rollout_frac": report.makespan_s / step_s,
                 "tokens": report.num_tokens,
                 "accept_length": report.accept_length,
@@ -159,6 +169,7 @@ def totals(rows: Sequence[dict], reference: Sequence[dict]) -> dict:
 
     step_s, rollout_s = total(rows, "step_s"), total(rows, "rollout_s")
     means = ("accept_length", "idle_frac", "trained_of_idle", "drafter_steps")
+    means += ("send_s", "learner_idle_frac")
     return {
         "step_s": step_s / len(rows),
         "rollout_s": mean("rollout_s"),

@@ -11,7 +11,7 @@ import scipy.special
 from tests.cpu_kernels import hosts
 from tlt_jax.cpu_kernels import choice, ffi, gumbel
 from tlt_jax.models import kernels
-from tlt_jax.specdec import noise, sampling
+from tlt_jax.specdec import calibration, noise, sampling
 
 pytestmark = hosts.needs_native
 
@@ -91,18 +91,22 @@ def test_a_draw_is_the_first_largest_sum(vocab_size):
 
 
 @pytest.mark.parametrize("vocab_size", WIDTHS)
-def test_a_rank_is_the_largest_sum_and_its_share(vocab_size):
+def test_a_rank_is_the_largest_sum_its_share_and_slopes(vocab_size):
     rng = np.random.default_rng(vocab_size)
     scores = 3 * rng.standard_normal((5, vocab_size), np.float32)
     chance = rng.gumbel(size=(2, vocab_size)).astype(np.float32)
     which = np.array([1, 0, 1, 1, 0], np.int32)
     sums = np.float64(1.7) * scores + chance[which]
     for tau in (0.3, 1.0):
-        ids, shares = jax.jit(gumbel.rank)(scores, chance, which, 1.7, tau)
+        made = jax.jit(gumbel.rank)(scores, chance, which, 1.7, tau)
+        ids, shares, *slopes = made
         np.testing.assert_array_equal(ids, np.argmax(sums, axis=-1))
         expected = scipy.special.log_softmax(sums / tau, axis=-1)
         expected = np.take_along_axis(expected, np.asarray(ids)[:, None], axis=-1)
         np.testing.assert_allclose(shares, expected[:, 0], rtol=2e-5, atol=2e-6)
+        wanted = calibration.slopes(scores, sums / tau, ids[:, None], 1.7 / tau)
+        for found, other in zip(slopes, jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(found, other[:, 0], rtol=1e-4, atol=2e-5)
 
 
 def test_laws_draw_with_their_own_noise():

@@ -55,7 +55,7 @@ def operated(request, monkeypatch):
     """Two members of half a core each, stopped at the end."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     made = request.param()
-    made.start(2, executor.Share(cpus=0.5))
+    made.start([executor.Share(cpus=0.5)] * 2)
     yield made
     made.stop()
 
@@ -145,7 +145,7 @@ def test_a_world_is_started_watched_begun_again_and_stopped(operated, tmp_path):
 
 def test_a_member_with_other_code_is_named(monkeypatch):
     made = local.Local()
-    made.start(3, executor.Share())
+    made.start([executor.Share()] * 3)
     facts = member.versions() | {"host": "far-away"}
     monkeypatch.setattr(
         made._members[2], "facts", lambda: facts | {"jax": "0.0.1"}, raising=False
@@ -159,10 +159,10 @@ def test_a_member_with_other_code_is_named(monkeypatch):
 
 
 def test_cores_are_shared_without_overlap():
-    assert local.shares([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
-    assert local.shares([3, 5], 2) == [[3], [5]]
-    assert local.shares([3, 5], 3) == [[3, 5]] * 3
-    assert local.shares([], 2) == [[], []]
+    assert local.divide([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
+    assert local.divide([3, 5], 2) == [[3], [5]]
+    assert local.divide([3, 5], 3) == [[3, 5]] * 3
+    assert local.divide([], 2) == [[], []]
 
 
 def test_ray_that_is_not_installed_is_said(monkeypatch):
@@ -183,9 +183,9 @@ def test_a_cluster_that_is_not_there_or_too_small_is_said(monkeypatch):
         on_ray.OnRay()
     monkeypatch.delenv("RAY_ADDRESS")
     made = on_ray.OnRay()
-    told = "^3 processes of 1000 CPU each need 3000 CPU, and the Ray cluster has "
+    told = "^3 processes need 3000 CPU together, and the Ray cluster has "
     with pytest.raises(executor.ExecutorError, match=told):
-        made.start(3, executor.Share(cpus=1000))
+        made.start([executor.Share(cpus=1000)] * 3)
     made.stop()
 
 
@@ -224,7 +224,7 @@ def test_a_cluster_of_this_machine_listens_on_the_loopback_alone(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     program = (
         "import sys; from tlt_jax.executors import executor, on_ray; "
-        "made = on_ray.OnRay(); made.start(1, executor.Share(cpus=0.5)); "
+        "made = on_ray.OnRay(); made.start([executor.Share(cpus=0.5)]); "
         "print(made.host(0), flush=True); sys.stdin.read(); made.stop()"
     )
     started = subprocess.Popen(

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -149,6 +150,96 @@ def test_what_a_drafter_reads_is_split_as_the_keys_are():
     assert names == ["tlt_prefill_4", "tlt_decode_64", "tlt_speculate_16", "tlt_fill_4"]
 
 
+def test_what_trains_the_drafter_stands_beside_a_waiting_worker():
+    """On its first device, which holds its part of the engine and all that learns."""
+    model = dataclasses.replace(
+        ahead_of_time.ARCHITECTURES["qwen2.5-7b"],
+        num_layers=4,
+        vocab_size=4096,
+        eos_ids=(1,),
+        d_model=256,
+        d_ff=512,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+    )
+    changes = {
+        "mesh.fsdp": 4,
+        "mesh.tensor": 2,
+        "specdec.mode": "tlt",
+        "cache.num_pages": 300,
+        "drafter.draft_vocab_size": 1024,
+        "drafter.features": "layers",
+        "drafter.feature_layers": (0, 1, 2),
+        "adaptation.row_tokens": 512,
+        "adaptation.row_bases": 128,
+    }
+    recipe = recipe_programs.Recipe(
+        model, run_of("qwen2.5-7b", **changes), jax.devices()
+    )
+    programs = {program.name: program for program in recipe.drafter_training()}
+    size = recipe_programs.device_bytes
+    # Joining three features, and feature and embedding; attention; a gated layer;
+    # biases and norms.
+    num = (3 + 2 + 3) * 256**2 + 3 * 256 * 512 + 512 + 3 * 256
+    state, grads = 3 * 4 * num + 3 * 4, 4 * num
+    batch = 512 * (3 * 4 + 4 * 256 * 2) + 128 * (4 + 1 + 8)
+    head = 1024 * 256 * 2
+    target = 4096 * 256 * 2 + head + 1024 * 4
+    sums, seen = 5 * 7 * 4, 512 * (256 + 2 * 2 * 64) * 2
+    # Keys and values of the layers and of the drafter's, and features, on two devices.
+    pages = 300 * 128 * 2 * ((4 + 1) * 2 * 2 * 64 + 4 * 256) // 2
+    policy = 2 * size(recipe.state.params) + size(recipe.state.opt_state)
+    copies = 2 * (2 * num + 1024 * 4)
+    waiting = policy + size(recipe.weights) + pages + head + copies
+    before = waiting + state + batch + target
+    after = before + grads + sums + 2 * seen
+    assert {name: (p.beside_bytes + p.given_bytes) for name, p in programs.items()} == {
+        "drafter_begin": before,
+        **dict.fromkeys(("drafter_add", "drafter_close", "drafter_update"), after),
+    }
+    read = 4 * num + batch + target
+    assert {name: p.given_bytes for name, p in programs.items()} == {
+        "drafter_begin": read,
+        "drafter_add": read + grads + sums + 2 * seen,
+        "drafter_close": read + grads + seen,
+        "drafter_update": state + grads + sums + batch,
+    }
+    # A row of 512 with features, whole, is what the first reads.
+    text = programs["drafter_begin"].lower().as_text()
+    assert "tensor<1x512x768xbf16>" in text and "1x2048x768" not in text
+
+
+def test_a_row_of_the_same_program_is_not_compiled_again():
+    asked = []
+
+    class Lowered:
+        def as_text(self):
+            return "a program"
+
+        def compile(self):
+            asked.append(1)
+            raise jax.errors.JaxRuntimeError("Ran out")
+
+    program = recipe_programs.Program("one", Lowered, 10)
+    refused = ahead_of_time.measure(program, 100.0, None, "v5p:2x2x1")
+    assert refused["refused"] == "Ran out" and len(asked) == 1
+    columns = ("argument_bytes", "output_bytes", "temp_bytes", "code_bytes")
+    known = {
+        **{name: 20 for name in columns},
+        **{"lowered_digest": refused["lowered_digest"], "commit": "c0ffee"},
+    }
+    row = ahead_of_time.measure(program, 100.0, known, "v5p:2x2x1")
+    assert (row["total_bytes"], row["fits"], row["commit"]) == (90, True, "c0ffee")
+    # What is given and not read is held beside.
+    given = dataclasses.replace(program, given_bytes=31)
+    assert ahead_of_time.measure(given, 100.0, known, "v5p:2x2x1")["fits"] is False
+    assert len(asked) == 1
+    # For other devices it is another.
+    assert ahead_of_time.measure(program, 100.0, known, "v5e:2x4")["refused"]
+    assert len(asked) == 2
+
+
 def test_a_program_is_compiled_and_judged():
     def lower():
         x = jax.ShapeDtypeStruct((1000,), jnp.float32)
@@ -165,6 +256,9 @@ def test_a_program_is_compiled_and_judged():
 
 def test_a_program_that_the_compiler_refuses_is_a_row():
     class Refused:
+        def as_text(self):
+            return ""
+
         def compile(self):
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED\nUsed 120.0G of 95.7G hbm, exceeds by 24.3G\nmore"
@@ -198,6 +292,51 @@ def test_rows_of_earlier_calls_are_kept():
     assert [r["fits"] for r in ahead_of_time.merged(old, new)] == [4, 2, 3]
 
 
+def test_a_stopped_call_has_lost_nothing_and_the_next_goes_on(tmp_path, monkeypatch):
+    seen = []
+
+    def run_model(name, wanted, known):
+        for program in ("apply", "sync"):
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append((name, program, known.get(program, {}).get("commit")))
+            row = {"model": name, "program": program, "total_bytes": len(seen)}
+            yield row | {"commit": known.get(program, {}).get("commit")}
+
+    monkeypatch.setattr(ahead_of_time, "run_model", run_model)
+    monkeypatch.setattr(ahead_of_time, "without_devices", lambda: None)
+    first, second = "qwen2.5-7b", "qwen2.5-32b"
+    path, record = tmp_path / "ahead_of_time.csv", tmp_path / "ahead_of_time.json"
+    rows = [
+        {"model": first, "program": "gone", "total_bytes": 0, "commit": "a"},
+        {"model": second, "program": "sync", "total_bytes": 0, "commit": "b"},
+    ]
+    tables.write(path, rows)
+    record.write_text('{"source_hash": "old", "carried": [{}], "continued": []}')
+    asked = [f"--models={first},{second}", f"--out={tmp_path}"]
+    with pytest.raises(KeyboardInterrupt):
+        ahead_of_time.main(asked)
+
+    def left():
+        return [(r["model"], r["program"], r["total_bytes"]) for r in tables.read(path)]
+
+    # What the second model had is there, and what the first has no more is not.
+    kept = [(second, "sync", 0), (second, "apply", 3)]
+    assert left() == [(first, "apply", 1), (first, "sync", 2), *kept]
+    assert json.loads(record.read_text())["source_hash"] == "old"
+    commit = tables.read(path)[0]["commit"]
+    seen[:] = [None] * 4
+    ahead_of_time.main(asked)
+    assert left()[2:] == [(second, "apply", 7), (second, "sync", 8)]
+    assert seen[4:] == [
+        *((first, "apply", commit), (first, "sync", commit)),
+        *((second, "apply", commit), (second, "sync", "b")),
+    ]
+    told = json.loads(record.read_text())
+    assert len(told["source_hash"]) == 12 and "carried" not in told
+    assert [run["cells"] for run in told["continued"]] == [[first, second]] * 2
+
+
 def test_without_the_compiler_the_message_has_the_command(monkeypatch):
     monkeypatch.setattr(ahead_of_time.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ahead_of_time.NoCompilerError, match="libtpu.*pip install"):
@@ -219,11 +358,15 @@ def test_the_table_is_that_of_the_recipes():
         wanted = ["accumulate", "apply", "sync", "prefill_4", f"decode_{size}"]
         # Speculation is for few rows.
         wanted += [f"tlt_decode_{size}", f"tlt_speculate_{min(16, size)}"]
+        # Speculation's drafter learns beside all that.
+        wanted += [f"drafter_{part}" for part in ("begin", "add", "close", "update")]
         assert sorted(found) == sorted(wanted + ["accumulate_portable"] * both)
         for row in its:
             assert row["slice"] == ahead_of_time.SLICES[name]
             assert row["mesh"] == "x".join(map(str, mesh_of(run)[0]))
             assert int(row["row_tokens"]) == run.learner.row_tokens
+            if row["program"].startswith("drafter"):
+                assert int(row["drafter_row_tokens"]) == run.adaptation.row_tokens
             assert int(row["max_batch"]) == run.rollout.max_batch
             assert row["remat"] == run.model.remat
             assert row["fits"] == "True", row

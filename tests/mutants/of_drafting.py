@@ -1,11 +1,14 @@
 """Mutants of `specdec`: by file and the tests that see them, (old, new) pairs."""
 
 _LEARNED = "tests/specdec/proposers/test_learned.py"
+_EXPANSION = "tests/specdec/proposers/test_expansion.py"
 _SPECULATE = "tests/specdec/test_speculate.py"
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
+_AHEAD = "tests/rl/engine/test_decode_calls.py"
 _ENGINE = "tests/rl/engine/test_engine_speculation.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
 _BLOCK = "tests/specdec/proposers/test_block.py"
+_CALIBRATION = "tests/specdec/test_calibration.py"
 _SHARED = f"{_SPECULATE} -k 'shared_block'"
 _SHARE = f"{_SPECULATE} -k give_their"
 _PAGES = f"{_DRAFTS} -k pages_are"
@@ -27,6 +30,14 @@ EDITS = {
         ("new = second.present() & (places == itself)", "new = second.present()"),
         ("(place < counts[:, None])", "(place <= counts[:, None])"),
         ("(index < index[:, None])", "(index <= index[:, None])"),
+    ],
+    ("specdec/calibration.py", _CALIBRATION): [
+        ("return Slopes(-above_mean(scores),", "return Slopes(above_mean(scores),"),
+        ("jnp.where(had_chance, chances * both, 0.0)", "chances * both"),
+        ("self._pull + pull + weight @ off", "self._pull + pull"),
+        ("_KEPT * self._weight, np.zeros(2)", "self._weight, np.zeros(2)"),
+        ("if measured != self._measured:", "if True:"),
+        ("own.restore(told)", "pass"),
     ],
     ("specdec/rooms.py", "tests/specdec/test_rooms.py"): [
         # A depth's exclusion; a row's rank for the batch's; no caps, no room, no rows
@@ -151,6 +162,13 @@ EDITS = {
         ("rows.keys, lengths_B + 1, settings", "rows.keys, lengths_B, settings"),
         ("(counts_B < rows.remaining)", "(counts_B <= rows.remaining)"),
         ("alive=alive_B & ~ended_B &", "alive=alive_B &"),
+        ("jnp.where(has_finished, 0, step_limit)", "step_limit", _AHEAD),
+        ("jnp.any(start.alive & ~end.alive)", "jnp.any(~end.alive)", _AHEAD),
+        (
+            "remaining=rows.remaining - end.emitted",
+            "remaining=rows.remaining + 0 * end.emitted",
+            _AHEAD,
+        ),
     ],
     ("specdec/proposers/expansion.py", _LEARNED): [
         ("owners * num + level - 1", "owners * num + level", _ACCEPTED),
@@ -176,7 +194,19 @@ EDITS = {
         ("num_above(live.scores)", "num_above(live.scores[:, :1])"),
         ("noise_B1V[rows.owners(), 0][None]", "noise_B1V[:1]"),
         ("jnp.where(own_BE[..., None], gains_BEE, -jnp.inf)", "gains_BEE"),
-        ("* topk // (topk + 1)", "// (topk + 1)"),
+        # Too few columns, by a path that is too short or too long, and of one row.
+        (
+            "num_columns(num_rows) - 1, level - 1",
+            "num_columns(num_rows), level",
+            _EXPANSION,
+        ),
+        ("part = max(rest - path, 0) if", "part = 0 if", _EXPANSION),
+        (
+            "min(num_rows, room // (of_row + path))",
+            "room // (of_row + path)",
+            _EXPANSION,
+        ),
+        ("if spans and 2 * most > spans[-1][1]:", "if spans:", _EXPANSION),
         (
             "features=jnp.take_along_axis(out.hidden, parent_BE[None], axis=2)",
             "features=out.hidden",
@@ -214,8 +244,8 @@ EDITS = {
             _ACCEPTED,
         ),
         (
-            'coupled = self.ranking == "coupled" and is_drawn',
-            "coupled = is_drawn",
+            'return self.ranking == "coupled" and is_drawn',
+            "return is_drawn",
             _LEARNED,
         ),
     ],

@@ -3,11 +3,14 @@
 _DRAFTS = "tests/rl/engine/test_engine_drafts.py"
 _ACCEPTED = f"{_DRAFTS} -k accepted"
 _PAGES = f"{_DRAFTS} -k pages_are"
+_SCORES = "tests/rl/engine/test_engine_scores.py"
 _SPECULATOR = "tests/rl/engine/test_speculator.py"
 _SPOT = "tests/rl/adaptation/test_spot_trainer.py"
 
 EDITS = {
     ("rl/engine/scheduler.py", "tests/rl/engine/test_scheduler.py"): [
+        ("self._pool.release(row.pages[kept:])", "pass"),
+        ("if sum(lacking) > self._pool.num_free:", "if False:"),
         ("self._references[page] = 1", "self._references[page] = 2"),
         ("if self._references[page] == 0:", "if self._references[page] <= 1:"),
         ("num_shared = prompt_length // page_size", "num_shared = 0"),
@@ -20,6 +23,21 @@ EDITS = {
         ("needed += prompt_length % page_size > 0", "needed += 0"),
         ("return max(1, num_rows // 8)", "return num_rows"),
         ("self._preempt(self.rows[-1])", "self._preempt(self.rows[0])"),
+    ],
+    ("rl/engine/decode_calls.py", "tests/rl/engine/test_decode_calls.py"): [
+        ("min(row.remaining for row in rows) <= steps", "False"),
+        ("            or cfg.stop\n", ""),
+        ("(len(rows) < cfg.max_rows and plan.num_waiting)", "False"),
+        ("not plan.reserve_ahead(2 * steps)", "not plan.reserve_ahead(steps)"),
+        ("now - max(call.enqueued_s, self._last_read_s)", "now - call.enqueued_s"),
+        ("if finished and self._ahead is not None:", "if False:"),
+    ],
+    ("runtime/programs.py", "tests/rl/engine/test_programs.py -k compile_a"): [
+        ("with self._turn(program):", "if True:"),
+        ("_turn(self._kind, program.key)", "_turn(id(self), program.key)"),
+    ],
+    ("runtime/compile_cache.py", "tests/rl/engine/test_programs.py -k compile_a"): [
+        ("strip_device_assignment or _is_nameless(jax)", "strip_device_assignment"),
     ],
     ("rl/engine/cache_writer.py", "tests/rl/engine/test_cache_writer.py"): [
         ("job.text[first + ahead :][:count]", "job.text[first:][:count]", _PAGES),
@@ -78,12 +96,12 @@ EDITS = {
             "self._filled.difference_update(())",
         ),
         (
-            "self._sharpness, self._tau = drafter.measured(params)",
-            "self._tau, self._sharpness = drafter.measured(params)",
+            "sharpness, tau = drafter.measured(params)",
+            "tau, sharpness = drafter.measured(params)",
             "tests/rl/engine/test_engine_speculation.py -k sharpness",
         ),
         (
-            "self._tau if self.cfg.tau is None else np.float32(self.cfg.tau)",
+            "own if self.cfg.tau is None else np.float32(self.cfg.tau)",
             "np.float32(self.cfg.tau or drafter.TAU)",
             "tests/rl/engine/test_engine_speculation.py -k sharpness",
         ),
@@ -96,6 +114,12 @@ EDITS = {
             "self.weights = self.weights or learned.weights_of(self._params, target)",
             _PAGES,
         ),
+        (
+            "parts = self._tuner, self._early_tuner, self._calibration",
+            "parts = self._tuner, self._early_tuner",
+        ),
+        ("        self._calibration.begin_run()\n", "", _SCORES),
+        ("if self.cfg.tau is None:\n", "if True:\n", _SCORES),
         ("row.drafted = int(length)", "row.drafted = int(length) + 1"),
         ("row.drafted = 0\n", "row.drafted += 0\n"),
         (
@@ -148,7 +172,7 @@ EDITS = {
         ("self.lost.pop(one.number, None)", "pass"),
         ("left = [r for r in left if r.request_id not in done]", "left = []"),
     ],
-    ("rl/workers/door.py", "tests/rl/workers/test_separate.py"): [
+    ("runtime/transport/door.py", "tests/rl/workers/test_separate.py"): [
         ("if about.get(name) != self._about[name]", "if False"),
     ],
     ("rl/adaptation/elsewhere.py", "tests/rl/adaptation/test_elsewhere.py"): [

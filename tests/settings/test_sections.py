@@ -3,7 +3,7 @@
 import pytest
 
 from tests.settings import tables
-from tlt_jax.settings import sections
+from tlt_jax.settings import schema, sections
 
 # By section and key: the default, and the range as a mathematician writes it.
 SETTINGS = {
@@ -109,6 +109,7 @@ SETTINGS = {
         "functions": ((), ""),
         "weights": ((), ""),
         "workers": (2, "[0, 1024]"),
+        "placement": ("colocated", ""),
         "timeout_s": (10.0, "[0.001, 86400]"),
         "memory_mb": (8192, "[0, 1000000]"),
         "failure_reward": (0.0, "[-1000000, 1000000]"),
@@ -163,6 +164,7 @@ CHOICES = {
     (sections.Algorithm, "kl_estimator"): "k1 k2 k3",
     (sections.Algorithm, "kl_placement"): "loss reward",
     (sections.Optimizer, "schedule"): "constant linear cosine",
+    (sections.Reward, "placement"): "colocated separate",
     (sections.Learner, "old_logprobs"): "recompute rollout",
     (sections.Learner, "attention"): "auto portable splash cudnn",
     (sections.Learner, "routes"): "own replay",
@@ -183,3 +185,10 @@ def test_only_what_is_set_overrides_the_algorithms_preset():
     # Zero and false are settings, too.
     chosen = {"clip_low": 0.0, "dynamic_sampling": False, "kl_estimator": "k1"}
     assert sections.Algorithm(name="gspo", **chosen).overrides() == chosen
+
+
+def test_rewards_that_nobody_would_judge_are_refused():
+    told = "reward.placement='separate' with reward.workers=0: nobody would judge. Set "
+    with pytest.raises(schema.ConfigError, match=told):
+        sections.check_reward(sections.Reward(placement="separate", workers=0))
+    sections.check_reward(sections.Reward(placement="separate", workers=1))

@@ -195,7 +195,7 @@ class Host(hosts.Host):
         num_undrafted = np.sum(inside & ~result.was_drafted)
         assert result.num_accepted[0] == num_undrafted + np.sum(was_cut)
         self.take(emitted)
-        self.drafted = result.progress[: len(self.rows)].tolist()
+        self.drafted = result.progress[0][: len(self.rows)].tolist()
         self.num_row_steps += int(result.num_accepted[0])
         self.num_accepted += int(result.num_accepted.sum())
         return result

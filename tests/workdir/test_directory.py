@@ -59,6 +59,7 @@ def test_the_settings_as_yaml_are_a_recipe_and_in_their_order(tmp_path):
         {"checkpoint.every": 1},
         {"eval.every": 3},
         {"reward.workers": 1},
+        {"reward.workers": 1, "reward.placement": "separate"},
     ],
     ids=lambda changed: next(iter(changed)),
 )

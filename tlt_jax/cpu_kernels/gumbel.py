@@ -46,7 +46,7 @@ _DRAW_FIELDS = job_lib.Fields(
 )
 _RANK_FIELDS = job_lib.Fields(
     arguments=(*_DRAW_FIELDS.arguments, "sharpness", "tau"),
-    results=("ids", "shares"),
+    results=("ids", "shares", "by_tau", "by_sharpness"),
     numbers=("vocab_size",),
 )
 
@@ -103,7 +103,7 @@ def draw(scores: Array, noise: Array, which: Array) -> Array:
 
 def rank(
     scores: Array, noise: Array, which: Array, sharpness: Array, tau: Array
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     """Find the first largest entry of `scores x sharpness + noise`, and job share.
 
     For programs on one CPU device: it cannot be partitioned.
@@ -113,11 +113,13 @@ def rank(
       sharpness, tau: float32 scalars, tau positive.
 
     Returns:
-      Indices `[N] int32`; and `[N] float32`, log of softmax(sums / tau) at them.
+      Indices `[N] int32`; and `[N] float32`, log of softmax(sums / tau) at them, and
+      its derivatives by the logarithms of tau and of sharpness.
     """
     _check_rows(scores, noise, which)
     register()
-    results = [jax.ShapeDtypeStruct(which.shape, kind) for kind in ("int32", "float32")]
+    kinds = jnp.int32, jnp.float32, jnp.float32, jnp.float32
+    results = [jax.ShapeDtypeStruct(which.shape, kind) for kind in kinds]
     numbers = [jnp.asarray(number, jnp.float32) for number in (sharpness, tau)]
     return tuple(jax.ffi.ffi_call(RANK, results)(scores, noise, which, *numbers))
 
@@ -249,13 +251,13 @@ class _Sums:
         """Entries that fill vectors."""
         return self.code.and_(self.vocab_size, self.code.number(-_LANES))
 
-    def each(self, take: Callable[[ir.Value], None]) -> None:
-        """Give the sums that fill vectors to `take`, a vector at a time."""
+    def each(self, take: Callable[[ir.Value, ir.Value], None]) -> None:
+        """Give `take` the sums that fill vectors, and scores, a vector at a time."""
         code, several = self.code, 8 * _LANES
 
         def vector(column):
-            added = code.get_vector(self.noise, column)
-            take(self._sum(code.get_vector(self.scores, column), added))
+            score = code.get_vector(self.scores, column)
+            take(self._sum(score, code.get_vector(self.noise, column)), score)
 
         # Several in one pass of the loop, whose own instructions are felt else.
         most = code.and_(self.vocab_size, code.number(-several))
@@ -265,15 +267,18 @@ class _Sums:
         with code.loop(self.whole, _LANES, start=most) as column:
             vector(column)
 
-    def rest(self) -> ir.Value:
-        """The sums behind the whole vectors, and -inf."""
+    def rest(self) -> tuple[ir.Value, ir.Value]:
+        """The sums behind the whole vectors, and -inf; their scores, and 0."""
         code = self.code
         rest = code.variable(_F32V, code.splat(float("-inf")))
+        scores = code.variable(_F32V, code.splat(0.0))
         with code.loop(code.sub(self.vocab_size, self.whole)) as lane:
             added = code.get(self.noise, self.whole, lane)
-            one = self._sum(code.get(self.scores, self.whole, lane), added)
+            score = code.get(self.scores, self.whole, lane)
+            one = self._sum(score, added)
             rest.value = code.insert_element(rest.value, one, lane)
-        return rest.value
+            scores.value = code.insert_element(scores.value, score, lane)
+        return rest.value, scores.value
 
     def _sum(self, score, added) -> ir.Value:
         if self.factor is None:
@@ -294,7 +299,7 @@ def _write_row(module: code_lib.Module) -> None:
 
 
 def _write_ranking(module: code_lib.Module) -> None:
-    """Find one row's best child and job share: a chunk of a job."""
+    """Find one row's best child, job share and its slopes: a chunk of a job."""
     code, (address, row) = module.begin("rank_row", *job_lib.UNIT)
     job = _RANK_FIELDS.load(code, address)
     sharpness, tau = (code.get(job[name], 0) for name in ("sharpness", "tau"))
@@ -303,18 +308,31 @@ def _write_ranking(module: code_lib.Module) -> None:
     code.put(best, job["ids"], row)
     each = code.splat(code.fdiv(ir.Constant(code_lib.F32, 1.0), tau))
 
-    def weights(total):
-        return code.exponential(code.fmul(code.fsub(total, highest), each))
+    # Of weights, and of what lies below the best and of scores, by weight.
+    totals = [code.variable(_F32V, code.splat(0.0)) for _ in range(3)]
 
-    total = code.variable(_F32V, code.splat(0.0))
-
-    def add(vector):
-        total.value = code.fadd(total.value, weights(vector))
+    def add(vector, score):
+        below = code.fmul(code.fsub(vector, highest), each)
+        # What is far below weighs nothing, and nothing times infinity is no number.
+        is_far = code.fcmp_ordered("<", below, code.splat(-1e3))
+        below = code.select(is_far, code.splat(-1e3), below)
+        weight = code.exponential(below)
+        totals[0].value = code.fadd(totals[0].value, weight)
+        for total, value in zip(totals[1:], (below, score), strict=True):
+            total.value = code.multiply_add(weight, value, total.value)
 
     sums.each(add)
-    total = code.fadd(total.value, weights(sums.rest()))
-    share = code.fsub(code.splat(-0.0), code.logarithm(code.reduced(total, code.fadd)))
-    code.put(code.extract_element(share, ir.Constant(_I32, 0)), job["shares"], row)
+    add(*sums.rest())
+    total, below, score = (code.reduced(x.value, code.fadd) for x in totals)
+    own = code.splat(code.get(sums.scores, code.zext(best, _I64)))
+    factor = code.fmul(code.splat(sharpness), each)
+    found = {
+        "shares": code.fsub(code.splat(-0.0), code.logarithm(total)),
+        "by_tau": code.fdiv(below, total),
+        "by_sharpness": code.fmul(factor, code.fsub(own, code.fdiv(score, total))),
+    }
+    for name, value in found.items():
+        code.put(code.extract_element(value, ir.Constant(_I32, 0)), job[name], row)
     code.ret_void()
 
 
@@ -334,7 +352,7 @@ def _write_search(code, sums: _Sums) -> tuple[ir.Value, ir.Value]:
     mask_kind = ir.VectorType(code_lib.I1, _LANES)
     broken = code.variable(mask_kind, ir.Constant(mask_kind, None))
 
-    def join(total):
+    def join(total, _):
         is_more = code.fcmp_ordered(">", total, best.value)
         best.value = code.select(is_more, total, best.value)
         place.value = code.select(is_more, here.value, place.value)
@@ -343,7 +361,7 @@ def _write_search(code, sums: _Sums) -> tuple[ir.Value, ir.Value]:
         broken.value = code.or_(broken.value, is_nan)
 
     sums.each(join)
-    join(sums.rest())
+    join(*sums.rest())
     highest = code.reduced(best.value, code.largest)
     is_best = code.fcmp_ordered("==", best.value, highest)
     beyond = code.splat_integer(2**31 - 1)

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tlt_jax.executors import member
@@ -38,7 +39,8 @@ class Share:
 
     Attributes:
       cpus: cores; None: its part of the machine's.
-      devices: accelerators, where there are any.
+      devices: accelerators, where there are any; 0: it computes nothing on them, and on
+        this machine keeps to no cores of its own.
     """
 
     cpus: float | None = None
@@ -57,8 +59,8 @@ class Executor(abc.ABC):
     look_s: float
 
     @abc.abstractmethod
-    def start(self, num: int, share: Share) -> None:
-        """Make so many members.
+    def start(self, shares: Sequence[Share]) -> None:
+        """Make a member of each share.
 
         Raises:
           ExecutorError: there is too little of something, which is named.

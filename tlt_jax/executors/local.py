@@ -19,10 +19,11 @@ class Local(executor.Executor):
         self._shares: list[list[int]] = []
         self._members: list[member_lib.Member] = []
 
-    def start(self, num: int, share: executor.Share) -> None:
+    def start(self, shares: Sequence[executor.Share]) -> None:
         # Not every system can say which cores are ours.
         own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        self._shares = shares(sorted(own), num)
+        divided = iter(divide(sorted(own), sum(one.devices > 0 for one in shares)))
+        self._shares = [next(divided) if one.devices else [] for one in shares]
         self._members = [member_lib.Member(cores) for cores in self._shares]
 
     def restart(self, index: int) -> None:
@@ -43,7 +44,7 @@ class Local(executor.Executor):
         return [one.poll() for one in self._members]
 
 
-def shares(cores: Sequence[int], count: int) -> list[list[int]]:
+def divide(cores: Sequence[int], count: int) -> list[list[int]]:
     """Divide cores into `count` shares without overlap; too few: all for everybody."""
     if count > len(cores):
         return [list(cores)] * count

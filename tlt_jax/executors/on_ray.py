@@ -5,9 +5,11 @@ loopback, and ends with this process. Ray is an optional extra: `pip install
 'tlt-jax[ray]'`.
 """
 
+import collections
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from tlt_jax.executors import executor
@@ -19,6 +21,8 @@ _LOOPBACK = "127.0.0.1"
 _PLACED_S = 60.0
 _ANSWER_S = 60.0
 _CONNECT_S = 10.0
+# The least that Ray takes.
+_STORE_BYTES = 75 << 20
 _ACCELERATORS = "GPU", "TPU"
 
 
@@ -58,7 +62,12 @@ class OnRay(executor.Executor):
         _check_answers(address)
         own: dict[str, Any] = {}
         if not address:
-            own = {"include_dashboard": False, "_node_ip_address": _LOOPBACK}
+            own = {
+                "include_dashboard": False,
+                "_node_ip_address": _LOOPBACK,
+                # What is called is some words; arrays take other ways.
+                "object_store_memory": _STORE_BYTES,
+            }
         try:
             ray.init(
                 address=address or "local",
@@ -76,36 +85,33 @@ class OnRay(executor.Executor):
             ) from error
         self._group: Any = None
         self._members: list[Any] = []
-        self._options: dict[str, Any] = {}
+        self._bundles: list[dict[str, float]] = []
 
-    def start(self, num: int, share: executor.Share) -> None:
-        ray = self._ray
+    def start(self, shares: Sequence[executor.Share]) -> None:
+        ray, num = self._ray, len(shares)
         there = ray.cluster_resources()
-        each: dict[str, float] = {"CPU": 1.0 if share.cpus is None else share.cpus}
-        for name in _ACCELERATORS:
-            if there.get(name):
-                each[name] = float(share.devices)
-                break
-        for name, count in each.items():
-            if num * count > there.get(name, 0.0):
+        kind = next(filter(there.get, _ACCELERATORS), "")
+        self._bundles = [_bundle(share, kind) for share in shares]
+        needed: collections.Counter[str] = collections.Counter()
+        for bundle in self._bundles:
+            needed.update(bundle)
+        for name, count in needed.items():
+            if count > there.get(name, 0.0):
                 raise executor.ExecutorError(
-                    f"{num} processes of {count:g} {name} each need {num * count:g} "
-                    f"{name}, and the Ray cluster has {there.get(name, 0.0):g}: start "
-                    "fewer processes, or add nodes."
+                    f"{num} processes need {count:g} {name} together, and the Ray "
+                    f"cluster has {there.get(name, 0.0):g}: start fewer processes, or "
+                    "add nodes."
                 )
-        self._group = ray.util.placement_group([each] * num, strategy="PACK")
+        self._group = ray.util.placement_group(self._bundles, strategy="PACK")
         if not self._group.wait(_PLACED_S):
             free = ray.available_resources()
-            told = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in each)
+            told = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in needed)
             self.stop()
             raise executor.ExecutorError(
-                f"the Ray cluster did not place {num} processes of "
-                f"{', '.join(f'{n:g} {name}' for name, n in each.items())} within "
+                f"the Ray cluster did not place {num} processes, which need "
+                f"{', '.join(f'{n:g} {name}' for name, n in needed.items())}, within "
                 f"{_PLACED_S:g} s; free are {told}: wait for others, or add nodes."
             )
-        self._options = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0.0)}
-        if "TPU" in each:
-            self._options["resources"] = {"TPU": each["TPU"]}
         self._members = [self._place(index) for index in range(num)]
         for index in range(num):
             self.call(index, "poll")
@@ -130,8 +136,14 @@ class OnRay(executor.Executor):
         strategy = self._strategies.PlacementGroupSchedulingStrategy(
             self._group, placement_group_bundle_index=index
         )
-        actor = ray.remote(member_lib.Member)
-        options = self._options | {"scheduling_strategy": strategy}
+        actor, bundle = ray.remote(member_lib.Member), self._bundles[index]
+        options: dict[str, Any] = {
+            "num_cpus": bundle["CPU"],
+            "num_gpus": bundle.get("GPU", 0.0),
+            "scheduling_strategy": strategy,
+        }
+        if "TPU" in bundle:
+            options["resources"] = {"TPU": bundle["TPU"]}
         return actor.options(**options).remote()
 
     def host(self, index: int) -> str:
@@ -177,6 +189,14 @@ class OnRay(executor.Executor):
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
                 codes.append(executor.GONE)
         return codes
+
+
+def _bundle(share: executor.Share, kind: str) -> dict[str, float]:
+    """Return what a member takes of a node that has accelerators of a kind, if any."""
+    taken = {"CPU": 1.0 if share.cpus is None else share.cpus}
+    if kind and share.devices:
+        taken[kind] = float(share.devices)
+    return taken
 
 
 def _check_answers(address: str) -> None:

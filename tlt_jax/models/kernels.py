@@ -71,8 +71,8 @@ class Kernels:
       noise: Gumbel noise of (keys, positions, vocab_size), as `noise.gumbel` describes
         it; None: its portable form, and so below.
       draw: tokens of (scores, noise, rows), see `sampling.Law.draw`.
-      rank: best tokens and their shares of (scores, noise, rows, sharpness, tau), see
-        `specdec.proposers.learned`.
+      rank: best tokens, their shares and slopes, of (scores, noise, rows, sharpness,
+        tau), see `specdec.proposers.expansion` and `specdec.calibration`.
     """
 
     products: str = "xla"
@@ -85,7 +85,7 @@ class Kernels:
     checked: bool = False
     noise: Callable[[Array, Array, int], Array] | None = None
     draw: Callable[[Array, Array, Array], Array] | None = None
-    rank: Callable[..., tuple[Array, Array]] | None = None
+    rank: Callable[..., tuple[Array, ...]] | None = None
 
     @property
     def is_native(self) -> bool:

@@ -6,6 +6,7 @@ on how many prompts were drawn before, nothing else.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +74,9 @@ class Collected:
             row["specdec/chance_tried"] = [int(n) for n in tried]
             row["specdec/chance_sum"] = chance
             row["specdec/chance_true"] = [int(n) for n in true]
+            if stats.taus:
+                row["specdec/tau"] = statistics.mean(stats.taus)
+                row["specdec/sharpness"] = statistics.mean(stats.sharpnesses)
         verified, accepted = stats.by_rank
         if any(verified):
             row["specdec/rank_verified"] = verified
@@ -96,7 +100,7 @@ class Collector:
         seed: int,
         prompt_set: prompts.PromptSet,
         workers: workers_lib.Workers,
-        rewards: reward_pool.RewardPool,
+        rewards: reward_pool.Pool,
         decode_text: Callable[[np.ndarray], str],
         *,
         dynamic_sampling: bool,
@@ -208,7 +212,7 @@ class _Asked:
 
     prompts: list[prompts.Prompt]
     requests: list[types.Request]
-    pool: reward_pool.RewardPool
+    pool: reward_pool.Pool
     decode_text: Callable[[np.ndarray], str]
     judged: list[int] = dataclasses.field(default_factory=list)
 

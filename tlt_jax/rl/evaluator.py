@@ -47,7 +47,7 @@ def answer(
     examples: Sequence[types.Example],
     requests: Sequence[types.Request],
     seed: int,
-    rewards: reward_pool.RewardPool,
+    rewards: reward_pool.Pool,
     decode_text: Callable[[np.ndarray], str],
     on_call: Callable[[int, int], None] | None = None,
 ) -> Answers:
@@ -121,7 +121,7 @@ class Evaluator:
         prompt_set: prompts.PromptSet,
         workers: workers_lib.Workers,
         engines: Sequence[engine_lib.Engine],
-        rewards: reward_pool.RewardPool,
+        rewards: reward_pool.Pool,
         decode_text: Callable[[np.ndarray], str],
     ):
         """Take the parts.

@@ -5,7 +5,7 @@ import pathlib
 import types
 
 import jax
-from jax._src import compiler
+from jax._src import cache_key, compiler
 
 
 def enable() -> None:
@@ -13,9 +13,11 @@ def enable() -> None:
 
     The directory is `xla` below `TLT_JAX_CACHE` (default `~/.cache/tlt_jax`). Programs
     of every size are kept: on CPUs the many small ones are most of a start's time.
-    Every process of a run keeps its own, wherever the directory is.
+    Every process of a run keeps its own, wherever the directory is; what one of its
+    devices has compiled there is for its equals, too, see `serves_equal_devices`.
     """
     _let_every_process_keep(compiler)
+    _leave_devices_out(cache_key)
     if jax.config.jax_compilation_cache_dir:
         return
     root = os.environ.get("TLT_JAX_CACHE") or pathlib.Path.home() / ".cache" / "tlt_jax"
@@ -43,3 +45,42 @@ def _let_every_process_keep(its: types.ModuleType) -> None:
 
     write.whole = whole
     its._cache_write = write
+
+
+def serves_equal_devices() -> bool:
+    """Tell whether what a device compiles here the process's others find in the cache.
+
+    On GPUs names say nothing of devices, and process 0 writes. On CPUs they do not in
+    the only process of a run; with several, each would write what another reads. On
+    TPUs names say which device it is: whether executables may move nobody has tried.
+    """
+    if not (
+        jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+    ):
+        return False
+    if jax.default_backend() == "gpu":
+        return jax.process_index() == 0
+    hashed = getattr(cache_key, "_hash_serialized_compile_options", None)
+    return hasattr(hashed, "whole") and _is_nameless(jax)
+
+
+def _is_nameless(its: types.ModuleType) -> bool:
+    return its.default_backend() == "cpu" and its.process_count() == 1
+
+
+def _leave_devices_out(its: types.ModuleType) -> None:
+    """Let names of programs for CPUs say nothing of devices, as those for GPUs.
+
+    JAX loads what it finds for the devices that ask, whoever compiled it. `its` are
+    JAX's functions.
+    """
+    whole = getattr(its, "_hash_serialized_compile_options", None)
+    if not isinstance(whole, types.FunctionType) or hasattr(whole, "whole"):
+        return  # A later JAX may do otherwise: then as it does.
+
+    def hashed(hash_obj, options, strip_device_assignment=False):
+        strip = strip_device_assignment or _is_nameless(jax)
+        return whole(hash_obj, options, strip_device_assignment=strip)
+
+    hashed.whole = whole
+    its._hash_serialized_compile_options = hashed

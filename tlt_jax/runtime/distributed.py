@@ -14,7 +14,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +22,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from tlt_jax.runtime import channel
-from tlt_jax.runtime.transport import messages
+from tlt_jax.runtime import channel, failures
+from tlt_jax.runtime.transport import door, messages
 from tlt_jax.runtime.transport import ring as ring_lib
 
 # What a launcher says to the processes that it starts.
@@ -36,6 +36,10 @@ DEVICES = "TLT_JAX_DEVICES"
 MEETING = "TLT_JAX_MEETING"
 SECRET = "TLT_JAX_SECRET"
 WORKER = "TLT_JAX_WORKER"
+# Where each of the learner's processes waits for reward workers, one after the other,
+# and for those the number of each.
+REWARD_MEETINGS = "TLT_JAX_REWARD_MEETINGS"
+REWARD_WORKER = "TLT_JAX_REWARD_WORKER"
 # Where a process listens; for machines whose name is not the address to use.
 HOST = "TLT_JAX_HOST"
 
@@ -99,10 +103,10 @@ def _settings() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Meeting:
-    """Where the learner waits for rollout workers in processes of their own.
+    """Where a process of the learner waits for workers in processes of their own.
 
     Attributes:
-      address: host and port of the learner's first process.
+      address: its host and port.
       secret: who knows it belongs to the run.
       host: at which this process listens for others.
       worker: this one's number; None: it is of the learner.
@@ -116,16 +120,44 @@ class Meeting:
 
 def meeting() -> Meeting | None:
     """Read what a launcher has said of separate workers; None: nothing."""
-    if MEETING not in os.environ:
-        return None
-    host, _, port = os.environ[MEETING].rpartition(":")
-    worker = os.environ.get(WORKER)
-    return Meeting(
-        (host, int(port)),
-        bytes.fromhex(os.environ[SECRET]),
-        os.environ.get(HOST, "127.0.0.1"),
-        None if worker is None else int(worker),
-    )
+    found = _meetings(MEETING, WORKER)
+    return found[0] if found else None
+
+
+def reward_meetings() -> list[Meeting]:
+    """Read what a launcher has said of reward workers: by process of the learner."""
+    return _meetings(REWARD_MEETINGS, REWARD_WORKER)
+
+
+def _meetings(name: str, number: str) -> list[Meeting]:
+    found, worker = [], os.environ.get(number)
+    for address in filter(None, os.environ.get(name, "").split(",")):
+        host, _, port = address.rpartition(":")
+        found.append(
+            Meeting(
+                (host, int(port)),
+                bytes.fromhex(os.environ[SECRET]),
+                os.environ.get(HOST, "127.0.0.1"),
+                None if worker is None else int(worker),
+            )
+        )
+    return found
+
+
+def open_door(meeting: Meeting, about: Mapping[str, str]) -> door.Door:
+    """Let workers in at a meeting; for `about` see `door.Door`.
+
+    Raises:
+      failures.UserError: another program listens there.
+    """
+    try:
+        return door.Door(meeting.address, meeting.secret, about)
+    except OSError as error:
+        host, port = meeting.address
+        raise failures.UserError(
+            f"another program listens at {host}:{port} ({error.strerror}): the same "
+            "command takes another port."
+        ) from error
 
 
 class Group(contextlib.AbstractContextManager):

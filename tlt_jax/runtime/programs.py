@@ -3,6 +3,7 @@
 A key says everything that decides a program's shapes (kind, batch bucket, strategy).
 Programs may be prepared in the background while others run; asking for one that is not
 ready waits for it. After warm-up a run compiles nothing, which `num_compiled` shows.
+Pools of equal devices compile one after the other what the cache then gives the others.
 """
 
 import concurrent.futures
@@ -15,6 +16,8 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
+
+from tlt_jax.runtime import compile_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Bound:
 
     What jax made of a function it finds by the object, whatever devices ask: so those
     whose settings are equal must have the same one, see `bound`, and ask one after the
-    other. Each compiles it for itself: an executable is for its devices.
+    other.
     """
 
     def __init__(self, fn: Callable):
@@ -55,6 +58,39 @@ def bound(fn: Callable, **settings: Hashable) -> Bound:
     return Bound(functools.partial(fn, **settings))
 
 
+class Turn:
+    """Lets the first of several go alone; the others wait, and then go side by side.
+
+    So the others find in the cache what the first has compiled; and where they do not,
+    they lose no more time than it took.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._is_over = False
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Go when it is one's turn."""
+        with self._lock:
+            if not self._is_over:
+                try:
+                    yield
+                finally:
+                    self._is_over = True
+                return
+        yield
+
+
+@functools.lru_cache(maxsize=512)
+def _turn(kind: Hashable, key: Hashable) -> Turn:
+    return Turn()
+
+
+# Two that ask for the same turn at once would get one each.
+_ASKING = threading.Lock()
+
+
 @dataclasses.dataclass
 class PoolStats:
     """What the pool did so far; bytes are what compilers say."""
@@ -72,7 +108,13 @@ class PoolStats:
 class ProgramPool:
     """Compiled programs by key. Safe to use from several threads."""
 
-    def __init__(self):
+    def __init__(self, kind: Hashable = None):
+        """Begin with none.
+
+        Pools of equal `kind` have equal programs of equal keys, for one's own devices
+        each; None: no other pool has.
+        """
+        self._kind = kind
         self.stats = PoolStats()
         self._programs: dict[Hashable, concurrent.futures.Future] = {}
         self._tasks: dict[Hashable, concurrent.futures.Future] = {}
@@ -186,10 +228,18 @@ class ProgramPool:
             del self._programs[key]
         future.set_exception(error)
 
+    def _turn(self, program: Program) -> contextlib.AbstractContextManager[None]:
+        if self._kind is None or not compile_cache.serves_equal_devices():
+            return contextlib.nullcontext()
+        with _ASKING:
+            turn = _turn(self._kind, program.key)
+        return turn.taken()
+
     def _compile(self, program: Program, future) -> None:
         started = time.perf_counter()
         try:
-            compiled = program.lower().compile()
+            with self._turn(program):
+                compiled = program.lower().compile()
             memory = compiled.memory_analysis()
         # Whatever it is, whoever waits for the program must be told.
         except BaseException as error:

@@ -329,6 +329,8 @@ class Reward:
       weights: what each one's value counts in their sum, finite; empty: 1 each.
       workers: processes that judge; 0: none, in the run's own process and without a
         time limit.
+      placement: `colocated`: so many beside each process of the run, on its host;
+        `separate`: so many in all, which `tlt_jax.launch` starts on any host.
       timeout_s: time that judging one completion may take in seconds.
       memory_mb: memory (address space, in MiB) that judging may take in each of these
         processes, beyond what the process has when it starts; 0: no limit, as functions
@@ -342,6 +344,7 @@ class Reward:
     functions: tuple[str, ...] = schema.names()
     weights: tuple[float, ...] = ()
     workers: int = schema.number(2, 0, 2**10)
+    placement: Literal["colocated", "separate"] = "colocated"
     timeout_s: float = schema.number(10.0, 1e-3, 86400.0)
     memory_mb: int = schema.number(8192, 0, 1_000_000)
     failure_reward: float = schema.number(0.0, -1e6, 1e6)
@@ -352,9 +355,15 @@ def check_reward(cfg: Reward) -> None:
     """Check what no single field of the rewards can say.
 
     Raises:
-      schema.ConfigError: a weight is not finite, or there are not as many as functions.
+      schema.ConfigError: a weight is not finite, there are not as many as functions, or
+        nobody would judge.
     """
     names, weights = cfg.functions, cfg.weights
+    if cfg.placement == "separate" and not cfg.workers:
+        raise schema.ConfigError(
+            "reward.placement='separate' with reward.workers=0: nobody would judge. "
+            "Set reward.workers to 1 or more, or reward.placement=colocated."
+        )
     if weights and len(weights) != len(names):
         raise schema.ConfigError(
             f"reward.weights={weights} of reward.functions={names}: give each function "

@@ -30,7 +30,8 @@ class Specdec:
         with (`coupled`) or by probability alone (`deterministic`).
       tau: temperature of the coupled score's softmax, by which a score is the chance
         that a draft comes true; lower is surer. Unset: as it was measured with the
-        drafter's weights, 0.5 where it was not.
+        drafter's weights, 0.5 where it was not, and from there on as drafts come true.
+        One that is set stays, and with it the sharpness that was measured.
       rule: what accepts the learned drafter's drafts: `keyed` keeps the tokens of plain
         decoding; `rejection` and `block` keep their law alone. These judge what is
         sampled from the drafter, to which ranking and tau mean nothing: `rejection`

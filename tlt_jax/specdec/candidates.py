@@ -83,12 +83,13 @@ def combine(first: Candidates, second: Candidates) -> Candidates:
     )
 
 
-def judge(candidates: Candidates, drawn: Array, counts: Array) -> tuple[Array, Array]:
-    """Say which candidates the target's draws bore out, and which had their chance.
+def came_true(
+    candidates: Candidates, drawn: Array, counts: Array
+) -> tuple[Array, Array]:
+    """Say which candidates the target's draws bore out, and whose parents.
 
     The tokens drawn in a step judge every candidate, those that no tree had room for
-    included. A candidate had its chance if its parent came true, a token was drawn
-    after it, and no earlier child of the parent was that token.
+    included.
 
     Args:
       candidates: of the step.
@@ -96,7 +97,8 @@ def judge(candidates: Candidates, drawn: Array, counts: Array) -> tuple[Array, A
       counts: `[B] int32`, how many; 0: the row took no part.
 
     Returns:
-      accepted `[B, C] bool`, and tried `[B, C] bool`; whatever is accepted was tried.
+      `[B, C] bool` twice: those that came true, and those behind whose parent, which
+      did, a token was drawn.
     """
     present = candidates.present()
     place = candidates.depths - 1
@@ -108,11 +110,29 @@ def judge(candidates: Candidates, drawn: Array, counts: Array) -> tuple[Array, A
     for _ in range(drawn.shape[1] - 1):
         accepted = (hit & parent_true).astype(jnp.int32)
         parent_true = reached & (_of_parent(accepted, candidates.parents, 1) == 1)
-    accepted = hit & parent_true
-    index = jnp.arange(present.shape[1])
+    return hit & parent_true, parent_true
+
+
+def judge(candidates: Candidates, drawn: Array, counts: Array) -> tuple[Array, Array]:
+    """Say which candidates the target's draws bore out, and which had their chance.
+
+    A candidate had its chance if its parent came true, a token was drawn after it, and
+    no earlier child of the parent was that token. See `came_true` for the arguments.
+
+    Returns:
+      accepted `[B, C] bool`, and tried `[B, C] bool`; whatever is accepted was tried.
+    """
+    accepted, parent_true = came_true(candidates, drawn, counts)
+    index = jnp.arange(accepted.shape[1])
     siblings = candidates.parents[:, :, None] == candidates.parents[:, None, :]
     settled = siblings & accepted[:, None, :] & (index < index[:, None])
     return accepted, parent_true & ~jnp.any(settled, axis=2)
+
+
+def chances(candidates: Candidates) -> Array:
+    """Estimate how likely each comes true if its parent does, `[B, C]`; absent: 0."""
+    parents = jnp.where(candidates.present(), candidates.parents, NO_PARENT)
+    return jnp.exp(candidates.scores - _of_parent(candidates.scores, parents, 0))
 
 
 def _of_parent(values: Array, parents: Array, at_root: int) -> Array:

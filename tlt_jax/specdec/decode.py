@@ -52,7 +52,7 @@ class Settings:
 
 @struct.dataclass
 class Rows:
-    """The rows of a decode call, padded to the batch bucket; made on the host.
+    """The rows of a decode call, padded to the batch bucket.
 
     Attributes:
       page_table: `[B, max_pages] int32`; covers every position that the call may write.
@@ -70,6 +70,22 @@ class Rows:
 
 
 @struct.dataclass
+class Following:
+    """What the next call of the same rows begins with; the host need not have read it.
+
+    Attributes:
+      lengths, pending, remaining: see `Rows`.
+      step_limit: int32, the call's own; 0 if a row finished in it: then it is the
+        host's turn, and a call that was enqueued all the same takes no step.
+    """
+
+    lengths: Array
+    pending: Array
+    remaining: Array
+    step_limit: Array
+
+
+@struct.dataclass
 class Emitted:
     """What a decode call drew.
 
@@ -79,6 +95,7 @@ class Emitted:
       counts: `[B] int32`.
       ended: `[B] bool`: the last token drawn ends the text.
       num_steps: int32, target forwards that the call took.
+      following: for the call behind it; None within a call, and of one that speculates.
     """
 
     tokens: Array
@@ -86,6 +103,7 @@ class Emitted:
     counts: Array
     ended: Array
     num_steps: Array
+    following: Following | None = None
 
 
 def nothing(batch: int, max_tokens: int) -> Emitted:
@@ -151,7 +169,14 @@ def decode(
         return _step(params, rows, state, settings)
 
     end = lax.while_loop(keep_on, step, start)
-    return end.cache, end.emitted
+    has_finished = jnp.any(start.alive & ~end.alive)
+    following = Following(
+        lengths=end.lengths,
+        pending=end.pending,
+        remaining=rows.remaining - end.emitted.counts,
+        step_limit=jnp.where(has_finished, 0, step_limit),
+    )
+    return end.cache, end.emitted.replace(following=following)
 
 
 def _step(params, rows: Rows, state: _State, settings: Settings) -> _State:

@@ -245,7 +245,7 @@ class Tracer:
             path=walk.path[0, : walk.num_accepted[0] + 1],
             emitted=result.emitted.tokens[0, : result.emitted.counts[0]],
         )
-        return step, int(result.progress[0]), bool(result.emitted.ended[0])
+        return step, int(result.progress[0][0]), bool(result.emitted.ended[0])
 
     def _padded(self, tokens: np.ndarray) -> np.ndarray:
         """Fill up to the longest text, `[1, T]`: every text has the same programs."""

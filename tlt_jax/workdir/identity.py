@@ -22,7 +22,7 @@ SETTINGS, INPUTS = "config.json", "inputs.json"
 # Settings that may change when a run is taken up again: none decides what is computed.
 _FREE_ON_RESUME = (
     *("log.", "checkpoint.", "eval.", "reward.workers", "reward.timeout_s"),
-    "reward.memory_mb",
+    *("reward.memory_mb", "reward.placement"),
     *("workers.",),
 )
 _NUM_THREADS = 4

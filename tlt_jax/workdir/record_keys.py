@@ -224,6 +224,8 @@ TRAINING = (
     ),
     Key("specdec/chance_sum", "drafts", "sum of these chances", _DRAFTS),
     Key("specdec/chance_true", "counts", "how many of them came true", _DRAFTS),
+    Key("specdec/tau", "-", "by which chances were given at the end", _DRAFTS),
+    Key("specdec/sharpness", "-", "by which drafts were ranked at the end", _DRAFTS),
     Key(
         "specdec/rank_verified",
         "counts",

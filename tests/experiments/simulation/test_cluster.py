@@ -412,12 +412,12 @@ def test_rollouts_and_updates_side_by_side_take_the_longer_of_both(lag, steps):
 
 def test_the_planner_lets_rollouts_go_on_beside_updates(capsys):
     flags = [*SMALL, "--steps=2", "--devices=16", "--tensor=2", "--median=100"]
-    turns, off, *_ = planner.main([*flags, "--lag=1", "--learner-devices=4"])
+    flags += ["--weights-gb-s=25", "--lag=1", "--learner-devices=4"]
+    turns, off, *_ = planner.main(flags)
     assert [turns["system"], off["system"]] == ["turns", "off"]
     assert turns["times_faster"] == 1
-    # A step is as long as the longer of both: here the update, exchange included.
     assert off["step_s"] < turns["step_s"] and off["times_faster"] > 1
-    assert "rollouts beside updates" in capsys.readouterr().out
+    assert "a learner with devices of its own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -429,9 +429,9 @@ def test_the_planner_lets_rollouts_go_on_beside_updates(capsys):
         (["--num-prompts=0"], "--num-prompts=0: at least 1"),
         (["--sigma=-1"], "--sigma=-1"),
         (["--learned=2"], "--learned=2: 0 to 1"),
-        (["--lag=1"], "--lag=1 --learner-devices=0: give both"),
-        (["--lag=-1"], "--lag=-1 --learner-devices=0: give both"),
-        (["--learner-devices=8"], "--lag=0 --learner-devices=8: give both"),
+        (["--lag=1"], "--lag=1 --learner-devices=0: rollouts go on beside"),
+        (["--lag=-1"], "--lag=-1: at least 0"),
+        (["--learner-devices=1"], "hold the learner's state, 122 GB: give it more"),
         (
             ["--lag=1", "--learner-devices=64"],
             "--learner-devices=64 leaves 0 of --devices=64",

@@ -77,6 +77,8 @@ def pvalue(law):
     requests = [types.Request(i, 1, i, PROMPT, LIMIT) for i in range(NUM)]
     completions, stats = engine.run(requests, engines.SEED)
     engine.pool.close()
+    # What was sampled has no score that could follow anything.
+    assert stats.taus == []
     assert stats.rule == "block" and set(stats.strategies) == {"none", "D3K1V4"}
     # Most tokens are of steps by the rule.
     assert sum(stats.num_accepted) > NUM and stats.accept_length > 1.2

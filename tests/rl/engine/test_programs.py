@@ -7,13 +7,15 @@ import threading
 import jax
 import numpy as np
 import pytest
+from jax._src import cache_key, compiler
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.rl import engines
 from tests.rl.engine import test_engine_speculation, test_speculator
 from tests.rl.engine.test_engine_speculation import DRAFTER, EAGLE
 from tlt_jax.models import transformer
 from tlt_jax.rl.engine import programs as engine_programs
-from tlt_jax.runtime import sharding
+from tlt_jax.runtime import compile_cache, sharding
 from tlt_jax.specdec import chain, strategy
 from tlt_jax.specdec.proposers import both, learned, ngram
 
@@ -138,3 +140,60 @@ def test_equal_devices_trace_and_lower_a_program_once(monkeypatch):
     # The target's in the step, and in prefilling.
     assert len(forwards) == 2
     assert len({decoding.as_text() for decoding, _ in found}) == 1
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of compiled programs, and the names of what is compiled."""
+    compiled, whole = [], compiler.backend_compile_and_load
+
+    def counted(backend, module, *rest):
+        compiled.append(module.operation.attributes["sym_name"].value)
+        return whole(backend, module, *rest)
+
+    monkeypatch.setattr(compiler, "backend_compile_and_load", counted)
+    hashed = cache_key._hash_serialized_compile_options
+    monkeypatch.setattr(cache_key, hashed.__name__, getattr(hashed, "whole", hashed))
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield compiled
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_equal_devices_compile_a_program_once(cache):
+    """Eight engines of a process, whose threads ask at the same time."""
+
+    def made_for(device):
+        mesh = sharding.make_mesh(1, 1, 1, [device])
+        params = jax.device_put(engines.PARAMS, device)
+        # No other test's width of a call.
+        changes = dict(max_rows=1, steps_per_call=11)
+        return engines.engine_of(params=params, mesh=mesh, **changes)
+
+    def tokens_of(engine):
+        completions, _ = engine.run(engines.REQUESTS[5:7], engines.SEED)
+        where = engine._caches.target.keys.devices()
+        return [c.tokens.tolist() for c in completions], where
+
+    made = [made_for(device) for device in jax.devices()]
+    names = ["jit__empty", "jit_copy_pages", "jit_decode", "jit_prefill"]
+    assert not compile_cache.serves_equal_devices()
+    compile_cache._leave_devices_out(cache_key)
+    assert compile_cache.serves_equal_devices()
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(tokens_of, made))
+    for engine in made:
+        engine.pool.close()
+        assert engine.pool.stats.num_compiled == 4
+    assert sorted(name for name in cache if name in names) == names
+    assert all(tokens == found[0][0] for tokens, _ in found)
+    assert [where for _, where in found] == [{device} for device in jax.devices()]

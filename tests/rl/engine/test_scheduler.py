@@ -92,7 +92,14 @@ def sampled(request_id, index):
     return 1000 * request_id + index
 
 
-def run(plan, *, num_pages, page_size, num_steps, max_rows, draw_count):
+def never(call):
+    """No call is enqueued before the last is read."""
+    return False
+
+
+def run(
+    plan, *, num_pages, page_size, num_steps, max_rows, draw_count, goes_ahead=never
+):
     """Run all requests to their ends as the engine does, checking at every step."""
     device = Device(page_size)
     finished = {}
@@ -100,6 +107,17 @@ def run(plan, *, num_pages, page_size, num_steps, max_rows, draw_count):
         if not (plan.num_waiting or plan.rows):
             break
         device.apply(plan.admit(num_steps))
+        for row in plan.rows:
+            end = row.length + min(num_steps, row.remaining)
+            assert len(row.pages) == -(-end // page_size)
+        if goes_ahead(call):
+            num_rows, held = len(plan.rows), [list(row.pages) for row in plan.rows]
+            went = plan.reserve_ahead(2 * num_steps)
+            for row, pages in zip(plan.rows, held, strict=True):
+                end = row.length + min(2 * num_steps, row.remaining)
+                assert row.pages[: len(pages)] == pages
+                assert len(row.pages) == (-(-end // page_size) if went else len(pages))
+            assert len(plan.rows) == num_rows
         check_pages(plan, num_pages, page_size)
         assert 1 <= len(plan.rows) <= max_rows
         for row in list(plan.rows):
@@ -151,6 +169,7 @@ def test_all_finish_with_their_own_pages_however_few_there_are(situation):
         **sizes,
         num_steps=situation["num_steps"],
         draw_count=lambda call, row: pace.randint(0, 4),
+        goes_ahead=lambda call: pace.random() < 0.5,
     )
     assert finished == {
         r.request_id: [sampled(r.request_id, i) for i in range(r.max_new_tokens)]
@@ -248,6 +267,24 @@ def test_rows_wait_until_there_are_pages_for_a_whole_call():
     plan.admit(8)
     assert [row.request.request_id for row in plan.rows] == [0]
     assert plan.num_preempted == 0
+
+
+def test_pages_are_reserved_ahead_where_nobody_is_put_back_for_them():
+    requests = [request(i, i, prompt=1, max_new_tokens=8) for i in range(2)]
+    plan = plan_of(requests, num_pages=8, page_size=2, max_rows=2)
+    plan.admit(3)
+    first, second = (list(row.pages) for row in plan.rows)
+    assert (len(first), len(second), plan._pool.num_free) == (2, 2, 3)
+    assert not plan.reserve_ahead(8)  # one page too few for both
+    assert [row.pages for row in plan.rows] == [first, second]
+    assert plan.reserve_ahead(6)
+    assert [row.pages[:2] for row in plan.rows] == [first, second]
+    assert [len(row.pages) for row in plan.rows] == [3, 3]
+    # The first one ended, so that the call did not take place: all is as without it.
+    plan.finish(plan.rows[0])
+    plan.admit(3)
+    assert [row.pages for row in plan.rows] == [second]
+    assert plan._pool.num_free == 5 and plan.num_preempted == 0
 
 
 def test_page_table_lists_pages_in_order_and_scratch_elsewhere():

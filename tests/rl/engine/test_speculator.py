@@ -7,7 +7,7 @@ from tests.rl import engines
 from tests.rl.engine.test_engine_speculation import EAGLE, drafter_params
 from tlt_jax import types
 from tlt_jax.rl.engine import scheduler, speculator
-from tlt_jax.specdec import strategy
+from tlt_jax.specdec import calibration, strategy
 from tlt_jax.specdec.tuners import bandit, shared, tuner
 
 CHAIN = strategy.parse("D3K1V4")
@@ -117,12 +117,12 @@ def call_of(how):
 def test_what_proposers_tell_is_kept():
     state, rows = with_weights(), [row_of(3, (1,)), row_of(3, (2,))]
     outcomes = np.ones((9, 2), np.float32)
-    state.took(rows, call_of(CHAIN), np.array([5, 6, 0, 0], np.int32))
+    state.took(rows, call_of(CHAIN), (np.array([5, 6, 0, 0], np.int32), None))
     assert [row.drafted for row in rows] == [5, 6]
     state.took(rows, call_of(NGRAM), outcomes)
     assert [row.drafted for row in rows] == [5, 6]
     assert state.inputs(rows, 2, NGRAM).outcomes.tolist() == outcomes.tolist()
-    state.took(rows, call_of(BOTH), (np.array([7, 8], np.int32), 2 * outcomes))
+    state.took(rows, call_of(BOTH), ((np.array([7, 8], np.int32), None), 2 * outcomes))
     assert [row.drafted for row in rows] == [7, 8]
     assert state.inputs(rows, 2, NGRAM).outcomes[0, 0] == 2
     state.took(rows, call_of(None), ())
@@ -175,13 +175,16 @@ def test_what_is_decoded_aside_leaves_no_trace():
             how = state.choose(2)
             call = tuner.Call(1, 1, how, seconds, 1, 2, (2, 1))
             state.took(rows, call, state.inputs(rows, 1, how).outcomes + 1)
+        seen = calibration.Evidence(np.array([seconds, 1]), np.eye(2))
+        state._calibration.record(seen)
         late.choose(1)
         state.finished(rows[0].request, np.array(tokens, np.int32))
 
     def everything():
         matching = state.inputs(rows, 1, NGRAM)
         arrays = [matching.corpus.texts, matching.corpus.lengths, matching.outcomes]
-        return [x.tolist() for x in arrays], early.state(), late.state()
+        learning = early, late, state._calibration
+        return [x.tolist() for x in arrays], *(part.state() for part in learning)
 
     decode([7, 9], seconds=0.5)
     late.choose(8)

@@ -92,6 +92,8 @@ def test_engines_are_added_up():
         stats.num_prefill_tokens, stats.num_fill_tokens = 100 * number, 30 * number
         stats.prefill_s, stats.fill_s = 0.25 * number, 0.5 * number
         stats.compile_s, stats.capture_s = 2.0 * number, 0.125 * number
+        stats.num_ahead, stats.num_thrown_away = 2 * number, 7 * number
+        stats.taus, stats.sharpnesses = [0.5 * number], [0.75 * number]
     one.reliability[2][9], two.reliability[2][9] = 3, 4
     joined = vars(one.join(two))
     assert not np.any(joined.pop("by_rank"))
@@ -102,6 +104,10 @@ def test_engines_are_added_up():
         "num_steps": 30,
         "num_row_steps": 120,
         "num_calls": 3,
+        "num_ahead": 6,
+        "taus": [0.5, 1.0],
+        "sharpnesses": [0.75, 1.5],
+        "num_thrown_away": 21,
         "num_prefill_tokens": 300,
         "num_fill_tokens": 90,
         "num_preempted": 3,

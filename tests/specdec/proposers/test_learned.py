@@ -188,7 +188,7 @@ def children_of(found, row):
 def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
     made, noise = proposed(coupled, temperature, sharpness)
     found = jax.device_get(made.candidates)
-    keys, values = made.extra
+    keys, values, _ = made.extra
     width = STRATEGY.max_accept_length
     assert keys.shape == values.shape == (2, 6, NUM, width)
     for row in range(NUM):
@@ -206,6 +206,8 @@ def test_drafts_are_those_of_whole_paths(coupled, temperature, sharpness):
 def test_a_sampled_trees_shape_is_by_rank_and_its_laws_are_kept():
     made, noise = proposed(learned.SAMPLED, 0.7, 1.5)
     found, laws = jax.device_get((made.candidates, made.laws))
+    # Nothing that tau and sharpness could follow.
+    assert made.extra[2] is None
     ids = np.asarray(weights().params.draft_ids)
     assert np.array_equal(laws.draft_ids, ids) and laws.probs.shape == (NUM, 5, 30)
     for shape in (found.parents, found.depths, found.scores, laws.behind):

@@ -274,26 +274,42 @@ class DrafterLearner:
             for name in _NAMES
         }
 
-    def _lower(self, name: str, devices: Devices, target: model_params.Params):
-        """Trace a program of a training."""
+    def described(
+        self, devices: Devices, target: model_params.Params
+    ) -> tuple[train_state.TrainState, unroll.Batch, unroll.Target, step_lib.UnderWay]:
+        """Describe what a step on devices holds, each array where it lies.
+
+        State and batch, what is read of the target, and the step under way.
+        """
         mesh = _mesh(devices)
         everywhere, by_rows = sharding.replicated(mesh), self._by_rows(mesh)
         like = self.abstract_state() if self.state is None else self.state
         state = engine_programs.abstract_of(like, everywhere)
         batch = engine_programs.abstract_of(self._batch, by_rows)
         given = self._abstract_target(target, everywhere)
-        how = {"cfg": self._forward, "objective": self._objective}
-        start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        size = self._piece_size
-        begin = functools.partial(step_lib.begin, **how)
+        begin = functools.partial(step_lib.begin, **self._how)
         under_way = jax.eval_shape(begin, state.params, batch, given)
         split = sharding.named(mesh, sharding.ShardingRules(), (None, "batch"))
         seen = unroll.Seen(split, by_rows, by_rows)
         where = step_lib.UnderWay(seen, everywhere, seen, everywhere)
-        under_way = engine_programs.abstract_of(under_way, where)
+        return state, batch, given, engine_programs.abstract_of(under_way, where)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"cfg": self._forward, "objective": self._objective}
+
+    def _lower(self, name: str, devices: Devices, target: model_params.Params):
+        """Trace a program of a training."""
+        state, batch, given, under_way = self.described(devices, target)
+        everywhere = sharding.replicated(_mesh(devices))
+        where = jax.tree.map(lambda x: x.sharding, under_way)
+        how = self._how
+        start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        size = self._piece_size
         given_now = state.params, batch, given
         match name:
             case "begin":
+                begin = functools.partial(step_lib.begin, **how)
                 jitted = jax.jit(begin, out_shardings=where)
                 return jitted.lower(*given_now)
             case "add":

@@ -55,6 +55,44 @@ def _clip(most: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def _sizes(settings: speculation.Adaptation) -> dict[str, int]:
+    """Sizes of a training step's batch."""
+    return {
+        "row_tokens": settings.row_tokens,
+        "row_bases": settings.row_bases,
+        "num_rows": settings.num_rows,
+    }
+
+
+def learner_of(
+    settings: speculation.Adaptation,
+    cfg: drafter.DrafterConfig,
+    *,
+    precision: str,
+    is_trained: bool,
+) -> drafter_learner.DrafterLearner:
+    """Make what a run trains its drafter with, as yet without weights.
+
+    `precision` is that of activations and of what the texts keep. A drafter that
+    `is_trained` already learns at a lower rate, unless the settings name one.
+    """
+    return drafter_learner.DrafterLearner(
+        cfg,
+        objectives.choose(settings.name, settings.overrides(), cfg.block_size),
+        _optimizer(settings, is_trained=is_trained),
+        batch=layout.described(
+            **_sizes(settings),
+            d_model=cfg.layer.d_model,
+            num_features=len(cfg.feature_layers),
+            dtype=precision,
+        ),
+        head_chunk=min(settings.head_chunk, settings.row_bases),
+        piece_bases=settings.piece_bases,
+        depth=min(_DEPTH, cfg.block_size or _DEPTH),
+        dtype=precision,
+    )
+
+
 class Training:
     """Texts, the line of batches out of them, and the drafter that learns.
 
@@ -100,35 +138,14 @@ class Training:
         self.settings, self.cfg, self._eos_ids = settings, cfg, tuple(eos_ids)
         self.precision, self.seed, self._note = precision, seed, note
         self._directory = directory
-        sizes = {
-            "row_tokens": settings.row_tokens,
-            "row_bases": settings.row_bases,
-            "num_rows": settings.num_rows,
-        }
-        objective = objectives.choose(
-            settings.name, settings.overrides(), cfg.block_size
-        )
-        self.learner = drafter_learner.DrafterLearner(
-            cfg,
-            objective,
-            _optimizer(settings, is_trained=is_trained),
-            batch=layout.described(
-                **sizes,
-                d_model=cfg.layer.d_model,
-                num_features=len(cfg.feature_layers),
-                dtype=precision,
-            ),
-            head_chunk=min(settings.head_chunk, settings.row_bases),
-            piece_bases=settings.piece_bases,
-            depth=min(_DEPTH, cfg.block_size or _DEPTH),
-            dtype=precision,
+        self.learner = learner_of(
+            settings, cfg, precision=precision, is_trained=is_trained
         )
         # What drafts would have had accepted can be read off texts of this law alone,
         # and by their own noise, which chain rules do not draw them by.
         is_plain = sampling_cfg == sampling.SamplingConfig()
         self.measures = rule == chain.KEYED and is_plain
         self.is_counted = rule != chain.KEYED and settings.counts_steps
-        self._sizes = sizes
         self.buffer, self.sampler = self._without_texts()
 
     def forget(self) -> None:
@@ -165,5 +182,5 @@ class Training:
             buffer,
             seed=self.seed,
             previous_frac=settings.previous_frac,
-            **self._sizes,
+            **_sizes(settings),
         )

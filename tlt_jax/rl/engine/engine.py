@@ -23,6 +23,7 @@ from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import (
     cache_writer,
     capture,
+    decode_calls,
     request_queue,
     scheduler,
     speculator,
@@ -31,7 +32,8 @@ from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.engine import requests as requests_lib
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.runtime import programs, sharding
-from tlt_jax.specdec import decode, noise, speculate
+from tlt_jax.specdec import calibration as calibration_lib
+from tlt_jax.specdec import speculate
 from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.tuners import tuner as tuner_lib
 
@@ -51,13 +53,15 @@ class Engine:
         speculator_cfg: speculator.SpeculatorConfig | None = None,
         tuner: tuner_lib.Tuner | None = None,
         early_tuner: tuner_lib.Tuner | None = None,
+        calibration: calibration_lib.Calibration | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
         """Make an engine without weights; `set_params` gives it some.
 
         It speculates once `set_drafter` gave weights, by strategies that the tuners
-        choose, see `speculator.Speculator`; without `speculator_cfg` never. Stop
+        choose and scores that the calibration, its own, lets follow what comes of them,
+        see `speculator.Speculator`; without `speculator_cfg` never. Stop
         strings need `decode_text`, and without a mesh the engine has the first device.
 
         Raises:
@@ -70,7 +74,6 @@ class Engine:
             )
         self.cfg = cfg
         self.engine_cfg = engine_cfg
-        self.pool = programs.ProgramPool()
         self.version = -1
         self._decode_text = decode_text
         self.mesh = mesh or sharding.make_mesh(1, 1, 1, jax.devices()[:1])
@@ -83,10 +86,14 @@ class Engine:
             max_length=engine_cfg.max_length,
             tuner=tuner,
             early_tuner=early_tuner,
+            calibration=calibration,
         )
         self.programs = engine_programs.EnginePrograms(
             cfg, engine_cfg, speculator_cfg, self.mesh
         )
+        # Those of engines on other devices are the same but for these.
+        kind = cfg, engine_cfg, speculator_cfg, self.mesh.devices.shape
+        self.pool = programs.ProgramPool(kind)
         self._writer = cache_writer.CacheWriter(self.pool, self.programs, engine_cfg)
         self._caches = None
         self.params: model_params.Params | None = None
@@ -209,22 +216,22 @@ class Engine:
             page_size=engine_cfg.page_size,
             max_rows=engine_cfg.max_rows,
         )
-        keys = _Keys(seed)
+        keys = decode_calls.Keys(seed)
+        calls = decode_calls.DecodeCalls(
+            self.pool, self.programs, engine_cfg, self._speculator, keys
+        )
         if self._caches is None:
             self._caches = self.pool.get(self.programs.empty_caches())()
         self._speculator.begin()
         with capture.Delivery(on_text) as delivery:
             while True:
-                admission = plan.admit(engine_cfg.steps_per_call)
-                self._caches = self._writer.admit(
-                    self._caches, self.params, admission, stats
-                )
-                self._speculator.written((*admission.prompts, *admission.returns))
+                if not calls.has_ahead:
+                    self._admit(plan, stats)
                 if not plan.rows:
                     break
                 self._speculator.take_up(plan.rows, self.params)
                 before = [(r, len(r.tokens)) for r in plan.rows] if on_tokens else ()
-                finished = self._decode_call(plan, keys, stats)
+                finished = self._decode_call(plan, calls, stats)
                 for row, count in before:
                     on_tokens(row.request.request_id, row.tokens[count:])
                 for row, reason in finished:
@@ -246,6 +253,10 @@ class Engine:
                 if on_call:
                     alive = sum(len(row.tokens) for row in plan.rows)
                     on_call(stats.num_tokens + alive)
+        if self._speculator.score is not None:
+            tau, sharpness = self._speculator.score
+            stats.taus.append(tau)
+            stats.sharpnesses.append(sharpness)
         stats.num_preempted = plan.num_preempted
         stats.compile_s = self.pool.stats.waited_s - waited_before
         return stats
@@ -269,7 +280,10 @@ class Engine:
         )
 
     def _captured(
-        self, row: scheduler.Row, keys: "_Keys", stats: rollout_stats.RolloutStats
+        self,
+        row: scheduler.Row,
+        keys: decode_calls.Keys,
+        stats: rollout_stats.RolloutStats,
     ) -> tuple[capture.Finished, list[jax.Array]]:
         """Begin to read what the row's pages keep of its text."""
         started = time.perf_counter()
@@ -292,57 +306,40 @@ class Engine:
         num = engine_programs.READ_PAGES
         for start in range(0, len(known), num):
             some = known[start : start + num]
-            found += read(self._caches.target, _padded(some, num))[: len(some)]
+            found += read(self._caches.target, decode_calls.padded(some, num))[
+                : len(some)
+            ]
         return found
 
+    def _admit(
+        self, plan: scheduler.Scheduler, stats: rollout_stats.RolloutStats
+    ) -> None:
+        """Give rows their pages, and waiting ones a slot, and write what they need."""
+        admission = plan.admit(self.engine_cfg.steps_per_call)
+        self._caches = self._writer.admit(self._caches, self.params, admission, stats)
+        self._speculator.written((*admission.prompts, *admission.returns))
+
     def _decode_call(
-        self, plan: scheduler.Scheduler, keys: "_Keys", stats
+        self,
+        plan: scheduler.Scheduler,
+        calls: decode_calls.DecodeCalls,
+        stats: rollout_stats.RolloutStats,
     ) -> list[tuple[scheduler.Row, types.FinishReason]]:
         """Decode once for all rows; return those that finished, and why."""
-        cfg = self.engine_cfg
-        rows = list(plan.rows)
-        batch = tuner_lib.bucket_of(len(rows), cfg.max_rows)
-        strategy = self._speculator.choose(len(rows))
-        lacking = self._speculator.missing(rows, strategy)
-        self._caches = self._writer.fill(
-            self._caches, self.params, self._speculator.weights, lacking, stats
-        )
-        arrays = decode.Rows(
-            page_table=plan.page_table(rows, batch, cfg.max_pages),
-            lengths=_padded([row.length for row in rows], batch),
-            pending=_padded([row.pending for row in rows], batch),
-            keys=_padded(keys.of(rows), batch, np.uint32),
-            remaining=_padded([row.remaining for row in rows], batch),
-        )
-        quota = scheduler.finish_quota(len(rows), plan.num_waiting, cfg.max_rows)
-        limits = np.int32(cfg.steps_per_call), np.int32(quota)
-        program = self.pool.get(self.programs.decoding(self.params, batch, strategy))
-        inputs = self._speculator.inputs(rows, batch, strategy)
-        started = time.perf_counter()
-        if strategy is None:
-            target, emitted = program(self.params, self._caches.target, arrays, *limits)
-            self._caches = self._caches.replace(target=target)
-            result = speculate.plain(jax.device_get(emitted))
-        else:
-            self._caches, result = program(
-                self.params, self._caches, arrays, inputs, *limits
+        call = calls.take_ahead(stats)
+        if call is None:
+            strategy = self._speculator.choose(len(plan.rows))
+            lacking = self._speculator.missing(plan.rows, strategy)
+            self._caches = self._writer.fill(
+                self._caches, self.params, self._speculator.weights, lacking, stats
             )
-            result = jax.device_get(result)
-        elapsed = time.perf_counter() - started
-        emitted = result.emitted
-        call = tuner_lib.Call(
-            num_rows=len(rows),
-            bucket=batch,
-            strategy=strategy,
-            elapsed_s=elapsed,
-            num_steps=int(emitted.num_steps),
-            num_tokens=int(emitted.counts.sum()),
-            num_accepted=tuple(result.num_accepted.tolist()),
-            accepted_by_room=tuple(map(tuple, result.accepted_by_room.tolist())),
-        )
-        stats.add(call, result.reliability)
-        self._speculator.took(rows, call, result.progress)
-        return self._kept(rows, result)
+            self._caches, call = calls.enqueue(
+                self._caches, self.params, plan, strategy
+            )
+        self._caches = calls.enqueue_ahead(self._caches, self.params, plan, call)
+        finished = self._kept(call.rows, calls.read(call, stats))
+        calls.throw_away(finished, stats)
+        return finished
 
     def _kept(
         self, rows: Sequence[scheduler.Row], result: speculate.Speculated
@@ -439,26 +436,3 @@ def answer(
             for own in pool.map(serve, range(len(engines))):
                 stats = stats.join(own)
     return [done[request.request_id] for request in requests], stats
-
-
-class _Keys:
-    """Noise keys of requests, made when they are first asked for."""
-
-    def __init__(self, seed: int):
-        self._seed = seed
-        self._known: dict[int, np.ndarray] = {}
-
-    def of(self, rows: Sequence[scheduler.Row]) -> list[np.ndarray]:
-        ids = [row.request.request_id for row in rows]
-        missing = [i for i in ids if i not in self._known]
-        if missing:
-            made = noise.request_keys(self._seed, missing)
-            self._known.update(zip(missing, made, strict=True))
-        return [self._known[i] for i in ids]
-
-
-def _padded(values: list, batch: int, dtype=np.int32) -> np.ndarray:
-    """Stack one value per row and fill up with zeros, `[batch, ...]`."""
-    array = np.asarray(values, dtype)
-    padding = [(0, batch - len(values))] + [(0, 0)] * (array.ndim - 1)
-    return np.pad(array, padding)

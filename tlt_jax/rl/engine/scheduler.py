@@ -200,6 +200,19 @@ class Scheduler:
         self._drop([p for p in unused if not self._source.waits(p)])
         return admission
 
+    def reserve_ahead(self, num_steps: int) -> bool:
+        """Give every row the pages for its next `num_steps` tokens, more than admitted.
+
+        False, with nothing changed, where another row would have to be put back for it.
+        What is not used the next `admit` takes back.
+        """
+        lacking = [max(self._num_lacking(row, num_steps), 0) for row in self.rows]
+        if sum(lacking) > self._pool.num_free:
+            return False
+        for row, count in zip(self.rows, lacking, strict=True):
+            row.pages.extend(self._pool.take(count))
+        return True
+
     def finish(self, row: Row) -> bool:
         """Take a finished row out and free its pages; tell whether it counts."""
         self.rows.remove(row)
@@ -215,12 +228,18 @@ class Scheduler:
         return table
 
     def _reserve(self, num_steps: int) -> None:
-        """Give every row the pages that its next `num_steps` tokens need."""
+        """Give every row the pages that its next `num_steps` tokens need, and no more.
+
+        Those reserved ahead for a call that did not take place are others' to have.
+        """
+        for row in self.rows:
+            kept = len(row.pages) + min(self._num_lacking(row, num_steps), 0)
+            self._pool.release(row.pages[kept:])
+            del row.pages[kept:]
         i = 0
         while i < len(self.rows):
             row = self.rows[i]
-            needed = self._pages_for(row.length + min(num_steps, row.remaining))
-            pages = self._pool.take(max(needed - len(row.pages), 0))
+            pages = self._pool.take(self._num_lacking(row, num_steps))
             if pages is not None:
                 row.pages.extend(pages)
                 i += 1
@@ -270,6 +289,11 @@ class Scheduler:
         """Let go of prompts; rows that share pages keep those."""
         for prompt_id in prompt_ids:
             self._pool.release(self._prompts.pop(prompt_id))
+
+    def _num_lacking(self, row: Row, num_steps: int) -> int:
+        """Pages that a row lacks for its next tokens; below 0: it has so many over."""
+        length = row.length + min(num_steps, row.remaining)
+        return self._pages_for(length) - len(row.pages)
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self._page_size)

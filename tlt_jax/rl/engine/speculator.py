@@ -23,6 +23,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import scheduler
 from tlt_jax.runtime import external
+from tlt_jax.specdec import calibration as calibration_lib
 from tlt_jax.specdec import chain, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import learned, ngram, ngram_store
@@ -64,7 +65,9 @@ class SpeculatorConfig:
         do without it.
       drafter_cfg: the learned drafter; None: suffix matches alone.
       ranking: of its candidates, see `propose`.
-      tau: temperature of the coupled score; None: the drafter's own.
+      tau: temperature of the coupled score; None: the drafter's own, which with its
+        sharpness follows what comes of its drafts, see `calibration`. A tau that is
+        given stays, and so does the sharpness.
       texts: of suffix matches.
       rule: of acceptance. `keyed` is ours: the tokens are those of plain decoding.
         `rejection` and `block` keep their law alone: the tokens are others, for every
@@ -175,6 +178,7 @@ class Speculator:
     Attributes:
       version: of the drafter in use; -1: none.
       weights: the drafter with embedding and head of the target; None: not both yet.
+      score: tau and sharpness of the drafts to come, once some were coupled in the run.
     """
 
     def __init__(
@@ -185,11 +189,13 @@ class Speculator:
         max_length: int,
         tuner: tuner_lib.Tuner | None = None,
         early_tuner: tuner_lib.Tuner | None = None,
+        calibration: calibration_lib.Calibration | None = None,
     ):
         """Begin without weights; `offer` and `take_up` give some.
 
         `tuner` chooses among the strategies, None: the table does. `early_tuner`
         chooses while there are no drafter's weights, None: plain decoding is all then.
+        `calibration` is no other engine's.
         """
         self.cfg = cfg
         self.rule = cfg.rule
@@ -200,7 +206,8 @@ class Speculator:
         self._offer_lock = threading.Lock()
         self._offered: tuple[drafter.DrafterParams, int] | None = None
         self._params: drafter.DrafterParams | None = None
-        self._sharpness, self._tau = map(np.float32, (drafter.SHARPNESS, drafter.TAU))
+        self._calibration = calibration or calibration_lib.Calibration()
+        self.score: tuple[float, float] | None = None
         self._page_size, self._max_length = page_size, max_length
         self._store = self._empty_store()
         self._outcomes = np.zeros((cfg.texts.longest + 1, 2), np.float32)
@@ -228,7 +235,8 @@ class Speculator:
         if offer is None:
             return
         params, self.version = offer
-        self._sharpness, self._tau = drafter.measured(params)
+        sharpness, tau = drafter.measured(params)
+        self._calibration.begin(self.version, tau, sharpness)
         # They are told anew in every call, and no weights that programs are made for.
         self._params = params.replace(sharpness=None, tau=None)
         self._filled.clear()
@@ -255,20 +263,23 @@ class Speculator:
         rollout: an evaluation leaves no trace. Nothing is decoded when this begins or
         ends, by any engine that shares the tuners.
         """
-        kept = self._store, self._outcomes
-        tuners = [t for t in (self._tuner, self._early_tuner) if t is not None]
-        states = copy.deepcopy([tuner.state() for tuner in tuners])
+        kept = self._store, self._outcomes, self.score
+        parts = self._tuner, self._early_tuner, self._calibration
+        learning = [part for part in parts if part is not None]
+        states = copy.deepcopy([part.state() for part in learning])
         self._store = self._empty_store()
         try:
             yield
         finally:
-            self._store, self._outcomes = kept
-            for tuner, state in zip(tuners, states, strict=True):
-                tuner.restore(state)
+            self._store, self._outcomes, self.score = kept
+            for part, state in zip(learning, states, strict=True):
+                part.restore(state)
 
     def begin(self) -> None:
-        """Begin a run: nothing is cached, and what matches did counts less."""
+        """Begin a run: nothing is cached, and what guesses did counts less."""
         self._filled.clear()
+        self.score = None
+        self._calibration.begin_run()
         self._outcomes = self._outcomes * np.float32(self.cfg.texts.discount)
 
     def choose(self, num_rows: int) -> strategy_lib.Strategy | None:
@@ -362,8 +373,14 @@ class Speculator:
             rest = row.tail(row.length - row.drafted)
             lengths[i] = row.drafted
             tokens[i, : len(rest)] = rest
-        tau = self._tau if self.cfg.tau is None else np.float32(self.cfg.tau)
-        return learned.Draft(self.weights, tau, self._sharpness, lengths, tokens)
+        return learned.Draft(
+            self.weights, self._tau, self._calibration.sharpness, lengths, tokens
+        )
+
+    @property
+    def _tau(self) -> np.float32:
+        own = self._calibration.tau
+        return own if self.cfg.tau is None else np.float32(self.cfg.tau)
 
     def _matching(self, rows, batch) -> ngram.Matching:
         """Lay out the texts that the rows may search."""
@@ -385,16 +402,21 @@ class Speculator:
     ) -> None:
         """Note what came of a decode call, and tell whoever chose its strategy.
 
-        `progress` is what its proposer tells: how far the drafter came, how the matches
-        did, or both.
+        `progress` is what its proposer tells: how far the drafter came and how true its
+        drafts, how the matches did, or both.
         """
         self._chooser.record(call)
         strategy = call.strategy
         if strategy is None:
             return
         is_pair = strategy.drafts and strategy.matches
-        lengths, outcomes = progress if is_pair else (progress, progress)
+        drafted, outcomes = progress if is_pair else (progress, progress)
         if strategy.drafts:
+            lengths, evidence = drafted
+            if evidence is not None:
+                if self.cfg.tau is None:
+                    self._calibration.record(evidence)
+                self.score = float(self._tau), float(self._calibration.sharpness)
             for row, length in zip(rows, lengths, strict=False):
                 row.drafted = int(length)
         if strategy.matches:

@@ -20,6 +20,9 @@ class RolloutStats:
       num_steps: target forwards of decode calls.
       num_row_steps: the same times the batch bucket.
       num_calls: decode calls.
+      num_ahead: those of them that were enqueued before the last one was read.
+      num_thrown_away: enqueued so, too, and not among them: a row had finished in the
+        last one, so that they took no step.
       num_prefill_tokens: prompt positions computed.
       num_fill_tokens: positions taken into the drafter's cache outside decode calls.
       num_preempted: rows put back for want of pages.
@@ -29,6 +32,8 @@ class RolloutStats:
         they were, too, or not: strategies differ in depth.
       reliability: `[3, 10]`, the learned drafter's drafts that had their chance by
         tenths of it, see `verify.reliability`.
+      taus, sharpnesses: of coupled drafts, as they were when a run ended, one for each
+        engine and run that had some; see `calibration`.
       by_rank: `[2, R]`, its nodes that were verified, and those accepted, by their rank
         in the batch: of `rooms.ROOMS` the first that holds them.
       strategies: decode calls by strategy; `none` is plain decoding.
@@ -38,7 +43,8 @@ class RolloutStats:
         no compilation.
       compile_s: seconds for which programs were waited for.
       active_rows: rows alive at the start of each decode call.
-      call_s: seconds of each decode call.
+      call_s: seconds of each decode call; of one that was enqueued before the last was
+        read, from then on.
       capture_s: seconds that decoding waited for finished texts' features.
     """
 
@@ -46,6 +52,8 @@ class RolloutStats:
     num_steps: int = 0
     num_row_steps: int = 0
     num_calls: int = 0
+    num_ahead: int = 0
+    num_thrown_away: int = 0
     num_prefill_tokens: int = 0
     num_fill_tokens: int = 0
     num_preempted: int = 0
@@ -54,6 +62,8 @@ class RolloutStats:
     reliability: list[list[float]] = dataclasses.field(
         default_factory=lambda: np.zeros((3, verify.NUM_TENTHS)).tolist()
     )
+    taus: list[float] = dataclasses.field(default_factory=list)
+    sharpnesses: list[float] = dataclasses.field(default_factory=list)
     by_rank: list[list[int]] = dataclasses.field(
         default_factory=lambda: np.zeros((2, len(rooms.ROOMS)), int).tolist()
     )

@@ -21,11 +21,15 @@ from tlt_jax import types
 from tlt_jax.foreign import process, serving
 from tlt_jax.rl.tasks import rewards
 from tlt_jax.runtime import failures
+from tlt_jax.settings import sections
 
+# Its index, and what is judged.
+Job = tuple[int, types.Example, str]
 Status = Literal["ok", "error", "timeout", "crashed", "nonfinite"]
 
 _FAILURES: tuple[Status, ...] = ("error", "timeout", "crashed", "nonfinite")
 _ENTRY = "tlt_jax.rl.tasks.reward_pool:scorer"
+_CLOSED = "the reward pool is closed: make another one."
 # A day: whoever waits longer for one reward has lost it.
 _LONGEST_S = 86_400.0
 # Optimizers compute in float32: a larger reward is infinite there.
@@ -56,7 +60,7 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What `RewardPool.gather` returns.
+    """What `Pool.gather` returns.
 
     Attributes:
       items: in the order of submission.
@@ -110,12 +114,98 @@ def joined(parts: Sequence[Scores]) -> Scores:
     return Scores(items, max(part.wait_s for part in parts), parts[0].names)
 
 
-class RewardPool:
+class Pool:
     """Scores (example, text) pairs in parallel; failures become values.
 
     `submit` may be called while the rollout runs, by several threads; `gather` waits
-    for what was submitted. The pool is a context manager.
+    for what was submitted. A pool is a context manager. `RewardPool` judges in
+    processes of its host, `reward_workers.SeparatePool` in those of a launcher.
     """
+
+    def __init__(self, score_fn: rewards.RewardFunction | rewards.WeightedSum):
+        """Nothing is submitted yet; of the function only its parts' names count."""
+        several = isinstance(score_fn, rewards.WeightedSum) and len(score_fn.names) > 1
+        self._names = score_fn.names if several else ()
+        self._changed = threading.Condition()
+        self._pending: list[tuple[types.Example, str]] = []
+        self._done: dict[int, Scored] = {}
+        self._broken: str | None = None
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._closed = False
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def submit(self, example: types.Example, text: str) -> int:
+        """Queues one call and returns its index in the next `gather`."""
+        if self._closed:
+            raise RuntimeError(_CLOSED)
+        with self._changed:
+            index = len(self._pending)
+            self._pending.append((example, text))
+            self._jobs.put((index, example, text))
+        return index
+
+    def gather(self) -> Scores:
+        """Waits for all calls submitted since the last `gather`.
+
+        Every call ends: by itself, or by the time limit.
+
+        Raises:
+          failures.UserError: nobody is left who could judge.
+        """
+        start = time.perf_counter()
+        self._help()
+        with self._changed:
+            while len(self._done) < len(self._pending):
+                self._wait()
+            items = tuple(self._done[index] for index in range(len(self._pending)))
+            self._pending, self._done = [], {}
+        return Scores(items, time.perf_counter() - start, self._names)
+
+    def score(self, pairs: Iterable[tuple[types.Example, str]]) -> Scores:
+        """Submits all pairs and gathers them, with any submitted before."""
+        for example, text in pairs:
+            self.submit(example, text)
+        return self.gather()
+
+    def wait_until_ready(self) -> None:
+        """Waits until completions can be judged, so that none waits for it later.
+
+        Raises:
+          failures.UserError: it will not come to that.
+        """
+
+    def close(self) -> None:
+        """Ends it at once; calls not gathered are lost."""
+        self._closed = True
+        self._break(_CLOSED)
+
+    def _help(self) -> None:
+        """Does what `gather` itself has to do."""
+
+    def _wait(self, longest_s: float | None = None) -> None:
+        """Waits for a change, unless there will be none."""
+        if self._broken is not None:
+            raise failures.UserError(self._broken)
+        self._changed.wait(longest_s)
+
+    def _put(self, index: int, outcome: Scored) -> None:
+        with self._changed:
+            self._done[index] = outcome
+            self._changed.notify_all()
+
+    def _break(self, message: str) -> None:
+        with self._changed:
+            self._broken = self._broken or message
+            self._changed.notify_all()
+
+
+class RewardPool(Pool):
+    """Judges in worker processes of this host; see `Pool`."""
 
     def __init__(
         self,
@@ -145,20 +235,11 @@ class RewardPool:
           ValueError: `score_fn` cannot be pickled, or another argument is out of range.
         """
         _check(num_workers, timeout_s, memory_mb, failure_reward)
+        super().__init__(score_fn)
         self._score_fn = score_fn
-        several = isinstance(score_fn, rewards.WeightedSum) and len(score_fn.names) > 1
-        self._names = score_fn.names if several else ()
         self._failure_reward = failure_reward
         self._timeout_s, self._memory_mb = timeout_s, memory_mb
-        self._changed = threading.Condition()
-        self._pending: list[tuple[types.Example, str]] = []
-        self._done: dict[int, Scored] = {}
-        self._broken: str | None = None
-        self._jobs: queue.SimpleQueue[tuple[int, types.Example, str] | None]
-        self._jobs = queue.SimpleQueue()
-        self._closed = False
-        self._in_process = not num_workers
-        payload = b"" if self._in_process else _pickled(score_fn)
+        payload = _pickled(score_fn) if num_workers else b""
         self._num_ready = 0
         self._workers = []
         limits = process.Limits(timeout_s, memory_mb << 20)
@@ -169,23 +250,6 @@ class RewardPool:
             )
             self._workers.append((worker, thread))
             thread.start()
-
-    def __enter__(self) -> "RewardPool":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def submit(self, example: types.Example, text: str) -> int:
-        """Queues one call and returns its index in the next `gather`."""
-        if self._closed:
-            raise RuntimeError("the reward pool is closed: make another one.")
-        with self._changed:
-            index = len(self._pending)
-            self._pending.append((example, text))
-            if not self._in_process:
-                self._jobs.put((index, example, text))
-        return index
 
     def wait_until_ready(self) -> None:
         """Waits for the workers to start, so that none fails after the first rollout.
@@ -198,39 +262,7 @@ class RewardPool:
             while self._num_ready < len(self._workers):
                 self._wait()
 
-    def gather(self) -> Scores:
-        """Waits for all calls submitted since the last `gather`.
-
-        Every call ends: by itself, or by the time limit.
-
-        Raises:
-          failures.UserError: a worker could not start, and the others are not enough.
-        """
-        start = time.perf_counter()
-        if self._in_process:
-            for index, (example, text) in enumerate(self._pending):
-                self._done[index] = self._finish(_call(self._score_fn, example, text))
-        with self._changed:
-            while len(self._done) < len(self._pending):
-                self._wait()
-            items = tuple(self._done[index] for index in range(len(self._pending)))
-            self._pending, self._done = [], {}
-        return Scores(items, time.perf_counter() - start, self._names)
-
-    def _wait(self) -> None:
-        """Waits for a change, unless there will be none."""
-        if self._broken is not None:
-            raise failures.UserError(self._broken)
-        self._changed.wait()
-
-    def score(self, pairs: Iterable[tuple[types.Example, str]]) -> Scores:
-        """Submits all pairs and gathers them, with any submitted before."""
-        for example, text in pairs:
-            self.submit(example, text)
-        return self.gather()
-
     def close(self) -> None:
-        """Ends the workers at once; calls not gathered are lost."""
         self._closed = True
         for _ in self._workers:
             self._jobs.put(None)
@@ -238,17 +270,23 @@ class RewardPool:
             worker.kill()
         for _, thread in self._workers:
             thread.join()
-        self._break("the reward pool is closed: make another one.")
+        super().close()
+
+    def _help(self) -> None:
+        """Judges right here, if there are no workers."""
+        while not self._workers and not self._jobs.empty():
+            job = index, example, text = self._jobs.get()
+            try:
+                outcome = _call(self._score_fn, example, text)
+            except KeyboardInterrupt:
+                self._jobs.put(job)
+                raise
+            self._put(index, self._finish(outcome))
 
     def _finish(self, scored: Scored) -> Scored:
         if scored.status == "ok":
             return scored
         return dataclasses.replace(scored, reward=self._failure_reward)
-
-    def _break(self, message: str) -> None:
-        with self._changed:
-            self._broken = self._broken or message
-            self._changed.notify_all()
 
     def _drive(self, worker: process.Process) -> None:
         """Runs one worker: a thread's whole life."""
@@ -259,10 +297,7 @@ class RewardPool:
                 self._changed.notify_all()
             while not self._closed and (job := self._jobs.get()) is not None:
                 index, example, text = job
-                outcome = self._finish(self._ask(worker, example, text))
-                with self._changed:
-                    self._done[index] = outcome
-                    self._changed.notify_all()
+                self._put(index, self._finish(self._ask(worker, example, text)))
                 worker.start()  # Now, if it has failed: the next call need not wait.
         except process.StartError as error:
             if self._closed:
@@ -305,6 +340,21 @@ class RewardPool:
             status = "error"
             message = f"example {example.example_id!r} cannot be pickled: {error}"
         return Scored(0.0, status, message, time.perf_counter() - start)
+
+
+def of_settings(
+    cfg: sections.Reward,
+    score_fn: rewards.RewardFunction | rewards.WeightedSum,
+    num_workers: int,
+) -> RewardPool:
+    """Makes a pool of so many processes; `ValueError`: see `RewardPool`."""
+    return RewardPool(
+        score_fn,
+        num_workers,
+        cfg.timeout_s,
+        memory_mb=cfg.memory_mb,
+        failure_reward=cfg.failure_reward,
+    )
 
 
 def _check(

@@ -10,14 +10,12 @@ from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.workers import columns
 from tlt_jax.runtime import failures, programs
-from tlt_jax.runtime.transport import talk
+from tlt_jax.runtime.transport import door, talk
 
 # The laws by which a worker samples: the run's own, and that of its evaluations.
 ROLLOUT, EVALUATION = "rollout", "evaluation"
 # What it is given, each with a number that says which.
 WEIGHTS, DRAFTER, TRAINING = "weights", "drafter", "training"
-# What a worker has to answer at once.
-ANSWER_S = 60.0
 # While it trains one looks so often whether it shall stop.
 _LOOK_S = 0.005
 
@@ -108,7 +106,7 @@ class Distant:
         is_told, asked_s = False, 0.0
         while True:
             if self.talk.waits(_LOOK_S):
-                match self.talk.hear(ANSWER_S):
+                match self.talk.hear(door.ANSWER_S):
                     case ("runs",):
                         on_run()
                     case "ended", reason:
@@ -118,19 +116,19 @@ class Distant:
             elif not is_told and should_stop():
                 self.talk.say("stop")
                 is_told, asked_s = True, time.monotonic()
-            elif is_told and time.monotonic() - asked_s > ANSWER_S:
-                raise talk.TalkError(f"it does not stop for {ANSWER_S:g} s")
+            elif is_told and time.monotonic() - asked_s > door.ANSWER_S:
+                raise talk.TalkError(f"it does not stop for {door.ANSWER_S:g} s")
         if not is_told:
             self.talk.say("stop")
         self.talk.say(on_end(reason))
-        return self.talk.hear(ANSWER_S)
+        return self.talk.hear(door.ANSWER_S)
 
     def look(self) -> bool:
         """Ask, where it was not, whether it is ready by now; the gone are not."""
         with self.busy, contextlib.suppress(talk.TalkError):
             if not self.is_ready:
                 self.talk.say("ready?")
-                (self.is_ready,) = self.talk.hear(ANSWER_S)
+                (self.is_ready,) = self.talk.hear(door.ANSWER_S)
         return self.is_ready
 
     def warm_up(self, within_s: float) -> None:
@@ -145,7 +143,7 @@ class Distant:
 
     def dismiss(self) -> None:
         """Let it end, at its next sign of life if a rollout was given up."""
-        is_free = self.busy.acquire(timeout=ANSWER_S)
+        is_free = self.busy.acquire(timeout=door.ANSWER_S)
         with contextlib.suppress(talk.TalkError):
             if is_free:
                 self.talk.say("end")

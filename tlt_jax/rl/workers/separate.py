@@ -24,7 +24,6 @@ from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import requests as requests_lib
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.workers import columns, distant, records, transfers
-from tlt_jax.rl.workers import door as door_lib
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.runtime import distributed, failures, programs
 from tlt_jax.runtime.transport import links, talk
@@ -59,7 +58,7 @@ class Team(workers_lib.Workers):
         `max_length`.
 
         Raises:
-          failures.UserError: see `door.Door`.
+          failures.UserError: see `distributed.open_door`.
         """
         super().__init__((), cfg, group)
         self.num, self._silent_s = num, cfg.heartbeat_timeout_s
@@ -72,7 +71,7 @@ class Team(workers_lib.Workers):
         self._parts: Callable[[], Iterator[Any]] | None = None
         self._drafter: tuple[int, drafter.DrafterParams | None] = -1, None
         self.traffic = links.Traffic()
-        self._door = door_lib.Door(meeting, about) if group.is_first else None
+        self._door = distributed.open_door(meeting, about) if group.is_first else None
 
     @property
     def version(self) -> int:
@@ -154,13 +153,19 @@ class Team(workers_lib.Workers):
     def release_caches(self) -> None:
         """Theirs are not on the learner's devices."""
 
-    def close(self) -> None:
-        """Say goodbye to all: their processes end."""
+    def close(self, failed: bool = False) -> None:
+        """Say goodbye to all: their processes end, or where a run has failed, wait.
+
+        One that has lost a process is begun again, and finds them then.
+        """
         super().close()
-        for one in (*self._there(), *self._before_door):
-            one.dismiss()
         if self._door is not None:
             self._door.close()
+            self._come()
+        for one in (*self._there(), *self._before_door):
+            leave = one.talk.hang_up if failed else one.dismiss
+            leave()
+        if self._door is not None:
             num_bytes = self.traffic.num_bytes
             logging.info("workers: %d bytes through this process", num_bytes)
 
@@ -302,7 +307,7 @@ class Team(workers_lib.Workers):
         """Wait for a rollout's end, or until somebody lacks weights who has come."""
         while not ended.done():
             concurrent.futures.wait([ended], _LOOK_S)
-            self._let_in(self._door.take())
+            self._let_in()
             come = [o for o in self._there() if o.number not in self._taking_part]
             if come and not ended.done():
                 if self._lacking(distant.WEIGHTS, self._version, come):
@@ -321,9 +326,9 @@ class Team(workers_lib.Workers):
                 if one.is_gone:
                     self.lose(one.number, "it is gone")
             missing = 0 if self._is_begun else self.num
-            self._let_in(self._door.take(missing, self._silent_s))
+            self._let_in(missing)
             if not self._distant:
-                self._let_in(self._door.take(1, self._silent_s))
+                self._let_in(1)
             self._is_begun = True
             if not self._distant:
                 raise workers_lib.NoWorkersError(
@@ -335,9 +340,13 @@ class Team(workers_lib.Workers):
             if self._send_drafter(self._there()):
                 return False
 
-    def _let_in(self, come: Sequence[distant.Distant]) -> None:
-        """Take those in who have come, once those are lost in whose place they come."""
-        waiting, self._before_door = [*self._before_door, *come], []
+    def _let_in(self, num: int = 0) -> None:
+        """Take those in who have come, once those are lost in whose place they come.
+
+        Where `num` are wanted they are waited for, as long as others may be silent.
+        """
+        self._come(num)
+        waiting, self._before_door = self._before_door, []
         for one in waiting:
             before = self._distant.get(one.number)
             if before is not None and one.number in self._taking_part:
@@ -349,6 +358,11 @@ class Team(workers_lib.Workers):
                 self.lose(one.number, "another has come in its place")
             self._distant[one.number] = one
             self.lost.pop(one.number, None)
+
+    def _come(self, num: int = 0) -> None:
+        """Note who has come; see `_let_in`."""
+        come = self._door.take(num, self._silent_s if num else 0.0)
+        self._before_door += [distant.Distant(number, its) for number, its in come]
 
     def _join(self, one: distant.Distant) -> None:
         """Let a worker take part in the rollout that runs."""

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import AuthenticationError
 from typing import Any, Protocol
 
 import jax
@@ -19,12 +18,9 @@ from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.workers import columns, distant, transfers, weight_sync
 from tlt_jax.runtime import distributed, failures
-from tlt_jax.runtime.transport import links, talk
+from tlt_jax.runtime.transport import door, talk
 from tlt_jax.specdec.texts import layout
 from tlt_jax.specdec.tuners import tuner as tuner_lib
-
-# How often it looks whether a learner is there.
-_LOOK_S = 0.1
 
 
 class Trainee(Protocol):
@@ -123,22 +119,17 @@ class Worker:
 
     def _come(self) -> talk.Talk:
         """Wait for a learner, and show that this process belongs to it."""
-        greeting = [self._meeting.worker, self._about]
-        while True:
-            try:
-                given = self._meeting.address, self._meeting.secret, greeting
-                its = talk.Talk(links.connect(*given))
-                told, *other = its.hear(distant.ANSWER_S)
-            except (OSError, EOFError, AuthenticationError):
-                time.sleep(_LOOK_S)
-                continue
-            if told == "welcome":
-                return its
+        meeting = self._meeting
+        its, other = door.enter(
+            *(meeting.address, meeting.secret, meeting.worker, self._about)
+        )
+        if other:
             raise failures.UserError(
-                f"rollout worker {self._meeting.worker} has another {other[0]} than "
-                "the learner: start all processes with the same command, code and "
+                f"rollout worker {meeting.worker} has another {other} than the "
+                "learner: start all processes with the same command, code and "
                 "libraries."
             )
+        return its
 
     def _follow(self, its: talk.Talk) -> bool:
         """Do what the learner says; false: the run has ended."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from tlt_jax.rl.workers import distant
 from tlt_jax.runtime import distributed
-from tlt_jax.runtime.transport import links, messages, ring, talk
+from tlt_jax.runtime.transport import door, links, messages, ring, talk
 
 
 class Sending(contextlib.AbstractContextManager):
@@ -48,7 +48,7 @@ class Sending(contextlib.AbstractContextManager):
         addresses = [list(own.address)]
         for index, one in enumerate(self._workers, 1):
             self._tell(one, what, number, index, self._num, secret, silent_s)
-            addresses += self._ask(one, distant.ANSWER_S) or [None]
+            addresses += self._ask(one, door.ANSWER_S) or [None]
         for one in self._workers:
             self._tell(one, None if self.failed else addresses)
         if self.failed:

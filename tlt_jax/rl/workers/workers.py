@@ -142,8 +142,12 @@ class Workers:
         """Let all processes give up the rollout, or the next; from any thread."""
         self.coordination.send(records.RunAbandoned())
 
-    def close(self) -> None:
-        """End what waits, and drop programs that are not yet compiled."""
+    def close(self, failed: bool = False) -> None:
+        """End what waits, and drop programs that are not yet compiled.
+
+        After a failure no more is done than that, whoever works elsewhere.
+        """
+        del failed
         self.coordination.close()
         for engine in self.engines:
             engine.pool.close()

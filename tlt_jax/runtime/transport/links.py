@@ -119,8 +119,10 @@ def hang_up(link: connection.Connection) -> None:
 def stop_listening(listener: connection.Listener) -> None:
     """Close a listener in which another thread waits for callers; it finds out."""
     with contextlib.suppress(OSError):
-        # Closing it would not be told.
-        socket.create_connection(listener.address, _HANDSHAKE_S).close()
+        # Closing it would not be told. Who waits there hangs up on this caller, and
+        # until then the address is taken.
+        with socket.create_connection(listener.address, _HANDSHAKE_S) as last:
+            last.recv(1)
     with contextlib.suppress(OSError):
         listener.close()
 

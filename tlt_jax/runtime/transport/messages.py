@@ -45,7 +45,16 @@ _ALIGNED = 16
 
 
 class MessageError(ValueError):
-    """What came is no message, or holds what no process sends."""
+    """What came is no message, or holds what no process sends.
+
+    Attributes:
+      what: the name of that, if it has one.
+    """
+
+    def __init__(self, told: str, what: str = ""):
+        """Say what came; see the attribute."""
+        super().__init__(told)
+        self.what = what
 
 
 class _Unpickler(pickle.Unpickler):
@@ -79,7 +88,8 @@ class _Unpickler(pickle.Unpickler):
                 return found
         raise MessageError(
             f"a message from another process holds {module}.{name}, which none of them "
-            "sends: all processes must run the same version of tlt_jax."
+            "sends: all processes must run the same version of tlt_jax.",
+            f"{module}.{name}",
         )
 
 
@@ -136,6 +146,22 @@ def unpack(part: memoryview) -> Any:
     """
     message, *buffers = _pieces(part)
     return loads(bytes(message), buffers, arrays=True)
+
+
+def check_sendable(value: Any) -> None:
+    """Make sure that another process would take a value.
+
+    Raises:
+      MessageError: it would not.
+    """
+    try:
+        part = b"".join(pack(value))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise MessageError(f"it cannot be pickled: {error}") from error
+    try:
+        unpack(memoryview(part))
+    except MessageError as error:
+        raise MessageError(f"it holds {error.what}") from error
 
 
 def size(pieces: Sequence[memoryview]) -> int:

@@ -73,7 +73,7 @@ class Block(learned.Learned):
         if depth > 1:
             _, live = lax.while_loop(goes_on, expand, (jnp.int32(2), live))
         laws = grow.laws(live, weights.params.draft_ids)
-        return protocols.Proposal(live.found, laws, (keys, values))
+        return protocols.Proposal(live.found, laws, (keys, values, live.slopes))
 
     def _read(self, weights, state, rows, alive_B) -> tuple[Array, Array, Array]:
         """Take in, and fill the block.

@@ -11,8 +11,9 @@ certain than its target, as a rule; then the noise would outweigh what it knows,
 sharpness above 1 makes up for it. Tau says how far off the drafter is all the same: the
 softmax is the law of the draw, given the noise, where the target's log-probabilities
 are the sharpened ones plus Gumbel noise of scale tau. Both are measured with each
-version of a drafter (`training.acceptance`). Deterministic ranking, the paper's, takes
-the drafter's probabilities themselves.
+version of a drafter (`training.acceptance`) and follow what becomes of its drafts
+(`calibration`), for which a chance comes with its slopes. Deterministic ranking, the
+paper's, takes the drafter's probabilities themselves.
 
 For a rule that compares laws the tree is sampled from the drafter's: tau and sharpness
 are 1, the noise is not the target's. The children of a node, the largest of its
@@ -29,6 +30,7 @@ replacement).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +40,8 @@ from jax import lax
 from tlt_jax.models import attention, ragged
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
+from tlt_jax.specdec import calibration, decode, protocols, sampling
 from tlt_jax.specdec import candidates as candidates_lib
-from tlt_jax.specdec import decode, protocols, sampling
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.types import Array
 
@@ -71,6 +73,7 @@ class Level:
     index: Array  # [B, E], of the live node among the candidates
     probs: Array | None  # [B, X, Vd], laws behind the root and all that were expanded
     behind: Array | None = None  # [B, C], which of them is the one behind a candidate
+    slopes: calibration.Slopes | None = None  # [B, C], of the candidates' log chances
     keys: Array | None = None  # [K, H, B, S]: what was taken in, a slot for each node
     values: Array | None = None
     mask: Array | None = None  # [B, E, S]: who is an ancestor of the live node
@@ -111,7 +114,13 @@ class Expansion:
             features=jnp.broadcast_to(root_DB1, (root_DB1.shape[0], batch, topk)),
         )
 
-    def begun(self, ids_B1E: Array, gains_B1E: Array, probs_B1V: Array | None) -> Level:
+    def begun(
+        self,
+        ids_B1E: Array,
+        gains_B1E: Array,
+        slopes_B1E: calibration.Slopes | None,
+        probs_B1V: Array | None,
+    ) -> Level:
         """Begin with the root's children: they are candidates, and all of them live."""
         ids_BE, scores_BE = ids_B1E[:, 0], gains_B1E[:, 0]
         (batch, topk), num = ids_BE.shape, self.strategy.num_drafted
@@ -139,6 +148,7 @@ class Expansion:
             index=jnp.broadcast_to(jnp.arange(topk, dtype=jnp.int32), (batch, topk)),
             probs=probs_B1V,
             behind=behind_BC,
+            slopes=jax.tree.map(lambda x_B1E: begin(0, x_B1E[:, 0]), slopes_B1E),
         )
 
     def grown(
@@ -147,6 +157,7 @@ class Expansion:
         live: Level,
         ids_BEE: Array,
         gains_BEE: Array,
+        slopes_BEE: calibration.Slopes | None,
         probs_BEV: Array | None,
     ) -> tuple[Level, Array]:
         """Add the children of the live nodes; the E best of them live on.
@@ -183,6 +194,10 @@ class Expansion:
             tokens=jnp.take_along_axis(ids_BC, chosen_BE, axis=1),
             scores=best_BE,
             index=first + chosen_BE,
+            slopes=jax.tree.map(
+                lambda x_BC, new_BEE: put(x_BC, new_BEE.reshape(batch, topk**2)),
+                *(live.slopes, slopes_BEE),
+            ),
         )
         return grown, chosen_BE // topk
 
@@ -256,17 +271,49 @@ class Expansion:
         in_row_BE = alive[:, None] & (of_own_BE < width - 1)
         return in_row_BE & (jnp.sum(above_BEB, axis=2) < room)
 
-    def side_by_side(self, matters: Array) -> ragged.Ragged | None:
+    def most_expanded(self, num_rows: int, level: int) -> int:
+        """Say how many live nodes matter at most before a level is drafted.
+
+        Where k nodes of a row matter, at least k + level - 2 of its nodes score as high
+        as the worst of all that do: they, and a path to them. With the row's root, and
+        with one child that is yet to be verified, they are among the N nodes of the
+        batch, and among the W of the row. So rows of which as many matter as can, one
+        after another, are the most; what is left of N may hold a part of one more.
+        """
+        strategy = self.strategy
+        of_row = min(strategy.topk, strategy.tokens_to_verify - level)
+        room, path = strategy.num_columns(num_rows) - 1, level - 1
+        num_full = min(num_rows, room // (of_row + path))
+        rest = room - num_full * (of_row + path)
+        part = max(rest - path, 0) if num_full < num_rows else 0
+        return num_full * of_row + part
+
+    def spans(self, num_rows: int) -> tuple[tuple[int, int], ...]:
+        """Part the levels by how many nodes are expanded: last level, and columns.
+
+        The deeper, the fewer; with half as many or fewer another span begins, whose
+        program is one of its own. Levels without any are left out. Where laws are kept
+        each node keeps its place.
+        """
+        depth, spans = self.strategy.draft_depth, []
+        if self.keep_laws and depth > 1:
+            return ((depth, num_rows * self.strategy.topk),)
+        for level in range(2, depth + 1):
+            most = self.most_expanded(num_rows, level)
+            if most == 0:
+                break
+            if spans and 2 * most > spans[-1][1]:
+                spans[-1] = level, spans[-1][1]
+            else:
+                spans.append((level, most))
+        return tuple(spans)
+
+    def side_by_side(self, matters: Array, num_columns: int) -> ragged.Ragged | None:
         """Lay the live nodes of which `matters [B, E] bool` says so side by side.
 
-        None: there might be as many of them as there are nodes. No more of them matter
-        than nodes are verified beside the roots, and no more than `topk` a row. Where
-        laws are kept each keeps its place.
+        None: there might be as many of them as there are nodes.
         """
-        if self.keep_laws:
-            return None
         num_rows, topk = matters.shape
-        num_columns = self.strategy.num_columns(num_rows) * topk // (topk + 1)
         if num_columns >= num_rows * topk:
             return None
         counts_B = jnp.sum(matters, axis=1, dtype=jnp.int32)
@@ -290,13 +337,13 @@ class Expansion:
         scores_BEV: Array,
         level: Array,
         rows: ragged.Ragged | None = None,
-    ) -> tuple[Array, Array, Array | None]:
+    ) -> tuple[Array, Array, calibration.Slopes | None, Array | None]:
         """Choose the best children behind nodes of a level, from the drafter's logits.
 
         Tokens, and log of the estimated chances to be the target's draw, `[B, E', E]`
-        (E' is 1 at the root, then E); and, where laws are kept, those behind the nodes,
-        `[B, E', Vd]`. Logits may be laid side by side, `[1, N, Vd]`: nodes that
-        are not among them have no children.
+        (E' is 1 at the root, then E), with its slopes where it is coupled; and, where
+        laws are kept, those behind the nodes, `[B, E', Vd]`. Logits may be laid side by
+        side, `[1, N, Vd]`: nodes that are not among them have no children.
         """
         kernels = self.settings.kernels
         temperature = self.settings.sampling_cfg.temperature
@@ -314,6 +361,7 @@ class Expansion:
         ):
             chosen = self._only_child(draft_ids, score, scores_BEV, level, rows)
             return *self._by_row(*chosen, rows), None
+        logits_BEV = scores_BEV
         if score.noise is not None:
             noise_B1V = lax.dynamic_index_in_dim(score.noise, level - 1, axis=1)
             if draft_ids is not None:
@@ -323,6 +371,11 @@ class Expansion:
             scores_BEV = (scores_BEV * score.sharpness + noise_B1V) / score.tau
         # Of each node's V scores the E best, with their share of all.
         best_BEE, ids_BEE = best_of(scores_BEV, self.strategy.topk)
+        slopes_BEE = None
+        if score.noise is not None and not self.keep_laws:
+            slopes_BEE = calibration.slopes(
+                *(logits_BEV, scores_BEV, ids_BEE, score.sharpness / score.tau)
+            )
         if draft_ids is not None:
             ids_BEE = draft_ids[ids_BEE]
         if self.keep_laws and self.strategy.topk > 1:
@@ -331,7 +384,7 @@ class Expansion:
             gains_BEE = jnp.broadcast_to(first + further * ranks, ids_BEE.shape)
         else:
             gains_BEE = best_BEE - sampling.log_sum_exp(scores_BEV)[..., None]
-        return *self._by_row(ids_BEE, gains_BEE, rows), probs_BEV
+        return *self._by_row(ids_BEE, gains_BEE, slopes_BEE, rows), probs_BEV
 
     def laws(self, live: Level, draft_ids: Array | None) -> protocols.Laws | None:
         """Return the laws that the candidates were sampled from, where they are."""
@@ -339,17 +392,18 @@ class Expansion:
             return None
         return protocols.Laws(live.probs, live.behind, draft_ids)
 
-    def _by_row(self, ids, gains, rows) -> tuple[Array, Array]:
+    def _by_row(self, ids, gains, slopes, rows) -> tuple[Array, Array, Any]:
         """Bring children `[1, N, E]` of nodes side by side to `[B, E', E]`."""
         if rows is None:
-            return ids, gains
+            return ids, gains, slopes
         # Columns last as they are unpacked, [E, 1, N] to [E, B, E'], and back.
-        ids_BEE, gains_BEE = (
-            jnp.moveaxis(rows.unpack(jnp.moveaxis(x, -1, 0)), 0, -1)
-            for x in (ids, gains)
+        ids_BEE, gains_BEE, slopes_BEE = jax.tree.map(
+            lambda x: jnp.moveaxis(rows.unpack(jnp.moveaxis(x, -1, 0)), 0, -1),
+            (ids, gains, slopes),
         )
         own_BE = jnp.arange(rows.width) < rows.counts[:, None]
-        return ids_BEE, jnp.where(own_BE[..., None], gains_BEE, -jnp.inf)
+        gains_BEE = jnp.where(own_BE[..., None], gains_BEE, -jnp.inf)
+        return ids_BEE, gains_BEE, slopes_BEE
 
     def _only_child(self, draft_ids, score, scores_BEV, level, rows) -> tuple:
         """Choose the child of each chain's node by a kernel, `[..., 1]` each."""
@@ -364,14 +418,15 @@ class Expansion:
                 score.noise, level - 1, axis=1, keepdims=False
             )[:, draft_ids]
         shape = scores_BEV.shape[:-1]
-        ids, shares = self.settings.kernels.rank(
+        ids, *chances = self.settings.kernels.rank(
             scores_BEV.reshape(-1, scores_BEV.shape[-1]),
             noise_RV,
             *(owners.astype(jnp.int32), score.sharpness, score.tau),
         )
         if draft_ids is not None:
             ids = draft_ids[ids]
-        return ids.reshape(*shape, 1), shares.reshape(*shape, 1)
+        gains, *by = (x.reshape(*shape, 1) for x in chances)
+        return ids.reshape(*shape, 1), gains, calibration.Slopes(*by)
 
 
 def best_of(scores: Array, k: int) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ the drafter has not seen.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from tlt_jax.models import kv_cache, ragged
 from tlt_jax.models import params as model_params
 from tlt_jax.models.drafters import block, drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.specdec import decode, protocols
+from tlt_jax.specdec import calibration, decode, protocols
 from tlt_jax.specdec import strategy as strategy_lib
 from tlt_jax.specdec.proposers import expansion
 from tlt_jax.types import Array
@@ -95,6 +96,7 @@ class State:
       features: `[n x D, B, A]`, the target's, of positions `start` on.
       start: `[B] int32`, positions in the cache.
       counts: `[B] int32`, 1 <= counts <= A columns that are meant.
+      evidence: of what became of its drafts so far, where they were coupled.
     """
 
     pages: kv_cache.PagedCache
@@ -102,6 +104,7 @@ class State:
     features: Array
     start: Array
     counts: Array
+    evidence: calibration.Evidence | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +112,9 @@ class Learned(protocols.Proposer):
     """Proposes by a drafter that was trained for the target.
 
     `strategy.num_drafted` candidates a row; a proposal's extra are the keys and values
-    `[K, H, B, A]` of what was taken in. The host is told `[B] int32`, the positions in
-    the drafter's pages.
+    `[K, H, B, A]` of what was taken in, and the slopes of its candidates' chances. The
+    host is told `[B] int32`, the positions in the drafter's pages, and the evidence of
+    the call, which is None where drafts are not coupled.
 
     Attributes:
       strategy: depth and width.
@@ -130,6 +134,11 @@ class Learned(protocols.Proposer):
     def _is_sampled(self) -> bool:
         return self.ranking == SAMPLED
 
+    @property
+    def _is_coupled(self) -> bool:
+        is_drawn = self.settings.sampling_cfg.temperature > 0
+        return self.ranking == "coupled" and is_drawn
+
     def init(self, inputs: Draft, caches: protocols.Caches, rows: decode.Rows) -> State:
         behind_B = rows.lengths - inputs.lengths
         where = rows.page_table, inputs.lengths, inputs.tokens.shape[1]
@@ -142,6 +151,7 @@ class Learned(protocols.Proposer):
             start=inputs.lengths,
             # A text of one token has no cached position to draft from: a zero feature.
             counts=jnp.maximum(behind_B, 1),
+            evidence=calibration.nothing() if self._is_coupled else None,
         )
 
     def propose(
@@ -167,24 +177,28 @@ class Learned(protocols.Proposer):
             root_DB1 = taken_in.hidden[:, 0, ragged_rows.columns(last_B1)]
             taken_in = jax.tree.map(ragged_rows.unpack, taken_in)
         live = grow.first_level(weights, score, state.counts, taken_in, root_DB1)
-        if self.strategy.draft_depth > 1:
-            root_position_B = state.start + state.counts - 1
+        root_position_B = state.start + state.counts - 1
 
-            def goes_on(state):
-                level, live, matters_BE = state
-                return (level <= self.strategy.draft_depth) & jnp.any(matters_BE)
+        def goes_on(last, state):
+            level, live, matters_BE = state
+            return (level <= last) & jnp.any(matters_BE)
 
-            def expand(state):
-                level, live, matters_BE = state
-                positions_B = root_position_B + level - 1
-                rows = grow.side_by_side(matters_BE)
-                live = grow.expand(weights, score, view, positions_B, level, live, rows)
-                return level + 1, live, grow.may_matter(live, alive_B)
+        def expand(num_columns, state):
+            level, live, matters_BE = state
+            positions_B = root_position_B + level - 1
+            packed = grow.side_by_side(matters_BE, num_columns)
+            live = grow.expand(weights, score, view, positions_B, level, live, packed)
+            return level + 1, live, grow.may_matter(live, alive_B)
 
-            begin = jnp.int32(2), live, grow.may_matter(live, alive_B)
-            live = lax.while_loop(goes_on, expand, begin)[1]
+        grown = jnp.int32(2), live, grow.may_matter(live, alive_B)
+        for last, num_columns in grow.spans(alive_B.shape[0]):
+            more = functools.partial(goes_on, last)
+            one = functools.partial(expand, num_columns)
+            grown = lax.while_loop(more, one, grown)
+        live = grown[1]
         laws = grow.laws(live, weights.params.draft_ids)
-        return protocols.Proposal(live.found, laws, (taken_in.keys, taken_in.values))
+        extra = taken_in.keys, taken_in.values, live.slopes
+        return protocols.Proposal(live.found, laws, extra)
 
     def advance(
         self,
@@ -195,7 +209,7 @@ class Learned(protocols.Proposer):
         taken: protocols.Taken,
     ) -> State:
         walk, alive_B = taken.walk, taken.alive
-        keys, values = proposal.extra
+        keys, values, slopes = proposal.extra
         pages = kv_cache.append(
             state.pages,
             (keys,),
@@ -205,6 +219,11 @@ class Learned(protocols.Proposer):
             jnp.where(alive_B, state.counts, 0),
         )
         features_FBA = taken.features[: self.cfg.num_read]
+        evidence = state.evidence
+        if evidence is not None:
+            found = proposal.candidates
+            here = calibration.evidence(found, slopes, walk.tokens, taken.counts)
+            evidence = jax.tree.map(jnp.add, evidence, here)
         # In a row that rides along nothing changes.
         alive_B1 = alive_B[:, None]
         return State(
@@ -213,12 +232,13 @@ class Learned(protocols.Proposer):
             features=jnp.where(alive_B1, features_FBA, state.features),
             start=jnp.where(alive_B, rows.lengths, state.start),
             counts=jnp.where(alive_B, jnp.maximum(taken.counts, 1), state.counts),
+            evidence=evidence,
         )
 
     def finish(
         self, state: State, caches: protocols.Caches
-    ) -> tuple[protocols.Caches, Array]:
-        return caches.replace(drafter=state.pages), state.start
+    ) -> tuple[protocols.Caches, tuple[Array, calibration.Evidence | None]]:
+        return caches.replace(drafter=state.pages), (state.start, state.evidence)
 
     def _ragged(self, state: State, alive: Array) -> ragged.Ragged | None:
         """Lay what rows take in side by side, where they share: few take in much.
@@ -235,9 +255,8 @@ class Learned(protocols.Proposer):
     def _score(self, inputs: Draft, noise: Array) -> expansion.Score:
         if self._is_sampled:
             return expansion.Score(noise, 1.0, 1.0)
-        is_drawn = self.settings.sampling_cfg.temperature > 0
-        coupled = self.ranking == "coupled" and is_drawn
-        return expansion.Score(noise if coupled else None, inputs.tau, inputs.sharpness)
+        noise = noise if self._is_coupled else None
+        return expansion.Score(noise, inputs.tau, inputs.sharpness)
 
 
 def _features(cache, page_table, start, width, counts, cfg, kernels) -> Array:
