@@ -16,7 +16,7 @@ from tlt_jax import speculation as speculation_lib
 from tlt_jax.models import config as model_config
 from tlt_jax.models import flash_attention
 from tlt_jax.models import params as model_params
-from tlt_jax.rl.adaptation import adaptation
+from tlt_jax.rl.adaptation import training
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.tasks import prompts
@@ -204,7 +204,7 @@ class Recipe:
         copies: in use, and offered. Bringing one there is a copy through the host. What
         measures drafts runs at temperature 1 alone, and holds less than a gradient.
         """
-        learner = adaptation.learner_of(
+        learner = training.learner_of(
             self.run.adaptation,
             self.speculator_cfg.drafter_cfg,
             precision=self.run.precision,

@@ -194,19 +194,10 @@ def test_a_group_of_one_is_refused_where_it_teaches_nothing(algorithm):
     assert own.rollout.group_size == 1
 
 
-@pytest.mark.parametrize(
-    "overrides,told",
-    [
-        (
-            {},
-            "with specdec.mode=tlt: such workers use a trained drafter and train none",
-        ),
-        ({"adaptation__enabled": False}, "enabled=false and drafter.directory, or"),
-        ({"specdec__rule": "rejection"}, "its tokens would depend on which process"),
-    ],
-)
-def test_what_separate_workers_cannot_do_is_refused(overrides, told):
-    overrides = overrides | {"specdec__mode": "tlt"}
-    assert load(**overrides).workers.placement == "colocated"
+def test_separate_workers_take_drafters_up_between_rollouts():
+    given = {"specdec__mode": "tlt", "adaptation__publish_steps": 3}
+    assert load(**given).workers.placement == "colocated"
+    told = "publish_steps=3 with workers.placement='separate': such workers take a"
     with pytest.raises(schema.ConfigError, match=told):
-        load(**overrides, workers__placement="separate")
+        load(**given, workers__placement="separate")
+    load(**given, adaptation__enabled=False, workers__placement="separate")

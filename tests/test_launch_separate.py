@@ -18,6 +18,14 @@ from tlt_jax.workdir import metrics
 RECIPE = f"--config={test_launch.ROOT / 'tests' / 'tiny_runs.py'}"
 SEPARATE = "--config.workers.placement=separate"
 JUDGED = "--config.reward.placement=separate"
+# A drafter so small that its steps are done while a worker waits.
+ADAPTED = (
+    *("--config.specdec.mode=tlt", "--config.drafter.features=last"),
+    *("--config.specdec.strategies=1:D2K1V3", "--config.adaptation.num_rows=1"),
+    "--config.specdec.ngram_strategies=1:D2K1V3-ngram",
+    *("--config.adaptation.row_tokens=64", "--config.adaptation.row_bases=32"),
+    *("--config.adaptation.head_chunk=32", "--config.adaptation.piece_bases=0"),
+)
 
 
 @pytest.fixture
@@ -149,10 +157,12 @@ NEEDS_RAY = (
 def test_a_run_with_workers_of_its_own_survives_the_death_of_any(
     tmp_path, executor, processes
 ):
-    """Two rollout workers and a reward worker: all is as in one process."""
+    """Two rollout workers, which train a drafter, and a reward worker: as in one."""
     settings = (
         *("--config.num_steps=40", "--config.mesh.data=-1", "--config.eval.every=20"),
         *("--config.eval.temperature=0", "--config.checkpoint.every=5"),
+        # With answers of such lengths one worker waits for the other for a while.
+        "--config.rollout.max_new_tokens=56",
     )
     devices = f"--xla_force_host_platform_device_count={processes}"
     status, output = test_launched_runs.run(
@@ -162,7 +172,7 @@ def test_a_run_with_workers_of_its_own_survives_the_death_of_any(
     directory = tmp_path / "separate"
     words = test_launched_runs.command(
         *(directory, processes, *settings, SEPARATE, "--config.workers.num=2"),
-        *(JUDGED, "--config.reward.workers=1", "--config.specdec.mode=ngram"),
+        *(JUDGED, "--config.reward.workers=1", *ADAPTED),
     )
     own = (f"--executor={executor}", "--cpus_per_process=0.25")
     words[words.index("--") : words.index("--")] = own
@@ -204,6 +214,10 @@ def test_a_run_with_workers_of_its_own_survives_the_death_of_any(
     for row, wanted in zip(found, expected, strict=True):
         assert {n: row.get(n) for n in names} == {n: wanted.get(n) for n in names}
     assert tiny_runs.unknown_keys(found) == []
+    # Workers that waited have trained; what was learned survives all of it.
+    assert sum(tiny_runs.values(found[1:], "workers/trained_s")) > 0
+    counts = tiny_runs.values(found[1:], "drafter/num_updates")
+    assert counts == sorted(counts) and counts[-1] > counts[0], counts
     # Nothing is left of it.
     assert deaths.members(directory) == {}
 

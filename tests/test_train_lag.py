@@ -29,6 +29,16 @@ LAG = {
     "checkpoint.every": 1,
     "checkpoint.keep": STEPS,
 }
+ADAPTED = {
+    "specdec.mode": "tlt",
+    "specdec.strategies": ("4:D2K1V3",),
+    "specdec.ngram_strategies": (),
+    "adaptation.row_tokens": 32,
+    "adaptation.row_bases": 16,
+    "adaptation.num_rows": 1,
+    "adaptation.head_chunk": 16,
+    "adaptation.max_steps": 1,
+}
 DIGESTS = ("rollout/tokens_digest", "policy/weights_digest")
 
 
@@ -69,11 +79,14 @@ def test_the_record_says_how_old_the_weights_were(base):
 def test_a_separate_worker_has_the_weights_of_its_rollout(
     base, model, tmp_path, monkeypatch
 ):
-    """It stands in a thread here; as a process, see `test_launch_separate`."""
+    """It stands in a thread here; as a process, see `test_launch_separate`.
+
+    It trains a drafter, too, by which no token changes.
+    """
     where = member.Member().address("127.0.0.1")
     for name, value in ((distributed.MEETING, where), (distributed.SECRET, "ab" * 32)):
         monkeypatch.setenv(name, value)
-    changes = LAG | {"workers.placement": "separate"}
+    changes = LAG | {"workers.placement": "separate"} | ADAPTED
     run = tiny_runs.config_of(**settings(model, **changes))
     monkeypatch.setenv(distributed.WORKER, "0")
     given = run, tmp_path, distributed.meeting()
@@ -84,6 +97,9 @@ def test_a_separate_worker_has_the_weights_of_its_rollout(
     assert digests(rows) == digests(metrics.read(base))
     assert policy(tmp_path) == policy(base)
     assert rows[-1]["workers/num_lost"] == 0
+    updates = values(rows, "drafter/num_updates")
+    assert updates == sorted(updates) and updates[0] >= 1
+    assert rows[0]["drafter/texts"] > 0
     # It is told of the run's end.
     worker.join(20)
     assert not worker.is_alive()

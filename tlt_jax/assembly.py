@@ -7,6 +7,7 @@ so that "how to speculate" and "which law" mean the same everywhere.
 import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from tlt_jax.models import params as model_params
 from tlt_jax.models.formats import source as model_source
 from tlt_jax.models.formats import tokenizer as model_tokenizer
 from tlt_jax.rl import collector, evaluator
-from tlt_jax.rl.adaptation import adaptation
+from tlt_jax.rl.adaptation import adaptation, elsewhere, training
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import programs as engine_programs
 from tlt_jax.rl.tasks import build as tasks
@@ -29,9 +30,7 @@ from tlt_jax.rl.workers import records, separate, served, weight_sync, workers
 from tlt_jax.runtime import distributed, sharding
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import schema, sections
-from tlt_jax.specdec import calibration, chain, sampling
-from tlt_jax.specdec.tuners import shared as shared_tuner
-from tlt_jax.specdec.tuners import tuner as tuner_lib
+from tlt_jax.specdec import chain, sampling
 
 SCRATCH = "scratch"
 # A model made on the spot, below the workdir.
@@ -95,26 +94,18 @@ def assemble(
     )
     closing.callback(learning.pool.close)
     speculation = speculation_lib.of_run(run, model)
-    is_separate = run.workers.placement == "separate"
-    make_team = _separate if is_separate else _colocated
+    make_team = _separate if run.workers.placement == "separate" else _colocated
     team, sync = make_team(run, model, tokenizer, speculation, learning, group)
     if clocks := speculation_lib.by_the_clock(run, team.num):
         observer.note(clocks)
     adapting = adaptation.NoAdaptation()
-    if run.specdec.mode == "tlt" and not is_separate:
-        own = "" if group.is_first else f"processes/{group.index}"
+    if run.specdec.mode == "tlt":
+        where = directory / ("" if group.is_first else f"processes/{group.index}")
         adapting = adaptation.Adaptation(
-            run.adaptation,
-            speculation.speculator_cfg.drafter_cfg,
+            _training_of(run, model, tokenizer, speculation, where, observer.note),
             team,
             tuple(speculation.tuners.values()),
             initial=speculation.params,
-            eos_ids=eos_ids_of(model, tokenizer),
-            sampling_cfg=law,
-            precision=run.precision,
-            seed=run.seed,
-            rule=run.specdec.rule,
-            directory=directory / own,
             observer=observer,
         )
     closing.callback(adapting.close)
@@ -245,7 +236,7 @@ def roll_out(
     if spec == SCRATCH:
         spec = str(pathlib.Path(directory) / _INITIAL)
 
-    def engines():
+    def made():
         source = model_source.resolve(spec)
         model, tokenizer, law = source.config, source.tokenizer(), law_of(run.sampling)
         speculation = speculation_lib.of_run(run, model)
@@ -253,10 +244,37 @@ def roll_out(
         mesh = sharding.make_mesh(1, 1, tensor, devices=jax.local_devices()[:tensor])
         engine = engine_of_run(run, model, tokenizer, law, speculation, mesh)
         its = _judge_of(run, model, tokenizer, engine)
-        drafted = speculation.params if run.specdec.mode == "tlt" else None
-        return {separate.ROLLOUT: engine, separate.EVALUATION: its or engine}, drafted
+        trainee = None
+        if run.specdec.mode == "tlt" and run.adaptation.enabled:
+            folder = pathlib.Path(directory, "processes", f"worker_{meeting.worker}")
+            own = _training_of(run, model, tokenizer, speculation, folder, print)
+            trainee = elsewhere.Trainee(own, engine)
+        return served.Made(engine, its, tuple(speculation.tuners.values()), trainee)
 
-    served.Worker(meeting, about_workers(run), engines).work()
+    served.Worker(meeting, about_workers(run), made).work()
+
+
+def _training_of(
+    run: config.RunConfig,
+    model: model_config.ModelConfig,
+    tokenizer: model_tokenizer.Tokenizer,
+    speculation: speculation_lib.Speculation,
+    directory: pathlib.Path,
+    note: Callable[[str], None],
+) -> training.Training:
+    """Make what a process needs to train a run's drafter."""
+    return training.Training(
+        run.adaptation,
+        speculation.speculator_cfg.drafter_cfg,
+        is_trained=speculation.params is not None,
+        eos_ids=eos_ids_of(model, tokenizer),
+        sampling_cfg=law_of(run.sampling),
+        precision=run.precision,
+        seed=run.seed,
+        directory=directory,
+        rule=run.specdec.rule,
+        note=note,
+    )
 
 
 def _judges_of(
@@ -293,10 +311,11 @@ def _judge_of(
 
 def _thresholds(run: config.RunConfig) -> records.Config:
     """Say when and on how many waiting workers the drafter is trained."""
+    # Collectives would wait for those of an update; separate workers have none.
+    alone = run.rollout.lag or run.workers.placement == "separate"
     return records.Config(
         min_idle=run.workers.min_idle,
-        # Beside an update with collectives of its own none may have some.
-        max_members=1 if run.rollout.lag else None,
+        max_members=1 if alone else None,
         heartbeat_timeout_s=run.workers.timeout_s,
     )
 
@@ -433,18 +452,12 @@ def engine_of(
         model,
         engine_programs.EngineConfig(eos_ids=eos_ids_of(model, tokenizer), **sizes),
         speculator_cfg=speculation.speculator_cfg,
-        tuner=_for_engine(speculation.tuner),
-        early_tuner=_for_engine(speculation.early_tuner),
-        calibration=_for_engine(speculation.calibration),
+        tuner=speculation.tuner and speculation.tuner.for_engine(),
+        early_tuner=speculation.early_tuner and speculation.early_tuner.for_engine(),
+        calibration=speculation.calibration and speculation.calibration.for_engine(),
         decode_text=tokenizer.decoder_for(sizes.get("stop", ())),
         mesh=mesh,
     )
-
-
-def _for_engine(
-    part: shared_tuner.SharedTuner | calibration.Calibration | None,
-) -> tuner_lib.Tuner | calibration.Calibration | None:
-    return None if part is None else part.for_engine()
 
 
 def eos_ids_of(

@@ -163,9 +163,7 @@ def _check(run: RunConfig) -> None:
         )
     speculation.check_rule(run.specdec)
     speculation.check_shape(run.drafter)
-    speculation.check_placement(
-        run.workers, run.specdec, run.adaptation, run.drafter.directory
-    )
+    speculation.check_placement(run.workers, run.specdec, run.adaptation)
     sections.check_reward(run.reward)
     asked = {"ngram": "ngram_strategies", "tlt": "strategies"}.get(run.specdec.mode)
     if asked and not getattr(run.specdec, asked):

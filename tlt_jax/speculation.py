@@ -132,6 +132,10 @@ def by_the_clock(run: config.RunConfig, num_workers: int) -> str:
     if settings.rule == chain.KEYED:
         return ""
     reasons = []
+    if run.workers.placement == "separate":
+        reasons.append(
+            "separate workers may die, and keep texts that no checkpoint has"
+        )
     if num_workers > 1:
         reasons.append(f"{num_workers} workers take requests as they come to them")
     if settings.tuner not in _TIMELESS:

@@ -142,8 +142,8 @@ EDITS = {
     ],
     ("rl/workers/coordinator.py", "tests/rl/workers/test_coordinator.py"): [
         (
-            "if generation == state.generation and worker in state.unreturned:",
-            "if worker in state.unreturned:",
+            "generation == state.generation and worker in state.unreturned\n",
+            "worker in state.unreturned\n",
         ),
         (
             "if silent_s > cfg.heartbeat_timeout_s:",
@@ -168,9 +168,18 @@ EDITS = {
     ],
     ("rl/workers/separate.py", "tests/rl/workers/test_separate.py"): [
         ("            one.talk.hang_up()\n", "            pass\n"),
+        ("self._taking_part.add(one.number)", "pass"),
         ("self.lost.pop(one.number, None)", "pass"),
         ("left = [r for r in left if r.request_id not in done]", "left = []"),
+    ],
+    ("runtime/transport/door.py", "tests/rl/workers/test_separate.py"): [
         ("if about.get(name) != self._about[name]", "if False"),
+    ],
+    ("rl/adaptation/elsewhere.py", "tests/rl/adaptation/test_elsewhere.py"): [
+        ("self.learner.take_over(found)", "pass"),
+        ("lambda: kept.append(True)", "lambda: None"),
+        ("return self._talk.waits()", "return False"),
+        ("own.learner.state = None", "pass"),
     ],
     ("rl/rollouts.py", "tests/rl/test_rollouts.py"): [
         (
@@ -228,7 +237,6 @@ EDITS = {
         ('self._ngram_accept_length = meta["ngram_accept_length"]', "pass"),
         ('self.learner.sharpness = meta["sharpness"]', "pass"),
         ('meta.get("tau", drafter.TAU)', "drafter.TAU"),
-        ("learner.sharpness, learner.tau = measured", "pass"),
         ('self.budget = budget.Budget(**meta["budget"])', "pass"),
         ("self.sampler.restore(part(_SAMPLER))", "pass"),
         ("self.version += 1", "self.version += 2"),
@@ -237,6 +245,11 @@ EDITS = {
         ("if keep and self._placed is not None:", "if self._placed is not None:"),
         ('self.sharpness, self.tau = found["sharpness"], found["tau"]', "pass"),
         ("tau=np.float32(self.tau),", ""),
+        (
+            "self.sharpness, self.tau = learned",
+            "_, _ = learned",
+            "tests/rl/adaptation/test_adaptation.py -k taken_over",
+        ),
     ],
     ("rl/workers/columns.py", "tests/rl/workers/test_columns.py"): [
         ("np.cumsum(lengths)[:-1]", "np.cumsum(lengths)[1:]"),

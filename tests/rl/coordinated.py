@@ -42,18 +42,20 @@ class Queue:
     def __init__(self, generation: int, num_requests: int):
         self.generation = generation
         self.waiting = list(range(num_requests))
-        self.held: dict[int, int] = {}
+        self.held: dict[int, tuple[int, int]] = {}
         self.done: set[int] = set()
-        self._returned: set[int] = set()
+        # The last round of each lost worker.
+        self._returned: dict[int, int] = {}
         self.all = set(self.waiting)
 
-    def take(self, generation: int, worker: int) -> int | None:
-        if generation != self.generation or worker in self._returned:
+    def take(self, generation: int, worker: int, round_: int) -> int | None:
+        is_lost = round_ <= self._returned.get(worker, -1)
+        if generation != self.generation or is_lost:
             return None
         if not self.waiting:
             return None
         request = self.waiting.pop()
-        self.held[request] = worker
+        self.held[request] = worker, round_
         return request
 
     def finish(self, generation: int, request: int) -> None:
@@ -61,10 +63,11 @@ class Queue:
             self.done.add(request)
             self.held.pop(request, None)
 
-    def give_back(self, generation: int, worker: int) -> None:
+    def give_back(self, generation: int, worker: int, round_: int) -> None:
         if generation == self.generation:
-            self._returned.add(worker)
-            mine = [r for r, w in self.held.items() if w == worker]
+            self._returned[worker] = max(round_, self._returned.get(worker, -1))
+            held = self.held.items()
+            mine = [r for r, (w, turn) in held if w == worker and turn <= round_]
             self.waiting += mine
             for request in mine:
                 del self.held[request]
@@ -97,7 +100,7 @@ class Generator:
         generation, round_ = self.told
         if self.generating:
             if self.request is None:
-                self.request = queue.take(generation, self.number)
+                self.request = queue.take(generation, self.number, round_)
                 self.left = self._rng.choice((1, 2, 3, 12))
                 self.generating = self.request is not None
             else:
@@ -175,6 +178,10 @@ class World:
         self.num_steps = 0
         self.given_up: set[int] = set()
         self.num_failures = 0
+        # Chance that somebody comes in a tick of a rollout, and who has.
+        self.comes = 0.0
+        self.come: set[int] = set()
+        self.num_joined = 0
 
     def run(self, num_rollouts: int = 3) -> None:
         for generation in range(1, num_rollouts + 1):
@@ -214,6 +221,7 @@ class World:
         self.queue = Queue(generation, num_requests)
         self.over = set()
         self.num_failures = 0
+        self.come = set()
         began = self.now
         while not self.over:
             assert self.now - began < MAX_TICKS, "the rollout does not end"
@@ -233,7 +241,28 @@ class World:
         self.give(records.Tick())
         for worker in self.workers.values():
             self.say(worker.tick(self.queue))
+        self.let_come()
         self.trainer_tick()
+
+    def let_come(self) -> None:
+        """Let the lost come anew, and others late: they say so until they are asked."""
+        generation = self.queue.generation
+        if self.rng.random() < self.comes:
+            lost = self.state.which(records.Activity.LOST)
+            number = max(self.workers) + 1
+            if lost and self.rng.random() < 0.7:
+                number = self.rng.choice(lost)
+            if number not in self.come and len(self.workers) < 8:
+                self.workers[number] = Generator(number, self.rng)
+                self.come.add(number)
+        self.come = {n for n in self.come if not self.workers[n].dead}
+        for number in sorted(self.come):
+            known = self.state.worker(number)
+            is_lost = known is not None and known.activity == records.Activity.LOST
+            if self.workers[number].told[0] < generation and (is_lost or not known):
+                turn = 0 if known is None else known.round + 1
+                place = number % self.num_places
+                self.say(records.WorkerCame(generation, number, turn, place))
 
     def break_something(self, chosen) -> None:
         if self.rng.random() >= self.fault / 2:
@@ -242,7 +271,8 @@ class World:
         worker.hangs = self.rng.choice((5, 60))
         if self.rng.random() < 0.5 and not worker.dead:
             worker.dead, worker.generating = True, False
-            self.say(records.WorkerFailed(self.queue.generation, worker.number, "bug"))
+            told = self.queue.generation, worker.number, "bug", worker.told[1]
+            self.say(records.WorkerFailed(*told))
 
     def say(self, event) -> None:
         if event is not None:
@@ -254,9 +284,9 @@ class World:
                 self.workers[message.worker].hear(message)
             case records.Train() | records.Stop():
                 self.say(self.trainer.hear(message))
-            case records.ReturnRequests(generation, worker):
-                self.queue.give_back(generation, worker)
-                self.say(records.RequestsReturned(generation, worker))
+            case records.ReturnRequests(generation, worker, turn):
+                self.queue.give_back(generation, worker, turn)
+                self.say(records.RequestsReturned(generation, worker, turn))
             case records.EndRollout(generation) | records.Abort(generation, _):
                 if generation == self.queue.generation:
                     self.over.add(message)
@@ -317,11 +347,13 @@ class World:
         check_accounts(self.machine, state, chosen)
         if isinstance(message, records.Abort):
             assert "no worker is left" in message.reason
-            assert len(state.which(records.Activity.LOST)) == len(chosen)
+            assert len(state.which(records.Activity.LOST)) == len(state.workers)
             return
         assert self.queue.done == self.queue.all, "a request is lost"
         assert state.training is None, "a training does not end"
-        for worker in chosen:
+        late = {worker.number for worker in state.workers} - set(chosen)
+        self.num_joined += len(late)
+        for worker in {*chosen, *late}:
             lost = state.worker(worker).activity == records.Activity.LOST
             assert lost or not self.workers[worker].generating
         current = self.trainer.current
@@ -353,10 +385,17 @@ def check_change(before: records.State, after: records.State) -> None:
         return
     going_on = before.training is not None and after.training is not None
     going_on = going_on and before.training.number == after.training.number
-    for was, now in zip(before.workers, after.workers, strict=True):
+    for now in after.workers:
+        was = before.worker(now.number)
+        if was is None:
+            come = now.activity, now.round, now.since_s
+            assert come == (records.Activity.BUSY, 0, after.now_s), "it was there"
+            continue
         change = was.activity, now.activity
-        if was.activity == records.Activity.LOST:
-            assert now.activity == records.Activity.LOST, "the lost come back"
+        if was.activity == records.Activity.LOST and now != was:
+            assert now.activity == records.Activity.BUSY, "the lost wait or train"
+            assert now.round == was.round + 1, "the lost come back, not anew"
+            assert now.number not in before.unreturned, "it would lose its requests"
         if was.activity == records.Activity.TRAINING and going_on:
             stays = records.Activity.TRAINING, records.Activity.LOST
             assert now.activity in stays, "it leaves a training that goes on"
@@ -365,15 +404,19 @@ def check_change(before: records.State, after: records.State) -> None:
 
 def check_accounts(machine, state: records.State, chosen) -> None:
     """Check that each worker's seconds are those of the rollout, without gaps."""
-    for worker in chosen:
-        at_s = state.began_s
+    late = {worker.number for worker in state.workers}.difference(chosen)
+    starts = dict.fromkeys(chosen, state.began_s)
+    for worker in late:
+        own = [i.start_s for i in machine.timeline(state) if i.worker == worker]
+        starts[worker] = min(own, default=state.ended_s)
+    for worker, at_s in starts.items():
         for interval in machine.timeline(state):
             if interval.worker == worker:
                 assert interval.start_s == at_s, "a gap in the timeline"
                 at_s = interval.stop_s
         assert at_s == state.ended_s, "seconds do not add up"
     found = machine.sums(machine.timeline(state))
-    present_s = (state.ended_s - state.began_s) * len(chosen) - sum(
+    present_s = sum(state.ended_s - start_s for start_s in starts.values()) - sum(
         i.stop_s - i.start_s
         for i in machine.timeline(state)
         if i.activity == records.Activity.LOST

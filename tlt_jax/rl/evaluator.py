@@ -14,7 +14,7 @@ from tlt_jax import types
 from tlt_jax.rl.engine import engine as engine_lib
 from tlt_jax.rl.engine import stats as rollout_stats
 from tlt_jax.rl.tasks import prompts, reward_pool
-from tlt_jax.rl.workers import separate
+from tlt_jax.rl.workers import distant, separate
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.settings import sections
 
@@ -193,7 +193,7 @@ class Evaluator:
         """Let separate workers answer, and the first process judge; `[n]`."""
         team, samples = self._workers, self._cfg.samples
         completions, _ = team.run(
-            requests, _SEED_OFFSET + self._seed, law=separate.EVALUATION
+            requests, _SEED_OFFSET + self._seed, law=distant.EVALUATION
         )
         # Of rollouts' time it is no part.
         team.take_intervals()

@@ -77,10 +77,7 @@ class Server:
         self._left = threading.Event()
         self._life_lines: set[connection.Connection] = set()
         self._num = num_processes
-        backlog = 4 * num_processes
         self._secret = secret
-        # Without the secret: that handshake would hold up all who come later.
-        self._listener = connection.Listener((host, 0), None, backlog)
         self._objects: dict[str, Any] = {}
         self._actions: list[Callable[[], None]] = []
         self._changed = threading.Condition()
@@ -89,7 +86,9 @@ class Server:
         self._callers: set[connection.Connection] = set()
         self._broken: str | None = None
         self._closed = False
-        threading.Thread(target=self._accept, daemon=True, name="channel").start()
+        self._listener = links.listen(
+            (host, 0), 4 * num_processes, self._serve, lambda: self._closed
+        )
 
     @property
     def address(self) -> tuple[str, int]:
@@ -155,18 +154,6 @@ class Server:
             for caller in self._callers:
                 links.hang_up(caller)
         self._listener.close()
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                caller = self._listener.accept()
-            except OSError:
-                # Closed by us, or by somebody who has changed their mind.
-                continue
-            if self._closed:
-                caller.close()
-                return
-            threading.Thread(target=self._serve, args=(caller,), daemon=True).start()
 
     def _serve(self, caller: connection.Connection) -> None:
         """Answer one caller until it leaves."""

@@ -217,29 +217,18 @@ def check_rule(cfg: Specdec) -> None:
         )
 
 
-def check_placement(
-    cfg: Workers, specdec: Specdec, adaptation: Adaptation, drafter: str
-) -> None:
+def check_placement(cfg: Workers, specdec: Specdec, adaptation: Adaptation) -> None:
     """Refuse what workers in processes of their own cannot do.
 
-    `drafter` is the directory of the trained one.
-
     Raises:
-      schema.ConfigError: a drafter is to be trained on them or has random weights, or
-        its rule lets tokens depend on who generates them.
+      schema.ConfigError: a drafter is to be published in the midst of its training.
     """
-    if cfg.placement == "colocated":
-        return
-    told = f"workers.placement={cfg.placement!r} with"
-    if specdec.rule != "keyed":
+    trains = specdec.mode == "tlt" and adaptation.enabled
+    if cfg.placement == "separate" and trains and adaptation.publish_steps:
         raise schema.ConfigError(
-            f"{told} specdec.rule={specdec.rule!r}: its tokens would depend on which "
-            "process generates them. Set specdec.rule=keyed."
-        )
-    if specdec.mode == "tlt" and (adaptation.enabled or not drafter):
-        raise schema.ConfigError(
-            f"{told} specdec.mode=tlt: such workers use a trained drafter and train "
-            "none. Set adaptation.enabled=false and drafter.directory, or "
+            f"adaptation.publish_steps={adaptation.publish_steps} with "
+            "workers.placement='separate': such workers take a drafter up between "
+            "rollouts, once its training has ended. Set adaptation.publish_steps=0, or "
             "workers.placement=colocated."
         )
 

@@ -152,7 +152,7 @@ class Trained(Protocol):
         """Go on from it."""
 
     def target(self) -> unroll.Target:
-        """Return what the drafter computes with and does not change."""
+        """Return what it computes with and does not change; all processes call it."""
 
     def for_others(self, snapshot: train_state.Snapshot) -> train_state.Snapshot:
         """Leave out what the first process alone keeps."""
@@ -190,6 +190,7 @@ class DrafterStore(contextlib.AbstractContextManager):
         All processes of the group call `restore` and `save`; see `DrafterCheckpointer`.
         """
         self._trained, self._group, self._observer = trained, group, observer
+        self._mode = cfg.drafter
         self._checkpointer: DrafterCheckpointer | None = None
         if group.is_first:
             pass_over = observer.note if cfg.on_damage == "previous" else None
@@ -208,9 +209,11 @@ class DrafterStore(contextlib.AbstractContextManager):
 
     def save(self, step: int) -> None:
         """Write what the first process has; the texts of the others are not kept."""
+        one = self._trained
+        # Which all processes make together.
+        target = None if self._mode == "selective" else one.target()
         if self._checkpointer is not None:
-            one = self._trained
-            self._checkpointer.save(step, one.state(), one.cfg, one.target())
+            self._checkpointer.save(step, one.state(), one.cfg, target)
 
     def restore(self, step: int) -> None:
         """Go on from the drafter's checkpoint of the run's step, or the newest before.

@@ -16,7 +16,7 @@ from tests.rl import engines
 from tlt_jax import train
 from tlt_jax.models.drafters import drafter
 from tlt_jax.rl import rollouts
-from tlt_jax.rl.adaptation import adaptation, spot_trainer
+from tlt_jax.rl.adaptation import adaptation, spot_trainer, training
 from tlt_jax.runtime import distributed, sharding
 from tlt_jax.runtime import watch as watch_lib
 from tlt_jax.settings import speculation
@@ -39,6 +39,9 @@ class Workers:
         self.on_text, self.capture_frac = None, 1.0
         self.offered = []
 
+    def others(self):
+        return self.engines[0].params
+
     def offer_drafter(self, params, version):
         self.offered.append((params, version))
 
@@ -60,19 +63,20 @@ def make(tmp_path):
 
     def one(group=None, initial=None, law=PLAIN, rule="keyed", **settings):
         workers, tuner = Workers(group), Tuner()
-        one = adaptation.Adaptation(
+        own = training.Training(
             speculation.Adaptation(**SETTINGS | settings),
             CFG,
-            workers,
-            [tuner],
-            initial=initial,
+            is_trained=initial is not None,
             eos_ids=(engines.EOS,),
             sampling_cfg=law,
             precision="float32",
             seed=3,
             directory=tmp_path,
-            observer=watch_lib.Silent(),
             rule=rule,
+            note=print,
+        )
+        one = adaptation.Adaptation(
+            own, workers, [tuner], initial=initial, observer=watch_lib.Silent()
         )
         made.append(one)
         return one, workers, tuner

@@ -9,17 +9,18 @@ from tlt_jax.rl.workers import records
 
 # The coordinator takes some of them apart by position.
 FIELDS = {
-    records.RolloutAsked: "generation workers places",
+    records.RolloutAsked: "generation workers places trains",
+    records.WorkerCame: "generation worker round place",
     records.WorkerAlive: "generation worker round",
     records.WorkerDone: "generation worker round",
-    records.WorkerFailed: "generation worker reason",
-    records.RequestsReturned: "generation worker",
+    records.WorkerFailed: "generation worker reason round",
+    records.RequestsReturned: "generation worker round",
     records.TrainingRuns: "training revision",
     records.TrainingStopped: "training",
     records.TrainingFailed: "training reason",
     records.Tick: "",
     records.Generate: "generation worker round",
-    records.ReturnRequests: "generation worker",
+    records.ReturnRequests: "generation worker round",
     records.EndRollout: "generation",
     records.Abort: "generation reason",
     records.Train: "training revision workers",

@@ -14,7 +14,14 @@ from tests.rl import engines
 from tests.runtime import linked_groups
 from tlt_jax.executors import member
 from tlt_jax.rl.engine import engine as engine_lib
-from tlt_jax.rl.workers import records, separate, served, weight_sync
+from tlt_jax.rl.workers import (
+    distant,
+    records,
+    separate,
+    served,
+    transfers,
+    weight_sync,
+)
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.runtime import distributed, failures
 from tlt_jax.runtime.transport import ring, talk
@@ -23,23 +30,8 @@ ABOUT = {"code of tlt_jax": "0123", "settings": "4567"}
 OTHER = engines.params_of(1)
 
 
-@pytest.fixture(scope="module")
-def first():
-    """An engine whose programs the others share."""
-    engine = engines.engine_of(max_rows=2)
-    engine.warm_up()
-    yield engine
-    engine.pool.close()
-
-
 def told(completions):
     return [(c.request_id, c.tokens.tolist(), c.finish_reason) for c in completions]
-
-
-@pytest.fixture(scope="module")
-def expected(first):
-    completions, _ = first.run(engines.REQUESTS, engines.SEED)
-    return told(completions)
 
 
 def parts_of(params):
@@ -66,19 +58,18 @@ class World:
             max_length=engines.BASE.max_length,
         )
 
-    def worker(self, number, about=ABOUT, **changes):
-        """Begin a worker; return its engine."""
-        engine = engines.engine_of(self.first.pool, max_rows=2)
+    def worker(self, number, about=ABOUT, made=None, **changes):
+        """Begin a worker, with what was `made` for it; return its engine."""
+        engine = made.first if made else engines.engine_of(self.first.pool, max_rows=2)
         for name, value in changes.items():
             setattr(engine, name, value.__get__(engine))
         engine.params = None
         meeting = dataclasses.replace(self.meeting, worker=number)
-        both = dict.fromkeys((separate.ROLLOUT, separate.EVALUATION), engine)
-        made = served.Worker(meeting, about, lambda: (both, None))
+        serving = served.Worker(meeting, about, lambda: made or served.Made(engine))
 
         def work():
             try:
-                made.work()
+                serving.work()
             except Exception as error:
                 self.ended.append(error)
 
@@ -143,7 +134,7 @@ def test_tokens_are_those_of_one_engine(first, expected, num):
         first.set_params(OTHER, 2)
         wanted = told(first.run(engines.REQUESTS, 7)[0])
         first.set_params(engines.PARAMS, 0)
-        assert world.run(7, law=separate.EVALUATION) == wanted != expected
+        assert world.run(7, law=distant.EVALUATION) == wanted != expected
         with pytest.raises(ValueError, match="requests is empty"):
             world.team.run([], 0)
 
@@ -154,12 +145,11 @@ def test_a_worker_that_dies_is_replaced_and_comes_anew(first, expected):
         world.worker(1, _decode_call=dying(2))
         world.team.set_params(parts_of(engines.PARAMS), 1)
         assert world.run() == expected
-        assert set(world.team.lost) == {1}
-        assert "TalkError: its connection has ended" in world.team.lost[1]
-        # It comes anew by itself, and has a part in the next rollout.
-        world.wait_at_the_door()
+        # It comes anew by itself, in this rollout or for the next.
         assert world.run() == expected
         assert world.team.at_work() == [0, 1] and not world.team.lost
+        spans = world.team.take_intervals()
+        assert records.Activity.LOST in {i.activity for i in spans if i.worker == 1}
 
 
 def test_the_only_worker_that_dies_ends_no_run(first, expected):
@@ -204,6 +194,40 @@ def test_more_workers_come_than_there_were(first, expected):
         world.wait_at_the_door()
         assert world.run() == expected
         assert world.team.at_work() == [0, 6] and late.version == 1
+
+
+@pytest.mark.parametrize("number", [1, 6])
+def test_who_comes_in_the_midst_of_a_rollout_takes_part(first, expected, number):
+    """Number 1 dies and comes anew, 6 comes late; else this rollout would not end."""
+    decode_call, helped = engine_lib.Engine._decode_call, threading.Event()
+    calls = []
+
+    def waiting(engine, *rest):
+        if number == 6 and not calls:
+            calls.append(world.worker(6, _decode_call=helping))
+        assert helped.wait(60)
+        return decode_call(engine, *rest)
+
+    def helping(engine, *rest):
+        if number == 1 and not calls:
+            calls.append(engine)
+            raise talk.TalkError("killed")
+        helped.set()
+        return decode_call(engine, *rest)
+
+    with world_of(first, 1 + (number == 1)) as world:
+        world.worker(0, _decode_call=waiting)
+        if number == 1:
+            world.worker(1, _decode_call=helping)
+        world.team.set_params(parts_of(engines.PARAMS), 1)
+        assert world.run() == expected
+        assert world.team.at_work() == [0, number] and not world.team.lost
+        spans = world.team.take_intervals()
+        did = [str(i.activity) for i in spans if i.worker == number]
+        assert did[-1] == "busy" or did[-2:] == ["busy", "idle"]
+        assert ("lost" in did) == (number == 1)
+        # It has got the weights once.
+        assert calls[0].version == 1
 
 
 def test_workers_outlive_a_learner_and_keep_their_programs(first, expected):
@@ -296,16 +320,16 @@ def test_weights_leave_the_learner_once_and_part_by_part(first):
 
 
 def test_who_breaks_the_ring_is_lost_and_others_get_their_weights(first, expected):
-    take_part, left = served.Worker._take_part, [3]
+    take, left = transfers.Taking._take, [3]
 
-    def dying_at_third(worker, *rest):
+    def dying_at_third(taking, size):
         left[0] -= 1
         if not left[0]:
             raise talk.TalkError("killed")
-        return take_part(worker, *rest)
+        return take(taking, size)
 
     with world_of(first, 2) as world, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(served.Worker, "_take_part", dying_at_third)
+        patched.setattr(transfers.Taking, "_take", dying_at_third)
         made = [world.worker(i) for i in range(2)]
         world.team.set_params(parts_of(engines.PARAMS), 1)
         assert world.run() == expected

@@ -21,21 +21,6 @@ from tlt_jax.specdec import noise, strategy
 FUSED = drafter.of_target(engines.CFG, feature_layers=(0, 1))
 
 
-@pytest.fixture(scope="module")
-def first():
-    """An engine whose programs the others share."""
-    engine = engines.engine_of(max_rows=2)
-    engine.warm_up()
-    yield engine
-    engine.pool.close()
-
-
-@pytest.fixture(scope="module")
-def expected(first):
-    completions, _ = first.run(engines.REQUESTS, engines.SEED)
-    return [(c.request_id, c.tokens.tolist(), c.finish_reason) for c in completions]
-
-
 def workers_of(first, number, **limits):
     made = [engines.engine_of(first.pool, max_rows=2) for _ in range(number)]
     return workers.Workers(made, records.Config(**limits))

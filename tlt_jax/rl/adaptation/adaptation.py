@@ -1,114 +1,31 @@
 """The adaptive drafter of a run: its texts, its training, its versions.
 
 Finished texts go into a buffer with the features that the rollout made anyway. Workers
-that wait train on them (`spot_trainer`); with one worker, the time between rollout and
-update is used where it pays. A step's first rollout begins with the newest version, its
-further ones take it up as it comes. Until a learned drafter is better than matching
-earlier text, the engines propose from text.
+that wait train on them (`spot_trainer`, or `elsewhere` where they are processes); with
+one worker, the time between rollout and update is used where it pays. A step's first
+rollout begins with the newest version, its further ones take it up as it comes. Until a
+learned drafter is better than matching earlier text, the engines propose from text.
 """
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from tlt_jax.models.drafters import drafter
 from tlt_jax.models.drafters import head as drafter_head
-from tlt_jax.rl.adaptation import budget, spot_trainer
-from tlt_jax.rl.adaptation import learner as drafter_learner
+from tlt_jax.rl.adaptation import budget, elsewhere, spot_trainer, training
+from tlt_jax.rl.workers import separate
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.runtime import distributed, train_state
 from tlt_jax.runtime import watch as watch_lib
-from tlt_jax.settings import speculation
-from tlt_jax.specdec import chain, sampling
-from tlt_jax.specdec.texts import buffer as text_buffer
-from tlt_jax.specdec.texts import layout, vocabulary
-from tlt_jax.specdec.texts import sampling as text_sampling
-from tlt_jax.specdec.training import objectives, unroll
+from tlt_jax.specdec.training import unroll
 from tlt_jax.specdec.tuners import shared as shared_tuner
 
-_BETAS, _CLIP_NORM = (0.9, 0.95), 1.0
-_RATE_RANDOM, _RATE_TRAINED = 1e-3, 1e-4
-# Levels of which acceptance is measured on fresh texts.
-_DEPTH = 4
-_MIB = 1 << 20
 # Names of what a checkpoint holds.
 _BUFFER, _SAMPLER, _DRAFT_IDS = "buffer.", "sampler.", "draft_ids"
-# What a text buffer writes to disk, below the workdir.
-SPILL = "spilled_texts"
-
-
-def _optimizer(
-    settings: speculation.Adaptation, *, is_trained: bool
-) -> optax.GradientTransformation:
-    """Make AdamW whose rate rises to a constant."""
-    rate = settings.learning_rate or (_RATE_TRAINED if is_trained else _RATE_RANDOM)
-    # The first step, too, shall have some effect.
-    start = rate / (settings.warmup_steps + 1)
-    schedule = optax.linear_schedule(start, rate, settings.warmup_steps)
-    return optax.chain(
-        _clip(_CLIP_NORM),
-        optax.adamw(schedule, *_BETAS, weight_decay=0.0),
-    )
-
-
-def _clip(most: float) -> optax.GradientTransformation:
-    """Scale gradients down to a norm.
-
-    Optax divides and multiplies where the norm is larger and selects: as no number that
-    enters the moments can then be made of the gradient alone, compilers keep a scaled
-    copy of it, which is written once and read three times.
-    """
-
-    def clip(grads, params):
-        del params
-        scale = most / jnp.maximum(optax.tree.norm(grads), most)
-        return jax.tree.map(lambda grad: grad * scale, grads)
-
-    return optax.stateless(clip)
-
-
-def _sizes(settings: speculation.Adaptation) -> dict[str, int]:
-    """Sizes of a training step's batch."""
-    return {
-        "row_tokens": settings.row_tokens,
-        "row_bases": settings.row_bases,
-        "num_rows": settings.num_rows,
-    }
-
-
-def learner_of(
-    settings: speculation.Adaptation,
-    cfg: drafter.DrafterConfig,
-    *,
-    precision: str,
-    is_trained: bool,
-) -> drafter_learner.DrafterLearner:
-    """Make what a run trains its drafter with, as yet without weights.
-
-    `precision` is that of activations and of what the texts keep. A drafter that
-    `is_trained` already learns at a lower rate, unless the settings name one.
-    """
-    return drafter_learner.DrafterLearner(
-        cfg,
-        objectives.choose(settings.name, settings.overrides(), cfg.block_size),
-        _optimizer(settings, is_trained=is_trained),
-        batch=layout.described(
-            **_sizes(settings),
-            d_model=cfg.layer.d_model,
-            num_features=len(cfg.feature_layers),
-            dtype=precision,
-        ),
-        head_chunk=min(settings.head_chunk, settings.row_bases),
-        piece_bases=settings.piece_bases,
-        depth=min(_DEPTH, cfg.block_size or _DEPTH),
-        dtype=precision,
-    )
 
 
 class NoAdaptation:
@@ -161,74 +78,42 @@ class Adaptation:
 
     def __init__(
         self,
-        settings: speculation.Adaptation,
-        cfg: drafter.DrafterConfig,
+        own: training.Training,
         workers: workers_lib.Workers,
         tuners: Sequence[shared_tuner.SharedTuner],
         *,
         initial: drafter.DrafterParams | None,
-        eos_ids: Sequence[int],
-        sampling_cfg: sampling.SamplingConfig,
-        precision: str,
-        seed: int,
-        directory: pathlib.Path,
         observer: watch_lib.Observer,
-        rule: str = chain.KEYED,
     ):
         """Take the parts; `start` gives the drafter weights.
 
         Args:
-          settings: of the training.
-          cfg, workers: the drafter, and engines that were made for it.
+          own: this process's training, of the drafter that the engines were made for.
+          workers: those engines.
           tuners, observer: told of new versions, and what the user should know.
           initial: trained weights, or None: random ones.
-          eos_ids: always among the tokens that can be proposed.
-          sampling_cfg: the law of the rollouts.
-          precision: of activations, and of the engines' copies.
-          seed: of weights and of the order of texts.
-          directory: for what memory does not hold.
-          rule: by which drafts are accepted. Where tokens hang on the drafter, counted
-            trainings (`settings.max_steps`) are that long whatever time they take and
-            whatever they are worth: no clock has a say.
         """
-        self.cfg, self._settings = cfg, settings
+        settings = own.settings
+        self.cfg, self._settings, self._own = own.cfg, settings, own
         self._workers, self._tuners = workers, tuners
-        self._initial, self._eos_ids = initial, tuple(eos_ids)
-        self._precision, self._seed, self._observer = precision, seed, observer
+        self._initial, self._observer = initial, observer
         self._ngram_accept_length: float | None = None
-        is_keyed = rule == chain.KEYED
-        self._is_counted = not is_keyed and settings.counts_steps
         self.budget = budget.Budget()
         self._sharing = Sharing(workers.group)
         self.version, self.is_ready = 0, initial is not None
-        self.buffer = text_buffer.TextBuffer(
-            settings.buffer_mb * _MIB,
-            precision,
-            max_age=settings.max_age,
-            spill_directory=directory / SPILL if settings.spill_mb else None,
-            max_spill_bytes=settings.spill_mb * _MIB,
-            on_spill_error=lambda e: observer.note(f"{e} Texts stay in memory."),
-        )
-        self.sampler = text_sampling.Sampler(
-            self.buffer,
-            seed=seed,
-            previous_frac=settings.previous_frac,
-            **_sizes(settings),
-        )
-        self.learner = learner_of(
-            settings, cfg, precision=precision, is_trained=initial is not None
-        )
-        # What drafts would have had accepted can be read off texts of this law alone,
-        # and by their own noise, which chain rules do not draw them by.
-        self._measures = is_keyed and sampling_cfg == sampling.SamplingConfig()
-        self.trainer = spot_trainer.SpotTrainer(
+        self.buffer, self.sampler, self.learner = own.buffer, own.sampler, own.learner
+        self._is_separate = isinstance(workers, separate.Team)
+        # Of separate workers the first process alone hears.
+        self._drives = workers.group.is_first or not self._is_separate
+        make = elsewhere.Trainer if self._is_separate else spot_trainer.SpotTrainer
+        self.trainer = make(
             self.learner,
             self.sampler,
             workers,
-            prepare=self._choose_vocabulary,
+            prepare=own.choose_vocabulary,
             publish=self._publish,
             publish_steps=settings.publish_steps,
-            measures=self._measures,
+            measures=own.measures,
         )
 
     def start(self) -> None:
@@ -238,26 +123,25 @@ class Adaptation:
         kept.
         """
         if self.learner.state is None:
-            norm = jax.device_get(self._workers.engines[0].params.final_norm)
+            norm = jax.device_get(self._workers.others().final_norm)
             self.learner.state = self.learner.init_state(
-                self._initial, norm, self._seed
+                self._initial, norm, self._own.seed
             )
             self._publish()
         elif self.version:
             self._workers.offer_drafter(
-                self.learner.weights(self._precision), self.version
+                self.learner.weights(self._own.precision), self.version
             )
         if self._settings.enabled:
             self._workers.on_text = self.buffer.append
             self._workers.capture_frac = self._settings.capture_frac
-            if self._workers.num > 1:
+            if self._workers.num > 1 and self._drives:
                 self.trainer.start()
 
     def close(self) -> None:
         """End the trainer's thread and the buffer's; the workers are closed."""
         self.trainer.close()
-        self.learner.pool.close()
-        self.buffer.close()
+        self._own.close()
 
     def warm_up(self, *, wait: bool) -> None:
         """Compile the training's programs for each worker by itself."""
@@ -285,7 +169,7 @@ class Adaptation:
         """
         with watch.stage("drafter"):
             self.trainer.settle()
-            if self._settings.enabled and self._workers.num == 1:
+            if self._settings.enabled and self._workers.num == 1 and self._drives:
                 self._train_while_nobody_waits(watch.spent["rollout"])
             self._meet()
             if not self.is_ready:
@@ -294,9 +178,9 @@ class Adaptation:
 
     def _train_while_nobody_waits(self, rollout_s: float) -> None:
         seconds = self.budget.seconds(rollout_s, self._settings.max_frac)
-        if self._is_counted:
+        if self._own.is_counted:
             seconds = math.inf
-        if not seconds or not len(self.buffer):
+        if not seconds or not self._texts()[0]:
             self.budget = self.budget.skipped()
             return
         self.trainer.train_for(seconds, self._settings.max_steps)
@@ -325,24 +209,18 @@ class Adaptation:
         if not self._settings.enabled or self._workers.group.num == 1:
             return
         self.trainer.settle()
-        learner = self.learner
         self.trainer.report, self.version, found = self._sharing.meet(
-            self.trainer.report,
-            self.version,
-            lambda: (
-                *(learner.state, learner.draft_ids),
-                *(learner.sharpness, learner.tau),
-            ),
+            self.trainer.report, self.version, self.learner.learned
         )
         if found is not None:
-            learner.state, learner.draft_ids, *measured = found
-            learner.sharpness, learner.tau = measured
+            self.learner.take_over(found)
             self._publish()
 
     def row(self) -> dict[str, Any]:
         """Values of this step by metric name."""
         report = self.trainer.take_report()
         self._sharing.begin_step()
+        num_texts, num_bytes, num_dropped = self._texts()
         for failure in report.failures:
             self._observer.note(
                 f"  the drafter's training failed and was undone ({failure}); the run "
@@ -352,14 +230,20 @@ class Adaptation:
             "drafter/version": self.version,
             "drafter/ready": int(self.is_ready),
             "drafter/num_updates": self.learner.num_updates,
-            "drafter/texts": len(self.buffer),
-            "drafter/texts_bytes": self.buffer.num_bytes,
-            "drafter/texts_dropped": self.buffer.num_dropped,
+            "drafter/texts": num_texts,
+            "drafter/texts_bytes": num_bytes,
+            "drafter/texts_dropped": num_dropped,
         }
 
+    def _texts(self) -> tuple[int, int, int]:
+        """Texts there are, their bytes, and how many were dropped."""
+        if self._is_separate:
+            return self._workers.texts()
+        return len(self.buffer), self.buffer.num_bytes, self.buffer.num_dropped
+
     def target(self) -> unroll.Target:
-        """What the drafter computes with and does not change."""
-        params, ids = self._workers.engines[0].params, self.learner.draft_ids
+        """What the drafter computes with and does not change; all processes call it."""
+        params, ids = self._workers.others(), self.learner.draft_ids
         return unroll.Target(params.embed, drafter_head.head_rows(params, ids), ids)
 
     def abstract_state(self) -> train_state.TrainState:
@@ -413,20 +297,10 @@ class Adaptation:
         state = jax.device_get(snapshot.state)
         return train_state.Snapshot(state, arrays, snapshot.meta)
 
-    def _choose_vocabulary(self) -> bool:
-        """Choose the tokens that can be proposed once texts tell; true: it is done."""
-        if self.learner.has_vocabulary:
-            return True
-        view = self.buffer.view()
-        if texts := [view.read(i) for i in range(len(view))]:
-            counts = vocabulary.drawn(texts, self.learner.cfg.layer.vocab_size)
-            self.learner.choose_vocabulary(counts, self._eos_ids)
-        return self.learner.has_vocabulary
-
     def _judge(self) -> None:
         """Let the engines use the drafter once it beats what they do without it."""
         measured = self.trainer.report.measured
-        if not self._measures:
+        if not self._own.measures:
             self.is_ready = self.learner.num_updates > 0
         elif measured is not None:
             here = measured["coupled/accept_length"]
@@ -439,7 +313,9 @@ class Adaptation:
 
     def _offer(self) -> None:
         self.version += 1
-        self._workers.offer_drafter(self.learner.weights(self._precision), self.version)
+        self._workers.offer_drafter(
+            self.learner.weights(self._own.precision), self.version
+        )
         for tuner in self._tuners:
             tuner.changed("drafter")
 

@@ -99,6 +99,14 @@ class DrafterLearner:
         """The state as it is now: on the devices during a training, else `state`."""
         return self.state if self._placed is None else self._placed
 
+    def learned(self) -> tuple[Any, ...]:
+        """Return what another needs to have the same drafter, between trainings."""
+        return self.state, self.draft_ids, self.sharpness, self.tau
+
+    def take_over(self, learned: tuple[Any, ...]) -> None:
+        """Have the drafter of another's `learned`."""
+        self.state, self.draft_ids, self.sharpness, self.tau = learned
+
     def choose_vocabulary(self, weights: np.ndarray, eos_ids: Sequence[int]) -> None:
         """Choose the tokens that can be proposed, by weights; see `vocabulary`.
 
@@ -275,7 +283,8 @@ class DrafterLearner:
         """
         mesh = _mesh(devices)
         everywhere, by_rows = sharding.replicated(mesh), self._by_rows(mesh)
-        state = engine_programs.abstract_of(self.state, everywhere)
+        like = self.abstract_state() if self.state is None else self.state
+        state = engine_programs.abstract_of(like, everywhere)
         batch = engine_programs.abstract_of(self._batch, by_rows)
         given = self._abstract_target(target, everywhere)
         begin = functools.partial(step_lib.begin, **self._how)

@@ -160,6 +160,11 @@ class SpotTrainer:
 
         self._guarded((self._workers.first,), should_stop, None)
 
+    def train(self, train: records.Train) -> None:
+        """Train until the coordinator wants it to end, and tell it so."""
+        should_stop = functools.partial(self._coordination.should_stop, train.training)
+        self._guarded(train.workers, should_stop, train)
+
     def _follow(self) -> None:
         c = self._coordination
         while not c.closed:
@@ -167,8 +172,7 @@ class SpotTrainer:
             if train is None:
                 continue
             self._settled.clear()
-            should_stop = functools.partial(c.should_stop, train.training)
-            self._guarded(train.workers, should_stop, train)
+            self.train(train)
             self._settled.set()
 
     def _guarded(self, members, should_stop, train: records.Train | None) -> None:

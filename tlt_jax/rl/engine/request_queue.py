@@ -73,6 +73,14 @@ class RequestQueue:
         with self._lock:
             return frozenset(self._waiting)
 
+    def admit(self, worker: int) -> None:
+        """Let a worker take requests that was not there before, or was lost."""
+        with self._lock:
+            new = range(len(self._held), worker + 1)
+            self._held += [{} for _ in new]
+            # Numbers between them are nobody's.
+            self._lost = (self._lost | set(new)) - {worker}
+
     def share(self, worker: int) -> "Share":
         """Return what `worker` sees of the queue."""
         return Share(self, worker)

@@ -61,12 +61,15 @@ class Coordination:
         self._heard_of = 0
         self.closed = False
 
-    def begin(self, workers: Sequence[int], places: Sequence[int] = ()) -> int:
+    def begin(
+        self, workers: Sequence[int], places: Sequence[int] = (), trains: bool = True
+    ) -> int:
         """Ask for the next rollout; return its generation, to be given back in events.
 
         It begins, with a `Generate` for each worker, at once or when the training that
         still runs has ended. A rollout that has not ended is given up. `places` are the
-        processes of the workers; empty: all are of process 0.
+        processes of the workers; empty: all are of process 0. Those who wait train the
+        drafter where it `trains`.
 
         Raises:
           ValueError: `workers` is empty or names one twice.
@@ -78,7 +81,7 @@ class Coordination:
             self._for_rollout.clear()
             self._places = {0, *places}
             self._handle(
-                records.RolloutAsked(generation, tuple(workers), tuple(places))
+                records.RolloutAsked(generation, tuple(workers), tuple(places), trains)
             )
         return generation
 

@@ -81,10 +81,22 @@ class RolloutAsked(_OfRollout):
     """The driver wants rollout number `generation` (rising) on these workers.
 
     `places` names for each the process that it belongs to; empty: all to process 0.
+    Those who wait train the drafter where it `trains`.
     """
 
     workers: tuple[int, ...]
     places: tuple[int, ...] = ()
+    trains: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerCame(_OfRound):
+    """A worker can generate that was lost or not there when the rollout began.
+
+    Its `round` is one above the one in which it was lost, else 0.
+    """
+
+    place: int = 0
 
 
 class WorkerAlive(_OfRound):
@@ -97,13 +109,23 @@ class WorkerDone(_OfRound):
 
 @dataclasses.dataclass(frozen=True)
 class WorkerFailed(_OfWorker):
-    """A worker has died."""
+    """A worker has died, in a round of those up to `round`; None: in whichever it is.
+
+    One that came anew after that has not.
+    """
 
     reason: str
+    round: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
 class RequestsReturned(_OfWorker):
-    """A lost worker's unfinished requests, if any, are in the queue again."""
+    """A lost worker's unfinished requests, if any, are in the queue again.
+
+    They are those up to the `round` that was named.
+    """
+
+    round: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +166,16 @@ class Generate(_OfRound):
     """
 
 
+@dataclasses.dataclass(frozen=True)
 class ReturnRequests(_OfWorker):
     """A lost worker's unfinished requests shall go back into the queue.
 
-    From then on it gets no requests in this rollout, should it come to life again.
+    They are those of its rounds up to `round`. From then on it gets no requests in this
+    rollout, unless a `Generate` of a later round says that it has come anew.
     `RequestsReturned` answers.
     """
+
+    round: int = 0
 
 
 class EndRollout(_OfRollout):
@@ -263,6 +289,7 @@ class State:
       num_trainings: begun so far, over the run.
       num_restarts: trainings that failed in this rollout.
       given_up: number of a training whose end was never acknowledged; 0: none.
+      trains: those who wait may train the drafter in it.
       unreturned: lost workers whose requests are not known to be in the queue.
       unclaimed: requests were returned, and nobody is known to look for them.
       failure: why no worker is left, where the rollout was aborted for it.
@@ -283,6 +310,7 @@ class State:
     num_trainings: int = 0
     num_restarts: int = 0
     given_up: int = 0
+    trains: bool = True
     unreturned: frozenset[int] = frozenset()
     unclaimed: bool = False
     failure: str = ""

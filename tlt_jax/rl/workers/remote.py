@@ -39,11 +39,12 @@ class Home:
         queue: request_queue.RequestQueue,
         workers: Sequence[int],
         places: Sequence[int],
+        trains: bool = True,
     ) -> int:
         """Begin a rollout with this queue; see `Coordination.begin`."""
         with self._lock:
             self._queue = queue
-            self._generation = self.coordination.begin(workers, places)
+            self._generation = self.coordination.begin(workers, places, trains)
             return self._generation
 
     def share(self, generation: int, worker: int) -> request_queue.Share:

@@ -3,181 +3,42 @@
 They come to the learner's first process, which has queue and coordinator. A thread here
 stands for each: it hands requests on, and brings completions and signs of life back. So
 a worker that dies or falls silent is lost as one of the learner's own devices is, and
-others generate its requests. Who comes takes part from the next rollout on: those of
-the beginning, those that were started again, and any more.
+others generate its requests. Who comes in the midst of a rollout gets the weights and,
+once it has compiled its programs, takes part: those that were started again, and any
+more.
 """
 
+import concurrent.futures
 import contextlib
-import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import AuthenticationError, connection
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 
 from tlt_jax import types
+from tlt_jax.models.drafters import drafter
 from tlt_jax.rl.engine import request_queue
 from tlt_jax.rl.engine import requests as requests_lib
 from tlt_jax.rl.engine import stats as rollout_stats
-from tlt_jax.rl.workers import columns, records
+from tlt_jax.rl.workers import columns, distant, records, transfers
 from tlt_jax.rl.workers import workers as workers_lib
 from tlt_jax.runtime import distributed, failures, programs
-from tlt_jax.runtime.transport import links, messages, ring, talk
+from tlt_jax.runtime.transport import links, talk
 
-# The laws by which a worker samples: the run's own, and that of its evaluations.
-ROLLOUT, EVALUATION = "rollout", "evaluation"
-# What a worker has to answer at once.
-ANSWER_S = 60.0
-_MOST_WORKERS = 1 << 16
-
-
-class Distant:
-    """A worker elsewhere.
-
-    Attributes:
-      number: its name.
-      version: of the weights that it has; -1: none.
-      is_ready: when it took them it had compiled its programs.
-      pool: stands for its programs; of its statistics those of waiting are kept.
-    """
-
-    def __init__(self, number: int, its: talk.Talk):
-        """Take the talk with one that was found to belong here."""
-        self.number, self.talk, self.version = number, its, -1
-        self.is_ready = False
-        self.pool = programs.ProgramPool()
-        self._busy = threading.Lock()
-
-    def serve(
-        self,
-        source: request_queue.Share,
-        seed: int,
-        law: str,
-        on_completion: Callable[[types.Completion], None],
-        on_call: Callable[[int], None],
-    ) -> rollout_stats.RolloutStats:
-        """Let it generate what a queue has; see `Engine.serve`.
-
-        Raises:
-          talk.TalkError: it is gone.
-          failures.Abandoned: `on_call` has raised it.
-        """
-        with self._busy:
-            self.talk.say("serve", seed, law)
-            goes_on = True
-            while True:
-                match self.talk.hear():
-                    case ("take",):
-                        request = source.take()
-                        waiting = source.prompts_waiting(), source.num_waiting
-                        self.talk.say(request, *waiting)
-                    case "finished", part:
-                        # It counts from here on: what never came is generated anew.
-                        for completion in columns.completions_of(part):
-                            if source.finish(completion.request_id):
-                                on_completion(completion)
-                    case "alive", num_tokens:
-                        try:
-                            on_call(num_tokens)
-                        except failures.Abandoned:
-                            goes_on = False
-                        self.talk.say(goes_on)
-                    case "served", stats, waits:
-                        self._note(waits)
-                        if not goes_on:
-                            raise failures.Abandoned
-                        return stats
-                    case other:
-                        raise talk.TalkError(f"it says {other[:1]} where it decodes")
-
-    def dismiss(self) -> None:
-        """Let it end, at its next sign of life if a rollout was given up."""
-        is_free = self._busy.acquire(timeout=ANSWER_S)
-        with contextlib.suppress(talk.TalkError):
-            if is_free:
-                self.talk.say("end")
-        self.talk.hang_up()
-
-    def _note(self, waits: Sequence[tuple[float, float]]) -> None:
-        """Keep when it waited for compilers, in seconds from now."""
-        now = time.perf_counter()
-        self.pool.stats.waits += [(now + a, now + b) for a, b in waits]
-        self.pool.stats.waited_s += sum(b - a for a, b in waits)
-
-
-class Door:
-    """Where workers come in; who does not belong here is told why, or hung up on."""
-
-    def __init__(self, meeting: distributed.Meeting, about: Mapping[str, str]):
-        """Listen; `about` are code, libraries and settings, which all must share.
-
-        Raises:
-          failures.UserError: another program listens there.
-        """
-        self._meeting, self._about = meeting, dict(about)
-        self._changed = threading.Condition()
-        self._come: list[Distant] = []
-        self._closed = False
-        try:
-            self._listener = connection.Listener(meeting.address, None, 64)
-        except OSError as error:
-            host, port = meeting.address
-            raise failures.UserError(
-                f"another program listens at {host}:{port} ({error.strerror}): the "
-                "same command takes another port."
-            ) from error
-        threading.Thread(target=self._accept, daemon=True, name="door").start()
-
-    def take(self, num: int = 0, within_s: float = 0.0) -> list[Distant]:
-        """Return who has come since the last call; wait for `num` of them so long."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._come) >= num, within_s)
-            come, self._come = self._come, []
-        return come
-
-    def close(self) -> None:
-        """Let nobody in any more."""
-        self._closed = True
-        links.stop_listening(self._listener)
-        for one in self.take():
-            one.dismiss()
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                caller = self._listener.accept()
-            except OSError:
-                # Closed by us, or by somebody who has changed their mind.
-                continue
-            threading.Thread(target=self._greet, args=(caller,), daemon=True).start()
-
-    def _greet(self, caller: connection.Connection) -> None:
-        try:
-            number, about = links.greet(caller, self._meeting.secret)
-            fits = type(number) is int and 0 <= number < _MOST_WORKERS
-            if not fits or type(about) is not dict:
-                raise ValueError(f"number={number!r} is no worker.")
-        except (OSError, EOFError, ValueError, TypeError, AuthenticationError):
-            caller.close()
-            return
-        its = talk.Talk(caller)
-        other = [name for name in self._about if about.get(name) != self._about[name]]
-        with contextlib.suppress(talk.TalkError):
-            its.say("refused" if other else "welcome", *other)
-            if not other and not self._closed:
-                with self._changed:
-                    self._come.append(Distant(number, its))
-                    self._changed.notify_all()
-                return
-        its.hang_up()
+# In a rollout one looks so often who has come.
+_LOOK_S = 0.1
 
 
 class Team(workers_lib.Workers):
     """Separate workers, used as one by the learner's processes, of which none decodes.
 
     All of those call the methods together; the first one speaks with the workers.
+
+    Attributes:
+      traffic: bytes of weights and drafters, to and from workers.
     """
 
     def __init__(
@@ -193,19 +54,24 @@ class Team(workers_lib.Workers):
     ):
         """Wait for nobody yet: `num` are expected before the first rollout.
 
-        For `about` see `Door`; requests are checked for engines of texts of
+        For `about` see `door.Door`; requests are checked for engines of texts of
         `max_length`.
 
         Raises:
-          failures.UserError: see `Door`.
+          failures.UserError: see `distributed.open_door`.
         """
         super().__init__((), cfg, group)
         self.num, self._silent_s = num, cfg.heartbeat_timeout_s
         self._meeting, self._sizes = meeting, (vocab_size, max_length)
-        self._distant: dict[int, Distant] = {}
-        self._is_begun, self._version, self._law = False, -1, ROLLOUT
+        self._distant: dict[int, distant.Distant] = {}
+        # Of these the coordinator knows; the others' places are not free yet.
+        self._taking_part: set[int] = set()
+        self._before_door: list[distant.Distant] = []
+        self._is_begun, self._version, self._law = False, -1, distant.ROLLOUT
         self._parts: Callable[[], Iterator[Any]] | None = None
-        self._door = Door(meeting, about) if group.is_first else None
+        self._drafter: tuple[int, drafter.DrafterParams | None] = -1, None
+        self.traffic = links.Traffic()
+        self._door = distributed.open_door(meeting, about) if group.is_first else None
 
     @property
     def version(self) -> int:
@@ -214,21 +80,31 @@ class Team(workers_lib.Workers):
 
     @property
     def drafter_version(self) -> int:
-        """Of none here."""
-        return -1
+        """Version of the drafter that workers have at their next rollout; -1: none."""
+        return self._drafter[0]
 
     @property
     def pools(self) -> list[programs.ProgramPool]:
         """What stands for the workers' programs."""
-        return [one.pool for one in self._distant.values()]
+        return [one.pool for one in self._there()]
+
+    def texts(self) -> tuple[int, int, int]:
+        """Texts that the workers keep, their bytes, and how many they have dropped."""
+        found = [(0, 0, 0), *(one.texts for one in self._there())]
+        return tuple(map(sum, zip(*found, strict=True)))
+
+    def others(self) -> Any:
+        """Return the target's weights but for its layers; all processes call this."""
+        return next(self._parts())
 
     def at_work(self) -> list[int]:
-        """Return the numbers of the workers that are there.
+        """Return the numbers of the workers of this rollout, or the last or next one.
 
-        Those that still compile are left out where others do not.
+        Those that still compile are left out at first where others do not.
         """
-        found = self._distant.values()
-        ready = [one.number for one in found if one.is_ready]
+        if self._taking_part:
+            return sorted(self._taking_part)
+        ready = [one.number for one in self._there() if one.look()]
         return sorted(ready or self._distant)
 
     def place_of(self, worker: int) -> int:
@@ -238,6 +114,7 @@ class Team(workers_lib.Workers):
     def lose(self, worker: int, reason: str) -> None:
         """Leave a worker out until it comes anew."""
         super().lose(worker, reason)
+        self._taking_part.discard(worker)
         one = self._distant.pop(worker, None)
         if one is not None:
             # It may be alive and find so that it is to come anew.
@@ -251,6 +128,10 @@ class Team(workers_lib.Workers):
         self._parts, self._version = params, version
         self.equip()
 
+    def offer_drafter(self, params: drafter.DrafterParams, version: int) -> None:
+        """Let all workers speculate with these weights from their next rollout on."""
+        self._drafter = version, params
+
     def equip(self) -> None:
         """Let those in who have come; give weights to all who lack the newest.
 
@@ -261,7 +142,13 @@ class Team(workers_lib.Workers):
             self._give()
 
     def warm_up(self, wait: bool = True) -> None:
-        """Workers compile by themselves, from their first weights on."""
+        """Let workers compile, which they do by themselves from the first weights on.
+
+        Who fails is found out when it is to generate.
+        """
+        for one in self._there() if wait else ():
+            with contextlib.suppress(talk.TalkError):
+                one.warm_up(self._silent_s)
 
     def release_caches(self) -> None:
         """Theirs are not on the learner's devices."""
@@ -272,18 +159,22 @@ class Team(workers_lib.Workers):
         One that has lost a process is begun again, and finds them then.
         """
         super().close()
-        for one in self._distant.values():
+        if self._door is not None:
+            self._door.close()
+            self._come()
+        for one in (*self._there(), *self._before_door):
             leave = one.talk.hang_up if failed else one.dismiss
             leave()
         if self._door is not None:
-            self._door.close()
+            num_bytes = self.traffic.num_bytes
+            logging.info("workers: %d bytes through this process", num_bytes)
 
     def run(
         self,
         requests: Sequence[types.Request],
         seed: int,
         *,
-        law: str = ROLLOUT,
+        law: str = distant.ROLLOUT,
         **options: Any,
     ) -> tuple[list[types.Completion], rollout_stats.RolloutStats]:
         """Generate a completion for every request; see `Workers.run`.
@@ -297,14 +188,20 @@ class Team(workers_lib.Workers):
         stats, error, left = rollout_stats.RolloutStats(), None, list(requests)
         while left and error is None:
             self.equip()
+            rolling = workers_lib.Rollout(
+                self, left, seed, **_all(options), trains=law == distant.ROLLOUT
+            )
+            ended = self._begin(rolling) if self.group.is_first else None
+            # All take part in making weights, for those who come meanwhile.
+            while self.group.first("rollout", lambda e=ended: self._some_come(e)):
+                self._give()
             if self.group.is_first:
-                rolling = workers_lib.Rollout(self, left, seed, **_all(options))
-                error = self._through(rolling)
+                error = ended.result()
                 done |= rolling.done
                 stats = stats.join(rolling.stats)
                 left = [r for r in left if r.request_id not in done]
             told = bool(left), error
-            goes_on, error = self.group.first("rollout", lambda told=told: told)
+            goes_on, error = self.group.first("left", lambda told=told: told)
             left = left if goes_on else []
         if error is not None:
             raise error
@@ -320,9 +217,76 @@ class Team(workers_lib.Workers):
         """Let a worker generate what a queue has; see `Distant.serve`."""
         return self._distant[worker].serve(source, seed, self._law, **told)
 
+    def train(
+        self,
+        worker: int,
+        given: Iterable[Any],
+        training: int,
+        should_stop: Callable[[], bool],
+        on_run: Callable[[], None],
+        on_end: Callable[[str], bool],
+    ) -> tuple[Any, Any] | None:
+        """Let a worker train what it is `given` part by part; see `Distant.train`.
+
+        A worker that has failed is lost.
+
+        Returns:
+          What it tells of it, and what it has learned, or None; None: it was to stop
+          before it had all that it was given.
+
+        Raises:
+          talk.TalkError: it has failed.
+        """
+        one = self._distant.get(worker)
+        if one is None:
+            raise talk.TalkError("it is gone")
+        told = [one], distant.TRAINING, training, self._silent_s, self.traffic
+        try:
+            with transfers.Sending(self._meeting, *told) as sending:
+                is_all = True
+                for part in given:
+                    is_all = is_all and not should_stop()
+                    if is_all:
+                        sending.send(part)
+                sending.hand_over(is_all)
+                if not (is_all or sending.failed):
+                    return None
+                if one.has.get(distant.TRAINING) != training or sending.failed:
+                    why = sending.failed.get(worker, "it cannot be reached by others")
+                    raise talk.TalkError(why)
+                report, size = one.train(should_stop, on_run, on_end)
+                return report, sending.take(size) if size else None
+        except talk.TalkError as error:
+            self._give_up(one, f"while it trained the drafter: {error}")
+            raise
+
+    def _there(self) -> list[distant.Distant]:
+        return list(self._distant.values())
+
+    def _give_up(self, one: distant.Distant, reason: str) -> None:
+        """Note that a worker is gone; from any thread."""
+        one.is_gone = True
+        one.talk.hang_up()
+        c = self.coordination
+        c.send(records.WorkerFailed(c.state.generation, one.number, reason))
+
+    def _begin(self, rolling: workers_lib.Rollout) -> concurrent.futures.Future:
+        """Carry a rollout out in a thread; gives what has ended the run, or None."""
+        ended: concurrent.futures.Future[Exception | None] = concurrent.futures.Future()
+        self._taking_part = set(self.at_work())
+
+        def through():
+            try:
+                ended.set_result(self._through(rolling))
+            # Whatever it is, it is raised where the rollout was begun.
+            except BaseException as error:
+                ended.set_exception(error)
+
+        threading.Thread(target=through, daemon=True, name="rollout").start()
+        return ended
+
     def _through(self, rolling: workers_lib.Rollout) -> Exception | None:
         """Carry a rollout out; return what has ended the run."""
-        distant = dict(self._distant)
         try:
             rolling.through()
         except workers_lib.NoWorkersError:
@@ -333,134 +297,130 @@ class Team(workers_lib.Workers):
         now = time.perf_counter()
         self.note_intervals(
             {
-                number: [(a - now, b - now) for a, b in one.pool.stats.waits]
-                for number, one in distant.items()
+                one.number: [(a - now, b - now) for a, b in one.pool.stats.waits]
+                for one in self._there()
             }
         )
         return None
 
+    def _some_come(self, ended: concurrent.futures.Future) -> bool:
+        """Wait for a rollout's end, or until somebody lacks weights who has come."""
+        while not ended.done():
+            concurrent.futures.wait([ended], _LOOK_S)
+            self._let_in()
+            come = [o for o in self._there() if o.number not in self._taking_part]
+            if come and not ended.done():
+                if self._lacking(distant.WEIGHTS, self._version, come):
+                    return True
+                self._send_drafter(come)
+                for one in come:
+                    if one.look():
+                        self._join(one)
+        return False
+
     def _some_lack(self) -> bool:
         """Let in who has come; say whether one of them lacks the newest weights."""
-        missing = 0 if self._is_begun else self.num
-        come = self._door.take(missing, self._silent_s)
-        if not (come or self._distant):
-            come = self._door.take(1, self._silent_s)
-        for one in come:
-            if one.number in self._distant:
+        self._taking_part.clear()
+        while True:
+            for one in self._there():
+                if one.is_gone:
+                    self.lose(one.number, "it is gone")
+            missing = 0 if self._is_begun else self.num
+            self._let_in(missing)
+            if not self._distant:
+                self._let_in(1)
+            self._is_begun = True
+            if not self._distant:
+                raise workers_lib.NoWorkersError(
+                    f"no rollout worker has come within {self._silent_s:g} s "
+                    "(workers.timeout_s): see processes/ in the workdir for why."
+                )
+            if self._lacking(distant.WEIGHTS, self._version, self._there()):
+                return True
+            if self._send_drafter(self._there()):
+                return False
+
+    def _let_in(self, num: int = 0) -> None:
+        """Take those in who have come, once those are lost in whose place they come.
+
+        Where `num` are wanted they are waited for, as long as others may be silent.
+        """
+        self._come(num)
+        waiting, self._before_door = self._before_door, []
+        for one in waiting:
+            before = self._distant.get(one.number)
+            if before is not None and one.number in self._taking_part:
+                if not before.is_gone:
+                    self._give_up(before, "another has come in its place")
+                self._before_door.append(one)
+                continue
+            if before is not None:
                 self.lose(one.number, "another has come in its place")
             self._distant[one.number] = one
             self.lost.pop(one.number, None)
-        self._is_begun = True
-        if not self._distant:
-            raise workers_lib.NoWorkersError(
-                f"no rollout worker has come within {self._silent_s:g} s "
-                "(workers.timeout_s): see processes/ in the workdir for why."
-            )
-        return any(one.version != self._version for one in self._distant.values())
+
+    def _come(self, num: int = 0) -> None:
+        """Note who has come; see `_let_in`."""
+        come = self._door.take(num, self._silent_s if num else 0.0)
+        self._before_door += [distant.Distant(number, its) for number, its in come]
+
+    def _join(self, one: distant.Distant) -> None:
+        """Let a worker take part in the rollout that runs."""
+        c = self.coordination
+        state = c.state
+        known = state.worker(one.number)
+        turn = 0 if known is None else known.round + 1
+        c.send(records.WorkerCame(state.generation, one.number, turn))
+        now = c.state.worker(one.number)
+        if now is not None and now.round == turn:
+            self._taking_part.add(one.number)
+
+    def _lacking(
+        self, what: str, number: int, found: Sequence[distant.Distant]
+    ) -> list[distant.Distant]:
+        return [one for one in found if one.has.get(what, -1) != number]
 
     def _give(self) -> None:
         """Send the newest weights round a ring of those that lack them.
 
         Who fails is lost. All processes of the learner take part in making them.
         """
-        if not self.group.is_first:
+        if self.group.is_first:
+            self._send(distant.WEIGHTS, self._version, self._parts(), self._there())
+        else:
             for _ in self._parts():
                 pass
-            return
-        lacking = [
-            one
-            for _, one in sorted(self._distant.items())
-            if one.version != self._version
-        ]
-        sending = _Sending(self._meeting, lacking, self._version, self._silent_s)
-        for part in self._parts():
-            sending.send(part)
-            del part
-        failed = sending.end()
-        if not failed and all(one.version != self._version for one in lacking):
+
+    def _send_drafter(self, found: Sequence[distant.Distant]) -> bool:
+        """Give the newest drafter to those of them that lack it; true: all have it."""
+        version, params = self._drafter
+        given = iter([params])
+        return params is None or self._send(distant.DRAFTER, version, given, found)
+
+    def _send(
+        self,
+        what: str,
+        number: int,
+        parts: Iterator[Any],
+        found: Sequence[distant.Distant],
+    ) -> bool:
+        """Send something to those of them that lack it, and lose who fails."""
+        lacking = self._lacking(what, number, found)
+        if not lacking:
+            return True
+        told = lacking, what, number, self._silent_s, self.traffic
+        with transfers.Sending(self._meeting, *told) as sending:
+            for part in parts:
+                sending.send(jax.tree.leaves(part) if what == distant.WEIGHTS else part)
+                del part
+            sending.hand_over()
+        failed = sending.failed
+        if not failed and len(self._lacking(what, number, lacking)) == len(lacking):
             # Nobody is gone: it would be the same again.
             failed = {one.number: "it cannot be reached by others" for one in lacking}
         for one, reason in failed.items():
             self.lose(one, reason)
-
-
-class _Sending:
-    """One transfer of weights to some workers; what fails is told at its end."""
-
-    def __init__(
-        self,
-        meeting: distributed.Meeting,
-        distant: Sequence[Distant],
-        version: int,
-        silent_s: float,
-    ):
-        """Join the workers in a ring, whose first member this process is."""
-        self._distant, self._version = list(distant), version
-        self._silent_s, self._failed = silent_s, dict[int, str]()
-        self._num, secret = 1 + len(self._distant), secrets.token_bytes(32)
-        self._ring: ring.Ring | None = None
-        own = ring.Ring(0, self._num, meeting.host, secret, silent_s)
-        addresses = [list(own.address)]
-        for index, one in enumerate(self._distant, 1):
-            self._tell(one, "weights", version, index, self._num, secret, silent_s)
-            addresses += self._ask(one, ANSWER_S) or [None]
-        for one in self._distant:
-            self._tell(one, None if self._failed else addresses)
-        if self._failed:
-            own.close()
-            return
-        self._ring = own
-        with self._guarded():
-            own.connect([tuple(address) for address in addresses])
-
-    def send(self, part: Any) -> None:
-        """Send one part, a tree of NumPy arrays."""
-        if self._ring is None:
-            return
-        pieces = messages.pack(jax.tree.leaves(part))
-        size = messages.size(pieces)
-        for one in self._distant:
-            self._tell(one, "part", size)
-        with self._guarded():
-            self._ring.gather([size, *[0] * (self._num - 1)], pieces)
-
-    def end(self) -> dict[int, str]:
-        """Hear who has them now; return why others have failed."""
-        if self._ring is not None:
-            self._ring.close()
-        for one in self._distant:
-            self._tell(one, "whole")
-        for one in self._distant:
-            found = self._ask(one, self._silent_s)
-            if found and found[0] == self._version:
-                one.version, one.is_ready = found
-        return self._failed
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Give the ring up where it breaks: who is gone does not answer at the end."""
-        try:
-            yield
-        except ring.RingError:
-            self._ring.close()
-            self._ring = None
-
-    def _tell(self, one: Distant, *values: Any) -> None:
-        if one.number not in self._failed:
-            try:
-                one.talk.say(*values)
-            except talk.TalkError as error:
-                self._failed[one.number] = str(error)
-
-    def _ask(self, one: Distant, within_s: float) -> tuple:
-        """Hear what a worker answers; nothing: it has failed."""
-        if one.number in self._failed:
-            return ()
-        try:
-            return one.talk.hear(within_s)
-        except talk.TalkError as error:
-            self._failed[one.number] = str(error)
-            return ()
+        return not self._lacking(what, number, lacking)
 
 
 def _all(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,10 @@ class Workers:
             **told,
         )
 
+    def others(self) -> model_params.Params:
+        """Return what the engines have of the target besides its layers."""
+        return self.engines[0].params
+
     def set_params(self, params: Sequence[model_params.Params], version: int) -> None:
         """Use these weights, one copy for each engine, from the next run on."""
         for engine, own in zip(self.engines, params, strict=True):
@@ -233,9 +237,16 @@ class Rollout:
     """
 
     def __init__(
-        self, workers: Workers, requests, seed, expected_lengths, on_completion, on_call
+        self,
+        workers: Workers,
+        requests,
+        seed,
+        expected_lengths,
+        on_completion,
+        on_call,
+        trains=True,
     ):
-        self._workers, self._seed = workers, seed
+        self._workers, self._seed, self._trains = workers, seed, trains
         self._on_completion, self._on_call = on_completion, on_call
         self._requests, self._expected_lengths = requests, expected_lengths
         self._queue: request_queue.RequestQueue | None = None
@@ -274,11 +285,13 @@ class Rollout:
                 continue
             match command:
                 case records.Generate(_, worker, turn):
+                    if self._queue is not None:
+                        self._queue.admit(worker)
                     yield worker, turn
-                case records.ReturnRequests(_, worker):
+                case records.ReturnRequests(_, worker, turn):
                     workers.lose(worker, c.state.worker(worker).reason)
                     self._queue.lose(worker)
-                    c.send(records.RequestsReturned(generation, worker))
+                    c.send(records.RequestsReturned(generation, worker, turn))
                 case records.Abort(_, ""):
                     self._abandoned = True
                     raise failures.Abandoned
@@ -292,6 +305,7 @@ class Rollout:
         """Bring the requests to the queue of all processes; return the generation."""
         workers, home = self._workers, self._workers.home
         if isinstance(home, remote.Guest):
+            # Process 0 says what is so for all.
             return home.begin(self._requests)
         numbers = workers.at_work()
         if not numbers:
@@ -306,7 +320,7 @@ class Rollout:
         for number in set(range(numbers[-1])).difference(numbers):
             self._queue.lose(number)
         places = [workers.place_of(number) for number in numbers]
-        return home.begin(self._queue, numbers, places)
+        return home.begin(self._queue, numbers, places, self._trains)
 
     def _num_done(self) -> int:
         """Completions there are; in other processes than the first, their own."""
@@ -346,7 +360,7 @@ class Rollout:
         except BaseException as error:
             self._errors.append(error)
             reason = f"{type(error).__name__}: {error}"
-            c.send(records.WorkerFailed(generation, worker, reason))
+            c.send(records.WorkerFailed(generation, worker, reason, turn))
             return
         with self._lock:
             self.stats = self.stats.join(stats)

@@ -34,11 +34,7 @@ class Door:
         self._changed = threading.Condition()
         self._come: list[Come] = []
         self._closed = False
-        self._listener = connection.Listener(tuple(address), None, 64)
-        self._accepting = threading.Thread(
-            target=self._accept, daemon=True, name="door"
-        )
-        self._accepting.start()
+        self._listener = links.listen(address, 64, self._greet, lambda: self._closed)
 
     def take(self, num: int = 0, within_s: float = 0.0) -> list[Come]:
         """Return who has come since the last call, by number; wait for `num` so long.
@@ -59,17 +55,6 @@ class Door:
             self._changed.notify_all()
         if not was_closed:
             links.stop_listening(self._listener)
-            # Until then the address is taken.
-            self._accepting.join(ANSWER_S)
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                caller = self._listener.accept()
-            except OSError:
-                # Closed by us, or by somebody who has changed their mind.
-                continue
-            threading.Thread(target=self._greet, args=(caller,), daemon=True).start()
 
     def _greet(self, caller: connection.Connection) -> None:
         try:

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
@@ -41,6 +41,40 @@ class Traffic:
         with self._lock:
             self.sent_bytes += sent
             self.received_bytes += received
+
+
+def listen(
+    address: Sequence,
+    num_waiting: int,
+    handle: Callable[[connection.Connection], None],
+    is_over: Callable[[], bool],
+) -> connection.Listener:
+    """Listen at host and port (0: a free one) and hand on every caller.
+
+    `handle` has a thread for each, so that who is slow holds up nobody; it is for it to
+    `greet` them. `num_waiting` callers may wait to be taken. A thread goes on until
+    `is_over`, which it finds at the next caller: see `stop_listening`.
+
+    Raises:
+      OSError: it cannot be listened there.
+    """
+    # Without the secret: that handshake would hold up all who come later.
+    listener = connection.Listener(tuple(address), None, num_waiting)
+
+    def accept():
+        while not is_over():
+            try:
+                caller = listener.accept()
+            except OSError:
+                # Closed by us, or by somebody who has changed their mind.
+                continue
+            if is_over():
+                caller.close()
+                return
+            threading.Thread(target=handle, args=(caller,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True, name="listener").start()
+    return listener
 
 
 def greet(caller: connection.Connection, secret: bytes) -> Any:
@@ -85,8 +119,10 @@ def hang_up(link: connection.Connection) -> None:
 def stop_listening(listener: connection.Listener) -> None:
     """Close a listener in which another thread waits for callers; it finds out."""
     with contextlib.suppress(OSError):
-        # Closing it would not be told.
-        socket.create_connection(listener.address, _HANDSHAKE_S).close()
+        # Closing it would not be told. Who waits there hangs up on this caller, and
+        # until then the address is taken.
+        with socket.create_connection(listener.address, _HANDSHAKE_S) as last:
+            last.recv(1)
     with contextlib.suppress(OSError):
         listener.close()
 

@@ -50,8 +50,6 @@ class Ring:
         self._silent_s = silent_s
         self._index, self._num, self._secret = index, num, secret
         self.traffic = links.Traffic()
-        # Without the secret: that handshake would hold up all who come later.
-        self._listener = connection.Listener((host, 0), None, 8)
         self._before: socket.socket | None = None
         self._after: socket.socket | None = None
         self._links: list[connection.Connection] = []
@@ -59,7 +57,10 @@ class Ring:
         self._closed = False
         # Held while parts go round: until then connections are hung up on, not closed.
         self._busy = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True, name="ring").start()
+        # Once the process before this one has come nobody else is waited for.
+        self._listener = links.listen(
+            (host, 0), 8, self._greet, lambda: self._closed or self._before is not None
+        )
 
     @property
     def address(self) -> tuple[str, int]:
@@ -164,17 +165,8 @@ class Ring:
             self.traffic.count(received=count)
             passing.has_come(place, at)
 
-    def _accept(self) -> None:
-        """Wait for the process before this one; strangers are hung up on."""
-        while not self._closed and self._before is None:
-            try:
-                caller = self._listener.accept()
-            except OSError:
-                # Closed by us, or by somebody who has changed their mind.
-                continue
-            threading.Thread(target=self._greet, args=(caller,), daemon=True).start()
-
     def _greet(self, caller: connection.Connection) -> None:
+        """Take the process before this one; strangers are hung up on."""
         try:
             if links.greet(caller, self._secret) == (self._index - 1) % self._num:
                 self._found.put(caller)

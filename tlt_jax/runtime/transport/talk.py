@@ -55,6 +55,16 @@ class Talk:
             raise TalkError("it said what no process says here")
         return values
 
+    def waits(self, within_s: float = 0.0) -> bool:
+        """Tell whether the other has said something that was not heard yet.
+
+        It has, too, where it is gone, which `hear` tells.
+        """
+        try:
+            return self._link.poll(within_s)
+        except (EOFError, OSError):
+            return True
+
     def hang_up(self) -> None:
         """Let both ends find that it is over; from any thread."""
         links.hang_up(self._link)
