@@ -163,8 +163,14 @@ class World:
         spent = coordinator.sums(self.team.take_intervals())
         return self.adapted.row() | spent
 
-    def engines(self):
-        return [t._engine for _, t in sorted(self.trainees.items())]
+    def drafters(self):
+        """Versions that workers were given, and the newest that one has used.
+
+        Who had no request in the last rollout has not taken it up.
+        """
+        given = {one.has[distant.DRAFTER] for one in self.team._there()}
+        used = [t._engine.drafter_version for t in self.trainees.values()]
+        return given, max(used)
 
 
 @pytest.fixture
@@ -206,9 +212,9 @@ def test_who_waits_trains_until_the_rollout_ends(world_of):
     row = world.roll(num_steps=world.num_steps + 1)
     # That one, and what was learned beside this rollout, which the next one has.
     assert row[OFFERED] == 2 and row["drafter/num_updates"] == world.num_steps
-    assert {engine.drafter_version for engine in world.engines()} == {1}
+    assert world.drafters() == ({1}, 1)
     world.roll()
-    assert {engine.drafter_version for engine in world.engines()} == {2}
+    assert world.drafters() == ({2}, 2)
 
 
 def test_who_dies_while_it_trains_costs_that_training_alone(world_of):
