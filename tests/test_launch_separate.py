@@ -157,7 +157,7 @@ NEEDS_RAY = (
 def test_a_run_with_workers_of_its_own_survives_the_death_of_any(
     tmp_path, executor, processes
 ):
-    """Two rollout workers, which train a drafter, and a reward worker: as in one."""
+    """Two rollout workers, which may train a drafter, and a reward worker."""
     settings = (
         *("--config.num_steps=40", "--config.mesh.data=-1", "--config.eval.every=20"),
         *("--config.eval.temperature=0", "--config.checkpoint.every=5"),
@@ -214,12 +214,37 @@ def test_a_run_with_workers_of_its_own_survives_the_death_of_any(
     for row, wanted in zip(found, expected, strict=True):
         assert {n: row.get(n) for n in names} == {n: wanted.get(n) for n in names}
     assert tiny_runs.unknown_keys(found) == []
-    # Workers that waited have trained; what was learned survives all of it.
-    assert sum(tiny_runs.values(found[1:], "workers/trained_s")) > 0
-    counts = tiny_runs.values(found[1:], "drafter/num_updates")
-    assert counts == sorted(counts) and counts[-1] > counts[0], counts
     # Nothing is left of it.
     assert deaths.members(directory) == {}
+
+
+@pytest.mark.slow
+def test_a_worker_of_its_own_trains_the_drafter(tmp_path):
+    """Between rollout and update, as it is alone; the learner is killed once."""
+    settings = ("--config.num_steps=16", "--config.checkpoint.every=2")
+    # What it knows of a text is more than nothing.
+    settings += (*ADAPTED, "--config.specdec.ngram_strategies=")
+    settings += ("--config.adaptation.max_steps=3",)
+    status, output = test_launched_runs.run(tmp_path / "one", 1, *settings)
+    assert status == 0, output
+    directory = tmp_path / "separate"
+    run = test_launched_runs.start(directory, 1, *settings, SEPARATE)
+    record, until = directory / metrics.FILE, time.monotonic() + 200
+    while not (record.exists() and record.read_text().count("\n") > 8):
+        assert run.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(deaths.members(directory)["process 0"], signal.SIGKILL)
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, output
+    expected, found = metrics.read(tmp_path / "one"), metrics.read(directory)
+    names = ("step", "rollout/tokens_digest", "policy/weights_digest", "policy/loss")
+    for row, wanted in zip(found, expected, strict=True):
+        assert {n: row.get(n) for n in names} == {n: wanted.get(n) for n in names}
+    updates = tiny_runs.values(found[1:], "drafter/num_updates")
+    # How often that pays is a matter of clocks.
+    assert updates == sorted(updates) and updates[-1] >= 1, updates
+    versions = tiny_runs.values(found[1:], "drafter/version")
+    assert versions == sorted(versions) and versions[-1] >= 1, versions
 
 
 @pytest.mark.parametrize("name", ["workers", "reward"])
